@@ -1,0 +1,89 @@
+# megamoe-jit: every target sets up what it needs in .venv; a second call starts at once.
+#
+#   make demo | test | test-gpu | bench | lint | format | env | clean
+#
+#   PYTHON=python3.12   interpreter that .venv is made from (3.11 or newer)
+#   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
+#   NO_VENV=1           use PYTHON and its packages as they are: no .venv, nothing installed, no network
+#   ARGS='-k cache'     extra arguments for pytest, bench and demo
+
+PYTHON ?= python3
+STACK ?= cu12
+NO_VENV ?=
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+ifeq ($(NO_VENV),)
+VENV ?= $(if $(filter cu12,$(STACK)),.venv,.venv-$(STACK))
+PY := $(VENV)/bin/python
+stamp = $(VENV)/.ready-$(1)
+WORKERS := -n auto
+else
+PY := $(PYTHON)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+stamp =
+WORKERS :=
+endif
+
+# Extras per stamp, and the release of torch that shares its CUDA major with the stack.
+extras-run := $(STACK)
+extras-bench := $(STACK),bench
+extras-dev := $(STACK),dev
+torch-cu12 := torch>=2.8,<2.11
+torch-cu13 := torch>=2.11
+torch-cpu := torch==2.13.0+cpu
+
+.PHONY: help env demo test test-gpu bench lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+env: $(call stamp,dev)
+
+demo: $(call stamp,run)
+	@$(PY) -m megamoe_jit demo $(ARGS)
+
+test: $(call stamp,dev)
+	$(PY) -m pytest tests/unit tests/compile $(WORKERS) $(ARGS)
+
+test-gpu: $(call stamp,dev)
+	$(PY) -m pytest tests/gpu --require-gpu $(ARGS)
+
+bench: $(call stamp,bench)
+	@mkdir -p bench-results
+	$(PY) -m megamoe_jit bench --output bench-results/latest.json $(ARGS)
+
+lint: $(call stamp,dev)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict megamoe_jit
+
+format: $(call stamp,dev)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf .venv .venv-cu12 .venv-cu13 build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+ifeq ($(NO_VENV),)
+$(VENV)/bin/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "megamoe-jit needs Python 3.11 or newer; $(PYTHON) is not (or is not there). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 3; }
+	@echo "== creating $(VENV)" >&2
+	@"$(PYTHON)" -m venv --clear "$(VENV)" || \
+	  { rm -rf "$(VENV)"; echo "$(PYTHON) could not make a virtual environment; is its venv package installed?" >&2; exit 3; }
+
+# Without an NVIDIA GPU a CPU build of torch is enough, and far smaller; not every package index carries one.
+$(VENV)/.ready-%: pyproject.toml | $(VENV)/bin/python
+	@echo "== installing megamoe-jit[$(extras-$*)] into $(VENV)" >&2
+	@torch='$(torch-$(STACK))'; \
+	if ! nvidia-smi -L >/dev/null 2>&1 && $(PY) -m pip install -q --no-input '$(torch-cpu)' 2>/dev/null; then \
+	  torch='$(torch-cpu)'; \
+	fi; \
+	$(PY) -m pip install -q --no-input "$$torch" -e '.[$(extras-$*)]'
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.ready-run $(VENV)/.ready-bench)
+endif

@@ -1,0 +1,119 @@
+"""Model shapes known by name (``presets.toml``), and the parser for ``--shapes``."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MAX_RANKS, MoEShape
+
+__all__ = ["Preset", "parse_shapes", "preset", "preset_names"]
+
+_FILE = Path(__file__).with_name("presets.toml")
+_SIZES = ("hidden", "intermediate", "experts", "topk")
+_OPTIONAL = {"source": str, "ranks": int, "ranks_why": str, "config": str, "differs": list, "note": str}
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One MoE layer as a model has it, and the number of GPUs its experts are usually spread over."""
+
+    name: str
+    shape: MoEShape
+    ranks: int
+    source: str
+    config: str | None = None  #: configuration class in transformers
+    differs: tuple[str, ...] = ()  #: sizes in which the model is not the default of that class
+
+    @property
+    def local_experts(self) -> int:
+        """Experts of one rank."""
+        return self.shape.experts // self.ranks
+
+
+def _build(name: str, data: dict[str, Any], where: str) -> Preset:
+    unknown = sorted(set(data) - set(_SIZES) - set(_OPTIONAL))
+    if unknown:
+        allowed = ", ".join((*_SIZES, *_OPTIONAL))
+        raise ConfigError(f"{where}: [{name}] has unknown key {unknown[0]!r}; allowed: {allowed}")
+    for key in _SIZES:
+        if type(data.get(key)) is not int:
+            raise ConfigError(f"{where}: [{name}] {key} = {data.get(key)!r}; allowed: an integer")
+    for key, kind in _OPTIONAL.items():
+        if key in data and type(data[key]) is not kind:
+            raise ConfigError(f"{where}: [{name}] {key} = {data[key]!r}; allowed: {kind.__name__}")
+    shape = MoEShape(*(data[key] for key in _SIZES))
+    ranks: int = data.get("ranks", 1)
+    if not 1 <= ranks <= MAX_RANKS or shape.experts % ranks:
+        raise ConfigError(
+            f"{where}: [{name}] ranks = {ranks}; allowed: 1 to {MAX_RANKS}, a divisor of {shape.experts} experts"
+        )
+    return Preset(name, shape, ranks, data.get("source", where), data.get("config"), tuple(data.get("differs", ())))
+
+
+def _read(path: Path) -> dict[str, Preset]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read shapes from {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for name, data in tables.items():
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: {name} = {data!r}; allowed: one [name] table per shape")
+    if not tables:
+        raise ConfigError(f"{path} names no shape; allowed: one [name] table per shape")
+    return {name: _build(name, data, path.name) for name, data in tables.items()}
+
+
+@cache
+def _presets() -> dict[str, Preset]:
+    return _read(_FILE)
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of all presets, in the order of the file."""
+    return tuple(_presets())
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`; raises `ConfigError` with the names there are."""
+    known = _presets()
+    if name in known:
+        return known[name]
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(f"unknown shape {name!r}; {hint}allowed: {', '.join(known)}, or a .toml file")
+
+
+def parse_shapes(text: str) -> tuple[Preset, ...]:
+    """Read a ``--shapes`` value.
+
+    Args:
+        text: Comma-separated preset names, ``all``, or paths of ``.toml`` files laid out like
+            ``presets.toml``.
+
+    Returns:
+        The shapes in the order they were named, each once.
+
+    Raises:
+        ConfigError: A name is unknown, or a file cannot be read or is not in order.
+    """
+    found: list[Preset] = []
+    for item in (part.strip() for part in text.split(",")):
+        if not item:
+            continue
+        if item == "all":
+            found.extend(_presets().values())
+        elif item.endswith(".toml"):
+            found.extend(_read(Path(item)).values())
+        else:
+            found.append(preset(item))
+    if not found:
+        raise ConfigError(f"no shape in {text!r}; allowed: {', '.join(_presets())}, or a .toml file")
+    return tuple(dict.fromkeys(found))

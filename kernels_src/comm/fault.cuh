@@ -1,0 +1,64 @@
+// Nothing waits for ever.  A wait that passes its deadline stores four words where the host can read them, makes them
+// visible to it, and traps; Python turns them into a sentence (`megamoe_jit/_faults.py`).
+//
+// The producer warps read the nanosecond timer.  The math warps cannot: a timer, or even a counter with a report, makes
+// ptxas spill in their main loop.  The publisher warp of the same block watches them instead: it waits, with the timer,
+// for every tile they compute (roles/publish.cuh).  There is no printf and no call: either would make ptxas serialise
+// every WGMMA (C7510).
+#pragma once
+#include "layout/params.cuh"
+#include "ptx/control.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
+
+namespace megamoe {
+
+/// What was waited for.  `_faults.py` has a sentence for each.
+enum class Wait : u32 {
+    grid_barrier = 1,
+    tile_slot_free = 2,
+    tile_published = 3,
+    stage_free = 4,
+    row_loaded = 5,
+    rows_dispatched = 6,
+    gemm1_done = 7,
+    tile_stored = 8,
+    peer_signal = 9,
+};
+
+/// Never returns.  Words: what | warp << 8 | block << 16, which one, expected, seen.
+MEGA_DEVICE void give_up(const Params& p, Wait what, u32 which, u32 expected, u32 seen) {
+    const u32 who = static_cast<u32>(what) | (threadIdx.x / kWarp) << 8 | blockIdx.x << 16;
+    asm volatile(
+        "st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};\n"
+        "fence.acq_rel.sys;\n"
+        "trap;" ::"l"(p.fault), "r"(who), "r"(which), "r"(expected), "r"(seen)
+        : "memory");
+}
+
+/// Calls `ready()` until it is true; `which` and `expected` and `seen()` describe the wait if it never is.
+template <class Ready, class Seen>
+MEGA_DEVICE void wait_until(const Params& p, Wait what, u32 which, u32 expected, Ready ready, Seen seen, u32 deadlines = 1) {
+    if (ready()) return;
+    const u64 begin = ptx::nanoseconds();
+    while (!ready())
+        if (ptx::nanoseconds() - begin > p.timeout_ns * deadlines) give_up(p, what, which, expected, seen());
+}
+
+/// Waits for a phase of an mbarrier, with the timer: for the producer warps.
+MEGA_DEVICE void wait_barrier(const Params& p, Wait what, u32 bar, u32 parity, u32 which, u32 deadlines = 1) {
+    wait_until(p, what, which, parity, [&] { return ptx::mbarrier_try_wait(bar, parity); }, [&] { return parity ^ 1; }, deadlines);
+}
+
+/// The same for the math warps, over whom the publisher warp watches.
+MEGA_DEVICE void wait_barrier_watched(u32 bar, u32 parity) {
+    while (!ptx::mbarrier_try_wait(bar, parity)) {}
+}
+
+/// Waits until a counter in global memory has the value `expected`.
+MEGA_DEVICE void wait_counter(const Params& p, Wait what, const u32* counter, u32 expected, u32 which) {
+    wait_until(p, what, which, expected, [&] { return ptx::load_acquire(counter) == expected; },
+               [&] { return ptx::load_acquire(counter); });
+}
+
+}  // namespace megamoe

@@ -1,0 +1,158 @@
+// Dispatch: pulls each routed row, its scales and its origin from the rank that holds the token into the local pools,
+// ordered by expert, and counts it as arrived.
+//
+// The unit of work is an item: `rows_per_item` (1 for small batches, 8 for large) consecutive pool rows of one expert.
+// All warps take one round of items at the head of the launch, when none has anything else to do, through registers; the
+// dispatch warp of each block goes on with the rest while the matrix work runs, through a few slots of shared memory and
+// the bulk copy engine, which needs hardly any registers.  Items come in the order in which tiles need them.
+//
+//   dispatched[slot]   arrived by the copy into the slot    waited for by the dispatch warp, which then copies it out
+//
+// Ordering: rows are written here and read by TMA in other blocks.  Ordinary stores are put before the async proxy by
+// every lane, bulk stores are waited for; then the warp meets and one lane releases the counter.  The reader acquires it
+// and fences likewise.
+#pragma once
+#include "dispatch/sort.cuh"
+#include "pipe/ring.cuh"
+
+namespace megamoe {
+
+template <class C> struct Gather {
+    const Params& p;
+    const Plan plan;
+    const u32 items;   // padding rows included
+
+    MEGA_DEVICE Gather(const Params& p_, const Plan& plan_)
+        : p(p_), plan(plan_), items(plan_.bases[C::kLocalExperts] * (kPoolAlign / p_.rows_per_item)) {}
+
+    /// The local expert that owns pool row `row`.
+    MEGA_DEVICE u32 expert_at(u32 row) const {
+        u32 low = 0, high = C::kLocalExperts;   // bases[low] <= row / 128 < bases[high]
+        while (high - low > 1) {
+            const u32 middle = (low + high) / 2;
+            (plan.bases[middle] <= row / kPoolAlign ? low : high) = middle;
+        }
+        return low;
+    }
+
+    /// Where the `index`-th row of local expert `e` comes from: rank << 20 | pair.
+    MEGA_DEVICE u32 origin(u32 e, u32 index) const {
+        for (u32 r = 0; r < C::kRanks; ++r) {
+            const u32 begin = expert_offset<C>(p, r, e), rows = expert_offset<C>(p, r, e + 1) - begin;
+            if (C::kRanks == 1 || index < rows)
+                return r << kPairBits | __ldcg(symmetric<const u32>(p, r, p.sorted_pairs) + begin + index);
+            index -= rows;
+        }
+        return 0;   // not reached: index is below the sum of all ranks' rows
+    }
+
+    /// The input row that a pair speaks of, on the rank that holds it.
+    MEGA_DEVICE const u8* row_address(u32 from) const {
+        const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
+        return symmetric<const u8>(p, from >> kPairBits, p.x) + u64(token) * C::kHidden;
+    }
+
+    MEGA_DEVICE void copy_row(u32 from, u32 to) const {
+        constexpr u32 kVectors = C::kHidden / 16, kInFlight = 4;
+        const u8* source = row_address(from);
+        u8* target = p.act1_pool + u64(to) * C::kHidden;
+        for (u32 c = ptx::lane_id(); c < kVectors; c += kWarp * kInFlight) {
+            Vec16 v[kInFlight];
+#pragma unroll
+            for (u32 i = 0; i < kInFlight; ++i)
+                if (c + i * kWarp < kVectors) v[i] = ptx::load16(source + (c + i * kWarp) * 16);
+#pragma unroll
+            for (u32 i = 0; i < kInFlight; ++i)
+                if (c + i * kWarp < kVectors) ptx::store16(target + (c + i * kWarp) * 16, v[i]);
+        }
+    }
+
+    /// Scales change from [token][block] to [block][row]; eight rows side by side fill a 32-byte sector.
+    MEGA_DEVICE void copy_scales(u32 origins, u32 rows, u32 first_row) const {
+        constexpr u32 kBlocks = C::kHidden / kQuantBlock;
+        const u32 row = ptx::lane_id() % p.rows_per_item, step = kWarp / p.rows_per_item;
+        const u32 from = __shfl_sync(~0u, origins, row);
+        const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
+        const float* source = symmetric<const float>(p, from >> kPairBits, p.x_scales) + u64(token) * kBlocks;
+        if (row < rows)
+            for (u32 b = ptx::lane_id() / p.rows_per_item; b < kBlocks; b += step)
+                p.act1_scales[u64(b) * p.pool_rows + first_row + row] = __ldcg(source + b);
+    }
+
+    /// An item's rows: first one in the pool, how many (0: padding), and in lane r < rows the origin of row r.
+    struct Item {
+        u32 first_row, rows, origin;
+    };
+
+    /// Looks an item up; writes its rows' origins and scales.
+    MEGA_DEVICE Item begin(u32 i) const {
+        const u32 first_row = i * p.rows_per_item, e = expert_at(first_row), lane = ptx::lane_id();
+        const u32 local = first_row - plan.bases[e] * kPoolAlign;
+        const u32 rows = local < plan.rows[e] ? min_u32(p.rows_per_item, plan.rows[e] - local) : 0;
+        u32 from = 0;
+        if (lane < rows) {
+            from = origin(e, local + lane);
+            p.row_pairs[first_row + lane] = from;
+        }
+        if (rows > 0) copy_scales(from, rows, first_row);
+        return {first_row, rows, from};
+    }
+    /// Counts its rows as arrived.
+    MEGA_DEVICE void end(const Item& item) const {
+        ptx::fence_async_global();
+        __syncwarp();
+        if (ptx::lane_id() == 0) ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
+    }
+
+    /// One round over all warps of all blocks; call it everywhere, then `rest` in one warp of each block.
+    MEGA_DEVICE void first_round() const {
+        const u32 i = ptx::warp_id() * gridDim.x + blockIdx.x;
+        if (i >= items) return;
+        const Item item = begin(i);
+        if (item.rows == 0) return;
+        for (u32 r = 0; r < item.rows; ++r) copy_row(__shfl_sync(~0u, item.origin, r), item.first_row + r);
+        end(item);
+    }
+
+    MEGA_DEVICE void rest(const Shared<C>& shared) const {
+        u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
+        for (u32 i = kWarps * gridDim.x + blockIdx.x; i < items; i += gridDim.x) {
+            const Item item = begin(i);
+            if (item.rows == 0) continue;
+            copy_rows(shared, item, chunks);
+            end(item);
+        }
+    }
+
+    static constexpr u32 kChunks = ceil_div(C::kHidden, kDispatchChunk);   // of a row
+    MEGA_DEVICE static u32 chunk_bytes(u32 c) { return min_u32(kDispatchChunk, C::kHidden - c % kChunks * kDispatchChunk); }
+
+    /// Copies an item's rows, a few chunks in flight; all lanes run along, lane 0 issues.
+    MEGA_DEVICE void copy_rows(const Shared<C>& shared, const Item& item, u32& sequence) const {
+        constexpr u32 kSlots = C::kDispatchSlots, kLead = kSlots - 2;   // a load starts this many chunks before its store
+        const u32 total = item.rows * kChunks;
+        const bool one = ptx::lane_id() == 0;
+#pragma unroll 1
+        for (u32 load = 0; load < total + kLead; ++load) {
+            const u32 from = __shfl_sync(~0u, item.origin, load / kChunks % kWarp);
+            if (one && load < total) {
+                const u32 slot = (sequence + load) % kSlots;
+                ptx::bulk_wait_read<1>();   // the store before the last was the last user of this slot
+                ptx::mbarrier_expect(shared.dispatched(slot), chunk_bytes(load));
+                ptx::bulk_load(shared.dispatch(slot), row_address(from) + load % kChunks * kDispatchChunk, chunk_bytes(load),
+                               shared.dispatched(slot));
+            }
+            if (load < kLead) continue;
+            const u32 store = load - kLead;
+            const Ring<kSlots> at(sequence + store);
+            wait_barrier(p, Wait::row_loaded, shared.dispatched(at.stage), at.parity, item.first_row);
+            if (!one) continue;
+            u8* to = p.act1_pool + u64(item.first_row + store / kChunks) * C::kHidden + store % kChunks * kDispatchChunk;
+            ptx::bulk_store(to, shared.dispatch(at.stage), chunk_bytes(store));
+        }
+        sequence += total;
+        if (one) ptx::bulk_wait_all();
+    }
+};
+
+}  // namespace megamoe

@@ -1,0 +1,128 @@
+// The head of the launch: who needs which expert.
+//
+//   1. blocks 0 .. sort_blocks-1 each count the experts in their slice of the rank's (token, slot) pairs
+//   -- grid barrier --
+//   2. every block sums the counts; the counting blocks write their slice's pairs to sorted_pairs, ordered by expert;
+//      block 0 publishes where each expert's pairs begin
+//   -- grid barrier; with several ranks, all ranks --
+//   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/plan.cuh)
+//
+// Pairs with a masked slot (-1, or any id that is no expert) are left out here and never seen again.  The order of an
+// expert's pairs within one slice is up to atomics; nothing depends on it, since rows never mix.
+#pragma once
+#include "comm/barriers.cuh"
+#include "layout/shared.cuh"
+#include "sched/plan.cuh"
+
+namespace megamoe {
+
+/// Exclusive sums over a warp of 32 values at a time.
+struct WarpScan {
+    u32 total = 0;
+    MEGA_DEVICE u32 exclusive(u32 value) {
+        u32 sum = value;
+#pragma unroll
+        for (u32 d = 1; d < kWarp; d *= 2) {
+            const u32 other = __shfl_up_sync(~0u, sum, d);
+            if (ptx::lane_id() >= d) sum += other;
+        }
+        const u32 before = total + sum - value;
+        total += __shfl_sync(~0u, sum, kWarp - 1);
+        return before;
+    }
+};
+
+template <class C> struct Sort {
+    static constexpr u32 kExperts = C::kExperts;
+
+    const Params& p;
+    u32 *counts, *begins, *cursors;   // [experts] each, in shared memory
+    u32 slice_begin, slice_end;
+
+    MEGA_DEVICE Sort(const Params& p_, u32* scratch)
+        : p(p_), counts(scratch), begins(scratch + kExperts), cursors(scratch + 2 * kExperts) {
+        const u32 pairs = p.tokens * C::kTopK, slice = ceil_div(pairs, p.sort_blocks);
+        slice_begin = min_u32(pairs, blockIdx.x * slice);
+        slice_end = min_u32(pairs, slice_begin + slice);
+    }
+    MEGA_DEVICE bool counting() const { return blockIdx.x < p.sort_blocks; }
+    MEGA_DEVICE u32 expert_of(u32 pair) const {   // kExperts or more: masked
+        const i64 id = symmetric<const i64>(p, p.rank, p.topk_ids)[pair];
+        return static_cast<u64>(id) < kExperts ? static_cast<u32>(id) : kExperts;
+    }
+
+    /// Step 1.
+    MEGA_DEVICE void count() const {
+        if (!counting()) return;
+        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) counts[e] = 0;
+        __syncthreads();
+        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kThreads) {
+            const u32 e = expert_of(i);
+            if (e < kExperts) atomicAdd(&counts[e], 1u);
+        }
+        __syncthreads();
+        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) p.slice_counts[blockIdx.x * kExperts + e] = counts[e];
+    }
+
+    /// Step 2.
+    MEGA_DEVICE void order() const {
+        if (!counting()) return;
+        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
+            u32 all = 0, before = 0;
+            for (u32 b = 0; b < p.sort_blocks; ++b) {
+                const u32 n = __ldcg(p.slice_counts + b * kExperts + e);
+                before += b < blockIdx.x ? n : 0;
+                all += n;
+            }
+            counts[e] = all, cursors[e] = before;
+        }
+        __syncthreads();
+        if (threadIdx.x < kWarp) {
+            WarpScan scan;
+            for (u32 e = threadIdx.x; e < ceil_div(kExperts, kWarp) * kWarp; e += kWarp) {
+                const u32 begin = scan.exclusive(e < kExperts ? counts[e] : 0);
+                if (e < kExperts) begins[e] = begin;
+            }
+            if (blockIdx.x == 0 && threadIdx.x == 0) symmetric<u32>(p, p.rank, p.expert_offsets)[kExperts] = scan.total;
+        }
+        __syncthreads();
+        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
+            cursors[e] += begins[e];
+            if (blockIdx.x == 0) symmetric<u32>(p, p.rank, p.expert_offsets)[e] = begins[e];
+        }
+        __syncthreads();
+        u32* sorted = symmetric<u32>(p, p.rank, p.sorted_pairs);
+        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kThreads) {
+            const u32 e = expert_of(i);
+            if (e < kExperts) sorted[atomicAdd(&cursors[e], 1u)] = i;
+        }
+    }
+};
+
+/// First of rank `source`'s sorted pairs for local expert `e`, or, with e + 1, one past its last.
+template <class C> MEGA_DEVICE u32 expert_offset(const Params& p, u32 source, u32 e) {
+    return __ldcg(symmetric<const u32>(p, source, p.expert_offsets) + p.rank * C::kLocalExperts + e);
+}
+
+/// Step 3, by one warp: fills the tables of the shared memory map; misc()[0] is the number of active experts.
+template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>& shared) {
+    WarpScan blocks, active;
+    for (u32 e = ptx::lane_id(); e < ceil_div(C::kLocalExperts, kWarp) * kWarp; e += kWarp) {
+        u32 rows = 0;
+        if (e < C::kLocalExperts)
+            for (u32 r = 0; r < C::kRanks; ++r) rows += expert_offset<C>(p, r, e + 1) - expert_offset<C>(p, r, e);
+        const u32 base = blocks.exclusive(ceil_div(rows, kPoolAlign)), at = active.exclusive(rows > 0);
+        if (e < C::kLocalExperts) {
+            shared.expert_rows()[e] = rows, shared.expert_bases()[e] = base;
+            if (rows > 0) shared.active_experts()[at] = static_cast<u16>(e);
+            if (p.stats != nullptr && blockIdx.x == 0) p.stats[e] += static_cast<i32>(rows);
+        }
+    }
+    if (ptx::lane_id() == 0) shared.expert_bases()[C::kLocalExperts] = blocks.total, shared.misc()[0] = active.total;
+}
+
+template <class C> MEGA_DEVICE Plan plan_of(const Shared<C>& shared) {
+    return {shared.expert_rows(), shared.expert_bases(), shared.active_experts(), shared.misc()[0]};
+}
+
+}  // namespace megamoe

@@ -1,0 +1,54 @@
+// Epilogue of GEMM 2: bf16 rows go back to the rank that holds their token, into the slot of their (token, slot) pair.
+// No two rows share a slot, so there are no atomics and the sum taken later has one order.
+#pragma once
+#include "epilogue/staging.cuh"
+#include "mma/block_scaled.cuh"
+#include "ptx/convert.cuh"
+
+namespace megamoe {
+
+template <class C> struct Scatter {
+    const Params& p;
+    const Staging staging;
+    u32 pool_row, rows;   // of this warp's 16 rows: the first in the pool, how many are valid
+    u32 n;
+
+    /// Address of column 0 of the row that this lane writes in pass i.
+    MEGA_DEVICE u8* slot(u32 pass) const {
+        const u32 row = Staging::row(pass);
+        if (row >= rows) return nullptr;
+        const u32 origin = __ldcg(p.row_pairs + pool_row + row);
+        const u32 rank = C::kRanks == 1 ? 0 : origin >> kPairBits, pair = origin & ((1u << kPairBits) - 1);
+        return symmetric<u8>(p, rank, p.combine) + u64(pair) * (C::kHidden * 2);
+    }
+
+    MEGA_DEVICE void stage_quarter(const float (&d)[32]) const {
+        const u32 lane = ptx::lane_id();
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) {   // 16 columns: two groups of eight, rows t/4 and t/4 + 8
+            const u32 i = j * 8;
+            ptx::store_matrix4(staging.chunk(lane % 16, 2 * j + lane / 16), ptx::pack_bf16(d[i], d[i + 1]),
+                               ptx::pack_bf16(d[i + 2], d[i + 3]), ptx::pack_bf16(d[i + 4], d[i + 5]),
+                               ptx::pack_bf16(d[i + 6], d[i + 7]));
+        }
+    }
+
+    MEGA_DEVICE void run(const Result& result) const {
+        u8* slots[Staging::kPasses];
+#pragma unroll
+        for (u32 i = 0; i < Staging::kPasses; ++i) slots[i] = slot(i);
+#pragma unroll
+        for (u32 q = 0; q < 4; ++q) {
+            const u32 column = n * kBlockN + q * 64;
+            if (C::kHidden % kBlockN != 0 && column >= C::kHidden) return;   // the last tile may be half as wide
+            stage_quarter(result.quarter[q]);
+            __syncwarp();
+#pragma unroll
+            for (u32 i = 0; i < Staging::kPasses; ++i)
+                if (slots[i] != nullptr) ptx::store16(slots[i] + column * 2 + Staging::column() * 16, staging.read(i));
+            __syncwarp();
+        }
+    }
+};
+
+}  // namespace megamoe

@@ -1,0 +1,79 @@
+// Epilogue of GEMM 1: SwiGLU, one scale per row over the tile's 128 outputs, e4m3 codes, into the pool of GEMM 2.
+//
+// Gate and up columns alternate by eights, so both halves of an output sit in the same thread, and all 128 outputs of a
+// row in the four lanes of a quad: the row's largest value is two shuffles away.
+#pragma once
+#include "epilogue/staging.cuh"
+#include "mma/block_scaled.cuh"
+#include "ptx/convert.cuh"
+
+namespace megamoe {
+
+template <bool kFast> MEGA_DEVICE float silu(float x) {
+    if constexpr (kFast) return x * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(x * -1.4426950408889634f));
+    return __fdiv_rn(x, 1.0f + expf(-x));
+}
+
+template <class C> struct SwigluQuant {
+    const Params& p;
+    const Staging staging;
+    u32 pool_row, rows;   // of this warp's 16 rows: the first in the pool, how many are valid
+    u32 n;
+
+    /// Writes silu(gate) * up over the gate's registers; returns the largest magnitude in rows t/4 and t/4 + 8.
+    MEGA_DEVICE void activate(Result& result, float (&largest)[2]) const {
+        largest[0] = largest[1] = 0;
+#pragma unroll
+        for (u32 q = 0; q < 4; ++q)
+#pragma unroll
+            for (u32 i = 0; i < 16; ++i) {
+                float& gate = result.quarter[q][i / 4 * 8 + i % 4];
+                const float up = result.quarter[q][i / 4 * 8 + 4 + i % 4];
+                const float limited = ptx::max_nan(ptx::min_nan(up, p.clamp), -p.clamp);
+                gate = silu<C::kFastMath>(ptx::min_nan(gate, p.clamp)) * limited;
+                largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fabsf(gate));
+            }
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
+            largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
+        }
+    }
+
+    /// Two groups of eight outputs of one row half: lanes pair up so that each stores four codes in a row.
+    MEGA_DEVICE void stage_codes(const float (&quarter)[32], u32 q, u32 pair, u32 half, float inverse) const {
+        const u32 i = pair * 16 + half * 2, lane = ptx::lane_id();
+        const u32 own = ptx::pack_e4m3(quarter[i] * inverse, quarter[i + 1] * inverse) |
+                        ptx::pack_e4m3(quarter[i + 8] * inverse, quarter[i + 9] * inverse) << 16;
+        const u32 other = __shfl_xor_sync(~0u, own, 1);
+        const u32 codes = __byte_perm(own, other, lane % 2 == 0 ? 0x5410 : 0x3276);
+        ptx::store4_shared(staging.chunk(half * 8 + lane / 4, q * 2 + pair) + lane % 2 * 8 + lane % 4 / 2 * 4, codes);
+    }
+
+    MEGA_DEVICE void run(Result& result) const {
+        float largest[2];
+        activate(result, largest);
+        const u32 lane = ptx::lane_id();
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const float scale = __fdiv_rn(fmaxf(largest[half], 1e-10f), 448.0f), inverse = __fdiv_rn(1.0f, scale);
+            const u32 row = half * 8 + lane / 4;
+            if (lane % 4 == 0 && row < rows) p.act2_scales[u64(n) * p.pool_rows + pool_row + row] = scale;
+#pragma unroll
+            for (u32 q = 0; q < 4; ++q)
+#pragma unroll
+                for (u32 pair = 0; pair < 2; ++pair) stage_codes(result.quarter[q], q, pair, half, inverse);
+        }
+        __syncwarp();
+#pragma unroll
+        for (u32 i = 0; i < Staging::kPasses; ++i) {
+            const u32 row = Staging::row(i);
+            u8* target = p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock + Staging::column() * 16;
+            if (row < rows) ptx::store16(target, staging.read(i));
+        }
+        ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
+        __syncwarp();
+    }
+};
+
+}  // namespace megamoe

@@ -1,0 +1,77 @@
+// One MoE layer in one launch.
+//
+//   head     all warps     sort pairs by expert, plan, first round of dispatch        dispatch/
+//   warp 0   1 lane        activations and their scales into the stages               roles/load.cuh
+//   warp 1   1 lane        weights into the stages; tickets, tile order               roles/load.cuh, sched/
+//   warp 2                 the rest of dispatch                                       dispatch/gather.cuh
+//   warp 3   1 lane        announces finished GEMM 1 tiles to other blocks            roles/publish.cuh
+//   warps 4-11             two warpgroups: WGMMA, SwiGLU, requantise, scatter         roles/math.cuh, mma/, epilogue/
+//            then          combine, once all blocks are done                          roles/combine.cuh
+//
+// Blocks are persistent and resident together (cooperative launch), one per SM.  The variants differ in `Config` alone.
+#pragma once
+#include "dispatch/gather.cuh"
+#include "roles/combine.cuh"
+#include "roles/load.cuh"
+#include "roles/math.cuh"
+#include "roles/publish.cuh"
+
+namespace megamoe {
+
+template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>& shared) {
+    if (threadIdx.x == 0) {
+        constexpr u32 kReaders = C::kVariant == Variant::pingpong ? kMathWarps / 2 : kMathWarps;   // math warps of a tile
+        for (u32 s = 0; s < C::kStages; ++s) ptx::mbarrier_init(shared.full(s), 2), ptx::mbarrier_init(shared.empty(s), kReaders);
+        for (u32 s = 0; s < kTileSlots; ++s) {
+            ptx::mbarrier_init(shared.tile_full(s), 1);
+            ptx::mbarrier_init(shared.tile_empty(s), kReaders + 2);
+            ptx::mbarrier_init(shared.tile_stored(s), kReaders);
+        }
+        for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
+        ptx::mbarrier_init_fence();
+        for (const ptx::TensorMap* map : {&p.act1, &p.weight1, &p.act2, &p.weight2}) ptx::prefetch_tensor_map(map);
+        if (blockIdx.x == 0) p.control[kControlTicket] = 0;
+    }
+    for (u32 i = blockIdx.x * kThreads + threadIdx.x; i < p.pool_rows / kCounterRows; i += gridDim.x * kThreads)
+        p.act1_ready[i] = 0, p.act2_ready[i] = 0;
+}
+
+/// Leaves every block with its plan and the first rows on their way.
+template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& shared) {
+    initialise<C>(p, shared);
+    const Sort<C> sort(p, shared.scratch());
+    sort.count();
+    meet<C::kRanks>(p, 0, false);
+    sort.order();
+    meet<C::kRanks>(p, 1, true);
+    if (ptx::warp_id() == 0) build_plan<C>(p, shared);
+    ptx::fence_async_shared();   // the stages held ordinary data so far; TMA writes them next
+    __syncthreads();
+    const Plan plan = plan_of<C>(shared);
+    Gather<C>(p, plan).first_round();
+    return plan;
+}
+
+template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
+    const Shared<C> shared(raw);
+    const Plan plan = head<C>(p, shared);
+    const u32 warp = ptx::warp_id();
+    if (warp < kGroup / kWarp) {
+        ptx::registers_shrink<kProducerRegisters>();
+        const bool one = ptx::lane_id() == 0;
+        if (warp == 0 && one) LoadActivations<C>{p, shared}.run();
+        if (warp == 1 && one) LoadWeights<C>{p, shared, plan}.run();
+        if (warp == 2) Gather<C>(p, plan).rest(shared);
+        if (warp == 3) {
+            if (one) publish_tiles<C>(p, shared);
+            __syncwarp();
+            Combine<C>{p}.meet_all();
+        }
+    } else {
+        ptx::registers_grow<kMathRegisters>();
+        Math<C>{p, shared, warp / (kGroup / kWarp) - 1}.run();
+        Combine<C>{p}.run();
+    }
+}
+
+}  // namespace megamoe

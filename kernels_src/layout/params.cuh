@@ -1,0 +1,49 @@
+// The one kernel argument.  `megamoe_jit/_params.py` mirrors it field by field; a test compares the two, and the size
+// is checked again by the entry and before the launch.
+//
+// Symmetric memory (one allocation per rank, at p.peers[rank]; peers read or write it):
+//   x, x_scales, topk_ids, topk_weights   the rank's inputs
+//   expert_offsets, sorted_pairs          its (token, slot) pairs sorted by expert, and where each expert's begin
+//   signals                               arrival counters of the all-rank barriers
+//   combine                               bf16 [token][slot][hidden]: what the experts' ranks send back
+// Local memory: pools of rows sorted by expert, each expert's first row at a multiple of 128.
+#pragma once
+#include "base/constants.cuh"
+#include "ptx/tma.cuh"
+
+namespace megamoe {
+
+struct alignas(64) Params {
+    ptx::TensorMap act1, weight1, act2, weight2;   // operands of GEMM 1 and GEMM 2
+
+    u64 peers[kMaxRanks];   // base of each rank's symmetric buffer; below, byte offsets in it
+    u64 x, x_scales, topk_ids, topk_weights, expert_offsets, sorted_pairs, signals, combine;
+
+    u8* act1_pool;         // e4m3 [pool_rows][hidden]
+    float* act1_scales;    // [hidden / 128][pool_rows]
+    u8* act2_pool;         // e4m3 [pool_rows][intermediate]
+    float* act2_scales;    // [intermediate / 128][pool_rows]
+    u32* row_pairs;        // [pool_rows] rank << 20 | token * topk + slot
+    u32* act1_ready;       // [pool_rows / 64] rows that have arrived
+    u32* act2_ready;       // [pool_rows / 64] tiles of GEMM 1 that are done
+    u32* slice_counts;     // [sort_blocks][experts] pairs of each expert in each block's slice
+    u32* control;          // see Control
+    const float* weight1_scales;   // [local experts][2 * intermediate / 128][hidden / 128]
+    const float* weight2_scales;   // [local experts][hidden / 128][intermediate / 128]
+    u16* y;                // bf16 [tokens][hidden]
+    i32* stats;            // [local experts] or null: rows received, added to
+    u32* fault;            // four words the host can read; see comm/fault.cuh
+
+    u64 timeout_ns;
+    u32 tokens, rank, pool_rows, sort_blocks, rows_per_item, lag_tiles;
+    float clamp;
+};
+static_assert(sizeof(Params) == 832, "Params changed: change megamoe_jit/_params.py with it");
+
+/// Words of `Params::control`.
+enum Control : u32 { kControlGridBarrier = 0, kControlTicket = 1, kControlEpoch = 2, kControlWords = 64 };
+
+/// Typed view of a field of rank `r`'s symmetric buffer.
+template <class T> MEGA_DEVICE T* symmetric(const Params& p, u32 rank, u64 offset) { return reinterpret_cast<T*>(p.peers[rank] + offset); }
+
+}  // namespace megamoe

@@ -1,0 +1,66 @@
+// The shared-memory map.  `KernelSpec.shared_bytes` in Python is the same sum; the entry asserts that they agree.
+//
+//   activations [stages] | weights [stages] | staging, 2 KB per math warp | dispatch slots
+//   | scales [stages] | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots
+//   | tile slots [4] | expert table
+//
+// The head of the kernel sorts pairs in the stage area before the first copy is issued into it.
+#pragma once
+#include "layout/params.cuh"
+#include "ptx/memory.cuh"
+
+namespace megamoe {
+
+template <class C> struct Shared {
+    static constexpr u32 kActBytes = C::kBlockM * kBlockK, kWeightBytes = kBlockN * kBlockK, kActScaleBytes = C::kBlockM * 4;
+    static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four for the weights
+    static constexpr u32 kStageWarp = 2048;   // 16 rows of 128 bytes
+    static constexpr u32 kSlotBytes = 32;
+
+    static constexpr u32 kWeightAt = C::kStages * kActBytes;
+    static constexpr u32 kStagingAt = kWeightAt + C::kStages * kWeightBytes;
+    static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStageWarp;
+    static constexpr u32 kScaleAt = kDispatchAt + C::kDispatchSlots * kDispatchChunk;
+    static constexpr u32 kBarrierAt = kScaleAt + C::kStages * kScaleBytes;
+    static constexpr u32 kTileBarrierAt = kBarrierAt + C::kStages * 16;
+    static constexpr u32 kDispatchBarrierAt = kTileBarrierAt + kTileSlots * 24;
+    static constexpr u32 kSlotAt = kDispatchBarrierAt + C::kDispatchSlots * 8;
+    static constexpr u32 kMiscAt = kSlotAt + kTileSlots * kSlotBytes;
+    static constexpr u32 kRowsAt = kMiscAt + 64;
+    static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
+    static constexpr u32 kActiveAt = kBasesAt + (C::kLocalExperts + 1) * 4;
+    static constexpr u32 kBytes = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
+    static_assert(kBytes <= 232448, "more shared memory than SM90 has (232448 bytes)");
+    static_assert(kStagingAt >= 12 * C::kExperts + 4096, "the head's sort does not fit into the stages");
+
+    u8* base;
+    u32 address;   // of base, in the shared window
+
+    MEGA_DEVICE explicit Shared(u8* raw) : base(raw), address(ptx::shared_address(raw)) {}
+
+    MEGA_DEVICE u32 acts(u32 stage) const { return address + stage * kActBytes; }
+    MEGA_DEVICE u32 weights(u32 stage) const { return address + kWeightAt + stage * kWeightBytes; }
+    MEGA_DEVICE u32 act_scales(u32 stage) const { return address + kScaleAt + stage * kScaleBytes; }
+    MEGA_DEVICE u32 weight_scales(u32 stage) const { return act_scales(stage) + kActScaleBytes; }
+    MEGA_DEVICE u32 staging(u32 math_warp) const { return address + kStagingAt + math_warp * kStageWarp; }
+
+    MEGA_DEVICE u32 dispatch(u32 s) const { return address + kDispatchAt + s * kDispatchChunk; }
+
+    MEGA_DEVICE u32 full(u32 stage) const { return address + kBarrierAt + stage * 16; }
+    MEGA_DEVICE u32 empty(u32 stage) const { return full(stage) + 8; }
+    MEGA_DEVICE u32 tile_full(u32 slot) const { return address + kTileBarrierAt + slot * 24; }
+    MEGA_DEVICE u32 tile_empty(u32 slot) const { return tile_full(slot) + 8; }
+    MEGA_DEVICE u32 tile_stored(u32 slot) const { return tile_full(slot) + 16; }
+
+    MEGA_DEVICE u32 dispatched(u32 s) const { return address + kDispatchBarrierAt + s * 8; }
+
+    MEGA_DEVICE u8* slot(u32 s) const { return base + kSlotAt + s * kSlotBytes; }
+    MEGA_DEVICE u32 slot_address(u32 s) const { return address + kSlotAt + s * kSlotBytes; }
+    MEGA_DEVICE u32* misc() const { return reinterpret_cast<u32*>(base + kMiscAt); }
+    MEGA_DEVICE u32* expert_rows() const { return reinterpret_cast<u32*>(base + kRowsAt); }
+    MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
+    MEGA_DEVICE u16* active_experts() const { return reinterpret_cast<u16*>(base + kActiveAt); }
+    MEGA_DEVICE u32* scratch() const { return reinterpret_cast<u32*>(base); }   // the stages, during the head
+};
+
+}  // namespace megamoe

@@ -1,0 +1,60 @@
+// The scales of a k-block.
+//
+// Two weight scales serve a tile of 256 columns.  GEMM 1: gate and up columns alternate by eights, so even groups of
+// eight take the gate's scale and odd ones the up's.  GEMM 2: the first 128 columns take one, the others the second.
+// The weights lane writes them into the stage as four floats, (even, odd) for columns 0-127 and for columns 128-255, so
+// one main loop serves both and spends no register on where they come from.
+#pragma once
+#include "layout/shared.cuh"
+#include "ptx/control.cuh"
+#include "sched/plan.cuh"
+
+namespace megamoe {
+
+/// Producer's side: walks along the two rows of weight scales of a tile, one k-block ahead.
+template <class C> struct WeightScaleStream {
+    static constexpr u32 kRows1 = 2 * C::kIntermediate / kQuantBlock, kRows2 = C::kHidden / kQuantBlock;
+    static constexpr u32 kBlocks1 = C::kHidden / kQuantBlock, kBlocks2 = C::kIntermediate / kQuantBlock;
+
+    const bool interleaved;
+    const float *first, *second;
+    float next[2];
+
+    MEGA_DEVICE WeightScaleStream(const Params& p, const Tile& tile) : interleaved(tile.kind == Tile::gemm1) {
+        if (interleaved) {
+            first = p.weight1_scales + (tile.expert * kRows1 + tile.n) * kBlocks1;
+            second = first + kRows1 / 2 * kBlocks1;
+        } else {
+            first = p.weight2_scales + (tile.expert * kRows2 + 2 * tile.n) * kBlocks2;
+            second = 2 * tile.n + 1 < kRows2 ? first + kBlocks2 : first;   // the last tile may be half as wide
+        }
+        fetch(0);
+    }
+    MEGA_DEVICE void fetch(u32 k) { next[0] = __ldg(first + k), next[1] = __ldg(second + k); }
+
+    /// Writes this k-block's scales to shared memory; if there is a next one, starts its loads.
+    MEGA_DEVICE void put(u32 address, u32 k, bool more) {
+        const float a = next[0], b = next[1];
+        if (more) fetch(k + 1);
+        ptx::store_floats_shared(address, a, interleaved ? b : a, interleaved ? a : b, b);
+    }
+};
+
+/// Consumer's side.
+struct BlockScales {
+    float act[2];      // rows t/4 and t/4 + 8 of this warp
+    float weight[2];   // even and odd groups of eight of the current half
+    u32 weights;       // shared address of the four
+
+    MEGA_DEVICE void load(u32 act_scales, u32 weight_scales) {
+        const u32 thread = ptx::thread_id_again(), row = thread / kWarp % 4 * 16 + thread % kWarp / 4;
+        act[0] = ptx::load_float_shared(act_scales + row * 4), act[1] = ptx::load_float_shared(act_scales + row * 4 + 32);
+        weights = weight_scales;
+        half(0);
+    }
+    MEGA_DEVICE void half(u32 h) {
+        weight[0] = ptx::load_float_shared(weights + h * 8), weight[1] = ptx::load_float_shared(weights + h * 8 + 4);
+    }
+};
+
+}  // namespace megamoe

@@ -1,0 +1,61 @@
+// The ring of four slots through which the scheduler tells the other warps what to do.
+//
+//   tile_full    arrived by  the scheduler (weights warp)                    waited for by  all readers
+//   tile_empty   arrived by  the activations warp, the publisher warp,       waited for by  the scheduler
+//                            every math warp that computes the tile
+//   tile_stored  arrived by  those math warps, when their rows are written    waited for by  the publisher
+//
+// A slot is used again only when all readers have let it go, so no barrier can run a phase ahead of its waiter.
+#pragma once
+#include "comm/fault.cuh"
+#include "layout/shared.cuh"
+#include "pipe/ring.cuh"
+#include "sched/plan.cuh"
+
+namespace megamoe {
+
+/// A tile slot whose fields are read each time they are needed: registers are dear in the math warps.
+struct TileView {
+    u32 address;
+
+    MEGA_DEVICE u32 field(u32 i) const { return ptx::load4_shared(address + i * 4); }
+    MEGA_DEVICE u32 kind() const { return field(0); }
+    MEGA_DEVICE u32 expert() const { return field(1); }
+    MEGA_DEVICE u32 n() const { return field(2); }
+    MEGA_DEVICE u32 row() const { return field(3); }
+    MEGA_DEVICE u32 rows() const { return field(4); }
+    MEGA_DEVICE u32 k_blocks() const { return field(5); }
+    MEGA_DEVICE u32 k_begin() const { return field(6); }
+};
+
+template <class C> struct TileSlots {
+    const Params& p;
+    const Shared<C>& shared;
+
+    /// Scheduler: puts the `index`-th tile of this block of threads into its slot.
+    MEGA_DEVICE void publish(u32 index, const Tile& tile) const {
+        const Ring<kTileSlots> at(index);
+        wait_barrier(p, Wait::tile_slot_free, shared.tile_empty(at.stage), at.parity ^ 1, index);
+        *reinterpret_cast<Tile*>(shared.slot(at.stage)) = tile;
+        ptx::mbarrier_arrive(shared.tile_full(at.stage));
+    }
+    /// Readers: waits for the `index`-th tile.
+    MEGA_DEVICE Tile read(u32 index) const {
+        const Ring<kTileSlots> at(index);
+        wait_barrier(p, Wait::tile_published, shared.tile_full(at.stage), at.parity, index);
+        return *reinterpret_cast<const Tile*>(shared.slot(at.stage));
+    }
+    /// The same for the math warps.
+    MEGA_DEVICE TileView watched(u32 index) const {
+        const Ring<kTileSlots> at(index);
+        wait_barrier_watched(shared.tile_full(at.stage), at.parity);
+        return {shared.slot_address(at.stage)};
+    }
+    /// One lane of each reading warp: the slot may be written again.
+    MEGA_DEVICE void release(u32 index) const { ptx::mbarrier_arrive(shared.tile_empty(index % kTileSlots)); }
+
+    /// One lane of each math warp: its part of the tile is written.
+    MEGA_DEVICE void stored(u32 index) const { ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots)); }
+};
+
+}  // namespace megamoe

@@ -1,0 +1,44 @@
+// Warpgroup matrix multiply, FP8 e4m3, both operands in shared memory, K-major under the 128-byte swizzle.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions
+#pragma once
+#include "base/types.cuh"
+
+namespace megamoe::ptx {
+
+MEGA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+MEGA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/// Waits until at most kPending committed groups are still running.
+template <u32 kPending> MEGA_DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+/// Keeps accumulators in registers at this point, so that no use of them moves above the wait.  Emits nothing.
+template <u32 kCount> MEGA_DEVICE void pin(float (&d)[kCount]) {
+#pragma unroll
+    for (u32 i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+/// Matrix descriptor of a tile of 128-byte rows in atoms of 8 rows, 128-byte swizzle, 1024-byte aligned:
+///   bits 0-13 address / 16 | 16-29 leading offset (unused, 1) | 32-45 1024 B between atoms / 16 | 62-63 swizzle 128 B
+/// 32 elements further along K adds 2; 8 rows further adds 64.
+MEGA_DEVICE u64 matrix_descriptor(u32 address) {
+    return (u64(1) << 62) | (u64(1024 / 16) << 32) | (u64(1) << 16) | ((address & 0x3FFFF) >> 4);
+}
+constexpr u32 kDescriptorK32 = 2;
+constexpr u32 kDescriptorRows64 = 512;
+
+#define MEGA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+/// d = A . B^T (+ d when `accumulate`): 64 rows of A, 64 rows of B, 32 deep.
+MEGA_DEVICE void wgmma_m64n64k32(float (&d)[32], u64 a, u64 b, u32 accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
+        "%30,%31}, %32, %33, p, 1, 1;\n}\n"
+        : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
+        : "l"(a), "l"(b), "r"(accumulate)
+        : "memory");
+}
+#undef MEGA_D4
+
+}  // namespace megamoe::ptx

@@ -1,0 +1,102 @@
+// The two load warps; one lane of each does the work.  They fill the same stages and announce their bytes on the same
+// barrier, but the weights do not wait for the activations: they depend on nothing and run ahead.
+//
+//   full[stage]    arrived by  activations lane, weights lane (2), plus their bytes    waited for by  math warps
+//                  (the weights lane also stores the four weight scales before it arrives)
+//   empty[stage]   arrived by  every math warp that reads the stage                    waited for by  both lanes
+//
+// The weights lane is also the scheduler: it takes tickets, one ahead, and publishes the tiles.
+#pragma once
+#include "mma/scales.cuh"
+#include "pipe/tile_slots.cuh"
+#include "sched/order.cuh"
+
+namespace megamoe {
+
+constexpr u32 kBoxRows = 128;   // of a weight box; activation boxes have 64 rows
+
+template <class C> struct LoadWeights {
+    const Params& p;
+    const Shared<C>& shared;
+    const Plan plan;
+
+    MEGA_DEVICE u32 ticket() const { return ptx::fetch_add_relaxed(p.control + kControlTicket, 1); }
+
+    MEGA_DEVICE void stream(const Tile& tile) const {
+        const bool first = tile.kind == Tile::gemm1;
+        const ptx::TensorMap* map = first ? &p.weight1 : &p.weight2;
+        const u32 row = tile.expert * (first ? 2 * C::kIntermediate : C::kHidden) + tile.n * kBlockN;
+        WeightScaleStream<C> scales(p, tile);
+        Ring<C::kStages> ring(tile.k_begin);
+        for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance()) {
+            wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
+            const u32 full = shared.full(ring.stage), at = shared.weights(ring.stage);
+            scales.put(shared.weight_scales(ring.stage), k, k + 1 < tile.k_blocks);
+            ptx::mbarrier_expect(full, Shared<C>::kWeightBytes);
+            ptx::tma_load_2d(at, map, full, k * kBlockK, row);
+            ptx::tma_load_2d(at + kBoxRows * kBlockK, map, full, k * kBlockK, row + kBoxRows);
+        }
+    }
+
+    MEGA_DEVICE void run() const {
+        const TileSlots<C> slots{p, shared};
+        TileOrder<C> order(plan, p.lag_tiles);
+        u32 index = 0, k_begin = 0, mine = ticket();
+        while (true) {
+            Tile tile = order.locate(mine);
+            tile.k_begin = k_begin;
+            slots.publish(index++, tile);
+            if (tile.kind == Tile::stop) break;
+            mine = ticket();   // on its way while this tile streams
+            stream(tile);
+            k_begin += tile.k_blocks;
+        }
+        if (C::kVariant == Variant::pingpong) slots.publish(index, Tile{Tile::stop, 0, 0, 0, 0, 0, 0, 0});   // one for each group
+    }
+};
+
+template <class C> struct LoadActivations {
+    const Params& p;
+    const Shared<C>& shared;
+
+    /// Blocks until the tile's rows are in their pool.
+    MEGA_DEVICE void wait_rows(const Tile& tile) const {
+        for (u32 r = 0; r < tile.rows; r += kCounterRows) {
+            const u32 counter = (tile.row + r) / kCounterRows;
+            if (tile.kind == Tile::gemm1)
+                wait_counter(p, Wait::rows_dispatched, p.act1_ready + counter, min_u32(kCounterRows, tile.rows - r), counter);
+            else
+                wait_counter(p, Wait::gemm1_done, p.act2_ready + counter, TileOrder<C>::kTilesN1, counter);
+        }
+        ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
+    }
+
+    MEGA_DEVICE void stream(const Tile& tile) const {
+        const bool first = tile.kind == Tile::gemm1;
+        const ptx::TensorMap* map = first ? &p.act1 : &p.act2;
+        const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.row;
+        const u32 boxes = C::kBlockM == 64 ? 1 : ceil_div(tile.rows, 64u);   // a half with no rows is not read
+        Ring<C::kStages> ring(tile.k_begin);
+        for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance(), scales += p.pool_rows) {
+            wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
+            const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
+            ptx::mbarrier_expect(full, boxes * 64 * kBlockK + Shared<C>::kActScaleBytes);
+            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.row);
+            if (boxes == 2) ptx::tma_load_2d(at + 64 * kBlockK, map, full, k * kBlockK, tile.row + 64);
+            ptx::bulk_load(shared.act_scales(ring.stage), scales, Shared<C>::kActScaleBytes, full);
+        }
+    }
+
+    MEGA_DEVICE void run() const {
+        const TileSlots<C> slots{p, shared};
+        for (u32 index = 0;; ++index) {
+            const Tile tile = slots.read(index);
+            if (tile.kind == Tile::stop) break;
+            slots.release(index);
+            wait_rows(tile);
+            stream(tile);
+        }
+    }
+};
+
+}  // namespace megamoe

@@ -1,0 +1,108 @@
+"""One FP8 Mixture-of-Experts layer as one kernel launch on NVIDIA Hopper, compiled at first use.
+
+Importing this package imports neither torch nor the CUDA bindings; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from megamoe_jit._errors import (
+    CaptureError,
+    CompileError,
+    ConfigError,
+    DeviceFaultError,
+    KernelMissingError,
+    LaunchError,
+    LoadError,
+    MegaMoeError,
+    PeerTimeoutError,
+    PerformanceLossError,
+    RankMismatchError,
+    RenderError,
+    ToolchainError,
+    UnsupportedDeviceError,
+)
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._version import __version__
+
+if TYPE_CHECKING:
+    from megamoe_jit._api import fp8_mega_moe, fp8_mega_moe_cooperative, fp8_mega_moe_pingpong
+    from megamoe_jit._buffer import SymmBuffer, get_symm_buffer_for_mega_moe
+    from megamoe_jit._layer import MegaMoE
+    from megamoe_jit._quant import (
+        dequantize_activations,
+        dequantize_weights,
+        quantize_activations,
+        quantize_weights,
+    )
+    from megamoe_jit._runtime import warmup
+    from megamoe_jit._weights import (
+        inverse_transform_weights_for_mega_moe_sm90,
+        transform_weights_for_mega_moe_sm90,
+    )
+
+#: Where each name that needs torch or the CUDA bindings lives.
+_LAZY = {
+    "MegaMoE": "_layer",
+    "SymmBuffer": "_buffer",
+    "dequantize_activations": "_quant",
+    "dequantize_weights": "_quant",
+    "fp8_mega_moe": "_api",
+    "fp8_mega_moe_cooperative": "_api",
+    "fp8_mega_moe_pingpong": "_api",
+    "get_symm_buffer_for_mega_moe": "_buffer",
+    "inverse_transform_weights_for_mega_moe_sm90": "_weights",
+    "quantize_activations": "_quant",
+    "quantize_weights": "_quant",
+    "transform_weights_for_mega_moe_sm90": "_weights",
+    "warmup": "_runtime",
+}
+
+__all__ = [
+    "CaptureError",
+    "CompileError",
+    "ConfigError",
+    "DeviceFaultError",
+    "KernelMissingError",
+    "KernelSpec",
+    "LaunchError",
+    "LoadError",
+    "MegaMoE",
+    "MegaMoeError",
+    "MoEShape",
+    "PeerTimeoutError",
+    "PerformanceLossError",
+    "RankMismatchError",
+    "RenderError",
+    "SymmBuffer",
+    "ToolchainError",
+    "UnsupportedDeviceError",
+    "Variant",
+    "__version__",
+    "dequantize_activations",
+    "dequantize_weights",
+    "fp8_mega_moe",
+    "fp8_mega_moe_cooperative",
+    "fp8_mega_moe_pingpong",
+    "get_symm_buffer_for_mega_moe",
+    "inverse_transform_weights_for_mega_moe_sm90",
+    "quantize_activations",
+    "quantize_weights",
+    "transform_weights_for_mega_moe_sm90",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,96 @@
+"""Every exception the package raises, in one tree.
+
+::
+
+    MegaMoeError
+    ├── ConfigError (also ValueError)      an argument, shape, dtype or setting is not supported
+    ├── UnsupportedDeviceError             the GPU is not a Hopper (SM90) or cannot do what was asked
+    ├── ToolchainError                     no usable NVRTC, or one that does not fit the driver
+    ├── RenderError                        a kernel template could not be rendered
+    ├── CompileError                       NVRTC refused the source
+    │   └── PerformanceLossError           it compiled, but with spills or serialised WGMMA
+    ├── KernelMissingError                 the kernel is not cached and compiling is forbidden
+    ├── LoadError                          the driver refused the compiled kernel
+    ├── LaunchError                        the driver refused the launch
+    ├── CaptureError                       not possible while a CUDA graph is being captured
+    ├── RankMismatchError                  ranks disagree on the configuration or the kernel
+    ├── PeerTimeoutError                   another rank did not arrive in time
+    └── DeviceFaultError                   a kernel gave up waiting, or the CUDA context is broken
+
+All of them pickle, so they cross process boundaries with their message.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "CompileError",
+    "ConfigError",
+    "DeviceFaultError",
+    "KernelMissingError",
+    "LaunchError",
+    "LoadError",
+    "MegaMoeError",
+    "PeerTimeoutError",
+    "PerformanceLossError",
+    "RankMismatchError",
+    "RenderError",
+    "ToolchainError",
+    "UnsupportedDeviceError",
+]
+
+
+class MegaMoeError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(MegaMoeError, ValueError):
+    """An argument, shape, dtype or setting is not supported; says what, which value, what is allowed."""
+
+
+class UnsupportedDeviceError(MegaMoeError):
+    """The device cannot run these kernels (they need compute capability 9.0)."""
+
+
+class ToolchainError(MegaMoeError):
+    """NVRTC was not found, is too old, or does not fit the driver."""
+
+
+class RenderError(MegaMoeError):
+    """A kernel template or one of its rooms could not be rendered."""
+
+
+class CompileError(MegaMoeError):
+    """NVRTC refused the source; the message holds the log, mapped to template lines."""
+
+
+class PerformanceLossError(CompileError):
+    """The kernel compiled, but ptxas spilled registers or reported a C75xx performance loss."""
+
+
+class KernelMissingError(MegaMoeError):
+    """The kernel is not in the cache and compiling is forbidden; names the warmup command."""
+
+
+class LoadError(MegaMoeError):
+    """The driver refused the compiled kernel."""
+
+
+class LaunchError(MegaMoeError):
+    """The driver refused the launch."""
+
+
+class CaptureError(MegaMoeError):
+    """The operation is not possible while a CUDA graph is being captured."""
+
+
+class RankMismatchError(MegaMoeError):
+    """Ranks disagree on the configuration or on the compiled kernel."""
+
+
+class PeerTimeoutError(MegaMoeError):
+    """Another rank did not arrive within the deadline."""
+
+
+class DeviceFaultError(MegaMoeError):
+    """A kernel waited past its deadline and trapped, or the CUDA context is unusable."""

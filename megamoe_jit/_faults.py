@@ -1,0 +1,69 @@
+"""The record that a kernel leaves in host memory before it traps, in words.
+
+Four 32-bit words: what | warp << 8 | block << 16, which one, expected, seen (`kernels_src/comm/fault.cuh`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
+
+__all__ = ["WAITS", "Fault", "decode", "fault_error"]
+
+PEER_SIGNAL = 9
+
+#: By code: what was waited for, and who should have done it.
+WAITS = {
+    1: "all blocks of the launch to reach grid barrier {which} ({expected} blocks)",
+    2: "the readers to free the slot of tile {which}",
+    3: "the scheduler to publish tile {which}",
+    4: "the math warps to free pipeline stage {which}",
+    6: "dispatch to bring the rows of pool block {which} ({seen} of {expected} arrived)",
+    7: "the first GEMM to finish pool block {which} ({seen} of {expected} tiles done)",
+    8: "the math warps to finish tile {which}",
+    PEER_SIGNAL: "the other ranks at rank barrier {which} ({seen} of {expected} signals arrived)",
+}
+
+ROLES = ("activations warp", "weights warp", "dispatch warp", "publisher warp")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A decoded record."""
+
+    what: int
+    warp: int
+    block: int
+    which: int
+    expected: int
+    seen: int
+
+    def __str__(self) -> str:
+        role = ROLES[self.warp] if self.warp < len(ROLES) else f"math warp {self.warp - len(ROLES)}"
+        text = WAITS.get(self.what, "something unknown (code {what})")
+        waited = text.format(what=self.what, which=self.which, expected=self.expected, seen=self.seen)
+        return f"block {self.block}, {role}, waited in vain for {waited}"
+
+
+def decode(words: Sequence[int]) -> Fault | None:
+    """The fault in the record's four words, or None when it is empty."""
+    if words[0] == 0:
+        return None
+    who, which, expected, seen = (int(w) & 0xFFFFFFFF for w in words[:4])
+    return Fault(who & 0xFF, who >> 8 & 0xFF, who >> 16, which, expected, seen)
+
+
+def fault_error(fault: Fault | None, rank: int, cause: str) -> MegaMoeError:
+    """The exception to raise for a launch that failed with `cause`."""
+    if fault is None:
+        return DeviceFaultError(
+            f"rank {rank}: the GPU reported an error and no MoE kernel left a fault record, so the cause may be another "
+            f"kernel; the CUDA context is unusable, restart the process. The driver said: {cause}"
+        )
+    kind = PeerTimeoutError if fault.what == PEER_SIGNAL else DeviceFaultError
+    return kind(
+        f"rank {rank}: {fault}, then the kernel trapped; the CUDA context is unusable, restart the process. "
+        "The deadline is MEGAMOE_JIT_TIMEOUT_S."
+    )

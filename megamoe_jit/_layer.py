@@ -1,0 +1,91 @@
+"""`MegaMoE`: a layer that owns its buffer and its weights, for callers who want one object and bf16 in and out."""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe_jit._api import fp8_mega_moe
+from megamoe_jit._buffer import get_symm_buffer_for_mega_moe
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._quant import quantize_activations, quantize_weights
+from megamoe_jit._weights import WeightPair, transform_weights_for_mega_moe_sm90
+
+__all__ = ["MegaMoE"]
+
+
+class MegaMoE:
+    """One MoE layer on one GPU.
+
+    Args:
+        w13: gate rows then up rows of each expert: bf16 or float32 ``[experts, 2 * intermediate, hidden]``, or a
+            pair of e4m3 codes of that shape and their float32 scales.
+        w2: ``[experts, hidden, intermediate]``, likewise.
+        topk: slots of a token.
+        max_tokens: most tokens of a call.
+        clamp: bound of gate and up; None for none.
+        inplace: interleave the codes of `w13` in place instead of in a copy (only for pairs).
+
+    Example:
+        >>> layer = MegaMoE(w13, w2, topk=6, max_tokens=4096)
+        >>> y = layer(x, topk_idx, topk_weights)
+    """
+
+    def __init__(
+        self,
+        w13: torch.Tensor | WeightPair,
+        w2: torch.Tensor | WeightPair,
+        *,
+        topk: int,
+        max_tokens: int,
+        clamp: float | None = None,
+        fast_math: bool = True,
+        inplace: bool = False,
+    ) -> None:
+        l1 = quantize_weights(w13) if isinstance(w13, torch.Tensor) else w13
+        l2 = quantize_weights(w2) if isinstance(w2, torch.Tensor) else w2
+        if l1[0].ndim != 3 or l2[0].ndim != 3:
+            raise ConfigError(f"w13 has {l1[0].ndim} and w2 {l2[0].ndim} dimensions; allowed: 3 each")
+        experts, rows, hidden = l1[0].shape
+        self.l1, self.l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=inplace or isinstance(w13, torch.Tensor))
+        self.clamp, self.fast_math = clamp, fast_math
+        self.buffer = get_symm_buffer_for_mega_moe(
+            None, experts, max_tokens, topk, hidden, rows // 2, device=l1[0].device
+        )
+
+    def stage(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> int:
+        """Quantise and copy the inputs of a call into the buffer; the number of tokens."""
+        tokens = x.shape[0]
+        if tokens > self.buffer.num_max_tokens_per_rank:
+            raise ConfigError(
+                f"x has {tokens} tokens; allowed: at most {self.buffer.num_max_tokens_per_rank}, the layer's max_tokens"
+            )
+        codes, scales = quantize_activations(x)
+        self.buffer.x[:tokens].copy_(codes)
+        self.buffer.x_sf[:tokens].copy_(scales)
+        self.buffer.topk_idx[:tokens].copy_(topk_idx)
+        self.buffer.topk_weights[:tokens].copy_(topk_weights)
+        return tokens
+
+    def __call__(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """Run the layer.
+
+        Args:
+            x: bf16 or float32 ``[T, hidden]``.
+            topk_idx: integers ``[T, topk]``, -1 for a masked slot.
+            topk_weights: float ``[T, topk]``.
+
+        Returns:
+            bf16 ``[T, hidden]``, a new tensor.
+        """
+        tokens = self.stage(x, topk_idx, topk_weights)
+        y = torch.empty(tokens, self.buffer.hidden, dtype=torch.bfloat16, device=x.device)
+        fp8_mega_moe(y, self.l1, self.l2, self.buffer, activation_clamp=self.clamp, fast_math=self.fast_math)
+        return y
+
+    def check(self) -> None:
+        """See `SymmBuffer.check`."""
+        self.buffer.check()
+
+    def destroy(self) -> None:
+        """Give the buffer back."""
+        self.buffer.destroy()

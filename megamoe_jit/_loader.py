@@ -1,0 +1,189 @@
+"""From a compiled kernel to a CUDA function on one device.
+
+Loading is forced, never left to the first launch: a lazily loaded kernel takes the context lock while
+peers already spin in theirs. The library handle lives as long as the process, since unloading is not
+allowed during graph capture. Nothing is compiled or loaded while torch captures a graph; that is refused
+before anything is touched, so that the capture stays usable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from megamoe_jit._cubin import read_cubin
+from megamoe_jit._errors import CaptureError, LoadError, UnsupportedDeviceError
+from megamoe_jit._runtime import CompiledKernel, get_kernel, warmup_command
+from megamoe_jit._settings import Settings, get_settings
+from megamoe_jit._spec import KernelSpec
+
+__all__ = ["LoadedKernel", "load_kernel"]
+
+#: driver errors that mean: this binary is not for this driver or device
+_REFUSED = (
+    "CUDA_ERROR_INVALID_IMAGE",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU",
+    "CUDA_ERROR_INVALID_SOURCE",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A kernel on one device.
+
+    Attributes:
+        spec: what it was compiled for.
+        key: its name in the cache.
+        device_index: the CUDA device.
+        function: the `CUfunction`, with its shared memory limit raised.
+        param_bytes: size of its parameter.
+        compiled: the kernel it was loaded from.
+        library: the `CUlibrary`, kept so that it is never unloaded.
+    """
+
+    spec: KernelSpec
+    key: str
+    device_index: int
+    function: Any
+    param_bytes: int
+    compiled: CompiledKernel = dataclasses.field(repr=False)
+    library: Any = dataclasses.field(repr=False)
+
+
+_lock = threading.Lock()
+_by_spec: dict[tuple[Settings, KernelSpec, int], LoadedKernel] = {}
+_by_key: dict[tuple[str, int], LoadedKernel] = {}
+_contexts: dict[int, Any] = {}
+
+
+def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None = None) -> LoadedKernel:
+    """Compile if needed, and load into the primary context of a device; once per kernel and device.
+
+    Args:
+        spec: the kernel.
+        device_index: the CUDA device; its primary context must be current, which it is after
+            `torch.cuda.set_device`.
+        param_bytes: size of the caller's parameter struct, checked against the kernel's.
+
+    Returns:
+        The loaded kernel.
+
+    Raises:
+        CaptureError: it is not loaded yet and torch is capturing a graph.
+        UnsupportedDeviceError: the device has not compute capability 9.0.
+        LoadError: the driver refuses, or the parameter sizes differ.
+    """
+    slot = (get_settings(), spec, device_index)
+    loaded = _by_spec.get(slot)
+    if loaded is None:
+        _refuse_capture(spec)
+        compiled = get_kernel(spec)
+        with _lock:
+            loaded = _by_key.get((compiled.key, device_index)) or _load(compiled, device_index)
+            _by_key[compiled.key, device_index] = _by_spec[slot] = loaded
+    if param_bytes is not None and param_bytes != loaded.param_bytes:
+        raise LoadError(
+            f"kernel {spec.entry} takes {loaded.param_bytes} bytes of parameters, but the host passes "
+            f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_params.py disagree"
+        )
+    return loaded
+
+
+def _refuse_capture(spec: KernelSpec) -> None:
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
+        raise CaptureError(
+            f"kernel {spec.entry} is used for the first time while a CUDA graph is being captured; run the "
+            f"layer once before the capture (to compile it ahead of time: {warmup_command(spec)})"
+        )
+
+
+def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel:
+    from cuda.bindings import driver
+
+    spec = compiled.spec
+    (kernel_info,) = (k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry)
+    _enter_context(driver, device_index, spec)
+    status, library = driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
+    if _name(status) in _REFUSED:
+        raise LoadError(_refusal(driver, compiled, _name(status)))
+    _check(driver, (status,), f"cuLibraryLoadData({spec.entry})")
+    kernel = _check(driver, driver.cuLibraryGetKernel(library, spec.entry.encode()), "cuLibraryGetKernel")
+    status, function = driver.cuKernelGetFunction(kernel)
+    if _name(status) in _REFUSED:
+        raise LoadError(_refusal(driver, compiled, _name(status)))
+    _check(driver, (status,), f"cuKernelGetFunction({spec.entry})")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(
+        driver,
+        driver.cuFuncSetAttribute(function, attribute, spec.shared_bytes),
+        f"raising the shared memory of {spec.entry} to {spec.shared_bytes} bytes",
+    )
+    return LoadedKernel(spec, compiled.key, device_index, function, kernel_info.param_bytes, compiled, library)
+
+
+def _enter_context(driver: Any, device_index: int, spec: KernelSpec) -> None:
+    """Make sure the primary context of the device is current, as torch has it."""
+    try:
+        _check(driver, driver.cuInit(0), "cuInit")
+    except RuntimeError as error:  # cuda-bindings found no libcuda
+        raise LoadError(f"there is no NVIDIA driver (libcuda.so.1): {error}") from error
+    device = _check(driver, driver.cuDeviceGet(device_index), f"cuDeviceGet({device_index})")
+    kind = driver.CUdevice_attribute
+    major, minor = (
+        int(_check(driver, driver.cuDeviceGetAttribute(attribute, device), "cuDeviceGetAttribute"))
+        for attribute in (
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    if (major, minor) != (9, 0):
+        raise UnsupportedDeviceError(
+            f"device {device_index} has compute capability {major}.{minor}; {spec.entry} needs 9.0 (Hopper)"
+        )
+    primary = _contexts.get(device_index)
+    if primary is None:
+        primary = _check(driver, driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
+        _contexts[device_index] = primary
+    current = _check(driver, driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
+    if int(current) == 0:
+        _check(driver, driver.cuCtxSetCurrent(primary), "cuCtxSetCurrent")
+    elif int(current) != int(primary):
+        raise LoadError(
+            f"the current CUDA context is not the primary context of device {device_index}; "
+            f"call torch.cuda.set_device({device_index}) first"
+        )
+
+
+def _name(status: Any) -> str:
+    return str(getattr(status, "name", status))
+
+
+def _check(driver: Any, result: tuple[Any, ...], what: str) -> Any:
+    """The value of a driver call; raises `LoadError` if it failed."""
+    status = result[0]
+    if int(status) != 0:
+        problem, text = driver.cuGetErrorString(status)
+        detail = f" ({bytes(text).decode()})" if int(problem) == 0 and text else ""
+        raise LoadError(f"{what} failed: {_name(status)}{detail}")
+    return result[1] if len(result) > 1 else None
+
+
+def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> str:
+    status, number = driver.cuDriverGetVersion()
+    version = f"{number // 1000}.{number % 1000 // 10}" if int(status) == 0 else "unknown"
+    compiler = str((compiled.meta.get("nvrtc") or {}).get("version", "unknown"))
+    advice = "delete the entry and compile again"
+    if version.split(".")[0].isdigit() and compiler.split(".")[0].isdigit():
+        have, need = int(version.split(".")[0]), int(compiler.split(".")[0])
+        if need > have:
+            advice = f"install an NVRTC of CUDA {have} (pip install 'megamoe-jit[cu{have}]') or a newer driver"
+    return (
+        f"the driver refuses kernel {compiled.spec.entry} ({error}): compiled by NVRTC {compiler}, "
+        f"the driver supports CUDA {version}; {advice} (key {compiled.key[:12]})"
+    )

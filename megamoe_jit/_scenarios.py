@@ -1,0 +1,1 @@
+../tests/scenarios.py

@@ -1,0 +1,174 @@
+"""What a kernel is compiled for: the shape, the variant, and the shared memory that follows from them.
+
+A kernel is specialised per (hidden, intermediate, experts, top-k, variant, ranks, numeric options).  Token count,
+capacity, SM count, timeout and clamp are run-time values, so one compiled kernel serves every batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from megamoe_jit._errors import ConfigError
+
+__all__ = ["MAX_EXPERTS", "MAX_RANKS", "MAX_TOKENS", "MAX_TOPK", "KernelSpec", "MoEShape", "Variant"]
+
+MAX_TOPK = 32
+MAX_EXPERTS = 1024
+MAX_RANKS = 8
+MAX_TOKENS = 32768
+BLOCK = 128  #: quantisation block, in both directions
+BLOCK_N = 256  #: columns of a tile: in the first GEMM these are 128 gate and 128 up columns
+SHARED_LIMIT = 232448  #: dynamic shared memory a block may use on SM90, bytes
+STAGING_BYTES = 8 * 2048  #: 16 rows x 128 B for each of the eight math warps
+TILE_SLOTS = 4  #: depth of the ring in which the scheduler publishes tiles
+DISPATCH_CHUNK = 2048  #: bytes that dispatch moves at a time through a slot of its own
+MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
+
+
+class Variant(StrEnum):
+    """How the two math warpgroups of a block share the work."""
+
+    PINGPONG = "pingpong"  #: BLOCK_M 64: each owns a whole tile, half a cycle out of phase
+    COOPERATIVE = "cooperative"  #: BLOCK_M 128: both split the rows of one tile and share its weights
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return 64 if self is Variant.PINGPONG else 128
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """The variant named `text`; raises `ConfigError` with the names there are."""
+        try:
+            return cls(text)
+        except ValueError:
+            names = ", ".join(v.value for v in cls)
+            raise ConfigError(f"unknown kernel variant {text!r}; allowed: {names}") from None
+
+
+def _check(ok: bool, what: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{what} = {value} is not supported; allowed: {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class MoEShape:
+    """Sizes of one MoE layer.  `experts` counts all ranks' experts."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    topk: int
+
+    def __post_init__(self) -> None:
+        _check(self.hidden > 0 and self.hidden % BLOCK == 0, "hidden", self.hidden, "a positive multiple of 128")
+        _check(
+            self.intermediate > 0 and self.intermediate % BLOCK == 0,
+            "intermediate",
+            self.intermediate,
+            "a positive multiple of 128",
+        )
+        _check(1 <= self.experts <= MAX_EXPERTS, "num_experts", self.experts, f"1 to {MAX_EXPERTS}")
+        _check(1 <= self.topk <= MAX_TOPK, "num_topk", self.topk, f"1 to {MAX_TOPK}")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One kernel to compile; everything in here is a compile-time constant of it."""
+
+    shape: MoEShape
+    variant: Variant
+    ranks: int = 1
+    fast_math: bool = True
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.ranks <= MAX_RANKS, "number of ranks", self.ranks, f"1 to {MAX_RANKS}")
+        _check(
+            self.shape.experts % self.ranks == 0,
+            "num_experts",
+            self.shape.experts,
+            f"a multiple of the number of ranks ({self.ranks})",
+        )
+
+    @property
+    def local_experts(self) -> int:
+        """Experts whose weights live on one rank."""
+        return self.shape.experts // self.ranks
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return self.variant.block_m
+
+    @property
+    def stage_bytes(self) -> int:
+        """One pipeline stage: activations, weights, a float scale per activation row and four for the weights."""
+        return self.block_m * BLOCK + BLOCK_N * BLOCK + self.block_m * 4 + 16
+
+    @property
+    def fixed_shared_bytes(self) -> int:
+        """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
+        slots = TILE_SLOTS * (3 * 8 + 32)
+        plan = 4 * self.local_experts + 4 * (self.local_experts + 1) + 2 * self.local_experts
+        return STAGING_BYTES + slots + 64 + plan
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages that fit, at most five."""
+        room = SHARED_LIMIT - self.fixed_shared_bytes - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)
+        return min(5, room // (self.stage_bytes + 16))
+
+    @property
+    def dispatch_slots(self) -> int:
+        """Chunks of rows that dispatch keeps in flight: as many as still fit, two to eight."""
+        room = SHARED_LIMIT - self.fixed_shared_bytes - self.stages * (self.stage_bytes + 16)
+        return min(MAX_DISPATCH_SLOTS, room // (DISPATCH_CHUNK + 8))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, rounded up to 16 B."""
+        rings = self.stages * (self.stage_bytes + 16) + self.dispatch_slots * (DISPATCH_CHUNK + 8)
+        return -(-(rings + self.fixed_shared_bytes) // 16) * 16
+
+    @property
+    def entry(self) -> str:
+        """Symbol of the kernel."""
+        s = self.shape
+        math = "fast" if self.fast_math else "exact"
+        return f"megamoe_{self.variant.value}_h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}_{math}"
+
+    @property
+    def template(self) -> str:
+        """Path of the Jinja2 entry under `kernels_src/`."""
+        return f"kernels/{self.variant.value}.cuh.j2"
+
+    def template_variables(self) -> dict[str, int | str]:
+        """What the Jinja2 entry is filled with."""
+        return {
+            "entry": self.entry,
+            "hidden": self.shape.hidden,
+            "intermediate": self.shape.intermediate,
+            "experts": self.shape.experts,
+            "topk": self.shape.topk,
+            "ranks": self.ranks,
+            "stages": self.stages,
+            "dispatch_slots": self.dispatch_slots,
+            "shared_bytes": self.shared_bytes,
+            "fast_math": "true" if self.fast_math else "false",
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return {**asdict(self), "variant": self.variant.value}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> KernelSpec:
+        """Inverse of `to_json`."""
+        return cls(
+            shape=MoEShape(**data["shape"]),
+            variant=Variant.parse(data["variant"]),
+            ranks=data["ranks"],
+            fast_math=data["fast_math"],
+        )

@@ -1,0 +1,86 @@
+"""Checks of what callers pass, before anything is launched: what it was, which value, what is allowed."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
+from megamoe_jit._spec import BLOCK, KernelSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["check_device", "check_expert_ids", "check_recipe", "check_tensor", "check_weights"]
+
+RECIPE = (128, 128, 128)
+
+
+@functools.cache
+def check_device(device: torch.device) -> None:
+    """Raise unless `device` is a CUDA device of compute capability 9.0."""
+    if device.type != "cuda":
+        raise ConfigError(f"device = {device} is not supported; allowed: a CUDA device")
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        raise UnsupportedDeviceError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; "
+            "these kernels need 9.0 (Hopper: H100, H200, H800, H20, GH200)"
+        )
+
+
+def check_tensor(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
+) -> None:
+    """Raise unless `tensor` has exactly this dtype, shape and device, is contiguous and 16-byte aligned."""
+    if tensor.dtype is not dtype:
+        raise ConfigError(f"{name} has dtype {tensor.dtype}; allowed: {dtype}")
+    if tensor.shape != tuple(shape):
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {tuple(shape)}")
+    if tensor.device != device:
+        raise ConfigError(f"{name} is on {tensor.device}; allowed: {device}, where the buffer is")
+    if not tensor.is_contiguous():
+        raise ConfigError(f"{name} has strides {tensor.stride()}; allowed: contiguous, row-major")
+    if tensor.data_ptr() % 16:
+        raise ConfigError(f"{name} starts at {tensor.data_ptr():#x}; allowed: an address that is a multiple of 16")
+
+
+def check_weights(
+    l1: tuple[torch.Tensor, torch.Tensor],
+    l2: tuple[torch.Tensor, torch.Tensor],
+    spec: KernelSpec,
+    device: torch.device,
+) -> None:
+    """Raise unless both layers' transformed weights and scales fit the kernel."""
+    experts, hidden, intermediate = spec.local_experts, spec.shape.hidden, spec.shape.intermediate
+    fp8, f32 = torch.float8_e4m3fn, torch.float32
+    check_tensor("l1 weights", l1[0], fp8, (experts, 2 * intermediate, hidden), device)
+    check_tensor("l1 scales", l1[1], f32, (experts, 2 * intermediate // BLOCK, hidden // BLOCK), device)
+    check_tensor("l2 weights", l2[0], fp8, (experts, hidden, intermediate), device)
+    check_tensor("l2 scales", l2[1], f32, (experts, hidden // BLOCK, intermediate // BLOCK), device)
+
+
+def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) -> float:
+    """Raise unless the options are the supported ones; the clamp as the kernel takes it (infinity for none)."""
+    if tuple(recipe) != RECIPE:
+        raise ConfigError(f"recipe = {tuple(recipe)} is not supported; allowed: {RECIPE}")
+    if activation != "swiglu":
+        raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
+    if clamp is None:
+        return float("inf")
+    if not clamp > 0:
+        raise ConfigError(f"activation_clamp = {clamp} is not supported; allowed: a positive number or None")
+    return float(clamp)
+
+
+def check_expert_ids(topk_idx: torch.Tensor, num_experts: int) -> None:
+    """Raise unless every id is -1 or an expert; synchronises, so only in debug mode."""
+    bad = (topk_idx < -1) | (topk_idx >= num_experts)
+    if bool(bad.any()):
+        token, slot = (int(i) for i in bad.nonzero()[0])
+        raise ConfigError(
+            f"topk_idx[{token}, {slot}] = {int(topk_idx[token, slot])} is not an expert; "
+            f"allowed: -1 (masked) or 0 to {num_experts - 1}"
+        )

@@ -1,0 +1,1 @@
+"""Tests, their scenario table and their oracles."""

@@ -1,0 +1,207 @@
+"""The compiler: what it was called with, what it said, and where its complaints point."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+
+from megamoe_jit import _compiler
+from megamoe_jit._compiler import compile_source, options_for
+from megamoe_jit._errors import CompileError, PerformanceLossError
+from megamoe_jit._render import render
+from megamoe_jit._settings import override
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._toolchain import Toolchain, find_toolchain
+
+ROOT = "/megamoe_jit/kernels_src"
+SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
+GOOD = """
+extern "C" __global__ void __launch_bounds__(384, 1) good(float* out) {
+  asm volatile("fence.proxy.async;");
+  out[threadIdx.x] = 1.f;
+}
+"""
+SPILLS = """#line 1 "/megamoe_jit/kernels_src/mma/big.cuh"
+extern "C" __global__ void __launch_bounds__(1024, 2) spills(float* a) {
+  float v[96];
+  for (int i = 0; i < 96; i++) v[i] = a[i * 1024 + threadIdx.x];
+  for (int j = 0; j < 8; j++) {
+#pragma unroll
+    for (int i = 0; i < 96; i++) v[i] = v[i] * v[(i + 7) % 96] + a[j];
+  }
+#pragma unroll
+  for (int i = 0; i < 96; i++) a[i * 1024 + threadIdx.x] = v[i];
+}
+"""
+SERIAL = """#line 1 "/megamoe_jit/kernels_src/mma/serial.cuh"
+extern "C" __global__ void __launch_bounds__(128) serial(float* a, unsigned long long d) {
+  float c0 = a[0], c1 = a[1], c2 = a[2], c3 = a[3];
+  asm volatile("wgmma.fence.sync.aligned;");
+  for (int i = 0; i < 2; i++) {
+    asm volatile("{wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, %4, %4, 1, 1, 1;}"
+                 : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3) : "l"(d + i));
+    c0 *= 2.f;
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;");
+  asm volatile("wgmma.wait_group.sync.aligned 0;");
+  a[0] = c0; a[1] = c1; a[2] = c2; a[3] = c3;
+}
+"""
+KEPT = re.compile(r"rendered source, PTX and log: (\S+)$")
+
+
+@pytest.fixture(scope="module")
+def toolchain():
+    return find_toolchain()
+
+
+@pytest.fixture(autouse=True)
+def failures_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(_compiler.tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.mark.parametrize(("version", "cached"), [((12, 8), False), ((12, 9), True), ((13, 0), True)])
+def test_options(version, cached):
+    options = options_for(Toolchain(Path("/x/libnvrtc.so"), version, "b"), ["--extra"])
+    assert options[:6] == (
+        "--gpu-architecture=sm_90a",
+        "-std=c++17",
+        "-default-device",
+        "-lineinfo",
+        "--ptxas-options=-v",
+        "--ptxas-options=--warn-on-spills",
+    )
+    assert ("--no-cache" in options) is cached
+    assert options[-1] == "--extra"
+    assert not any(option.startswith(("-I", "--include")) for option in options)
+    with override(ptxas_options=("--register-usage-level=10",)):
+        assert options_for(Toolchain(Path("/x"), version, "b"))[-1] == "--ptxas-options=--register-usage-level=10"
+
+
+def test_result(toolchain, tmp_path):
+    result = compile_source(GOOD, entry="good", toolchain=toolchain)
+    assert result.cubin.startswith(b"\x7fELF")
+    assert "good" in result.ptx
+    assert "fence.proxy.async" in result.ptx
+    assert (result.kernel.name, result.kernel.max_threads, result.kernel.param_bytes) == ("good", 384, 8)
+    assert (result.spill_bytes, result.stack_bytes) == (0, 0)
+    assert result.registers >= 8
+    assert result.diagnostics == result.advisories == ()
+    assert result.options == options_for(toolchain)
+    assert 0 < result.seconds["nvrtc"] < result.seconds["total"]
+    assert 0 < result.seconds["ptxas"] < result.seconds["nvrtc"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_same_bytes_twice(toolchain):
+    first = compile_source(GOOD, entry="good", toolchain=toolchain)
+    assert compile_source(GOOD, entry="good", toolchain=toolchain).cubin == first.cubin
+
+
+def test_front_end_error_points_at_room_and_line(toolchain, tmp_path):
+    for name, text in {
+        "kernels/pingpong.cuh.j2": '#include "room/file.cuh"\nextern "C" __global__ void {{ entry }}() { f(); }\n',
+        "room/file.cuh": "#pragma once\n\n__device__ void f() { undefined_thing(); }\n",
+    }.items():
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_text(text)
+    with override(kernels_src=tmp_path / "src"):
+        source = render(SPEC).text
+    with pytest.raises(CompileError) as caught:
+        compile_source(source, entry=SPEC.entry, toolchain=toolchain)
+    message = str(caught.value)
+    assert not isinstance(caught.value, PerformanceLossError)
+    assert f'{ROOT}/room/file.cuh(3): error: identifier "undefined_thing" is undefined' in message
+    assert "| __device__ void f() { undefined_thing(); }" in message
+    kept = Path(KEPT.search(message)[1])
+    assert kept.read_text() == source
+    assert "undefined_thing" in kept.with_suffix(".log").read_text()
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message
+
+
+def test_assembler_error_points_at_room_and_line(toolchain):
+    source = (
+        f'#line 1 "{ROOT}/ptx/bad.cuh"\n\n'
+        '__device__ void bad(int x) { asm volatile("bogus.op %0;" :: "r"(x)); }\n'
+        f'#line 40 "{ROOT}/kernels/x.cuh.j2"\nextern "C" __global__ void k(int* a) {{ bad(a[0]); }}\n'
+    )
+    with pytest.raises(CompileError) as caught:
+        compile_source(source, entry="k", toolchain=toolchain)
+    message = str(caught.value)
+    assert f"{ROOT}/ptx/bad.cuh(2): error: Not a name of any known instruction: 'bogus'" in message
+    assert "| __device__ void bad" in message
+    assert "bogus.op" in Path(KEPT.search(message)[1]).with_suffix(".ptx").read_text()
+
+
+def test_warnings_are_diagnostics(toolchain):
+    source = f'#line 7 "{ROOT}/a/b.cuh"\nextern "C" __global__ void k(int* a) {{ int q = 3; a[0] = 1; }}\n'
+    (diagnostic,) = compile_source(source, entry="k", toolchain=toolchain).diagnostics
+    assert (diagnostic.severity, diagnostic.code) == ("warning", "177-D")
+    assert (diagnostic.file, diagnostic.line) == (f"{ROOT}/a/b.cuh", 7)
+    assert not diagnostic.is_performance_loss
+
+
+@pytest.mark.parametrize(
+    ("source", "entry", "what"), [(SPILLS, "spills", "bytes of spills"), (SERIAL, "serial", "C75")]
+)
+def test_performance_losses_fail_warn_or_pass(toolchain, caplog, source, entry, what):
+    with pytest.raises(PerformanceLossError, match=what) as caught:
+        compile_source(source, entry=entry, toolchain=toolchain)
+    assert "MEGAMOE_JIT_STRICT=warn" in str(caught.value)
+    assert Path(KEPT.search(str(caught.value))[1]).read_text() == source
+    with caplog.at_level(logging.WARNING, "megamoe_jit"):
+        with override(strict="warn"):
+            result = compile_source(source, entry=entry, toolchain=toolchain)
+        assert len(caplog.records) == 1
+        assert what in caplog.text
+        with override(strict="ignore"):
+            compile_source(source, entry=entry, toolchain=toolchain)
+        assert len(caplog.records) == 1
+    assert result.advisories
+    assert (result.spill_bytes > 0) == (entry == "spills")
+    assert result.stack_bytes == result.kernel.stack_bytes
+
+
+def test_advisory_points_at_the_source(toolchain):
+    with override(strict="ignore"):
+        result = compile_source(SERIAL, entry="serial", toolchain=toolchain)
+    placed = [d for d in result.diagnostics if d.code in ("C7517", "C7519") and d.file]
+    assert placed
+    assert {d.file for d in placed} == {f"{ROOT}/mma/serial.cuh"}
+    assert {d.line for d in placed} <= set(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("", "no kernel instead of exactly good"),
+        ('extern "C" __global__ void other() {}', "other instead of exactly good"),
+        (GOOD + 'extern "C" __global__ void z() {}', "good, z instead of exactly good"),
+    ],
+)
+def test_exactly_the_entry_is_expected(toolchain, source, what):
+    with pytest.raises(CompileError, match=what):
+        compile_source(source, entry="good", toolchain=toolchain)
+
+
+def test_empty_cubin_is_refused(toolchain, monkeypatch):
+    monkeypatch.setattr(_compiler, "_nvrtc", lambda *a: ("", "", "", b""))
+    with pytest.raises(CompileError, match="not a 64-bit little-endian ELF"):
+        compile_source(GOOD, entry="good", toolchain=toolchain)
+
+
+def test_bad_option_is_reported(toolchain):
+    with pytest.raises(CompileError, match="no-such-option"):
+        compile_source(GOOD, entry="good", toolchain=toolchain, extra_options=["--no-such-option"])
+
+
+def test_dump_directory(toolchain, tmp_path):
+    with override(dump_dir=tmp_path / "dump"):
+        result = compile_source(GOOD, entry="good", toolchain=toolchain)
+    assert (tmp_path / "dump" / "good.cu").read_text() == GOOD
+    assert (tmp_path / "dump" / "good.cubin").read_bytes() == result.cubin
+    assert {p.suffix for p in (tmp_path / "dump").iterdir()} == {".cu", ".cubin", ".ptx", ".log"}

@@ -1,0 +1,364 @@
+"""From spec to kernel: one compile per process and machine, failures remembered, the disk never decisive."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megamoe_jit import _cache, _runtime
+from megamoe_jit._errors import CompileError, KernelMissingError, PerformanceLossError, RenderError
+from megamoe_jit._runtime import forget, get_kernel, kernel_cache, kernel_key, retry, warmup, warmup_command
+from megamoe_jit._settings import override
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+
+NVRTC = "MEGAMOE_JIT_NVRTC"
+REPO = Path(__file__).resolve().parents[2]
+SHAPE = MoEShape(256, 128, 8, 2)
+PING = KernelSpec(SHAPE, Variant.PINGPONG)
+COOP = KernelSpec(SHAPE, Variant.COOPERATIVE, ranks=2, fast_math=False)
+TEMPLATE = """#include "room/fill.cuh"
+extern "C" __global__ void __launch_bounds__(384, 1) {{ entry }}(const __grid_constant__ mini::Params p) {
+  mini::fill(p, {{ hidden }});
+}
+"""
+ROOM = """#pragma once
+namespace mini {
+struct alignas(64) Params { int* out; int n; };
+__device__ inline void fill(const Params& p, int value) {
+  if (threadIdx.x < p.n) p.out[threadIdx.x] = value;
+}
+}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A small kernel directory, a cold cache and a lock directory, in force as settings."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = tmp_path / "src"
+    for name, text in {
+        "kernels/pingpong.cuh.j2": TEMPLATE,
+        "kernels/cooperative.cuh.j2": TEMPLATE,
+        "room/fill.cuh": ROOM,
+    }.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    forget()
+    with override(kernels_src=source, cache_dir=tmp_path / "cache", lock_dir=tmp_path / "locks", strict="error"):
+        yield tmp_path
+    forget()
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """The entries compiled so far, counted around the real compiler."""
+    real, seen = _runtime.compile_source, []
+
+    def count(text, *, entry, toolchain):
+        seen.append(entry)
+        return real(text, entry=entry, toolchain=toolchain)
+
+    monkeypatch.setattr(_runtime, "compile_source", count)
+    return seen
+
+
+def environment(place):
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith("MEGAMOE_JIT_") or k == NVRTC},
+        "PYTHONPATH": str(REPO),
+        "MEGAMOE_JIT_CACHE_DIR": str(place / "cache"),
+        "MEGAMOE_JIT_LOCK_DIR": str(place / "locks"),
+        "MEGAMOE_JIT_KERNELS_SRC": str(place / "src"),
+    }
+
+
+CHILD = """
+import json, sys, time
+from pathlib import Path
+from megamoe_jit._runtime import get_kernel
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+gate = sys.argv[1]
+print("ready", flush=True)
+while gate and not Path(gate).exists():
+    time.sleep(0.002)
+kernel = get_kernel(KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG))
+print(json.dumps({"origin": kernel.origin, "key": kernel.key, "bytes": len(kernel.cubin),
+                  "compiler": "cuda.bindings.nvrtc" in sys.modules, "torch": "torch" in sys.modules}))
+"""
+
+
+def child(place, gate=""):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(gate)],
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=place,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1]), err
+
+
+def test_memory_disk_compiled(place, compiles):
+    first = get_kernel(PING)
+    assert (first.origin, first.spec, len(compiles)) == ("compiled", PING, 1)
+    again = get_kernel(PING)
+    assert (again.origin, again.cubin, again.seconds) == ("memory", first.cubin, 0.0)
+    forget(PING)
+    third = get_kernel(PING)
+    assert (third.origin, third.cubin, third.key) == ("disk", first.cubin, first.key)
+    assert len(compiles) == 1
+    assert first.key == kernel_key(PING)
+
+
+def test_metadata(place):
+    compiled = get_kernel(COOP).meta
+    forget()
+    stored = get_kernel(COOP).meta
+    assert {k: stored[k] for k in compiled} == compiled
+    assert stored["entry"] == COOP.entry
+    assert KernelSpec.from_json(stored["spec"]) == COOP
+    assert stored["files"] == ["kernels/cooperative.cuh.j2", "room/fill.cuh"]
+    assert stored["options"][0] == "--gpu-architecture=sm_90a"
+    assert {"version", "build", "path"} == set(stored["nvrtc"])
+    assert (stored["param_bytes"], stored["max_threads"], stored["spill_bytes"]) == (64, 384, 0)
+    assert stored["dynamic_shared_bytes"] == COOP.shared_bytes
+    assert stored["registers"] > 0
+    assert stored["advisories"] == []
+    assert set(stored["compile_ms"]) == {"load", "nvrtc", "ptxas", "total"}
+    assert set(stored) >= {"schema", "key", "arch", "cubin_sha256", "cubin_bytes", "created_at", "host"}
+
+
+def test_key_follows_every_byte_of_every_room_but_not_the_place(place, tmp_path):
+    before = kernel_key(PING)
+    assert kernel_key(COOP) != before
+    room = place / "src" / "room" / "fill.cuh"
+    room.write_text(ROOM + "\n// one more comment\n")
+    changed = kernel_key(PING)
+    assert changed != before
+    room.write_text(ROOM)
+    assert kernel_key(PING) == before
+    (place / "src").rename(tmp_path / "moved")
+    with override(kernels_src=tmp_path / "moved"):
+        assert kernel_key(PING) == before
+        with override(ptxas_options=("--register-usage-level=10",)):
+            assert kernel_key(PING) != before
+
+
+def test_eight_processes_with_a_cold_cache_compile_once(place):
+    processes = [child(place, place / "gate") for _ in range(8)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    (place / "gate").touch()
+    results = [finish(process)[0] for process in processes]
+    assert sorted(r["origin"] for r in results) == ["compiled"] + ["disk"] * 7
+    assert len({(r["key"], r["bytes"]) for r in results}) == 1
+
+
+def test_second_process_starts_from_disk_without_the_compiler(place):
+    key = get_kernel(PING).key
+    result, err = finish(child(place))
+    assert result["origin"] == "disk"
+    assert result["key"] == key
+    assert not result["compiler"]
+    assert not result["torch"]
+    assert err == ""
+
+
+def test_killed_holder_does_not_block(place):
+    key = kernel_key(PING)
+    code = (
+        "import sys, time\nfrom megamoe_jit._locks import key_lock\n"
+        "with key_lock(sys.argv[1], 'k'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, key], env=environment(place), stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    begin = time.perf_counter()
+    assert get_kernel(PING).origin == "compiled"
+    assert time.perf_counter() - begin < 10
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbled"])
+def test_damaged_entry_is_compiled_again_with_one_warning(place, compiles, caplog, damage):
+    good = get_kernel(PING)
+    path = kernel_cache().entry_path(good.key) / "kernel.cubin"
+    data = path.read_bytes()
+    path.write_bytes(data[:-100] if damage == "truncated" else data[:-100] + bytes(100))
+    forget()
+    with caplog.at_level(logging.WARNING, "megamoe_jit"):
+        again = get_kernel(PING)
+    assert (again.origin, again.cubin) == ("compiled", good.cubin)
+    assert len(compiles) == 2
+    assert len(caplog.records) == 1
+    assert "damaged" in caplog.text
+    forget()
+    assert get_kernel(PING).origin == "disk"
+
+
+def test_unwritable_cache_works_from_memory(place, caplog):
+    (place / "file").write_text("")
+    with override(cache_dir=place / "file" / "cache"), caplog.at_level(logging.WARNING, "megamoe_jit"):
+        assert get_kernel(PING).origin == "compiled"
+        assert get_kernel(PING).origin == "memory"
+        get_kernel(COOP)
+        writes = [r for r in caplog.records if "cannot write" in r.getMessage()]
+    assert len(writes) == 1
+
+
+def test_read_only_cache_is_read(place, monkeypatch):
+    get_kernel(PING)
+    forget()
+
+    def fail(*_, **__):
+        raise OSError(30, "read-only file system")
+
+    for name in ("rename", "utime"):
+        monkeypatch.setattr(_cache.os, name, fail)
+    monkeypatch.setattr(Path, "mkdir", fail)
+    assert get_kernel(PING).origin == "disk"
+    assert get_kernel(COOP).origin == "compiled"
+
+
+def test_threads_share_one_compile(place, compiles):
+    barrier = threading.Barrier(8)
+    kernels = []
+
+    def work():
+        barrier.wait()
+        kernels.append(get_kernel(PING))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compiles) == 1
+    assert sorted(k.origin for k in kernels) == ["compiled"] + ["memory"] * 7
+    assert len({k.cubin for k in kernels}) == 1
+
+
+def test_failure_is_remembered_until_retry(place, compiles):
+    room = place / "src" / "room" / "fill.cuh"
+    room.write_text(ROOM.replace("value;", "undefined_thing;"))
+    with pytest.raises(CompileError, match=r"room/fill\.cuh\(5\): error") as first:
+        get_kernel(PING)
+    with pytest.raises(CompileError) as second:
+        get_kernel(PING)
+    assert second.value is first.value
+    assert len(compiles) == 1
+    room.write_text(ROOM)
+    with pytest.raises(CompileError):
+        get_kernel(PING)
+    retry()
+    assert get_kernel(PING).origin == "compiled"
+
+
+def test_forget_clears_one_failure(place):
+    (place / "src" / "room" / "fill.cuh").unlink()
+    for spec in (PING, COOP):
+        with pytest.raises(RenderError, match="room/fill.cuh"):
+            get_kernel(spec)
+    (place / "src" / "room" / "fill.cuh").write_text(ROOM)
+    forget(PING)
+    assert get_kernel(PING).origin == "compiled"
+    with pytest.raises(RenderError):
+        get_kernel(COOP)
+
+
+def test_forbidden_compile_names_kernel_and_command(place, compiles):
+    with override(disable_jit=True):
+        with pytest.raises(KernelMissingError) as caught:
+            get_kernel(COOP)
+        assert COOP.entry in str(caught.value)
+        assert warmup_command(COOP) in str(caught.value)
+        with override(disable_jit=False):
+            get_kernel(COOP)
+        forget()
+        assert get_kernel(COOP).origin == "disk"
+    assert len(compiles) == 1
+
+
+def test_warmup_command():
+    assert warmup_command(PING) == (
+        "megamoe-jit warmup --hidden 256 --intermediate 128 --experts 8 --topk 2 --ranks 1 --variant pingpong"
+    )
+    assert warmup_command(COOP).endswith("--ranks 2 --variant cooperative --no-fast-math")
+
+
+def test_performance_losses_are_judged_on_cached_kernels_too(place, monkeypatch, caplog):
+    template = place / "src" / "kernels" / "pingpong.cuh.j2"
+    template.write_text(
+        'extern "C" __global__ void {{ entry }}(int* a) {\n'
+        '  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");\n  a[0] = 1;\n}\n'
+    )
+    with pytest.raises(PerformanceLossError, match="C750"):
+        get_kernel(PING)
+    with override(strict="warn"):
+        assert get_kernel(PING).origin == "compiled"
+        forget()
+        caplog.clear()
+        assert get_kernel(PING).origin == "disk"
+        assert "performance losses" in caplog.text
+    retry()
+    with pytest.raises(PerformanceLossError, match=r"(?s)cached kernel .*C750"):
+        get_kernel(PING)
+    with override(strict="ignore"):
+        assert get_kernel(PING).origin == "disk"
+
+
+def test_warmup_reports_each_kernel_in_order(place, compiles):
+    broken = KernelSpec(SHAPE, Variant.COOPERATIVE, ranks=4)
+    (place / "src" / "kernels" / "cooperative.cuh.j2").write_text('#include "room/none.cuh"\n')
+    seen = []
+    results = warmup([PING, broken, PING], jobs=2, progress=seen.append)
+    assert [r.spec for r in results] == [PING, broken]
+    assert [r.ok for r in results] == [True, False]
+    assert results[0].kernel.origin == "compiled"
+    assert isinstance(results[1].error, RenderError)
+    assert sorted(r.ok for r in seen) == [False, True]
+    forget()
+    assert warmup([PING])[0].kernel.origin == "disk"
+    assert len(compiles) == 1
+    assert warmup([]) == []
+
+
+def test_forced_warmup_replaces_the_entry(place, compiles):
+    path = kernel_cache().entry_path(get_kernel(PING).key)
+    (path / "kernel.cu").write_text("old")
+    (result,) = warmup([PING], force=True)
+    assert result.kernel.origin == "compiled"
+    assert len(compiles) == 2
+    assert (path / "kernel.cu").read_text() != "old"
+    with override(disable_jit=True):
+        assert isinstance(warmup([PING], force=True)[0].error, KernelMissingError)
+
+
+def test_child_of_a_fork_does_not_wait_for_threads_it_has_not(place):
+    job = (_runtime.get_settings(), PING)
+    _runtime._running[job] = _runtime.concurrent.futures.Future()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if not _runtime._running else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        _runtime._running.clear()

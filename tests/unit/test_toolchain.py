@@ -1,0 +1,172 @@
+"""Choosing NVRTC: explicit, then torch's major, then that of cuda-bindings; and identifying it exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import struct
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from megamoe_jit import _toolchain
+from megamoe_jit._errors import ToolchainError
+from megamoe_jit._settings import override
+from megamoe_jit._toolchain import activate, build_id, candidates, find_toolchain, wanted_major
+
+
+@pytest.fixture(autouse=True)
+def forget_choice():
+    _toolchain._find_once.cache_clear()
+    yield
+    _toolchain._find_once.cache_clear()
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(_toolchain, "_installed_torch_cuda", lambda: None)
+
+
+@pytest.fixture
+def two_wheels(tmp_path, monkeypatch, no_torch):
+    """A Python path with a CUDA 13 and a CUDA 12 wheel, and nothing else anywhere."""
+
+    def make(folder, name, builtins, content):
+        path = tmp_path / folder
+        path.mkdir(parents=True)
+        (path / name).write_bytes(content)
+        (path / builtins).write_bytes(b"")
+        return path / name
+
+    thirteen = make("nvidia/cu13/lib", "libnvrtc.so.13", "libnvrtc-builtins.so.13.0", b"thirteen")
+    twelve = make("nvidia/cuda_nvrtc/lib", "libnvrtc.so.12", "libnvrtc-builtins.so.12.9", b"twelve")
+    places = [(thirteen, "wheel"), (twelve, "wheel")]
+    monkeypatch.setattr(_toolchain, "_search", lambda: iter(places))
+    return thirteen, twelve
+
+
+def set_bindings(monkeypatch, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+
+
+def set_torch(monkeypatch, cuda):
+    module = types.ModuleType("torch")
+    module.version = types.SimpleNamespace(cuda=cuda)
+    monkeypatch.setitem(sys.modules, "torch", module)
+
+
+@pytest.mark.parametrize(("version", "index"), [("12.9.4", 1), ("13.0.3", 0)])
+def test_bindings_decide_without_torch(two_wheels, monkeypatch, version, index):
+    set_bindings(monkeypatch, version)
+    assert find_toolchain().path == two_wheels[index]
+    assert [c.path for c in candidates()][0] == two_wheels[index]
+    assert len(candidates()) == 2
+
+
+def test_imported_torch_decides(two_wheels, monkeypatch):
+    set_bindings(monkeypatch, "13.4.4")
+    set_torch(monkeypatch, "12.8")
+    assert find_toolchain().path == two_wheels[1]
+    assert find_toolchain().version == (12, 9)
+
+
+def test_torch_for_cpu_leaves_it_to_bindings(two_wheels, monkeypatch):
+    set_bindings(monkeypatch, "13.4.4")
+    set_torch(monkeypatch, None)
+    assert wanted_major()[0] == 13
+
+
+def test_installed_torch_is_read_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "torch" / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert wanted_major()[0] == 13
+    assert "torch" not in sys.modules
+
+
+def test_other_major_is_used_with_a_warning(two_wheels, monkeypatch, caplog):
+    set_bindings(monkeypatch, "13.4.4")
+    monkeypatch.setattr(_toolchain, "_search", lambda: iter([(two_wheels[1], "wheel")]))
+    with caplog.at_level(logging.WARNING, "megamoe_jit"):
+        assert find_toolchain().version == (12, 9)
+    assert "may not load" in caplog.text
+    assert "megamoe-jit[cu13]" in caplog.text
+
+
+def test_explicit_path_wins(two_wheels, monkeypatch):
+    set_bindings(monkeypatch, "12.9.4")
+    with override(nvrtc=two_wheels[0]):
+        assert find_toolchain().version == (13, 0)
+        assert candidates()[0].origin == "MEGAMOE_JIT_NVRTC"
+    assert find_toolchain().version == (12, 9)
+
+
+def test_nothing_found_gives_the_pip_command(two_wheels, monkeypatch, tmp_path):
+    set_bindings(monkeypatch, "13.0.3")
+    monkeypatch.setattr(_toolchain, "_search", lambda: iter(()))
+    with pytest.raises(ToolchainError, match=r"pip install 'megamoe-jit\[cu13\]'"):
+        find_toolchain()
+    with override(nvrtc=tmp_path / "none.so"), pytest.raises(ToolchainError, match="does not exist"):
+        find_toolchain()
+
+
+def test_too_old_is_refused(two_wheels, tmp_path):
+    (two_wheels[1].parent / "libnvrtc-builtins.so.12.9").rename(two_wheels[1].parent / "libnvrtc-builtins.so.12.2")
+    with override(nvrtc=two_wheels[1]), pytest.raises(ToolchainError, match=r"NVRTC 12\.2 .* too old"):
+        find_toolchain()
+
+
+def test_symbolic_links_are_one_candidate(two_wheels, monkeypatch, tmp_path):
+    link = tmp_path / "libnvrtc.so.12"
+    link.symlink_to(two_wheels[1])
+    monkeypatch.setattr(_toolchain, "_search", lambda: iter([(two_wheels[1], "wheel"), (link, "system")]))
+    assert [c.path for c in candidates()] == [two_wheels[1]]
+
+
+def test_not_a_library_is_refused(tmp_path, no_torch):
+    path = tmp_path / "libnvrtc.so.12"
+    path.write_bytes(b"not an ELF")
+    with override(nvrtc=path), pytest.raises(ToolchainError, match="not a usable NVRTC"):
+        find_toolchain()
+
+
+def test_build_id_note_and_fallback(tmp_path):
+    path = tmp_path / "x.so"
+    path.write_bytes(b"no elf at all")
+    assert build_id(path) == "sha256:" + hashlib.sha256(b"no elf at all").hexdigest()
+    note = struct.pack("<III", 4, 4, 3) + b"GNU\0" + b"\xde\xad\xbe\xef"
+    other = struct.pack("<III", 3, 2, 3) + b"XX\0\0" + b"\1\2\0\0"
+    header = bytearray(64)
+    header[:6] = b"\x7fELF\x02\x01"
+    struct.pack_into("<Q", header, 32, 64)
+    struct.pack_into("<HH", header, 54, 56, 1)
+    body = other + note
+    program = struct.pack("<IIQQQQQQ", 4, 0, 120, 0, 0, len(body), 0, 0)
+    path.write_bytes(bytes(header) + program + body)
+    assert build_id(path) == "deadbeef"
+
+
+def test_the_real_one_loads_and_is_what_calls_reach():
+    toolchain = find_toolchain()
+    assert toolchain.version >= _toolchain.MINIMUM
+    assert toolchain.path.is_file()
+    assert len(bytes.fromhex(toolchain.build)) >= 8
+    activate(toolchain)
+    mapped = {path for path, _ in _toolchain._loaded()}
+    assert any(os.path.samefile(toolchain.path, path) for path in mapped)
+    assert find_toolchain() is toolchain
+
+
+def test_another_nvrtc_in_the_process_is_reported(tmp_path):
+    real = find_toolchain()
+    activate(real)
+    stranger = _toolchain.Toolchain(Path("/proc/self/exe"), real.version, "x")
+    with pytest.raises(ToolchainError):
+        activate(stranger)
