@@ -54,6 +54,9 @@ def fp8_mega_moe(
         ConfigError: an argument is not supported; nothing was launched.
         CaptureError: first use of this kernel during CUDA-graph capture.
         CompileError, LoadError, LaunchError: see their documentation.
+
+    Calls on one buffer are ordered, also across streams; replays of a captured graph are for the caller to order with
+    other calls on the same buffer.
     """
     settings = get_settings()
     device = sym_buffer.device
@@ -71,6 +74,7 @@ def fp8_mega_moe(
     choice = choose(
         sym_buffer.shape,
         tokens,
+        ranks=sym_buffer.ranks,
         variant=settings.variant if variant is None else variant,
         cooperative_threshold=settings.cooperative_threshold,
         num_sms=blocks,
@@ -79,12 +83,11 @@ def fp8_mega_moe(
     check_weights(l1, l2, spec, device)
     stats = cumulative_local_expert_recv_stats
     if stats is not None:
-        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, (spec.local_experts,), device)
+        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, (spec.local_experts,), device, align=4)
     if settings.debug:
         check_expert_ids(sym_buffer.topk_idx[:tokens], sym_buffer.num_experts)
     prepared = sym_buffer.prepare(choice.variant, fast_math)
-    prepared.set_weights(l1, l2)
-    sym_buffer.launch(prepared, choice, y=y, tokens=tokens, stats=stats, clamp=clamp, num_sms=blocks)
+    sym_buffer.launch(prepared, choice, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp, num_sms=blocks)
 
 
 def fp8_mega_moe_pingpong(

@@ -6,30 +6,30 @@ that shape.  It owns the parameter block of each kernel, so a steady-state call 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import threading
+import warnings
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._faults import decode, fault_error
 from megamoe_jit._layout import MAX_SORT_BLOCKS, buffer_layout
-from megamoe_jit._params import Params, aligned_params
-from megamoe_jit._settings import get_settings
+from megamoe_jit._ranks import allocate_symmetric, collectively, digest, gather, group_rank, group_size, require_equal
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
-from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_WEIGHT, encode_fp8_rows
 from megamoe_jit._validate import check_device
+from megamoe_jit._version import __version__
 
 if TYPE_CHECKING:
-    from megamoe_jit._launch import Launcher
+    from megamoe_jit._prepared import PreparedKernel
     from megamoe_jit._weights import WeightPair
     from megamoe_jit.heuristics.select import Choice
 
-__all__ = ["PreparedKernel", "SymmBuffer", "get_symm_buffer_for_mega_moe"]
+__all__ = ["SymmBuffer", "get_symm_buffer_for_mega_moe"]
 
 PAIRS_PER_SORT_BLOCK = 2048
 
@@ -38,49 +38,6 @@ PAIRS_PER_SORT_BLOCK = 2048
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of the device."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-class PreparedKernel:
-    """One loaded kernel with the parameter block through which a buffer calls it."""
-
-    def __init__(self, spec: KernelSpec, buffer: SymmBuffer) -> None:
-        from megamoe_jit._launch import Launcher
-        from megamoe_jit._loader import load_kernel
-
-        self.spec = spec
-        self.params: Params = aligned_params()
-        loaded = load_kernel(spec, buffer.device.index, param_bytes=ctypes.sizeof(Params))
-        self.launcher: Launcher = Launcher(loaded, self.params)
-        self._weights: tuple[int, ...] = ()
-        self._fill(buffer)
-
-    def _fill(self, buffer: SymmBuffer) -> None:
-        params, layout, shape = self.params, buffer.layout, self.spec.shape
-        base = buffer.local.data_ptr()
-        for section in layout.symmetric:
-            setattr(params, section.name, section.offset)
-        for section in layout.local:
-            setattr(params, section.name, base + section.offset)
-        for rank, address in enumerate(buffer.handle.buffer_ptrs):
-            params.peers[rank] = address
-        rows = layout.pool_rows
-        encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, BOX_ROWS_ACT)
-        encode_fp8_rows(params.act2, params.act2_pool, rows, shape.intermediate, BOX_ROWS_ACT)
-        params.pool_rows = rows
-        params.rank = buffer.rank
-        params.fault = buffer.fault.data_ptr()
-        params.timeout_ns = int(get_settings().timeout_s * 1e9)
-
-    def set_weights(self, l1: WeightPair, l2: WeightPair) -> None:
-        """Point the kernel at these tensors; cheap when they are the last call's."""
-        addresses = (l1[0].data_ptr(), l1[1].data_ptr(), l2[0].data_ptr(), l2[1].data_ptr())
-        if addresses == self._weights:
-            return
-        params, shape, experts = self.params, self.spec.shape, self.spec.local_experts
-        encode_fp8_rows(params.weight1, addresses[0], experts * 2 * shape.intermediate, shape.hidden, BOX_ROWS_WEIGHT)
-        encode_fp8_rows(params.weight2, addresses[2], experts * shape.hidden, shape.intermediate, BOX_ROWS_WEIGHT)
-        params.weight1_scales, params.weight2_scales = addresses[1], addresses[3]
-        self._weights = addresses
 
 
 class SymmBuffer:
@@ -99,24 +56,21 @@ class SymmBuffer:
         num_experts, num_topk, hidden, intermediate_hidden: the shape.
     """
 
-    def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device) -> None:
+    def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device, group: Any = None) -> None:
         if not 0 < max_tokens <= MAX_TOKENS:
             raise ConfigError(f"num_max_tokens_per_rank = {max_tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
         check_device(device)
-        self.shape, self.device = shape, device
-        self.group: Any = None
-        self.rank, self.ranks = 0, 1
+        self.shape, self.device, self.group = shape, device, group
+        self.rank, self.ranks = group_rank(group), group_size(group)
+        self.spec(Variant.COOPERATIVE, True)  # refuses what no kernel supports, before anything is allocated
         self.layout = layout = buffer_layout(shape, max_tokens, self.ranks)
         self.num_experts, self.num_topk = shape.experts, shape.topk
         self.hidden, self.intermediate_hidden = shape.hidden, shape.intermediate
         self.num_max_tokens_per_rank = layout.capacity
-        self._check_memory()
-        self.buffer = torch.empty(layout.symmetric_bytes, dtype=torch.uint8, device=device)
-        self.local = torch.empty(layout.local_bytes, dtype=torch.uint8, device=device)
-        for memory, name in ((self.buffer, "signals"), (self.local, "control")):
-            section = layout.section(name)
-            memory[section.offset : section.offset + section.bytes].zero_()
-        self.handle = SimpleNamespace(buffer_ptrs=[self.buffer.data_ptr()])
+        if self.ranks > 1:
+            require_equal(group, "the layer", self._fingerprint())
+        collectively(group, "checking the memory", self._check_memory)
+        self._allocate()
         self.fault = torch.zeros(16, dtype=torch.int32, pin_memory=True)
         rows, topk = layout.capacity, shape.topk
         self.x = self._view("x", torch.float8_e4m3fn, (rows, shape.hidden))
@@ -125,8 +79,37 @@ class SymmBuffer:
         self.topk_weights = self._view("topk_weights", torch.float32, (rows, topk))
         self._prepared: dict[tuple[Variant, bool], PreparedKernel] = {}
         self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None  # of the last launch
         self._destroyed = False
-        torch.cuda.synchronize(device)  # the control words are zero before any stream launches
+        self._broken: MegaMoeError | None = None
+
+    def _fingerprint(self) -> dict[str, object]:
+        from megamoe_jit._render import render
+
+        sources = (render(self.spec(variant, True)).text for variant in Variant)
+        return {
+            "num_experts": self.shape.experts,
+            "num_topk": self.shape.topk,
+            "hidden": self.shape.hidden,
+            "intermediate_hidden": self.shape.intermediate,
+            "num_max_tokens_per_rank": self.layout.capacity,
+            "package version": __version__,
+            "kernel sources": digest(*sources),
+        }
+
+    def _allocate(self) -> None:
+        layout, device = self.layout, self.device
+        if self.ranks == 1:
+            self.buffer = torch.empty(layout.symmetric_bytes, dtype=torch.uint8, device=device)
+            self.handle: Any = SimpleNamespace(buffer_ptrs=[self.buffer.data_ptr()])
+        else:
+            self.buffer, self.handle = allocate_symmetric(self.group, layout.symmetric_bytes, device)
+        self.local = torch.empty(layout.local_bytes, dtype=torch.uint8, device=device)
+        for memory, name in ((self.buffer, "signals"), (self.local, "control")):
+            section = layout.section(name)
+            memory[section.offset : section.offset + section.bytes].zero_()
+        torch.cuda.synchronize(device)  # the control words are zero before any stream, or peer, launches
+        gather(self.group, None)
 
     def _check_memory(self) -> None:
         free, _ = torch.cuda.mem_get_info(self.device)
@@ -174,21 +157,42 @@ class SymmBuffer:
         """The kernel this buffer needs for a variant."""
         return KernelSpec(self.shape, variant, self.ranks, fast_math)
 
-    def prepare(self, variant: Variant, fast_math: bool = True) -> PreparedKernel:
+    def prepare(self, variant: Variant | str, fast_math: bool = True) -> PreparedKernel:
         """Compile, load and bind a kernel now, so that no later call has to (do this before graph capture).
+
+        With several ranks this is a collective the first time: every variant is prepared on every rank, since ranks
+        with different token counts may pick different ones, and all agree on the kernels before any is launched.
 
         Raises:
             CaptureError: the current stream is capturing and the kernel is not loaded yet.
+            RankMismatchError: the ranks have different kernels.
         """
+        variant = Variant.parse(variant)
         if self._destroyed:
             raise ConfigError("this buffer was destroyed; allowed: calls before destroy()")
-        key = (variant, fast_math)
-        prepared = self._prepared.get(key)
+        if self._broken is not None:
+            raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
+        prepared = self._prepared.get((variant, fast_math))
         if prepared is None:
-            with torch.cuda.device(self.device):
-                prepared = PreparedKernel(self.spec(variant, fast_math), self)
-            self._prepared[key] = prepared
+            if self.ranks > 1 and torch.cuda.is_current_stream_capturing():
+                raise CaptureError(
+                    "kernels of several ranks are prepared collectively and not while a CUDA graph is being captured; "
+                    f"call prepare({variant.value!r}, fast_math={fast_math}) on every rank before the capture"
+                )
+            wanted = (variant,) if self.ranks == 1 else tuple(Variant)
+            made = collectively(self.group, "preparing the kernels", lambda: self._bind(wanted, fast_math))
+            if self.ranks > 1:
+                keys = {f"kernel {v.value}": kernel.loaded.key for v, kernel in made.items()}
+                require_equal(self.group, "their kernels", keys)
+            self._prepared.update({(v, fast_math): kernel for v, kernel in made.items()})
+            prepared = made[variant]
         return prepared
+
+    def _bind(self, variants: Iterable[Variant], fast_math: bool) -> dict[Variant, PreparedKernel]:
+        from megamoe_jit._prepared import PreparedKernel
+
+        with torch.cuda.device(self.device):
+            return {variant: PreparedKernel(self.spec(variant, fast_math), self) for variant in variants}
 
     def launch(
         self,
@@ -197,12 +201,21 @@ class SymmBuffer:
         *,
         y: torch.Tensor,
         tokens: int,
+        l1: WeightPair,
+        l2: WeightPair,
         stats: torch.Tensor | None,
         clamp: float,
         num_sms: int,
     ) -> None:
-        """Launch a prepared kernel on the current stream; the arguments are already checked."""
+        """Launch a prepared kernel on the current stream; the arguments are already checked.
+
+        Two launches on one buffer must not overlap: when the stream changes, the new one waits for the old one.
+        """
+        stream = torch.cuda.current_stream(self.device)
         with self._lock:
+            if stream != self._stream:
+                self._order_after_last(stream)
+            prepared.set_weights(l1, l2)
             params = prepared.params
             params.y = y.data_ptr()
             params.stats = 0 if stats is None else stats.data_ptr()
@@ -211,7 +224,18 @@ class SymmBuffer:
             params.lag_tiles, params.rows_per_item = choice.lag_tiles, choice.rows_per_item
             pairs = tokens * self.num_topk
             params.sort_blocks = max(1, min(num_sms, MAX_SORT_BLOCKS, -(-pairs // PAIRS_PER_SORT_BLOCK)))
-            prepared.launcher.launch(num_sms, torch.cuda.current_stream(self.device).cuda_stream)
+            prepared.launcher.launch(num_sms, stream.cuda_stream)
+
+    def _order_after_last(self, stream: torch.cuda.Stream) -> None:
+        """Make `stream` wait for the stream of the last launch.
+
+        Not while a graph is being captured: its replays are for the caller to order with other calls on the buffer.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def check(self) -> None:
         """Wait for the device and raise if a kernel of this buffer gave up.
@@ -227,17 +251,33 @@ class SymmBuffer:
             cause = str(error).splitlines()[0]
         fault = decode(self.fault.tolist())
         if fault is not None or cause != "no error":
-            raise fault_error(fault, self.rank, cause)
+            self._broken = fault_error(fault, self.rank, cause)
+            raise self._broken
 
     def destroy(self) -> None:
-        """Give the memory back; safe to call twice.  No call may be running."""
+        """Wait for the device and give the memory back; safe to call twice.
+
+        With several ranks this is a collective, so that no rank frees memory that another still reads; after a failed
+        call it is local and never waits.
+        """
         if self._destroyed:
             return
         self._destroyed = True
+        if self._broken is None:
+            torch.cuda.synchronize(self.device)  # a launch on another stream may still use the memory
+            gather(self.group, None)
         self._prepared.clear()
-        empty = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self.buffer = self.local = empty
-        self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
+        self.handle = SimpleNamespace(buffer_ptrs=[])
+        empty = torch.empty(0, dtype=torch.uint8)
+        self.buffer = self.local = self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
+
+    def __del__(self) -> None:
+        if not getattr(self, "_destroyed", True) and self.ranks > 1:
+            warnings.warn(
+                "a SymmBuffer of several ranks was dropped without destroy(); its symmetric memory is lost",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
     def __enter__(self) -> SymmBuffer:
         return self
@@ -258,10 +298,11 @@ def get_symm_buffer_for_mega_moe(
     *,
     device: torch.device | str | int | None = None,
 ) -> SymmBuffer:
-    """Allocate the buffer of one rank.
+    """Allocate the buffer of one rank; a collective of all ranks of `group`.
 
     Args:
-        group: None or a process group of one rank: plain CUDA memory, torch.distributed is not needed.
+        group: the process group whose ranks share the experts, one GPU each.  None or a group of one rank: plain CUDA
+            memory, torch.distributed is not needed.
         num_experts: experts of all ranks.
         num_max_tokens_per_rank: most tokens of a call; rounded up to a multiple of 128.
         num_topk: slots of a token, 1 to 32.
@@ -274,10 +315,8 @@ def get_symm_buffer_for_mega_moe(
     Raises:
         ConfigError: a value is not supported, or the memory is not there (says the bytes).
         UnsupportedDeviceError: the device is not a Hopper GPU.
+        RankMismatchError: the ranks ask for different layers, or have different kernel sources.
     """
-    ranks = 1 if group is None else int(group.size())
-    if ranks != 1:
-        raise ConfigError(f"group has {ranks} ranks; allowed: None or a group of one rank")
     if not use_fp8_dispatch:
         raise ConfigError("use_fp8_dispatch = False is not supported; allowed: True")
     if activation != "swiglu":
@@ -285,13 +324,7 @@ def get_symm_buffer_for_mega_moe(
     shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
     if not torch.cuda.is_available():
         raise ConfigError("no CUDA device is available; allowed: a Hopper GPU with its driver")
-    where = (
-        torch.device("cuda" if device is None else device)
-        if not isinstance(device, int)
-        else torch.device("cuda", device)
-    )
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
-    buffer = SymmBuffer(shape, num_max_tokens_per_rank, where)
-    buffer.group = group
-    return buffer
+    if isinstance(device, int):
+        device = torch.device("cuda", device)
+    where = torch.empty(0, device="cuda" if device is None else device).device  # with its index
+    return SymmBuffer(shape, num_max_tokens_per_rank, where, group if group_size(group) > 1 else None)

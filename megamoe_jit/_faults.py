@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
+from megamoe_jit._params import MAX_RANKS
 
 __all__ = ["WAITS", "Fault", "decode", "fault_error"]
 
@@ -16,14 +17,18 @@ PEER_SIGNAL = 9
 
 #: By code: what was waited for, and who should have done it.
 WAITS = {
-    1: "all blocks of the launch to reach grid barrier {which} ({expected} blocks)",
+    1: "all {expected} blocks of the launch to reach grid barrier {which}",
     2: "the readers to free the slot of tile {which}",
     3: "the scheduler to publish tile {which}",
     4: "the math warps to free pipeline stage {which}",
+    5: "a row being copied by dispatch, of those from pool row {which} on",
     6: "dispatch to bring the rows of pool block {which} ({seen} of {expected} arrived)",
     7: "the first GEMM to finish pool block {which} ({seen} of {expected} tiles done)",
-    8: "the math warps to finish tile {which}",
-    PEER_SIGNAL: "the other ranks at rank barrier {which} ({seen} of {expected} signals arrived)",
+    8: "the math warps to finish tile {which}, of the first GEMM",
+    PEER_SIGNAL: "the other ranks to reach rank barrier {which} of launch {expected} (missing: {ranks})",
+    11: "the math warps to free pipeline stage {which} for weights",
+    12: "the math warps to finish tile {which}, of the second GEMM",
+    10: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
 }
 
 ROLES = ("activations warp", "weights warp", "dispatch warp", "publisher warp")
@@ -43,7 +48,8 @@ class Fault:
     def __str__(self) -> str:
         role = ROLES[self.warp] if self.warp < len(ROLES) else f"math warp {self.warp - len(ROLES)}"
         text = WAITS.get(self.what, "something unknown (code {what})")
-        waited = text.format(what=self.what, which=self.which, expected=self.expected, seen=self.seen)
+        ranks = ", ".join(f"rank {r}" for r in range(MAX_RANKS) if self.seen >> r & 1)  # of a PEER_SIGNAL's bit mask
+        waited = text.format(what=self.what, which=self.which, expected=self.expected, seen=self.seen, ranks=ranks)
         return f"block {self.block}, {role}, waited in vain for {waited}"
 
 
@@ -59,8 +65,8 @@ def fault_error(fault: Fault | None, rank: int, cause: str) -> MegaMoeError:
     """The exception to raise for a launch that failed with `cause`."""
     if fault is None:
         return DeviceFaultError(
-            f"rank {rank}: the GPU reported an error and no MoE kernel left a fault record, so the cause may be another "
-            f"kernel; the CUDA context is unusable, restart the process. The driver said: {cause}"
+            f"rank {rank}: the GPU reported an error and no MoE kernel left a fault record, so the cause may be "
+            f"another kernel; the CUDA context is unusable, restart the process. The driver said: {cause}"
         )
     kind = PeerTimeoutError if fault.what == PEER_SIGNAL else DeviceFaultError
     return kind(

@@ -115,22 +115,31 @@ class KernelSpec:
         return STAGING_BYTES + slots + 64 + plan
 
     @property
+    def source_table_bytes(self) -> int:
+        """With several ranks: which part of each rank's pairs names each local expert."""
+        return 8 * self.shape.experts if self.ranks > 1 else 0
+
+    @property
+    def _ring_room(self) -> int:
+        return SHARED_LIMIT - self.fixed_shared_bytes - self.source_table_bytes - 16
+
+    @property
     def stages(self) -> int:
         """Pipeline stages that fit, at most five."""
-        room = SHARED_LIMIT - self.fixed_shared_bytes - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)
-        return min(5, room // (self.stage_bytes + 16))
+        return min(5, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
 
     @property
     def dispatch_slots(self) -> int:
         """Chunks of rows that dispatch keeps in flight: as many as still fit, two to eight."""
-        room = SHARED_LIMIT - self.fixed_shared_bytes - self.stages * (self.stage_bytes + 16)
-        return min(MAX_DISPATCH_SLOTS, room // (DISPATCH_CHUNK + 8))
+        return min(
+            MAX_DISPATCH_SLOTS, (self._ring_room - self.stages * (self.stage_bytes + 16)) // (DISPATCH_CHUNK + 8)
+        )
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block, rounded up to 16 B."""
+        """Dynamic shared memory of a block."""
         rings = self.stages * (self.stage_bytes + 16) + self.dispatch_slots * (DISPATCH_CHUNK + 8)
-        return -(-(rings + self.fixed_shared_bytes) // 16) * 16
+        return -(-(rings + self.fixed_shared_bytes) // 16) * 16 + self.source_table_bytes
 
     @property
     def entry(self) -> str:

@@ -32,9 +32,15 @@ def check_device(device: torch.device) -> None:
 
 
 def check_tensor(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    device: torch.device,
+    *,
+    align: int = 16,
 ) -> None:
-    """Raise unless `tensor` has exactly this dtype, shape and device, is contiguous and 16-byte aligned."""
+    """Raise unless `tensor` has exactly this dtype, shape and device, is contiguous and aligned to `align` bytes."""
     if tensor.dtype is not dtype:
         raise ConfigError(f"{name} has dtype {tensor.dtype}; allowed: {dtype}")
     if tensor.shape != tuple(shape):
@@ -43,8 +49,8 @@ def check_tensor(
         raise ConfigError(f"{name} is on {tensor.device}; allowed: {device}, where the buffer is")
     if not tensor.is_contiguous():
         raise ConfigError(f"{name} has strides {tensor.stride()}; allowed: contiguous, row-major")
-    if tensor.data_ptr() % 16:
-        raise ConfigError(f"{name} starts at {tensor.data_ptr():#x}; allowed: an address that is a multiple of 16")
+    if tensor.data_ptr() % align:
+        raise ConfigError(f"{name} starts at {tensor.data_ptr():#x}; allowed: an address that is a multiple of {align}")
 
 
 def check_weights(

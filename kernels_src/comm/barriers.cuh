@@ -4,49 +4,58 @@
 // and nothing is ever reset; the number of blocks may change from launch to launch.  The launch is cooperative, so all
 // blocks are resident.
 //
-// Rank barrier: each rank adds 1 to every rank's signal word and waits for its own to reach ranks * epoch; the epoch
-// lives in device memory, so graph replay advances it.  With one rank it compiles to nothing.
+// Rank barrier: in each rank's symmetric memory there is one word per phase and source rank.  A rank that has reached a
+// phase stores the launch's epoch into its word at every rank, and waits until its own words have all reached it.  So the
+// words only grow, a wait can say which ranks are missing, and nothing has to be reset.  The epoch lives in device memory:
+// graph replay advances it.  With one rank all of this compiles to nothing.
 #pragma once
 #include "comm/fault.cuh"
 
 namespace megamoe {
 
 /// Called by one thread of each block, after the block's own barrier; orders what the blocks wrote before it.
-MEGA_DEVICE void grid_barrier(const Params& p, u32 which) {
+MEGA_DEVICE void grid_barrier(const Params& p, Wait what, u32 which) {
     u32* word = p.control + kControlGridBarrier;
     const u32 step = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
     const u32 old = ptx::fetch_add_release(word, step);
     u32 now = old;
-    wait_until(p, Wait::grid_barrier, which, gridDim.x, [&] { return ((now = ptx::load_acquire(word)) ^ old) >> 31 != 0; },
+    wait_until(p, what, which, gridDim.x, [&] { return ((now = ptx::load_acquire(word)) ^ old) >> 31 != 0; },
                [&] { return now & 0x7FFFFFFFu; });
 }
 
-/// Called by one thread of block 0 between two grid barriers.
-template <u32 kRanks> MEGA_DEVICE void rank_barrier(const Params& p, u32 which) {
-    if constexpr (kRanks > 1) {
-        const u32 epoch = ++p.control[kControlEpoch];
-        ptx::fence_system();
-        for (u32 r = 0; r < kRanks; ++r) ptx::add_release_system(symmetric<u32>(p, r, p.signals), 1);
-        const u32* own = symmetric<u32>(p, p.rank, p.signals);
-        const u32 expected = epoch * kRanks;
-        u32 now = 0;
-        wait_until(p, Wait::peer_signal, which, expected,
-                   [&] { return static_cast<i32>((now = ptx::load_acquire_system(own)) - expected) >= 0; }, [&] { return now; });
-        ptx::fence_system();
-    }
+/// Where all ranks meet in a launch.
+enum class Phase : u32 {
+    inputs = 0,    // every rank's inputs and sorted pairs may be read
+    results = 1,   // every rank has scattered its rows
+};
+
+/// Called by one thread of block 0, after a grid barrier: this rank has reached the phase.
+template <u32 kRanks> MEGA_DEVICE void rank_arrive(const Params& p, Phase phase, u32 epoch) {
+    ptx::fence_system();
+    for (u32 r = 0; r < kRanks; ++r)
+        ptx::store_release_system(symmetric<u32>(p, r, p.signals) + static_cast<u32>(phase) * kMaxRanks + p.rank, epoch);
 }
 
-/// All threads of every block meet; with `across_ranks`, all ranks too.
-template <u32 kRanks> MEGA_DEVICE void meet(const Params& p, u32 which, bool across_ranks) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        grid_barrier(p, which);
-        if (kRanks > 1 && across_ranks) {
-            if (blockIdx.x == 0) rank_barrier<kRanks>(p, which);
-            grid_barrier(p, which);
-        }
+/// Called by one thread of each block: all ranks have reached the phase.
+template <u32 kRanks> MEGA_DEVICE void rank_wait(const Params& p, Phase phase, u32 epoch) {
+    const u32* words = symmetric<const u32>(p, p.rank, p.signals) + static_cast<u32>(phase) * kMaxRanks;
+    const auto missing = [&] {
+        u32 mask = 0;
+        for (u32 r = 0; r < kRanks; ++r)
+            mask |= static_cast<u32>(static_cast<i32>(ptx::load_acquire_system(words + r) - epoch) < 0) << r;
+        return mask;
+    };
+    wait_until(p, Wait::peer_signal, static_cast<u32>(phase), epoch, [&] { return missing() == 0; }, missing);
+}
+
+/// One thread of every block: all blocks of all ranks have reached the phase.
+template <u32 kRanks> MEGA_DEVICE void meet_ranks(const Params& p, Phase phase, u32 epoch) {
+    if constexpr (kRanks > 1) ptx::fence_system();   // what this block wrote for other ranks
+    grid_barrier(p, phase == Phase::inputs ? Wait::head_barrier : Wait::tail_barrier, 1 + static_cast<u32>(phase));
+    if constexpr (kRanks > 1) {
+        if (blockIdx.x == 0) rank_arrive<kRanks>(p, phase, epoch);
+        rank_wait<kRanks>(p, phase, epoch);
     }
-    __syncthreads();
 }
 
 }  // namespace megamoe

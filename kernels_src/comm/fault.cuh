@@ -15,15 +15,18 @@ namespace megamoe {
 
 /// What was waited for.  `_faults.py` has a sentence for each.
 enum class Wait : u32 {
-    grid_barrier = 1,
+    head_barrier = 1,
     tile_slot_free = 2,
     tile_published = 3,
-    stage_free = 4,
+    stage_free = 4,           // for activations
     row_loaded = 5,
     rows_dispatched = 6,
     gemm1_done = 7,
-    tile_stored = 8,
+    gemm1_tile_stored = 8,
     peer_signal = 9,
+    tail_barrier = 10,
+    weight_stage_free = 11,   // for weights, which run ahead of the activations
+    gemm2_tile_stored = 12,
 };
 
 /// Never returns.  Words: what | warp << 8 | block << 16, which one, expected, seen.
@@ -36,18 +39,34 @@ MEGA_DEVICE void give_up(const Params& p, Wait what, u32 which, u32 expected, u3
         : "memory");
 }
 
+/// How many times the deadline a wait may take.  Whoever is nearest to the cause of a delay shall report first, so a wait
+/// that others can be stuck behind is shorter than theirs.  Rows that dispatch owes stop a tile of GEMM 1; that tile stops
+/// GEMM 2 in other blocks; and whatever stops the activations of a block stops its weights, slots and tiles.
+MEGA_DEVICE constexpr u32 patience(Wait what) {
+    switch (what) {
+        case Wait::gemm1_tile_stored: return 2;
+        case Wait::gemm1_done: return 3;
+        case Wait::weight_stage_free:
+        case Wait::tile_slot_free:
+        case Wait::tile_published:
+        case Wait::gemm2_tile_stored: return 4;
+        case Wait::tail_barrier: return 5;
+        default: return 1;
+    }
+}
+
 /// Calls `ready()` until it is true; `which` and `expected` and `seen()` describe the wait if it never is.
 template <class Ready, class Seen>
-MEGA_DEVICE void wait_until(const Params& p, Wait what, u32 which, u32 expected, Ready ready, Seen seen, u32 deadlines = 1) {
+MEGA_DEVICE void wait_until(const Params& p, Wait what, u32 which, u32 expected, Ready ready, Seen seen) {
     if (ready()) return;
-    const u64 begin = ptx::nanoseconds();
+    const i64 end = static_cast<i64>(ptx::nanoseconds() + p.timeout_ns * patience(what));
     while (!ready())
-        if (ptx::nanoseconds() - begin > p.timeout_ns * deadlines) give_up(p, what, which, expected, seen());
+        if (static_cast<i64>(ptx::nanoseconds()) - end > 0 && !ready()) give_up(p, what, which, expected, seen());
 }
 
 /// Waits for a phase of an mbarrier, with the timer: for the producer warps.
-MEGA_DEVICE void wait_barrier(const Params& p, Wait what, u32 bar, u32 parity, u32 which, u32 deadlines = 1) {
-    wait_until(p, what, which, parity, [&] { return ptx::mbarrier_try_wait(bar, parity); }, [&] { return parity ^ 1; }, deadlines);
+MEGA_DEVICE void wait_barrier(const Params& p, Wait what, u32 bar, u32 parity, u32 which) {
+    wait_until(p, what, which, parity, [&] { return ptx::mbarrier_try_wait(bar, parity); }, [&] { return parity ^ 1; });
 }
 
 /// The same for the math warps, over whom the publisher warp watches.

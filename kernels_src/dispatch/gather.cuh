@@ -19,11 +19,12 @@ namespace megamoe {
 
 template <class C> struct Gather {
     const Params& p;
+    const Shared<C>& shared;
     const Plan plan;
     const u32 items;   // padding rows included
 
-    MEGA_DEVICE Gather(const Params& p_, const Plan& plan_)
-        : p(p_), plan(plan_), items(plan_.bases[C::kLocalExperts] * (kPoolAlign / p_.rows_per_item)) {}
+    MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const Plan& plan_)
+        : p(p_), shared(shared_), plan(plan_), items(plan_.bases[C::kLocalExperts] * (kPoolAlign / p_.rows_per_item)) {}
 
     /// The local expert that owns pool row `row`.
     MEGA_DEVICE u32 expert_at(u32 row) const {
@@ -35,12 +36,13 @@ template <class C> struct Gather {
         return low;
     }
 
-    /// Where the `index`-th row of local expert `e` comes from: rank << 20 | pair.
+    /// Where the `index`-th row of local expert `e` comes from: rank << 20 | pair.  Every rank begins with the one after
+    /// itself, so that not all pull from the same one at the same time.
     MEGA_DEVICE u32 origin(u32 e, u32 index) const {
-        for (u32 r = 0; r < C::kRanks; ++r) {
-            const u32 begin = expert_offset<C>(p, r, e), rows = expert_offset<C>(p, r, e + 1) - begin;
-            if (C::kRanks == 1 || index < rows)
-                return r << kPairBits | __ldcg(symmetric<const u32>(p, r, p.sorted_pairs) + begin + index);
+        const Sources<C> sources{p, shared};
+        for (u32 i = 1; i <= C::kRanks; ++i) {
+            const u32 r = (p.rank + i) % C::kRanks, rows = C::kRanks == 1 ? ~0u : sources.rows(e, r);
+            if (index < rows) return r << kPairBits | ptx::load_l2(symmetric<const u32>(p, r, p.sorted_pairs) + sources.begin(e, r) + index);
             index -= rows;
         }
         return 0;   // not reached: index is below the sum of all ranks' rows
@@ -76,7 +78,7 @@ template <class C> struct Gather {
         const float* source = symmetric<const float>(p, from >> kPairBits, p.x_scales) + u64(token) * kBlocks;
         if (row < rows)
             for (u32 b = ptx::lane_id() / p.rows_per_item; b < kBlocks; b += step)
-                p.act1_scales[u64(b) * p.pool_rows + first_row + row] = __ldcg(source + b);
+                p.act1_scales[u64(b) * p.pool_rows + first_row + row] = ptx::load_l2(source + b);
     }
 
     /// An item's rows: first one in the pool, how many (0: padding), and in lane r < rows the origin of row r.
@@ -114,12 +116,13 @@ template <class C> struct Gather {
         end(item);
     }
 
-    MEGA_DEVICE void rest(const Shared<C>& shared) const {
+    MEGA_DEVICE void rest() const {
+        if constexpr (C::kRanks > 1) ptx::fence_async_global();   // other ranks' rows, acquired by a thread of this block
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
         for (u32 i = kWarps * gridDim.x + blockIdx.x; i < items; i += gridDim.x) {
             const Item item = begin(i);
             if (item.rows == 0) continue;
-            copy_rows(shared, item, chunks);
+            copy_rows(item, chunks);
             end(item);
         }
     }
@@ -127,8 +130,13 @@ template <class C> struct Gather {
     static constexpr u32 kChunks = ceil_div(C::kHidden, kDispatchChunk);   // of a row
     MEGA_DEVICE static u32 chunk_bytes(u32 c) { return min_u32(kDispatchChunk, C::kHidden - c % kChunks * kDispatchChunk); }
 
-    /// Copies an item's rows, a few chunks in flight; all lanes run along, lane 0 issues.
-    MEGA_DEVICE void copy_rows(const Shared<C>& shared, const Item& item, u32& sequence) const {
+    /// Copies an item's rows, a few chunks in flight; all lanes run along, lane 0 issues.  Chunk c passes through slot
+    /// c % kSlots: in step c it is loaded, in step c + kLead stored.  With four slots (kLead = 2):
+    ///   step    0    1    2       3       4           5
+    ///   load    0    1    2       3       4 (slot 0)  5 (slot 1)
+    ///   store             0       1       2           3
+    /// so before load 4 only store 0 must have read its slot, and store 1 may still be reading: all but the last one.
+    MEGA_DEVICE void copy_rows(const Item& item, u32& sequence) const {
         constexpr u32 kSlots = C::kDispatchSlots, kLead = kSlots - 2;   // a load starts this many chunks before its store
         const u32 total = item.rows * kChunks;
         const bool one = ptx::lane_id() == 0;
@@ -137,7 +145,7 @@ template <class C> struct Gather {
             const u32 from = __shfl_sync(~0u, item.origin, load / kChunks % kWarp);
             if (one && load < total) {
                 const u32 slot = (sequence + load) % kSlots;
-                ptx::bulk_wait_read<1>();   // the store before the last was the last user of this slot
+                ptx::bulk_wait_read<1>();
                 ptx::mbarrier_expect(shared.dispatched(slot), chunk_bytes(load));
                 ptx::bulk_load(shared.dispatch(slot), row_address(from) + load % kChunks * kDispatchChunk, chunk_bytes(load),
                                shared.dispatched(slot));

@@ -4,7 +4,7 @@
 //   -- grid barrier --
 //   2. every block sums the counts; the counting blocks write their slice's pairs to sorted_pairs, ordered by expert;
 //      block 0 publishes where each expert's pairs begin
-//   -- grid barrier; with several ranks, all ranks --
+//   -- grid barrier, and all ranks --
 //   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/plan.cuh)
 //
 // Pairs with a masked slot (-1, or any id that is no expert) are left out here and never seen again.  The order of an
@@ -70,7 +70,7 @@ template <class C> struct Sort {
         for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
             u32 all = 0, before = 0;
             for (u32 b = 0; b < p.sort_blocks; ++b) {
-                const u32 n = __ldcg(p.slice_counts + b * kExperts + e);
+                const u32 n = ptx::load_l2(p.slice_counts + b * kExperts + e);
                 before += b < blockIdx.x ? n : 0;
                 all += n;
             }
@@ -99,18 +99,41 @@ template <class C> struct Sort {
     }
 };
 
-/// First of rank `source`'s sorted pairs for local expert `e`, or, with e + 1, one past its last.
-template <class C> MEGA_DEVICE u32 expert_offset(const Params& p, u32 source, u32 e) {
-    return __ldcg(symmetric<const u32>(p, source, p.expert_offsets) + p.rank * C::kLocalExperts + e);
-}
+/// Where the rows of each local expert come from: the part of each rank's sorted pairs that names it.
+template <class C> struct Sources {
+    const Params& p;
+    const Shared<C>& shared;
+
+    /// First of rank `source`'s sorted pairs for local expert `e`; with e + 1, one past its last.
+    MEGA_DEVICE u32 offset(u32 e, u32 source) const {
+        return ptx::load_l2(symmetric<const u32>(p, source, p.expert_offsets) + p.rank * C::kLocalExperts + e);
+    }
+    MEGA_DEVICE u32 begin(u32 e, u32 source) const {
+        return C::kRanks == 1 ? offset(e, source) : shared.sources()[2 * (e * C::kRanks + source)];
+    }
+    MEGA_DEVICE u32 rows(u32 e, u32 source) const {
+        return C::kRanks == 1 ? offset(e + 1, source) - offset(e, source) : shared.sources()[2 * (e * C::kRanks + source) + 1];
+    }
+    /// All threads: copies what is needed of the other ranks' tables to shared memory.
+    MEGA_DEVICE void fetch() const {
+        if constexpr (C::kRanks > 1) {
+            for (u32 i = threadIdx.x; i < C::kLocalExperts * C::kRanks; i += kThreads) {
+                const u32 e = i / C::kRanks, source = i % C::kRanks, first = offset(e, source);
+                shared.sources()[2 * i] = first, shared.sources()[2 * i + 1] = offset(e + 1, source) - first;
+            }
+            __syncthreads();
+        }
+    }
+};
 
 /// Step 3, by one warp: fills the tables of the shared memory map; misc()[0] is the number of active experts.
 template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>& shared) {
+    const Sources<C> sources{p, shared};
     WarpScan blocks, active;
     for (u32 e = ptx::lane_id(); e < ceil_div(C::kLocalExperts, kWarp) * kWarp; e += kWarp) {
         u32 rows = 0;
         if (e < C::kLocalExperts)
-            for (u32 r = 0; r < C::kRanks; ++r) rows += expert_offset<C>(p, r, e + 1) - expert_offset<C>(p, r, e);
+            for (u32 r = 0; r < C::kRanks; ++r) rows += sources.rows(e, r);
         const u32 base = blocks.exclusive(ceil_div(rows, kPoolAlign)), at = active.exclusive(rows > 0);
         if (e < C::kLocalExperts) {
             shared.expert_rows()[e] = rows, shared.expert_bases()[e] = base;

@@ -17,7 +17,8 @@ template <bool kFast> MEGA_DEVICE float silu(float x) {
 template <class C> struct SwigluQuant {
     const Params& p;
     const Staging staging;
-    u32 pool_row, rows;   // of this warp's 16 rows: the first in the pool, how many are valid
+    u32 pool_row;   // first of this warp's 16 rows in the pool
+    u32 rows;       // valid rows from there to the end of the tile; 16 or more: all of this warp's
     u32 n;
 
     /// Writes silu(gate) * up over the gate's registers; returns the largest magnitude in rows t/4 and t/4 + 8.

@@ -37,35 +37,41 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
 }
 
 /// Leaves every block with its plan and the first rows on their way.
-template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& shared) {
+template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& shared, u32 epoch) {
     initialise<C>(p, shared);
     const Sort<C> sort(p, shared.scratch());
     sort.count();
-    meet<C::kRanks>(p, 0, false);
+    __syncthreads();
+    if (threadIdx.x == 0) grid_barrier(p, Wait::head_barrier, 0);
+    __syncthreads();
     sort.order();
-    meet<C::kRanks>(p, 1, true);
+    __syncthreads();
+    if (threadIdx.x == 0) meet_ranks<C::kRanks>(p, Phase::inputs, epoch);
+    __syncthreads();
+    Sources<C>{p, shared}.fetch();
     if (ptx::warp_id() == 0) build_plan<C>(p, shared);
     ptx::fence_async_shared();   // the stages held ordinary data so far; TMA writes them next
     __syncthreads();
     const Plan plan = plan_of<C>(shared);
-    Gather<C>(p, plan).first_round();
+    Gather<C>(p, shared, plan).first_round();
     return plan;
 }
 
 template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     const Shared<C> shared(raw);
-    const Plan plan = head<C>(p, shared);
+    const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;   // block 0 writes it back when all have met
+    const Plan plan = head<C>(p, shared, epoch);
     const u32 warp = ptx::warp_id();
     if (warp < kGroup / kWarp) {
         ptx::registers_shrink<kProducerRegisters>();
         const bool one = ptx::lane_id() == 0;
         if (warp == 0 && one) LoadActivations<C>{p, shared}.run();
         if (warp == 1 && one) LoadWeights<C>{p, shared, plan}.run();
-        if (warp == 2) Gather<C>(p, plan).rest(shared);
+        if (warp == 2) Gather<C>(p, shared, plan).rest();
         if (warp == 3) {
             if (one) publish_tiles<C>(p, shared);
             __syncwarp();
-            Combine<C>{p}.meet_all();
+            Combine<C>{p}.meet_all(epoch);
         }
     } else {
         ptx::registers_grow<kMathRegisters>();

@@ -4,7 +4,7 @@
 // Symmetric memory (one allocation per rank, at p.peers[rank]; peers read or write it):
 //   x, x_scales, topk_ids, topk_weights   the rank's inputs
 //   expert_offsets, sorted_pairs          its (token, slot) pairs sorted by expert, and where each expert's begin
-//   signals                               arrival counters of the all-rank barriers
+//   signals                               epoch that each rank has reached, by phase and rank
 //   combine                               bf16 [token][slot][hidden]: what the experts' ranks send back
 // Local memory: pools of rows sorted by expert, each expert's first row at a multiple of 128.
 #pragma once

@@ -2,7 +2,7 @@
 //
 //   activations [stages] | weights [stages] | staging, 2 KB per math warp | dispatch slots
 //   | scales [stages] | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots
-//   | tile slots [4] | expert table
+//   | tile slots [4] | expert table | with several ranks, their parts of each expert
 //
 // The head of the kernel sorts pairs in the stage area before the first copy is issued into it.
 #pragma once
@@ -29,7 +29,8 @@ template <class C> struct Shared {
     static constexpr u32 kRowsAt = kMiscAt + 64;
     static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
     static constexpr u32 kActiveAt = kBasesAt + (C::kLocalExperts + 1) * 4;
-    static constexpr u32 kBytes = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
+    static constexpr u32 kSourcesAt = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
+    static constexpr u32 kBytes = kSourcesAt + (C::kRanks > 1 ? C::kExperts * 8 : 0);
     static_assert(kBytes <= 232448, "more shared memory than SM90 has (232448 bytes)");
     static_assert(kStagingAt >= 12 * C::kExperts + 4096, "the head's sort does not fit into the stages");
 
@@ -60,6 +61,7 @@ template <class C> struct Shared {
     MEGA_DEVICE u32* expert_rows() const { return reinterpret_cast<u32*>(base + kRowsAt); }
     MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
     MEGA_DEVICE u16* active_experts() const { return reinterpret_cast<u16*>(base + kActiveAt); }
+    MEGA_DEVICE u32* sources() const { return reinterpret_cast<u32*>(base + kSourcesAt); }   // with several ranks
     MEGA_DEVICE u32* scratch() const { return reinterpret_cast<u32*>(base); }   // the stages, during the head
 };
 

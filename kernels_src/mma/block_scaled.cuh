@@ -6,6 +6,11 @@
 // WGMMA is in flight across a loop's back edge, so several k-blocks are written out per turn of the loop, and the
 // pipeline drains once per turn.
 //
+//   step i            0       1         2         3         4                  5 ...
+//   issue quarter     0 of A  1 of A    2 of A    3 of A    0 of B (waits for full[B])
+//   wait for, promote -       0 of A    1 of A    2 of A    3 of A             0 of B
+//   then              load A's scales   A's 2nd half        release A, load B's scales
+//
 // Registers: 128 of result and 2 x 32 in flight, of 216.
 //
 //   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
@@ -52,6 +57,7 @@ template <class C> struct MainLoop {
     u32 row;   // first row of the activation tile that this warpgroup multiplies
 
     MEGA_DEVICE void release(u32 stage) const {
+        __syncwarp();   // all lanes have read their scales, and none still looks at this phase
         if (ptx::lane_id() == 0) ptx::mbarrier_arrive(shared.empty(stage));
     }
 

@@ -19,9 +19,7 @@ MEGA_DEVICE u32 load_acquire_system(const u32* p) {
     return v;
 }
 MEGA_DEVICE void add_release(u32* p, u32 v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-MEGA_DEVICE void add_release_system(u32* p, u32 v) {
-    asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
+MEGA_DEVICE void store_release_system(u32* p, u32 v) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 MEGA_DEVICE u32 fetch_add_release(u32* p, u32 v) {
     u32 old;
     asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
@@ -39,6 +37,17 @@ MEGA_DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;"
 MEGA_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- data
+/// Through L2, never L1: for what other blocks or ranks wrote in this launch.
+MEGA_DEVICE u32 load_l2(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+MEGA_DEVICE float load_l2(const float* p) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+    return v;
+}
 MEGA_DEVICE Vec16 load16(const void* p) {
     Vec16 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -33,14 +33,11 @@ template <class C> struct Combine {
 
     /// The publisher warp, between the math warps' two barriers: all blocks and ranks have scattered their rows.  It is
     /// not done by a math warp, since the timer of a deadline there would make the main loop spill.
-    MEGA_DEVICE void meet_all() const {
+    MEGA_DEVICE void meet_all(u32 epoch) const {
         ptx::named_sync(kBarrierTail, kTailThreads);
         if (ptx::lane_id() == 0) {
-            grid_barrier(p, 2);
-            if constexpr (C::kRanks > 1) {
-                if (blockIdx.x == 0) rank_barrier<C::kRanks>(p, 2);
-                grid_barrier(p, 3);
-            }
+            meet_ranks<C::kRanks>(p, Phase::results, epoch);
+            if (C::kRanks > 1 && blockIdx.x == 0) p.control[kControlEpoch] = epoch;
         }
         __syncwarp();
         ptx::named_sync(kBarrierTail, kTailThreads);

@@ -22,36 +22,43 @@ template <class C> struct LoadWeights {
 
     MEGA_DEVICE u32 ticket() const { return ptx::fetch_add_relaxed(p.control + kControlTicket, 1); }
 
-    MEGA_DEVICE void stream(const Tile& tile) const {
+    /// Streams a tile's weights; the ticket it returns was taken late, so that blocks with nothing to do come first.
+    MEGA_DEVICE u32 stream(const Tile& tile) const {
         const bool first = tile.kind == Tile::gemm1;
         const ptx::TensorMap* map = first ? &p.weight1 : &p.weight2;
         const u32 row = tile.expert * (first ? 2 * C::kIntermediate : C::kHidden) + tile.n * kBlockN;
+        u32 next = 0;
         WeightScaleStream<C> scales(p, tile);
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance()) {
-            wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
+            if (k + 1 == tile.k_blocks) next = ticket();   // on its way while we wait for the last stage
+            wait_barrier(p, Wait::weight_stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
             const u32 full = shared.full(ring.stage), at = shared.weights(ring.stage);
             scales.put(shared.weight_scales(ring.stage), k, k + 1 < tile.k_blocks);
             ptx::mbarrier_expect(full, Shared<C>::kWeightBytes);
             ptx::tma_load_2d(at, map, full, k * kBlockK, row);
             ptx::tma_load_2d(at + kBoxRows * kBlockK, map, full, k * kBlockK, row + kBoxRows);
         }
+        return next;
     }
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
         TileOrder<C> order(plan, p.lag_tiles);
         u32 index = 0, k_begin = 0, mine = ticket();
-        while (true) {
-            Tile tile = order.locate(mine);
+        Tile tile = order.locate(mine);
+        for (; tile.kind != Tile::stop; tile = order.locate(mine)) {
             tile.k_begin = k_begin;
             slots.publish(index++, tile);
-            if (tile.kind == Tile::stop) break;
-            mine = ticket();   // on its way while this tile streams
-            stream(tile);
+            mine = stream(tile);
             k_begin += tile.k_blocks;
         }
-        if (C::kVariant == Variant::pingpong) slots.publish(index, Tile{Tile::stop, 0, 0, 0, 0, 0, 0, 0});   // one for each group
+        if constexpr (C::kVariant == Variant::pingpong) {   // one stop tile for each group; the first has the turn
+            tile.turn_left = 1;
+            slots.publish(index++, tile);
+            tile.turn_left = 0;
+        }
+        slots.publish(index, tile);
     }
 };
 

@@ -20,6 +20,7 @@ struct Turn {
 template <class C> struct Math {
     static constexpr bool kPingpong = C::kVariant == Variant::pingpong;
     static constexpr u32 kStep = kPingpong ? kMathGroups : 1;
+    static_assert(kTileSlots % kMathGroups == 0, "a tile slot must always belong to the same group");
 
     const Params& p;
     const Shared<C>& shared;
@@ -42,7 +43,10 @@ template <class C> struct Math {
         if (kPingpong && group == 1) Turn::give(group);   // group 0 begins
         while (true) {
             const TileView tile = slots.watched(index);
-            if (tile.kind() == Tile::stop) break;
+            if (tile.kind() == Tile::stop) {
+                if (kPingpong && tile.turn_left()) Turn::take(group);   // leaves the barrier as it was
+                break;
+            }
             MainLoop<C> loop{shared, Ring<C::kStages>(tile.k_begin()), row};
             if (kPingpong) Turn::take(group);
             if (row < tile.rows()) loop.run(result, tile.k_blocks());

@@ -1,7 +1,6 @@
 // The publisher warp: tells other blocks that a tile of GEMM 1 is finished.  Making the math warps' stores visible to
 // the whole GPU takes most of a microsecond; here nobody who computes waits for it.  It also watches over the math
-// warps, whose waits have no deadline of their own: twice the usual one, so that whoever waits for the cause of a delay
-// reports first.
+// warps, whose waits have no deadline of their own.
 //
 //   tile_stored[slot]   arrived by each math warp of the tile after its stores    waited for here
 //   act2_ready[rows]    released here, once per tile and 64 rows                  acquired by roles/load.cuh
@@ -16,7 +15,8 @@ template <class C> MEGA_DEVICE void publish_tiles(const Params& p, const Shared<
         const Tile tile = slots.read(index);
         if (tile.kind == Tile::stop) break;
         const Ring<kTileSlots> at(index);
-        wait_barrier(p, Wait::tile_stored, shared.tile_stored(at.stage), at.parity, index, 2);
+        const Wait what = tile.kind == Tile::gemm1 ? Wait::gemm1_tile_stored : Wait::gemm2_tile_stored;
+        wait_barrier(p, what, shared.tile_stored(at.stage), at.parity, index);
         if (tile.kind == Tile::gemm1)
             for (u32 r = 0; r < tile.rows; r += kCounterRows) ptx::add_release(p.act2_ready + (tile.row + r) / kCounterRows, 1);
         slots.release(index);

@@ -20,10 +20,11 @@ struct Tile {
     u32 expert;
     u32 n;          // which 256 columns
     u32 row;        // first pool row
-    u32 rows;       // valid ones of the tile's BLOCK_M
+    u32 rows;       // valid ones of the tile's BLOCK_M rows; the rest is padding
     u32 k_blocks;   // depth
-    u32 k_begin;    // k-blocks this block of threads has streamed before this tile: fixes stage and phase of the ring
-    u32 unused;
+    u32 k_begin;    // k-blocks this block of threads has streamed before this tile: every role derives stage and parity
+                    // of the ring from it, and nobody has to follow tiles that are not its own
+    u32 turn_left;  // of a stop tile: pingpong, this group has been given a turn that it has no tile for
 };
 static_assert(sizeof(Tile) == 32, "a tile slot has 32 bytes");
 

@@ -1,0 +1,60 @@
+"""`PreparedKernel`: one loaded kernel with the parameter block through which a buffer calls it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from megamoe_jit._launch import Launcher
+from megamoe_jit._loader import load_kernel
+from megamoe_jit._params import Params, aligned_params
+from megamoe_jit._settings import get_settings
+from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_WEIGHT, encode_fp8_rows
+
+if TYPE_CHECKING:
+    from megamoe_jit._buffer import SymmBuffer
+    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._weights import WeightPair
+
+__all__ = ["PreparedKernel"]
+
+
+class PreparedKernel:
+    """A kernel bound to a buffer: a call writes a few fields of `params` and launches."""
+
+    def __init__(self, spec: KernelSpec, buffer: SymmBuffer) -> None:
+        self.spec = spec
+        self.params: Params = aligned_params()
+        self.loaded = load_kernel(spec, buffer.device.index, param_bytes=ctypes.sizeof(Params))
+        self.launcher = Launcher(self.loaded, self.params)
+        self._weights: tuple[int, ...] = ()
+        self._fill(buffer)
+
+    def _fill(self, buffer: SymmBuffer) -> None:
+        params, layout, shape = self.params, buffer.layout, self.spec.shape
+        base = buffer.local.data_ptr()
+        for section in layout.symmetric:
+            setattr(params, section.name, section.offset)
+        for section in layout.local:
+            setattr(params, section.name, base + section.offset)
+        for rank, address in enumerate(buffer.handle.buffer_ptrs):
+            params.peers[rank] = address
+        rows = layout.pool_rows
+        encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, BOX_ROWS_ACT)
+        encode_fp8_rows(params.act2, params.act2_pool, rows, shape.intermediate, BOX_ROWS_ACT)
+        params.pool_rows = rows
+        params.rank = buffer.rank
+        params.fault = buffer.fault.data_ptr()
+        params.timeout_ns = int(get_settings().timeout_s * 1e9)
+
+    def set_weights(self, l1: WeightPair, l2: WeightPair) -> None:
+        """Point the kernel at these tensors; cheap when they are the last call's."""
+        addresses = (l1[0].data_ptr(), l1[1].data_ptr(), l2[0].data_ptr(), l2[1].data_ptr())
+        if addresses == self._weights:
+            return
+        params, shape, experts = self.params, self.spec.shape, self.spec.local_experts
+        rows1, rows2 = experts * 2 * shape.intermediate, experts * shape.hidden
+        encode_fp8_rows(params.weight1, addresses[0], rows1, shape.hidden, BOX_ROWS_WEIGHT)
+        encode_fp8_rows(params.weight2, addresses[2], rows2, shape.intermediate, BOX_ROWS_WEIGHT)
+        params.weight1_scales, params.weight2_scales = addresses[1], addresses[3]
+        self._weights = addresses

@@ -1,0 +1,109 @@
+"""What the ranks of a group must agree on before a kernel of one may wait for another.
+
+Everything here is a host collective on the caller's process group, and raises on every rank or on none: a rank that
+fails alone would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from megamoe_jit._errors import MegaMoeError, RankMismatchError
+
+__all__ = ["allocate_symmetric", "collectively", "digest", "gather", "group_rank", "group_size", "require_equal"]
+
+T = TypeVar("T")
+
+
+def group_size(group: Any) -> int:
+    """Ranks of a process group; 1 for None."""
+    return 1 if group is None else int(group.size())
+
+
+def group_rank(group: Any) -> int:
+    """This process's rank in a process group; 0 for None."""
+    return 0 if group is None else int(group.rank())
+
+
+def gather(group: Any, value: T) -> list[T]:
+    """Every rank's value, by rank."""
+    if group_size(group) == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * group_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def require_equal(group: Any, what: str, fields: Mapping[str, object]) -> None:
+    """Raise `RankMismatchError` on every rank, naming ranks and field, unless all ranks have equal fields."""
+    everyone: Sequence[dict[str, object]] = gather(group, dict(fields))
+    problems = []
+    for name in fields:
+        values = [each.get(name) for each in everyone]
+        if any(value != values[0] for value in values):
+            listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            problems.append(f"{name} ({listed})")
+    if problems:
+        raise RankMismatchError(f"ranks disagree on {what}: {'; '.join(problems)}")
+
+
+def collectively(group: Any, what: str, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; when it fails on any, raise on all of them.
+
+    The rank that failed raises its own error, the others a `MegaMoeError` that names it.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        if group_size(group) == 1:
+            raise
+        error = caught
+    failures = gather(group, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise MegaMoeError(f"{what} failed on rank {rank}: {failure}")
+    return result  # type: ignore[return-value]
+
+
+def digest(*parts: str) -> str:
+    """Short fingerprint of some texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def allocate_symmetric(group: Any, size: int, device: torch.device) -> tuple[torch.Tensor, Any]:
+    """Symmetric memory of `size` bytes on every rank, and its handle (`buffer_ptrs` by rank).
+
+    NVLink multicast is not used.
+
+    Raises:
+        MegaMoeError: the ranks are not NVLink peers of one host, or the allocation failed; on every rank.
+    """
+    import torch.distributed._symmetric_memory as symm_mem
+
+    def check_peers() -> None:
+        hosts = gather(group, socket.gethostname())
+        if len(set(hosts)) > 1:
+            raise MegaMoeError(f"ranks are on different hosts ({', '.join(hosts)}); allowed: GPUs of one host")
+        devices = gather(group, str(torch.cuda.get_device_properties(device).uuid))
+        if len(set(devices)) < len(devices):
+            raise MegaMoeError(f"ranks share a GPU ({', '.join(devices)}); allowed: one GPU for each rank")
+
+    collectively(group, "checking the peers", check_peers)
+
+    def allocate() -> tuple[torch.Tensor, Any]:
+        memory = symm_mem.empty(size, dtype=torch.uint8, device=device)
+        return memory, symm_mem.rendezvous(memory, group=group)
+
+    memory, handle = collectively(group, f"allocating {size} bytes of symmetric memory", allocate)
+    return memory, handle

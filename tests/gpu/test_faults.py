@@ -1,0 +1,99 @@
+"""A kernel that waits for something that never comes must say who waited for what, and stop.
+
+Each case breaks one line of the kernel sources, so that a signal is never given, and runs in a process of its own: the
+trap ends the CUDA context.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamoe_jit._render import kernels_dir
+
+CHILD = """
+import json, time, torch
+import megamoe_jit as mm
+from megamoe_jit._scenarios import get, make_inputs
+
+scenario = get("L2.heur.small.t64")
+s = scenario.shape
+inputs = make_inputs(scenario, "cuda")
+l1, l2 = mm.transform_weights_for_mega_moe_sm90(inputs.l1, inputs.l2)
+buffer = mm.get_symm_buffer_for_mega_moe(None, s.experts, 64, s.topk, s.hidden, s.intermediate)
+buffer.x[:64].copy_(inputs.x_q), buffer.x_sf[:64].copy_(inputs.x_sf)
+buffer.topk_idx[:64].copy_(inputs.topk_idx), buffer.topk_weights[:64].copy_(inputs.topk_weights)
+y = torch.empty(64, s.hidden, dtype=torch.bfloat16, device="cuda")
+begin = time.perf_counter()
+try:
+    mm.fp8_mega_moe_cooperative(y, l1, l2, buffer)
+    buffer.check()
+    print(json.dumps({"error": None}))
+except mm.MegaMoeError as error:
+    seconds = time.perf_counter() - begin
+    print(json.dumps({"error": type(error).__name__, "text": str(error), "seconds": seconds}))
+"""
+
+#: What never happens: the file, the line that is broken, what takes its place, and what the message must say.
+BROKEN = {
+    "dispatch never counts its rows": (
+        "dispatch/gather.cuh",
+        "if (ptx::lane_id() == 0) ptx::add_release(",
+        "if (ptx::lane_id() == 99) ptx::add_release(",
+        "dispatch to bring the rows",
+    ),
+    "finished tiles are never announced": (
+        "roles/publish.cuh",
+        "ptx::add_release(p.act2_ready",
+        "if (tile.row == ~0u) ptx::add_release(p.act2_ready",
+        "the first GEMM to finish",
+    ),
+    "math warps never free a stage": (
+        "mma/block_scaled.cuh",
+        "if (ptx::lane_id() == 0) ptx::mbarrier_arrive(shared.empty(stage));",
+        "",
+        "the math warps to free pipeline stage",
+    ),
+    "math warps never finish a tile": (
+        "roles/math.cuh",
+        "slots.stored(index), ",
+        "",
+        "the math warps to finish tile",
+    ),
+    "one block stays away from the grid barrier": (
+        "comm/barriers.cuh",
+        "    u32* word = p.control + kControlGridBarrier;",
+        "    while (blockIdx.x == 3 && which == 1) __nanosleep(1000);\n    u32* word = p.control + kControlGridBarrier;",
+        "blocks of the launch to reach grid barrier 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_wait_in_vain_ends_in_a_sentence(name: str, tmp_path: Path) -> None:
+    room, line, broken, sentence = BROKEN[name]
+    shutil.copytree(kernels_dir(), tmp_path / "kernels_src")
+    source = (tmp_path / "kernels_src" / room).read_text()
+    assert source.count(line) == 1, f"{room} no longer has the line that this test breaks"
+    (tmp_path / "kernels_src" / room).write_text(source.replace(line, broken))
+    environment = {
+        **os.environ,
+        "MEGAMOE_JIT_KERNELS_SRC": str(tmp_path / "kernels_src"),
+        "MEGAMOE_JIT_CACHE_DIR": str(tmp_path / "cache"),
+        "MEGAMOE_JIT_TIMEOUT_S": "1",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["error"] == "DeviceFaultError", result
+    assert sentence in result["text"]
+    assert "rank 0: block " in result["text"]
+    assert result["seconds"] < 30
