@@ -80,6 +80,7 @@ class SymmBuffer:
         self._prepared: dict[tuple[Variant, bool], PreparedKernel] = {}
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # of the last launch
+        self._stream_handle: int | None = None  # compared instead: torch says that no stream differs from None
         self._destroyed = False
         self._broken: MegaMoeError | None = None
 
@@ -213,7 +214,7 @@ class SymmBuffer:
         """
         stream = torch.cuda.current_stream(self.device)
         with self._lock:
-            if stream != self._stream:
+            if stream.cuda_stream != self._stream_handle:
                 self._order_after_last(stream)
             prepared.set_weights(l1, l2)
             params = prepared.params
@@ -235,7 +236,7 @@ class SymmBuffer:
             return
         if self._stream is not None:
             stream.wait_stream(self._stream)
-        self._stream = stream
+        self._stream, self._stream_handle = stream, stream.cuda_stream
 
     def check(self) -> None:
         """Wait for the device and raise if a kernel of this buffer gave up.

@@ -26,9 +26,9 @@ WAITS = {
     7: "the first GEMM to finish pool block {which} ({seen} of {expected} tiles done)",
     8: "the math warps to finish tile {which}, of the first GEMM",
     PEER_SIGNAL: "the other ranks to reach rank barrier {which} of launch {expected} (missing: {ranks})",
+    10: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
     11: "the math warps to free pipeline stage {which} for weights",
     12: "the math warps to finish tile {which}, of the second GEMM",
-    10: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
 }
 
 ROLES = ("activations warp", "weights warp", "dispatch warp", "publisher warp")

@@ -149,6 +149,7 @@ template <class C> struct Gather {
                 ptx::mbarrier_expect(shared.dispatched(slot), chunk_bytes(load));
                 ptx::bulk_load(shared.dispatch(slot), row_address(from) + load % kChunks * kDispatchChunk, chunk_bytes(load),
                                shared.dispatched(slot));
+                ptx::mbarrier_arrive(shared.dispatched(slot));
             }
             if (load < kLead) continue;
             const u32 store = load - kLead;

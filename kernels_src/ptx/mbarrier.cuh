@@ -14,9 +14,9 @@ MEGA_DEVICE void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.relea
 MEGA_DEVICE void mbarrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-/// One arrival that also announces `bytes` of asynchronous copies.
+/// Announces `bytes` of asynchronous copies to the current phase; an arrival must follow.
 MEGA_DEVICE void mbarrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 /// True once the phase of the given parity is complete.  May suspend the thread for a while before it says no.
 MEGA_DEVICE bool mbarrier_try_wait(u32 bar, u32 parity) {

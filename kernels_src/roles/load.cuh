@@ -38,6 +38,7 @@ template <class C> struct LoadWeights {
             ptx::mbarrier_expect(full, Shared<C>::kWeightBytes);
             ptx::tma_load_2d(at, map, full, k * kBlockK, row);
             ptx::tma_load_2d(at + kBoxRows * kBlockK, map, full, k * kBlockK, row + kBoxRows);
+            ptx::mbarrier_arrive(full);
         }
         return next;
     }
@@ -91,6 +92,7 @@ template <class C> struct LoadActivations {
             ptx::tma_load_2d(at, map, full, k * kBlockK, tile.row);
             if (boxes == 2) ptx::tma_load_2d(at + 64 * kBlockK, map, full, k * kBlockK, tile.row + 64);
             ptx::bulk_load(shared.act_scales(ring.stage), scales, Shared<C>::kActScaleBytes, full);
+            ptx::mbarrier_arrive(full);
         }
     }
 

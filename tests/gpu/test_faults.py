@@ -69,7 +69,8 @@ BROKEN = {
     "one block stays away from the grid barrier": (
         "comm/barriers.cuh",
         "    u32* word = p.control + kControlGridBarrier;",
-        "    while (blockIdx.x == 3 && which == 1) __nanosleep(1000);\n    u32* word = p.control + kControlGridBarrier;",
+        "    while (blockIdx.x == 3 && which == 1) __nanosleep(1000);\n"
+        "    u32* word = p.control + kControlGridBarrier;",
         "blocks of the launch to reach grid barrier 1",
     ),
 }
