@@ -17,6 +17,7 @@ from megamoe_jit._errors import (
     LaunchError,
     LoadError,
     MegaMoeError,
+    PackError,
     PeerTimeoutError,
     PerformanceLossError,
     RankMismatchError,
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
     from megamoe_jit._api import fp8_mega_moe, fp8_mega_moe_cooperative, fp8_mega_moe_pingpong
     from megamoe_jit._buffer import SymmBuffer, get_symm_buffer_for_mega_moe
     from megamoe_jit._layer import MegaMoE
+    from megamoe_jit._pack import export_pack, import_pack
     from megamoe_jit._quant import (
         dequantize_activations,
         dequantize_weights,
         quantize_activations,
         quantize_weights,
     )
-    from megamoe_jit._runtime import warmup
+    from megamoe_jit._runtime import enumerate_specs, seal, sealed, unseal, warmup
     from megamoe_jit._weights import (
         inverse_transform_weights_for_mega_moe_sm90,
         transform_weights_for_mega_moe_sm90,
@@ -49,14 +51,20 @@ _LAZY = {
     "SymmBuffer": "_buffer",
     "dequantize_activations": "_quant",
     "dequantize_weights": "_quant",
+    "enumerate_specs": "_runtime",
+    "export_pack": "_pack",
     "fp8_mega_moe": "_api",
     "fp8_mega_moe_cooperative": "_api",
     "fp8_mega_moe_pingpong": "_api",
     "get_symm_buffer_for_mega_moe": "_buffer",
+    "import_pack": "_pack",
     "inverse_transform_weights_for_mega_moe_sm90": "_weights",
     "quantize_activations": "_quant",
     "quantize_weights": "_quant",
+    "seal": "_runtime",
+    "sealed": "_runtime",
     "transform_weights_for_mega_moe_sm90": "_weights",
+    "unseal": "_runtime",
     "warmup": "_runtime",
 }
 
@@ -72,6 +80,7 @@ __all__ = [
     "MegaMoE",
     "MegaMoeError",
     "MoEShape",
+    "PackError",
     "PeerTimeoutError",
     "PerformanceLossError",
     "RankMismatchError",
@@ -83,14 +92,20 @@ __all__ = [
     "__version__",
     "dequantize_activations",
     "dequantize_weights",
+    "enumerate_specs",
+    "export_pack",
     "fp8_mega_moe",
     "fp8_mega_moe_cooperative",
     "fp8_mega_moe_pingpong",
     "get_symm_buffer_for_mega_moe",
+    "import_pack",
     "inverse_transform_weights_for_mega_moe_sm90",
     "quantize_activations",
     "quantize_weights",
+    "seal",
+    "sealed",
     "transform_weights_for_mega_moe_sm90",
+    "unseal",
     "warmup",
 ]
 

@@ -18,7 +18,7 @@ import torch
 
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._faults import decode, fault_error
-from megamoe_jit._layout import MAX_SORT_BLOCKS, buffer_layout
+from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS, buffer_layout
 from megamoe_jit._ranks import allocate_symmetric, collectively, digest, gather, group_rank, group_size, require_equal
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
 from megamoe_jit._validate import check_device
@@ -56,14 +56,21 @@ class SymmBuffer:
         num_experts, num_topk, hidden, intermediate_hidden: the shape.
     """
 
-    def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device, group: Any = None) -> None:
+    def __init__(
+        self,
+        shape: MoEShape,
+        max_tokens: int,
+        device: torch.device,
+        group: Any = None,
+        max_pool_rows: int = DEFAULT_POOL_ROWS,
+    ) -> None:
         if not 0 < max_tokens <= MAX_TOKENS:
             raise ConfigError(f"num_max_tokens_per_rank = {max_tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
         check_device(device)
         self.shape, self.device, self.group = shape, device, group
         self.rank, self.ranks = group_rank(group), group_size(group)
         self.spec(Variant.COOPERATIVE, True)  # refuses what no kernel supports, before anything is allocated
-        self.layout = layout = buffer_layout(shape, max_tokens, self.ranks)
+        self.layout = layout = buffer_layout(shape, max_tokens, self.ranks, max_pool_rows)
         self.num_experts, self.num_topk = shape.experts, shape.topk
         self.hidden, self.intermediate_hidden = shape.hidden, shape.intermediate
         self.num_max_tokens_per_rank = layout.capacity
@@ -298,6 +305,7 @@ def get_symm_buffer_for_mega_moe(
     activation: str = "swiglu",
     *,
     device: torch.device | str | int | None = None,
+    max_pool_rows: int = DEFAULT_POOL_ROWS,
 ) -> SymmBuffer:
     """Allocate the buffer of one rank; a collective of all ranks of `group`.
 
@@ -312,6 +320,8 @@ def get_symm_buffer_for_mega_moe(
         use_fp8_dispatch: must be True.
         activation: must be "swiglu".
         device: where; the current CUDA device by default.
+        max_pool_rows: rows that the local pools hold at most, 4096 or more.  A batch with more of them is served
+            too: the pools become rings, and dispatch waits for the matrix work.
 
     Raises:
         ConfigError: a value is not supported, or the memory is not there (says the bytes).
@@ -328,4 +338,4 @@ def get_symm_buffer_for_mega_moe(
     if isinstance(device, int):
         device = torch.device("cuda", device)
     where = torch.empty(0, device="cuda" if device is None else device).device  # with its index
-    return SymmBuffer(shape, num_max_tokens_per_rank, where, group if group_size(group) > 1 else None)
+    return SymmBuffer(shape, num_max_tokens_per_rank, where, group if group_size(group) > 1 else None, max_pool_rows)

@@ -5,286 +5,230 @@ Layout::
     <root>/v1/<first two hex digits>/<key>/kernel.cubin
                                            meta.json
                                            kernel.cu
-    <root>/v1/.tmp/                        entries being written
+    <root>/v1/.tmp/                        entries being written, entries being deleted
     <root>/v1/quarantine/                  entries that failed verification
 
 An entry is complete or absent: it is written in a staging directory, synchronised, and renamed. Whoever
 loses the race for a name drops its copy, since equal names mean equal inputs. The cache may fail in any
 way without failing the caller: every problem is one warning, and the kernel that was just compiled is
-used from memory.
+used from memory. A read-only cache has the same layout, is searched before the user's and never written.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import json
+import functools
 import logging
 import os
-import secrets
-import shutil
-import socket
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._cubin import CubinError, cubin_arch
-from megamoe_jit._locks import check_private, private_directory
+from megamoe_jit import _evict
+from megamoe_jit._entry import SCHEMA, CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._locks import check_private
+from megamoe_jit._settings import get_settings
+from megamoe_jit._store import EntryStore, PruneReport, tree_bytes
 
-if TYPE_CHECKING:
-    from megamoe_jit._toolchain import Toolchain
-
-__all__ = ["SCHEMA", "CacheEntry", "KernelCache", "cache_key"]
+__all__ = [
+    "SCHEMA",
+    "CacheEntry",
+    "CacheStats",
+    "EntryInfo",
+    "KernelCache",
+    "Problem",
+    "PruneReport",
+    "cache_key",
+    "readonly_caches",
+    "user_cache",
+]
 
 LOG = logging.getLogger("megamoe_jit")
-SCHEMA = 1
-CUBIN, META, SOURCE = "kernel.cubin", "meta.json", "kernel.cu"
-STALE_STAGING_S = 3600.0
-TOUCH_S = 3600.0  #: an entry's last use is noted at most this often
 
 
 @dataclass(frozen=True, slots=True)
-class CacheEntry:
-    """A verified entry: the cubin's bytes and what `meta.json` says."""
+class Problem:
+    """Something `KernelCache.verify` found.
+
+    Attributes:
+        key: the entry; empty for the cache as a whole.
+        path: what is wrong.
+        message: how.
+        fixed: whether it was mended: an entry moved to quarantine, permissions corrected.
+    """
 
     key: str
-    cubin: bytes
-    meta: dict[str, Any]
     path: Path
+    message: str
+    fixed: bool
 
 
-def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, toolchain: Toolchain) -> str:
-    """The name of a compiled kernel: sha256 over everything that decides its bytes, and over nothing else.
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Numbers about one cache; sizes in bytes, times in seconds since 1970.
 
-    Paths, user, host, working directory, Python, torch and driver are not in it: a cache can be shared and
-    moved.
-
-    Args:
-        source_text: the flattened source.
-        options: compiler options, in order.
-        entry: symbol of the kernel.
-        arch: target architecture.
-        toolchain: the compiler; its path does not count.
-
-    Returns:
-        64 hexadecimal digits.
+    Attributes:
+        root: the directory.
+        entries: kernels.
+        bytes: size of their files.
+        quarantined: damaged entries kept aside.
+        quarantined_bytes: size of their files.
+        limit_bytes: size from which entries are evicted; None without a limit.
+        oldest_use: last use of the entry that would be evicted first; None without entries.
+        newest_use: last use of the entry that would be evicted last.
     """
-    digest = hashlib.sha256()
 
-    def add(label: str, value: str) -> None:
-        for part in (label.encode(), value.encode()):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-
-    add("schema", str(SCHEMA))
-    add("entry", entry)
-    add("source", source_text)
-    for option in options:
-        add("option", option)
-    add("arch", arch)
-    add("compiler version", f"{toolchain.version[0]}.{toolchain.version[1]}")
-    add("compiler build", toolchain.build)
-    return digest.hexdigest()
+    root: Path
+    entries: int
+    bytes: int
+    quarantined: int
+    quarantined_bytes: int
+    limit_bytes: int | None
+    oldest_use: float | None
+    newest_use: float | None
 
 
-class _Damaged(Exception):
-    """An entry is there but must not be used."""
-
-
-class KernelCache:
+class KernelCache(EntryStore):
     """The entries under one root directory.
 
     Args:
         root: the directory; entries lie in a subdirectory named after the schema.
+        max_bytes: size from which the least recently used entries are removed; None for no limit.
+        read_only: never write, not even to note a use or to put a damaged entry aside.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.path = root / f"v{SCHEMA}"  #: where this schema's entries lie
-        self._warned: set[str] = set()
+    def __init__(self, root: Path, max_bytes: int | None = None, read_only: bool = False) -> None:
+        super().__init__(root, read_only)
+        self.max_bytes = max_bytes
+        self._unchecked_bytes: int | None = None  #: published since the size was last looked at
 
-    def entry_path(self, key: str) -> Path:
-        """Directory of an entry, whether it exists or not."""
-        return self.path / key[:2] / key
+    def info(self, prefix: str) -> EntryInfo:
+        """The one entry whose key begins with `prefix`.
 
-    def load(self, key: str) -> CacheEntry | None:
-        """Read and verify an entry.
+        Raises:
+            ConfigError: there is none, or there are several.
+        """
+        prefix = prefix.strip().lower()
+        found = [(key, folder) for key, folder in self._folders() if prefix and key.startswith(prefix)]
+        if len(found) > 1:
+            shown = ", ".join(sorted(key[: max(12, len(prefix) + 4)] for key, _ in found)[:5])
+            raise ConfigError(f"key {prefix!r} is not unique in {self.path}: {shown}{', ...' if found[5:] else ''}")
+        info = read_info(*found[0]) if found else None
+        if info is None:
+            what = "has no readable metadata" if found else "is not"
+            raise ConfigError(f"key {prefix!r} {what} in the cache {self.path}; `megamoe-jit cache ls` lists the keys")
+        return info
+
+    def prune(
+        self, max_bytes: int | None = None, older_than_s: float | None = None, keep_current: bool = True
+    ) -> PruneReport:
+        """Remove what was not used for long, and what is beyond a size: least recently used first.
+
+        Entries used or made in the last ten minutes are kept.  Damaged entries in quarantine go too.
 
         Args:
-            key: from `cache_key`.
-
-        Returns:
-            The entry; None if there is none, or none to be trusted (a damaged one is moved to quarantine).
+            max_bytes: size to come down to; if neither limit is given, the cache's own.
+            older_than_s: remove every entry that was not used for this long.
+            keep_current: for the size, take what other compilers and other versions of this package made first.
         """
-        folder = self.entry_path(key)
-        try:
-            check_private(self.path)
-            if not folder.is_dir():
-                return None
-            cubin, meta = self._verified(key, folder)
-        except FileNotFoundError:
-            return None
-        except _Damaged as damage:
-            LOG.warning("cached kernel %s is damaged (%s) and is compiled again", folder, damage)
-            self._quarantine(key, folder)
-            return None
-        except OSError as error:
-            self._warn("read", f"cannot read kernel cache {self.path}: {error}")
-            return None
-        if meta["schema"] != SCHEMA:
-            return None
-        self._touch(folder / META)
-        return CacheEntry(key, cubin, meta, folder)
+        if max_bytes is None and older_than_s is None:
+            max_bytes = self.max_bytes
+        entries = self.entries()
+        current = _evict.current_builder() if keep_current else None
+        doomed = _evict.plan(entries, max_bytes=max_bytes, older_than_s=older_than_s, current=current)
+        report = self.remove(info.key for info in doomed)
+        return PruneReport(report.removed, report.bytes + self._empty_quarantine())
 
-    def store(self, key: str, cubin: bytes, source: str, meta: Mapping[str, Any]) -> bool:
-        """Publish an entry; never raises `OSError`.
+    def clear(self) -> PruneReport:
+        """Delete every entry, readable or not, and what lies in quarantine."""
+        report = self.remove(key for key, _ in self._folders())
+        return PruneReport(report.removed, report.bytes + self._empty_quarantine())
+
+    def verify(self, fix: bool = False) -> list[Problem]:
+        """Check every entry as `load` does, its source too.
 
         Args:
-            key: from `cache_key`.
-            cubin: the compiled kernel.
-            source: the flattened source, kept beside it for reading.
-            meta: plain data about it; identity, size, digest and date are added.
-
-        Returns:
-            Whether the entry is there now, written by this call or by someone else meanwhile.
+            fix: move what is damaged to quarantine and correct permissions of the cache's directories.
         """
-        staging: Path | None = None
-        try:
-            if not self.root.exists():
-                private_directory(self.root)
-            private_directory(self.path)
-            private_directory(self.path / ".tmp")
-            self._sweep()
-            staging = self.path / ".tmp" / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(6)}"
-            staging.mkdir(mode=0o700)
-            document = {
-                **meta,
-                "schema": SCHEMA,
-                "key": key,
-                "arch": cubin_arch(cubin),
-                "cubin_bytes": len(cubin),
-                "cubin_sha256": hashlib.sha256(cubin).hexdigest(),
-                "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "host": socket.gethostname(),
-            }
-            _write(staging / SOURCE, source.encode())
-            _write(staging / CUBIN, cubin)
-            _write(staging / META, json.dumps(document, indent=1, sort_keys=True).encode())
-            _sync_directory(staging)
-            target = self.entry_path(key)
-            private_directory(target.parent)
-            os.rename(staging, target)
-            staging = None
-            _sync_directory(target.parent)
-        except OSError as error:
-            if staging is not None and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return True
-            self._warn("write", f"cannot write kernel cache {self.path}: {error}; kernels stay in memory")
-            return False
-        finally:
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
+        problems = []
+        for folder in (self.path, self.path / ".tmp"):
+            try:
+                check_private(folder, self.forbidden)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                problems.append(Problem("", folder, str(error), fix and _make_private(folder)))
+        for key, folder_name in self._folders():
+            folder = Path(folder_name)
+            try:
+                read_entry(key, folder, self.forbidden, with_source=True)
+            except FileNotFoundError:
+                continue
+            except Damaged as damage:
+                problems.append(Problem(key, folder, str(damage), fix and self.quarantine(key)))
+            except OSError as error:
+                problems.append(Problem(key, folder, f"cannot be read: {error.strerror}", False))
+        return problems
+
+    def stats(self) -> CacheStats:
+        """Numbers about the cache."""
+        entries = self.entries()
+        used = [info.used_at for info in entries]
+        aside = list(self._quarantined())
+        return CacheStats(
+            root=self.root,
+            entries=len(entries),
+            bytes=sum(info.disk_bytes for info in entries),
+            quarantined=len(aside),
+            quarantined_bytes=sum(map(tree_bytes, aside)),
+            limit_bytes=self.max_bytes,
+            oldest_use=min(used, default=None),
+            newest_use=max(used, default=None),
+        )
+
+    def _quarantined(self) -> Iterator[Path]:
+        with contextlib.suppress(OSError):
+            yield from (self.path / "quarantine").iterdir()
+
+    def _empty_quarantine(self) -> int:
+        """Delete what lies there; the bytes that gave."""
+        sizes = [(path, tree_bytes(path)) for path in self._quarantined()]
+        return sum(size for path, size in sizes if self._bury(path))
+
+    def _published(self, size: int) -> None:
+        """Evict if the cache may have grown beyond its limit; looks only when that is possible."""
+        if self.max_bytes is None:
+            return
+        unchecked = self._unchecked_bytes
+        if unchecked is not None and unchecked + size <= self.max_bytes // 64:
+            self._unchecked_bytes = unchecked + size
+            return
+        self._unchecked_bytes = 0
+        report = _evict.evict(self, self.max_bytes)
+        if report.removed:
+            LOG.info("removed %d least recently used kernels from %s", len(report.removed), self.path)
+
+
+@functools.lru_cache(maxsize=16)
+def _cache_at(root: Path, max_bytes: int | None, read_only: bool) -> KernelCache:
+    return KernelCache(root, max_bytes, read_only)
+
+
+def user_cache() -> KernelCache:
+    """The cache of the current settings that kernels are written to."""
+    settings = get_settings()
+    return _cache_at(settings.cache_dir, settings.cache_max_bytes, False)
+
+
+def readonly_caches() -> tuple[KernelCache, ...]:
+    """The read-only caches of the current settings, in the order they are searched."""
+    return tuple(_cache_at(root, None, True) for root in get_settings().readonly_cache)
+
+
+def _make_private(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
+        check_private(folder)
         return True
-
-    def entries(self) -> list[dict[str, Any]]:
-        """The metadata of every readable entry, oldest first.
-
-        Each has `path`, `used_at` and `disk_bytes` added.  Nothing is verified beyond
-        the metadata being readable; `load` does that.
-        """
-        found = []
-        for meta_path in self.path.glob(f"[0-9a-f][0-9a-f]/*/{META}"):
-            with contextlib.suppress(OSError, ValueError):
-                document = json.loads(meta_path.read_bytes())
-                if isinstance(document, dict) and document.get("schema") == SCHEMA:
-                    document["path"] = str(meta_path.parent)
-                    document["used_at"] = meta_path.stat().st_mtime
-                    document["disk_bytes"] = sum(p.stat().st_size for p in meta_path.parent.iterdir())
-                    found.append(document)
-        return sorted(found, key=lambda d: (str(d.get("created_at")), str(d.get("key"))))
-
-    def remove(self, key: str) -> bool:
-        """Delete an entry; whether there was one and it is gone now."""
-        folder = self.entry_path(key)
-        grave = self.path / ".tmp" / f"removed-{secrets.token_hex(6)}"
-        try:
-            private_directory(grave.parent)
-            os.rename(folder, grave)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            self._warn("remove", f"cannot remove from kernel cache {self.path}: {error}")
-            return False
-        shutil.rmtree(grave, ignore_errors=True)
-        return True
-
-    def _verified(self, key: str, folder: Path) -> tuple[bytes, dict[str, Any]]:
-        try:
-            meta = json.loads((folder / META).read_bytes())
-            cubin = (folder / CUBIN).read_bytes()
-        except FileNotFoundError as error:
-            if not folder.is_dir():  # removed meanwhile
-                raise
-            raise _Damaged(f"{os.path.basename(error.filename)} is missing") from None
-        except ValueError:
-            raise _Damaged(f"{META} is not JSON") from None
-        if not isinstance(meta, dict) or not isinstance(meta.get("schema"), int):
-            raise _Damaged(f"{META} has no schema")
-        if meta["schema"] != SCHEMA:
-            return cubin, meta
-        if meta.get("key") != key:
-            raise _Damaged(f"{META} is of another kernel")
-        if len(cubin) != meta.get("cubin_bytes"):
-            raise _Damaged(f"{CUBIN} has {len(cubin)} bytes instead of {meta.get('cubin_bytes')}")
-        if hashlib.sha256(cubin).hexdigest() != meta.get("cubin_sha256"):
-            raise _Damaged(f"the digest of {CUBIN} is wrong")
-        try:
-            arch = cubin_arch(cubin)
-        except CubinError as error:
-            raise _Damaged(f"{CUBIN}: {error}") from None
-        if arch != meta.get("arch"):
-            raise _Damaged(f"{CUBIN} is for {arch} instead of {meta.get('arch')}")
-        return cubin, meta
-
-    def _quarantine(self, key: str, folder: Path) -> None:
-        with contextlib.suppress(OSError):
-            place = private_directory(self.path / "quarantine")
-            os.rename(folder, place / f"{key}-{secrets.token_hex(4)}")
-
-    def _sweep(self) -> None:
-        """Drop what killed writers left behind."""
-        limit = time.time() - STALE_STAGING_S
-        with contextlib.suppress(OSError):
-            for path in (self.path / ".tmp").iterdir():
-                if path.stat().st_mtime < limit:
-                    shutil.rmtree(path, ignore_errors=True)
-
-    def _touch(self, path: Path) -> None:
-        """Note the use in the modification time: access times are off on many mounts."""
-        with contextlib.suppress(OSError):
-            if path.stat().st_mtime < time.time() - TOUCH_S:
-                os.utime(path)
-
-    def _warn(self, cause: str, message: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            LOG.warning("%s", message)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot synchronise a directory
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    return False

@@ -43,7 +43,7 @@ _ADVISORY = re.compile(r"C75\d\d$")
 _AROUND = re.compile(r"\baround line (\d+)\b")
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _PTXAS_TIME = re.compile(r"Compile time = ([\d.]+) ms")
-_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*\binlined_at\s+(\d+)\s+(\d+))?")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]+)"')
 
 
@@ -113,11 +113,11 @@ class CompileResult:
         return tuple(str(d) for d in self.diagnostics if d.is_performance_loss)
 
 
-def options_for(toolchain: Toolchain, extra_options: Sequence[str] = ()) -> tuple[str, ...]:
+def options_for(toolchain: Toolchain | None, extra_options: Sequence[str] = ()) -> tuple[str, ...]:
     """The compiler options; a part of the cache key, so they hold no path.
 
     Args:
-        toolchain: decides which options exist.
+        toolchain: decides which options exist; None for those that all have.
         extra_options: appended after those of the settings.
     """
     options = [
@@ -128,7 +128,7 @@ def options_for(toolchain: Toolchain, extra_options: Sequence[str] = ()) -> tupl
         "--ptxas-options=-v",
         "--ptxas-options=--warn-on-spills",
     ]
-    if toolchain.version >= (12, 9):
+    if toolchain is not None and toolchain.version >= (12, 9):
         options.append("--no-cache")  # its own cache would call the driver and swallow the ptxas log
     options.extend(f"--ptxas-options={option}" for option in get_settings().ptxas_options)
     return (*options, *extra_options)
@@ -246,12 +246,13 @@ def _diagnostics(log: str, ptx: str) -> tuple[Diagnostic, ...]:
             continue
         around = _AROUND.search(match["message"])
         number = int(match["line"] or (around[1] if around else 0))
-        file, source_line = "", 0
+        file, source_line, caller = "", 0, ""
         if number:
             positions = positions or _PtxPositions(ptx)
-            file, source_line = positions.of(number)
+            file, source_line, caller = positions.of(number)
         severity = "error" if match["severity"] in ("error", "fatal") else match["severity"]
-        found.append(Diagnostic(severity, match["code"] or "", file, source_line, match["message"]))
+        message = match["message"] + (f" (inlined at {caller})" if caller else "")
+        found.append(Diagnostic(severity, match["code"] or "", file, source_line, message))
     return tuple(found)
 
 
@@ -262,14 +263,17 @@ class _PtxPositions:
         self.lines = ptx.split("\n")
         self.files = {number: name for number, name in _FILE.findall(ptx)}
 
-    def of(self, number: int) -> tuple[str, int]:
+    def of(self, number: int) -> tuple[str, int, str]:
+        """File, line, and the call that was inlined there, if it was."""
         for line in reversed(self.lines[: max(0, number)]):
             match = _LOC.search(line)
             if match:
-                return self.files.get(match[1], ""), int(match[2])
+                file, at, caller, caller_line = match.groups()
+                where = f"{self.files.get(caller, '')}({caller_line})" if caller in self.files else ""
+                return self.files.get(file, ""), int(at), where
             if line.startswith((".visible", ".entry", ".func")):
                 break
-        return "", 0
+        return "", 0, ""
 
 
 def _report(headline: str, text: str, log: str, ptx: str, entry: str, diagnostics: Sequence[Diagnostic]) -> str:

@@ -10,6 +10,7 @@
     ├── CompileError                       NVRTC refused the source
     │   └── PerformanceLossError           it compiled, but with spills or serialised WGMMA
     ├── KernelMissingError                 the kernel is not cached and compiling is forbidden
+    ├── PackError                          a pack of kernels is damaged, foreign or not to be trusted
     ├── LoadError                          the driver refused the compiled kernel
     ├── LaunchError                        the driver refused the launch
     ├── CaptureError                       not possible while a CUDA graph is being captured
@@ -31,6 +32,7 @@ __all__ = [
     "LaunchError",
     "LoadError",
     "MegaMoeError",
+    "PackError",
     "PeerTimeoutError",
     "PerformanceLossError",
     "RankMismatchError",
@@ -70,6 +72,10 @@ class PerformanceLossError(CompileError):
 
 class KernelMissingError(MegaMoeError):
     """The kernel is not in the cache and compiling is forbidden; names the warmup command."""
+
+
+class PackError(MegaMoeError):
+    """A pack of kernels is damaged, was made by another version, or holds what no pack should hold."""
 
 
 class LoadError(MegaMoeError):

@@ -25,11 +25,15 @@ WAITS = {
     6: "dispatch to bring the rows of pool block {which} ({seen} of {expected} arrived)",
     7: "the first GEMM to finish pool block {which} ({seen} of {expected} tiles done)",
     8: "the math warps to finish tile {which}, of the first GEMM",
-    PEER_SIGNAL: "the other ranks to reach rank barrier {which} of launch {expected} (missing: {ranks})",
+    PEER_SIGNAL: "the other ranks to have their {phase} ready in launch {expected} (missing: {ranks})",
     10: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
     11: "the math warps to free pipeline stage {which} for weights",
     12: "the math warps to finish tile {which}, of the second GEMM",
+    13: "the first GEMM to read pool block {which} before it is written again ({seen} of {expected} tiles done)",
+    14: "the second GEMM to finish pool block {which} before it is written again ({seen} of {expected} tiles done)",
 }
+
+PHASES = {0: "inputs", 1: "results"}  #: of a PEER_SIGNAL
 
 ROLES = ("activations warp", "weights warp", "dispatch warp", "publisher warp")
 
@@ -49,7 +53,14 @@ class Fault:
         role = ROLES[self.warp] if self.warp < len(ROLES) else f"math warp {self.warp - len(ROLES)}"
         text = WAITS.get(self.what, "something unknown (code {what})")
         ranks = ", ".join(f"rank {r}" for r in range(MAX_RANKS) if self.seen >> r & 1)  # of a PEER_SIGNAL's bit mask
-        waited = text.format(what=self.what, which=self.which, expected=self.expected, seen=self.seen, ranks=ranks)
+        waited = text.format(
+            what=self.what,
+            which=self.which,
+            phase=PHASES.get(self.which, self.which),
+            expected=self.expected,
+            seen=self.seen,
+            ranks=ranks,
+        )
         return f"block {self.block}, {role}, waited in vain for {waited}"
 
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 from megamoe_jit._spec import BLOCK, MoEShape
 
-__all__ = ["ALIGN", "CAPACITY_STEP", "MAX_SORT_BLOCKS", "BufferLayout", "Section", "buffer_layout"]
+__all__ = ["ALIGN", "CAPACITY_STEP", "DEFAULT_POOL_ROWS", "MAX_SORT_BLOCKS", "BufferLayout", "Section", "buffer_layout"]
 
 ALIGN = 1024  #: every section starts at a multiple of this
 CAPACITY_STEP = 128  #: token capacity is rounded up to a multiple of this
 POOL_ALIGN = 128  #: an expert's first pool row is a multiple of this
 COUNTER_ROWS = 64  #: pool rows that share a readiness counter
 CONTROL_WORDS = 64
+DEFAULT_POOL_ROWS = 65536  #: rows the pools hold at most unless the caller says otherwise
+MIN_POOL_ROWS = 4096  #: a unit of the tile order is 1024 rows, and a few should be under way
 MAX_SORT_BLOCKS = 128
 
 
@@ -38,12 +40,15 @@ class BufferLayout:
         symmetric: sections that peers may read or write.
         local: sections of this rank alone.
         capacity: tokens this rank can hold.
-        pool_rows: rows of the pools, the worst case over all routings.
+        rows: rows this rank can receive, the worst case over all routings, each expert's padded to 128.
+        pool_rows: rows the pools hold; fewer than `rows` makes them rings, which drop nothing: dispatch then waits
+            for the matrix work.
     """
 
     symmetric: tuple[Section, ...]
     local: tuple[Section, ...]
     capacity: int
+    rows: int
     pool_rows: int
 
     @property
@@ -83,13 +88,16 @@ def _place(sizes: list[tuple[str, int, str]]) -> tuple[Section, ...]:
     return tuple(sections)
 
 
-def buffer_layout(shape: MoEShape, max_tokens: int, ranks: int = 1) -> BufferLayout:
+def buffer_layout(
+    shape: MoEShape, max_tokens: int, ranks: int = 1, max_pool_rows: int = DEFAULT_POOL_ROWS
+) -> BufferLayout:
     """Lay out the buffers of one rank.
 
     Args:
         shape: sizes of the layer.
         max_tokens: tokens per rank; rounded up to a multiple of 128.
         ranks: ranks that share the experts.
+        max_pool_rows: most rows the pools may hold; rounded up to a multiple of 128.
     """
     tokens = max(_up(max_tokens, CAPACITY_STEP), CAPACITY_STEP)
     hidden, intermediate, topk = shape.hidden, shape.intermediate, shape.topk
@@ -97,6 +105,7 @@ def buffer_layout(shape: MoEShape, max_tokens: int, ranks: int = 1) -> BufferLay
     pairs = tokens * topk
     received = pairs * ranks  # every pair of every rank may name an expert of this one
     rows = _up(received + min(local_experts, received) * (POOL_ALIGN - 1), POOL_ALIGN)
+    pool = min(rows, _up(max(max_pool_rows, MIN_POOL_ROWS), POOL_ALIGN))
     symmetric = _place(
         [
             ("x", tokens * hidden, f"input codes e4m3 [{tokens}, {hidden}]"),
@@ -111,15 +120,16 @@ def buffer_layout(shape: MoEShape, max_tokens: int, ranks: int = 1) -> BufferLay
     )
     local = _place(
         [
-            ("act1_pool", rows * hidden, f"rows by expert e4m3 [{rows}, {hidden}]"),
-            ("act1_scales", rows * hidden // BLOCK * 4, f"their scales f32 [{hidden // BLOCK}, {rows}]"),
-            ("act2_pool", rows * intermediate, f"after SwiGLU e4m3 [{rows}, {intermediate}]"),
-            ("act2_scales", rows * intermediate // BLOCK * 4, f"f32 [{intermediate // BLOCK}, {rows}]"),
+            ("act1_pool", pool * hidden, f"rows by expert e4m3 [{pool}, {hidden}]"),
+            ("act1_scales", pool * hidden // BLOCK * 4, f"their scales f32 [{hidden // BLOCK}, {pool}]"),
+            ("act2_pool", pool * intermediate, f"after SwiGLU e4m3 [{pool}, {intermediate}]"),
+            ("act2_scales", pool * intermediate // BLOCK * 4, f"f32 [{intermediate // BLOCK}, {pool}]"),
             ("row_pairs", rows * 4, "origin of each row u32"),
             ("act1_ready", rows // COUNTER_ROWS * 4, "rows arrived u32"),
-            ("act2_ready", rows // COUNTER_ROWS * 4, "tiles finished u32"),
+            ("act2_ready", rows // COUNTER_ROWS * 4, "tiles of the first GEMM finished u32"),
+            ("act2_done", rows // COUNTER_ROWS * 4, "tiles of the second GEMM finished u32"),
             ("slice_counts", MAX_SORT_BLOCKS * shape.experts * 4, "pairs of each expert by slice u32"),
             ("control", CONTROL_WORDS * 4, "grid barrier, ticket, epoch u32"),
         ]
     )
-    return BufferLayout(symmetric, local, tokens, rows)
+    return BufferLayout(symmetric, local, tokens, rows, pool)

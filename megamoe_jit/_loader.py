@@ -9,18 +9,22 @@ before anything is touched, so that the capture stays usable.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
 
 from megamoe_jit._cubin import read_cubin
-from megamoe_jit._errors import CaptureError, LoadError, UnsupportedDeviceError
-from megamoe_jit._runtime import CompiledKernel, get_kernel, warmup_command
+from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, UnsupportedDeviceError
+from megamoe_jit._obtain import distrust
+from megamoe_jit._runtime import CompiledKernel, forget, get_kernel, warmup_command
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec
 
 __all__ = ["LoadedKernel", "load_kernel"]
+
+LOG = logging.getLogger("megamoe_jit")
 
 #: driver errors that mean: this binary is not for this driver or device
 _REFUSED = (
@@ -83,8 +87,8 @@ def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None 
         _refuse_capture(spec)
         compiled = get_kernel(spec)
         with _lock:
-            loaded = _by_key.get((compiled.key, device_index)) or _load(compiled, device_index)
-            _by_key[compiled.key, device_index] = _by_spec[slot] = loaded
+            loaded = _by_key.get((compiled.key, device_index)) or _load_or_compile(compiled, device_index)
+            _by_key[loaded.key, device_index] = _by_spec[slot] = loaded
     if param_bytes is not None and param_bytes != loaded.param_bytes:
         raise LoadError(
             f"kernel {spec.entry} takes {loaded.param_bytes} bytes of parameters, but the host passes "
@@ -103,7 +107,39 @@ def _refuse_capture(spec: KernelSpec) -> None:
         )
 
 
-def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel:
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """The driver does not take a binary.
+
+    Attributes:
+        message: what to tell the user.
+        explained: the compiler is newer than the driver; else the binary itself must be bad.
+    """
+
+    message: str
+    explained: bool
+
+
+def _load_or_compile(compiled: CompiledKernel, device_index: int) -> LoadedKernel:
+    """Load; if the driver refuses what came from a cache, compile it here, once."""
+    result = _load(compiled, device_index)
+    if isinstance(result, _Refusal):
+        refusal = result
+        if not distrust(compiled, damaged=not refusal.explained):
+            raise LoadError(refusal.message)
+        LOG.warning("%s; compiling it here", refusal.message)
+        forget(compiled.spec)
+        try:
+            again = get_kernel(compiled.spec)
+        except MegaMoeError as error:
+            raise LoadError(refusal.message) from error
+        result = _load(again, device_index)
+        if isinstance(result, _Refusal):
+            raise LoadError(result.message)
+    return result
+
+
+def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusal:
     from cuda.bindings import driver
 
     spec = compiled.spec
@@ -111,12 +147,12 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel:
     _enter_context(driver, device_index, spec)
     status, library = driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
     if _name(status) in _REFUSED:
-        raise LoadError(_refusal(driver, compiled, _name(status)))
+        return _refusal(driver, compiled, _name(status))
     _check(driver, (status,), f"cuLibraryLoadData({spec.entry})")
     kernel = _check(driver, driver.cuLibraryGetKernel(library, spec.entry.encode()), "cuLibraryGetKernel")
     status, function = driver.cuKernelGetFunction(kernel)
     if _name(status) in _REFUSED:
-        raise LoadError(_refusal(driver, compiled, _name(status)))
+        return _refusal(driver, compiled, _name(status))
     _check(driver, (status,), f"cuKernelGetFunction({spec.entry})")
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(
@@ -174,16 +210,17 @@ def _check(driver: Any, result: tuple[Any, ...], what: str) -> Any:
     return result[1] if len(result) > 1 else None
 
 
-def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> str:
+def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> _Refusal:
     status, number = driver.cuDriverGetVersion()
     version = f"{number // 1000}.{number % 1000 // 10}" if int(status) == 0 else "unknown"
     compiler = str((compiled.meta.get("nvrtc") or {}).get("version", "unknown"))
-    advice = "delete the entry and compile again"
-    if version.split(".")[0].isdigit() and compiler.split(".")[0].isdigit():
-        have, need = int(version.split(".")[0]), int(compiler.split(".")[0])
-        if need > have:
-            advice = f"install an NVRTC of CUDA {have} (pip install 'megamoe-jit[cu{have}]') or a newer driver"
-    return (
+    have, need = (int(text.split(".")[0]) if text[0].isdigit() else 0 for text in (version, compiler))
+    explained = need > have > 0
+    advice = "the binary is damaged, or not for this device"
+    if explained:
+        advice = f"install an NVRTC of CUDA {have} (pip install 'megamoe-jit[cu{have}]') or a newer driver"
+    return _Refusal(
         f"the driver refuses kernel {compiled.spec.entry} ({error}): compiled by NVRTC {compiler}, "
-        f"the driver supports CUDA {version}; {advice} (key {compiled.key[:12]})"
+        f"the driver supports CUDA {version}; {advice} (key {compiled.key[:12]})",
+        explained,
     )

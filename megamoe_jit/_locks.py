@@ -4,29 +4,28 @@ The lock only saves work: a cache entry is published by one rename, so two proce
 kernel do no harm. It therefore never stands in the way: where the file system has no locks, or the holder
 takes too long, the caller goes on without it. Locks are kernel-released (flock), so a killed holder
 cannot leave one behind, and lie on a node-local file system, since locking over a network one may hang.
+Lock files are never deleted: that would split those who wait for them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megamoe_jit._settings import get_settings
 
-if TYPE_CHECKING:
-    import filelock
-
-__all__ = ["key_lock", "lock_dir", "private_directory"]
+__all__ = ["check_private", "key_lock", "lock_dir", "owner_problem", "private_directory", "try_lock"]
 
 LOG = logging.getLogger("megamoe_jit")
 PATIENCE_S = 2.0  #: wait this long before saying whom we wait for
-POLL_S = 0.02
+POLL_S = 0.005
 
 
 def private_directory(path: Path) -> Path:
@@ -45,8 +44,12 @@ def private_directory(path: Path) -> Path:
     return path
 
 
-def check_private(path: Path) -> None:
+def check_private(path: Path, forbidden: int = 0o022) -> None:
     """Refuse a directory that someone other than this user or root owns or may write.
+
+    Args:
+        path: the directory.
+        forbidden: permission bits it must not have.
 
     Raises:
         PermissionError: it is such a directory, or not a directory.
@@ -55,10 +58,18 @@ def check_private(path: Path) -> None:
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         raise PermissionError(f"{path} is not a directory")
+    problem = owner_problem(status, forbidden)
+    if problem:
+        raise PermissionError(f"{path} {problem}")
+
+
+def owner_problem(status: os.stat_result, forbidden: int = 0o022) -> str:
+    """Why what has this status cannot be trusted; empty if it can."""
     if status.st_uid not in (os.geteuid(), 0):
-        raise PermissionError(f"{path} belongs to user {status.st_uid}, not to this user ({os.geteuid()})")
-    if status.st_mode & 0o022:
-        raise PermissionError(f"{path} can be written by other users (mode {stat.S_IMODE(status.st_mode):o})")
+        return f"belongs to user {status.st_uid}, not to this user ({os.geteuid()})"
+    if status.st_mode & forbidden:
+        return f"can be written by other users (mode {stat.S_IMODE(status.st_mode):o})"
+    return ""
 
 
 def lock_dir() -> Path:
@@ -84,63 +95,111 @@ def lock_dir() -> Path:
 
 
 @contextlib.contextmanager
-def key_lock(key: str, label: str) -> Iterator[bool]:
+def key_lock(key: str, label: str, done: Callable[[], bool] = lambda: False) -> Iterator[bool]:
     """Hold the lock of one cache key while the block runs.
 
     Args:
         key: the cache key.
         label: what is being compiled, for messages.
+        done: asked while waiting; once it says so there is nothing left to wait for.
 
     Yields:
         Whether the lock is held; the block runs either way.
     """
-    with contextlib.ExitStack() as stack:
-        yield _enter(stack, key, label)
-
-
-def _enter(stack: contextlib.ExitStack, key: str, label: str) -> bool:
-    import filelock
-
-    limit = get_settings().lock_timeout_s
+    handle = _wait(key, label, done)
     try:
-        folder = lock_dir()
-        lock = _new_lock(folder / f"{key}.lock")
-        owner = folder / f"{key}.owner"
-        try:
-            lock.acquire(timeout=min(limit, PATIENCE_S), poll_interval=POLL_S)
-        except filelock.Timeout:
-            LOG.warning("waiting for %s, which is compiling %s", _owner(owner), label)
-            lock.acquire(timeout=max(0.0, limit - PATIENCE_S), poll_interval=POLL_S)
-    except filelock.Timeout:
-        LOG.warning("no lock for %s after %g s; compiling it here as well", label, limit)
-        return False
-    except (OSError, NotImplementedError) as error:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            _release(handle)
+
+
+@contextlib.contextmanager
+def try_lock(name: str) -> Iterator[bool]:
+    """Hold a lock if nobody else does; yields False only if somebody does.
+
+    Where there are no locks the block runs as if it were held.
+    """
+    handle: int | None = None
+    free = True
+    try:
+        handle = os.open(lock_dir() / f"{name}.lock", _FLAGS, 0o600)
+        free = _acquire(handle)
+    except OSError as error:
+        LOG.debug("cannot lock %s: %s", name, error)
+    try:
+        yield free
+    finally:
+        if handle is not None:
+            _release(handle)
+
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_held: set[int] = set()
+
+
+def _after_fork() -> None:
+    """A child must not keep a lock of its parent alive."""
+    for handle in _held:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _wait(key: str, label: str, done: Callable[[], bool]) -> int | None:
+    """The handle of the lock; None if it cannot be had in time or at all, or is not needed any more."""
+    limit = get_settings().lock_timeout_s
+    handle = None
+    try:
+        handle = os.open(lock_dir() / f"{key}.lock", _FLAGS, 0o600)
+        begin = time.monotonic()
+        told = False
+        while not _acquire(handle):
+            waited = time.monotonic() - begin
+            if done():
+                os.close(handle)
+                return None
+            if waited >= limit:
+                LOG.warning("no lock for %s after %g s; compiling it here as well", label, limit)
+                os.close(handle)
+                return None
+            if waited >= PATIENCE_S and not told:
+                told = True
+                LOG.warning("waiting for %s, which is compiling %s", _owner(handle), label)
+            time.sleep(min(POLL_S, limit))
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)
+    except OSError as error:
         LOG.warning("cannot lock for %s (%s); compiling it without a lock", label, error)
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _acquire(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    stack.callback(_release, lock, label)
-    with contextlib.suppress(OSError):
-        owner.write_text(f"process {os.getpid()}\n")
+    _held.add(handle)
     return True
 
 
-def _new_lock(path: Path) -> filelock.BaseFileLock:
-    import filelock
+def _release(handle: int) -> None:
+    _held.discard(handle)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was just forked may hold a copy
+    with contextlib.suppress(OSError):
+        os.close(handle)
 
-    try:  # newer versions would fall back to a lock file that outlives a killed holder
-        return filelock.FileLock(path, mode=0o600, fallback_to_soft=False)
-    except TypeError:
-        return filelock.FileLock(path, mode=0o600)
 
-
-def _release(lock: filelock.BaseFileLock, label: str) -> None:
+def _owner(handle: int) -> str:
     try:
-        lock.release()
-    except OSError as error:
-        LOG.warning("cannot release the lock for %s: %s", label, error)
-
-
-def _owner(path: Path) -> str:
-    try:
-        return path.read_text().strip() or "another process"
+        return os.pread(handle, 64, 0).decode(errors="replace").strip() or "another process"
     except OSError:
         return "another process"

@@ -45,6 +45,7 @@ class Params(ctypes.Structure):
         ("row_pairs", c_uint64),
         ("act1_ready", c_uint64),
         ("act2_ready", c_uint64),
+        ("act2_done", c_uint64),
         ("slice_counts", c_uint64),
         ("control", c_uint64),
         ("weight1_scales", c_uint64),
@@ -56,11 +57,12 @@ class Params(ctypes.Structure):
         ("tokens", c_uint32),
         ("rank", c_uint32),
         ("pool_rows", c_uint32),
+        ("counters", c_uint32),
         ("sort_blocks", c_uint32),
         ("rows_per_item", c_uint32),
         ("lag_tiles", c_uint32),
         ("clamp", c_float),
-        ("padding", c_uint32 * 11),
+        ("padding", c_uint32 * 8),
     ]
 
 

@@ -6,6 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING
 
 from megamoe_jit._launch import Launcher
+from megamoe_jit._layout import COUNTER_ROWS
 from megamoe_jit._loader import load_kernel
 from megamoe_jit._params import Params, aligned_params
 from megamoe_jit._settings import get_settings
@@ -43,6 +44,7 @@ class PreparedKernel:
         encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, BOX_ROWS_ACT)
         encode_fp8_rows(params.act2, params.act2_pool, rows, shape.intermediate, BOX_ROWS_ACT)
         params.pool_rows = rows
+        params.counters = layout.rows // COUNTER_ROWS
         params.rank = buffer.rank
         params.fault = buffer.fault.data_ptr()
         params.timeout_ns = int(get_settings().timeout_s * 1e9)

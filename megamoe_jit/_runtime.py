@@ -1,70 +1,48 @@
-"""From a `KernelSpec` to a compiled kernel: memory, then disk, then the compiler.
+"""From a `KernelSpec` to a compiled kernel: memory, then read-only caches, then the user's, then the compiler.
 
 A kernel is compiled once per process, whatever the number of threads, and once per node, whatever the
 number of processes. A failure is remembered: the same kernel is not compiled again and again, and nobody
 runs half of one. The bytes that were just compiled are used from memory; whether the disk could keep them
-does not matter.
+does not matter. A process that is sealed compiles nothing any more.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
-from megamoe_jit._cache import KernelCache, cache_key
-from megamoe_jit._compiler import CompileResult, compile_source, options_for
-from megamoe_jit._errors import KernelMissingError, MegaMoeError, PerformanceLossError
-from megamoe_jit._locks import key_lock
-from megamoe_jit._render import RenderedSource, render
+from megamoe_jit._cache import KernelCache, cache_key, user_cache
+from megamoe_jit._compiler import options_for
+from megamoe_jit._errors import KernelMissingError, MegaMoeError
+from megamoe_jit._obtain import CompiledKernel, obtain, seal, sealed, unseal, warmup_command
+from megamoe_jit._render import render
 from megamoe_jit._settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec
-from megamoe_jit._toolchain import ARCH, Toolchain, find_toolchain
-from megamoe_jit._version import __version__
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._toolchain import ARCH, find_toolchain
 
 __all__ = [
     "CompiledKernel",
     "WarmupResult",
+    "enumerate_specs",
     "forget",
     "get_kernel",
     "kernel_cache",
     "kernel_key",
     "retry",
+    "seal",
+    "sealed",
+    "unseal",
     "warmup",
     "warmup_command",
 ]
 
 LOG = logging.getLogger("megamoe_jit")
-Origin = Literal["memory", "disk", "compiled"]
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledKernel:
-    """A kernel ready to be loaded.
-
-    Attributes:
-        spec: what it was compiled for.
-        key: its name in the cache.
-        cubin: the binary.
-        meta: what the cache entry says, or would say.
-        origin: where this call found it.
-        seconds: how long this call took to get it.
-    """
-
-    spec: KernelSpec
-    key: str
-    cubin: bytes = dataclasses.field(repr=False)
-    meta: dict[str, Any] = dataclasses.field(repr=False, compare=False)
-    origin: Origin
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,29 +84,41 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-@functools.lru_cache(maxsize=8)
-def _cache_at(root: Path) -> KernelCache:
-    return KernelCache(root)
-
-
 def kernel_cache() -> KernelCache:
-    """The cache of the current settings."""
-    return _cache_at(get_settings().cache_dir)
+    """The cache of the current settings that kernels are written to."""
+    return user_cache()
 
 
 def kernel_key(spec: KernelSpec) -> str:
-    """The cache key of a kernel: renders it and identifies the compiler, but compiles nothing."""
-    return _identify(spec)[0]
+    """The cache key of a kernel: renders it and identifies the compiler, but compiles nothing.
+
+    Raises:
+        RenderError: its source cannot be rendered.
+        ToolchainError: there is no compiler to identify.
+    """
+    toolchain = find_toolchain()
+    return cache_key(render(spec).text, options_for(toolchain), spec.entry, ARCH, toolchain)
 
 
-def warmup_command(spec: KernelSpec) -> str:
-    """The command line that compiles exactly this kernel ahead of time."""
-    shape = spec.shape
-    return (
-        f"megamoe-jit warmup --hidden {shape.hidden} --intermediate {shape.intermediate} "
-        f"--experts {shape.experts} --topk {shape.topk} --ranks {spec.ranks} --variant {spec.variant.value}"
-        + ("" if spec.fast_math else " --no-fast-math")
-    )
+def enumerate_specs(
+    shape: MoEShape,
+    ranks: int = 1,
+    variants: Iterable[Variant] | None = None,
+    fast_math: bool | None = True,
+) -> tuple[KernelSpec, ...]:
+    """Every kernel that a call of this shape can pick, whatever its token count; what to warm up.
+
+    Args:
+        shape: the layer; `experts` counts all ranks' experts.
+        ranks: ranks that share the experts.
+        variants: these alone; all that the heuristics can choose if None.
+        fast_math: the argument of the calls; None for both.
+    """
+    from megamoe_jit.heuristics.select import all_variants
+
+    wanted = all_variants(shape) if variants is None else tuple(variants)
+    maths = (True, False) if fast_math is None else (fast_math,)
+    return tuple(dict.fromkeys(KernelSpec(shape, variant, ranks, math) for variant in wanted for math in maths))
 
 
 def get_kernel(spec: KernelSpec) -> CompiledKernel:
@@ -141,7 +131,7 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
         The kernel.  Later calls return it from memory.
 
     Raises:
-        KernelMissingError: it is not cached and the settings forbid compiling.
+        KernelMissingError: it is not cached, and the process is sealed or the settings forbid compiling.
         RenderError: its source cannot be rendered.
         ToolchainError: there is no compiler to identify or compile it with.
         CompileError: it does not compile.  The same error is raised again until `retry` or `forget`.
@@ -230,7 +220,7 @@ def _get(spec: KernelSpec, force: bool) -> CompiledKernel:
         kernel = future.result()
         return dataclasses.replace(kernel, origin="memory", seconds=time.perf_counter() - begin)
     try:
-        kernel = _obtain(spec, force)
+        kernel = obtain(spec, force)
     except BaseException as error:
         with _lock:
             if isinstance(error, MegaMoeError) and not isinstance(error, KernelMissingError):
@@ -244,86 +234,3 @@ def _get(spec: KernelSpec, force: bool) -> CompiledKernel:
         del _running[job]
     future.set_result(kernel)
     return kernel
-
-
-def _identify(spec: KernelSpec) -> tuple[str, RenderedSource, Toolchain, tuple[str, ...]]:
-    source = render(spec)
-    toolchain = find_toolchain()
-    options = options_for(toolchain)
-    return cache_key(source.text, options, spec.entry, ARCH, toolchain), source, toolchain, options
-
-
-def _obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
-    settings = get_settings()
-    key, source, toolchain, _ = _identify(spec)
-    if not force:
-        found = _from_disk(spec, key)
-        if found is not None:
-            return found
-    if settings.disable_jit:
-        raise KernelMissingError(
-            f"kernel {spec.entry} is not in the cache {settings.cache_dir} and MEGAMOE_JIT_DISABLE_JIT "
-            f"forbids compiling it; run: {warmup_command(spec)}"
-        )
-    with key_lock(key, spec.entry):
-        if not force:
-            found = _from_disk(spec, key)
-            if found is not None:
-                return found
-        LOG.info("compiling %s with NVRTC %d.%d", spec.entry, *toolchain.version)
-        result = compile_source(source.text, entry=spec.entry, toolchain=toolchain)
-        LOG.info(
-            "compiled %s in %.2f s: %d registers, %d bytes of spills",
-            spec.entry,
-            result.seconds["total"],
-            result.registers,
-            result.spill_bytes,
-        )
-        meta = _meta(spec, source, result, toolchain)
-        cache = kernel_cache()
-        if force:
-            cache.remove(key)
-        cache.store(key, result.cubin, source.text, meta)
-    return CompiledKernel(spec, key, result.cubin, {**meta, "key": key, "arch": ARCH}, "compiled", 0.0)
-
-
-def _from_disk(spec: KernelSpec, key: str) -> CompiledKernel | None:
-    entry = kernel_cache().load(key)
-    if entry is None:
-        return None
-    losses: Sequence[str] = entry.meta.get("advisories") or ()
-    strict = get_settings().strict
-    if losses and strict == "error":
-        raise PerformanceLossError(
-            f"cached kernel {spec.entry} ({entry.path}) was compiled with performance losses; "
-            "MEGAMOE_JIT_STRICT=warn accepts it\n" + "\n".join(f"  {loss}" for loss in losses)
-        )
-    if losses and strict == "warn":
-        LOG.warning("cached kernel %s has performance losses: %s", spec.entry, "; ".join(losses))
-    return CompiledKernel(spec, key, entry.cubin, entry.meta, "disk", 0.0)
-
-
-def _meta(spec: KernelSpec, source: RenderedSource, result: CompileResult, toolchain: Toolchain) -> dict[str, Any]:
-    kernel = result.kernel
-    return {
-        "entry": spec.entry,
-        "spec": spec.to_json(),
-        "files": list(source.files),
-        "options": list(result.options),
-        "nvrtc": {
-            "version": f"{toolchain.version[0]}.{toolchain.version[1]}",
-            "build": toolchain.build,
-            "path": str(toolchain.path),
-        },
-        "package_version": __version__,
-        "registers": kernel.registers,
-        "stack_bytes": result.stack_bytes,
-        "spill_bytes": result.spill_bytes,
-        "static_shared_bytes": kernel.static_shared_bytes,
-        "dynamic_shared_bytes": spec.shared_bytes,
-        "param_bytes": kernel.param_bytes,
-        "max_threads": kernel.max_threads,
-        "diagnostics": len(result.diagnostics),
-        "advisories": list(result.advisories),
-        "compile_ms": {phase: round(value * 1e3, 3) for phase, value in result.seconds.items()},
-    }

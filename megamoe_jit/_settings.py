@@ -1,8 +1,11 @@
-"""Every `MEGAMOE_JIT_*` environment variable, typed, in one table that is read once.
+"""Every setting, typed and read once: arguments win over environment, settings file and default.
 
-One table serves the parser, the documentation and the `env` command, so a variable cannot exist without a
-default, an allowed range and a meaning. Values are read at first use and never again: nothing on the
-launch path touches the environment.
+Values are read at first use and never again: nothing on the launch path touches the environment or the file.
+
+The file is TOML: the one that `MEGAMOE_JIT_CONFIG` names, else `config.toml` in the per-user configuration
+directory. A key is the variable's name without the prefix, in lower case (`strict = "warn"`), at the top level or
+in a `[tool.megamoe-jit]` table. The working directory is never searched: settings name libraries that are loaded,
+and those must not depend on where a process was started.
 """
 
 from __future__ import annotations
@@ -13,164 +16,49 @@ import difflib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
-
-__all__ = ["PREFIX", "VARIABLES", "Settings", "Variable", "default_cache_dir", "get_settings", "override"]
-
-PREFIX = "MEGAMOE_JIT_"
-LOG = logging.getLogger("megamoe_jit")
-
-STRICT_LEVELS = ("error", "warn", "ignore")
-VARIANT_CHOICES = ("auto", "pingpong", "cooperative")
-LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-_TRUE = ("1", "true", "yes", "on")
-_FALSE = ("0", "false", "no", "off")
-
-
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """One row of the table.
-
-    Attributes:
-        name: full name of the environment variable.
-        type: what a value looks like, for people.
-        default: the default, for people.
-        meaning: one sentence.
-        field: name of the `Settings` field it sets.
-        parse: turns a non-empty text into the field's value; raises `ValueError` saying what is allowed.
-    """
-
-    name: str
-    type: str
-    default: str
-    meaning: str
-    field: str
-    parse: Callable[[str], Any]
-
-
-def _parse_bool(text: str) -> bool:
-    word = text.lower()
-    if word in _TRUE:
-        return True
-    if word in _FALSE:
-        return False
-    raise ValueError(f"{', '.join(_TRUE)} or {', '.join(_FALSE)}")
-
-
-def _parse_path(text: str) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(text)))
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        word = text.lower()
-        if word not in names:
-            raise ValueError(", ".join(names))
-        return word
-
-    return parse
-
-
-def _number(kind: type[int] | type[float], least: float, allowed: str) -> Callable[[str], int | float]:
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise ValueError(allowed) from None
-        if not least <= value < float("inf"):
-            raise ValueError(allowed)
-        return value
-
-    return parse
-
-
-def _parse_words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-def _cpu_count() -> int:
-    try:
-        return max(1, len(os.sched_getaffinity(0)))
-    except (AttributeError, OSError):
-        return os.cpu_count() or 1
-
-
-def default_cache_dir() -> Path:
-    """The per-user cache directory of the platform (follows `XDG_CACHE_HOME`)."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("megamoe-jit", appauthor=False))
-
-
-def _row(name: str, type_: str, default: str, parse: Callable[[str], Any], meaning: str) -> Variable:
-    return Variable(PREFIX + name, type_, default, meaning, name.lower(), parse)
-
-
-VARIABLES: tuple[Variable, ...] = (
-    _row("CACHE_DIR", "path", "per-user cache directory", _parse_path, "Where compiled kernels are kept."),
-    _row("DISABLE_JIT", "bool", "0", _parse_bool, "Forbid compiling; a kernel that is not cached is an error."),
-    _row("NVRTC", "path", "found automatically", _parse_path, "The libnvrtc shared library to compile with."),
-    _row(
-        "STRICT",
-        "error | warn | ignore",
-        "error",
-        _one_of(*STRICT_LEVELS),
-        "What to do when ptxas spills registers or reports a C75xx performance advisory.",
-    ),
-    _row("DUMP_DIR", "path", "unset", _parse_path, "Keep rendered source, PTX, cubin and compiler log here."),
-    _row("LOG_LEVEL", "level name", "unset", _one_of(*LOG_LEVELS), "Log to stderr from this level on."),
-    _row(
-        "TIMEOUT_S",
-        "float",
-        "100",
-        _number(float, 1e-3, "a number of seconds above zero"),
-        "Seconds a rank waits for its peers inside a kernel before it gives up.",
-    ),
-    _row(
-        "VARIANT",
-        "auto | pingpong | cooperative",
-        "auto",
-        _one_of(*VARIANT_CHOICES),
-        "Kernel variant; auto lets the heuristics choose.",
-    ),
-    _row(
-        "COOPERATIVE_THRESHOLD",
-        "int",
-        "256",
-        _number(int, 0, "a whole number, zero or more"),
-        "Threshold from which auto chooses the cooperative variant.",
-    ),
-    _row("KERNELS_SRC", "path", "the packaged one", _parse_path, "Directory to render kernels from."),
-    _row(
-        "LOCK_DIR",
-        "path",
-        "a node-local directory",
-        _parse_path,
-        "Where processes of one node meet to compile each kernel once.",
-    ),
-    _row(
-        "LOCK_TIMEOUT_S",
-        "float",
-        "120",
-        _number(float, 0, "a number of seconds, zero or more"),
-        "How long to wait for another process that compiles the same kernel.",
-    ),
-    _row("JOBS", "int", "number of CPUs", _number(int, 1, "a whole number, one or more"), "Threads of warmup."),
-    _row("DEBUG", "bool", "0", _parse_bool, "Validate expert ids on the host before each launch (slow)."),
-    _row("PTXAS_OPTIONS", "words", "none", _parse_words, "Extra ptxas options, separated by spaces."),
+from megamoe_jit._variables import (
+    PREFIX,
+    VARIABLES,
+    Variable,
+    cpu_count,
+    default_cache_dir,
+    default_config_file,
+    parse_size,
 )
+
+__all__ = [
+    "PREFIX",
+    "VARIABLES",
+    "Settings",
+    "Variable",
+    "default_cache_dir",
+    "default_config_file",
+    "get_settings",
+    "override",
+    "parse_size",
+]
+
+LOG = logging.getLogger("megamoe_jit")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One field for every row of `VARIABLES`; hashable, so results can be remembered per settings."""
+    """One field for every row of `VARIABLES`; hashable, so results can be remembered per settings.
 
+    `sources` says where each field that is not a default came from; it takes no part in comparisons.
+    """
+
+    config: Path | None = None
     cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
+    cache_max_bytes: int = 1 << 30
+    readonly_cache: tuple[Path, ...] = ()
+    no_cache: bool = False
     disable_jit: bool = False
     nvrtc: Path | None = None
     strict: str = "error"
@@ -182,13 +70,15 @@ class Settings:
     kernels_src: Path | None = None
     lock_dir: Path | None = None
     lock_timeout_s: float = 120.0
-    jobs: int = dataclasses.field(default_factory=_cpu_count)
+    jobs: int = dataclasses.field(default_factory=cpu_count)
     debug: bool = False
     ptxas_options: tuple[str, ...] = ()
 
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read every variable; an empty value means the default.
+        """Read every variable from the environment alone; an empty value means the default.
 
         Args:
             environ: usually `os.environ`.
@@ -196,29 +86,102 @@ class Settings:
         Raises:
             ConfigError: a value is not allowed; says which variable, the value, and what is allowed.
         """
-        values: dict[str, Any] = {}
-        for variable in VARIABLES:
-            text = environ.get(variable.name, "").strip()
-            if not text:
-                continue
-            try:
-                values[variable.field] = variable.parse(text)
-            except ValueError as error:
-                raise ConfigError(f"{variable.name}={text!r} is not allowed; allowed: {error}") from None
-        _warn_unknown(environ)
-        return cls(**values)
+        values, sources = _from_environment(environ)
+        return cls(**values, sources=sources)
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the environment and, for what it does not set, the settings file.
+
+        Args:
+            environ: usually `os.environ`; may name the file.
+
+        Raises:
+            ConfigError: a value is not allowed, or the file that was named cannot be read.
+        """
+        values, sources = _from_environment(environ)
+        named: Path | None = values.get("config")
+        path = named or default_config_file()
+        for field, value in _from_file(path, must_exist=named is not None).items():
+            if field not in values:
+                values[field], sources[field] = value, f"file {path}"
+        return cls(**values, sources=sources)
+
+    def source(self, field: str) -> str:
+        """Where the value of a field came from: `default`, `environment`, `file PATH` or `argument`."""
+        return self.sources.get(field, "default")
 
 
-def _warn_unknown(environ: Mapping[str, str]) -> None:
+def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    values: dict[str, Any] = {}
+    for variable in VARIABLES:
+        text = environ.get(variable.name, "").strip()
+        if not text:
+            continue
+        try:
+            values[variable.field] = variable.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{variable.name}={text!r} is not allowed; allowed: {error}") from None
     known = [variable.name for variable in VARIABLES]
-    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
-    if not unknown:
-        return
+    _warn_unknown("environment variables", [name for name in environ if name.startswith(PREFIX)], known)
+    return values, dict.fromkeys(values, "environment")
+
+
+def _from_file(path: Path, must_exist: bool) -> dict[str, Any]:
+    """The values in a settings file; its relative paths are relative to it."""
+    import tomllib
+
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if must_exist:
+            raise ConfigError(f"settings file {path} (from {PREFIX}CONFIG) does not exist") from None
+        return {}
+    except OSError as error:
+        if must_exist:
+            raise ConfigError(f"cannot read settings file {path}: {error.strerror}") from None
+        LOG.warning("cannot read settings file %s: %s", path, error.strerror)
+        return {}
+    except ValueError as error:  # not TOML, not UTF-8
+        raise ConfigError(f"settings file {path} is not valid TOML: {error}") from None
+    tool = document.get("tool")
+    table = tool.get("megamoe-jit", {}) if isinstance(tool, dict) else document
+    if not isinstance(table, dict):
+        raise ConfigError(f"settings file {path}: tool.megamoe-jit must be a table")
+    rows = {variable.field: variable for variable in VARIABLES if variable.field != "config"}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        variable = rows.get(key.replace("-", "_"))
+        if variable is not None and value != "":
+            values[variable.field] = _parse_toml(variable, key, value, path)
+    _warn_unknown(f"keys in {path}", [key for key in table if key.replace("-", "_") not in rows], list(rows))
+    return values
+
+
+def _parse_toml(variable: Variable, key: str, value: object, path: Path) -> Any:
+    """A TOML value means what its text would mean in the environment; a list is one value per element."""
+    several = isinstance(value, list) and variable.kind in ("paths", "words")
+    items: list[object] = [*value] if several and isinstance(value, list) else [value]
+    types = {"bool": bool | int | str, "number": int | float | str}.get(variable.kind, str)
+    if not all(isinstance(i, types) and (variable.kind == "bool" or not isinstance(i, bool)) for i in items):
+        raise ConfigError(f"settings file {path}: {key} = {value!r} is not allowed; allowed: {variable.type}")
+    texts = [str(item).strip() for item in items]
+    if variable.kind in ("path", "paths"):
+        texts = [os.path.join(path.parent, os.path.expanduser(text)) for text in texts if text]
+    text = (os.pathsep if variable.kind == "paths" else " ").join(texts)
+    try:
+        return variable.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"settings file {path}: {key} = {value!r} is not allowed; allowed: {error}") from None
+
+
+def _warn_unknown(what: str, names: list[str], known: list[str]) -> None:
     parts = []
-    for name in unknown:
+    for name in sorted(set(names) - set(known)):
         close = difflib.get_close_matches(name, known, n=1)
         parts.append(f"{name} (did you mean {close[0]}?)" if close else name)
-    LOG.warning("unknown environment variables are ignored: %s", ", ".join(parts))
+    if parts:
+        LOG.warning("unknown %s are ignored: %s", what, ", ".join(parts))
 
 
 _lock = threading.Lock()
@@ -239,12 +202,12 @@ def _configure_logging(level: str | None) -> None:
 
 
 def get_settings() -> Settings:
-    """The settings of this process, read from the environment at the first call."""
+    """The settings of this process, read from the environment and the settings file at the first call."""
     global _current
     if _current is None:
         with _lock:
             if _current is None:
-                settings = Settings.from_env(os.environ)
+                settings = Settings.load(os.environ)
                 _configure_logging(settings.log_level)
                 _current = settings
     return _current
@@ -262,7 +225,8 @@ def override(**fields: Any) -> Iterator[Settings]:
     """
     global _current
     before = get_settings()
-    _current = dataclasses.replace(before, **fields)
+    sources = {**before.sources, **dict.fromkeys(fields, "argument")}
+    _current = dataclasses.replace(before, **fields, sources=sources)
     try:
         yield _current
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -13,6 +14,13 @@ _PREFIX = "MEGAMOE_JIT_"
 _KEPT = (_PREFIX + "NVRTC",)  #: without it there may be no compiler
 _GPU_TESTS = Path(__file__).parent / "gpu"
 _cache_dir: str | None = None
+
+with contextlib.suppress(ImportError):  # the GPU tests do without hypothesis
+    import hypothesis
+
+    # a busy machine must not fail a test
+    hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("busy")
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -46,8 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
             pytest.exit(f"these tests need a Hopper GPU (SM90): {reason}", returncode=3)
     for name in [name for name in os.environ if name.startswith(_PREFIX) and name not in _KEPT]:
         del os.environ[name]  # settings of the user must not change what is tested
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers are as many as the cores already
     _cache_dir = tempfile.mkdtemp(prefix="megamoe-jit-tests-")
     os.environ[_PREFIX + "CACHE_DIR"] = _cache_dir
+    os.environ[_PREFIX + "CONFIG"] = os.devnull  # nor may the user's settings file
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

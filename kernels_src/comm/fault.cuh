@@ -27,6 +27,8 @@ enum class Wait : u32 {
     tail_barrier = 10,
     weight_stage_free = 11,   // for weights, which run ahead of the activations
     gemm2_tile_stored = 12,
+    pool_read = 13,           // by GEMM 1, before dispatch may write the rows again
+    gemm2_done = 14,          // before GEMM 1 may write the rows again
 };
 
 /// Never returns.  Words: what | warp << 8 | block << 16, which one, expected, seen.
@@ -45,7 +47,9 @@ MEGA_DEVICE void give_up(const Params& p, Wait what, u32 which, u32 expected, u3
 MEGA_DEVICE constexpr u32 patience(Wait what) {
     switch (what) {
         case Wait::gemm1_tile_stored: return 2;
-        case Wait::gemm1_done: return 3;
+        case Wait::gemm1_done:
+        case Wait::gemm2_done:
+        case Wait::pool_read: return 3;
         case Wait::weight_stage_free:
         case Wait::tile_slot_free:
         case Wait::tile_published:

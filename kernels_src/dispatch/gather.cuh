@@ -18,23 +18,16 @@
 namespace megamoe {
 
 template <class C> struct Gather {
+    static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN;
+
     const Params& p;
     const Shared<C>& shared;
     const Plan plan;
-    const u32 items;   // padding rows included
+    const u32 items, first_items;   // padding rows included; those of the first round, in which nothing can be waited for
 
     MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const Plan& plan_)
-        : p(p_), shared(shared_), plan(plan_), items(plan_.bases[C::kLocalExperts] * (kPoolAlign / p_.rows_per_item)) {}
-
-    /// The local expert that owns pool row `row`.
-    MEGA_DEVICE u32 expert_at(u32 row) const {
-        u32 low = 0, high = C::kLocalExperts;   // bases[low] <= row / 128 < bases[high]
-        while (high - low > 1) {
-            const u32 middle = (low + high) / 2;
-            (plan.bases[middle] <= row / kPoolAlign ? low : high) = middle;
-        }
-        return low;
-    }
+        : p(p_), shared(shared_), plan(plan_), items(plan_.blocks() * (kPoolAlign / p_.rows_per_item)),
+          first_items(min_u32(kWarps * gridDim.x, p_.pool_rows / p_.rows_per_item)) {}
 
     /// Where the `index`-th row of local expert `e` comes from: rank << 20 | pair.  Every rank begins with the one after
     /// itself, so that not all pull from the same one at the same time.
@@ -81,23 +74,31 @@ template <class C> struct Gather {
                 p.act1_scales[u64(b) * p.pool_rows + first_row + row] = ptx::load_l2(source + b);
     }
 
-    /// An item's rows: first one in the pool, how many (0: padding), and in lane r < rows the origin of row r.
+    /// An item's rows: the first, where it lies in the pool, how many (0: padding), in lane r < rows the origin of row r.
     struct Item {
-        u32 first_row, rows, origin;
+        u32 first_row, pool_row, rows, origin;
     };
 
     /// Looks an item up; writes its rows' origins and scales.
-    MEGA_DEVICE Item begin(u32 i) const {
-        const u32 first_row = i * p.rows_per_item, e = expert_at(first_row), lane = ptx::lane_id();
-        const u32 local = first_row - plan.bases[e] * kPoolAlign;
-        const u32 rows = local < plan.rows[e] ? min_u32(p.rows_per_item, plan.rows[e] - local) : 0;
+    template <bool kFirstRound> MEGA_DEVICE Item begin(u32 i) const {
+        const u32 first_row = i * p.rows_per_item, e = plan.expert_at(first_row / kPoolAlign), lane = ptx::lane_id();
+        const u32 rows = min_u32(p.rows_per_item, plan.rows_from(e, first_row)), pool_row = first_row % p.pool_rows;
+        if (rows == 0) return {first_row, pool_row, 0, 0};
+        if (!kFirstRound && first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
         u32 from = 0;
         if (lane < rows) {
-            from = origin(e, local + lane);
+            from = origin(e, first_row - plan.bases[e] * kPoolAlign + lane);
             p.row_pairs[first_row + lane] = from;
         }
-        if (rows > 0) copy_scales(from, rows, first_row);
-        return {first_row, rows, from};
+        copy_scales(from, rows, pool_row);
+        return {first_row, pool_row, rows, from};
+    }
+    /// Until GEMM 1 has read the rows that lay where those of the block of `row` plus a ring shall lie.
+    MEGA_DEVICE void wait_pool(u32 row) const {
+        const u32 block = row / kPoolAlign * kPoolAlign, rows = plan.rows_from(plan.expert_at(row / kPoolAlign), block);
+        for (u32 r = 0; r < min_u32(rows, kPoolAlign); r += kCounterRows)
+            wait_counter(p, Wait::pool_read, p.act2_ready + (block + r) / kCounterRows, kTilesN1, (block + r) / kCounterRows);
+        ptx::fence_async_global();
     }
     /// Counts its rows as arrived.
     MEGA_DEVICE void end(const Item& item) const {
@@ -109,18 +110,18 @@ template <class C> struct Gather {
     /// One round over all warps of all blocks; call it everywhere, then `rest` in one warp of each block.
     MEGA_DEVICE void first_round() const {
         const u32 i = ptx::warp_id() * gridDim.x + blockIdx.x;
-        if (i >= items) return;
-        const Item item = begin(i);
+        if (i >= min_u32(items, first_items)) return;
+        const Item item = begin<true>(i);
         if (item.rows == 0) return;
-        for (u32 r = 0; r < item.rows; ++r) copy_row(__shfl_sync(~0u, item.origin, r), item.first_row + r);
+        for (u32 r = 0; r < item.rows; ++r) copy_row(__shfl_sync(~0u, item.origin, r), item.pool_row + r);
         end(item);
     }
 
     MEGA_DEVICE void rest() const {
         if constexpr (C::kRanks > 1) ptx::fence_async_global();   // other ranks' rows, acquired by a thread of this block
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
-        for (u32 i = kWarps * gridDim.x + blockIdx.x; i < items; i += gridDim.x) {
-            const Item item = begin(i);
+        for (u32 i = first_items + blockIdx.x; i < items; i += gridDim.x) {
+            const Item item = begin<false>(i);
             if (item.rows == 0) continue;
             copy_rows(item, chunks);
             end(item);
@@ -156,7 +157,7 @@ template <class C> struct Gather {
             const Ring<kSlots> at(sequence + store);
             wait_barrier(p, Wait::row_loaded, shared.dispatched(at.stage), at.parity, item.first_row);
             if (!one) continue;
-            u8* to = p.act1_pool + u64(item.first_row + store / kChunks) * C::kHidden + store % kChunks * kDispatchChunk;
+            u8* to = p.act1_pool + u64(item.pool_row + store / kChunks) * C::kHidden + store % kChunks * kDispatchChunk;
             ptx::bulk_store(to, shared.dispatch(at.stage), chunk_bytes(store));
         }
         sequence += total;

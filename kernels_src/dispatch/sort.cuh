@@ -145,7 +145,7 @@ template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>&
 }
 
 template <class C> MEGA_DEVICE Plan plan_of(const Shared<C>& shared) {
-    return {shared.expert_rows(), shared.expert_bases(), shared.active_experts(), shared.misc()[0]};
+    return {shared.expert_rows(), shared.expert_bases(), shared.active_experts(), C::kLocalExperts, shared.misc()[0]};
 }
 
 }  // namespace megamoe

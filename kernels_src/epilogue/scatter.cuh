@@ -10,7 +10,7 @@ namespace megamoe {
 template <class C> struct Scatter {
     const Params& p;
     const Staging staging;
-    u32 pool_row;   // first of this warp's 16 rows in the pool
+    u32 first_row;   // of this warp's 16
     u32 rows;       // valid rows from there to the end of the tile; 16 or more: all of this warp's
     u32 n;
 
@@ -18,7 +18,7 @@ template <class C> struct Scatter {
     MEGA_DEVICE u8* slot(u32 pass) const {
         const u32 row = Staging::row(pass);
         if (row >= rows) return nullptr;
-        const u32 origin = ptx::load_l2(p.row_pairs + pool_row + row);
+        const u32 origin = ptx::load_l2(p.row_pairs + first_row + row);
         const u32 rank = C::kRanks == 1 ? 0 : origin >> kPairBits, pair = origin & ((1u << kPairBits) - 1);
         return symmetric<u8>(p, rank, p.combine) + u64(pair) * (C::kHidden * 2);
     }

@@ -32,8 +32,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         for (const ptx::TensorMap* map : {&p.act1, &p.weight1, &p.act2, &p.weight2}) ptx::prefetch_tensor_map(map);
         if (blockIdx.x == 0) p.control[kControlTicket] = 0;
     }
-    for (u32 i = blockIdx.x * kThreads + threadIdx.x; i < p.pool_rows / kCounterRows; i += gridDim.x * kThreads)
-        p.act1_ready[i] = 0, p.act2_ready[i] = 0;
+    for (u32 i = blockIdx.x * kThreads + threadIdx.x; i < p.counters; i += gridDim.x * kThreads)
+        p.act1_ready[i] = 0, p.act2_ready[i] = 0, p.act2_done[i] = 0;
 }
 
 /// Leaves every block with its plan and the first rows on their way.
@@ -65,11 +65,11 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     if (warp < kGroup / kWarp) {
         ptx::registers_shrink<kProducerRegisters>();
         const bool one = ptx::lane_id() == 0;
-        if (warp == 0 && one) LoadActivations<C>{p, shared}.run();
+        if (warp == 0 && one) LoadActivations<C>{p, shared, plan}.run();
         if (warp == 1 && one) LoadWeights<C>{p, shared, plan}.run();
         if (warp == 2) Gather<C>(p, shared, plan).rest();
         if (warp == 3) {
-            if (one) publish_tiles<C>(p, shared);
+            if (one) publish_tiles<C>(p, shared, plan);
             __syncwarp();
             Combine<C>{p}.meet_all(epoch);
         }

@@ -6,7 +6,8 @@
 //   expert_offsets, sorted_pairs          its (token, slot) pairs sorted by expert, and where each expert's begin
 //   signals                               epoch that each rank has reached, by phase and rank
 //   combine                               bf16 [token][slot][hidden]: what the experts' ranks send back
-// Local memory: pools of rows sorted by expert, each expert's first row at a multiple of 128.
+// Local memory: rows sorted by expert, each expert's first row at a multiple of 128.  Origins and counters are kept for
+// every row there can be; the rows themselves live in pools of pool_rows rows that are used as rings (sched/plan.cuh).
 #pragma once
 #include "base/constants.cuh"
 #include "ptx/tma.cuh"
@@ -23,9 +24,10 @@ struct alignas(64) Params {
     float* act1_scales;    // [hidden / 128][pool_rows]
     u8* act2_pool;         // e4m3 [pool_rows][intermediate]
     float* act2_scales;    // [intermediate / 128][pool_rows]
-    u32* row_pairs;        // [pool_rows] rank << 20 | token * topk + slot
-    u32* act1_ready;       // [pool_rows / 64] rows that have arrived
-    u32* act2_ready;       // [pool_rows / 64] tiles of GEMM 1 that are done
+    u32* row_pairs;        // [rows] rank << 20 | token * topk + slot
+    u32* act1_ready;       // [counters] rows that have arrived
+    u32* act2_ready;       // [counters] tiles of GEMM 1 that are done
+    u32* act2_done;        // [counters] tiles of GEMM 2 that are done; only kept when the pools are rings
     u32* slice_counts;     // [sort_blocks][experts] pairs of each expert in each block's slice
     u32* control;          // see Control
     const float* weight1_scales;   // [local experts][2 * intermediate / 128][hidden / 128]
@@ -35,7 +37,7 @@ struct alignas(64) Params {
     u32* fault;            // four words the host can read; see comm/fault.cuh
 
     u64 timeout_ns;
-    u32 tokens, rank, pool_rows, sort_blocks, rows_per_item, lag_tiles;
+    u32 tokens, rank, pool_rows, counters, sort_blocks, rows_per_item, lag_tiles;
     float clamp;
 };
 static_assert(sizeof(Params) == 832, "Params changed: change megamoe_jit/_params.py with it");

@@ -26,7 +26,7 @@ struct TileView {
     MEGA_DEVICE u32 rows() const { return field(4); }
     MEGA_DEVICE u32 k_blocks() const { return field(5); }
     MEGA_DEVICE u32 k_begin() const { return field(6); }
-    MEGA_DEVICE u32 turn_left() const { return field(7); }
+    MEGA_DEVICE u32 pool_row() const { return field(7); }
 };
 
 template <class C> struct TileSlots {

@@ -45,7 +45,7 @@ template <class C> struct LoadWeights {
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
-        TileOrder<C> order(plan, p.lag_tiles);
+        TileOrder<C> order(plan, p.lag_tiles, p.pool_rows);
         u32 index = 0, k_begin = 0, mine = ticket();
         Tile tile = order.locate(mine);
         for (; tile.kind != Tile::stop; tile = order.locate(mine)) {
@@ -55,9 +55,9 @@ template <class C> struct LoadWeights {
             k_begin += tile.k_blocks;
         }
         if constexpr (C::kVariant == Variant::pingpong) {   // one stop tile for each group; the first has the turn
-            tile.turn_left = 1;
+            tile.rows = 1;
             slots.publish(index++, tile);
-            tile.turn_left = 0;
+            tile.rows = 0;
         }
         slots.publish(index, tile);
     }
@@ -66,8 +66,9 @@ template <class C> struct LoadWeights {
 template <class C> struct LoadActivations {
     const Params& p;
     const Shared<C>& shared;
+    const Plan plan;
 
-    /// Blocks until the tile's rows are in their pool.
+    /// Blocks until the tile's rows are in their pool, and there is room for what the tile makes of them.
     MEGA_DEVICE void wait_rows(const Tile& tile) const {
         for (u32 r = 0; r < tile.rows; r += kCounterRows) {
             const u32 counter = (tile.row + r) / kCounterRows;
@@ -76,21 +77,30 @@ template <class C> struct LoadActivations {
             else
                 wait_counter(p, Wait::gemm1_done, p.act2_ready + counter, TileOrder<C>::kTilesN1, counter);
         }
+        if (tile.kind == Tile::gemm1 && tile.row >= p.pool_rows) wait_room(tile.row - p.pool_rows);
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
+    }
+    /// The rows `row` to `row` + BLOCK_M have been used by GEMM 2.
+    MEGA_DEVICE void wait_room(u32 row) const {
+        const u32 rows = min_u32(C::kBlockM, plan.rows_from(plan.expert_at(row / kPoolAlign), row));
+        for (u32 r = 0; r < rows; r += kCounterRows) {
+            const u32 counter = (row + r) / kCounterRows;
+            wait_counter(p, Wait::gemm2_done, p.act2_done + counter, TileOrder<C>::kTilesN2, counter);
+        }
     }
 
     MEGA_DEVICE void stream(const Tile& tile) const {
         const bool first = tile.kind == Tile::gemm1;
         const ptx::TensorMap* map = first ? &p.act1 : &p.act2;
-        const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.row;
+        const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.pool_row;
         const u32 boxes = C::kBlockM == 64 ? 1 : ceil_div(tile.rows, 64u);   // a half with no rows is not read
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance(), scales += p.pool_rows) {
             wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
             const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
             ptx::mbarrier_expect(full, boxes * 64 * kBlockK + Shared<C>::kActScaleBytes);
-            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.row);
-            if (boxes == 2) ptx::tma_load_2d(at + 64 * kBlockK, map, full, k * kBlockK, tile.row + 64);
+            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);
+            if (boxes == 2) ptx::tma_load_2d(at + 64 * kBlockK, map, full, k * kBlockK, tile.pool_row + 64);
             ptx::bulk_load(shared.act_scales(ring.stage), scales, Shared<C>::kActScaleBytes, full);
             ptx::mbarrier_arrive(full);
         }

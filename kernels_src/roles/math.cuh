@@ -32,7 +32,7 @@ template <class C> struct Math {
         const u32 rows = tile.rows() - first;   // valid ones from this warp's first on
         const Staging staging{shared.staging(group * 4 + warp)};
         if (tile.kind() == Tile::gemm2) Scatter<C>{p, staging, tile.row() + first, rows, tile.n()}.run(result);
-        else SwigluQuant<C>{p, staging, tile.row() + first, rows, tile.n()}.run(result);
+        else SwigluQuant<C>{p, staging, tile.pool_row() + first, rows, tile.n()}.run(result);
     }
 
     MEGA_DEVICE void run() const {
@@ -44,7 +44,7 @@ template <class C> struct Math {
         while (true) {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) {
-                if (kPingpong && tile.turn_left()) Turn::take(group);   // leaves the barrier as it was
+                if (kPingpong && tile.rows()) Turn::take(group);   // leaves the barrier as it was
                 break;
             }
             MainLoop<C> loop{shared, Ring<C::kStages>(tile.k_begin()), row};

@@ -1,15 +1,17 @@
-// The publisher warp: tells other blocks that a tile of GEMM 1 is finished.  Making the math warps' stores visible to
+// The publisher warp: tells other blocks that a tile is finished.  Making the math warps' stores visible to
 // the whole GPU takes most of a microsecond; here nobody who computes waits for it.  It also watches over the math
 // warps, whose waits have no deadline of their own.
 //
 //   tile_stored[slot]   arrived by each math warp of the tile after its stores    waited for here
-//   act2_ready[rows]    released here, once per tile and 64 rows                  acquired by roles/load.cuh
+//   act2_ready[rows]    released here, once per tile of GEMM 1 and 64 rows        acquired by roles/load.cuh
+//   act2_done[rows]     the same for GEMM 2, when the pools are rings             acquired by roles/load.cuh
 #pragma once
 #include "pipe/tile_slots.cuh"
 
 namespace megamoe {
 
-template <class C> MEGA_DEVICE void publish_tiles(const Params& p, const Shared<C>& shared) {
+template <class C> MEGA_DEVICE void publish_tiles(const Params& p, const Shared<C>& shared, const Plan& plan) {
+    const bool ring = plan.blocks() > p.pool_rows / kPoolAlign;
     const TileSlots<C> slots{p, shared};
     for (u32 index = 0;; ++index) {
         const Tile tile = slots.read(index);
@@ -17,8 +19,9 @@ template <class C> MEGA_DEVICE void publish_tiles(const Params& p, const Shared<
         const Ring<kTileSlots> at(index);
         const Wait what = tile.kind == Tile::gemm1 ? Wait::gemm1_tile_stored : Wait::gemm2_tile_stored;
         wait_barrier(p, what, shared.tile_stored(at.stage), at.parity, index);
-        if (tile.kind == Tile::gemm1)
-            for (u32 r = 0; r < tile.rows; r += kCounterRows) ptx::add_release(p.act2_ready + (tile.row + r) / kCounterRows, 1);
+        u32* counters = tile.kind == Tile::gemm1 ? p.act2_ready : p.act2_done;
+        if (tile.kind == Tile::gemm1 || ring)
+            for (u32 r = 0; r < tile.rows; r += kCounterRows) ptx::add_release(counters + (tile.row + r) / kCounterRows, 1);
         slots.release(index);
     }
 }

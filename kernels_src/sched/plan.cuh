@@ -1,5 +1,12 @@
-// How many rows each local expert has and where they lie in the pools.  Pure index arithmetic: it also compiles with a
-// plain C++17 compiler.
+// How many rows each local expert has and where they lie.  Pure index arithmetic: it also compiles with a plain C++17
+// compiler.
+//
+// Rows are numbered through all experts.  Row r of the activations lies at row r % pool_rows of its pool: when a batch
+// has more rows than the pools, they are rings.  Then, with blocks of 128 rows and a ring of that many blocks:
+//   dispatch writes block b      after GEMM 1 has finished block b - ring   (act2_ready of that block is complete)
+//   GEMM 1 writes block b        after GEMM 2 has finished block b - ring   (act2_done of that block is complete)
+//   the order of tiles           hands out GEMM 2 of block b - ring before GEMM 1 of block b, so the second wait is for
+//                                smaller tickets; the first is for GEMM 1 of rows that were dispatched before.
 #pragma once
 #include "base/constants.cuh"
 
@@ -10,7 +17,24 @@ struct Plan {
     const u32* rows;      // [local experts]
     const u32* bases;     // [local experts + 1] first pool row / 128
     const u16* active;    // experts that have rows, in order
-    u32 active_experts;
+    u32 experts, active_experts;
+
+    MEGA_DEVICE u32 blocks() const { return bases[experts]; }   // of 128 rows, all experts'
+
+    /// The expert that owns block `block`.
+    MEGA_DEVICE u32 expert_at(u32 block) const {
+        u32 low = 0, high = experts;   // bases[low] <= block < bases[high]
+        while (high - low > 1) {
+            const u32 middle = (low + high) / 2;
+            (bases[middle] <= block ? low : high) = middle;
+        }
+        return low;
+    }
+    /// Rows of expert `e` from row `row` on; 0 in its padding.
+    MEGA_DEVICE u32 rows_from(u32 e, u32 row) const {
+        const u32 local = row - bases[e] * kPoolAlign;
+        return local < rows[e] ? rows[e] - local : 0;
+    }
 };
 
 /// Which tile of which GEMM.  32 bytes, the payload of a tile slot.
@@ -19,12 +43,13 @@ struct Tile {
     u32 kind;
     u32 expert;
     u32 n;          // which 256 columns
-    u32 row;        // first pool row
-    u32 rows;       // valid ones of the tile's BLOCK_M rows; the rest is padding
+    u32 row;        // first row
+    u32 rows;       // valid ones of the tile's BLOCK_M rows, the rest is padding; of a stop tile: pingpong, 1 when the group
+                    // that reads it has been given a turn that it has no tile for
     u32 k_blocks;   // depth
     u32 k_begin;    // k-blocks this block of threads has streamed before this tile: every role derives stage and parity
                     // of the ring from it, and nobody has to follow tiles that are not its own
-    u32 turn_left;  // of a stop tile: pingpong, this group has been given a turn that it has no tile for
+    u32 pool_row;   // where the first row lies in the pools
 };
 static_assert(sizeof(Tile) == 32, "a tile slot has 32 bytes");
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
@@ -11,13 +13,20 @@ from typing import Any
 
 import click
 
+from megamoe_jit._text import human_bytes
+
 __all__ = [
     "SCHEMA_VERSION",
+    "CorruptionError",
     "ExitCode",
+    "colours_wanted",
+    "confirm",
     "document",
     "emit_json",
+    "end",
     "human_bytes",
     "json_option",
+    "live_terminal",
     "progress_line",
     "say",
     "table",
@@ -30,10 +39,21 @@ class ExitCode(IntEnum):
     """How a command ends."""
 
     OK = 0
-    FAILED = 1  #: a kernel failed to compile, a scenario failed, ...
+    FAILED = 1  #: a kernel failed to compile, a scenario failed, there are findings, ...
     USAGE = 2  #: wrong arguments, an unknown shape, ...
     ENVIRONMENT = 3  #: no NVRTC, no Hopper GPU, ...
+    CORRUPTION = 4  #: a damaged cache entry or pack
     INTERRUPTED = 130
+
+
+class CorruptionError(click.ClickException):
+    """A cache entry or a pack is damaged."""
+
+    exit_code = ExitCode.CORRUPTION
+
+    def show(self, file: Any = None) -> None:
+        """Print the message as other errors are printed."""
+        say(f"error: {self.message}")
 
 
 json_option = click.option(
@@ -46,37 +66,80 @@ def say(message: str = "") -> None:
     click.echo(message, err=True)
 
 
+def end(code: ExitCode) -> None:
+    """End the command with an exit code, if it is not that of success."""
+    if code is not ExitCode.OK:
+        raise click.exceptions.Exit(code)
+
+
 def document(kind: str, **fields: Any) -> dict[str, Any]:
     """The envelope of every JSON document; sizes in bytes, times in seconds unless a name says otherwise."""
     return {"schema_version": SCHEMA_VERSION, "kind": kind, **fields}
 
 
 def emit_json(doc: dict[str, Any]) -> None:
-    """Print `doc` on standard output."""
-    click.echo(json.dumps(doc, indent=2, default=str))
+    """Print `doc` on standard output, one field or list item per line; what JSON has no number for becomes null."""
+    click.echo("{\n" + ",\n".join(f" {json.dumps(key)}: {_value(value)}" for key, value in doc.items()) + "\n}")
 
 
-def human_bytes(count: int) -> str:
-    """`count` bytes in a unit a reader can compare: 932 B, 41.6 KiB, 1.2 GiB."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
+def _value(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"  {_compact(item)}" for item in value) + "\n ]"
+    return _compact(value)
+
+
+def _compact(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str:
     """A plain table: columns whose numbers are in `left` are aligned to the left, the rest to the right."""
-    cells = [[str(c) for c in row] for row in (headers, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
+    columns = []
+    for index, column in enumerate(zip(headers, *rows, strict=True)):
+        cells = [str(cell) for cell in column]
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) if index in left else cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask before something is deleted.
+
+    Args:
+        question: what would be deleted.
+        yes: whether the command line has answered already.
+
+    Raises:
+        click.Abort: the answer is no.
+        click.UsageError: nobody is there to answer.
+    """
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise click.UsageError(f"{question}  Nobody can be asked here: add --yes to do it.")
+    if not click.confirm(question, err=True):
+        raise click.exceptions.Exit(ExitCode.FAILED)
+
+
+def live_terminal() -> bool:
+    """Whether standard error is a terminal on which lines can be redrawn."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+def colours_wanted() -> bool:
+    """Whether standard output is a terminal that wants colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 @contextlib.contextmanager
@@ -85,7 +148,7 @@ def progress_line(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
     On a terminal the lines scroll above a live count; elsewhere they are plain lines: on standard error.
     """
-    if not sys.stderr.isatty():
+    if not live_terminal():
         yield say
         return
     from rich.console import Console

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._cli._io import progress_line, table
+from megamoe_jit._cli._io import live_terminal, say, table
 from megamoe_jit._errors import ToolchainError
 
 if TYPE_CHECKING:
     from megamoe_jit._runtime import WarmupResult
     from megamoe_jit._spec import KernelSpec, MoEShape
 
-__all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "status"]
+__all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "spec_document", "status"]
 
 
 def kernel_specs(
@@ -26,14 +28,11 @@ def kernel_specs(
         variant: `auto` for all that the heuristics can choose, or the name of one.
         fast_math: The option of the same name of a call.
     """
-    from megamoe_jit._spec import KernelSpec, Variant
-    from megamoe_jit.heuristics.select import AUTO, all_variants
+    from megamoe_jit._runtime import enumerate_specs
+    from megamoe_jit._spec import Variant
 
-    specs = [
-        KernelSpec(shape, each, ranks, fast_math)
-        for shape in shapes
-        for each in (all_variants(shape) if variant == AUTO else (Variant.parse(variant),))
-    ]
+    variants = None if variant == "auto" else (Variant.parse(variant),)
+    specs = [spec for shape in shapes for spec in enumerate_specs(shape, ranks, variants, fast_math)]
     return list(dict.fromkeys(specs))
 
 
@@ -44,48 +43,121 @@ def status(result: WarmupResult) -> str:
     return "compiled" if result.kernel.origin == "compiled" else "cached"
 
 
-def _line(result: WarmupResult) -> str:
-    return f"{status(result):8}  {result.spec.entry}  {result.seconds:.2f} s"
+class _Stop(Exception):
+    """The first failure has come."""
 
 
-def compile_kernels(specs: Sequence[KernelSpec], jobs: int | None, force: bool) -> list[WarmupResult]:
+@contextlib.contextmanager
+def _progress(specs: Sequence[KernelSpec], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
+    """Yields a function to call with each result: redraws a live line per kernel, or prints a plain one."""
+    if not live_terminal():
+        yield lambda result: say(f"{status(result):8}  {result.spec.entry}  {result.seconds:.2f} s")
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from megamoe_jit._cli._live import LiveKernels
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    lines = LiveKernels(specs, jobs, console)
+    with Live(lines, console=console, refresh_per_second=10, transient=not keep):
+        yield lambda result: lines.finish(result.spec.entry, status(result), result.seconds)
+
+
+def compile_kernels(
+    specs: Sequence[KernelSpec],
+    jobs: int | None = None,
+    force: bool = False,
+    *,
+    fail_fast: bool = False,
+    as_json: bool = False,
+) -> list[WarmupResult]:
     """Compile in parallel, with one line per kernel on standard error.
+
+    Args:
+        specs: The kernels.
+        jobs: Kernels to compile at a time; the settings' number if None.
+        force: Compile again what is cached.
+        fail_fast: Begin no further kernel after the first failure.
+        as_json: Whether the caller prints a document, and not a table that repeats the lines.
+
+    Returns:
+        One result per kernel; with `fail_fast` those after the first failure may lack.
 
     Raises:
         ToolchainError: There is no compiler to compile any of them with.
     """
     from megamoe_jit._runtime import warmup
+    from megamoe_jit._settings import get_settings
 
-    with progress_line("compile", len(specs)) as step:
-        results = warmup(specs, jobs=jobs, force=force, progress=lambda result: step(_line(result)))
-    first = results[0].error if results else None
-    if isinstance(first, ToolchainError) and all(str(result.error) == str(first) for result in results):
+    results: dict[KernelSpec, WarmupResult] = {}
+    workers = min(jobs or get_settings().jobs, len(specs))
+    with _progress(specs, workers, keep=as_json or not sys.stdout.isatty()) as step:
+
+        def note(result: WarmupResult) -> None:
+            results[result.spec] = result
+            step(result)
+            if fail_fast and result.error:
+                raise _Stop
+
+        with contextlib.suppress(_Stop):
+            warmup(specs, jobs=jobs, force=force, progress=note)
+    found = [results[spec] for spec in specs if spec in results]
+    first = found[0].error if found else None
+    if isinstance(first, ToolchainError) and all(str(result.error) == str(first) for result in found):
         raise first
-    return results
+    return found
+
+
+def spec_document(spec: KernelSpec, status: str) -> dict[str, Any]:
+    """A kernel that was not compiled, for a JSON document."""
+    return {
+        "kernel": spec.entry,
+        "spec": spec.to_json(),
+        "status": status,
+        "key": None,
+        "registers": None,
+        "spill_bytes": None,
+        "shared_bytes": spec.shared_bytes,
+        "nvrtc": None,
+        "seconds": None,
+        "stored": False,
+        "error": None,
+    }
+
+
+def _stored(result: WarmupResult) -> bool:
+    """Whether other processes will find the kernel."""
+    from megamoe_jit._runtime import kernel_cache
+    from megamoe_jit._settings import get_settings
+
+    if result.kernel is None:
+        return False
+    if result.kernel.origin != "compiled":
+        return True
+    return not get_settings().no_cache and kernel_cache().entry_path(result.kernel.key).is_dir()
 
 
 def kernel_document(result: WarmupResult) -> dict[str, Any]:
     """One kernel for a JSON document."""
     meta = result.kernel.meta if result.kernel else {}
     return {
-        "kernel": result.spec.entry,
-        "spec": result.spec.to_json(),
-        "status": status(result),
+        **spec_document(result.spec, status(result)),
         "key": result.kernel.key if result.kernel else None,
         "registers": meta.get("registers"),
         "spill_bytes": meta.get("spill_bytes"),
-        "shared_bytes": result.spec.shared_bytes,
         "nvrtc": meta.get("nvrtc", {}).get("version"),
         "seconds": result.seconds,
+        "stored": _stored(result),
         "error": str(result.error) if result.error else None,
     }
 
 
-def kernel_table(results: Sequence[WarmupResult]) -> str:
-    """One line per kernel."""
+def kernel_table(kernels: Sequence[dict[str, Any]]) -> str:
+    """One line per kernel document."""
 
-    def figure(value: int | None) -> str:
-        return "-" if value is None else str(value)
+    def figure(value: float | None, form: str = "d") -> str:
+        return "-" if value is None else f"{value:{form}}"
 
     rows = [
         (
@@ -94,8 +166,8 @@ def kernel_table(results: Sequence[WarmupResult]) -> str:
             figure(kernel["registers"]),
             figure(kernel["spill_bytes"]),
             kernel["shared_bytes"],
-            f"{kernel['seconds']:.2f}",
+            figure(kernel["seconds"], ".2f"),
         )
-        for kernel in map(kernel_document, results)
+        for kernel in kernels
     ]
     return table(("KERNEL", "STATUS", "REGISTERS", "SPILL B", "SHARED B", "SECONDS"), rows, left=(0, 1))

@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import click
 
-from megamoe_jit._cli import bench, cache, demo, env, shapes, verify, warmup
 from megamoe_jit._cli._io import ExitCode, say
+from megamoe_jit._cli.completion import COMPLETE_VARIABLE
 from megamoe_jit._errors import ConfigError, LoadError, MegaMoeError, ToolchainError, UnsupportedDeviceError
 from megamoe_jit._version import __version__
 
-__all__ = ["cli", "main"]
+__all__ = ["SUMMARIES", "cli", "main"]
 
 _ENVIRONMENT = (ToolchainError, UnsupportedDeviceError, LoadError)
+
+#: Every command, in the order of the help: module of the same name, first sentence of its help.
+SUMMARIES = {
+    "warmup": "Compile the kernels of some shapes into the cache; needs no GPU.",
+    "doctor": "Check compiler, torch, driver, GPU, cache, locks and tools, with a trial compile; says what to do.",
+    "cache": "The compiled kernels on disk.",
+    "shapes": "Model shapes known by name.",
+    "explain": "Show which kernel a call takes, with which parameters, why, and whether it is cached; needs no GPU.",
+    "plan": "Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU.",
+    "render": "Print the CUDA source of a kernel, all files in one; needs neither GPU nor compiler.",
+    "inspect": "Show a compiled kernel from the inside; needs no GPU.",
+    "env": "Show versions, compilers, GPUs, and every setting with its value and source.",
+    "demo": "Run a small layer and check it; without a Hopper GPU compile the kernels and check the reference.",
+    "verify": "Run scenarios on the GPU and compare with the FP32 reference.",
+    "bench": "Time the layer on this GPU, output checked first.",
+    "completion": "Print a completion script for a shell.",
+}
+
+
+class _Commands(MutableMapping[str, click.Command]):
+    """The commands by name, each imported when it is asked for."""
+
+    def __init__(self) -> None:
+        self._names = dict.fromkeys(SUMMARIES)
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._names:
+            raise KeyError(name)
+        command: click.Command = getattr(importlib.import_module(f"megamoe_jit._cli.{name}"), name)
+        return command
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        raise TypeError("commands are listed in SUMMARIES")
+
+    def __delitem__(self, name: str) -> None:
+        del self._names[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _exit_code(error: MegaMoeError) -> ExitCode:
@@ -25,6 +70,13 @@ def _exit_code(error: MegaMoeError) -> ExitCode:
 
 class _Group(click.Group):
     """Turns the library's errors into one message on standard error and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SUMMARIES)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         # NumPy is optional to torch and not needed here, but torch without it says so at import.
@@ -39,15 +91,17 @@ class _Group(click.Group):
                 raise
             say(f"error: this command needs the Python package {error.name!r}, which is not installed")
             ctx.exit(ExitCode.ENVIRONMENT)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):  # Ctrl-C; at a question click makes it an Abort
             say("interrupted")
             ctx.exit(ExitCode.INTERRUPTED)
 
 
 @click.group(
     cls=_Group,
+    commands=_Commands(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 fine, 1 something failed, 2 wrong usage, 3 the machine lacks something, 130 interrupted.",
+    epilog="Exit codes: 0 fine, 1 something failed or was found, 2 wrong usage, 3 the machine lacks something, "
+    "4 a cached kernel or a pack is damaged, 130 interrupted.",
 )
 @click.version_option(__version__, "--version", prog_name="megamoe-jit")
 def cli() -> None:
@@ -57,18 +111,9 @@ def cli() -> None:
     """
 
 
-for _command in (
-    warmup.warmup,
-    cache.cache,
-    shapes.shapes,
-    verify.verify,
-    bench.bench,
-    demo.demo,
-    env.env,
-):
-    cli.add_command(_command)
-
-
 def main() -> None:
     """Entry point of the console script."""
-    cli(prog_name="megamoe-jit")
+    try:
+        cli(prog_name="megamoe-jit", complete_var=COMPLETE_VARIABLE)
+    except KeyboardInterrupt:  # before or after a command; during one the group answers
+        sys.exit(ExitCode.INTERRUPTED)

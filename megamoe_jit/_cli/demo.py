@@ -46,9 +46,9 @@ def demo(as_json: bool) -> None:
 
 def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[list[dict[str, Any]], bool]:
     say(f"\nCompiling the kernels of {name} for sm_90a with NVRTC ...")
-    results = compile_kernels(kernel_specs([shape]), None, force)
+    results = compile_kernels(kernel_specs([shape]), None, force, as_json=as_json)
     if not as_json:
-        click.echo(kernel_table(results))
+        click.echo(kernel_table([kernel_document(result) for result in results]))
     for result in results:
         if result.error:
             say(f"\n{result.spec.entry}: {result.error}")

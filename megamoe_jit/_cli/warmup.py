@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, say
-from megamoe_jit._cli._kernels import compile_kernels, kernel_document, kernel_specs, kernel_table, status
-from megamoe_jit._cli.shapes import named_shapes, shape_options
+from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say
+from megamoe_jit._cli._kernels import (
+    compile_kernels,
+    kernel_document,
+    kernel_specs,
+    kernel_table,
+    spec_document,
+)
+from megamoe_jit._cli._options import VARIANTS, cache_dir_option, named_shapes, ranks_option, shape_options
+
+if TYPE_CHECKING:
+    from megamoe_jit._spec import KernelSpec
 
 __all__ = ["warmup"]
+
+_STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
 
 
 @click.command()
 @shape_options
-@click.option("--ranks", default=1, show_default=True, help="GPUs that share the experts of one layer.")
+@ranks_option
 @click.option(
     "--variant",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "pingpong", "cooperative"]),
+    type=click.Choice(VARIANTS),
     help="One variant alone; auto compiles all that a call can pick.",
 )
 @click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the calls.  [default: fast]")
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels to compile at a time.  [default: CPUs]")
 @click.option("--force", is_flag=True, help="Compile again what is cached.")
+@click.option("--dry-run", is_flag=True, help="Only show which kernels there would be, and which are cached.")
+@click.option("--fail-fast", is_flag=True, help="Begin no further kernel after the first failure.")
+@cache_dir_option
 @json_option
 def warmup(
     names: str | None,
@@ -38,26 +54,63 @@ def warmup(
     fast_math: bool,
     jobs: int | None,
     force: bool,
+    dry_run: bool,
+    fail_fast: bool,
     as_json: bool,
 ) -> None:
     """Compile the kernels of some shapes into the cache; needs no GPU.
 
     One kernel serves every token count, so this is all that calls of these shapes will ever need.
+
+    Exit code 0, 1 if a kernel failed or could not be kept, 3 without a compiler, 130 when interrupted; what was
+    compiled until then stays.
     """
+    from megamoe_jit._settings import get_settings
+
     shapes = named_shapes(names, hidden=hidden, intermediate=intermediate, experts=experts, topk=topk)
     specs = kernel_specs(shapes.values(), ranks, variant, fast_math)
     start = time.perf_counter()
-    results = compile_kernels(specs, jobs, force)
+    kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start
-    found = [status(result) for result in results]
-    counts = {name: found.count(name) for name in ("compiled", "cached", "failed")}
+    found = [kernel["status"] for kernel in kernels]
+    counts = {name: found.count(name) for name in _STATUSES}
     if as_json:
-        emit_json(document("warmup", **counts, seconds=seconds, kernels=[kernel_document(r) for r in results]))
+        emit_json(document("warmup", dry_run=dry_run, **counts, seconds=seconds, kernels=kernels))
     else:
-        click.echo(kernel_table(results))
-    for result in results:
-        if result.error:
-            say(f"\n{result.spec.entry}: {result.error}")
-    say(", ".join(f"{count} {status}" for status, count in counts.items()) + f" in {seconds:.2f} s")
-    if counts["failed"]:
-        raise click.exceptions.Exit(ExitCode.FAILED)
+        click.echo(kernel_table(kernels))
+    for kernel in kernels:
+        if kernel["error"]:
+            say(f"\n{kernel['kernel']}: {kernel['error']}")
+    shown = ("cached", "missing") if dry_run else ("compiled", "cached", "failed")
+    summary = [f"{counts[name]} {name}" for name in (*shown, *(("skipped",) if counts["skipped"] else ()))]
+    say(", ".join(summary) + (", nothing compiled" if dry_run else f" in {seconds:.2f} s"))
+    lost = sum(kernel["status"] == "compiled" and not kernel["stored"] for kernel in kernels)
+    if lost:
+        say(f"{lost} could not be kept in {get_settings().cache_dir}: other processes will compile again")
+    end(ExitCode.FAILED if counts["failed"] or lost else ExitCode.OK)
+
+
+def _compiled(
+    specs: Sequence[KernelSpec], jobs: int | None, force: bool, fail_fast: bool, as_json: bool
+) -> list[dict[str, Any]]:
+    results = compile_kernels(specs, jobs, force, fail_fast=fail_fast, as_json=as_json)
+    documents = {result.spec: kernel_document(result) for result in results}
+    missing = [spec for spec in specs if spec not in documents] if fail_fast else []
+    documents.update({spec: spec_document(spec, "skipped") for spec in missing})
+    return [documents[spec] for spec in specs if spec in documents]
+
+
+def _planned(specs: Sequence[KernelSpec], force: bool) -> list[dict[str, Any]]:
+    """What a warmup would find; `missing` is what it would compile."""
+    from megamoe_jit._errors import ToolchainError
+    from megamoe_jit._explain import kernel_state
+
+    documents = []
+    for spec in specs:
+        state = kernel_state(spec)
+        if state["problem"]:
+            raise ToolchainError(state["problem"])
+        cached = state["cached"] and not force
+        status = "cached" if cached else "missing"
+        documents.append({**spec_document(spec, status), "key": state["key"], "stored": state["cached"]})
+    return documents

@@ -13,10 +13,31 @@ import torch
 import torch.distributed as dist
 
 import megamoe_jit as mm
-from megamoe_jit._scenarios import Scenario, make_inputs, make_weights
+from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._spawn import World
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._verify import judge
 from megamoe_jit.reference import expert_counts, moe_reference
+
+CLAMP = 10.0
+STATS_BEFORE = 3  #: what the counters hold before a call, because they accumulate
+MODES = ("pingpong", "cooperative", "mixed")
+MIXED = ("pingpong", "cooperative")
+
+
+def variant_of(mode: str, rank: int) -> str:
+    """The variant that a rank runs in a mode; `mixed` has both at once."""
+    return MIXED[rank % 2] if mode == "mixed" else mode
+
+
+def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Same bytes: NaN equals NaN, and zeros keep their sign."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def shape_for(ranks: int, hidden: int, intermediate: int, experts: int, topk: int) -> MoEShape:
+    """A shape with as many experts, or a few more so that the ranks share them evenly."""
+    return MoEShape(hidden, intermediate, -(-experts // ranks) * ranks, topk)
 
 
 @dataclass
@@ -28,33 +49,38 @@ class Rank:
     device: torch.device
     shape: MoEShape
     capacity: int
+    weights: Weights | None = None  #: of the shape, if they are there already
 
     def __post_init__(self) -> None:
-        self.weights = make_weights(self.shape, self.device)
+        if self.weights is None:
+            self.weights = make_weights(self.shape, self.device)
         local = self.shape.experts // self.ranks
         mine = slice(self.rank * local, (self.rank + 1) * local)
         pairs = [tuple(t[mine].contiguous() for t in pair) for pair in (self.weights.l1, self.weights.l2)]
         self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(*pairs)
         self.buffer = self.make_buffer()
 
-    def make_buffer(self) -> mm.SymmBuffer:
+    @property
+    def group(self):
+        """The process group, as callers pass it."""
+        return dist.group.WORLD if self.ranks > 1 else None
+
+    def make_buffer(self, capacity: int | None = None) -> mm.SymmBuffer:
         """A buffer of this layer; collective."""
-        s = self.shape
+        s, capacity = self.shape, self.capacity if capacity is None else capacity
         return mm.get_symm_buffer_for_mega_moe(
-            dist.group.WORLD if self.ranks > 1 else None,
-            s.experts,
-            self.capacity,
-            s.topk,
-            s.hidden,
-            s.intermediate,
-            device=self.device,
+            self.group, s.experts, capacity, s.topk, s.hidden, s.intermediate, device=self.device
         )
 
-    def inputs(self, scenario: Scenario, seed: int = 0):
+    def inputs(self, scenario: Scenario, seed: int = 0) -> Inputs:
         """This rank's inputs; they differ from rank to rank."""
         return make_inputs(scenario, self.device, seed * 64 + self.rank, self.weights)
 
-    def stage(self, inputs, buffer: mm.SymmBuffer | None = None) -> None:
+    def some(self, tokens: int, seed: int = 0, **more) -> Inputs:
+        """Inputs of a scenario of this module's own."""
+        return self.inputs(scenario_for(self.shape, tokens, self.capacity, **more), seed)
+
+    def stage(self, inputs: Inputs, buffer: mm.SymmBuffer | None = None) -> None:
         """Copy inputs into the buffer, and NaN that names live experts behind them."""
         buffer = self.buffer if buffer is None else buffer
         t = inputs.x_q.shape[0]
@@ -67,23 +93,33 @@ class Rank:
         buffer.topk_idx[:t].copy_(inputs.topk_idx)
         buffer.topk_weights[:t].copy_(inputs.topk_weights)
 
-    def call(self, tokens: int, *, clamp=10.0, variant=None, buffer=None, stats=None, y=None, num_sms=None):
+    def poisoned(self, tokens: int) -> torch.Tensor:
+        """Output full of NaN."""
+        return torch.full((tokens, self.shape.hidden), math.nan, dtype=torch.bfloat16, device=self.device)
+
+    def call(self, tokens, *, clamp=CLAMP, variant=None, buffer=None, stats=None, y=None, fast_math=True, num_sms=None):
         """One launch; poisoned output."""
-        if y is None:
-            y = torch.full((tokens, self.shape.hidden), math.nan, dtype=torch.bfloat16, device=self.device)
+        y = self.poisoned(tokens) if y is None else y
+        buffer = self.buffer if buffer is None else buffer
         mm.fp8_mega_moe(
             y,
             self.l1,
             self.l2,
-            self.buffer if buffer is None else buffer,
+            buffer,
             stats,
             activation_clamp=clamp,
             variant=variant,
+            fast_math=fast_math,
             num_sms=num_sms,
         )
         return y
 
-    def expected(self, inputs, clamp=10.0) -> torch.Tensor:
+    def run(self, inputs: Inputs, **more) -> torch.Tensor:
+        """Stage and call."""
+        self.stage(inputs, more.get("buffer"))
+        return self.call(inputs.x_q.shape[0], **more)
+
+    def expected(self, inputs: Inputs, clamp=CLAMP) -> torch.Tensor:
         """The reference of this rank's tokens."""
         return moe_reference(
             inputs.x_q,
@@ -95,25 +131,61 @@ class Rank:
             activation_clamp=clamp,
         )
 
-    def check(self, scenario: Scenario, variant: str | None = None, seed: int = 0) -> str:
-        """Run one scenario on all ranks; what is wrong on this one, or nothing."""
-        inputs = self.inputs(scenario, seed)
-        tokens = inputs.x_q.shape[0]
-        local = self.shape.experts // self.ranks
-        stats = torch.full((local,), 3, dtype=torch.int32, device=self.device)
-        self.stage(inputs)
-        y = self.call(tokens, clamp=scenario.clamp, variant=variant, stats=stats)
-        self.buffer.check()
-        verdict = judge(y, self.expected(inputs, scenario.clamp))
-        counts = expert_counts(inputs.topk_idx, self.shape.experts).to(torch.int64)
+    def counts(self, inputs: Inputs) -> torch.Tensor:
+        """Rows that all ranks send to each of this rank's experts; int64 on the CPU.  Collective."""
+        counts = expert_counts(inputs.topk_idx, self.shape.experts).to("cpu", torch.int64)
         dist.all_reduce(counts)
-        mine = counts[self.rank * local : (self.rank + 1) * local] + 3
-        problems = [verdict.reason] if verdict.reason else []
-        if not torch.equal(stats.to(torch.int64), mine):
-            problems.append("expert counters are wrong")
-        return "; ".join(problems)
+        local = self.shape.experts // self.ranks
+        return counts[self.rank * local : (self.rank + 1) * local]
+
+    def new_stats(self, value: int = 0) -> torch.Tensor:
+        """Counters of the local experts."""
+        return torch.full((self.shape.experts // self.ranks,), value, dtype=torch.int32, device=self.device)
+
+    def judge(self, inputs: Inputs, y: torch.Tensor, expected: torch.Tensor | None = None, clamp=CLAMP) -> str:
+        """What is wrong with an output, or nothing."""
+        return judge(y, self.expected(inputs, clamp) if expected is None else expected).reason
+
+    def check(self, inputs: Inputs, mode: str = "pingpong", *, expected=None, clamp=CLAMP, fast_math=True) -> str:
+        """Run these inputs on all ranks; what is wrong on this one, or nothing.  Collective."""
+        stats = self.new_stats(STATS_BEFORE)
+        variant = variant_of(mode, self.rank)
+        y = self.run(inputs, clamp=clamp, variant=variant, stats=stats, fast_math=fast_math)
+        self.buffer.check()
+        problems = [self.judge(inputs, y, expected, clamp)]
+        wanted = self.counts(inputs) + STATS_BEFORE
+        if not torch.equal(stats.cpu().to(torch.int64), wanted):
+            problems.append(f"expert counters are {stats.tolist()}, must be {wanted.tolist()}")
+        return "; ".join(f"{mode}: {problem}" for problem in problems if problem)
 
 
 def scenario_for(shape: MoEShape, tokens: int, capacity: int, **more) -> Scenario:
     """A scenario of this module's own."""
     return replace(Scenario(f"ranks.t{tokens}", shape, tokens, capacity), **more)
+
+
+_last: Rank | None = None
+
+
+def layer(world: World, shape: MoEShape, capacity: int) -> Rank:
+    """A layer on this rank; the last one again if it fits.  Collective."""
+    global _last
+    if _last is not None and (_last.shape, _last.capacity) == (shape, capacity):
+        return _last
+    weights = None
+    if _last is not None:
+        _last.buffer.destroy()
+        before, wanted = (MoEShape(s.hidden, s.intermediate, s.experts, 1) for s in (_last.shape, shape))
+        weights = _last.weights if before == wanted else None
+        _last = None
+        torch.cuda.empty_cache()
+    _last = Rank(world.rank, world.ranks, world.device, shape, capacity, weights)
+    return _last
+
+
+def forget() -> None:
+    """Destroy the layer that `layer` keeps.  Collective."""
+    global _last
+    if _last is not None:
+        _last.buffer.destroy()
+        _last = None

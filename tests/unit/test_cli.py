@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import CliRunner
 
-from megamoe_jit import KernelSpec, MoEShape, Variant, _errors, _runtime
+from megamoe_jit import _errors, _runtime
 from megamoe_jit._cli import app as app_module
 from megamoe_jit._cli import cli
-from megamoe_jit._cli._io import SCHEMA_VERSION, human_bytes, table
+from megamoe_jit._cli._io import SCHEMA_VERSION, emit_json, human_bytes, table
+from tests.commandline import SIZES, checked, leaf_commands, run, warm_cache
 
-SMALL = ["--hidden", "256", "--intermediate", "128", "--experts", "4", "--topk", "1"]
-
-
-def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """A new process, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "megamoe_jit", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, **environ},
-    )
-
-
-def leaf_commands(command: click.Command = cli, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    if not isinstance(command, click.Group):
-        return [path]
-    return [leaf for name, sub in command.commands.items() for leaf in leaf_commands(sub, (*path, name))]
+SMALL = SIZES
 
 
 @pytest.fixture
@@ -45,16 +30,28 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verbs():
-    assert set(leaf_commands()) == {
-        ("warmup",),
-        ("cache", "ls"),
-        ("cache", "path"),
-        ("shapes", "ls"),
-        ("verify",),
-        ("bench",),
-        ("demo",),
-        ("env",),
-    }
+    cache = ("clear", "export", "import", "info", "ls", "path", "prune", "rm", "stats", "verify")
+    look = ("doctor", "env", "explain", "inspect", "plan", "render")
+    run_ = ("bench", "completion", "demo", "verify", "warmup")
+    expected = [*(("cache", verb) for verb in cache), ("shapes", "ls"), *((verb,) for verb in look + run_)]
+    assert sorted(leaf_commands()) == sorted(expected)
+
+
+def test_the_help_lists_every_command_with_its_own_words():
+    for name, summary in app_module.SUMMARIES.items():
+        command = cli.commands[name]
+        assert command.name == name
+        assert " ".join((command.help or "").split("\n\n")[0].split()) == summary
+    with pytest.raises(KeyError):
+        cli.commands["warm"]
+    shown = run("--help").stdout
+    assert all(f"  {name} " in shown for name in cli.commands)
+
+
+def test_the_help_names_every_exit_code():
+    shown = " ".join(run("--help").stdout.split())
+    codes = shown[shown.index("Exit codes:") :]
+    assert all(f"{int(code)} " in codes for code in app_module.ExitCode)
 
 
 @pytest.mark.parametrize("path", leaf_commands(), ids=" ".join)
@@ -70,40 +67,70 @@ def test_module_runs_like_the_script():
     assert run("--help").stdout.startswith("Usage: megamoe-jit ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["shapes", "ls"], ["cache", "ls"], ["cache", "path"]], ids=" ".join)
-def test_listings_import_nothing_heavy(arguments: list[str]):
+LIGHT = ["--help", "shapes ls", "cache ls", "cache path", "cache stats", "cache verify", "cache clear --yes"]
+
+
+@pytest.mark.parametrize("arguments", LIGHT)
+def test_listings_import_nothing_heavy(arguments: str, tmp_path: Path):
+    root = warm_cache(tmp_path / "cache")
     code = (
         "import sys; from megamoe_jit._cli import main; sys.argv = ['megamoe-jit', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code, e.code\n"
-        "heavy = {'torch', 'cuda.bindings', 'rich', 'numpy', 'jinja2'} & set(sys.modules)\n"
+        "heavy = {'torch', 'cuda.bindings', 'cuda.pathfinder', 'rich', 'numpy', 'jinja2'} & set(sys.modules)\n"
         "print(sorted(heavy), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code, *arguments.split()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "MEGAMOE_JIT_CACHE_DIR": str(root)},
     )
     assert done.stderr.splitlines()[-1] == "[]"
 
 
-def test_help_starts_quickly():
-    """Processor time of the best of several starts, less that of an empty interpreter."""
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a thousand entries, as far as a listing looks at them."""
+    warm = warm_cache(tmp_path_factory.mktemp("warm") / "cache")
+    meta = json.loads(next(warm.glob("v1/??/*/meta.json")).read_text())
+    root = tmp_path_factory.mktemp("thousand")
+    for number in range(1000):
+        key = hashlib.sha256(str(number).encode()).hexdigest()
+        folder = root / "v1" / key[:2] / key
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text(json.dumps({**meta, "key": key}, indent=1, sort_keys=True))
+    return root
 
-    def cost(*arguments: str) -> float:
-        best = float("inf")
-        for _ in range(5):
-            before = os.times()
-            subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
-            after = os.times()
-            spent = after.children_user + after.children_system - before.children_user - before.children_system
-            best = min(best, spent)
-        return best
 
-    assert cost("-m", "megamoe_jit", "--help") - cost("-c", "") < 0.2
+@pytest.mark.parametrize(("arguments", "limit"), [("--help", 0.1), ("cache ls", 0.15)])
+def test_listings_start_quickly(arguments: str, limit: float, thousand: Path, tmp_path: Path):
+    """Processor time of the best of up to twenty starts, the interpreter's own included.
+
+    The limits are for a machine that starts Python in 15 ms; a slower one gets more in proportion.
+    """
+    environ = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path), "MEGAMOE_JIT_CACHE_DIR": str(thousand)}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled to bytecode once
+
+    def cost(*command: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], capture_output=True, check=True, env=environ)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    bare = min(cost("-c", "pass") for _ in range(5))
+    allowed = limit * max(1.0, bare / 0.015)
+    found = []
+    while min(found, default=allowed + 1) > allowed and len(found) < 20:
+        found.append(cost("-m", "megamoe_jit", *arguments.split()))
+    assert min(found) <= allowed
 
 
 def test_shapes_ls():
     result = CliRunner().invoke(cli, ["shapes", "ls", "--json"])
-    doc = json.loads(result.stdout)
+    doc = checked(result.stdout)
     assert (doc["schema_version"], doc["kind"]) == (SCHEMA_VERSION, "shapes")
     flash = next(shape for shape in doc["shapes"] if shape["name"] == "v4-flash")
     assert [flash[k] for k in ("hidden", "intermediate", "experts", "topk", "ranks")] == [
@@ -115,84 +142,6 @@ def test_shapes_ls():
     ]
     plain = CliRunner().invoke(cli, ["shapes", "ls"]).stdout
     assert all(shape["name"] in plain for shape in doc["shapes"])
-
-
-def test_warmup_compiles_then_finds_the_kernels(tmp_path: Path):
-    first = run("warmup", *SMALL, "--json", MEGAMOE_JIT_CACHE_DIR=str(tmp_path))
-    assert first.returncode == 0, first.stderr
-    doc = json.loads(first.stdout)
-    assert (doc["schema_version"], doc["kind"]) == (SCHEMA_VERSION, "warmup")
-    assert (doc["compiled"], doc["cached"], doc["failed"]) == (2, 0, 0)
-    assert {kernel["spec"]["variant"] for kernel in doc["kernels"]} == {"pingpong", "cooperative"}
-    for kernel in doc["kernels"]:
-        assert 0 < kernel["registers"] <= 255
-        assert kernel["spill_bytes"] == 0
-        assert 0 < kernel["shared_bytes"] <= 232448
-        assert kernel["error"] is None
-
-    second = run("warmup", *SMALL, MEGAMOE_JIT_CACHE_DIR=str(tmp_path), MEGAMOE_JIT_DISABLE_JIT="1")
-    assert second.returncode == 0, second.stderr
-    assert "2 cached" in second.stderr
-    assert "\x1b" not in second.stdout + second.stderr, "escape codes away from a terminal"
-    assert all(kernel["kernel"] in second.stdout for kernel in doc["kernels"])
-
-    listed = json.loads(run("cache", "ls", "--json", MEGAMOE_JIT_CACHE_DIR=str(tmp_path)).stdout)
-    assert {entry["key"] for entry in listed["entries"]} == {kernel["key"] for kernel in doc["kernels"]}
-    assert listed["disk_bytes"] > 0
-    text = run("cache", "ls", MEGAMOE_JIT_CACHE_DIR=str(tmp_path))
-    assert len(text.stdout.splitlines()) == 3
-    assert "2 kernels" in text.stderr
-
-
-@pytest.fixture
-def requested(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
-    """The kernels that commands ask for, which are not compiled."""
-    specs: list[KernelSpec] = []
-    monkeypatch.setattr(_runtime, "warmup", lambda wanted, **_: specs.extend(wanted) or [])
-    return specs
-
-
-def test_warmup_options_reach_the_kernels(requested: list[KernelSpec], tmp_path: Path):
-    file = tmp_path / "mine.toml"
-    file.write_text("[mine]\nhidden = 256\nintermediate = 128\nexperts = 4\ntopk = 1\n")
-    mine, flash = MoEShape(256, 128, 4, 1), MoEShape(4096, 2048, 256, 6)
-    both = (Variant.PINGPONG, Variant.COOPERATIVE)
-    for arguments, expected in (
-        (SMALL, [KernelSpec(mine, v) for v in both]),
-        (["--shapes", str(file)], [KernelSpec(mine, v) for v in both]),
-        (["--shapes", f"v4-flash,{file},v4-flash"], [KernelSpec(s, v) for s in (flash, mine) for v in both]),
-        ([*SMALL, "--variant", "pingpong"], [KernelSpec(mine, Variant.PINGPONG)]),
-        (["--shapes", "v4-flash", "--ranks", "8"], [KernelSpec(flash, v, ranks=8) for v in both]),
-        ([*SMALL, "--no-fast-math"], [KernelSpec(mine, v, fast_math=False) for v in both]),
-    ):
-        requested.clear()
-        result = CliRunner().invoke(cli, ["warmup", *arguments])
-        assert result.exit_code == 0, result.output
-        assert requested == expected, arguments
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG),
-        KernelSpec(MoEShape(7168, 3072, 384, 6), Variant.COOPERATIVE, ranks=8, fast_math=False),
-    ],
-    ids=lambda spec: spec.entry,
-)
-def test_the_advised_warmup_command_asks_for_that_kernel(requested: list[KernelSpec], spec: KernelSpec):
-    program, *arguments = _runtime.warmup_command(spec).split()
-    assert program == "megamoe-jit"
-    result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 0, result.output
-    assert requested == [spec]
-
-
-def test_a_kernel_that_is_missing_and_must_not_be_compiled(tmp_path: Path):
-    done = run("warmup", *SMALL, MEGAMOE_JIT_CACHE_DIR=str(tmp_path), MEGAMOE_JIT_DISABLE_JIT="1")
-    assert done.returncode == 1
-    assert "2 failed" in done.stderr
-    assert "MEGAMOE_JIT_DISABLE_JIT" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -253,7 +202,7 @@ def test_every_library_error_has_an_exit_code(name: str):
 
 def test_verify_lists_without_a_gpu():
     result = CliRunner().invoke(cli, ["verify", "--list", "--filter", "L1,L4", "--json"])
-    names = json.loads(result.stdout)["scenarios"]
+    names = checked(result.stdout)["scenarios"]
     assert "L1.smoke" in names
     assert {name.split(".")[0] for name in names} == {"L1", "L4"}
 
@@ -266,42 +215,32 @@ def test_cache_path(tmp_path: Path):
     assert not (tmp_path / "kernels").exists(), "looking must not create anything"
 
 
-def test_env(tmp_path: Path):
-    from megamoe_jit._settings import VARIABLES
-
-    done = run("env", "--json", MEGAMOE_JIT_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    doc = json.loads(done.stdout)
-    assert [setting["name"] for setting in doc["settings"]] == [variable.name for variable in VARIABLES]
-    cache_dir = doc["settings"][0]
-    assert (cache_dir["value"], cache_dir["set"]) == (str(tmp_path), True)
-    assert doc["packages"]["torch"]
-    assert doc["nvrtc"]["chosen"]["path"] in [candidate["path"] for candidate in doc["nvrtc"]["candidates"]]
-    assert (doc["driver"]["problem"] is None) == (doc["driver"]["driver_cuda"] is not None)
-    text = run("env", MEGAMOE_JIT_CACHE_DIR=str(tmp_path)).stdout
-    assert all(variable.name in text for variable in VARIABLES)
-
-
 @pytest.mark.usefixtures("no_gpu")
 def test_demo_without_a_gpu():
     result = CliRunner().invoke(cli, ["demo", "--json"])
     assert result.exit_code == 0, result.output
-    doc = json.loads(result.stdout)
+    doc = checked(result.stdout)
     assert doc["passed"] is True
     assert [kernel["status"] for kernel in doc["kernels"]] == ["compiled", "compiled"]
     assert all(check["passed"] for check in doc["checks"])
     assert "No Hopper GPU" in result.stderr
 
 
-@pytest.mark.usefixtures("no_gpu", "requested")
+@pytest.mark.usefixtures("no_gpu")
 def test_demo_notices_a_wrong_reference(monkeypatch: pytest.MonkeyPatch):
     from megamoe_jit import reference
 
+    monkeypatch.setattr(_runtime, "warmup", lambda *_, **__: [])
     right = reference.swiglu
     monkeypatch.setattr(reference, "swiglu", lambda gate, up, clamp: right(up, gate, clamp))
     result = CliRunner().invoke(cli, ["demo", "--json"])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["passed"] is False
+
+
+def test_numbers_that_json_has_not_become_null(capsys: pytest.CaptureFixture[str]):
+    emit_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": (True, None)})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": [True, None]}
 
 
 def test_table_and_bytes():

@@ -11,7 +11,8 @@ import pytest
 
 from megamoe_jit import _compiler
 from megamoe_jit._compiler import compile_source, options_for
-from megamoe_jit._errors import CompileError, PerformanceLossError
+from megamoe_jit._cubin import CubinInfo
+from megamoe_jit._errors import CompileError, PerformanceLossError, ToolchainError
 from megamoe_jit._render import render
 from megamoe_jit._settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -133,6 +134,7 @@ def test_assembler_error_points_at_room_and_line(toolchain):
         compile_source(source, entry="k", toolchain=toolchain)
     message = str(caught.value)
     assert f"{ROOT}/ptx/bad.cuh(2): error: Not a name of any known instruction: 'bogus'" in message
+    assert f"(inlined at {ROOT}/kernels/x.cuh.j2(40))" in message
     assert "| __device__ void bad" in message
     assert "bogus.op" in Path(KEPT.search(message)[1]).with_suffix(".ptx").read_text()
 
@@ -205,3 +207,52 @@ def test_dump_directory(toolchain, tmp_path):
     assert (tmp_path / "dump" / "good.cu").read_text() == GOOD
     assert (tmp_path / "dump" / "good.cubin").read_bytes() == result.cubin
     assert {p.suffix for p in (tmp_path / "dump").iterdir()} == {".cu", ".cubin", ".ptx", ".log"}
+
+
+def test_assembler_error_outside_of_any_function_has_no_position():
+    positions = _compiler._PtxPositions(
+        '.file 1 "/a"\n.visible .entry k()\nbogus;\n.loc 1 7 3\n.loc 9 2 1, inlined_at 8 1 1\n'
+    )
+    assert [positions.of(n) for n in (0, 3, 4, 5)] == [("", 0, ""), ("", 0, ""), ("/a", 7, ""), ("", 2, "")]
+
+
+def test_many_errors_are_cut_short(toolchain):
+    lines = "".join(f"int v{n} = undefined{n};" for n in range(20))
+    with pytest.raises(CompileError, match=r"(?s)undefined0.*undefined7.*and \d+ more") as caught:
+        compile_source(f'extern "C" __global__ void k() {{\n{lines}\n}}', entry="k", toolchain=toolchain)
+    assert '"undefined9"' not in str(caught.value)
+
+
+def test_failure_that_is_not_understood_shows_the_log(toolchain, monkeypatch, tmp_path):
+    monkeypatch.setattr(_compiler, "_nvrtc", lambda *_: ("NVRTC_ERROR_ODD", "something new", "", b""))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(_compiler.tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(CompileError, match=r"(?s)NVRTC_ERROR_ODD.*something new.*could not be kept"):
+        compile_source(GOOD, entry="good", toolchain=toolchain)
+
+
+def test_dump_directory_that_cannot_be_written_is_a_warning(toolchain, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with override(dump_dir=tmp_path / "file" / "dump"), caplog.at_level(logging.WARNING, "megamoe_jit"):
+        assert compile_source(GOOD, entry="good", toolchain=toolchain).cubin
+    assert "cannot dump to" in caplog.text
+
+
+def test_cubin_for_another_architecture_is_refused(toolchain, monkeypatch):
+    info = CubinInfo("sm_100a", ())
+    monkeypatch.setattr(_compiler, "read_cubin", lambda _: info)
+    with pytest.raises(CompileError, match="the cubin is for sm_100a, not for sm_90a"):
+        compile_source(GOOD, entry="good", toolchain=toolchain)
+
+
+def test_nvrtc_that_fails_by_itself_is_a_toolchain_error(toolchain, monkeypatch):
+    from cuda.bindings import nvrtc
+
+    monkeypatch.setattr(nvrtc, "nvrtcGetPTXSize", lambda program: (nvrtc.nvrtcResult.NVRTC_ERROR_OUT_OF_MEMORY, 0))
+    with pytest.raises(ToolchainError, match="NVRTC failed: NVRTC_ERROR_OUT_OF_MEMORY"):
+        compile_source(GOOD, entry="good", toolchain=toolchain)
+
+
+def test_ptxas_option_that_is_unknown_says_so(toolchain):
+    with override(ptxas_options=("--no-such-thing",)), pytest.raises(CompileError, match="no-such-thing"):
+        compile_source(GOOD, entry="good", toolchain=toolchain)

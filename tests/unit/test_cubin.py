@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megamoe_jit import _cubin
 from megamoe_jit._compiler import compile_source
 from megamoe_jit._cubin import CubinError, cubin_arch, read_cubin
 from megamoe_jit._toolchain import find_toolchain
@@ -90,3 +91,14 @@ def test_garbled_bytes_never_raise_anything_else(cubin, data):
         garbled[data.draw(st.integers(0, len(garbled) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(CubinError):
         read_cubin(bytes(garbled))
+
+
+@pytest.mark.parametrize(
+    ("note", "arch"),
+    [(b"ptxas -arch sm_90a -v", "sm_90a"), (b"-arch=sm_90 ", "sm_90"), (b"-arch sm_100a", "sm_90"), (b"", "sm_90")],
+)
+def test_cuda_13_notes_the_architecture_in_full(monkeypatch, note, arch):
+    data = header(8, 0x6005A04)
+    section = _cubin._Section(".note.nv.tkinfo", 7, len(data), len(note), 0)
+    monkeypatch.setattr(_cubin, "_sections", lambda _: [section._replace(name=".text"), section])
+    assert cubin_arch(data + note) == arch

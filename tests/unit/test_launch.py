@@ -41,12 +41,14 @@ int cuCtxGetCurrent(void** c) { *c = current; return 0; }
 int cuCtxSetCurrent(void* c) { current = c; printf("context %p\n", c); return 0; }
 int cuLibraryLoadData(void** l, const char* code, void* a, void* b, unsigned n, void* c, void* d,
                       unsigned m) {
-  printf("load %d\n", memcmp(code, "\x7f" "ELF", 4)); *l = (void*)0x2000; return env("STUB_LOAD", 0);
+  static int loads;
+  printf("load %d\n", memcmp(code, "\x7f" "ELF", 4)); *l = (void*)0x2000;
+  return loads++ < env("STUB_LOAD_TIMES", 99) ? env("STUB_LOAD", 0) : 0;
 }
 int cuLibraryGetKernel(void** k, void* l, const char* name) {
   printf("kernel %s\n", name); *k = (void*)0x3000; return 0;
 }
-int cuKernelGetFunction(void** f, void* k) { *f = (void*)0x4000; return 0; }
+int cuKernelGetFunction(void** f, void* k) { *f = (void*)0x4000; return env("STUB_FUNCTION", 0); }
 int cuFuncSetAttribute(void* f, int a, int v) {
   printf("attribute %d %d\n", a, v);
   return env("STUB_SHARED", 0);
@@ -207,6 +209,7 @@ def test_wrong_parameters_are_refused(run):
     [
         ({"STUB_LOAD": 200}, 0, ["LoadError", "CUDA_ERROR_INVALID_IMAGE", "NVRTC 1", "CUDA 12.4"]),
         ({"STUB_LOAD": 209}, 0, ["LoadError", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA 12.4"]),
+        ({"STUB_FUNCTION": 209}, 0, ["LoadError", "CUDA_ERROR_NO_BINARY_FOR_GPU", "the binary is damaged"]),
         ({"STUB_LOAD": 2}, 0, ["LoadError", "CUDA_ERROR_OUT_OF_MEMORY", "the stub says no"]),
         ({"STUB_SHARED": 1}, 0, ["LoadError", "raising the shared memory", "CUDA_ERROR_INVALID_VALUE"]),
         ({"STUB_INIT": 100}, 0, ["LoadError", "cuInit failed: CUDA_ERROR_NO_DEVICE"]),
@@ -218,6 +221,53 @@ def test_refused_load(run, variables, device, words):
     out = run(f"attempt(load_kernel, spec, {device})\n", **variables)
     (message,) = [line for line in out if "Error: " in line]
     assert all(word in message for word in words), message
+
+
+REFUSED = """
+import logging
+from megamoe_jit import _obtain
+from megamoe_jit._runtime import forget, get_kernel, kernel_cache
+get_kernel(spec)
+forget()
+_obtain._compiled_here.clear()  # as if another process had compiled it
+logging.getLogger("megamoe_jit").addHandler(logging.StreamHandler(sys.stdout))
+"""
+
+
+def test_cached_kernel_that_the_driver_refuses_is_compiled_again_once(run, stub):
+    out = run(
+        REFUSED + "loaded = load_kernel(spec, 0)\nassert load_kernel(spec, 0) is loaded\n"
+        "say(loaded.compiled.origin, kernel_cache().stats().quarantined)\n",
+        STUB_LOAD=200,
+        STUB_LOAD_TIMES=1,
+        MEGAMOE_JIT_CACHE_DIR=stub / "refused",
+    )
+    assert len([line for line in out if line.startswith("load ")]) == 2
+    assert [line for line in out if line.endswith("; compiling it here")]
+    assert "compiled 1" in out
+
+
+@pytest.mark.parametrize(("sealed", "loads"), [(False, 2), (True, 1)])
+def test_refusal_that_stays_is_one_error(run, stub, sealed, loads):
+    seal = "from megamoe_jit._runtime import seal\nseal()\n" if sealed else ""
+    out = run(REFUSED + seal + "attempt(load_kernel, spec, 0)\n", STUB_LOAD=200, MEGAMOE_JIT_CACHE_DIR=stub / "stays")
+    assert len([line for line in out if line.startswith("load ")]) == loads
+    assert len([line for line in out if line.startswith("LoadError: the driver refuses kernel")]) == 1
+
+
+def test_kernel_that_is_too_new_for_the_driver_is_not_put_aside(run, stub):
+    """Another node with a newer driver may use it; here the compiler of this driver's generation is the answer."""
+    out = run(
+        REFUSED + "import json\npath = kernel_cache().entries()[0].path / 'meta.json'\n"
+        "meta = json.loads(path.read_text()); meta['nvrtc']['version'] = '13.5'\n"
+        "path.write_text(json.dumps(meta))\n"
+        "say(load_kernel(spec, 0).compiled.origin, kernel_cache().stats().quarantined)\n",
+        STUB_LOAD=200,
+        STUB_LOAD_TIMES=1,
+        MEGAMOE_JIT_CACHE_DIR=stub / "newer",
+    )
+    assert [line for line in out if "install an NVRTC of CUDA 12" in line]
+    assert "compiled 0" in out
 
 
 def test_context_of_another_device_is_refused(run):

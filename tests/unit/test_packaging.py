@@ -57,6 +57,8 @@ def test_wheel_holds_real_files_and_one_package(wheel: Path):
             assert files[f"{inside}/{source.relative_to(ROOT / folder).as_posix()}"] == source.read_bytes()
     assert files["megamoe_jit/_scenarios.py"] == (ROOT / "tests" / "scenarios.py").read_bytes()
     assert "megamoe_jit/py.typed" in files
+    for schema in (ROOT / "megamoe_jit" / "_cli" / "schemas").glob("*.json"):
+        assert files[f"megamoe_jit/_cli/schemas/{schema.name}"] == schema.read_bytes()
     assert not [name for name in files if name.endswith(".pyc")]
     for module in (ROOT / "megamoe_jit").rglob("*.py"):
         assert module.relative_to(ROOT).as_posix() in files

@@ -97,7 +97,7 @@ def test_every_command_is_in_the_readme():
     named = {tuple(re.findall(r"^megamoe-jit ((?:[a-z]+ ?)+)", code)[0].split()) for code in commands()}
     for name, command in cli.commands.items():
         for leaf in [(name, sub) for sub in command.commands] if isinstance(command, click.Group) else [(name,)]:
-            assert leaf in named
+            assert any(words[: len(leaf)] == leaf for words in named)
 
 
 def test_make_targets_exist():

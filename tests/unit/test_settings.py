@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from megamoe_jit import _settings
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._settings import PREFIX, VARIABLES, Settings, get_settings, override
+from megamoe_jit._settings import (
+    PREFIX,
+    VARIABLES,
+    Settings,
+    default_cache_dir,
+    default_config_file,
+    get_settings,
+    override,
+    parse_size,
+)
 
 GOOD = {
+    "CONFIG": ("/x/c.toml", Path("/x/c.toml")),
+    "CACHE_MAX_BYTES": ("1.5 GiB", 3 << 29),
+    "READONLY_CACHE": ("/x/a: :/x/b", (Path("/x/a"), Path("/x/b"))),
+    "NO_CACHE": ("1", True),
     "CACHE_DIR": ("/x/cache", Path("/x/cache")),
     "DISABLE_JIT": ("yes", True),
     "NVRTC": ("/x/libnvrtc.so.12", Path("/x/libnvrtc.so.12")),
@@ -31,6 +47,8 @@ GOOD = {
     "PTXAS_OPTIONS": (" --a=1  -b ", ("--a=1", "-b")),
 }
 BAD = {
+    "CACHE_MAX_BYTES": "much",
+    "NO_CACHE": "perhaps",
     "DISABLE_JIT": "maybe",
     "STRICT": "fatal",
     "LOG_LEVEL": "loud",
@@ -44,7 +62,7 @@ BAD = {
 
 
 def test_table_and_fields_are_the_same_set():
-    assert {v.field for v in VARIABLES} == {f.name for f in dataclasses.fields(Settings)}
+    assert {v.field for v in VARIABLES} == {f.name for f in dataclasses.fields(Settings)} - {"sources"}
     assert {v.name for v in VARIABLES} == {PREFIX + name for name in GOOD}
     assert all(v.meaning.endswith(".") and v.type and v.default for v in VARIABLES)
 
@@ -74,6 +92,127 @@ def test_defaults_and_empty_values():
 def test_default_cache_follows_xdg(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x/cache")
     assert Settings().cache_dir == Path("/x/cache/megamoe-jit")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("12", 12), ("12b", 12), ("2k", 2048), ("2KiB", 2048), ("0.5M", 1 << 19), ("1tb", 1 << 40)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e3", "1 parsec", "k"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="such as"):
+        parse_size(text)
+
+
+def test_user_without_home_gets_a_temporary_cache(monkeypatch, tmp_path):
+    import pwd
+    import tempfile
+
+    def nobody(_):
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert default_cache_dir().parent == tmp_path
+    assert Settings.load({}).source("cache_dir") == "default"
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a settings file; returns what it gives."""
+    path = tmp_path / "settings.toml"
+
+    def write(text, **environ):
+        path.write_text(text)
+        return Settings.load({PREFIX + "CONFIG": str(path), **{PREFIX + k: v for k, v in environ.items()}})
+
+    write.path = path
+    return write
+
+
+def test_environment_wins_over_file_wins_over_default(file, tmp_path):
+    settings = file('strict = "warn"\njobs = 3\n', JOBS="5")
+    assert (settings.strict, settings.jobs, settings.timeout_s) == ("warn", 5, 100.0)
+    sources = [settings.source(name) for name in ("strict", "jobs", "timeout_s", "config")]
+    assert sources == [f"file {file.path}", "environment", "default", "environment"]
+    assert settings == Settings(config=file.path, strict="warn", jobs=5)
+    assert hash(settings) == hash(Settings(config=file.path, strict="warn", jobs=5))
+
+
+def test_arguments_win_over_everything():
+    before = get_settings()
+    with override(strict="ignore") as settings:
+        assert (settings.source("strict"), get_settings().strict) == ("argument", "ignore")
+    assert get_settings() is before
+
+
+def test_every_kind_of_value_in_a_file(file, tmp_path):
+    settings = file(
+        'cache-dir = "sub/cache"\nreadonly_cache = ["a", "/b"]\nno_cache = true\ncache_max_bytes = "2G"\n'
+        'lock_timeout_s = 1.5\nptxas_options = ["-a", "-b"]\ndump_dir = "~/x"\nnvrtc = ""\ndisable_jit = 0\n'
+    )
+    assert settings.cache_dir == tmp_path / "sub" / "cache"
+    assert settings.readonly_cache == (tmp_path / "a", Path("/b"))
+    assert (settings.no_cache, settings.cache_max_bytes, settings.lock_timeout_s) == (True, 2 << 30, 1.5)
+    assert settings.ptxas_options == ("-a", "-b")
+    assert settings.dump_dir == Path("~/x").expanduser()
+    assert (settings.nvrtc, settings.source("nvrtc"), settings.disable_jit) == (None, "default", False)
+    assert file('readonly_cache = "a:b"\n').readonly_cache[1].name == "b"
+    assert file("[tool.megamoe-jit]\njobs = 2\n[tool.other]\nx = 1\n").jobs == 2
+    assert file("[tool.other]\njobs = 2\n").source("jobs") == "default"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("jobs = true", "jobs = True is not allowed; allowed: int"),
+        ("jobs = 0", "jobs = 0 is not allowed; allowed: a whole number, one or more"),
+        ("jobs = [1]", r"jobs = \[1\] is not allowed; allowed: int"),
+        ("strict = 1", "strict = 1 is not allowed; allowed: error | warn"),
+        ('strict = "fatal"', "strict = 'fatal' is not allowed; allowed: error, warn"),
+        ("ptxas_options = [1]", r"ptxas_options = \[1\] is not allowed; allowed: words"),
+        ("cache_dir = {}", "is not allowed; allowed: path"),
+        ("no_cache = 2.5", "no_cache = 2.5 is not allowed; allowed: bool"),
+        ("x = ", "is not valid TOML"),
+        ("tool = {megamoe-jit = 1}", "tool.megamoe-jit must be a table"),
+    ],
+)
+def test_bad_file_says_which_and_what(file, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        file(text)
+    assert str(file.path) in str(caught.value)
+
+
+def test_file_that_cannot_be_read(file, tmp_path, monkeypatch, caplog):
+    with pytest.raises(ConfigError, match="none.toml .* does not exist"):
+        Settings.load({PREFIX + "CONFIG": str(tmp_path / "none.toml")})
+    with pytest.raises(ConfigError, match="cannot read settings file"):
+        Settings.load({PREFIX + "CONFIG": str(tmp_path)})
+    monkeypatch.setattr(_settings, "default_config_file", lambda: tmp_path)
+    with caplog.at_level(logging.WARNING, "megamoe_jit"):
+        assert Settings.load({}) == Settings()
+    assert len(caplog.records) == 1
+
+
+def test_unknown_keys_of_a_file_give_one_warning(file, caplog):
+    with caplog.at_level(logging.WARNING, "megamoe_jit"):
+        file('job = 1\nconfig = "x"\nzzz = 1\n')
+    assert len(caplog.records) == 1
+    assert re.search(r"keys in .*: config.*, job \(did you mean jobs\?\), zzz", caplog.text)
+
+
+def test_default_file_is_in_the_configuration_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert default_config_file() == tmp_path / "megamoe-jit" / "config.toml"
+    default_config_file().parent.mkdir()
+    default_config_file().write_text("jobs = 7\n")
+    assert Settings.load({}).jobs == 7
 
 
 def test_unknown_names_give_one_warning(caplog):
@@ -113,5 +252,41 @@ def test_every_variable_read_anywhere_is_in_the_table():
     known = {v.name for v in VARIABLES}
     used = set()
     for path in package.rglob("*.py"):
-        used |= set(re.findall(r"MEGAMOE_JIT_[A-Z][A-Z_]*[A-Z]", path.read_text(encoding="utf-8")))
+        used |= set(re.findall(r"(?<!_)MEGAMOE_JIT_[A-Z][A-Z_]*[A-Z]", path.read_text(encoding="utf-8")))
     assert used <= known
+
+
+def test_log_level_installs_one_handler(monkeypatch):
+    log = logging.getLogger("megamoe_jit")
+    before, level = list(log.handlers), log.level
+    monkeypatch.setattr(_settings, "_handler", None)
+    try:
+        _settings._configure_logging(None)
+        assert log.handlers == before
+        _settings._configure_logging("debug")
+        _settings._configure_logging("info")
+        assert len(log.handlers) == len(before) + 1
+        assert log.level == logging.INFO
+    finally:
+        log.handlers[:] = before
+        log.setLevel(level)
+
+
+def test_default_number_of_jobs(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5})
+    assert Settings().jobs == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert Settings().jobs == 1
+
+
+def test_first_use_from_many_threads_reads_once(monkeypatch):
+    reads = []
+    monkeypatch.setattr(_settings, "_current", None)
+    monkeypatch.setattr(Settings, "load", lambda environ: reads.append(time.sleep(0.02)) or Settings())
+    threads = [threading.Thread(target=get_settings) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reads) == 1

@@ -170,3 +170,116 @@ def test_another_nvrtc_in_the_process_is_reported(tmp_path):
     stranger = _toolchain.Toolchain(Path("/proc/self/exe"), real.version, "x")
     with pytest.raises(ToolchainError):
         activate(stranger)
+
+
+def test_nothing_says_which_major(no_torch, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert wanted_major() == (None, "neither torch nor cuda-bindings says which")
+
+
+def test_no_torch_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert _toolchain._installed_torch_cuda() is None
+
+
+def test_search_looks_where_libraries_are(tmp_path, monkeypatch):
+    for folder in ("conda/lib", "home/lib64", "ld"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "libnvrtc.so.12").write_bytes(b"")
+    monkeypatch.setenv("CONDA_PREFIX", str(tmp_path / "conda"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f":{tmp_path / 'ld'}")
+    found = [(path, origin) for path, origin in _toolchain._search() if path.is_relative_to(tmp_path)]
+    assert [origin for _, origin in found] == ["CONDA_PREFIX", "CUDA_HOME", "LD_LIBRARY_PATH"]
+
+
+def test_process_without_maps(monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert list(_toolchain._loaded()) == []
+
+
+def test_version_in_the_file_name(tmp_path):
+    path = tmp_path / "libnvrtc.so.12.8.93"
+    path.write_bytes(b"")
+    (tmp_path / "odd.so").write_bytes(b"")
+    assert _toolchain._candidate(path, "x").version == (12, 8)
+    assert _toolchain._candidate(tmp_path / "odd.so", "x").major == 0
+
+
+def test_library_that_cannot_be_read(two_wheels, monkeypatch):
+    set_bindings(monkeypatch, "12.9.4")
+
+    def fail(path):
+        raise PermissionError(f"no {path}")
+
+    monkeypatch.setattr(_toolchain, "build_id", fail)
+    with pytest.raises(ToolchainError, match="cannot read NVRTC library"):
+        find_toolchain()
+
+
+def test_library_that_does_not_tell_its_version(tmp_path, no_torch, monkeypatch):
+    path = tmp_path / "libnvrtc.so.12"
+    path.write_bytes(b"")
+    for status, version in ((1, None), (0, (13, 7))):
+
+        def tell(major, minor, status=status, version=version):
+            if version:
+                major._obj.value, minor._obj.value = version
+            return status
+
+        monkeypatch.setattr(_toolchain.ctypes, "CDLL", lambda _, tell=tell: types.SimpleNamespace(nvrtcVersion=tell))
+        if version:
+            assert _toolchain._loaded_version(path) == version
+        else:
+            with pytest.raises(ToolchainError, match=r"does not tell its version \(nvrtcVersion returned 1\)"):
+                _toolchain._loaded_version(path)
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [(ImportError("no module"), "cuda-python is not installed"), (RuntimeError("lost"), "cannot use NVRTC library")],
+)
+def test_bindings_that_do_not_load_it(monkeypatch, failure, message):
+    import cuda.pathfinder
+
+    def fail(name):
+        raise failure
+
+    monkeypatch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", fail)
+    with pytest.raises(ToolchainError, match=message):
+        _toolchain._activate(find_toolchain().path)
+
+
+def test_library_that_is_not_the_one_in_use(monkeypatch, tmp_path):
+    import cuda.pathfinder
+
+    other = tmp_path / "other.so"
+    other.write_bytes(b"")
+    used = types.SimpleNamespace(abs_path=str(other))
+    monkeypatch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", lambda name: used)
+    with pytest.raises(ToolchainError, match=f"set MEGAMOE_JIT_NVRTC={other}"):
+        _toolchain._activate(find_toolchain().path)
+
+
+def test_library_whose_calls_reach_another(monkeypatch):
+    real = find_toolchain()
+    stranger = _toolchain.Toolchain(real.path, (real.version[0], real.version[1] + 1), real.build)
+    with pytest.raises(ToolchainError, match="was taken for NVRTC .*, but calls reach"):
+        activate(stranger)
+
+
+def test_elf_without_a_build_id(tmp_path):
+    header = bytearray(64)
+    header[:6] = b"\x7fELF\x02\x01"
+    struct.pack_into("<Q", header, 32, 64)
+    struct.pack_into("<HH", header, 54, 56, 1)
+    program = struct.pack("<IIQQQQQQ", 1, 0, 120, 0, 0, 0, 0, 0)
+    (tmp_path / "x.so").write_bytes(bytes(header) + program)
+    assert build_id(tmp_path / "x.so").startswith("sha256:")

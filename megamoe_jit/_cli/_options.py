@@ -1,0 +1,201 @@
+"""Options and arguments that several commands share: shapes, kernels, keys, the cache directory."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from megamoe_jit._errors import ConfigError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from megamoe_jit._spec import KernelSpec, MoEShape
+
+__all__ = [
+    "VARIANTS",
+    "cache_dir_option",
+    "complete_key",
+    "complete_kernel",
+    "is_key",
+    "named_shapes",
+    "parse_spec",
+    "ranks_option",
+    "shape_options",
+    "sms_option",
+    "spec_of_argument",
+    "tokens_option",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_SIZES = ("hidden", "intermediate", "experts", "topk")
+VARIANTS = ("auto", "pingpong", "cooperative")
+
+_KEY = re.compile(r"[0-9a-f]{4,64}")
+_SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)")
+
+
+def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The rest of a list of shape names; files are left to the shell."""
+    from click.shell_completion import CompletionItem
+
+    from megamoe_jit.heuristics.presets import preset_names
+
+    done, comma, last = incomplete.rpartition(",")
+    names = [name for name in (*preset_names(), "all") if name.startswith(last)]
+    return [CompletionItem(f"{done}{comma}{name}") for name in names]
+
+
+def complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Keys of cached kernels, with the kernels' names."""
+    from click.shell_completion import CompletionItem
+
+    from megamoe_jit._cache import user_cache
+
+    with contextlib.suppress(Exception):  # a shell waits for this: no answer is better than a traceback
+        entries = user_cache().entries()
+        return [
+            CompletionItem(info.key[:12], help=info.entry) for info in entries if info.key.startswith(incomplete[:12])
+        ]
+    return []
+
+
+def complete_kernel(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Kernels by shape and variant, and keys."""
+    from click.shell_completion import CompletionItem
+
+    from megamoe_jit.heuristics.presets import preset_names
+
+    names = [f"{name}/{variant}" for name in preset_names() for variant in VARIANTS[1:]]
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return [*found, *complete_key(context, parameter, incomplete)]
+
+
+def shape_options(command: _F) -> _F:
+    """Add `--shapes` and, as the alternative to it, the four sizes of one layer."""
+    for option in reversed(
+        (
+            click.option(
+                "--shapes",
+                "names",
+                metavar="NAME[,NAME...]",
+                shell_complete=complete_shape,
+                help="Shapes by name (see `shapes ls`), `all`, or .toml files laid out like presets.toml.",
+            ),
+            click.option("--hidden", type=int, help="Hidden size, instead of --shapes."),
+            click.option("--intermediate", type=int, help="Intermediate size of one expert."),
+            click.option("--experts", type=int, help="Number of experts, those of all ranks together."),
+            click.option("--topk", type=int, help="Experts per token."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def named_shapes(names: str | None, **sizes: int | None) -> dict[str, MoEShape]:
+    """The layers a command line asks for, by the name to show them under."""
+    from megamoe_jit._spec import MoEShape
+    from megamoe_jit.heuristics.presets import parse_shapes
+
+    given = [f"--{size}" for size in _SIZES if sizes[size] is not None]
+    if names is not None:
+        if given:
+            raise click.UsageError(f"--shapes and {given[0]} exclude each other.")
+        return {p.name: p.shape for p in parse_shapes(names)}
+    if len(given) != len(_SIZES):
+        raise click.UsageError("Name the shapes: --shapes NAME, or all of --hidden --intermediate --experts --topk.")
+    shape = MoEShape(**{size: int(sizes[size] or 0) for size in _SIZES})
+    return {f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}
+
+
+ranks_option = click.option("--ranks", default=1, show_default=True, help="GPUs that share the experts of one layer.")
+sms_option = click.option(
+    "--sms",
+    type=click.IntRange(min=1),
+    default=132,
+    show_default=True,
+    help="Blocks of the launch: the SMs of the GPU (H100 SXM and H200 have 132, H100 PCIe 114, H20 78).",
+)
+
+
+def _integers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers separated by commas") from None
+    if any(value < 0 for value in values):
+        raise click.BadParameter("token counts are not negative")
+    return values
+
+
+def tokens_option(meaning: str) -> Callable[[_F], _F]:
+    """Add a required `--tokens` that takes several counts."""
+    return click.option("--tokens", callback=_integers, required=True, metavar="N[,N...]", help=meaning)
+
+
+def _override_cache_dir(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is not None and not context.resilient_parsing:
+        from megamoe_jit._settings import override
+
+        context.with_resource(override(cache_dir=path.absolute()))
+
+
+cache_dir_option = click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    expose_value=False,
+    is_eager=True,
+    callback=_override_cache_dir,
+    help="The cache directory, instead of MEGAMOE_JIT_CACHE_DIR.",
+)
+
+
+def is_key(text: str) -> bool:
+    """Whether a KEY|SPEC argument is (the beginning of) a cache key."""
+    return bool(_KEY.fullmatch(text))
+
+
+def parse_spec(text: str) -> KernelSpec:
+    """The kernel named on a command line.
+
+    Args:
+        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact]` with a shape known
+            by name, such as `v4-flash/pingpong` or `v4-pro/cooperative/r8`.
+
+    Raises:
+        ConfigError: It is neither, or a part of it is not supported.
+    """
+    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+    from megamoe_jit.heuristics.presets import preset
+
+    symbol = _SYMBOL.fullmatch(text)
+    if symbol:
+        sizes = [int(symbol[i]) for i in range(2, 7)]
+        return KernelSpec(MoEShape(*sizes[:4]), Variant.parse(symbol[1]), sizes[4], symbol[7] == "fast")
+    name, *rest = text.split("/")
+    if not rest:
+        raise ConfigError(
+            f"{text!r} names no kernel; allowed: SHAPE/VARIANT (v4-flash/pingpong, v4-pro/cooperative/r8), "
+            "or a kernel's name as `warmup` and `cache ls` show it"
+        )
+    ranks, fast_math = 1, True
+    for part in rest[1:]:
+        if part == "exact":
+            fast_math = False
+        elif re.fullmatch(r"r\d+", part):
+            ranks = int(part[1:])
+        else:
+            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: r1 to r8, exact")
+    return KernelSpec(preset(name).shape, Variant.parse(rest[0]), ranks, fast_math)
+
+
+def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec:
+    """Callback of a SPEC argument."""
+    return parse_spec(text)

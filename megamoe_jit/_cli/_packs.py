@@ -1,0 +1,86 @@
+"""`megamoe-jit cache export` and `import`: kernels built here, used there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from megamoe_jit._cli._io import CorruptionError, document, emit_json, human_bytes, json_option, say
+from megamoe_jit._cli._options import cache_dir_option, complete_kernel, is_key, parse_spec
+from megamoe_jit._errors import PackError
+
+__all__ = ["export_command", "import_command"]
+
+
+def _kernels(count: int) -> str:
+    return f"{count} kernel" if count == 1 else f"{count} kernels"
+
+
+@click.command("export")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("kernels", metavar="[KEY|SPEC]...", nargs=-1, shell_complete=complete_kernel)
+@cache_dir_option
+@json_option
+def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
+    """Write kernels into one FILE for other machines.
+
+    All of the cache if none is named.  FILE is a tar archive, compressed if its name ends in .gz or .tgz; one that
+    exists is replaced.
+    """
+    from megamoe_jit._entry import Damaged
+    from megamoe_jit._pack import export_pack
+
+    wanted = [kernel if is_key(kernel) else parse_spec(kernel) for kernel in kernels]
+    try:
+        pack = export_pack(file, wanted or None)
+    except PackError as error:
+        if isinstance(error.__context__, Damaged):
+            raise CorruptionError(f"{error}; `megamoe-jit cache verify --fix` puts it aside") from error
+        raise
+    if as_json:
+        rows = [{"key": key, "kernel": kernel} for key, kernel in zip(pack.keys, pack.kernels, strict=True)]
+        emit_json(document("cache-export", path=str(pack.path), bytes=pack.bytes, sha256=pack.sha256, kernels=rows))
+    else:
+        for key, kernel in zip(pack.keys, pack.kernels, strict=True):
+            click.echo(f"{key[:12]}  {kernel}")
+    say(f"exported {_kernels(len(pack.keys))} to {pack.path}: {human_bytes(pack.bytes)}, sha256 {pack.sha256}")
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@cache_dir_option
+@json_option
+def import_command(file: Path, as_json: bool) -> None:
+    """Take kernels from a FILE of `cache export`.
+
+    The file is verified as a whole first.  Its kernels are used here even where another compiler is installed, or
+    none.  With --cache-dir DIR they fill a directory that MEGAMOE_JIT_READONLY_CACHE may name.  Exit code 4 if the
+    file is damaged; nothing is imported then.
+    """
+    from megamoe_jit._cache import user_cache
+    from megamoe_jit._pack import import_pack, read_pack
+
+    if not file.is_file():
+        raise click.BadParameter(f"{file} does not exist.", param_hint="FILE")
+    try:
+        read_pack(file)
+    except PackError as error:
+        raise CorruptionError(str(error)) from error
+    report = import_pack(file)
+    if as_json:
+        emit_json(
+            document(
+                "cache-import",
+                path=str(file),
+                root=str(report.root),
+                imported=list(report.imported),
+                present=list(report.present),
+                bytes=report.bytes,
+            )
+        )
+    else:
+        for key in report.imported:
+            click.echo(f"{key[:12]}  {user_cache().info(key).entry}")
+    there = f", {len(report.present)} there already" if report.present else ""
+    say(f"imported {_kernels(len(report.imported))}{there}, {human_bytes(report.bytes)}, into {report.root}")

@@ -1,0 +1,36 @@
+"""`megamoe-jit completion`: the script that makes a shell complete commands, shapes and keys."""
+
+from __future__ import annotations
+
+import click
+
+from megamoe_jit._cli._io import document, emit_json, json_option
+
+__all__ = ["COMPLETE_VARIABLE", "completion"]
+
+COMPLETE_VARIABLE = "_MEGAMOE_JIT_COMPLETE"
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@json_option
+@click.pass_context
+def completion(context: click.Context, shell: str, as_json: bool) -> None:
+    """Print a completion script for a shell.
+
+    \b
+    bash  eval "$(megamoe-jit completion bash)"        in ~/.bashrc
+    zsh   eval "$(megamoe-jit completion zsh)"         in ~/.zshrc
+    fish  megamoe-jit completion fish | source         in ~/.config/fish/config.fish
+    """
+    from click.shell_completion import ShellComplete, get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise click.UsageError(f"no completion for {shell}")
+    # not its source(), which runs bash to see its version: the script is the same
+    script = ShellComplete.source(kind(context.find_root().command, {}, "megamoe-jit", COMPLETE_VARIABLE))
+    if as_json:
+        emit_json(document("completion", shell=shell, script=script))
+    else:
+        click.echo(script)

@@ -1,0 +1,51 @@
+"""`megamoe-jit doctor`: will it work here, and if not, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from megamoe_jit._cli._io import ExitCode, colours_wanted, document, emit_json, end, json_option, say
+
+if TYPE_CHECKING:
+    from megamoe_jit._doctor import Check
+
+__all__ = ["doctor"]
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def _echo(check: Check) -> None:
+    status = f"{check.status.value:4}"
+    if colours_wanted():
+        status = click.style(status, fg=_COLOURS[check.status.value])
+    head, *more = check.detail.splitlines() or [""]
+    click.echo(f"{status}  {check.name:13}  {head}")
+    for line in more:
+        click.echo(f"{'':21}{line}")
+    if check.next_step:
+        click.echo(f"{'':21}-> {check.next_step}")
+
+
+@click.command()
+@click.option("--no-trial", is_flag=True, help="Leave out the trial compile.")
+@json_option
+def doctor(no_trial: bool, as_json: bool) -> None:
+    """Check compiler, torch, driver, GPU, cache, locks and tools, with a trial compile; says what to do.
+
+    Exit code 0 if all is well, 1 if something was warned of, 3 if something fails.
+    """
+    from megamoe_jit._doctor import Status, examine, worst
+
+    checks = []
+    for check in examine(trial=not no_trial):
+        checks.append(check)
+        if not as_json:
+            _echo(check)
+    verdict = worst(checks)
+    if as_json:
+        emit_json(document("doctor", status=verdict.value, checks=[check.to_json() for check in checks]))
+    counts = {status: sum(check.status is status for check in checks) for status in Status}
+    say(", ".join(f"{count} {status.value}" for status, count in counts.items()))
+    end({Status.OK: ExitCode.OK, Status.WARN: ExitCode.FAILED, Status.FAIL: ExitCode.ENVIRONMENT}[verdict])

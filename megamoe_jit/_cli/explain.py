@@ -1,0 +1,77 @@
+"""`megamoe-jit explain`: which kernel a call takes, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from megamoe_jit._cli._io import document, emit_json, json_option
+from megamoe_jit._cli._options import (
+    VARIANTS,
+    cache_dir_option,
+    named_shapes,
+    ranks_option,
+    shape_options,
+    sms_option,
+    tokens_option,
+)
+
+__all__ = ["explain"]
+
+
+def _text(name: str, call: dict[str, Any]) -> str:
+    parameters = ", ".join(f"{key} {value}" for key, value in call["parameters"].items())
+    cached = "cached" if call["cached"] else "not cached"
+    lines = [
+        f"{name}, {call['tokens']} tokens, {call['ranks']} rank(s): {call['variant']}",
+        f"  kernel      {call['kernel']}",
+        f"  key         {call['key']} ({cached})" if call["key"] else f"  key         none: {call['problem']}",
+        f"  parameters  {parameters}",
+        *(f"  {'reasons' if i == 0 else '':10}  {reason}" for i, reason in enumerate(call["reasons"])),
+    ]
+    return "\n".join(lines)
+
+
+@click.command()
+@shape_options
+@tokens_option("Tokens of one rank in a call.")
+@ranks_option
+@click.option(
+    "--variant",
+    type=click.Choice(VARIANTS),
+    help="The variant argument of the call.  [default: the setting MEGAMOE_JIT_VARIANT]",
+)
+@click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the call.  [default: fast]")
+@sms_option
+@cache_dir_option
+@json_option
+def explain(
+    names: str | None,
+    hidden: int | None,
+    intermediate: int | None,
+    experts: int | None,
+    topk: int | None,
+    tokens: tuple[int, ...],
+    ranks: int,
+    variant: str | None,
+    fast_math: bool,
+    sms: int,
+    as_json: bool,
+) -> None:
+    """Show which kernel a call takes, with which parameters, why, and whether it is cached; needs no GPU."""
+    from megamoe_jit._explain import explain as explain_call
+
+    shapes = named_shapes(names, hidden=hidden, intermediate=intermediate, experts=experts, topk=topk)
+    calls = [
+        {
+            "name": name,
+            **explain_call(shape, count, ranks=ranks, variant=variant, fast_math=fast_math, num_sms=sms),
+        }
+        for name, shape in shapes.items()
+        for count in tokens
+    ]
+    if as_json:
+        emit_json(document("explain", calls=calls))
+    else:
+        click.echo("\n\n".join(_text(call["name"], call) for call in calls))

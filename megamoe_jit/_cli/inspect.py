@@ -1,0 +1,103 @@
+"""`megamoe-jit inspect`: a look into a compiled kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, say, table
+from megamoe_jit._cli._options import cache_dir_option, complete_kernel, is_key, parse_spec
+
+__all__ = ["inspect"]
+
+_VIEWS = ("resources", "ptx", "sass", "source")
+
+
+def _view_options(command: Any) -> Any:
+    meanings = (
+        "Registers, memory, code size, how it was compiled.  [default]",
+        "PTX, from the kernel itself.",
+        "Machine code with source lines; needs nvdisasm or cuobjdump.",
+        "CUDA source, as the compiler got it.",
+    )
+    for view, meaning in reversed(list(zip(_VIEWS, meanings, strict=True))):
+        command = click.option(f"--{view}", "views", flag_value=view, multiple=True, help=meaning)(command)
+    return command
+
+
+def _load(kernel: str) -> tuple[str, bytes, str, dict[str, Any]]:
+    """Key, cubin, source and metadata; a SPEC that is not cached is compiled."""
+    from megamoe_jit._cli._keys import load_entry
+
+    if is_key(kernel):
+        cubin, source, meta = load_entry(kernel)
+        return str(meta["key"]), cubin, source, meta
+    from megamoe_jit._render import render
+    from megamoe_jit._runtime import get_kernel
+
+    spec = parse_spec(kernel)
+    found = get_kernel(spec)
+    if found.origin == "compiled":
+        say(f"{spec.entry} was not cached: compiled in {found.seconds:.2f} s")
+    return found.key, found.cubin, render(spec).text, found.meta
+
+
+def _resources_text(facts: dict[str, Any]) -> str:
+    def figure(name: str, unit: str = "") -> str:
+        value = facts[name]
+        return "-" if value is None else f"{value}{unit}"
+
+    rows = [
+        ("kernel", facts["kernel"]),
+        ("key", facts["key"]),
+        ("architecture", f"{facts['arch']}, NVRTC {figure('nvrtc')}"),
+        ("threads", f"{facts['max_threads']} of a block"),
+        ("registers", f"{facts['registers']} a thread, {facts['block_registers']} of {facts['register_file']} a block"),
+        ("spills", figure("spill_bytes", " B")),
+        ("stack", figure("stack_bytes", " B a thread")),
+        (
+            "shared memory",
+            f"{figure('dynamic_shared_bytes', ' B')} dynamic, {figure('static_shared_bytes', ' B')} static, "
+            f"of {facts['shared_limit_bytes']} B",
+        ),
+        ("parameters", figure("param_bytes", " B")),
+        ("code", "-" if facts["code_bytes"] is None else human_bytes(facts["code_bytes"])),
+        ("file", human_bytes(facts["cubin_bytes"])),
+        ("advisories", " ".join(facts["advisories"] or ()) or "none"),
+        ("options", " ".join(facts["options"] or ()) or "-"),
+        ("compiled in", ", ".join(f"{k} {v / 1e3:.2f} s" for k, v in (facts["compile_ms"] or {}).items()) or "-"),
+    ]
+    return "\n".join(table(("", ""), rows, left=(0, 1)).splitlines()[1:])
+
+
+@click.command()
+@click.argument("kernel", metavar="KEY|SPEC", shell_complete=complete_kernel)
+@_view_options
+@cache_dir_option
+@json_option
+def inspect(kernel: str, views: tuple[str, ...], as_json: bool) -> None:
+    """Show a compiled kernel from the inside; needs no GPU.
+
+    KEY is the beginning of a key that `cache ls` lists.  SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for
+    fast_math=False (v4-flash/pingpong), or a kernel's name; it is compiled if it is not cached.
+    """
+    from megamoe_jit import _inspect
+
+    if len(set(views)) > 1:
+        raise click.UsageError(f"--{views[0]} and --{views[1]} exclude each other.")
+    view = views[0] if views else "resources"
+    key, cubin, source, meta = _load(kernel)
+    facts = {"key": key, **_inspect.resources(cubin, meta)}
+    text: str | None = None
+    tool: str | None = None
+    if view == "ptx":
+        text = _inspect.ptx(cubin)
+    elif view == "sass":
+        text, tool = _inspect.sass(cubin)
+    elif view == "source":
+        text = source
+    if as_json:
+        emit_json(document("inspect", view=view, resources=facts, text=text, tool=tool))
+    else:
+        click.echo(_resources_text(facts) if text is None else text.rstrip("\n"))

@@ -1,0 +1,77 @@
+"""`megamoe-jit plan`: the memory and the launch of one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, table
+from megamoe_jit._cli._options import VARIANTS, named_shapes, ranks_option, shape_options, sms_option, tokens_option
+
+__all__ = ["plan"]
+
+
+def _sections(title: str, sections: list[dict[str, Any]], total: int) -> str:
+    rows = [(s["name"], s["bytes"], human_bytes(s["bytes"]), s["what"]) for s in sections]
+    rows.append(("total", total, human_bytes(total), "with alignment" if "offset" in sections[0] else ""))
+    return table((title, "BYTES", "", "WHAT"), rows, left=(0, 3))
+
+
+def _text(name: str, plan: dict[str, Any]) -> str:
+    device = [
+        ("buffer", "symmetric and local"),
+        ("weight", "e4m3 and scales of this rank's experts"),
+        ("output", "bf16 y"),
+    ]
+    totals = [{"name": part, "bytes": plan[f"{part}_bytes"], "what": what} for part, what in device]
+    blocks = [
+        f"{name}, up to {plan['capacity']} tokens, {plan['ranks']} rank(s), {plan['pool_rows']} pool rows",
+        _sections("SYMMETRIC", plan["symmetric"], plan["symmetric_bytes"]),
+        _sections("LOCAL", plan["local"], plan["local_bytes"]),
+        _sections("DEVICE MEMORY", totals, sum(part["bytes"] for part in totals)),
+    ]
+    for kernel in plan["kernels"]:
+        blocks.append(
+            f"{kernel['kernel']}\n"
+            f"grid {kernel['grid'][0]} blocks of {kernel['block'][0]} threads, {kernel['stages']} stages, "
+            f"{kernel['shared_bytes']} of {kernel['shared_limit_bytes']} B of shared memory"
+        )
+        blocks.append(_sections("SHARED", kernel["shared"], kernel["shared_bytes"]))
+    return "\n\n".join(blocks)
+
+
+@click.command()
+@shape_options
+@tokens_option("Most tokens of one rank in a call: the capacity of the buffer.")
+@ranks_option
+@click.option(
+    "--variant", default="auto", show_default=True, type=click.Choice(VARIANTS), help="Show the kernel of one alone."
+)
+@sms_option
+@json_option
+def plan(
+    names: str | None,
+    hidden: int | None,
+    intermediate: int | None,
+    experts: int | None,
+    topk: int | None,
+    tokens: tuple[int, ...],
+    ranks: int,
+    variant: str,
+    sms: int,
+    as_json: bool,
+) -> None:
+    """Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU."""
+    from megamoe_jit._explain import plan as plan_of
+
+    shapes = named_shapes(names, hidden=hidden, intermediate=intermediate, experts=experts, topk=topk)
+    plans = [
+        {"name": name, **plan_of(shape, count, ranks=ranks, variant=variant, num_sms=sms)}
+        for name, shape in shapes.items()
+        for count in tokens
+    ]
+    if as_json:
+        emit_json(document("plan", plans=plans))
+    else:
+        click.echo("\n\n".join(_text(each["name"], each) for each in plans))

@@ -1,0 +1,34 @@
+"""`megamoe-jit render`: the source of a kernel, as the compiler gets it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from megamoe_jit._cli._io import document, emit_json, json_option
+from megamoe_jit._cli._options import complete_kernel, spec_of_argument
+
+if TYPE_CHECKING:
+    from megamoe_jit._spec import KernelSpec
+
+__all__ = ["render"]
+
+
+@click.command()
+@click.argument("spec", callback=spec_of_argument, shell_complete=complete_kernel)
+@json_option
+def render(spec: KernelSpec, as_json: bool) -> None:
+    """Print the CUDA source of a kernel, all files in one; needs neither GPU nor compiler.
+
+    SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for fast_math=False (v4-flash/pingpong,
+    v4-pro/cooperative/r8), or a kernel's name as the listings show it.
+    """
+    from megamoe_jit._render import render as render_source
+
+    source = render_source(spec)
+    if as_json:
+        files = list(source.files)
+        emit_json(document("render", kernel=spec.entry, spec=spec.to_json(), files=files, source=source.text))
+    else:
+        click.echo(source.text, nl=False)

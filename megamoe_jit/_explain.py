@@ -1,0 +1,203 @@
+"""What a call would do and what it would take, without doing it: no GPU, no torch, nothing compiled."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megamoe_jit._errors import ConfigError, ToolchainError
+from megamoe_jit._launch import BLOCK_THREADS
+from megamoe_jit._layout import Section, buffer_layout
+from megamoe_jit._spec import (
+    BLOCK,
+    BLOCK_N,
+    DISPATCH_CHUNK,
+    MAX_TOKENS,
+    SHARED_LIMIT,
+    STAGING_BYTES,
+    TILE_SLOTS,
+    KernelSpec,
+    MoEShape,
+)
+from megamoe_jit.heuristics.select import AUTO, all_variants, choose
+
+__all__ = ["DEFAULT_SMS", "explain", "kernel_state", "plan", "shared_parts"]
+
+DEFAULT_SMS = 132  #: streaming multiprocessors of an H100 SXM and of an H200
+
+
+def kernel_state(spec: KernelSpec) -> dict[str, Any]:
+    """The key of a kernel and where it is cached, found as a call would find it, but not loaded.
+
+    Returns:
+        `kernel`, `key`, `cached`, `path` of the entry, and the `problem` if there is no compiler to give it a key.
+    """
+    from megamoe_jit._cache import cache_key, readonly_caches, user_cache
+    from megamoe_jit._compiler import options_for
+    from megamoe_jit._entry import source_id
+    from megamoe_jit._render import render
+    from megamoe_jit._settings import get_settings
+    from megamoe_jit._toolchain import ARCH, find_toolchain
+
+    text = render(spec).text
+    toolchain, key, path, problem = None, None, None, None
+    try:
+        toolchain = find_toolchain()
+        key = cache_key(text, options_for(toolchain), spec.entry, ARCH, toolchain)
+    except ToolchainError as error:
+        problem = str(error)
+    caches = readonly_caches() if get_settings().no_cache else (*readonly_caches(), user_cache())
+    if key is not None:
+        path = next((where for cache in caches if (where := cache.entry_path(key)).is_dir()), None)
+    if path is None:
+        source = source_id(text, options_for(toolchain), spec.entry, ARCH)
+        found = (cache.load_source(source, toolchain.version[0] if toolchain else None) for cache in caches)
+        elsewhere = next(filter(None, found), None)
+        if elsewhere is not None:
+            key, path, problem = elsewhere.key, elsewhere.path, None
+    return {
+        "kernel": spec.entry,
+        "key": key,
+        "cached": path is not None,
+        "path": str(path) if path else None,
+        "problem": problem,
+    }
+
+
+def explain(
+    shape: MoEShape,
+    tokens: int,
+    *,
+    ranks: int = 1,
+    variant: str | None = None,
+    fast_math: bool = True,
+    num_sms: int = DEFAULT_SMS,
+) -> dict[str, Any]:
+    """Which kernel a call with so many tokens takes, with which parameters, and why.
+
+    Args:
+        shape: sizes of the layer.
+        tokens: tokens of one rank.
+        ranks: ranks that share the experts.
+        variant: the `variant` of the call; the settings' one if None.
+        fast_math: the `fast_math` of the call.
+        num_sms: blocks of the launch.
+
+    Raises:
+        ConfigError: a value is not supported.
+    """
+    from megamoe_jit._settings import get_settings
+
+    settings = get_settings()
+    choice = choose(
+        shape,
+        tokens,
+        ranks=ranks,
+        variant=variant or settings.variant,
+        cooperative_threshold=settings.cooperative_threshold,
+        num_sms=num_sms,
+    )
+    spec = KernelSpec(shape, choice.variant, ranks, fast_math)
+    return {
+        "shape": asdict(shape),
+        "ranks": ranks,
+        "tokens": tokens,
+        "variant": choice.variant.value,
+        "parameters": {
+            "blocks": num_sms,
+            "block_m": spec.block_m,
+            "stages": spec.stages,
+            "lag_tiles": choice.lag_tiles,
+            "rows_per_item": choice.rows_per_item,
+        },
+        "reasons": list(choice.reasons),
+        **kernel_state(spec),
+    }
+
+
+def shared_parts(spec: KernelSpec) -> list[dict[str, Any]]:
+    """The shared memory of a block by part, in the order of `layout/shared.cuh`; the sum is `shared_bytes`."""
+    stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
+    parts = [
+        ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
+        ("weights", stages * BLOCK_N * BLOCK, f"{stages} stages of e4m3 [{BLOCK_N}, {BLOCK}]"),
+        ("staging", STAGING_BYTES, "2 KiB for each of the eight math warps"),
+        ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
+        ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
+        ("barriers", stages * 16 + TILE_SLOTS * 24 + slots * 8, "of stages, tile slots and dispatch slots"),
+        ("tile slots", TILE_SLOTS * 32, f"ring of {TILE_SLOTS} announced tiles"),
+        ("words", 64, "words shared by the warps of a block"),
+        ("expert table", 4 * experts + 4 * (experts + 1) + 2 * experts, "rows, first rows, ids"),
+        ("source table", spec.source_table_bytes, "which pairs of each rank name each expert"),
+    ]
+    parts = [part for part in parts if part[1]]
+    rest = spec.shared_bytes - sum(size for _, size, _ in parts)
+    if rest:
+        parts.append(("padding", rest, "to a multiple of 16 B"))
+    return [{"name": name, "bytes": size, "what": what} for name, size, what in parts]
+
+
+def _sections(sections: tuple[Section, ...]) -> list[dict[str, Any]]:
+    return [asdict(section) for section in sections]
+
+
+def _weight_bytes(shape: MoEShape, ranks: int) -> int:
+    """Codes and scales of one rank's experts, both products."""
+    values = 3 * shape.hidden * shape.intermediate
+    return shape.experts // ranks * (values + values // (BLOCK * BLOCK) * 4)
+
+
+def plan(
+    shape: MoEShape,
+    tokens: int,
+    *,
+    ranks: int = 1,
+    variant: str = AUTO,
+    num_sms: int = DEFAULT_SMS,
+) -> dict[str, Any]:
+    """Memory and launch of one rank whose buffer holds so many tokens.
+
+    Args:
+        shape: sizes of the layer.
+        tokens: capacity of the buffer, per rank.
+        ranks: ranks that share the experts.
+        variant: one variant alone, or `auto` for every one that a call can pick.
+        num_sms: blocks of the launch.
+
+    Raises:
+        ConfigError: a value is not supported.
+    """
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
+    picked = choose(shape, tokens, ranks=ranks, variant=variant, num_sms=num_sms)
+    variants = all_variants(shape) if variant == AUTO else (picked.variant,)
+    specs = [KernelSpec(shape, each, ranks) for each in variants]
+    layout = buffer_layout(shape, tokens, ranks)
+    return {
+        "shape": asdict(shape),
+        "ranks": ranks,
+        "tokens": tokens,
+        "capacity": layout.capacity,
+        "pool_rows": layout.pool_rows,
+        "symmetric": _sections(layout.symmetric),
+        "local": _sections(layout.local),
+        "symmetric_bytes": layout.symmetric_bytes,
+        "local_bytes": layout.local_bytes,
+        "buffer_bytes": layout.total_bytes,
+        "weight_bytes": _weight_bytes(shape, ranks),
+        "output_bytes": tokens * shape.hidden * 2,
+        "kernels": [
+            {
+                "kernel": spec.entry,
+                "variant": spec.variant.value,
+                "grid": [num_sms, 1, 1],
+                "block": [BLOCK_THREADS, 1, 1],
+                "stages": spec.stages,
+                "dispatch_slots": spec.dispatch_slots,
+                "shared_bytes": spec.shared_bytes,
+                "shared_limit_bytes": SHARED_LIMIT,
+                "shared": shared_parts(spec),
+            }
+            for spec in specs
+        ],
+    }

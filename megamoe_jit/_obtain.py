@@ -1,0 +1,242 @@
+"""One kernel from the first place that has it: read-only caches, the user's cache, the compiler.
+
+Everything here happens in the order in which it is cheap: render, look up, look up whatever another compiler made
+for us, wait for a process that is compiling the same kernel, compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megamoe_jit._cache import CacheEntry, KernelCache, cache_key, readonly_caches, user_cache
+from megamoe_jit._compiler import CompileResult, compile_source, options_for
+from megamoe_jit._entry import source_id
+from megamoe_jit._errors import KernelMissingError, PerformanceLossError, ToolchainError
+from megamoe_jit._locks import key_lock
+from megamoe_jit._render import RenderedSource, render
+from megamoe_jit._settings import get_settings
+from megamoe_jit._spec import KernelSpec
+from megamoe_jit._toolchain import ARCH, Toolchain, find_toolchain
+from megamoe_jit._version import __version__
+
+__all__ = ["CompiledKernel", "Origin", "distrust", "obtain", "seal", "sealed", "unseal", "warmup_command"]
+
+LOG = logging.getLogger("megamoe_jit")
+Origin = Literal["memory", "pack", "disk", "compiled"]  #: pack: a read-only cache
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernel:
+    """A kernel ready to be loaded.
+
+    Attributes:
+        spec: what it was compiled for.
+        key: its name in the cache.
+        cubin: the binary.
+        meta: what the cache entry says, or would say.
+        origin: where this call found it.
+        seconds: how long this call took to get it.
+    """
+
+    spec: KernelSpec
+    key: str
+    cubin: bytes = dataclasses.field(repr=False)
+    meta: dict[str, Any] = dataclasses.field(repr=False, compare=False)
+    origin: Origin
+    seconds: float
+
+
+_sealed = False
+_compiled_here: set[str] = set()
+_distrusted: set[str] = set()
+
+
+def seal() -> None:
+    """From now on this process compiles nothing: a kernel that is not cached raises `KernelMissingError`.
+
+    Call it after warmup, so that an unforeseen kernel is an error at once and not a pause in production.  The
+    setting MEGAMOE_JIT_DISABLE_JIT does the same from the start.
+    """
+    global _sealed
+    _sealed = True
+
+
+def unseal() -> None:
+    """Allow compiling again."""
+    global _sealed
+    _sealed = False
+
+
+def sealed() -> bool:
+    """Whether this process may not compile."""
+    return _sealed or get_settings().disable_jit
+
+
+def warmup_command(spec: KernelSpec) -> str:
+    """The command line that compiles exactly this kernel ahead of time."""
+    shape = spec.shape
+    return (
+        f"megamoe-jit warmup --hidden {shape.hidden} --intermediate {shape.intermediate} "
+        f"--experts {shape.experts} --topk {shape.topk} --ranks {spec.ranks} --variant {spec.variant.value}"
+        + ("" if spec.fast_math else " --no-fast-math")
+    )
+
+
+def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
+    """Do not take this kernel from a cache again: the driver refuses it.
+
+    Args:
+        kernel: the kernel.
+        damaged: it should have worked; then it is moved to quarantine too, for the sake of other processes.
+
+    Returns:
+        Whether compiling it may help; not if it was compiled by this very process.
+    """
+    _distrusted.add(kernel.key)
+    if damaged:
+        user_cache().quarantine(kernel.key)
+    return kernel.key not in _compiled_here
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What to look for: the exact kernel if there is a compiler to say which, its source in any case."""
+
+    spec: KernelSpec
+    source: RenderedSource
+    source_id: str
+    toolchain: Toolchain | None
+    key: str | None
+    problem: ToolchainError | None
+
+    @classmethod
+    def of(cls, spec: KernelSpec) -> _Wanted:
+        source = render(spec)
+        toolchain, key, problem = None, None, None
+        try:
+            toolchain = find_toolchain()
+            key = cache_key(source.text, options_for(toolchain), spec.entry, ARCH, toolchain)
+        except ToolchainError as error:  # kernels that others compiled may do
+            problem = error
+        identity = source_id(source.text, options_for(toolchain), spec.entry, ARCH)
+        return cls(spec, source, identity, toolchain, key, problem)
+
+
+def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
+    """A kernel from the first place that has it.
+
+    Args:
+        spec: the kernel.
+        force: compile it whatever the caches hold, and replace the entry.
+
+    Raises:
+        KernelMissingError: it would have to be compiled, which is forbidden.
+        RenderError: its source cannot be rendered.
+        ToolchainError: there is no compiler.
+        CompileError: it does not compile.
+    """
+    settings = get_settings()
+    wanted = _Wanted.of(spec)
+    if not force:
+        found = _from_disk(wanted)
+        if found is not None:
+            return found
+    if sealed():
+        why = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it" if settings.disable_jit else "this process is sealed"
+        raise KernelMissingError(
+            f"kernel {spec.entry} is not in the cache {settings.cache_dir} and {why}; run: {warmup_command(spec)}"
+        )
+    if wanted.toolchain is None or wanted.key is None:
+        raise wanted.problem or ToolchainError("no compiler")
+    key, cache = wanted.key, None if settings.no_cache else user_cache()
+
+    def published() -> bool:
+        return not force and cache is not None and cache.entry_path(key).is_dir()
+
+    with key_lock(key, spec.entry, published):
+        if not force:
+            found = _from_disk(wanted)
+            if found is not None:
+                return found
+        return _compile(wanted, wanted.toolchain, key, cache, force)
+
+
+def _compile(wanted: _Wanted, toolchain: Toolchain, key: str, cache: KernelCache | None, force: bool) -> CompiledKernel:
+    spec = wanted.spec
+    LOG.info("compiling %s with NVRTC %d.%d", spec.entry, *toolchain.version)
+    result = compile_source(wanted.source.text, entry=spec.entry, toolchain=toolchain)
+    LOG.info(
+        "compiled %s in %.2f s: %d registers, %d bytes of spills",
+        spec.entry,
+        result.seconds["total"],
+        result.registers,
+        result.spill_bytes,
+    )
+    meta = _meta(wanted, result, toolchain)
+    _compiled_here.add(key)
+    if cache is not None:
+        if force:
+            cache.remove([key])
+        cache.store(key, result.cubin, wanted.source.text, meta)
+    return CompiledKernel(spec, key, result.cubin, {**meta, "key": key, "arch": ARCH}, "compiled", 0.0)
+
+
+def _from_disk(wanted: _Wanted) -> CompiledKernel | None:
+    """A stored kernel: exactly the one, else one that somebody built from this source and handed to us."""
+    packs = readonly_caches()
+    caches = packs if get_settings().no_cache else (*packs, user_cache())
+    for cache in caches:
+        entry = cache.load(wanted.key) if wanted.key is not None else None
+        if entry is not None and entry.key not in _distrusted:
+            return _accept(wanted.spec, entry, cache)
+    major = wanted.toolchain.version[0] if wanted.toolchain else None
+    for cache in caches:
+        entry = cache.load_source(wanted.source_id, major, _distrusted)
+        if entry is not None:
+            LOG.info("%s: using the kernel at %s, built elsewhere", wanted.spec.entry, entry.path)
+            return _accept(wanted.spec, entry, cache)
+    return None
+
+
+def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache) -> CompiledKernel:
+    losses: Sequence[str] = entry.meta.get("advisories") or ()
+    strict = get_settings().strict
+    if losses and strict == "error":
+        raise PerformanceLossError(
+            f"cached kernel {spec.entry} ({entry.path}) was compiled with performance losses; "
+            "MEGAMOE_JIT_STRICT=warn accepts it\n" + "\n".join(f"  {loss}" for loss in losses)
+        )
+    if losses and strict == "warn":
+        LOG.warning("cached kernel %s has performance losses: %s", spec.entry, "; ".join(losses))
+    return CompiledKernel(spec, entry.key, entry.cubin, entry.meta, "pack" if cache.read_only else "disk", 0.0)
+
+
+def _meta(wanted: _Wanted, result: CompileResult, toolchain: Toolchain) -> dict[str, Any]:
+    spec, kernel = wanted.spec, result.kernel
+    return {
+        "entry": spec.entry,
+        "spec": spec.to_json(),
+        "source_id": wanted.source_id,
+        "files": list(wanted.source.files),
+        "options": list(result.options),
+        "nvrtc": {
+            "version": f"{toolchain.version[0]}.{toolchain.version[1]}",
+            "build": toolchain.build,
+            "path": str(toolchain.path),
+        },
+        "package_version": __version__,
+        "registers": kernel.registers,
+        "stack_bytes": result.stack_bytes,
+        "spill_bytes": result.spill_bytes,
+        "static_shared_bytes": kernel.static_shared_bytes,
+        "dynamic_shared_bytes": spec.shared_bytes,
+        "param_bytes": kernel.param_bytes,
+        "max_threads": kernel.max_threads,
+        "diagnostics": len(result.diagnostics),
+        "advisories": list(result.advisories),
+        "compile_ms": {phase: round(value * 1e3, 3) for phase, value in result.seconds.items()},
+    }

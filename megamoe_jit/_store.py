@@ -1,0 +1,306 @@
+"""Entries on disk: read and verified, published by one rename, renamed away before they are deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamoe_jit._cubin import cubin_arch
+from megamoe_jit._entry import (
+    CUBIN,
+    IMPORTED,
+    META,
+    SCHEMA,
+    SOURCE,
+    CacheEntry,
+    Damaged,
+    EntryInfo,
+    is_key,
+    read_entry,
+    read_info,
+)
+from megamoe_jit._locks import check_private, private_directory
+
+__all__ = ["EntryStore", "PruneReport", "tree_bytes"]
+
+LOG = logging.getLogger("megamoe_jit")
+STALE_STAGING_S = 3600.0
+TOUCH_S = 3600.0  #: an entry's last use is noted at most this often
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What was removed.
+
+    Attributes:
+        removed: keys of the entries.
+        bytes: size of everything that was removed, damaged entries included.
+    """
+
+    removed: tuple[str, ...]
+    bytes: int
+
+
+class EntryStore:
+    """Reading and writing of the entries under one root; `KernelCache` adds the upkeep.
+
+    Args:
+        root: the directory; entries lie in a subdirectory named after the schema.
+        read_only: never write, not even to note a use or to put a damaged entry aside.
+    """
+
+    def __init__(self, root: Path, read_only: bool = False) -> None:
+        self.root = root
+        self.path = root / f"v{SCHEMA}"  #: where this schema's entries lie
+        self.read_only = read_only
+        self.forbidden = 0o002 if read_only else 0o022  #: permission bits that nothing in it may have
+        self._by_source: dict[str, list[EntryInfo]] | None = None
+        self._warned: set[str] = set()
+
+    def entry_path(self, key: str) -> Path:
+        """Directory of an entry, whether it exists or not."""
+        return self.path / key[:2] / key
+
+    def load(self, key: str) -> CacheEntry | None:
+        """Read and verify an entry.
+
+        Args:
+            key: from `cache_key`.
+
+        Returns:
+            The entry; None if there is none, or none to be trusted (a damaged one is moved to quarantine).
+        """
+        folder = self.entry_path(key)
+        try:
+            check_private(self.path, self.forbidden)
+            files, meta = read_entry(key, folder, self.forbidden)
+        except FileNotFoundError:
+            return None
+        except Damaged as damage:
+            message = f"cached kernel {folder} is damaged ({damage}) and is not used"
+            if self.quarantine(key):
+                LOG.warning("%s", message)
+            else:
+                self._warn(key, message)
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # removed meanwhile, as network file systems say it
+                self._warn("read", f"cannot read kernel cache {self.path}: {error}")
+            return None
+        if meta["schema"] != SCHEMA:
+            return None
+        self.touch(key)
+        return CacheEntry(key, files[CUBIN], meta, folder)
+
+    def load_source(self, source: str, major: int | None = None, but_not: Container[str] = ()) -> CacheEntry | None:
+        """An entry of this source by whatever compiler: any of a read-only cache, an imported one of another.
+
+        Args:
+            source: from `source_id`.
+            major: CUDA major version to prefer, with older ones after it and newer ones last.
+            but_not: keys to leave out.
+        """
+        if self._by_source is None or not self.read_only:
+            self._by_source = {}
+            for info in self.entries():
+                if self.read_only or (info.path / IMPORTED).exists():
+                    self._by_source.setdefault(str(info.meta.get("source_id")), []).append(info)
+        found = self._by_source.get(source, [])
+
+        def rank(info: EntryInfo) -> tuple[bool, tuple[int, ...]]:
+            version = tuple(int(part) for part in info.compiler.split(".") if part.isdigit())
+            return major is None or version[:1] <= (major,), version
+
+        for info in sorted((i for i in found if i.key not in but_not), key=rank, reverse=True):
+            entry = self.load(info.key)
+            if entry is not None:
+                return entry
+        return None
+
+    def store(self, key: str, cubin: bytes, source: str, meta: Mapping[str, Any]) -> bool:
+        """Publish an entry; never raises `OSError`.
+
+        Args:
+            key: from `cache_key`.
+            cubin: the compiled kernel.
+            source: the flattened source, kept beside it for reading.
+            meta: plain data about it; identity, size, digest and date are added.
+
+        Returns:
+            Whether the entry is there now, written by this call or by someone else meanwhile.
+        """
+        text = source.encode()
+        document = {
+            **meta,
+            "schema": SCHEMA,
+            "key": key,
+            "arch": cubin_arch(cubin),
+            "cubin_bytes": len(cubin),
+            "cubin_sha256": hashlib.sha256(cubin).hexdigest(),
+            "source_bytes": len(text),
+            "source_sha256": hashlib.sha256(text).hexdigest(),
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": _host(),
+        }
+        about = json.dumps(document, indent=1, sort_keys=True).encode()
+        return self.publish(key, {SOURCE: text, CUBIN: cubin, META: about})
+
+    def publish(self, key: str, files: Mapping[str, bytes]) -> bool:
+        """Put the files of one entry in place, at once; what `store` does when the files are ready."""
+        staging: Path | None = None
+        try:
+            if not self.root.exists():
+                private_directory(self.root)
+            private_directory(self.path)
+            private_directory(self.path / ".tmp")
+            self._sweep()
+            staging = self.path / ".tmp" / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}"
+            staging.mkdir(mode=0o700)
+            for name, data in files.items():
+                _write(staging / name, data)
+            _sync_directory(staging)
+            target = self.entry_path(key)
+            private_directory(target.parent)
+            if not self._rename(key, staging, target):
+                return True
+            staging = None
+            _sync_directory(target.parent)
+        except OSError as error:
+            self._warn("write", f"cannot write kernel cache {self.path}: {error}; kernels stay in memory")
+            return False
+        finally:
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+        self._published(sum(map(len, files.values())))
+        return True
+
+    def entries(self) -> list[EntryInfo]:
+        """Every entry whose metadata can be read, oldest first; nothing else is verified."""
+        found = (read_info(key, folder) for key, folder in self._folders())
+        return sorted(filter(None, found), key=lambda info: (info.created_at, info.key))
+
+    def remove(self, keys: Iterable[str]) -> PruneReport:
+        """Delete entries; those that are not there are left out of the report."""
+        wanted = [keys] if isinstance(keys, str) else list(keys)
+        report = PruneReport((), 0)
+        for key in wanted:
+            size = tree_bytes(self.entry_path(key))
+            if self._bury(self.entry_path(key)):
+                report = PruneReport((*report.removed, key), report.bytes + size)
+        return report
+
+    def touch(self, key: str) -> None:
+        """Note a use, at most hourly, in a modification time: access times are off on many mounts."""
+        if self.read_only:
+            return
+        path = self.entry_path(key) / META
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - TOUCH_S:
+                os.utime(path)
+
+    def quarantine(self, key: str) -> bool:
+        """Move an entry out of the way, kept for looking into; whether that worked."""
+        if self.read_only:
+            return False
+        try:
+            place = private_directory(self.path / "quarantine")
+            os.rename(self.entry_path(key), place / f"{key}-{os.urandom(4).hex()}")
+        except OSError as error:
+            LOG.debug("cannot move %s to quarantine: %s", self.entry_path(key), error)
+            return False
+        return True
+
+    def _published(self, size: int) -> None:
+        """Called after each publish with the size of the entry."""
+
+    def _folders(self) -> Iterator[tuple[str, str]]:
+        """Keys and directories of all entries, whole or not."""
+        with contextlib.suppress(OSError):
+            for group in os.scandir(self.path):
+                if len(group.name) == 2:
+                    with contextlib.suppress(OSError):
+                        yield from ((e.name, e.path) for e in os.scandir(group.path) if is_key(e.name))
+
+    def _rename(self, key: str, staging: Path, target: Path) -> bool:
+        """Publish; False if another writer was first, or cannot be displaced."""
+        for _ in range(2):
+            try:
+                os.rename(staging, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                try:
+                    _, meta = read_entry(key, target, self.forbidden)
+                except (OSError, Damaged):  # it may be there and not be visible yet: then it is somebody's
+                    return False
+                if meta["schema"] == SCHEMA or not self.quarantine(key):
+                    return False
+            else:
+                return True
+        return False
+
+    def _bury(self, folder: Path) -> bool:
+        """Rename to the trash, then delete; whether it was there and is gone now."""
+        grave = self.path / ".tmp" / f"removed-{os.urandom(6).hex()}"
+        try:
+            if self.read_only:
+                raise PermissionError("it is read-only")
+            private_directory(grave.parent)
+            os.rename(folder, grave)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self._warn("remove", f"cannot remove from kernel cache {self.path}: {error}")
+            return False
+        shutil.rmtree(grave, ignore_errors=True)
+        return True
+
+    def _sweep(self) -> None:
+        """Drop what killed writers left behind."""
+        limit = time.time() - STALE_STAGING_S
+        with contextlib.suppress(OSError):
+            for path in (self.path / ".tmp").iterdir():
+                if path.stat().st_mtime < limit:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _warn(self, cause: str, message: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            LOG.warning("%s", message)
+
+
+def tree_bytes(folder: Path) -> int:
+    """Size of the files in a directory; zero for what is not there."""
+    with contextlib.suppress(OSError):
+        return sum(item.stat().st_size for item in os.scandir(folder))
+    return 0
+
+
+def _host() -> str:
+    return os.uname().nodename
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot synchronise a directory
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

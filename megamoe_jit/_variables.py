@@ -1,0 +1,213 @@
+"""The table of settings: name, type, default, meaning and parser of every `MEGAMOE_JIT_*` variable.
+
+One table serves the parsers, the documentation and the `env` command, so a variable cannot exist without a
+default, an allowed range and a meaning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PREFIX", "VARIABLES", "Variable", "cpu_count", "default_cache_dir", "default_config_file", "parse_size"]
+
+PREFIX = "MEGAMOE_JIT_"
+
+STRICT_LEVELS = ("error", "warn", "ignore")
+VARIANT_CHOICES = ("auto", "pingpong", "cooperative")
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One row of the table.
+
+    Attributes:
+        name: full name of the environment variable.
+        type: what a value looks like, for people.
+        default: the default, for people.
+        meaning: one sentence.
+        field: name of the `Settings` field it sets.
+        parse: turns a non-empty text into the field's value; raises `ValueError` saying what is allowed.
+    """
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+    field: str
+    parse: Callable[[str], Any]
+
+    @property
+    def kind(self) -> str:
+        """How a value is written in a file: `text`, `number`, `bool`, `path`, `paths` or `words`."""
+        return _KINDS.get(self.parse, "number" if self.type in ("int", "float", "size") else "text")
+
+
+def _parse_bool(text: str) -> bool:
+    word = text.lower()
+    if word in _TRUE:
+        return True
+    if word in _FALSE:
+        return False
+    raise ValueError(f"{', '.join(_TRUE)} or {', '.join(_FALSE)}")
+
+
+def _parse_path(text: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def _parse_paths(text: str) -> tuple[Path, ...]:
+    return tuple(_parse_path(part) for part in text.split(os.pathsep) if part.strip())
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a number with an optional unit of 1024: `1073741824`, `500M`, `2GiB`; else `ValueError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?", text.strip().lower())
+    if not match:
+        raise ValueError("a number of bytes, such as 1073741824, 500M or 2GiB")
+    return int(float(match[1]) * 1024 ** (" kmgt".index(match[2] or " ")))
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        word = text.lower()
+        if word not in names:
+            raise ValueError(", ".join(names))
+        return word
+
+    return parse
+
+
+def _number(kind: type[int] | type[float], least: float, allowed: str) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if not least <= value < float("inf"):
+            raise ValueError(allowed)
+        return value
+
+    return parse
+
+
+def _parse_words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def cpu_count() -> int:
+    """CPUs this process may use."""
+    try:
+        return max(1, len(os.sched_getaffinity(0)))
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
+
+
+def _user_dir(kind: str) -> Path | None:
+    """A per-user directory of the platform; None for a user who has none."""
+    import platformdirs
+
+    try:
+        path = Path(getattr(platformdirs, kind)("megamoe-jit", appauthor=False))
+    except RuntimeError:  # no HOME and no entry in the user database
+        return None
+    return path if path.is_absolute() else None
+
+
+def default_cache_dir() -> Path:
+    """The per-user cache directory (follows `XDG_CACHE_HOME`); a temporary one for a user without a home."""
+    path = _user_dir("user_cache_dir")
+    if path is None:
+        import tempfile
+
+        path = Path(tempfile.gettempdir()) / f"megamoe-jit-{os.geteuid()}"
+    return path
+
+
+def default_config_file() -> Path:
+    """The settings file that is read, where it exists, when `MEGAMOE_JIT_CONFIG` names none."""
+    path = _user_dir("user_config_dir")
+    return Path(os.devnull) if path is None else path / "config.toml"
+
+
+def _row(name: str, type_: str, default: str, parse: Callable[[str], Any], meaning: str) -> Variable:
+    return Variable(PREFIX + name, type_, default, meaning, name.lower(), parse)
+
+
+_KINDS: dict[Callable[[str], Any], str] = {
+    _parse_bool: "bool",
+    _parse_path: "path",
+    _parse_paths: "paths",
+    _parse_words: "words",
+}
+
+VARIABLES: tuple[Variable, ...] = (
+    _row("CONFIG", "path", "per-user config.toml", _parse_path, "TOML file of settings; the environment wins over it."),
+    _row("CACHE_DIR", "path", "per-user cache directory", _parse_path, "Where compiled kernels are kept."),
+    _row("CACHE_MAX_BYTES", "size", "1GiB", parse_size, "Size from which the least recently used kernels go."),
+    _row(
+        "READONLY_CACHE",
+        "paths, separated by :",
+        "none",
+        _parse_paths,
+        "Directories with ready kernels, searched first and never written.",
+    ),
+    _row("NO_CACHE", "bool", "0", _parse_bool, "Neither read nor write CACHE_DIR; kernels live in memory alone."),
+    _row("DISABLE_JIT", "bool", "0", _parse_bool, "Forbid compiling; a kernel that is not cached is an error."),
+    _row("NVRTC", "path", "found automatically", _parse_path, "The libnvrtc shared library to compile with."),
+    _row(
+        "STRICT",
+        "error | warn | ignore",
+        "error",
+        _one_of(*STRICT_LEVELS),
+        "What to do when ptxas spills registers or reports a C75xx performance advisory.",
+    ),
+    _row("DUMP_DIR", "path", "unset", _parse_path, "Keep rendered source, PTX, cubin and compiler log here."),
+    _row("LOG_LEVEL", "level name", "unset", _one_of(*LOG_LEVELS), "Log to stderr from this level on."),
+    _row(
+        "TIMEOUT_S",
+        "float",
+        "100",
+        _number(float, 1e-3, "a number of seconds above zero"),
+        "Seconds a rank waits for its peers inside a kernel before it gives up.",
+    ),
+    _row(
+        "VARIANT",
+        "auto | pingpong | cooperative",
+        "auto",
+        _one_of(*VARIANT_CHOICES),
+        "Kernel variant; auto lets the heuristics choose.",
+    ),
+    _row(
+        "COOPERATIVE_THRESHOLD",
+        "int",
+        "256",
+        _number(int, 0, "a whole number, zero or more"),
+        "Threshold from which auto chooses the cooperative variant.",
+    ),
+    _row("KERNELS_SRC", "path", "the packaged one", _parse_path, "Directory to render kernels from."),
+    _row(
+        "LOCK_DIR",
+        "path",
+        "a node-local directory",
+        _parse_path,
+        "Where processes of one node meet to compile each kernel once.",
+    ),
+    _row(
+        "LOCK_TIMEOUT_S",
+        "float",
+        "120",
+        _number(float, 0, "a number of seconds, zero or more"),
+        "How long to wait for another process that compiles the same kernel.",
+    ),
+    _row("JOBS", "int", "number of CPUs", _number(int, 1, "a whole number, one or more"), "Threads of warmup."),
+    _row("DEBUG", "bool", "0", _parse_bool, "Validate expert ids on the host before each launch (slow)."),
+    _row("PTXAS_OPTIONS", "words", "none", _parse_words, "Extra ptxas options, separated by spaces."),
+)

@@ -1,0 +1,130 @@
+"""Every preset, and sizes that are odd on purpose, through the real compiler: nothing spilled, nothing serialised."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+
+import pytest
+
+from megamoe_jit._compiler import compile_source
+from megamoe_jit._cubin import read_cubin
+from megamoe_jit._errors import CompileError
+from megamoe_jit._params import Params
+from megamoe_jit._render import VIRTUAL_ROOT, kernels_dir, render
+from megamoe_jit._runtime import get_kernel
+from megamoe_jit._settings import override
+from megamoe_jit._spec import MAX_EXPERTS, KernelSpec, MoEShape, Variant
+from megamoe_jit._toolchain import find_toolchain
+from megamoe_jit.heuristics import preset, preset_names
+
+#: hidden, intermediate, experts, top-k: every odd value at least once, each with both variants.
+ODD = (
+    (128, 128, 1, 1),
+    (1408, 128, 8, 4),
+    (2304, 1408, 512, 12),
+    (1408, 768, 1024, 32),
+    (128, 1408, 33, 3),
+)
+
+
+def preset_specs() -> dict[str, KernelSpec]:
+    """Each preset as one GPU's slice of it, and whole on one GPU."""
+    specs = {}
+    for name in preset_names():
+        entry = preset(name)
+        shape = entry.shape
+        for label, experts in (("slice", entry.local_experts), ("whole", shape.experts)):
+            if experts <= MAX_EXPERTS:
+                for variant in Variant:
+                    spec = KernelSpec(MoEShape(shape.hidden, shape.intermediate, experts, shape.topk), variant)
+                    specs.setdefault(f"{name}-{label}-{variant.value}", spec)
+    return {name: spec for i, (name, spec) in enumerate(specs.items()) if spec not in list(specs.values())[:i]}
+
+
+def other_specs() -> dict[str, KernelSpec]:
+    """Exact math, several ranks, odd sizes."""
+    flash = preset("v4-flash")
+    slice_ = MoEShape(flash.shape.hidden, flash.shape.intermediate, flash.local_experts, flash.shape.topk)
+    specs = {}
+    for variant in Variant:
+        specs[f"exact-{variant.value}"] = KernelSpec(slice_, variant, fast_math=False)
+        specs[f"ranks8-{variant.value}"] = KernelSpec(flash.shape, variant, ranks=8)
+        for sizes in ODD:
+            specs[f"odd-h{sizes[0]}-i{sizes[1]}-e{sizes[2]}-k{sizes[3]}-{variant.value}"] = KernelSpec(
+                MoEShape(*sizes), variant
+            )
+    return specs
+
+
+SPECS = {**preset_specs(), **other_specs()}
+
+
+def test_the_list_is_complete():
+    shapes = {(s.shape.hidden, s.shape.intermediate, s.shape.experts, s.shape.topk, s.variant) for s in SPECS.values()}
+    for name in preset_names():
+        entry, shape = preset(name), preset(name).shape
+        for variant in Variant:
+            assert (shape.hidden, shape.intermediate, entry.local_experts, shape.topk, variant) in shapes
+            assert (shape.hidden, shape.intermediate, shape.experts, shape.topk, variant) in shapes
+    for position, values in enumerate(((128, 1408, 2304), (128, 768, 1408), (1, 8, 512, 1024), (1, 4, 12, 32))):
+        assert set(values) <= {sizes[position] for sizes in shapes}
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_compiles_without_loss(name):
+    spec = SPECS[name]
+    kernel = get_kernel(spec)
+    meta = kernel.meta
+    assert (meta["spill_bytes"], meta["stack_bytes"]) == (0, 0)
+    assert meta["advisories"] == []
+    assert meta["registers"] == 168  # 65536 registers over 384 threads; setmaxnreg moves them between the warps
+    assert meta["dynamic_shared_bytes"] == spec.shared_bytes <= 232448
+    info = read_cubin(kernel.cubin)
+    assert [entry.name for entry in info.entries] == [spec.entry]
+    (entry,) = info.entries
+    assert (entry.registers, entry.stack_bytes, entry.static_shared_bytes) == (168, 0, 0)
+    assert entry.max_threads == 384
+    assert meta["param_bytes"] == entry.param_bytes == ctypes.sizeof(Params) == 832
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+def test_the_compiler_says_nothing_at_all(variant):
+    """No advisory, no warning of the front end, no call, no local memory."""
+    spec = KernelSpec(MoEShape(2304, 1408, 8, 12), variant)
+    result = compile_source(render(spec).text, entry=spec.entry, toolchain=find_toolchain())
+    assert result.diagnostics == ()
+    assert "C75" not in result.log
+    for word in (".local ", "call.uni", "vprintf", ".extern .func"):
+        assert word not in result.ptx
+
+
+@pytest.fixture
+def own_sources(tmp_path):
+    """A copy of the rooms that a test may spoil."""
+    folder = tmp_path / "src"
+    shutil.copytree(kernels_dir(), folder)
+    with override(kernels_src=folder, cache_dir=tmp_path / "cache", dump_dir=tmp_path / "dump"):
+        yield folder
+
+
+@pytest.mark.parametrize("room", ["base/constants.cuh", "sched/order.cuh", "roles/math.cuh"])
+def test_a_mistake_names_room_and_line(own_sources, room):
+    path = own_sources / room
+    lines = path.read_text().splitlines()
+    lines.append("constexpr unsigned broken_on_purpose = no_such_thing;")
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(CompileError) as caught:
+        get_kernel(KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG))
+    message = str(caught.value)
+    assert f"{VIRTUAL_ROOT}/{room}({len(lines)}): error" in message
+    assert "no_such_thing" in message
+    assert "| constexpr unsigned broken_on_purpose" in message
+
+
+def test_a_wrong_sum_of_shared_memory_is_refused(own_sources):
+    """The entry asserts that Python and the kernel agree."""
+    path = own_sources / "kernels" / "pingpong.cuh.j2"
+    path.write_text(path.read_text().replace("{{ shared_bytes }}", "{{ shared_bytes + 16 }}"))
+    with pytest.raises(CompileError, match=r"pingpong\.cuh\.j2\(\d+\): error: .*disagree"):
+        get_kernel(KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG))

@@ -1,0 +1,124 @@
+"""What ranks check about single calls: the scenario table, ragged token counts, routes between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from megamoe_jit._scenarios import SCENARIOS, Inputs, Scenario
+from megamoe_jit._spawn import World
+from tests.multi.worker import MODES, Rank, layer, shape_for, variant_of
+
+CAPACITY = 512
+SIZES = (1024, 768, 16, 4)  #: hidden, intermediate, experts, top-k of the checks that are not in the table
+PRIMES = (131, 257, 7, 509, 61, 2, 383, 191)
+
+#: Tokens by rank and number of ranks.
+RAGGED: dict[str, Callable[[int, int], int]] = {
+    "first none, others full": lambda rank, ranks: CAPACITY if rank else 0,
+    "last none, others full": lambda rank, ranks: CAPACITY if rank < ranks - 1 else 0,
+    "first one, others full": lambda rank, ranks: CAPACITY if rank else 1,
+    "last one, others full": lambda rank, ranks: CAPACITY if rank < ranks - 1 else 1,
+    "primes": lambda rank, ranks: PRIMES[rank],
+    "both sides of the heuristic's threshold": lambda rank, ranks: 255 + rank % 2,
+    "none anywhere": lambda rank, ranks: 0,
+    "one anywhere": lambda rank, ranks: 1 if rank == ranks - 1 else 0,
+    "full": lambda rank, ranks: CAPACITY,
+}
+#: Routes of the table, and those that only ranks have.
+ROUTES = ("topk", "lognormal", "powerlaw:1.2", "hot", "single", "duplicate", "balanced")
+OWN_ROUTES = ("first rank", "last rank", "next rank", "all remote", "all local", "all masked")
+
+
+def between_ranks(inputs: Inputs, route: str, rank: int, ranks: int, experts: int) -> Inputs:
+    """The same inputs, their tokens sent to the experts of chosen ranks."""
+    local = experts // ranks
+    shape, device = inputs.topk_idx.shape, inputs.topk_idx.device
+    gen = torch.Generator(device=device).manual_seed(rank)
+    inside = torch.randint(local, shape, generator=gen, device=device)
+    hops = torch.randint(1, ranks, shape, generator=gen, device=device)
+    owner = {
+        "first rank": torch.zeros_like(inside),
+        "last rank": torch.full_like(inside, ranks - 1),
+        "next rank": torch.full_like(inside, (rank + 1) % ranks),
+        "all remote": (rank + hops) % ranks,
+        "all local": torch.full_like(inside, rank),
+        "all masked": torch.zeros_like(inside),
+    }[route]
+    ids = torch.full_like(inside, -1) if route == "all masked" else owner * local + inside
+    return replace(inputs, topk_idx=ids)
+
+
+def _check_modes(it: Rank, inputs: Inputs, clamp: float | None = 10.0, fast_math: bool = True) -> str:
+    expected = it.expected(inputs, clamp)
+    problems = [it.check(inputs, mode, expected=expected, clamp=clamp, fast_math=fast_math) for mode in MODES]
+    return "; ".join(problem for problem in problems if problem)
+
+
+def check_scenario(scenario: Scenario, world: World) -> str:
+    """A scenario of the table on every rank, each with inputs of its own."""
+    it = layer(world, scenario.shape, scenario.capacity)
+    return _check_modes(it, it.inputs(scenario), scenario.clamp, scenario.fast_math)
+
+
+def own_layer(world: World) -> Rank:
+    """The layer of the checks that are not in the table."""
+    return layer(world, shape_for(world.ranks, *SIZES), CAPACITY)
+
+
+def check_ragged(name: str, route: str, world: World) -> str:
+    """Different token counts on the ranks."""
+    it = own_layer(world)
+    return _check_modes(it, it.some(RAGGED[name](world.rank, world.ranks), route=route))
+
+
+def check_route(route: str, world: World) -> str:
+    """A route between ranks, at a small and at a large token count."""
+    it, problems = own_layer(world), []
+    for tokens in (33 + world.rank, CAPACITY - world.rank):
+        if route in OWN_ROUTES:
+            inputs = between_ranks(it.some(tokens), route, world.rank, world.ranks, it.shape.experts)
+        else:
+            inputs = it.some(tokens, route=route)
+        problems.append(_check_modes(it, inputs))
+    return "; ".join(problem for problem in problems if problem)
+
+
+def check_auto(world: World) -> str:
+    """The heuristics choose; ranks on the two sides of the threshold choose differently."""
+    it, problems = own_layer(world), []
+    for tokens in (40 + 400 * (world.rank % 2), 440 - 400 * (world.rank % 2)):
+        inputs = it.some(tokens)
+        problems.append(it.judge(inputs, it.run(inputs, variant="auto")))
+    return "; ".join(problem for problem in problems if problem)
+
+
+def check_some_sms(world: World) -> str:
+    """Different numbers of blocks on the ranks; the same bits."""
+    it, problems = own_layer(world), []
+    inputs = it.some(300)
+    for mode in MODES:
+        variant = variant_of(mode, world.rank)
+        whole = it.run(inputs, variant=variant)
+        for sms in (1 + 36 * world.rank, 131 - world.rank):
+            if not torch.equal(whole, it.run(inputs, variant=variant, num_sms=sms)):
+                problems.append(f"{mode}: other bits with {sms} blocks")
+    return "; ".join(problems)
+
+
+def by_shape() -> list[Scenario]:
+    """The table, equal shapes next to each other."""
+    first = {s.shape: i for i, s in reversed(list(enumerate(SCENARIOS)))}
+    return sorted(SCENARIOS, key=lambda s: (first[s.shape], s.capacity, not s.fast_math))
+
+
+CHECKS: dict[str, Callable[[World], str]] = {
+    **{scenario.name: partial(check_scenario, scenario) for scenario in by_shape()},
+    **{f"ragged: {n}, {r}": partial(check_ragged, n, r) for n in RAGGED for r in ("topk", "powerlaw:1.2")},
+    **{f"route: {route}": partial(check_route, route) for route in (*ROUTES, *OWN_ROUTES)},
+    "heuristics on both sides": check_auto,
+    "different numbers of SMs": check_some_sms,
+}

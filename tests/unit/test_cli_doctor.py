@@ -1,0 +1,198 @@
+"""`megamoe-jit doctor`: each check on its own, and how the whole ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from megamoe_jit import _doctor, _machine
+from megamoe_jit._cli import cli
+from megamoe_jit._doctor import Status
+from megamoe_jit._machine import Gpu, Machine
+from megamoe_jit._settings import override
+from tests.commandline import checked, run
+
+
+def invoke(*words: str):
+    return CliRunner().invoke(cli, list(words))
+
+
+H200 = Gpu(0, "NVIDIA H200", "9.0", 132, 141 << 30, True)
+A100 = Gpu(1, "NVIDIA A100", "8.0", 108, 80 << 30, False)
+NVRTC_13 = {"chosen": {"path": "/x/libnvrtc.so.13", "version": "13.0", "build": "b"}, "problem": None, "candidates": []}
+
+
+@pytest.mark.parametrize(
+    ("machine", "driver", "gpu"),
+    [
+        (Machine(None, "no libcuda"), "warn", "warn"),
+        (Machine("12.8", None, (H200,)), "fail", "ok"),
+        (Machine("13.0", None, (H200,)), "ok", "ok"),
+        (Machine("13.0", None, (A100,)), "ok", "fail"),
+        (Machine("13.0", None, (H200, A100)), "ok", "warn"),
+        (Machine("13.0", None, ()), "ok", "warn"),
+    ],
+)
+def test_doctor_on_driver_and_gpu(machine: Machine, driver: str, gpu: str):
+    on_driver, on_gpu = _doctor._driver(machine, NVRTC_13), _doctor._gpu(machine)
+    assert (on_driver.status, on_gpu.status) == (driver, gpu)
+    for check in (on_driver, on_gpu):
+        assert bool(check.next_step) == (check.status is not Status.OK)
+
+
+def test_doctor_on_a_gpu_machine_with_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("megamoe_jit._toolchain._installed_torch_cuda", lambda: None)
+    assert _doctor._torch(Machine("13.0", None, (H200,))).status is Status.FAIL
+    assert _doctor._torch(Machine(None, "none")).status is Status.OK
+    monkeypatch.setattr("megamoe_jit._toolchain._installed_torch_cuda", lambda: "12.8")
+    assert "CUDA 12.8" in _doctor._torch(Machine("13.0", None, (H200,))).detail
+
+
+def test_doctor_on_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def verdict(root: Path) -> _doctor.Check:
+        with override(cache_dir=root):
+            return _doctor._cache()
+
+    absent = verdict(tmp_path / "absent")
+    assert (absent.status, "not there yet" in absent.detail) == ("ok", True)
+    open_ = tmp_path / "open"
+    open_.mkdir()
+    open_.chmod(0o777)
+    wide = verdict(open_)
+    assert (wide.status, "chmod" in wide.next_step) == ("warn", True)
+    assert wide.data["mode"] == "0777"
+    system = _machine.FileSystem("/mnt", "nfs4", True, 1 << 40)
+    monkeypatch.setattr(_doctor, "file_system", lambda _: system)
+    assert "network" in verdict(tmp_path / "absent").detail
+    assert "MEGAMOE_JIT_CACHE_DIR" in verdict(tmp_path / "absent").next_step
+    monkeypatch.setattr(_doctor, "file_system", lambda _: _machine.FileSystem("/", "ext4", False, 1000))
+    assert "little space" in verdict(tmp_path / "absent").detail
+    assert list(tmp_path.glob(".megamoe*")) == []
+    assert "cannot be written" in verdict(Path("/proc/absent")).detail
+
+
+def test_doctor_on_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with override(lock_dir=tmp_path / "locks"):
+        assert _doctor._locks().status is Status.OK
+    (tmp_path / "file").write_text("")
+    with override(lock_dir=tmp_path / "file" / "below"):
+        broken = _doctor._locks()
+    assert (broken.status, "MEGAMOE_JIT_LOCK_DIR" in broken.next_step) == ("warn", True)
+    monkeypatch.setattr(_doctor, "file_system", lambda _: _machine.FileSystem("/", "nfs", True, None))
+    with override(lock_dir=tmp_path / "locks"):
+        assert _doctor._locks().status is Status.WARN
+
+
+@pytest.mark.parametrize(
+    ("environ", "code", "failing"),
+    [
+        ({"MEGAMOE_JIT_NVRTC": "/nonexistent/libnvrtc.so"}, 3, {"compiler", "trial compile"}),
+        ({"MEGAMOE_JIT_STRICT": "maybe"}, 3, {"settings"}),
+    ],
+    ids=["compiler", "settings"],
+)
+def test_doctor_reports_and_ends_with_3(environ: dict[str, str], code: int, failing: set[str]):
+    done = run("doctor", "--json", **environ)
+    assert done.returncode == code
+    doc = checked(done.stdout)
+    assert doc["status"] == "fail"
+    assert {check["name"] for check in doc["checks"] if check["status"] == "fail"} == failing
+    assert all(check["next_step"] for check in doc["checks"] if check["status"] != "ok")
+
+
+def test_doctor_ends_with_0_or_1(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_doctor, "gpus", lambda: Machine("13.0", None, (H200,)))
+    monkeypatch.setattr("megamoe_jit._toolchain._installed_torch_cuda", lambda: "12.8")
+    monkeypatch.setattr("megamoe_jit._toolchain.wanted_major", lambda: (None, "nothing asks for one"))
+    fine = invoke("doctor")
+    assert fine.exit_code == 0, fine.stdout
+    assert {line[:4] for line in fine.stdout.splitlines() if not line.startswith(" ")} == {"ok  "}
+    monkeypatch.setenv("MEGAMOE_JIT_CACHE_DIRR", "/x")
+    warned = invoke("doctor", "--no-trial")
+    assert warned.exit_code == 1
+    assert "MEGAMOE_JIT_CACHE_DIRR" in warned.stdout
+
+
+def test_doctor_survives_what_it_looks_for(monkeypatch: pytest.MonkeyPatch):
+    def explode() -> None:
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr(_doctor, "_tools", explode)
+    checks = {check.name: check for check in _doctor.examine(trial=False)}
+    assert checks["tools"].status is Status.FAIL
+    assert "surprise" in checks["tools"].detail
+    assert checks["locks"].name == "locks"
+
+
+class Driver:
+    """Stands in for `cuda.bindings.driver` with one H200, or with a driver that fails."""
+
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="sms",
+    )
+
+    def __init__(self, result: int = 0) -> None:
+        class Result(int):
+            name = "CUDA_ERROR_NO_DEVICE"
+
+        self.result = Result(result)
+
+    def __getattr__(self, name: str) -> Callable[..., tuple]:
+        values = {
+            "cuDriverGetVersion": 12080,
+            "cuDeviceGetCount": 1,
+            "cuDeviceGet": 0,
+            "cuDeviceGetName": b"NVIDIA H200\0\0",
+            "cuDeviceTotalMem": 141 << 30,
+        }
+        if name == "cuInit":
+            return lambda *_: (self.result,)
+        if name == "cuDeviceGetAttribute":
+            return lambda which, _: (self.result, {"major": 9, "minor": 0, "sms": 132}[which])
+        return lambda *_: (self.result, values[name])
+
+
+def test_gpus_as_the_driver_describes_them(monkeypatch: pytest.MonkeyPatch):
+    import cuda.bindings
+
+    def use(driver: object) -> None:
+        monkeypatch.setattr(cuda.bindings, "driver", driver, raising=False)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+
+    use(Driver())
+    assert _machine.gpus() == Machine("12.8", None, (H200,))
+    use(Driver(100))
+    assert _machine.gpus() == Machine(None, "CUDA_ERROR_NO_DEVICE")
+
+
+def test_file_systems(monkeypatch: pytest.MonkeyPatch):
+    mounts = (
+        "1 0 8:1 / / rw - ext4 /dev/sda rw\n"
+        "2 1 0:40 / /mnt/shared\\040files rw - nfs4 server:/ rw\n"
+        "3 1 0:41 / /mnt/scratch rw shared:1 - lustre x rw\n"
+    )
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, *a, **k: mounts if str(self).endswith("mountinfo") else read(self, *a, **k)
+    )
+    assert _machine._mount_of("/mnt/shared files/x") == ("/mnt/shared files", "nfs4")
+    assert _machine._mount_of("/mnt/scratch") == ("/mnt/scratch", "lustre")
+    assert _machine._mount_of("/mnt/scratches") == ("/", "ext4")
+    found = _machine.file_system(Path("/nonexistent/deeper"))
+    assert (found.mount, found.type, found.network) == ("/", "ext4", False)
+    assert all(_machine._NETWORK.search(kind) for kind in ("nfs", "nfs4", "cifs", "fuse.sshfs", "lustre", "9p"))
+    assert not any(_machine._NETWORK.search(kind) for kind in ("ext4", "xfs", "tmpfs", "overlay", "btrfs", "zfs"))
+
+
+def test_documents_go_to_standard_output_alone():
+    done = run("doctor", "--no-trial", "--json")
+    assert json.loads(done.stdout)["kind"] == "doctor"
+    assert done.stderr.splitlines()[-1].count(",") == 2
