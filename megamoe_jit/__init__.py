@@ -29,8 +29,13 @@ from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._version import __version__
 
 if TYPE_CHECKING:
-    from megamoe_jit._api import fp8_mega_moe, fp8_mega_moe_cooperative, fp8_mega_moe_pingpong
-    from megamoe_jit._buffer import SymmBuffer, get_symm_buffer_for_mega_moe
+    from megamoe_jit._api import (
+        fp8_mega_moe,
+        fp8_mega_moe_cooperative,
+        fp8_mega_moe_pingpong,
+        get_symm_buffer_for_mega_moe,
+    )
+    from megamoe_jit._buffer import SymmBuffer
     from megamoe_jit._layer import MegaMoE
     from megamoe_jit._pack import export_pack, import_pack
     from megamoe_jit._quant import (
@@ -56,7 +61,7 @@ _LAZY = {
     "fp8_mega_moe": "_api",
     "fp8_mega_moe_cooperative": "_api",
     "fp8_mega_moe_pingpong": "_api",
-    "get_symm_buffer_for_mega_moe": "_buffer",
+    "get_symm_buffer_for_mega_moe": "_api",
     "import_pack": "_pack",
     "inverse_transform_weights_for_mega_moe_sm90": "_weights",
     "quantize_activations": "_quant",

@@ -1,20 +1,69 @@
-"""The call: `fp8_mega_moe`, and the two forms of it that force a variant."""
+"""The calls: the buffer of a layer, `fp8_mega_moe`, and the two forms of it that force a variant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from megamoe_jit._buffer import SymmBuffer, sm_count
+from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._layout import DEFAULT_POOL_ROWS
+from megamoe_jit._ranks import group_size
 from megamoe_jit._settings import get_settings
-from megamoe_jit._spec import Variant
-from megamoe_jit._validate import RECIPE, check_expert_ids, check_recipe, check_tensor, check_weights
+from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._validate import RECIPE, check_expert_ids, check_recipe, check_tensor
 from megamoe_jit._weights import WeightPair
-from megamoe_jit.heuristics.select import choose
 
-__all__ = ["fp8_mega_moe", "fp8_mega_moe_cooperative", "fp8_mega_moe_pingpong"]
+__all__ = ["fp8_mega_moe", "fp8_mega_moe_cooperative", "fp8_mega_moe_pingpong", "get_symm_buffer_for_mega_moe"]
+
+
+def get_symm_buffer_for_mega_moe(
+    group: Any,
+    num_experts: int,
+    num_max_tokens_per_rank: int,
+    num_topk: int,
+    hidden: int,
+    intermediate_hidden: int,
+    use_fp8_dispatch: bool = True,
+    activation: str = "swiglu",
+    *,
+    device: torch.device | str | int | None = None,
+    max_pool_rows: int = DEFAULT_POOL_ROWS,
+) -> SymmBuffer:
+    """Allocate the buffer of one rank; a collective of all ranks of `group`.
+
+    Args:
+        group: the process group whose ranks share the experts, one GPU each.  None or a group of one rank: plain CUDA
+            memory, torch.distributed is not needed.
+        num_experts: experts of all ranks.
+        num_max_tokens_per_rank: most tokens of a call; rounded up to a multiple of 128.
+        num_topk: slots of a token, 1 to 32.
+        hidden: a multiple of 128.
+        intermediate_hidden: a multiple of 128.
+        use_fp8_dispatch: must be True.
+        activation: must be "swiglu".
+        device: where; the current CUDA device by default.
+        max_pool_rows: rows that the local pools hold at most, 4096 or more.  A batch with more of them is served
+            too: the pools become rings, and dispatch waits for the matrix work.
+
+    Raises:
+        ConfigError: a value is not supported, or the memory is not there (says the bytes).
+        UnsupportedDeviceError: the device is not a Hopper GPU.
+        RankMismatchError: the ranks ask for different layers, or have different kernel sources.
+    """
+    if not use_fp8_dispatch:
+        raise ConfigError("use_fp8_dispatch = False is not supported; allowed: True")
+    if activation != "swiglu":
+        raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
+    shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is available; allowed: a Hopper GPU with its driver")
+    if isinstance(device, int):
+        device = torch.device("cuda", device)
+    where = torch.empty(0, device="cuda" if device is None else device).device  # with its index
+    return SymmBuffer(shape, num_max_tokens_per_rank, where, group if group_size(group) > 1 else None, max_pool_rows)
 
 
 def fp8_mega_moe(
@@ -58,7 +107,6 @@ def fp8_mega_moe(
     Calls on one buffer are ordered, also across streams; replays of a captured graph are for the caller to order with
     other calls on the same buffer.
     """
-    settings = get_settings()
     device = sym_buffer.device
     tokens = y.shape[0] if y.ndim == 2 else -1
     if tokens > sym_buffer.num_max_tokens_per_rank:
@@ -67,27 +115,15 @@ def fp8_mega_moe(
         )
     check_tensor("y", y, torch.bfloat16, (max(tokens, 0), sym_buffer.hidden), device)
     clamp = check_recipe(recipe, activation, activation_clamp)
-    sms = sm_count(device)
-    blocks = sms if num_sms is None else num_sms
-    if not 1 <= blocks <= sms:
-        raise ConfigError(f"num_sms = {blocks} is not supported; allowed: 1 to {sms}")
-    choice = choose(
-        sym_buffer.shape,
-        tokens,
-        ranks=sym_buffer.ranks,
-        variant=settings.variant if variant is None else variant,
-        cooperative_threshold=settings.cooperative_threshold,
-        num_sms=blocks,
-    )
-    spec = sym_buffer.spec(choice.variant, fast_math)
-    check_weights(l1, l2, spec, device)
     stats = cumulative_local_expert_recv_stats
     if stats is not None:
-        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, (spec.local_experts,), device, align=4)
-    if settings.debug:
+        experts = (sym_buffer.num_experts // sym_buffer.ranks,)
+        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, device, align=4)
+    if get_settings().debug:
         check_expert_ids(sym_buffer.topk_idx[:tokens], sym_buffer.num_experts)
-    prepared = sym_buffer.prepare(choice.variant, fast_math)
-    sym_buffer.launch(prepared, choice, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp, num_sms=blocks)
+    plan = sym_buffer.plan(tokens, variant, fast_math, num_sms)
+    plan.kernel.check_weights(l1, l2, device)
+    sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
 
 
 def fp8_mega_moe_pingpong(

@@ -20,16 +20,17 @@ from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._faults import decode, fault_error
 from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS, buffer_layout
 from megamoe_jit._ranks import allocate_symmetric, collectively, digest, gather, group_rank, group_size, require_equal
+from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
 from megamoe_jit._validate import check_device
 from megamoe_jit._version import __version__
+from megamoe_jit.heuristics.select import choose
 
 if TYPE_CHECKING:
-    from megamoe_jit._prepared import PreparedKernel
+    from megamoe_jit._prepared import CallPlan, PreparedKernel
     from megamoe_jit._weights import WeightPair
-    from megamoe_jit.heuristics.select import Choice
 
-__all__ = ["SymmBuffer", "get_symm_buffer_for_mega_moe"]
+__all__ = ["SymmBuffer"]
 
 PAIRS_PER_SORT_BLOCK = 2048
 
@@ -85,6 +86,8 @@ class SymmBuffer:
         self.topk_idx = self._view("topk_ids", torch.int64, (rows, topk))
         self.topk_weights = self._view("topk_weights", torch.float32, (rows, topk))
         self._prepared: dict[tuple[Variant, bool], PreparedKernel] = {}
+        self._plans: dict[tuple[int, str | None, bool, int | None], CallPlan] = {}
+        self._planned_with: Settings | None = None
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # of the last launch
         self._stream_handle: int | None = None  # compared instead: torch says that no stream differs from None
@@ -202,10 +205,38 @@ class SymmBuffer:
         with torch.cuda.device(self.device):
             return {variant: PreparedKernel(self.spec(variant, fast_math), self) for variant in variants}
 
+    def plan(self, tokens: int, variant: str | None, fast_math: bool, num_sms: int | None) -> CallPlan:
+        """What a call launches; remembered for each combination, so a steady-state call only looks it up."""
+        settings = get_settings()
+        if settings is not self._planned_with:
+            self._plans.clear()
+            self._planned_with = settings
+        key = (tokens, variant, fast_math, num_sms)
+        plan = self._plans.get(key)
+        if plan is None:
+            from megamoe_jit._prepared import CallPlan
+
+            sms = sm_count(self.device)
+            blocks = sms if num_sms is None else num_sms
+            if not 1 <= blocks <= sms:
+                raise ConfigError(f"num_sms = {blocks} is not supported; allowed: 1 to {sms}")
+            choice = choose(
+                self.shape,
+                tokens,
+                ranks=self.ranks,
+                variant=settings.variant if variant is None else variant,
+                cooperative_threshold=settings.cooperative_threshold,
+                num_sms=blocks,
+            )
+            pairs = tokens * self.num_topk
+            sort_blocks = max(1, min(blocks, MAX_SORT_BLOCKS, -(-pairs // PAIRS_PER_SORT_BLOCK)))
+            plan = CallPlan(self.prepare(choice.variant, fast_math), choice, blocks, sort_blocks)
+            self._plans[key] = plan
+        return plan
+
     def launch(
         self,
-        prepared: PreparedKernel,
-        choice: Choice,
+        plan: CallPlan,
         *,
         y: torch.Tensor,
         tokens: int,
@@ -213,26 +244,24 @@ class SymmBuffer:
         l2: WeightPair,
         stats: torch.Tensor | None,
         clamp: float,
-        num_sms: int,
     ) -> None:
-        """Launch a prepared kernel on the current stream; the arguments are already checked.
+        """Launch on the current stream; the arguments are already checked.
 
         Two launches on one buffer must not overlap: when the stream changes, the new one waits for the old one.
         """
-        stream = torch.cuda.current_stream(self.device)
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         with self._lock:
-            if stream.cuda_stream != self._stream_handle:
-                self._order_after_last(stream)
-            prepared.set_weights(l1, l2)
-            params = prepared.params
+            if stream != self._stream_handle:
+                self._order_after_last(torch.cuda.current_stream(self.device))
+            plan.kernel.set_weights(l1, l2)
+            params = plan.kernel.params
             params.y = y.data_ptr()
             params.stats = 0 if stats is None else stats.data_ptr()
             params.tokens = tokens
             params.clamp = clamp
-            params.lag_tiles, params.rows_per_item = choice.lag_tiles, choice.rows_per_item
-            pairs = tokens * self.num_topk
-            params.sort_blocks = max(1, min(num_sms, MAX_SORT_BLOCKS, -(-pairs // PAIRS_PER_SORT_BLOCK)))
-            prepared.launcher.launch(num_sms, stream.cuda_stream)
+            params.lag_tiles, params.rows_per_item = plan.choice.lag_tiles, plan.choice.rows_per_item
+            params.sort_blocks = plan.sort_blocks
+            plan.kernel.launcher.launch(plan.num_sms, stream)
 
     def _order_after_last(self, stream: torch.cuda.Stream) -> None:
         """Make `stream` wait for the stream of the last launch.
@@ -260,6 +289,7 @@ class SymmBuffer:
         fault = decode(self.fault.tolist())
         if fault is not None or cause != "no error":
             self._broken = fault_error(fault, self.rank, cause)
+            self._plans.clear()
             raise self._broken
 
     def destroy(self) -> None:
@@ -275,6 +305,7 @@ class SymmBuffer:
             torch.cuda.synchronize(self.device)  # a launch on another stream may still use the memory
             gather(self.group, None)
         self._prepared.clear()
+        self._plans.clear()
         self.handle = SimpleNamespace(buffer_ptrs=[])
         empty = torch.empty(0, dtype=torch.uint8)
         self.buffer = self.local = self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
@@ -292,50 +323,3 @@ class SymmBuffer:
 
     def __exit__(self, *_: object) -> None:
         self.destroy()
-
-
-def get_symm_buffer_for_mega_moe(
-    group: Any,
-    num_experts: int,
-    num_max_tokens_per_rank: int,
-    num_topk: int,
-    hidden: int,
-    intermediate_hidden: int,
-    use_fp8_dispatch: bool = True,
-    activation: str = "swiglu",
-    *,
-    device: torch.device | str | int | None = None,
-    max_pool_rows: int = DEFAULT_POOL_ROWS,
-) -> SymmBuffer:
-    """Allocate the buffer of one rank; a collective of all ranks of `group`.
-
-    Args:
-        group: the process group whose ranks share the experts, one GPU each.  None or a group of one rank: plain CUDA
-            memory, torch.distributed is not needed.
-        num_experts: experts of all ranks.
-        num_max_tokens_per_rank: most tokens of a call; rounded up to a multiple of 128.
-        num_topk: slots of a token, 1 to 32.
-        hidden: a multiple of 128.
-        intermediate_hidden: a multiple of 128.
-        use_fp8_dispatch: must be True.
-        activation: must be "swiglu".
-        device: where; the current CUDA device by default.
-        max_pool_rows: rows that the local pools hold at most, 4096 or more.  A batch with more of them is served
-            too: the pools become rings, and dispatch waits for the matrix work.
-
-    Raises:
-        ConfigError: a value is not supported, or the memory is not there (says the bytes).
-        UnsupportedDeviceError: the device is not a Hopper GPU.
-        RankMismatchError: the ranks ask for different layers, or have different kernel sources.
-    """
-    if not use_fp8_dispatch:
-        raise ConfigError("use_fp8_dispatch = False is not supported; allowed: True")
-    if activation != "swiglu":
-        raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
-    shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA device is available; allowed: a Hopper GPU with its driver")
-    if isinstance(device, int):
-        device = torch.device("cuda", device)
-    where = torch.empty(0, device="cuda" if device is None else device).device  # with its index
-    return SymmBuffer(shape, num_max_tokens_per_rank, where, group if group_size(group) > 1 else None, max_pool_rows)

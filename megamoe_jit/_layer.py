@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megamoe_jit._api import fp8_mega_moe
-from megamoe_jit._buffer import get_symm_buffer_for_mega_moe
+from megamoe_jit._api import fp8_mega_moe, get_symm_buffer_for_mega_moe
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._quant import quantize_activations, quantize_weights
 from megamoe_jit._weights import WeightPair, transform_weights_for_mega_moe_sm90

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from megamoe_jit._launch import Launcher
 from megamoe_jit._layout import COUNTER_ROWS
@@ -11,13 +15,25 @@ from megamoe_jit._loader import load_kernel
 from megamoe_jit._params import Params, aligned_params
 from megamoe_jit._settings import get_settings
 from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_WEIGHT, encode_fp8_rows
+from megamoe_jit._validate import check_weights
 
 if TYPE_CHECKING:
     from megamoe_jit._buffer import SymmBuffer
     from megamoe_jit._spec import KernelSpec
     from megamoe_jit._weights import WeightPair
+    from megamoe_jit.heuristics.select import Choice
 
-__all__ = ["PreparedKernel"]
+__all__ = ["CallPlan", "PreparedKernel"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallPlan:
+    """What a call with these tokens and options launches."""
+
+    kernel: PreparedKernel
+    choice: Choice
+    num_sms: int
+    sort_blocks: int
 
 
 class PreparedKernel:
@@ -29,6 +45,7 @@ class PreparedKernel:
         self.loaded = load_kernel(spec, buffer.device.index, param_bytes=ctypes.sizeof(Params))
         self.launcher = Launcher(self.loaded, self.params)
         self._weights: tuple[int, ...] = ()
+        self._checked: tuple[weakref.ref[torch.Tensor], ...] = ()
         self._fill(buffer)
 
     def _fill(self, buffer: SymmBuffer) -> None:
@@ -48,6 +65,16 @@ class PreparedKernel:
         params.rank = buffer.rank
         params.fault = buffer.fault.data_ptr()
         params.timeout_ns = int(get_settings().timeout_s * 1e9)
+
+    def check_weights(self, l1: WeightPair, l2: WeightPair, device: torch.device) -> None:
+        """Raise `ConfigError` unless these are the kernel's weights; tensors that were checked last are not again."""
+        tensors = (*l1, *l2)
+        if len(tensors) == len(self._checked) and all(
+            ref() is tensor for ref, tensor in zip(self._checked, tensors, strict=True)
+        ):
+            return
+        check_weights(l1, l2, self.spec, device)
+        self._checked = tuple(weakref.ref(tensor) for tensor in tensors)
 
     def set_weights(self, l1: WeightPair, l2: WeightPair) -> None:
         """Point the kernel at these tensors; cheap when they are the last call's."""

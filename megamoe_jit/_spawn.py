@@ -167,11 +167,9 @@ def run_ranks(
     Returns:
         How each rank ended, by rank; nothing is raised for a rank that failed.
     """
-    import torch.distributed as dist
-
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="megamoe-jit-ranks-") as name:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = _tcp_store()("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         job = {
             "target": target,
             "ranks": ranks,
@@ -250,16 +248,21 @@ def _end_with_parent() -> None:
 
 def _start(rank: int, job: Mapping[str, Any], report: Callable[[Any], None]) -> World:
     import torch
-    import torch.distributed as dist
 
     timeout = timedelta(seconds=job["group_timeout_s"])
-    store = dist.TCPStore("127.0.0.1", job["port"], is_master=False, timeout=timeout)
+    store = _tcp_store()("127.0.0.1", job["port"], is_master=False, timeout=timeout)
     device = torch.device("cpu")
     if job["device"] == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     _init(device, store=store, rank=rank, world_size=job["ranks"], timeout=timeout)
     return World(rank, job["ranks"], device, report)
+
+
+def _tcp_store() -> Any:
+    import torch.distributed as dist
+
+    return vars(dist)["TCPStore"]  # torch's stubs do not export it
 
 
 def _init(device: Any, **more: Any) -> None:

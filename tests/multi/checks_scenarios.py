@@ -103,7 +103,7 @@ def check_some_sms(world: World) -> str:
     for mode in MODES:
         variant = variant_of(mode, world.rank)
         whole = it.run(inputs, variant=variant)
-        for sms in (1 + 36 * world.rank, 131 - world.rank):
+        for sms in ((1, 37, 2, 131)[world.rank % 4], 100 - world.rank):
             if not torch.equal(whole, it.run(inputs, variant=variant, num_sms=sms)):
                 problems.append(f"{mode}: other bits with {sms} blocks")
     return "; ".join(problems)

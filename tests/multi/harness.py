@@ -20,14 +20,13 @@ from megamoe_jit._runtime import warmup
 from megamoe_jit._spawn import World, describe, run_ranks
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
-COLLECTIVE_S = 60.0  #: a collective that takes longer has lost a rank
 KERNEL_S = 8.0  #: the kernels' own deadline
 
 
-def run_checks_on_rank(world: World, module: str, names: list[str]) -> None:
+def run_checks_on_rank(world: World, module: str, names: list[str], collective_s: float) -> None:
     """What a rank does: the checks `names` of the table CHECKS of `module`, in order."""
     checks: Mapping[str, Callable[[World], str | None]] = importlib.import_module(module).CHECKS
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * COLLECTIVE_S))
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * collective_s))
     for name in names:
         problem, fatal = "", False
         try:
@@ -50,10 +49,21 @@ def run_checks(
     ranks: int,
     *,
     timeout_s: float = 300.0,
+    collective_s: float = 60.0,
     environment: Mapping[int, Mapping[str, str]] | None = None,
     device: str = "cuda",
 ) -> dict[str, str]:
-    """What is wrong with each check, by name; an empty text for those that passed on every rank."""
+    """What is wrong with each check, by name; an empty text for those that passed on every rank.
+
+    Args:
+        module: has the table CHECKS.
+        names: which of them, in order.
+        ranks: how many ranks.
+        timeout_s: when the ranks are killed, whatever they do.
+        collective_s: a collective on the host that takes longer has lost a rank, and raises.
+        environment: more variables, by rank.
+        device: `cuda` or `cpu`.
+    """
     own = environment or {}
     variables = {
         rank: {"MEGAMOE_JIT_TIMEOUT_S": str(KERNEL_S), "TORCH_NCCL_ENABLE_MONITORING": "0", **own.get(rank, {})}
@@ -62,11 +72,11 @@ def run_checks(
     ends = run_ranks(
         "tests.multi.harness:run_checks_on_rank",
         ranks,
-        {"module": module, "names": list(names)},
+        {"module": module, "names": list(names), "collective_s": collective_s},
         device=device,
         timeout_s=timeout_s,
-        group_timeout_s=COLLECTIVE_S,
-        grace_s=5 * COLLECTIVE_S,
+        group_timeout_s=collective_s,
+        grace_s=5 * collective_s,
         environment=variables,
     )
     reported = {name: problems for name, problems in ends[0].messages}

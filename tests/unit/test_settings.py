@@ -54,7 +54,7 @@ BAD = {
     "LOG_LEVEL": "loud",
     "TIMEOUT_S": "0",
     "VARIANT": "both",
-    "COOPERATIVE_THRESHOLD": "-1",
+    "COOPERATIVE_THRESHOLD": "some",
     "LOCK_TIMEOUT_S": "nan",
     "JOBS": "0",
     "DEBUG": "2",

@@ -1,0 +1,73 @@
+"""Host time of one steady-state call on a Hopper GPU: the launch alone, the public function, and an empty torch op.
+
+    python benchmarks/launch_cost.py [--json]
+
+The GPU work is as small as it gets and never fills the launch queue, so what is timed is the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import megamoe_jit as mm
+from megamoe_jit._scenarios import Scenario, make_inputs
+from megamoe_jit._spec import MoEShape
+
+ROUNDS, BATCH = 200, 10
+
+
+def median_us(call: Callable[[], object]) -> float:
+    """Median host microseconds of `call`, ten of them between synchronisations."""
+    times = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        for _ in range(BATCH):
+            begin = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begin) * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times[len(times) // 4 :])
+
+
+def measure() -> dict[str, float]:
+    """Medians in microseconds."""
+    shape = MoEShape(512, 512, 8, 2)
+    inputs = make_inputs(Scenario("launch", shape, 1, 1), "cuda")
+    l1, l2 = mm.transform_weights_for_mega_moe_sm90(inputs.l1, inputs.l2)
+    buffer = mm.get_symm_buffer_for_mega_moe(None, shape.experts, 1, shape.topk, shape.hidden, shape.intermediate)
+    buffer.topk_idx.fill_(-1)
+    y = torch.empty(1, shape.hidden, dtype=torch.bfloat16, device="cuda")
+    mm.fp8_mega_moe(y, l1, l2, buffer)
+    launcher = buffer.plan(1, None, True, None).kernel.launcher
+    stream = torch.cuda.current_stream().cuda_stream
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    empty = torch.empty(0, device="cuda")
+    result = {
+        "launch_us": median_us(lambda: launcher.launch(sms, stream)),
+        "public_us": median_us(lambda: mm.fp8_mega_moe(y, l1, l2, buffer)),
+        "empty_torch_op_us": median_us(lambda: empty.add_(1)),
+        "one_element_torch_op_us": median_us(lambda: y[:1, :1].zero_()),
+    }
+    buffer.check()
+    buffer.destroy()
+    return result
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    result = measure()
+    lines = [json.dumps(result)] if parser.parse_args().json else [f"{k:24} {v:7.2f}" for k, v in result.items()]
+    for line in lines:
+        print(line)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
