@@ -279,6 +279,7 @@ def collect(
     *,
     device: str = "cuda",
     timeout_s: float = 3600.0,
+    group_timeout_s: float = 300.0,
     on_report: Callable[[int, Any], None] | None = None,
 ) -> list[Any] | None:
     """Results of a function on all ranks: as one of torchrun's ranks, otherwise in processes of their own.
@@ -289,6 +290,7 @@ def collect(
         arguments: as in `run_ranks`.
         device: as in `run_ranks`.
         timeout_s: after this, ranks started here are killed.
+        group_timeout_s: of collectives on the process group.
         on_report: called with rank and report as they come; under torchrun on each rank with its own.
 
     Returns:
@@ -304,11 +306,19 @@ def collect(
     if here is None:
         if device == "cuda" and torch.cuda.device_count() < ranks:
             raise ConfigError(f"ranks = {ranks} needs {ranks} GPUs; allowed: up to {torch.cuda.device_count()} here")
-        ends = run_ranks(target, ranks, arguments, device=device, timeout_s=timeout_s, on_report=on_report)
+        ends = run_ranks(
+            target,
+            ranks,
+            arguments,
+            device=device,
+            timeout_s=timeout_s,
+            group_timeout_s=group_timeout_s,
+            on_report=on_report,
+        )
         if not all(end.ok for end in ends):
             raise MegaMoeError(f"not every rank finished:\n{describe(ends)}")
         return [end.result for end in ends]
-    return _as_torchrun_rank(target, ranks, arguments, device, here, on_report)
+    return _as_torchrun_rank(target, ranks, arguments, device, here, group_timeout_s, on_report)
 
 
 def _as_torchrun_rank(
@@ -317,6 +327,7 @@ def _as_torchrun_rank(
     arguments: Mapping[str, Any] | None,
     device: str,
     here: tuple[int, int],
+    group_timeout_s: float,
     on_report: Callable[[int, Any], None] | None,
 ) -> list[Any] | None:
     import torch
@@ -329,7 +340,7 @@ def _as_torchrun_rank(
     if device == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(where)
-    _init(where)
+    _init(where, timeout=timedelta(seconds=group_timeout_s))
     world = World(rank, ranks, where, lambda value: on_report(rank, value) if on_report is not None else None)
     result = _function(target)(world, **(arguments or {}))
     results: list[Any] = [None] * ranks

@@ -21,6 +21,7 @@ SOAK_SIZES = (0, 1, 7, 64, 131, 200, 257, 512)
 STALL_CYCLES = 180_000_000  #: about 100 ms
 UNPREPARED = (384, 256, 24, 3)  #: no other check has this layer
 OTHER = (512, 512, 8, 2)
+RING_TOKENS = 3000
 
 
 def check_soak(world: World) -> str:
@@ -197,6 +198,27 @@ def check_two_buffers(world: World) -> str:
     return "; ".join(problem for problem in problems if problem)
 
 
+def check_ring(world: World) -> str:
+    """Pools that are rings on some ranks or on all: the same bits as with pools for everything."""
+    it, problems = own_layer(world), []
+    whole = it.make_buffer(RING_TOKENS)
+    rings = it.make_buffer(RING_TOKENS, max_pool_rows=4096)
+    some = it.make_buffer(RING_TOKENS, max_pool_rows=4096 if world.rank % 2 else 65536)
+    for seed, route in enumerate(("topk", "single", "powerlaw:1.2")):
+        inputs = it.some(RING_TOKENS - 77 * world.rank, seed, route=route)
+        for mode in MODES:
+            variant = variant_of(mode, world.rank)
+            expected = it.run(inputs, buffer=whole, variant=variant)
+            problems.append(it.judge(inputs, expected))
+            for what, buffer in (("rings", rings), ("rings on some ranks", some)):
+                if not equal_bits(it.run(inputs, buffer=buffer, variant=variant), expected):
+                    problems.append(f"{route}, {mode}, {what}: other bits")
+    for buffer in (whole, rings, some):
+        buffer.check()
+        buffer.destroy()
+    return "; ".join(problem for problem in problems if problem)
+
+
 def _free_bytes() -> int:
     gc.collect()
     torch.cuda.synchronize()
@@ -298,6 +320,7 @@ CHECKS: dict[str, Callable[[World], str]] = {
     "replays in a row": check_replays_in_a_row,
     "capture without preparation": check_capture_unprepared,
     "two buffers": check_two_buffers,
+    "ring pools": check_ring,
     "destroy and recreate": check_recreate,
     "dropped": check_dropped,
     "soak": check_soak,

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megamoe_jit._runtime import warmup
 from megamoe_jit._spawn import World, describe, run_ranks
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from tests.multi.worker import forget
 
 KERNEL_S = 8.0  #: the kernels' own deadline
 
@@ -41,6 +42,7 @@ def run_checks_on_rank(world: World, module: str, names: list[str], collective_s
             world.report([name, {f"rank {rank}": text for rank, (text, _) in enumerate(everyone) if text}])
         if any(fatal for _, fatal in everyone):
             raise RuntimeError(f"check {name!r} raised on {[r for r, (_, f) in enumerate(everyone) if f]}")
+    forget()
 
 
 def run_checks(

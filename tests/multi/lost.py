@@ -44,16 +44,17 @@ def _victim(it: Rank, when: str) -> None:
 def _survivor(it: Rank, when: str) -> dict[str, Any]:
     if when in ("before", "between"):
         time.sleep(1.0)  # it is gone for certain
+    y, later = it.poisoned(CAPACITY), it.poisoned(10)  # nothing can be allocated once the context is broken
     begin = time.perf_counter()
     found: dict[str, Any] = {"error": None, "text": ""}
     try:
-        it.call(CAPACITY)
+        it.call(CAPACITY, y=y)
         it.buffer.check()
     except mm.MegaMoeError as error:
         found = {"error": type(error).__name__, "text": str(error)}
     found["seconds"] = time.perf_counter() - begin
     try:
-        it.call(10)
+        it.call(10, y=later)
         found["later"], found["later_text"] = None, ""
     except mm.MegaMoeError as error:
         found["later"], found["later_text"] = type(error).__name__, str(error)

@@ -8,12 +8,12 @@ from tests.multi.harness import warm
 from tests.multi.worker import shape_for
 
 DEADLINE_S = 3
-#: The launch that fails, and the barriers at which the lost rank can be missed.
+#: The launch that fails, and what the lost rank can still owe the others in it.
 EXPECTED = {
-    "before": (1, (0,)),
-    "between": (1 + lost.GOOD_ROUNDS, (0,)),
-    "stalled": (1 + lost.GOOD_ROUNDS, (0,)),
-    "computing": (1 + lost.GOOD_ROUNDS, (0, 1)),
+    "before": (1, ("inputs",)),
+    "between": (1 + lost.GOOD_ROUNDS, ("inputs",)),
+    "stalled": (1 + lost.GOOD_ROUNDS, ("inputs",)),
+    "computing": (1 + lost.GOOD_ROUNDS, ("inputs", "results")),
 }
 
 
@@ -36,7 +36,7 @@ def test_the_others_name_a_lost_rank_and_end_in_good_order(when, victim, ranks):
         environment={rank: {"MEGAMOE_JIT_TIMEOUT_S": str(DEADLINE_S)} for rank in range(ranks)},
     )
     story = describe(ends)
-    launch, barriers = EXPECTED[when]
+    launch, phases = EXPECTED[when]
     assert ends[dead].returncode == -9, story
     for end in ends:
         if end.rank == dead:
@@ -46,7 +46,7 @@ def test_the_others_name_a_lost_rank_and_end_in_good_order(when, victim, ranks):
         assert found["error"] == "PeerTimeoutError", found
         assert found["text"].startswith(f"rank {end.rank}: "), found
         assert f"(missing: rank {dead})" in found["text"], found
-        assert any(f"rank barrier {barrier} of launch {launch} " in found["text"] for barrier in barriers), found
+        assert any(f"to have their {phase} ready in launch {launch} " in found["text"] for phase in phases), found
         assert DEADLINE_S - 0.5 < found["seconds"] < DEADLINE_S + 3, found
         assert found["later"] == "PeerTimeoutError", found
         assert "unusable" in found["later_text"], found

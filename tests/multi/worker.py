@@ -65,11 +65,11 @@ class Rank:
         """The process group, as callers pass it."""
         return dist.group.WORLD if self.ranks > 1 else None
 
-    def make_buffer(self, capacity: int | None = None) -> mm.SymmBuffer:
+    def make_buffer(self, capacity: int | None = None, **more) -> mm.SymmBuffer:
         """A buffer of this layer; collective."""
         s, capacity = self.shape, self.capacity if capacity is None else capacity
         return mm.get_symm_buffer_for_mega_moe(
-            self.group, s.experts, capacity, s.topk, s.hidden, s.intermediate, device=self.device
+            self.group, s.experts, capacity, s.topk, s.hidden, s.intermediate, device=self.device, **more
         )
 
     def inputs(self, scenario: Scenario, seed: int = 0) -> Inputs:
