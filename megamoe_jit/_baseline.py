@@ -164,7 +164,7 @@ def probe(method: type[Gemm], device: torch.device) -> str:
     try:
         got = method((codes, scales), ends)(*method.quantise(x)).float()
     except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     exact = torch.empty_like(got)
     for e, (begin, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
         exact[begin:end] = x[begin:end] @ dequantize_weights(codes[e], scales[e]).T

@@ -37,7 +37,6 @@ PACKAGES = (
     "nvidia-cuda-nvrtc",
     "jinja2",
     "platformdirs",
-    "filelock",
     "click",
     "rich",
 )

@@ -17,7 +17,7 @@ from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._scenarios import Scenario
 from megamoe_jit._spawn import World, collect
 from megamoe_jit._spec import Variant
-from megamoe_jit._verify import FAULTS, GUARD_ROWS, STATS_BEFORE, Outcome, WeightCache, _stage, judge
+from megamoe_jit._verify import FAULTS, GUARD_ROWS, STATS_BEFORE, VARIANTS, Outcome, WeightCache, _stage, judge
 from megamoe_jit.heuristics.select import AUTO
 from megamoe_jit.reference import expert_counts, moe_reference
 
@@ -135,13 +135,14 @@ def run_on_rank(
 
 
 def _from_json(data: dict[str, Any]) -> Outcome:
-    return Outcome(**{k: math.nan if v is None else v for k, v in data.items()})
+    values: dict[str, Any] = {k: math.nan if v is None else v for k, v in data.items()}
+    return Outcome(**values)
 
 
 def run_ranks(
     ranks: int,
     pattern: str = "*",
-    variants: Sequence[str] = tuple(v.value for v in Variant),
+    variants: Sequence[str] = VARIANTS,
     progress: Callable[[Outcome], None] | None = None,
     *,
     slow: bool = False,

@@ -177,6 +177,7 @@ def _own() -> Iterator[Scenario]:
     yield _case("prod.flash.t1024", 1024, (4096, 2048, 32, 6))
     yield _case("prod.flash.t8192", 8192, (4096, 2048, 32, 6), slow=True)
     yield _case("prod.pro.t2048", 2048, (7168, 3072, 48, 6), slow=True)
+    yield _case("prod.long.t32768", 32768, (7168, 256, 8, 8), slow=True)  # offsets past 2^31, pools that wrap
 
 
 SCENARIOS: tuple[Scenario, ...] = (*_peer(), *_own())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._ranks import bench_document, print_bench, rank_count, run_ranks_option
+
+if TYPE_CHECKING:
+    from megamoe_jit.heuristics.presets import Preset
 
 __all__ = ["bench"]
 
@@ -59,6 +64,26 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _on_one(presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence[str]) -> dict[str, Any]:
+    from megamoe_jit import _bench, _bench_report
+
+    work = _bench.cases(presets, tokens)
+    _bench.require_hopper()
+    conditions = _bench_report.environment()
+    say("{device}, driver {driver}, NVRTC {nvrtc}, {commit}".format(**conditions))
+    card = [_bench.anchors()]
+    with progress_line("bench", len(work) * len(variants)) as step:
+        measured = _bench.measure(
+            work,
+            variants,
+            lambda r: step(f"{r.shape}  {r.tokens} tokens  {r.variant}: {r.median_us:.1f} us"),
+        )
+    card.append(_bench.anchors())
+    known = _bench_report.targets()
+    rows = [{**row.to_json(), **_bench_report.compare(row.to_json(), conditions["device"], known)} for row in measured]
+    return document("bench", environment=conditions, anchors=card, rows=rows)
+
+
 @click.command()
 @click.option(
     "--shapes",
@@ -90,11 +115,15 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Also draw time over tokens; needs the [bench] extra.",
 )
+@run_ranks_option
+@click.option("--baseline/--no-baseline", default=True, help="With several ranks: time an unfused layer beside it.")
 @json_option
 def bench(
     names: str | None,
     tokens: tuple[int, ...] | None,
     variants: tuple[str, ...],
+    ranks: int | None,
+    baseline: bool,
     output: Path | None,
     picture: Path | None,
     as_json: bool,
@@ -109,22 +138,13 @@ def bench(
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets = parse_shapes(names if names is not None else ",".join(_bench.DEFAULT_SHAPES))
-    work = _bench.cases(presets, tokens or _bench.DEFAULT_TOKENS)
-    wanted = variants or _bench.VARIANTS
-    _bench.require_hopper()
-    conditions = _bench_report.environment()
-    say("{device}, driver {driver}, NVRTC {nvrtc}, {commit}".format(**conditions))
-    card = [_bench.anchors()]
-    with progress_line("bench", len(work) * len(wanted)) as step:
-        measured = _bench.measure(
-            work,
-            wanted,
-            lambda r: step(f"{r.shape}  {r.tokens} tokens  {r.variant}: {r.median_us:.1f} us"),
-        )
-    card.append(_bench.anchors())
-    known = _bench_report.targets()
-    rows = [{**row.to_json(), **_bench_report.compare(row.to_json(), conditions["device"], known)} for row in measured]
-    doc = document("bench", environment=conditions, anchors=card, rows=rows)
+    counts, wanted, several = tokens or _bench.DEFAULT_TOKENS, variants or _bench.VARIANTS, rank_count(ranks)
+    doc = (
+        bench_document(presets, counts, wanted, several, baseline) if several > 1 else _on_one(presets, counts, wanted)
+    )
+    if doc is None:
+        return
+    rows, card = doc["rows"], doc["anchors"]
     if output is not None:
         _bench_report.write(doc, output)
         say(f"written: {output}")
@@ -134,7 +154,10 @@ def bench(
     if as_json:
         emit_json(doc)
     else:
-        click.echo(table(_HEADERS, [_cells(row) for row in rows], left=(0, 1, 2)))
+        if several > 1:
+            print_bench(doc)
+        else:
+            click.echo(table(_HEADERS, [_cells(row) for row in rows], left=(0, 1, 2)))
         for when, anchor in zip(("before", "after"), card, strict=True):
             click.echo(
                 f"card {when}: dense FP8 8192^3 {anchor['dense_fp8_8192_tflops']:.0f} TFLOPS, "

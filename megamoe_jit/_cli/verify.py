@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._ranks import rank_count, run_ranks_option
 
 if TYPE_CHECKING:
     from megamoe_jit._verify import Outcome
@@ -44,16 +45,32 @@ def _figure(value: float) -> str:
 @click.option("--slow", is_flag=True, help="Run the large scenarios as well.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
 @click.option("--list", "only_list", is_flag=True, help="Print the scenarios that would run; needs no GPU.")
+@run_ranks_option
 @json_option
-def verify(pattern: str, variants: tuple[str, ...], slow: bool, seed: int, only_list: bool, as_json: bool) -> None:
+def verify(
+    pattern: str,
+    variants: tuple[str, ...],
+    slow: bool,
+    seed: int,
+    only_list: bool,
+    ranks: int | None,
+    as_json: bool,
+) -> None:
     """Run scenarios on the GPU and compare with the FP32 reference.
+
+    With several ranks, scenarios whose experts they cannot share evenly are left out.
 
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
     variants = variants or ("pingpong", "cooperative")
     from megamoe_jit._scenarios import select
 
+    several = rank_count(ranks)
     chosen = select(pattern, slow=slow)
+    if several > 1:
+        from megamoe_jit import _verify_ranks
+
+        chosen = _verify_ranks.chosen(pattern, several, slow=slow)
     if only_list:
         names = [scenario.name for scenario in chosen]
         if as_json:
@@ -67,7 +84,18 @@ def verify(pattern: str, variants: tuple[str, ...], slow: bool, seed: int, only_
 
     device = require_hopper()
     with progress_line("verify", len(chosen) * len(variants)) as step:
-        outcomes = run_all(pattern, variants, device, lambda o: step(_line(o)), slow=slow, seed=seed)
+
+        def note(outcome: Outcome) -> None:
+            step(_line(outcome))
+
+        found = (
+            _verify_ranks.run_ranks(several, pattern, variants, note, slow=slow, seed=seed)
+            if several > 1
+            else run_all(pattern, variants, device, note, slow=slow, seed=seed)
+        )
+    if found is None:  # another rank of torchrun reports
+        return
+    outcomes = found
     expected = len(chosen) * len(variants)
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if as_json:

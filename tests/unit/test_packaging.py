@@ -72,7 +72,7 @@ def test_wheel_metadata(wheel: Path):
     assert "Requires-Python: >=3.11" in head
     assert {f"Provides-Extra: {extra}" for extra in ("cu12", "cu13", "bench", "dev")} <= set(head)
     required = {line.split()[1].split(">")[0].split("<")[0] for line in head if line.startswith("Requires-Dist:")}
-    base = {"cuda-python", "torch", "jinja2", "platformdirs", "filelock", "click", "rich"}
+    base = {"cuda-python", "torch", "jinja2", "platformdirs", "click", "rich"}
     assert base <= required
     assert b"megamoe-jit = megamoe_jit._cli:main" in files[f"{folder}/entry_points.txt"]
     assert files[f"{folder}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()

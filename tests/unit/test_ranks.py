@@ -199,7 +199,7 @@ def test_a_rank_that_raises_ends_the_others_after_a_grace():
 
 
 def test_ranks_that_do_not_end_are_killed_and_what_they_printed_is_told():
-    ends = run_ranks("tests.unit.test_ranks:misbehave", 2, {"how": "sleep"}, device="cpu", timeout_s=12)
+    ends = run_ranks("tests.unit.test_ranks:misbehave", 2, {"how": "sleep"}, device="cpu", timeout_s=10)
     assert [end.returncode for end in ends] == [None, None]
     assert "so tired" in describe(ends)
 

@@ -1,0 +1,103 @@
+"""What `bench` and `verify` do when several GPUs share the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from megamoe_jit._cli._io import document, progress_line, table
+
+if TYPE_CHECKING:
+    from megamoe_jit.heuristics.presets import Preset
+
+__all__ = ["bench_document", "print_bench", "rank_count", "run_ranks_option"]
+
+_HEADERS = (
+    "SHAPE",
+    "VARIANT",
+    "KERNEL",
+    "TOKENS",
+    "MEDIAN us",
+    "MIN",
+    "MAX",
+    "SUSTAINED us",
+    "ONE RANK us",
+    "x ONE RANK",
+    "UNFUSED us",
+    "TIMES FASTER",
+    "DIFF",
+)
+
+run_ranks_option = click.option(
+    "--ranks",
+    type=click.IntRange(1, 8),
+    help="GPUs of this host that share the experts; one process is started for each, unless torchrun has started "
+    "them.  [default: torchrun's number, else 1]",
+)
+
+
+def rank_count(ranks: int | None) -> int:
+    """The number of ranks that was asked for, or torchrun's."""
+    from megamoe_jit._spawn import joined
+
+    here = joined()
+    return ranks if ranks is not None else here[1] if here is not None else 1
+
+
+def bench_document(
+    presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence[str], ranks: int, baseline: bool
+) -> dict[str, Any] | None:
+    """The document of a benchmark on several GPUs; None where torchrun runs another rank that reports."""
+    from megamoe_jit._bench_ranks import run
+
+    with progress_line("bench", len(presets) * len(tokens) * len(variants)) as step:
+        found = run(
+            presets,
+            tokens,
+            variants,
+            ranks,
+            baseline=baseline,
+            progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens  {r['variant']}: {r['median_us']:.1f} us"),
+        )
+    return None if found is None else document("bench", **found)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def figure(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    times = (f"{row[key]:.1f}" for key in ("median_us", "min_us", "max_us", "sustained_us", "one_rank_us"))
+    return (
+        row["shape"],
+        row["variant"],
+        row["kernel"],
+        str(row["tokens"]),
+        *times,
+        figure(row["vs_one_rank"], 3),
+        figure(row["baseline_us"], 1),
+        figure(row["baseline_speedup"], 2),
+        f"{row['diff']:.1e}" if row["correct"] else "WRONG",
+    )
+
+
+def print_bench(doc: dict[str, Any]) -> None:
+    """The document as tables."""
+    click.echo(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
+    others = [
+        (
+            b["shape"],
+            str(b["tokens"]),
+            b["method"],
+            "graph" if b["graph"] else "eager",
+            "-" if b["median_us"] is None else f"{b['median_us']:.1f}",
+            "-" if b["diff"] is None else f"{b['diff']:.1e}" + ("" if b["correct"] else " WRONG"),
+        )
+        for b in doc["baselines"]
+    ]
+    if others:
+        click.echo()
+        click.echo(table(("SHAPE", "TOKENS", "UNFUSED", "LAUNCHED", "MEDIAN us", "DIFF"), others, left=(0, 2, 3)))
+    for method, reason in doc["baselines_not_timed"].items():
+        click.echo(f"not timed: {method} ({reason})")
