@@ -10,7 +10,7 @@ import torch
 from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layout import DEFAULT_POOL_ROWS
-from megamoe_jit._ranks import group_size
+from megamoe_jit._ranks import collectively, group_size
 from megamoe_jit._settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._validate import RECIPE, check_expert_ids, check_recipe, check_tensor
@@ -53,17 +53,22 @@ def get_symm_buffer_for_mega_moe(
         UnsupportedDeviceError: the device is not a Hopper GPU.
         RankMismatchError: the ranks ask for different layers, or have different kernel sources.
     """
-    if not use_fp8_dispatch:
-        raise ConfigError("use_fp8_dispatch = False is not supported; allowed: True")
-    if activation != "swiglu":
-        raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
-    shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA device is available; allowed: a Hopper GPU with its driver")
-    if isinstance(device, int):
-        device = torch.device("cuda", device)
-    where = torch.empty(0, device="cuda" if device is None else device).device  # with its index
-    return SymmBuffer(shape, num_max_tokens_per_rank, where, group if group_size(group) > 1 else None, max_pool_rows)
+    ranks = group if group_size(group) > 1 else None
+
+    def admit() -> tuple[MoEShape, torch.device]:
+        if not use_fp8_dispatch:
+            raise ConfigError("use_fp8_dispatch = False is not supported; allowed: True")
+        if activation != "swiglu":
+            raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
+        shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
+        if not torch.cuda.is_available():
+            raise ConfigError("no CUDA device is available; allowed: a Hopper GPU with its driver")
+        place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
+        where = torch.empty(0, device=place).device  # with its index
+        return shape, where
+
+    shape, where = collectively(ranks, "checking the layer", admit)
+    return SymmBuffer(shape, num_max_tokens_per_rank, where, ranks, max_pool_rows)
 
 
 def fp8_mega_moe(

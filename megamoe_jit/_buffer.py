@@ -6,6 +6,7 @@ that shape.  It owns the parameter block of each kernel, so a steady-state call 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import threading
@@ -65,18 +66,15 @@ class SymmBuffer:
         group: Any = None,
         max_pool_rows: int = DEFAULT_POOL_ROWS,
     ) -> None:
-        if not 0 < max_tokens <= MAX_TOKENS:
-            raise ConfigError(f"num_max_tokens_per_rank = {max_tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
-        check_device(device)
         self.shape, self.device, self.group = shape, device, group
         self.rank, self.ranks = group_rank(group), group_size(group)
-        self.spec(Variant.COOPERATIVE, True)  # refuses what no kernel supports, before anything is allocated
+        fingerprint = collectively(group, "checking the layer", lambda: self._admit(max_tokens))
         self.layout = layout = buffer_layout(shape, max_tokens, self.ranks, max_pool_rows)
         self.num_experts, self.num_topk = shape.experts, shape.topk
         self.hidden, self.intermediate_hidden = shape.hidden, shape.intermediate
         self.num_max_tokens_per_rank = layout.capacity
         if self.ranks > 1:
-            require_equal(group, "the layer", self._fingerprint())
+            require_equal(group, "the layer", {**fingerprint, "num_max_tokens_per_rank": layout.capacity})
         collectively(group, "checking the memory", self._check_memory)
         self._allocate()
         self.fault = torch.zeros(16, dtype=torch.int32, pin_memory=True)
@@ -94,7 +92,14 @@ class SymmBuffer:
         self._destroyed = False
         self._broken: MegaMoeError | None = None
 
-    def _fingerprint(self) -> dict[str, object]:
+    def _admit(self, max_tokens: int) -> dict[str, object]:
+        """Refuse what no kernel supports, before anything is allocated; what all ranks must have in common."""
+        if not 0 < max_tokens <= MAX_TOKENS:
+            raise ConfigError(f"num_max_tokens_per_rank = {max_tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
+        check_device(self.device)
+        self.spec(Variant.COOPERATIVE, True)
+        if self.ranks == 1:
+            return {}
         from megamoe_jit._render import render
 
         sources = (render(self.spec(variant, True)).text for variant in Variant)
@@ -103,7 +108,6 @@ class SymmBuffer:
             "num_topk": self.shape.topk,
             "hidden": self.shape.hidden,
             "intermediate_hidden": self.shape.intermediate,
-            "num_max_tokens_per_rank": self.layout.capacity,
             "package version": __version__,
             "kernel sources": digest(*sources),
         }
@@ -304,6 +308,9 @@ class SymmBuffer:
         if self._broken is None:
             torch.cuda.synchronize(self.device)  # a launch on another stream may still use the memory
             gather(self.group, None)
+        elif self.ranks > 1:  # torch frees symmetric memory by a call that aborts the process on a broken context
+            for kept in (self.buffer, self.handle):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
         self._prepared.clear()
         self._plans.clear()
         self.handle = SimpleNamespace(buffer_ptrs=[])

@@ -7,6 +7,7 @@ files that they only append to: what a rank said before it was killed is not los
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -234,7 +235,9 @@ def child() -> None:
 
             world = _start(rank, job, lambda value: say("report", value))
             say("result", _function(job["target"])(world, **job["arguments"]))
+            gc.collect()  # a group that an old traceback still holds would be torn down at exit, and may abort
             dist.destroy_process_group()
+            gc.collect()
         except BaseException:
             say("error", traceback.format_exc())
             sys.stderr.flush()
