@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,59 +131,32 @@ def fp8_mega_moe(
     sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
 
 
-def fp8_mega_moe_pingpong(
-    y: torch.Tensor,
-    l1: WeightPair,
-    l2: WeightPair,
-    sym_buffer: SymmBuffer,
-    cumulative_local_expert_recv_stats: torch.Tensor | None = None,
-    recipe: Sequence[int] = RECIPE,
-    activation: str = "swiglu",
-    activation_clamp: float | None = None,
-    fast_math: bool = True,
-    *,
-    num_sms: int | None = None,
-) -> None:
-    """`fp8_mega_moe` with the pingpong kernel (tiles of 64 rows), whatever the token count."""
-    fp8_mega_moe(
-        y,
-        l1,
-        l2,
-        sym_buffer,
-        cumulative_local_expert_recv_stats,
-        recipe,
-        activation,
-        activation_clamp,
-        fast_math,
-        num_sms=num_sms,
-        variant=Variant.PINGPONG.value,
+def _forcing(variant: Variant) -> Callable[..., None]:
+    """`fp8_mega_moe` with its signature, but for the variant, which is forced."""
+
+    def call(
+        y: torch.Tensor,
+        l1: WeightPair,
+        l2: WeightPair,
+        sym_buffer: SymmBuffer,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        recipe: Sequence[int] = RECIPE,
+        activation: str = "swiglu",
+        activation_clamp: float | None = None,
+        fast_math: bool = True,
+        *,
+        num_sms: int | None = None,
+    ) -> None:
+        stats = cumulative_local_expert_recv_stats
+        options = (recipe, activation, activation_clamp, fast_math)
+        fp8_mega_moe(y, l1, l2, sym_buffer, stats, *options, num_sms=num_sms, variant=variant.value)
+
+    call.__name__ = call.__qualname__ = f"fp8_mega_moe_{variant.value}"
+    call.__doc__ = (
+        f"`fp8_mega_moe` with the {variant.value} kernel (tiles of {variant.block_m} rows), whatever the token count."
     )
+    return call
 
 
-def fp8_mega_moe_cooperative(
-    y: torch.Tensor,
-    l1: WeightPair,
-    l2: WeightPair,
-    sym_buffer: SymmBuffer,
-    cumulative_local_expert_recv_stats: torch.Tensor | None = None,
-    recipe: Sequence[int] = RECIPE,
-    activation: str = "swiglu",
-    activation_clamp: float | None = None,
-    fast_math: bool = True,
-    *,
-    num_sms: int | None = None,
-) -> None:
-    """`fp8_mega_moe` with the cooperative kernel (tiles of 128 rows), whatever the token count."""
-    fp8_mega_moe(
-        y,
-        l1,
-        l2,
-        sym_buffer,
-        cumulative_local_expert_recv_stats,
-        recipe,
-        activation,
-        activation_clamp,
-        fast_math,
-        num_sms=num_sms,
-        variant=Variant.COOPERATIVE.value,
-    )
+fp8_mega_moe_pingpong = _forcing(Variant.PINGPONG)
+fp8_mega_moe_cooperative = _forcing(Variant.COOPERATIVE)
