@@ -14,12 +14,11 @@
 #pragma once
 #include "dispatch/sort.cuh"
 #include "pipe/ring.cuh"
+#include "sched/order.cuh"
 
 namespace megamoe {
 
 template <class C> struct Gather {
-    static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN;
-
     const Params& p;
     const Shared<C>& shared;
     const Plan plan;
@@ -97,7 +96,8 @@ template <class C> struct Gather {
     MEGA_DEVICE void wait_pool(u32 row) const {
         const u32 block = row / kPoolAlign * kPoolAlign, rows = plan.rows_from(plan.expert_at(row / kPoolAlign), block);
         for (u32 r = 0; r < min_u32(rows, kPoolAlign); r += kCounterRows)
-            wait_counter(p, Wait::pool_read, p.act2_ready + (block + r) / kCounterRows, kTilesN1, (block + r) / kCounterRows);
+            wait_counter(p, Wait::pool_read, p.act2_ready + (block + r) / kCounterRows, TileOrder<C>::kTilesN1,
+                         (block + r) / kCounterRows);
         ptx::fence_async_global();
     }
     /// Counts its rows as arrived.

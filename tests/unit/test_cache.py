@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import stat
 import subprocess
@@ -20,22 +19,6 @@ from megamoe_jit._locks import private_directory
 from tests.stubs import KEY, OTHER, REPO, fake_cubin, rewrite_meta
 
 IS_ROOT = os.geteuid() == 0
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return KernelCache(tmp_path / "root")
-
-
-@pytest.fixture
-def warnings():
-    """The warnings of the test, as a list that grows."""
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append
-    logging.getLogger("megamoe_jit").addHandler(handler)
-    yield records
-    logging.getLogger("megamoe_jit").removeHandler(handler)
 
 
 def fail_with(number):

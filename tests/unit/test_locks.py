@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import signal
 import stat
@@ -19,17 +18,6 @@ from megamoe_jit import _locks
 from megamoe_jit._locks import key_lock, lock_dir, try_lock
 from megamoe_jit._settings import override
 from tests.stubs import KEY, child_environment
-
-
-@pytest.fixture
-def warnings():
-    """The warnings of the test, as a list that grows."""
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append
-    logging.getLogger("megamoe_jit").addHandler(handler)
-    yield records
-    logging.getLogger("megamoe_jit").removeHandler(handler)
 
 
 def test_lock_excludes_times_out_and_is_released(tmp_path, warnings, monkeypatch):

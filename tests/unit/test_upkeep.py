@@ -26,22 +26,6 @@ def locks_here(tmp_path):
         yield
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return KernelCache(tmp_path / "root")
-
-
-@pytest.fixture
-def warnings():
-    """The warnings of the test, as a list that grows."""
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append
-    logging.getLogger("megamoe_jit").addHandler(handler)
-    yield records
-    logging.getLogger("megamoe_jit").removeHandler(handler)
-
-
 def key_of(number):
     return hashlib.sha256(str(number).encode()).hexdigest()
 
