@@ -53,6 +53,7 @@ class Params(ctypes.Structure):
         ("y", c_uint64),
         ("stats", c_uint64),
         ("fault", c_uint64),
+        ("timeline", c_uint64),
         ("timeout_ns", c_uint64),
         ("tokens", c_uint32),
         ("rank", c_uint32),
@@ -62,7 +63,7 @@ class Params(ctypes.Structure):
         ("rows_per_item", c_uint32),
         ("lag_tiles", c_uint32),
         ("clamp", c_float),
-        ("padding", c_uint32 * 8),
+        ("padding", c_uint32 * 6),
     ]
 
 

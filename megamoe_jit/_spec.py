@@ -82,6 +82,7 @@ class KernelSpec:
     variant: Variant
     ranks: int = 1
     fast_math: bool = True
+    timeline: bool = False  #: the kernel writes down where its time goes (`_timeline`)
 
     def __post_init__(self) -> None:
         _check(1 <= self.ranks <= MAX_RANKS, "number of ranks", self.ranks, f"1 to {MAX_RANKS}")
@@ -146,7 +147,8 @@ class KernelSpec:
         """Symbol of the kernel."""
         s = self.shape
         math = "fast" if self.fast_math else "exact"
-        return f"megamoe_{self.variant.value}_h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}_{math}"
+        sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
+        return f"megamoe_{self.variant.value}_{sizes}_{math}{'_timeline' if self.timeline else ''}"
 
     @property
     def template(self) -> str:
@@ -166,6 +168,7 @@ class KernelSpec:
             "dispatch_slots": self.dispatch_slots,
             "shared_bytes": self.shared_bytes,
             "fast_math": "true" if self.fast_math else "false",
+            "timeline": "true" if self.timeline else "false",
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -180,4 +183,5 @@ class KernelSpec:
             variant=Variant.parse(data["variant"]),
             ranks=data["ranks"],
             fast_math=data["fast_math"],
+            timeline=data.get("timeline", False),
         )

@@ -12,6 +12,7 @@
 // every lane, bulk stores are waited for; then the warp meets and one lane releases the counter.  The reader acquires it
 // and fences likewise.
 #pragma once
+#include "comm/timeline.cuh"
 #include "dispatch/sort.cuh"
 #include "pipe/ring.cuh"
 #include "sched/order.cuh"
@@ -119,6 +120,7 @@ template <class C> struct Gather {
 
     MEGA_DEVICE void rest() const {
         if constexpr (C::kRanks > 1) ptx::fence_async_global();   // other ranks' rows, acquired by a thread of this block
+        Timeline<C> timeline(p, Role::dispatch);
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
         for (u32 i = first_items + blockIdx.x; i < items; i += gridDim.x) {
             const Item item = begin<false>(i);
@@ -126,6 +128,7 @@ template <class C> struct Gather {
             copy_rows(item, chunks);
             end(item);
         }
+        if (ptx::lane_id() == 0) timeline.done(Span::gather);
     }
 
     static constexpr u32 kChunks = ceil_div(C::kHidden, kDispatchChunk);   // of a row

@@ -10,6 +10,7 @@
 //
 // Blocks are persistent and resident together (cooperative launch), one per SM.  The variants differ in `Config` alone.
 #pragma once
+#include "comm/timeline.cuh"
 #include "dispatch/gather.cuh"
 #include "roles/combine.cuh"
 #include "roles/load.cuh"
@@ -38,22 +39,32 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
 
 /// Leaves every block with its plan and the first rows on their way.
 template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& shared, u32 epoch) {
+    Timeline<C> timeline(p, Role::head);
+    const auto did = [&](Span what) {
+        if (C::kTimeline && threadIdx.x == 0) timeline.done(what);
+    };
     initialise<C>(p, shared);
     const Sort<C> sort(p, shared.scratch());
     sort.count();
     __syncthreads();
+    did(Span::count);
     if (threadIdx.x == 0) grid_barrier(p, Wait::head_barrier, 0);
     __syncthreads();
+    did(Span::count_barrier);
     sort.order();
     __syncthreads();
+    did(Span::order);
     if (threadIdx.x == 0) meet_ranks<C::kRanks>(p, Phase::inputs, epoch);
     __syncthreads();
+    did(Span::order_barrier);
     Sources<C>{p, shared}.fetch();
     if (ptx::warp_id() == 0) build_plan<C>(p, shared);
     ptx::fence_async_shared();   // the stages held ordinary data so far; TMA writes them next
     __syncthreads();
+    did(Span::plan);
     const Plan plan = plan_of<C>(shared);
     Gather<C>(p, shared, plan).first_round();
+    did(Span::first_round);
     return plan;
 }
 
@@ -69,9 +80,10 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
         if (warp == 1 && one) LoadWeights<C>{p, shared, plan}.run();
         if (warp == 2) Gather<C>(p, shared, plan).rest();
         if (warp == 3) {
-            if (one) publish_tiles<C>(p, shared, plan);
+            Timeline<C> timeline(p, Role::publisher);
+            if (one) publish_tiles<C>(p, shared, plan, timeline);
             __syncwarp();
-            Combine<C>{p}.meet_all(epoch);
+            Combine<C>{p}.meet_all(epoch, timeline);
         }
     } else {
         ptx::registers_grow<kMathRegisters>();

@@ -35,6 +35,7 @@ struct alignas(64) Params {
     u16* y;                // bf16 [tokens][hidden]
     i32* stats;            // [local experts] or null: rows received, added to
     u32* fault;            // four words the host can read; see comm/fault.cuh
+    u64* timeline;         // records of comm/timeline.cuh; not read unless the kernel was compiled for it
 
     u64 timeout_ns;
     u32 tokens, rank, pool_rows, counters, sort_blocks, rows_per_item, lag_tiles;

@@ -2,6 +2,7 @@
 // has come back.  A warp takes 256 columns of a token at a time; masked slots are not read.
 #pragma once
 #include "comm/barriers.cuh"
+#include "comm/timeline.cuh"
 #include "ptx/convert.cuh"
 
 namespace megamoe {
@@ -33,14 +34,20 @@ template <class C> struct Combine {
 
     /// The publisher warp, between the math warps' two barriers: all blocks and ranks have scattered their rows.  It is
     /// not done by a math warp, since the timer of a deadline there would make the main loop spill.
-    MEGA_DEVICE void meet_all(u32 epoch) const {
+    MEGA_DEVICE void meet_all(u32 epoch, Timeline<C>& timeline) const {
         ptx::named_sync(kBarrierTail, kTailThreads);
+        timeline.start();
         if (ptx::lane_id() == 0) {
             meet_ranks<C::kRanks>(p, Phase::results, epoch);
             if (C::kRanks > 1 && blockIdx.x == 0) p.control[kControlEpoch] = epoch;
         }
         __syncwarp();
         ptx::named_sync(kBarrierTail, kTailThreads);
+        if constexpr (C::kTimeline) {
+            if (ptx::lane_id() == 0) timeline.done(Span::tail_barrier);
+            ptx::named_sync(kBarrierTail, kTailThreads);
+            if (ptx::lane_id() == 0) timeline.done(Span::combine);
+        }
     }
 
     MEGA_DEVICE void item(u32 token, u32 part) const {
@@ -67,6 +74,7 @@ template <class C> struct Combine {
         ptx::named_sync(kBarrierTail, kTailThreads);
         const u32 warp = (ptx::warp_id() - kGroup / kWarp) * gridDim.x + blockIdx.x;
         for (u32 i = warp; i < p.tokens * kParts; i += kMathWarps * gridDim.x) item(i / kParts, i % kParts);
+        if constexpr (C::kTimeline) ptx::named_sync(kBarrierTail, kTailThreads);
     }
 };
 

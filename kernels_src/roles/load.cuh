@@ -7,6 +7,7 @@
 //
 // The weights lane is also the scheduler: it takes tickets, one ahead, and publishes the tiles.
 #pragma once
+#include "comm/timeline.cuh"
 #include "mma/scales.cuh"
 #include "pipe/tile_slots.cuh"
 #include "sched/order.cuh"
@@ -46,12 +47,15 @@ template <class C> struct LoadWeights {
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
         TileOrder<C> order(plan, p.lag_tiles, p.pool_rows);
+        Timeline<C> timeline(p, Role::weights);
         u32 index = 0, k_begin = 0, mine = ticket();
         Tile tile = order.locate(mine);
         for (; tile.kind != Tile::stop; tile = order.locate(mine)) {
             tile.k_begin = k_begin;
             slots.publish(index++, tile);
+            timeline.start();
             mine = stream(tile);
+            timeline.done(Span::stream_weights, tile.row);
             k_begin += tile.k_blocks;
         }
         if constexpr (C::kVariant == Variant::pingpong) {   // one stop tile for each group; the first has the turn
@@ -108,12 +112,16 @@ template <class C> struct LoadActivations {
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
+        Timeline<C> timeline(p, Role::activations);
         for (u32 index = 0;; ++index) {
             const Tile tile = slots.read(index);
             if (tile.kind == Tile::stop) break;
             slots.release(index);
+            timeline.start();
             wait_rows(tile);
+            timeline.done(Span::wait_rows, tile.row);
             stream(tile);
+            timeline.done(Span::stream_activations, tile.row);
         }
     }
 };

@@ -1,0 +1,224 @@
+"""Several ranks of the protocol on one GPU: a thread, a stream and a share of the SMs for each.
+
+Collectives meet at a barrier of the threads, and "symmetric" memory is ordinary memory of the same GPU, so a peer's
+address is as good as one's own.  The kernels are those of several ranks, unchanged; only the NVLink between them is
+missing.  Run as a program, in a process of its own: a fault breaks the CUDA context, and the streams need hardware
+queues of their own.
+
+    python -m tests.gpu.virtual RANKS [NAME ...]      prints a line of JSON for each check
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+import torch
+
+from megamoe_jit import _buffer, _ranks
+from megamoe_jit._scenarios import SCENARIOS, Scenario, Weights, make_weights
+from megamoe_jit._spec import MoEShape
+from megamoe_jit.reference import expert_counts
+from tests.multi.harness import warm
+from tests.multi.worker import MODES, Rank, equal_bits, shape_for
+
+SIZES = (512, 512, 24, 4)
+CAPACITY = 512
+FREE_SMS = 4  #: for the streams' other work
+SOAK_ROUNDS = 60
+LARGEST = 64 << 20  #: bytes of one rank's combine slots that a scenario may need here
+
+
+class Meeting:
+    """Where the threads meet."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.values: list[Any] = [None] * ranks
+        self.barrier = threading.Barrier(ranks, timeout=120)
+
+
+class Group:
+    """One thread's view of the process group."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self._rank = meeting, rank
+
+    def size(self) -> int:
+        return self.meeting.ranks
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def gather(group: Group | None, value: Any) -> list[Any]:
+    """Stands in for `_ranks.gather`."""
+    if group is None:
+        return [value]
+    meeting = group.meeting
+    meeting.values[group.rank()] = value
+    meeting.barrier.wait()
+    everyone = list(meeting.values)
+    meeting.barrier.wait()
+    return everyone
+
+
+def allocate(group: Group, size: int, device: torch.device) -> tuple[torch.Tensor, Any]:
+    """Stands in for `_ranks.allocate_symmetric`."""
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    return memory, SimpleNamespace(buffer_ptrs=gather(group, memory.data_ptr()))
+
+
+class VirtualRank(Rank):
+    """A rank whose peers are threads of this process."""
+
+    def __init__(self, group: Group, shape: MoEShape, capacity: int, weights: Weights, fast_math: bool) -> None:
+        self._group = group
+        device = torch.device("cuda", torch.cuda.current_device())
+        super().__init__(group.rank(), group.size(), device, shape, capacity, weights)
+        self.buffer.prepare("pingpong", fast_math)
+
+    @property
+    def group(self) -> Group:
+        return self._group
+
+    def counts(self, inputs) -> torch.Tensor:
+        mine = expert_counts(inputs.topk_idx, self.shape.experts).to("cpu", torch.int64)
+        local = self.shape.experts // self.ranks
+        return sum(gather(self._group, mine))[self.rank * local : (self.rank + 1) * local]
+
+    def call(self, tokens, **more):
+        """All ranks' launches are in their streams before anybody does anything else."""
+        more["num_sms"] = (
+            more.get("num_sms") or (torch.cuda.get_device_properties(0).multi_processor_count - FREE_SMS) // self.ranks
+        )
+        y = self.poisoned(tokens) if more.get("y") is None else more.pop("y")
+        torch.cuda.current_stream().synchronize()
+        gather(self._group, None)
+        y = super().call(tokens, y=y, **more)
+        gather(self._group, None)
+        return y
+
+
+def check_scenario(scenario: Scenario, it: VirtualRank) -> str:
+    """A scenario of the table on every rank, each with inputs of its own."""
+    inputs = it.inputs(scenario)
+    expected = it.expected(inputs, scenario.clamp)
+    modes = MODES if it.ranks == 2 else MODES[2:]
+    problems = [
+        it.check(inputs, m, expected=expected, clamp=scenario.clamp, fast_math=scenario.fast_math) for m in modes
+    ]
+    return "; ".join(p for p in problems if p)
+
+
+def check_ragged(it: VirtualRank) -> str:
+    """Other token counts on every rank, 0 and the capacity among them."""
+    problems = []
+    for counts in ((0, CAPACITY), (CAPACITY, 1), (7, 131, 257), (0, 0, 0, 1)):
+        inputs = it.some(counts[it.rank % len(counts)], route="powerlaw:1.2")
+        problems += [it.check(inputs, mode) for mode in MODES]
+    return "; ".join(p for p in problems if p)
+
+
+def check_soak(it: VirtualRank) -> str:
+    """Rounds of random sizes, routes, variants and delays; the same inputs always give the same bits."""
+    pool = {
+        (t, seed): it.some(t, seed, route=("topk", "hot")[seed]) for t in (0, 1, 33, 257, CAPACITY) for seed in (0, 1)
+    }
+    mine, first, problems = random.Random(it.rank), {}, []
+    for number in range(SOAK_ROUNDS):
+        key, variant = mine.choice(list(pool)), mine.choice(MODES[:2])
+        it.stage(pool[key])
+        if mine.random() < 0.5:
+            torch.cuda._sleep(mine.randint(1, 4_000_000))
+        y = it.call(key[0], variant=variant)
+        it.buffer.check()
+        if key not in first:
+            first[key] = y
+            problems.append(it.judge(pool[key], y))
+        elif not equal_bits(y, first[key]):
+            problems.append(f"round {number}: other bits")
+    return "; ".join(p for p in problems if p)
+
+
+OWN: dict[str, Callable[[VirtualRank], str]] = {"ragged": check_ragged, "soak": check_soak}
+
+
+def names(ranks: int) -> list[str]:
+    """The checks there are for so many ranks."""
+    table = [
+        s.name
+        for s in SCENARIOS
+        if s.shape.experts % ranks == 0 and not s.slow and s.capacity * s.shape.topk * s.shape.hidden * 2 <= LARGEST
+    ]
+    return table + list(OWN)
+
+
+def _rank(group: Group, checks: list[str], weights: dict[str, Weights], say: Callable[[str, str], None]) -> None:
+    table = {s.name: s for s in SCENARIOS}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for name in checks:
+            scenario = table.get(name)
+            shape = shape_for(group.size(), *SIZES) if scenario is None else scenario.shape
+            capacity, fast_math = (CAPACITY, True) if scenario is None else (scenario.capacity, scenario.fast_math)
+            it = VirtualRank(group, shape, capacity, weights[name], fast_math)
+            problem = check_scenario(scenario, it) if scenario is not None else OWN[name](it)
+            problems = gather(group, problem)
+            if group.rank() == 0:
+                say(name, "; ".join(f"rank {r}: {p}" for r, p in enumerate(problems) if p))
+            it.buffer.destroy()
+
+
+def main(ranks: int, checks: list[str]) -> int:
+    """Run the checks; 0 if all threads came to their ends."""
+    _ranks.gather = _buffer.gather = gather
+    _buffer.allocate_symmetric = allocate
+    meeting, failures = Meeting(ranks), []
+
+    def say(name: str, problem: str) -> None:
+        sys.stdout.write(json.dumps([name, problem]) + "\n")
+        sys.stdout.flush()
+
+    made: dict[MoEShape, Weights] = {}
+    table = {s.name: s for s in SCENARIOS}
+    weights = {}
+    for name in checks:
+        shape = table[name].shape if name in table else shape_for(ranks, *SIZES)
+        if shape not in made:
+            made[shape] = make_weights(shape, torch.device("cuda"))
+        weights[name] = made[shape]
+    warm(list(made), ranks)
+    warm([table[name].shape for name in checks if name in table and not table[name].fast_math], ranks, (False,))
+    torch.cuda.synchronize()
+
+    def run(rank: int) -> None:
+        try:
+            _rank(Group(meeting, rank), checks, weights, say)
+        except BaseException:
+            failures.append(f"rank {rank}: {traceback.format_exc()}")
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        sys.stderr.write("\n".join(failures))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    chosen = int(sys.argv[1])
+    code = main(chosen, sys.argv[2:] or names(chosen))
+    sys.stderr.flush()
+    os._exit(code)  # a broken context must not hide the lines above behind an abort
