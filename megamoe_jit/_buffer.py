@@ -300,15 +300,19 @@ class SymmBuffer:
         """Wait for the device and give the memory back; safe to call twice.
 
         With several ranks this is a collective, so that no rank frees memory that another still reads; after a failed
-        call it is local and never waits.
+        call it is local and never waits.  A failure that nobody has asked for yet is warned about, not raised.
         """
         if self._destroyed:
             return
         self._destroyed = True
         if self._broken is None:
-            torch.cuda.synchronize(self.device)  # a launch on another stream may still use the memory
-            gather(self.group, None)
-        elif self.ranks > 1:  # torch frees symmetric memory by a call that aborts the process on a broken context
+            try:
+                self.check()  # a launch on another stream may still use the memory
+                gather(self.group, None)
+            except MegaMoeError as error:
+                warnings.warn(f"while a SymmBuffer was destroyed: {error}", RuntimeWarning, stacklevel=2)
+        if self._broken is not None and self.ranks > 1:
+            # torch frees symmetric memory by a call that aborts the process on a broken context: keep it
             for kept in (self.buffer, self.handle):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
         self._prepared.clear()

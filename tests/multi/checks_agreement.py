@@ -78,7 +78,7 @@ def check_impossible(field: str, world: World) -> str:
 
 def check_no_memory(world: World) -> str:
     """No rank has the memory: all say how many bytes."""
-    huge = {**BASE, "num_experts": shape_for(world.ranks, *SIZES).experts, "num_topk": 32, "hidden": 65536}
+    huge = {**BASE, "num_experts": shape_for(world.ranks, *SIZES).experts, "num_topk": 32, "hidden": 262144}
     huge["num_max_tokens_per_rank"] = 32768
     action = lambda: mm.get_symm_buffer_for_mega_moe(dist.group.WORLD, **huge, device=world.device)  # noqa: E731
     return _raises(mm.ConfigError, ["bytes"], action)
