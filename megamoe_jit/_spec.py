@@ -112,7 +112,7 @@ class KernelSpec:
     def fixed_shared_bytes(self) -> int:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + 32)
-        plan = 4 * self.local_experts + 4 * (self.local_experts + 1) + 2 * self.local_experts
+        plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
         return STAGING_BYTES + slots + 64 + plan
 
     @property

@@ -9,7 +9,7 @@ constexpr u32 kBlockK = 128;       // depth of a pipeline stage: one quantisatio
 constexpr u32 kBlockN = 256;       // columns of a tile; in GEMM 1 these are 128 gate and 128 up columns, by eights
 constexpr u32 kPoolAlign = 128;    // an expert's rows start at a multiple of this in the pools
 constexpr u32 kCounterRows = 64;   // rows that share one readiness counter
-constexpr u32 kUnitRows = 1024;    // rows of an expert that are swept together, so that they stay in L2
+constexpr u32 kUnitRows = 1024;    // about so many rows of an expert are swept together, so that they stay in L2
 constexpr u32 kMaxRanks = 8;
 constexpr u32 kDispatchChunk = 2048;   // bytes that dispatch moves at a time
 constexpr u32 kTileSlots = 4;      // depth of the ring in which the scheduler publishes tiles
@@ -24,7 +24,7 @@ constexpr u32 kProducerRegisters = 72, kMathRegisters = 216;   // 128 * 72 + 256
 constexpr u32 kPairBits = 20;   // a (token, slot) pair needs 32768 * 32 values; the rank sits above them
 
 /// Ids of the hardware's named barriers; 0 is __syncthreads.
-enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */ };
+enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */, kBarrierPair = 4 /* to 7 */ };
 
 enum class Variant : u32 { pingpong, cooperative };
 

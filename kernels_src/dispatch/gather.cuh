@@ -1,10 +1,11 @@
 // Dispatch: pulls each routed row, its scales and its origin from the rank that holds the token into the local pools,
 // ordered by expert, and counts it as arrived.
 //
-// The unit of work is an item: `rows_per_item` (1 for small batches, 8 for large) consecutive pool rows of one expert.
-// All warps take one round of items at the head of the launch, when none has anything else to do, through registers; the
-// dispatch warp of each block goes on with the rest while the matrix work runs, through a few slots of shared memory and
-// the bulk copy engine, which needs hardly any registers.  Items come in the order in which tiles need them.
+// The unit of work is an item: up to `rows_per_item` (1 for small batches, 8 for large) consecutive rows of one expert.
+// At the head of the launch, when no warp has anything else to do, each copies one row through registers; that is what
+// the first tiles need.  The dispatch warp of each block goes on with the rest while the matrix work runs, through a few
+// slots of shared memory and the bulk copy engine, which needs hardly any registers.  Items come in the order in which
+// tiles need them.
 //
 //   dispatched[slot]   arrived by the copy into the slot    waited for by the dispatch warp, which then copies it out
 //
@@ -23,11 +24,17 @@ template <class C> struct Gather {
     const Params& p;
     const Shared<C>& shared;
     const Plan plan;
-    const u32 items, first_items;   // padding rows included; those of the first round, in which nothing can be waited for
+    const u32 items, first_items;   // all; those whose rows are copied at the head
 
     MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const Plan& plan_)
-        : p(p_), shared(shared_), plan(plan_), items(plan_.blocks() * (kPoolAlign / p_.rows_per_item)),
-          first_items(min_u32(kWarps * gridDim.x, p_.pool_rows / p_.rows_per_item)) {}
+        : p(p_), shared(shared_), plan(plan_), items(plan_.items[plan_.experts]),
+          first_items(min_u32(items_in_pool(), kWarps * gridDim.x / p_.rows_per_item)) {}
+
+    /// Items that need not wait for room in the pool; when it is a ring, rounded down to whole experts.
+    MEGA_DEVICE u32 items_in_pool() const {
+        const u32 blocks = p.pool_rows / kPoolAlign;
+        return plan.blocks() <= blocks ? items : plan.items[plan.expert_at(blocks)];
+    }
 
     /// Where the `index`-th row of local expert `e` comes from: rank << 20 | pair.  Every rank begins with the one after
     /// itself, so that not all pull from the same one at the same time.
@@ -41,17 +48,33 @@ template <class C> struct Gather {
         return 0;   // not reached: index is below the sum of all ranks' rows
     }
 
+    /// An item's rows: the first, where it lies in the pool, how many, in lane r < rows the origin of row r.
+    struct Item {
+        u32 first_row, pool_row, rows, origin;
+    };
+
     /// The input row that a pair speaks of, on the rank that holds it.
     MEGA_DEVICE const u8* row_address(u32 from) const {
         const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
         return symmetric<const u8>(p, from >> kPairBits, p.x) + u64(token) * C::kHidden;
     }
+    MEGA_DEVICE const float* row_scales(u32 from) const {
+        const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
+        return symmetric<const float>(p, from >> kPairBits, p.x_scales) + u64(token) * (C::kHidden / kQuantBlock);
+    }
 
+    /// One row and its scales, by a whole warp.
     MEGA_DEVICE void copy_row(u32 from, u32 to) const {
-        constexpr u32 kVectors = C::kHidden / 16, kInFlight = 4;
+        constexpr u32 kVectors = C::kHidden / 16, kInFlight = 4, kBlocks = C::kHidden / kQuantBlock, kScales = ceil_div(kBlocks, kWarp);
+        const u32 lane = ptx::lane_id();
+        const float* scales = row_scales(from);
+        float s[kScales];
+#pragma unroll
+        for (u32 i = 0; i < kScales; ++i)
+            if (lane + i * kWarp < kBlocks) s[i] = ptx::load_l2(scales + lane + i * kWarp);
         const u8* source = row_address(from);
         u8* target = p.act1_pool + u64(to) * C::kHidden;
-        for (u32 c = ptx::lane_id(); c < kVectors; c += kWarp * kInFlight) {
+        for (u32 c = lane; c < kVectors; c += kWarp * kInFlight) {
             Vec16 v[kInFlight];
 #pragma unroll
             for (u32 i = 0; i < kInFlight; ++i)
@@ -60,37 +83,33 @@ template <class C> struct Gather {
             for (u32 i = 0; i < kInFlight; ++i)
                 if (c + i * kWarp < kVectors) ptx::store16(target + (c + i * kWarp) * 16, v[i]);
         }
+#pragma unroll
+        for (u32 i = 0; i < kScales; ++i)
+            if (lane + i * kWarp < kBlocks) p.act1_scales[u64(lane + i * kWarp) * p.pool_rows + to] = s[i];
     }
 
     /// Scales change from [token][block] to [block][row]; eight rows side by side fill a 32-byte sector.
-    MEGA_DEVICE void copy_scales(u32 origins, u32 rows, u32 first_row) const {
+    MEGA_DEVICE void copy_scales(const Item& item) const {
         constexpr u32 kBlocks = C::kHidden / kQuantBlock;
         const u32 row = ptx::lane_id() % p.rows_per_item, step = kWarp / p.rows_per_item;
-        const u32 from = __shfl_sync(~0u, origins, row);
-        const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
-        const float* source = symmetric<const float>(p, from >> kPairBits, p.x_scales) + u64(token) * kBlocks;
-        if (row < rows)
+        const float* source = row_scales(__shfl_sync(~0u, item.origin, row));
+        if (row < item.rows)
             for (u32 b = ptx::lane_id() / p.rows_per_item; b < kBlocks; b += step)
-                p.act1_scales[u64(b) * p.pool_rows + first_row + row] = ptx::load_l2(source + b);
+                p.act1_scales[u64(b) * p.pool_rows + item.pool_row + row] = ptx::load_l2(source + b);
     }
 
-    /// An item's rows: the first, where it lies in the pool, how many (0: padding), in lane r < rows the origin of row r.
-    struct Item {
-        u32 first_row, pool_row, rows, origin;
-    };
-
-    /// Looks an item up; writes its rows' origins and scales.
-    template <bool kFirstRound> MEGA_DEVICE Item begin(u32 i) const {
-        const u32 first_row = i * p.rows_per_item, e = plan.expert_at(first_row / kPoolAlign), lane = ptx::lane_id();
-        const u32 rows = min_u32(p.rows_per_item, plan.rows_from(e, first_row)), pool_row = first_row % p.pool_rows;
-        if (rows == 0) return {first_row, pool_row, 0, 0};
-        if (!kFirstRound && first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
+    /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row); writes down the origins.
+    template <bool kOneRow> MEGA_DEVICE Item begin(u32 i, u32 offset = 0) const {
+        const u32 e = plan.expert_in(plan.items, i), local = (i - plan.items[e]) * p.rows_per_item + offset;
+        const u32 first_row = plan.bases[e] * kPoolAlign + local, pool_row = first_row % p.pool_rows;
+        if (kOneRow && local >= plan.rows[e]) return {first_row, pool_row, 0, 0};
+        const u32 rows = kOneRow ? 1 : min_u32(p.rows_per_item, plan.rows[e] - local), lane = ptx::lane_id();
+        if (!kOneRow && first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
         u32 from = 0;
         if (lane < rows) {
-            from = origin(e, first_row - plan.bases[e] * kPoolAlign + lane);
+            from = origin(e, local + lane);
             p.row_pairs[first_row + lane] = from;
         }
-        copy_scales(from, rows, pool_row);
         return {first_row, pool_row, rows, from};
     }
     /// Until GEMM 1 has read the rows that lay where those of the block of `row` plus a ring shall lie.
@@ -108,14 +127,14 @@ template <class C> struct Gather {
         if (ptx::lane_id() == 0) ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
     }
 
-    /// One round over all warps of all blocks; call it everywhere, then `rest` in one warp of each block.
+    /// A row for each warp of each block; call it everywhere, then `rest` in one warp of each block.
     MEGA_DEVICE void first_round() const {
-        const u32 i = ptx::warp_id() * gridDim.x + blockIdx.x;
-        if (i >= min_u32(items, first_items)) return;
-        const Item item = begin<true>(i);
-        if (item.rows == 0) return;
-        for (u32 r = 0; r < item.rows; ++r) copy_row(__shfl_sync(~0u, item.origin, r), item.pool_row + r);
-        end(item);
+        const u32 i = ptx::warp_id() * gridDim.x + blockIdx.x, item = i / p.rows_per_item;
+        if (item >= first_items) return;
+        const Item row = begin<true>(item, i % p.rows_per_item);
+        if (row.rows == 0) return;
+        copy_row(__shfl_sync(~0u, row.origin, 0), row.pool_row);
+        end(row);
     }
 
     MEGA_DEVICE void rest() const {
@@ -124,7 +143,7 @@ template <class C> struct Gather {
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
         for (u32 i = first_items + blockIdx.x; i < items; i += gridDim.x) {
             const Item item = begin<false>(i);
-            if (item.rows == 0) continue;
+            copy_scales(item);
             copy_rows(item, chunks);
             end(item);
         }

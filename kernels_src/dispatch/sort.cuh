@@ -129,23 +129,28 @@ template <class C> struct Sources {
 /// Step 3, by one warp: fills the tables of the shared memory map; misc()[0] is the number of active experts.
 template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>& shared) {
     const Sources<C> sources{p, shared};
-    WarpScan blocks, active;
+    WarpScan blocks, items, active;
     for (u32 e = ptx::lane_id(); e < ceil_div(C::kLocalExperts, kWarp) * kWarp; e += kWarp) {
         u32 rows = 0;
         if (e < C::kLocalExperts)
             for (u32 r = 0; r < C::kRanks; ++r) rows += sources.rows(e, r);
         const u32 base = blocks.exclusive(ceil_div(rows, kPoolAlign)), at = active.exclusive(rows > 0);
+        const u32 item = items.exclusive(ceil_div(rows, p.rows_per_item));
         if (e < C::kLocalExperts) {
-            shared.expert_rows()[e] = rows, shared.expert_bases()[e] = base;
+            shared.expert_rows()[e] = rows, shared.expert_bases()[e] = base, shared.expert_items()[e] = item;
             if (rows > 0) shared.active_experts()[at] = static_cast<u16>(e);
             if (p.stats != nullptr && blockIdx.x == 0) p.stats[e] += static_cast<i32>(rows);
         }
     }
-    if (ptx::lane_id() == 0) shared.expert_bases()[C::kLocalExperts] = blocks.total, shared.misc()[0] = active.total;
+    if (ptx::lane_id() == 0) {
+        shared.expert_bases()[C::kLocalExperts] = blocks.total, shared.expert_items()[C::kLocalExperts] = items.total;
+        shared.misc()[0] = active.total;
+    }
 }
 
 template <class C> MEGA_DEVICE Plan plan_of(const Shared<C>& shared) {
-    return {shared.expert_rows(), shared.expert_bases(), shared.active_experts(), C::kLocalExperts, shared.misc()[0]};
+    return {shared.expert_rows(),    shared.expert_bases(), shared.expert_items(),
+            shared.active_experts(), C::kLocalExperts,      shared.misc()[0]};
 }
 
 }  // namespace megamoe

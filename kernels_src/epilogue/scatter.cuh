@@ -12,7 +12,8 @@ template <class C> struct Scatter {
     const Staging staging;
     u32 first_row;   // of this warp's 16
     u32 rows;       // valid rows from there to the end of the tile; 16 or more: all of this warp's
-    u32 n;
+    u32 column0;    // of this warpgroup's first quarter
+    u32 quarters;   // 4, or 2 of a half tile
 
     /// Address of column 0 of the row that this lane writes in pass i.
     MEGA_DEVICE u8* slot(u32 pass) const {
@@ -40,7 +41,8 @@ template <class C> struct Scatter {
         for (u32 i = 0; i < Staging::kPasses; ++i) slots[i] = slot(i);
 #pragma unroll
         for (u32 q = 0; q < 4; ++q) {
-            const u32 column = n * kBlockN + q * 64;
+            const u32 column = column0 + q * 64;
+            if (q >= quarters) return;
             if (C::kHidden % kBlockN != 0 && column >= C::kHidden) return;   // the last tile may be half as wide
             stage_quarter(result.quarter[q]);
             __syncwarp();

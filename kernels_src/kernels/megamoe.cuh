@@ -43,6 +43,7 @@ template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& share
     const auto did = [&](Span what) {
         if (C::kTimeline && threadIdx.x == 0) timeline.done(what);
     };
+    if (threadIdx.x == kWarp) prefetch_weights<C>(p);
     initialise<C>(p, shared);
     const Sort<C> sort(p, shared.scratch());
     sort.count();
@@ -83,12 +84,12 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
             Timeline<C> timeline(p, Role::publisher);
             if (one) publish_tiles<C>(p, shared, plan, timeline);
             __syncwarp();
-            Combine<C>{p}.meet_all(epoch, timeline);
+            Combine<C>{p, shared}.meet_all(epoch, timeline);
         }
     } else {
         ptx::registers_grow<kMathRegisters>();
         Math<C>{p, shared, warp / (kGroup / kWarp) - 1}.run();
-        Combine<C>{p}.run();
+        Combine<C>{p, shared}.run();
     }
 }
 

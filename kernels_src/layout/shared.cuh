@@ -28,7 +28,8 @@ template <class C> struct Shared {
     static constexpr u32 kMiscAt = kSlotAt + kTileSlots * kSlotBytes;
     static constexpr u32 kRowsAt = kMiscAt + 64;
     static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
-    static constexpr u32 kActiveAt = kBasesAt + (C::kLocalExperts + 1) * 4;
+    static constexpr u32 kItemsAt = kBasesAt + (C::kLocalExperts + 1) * 4;
+    static constexpr u32 kActiveAt = kItemsAt + (C::kLocalExperts + 1) * 4;
     static constexpr u32 kSourcesAt = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
     static constexpr u32 kBytes = kSourcesAt + (C::kRanks > 1 ? C::kExperts * 8 : 0);
     static_assert(kBytes <= 232448, "more shared memory than SM90 has (232448 bytes)");
@@ -60,6 +61,7 @@ template <class C> struct Shared {
     MEGA_DEVICE u32* misc() const { return reinterpret_cast<u32*>(base + kMiscAt); }
     MEGA_DEVICE u32* expert_rows() const { return reinterpret_cast<u32*>(base + kRowsAt); }
     MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
+    MEGA_DEVICE u32* expert_items() const { return reinterpret_cast<u32*>(base + kItemsAt); }
     MEGA_DEVICE u16* active_experts() const { return reinterpret_cast<u16*>(base + kActiveAt); }
     MEGA_DEVICE u32* sources() const { return reinterpret_cast<u32*>(base + kSourcesAt); }   // with several ranks
     MEGA_DEVICE u32* scratch() const { return reinterpret_cast<u32*>(base); }   // the stages, during the head

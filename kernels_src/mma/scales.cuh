@@ -16,11 +16,13 @@ template <class C> struct WeightScaleStream {
     static constexpr u32 kRows1 = 2 * C::kIntermediate / kQuantBlock, kRows2 = C::kHidden / kQuantBlock;
     static constexpr u32 kBlocks1 = C::kHidden / kQuantBlock, kBlocks2 = C::kIntermediate / kQuantBlock;
 
-    const bool interleaved;
+    bool interleaved;
     const float *first, *second;
     float next[2];
 
-    MEGA_DEVICE WeightScaleStream(const Params& p, const Tile& tile) : interleaved(tile.kind == Tile::gemm1) {
+    /// Starts the loads of a tile's first k-block.
+    MEGA_DEVICE void aim(const Params& p, const Tile& tile) {
+        interleaved = tile.kind == Tile::gemm1;
         if (interleaved) {
             first = p.weight1_scales + (tile.expert * kRows1 + tile.n) * kBlocks1;
             second = first + kRows1 / 2 * kBlocks1;
@@ -46,11 +48,11 @@ struct BlockScales {
     float weight[2];   // even and odd groups of eight of the current half
     u32 weights;       // shared address of the four
 
-    MEGA_DEVICE void load(u32 act_scales, u32 weight_scales) {
+    MEGA_DEVICE void load(u32 act_scales, u32 weight_scales, u32 first_half) {
         const u32 thread = ptx::thread_id_again(), row = thread / kWarp % 4 * 16 + thread % kWarp / 4;
         act[0] = ptx::load_float_shared(act_scales + row * 4), act[1] = ptx::load_float_shared(act_scales + row * 4 + 32);
         weights = weight_scales;
-        half(0);
+        half(first_half);
     }
     MEGA_DEVICE void half(u32 h) {
         weight[0] = ptx::load_float_shared(weights + h * 8), weight[1] = ptx::load_float_shared(weights + h * 8 + 4);

@@ -63,6 +63,13 @@ MEGA_DEVICE Vec16 load16_shared(u32 address) {
                  : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(address) : "memory");
     return v;
 }
+/// Sixteen bytes from global to shared memory without a register; complete when the thread has waited for their group.
+MEGA_DEVICE void copy16_async(u32 dst, const void* src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+MEGA_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// All but the last kPending of this thread's groups are complete.
+template <u32 kPending> MEGA_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
 MEGA_DEVICE void store4_shared(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
 MEGA_DEVICE u32 load4_shared(u32 address) {
     u32 v;
@@ -73,6 +80,9 @@ MEGA_DEVICE float load_float_shared(u32 address) {
     float v;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
     return v;
+}
+MEGA_DEVICE void store_floats_shared(u32 address, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
 MEGA_DEVICE void store_floats_shared(u32 address, float a, float b, float c, float d) {
     asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");

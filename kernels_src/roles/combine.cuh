@@ -1,8 +1,13 @@
 // The tail: y[token] = sum over slots of weight * row, in FP32 and in slot order, once every row of the rank's tokens
-// has come back.  A warp takes 256 columns of a token at a time; masked slots are not read.
+// has come back.
+//
+// It is as fast as the memory if enough loads are in flight, and the stages of the matrix work are free by now.  A warp
+// has a run of pieces: 256 columns of a token, of all its slots.  Each lane copies 16 bytes of every slot into a place
+// that only it uses, several pieces ahead of the one it adds up, so nobody waits for anybody.  Masked slots are not read.
 #pragma once
 #include "comm/barriers.cuh"
 #include "comm/timeline.cuh"
+#include "layout/shared.cuh"
 #include "ptx/convert.cuh"
 
 namespace megamoe {
@@ -10,27 +15,13 @@ namespace megamoe {
 template <class C> struct Combine {
     static constexpr u32 kColumns = kWarp * 8, kParts = ceil_div(C::kHidden, kColumns);
     static constexpr u32 kTailThreads = kWarp + kMathGroups * kGroup;
-    static constexpr u32 kInFlight = 8;   // slots read at once
+    static constexpr u32 kPieceBytes = C::kTopK * kColumns * 2;
+    static constexpr u32 kDepth = min_u32(8, Shared<C>::kStagingAt / (kMathWarps * kPieceBytes));   // pieces in flight
+    static constexpr u32 kHeader = (C::kTopK + 1) * 4;   // their weights, and which slots are not masked
+    static_assert(kDepth >= 1 && kDepth * kHeader <= Shared<C>::kStageWarp, "no room for a piece in flight");
 
     const Params& p;
-
-    /// Adds slots first .. first + kInFlight of the token; lane k of `ids` and `weights` speaks of slot k.
-    MEGA_DEVICE void add(float (&sum)[8], const u8* rows, u32 first, u32 chosen, float weights) const {
-        Vec16 v[kInFlight];
-#pragma unroll
-        for (u32 i = 0; i < kInFlight; ++i)
-            if (first + i < C::kTopK && chosen >> (first + i) & 1) v[i] = ptx::load16(rows + u64(first + i) * (C::kHidden * 2));
-#pragma unroll
-        for (u32 i = 0; i < kInFlight; ++i) {
-            const float w = __shfl_sync(~0u, weights, (first + i) % kWarp);
-            if (first + i < C::kTopK && chosen >> (first + i) & 1)
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j) {
-                    sum[2 * j] = __fmaf_rn(w, ptx::bf16_low(v[i].w[j]), sum[2 * j]);
-                    sum[2 * j + 1] = __fmaf_rn(w, ptx::bf16_high(v[i].w[j]), sum[2 * j + 1]);
-                }
-        }
-    }
+    const Shared<C>& shared;
 
     /// The publisher warp, between the math warps' two barriers: all blocks and ranks have scattered their rows.  It is
     /// not done by a math warp, since the timer of a deadline there would make the main loop spill.
@@ -50,30 +41,74 @@ template <class C> struct Combine {
         }
     }
 
-    MEGA_DEVICE void item(u32 token, u32 part) const {
+    MEGA_DEVICE u32 place(u32 warp, u32 piece) const {
+        return shared.address + (warp * kDepth + piece % kDepth) * kPieceBytes + ptx::lane_id() * 16;
+    }
+    MEGA_DEVICE u32 header(u32 warp, u32 piece) const { return shared.staging(warp) + piece % kDepth * kHeader; }
+
+    /// Which slots of a token are not masked; `weight` becomes that of slot `lane`.
+    MEGA_DEVICE u32 look_up(u32 token, float& weight) const {
         const u32 lane = ptx::lane_id(), slot = token * C::kTopK + lane;
         const bool mine = lane < C::kTopK;
         const i64 id = mine ? symmetric<const i64>(p, p.rank, p.topk_ids)[slot] : -1;
-        const float weights = mine ? symmetric<const float>(p, p.rank, p.topk_weights)[slot] : 0;
-        const u32 chosen = __ballot_sync(~0u, static_cast<u64>(id) < C::kExperts);
-        const u32 column = part * kColumns + lane * 8;
-        const u8* rows = symmetric<const u8>(p, p.rank, p.combine) + u64(token) * C::kTopK * (C::kHidden * 2) + column * 2;
-        const u32 inside = column < C::kHidden ? chosen : 0;   // the last part may be half as wide
+        weight = mine ? symmetric<const float>(p, p.rank, p.topk_weights)[slot] : 0;
+        return __ballot_sync(~0u, static_cast<u64>(id) < C::kExperts);
+    }
+    /// Column 8 * lane of the piece; the last of a token may be half as wide.
+    MEGA_DEVICE static u32 column(u32 piece) { return piece % kParts * kColumns + ptx::lane_id() * 8; }
+
+    MEGA_DEVICE void request(u32 warp, u32 piece, u32 chosen, float weight) const {
+        const u32 lane = ptx::lane_id(), at = place(warp, piece);
+        if (lane < C::kTopK) ptx::store4_shared(header(warp, piece) + lane * 4, __float_as_uint(weight));
+        if (lane == 0) ptx::store4_shared(header(warp, piece) + C::kTopK * 4, chosen);
+        const u8* rows = symmetric<const u8>(p, p.rank, p.combine) + (u64(piece / kParts) * C::kTopK * C::kHidden + column(piece)) * 2;
+        if (column(piece) >= C::kHidden) return;
+#pragma unroll 4
+        for (u32 k = 0; k < C::kTopK; ++k)
+            if (chosen >> k & 1) ptx::copy16_async(at + k * (kColumns * 2), rows + k * (C::kHidden * 2));
+    }
+
+    MEGA_DEVICE void add(u32 warp, u32 piece) const {
+        const u32 at = place(warp, piece), head = header(warp, piece), chosen = ptx::load4_shared(head + C::kTopK * 4);
+        if (column(piece) >= C::kHidden) return;
         float sum[8] = {};
+#pragma unroll 4
+        for (u32 k = 0; k < C::kTopK; ++k) {
+            if (!(chosen >> k & 1)) continue;
+            const float w = ptx::load_float_shared(head + k * 4);
+            const Vec16 v = ptx::load16_shared(at + k * (kColumns * 2));
 #pragma unroll
-        for (u32 first = 0; first < C::kTopK; first += kInFlight) add(sum, rows, first, inside, weights);
+            for (u32 j = 0; j < 4; ++j) {
+                sum[2 * j] = __fmaf_rn(w, ptx::bf16_low(v.w[j]), sum[2 * j]);
+                sum[2 * j + 1] = __fmaf_rn(w, ptx::bf16_high(v.w[j]), sum[2 * j + 1]);
+            }
+        }
         Vec16 out;
 #pragma unroll
         for (u32 j = 0; j < 4; ++j) out.w[j] = ptx::pack_bf16(sum[2 * j], sum[2 * j + 1]);
-        if (column < C::kHidden) ptx::store16(p.y + u64(token) * C::kHidden + column, out);
+        ptx::store16(p.y + u64(piece / kParts) * C::kHidden + column(piece), out);
     }
 
     /// The math warps.
     MEGA_DEVICE void run() const {
         ptx::named_sync(kBarrierTail, kTailThreads);
         ptx::named_sync(kBarrierTail, kTailThreads);
-        const u32 warp = (ptx::warp_id() - kGroup / kWarp) * gridDim.x + blockIdx.x;
-        for (u32 i = warp; i < p.tokens * kParts; i += kMathWarps * gridDim.x) item(i / kParts, i % kParts);
+        const u32 warp = ptx::warp_id() - kGroup / kWarp, warps = kMathWarps * gridDim.x;
+        const u32 mine = blockIdx.x * kMathWarps + warp, pieces = p.tokens * kParts;
+        const u32 begin = u64(pieces) * mine / warps, end = u64(pieces) * (mine + 1) / warps;
+        u32 chosen = 0;
+        float weight = 0;
+        for (u32 i = begin; i < end + kDepth - 1; ++i) {
+            if (i < end) {
+                if (i == begin || i % kParts == 0) chosen = look_up(i / kParts, weight);
+                request(warp, i, chosen, weight);
+            }
+            ptx::copy_async_commit();
+            ptx::copy_async_wait<kDepth - 1>();
+            __syncwarp();   // headers are written by some lanes and read by all
+            if (i - begin >= kDepth - 1) add(warp, i - (kDepth - 1));
+            __syncwarp();
+        }
         if constexpr (C::kTimeline) ptx::named_sync(kBarrierTail, kTailThreads);
     }
 };

@@ -5,7 +5,7 @@
 //                  (the weights lane also stores the four weight scales before it arrives)
 //   empty[stage]   arrived by  every math warp that reads the stage                    waited for by  both lanes
 //
-// The weights lane is also the scheduler: it takes tickets, one ahead, and publishes the tiles.
+// The weights lane is also the scheduler: it draws tickets, one ahead, and publishes the tiles.
 #pragma once
 #include "comm/timeline.cuh"
 #include "mma/scales.cuh"
@@ -16,6 +16,8 @@ namespace megamoe {
 
 constexpr u32 kBoxRows = 128;   // of a weight box; activation boxes have 64 rows
 
+constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
+
 template <class C> struct LoadWeights {
     const Params& p;
     const Shared<C>& shared;
@@ -23,16 +25,17 @@ template <class C> struct LoadWeights {
 
     MEGA_DEVICE u32 ticket() const { return ptx::fetch_add_relaxed(p.control + kControlTicket, 1); }
 
-    /// Streams a tile's weights; the ticket it returns was taken late, so that blocks with nothing to do come first.
-    MEGA_DEVICE u32 stream(const Tile& tile) const {
+    /// Streams a tile's weights; returns the next ticket.  It is drawn a little before the end, to be there in time, but not
+    /// earlier, so that blocks with nothing to do come first.
+    MEGA_DEVICE u32 stream(const Tile& tile, WeightScaleStream<C>& scales) const {
         const bool first = tile.kind == Tile::gemm1;
         const ptx::TensorMap* map = first ? &p.weight1 : &p.weight2;
         const u32 row = tile.expert * (first ? 2 * C::kIntermediate : C::kHidden) + tile.n * kBlockN;
+        const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
-        WeightScaleStream<C> scales(p, tile);
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance()) {
-            if (k + 1 == tile.k_blocks) next = ticket();   // on its way while we wait for the last stage
+            if (k == draw) next = ticket();
             wait_barrier(p, Wait::weight_stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
             const u32 full = shared.full(ring.stage), at = shared.weights(ring.stage);
             scales.put(shared.weight_scales(ring.stage), k, k + 1 < tile.k_blocks);
@@ -47,16 +50,18 @@ template <class C> struct LoadWeights {
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
         TileOrder<C> order(plan, p.lag_tiles, p.pool_rows);
+        WeightScaleStream<C> scales;
         Timeline<C> timeline(p, Role::weights);
-        u32 index = 0, k_begin = 0, mine = ticket();
-        Tile tile = order.locate(mine);
-        for (; tile.kind != Tile::stop; tile = order.locate(mine)) {
-            tile.k_begin = k_begin;
+        u32 index = 0, k_begin = 0;
+        Tile tile = order.locate(ticket());
+        while (tile.kind != Tile::stop) {
+            scales.aim(p, tile);
+            tile.k_begin = k_begin, k_begin += tile.k_blocks;
             slots.publish(index++, tile);
             timeline.start();
-            mine = stream(tile);
+            const u32 next = stream(tile, scales);
             timeline.done(Span::stream_weights, tile.row);
-            k_begin += tile.k_blocks;
+            tile = order.locate(next);
         }
         if constexpr (C::kVariant == Variant::pingpong) {   // one stop tile for each group; the first has the turn
             tile.rows = 1;
@@ -66,6 +71,18 @@ template <class C> struct LoadWeights {
         slots.publish(index, tile);
     }
 };
+
+/// One thread of each block, at the very start: the first k-blocks of what will be the first tiles, if hardly any expert
+/// is without rows or has more than a tile of them.  The memory has nothing else to do while the head sorts and copies,
+/// and such batches take as long as their weights take to read.
+template <class C> MEGA_DEVICE void prefetch_weights(const Params& p) {
+    constexpr u32 kDepth = min_u32(8, C::kHidden / kBlockK);
+    const u32 pairs = p.tokens * C::kTopK * C::kRanks, tile = blockIdx.x;   // if the ranks are alike
+    if (pairs < 2 * C::kExperts || pairs > kPoolAlign * C::kExperts) return;
+    if (tile >= C::kLocalExperts * TileOrder<C>::kTilesN1) return;
+    for (u32 k = 0; k < kDepth; ++k)
+        for (u32 box = 0; box < kBlockN; box += kBoxRows) ptx::tma_prefetch_2d(&p.weight1, k * kBlockK, tile * kBlockN + box);
+}
 
 template <class C> struct LoadActivations {
     const Params& p;

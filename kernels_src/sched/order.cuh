@@ -1,6 +1,6 @@
 // The fixed order of all tiles; a block of threads takes the next one by an atomic ticket.
 //
-// A unit is up to 1024 rows of one expert.  Inside a unit m runs fastest, so that its activations and the weights of the
+// A unit is about 1024 rows of one expert.  Inside a unit m runs fastest, so that its activations and the weights of the
 // blocks working on it stay in the L2 cache.  GEMM 2 of a unit comes once `lag` further tiles of GEMM 1 have been
 // handed out after the unit's own: by then its inputs are finished, and they are still in L2.
 //
@@ -17,18 +17,28 @@ namespace megamoe {
 
 /// Walks over the units of all experts that have rows.
 template <class C> struct UnitCursor {
-    u32 active = 0, first_block = 0;   // position in Plan::active; first m-block of the unit
+    u32 active = 0;      // position in Plan::active
+    u32 row, rows;       // the unit's first row; rows of the expert from there on
+    u32 width, most;     // m-blocks of the unit; of the expert's largest
 
+    MEGA_DEVICE explicit UnitCursor(const Plan& plan) { enter(plan); }
     MEGA_DEVICE bool done(const Plan& plan) const { return active == plan.active_experts; }
-    MEGA_DEVICE u32 expert(const Plan& plan) const { return plan.active[active]; }
-    MEGA_DEVICE u32 blocks_left(const Plan& plan) const { return ceil_div(plan.rows[expert(plan)], C::kBlockM) - first_block; }
-    MEGA_DEVICE u32 width(const Plan& plan) const { return min_u32(kUnitRows / C::kBlockM, blocks_left(plan)); }
     /// First and last block of 128 rows.
-    MEGA_DEVICE u32 first(const Plan& plan) const { return plan.bases[expert(plan)] + first_block * C::kBlockM / kPoolAlign; }
-    MEGA_DEVICE u32 last_block(const Plan& plan) const { return first(plan) + (width(plan) * C::kBlockM - 1) / kPoolAlign; }
+    MEGA_DEVICE u32 first() const { return row / kPoolAlign; }
+    MEGA_DEVICE u32 last() const { return (row + width * C::kBlockM - 1) / kPoolAlign; }
+
+    /// An expert's units are about equal: one that is left over would load all weights again for a block or two.
+    MEGA_DEVICE void enter(const Plan& plan) {
+        if (done(plan)) return;
+        const u32 expert = plan.active[active];
+        row = plan.bases[expert] * kPoolAlign, rows = plan.rows[expert];
+        const u32 units = (rows + kUnitRows / 2) / kUnitRows, blocks = ceil_div(rows, C::kBlockM);
+        width = most = units > 1 ? ceil_div(blocks, units) : blocks;
+    }
     MEGA_DEVICE void advance(const Plan& plan) {
-        first_block += kUnitRows / C::kBlockM;
-        if (first_block >= ceil_div(plan.rows[expert(plan)], C::kBlockM)) ++active, first_block = 0;
+        const u32 taken = width * C::kBlockM;
+        if (taken < rows) row += taken, rows -= taken, width = min_u32(most, ceil_div(rows, C::kBlockM));
+        else ++active, enter(plan);
     }
 };
 
@@ -36,29 +46,31 @@ template <class C> struct TileOrder {
     static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN, kTilesN2 = ceil_div(C::kHidden, kBlockN);
 
     const Plan& plan;
-    const u32 lag, ring;             // GEMM 1 tiles; blocks of 128 rows in a pool
-    UnitCursor<C> unit;              // of the current phase
-    UnitCursor<C> next1, next2;      // next unit of GEMM 1 and of GEMM 2
-    u32 issued1 = 0, passed1 = 0;    // GEMM 1 tiles in phases so far; in units whose GEMM 2 has come
-    u32 first = 0, count = 0;        // tickets of the current phase
-    u32 kind = Tile::gemm1;
+    const u32 lag, ring;                // GEMM 1 tiles; blocks of 128 rows in a pool
+    UnitCursor<C> next1, next2;         // next unit of GEMM 1 and of GEMM 2
+    u32 issued1 = 0, passed1 = 0;       // GEMM 1 tiles in phases so far; in units whose GEMM 2 has come
+    u32 first = 0, count = 0;           // tickets of the current phase: one unit of one GEMM
+    u32 kind = Tile::gemm1, expert = 0, row = 0, rows = 0, width = 0;
 
-    MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows) : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign) {}
+    MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows)
+        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), next1(plan_), next2(plan_) {}
 
-    /// Moves to the next phase (one unit of one GEMM); false when there is none.
+    MEGA_DEVICE void begin_phase(u32 kind_, UnitCursor<C>& unit, u32 tiles) {
+        kind = kind_, expert = plan.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
+        first += count;
+        count = tiles;
+        unit.advance(plan);
+    }
+    /// Moves to the next phase; false when there is none.
     MEGA_DEVICE bool next_phase() {
         if (next2.done(plan)) return false;
-        const u32 own1 = next2.width(plan) * kTilesN1;   // GEMM 1 tiles of the unit whose GEMM 2 is due
-        const bool due = next1.done(plan) || issued1 >= passed1 + own1 + lag || next1.last_block(plan) >= next2.first(plan) + ring;
-        first += count;
-        if (due) {
-            kind = Tile::gemm2, unit = next2, count = unit.width(plan) * kTilesN2;
+        const u32 own1 = next2.width * kTilesN1;   // GEMM 1 tiles of the unit whose GEMM 2 is due
+        if (next1.done(plan) || issued1 >= passed1 + own1 + lag || next1.last() >= next2.first() + ring) {
             passed1 += own1;
-            next2.advance(plan);
+            begin_phase(Tile::gemm2, next2, next2.width * kTilesN2);
         } else {
-            kind = Tile::gemm1, unit = next1, count = unit.width(plan) * kTilesN1;
-            issued1 += count;
-            next1.advance(plan);
+            issued1 += next1.width * kTilesN1;
+            begin_phase(Tile::gemm1, next1, next1.width * kTilesN1);
         }
         return true;
     }
@@ -71,14 +83,13 @@ template <class C> struct TileOrder {
                 tile.kind = Tile::stop;
                 return tile;
             }
-        const u32 width = unit.width(plan), t = ticket - first;
-        const u32 block = unit.first_block + t % width;
+        const u32 block = (ticket - first) % width * C::kBlockM;
         tile.kind = kind;
-        tile.expert = unit.expert(plan);
-        tile.n = t / width;
-        tile.row = plan.bases[tile.expert] * kPoolAlign + block * C::kBlockM;
+        tile.expert = expert;
+        tile.n = (ticket - first) / width;
+        tile.row = row + block;
         tile.pool_row = tile.row % (ring * kPoolAlign);
-        tile.rows = min_u32(C::kBlockM, plan.rows[tile.expert] - block * C::kBlockM);
+        tile.rows = min_u32(C::kBlockM, rows - block);
         tile.k_blocks = (kind == Tile::gemm1 ? C::kHidden : C::kIntermediate) / kBlockK;
         return tile;
     }

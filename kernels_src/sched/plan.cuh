@@ -16,20 +16,23 @@ namespace megamoe {
 struct Plan {
     const u32* rows;      // [local experts]
     const u32* bases;     // [local experts + 1] first pool row / 128
+    const u32* items;     // [local experts + 1] first item of dispatch (dispatch/gather.cuh)
     const u16* active;    // experts that have rows, in order
     u32 experts, active_experts;
 
     MEGA_DEVICE u32 blocks() const { return bases[experts]; }   // of 128 rows, all experts'
 
-    /// The expert that owns block `block`.
-    MEGA_DEVICE u32 expert_at(u32 block) const {
-        u32 low = 0, high = experts;   // bases[low] <= block < bases[high]
+    /// The last expert that begins at or before `at` in the table `begins`.
+    MEGA_DEVICE u32 expert_in(const u32* begins, u32 at) const {
+        u32 low = 0, high = experts;   // begins[low] <= at < begins[high]
         while (high - low > 1) {
             const u32 middle = (low + high) / 2;
-            (bases[middle] <= block ? low : high) = middle;
+            (begins[middle] <= at ? low : high) = middle;
         }
         return low;
     }
+    /// The expert that owns block `block`.
+    MEGA_DEVICE u32 expert_at(u32 block) const { return expert_in(bases, block); }
     /// Rows of expert `e` from row `row` on; 0 in its padding.
     MEGA_DEVICE u32 rows_from(u32 e, u32 row) const {
         const u32 local = row - bases[e] * kPoolAlign;

@@ -16,7 +16,19 @@ from tests import host
 
 #: Parameters that are neither offsets in the symmetric buffer nor addresses in the local one.
 OTHERS = {
-    *("act1", "weight1", "act2", "weight2", "peers", "weight1_scales", "weight2_scales", "y", "stats", "fault"),
+    *(
+        "act1",
+        "weight1",
+        "act2",
+        "weight2",
+        "peers",
+        "weight1_scales",
+        "weight2_scales",
+        "y",
+        "stats",
+        "fault",
+        "timeline",
+    ),
     *(
         "timeout_ns",
         "tokens",

@@ -40,7 +40,7 @@ void walk(bool pingpong, const Plan& plan, u32 lag, u32 pool_rows, const u32* ti
 /// False when these sizes are not built in.
 extern "C" bool locate(u32 hidden, u32 intermediate, bool pingpong, const u32* rows, const u32* bases, const u16* active,
                        u32 experts, u32 active_experts, u32 lag, u32 pool_rows, const u32* tickets, u32 count, u32* out) {
-    const Plan plan{rows, bases, active, experts, active_experts};
+    const Plan plan{rows, bases, nullptr, active, experts, active_experts};
     if (hidden == 128 && intermediate == 128) walk<128, 128>(pingpong, plan, lag, pool_rows, tickets, count, out);
     else if (hidden == 256 && intermediate == 640) walk<256, 640>(pingpong, plan, lag, pool_rows, tickets, count, out);
     else if (hidden == 1408 && intermediate == 768) walk<1408, 768>(pingpong, plan, lag, pool_rows, tickets, count, out);
