@@ -1,0 +1,71 @@
+// Stand-in for ptx/memory.cuh.
+#pragma once
+#include "base/types.cuh"
+
+namespace megamoe::ptx {
+
+inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const u8*>(p) - sim::now->warp->block->shared); }
+
+// ---- ordering
+inline u32 load_acquire(const u32* p) { return sim::word_load(p, false); }
+inline u32 load_acquire_system(const u32* p) { return sim::word_load(p, true); }
+inline void add_release(u32* p, u32 v) { sim::word_add(p, v, sim::mutant != sim::kAddRelaxed); }
+inline void store_release_system(u32* p, u32 v) { sim::word_store(p, v); }
+inline u32 fetch_add_release(u32* p, u32 v) { return sim::word_add(p, v, sim::mutant != sim::kBarrierAddRelaxed); }
+inline u32 fetch_add_relaxed(u32* p, u32 v) { return sim::word_add(p, v, false); }
+inline void fence_system() {}   // all releases and acquires name their scope, and order whatever was ordered before them
+inline void fence_async_global() {
+    if (sim::mutant != sim::kNoProxyFence) sim::now->warp->fence();
+}
+inline void fence_async_shared() {}
+
+// ---- global memory
+template <class T> T load_global(const void* p) {
+    sim::maybe_leave();
+    sim::memory.read(p, sizeof(T), sim::actor());
+    T v;
+    std::memcpy(&v, p, sizeof(T));
+    return v;
+}
+inline u32 load_l2(const u32* p) { return load_global<u32>(p); }
+inline float load_l2(const float* p) { return load_global<float>(p); }
+inline Vec16 load16(const void* p) { return load_global<Vec16>(p); }
+inline void store16(void* p, const Vec16& v) {
+    sim::maybe_leave();
+    sim::memory.write(p, 16, sim::actor());
+    std::memcpy(p, &v, 16);
+}
+inline void copy16_async(u32 dst, const void* src) { sim::maybe_leave(), sim::start_thread_load(dst, src); }
+inline void copy_async_commit() { ++sim::now->load_groups; }
+template <u32 kPending> void copy_async_wait() {
+    if (sim::mutant != sim::kNoWaitForThreadLoads) sim::wait_thread_loads(kPending);
+}
+
+// ---- shared memory
+template <class T> T load_shared(u32 address) {
+    T v;
+    std::memcpy(&v, sim::now->warp->block->at(address, sizeof(T), sizeof(T)), sizeof(T));
+    return v;
+}
+template <class T> void store_shared(u32 address, const T& v) {
+    std::memcpy(sim::now->warp->block->at(address, sizeof(T), sizeof(T)), &v, sizeof(T));
+}
+inline Vec16 load16_shared(u32 address) { return load_shared<Vec16>(address); }
+inline void store4_shared(u32 address, u32 v) { store_shared(address, v); }
+inline u32 load4_shared(u32 address) { return load_shared<u32>(address); }
+inline float load_float_shared(u32 address) { return load_shared<float>(address); }
+struct alignas(16) Vec4 {
+    float f[4];
+};
+struct alignas(8) Vec2 {
+    float f[2];
+};
+inline void store_floats_shared(u32 address, float a, float b) { store_shared(address, Vec2{{a, b}}); }
+inline void store_floats_shared(u32 address, float a, float b, float c, float d) { store_shared(address, Vec4{{a, b, c, d}}); }
+inline void store_matrix4(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
+    const u64* addresses = sim::meet_warp("stmatrix", address);
+    const u32 lane = sim::now->index, values[4] = {r0, r1, r2, r3};
+    for (u32 i = 0; i < 4; ++i) store4_shared(static_cast<u32>(addresses[i * 8 + lane / 4]) + lane % 4 * 4, values[i]);
+}
+
+}  // namespace megamoe::ptx

@@ -1,0 +1,27 @@
+// Stand-in for ptx/wgmma.cuh: products are taken when they are waited for, as late as the hardware may read its operands.
+#pragma once
+#include "base/types.cuh"
+
+namespace megamoe::ptx {
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() { ++sim::now->groups; }
+template <u32 kPending> void wgmma_wait() {
+    if (sim::mutant == sim::kNoWaitForProducts && kPending > 0) return;
+    auto& products = sim::now->products;
+    std::size_t due = 0;
+    for (; due < products.size() && products[due].group + kPending < sim::now->groups; ++due) sim::multiply(products[due]);
+    products.erase(products.begin(), products.begin() + due);
+}
+template <u32 kCount> void pin(float (&)[kCount]) {}
+
+/// Shared addresses of the first rows instead of descriptors, in units of 16 bytes as theirs.
+inline u64 matrix_descriptor(u32 address) { return address >> 4; }
+constexpr u32 kDescriptorK32 = 2;
+constexpr u32 kDescriptorRows64 = 512;
+
+inline void wgmma_m64n64k32(float (&d)[32], u64 a, u64 b, u32 accumulate) {
+    sim::now->products.push_back({d, 32, a << 4, b << 4, accumulate, sim::now->groups});
+}
+
+}  // namespace megamoe::ptx

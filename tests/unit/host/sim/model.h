@@ -1,0 +1,134 @@
+// Numbers instead of the layer's arithmetic: what the tensor cores would multiply is hashed, so that every output of the
+// launch depends on which rows, weights and scales of which launch were really in shared memory when they were read.
+//
+//   x          16 bytes hold {hash of launch, rank, token, place; scale of the 128-block; launch; the hash again}
+//   GEMM 1     in 32 steps of depth each, levels 0 to 255 times a factor of expert and tile: the largest, 255, in every
+//              32nd column, two hashed sums in the others.  SwiGLU keeps them, quantisation makes codes of the levels
+//   GEMM 2     hashes those codes into integers; their sum goes to the combine slot, as bf16 that holds integers
+//   combine    weights 1 to 3, so the sum is an integer too
+//
+// All scales are powers of two or cancel exactly enough to be rounded away.
+#pragma once
+#include "builtins.h"
+
+namespace sim {
+
+enum Tensor : u64 { kAct1, kWeight1, kAct2, kWeight2 };
+
+/// Sizes of the layer, from the kernel's own configuration.
+struct Sizes {
+    u32 hidden, intermediate, local_experts, topk;
+};
+inline Sizes sizes;
+constexpr u32 kMostValue = 1000;   // of a combine slot
+
+inline u32 mix(u32 h, u32 v) {
+    h = (h ^ v) * 0x9E3779B1u;
+    return h ^ h >> 15;
+}
+inline u32 mix(u32 a, u32 b, u32 c, u32 d) { return mix(mix(mix(mix(0x1234567, a), b), c), d); }
+inline u32 fold(const void* thirty_two_bytes) {
+    u32 words[8], h = 7;
+    std::memcpy(words, thirty_two_bytes, 32);
+    for (u32 w : words) h = mix(h, w);
+    return h;
+}
+
+inline float x_scale(u32 launch, u32 rank, u32 token, u32 block) { return 1u << mix(launch, rank, token, block) % 3; }
+inline void fill_x(u32 launch, u32 rank, u32 token, u8* row) {
+    for (u32 c = 0; c < sizes.hidden / 16; ++c) {
+        const u32 tag = mix(launch * 64 + rank, token, c, 5);
+        const u32 words[4] = {tag, static_cast<u32>(x_scale(launch, rank, token, c / 8)), launch, tag};
+        std::memcpy(row + 16 * c, words, 16);
+    }
+}
+inline float weight_scale(u32 gemm, u32 expert, u32 row, u32 block) { return 1u << mix(gemm, expert, row, block) % 3; }
+/// Of a tile of GEMM 1.
+inline float factor(u32 expert, u32 n) { return 1 + mix(expert, n, 0, 9) % 5; }
+inline u32 level(u32 key, u32 expert, u32 n, u32 step, u32 salt) {
+    return mix(key, expert * 1024 + n, step, salt) % (254 / (sizes.hidden / 32) + 1);
+}
+inline u32 slot_value(u32 key, u32 expert, u32 group, u32 step) {
+    return mix(key, expert * 1024 + group, step, 3) % (kMostValue / (sizes.intermediate / 32) + 1);
+}
+inline float act2_scale(u32 expert, u32 n) { return 255 * factor(expert, n) / 448; }
+
+/// Where a step's weights come from; lies at their first byte in shared memory.
+struct WeightTag {
+    u32 tensor, row, column, unused;
+};
+
+/// Copies a box: 64 rows of activations, or the tags of 128 rows of weights.
+inline void load_box(u32 dst, const u64* map, u32 bar, u32 column, u32 row) {
+    const bool weights = map[0] == kWeight1 || map[0] == kWeight2;
+    const u32 rows = weights ? 128 : 64, width = static_cast<u32>(map[3]);
+    u8* to = now->warp->block->at(dst, rows * 128, 1024);
+    if (column + 128 > width) fail("a box outside of its tensor, in " + name_of(now));
+    if (weights) {
+        const u32 tensor = static_cast<u32>(map[0]);
+        start_load(bar, rows * 128, [=] {
+            for (u32 r = 0; r < 128; r += 64)
+                for (u32 s = 0; s < 4; ++s) {
+                    const WeightTag tag{tensor, row + r, column + 32 * s, 0};
+                    std::memcpy(to + r * 128 + 32 * s, &tag, sizeof tag);
+                }
+        });
+        return;
+    }
+    if (row + 64 > map[2]) fail("a box below its tensor, in " + name_of(now));
+    const u8* from = reinterpret_cast<const u8*>(map[1]) + u64(row) * width + column;
+    for (u32 r = 0; r < 64; ++r) memory.read(from + u64(r) * width, 128, copy_actor());
+    start_load(bar, rows * 128, [=] {
+        for (u32 r = 0; r < 64; ++r) std::memcpy(to + r * 128, from + u64(r) * width, 128);
+    });
+}
+
+/// This thread's part of a product of 64 rows and 8 columns for every four registers, 32 deep.
+inline void multiply(const Lane::Product& product) {
+    const Block& block = *now->warp->block;
+    const u32 lane = now->index, first = block.rank * sizes.local_experts;
+    for (u32 i = 0; i < product.count; i += 2) {   // two columns of one row
+        const u32 group = i / 4, row = now->warp->index % 4 * 16 + lane / 4 + i / 2 % 2 * 8;
+        WeightTag tag;
+        std::memcpy(&tag, block.shared + product.b + group / 8 * 64 * 128, sizeof tag);
+        const u8* a = block.shared + product.a + row * 128;
+        const u32 key = fold(a), step = tag.column / 32;
+        float values[2];
+        if (tag.tensor == kWeight1) {
+            const u32 inside = tag.row % (2 * sizes.intermediate), n = inside / 256;
+            const u32 expert = first + tag.row / (2 * sizes.intermediate);
+            u32 scale;
+            std::memcpy(&scale, a + 4, 4);
+            const bool gate = group % 2 == 0;
+            const u32 scale_row = gate ? n : sizes.intermediate / 128 + n, steps = sizes.hidden / 32;
+            const float by = scale * weight_scale(1, expert, scale_row, step / 4);
+            for (u32 c = 0; c < 2; ++c) {
+                const u32 output = inside % 256 / 2 + group / 2 * 8 + 2 * (lane % 4) + c;
+                const float value = output % 32 == 0 ? 255.0f / steps : level(key, expert, n, step, output % 2);
+                values[c] = (gate ? value * factor(expert, n) : 1.0f / steps) / by;
+            }
+        } else {
+            const u32 expert = first + tag.row / sizes.hidden, inside = tag.row % sizes.hidden + group / 8 * 64;
+            const float by = act2_scale(expert, step / 4) * weight_scale(2, expert, inside / 128, step / 4);
+            values[0] = values[1] = slot_value(key, expert, inside / 64, step) / by;
+        }
+        for (u32 c = 0; c < 2; ++c) product.to[i + c] = (product.accumulate ? product.to[i + c] : 0) + values[c];
+    }
+}
+
+/// What combine shall find for a row and its expert, by groups of 64 columns.
+inline std::vector<u32> expected_slot(const u8* x, u32 expert) {
+    std::vector<u32> sums(sizes.hidden / 64);
+    for (u32 n = 0; n < sizes.intermediate / 128; ++n) {
+        u32 levels[2] = {};
+        for (u32 step = 0; step < sizes.hidden / 32; ++step)
+            for (u32 odd = 0; odd < 2; ++odd) levels[odd] += level(fold(x + 32 * step), expert, n, step, odd);
+        u8 codes[32];
+        for (u32 c = 0; c < 32; ++c) codes[c] = c == 0 ? 255 : levels[c % 2];
+        for (u32 group = 0; group < sums.size(); ++group)
+            for (u32 step = 4 * n; step < 4 * n + 4; ++step) sums[group] += slot_value(fold(codes), expert, group, step);
+    }
+    return sums;
+}
+
+}  // namespace sim

@@ -1,0 +1,155 @@
+"""Builds the kernels against the stand-ins of `shim/` and runs them on the virtual machine of `sim/`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from megamoe_jit._faults import decode
+from megamoe_jit._layout import BufferLayout, Section, buffer_layout
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from tests import host
+
+HERE = Path(__file__).resolve().parent
+SECONDS = 120  # most that one run may take
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a header's text; `old` must be there exactly once."""
+
+    room: str
+    old: str
+    new: str
+
+
+#: Small units and chunks, so that small batches wrap the pools and rows are moved in several pieces.
+SMALL = (
+    Change("base/constants.cuh", "kUnitRows = 1024", "kUnitRows = 128"),
+    Change("base/constants.cuh", "kDispatchChunk = 2048", "kDispatchChunk = 256"),
+)
+#: The virtual ranks' memory is seen through pointers that check every access.
+CHECKED = (
+    Change("layout/params.cuh", "MEGA_DEVICE T* symmetric(", "MEGA_DEVICE sim::Pointer<T> symmetric("),
+    Change("layout/params.cuh", "p.peers[rank] + offset", "p.peers[sim::existing(rank)] + offset"),
+    Change("dispatch/sort.cuh", "u32* sorted = symmetric", "const auto sorted = symmetric"),
+)
+POINTER = re.compile(r"^( +)((?:const )?\w+)\* (\w+);", re.MULTILINE)
+TRAP = re.compile(r"asm volatile\(.*?\);", re.DOTALL)
+
+
+def changed_rooms(target: Path, changes: Sequence[Change]) -> Path:
+    """Copies of the rooms that the simulation reads with changes, to come first on the include path."""
+    names = ["comm/fault.cuh", *(c.room for c in (*CHECKED, *changes))]
+    rooms = {name: (host.KERNELS / name).read_text() for name in names}
+    for change in (*CHECKED, *changes):
+        found = rooms[change.room].count(change.old)
+        assert found == 1, f"{change.room} has {change.old!r} {found} times: adapt the simulation to its new text"
+        rooms[change.room] = rooms[change.room].replace(change.old, change.new)
+    rooms["layout/params.cuh"], pointers = POINTER.subn(r"\1sim::Pointer<\2> \3;", rooms["layout/params.cuh"])
+    assert pointers > 12
+    trap = "ptx::gave_up(who, which, expected, seen);"
+    rooms["comm/fault.cuh"], traps = TRAP.subn(trap, rooms["comm/fault.cuh"])
+    assert traps == 1
+    for name, text in rooms.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text)
+    return target
+
+
+def configs(shape: MoEShape, ranks: int, compare_sizes: bool) -> str:
+    """The `Config` of both entries, as the Jinja2 templates have it, each in a namespace of its own."""
+    parts = ["#pragma once\n"]
+    for variant in Variant:
+        spec = KernelSpec(shape=shape, ranks=ranks, variant=variant)
+        entry = (host.KERNELS / spec.template).read_text()
+        body = re.search(r"^struct Config \{.*?^\};", entry, re.MULTILINE | re.DOTALL)
+        assert body, f"{spec.template} no longer declares `struct Config`"
+        filled = jinja2.Template(body[0], undefined=jinja2.StrictUndefined).render(spec.template_variables())
+        parts.append(f"namespace {variant.value} {{\n{filled}\n}}\n")
+        if compare_sizes:
+            size = f"megamoe::Shared<{variant.value}::Config>::kBytes == {spec.shared_bytes}"
+            parts.append(f'static_assert({size}, "KernelSpec.shared_bytes and layout/shared.cuh disagree");\n')
+    return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run said; `problem` is empty when nothing was wrong."""
+
+    problem: str
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """The kernels of one layer on some ranks, as a program."""
+
+    program: Path
+    shape: MoEShape
+    ranks: int
+
+    @classmethod
+    def build(cls, folder: Path, shape: MoEShape, ranks: int, changes: Sequence[Change] = SMALL) -> Simulator:
+        rooms = changed_rooms(folder / "rooms", changes)
+        (rooms / "configs.h").write_text(configs(shape, ranks, compare_sizes=not changes))
+        paths = [option for path in (rooms, HERE / "shim") for option in ("-iquote", str(path))]
+        options = ["-Og", "-fno-exceptions", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", *paths]
+        return cls(host.build(HERE / "protocol.cpp", folder / "protocol", *options), shape, ranks)
+
+    def layout(self, tokens: int, pool_rows: int) -> BufferLayout:
+        """The package's own, but with pools as small as asked for."""
+        layout = buffer_layout(self.shape, tokens, self.ranks)
+        return layout if pool_rows >= layout.rows else _with_pools(layout, self.shape, pool_rows)
+
+    def run(
+        self,
+        seed: int,
+        tokens: int,
+        blocks: int,
+        pool_rows: int = 1 << 30,
+        launches: int = 2,
+        variant: str = "mixed",
+        mutant: int = 0,
+    ) -> Outcome:
+        layout = self.layout(tokens, pool_rows)
+        numbers = {
+            "seed": seed,
+            "tokens": tokens,
+            "blocks": blocks,
+            "launches": launches,
+            "pool_rows": layout.pool_rows,
+            "rows": layout.rows,
+            "mutant": mutant,
+        }
+        options = [f"{name}={value}" for name, value in numbers.items()]
+        sections = {"symmetric": layout.symmetric, "local": layout.local}
+        options += [f"{k}={','.join(f'{s.name}:{s.offset}:{s.bytes}' for s in v)}" for k, v in sections.items()]
+        command = [str(self.program), *options, f"variant={variant}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        if done.returncode == 0:
+            return Outcome("", int(done.stdout.split()[0]))
+        return Outcome("\n".join(map(_sentence, done.stdout.splitlines())) or f"ended with code {done.returncode}")
+
+
+def _with_pools(layout: BufferLayout, shape: MoEShape, pool_rows: int) -> BufferLayout:
+    """The same with pools of fewer rows than the package would ever make."""
+    bytes_per_row = {"act1_pool": shape.hidden, "act1_scales": shape.hidden // 32}
+    bytes_per_row |= {"act2_pool": shape.intermediate, "act2_scales": shape.intermediate // 32}
+    local = [
+        Section(s.name, s.offset, pool_rows * bytes_per_row.get(s.name, 0) or s.bytes, s.what) for s in layout.local
+    ]
+    return BufferLayout(layout.symmetric, tuple(local), layout.capacity, layout.rows, pool_rows)
+
+
+def _sentence(line: str) -> str:
+    """A fault record in the words of the package; any other line as it is."""
+    if not line.startswith("fault "):
+        return line
+    rank, *words = map(int, line.split()[1:])
+    return f"rank {rank}: {decode(words)}"

@@ -1,0 +1,183 @@
+"""The protocol without a GPU: the kernels on virtual ranks, blocks and threads, in interleavings of chance.
+
+`tests/unit/host/` builds the headers of `kernels_src/` with stand-ins for the PTX instructions alone and runs them; see
+`docs/protocol.md`, "Tested without GPUs".  A run fails when threads wait for each other, when an access is not ordered
+after what it needs, when anything lies outside of its buffer, and when one output is not what the routing asks for.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megamoe_jit._spec import MoEShape
+from tests import host
+from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
+
+#: By number of ranks.  Full and half tiles of columns, depths below, at and above one turn of the main loop, rows that
+#: dispatch moves in one piece or in several.
+SHAPES = {
+    1: MoEShape(640, 384, 6, 3),
+    2: MoEShape(256, 256, 8, 2),
+    4: MoEShape(256, 128, 8, 4),
+    8: MoEShape(128, 256, 16, 2),
+}
+TOKENS = {1: 100, 2: 60, 4: 24, 8: 16}  #: most of a rank
+BLOCKS = {1: 6, 2: 4, 4: 2, 8: 2}  #: most of a launch
+
+#: A wait that is over at once, by its code; ranks that take the launch before for this one, or do not meet in one of
+#: the phases; an order of tiles that does not see that its ring is full.  Which one is chosen when the program runs.
+MISTAKES = (
+    *SMALL,
+    Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
+    Change("comm/barriers.cuh", "(words + r) - epoch", "(words + r) - epoch + (sim::mutant == 201)"),
+    Change(
+        "comm/barriers.cuh",
+        "rank_wait<kRanks>(p,",
+        "if (sim::mutant != 203 + static_cast<u32>(phase)) rank_wait<kRanks>(p,",
+    ),
+    Change("sched/order.cuh", "next2.first() + ring", "next2.first() + (sim::mutant == 202 ? 1u << 20 : ring)"),
+)
+STALE_EPOCH, BLIND_ORDER, NO_INPUTS, NO_RESULTS = 201, 202, 203, 204
+
+Build = Callable[..., Simulator]
+
+
+@pytest.fixture(scope="module")
+def build() -> Build:
+    """Programs by number of ranks and changes, each built once."""
+    with tempfile.TemporaryDirectory(prefix="protocol-") as folder:
+
+        @cache
+        def attempt(ranks: int, changes: tuple[Change, ...]) -> Simulator | AssertionError:
+            try:
+                return Simulator.build(Path(tempfile.mkdtemp(dir=folder)), SHAPES[ranks], ranks, changes)
+            except AssertionError as error:  # the next test need not wait to hear the same
+                return error
+
+        def built(ranks: int, changes: tuple[Change, ...] = SMALL) -> Simulator:
+            if isinstance(result := attempt(ranks, changes), AssertionError):
+                raise result
+            return result
+
+        yield built
+
+
+def codes(text: str, enum: str) -> dict[str, int]:
+    """Names and numbers of an enumeration."""
+    body = re.search(rf"enum (?:class )?{enum} : u32 \{{(.*?)\}};", text, re.DOTALL)
+    assert body, f"no enum {enum}"
+    return {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", host.without_comments(body[1]))}
+
+
+@st.composite
+def runs(draw: st.DrawFn, ranks: int) -> dict[str, int | str]:
+    """Arguments of a run; the seed decides on routing, token counts, grids, options and whom to starve."""
+    return {
+        "seed": draw(st.integers(1, 2**31)),
+        "tokens": draw(st.integers(1, TOKENS[ranks])),
+        "blocks": draw(st.integers(1, BLOCKS[ranks])),
+        "pool_rows": draw(st.sampled_from((256, 384, 1024, 1 << 30))),  # rings of two and three blocks, and none
+        "launches": draw(st.integers(1, 3)),
+        "variant": draw(st.sampled_from(("mixed", "pingpong", "cooperative"))),
+    }
+
+
+@pytest.mark.parametrize("ranks", SHAPES)
+def test_any_interleaving_gives_the_right_result(build: Build, ranks: int):
+    simulator = build(ranks)
+
+    @settings(max_examples=56 // (ranks + 2), database=None, suppress_health_check=list(HealthCheck))
+    @given(runs(ranks))
+    def check(run: dict[str, int | str]) -> None:
+        assert simulator.run(**run).problem == ""
+
+    check()
+
+
+def test_a_run_is_what_its_seed_says(build: Build):
+    """So that a failure can be looked at again."""
+    first, again, other = (build(2).run(seed, tokens=12, blocks=2) for seed in (5, 5, 6))
+    assert first == again
+    assert (first.problem, other.problem) == ("", "")
+    assert first.pairs != other.pairs
+
+
+def test_the_kernels_own_units_and_chunks(build: Build):
+    """Nothing changed, pools as the package makes them; also compares the size of shared memory with Python's."""
+    assert build(2, ()).run(3, tokens=100, blocks=3, launches=1, variant="mixed").problem == ""
+
+
+def find(simulator: Simulator, mutant: int, tries: int = 20) -> str:
+    """What the first run says that finds something wrong."""
+    for seed in range(1, tries + 1):
+        outcome = simulator.run(seed, tokens=40, blocks=2, pool_rows=256, mutant=mutant)
+        if outcome.problem:
+            return outcome.problem
+    return ""
+
+
+def test_nothing_is_found_where_nothing_is_wrong(build: Build):
+    assert find(build(2, MISTAKES), 0, tries=6) == ""
+
+
+WAITS = codes((host.KERNELS / "comm/fault.cuh").read_text(), "Wait")
+WEAK = codes((HERE / "sim/machine.h").read_text(), "Weak")
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_wait_that_is_left_out_is_found(build: Build, wait: str):
+    assert find(build(2, MISTAKES), WAITS[wait]) != ""
+
+
+@pytest.mark.parametrize("weak", [name for name, code in WEAK.items() if code])
+def test_an_instruction_that_does_too_little_is_found(build: Build, weak: str):
+    assert find(build(2, MISTAKES), WEAK[weak]) != ""
+
+
+def test_data_that_is_read_too_early_is_named(build: Build):
+    problem = find(build(2, MISTAKES), WAITS["pool_read"])
+    assert re.search(r"race: .*rank \d block \d warp 2 writes act1_\w+ of rank \d .* without waiting for the", problem)
+    problem = find(build(2, MISTAKES), WEAK["kNoProxyFence"])
+    assert re.search(r"race: a copy of rank \d .* without a proxy fence since the write of rank \d", problem)
+
+
+def test_ranks_that_do_not_wait_for_this_launch_are_found(build: Build):
+    simulator = build(2, MISTAKES)
+    assert "race: " in find(simulator, STALE_EPOCH)
+    assert re.search(r"race: .* reads expert_offsets of rank \d", find(simulator, NO_INPUTS))
+    assert re.search(r"race: .* (reads combine|writes \w+) of rank \d", find(simulator, NO_RESULTS))
+
+
+def test_a_deadlock_says_who_waits_for_what(build: Build):
+    """GEMM 1 wants rows of a ring that GEMM 2, with larger tickets, has not used yet."""
+    problem = find(build(2, MISTAKES), BLIND_ORDER)
+    assert problem.startswith("deadlock\n")
+    assert "activations warp, waited in vain for the second GEMM to finish pool block" in problem
+
+
+def functions(room: Path) -> set[str]:
+    """Names of the functions that a header of instructions defines."""
+    heads = re.findall(
+        r"^(?! )(?:template <[^>]*> )?[\w ]+ (\w+)\(", host.without_comments(room.read_text()), re.MULTILINE
+    )
+    return set(heads)
+
+
+@pytest.mark.parametrize("room", sorted(path.name for path in (host.KERNELS / "ptx").iterdir()))
+def test_every_instruction_has_its_stand_in(room: str):
+    real = functions(host.KERNELS / "ptx" / room)
+    assert len(real) > 3
+    assert real - functions(HERE / "shim/ptx" / room) == set(), "the simulation does not know these"
+
+
+def test_a_text_that_has_changed_is_noticed(tmp_path: Path):
+    with pytest.raises(AssertionError, match="adapt the simulation"):
+        changed_rooms(tmp_path, [Change("comm/fault.cuh", "no such text", "")])
