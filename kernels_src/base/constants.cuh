@@ -24,7 +24,7 @@ constexpr u32 kProducerRegisters = 72, kMathRegisters = 216;   // 128 * 72 + 256
 constexpr u32 kPairBits = 20;   // a (token, slot) pair needs 32768 * 32 values; the rank sits above them
 
 /// Ids of the hardware's named barriers; 0 is __syncthreads.
-enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */, kBarrierPair = 4 /* to 7 */ };
+enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */ };
 
 enum class Variant : u32 { pingpong, cooperative };
 

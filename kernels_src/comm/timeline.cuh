@@ -9,39 +9,40 @@
 
 namespace megamoe {
 
-/// Who writes: the producer warps by number, and the head.
-enum class Role : u32 { activations = 0, weights = 1, dispatch = 2, publisher = 3, head = 4 };
-constexpr u32 kRoles = 5, kRecords = 512, kRecordWords = 4;   // records of a role of a block; later ones are dropped
+/// Who writes.  The weights lane has no register left for it; it works beside the activations lane.
+enum class Role : u32 { head = 0, activations = 1, dispatch = 2, publisher = 3 };
+constexpr u32 kRoles = 4, kRecords = 512, kRecordWords = 4;   // records of a role of a block; later ones are dropped
 
 /// What was done.
 enum class Span : u32 {
     none = 0,
     count, count_barrier, order, order_barrier, plan, first_round,   // head
-    wait_rows, stream_activations, stream_weights, gather, gemm1, gemm2, tail_barrier, combine,
+    wait_rows, stream_activations, gather, gemm1, gemm2, tail_barrier, combine,
 };
 
 template <class C> struct Timeline {
-    u64* next;
-    u64 begin;
-    u32 left, who;
+    const Params& p;
+    const Role role;
+    u32 records = 0, begin = 0;   // registers are dear here too: the low half of the timer, and no address
 
-    MEGA_DEVICE Timeline(const Params& p, Role role) {
-        if constexpr (C::kTimeline) {
-            who = blockIdx.x << 16 | static_cast<u32>(role) << 8, left = kRecords;
-            next = p.timeline + (blockIdx.x * kRoles + static_cast<u32>(role)) * u64(kRecords * kRecordWords);
-            begin = ptx::nanoseconds();
-        }
-    }
+    MEGA_DEVICE Timeline(const Params& p_, Role role_) : p(p_), role(role_) { start(); }
+
     /// What went before was something else: a span begins now.
     MEGA_DEVICE void start() {
-        if constexpr (C::kTimeline) begin = ptx::nanoseconds();
+        if constexpr (C::kTimeline) begin = static_cast<u32>(ptx::nanoseconds());
     }
     /// The span that began when the last one ended, or at `start`, ends now.
     MEGA_DEVICE void done(Span what, u32 index = 0) {
         if constexpr (C::kTimeline) {
             const u64 end = ptx::nanoseconds();
-            if (left > 0) next[0] = who | static_cast<u32>(what), next[1] = index, next[2] = begin, next[3] = end, next += kRecordWords, --left;
-            begin = end;
+            const u32 own = blockIdx.x * kRoles + static_cast<u32>(role);
+            u64* at = p.timeline + (u64(own) * kRecords + records) * kRecordWords;
+            if (records < kRecords) {
+                at[0] = blockIdx.x << 16 | static_cast<u32>(role) << 8 | static_cast<u32>(what), at[1] = index;
+                at[2] = end - (static_cast<u32>(end) - begin), at[3] = end;
+                ++records;
+            }
+            begin = static_cast<u32>(end);
         }
     }
 };

@@ -127,9 +127,10 @@ template <class C> struct Gather {
         if (ptx::lane_id() == 0) ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
     }
 
-    /// A row for each warp of each block; call it everywhere, then `rest` in one warp of each block.
+    /// A row for each warp of each block, the load warps last, which have other things to do; call it everywhere, then
+    /// `rest` in one warp of each block.
     MEGA_DEVICE void first_round() const {
-        const u32 i = ptx::warp_id() * gridDim.x + blockIdx.x, item = i / p.rows_per_item;
+        const u32 i = (kWarps - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x, item = i / p.rows_per_item;
         if (item >= first_items) return;
         const Item row = begin<true>(item, i % p.rows_per_item);
         if (row.rows == 0) return;

@@ -12,14 +12,13 @@ template <class C> struct Scatter {
     const Staging staging;
     u32 first_row;   // of this warp's 16
     u32 rows;       // valid rows from there to the end of the tile; 16 or more: all of this warp's
-    u32 column0;    // of this warpgroup's first quarter
-    u32 quarters;   // 4, or 2 of a half tile
+    u32 n;
 
-    /// Address of column 0 of the row that this lane writes in pass i.
+    /// Address of column 0 of the row that this lane writes in pass i; of the last valid one when there is none.  It is
+    /// never null: whether there is a row is asked of `rows` each time, since ptxas (CUDA 13.0) was seen to schedule the
+    /// comparison of a pointer that is null or computed one cycle too early.
     MEGA_DEVICE u8* slot(u32 pass) const {
-        const u32 row = Staging::row(pass);
-        if (row >= rows) return nullptr;
-        const u32 origin = ptx::load_l2(p.row_pairs + first_row + row);
+        const u32 origin = ptx::load_l2(p.row_pairs + first_row + min_u32(Staging::row(pass), rows - 1));
         const u32 rank = C::kRanks == 1 ? 0 : origin >> kPairBits, pair = origin & ((1u << kPairBits) - 1);
         return symmetric<u8>(p, rank, p.combine) + u64(pair) * (C::kHidden * 2);
     }
@@ -41,14 +40,13 @@ template <class C> struct Scatter {
         for (u32 i = 0; i < Staging::kPasses; ++i) slots[i] = slot(i);
 #pragma unroll
         for (u32 q = 0; q < 4; ++q) {
-            const u32 column = column0 + q * 64;
-            if (q >= quarters) return;
+            const u32 column = n * kBlockN + q * 64;
             if (C::kHidden % kBlockN != 0 && column >= C::kHidden) return;   // the last tile may be half as wide
             stage_quarter(result.quarter[q]);
             __syncwarp();
 #pragma unroll
             for (u32 i = 0; i < Staging::kPasses; ++i)
-                if (slots[i] != nullptr) ptx::store16(slots[i] + column * 2 + Staging::column() * 16, staging.read(i));
+                if (Staging::row(i) < rows) ptx::store16(slots[i] + column * 2 + Staging::column() * 16, staging.read(i));
             __syncwarp();
         }
     }

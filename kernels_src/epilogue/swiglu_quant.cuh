@@ -1,8 +1,7 @@
 // Epilogue of GEMM 1: SwiGLU, one scale per row over the tile's 128 outputs, e4m3 codes, into the pool of GEMM 2.
 //
 // Gate and up columns alternate by eights, so both halves of an output sit in the same thread, and all 128 outputs of a
-// row in the four lanes of a quad: the row's largest value is two shuffles away.  In a half tile each warpgroup has 64 of a
-// row's outputs; the two warps that share rows tell each other the largest of theirs through their staging patches.
+// row in the four lanes of a quad: the row's largest value is two shuffles away.
 #pragma once
 #include "epilogue/staging.cuh"
 #include "mma/block_scaled.cuh"
@@ -21,17 +20,12 @@ template <class C> struct SwigluQuant {
     u32 pool_row;   // first of this warp's 16 rows in the pool
     u32 rows;       // valid rows from there to the end of the tile; 16 or more: all of this warp's
     u32 n;
-    u32 quarters;          // 4, or 2 of a half tile
-    u32 part;              // of a half tile: which 64 of the 128 outputs
-    u32 partner;           // of a half tile: staging patch of the warp that has the others
-    u32 barrier;           // that the two meet at
 
     /// Writes silu(gate) * up over the gate's registers; returns the largest magnitude in rows t/4 and t/4 + 8.
     MEGA_DEVICE void activate(Result& result, float (&largest)[2]) const {
         largest[0] = largest[1] = 0;
 #pragma unroll
-        for (u32 q = 0; q < 4; ++q) {
-            if (q >= quarters) break;
+        for (u32 q = 0; q < 4; ++q)
 #pragma unroll
             for (u32 i = 0; i < 16; ++i) {
                 float& gate = result.quarter[q][i / 4 * 8 + i % 4];
@@ -40,22 +34,11 @@ template <class C> struct SwigluQuant {
                 gate = silu<C::kFastMath>(ptx::min_nan(gate, p.clamp)) * limited;
                 largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fabsf(gate));
             }
-        }
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
             largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
             largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
         }
-        if (quarters == 2) exchange(largest);
-    }
-    /// The patches hold nothing now; the second barrier lets them be written again.
-    MEGA_DEVICE void exchange(float (&largest)[2]) const {
-        const u32 at = ptx::lane_id() / 4 * 8;
-        if (ptx::lane_id() % 4 == 0) ptx::store_floats_shared(staging.address + at, largest[0], largest[1]);
-        ptx::named_sync(barrier, 2 * kWarp);
-        largest[0] = fmaxf(largest[0], ptx::load_float_shared(partner + at));
-        largest[1] = fmaxf(largest[1], ptx::load_float_shared(partner + at + 4));
-        ptx::named_sync(barrier, 2 * kWarp);
     }
 
     /// Two groups of eight outputs of one row half: lanes pair up so that each stores four codes in a row.
@@ -76,20 +59,18 @@ template <class C> struct SwigluQuant {
         for (u32 half = 0; half < 2; ++half) {
             const float scale = __fdiv_rn(fmaxf(largest[half], 1e-10f), 448.0f), inverse = __fdiv_rn(1.0f, scale);
             const u32 row = half * 8 + lane / 4;
-            if (lane % 4 == 0 && row < rows && part == 0) p.act2_scales[u64(n) * p.pool_rows + pool_row + row] = scale;
+            if (lane % 4 == 0 && row < rows) p.act2_scales[u64(n) * p.pool_rows + pool_row + row] = scale;
 #pragma unroll
-            for (u32 q = 0; q < 4; ++q) {
-                if (q >= quarters) break;
+            for (u32 q = 0; q < 4; ++q)
 #pragma unroll
                 for (u32 pair = 0; pair < 2; ++pair) stage_codes(result.quarter[q], q, pair, half, inverse);
-            }
         }
         __syncwarp();
 #pragma unroll
         for (u32 i = 0; i < Staging::kPasses; ++i) {
             const u32 row = Staging::row(i);
-            u8* target = p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock + part * 64 + Staging::column() * 16;
-            if (row < rows && Staging::column() < 2 * quarters) ptx::store16(target, staging.read(i));
+            u8* target = p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock + Staging::column() * 16;
+            if (row < rows) ptx::store16(target, staging.read(i));
         }
         ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
         __syncwarp();

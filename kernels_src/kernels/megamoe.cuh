@@ -43,7 +43,6 @@ template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& share
     const auto did = [&](Span what) {
         if (C::kTimeline && threadIdx.x == 0) timeline.done(what);
     };
-    if (threadIdx.x == kWarp) prefetch_weights<C>(p);
     initialise<C>(p, shared);
     const Sort<C> sort(p, shared.scratch());
     sort.count();

@@ -11,8 +11,6 @@
 //   wait for, promote -       0 of A    1 of A    2 of A    3 of A             0 of B
 //   then              load A's scales   A's 2nd half        release A, load B's scales
 //
-// A half tile has 64 rows or fewer: both warpgroups take the same rows and two quarters each, so that neither is idle.
-//
 // Registers: 128 of result and 2 x 32 in flight, of 216.
 //
 //   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
@@ -53,39 +51,33 @@ MEGA_DEVICE void promote_quarter(Result& result, float (&fresh)[32], const Block
     }
 }
 
-/// Which part of a tile a warpgroup computes.
-struct Share {
-    u32 row;       // first of its 64 rows
-    u32 quarter;   // first of its quarters of 64 columns: all four, or in a half tile two
-};
-
 template <class C> struct MainLoop {
     const Shared<C>& shared;
     Ring<C::kStages> ring;
-    const Share share;
+    u32 row;   // first row of the activation tile that this warpgroup multiplies
 
     MEGA_DEVICE void release(u32 stage) const {
         __syncwarp();   // all lanes have read their scales, and none still looks at this phase
         if (ptx::lane_id() == 0) ptx::mbarrier_arrive(shared.empty(stage));
     }
 
-    /// kBlocks k-blocks of kQuarters quarters, written out; nothing is in flight before or after.
-    template <u32 kBlocks, u32 kQuarters> MEGA_DEVICE void turn(Result& result) {
-        constexpr u32 kSteps = kQuarters * kBlocks;
+    /// kBlocks k-blocks, written out; nothing is in flight before or after.
+    template <u32 kBlocks> MEGA_DEVICE void turn(Result& result) {
+        constexpr u32 kSteps = 4 * kBlocks;
         float fresh[2][32];
         BlockScales scales;
         u64 a = 0, b = 0;
         u32 stage = 0;
 #pragma unroll
         for (u32 i = 0; i <= kSteps; ++i) {   // issues quarter i, then promotes quarter i - 1
-            const u32 last_stage = stage, q = i % kQuarters;
+            const u32 last_stage = stage, q = i % 4;
             if (i < kSteps) {
                 if (q == 0) {
                     stage = ring.stage;
                     wait_barrier_watched(shared.full(stage), ring.parity);
                     ring.advance();
-                    a = ptx::matrix_descriptor(shared.acts(stage) + share.row * kBlockK);
-                    b = ptx::matrix_descriptor(shared.weights(stage) + (kQuarters == 4 ? 0 : share.quarter * 64 * kBlockK));
+                    a = ptx::matrix_descriptor(shared.acts(stage) + row * kBlockK);
+                    b = ptx::matrix_descriptor(shared.weights(stage));
                 }
                 issue_quarter(fresh[i % 2], a, b, q);
                 if (i > 0) ptx::wgmma_wait<1>();
@@ -93,22 +85,30 @@ template <class C> struct MainLoop {
                 ptx::wgmma_wait<0>();
             }
             if (i > 0 && q == 0) release(last_stage);
-            if (i > 0) promote_quarter(result, fresh[(i - 1) % 2], scales, (i - 1) % kQuarters);
-            if (i < kSteps && q == 0)
-                scales.load(shared.act_scales(stage) + share.row * 4, shared.weight_scales(stage), kQuarters == 4 ? 0 : share.quarter / 2);
-            if (i % 4 == 2 && kQuarters == 4) scales.half(1);
+            if (i > 0) promote_quarter(result, fresh[(i - 1) % 2], scales, (i - 1) % 4);
+            if (i < kSteps && q == 0) scales.load(shared.act_scales(stage) + row * 4, shared.weight_scales(stage));
+            if (q == 2) scales.half(1);
         }
     }
 
-    template <u32 kQuarters> MEGA_DEVICE void run(Result& result, u32 k_blocks) {
+    MEGA_DEVICE void run(Result& result, u32 k_blocks) {
 #pragma unroll
-        for (u32 q = 0; q < kQuarters; ++q)
+        for (u32 q = 0; q < 4; ++q)
 #pragma unroll
             for (u32 i = 0; i < 32; ++i) result.quarter[q][i] = 0;
         u32 left = k_blocks;
-        for (; left >= C::kUnroll; left -= C::kUnroll) turn<C::kUnroll, kQuarters>(result);
+        for (; left >= C::kUnroll; left -= C::kUnroll) turn<C::kUnroll>(result);
         if constexpr (C::kHidden / kBlockK % C::kUnroll != 0 || C::kIntermediate / kBlockK % C::kUnroll != 0)
-            for (; left > 0; --left) turn<1, kQuarters>(result);
+            for (; left > 0; --left) turn<1>(result);
+    }
+
+    /// Hands the stages back unread: this warpgroup's rows are all padding.
+    MEGA_DEVICE void skip(u32 k_blocks) {
+        for (; k_blocks > 0; --k_blocks) {
+            wait_barrier_watched(shared.full(ring.stage), ring.parity);
+            release(ring.stage);
+            ring.advance();
+        }
     }
 };
 

@@ -48,11 +48,11 @@ struct BlockScales {
     float weight[2];   // even and odd groups of eight of the current half
     u32 weights;       // shared address of the four
 
-    MEGA_DEVICE void load(u32 act_scales, u32 weight_scales, u32 first_half) {
+    MEGA_DEVICE void load(u32 act_scales, u32 weight_scales) {
         const u32 thread = ptx::thread_id_again(), row = thread / kWarp % 4 * 16 + thread % kWarp / 4;
         act[0] = ptx::load_float_shared(act_scales + row * 4), act[1] = ptx::load_float_shared(act_scales + row * 4 + 32);
         weights = weight_scales;
-        half(first_half);
+        half(0);
     }
     MEGA_DEVICE void half(u32 h) {
         weight[0] = ptx::load_float_shared(weights + h * 8), weight[1] = ptx::load_float_shared(weights + h * 8 + 4);

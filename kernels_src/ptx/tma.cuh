@@ -35,10 +35,6 @@ template <u32 kPending> MEGA_DEVICE void bulk_wait_read() { asm volatile("cp.asy
 /// All groups are complete: their writes are done.
 MEGA_DEVICE void bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-/// Brings a box into the L2 cache.
-MEGA_DEVICE void tma_prefetch_2d(const TensorMap* map, u32 c0, u32 c1) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1) : "memory");
-}
 MEGA_DEVICE void prefetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -51,17 +51,13 @@ template <class C> struct LoadWeights {
         const TileSlots<C> slots{p, shared};
         TileOrder<C> order(plan, p.lag_tiles, p.pool_rows);
         WeightScaleStream<C> scales;
-        Timeline<C> timeline(p, Role::weights);
         u32 index = 0, k_begin = 0;
         Tile tile = order.locate(ticket());
         while (tile.kind != Tile::stop) {
             scales.aim(p, tile);
             tile.k_begin = k_begin, k_begin += tile.k_blocks;
             slots.publish(index++, tile);
-            timeline.start();
-            const u32 next = stream(tile, scales);
-            timeline.done(Span::stream_weights, tile.row);
-            tile = order.locate(next);
+            tile = order.locate(stream(tile, scales));
         }
         if constexpr (C::kVariant == Variant::pingpong) {   // one stop tile for each group; the first has the turn
             tile.rows = 1;
@@ -71,18 +67,6 @@ template <class C> struct LoadWeights {
         slots.publish(index, tile);
     }
 };
-
-/// One thread of each block, at the very start: the first k-blocks of what will be the first tiles, if hardly any expert
-/// is without rows or has more than a tile of them.  The memory has nothing else to do while the head sorts and copies,
-/// and such batches take as long as their weights take to read.
-template <class C> MEGA_DEVICE void prefetch_weights(const Params& p) {
-    constexpr u32 kDepth = min_u32(8, C::kHidden / kBlockK);
-    const u32 pairs = p.tokens * C::kTopK * C::kRanks, tile = blockIdx.x;   // if the ranks are alike
-    if (pairs < 2 * C::kExperts || pairs > kPoolAlign * C::kExperts) return;
-    if (tile >= C::kLocalExperts * TileOrder<C>::kTilesN1) return;
-    for (u32 k = 0; k < kDepth; ++k)
-        for (u32 box = 0; box < kBlockN; box += kBoxRows) ptx::tma_prefetch_2d(&p.weight1, k * kBlockK, tile * kBlockN + box);
-}
 
 template <class C> struct LoadActivations {
     const Params& p;

@@ -1,7 +1,6 @@
 // The two math warpgroups.
 //
-// cooperative: both take every tile; each multiplies 64 of its 128 rows with the same weights, or, if the tile has 64 rows
-//              or fewer, these rows with half of the weights.
+// cooperative: both take every tile; each multiplies 64 of its 128 rows with the same weights.
 // pingpong:    they take tiles in turn.  While one is in its main loop the other is in its epilogue; the turn passes
 //              when a main loop ends, by two hardware barriers (kBarrierTurn + group) on which one group waits and the
 //              other arrives.  A group looks at its first stage only when it has the turn: by then the other has seen
@@ -27,25 +26,18 @@ template <class C> struct Math {
     const Shared<C>& shared;
     u32 group;   // 0 or 1
 
-    MEGA_DEVICE Share share(bool half) const { return half ? Share{0, 2 * group} : Share{kPingpong ? 0 : group * 64, 0}; }
-
     MEGA_DEVICE void epilogue(const TileView& tile, Result& result) const {
-        const bool half = !kPingpong && tile.rows() <= 64;
-        const Share mine = share(half);
-        const u32 warp = ptx::warp_id() % 4, first = mine.row + warp * 16, quarters = half ? 2 : 4;
+        const u32 warp = ptx::warp_id() % 4, first = (kPingpong ? 0 : group * 64) + warp * 16;
         if (tile.rows() <= first) return;
         const u32 rows = tile.rows() - first;   // valid ones from this warp's first on
         const Staging staging{shared.staging(group * 4 + warp)};
-        if (tile.kind() == Tile::gemm2) {
-            Scatter<C>{p, staging, tile.row() + first, rows, tile.n() * kBlockN + mine.quarter * 64, quarters}.run(result);
-        } else {
-            const u32 partner = shared.staging((group ^ 1) * 4 + warp);
-            SwigluQuant<C>{p, staging, tile.pool_row() + first, rows, tile.n(), quarters, mine.quarter / 2, partner, kBarrierPair + warp}.run(result);
-        }
+        if (tile.kind() == Tile::gemm2) Scatter<C>{p, staging, tile.row() + first, rows, tile.n()}.run(result);
+        else SwigluQuant<C>{p, staging, tile.pool_row() + first, rows, tile.n()}.run(result);
     }
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
+        const u32 row = kPingpong ? 0 : group * 64;
         u32 index = kPingpong ? group : 0;
         Result result;
         if (kPingpong && group == 1) Turn::give(group);   // group 0 begins
@@ -55,21 +47,15 @@ template <class C> struct Math {
                 if (kPingpong && tile.rows()) Turn::take(group);   // leaves the barrier as it was
                 break;
             }
+            MainLoop<C> loop{shared, Ring<C::kStages>(tile.k_begin()), row};
             if (kPingpong) Turn::take(group);
-            multiply(tile, result);
+            if (row < tile.rows()) loop.run(result, tile.k_blocks());
+            else loop.skip(tile.k_blocks());
             if (kPingpong) Turn::give(group);
             epilogue(tile, result);
             done(slots, index);
             index += kStep;
         }
-    }
-
-    MEGA_DEVICE void multiply(const TileView& tile, Result& result) const {
-        const bool half = !kPingpong && tile.rows() <= 64;
-        MainLoop<C> loop{shared, Ring<C::kStages>(tile.k_begin()), share(half)};
-        if constexpr (!kPingpong)
-            if (half) return loop.template run<2>(result, tile.k_blocks());
-        loop.template run<4>(result, tile.k_blocks());
     }
 
     MEGA_DEVICE static void done(const TileSlots<C>& slots, u32 index) {
