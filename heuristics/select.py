@@ -1,17 +1,24 @@
-"""From a shape and a token count to the kernel variant and its run-time parameters, with the reasons."""
+"""From a shape and a token count to the kernel variant and its run-time parameters, with the reasons.
+
+First that is there wins: the caller's variant; a threshold other than the default; this GPU's measured rules for the
+shape; this GPU's model for any shape; the default threshold.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
+from megamoe_jit.heuristics.model import expected_us
+from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 AUTO = "auto"
-COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken
+COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
+LAG = 2.0  #: tiles of the first GEMM for each block
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,33 @@ class Choice:
     rows_per_item: int  #: token-slots one dispatch or combine item covers
 
 
+def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
+    if tokens < threshold:
+        why = f"{tokens} tokens per rank < {threshold}, tiles of 64 rows waste less"
+        return Variant.PINGPONG, f"pingpong: {why}"
+    why = f"{tokens} tokens per rank >= {threshold}, one weight load serves 128 rows"
+    return Variant.COOPERATIVE, f"cooperative: {why}"
+
+
+def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int) -> tuple[Variant, str]:
+    times = {v: expected_us(model, shape, tokens, v, num_sms) for v, model in table.models.items()}
+    picked = min(times, key=lambda v: times[v])
+    listed = ", ".join(f"{v.value} {time:.0f} us" for v, time in times.items())
+    return picked, f"{picked.value}: nobody measured this shape on {table.devices[0]}; its model says {listed}"
+
+
+def _pick(
+    shape: MoEShape, tokens: int, threshold: int, table: Table | None, rule: Rule | None, num_sms: int
+) -> tuple[Variant, str]:
+    """What `auto` takes, and why; `shape` has the experts of one rank."""
+    if threshold != COOPERATIVE_THRESHOLD or table is None or (rule is None and not table.models):
+        return _by_threshold(tokens, threshold)
+    if rule is None:
+        return _by_model(table, shape, tokens, num_sms)
+    since = f"from {rule.tokens} tokens per rank on" if rule.tokens else "for few tokens"
+    return rule.variant, f"{rule.variant.value}: measured best {since} on {table.devices[0]} ({table.date[:10]})"
+
+
 def choose(
     shape: MoEShape,
     tokens: int,
@@ -32,6 +66,7 @@ def choose(
     variant: str = AUTO,
     cooperative_threshold: int = COOPERATIVE_THRESHOLD,
     num_sms: int = 132,
+    gpu: str | None = None,
 ) -> Choice:
     """Pick the kernel for one call.
 
@@ -40,8 +75,10 @@ def choose(
         tokens: Tokens of this rank, 0 included.
         ranks: Ranks that share the experts.
         variant: ``auto``, or the name of the variant to force.
-        cooperative_threshold: Tokens per rank from which ``auto`` takes the cooperative kernel.
+        cooperative_threshold: Tokens per rank from which ``auto`` takes the cooperative kernel; a value other than the
+            default overrules what was measured.
         num_sms: Blocks of the launch.
+        gpu: Name of the GPU, as CUDA gives it, for what was measured on it; None for none.
 
     Raises:
         ConfigError: The token count or the variant is not supported.
@@ -50,23 +87,27 @@ def choose(
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 0 to {MAX_TOKENS}")
     if num_sms < 1:
         raise ConfigError(f"num_sms = {num_sms} is not supported; allowed: 1 or more")
-    reasons: list[str] = []
+    table = table_for(gpu)
+    own = shape if table is None else replace(shape, experts=max(1, shape.experts // ranks))
+    rule = None if table is None else table.rule(own, tokens)
     if variant != AUTO:
-        picked = Variant.parse(variant)
-        reasons.append(f"{picked.value}: forced by the caller")
-    elif tokens < cooperative_threshold:
-        picked = Variant.PINGPONG
-        reasons.append(f"pingpong: {tokens} tokens per rank < {cooperative_threshold}, tiles of 64 rows waste less")
+        picked, reason = Variant.parse(variant), f"{variant}: forced by the caller"
     else:
-        picked = Variant.COOPERATIVE
-        reasons.append(
-            f"cooperative: {tokens} tokens per rank >= {cooperative_threshold}, one weight load serves 128 rows"
-        )
+        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms)
     rows = tokens * shape.topk
     load = rows * ranks / shape.experts
-    reasons.append(f"about {load:.1f} rows per expert in tiles of {picked.block_m} if the {ranks} rank(s) are alike")
-    lag_tiles = 2 * num_sms
-    reasons.append(f"lag_tiles {lag_tiles}: two tiles of the first GEMM for each of {num_sms} blocks")
+    reasons = [
+        reason,
+        f"about {load:.1f} rows per expert in tiles of {picked.block_m} if the {ranks} rank(s) are alike",
+    ]
+    if rule is not None and rule.variant is picked:
+        lag_tiles, rows_per_item = max(1, round(rule.lag * num_sms)), rule.rows_per_item
+        reasons.append(f"lag_tiles {lag_tiles}, rows_per_item {rows_per_item}: measured with it")
+        return Choice(picked, tuple(reasons), lag_tiles, rows_per_item)
+    lag = LAG if table is None else table.lags.get(picked, LAG)
+    lag_tiles = max(1, round(lag * num_sms))
+    each = "two tiles" if lag == LAG else f"{lag:g} tiles"
+    reasons.append(f"lag_tiles {lag_tiles}: {each} of the first GEMM for each of {num_sms} blocks")
     rows_per_item = 1 if rows < FEW_ROWS else 8
     sign = "<" if rows < FEW_ROWS else ">="
     reasons.append(f"rows_per_item {rows_per_item}: {rows} token-slots {sign} {FEW_ROWS}")
@@ -74,7 +115,9 @@ def choose(
 
 
 def all_variants(shape: MoEShape) -> tuple[Variant, ...]:
-    """Every variant that some token count of `shape` can pick: what a warmup compiles."""
-    small = choose(shape, 0).variant
-    large = choose(shape, MAX_TOKENS).variant
-    return tuple(dict.fromkeys((small, large)))
+    """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles."""
+    wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
+    for table in tables():
+        wanted.update(table.models)
+        wanted.update(rule.variant for rules in table.rules.values() for rule in rules)
+    return tuple(variant for variant in Variant if variant in wanted)

@@ -1,13 +1,14 @@
-"""The same layer unfused, of public parts alone: what the fused kernel is compared with on several ranks.
+"""The same layer unfused, of public parts alone: what the fused kernel is compared with.
 
-Sort by expert, NCCL all-to-all of codes, scales and ids, two grouped GEMMs of torch, SwiGLU and quantisation, NCCL
-all-to-all back, weighted combine.  What favours the baseline: row counts are exchanged before the timing, so that
-nothing waits for the host, and all of it is captured in one CUDA graph where that works.  Each (token, slot) pair
-travels as a row of its own.
+Sort by expert, NCCL all-to-all of codes, scales and ids, two grouped GEMMs of torch (or of DeepGEMM, if it is
+installed), SwiGLU and quantisation, NCCL all-to-all back, weighted combine; one rank leaves the exchanges out.  What
+favours the baseline: row counts are exchanged before the timing, so that nothing waits for the host, and all of it is
+captured in one CUDA graph where that works.  Each (token, slot) pair travels as a row of its own.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from megamoe_jit._quant import (
     dequantize_weights,
     quantize_activations,
 )
+from megamoe_jit._ranks import gather, group_rank, group_size
 from megamoe_jit._scenarios import Inputs
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._weights import WeightPair
@@ -28,7 +30,6 @@ from megamoe_jit.reference import swiglu
 
 __all__ = ["METHODS", "Baseline", "Gemm", "probe"]
 
-ROW_STEP = 16  #: an expert's rows are padded to a multiple of this
 _any: Any = torch  # private operators of torch have no types
 
 
@@ -43,6 +44,7 @@ class Gemm:
 
     name = ""
     bound = 0.0  #: `calc_diff` to the FP32 reference that its numerics allow
+    row_step = 16  #: an expert's rows are padded to a multiple of this
 
     def __init__(self, weights: WeightPair, ends: Sequence[int]) -> None:
         """Take weights ``[E, N, K]`` with 128 x 128 scales; expert e has rows ``ends[e - 1]`` to ``ends[e]``."""
@@ -56,6 +58,28 @@ class Gemm:
     def __call__(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Rows bfloat16 ``[P, N]``."""
         raise NotImplementedError
+
+
+class DeepGemmGrouped(Gemm):
+    """DeepGEMM's grouped product over contiguous rows, with the layer's own scales; only if it is installed."""
+
+    name = "DeepGEMM grouped, block scales"
+    bound = 1e-3
+    row_step = 128
+
+    def __init__(self, weights: WeightPair, ends: Sequence[int]) -> None:
+        super().__init__(weights, ends)
+        self.weights = weights
+        rows = torch.tensor([end - begin for begin, end in zip(self.begins, self.ends, strict=True)])
+        owners = torch.arange(len(self.ends), dtype=torch.int32).repeat_interleave(rows)
+        self.owners = owners.to(weights[0].device)
+        library: Any = importlib.import_module("deep_gemm")
+        self.multiply = library.m_grouped_fp8_gemm_nt_contiguous
+
+    def __call__(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(codes.shape[0], self.weights[0].shape[1], dtype=torch.bfloat16, device=codes.device)
+        self.multiply((codes, scales), self.weights, out, self.owners)
+        return out
 
 
 class GroupedRowwise(Gemm):
@@ -151,19 +175,22 @@ class Dequantised(Gemm):
         return out
 
 
-METHODS: tuple[type[Gemm], ...] = (GroupedRowwise, BlockwiseEach, Dequantised)
+METHODS: tuple[type[Gemm], ...] = (DeepGemmGrouped, GroupedRowwise, BlockwiseEach, Dequantised)
 
 
 def probe(method: type[Gemm], device: torch.device) -> str:
     """Why a method does not work with this torch and GPU; empty if it does, and gives what it should."""
     gen = torch.Generator(device=device).manual_seed(0)
-    n, k, ends = 256, 512, (32, 32, 80)
+    n, k, step = 256, 512, method.row_step
+    ends = (2 * step, 2 * step, 5 * step)
     codes = torch.randn(3, n, k, generator=gen, device=device).to(torch.float8_e4m3fn)
     scales = torch.rand(3, n // BLOCK, k // BLOCK, generator=gen, device=device) + 0.5
     x = torch.randn(ends[-1], k, generator=gen, device=device)
     try:
         got = method((codes, scales), ends)(*method.quantise(x)).float()
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
+    except ImportError as error:
+        return f"{error.name or 'a package it needs'} is not installed"
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     exact = torch.empty_like(got)
     for e, (begin, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
@@ -194,16 +221,13 @@ class _Plan:
     first_padded: torch.Tensor  #: the same, padded
 
 
-def _make_plan(ids: torch.Tensor, experts: int, group: Any) -> _Plan:
-    import torch.distributed as dist
-
-    rank, ranks = int(group.rank()), int(group.size())
+def _make_plan(ids: torch.Tensor, experts: int, group: Any, row_step: int) -> _Plan:
+    rank, ranks = group_rank(group), group_size(group)
     local = experts // ranks
-    everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, torch.bincount(ids.reshape(-1), minlength=experts).tolist(), group=group)
+    everyone = gather(group, torch.bincount(ids.reshape(-1), minlength=experts).tolist())
     counts = torch.tensor(everyone).view(ranks, ranks, local)  # from, to, expert
     mine = counts[:, rank].sum(dim=0)
-    padded = -(-mine // ROW_STEP) * ROW_STEP
+    padded = -(-mine // row_step) * row_step
     ends = padded.cumsum(0)
     return _Plan(
         counts[rank].sum(dim=1).tolist(),
@@ -223,7 +247,7 @@ class Baseline:
         l1, l2: weights of this rank's experts, as a checkpoint has them.
         experts: of all ranks.
         clamp: of the activation.
-        group: the process group.
+        group: the process group; None for one rank.
         compiled: fuse SwiGLU, quantisation and combine with torch.compile.
     """
 
@@ -238,9 +262,9 @@ class Baseline:
         group: Any,
         compiled: bool = True,
     ) -> None:
-        self.method, self.group, self.local = method, group, experts // int(group.size())
-        self.rank = int(group.rank())
-        self.plan = _make_plan(inputs.topk_idx, experts, group)
+        self.method, self.group, self.local = method, group, experts // group_size(group)
+        self.rank = group_rank(group)
+        self.plan = _make_plan(inputs.topk_idx, experts, group, method.row_step)
         self.first, self.second = method(l1, self.plan.ends), method(l2, self.plan.ends)
         exact = method.quantise is Gemm.quantise
         self.codes, self.scales = (inputs.x_q, inputs.x_sf) if exact else method.quantise(inputs.x.float())
@@ -262,25 +286,32 @@ class Baseline:
         self._act: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = wrap(act)
         self._combine: Callable[..., torch.Tensor] = wrap(_combine)
 
-    def __call__(self) -> torch.Tensor:
-        """Output bfloat16 ``[T, H]``."""
+    def _exchange(self, out: torch.Tensor, rows: torch.Tensor, into: list[int], of: list[int]) -> torch.Tensor:
+        """Rows from all ranks, in `out`; with one rank the rows themselves."""
+        if group_size(self.group) == 1:
+            return rows
         import torch.distributed as dist
 
+        dist.all_to_all_single(out, rows, into, of, group=self.group)
+        return out
+
+    def __call__(self) -> torch.Tensor:
+        """Output bfloat16 ``[T, H]``."""
         plan, hidden, topk = self.plan, self.codes.shape[1], self.ids.shape[1]
         ids, order = self.ids.reshape(-1).sort(stable=True)
         tokens = torch.cat((self.codes.view(torch.uint8), self.scales.view(torch.uint8)), dim=1)
         send = tokens[torch.div(order, topk, rounding_mode="floor")]
-        dist.all_to_all_single(self.received, send, plan.received, plan.sent, group=self.group)
-        dist.all_to_all_single(self.received_ids, ids, plan.received, plan.sent, group=self.group)
-        expert, arrival = (self.received_ids - self.rank * self.local).sort(stable=True)
+        received = self._exchange(self.received, send, plan.received, plan.sent)
+        received_ids = self._exchange(self.received_ids, ids, plan.received, plan.sent)
+        expert, arrival = (received_ids - self.rank * self.local).sort(stable=True)
         place = torch.arange(expert.numel(), device=expert.device) + (plan.first_padded - plan.first)[expert]
-        sorted_rows = self.received[arrival]
+        sorted_rows = received[arrival]
         self.rows.view(torch.uint8)[place] = sorted_rows[:, :hidden]
         self.row_scales[place] = sorted_rows[:, hidden:].contiguous().view(torch.float32)
         results = self.second(*self._act(self.first(self.rows, self.row_scales)))
         where = torch.empty_like(place)
         where[arrival] = place
-        dist.all_to_all_single(self.returned, results[where], plan.sent, plan.received, group=self.group)
+        returned = self._exchange(self.returned, results[where], plan.sent, plan.received)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
-        return self._combine(self.returned, back, self.weights)
+        return self._combine(returned, back, self.weights)

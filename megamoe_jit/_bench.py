@@ -1,14 +1,13 @@
 """Time the layer on this GPU by the protocol of `benchmarks/README.md`.
 
 Each row is one shape (one GPU's slice of a model's experts), one token count and one variant.  Before a row
-is timed, its output is compared with the FP32 reference.  Variants take turns within the same rounds, and the
-card's own speed is measured in the same run: a dense FP8 product and a large read, before and after.
+is timed, its output is compared with the FP32 reference.  Contenders take turns within the same rounds: each variant,
+each variant with the staging of its inputs, and the unfused layer where it is wanted.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,22 +15,28 @@ from typing import Any
 import torch
 
 import megamoe_jit
+from megamoe_jit._baseline import METHODS
+from megamoe_jit._baseline_run import BaselineRow, baseline_rows, fastest, label, prepare
 from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._scenarios import Inputs, Scenario, make_inputs, make_weights
 from megamoe_jit._settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._timing import FLUSH_BYTES, TimedCall, anchors, burst, sustained
 from megamoe_jit._verify import Verdict, judge
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.select import AUTO, choose
-from megamoe_jit.reference import expert_counts, moe_reference
+from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
 
 __all__ = [
     "DEFAULT_SHAPES",
     "DEFAULT_TOKENS",
+    "FEW_TOKENS",
     "VARIANTS",
+    "Layer",
     "Row",
     "anchors",
     "cases",
+    "default_cases",
     "measure",
     "require_hopper",
 ]
@@ -40,11 +45,9 @@ DEFAULT_SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
 DEFAULT_TOKENS = (16, 64, 256, 512, 1024, 4096, 8192)
 VARIANTS = (AUTO, *(variant.value for variant in Variant))
 
-WARMUP, TIMED = 3, 15
-FLUSH_BYTES = 256 << 20  #: several times the L2
-IDLE_CYCLES = 180_000  #: about 0.1 ms, spent by the GPU itself so that the launch is queued when it ends
-SUSTAINED_S = 0.4
-QUEUE_DEPTH = 32  #: launches kept in flight by the sustained loop
+#: Token counts below the table, and the shapes that are timed with them by default.
+FEW_TOKENS = (1, 2, 4, 8, 32)
+FEW_SHAPES = ("v4-flash", "v4-pro")
 CHECKED_TOKENS = 64  #: rows compared with the reference; they reach every expert of the default shapes
 
 
@@ -64,11 +67,15 @@ class Row:
     min_us: float
     max_us: float
     sustained_us: float
+    staged_us: float  #: median with the copies of the inputs into the buffer
     diff: float
     worst_row_diff: float
     correct: bool
     tflops: float
     weights_tb_s: float  #: bytes of touched weights over the median time
+    baseline: str | None  #: the fastest unfused method with the right answer, if that was timed
+    baseline_us: float | None
+    baseline_speedup: float | None  #: how many times faster than it
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -101,68 +108,16 @@ def cases(presets: Iterable[Preset], tokens: Sequence[int]) -> list[Scenario]:
     ]
 
 
-def _burst(
-    calls: Mapping[str, Callable[[], object]], stage: Callable[[], object], flush: torch.Tensor
-) -> dict[str, list[float]]:
-    """Microseconds of each timed call, the calls taking turns."""
-    cuda: Any = torch.cuda  # events are untyped in some releases
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(WARMUP + TIMED):
-        for name, call in calls.items():
-            begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-            stage()
-            flush.zero_()
-            cuda._sleep(IDLE_CYCLES)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            if turn >= WARMUP:
-                times[name].append(begin.elapsed_time(end) * 1e3)
-    return times
+def default_cases(presets: Iterable[Preset]) -> list[Scenario]:
+    """The table's token counts for every preset, and the few ones below it for those that have a goal there."""
+    return [
+        case
+        for p in presets
+        for case in cases([p], sorted((*DEFAULT_TOKENS, *(FEW_TOKENS if p.name in FEW_SHAPES else ()))))
+    ]
 
 
-def _sustained(call: Callable[[], object], stage: Callable[[], object]) -> float:
-    """Median microseconds of a call while calls follow each other for 0.4 s; its second half counts."""
-    cuda: Any = torch.cuda
-    pairs: list[tuple[Any, Any]] = []
-    start = time.perf_counter()
-    while time.perf_counter() - start < SUSTAINED_S:
-        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        stage()
-        begin.record()
-        call()
-        end.record()
-        pairs.append((begin, end))
-        if len(pairs) > QUEUE_DEPTH:
-            pairs[-QUEUE_DEPTH][1].synchronize()
-    torch.cuda.synchronize()
-    times: list[float] = [begin.elapsed_time(end) * 1e3 for begin, end in pairs[len(pairs) // 2 :]]
-    return statistics.median(times)
-
-
-def anchors() -> dict[str, float]:
-    """What the card itself gives now: dense FP8 8192^3 through cuBLAS, and a read of 4 GiB."""
-    device = require_hopper()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    size = 8192
-    one = torch.ones((), device=device)
-    a, b = ((torch.randn(size, size, device=device) * 148).clamp(-448, 448).to(torch.float8_e4m3fn) for _ in range(2))
-    data = torch.ones(1 << 30, dtype=torch.float32, device=device)
-
-    def dense() -> object:
-        return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    # 5 ms of rest let the clock recover: this is the card's burst rate.
-    dense_us = statistics.median(_burst({"": dense}, lambda: time.sleep(0.005), flush)[""])
-    read_us = statistics.median(_burst({"": data.sum}, lambda: None, flush)[""])
-    return {
-        "dense_fp8_8192_tflops": 2e-6 * size**3 / dense_us,
-        "read_4gib_tb_s": data.nbytes * 1e-6 / read_us,
-    }
-
-
-class _Layer:
+class Layer:
     """Weights and buffer of one shape on the device, and what is done with them."""
 
     def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device) -> None:
@@ -190,11 +145,11 @@ class _Layer:
 
         return call
 
-    def check(self, case: Scenario, inputs: Inputs, call: Callable[[], object], y: torch.Tensor) -> Verdict:
-        """Judge some rows of one call; every row depends on its own token alone."""
+    def expected(self, case: Scenario, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of some rows int64 ``[R]``, and their reference bfloat16 ``[R, H]``."""
         count = min(CHECKED_TOKENS, case.tokens)
         where = torch.linspace(0, case.tokens - 1, count, dtype=torch.float64, device=self.device).long()
-        expected = moe_reference(
+        return where, moe_reference(
             inputs.x_q.view(torch.uint8)[where].view(torch.float8_e4m3fn),
             inputs.x_sf[where],
             inputs.topk_idx[where],
@@ -203,30 +158,61 @@ class _Layer:
             self.weights.l2,
             activation_clamp=case.clamp,
         )
+
+    def check(self, call: TimedCall, y: torch.Tensor, where: torch.Tensor, expected: torch.Tensor) -> Verdict:
+        """Judge some rows of one call; every row depends on its own token alone."""
         y.fill_(float("nan"))
-        self.stage(inputs)
-        call()
+        call.stage()
+        call.run()
         return judge(y[where], expected)
 
 
-def _measure(layer: _Layer, case: Scenario, variants: Sequence[str], flush: torch.Tensor) -> list[Row]:
+def _add_baselines(
+    calls: dict[str, TimedCall],
+    layer: Layer,
+    case: Scenario,
+    inputs: Inputs,
+    diff: Callable[[torch.Tensor], float],
+    not_timed: Mapping[str, str],
+) -> dict[str, dict[str, Any]]:
+    """Put the unfused layer among the calls; what is known of each way to do it."""
+    facts: dict[str, dict[str, Any]] = {}
+    dynamo: Any = torch
+    dynamo._dynamo.reset()  # another case's shapes would count towards its limit of compilations
+    for method in METHODS:
+        if not not_timed.get(method.name, "not wanted"):
+            call, facts[method.name] = prepare(method, inputs, layer.weights, case.shape.experts, case.clamp, diff)
+            if call is not None:
+                calls[label(method)] = call
+    return facts
+
+
+def _measure(
+    layer: Layer, case: Scenario, variants: Sequence[str], flush: torch.Tensor, not_timed: Mapping[str, str] | None
+) -> tuple[list[Row], list[BaselineRow]]:
     shape, settings = case.shape, get_settings()
     inputs = make_inputs(case, layer.device, weights=layer.weights)
     y = torch.empty(case.tokens, shape.hidden, dtype=torch.bfloat16, device=layer.device)
-    calls = {name: layer.call(name, y, case) for name in variants}
-    verdicts = {name: layer.check(case, inputs, call, y) for name, call in calls.items()}
-    times = _burst(calls, lambda: layer.stage(inputs), flush)
+    where, expected = layer.expected(case, inputs)
+    own = {name: TimedCall(layer.call(name, y, case), lambda: layer.stage(inputs)) for name in variants}
+    verdicts = {name: layer.check(call, y, where, expected) for name, call in own.items()}
+    calls = {**own, **{f"{name} staged": call.staged() for name, call in own.items()}}
+    facts = {}
+    if not_timed is not None:
+        facts = _add_baselines(calls, layer, case, inputs, lambda out: calc_diff(out[where], expected), not_timed)
+    times = burst(calls, flush)
+    others = baseline_rows(case.name, shape, case.tokens, 1, [{"times": times, "baselines": facts}])
     flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
-    weight_bytes = (
-        3.0 * int((expert_counts(inputs.topk_idx, shape.experts) > 0).sum()) * shape.hidden * shape.intermediate
-    )
+    touched = int((expert_counts(inputs.topk_idx, shape.experts) > 0).sum())
+    weight_bytes = 3.0 * touched * shape.hidden * shape.intermediate
     rows = []
-    for name, call in calls.items():
+    for name, call in own.items():
         picked = choose(
             shape,
             case.tokens,
             variant=settings.variant if name == AUTO else name,
             cooperative_threshold=settings.cooperative_threshold,
+            gpu=torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else None,
         )
         median = statistics.median(times[name])
         rows.append(
@@ -239,21 +225,27 @@ def _measure(layer: _Layer, case: Scenario, variants: Sequence[str], flush: torc
                 median_us=median,
                 min_us=min(times[name]),
                 max_us=max(times[name]),
-                sustained_us=_sustained(call, lambda: layer.stage(inputs)),
+                sustained_us=sustained(call),
+                staged_us=statistics.median(times[f"{name} staged"]),
                 diff=verdicts[name].diff,
                 worst_row_diff=verdicts[name].worst_row_diff,
                 correct=verdicts[name].passed,
                 tflops=flops * 1e-6 / median,
                 weights_tb_s=weight_bytes * 1e-6 / median,
+                **fastest(others, median),
             )
         )
-    return rows
+    return rows, others
 
 
 def measure(
     work: Sequence[Scenario],
     variants: Sequence[str] = VARIANTS,
     progress: Callable[[Row], None] | None = None,
+    *,
+    between: Callable[[], None] | None = None,
+    not_timed: Mapping[str, str] | None = None,
+    baselines: list[BaselineRow] | None = None,
 ) -> list[Row]:
     """Measure all of `work` on the current CUDA device.
 
@@ -261,6 +253,9 @@ def measure(
         work: Cases; those of one shape share weights and buffer.
         variants: Names from `VARIANTS`.
         progress: Called with each row as it is measured.
+        between: Called between shapes, when nothing of the last one is left on the device.
+        not_timed: Time the unfused layer too, but for the methods that this names with a reason; not at all if None.
+        baselines: Takes the rows of the unfused layer.
 
     Raises:
         UnsupportedDeviceError: There is no Hopper GPU.
@@ -268,13 +263,18 @@ def measure(
     device = require_hopper()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     rows: list[Row] = []
-    for name, shape in dict.fromkeys((case.name, case.shape) for case in work):
+    for number, (name, shape) in enumerate(dict.fromkeys((case.name, case.shape) for case in work)):
         group = [case for case in work if (case.name, case.shape) == (name, shape)]
         torch.cuda.empty_cache()
-        layer = _Layer(shape, max(case.capacity for case in group), device)
+        if number and between is not None:
+            between()
+        layer = Layer(shape, max(case.capacity for case in group), device)
         try:
             for case in group:
-                for row in _measure(layer, case, variants, flush):
+                found, others = _measure(layer, case, variants, flush, not_timed)
+                if baselines is not None:
+                    baselines.extend(others)
+                for row in found:
                     rows.append(row)
                     if progress is not None:
                         progress(row)

@@ -15,21 +15,18 @@ from typing import Any
 import torch
 
 import megamoe_jit
-from megamoe_jit._baseline import METHODS, Baseline, Gemm, probe
-from megamoe_jit._bench import (
-    CHECKED_TOKENS,
-    SUSTAINED_S,
-    anchors,
-    require_hopper,
-)
-from megamoe_jit._bench_report import compare, environment, targets
+from megamoe_jit._baseline import METHODS
+from megamoe_jit._baseline_run import label, prepare, unusable
+from megamoe_jit._bench import CHECKED_TOKENS, anchors, require_hopper
+from megamoe_jit._bench_report import environment
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._rank_rows import merge
-from megamoe_jit._rank_timer import RankTimer, TimedCall
+from megamoe_jit._rank_timer import RankTimer
 from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._settings import get_settings
 from megamoe_jit._spawn import World, collect
 from megamoe_jit._spec import MAX_RANKS, MoEShape, Variant
+from megamoe_jit._timing import SUSTAINED_S, TimedCall
 from megamoe_jit._verify import Verdict, judge
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.select import AUTO, choose
@@ -77,7 +74,7 @@ class _Layer:
         def run() -> object:
             return function(y, self.l1, self.l2, buffer, activation_clamp=case.clamp, fast_math=case.fast_math)
 
-        return TimedCall(stage, run)
+        return TimedCall(run, stage)
 
     def expected(self, case: Scenario, inputs: Inputs, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
         """Some rows' numbers and their reference; every row depends on its own token alone."""
@@ -103,65 +100,12 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def _attempt(action: Callable[[], Any]) -> tuple[Any, str]:
-    """Result and nothing, or None and why; all ranks succeed or none does."""
-    result, reason = None, ""
-    try:
-        result = action()
-        torch.cuda.synchronize()
-    except Exception as error:  # of torch, Triton, NCCL: anything
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    reasons = [each for each in _gather(reason) if each]
-    return (None, reasons[0]) if reasons else (result, "")
-
-
-def _prepare_baseline(
-    method: type[Gemm], layer: _Layer, case: Scenario, inputs: Inputs
-) -> tuple[TimedCall | None, dict[str, Any]]:
-    """What to time, and what is known of it; compiled and captured as far as that works."""
-    import torch.distributed as dist
-
-    facts: dict[str, Any] = {"graph": False, "compiled": True, "reason": "", "diff": None}
-    own, experts = layer.own, layer.shape.experts
-
-    def build() -> tuple[Baseline, torch.Tensor]:
-        made = Baseline(
-            method, inputs, own.l1, own.l2, experts, case.clamp, dist.group.WORLD, compiled=bool(facts["compiled"])
-        )
-        return made, made()
-
-    done, reason = _attempt(build)
-    if done is None:
-        facts["compiled"] = False
-        done, reason = _attempt(build)
-    if done is None:
-        return None, {**facts, "reason": reason}
-    baseline, y = done
-    where, expected = layer.expected(case, inputs, layer.weights)
-    facts["diff"] = max(_gather(calc_diff(y[where], expected)))
-    run: Callable[[], object] = baseline
-
-    def capture() -> Any:
-        baseline()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            facts["output"] = baseline()
-        graph.replay()
-        return graph
-
-    graph, _ = _attempt(capture)
-    if graph is not None:
-        facts["graph"], run = True, graph.replay
-        facts["diff"] = max(facts["diff"], *_gather(calc_diff(facts.pop("output")[where], expected)))
-    facts.pop("output", None)
-    return TimedCall(lambda: None, run), facts
-
-
 def _measure(
     world: World, layer: _Layer, timer: RankTimer, case: Scenario, variants: Sequence[str], methods: Mapping[str, str]
 ) -> dict[str, Any]:
     """One case on this rank: times by name, and what else is needed for the rows."""
+    import torch.distributed as dist
+
     inputs = make_inputs(case, layer.device, world.rank, layer.weights)
     own_case = Scenario(case.name, layer.own_shape, case.tokens, case.tokens)
     own_inputs = make_inputs(own_case, layer.device, world.rank, layer.own)
@@ -182,6 +126,7 @@ def _measure(
 
     for variant in variants:
         add(f"ranks {variant}", layer.buffer, inputs, where, expected, variant)
+        calls[f"ranks {variant} staged"] = calls[f"ranks {variant}"].staged()
         add(f"one {variant}", layer.own_buffer, own_inputs, own_where, own_expected, variant)
     baselines: dict[str, dict[str, Any]] = {}
     dynamo: Any = torch
@@ -189,9 +134,17 @@ def _measure(
     for method in METHODS:
         if methods[method.name]:
             continue
-        call, baselines[method.name] = _prepare_baseline(method, layer, case, inputs)
+        call, baselines[method.name] = prepare(
+            method,
+            inputs,
+            layer.own,
+            case.shape.experts,
+            case.clamp,
+            lambda out: calc_diff(out[where], expected),
+            dist.group.WORLD,
+        )
         if call is not None:
-            calls[f"baseline {method.name}"] = call
+            calls[label(method)] = call
     times = timer.burst(calls)
     sustained = {}
     for variant in variants:
@@ -229,10 +182,9 @@ def measure_on_rank(
     timer = RankTimer(world.device)
     methods = {method.name: "not wanted" for method in METHODS}
     if baseline:
-        for method in METHODS[:-1]:
-            methods[method.name] = next((r for r in _gather(probe(method, world.device)) if r), "")
-        if all(methods.values()):
-            methods[METHODS[-1].name] = next((r for r in _gather(probe(METHODS[-1], world.device)) if r), "")
+        import torch.distributed as dist
+
+        methods = unusable(world.device, dist.group.WORLD)
     for group in _cases(world, shapes, tokens):
         torch.cuda.empty_cache()
         layer = _Layer(world, group[0].shape, group[-1].tokens)
@@ -248,6 +200,7 @@ def measure_on_rank(
                         ranks=world.ranks,
                         variant=forced if v == AUTO else v,
                         cooperative_threshold=settings.cooperative_threshold,
+                        gpu=conditions["device"],
                     ).variant.value
                     for v in variants
                 }
@@ -302,12 +255,12 @@ def run(
     ends = collect("megamoe_jit._bench_ranks:measure_on_rank", ranks, arguments, on_report=note)
     if ends is None:
         return None
-    known, conditions = targets(), ends[0]["environment"]
+    conditions = ends[0]["environment"]
     slowest = [{k: min(end["anchors"][i][k] for end in ends) for k in ends[0]["anchors"][i]} for i in (0, 1)]
     return {
         "environment": {**conditions, "ranks": ranks},
         "anchors": slowest,
-        "rows": [{**row, **compare(row, conditions["device"], known)} for row in rows],
+        "rows": rows,
         "baselines": others,
         "baselines_not_timed": ends[0]["not_timed"],
     }

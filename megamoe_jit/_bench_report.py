@@ -1,4 +1,4 @@
-"""What surrounds measured rows: the machine they come from, the figures to compare with, files and plots."""
+"""What surrounds measured rows: the machine they come from, and files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._version import __version__
 
-__all__ = ["commit", "compare", "environment", "plot", "targets", "write"]
+__all__ = ["commit", "environment", "write"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,47 +71,11 @@ def _smi_id(device: Any) -> str:
     return f"GPU-{uuid}" if uuid and not uuid.startswith("GPU-") else uuid or "0"
 
 
-def targets(path: Path | None = None) -> list[dict[str, Any]]:
-    """The rows of `benchmarks/targets.json`; none outside a checkout."""
-    path = path or _ROOT / "benchmarks" / "targets.json"
-    try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except FileNotFoundError:
-        return []
-    return rows
-
-
-def compare(row: Mapping[str, Any], device: str, known: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The figures to hold a row against on this device, and the row's time as a multiple of each."""
-    keys = ("shape", "hidden", "intermediate", "topk")
-    match = next(
-        (
-            t
-            for t in known
-            if all(t[k] == row[k] for k in keys)
-            and (t["experts_per_gpu"], t["tokens_per_gpu"]) == (row["experts"], row["tokens"])
-        ),
-        {},
-    )
-    if "H200" in device:
-        best, limit = match.get("best_known_us"), match.get("limit_us")
-    elif "H100" in device:
-        best, limit = match.get("best_known_h100_us"), None
-    else:
-        best, limit = None, None
-    time = row["median_us"]
-    return {
-        "best_known_us": best,
-        "vs_best_known": time / best if best else None,
-        "limit_us": limit,
-        "vs_limit": time / limit if limit else None,
-    }
-
-
 def write(doc: Mapping[str, Any], path: Path) -> None:
     """Write JSON, or by the name's ending the rows as CSV with the conditions in every line."""
     if path.suffix == ".json":
-        path.write_text(json.dumps(doc, indent=2) + "\n", encoding="utf-8")
+        finite = json.loads(json.dumps(doc), parse_constant=lambda _: None)  # JSON has no NaN
+        path.write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
     elif path.suffix == ".csv":
         flat = [{**row, **doc["environment"]} for row in doc["rows"]]
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -120,29 +84,3 @@ def write(doc: Mapping[str, Any], path: Path) -> None:
             out.writerows(flat)
     else:
         raise ConfigError(f"cannot write {path.name!r}; allowed: a name that ends in .json or .csv")
-
-
-def plot(doc: Mapping[str, Any], path: Path) -> None:
-    """Time over tokens, one panel per shape, beside the best known time and the limit; needs matplotlib."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shapes = list(dict.fromkeys(row["shape"] for row in doc["rows"]))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(4.5 * len(shapes), 4), squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        rows = [row for row in doc["rows"] if row["shape"] == shape]
-        for variant in dict.fromkeys(row["variant"] for row in rows):
-            mine = [row for row in rows if row["variant"] == variant]
-            axis.plot([r["tokens"] for r in mine], [r["median_us"] for r in mine], marker="o", label=variant)
-        for key, style in (("best_known_us", "k--"), ("limit_us", "k:")):
-            mine = list({r["tokens"]: r for r in rows if r[key]}.values())
-            axis.plot([r["tokens"] for r in mine], [r[key] for r in mine], style, label=key.removesuffix("_us"))
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="us", title=shape)
-        axis.grid(True, which="both", alpha=0.3)
-        axis.legend()
-    env = doc["environment"]
-    figure.suptitle(f"{env['device']}, driver {env['driver']}, NVRTC {env['nvrtc']}, {env['commit']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megamoe_jit._baseline import METHODS
+from megamoe_jit._baseline_run import baseline_rows, fastest
 from megamoe_jit._bench import Row
 from megamoe_jit._scenarios import Scenario
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["BaselineRow", "RankRow", "merge"]
+__all__ = ["RankRow", "merge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,29 +23,6 @@ class RankRow(Row):
     rank_medians_us: list[float]
     one_rank_us: float  #: the same variant on one GPU and its own experts
     vs_one_rank: float
-    baseline: str | None  #: the fastest unfused method with the right answer
-    baseline_us: float | None
-    baseline_speedup: float | None  #: how many times faster than it
-
-
-@dataclass(frozen=True, slots=True)
-class BaselineRow:
-    """One way to do the layer unfused; times are the largest over ranks."""
-
-    shape: str
-    experts: int
-    tokens: int
-    ranks: int
-    method: str
-    graph: bool  #: replayed as a CUDA graph
-    compiled: bool  #: element-wise steps fused by torch.compile
-    median_us: float | None
-    min_us: float | None
-    max_us: float | None
-    diff: float | None
-    bound: float  #: of `diff`
-    correct: bool
-    reason: str  #: why there is no time
 
 
 def merge(
@@ -64,36 +41,7 @@ def merge(
         return [figure(part["times"][name]) for part in parts]
 
     shape = MoEShape(case.shape.hidden, case.shape.intermediate, case.shape.experts // ranks, case.shape.topk)
-    others = []
-    for method in METHODS:
-        facts = parts[0]["baselines"].get(method.name)
-        if facts is None:
-            continue
-        name = f"baseline {method.name}"
-        timed = name in parts[0]["times"]
-        median, least, most = (
-            max(over_ranks(name, figure)) if timed else None for figure in (statistics.median, min, max)
-        )
-        diff = facts["diff"]
-        others.append(
-            BaselineRow(
-                shape=case.name,
-                experts=shape.experts,
-                tokens=case.tokens,
-                ranks=ranks,
-                method=method.name,
-                graph=facts["graph"],
-                compiled=facts["compiled"],
-                median_us=median,
-                min_us=least,
-                max_us=most,
-                diff=diff,
-                bound=method.bound,
-                correct=diff is not None and diff <= method.bound,
-                reason=facts["reason"],
-            )
-        )
-    best = min((o for o in others if o.correct and o.median_us), key=lambda o: o.median_us or 0.0, default=None)
+    others = baseline_rows(case.name, shape, case.tokens, ranks, parts)
     rows = []
     flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
     weight_bytes = 3.0 * max(part["touched"] for part in parts) / ranks * shape.hidden * shape.intermediate
@@ -113,6 +61,7 @@ def merge(
                 min_us=max(over_ranks(name, min)),
                 max_us=max(over_ranks(name, max)),
                 sustained_us=max(part["sustained"][variant] for part in parts),
+                staged_us=max(over_ranks(f"{name} staged", statistics.median)),
                 diff=max(v["diff"] for v in verdicts),
                 worst_row_diff=max(v["worst_row_diff"] for v in verdicts),
                 correct=all(v["passed"] for v in verdicts),
@@ -122,9 +71,7 @@ def merge(
                 rank_medians_us=medians,
                 one_rank_us=one,
                 vs_one_rank=median / one,
-                baseline=best.method if best else None,
-                baseline_us=best.median_us if best else None,
-                baseline_speedup=best.median_us / median if best and best.median_us else None,
+                **fastest(others, median),
             )
         )
     return {"rows": [row.to_json() for row in rows], "baselines": [asdict(o) for o in others]}

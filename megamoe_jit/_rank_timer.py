@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from megamoe_jit._bench import FLUSH_BYTES, IDLE_CYCLES, TIMED, WARMUP
+from megamoe_jit._timing import FLUSH_BYTES, IDLE_CYCLES, TIMED, WARMUP, TimedCall
 
-__all__ = ["RankTimer", "TimedCall"]
+__all__ = ["RankTimer"]
 
 ALIGN_CYCLES = 4 * IDLE_CYCLES  #: the GPU idles while the host queues the alignment and the call
-
-
-@dataclass(frozen=True)
-class TimedCall:
-    """Something to time."""
-
-    stage: Callable[[], object]
-    run: Callable[[], object]
 
 
 class RankTimer:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
-from megamoe_jit._cli._ranks import bench_document, print_bench, rank_count, run_ranks_option
+from megamoe_jit._cli._options import number_list
+from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
 
 if TYPE_CHECKING:
-    from megamoe_jit.heuristics.presets import Preset
+    from megamoe_jit._baseline_run import BaselineRow
+    from megamoe_jit._scenarios import Scenario
 
 __all__ = ["bench"]
 
@@ -24,64 +26,116 @@ _HEADERS = (
     "MEDIAN us",
     "MIN",
     "MAX",
-    "SUSTAINED us",
+    "STAGED",
+    "SUSTAINED",
+    "NORMALISED",
     "TFLOPS",
     "WEIGHTS TB/s",
     "x BEST KNOWN",
-    "x LIMIT",
+    "% OF LIMIT",
+    "REACHES",
     "DIFF",
 )
 
 
-def _integers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers separated by commas") from None
-    if not all(value > 0 for value in values):
-        raise click.BadParameter("token counts are 1 or more")
-    return values
+def _reached(row: dict[str, Any]) -> str:
+    """The goals that the time as measured meets."""
+    met = [goal for goal in ("must", "aim") if row[f"{goal}_us"] and row["median_us"] <= row[f"{goal}_us"]]
+    return "WRONG" if not row["correct"] else met[-1] if met else "-"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    def ratio(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
+    def figure(value: float | None, digits: int, factor: float = 1.0) -> str:
+        return "-" if value is None else f"{value * factor:.{digits}f}"
 
-    times = (f"{row[key]:.1f}" for key in ("median_us", "min_us", "max_us", "sustained_us"))
+    times = ("median_us", "min_us", "max_us", "staged_us", "sustained_us", "normalised_us")
     return (
         row["shape"],
         row["variant"],
         row["kernel"],
         str(row["tokens"]),
-        *times,
+        *(figure(row[key], 1) for key in times),
         f"{row['tflops']:.0f}",
         f"{row['weights_tb_s']:.2f}",
-        ratio(row["vs_best_known"]),
-        ratio(row["vs_limit"]),
+        figure(row["vs_best_known"], 2),
+        figure(row["limit_share"], 0, 100),
+        _reached(row),
         f"{row['diff']:.1e}" if row["correct"] else "WRONG",
     )
 
 
-def _on_one(presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence[str]) -> dict[str, Any]:
+def _print_card(anchors: Sequence[dict[str, float]]) -> None:
+    last = len(anchors) - 1
+    for number, anchor in enumerate(anchors):
+        when = "before" if number == 0 else "after" if number == last else "between"
+        click.echo(
+            f"card {when}: dense FP8 8192^3 {anchor['dense_fp8_8192_tflops']:.0f} TFLOPS, "
+            f"read {anchor['read_4gib_tb_s']:.2f} TB/s"
+        )
+
+
+def _print_summary(doc: dict[str, Any]) -> None:
+    for part in doc.get("summary", ()):
+        words = [f"{part['variant']}, {part['basis']}:"]
+        if part["rows"]:
+            words.append(
+                f"{part['faster'] or 0:.3f} times as fast as the best known (geometric mean of {part['rows']}),"
+            )
+            words.append(f"must {part['must_met']} of {part['rows']}, aim {part['aim_met']} of {part['aim_rows']};")
+        if part["few_rows"]:
+            words.append(f"below the table: aim {part['few_met']} of {part['few_rows']}")
+        click.echo(" ".join(words).rstrip(",;"))
+    choice = doc.get("choice")
+    if choice:
+        click.echo(
+            f"automatic choice: within 3 % of the best variant on {choice['close']} of {choice['rows']} rows, "
+            f"worst {choice['worst']:.3f} times its time ({choice['shape']}, {choice['tokens']} tokens)"
+        )
+
+
+def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
     from megamoe_jit import _bench, _bench_report
 
-    work = _bench.cases(presets, tokens)
-    _bench.require_hopper()
+    device = _bench.require_hopper()
     conditions = _bench_report.environment()
     say("{device}, driver {driver}, NVRTC {nvrtc}, {commit}".format(**conditions))
-    card = [_bench.anchors()]
+    others: list[BaselineRow] = []
+    card, not_timed = [_bench.anchors()], None
+    if baseline:
+        from megamoe_jit._baseline_run import unusable
+
+        not_timed = unusable(device)
     with progress_line("bench", len(work) * len(variants)) as step:
         measured = _bench.measure(
             work,
             variants,
             lambda r: step(f"{r.shape}  {r.tokens} tokens  {r.variant}: {r.median_us:.1f} us"),
+            between=lambda: card.append(_bench.anchors()),
+            not_timed=not_timed,
+            baselines=others,
         )
     card.append(_bench.anchors())
-    known = _bench_report.targets()
-    rows = [{**row.to_json(), **_bench_report.compare(row.to_json(), conditions["device"], known)} for row in measured]
-    return document("bench", environment=conditions, anchors=card, rows=rows)
+    doc = document("bench", environment=conditions, anchors=card, rows=[row.to_json() for row in measured])
+    if not_timed is not None:
+        doc["baselines"] = [asdict(other) for other in others]
+        doc["baselines_not_timed"] = {name: reason for name, reason in not_timed.items() if reason}
+    return doc
+
+
+def _judged(doc: dict[str, Any]) -> dict[str, Any]:
+    """The document with its rows held against what is known."""
+    from megamoe_jit import _bench_known
+
+    device = doc["environment"]["device"]
+    rows = _bench_known.annotate(doc["rows"], device, doc["anchors"], _bench_known.load())
+    return {
+        **doc,
+        "rows": rows,
+        "summary": _bench_known.summarise(rows),
+        "choice": _bench_known.choice_quality(rows),
+    }
 
 
 @click.command()
@@ -93,9 +147,9 @@ def _on_one(presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence
 )
 @click.option(
     "--tokens",
-    callback=_integers,
+    callback=number_list(int),
     metavar="N[,N...]",
-    help="Token counts.  [default: 16,64,256,512,1024,4096,8192]",
+    help="Token counts.  [default: 16,64,256,512,1024,4096,8192; on one GPU 1,2,4,8,32 too for v4-flash and v4-pro]",
 )
 @click.option(
     "--variant",
@@ -112,18 +166,22 @@ def _on_one(presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence
 @click.option(
     "--plot",
     "picture",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Also draw time over tokens; needs the [bench] extra.",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also draw time and share of the limit over tokens into a directory; needs the [bench] extra.",
 )
 @run_ranks_option
-@click.option("--baseline/--no-baseline", default=True, help="With several ranks: time an unfused layer beside it.")
+@click.option(
+    "--baseline/--no-baseline",
+    default=None,
+    help="Time an unfused layer of public parts in turn with it.  [default: with several ranks only]",
+)
 @json_option
 def bench(
     names: str | None,
     tokens: tuple[int, ...] | None,
     variants: tuple[str, ...],
     ranks: int | None,
-    baseline: bool,
+    baseline: bool | None,
     output: Path | None,
     picture: Path | None,
     as_json: bool,
@@ -138,19 +196,24 @@ def bench(
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets = parse_shapes(names if names is not None else ",".join(_bench.DEFAULT_SHAPES))
-    counts, wanted, several = tokens or _bench.DEFAULT_TOKENS, variants or _bench.VARIANTS, rank_count(ranks)
-    doc = (
-        bench_document(presets, counts, wanted, several, baseline) if several > 1 else _on_one(presets, counts, wanted)
-    )
-    if doc is None:
-        return
-    rows, card = doc["rows"], doc["anchors"]
+    wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
+    if several > 1:
+        found = bench_document(presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False)
+        if found is None:
+            return
+    else:
+        work = _bench.cases(presets, tokens) if tokens else _bench.default_cases(presets)
+        found = _on_one(work, wanted, bool(baseline))
+    doc = _judged(found)
+    rows = doc["rows"]
     if output is not None:
         _bench_report.write(doc, output)
         say(f"written: {output}")
     if picture is not None:
-        _bench_report.plot(doc, picture)
-        say(f"drawn: {picture}")
+        from megamoe_jit._bench_plot import draw
+
+        for drawn in draw(doc, picture):
+            say(f"drawn: {drawn}")
     if as_json:
         emit_json(doc)
     else:
@@ -158,11 +221,9 @@ def bench(
             print_bench(doc)
         else:
             click.echo(table(_HEADERS, [_cells(row) for row in rows], left=(0, 1, 2)))
-        for when, anchor in zip(("before", "after"), card, strict=True):
-            click.echo(
-                f"card {when}: dense FP8 8192^3 {anchor['dense_fp8_8192_tflops']:.0f} TFLOPS, "
-                f"read {anchor['read_4gib_tb_s']:.2f} TB/s"
-            )
+            print_others(doc)
+        _print_card(doc["anchors"])
+        _print_summary(doc)
     wrong = sum(not row["correct"] for row in rows)
     if wrong:
         say(f"{wrong} of {len(rows)} rows differ from the reference")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megamoe_jit import _bench_ranks
-from megamoe_jit._baseline import METHODS, Baseline, BlockwiseEach, Dequantised, GroupedRowwise, probe
+from megamoe_jit import _baseline_run, _bench_ranks
+from megamoe_jit._baseline import (
+    METHODS,
+    Baseline,
+    BlockwiseEach,
+    DeepGemmGrouped,
+    Dequantised,
+    GroupedRowwise,
+    probe,
+)
+from megamoe_jit._baseline_run import unusable
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._quant import dequantize_activations, dequantize_weights
 from megamoe_jit._rank_rows import merge
 from megamoe_jit._scenarios import Scenario, make_inputs, make_weights
 from megamoe_jit._spawn import World, describe, run_ranks
@@ -45,6 +56,46 @@ def test_the_unfused_layer_gives_the_same_answer(ranks):
     assert all(end.ok for end in ends), describe(ends)
     for end in ends:
         assert max(end.result) < Dequantised.bound
+
+
+def test_one_rank_needs_no_process_group():
+    shape, weights = MoEShape(256, 384, 8, 3), make_weights(MoEShape(256, 384, 8, 3), "cpu")
+    inputs = make_inputs(Scenario("b", shape, 20, 20), "cpu", 0, weights)
+    layer = Baseline(Dequantised, inputs, weights.l1, weights.l2, 8, 10.0, None, compiled=False)
+    expected = moe_reference(
+        inputs.x_q, inputs.x_sf, inputs.topk_idx, inputs.topk_weights, weights.l1, weights.l2, activation_clamp=10.0
+    )
+    assert calc_diff(layer(), expected) < Dequantised.bound
+
+
+class DeepGemm:
+    """Stands in for DeepGEMM: rows of one expert in blocks of 128, `owners` names the expert of each."""
+
+    @staticmethod
+    def m_grouped_fp8_gemm_nt_contiguous(a, b, out, owners):
+        assert owners.dtype == torch.int32
+        assert owners.view(-1, 128).eq(owners.view(-1, 128)[:, :1]).all()
+        x, weights = dequantize_activations(*a), dequantize_weights(*b)
+        out.copy_(torch.einsum("mk,mnk->mn", x, weights[owners.long()]))
+
+
+def test_deep_gemm_is_taken_only_if_it_is_there_and_right(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    assert "deep_gemm" in probe(DeepGemmGrouped, cpu)
+    monkeypatch.setitem(sys.modules, "deep_gemm", DeepGemm)
+    assert probe(DeepGemmGrouped, cpu) == ""
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace())
+    assert "AttributeError" in probe(DeepGemmGrouped, cpu)
+
+
+def test_the_last_resort_is_only_for_where_nothing_else_works(monkeypatch):
+    reasons = unusable(torch.device("cpu"))
+    assert reasons[Dequantised.name] == "" or any(not reasons[m.name] for m in METHODS[:-1])
+    monkeypatch.setattr(_baseline_run, "probe", lambda *_: "")
+    assert set(unusable(torch.device("cpu")).values()) == {"", "not wanted: another method works"}
+    monkeypatch.setattr(_baseline_run, "probe", lambda method, _: "no" if method is not Dequantised else "")
+    assert unusable(torch.device("cpu"))[Dequantised.name] == ""
 
 
 def test_methods_that_do_not_work_here_say_why():
@@ -98,6 +149,7 @@ def part(scale: float, wrong: bool = False) -> dict:
     return {
         "times": {
             "ranks auto": [10 * scale, 11 * scale, 30 * scale],
+            "ranks auto staged": [14 * scale],
             "one auto": [9.0, 10.0, 11.0],
             f"baseline {METHODS[0].name}": [50 * scale, 52 * scale, 53 * scale],
             f"baseline {METHODS[1].name}": [20.0, 21.0, 22.0],
@@ -119,7 +171,7 @@ def test_rows_hold_the_largest_figures_over_ranks():
     assert (row["experts"], row["ranks"], row["kernel"]) == (32, 2, "pingpong")
     assert (row["median_us"], row["rank_medians_us"]) == (22, [11, 22])
     assert (row["min_us"], row["max_us"], row["sustained_us"]) == (20, 60, 24)
-    assert (row["one_rank_us"], row["vs_one_rank"]) == (10, 2.2)
+    assert (row["one_rank_us"], row["vs_one_rank"], row["staged_us"]) == (10, 2.2, 28)
     assert (row["diff"], row["correct"]) == (2e-5, True)
     assert row["tflops"] == pytest.approx(6 * 64 * 6 * 4096 * 2048 * 1e-6 / 22)
     assert row["weights_tb_s"] == pytest.approx(3 * 30 * 4096 * 2048 * 1e-6 / 22)
@@ -153,7 +205,7 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
     doc = _bench_ranks.run([preset], [64], ["auto"], 2, progress=seen.append)
     assert doc["anchors"] == [{"read_4gib_tb_s": 4.0}] * 2
     assert doc["environment"]["ranks"] == 2
-    assert doc["rows"][0]["best_known_us"] > 0
+    assert doc["rows"][0]["ranks"] == 2
     assert len(seen) == 1
     monkeypatch.setattr(_bench_ranks, "collect", lambda *_, **__: None)
     assert _bench_ranks.run([preset], [64], ["auto"], 2) is None

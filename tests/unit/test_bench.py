@@ -11,7 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from megamoe_jit import _bench, _bench_report
+from megamoe_jit import _bench, _bench_known, _bench_report, _timing
+from megamoe_jit._baseline import Dequantised
+from megamoe_jit._baseline_run import BaselineRow
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
@@ -89,7 +91,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Layer:
     monkeypatch.setattr(_bench, "megamoe_jit", layer)
     monkeypatch.setattr(_bench, "require_hopper", lambda: torch.device("cpu"))
     monkeypatch.setattr(_bench, "FLUSH_BYTES", 16)
-    monkeypatch.setattr(_bench, "SUSTAINED_S", 0.01)
+    monkeypatch.setattr(_timing, "SUSTAINED_S", 0.01)
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     for name in ("synchronize", "empty_cache", "_sleep"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None, raising=False)
@@ -123,12 +125,14 @@ def test_rows(layer: Layer):
         assert row.correct
         assert row.median_us == pytest.approx(100)
         assert row.sustained_us == pytest.approx(100)
+        assert row.staged_us == pytest.approx(100)
         assert row.experts == 4
         assert row.tflops == pytest.approx(6 * row.tokens * 2 * 256 * 128 / 100e-6 * 1e-12)
     assert rows[-1].weights_tb_s == pytest.approx(4 * 3 * 256 * 128 / 100e-6 * 1e-12)
     assert (layer.capacities, layer.alive) == ([300], 0)
-    timed = [name for name, tokens in layer.calls if tokens == 5][3 : 3 + 3 * (_bench.WARMUP + _bench.TIMED)]
-    assert timed == ["fp8_mega_moe", "fp8_mega_moe_pingpong", "fp8_mega_moe_cooperative"] * 18, "they take turns"
+    timed = [name for name, tokens in layer.calls if tokens == 5][3 : 3 + 6 * (_timing.WARMUP + _timing.TIMED)]
+    turn = ["fp8_mega_moe", "fp8_mega_moe_pingpong", "fp8_mega_moe_cooperative"]
+    assert timed == [*turn, *turn] * 18, "they take turns, first without and then with the staging"
 
 
 def test_a_wrong_output_is_seen_and_fails_the_command(layer: Layer, tmp_path: Path):
@@ -161,45 +165,64 @@ def test_command_writes_documents(layer: Layer, tmp_path: Path):
     assert "card before: dense FP8 8192^3 1300 TFLOPS" in result.stdout
 
 
-def test_a_plot_is_drawn(layer: Layer, tmp_path: Path):
+def test_a_summary_is_printed_and_the_card_is_measured_between_shapes(layer: Layer, tmp_path: Path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.toml").write_text(f"[{name}]\nhidden = 256\nintermediate = 128\nexperts = 4\ntopk = 2\n")
+    shapes = f"{tmp_path / 'one.toml'},{tmp_path / 'two.toml'}"
+    result = CliRunner().invoke(cli, ["bench", "--shapes", shapes, "--tokens", "7"])
+    assert result.exit_code == 0, result.output
+    assert [line.split(":")[0] for line in result.stdout.splitlines() if line.startswith("card")] == [
+        "card before",
+        "card between",
+        "card after",
+    ]
+    assert (
+        "automatic choice: within 3 % of the best variant on 2 of 2 rows, worst 1.000 times its time" in result.stdout
+    )
+    assert "best known (geometric" not in result.stdout, "nothing is known of these shapes"
+
+
+def test_the_unfused_layer_takes_turns(layer: Layer):
+    others: list[BaselineRow] = []
+    not_timed = {"DeepGEMM grouped, block scales": "deep_gemm is not installed", Dequantised.name: ""}
+    rows = _bench.measure(_bench.cases([SMALL], [5]), ["auto"], not_timed=not_timed, baselines=others)
+    (other,) = others
+    assert (other.method, other.ranks, other.experts, other.tokens) == (Dequantised.name, 1, 4, 5)
+    assert (other.graph, other.correct, other.reason) == (False, True, "")
+    assert other.median_us == pytest.approx(0), "the stand-in's clock moves in calls of the layer alone"
+    assert rows[0].baseline is None, "a time of nothing is no time"
+
+
+def test_default_cases():
+    work = _bench.default_cases(map(preset, ("v4-flash", "mimo-v2.5")))
+    assert [case.tokens for case in work if case.name == "v4-flash"] == [1, 2, 4, 8, 16, 32, *_bench.DEFAULT_TOKENS[1:]]
+    assert tuple(case.tokens for case in work if case.name == "mimo-v2.5") == _bench.DEFAULT_TOKENS
+    few = _bench_known.load().few
+    assert (tuple(few["shapes"]), tuple(few["tokens"])) == (_bench.FEW_SHAPES, _bench.FEW_TOKENS)
+
+
+def test_plots_are_drawn_and_equal_documents_give_equal_files(layer: Layer, tmp_path: Path):
     pytest.importorskip("matplotlib")
     (tmp_path / "s.toml").write_text("[s]\nhidden = 256\nintermediate = 128\nexperts = 4\ntopk = 2\n")
     arguments = ["bench", "--shapes", str(tmp_path / "s.toml"), "--tokens", "7,20"]
-    result = CliRunner().invoke(cli, [*arguments, "--plot", str(tmp_path / "rows.png")])
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_targets_cover_the_default_rows():
-    known = _bench_report.targets()
-    work = _bench.cases(map(preset, _bench.DEFAULT_SHAPES), _bench.DEFAULT_TOKENS)
-    assert len(work) == len(known) == 28
-    for case in work:
-        row = {
-            "shape": case.name,
-            "hidden": case.shape.hidden,
-            "intermediate": case.shape.intermediate,
-            "experts": case.shape.experts,
-            "topk": case.shape.topk,
-            "tokens": case.tokens,
-            "median_us": 1000.0,
-        }
-        h200 = _bench_report.compare(row, "NVIDIA H200", known)
-        h100 = _bench_report.compare(row, "NVIDIA H100 80GB HBM3", known)
-        other = _bench_report.compare(row, "NVIDIA H20", known)
-        assert h200["limit_us"] < h200["best_known_us"] < h100["best_known_us"]
-        assert h200["vs_best_known"] == pytest.approx(1000 / h200["best_known_us"])
-        assert h100["limit_us"] is h100["vs_limit"] is None
-        assert set(other.values()) == {None}
-
-
-def test_targets_are_optional(tmp_path: Path):
-    assert _bench_report.targets(tmp_path / "targets.json") == []
+    for folder in ("one", "two"):
+        result = CliRunner().invoke(cli, [*arguments, "--plot", str(tmp_path / folder)])
+        assert result.exit_code == 0, result.output
+        assert f"drawn: {tmp_path / folder / 'limit.svg'}" in result.stderr
+    for name in ("time.svg", "limit.svg"):
+        text = (tmp_path / "one" / name).read_text()
+        assert "NVIDIA H200, driver 580.1, NVRTC 12.9, abc" in text
+        assert text == (tmp_path / "two" / name).read_text()
 
 
 def test_other_endings_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"\.json or \.csv"):
         _bench_report.write({"rows": []}, tmp_path / "rows.txt")
+
+
+def test_what_is_no_number_becomes_null(tmp_path: Path):
+    _bench_report.write({"rows": [{"diff": float("nan")}]}, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": [{"diff": None}]}
 
 
 def test_commit_names_something():

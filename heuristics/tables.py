@@ -1,0 +1,102 @@
+"""Measured choices: one file per GPU under `tables/`, written by `megamoe-jit tune --write-table`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit.heuristics.model import Model
+
+__all__ = [
+    "FOLDER",
+    "MAX_LAG",
+    "ROWS_PER_ITEM",
+    "SCHEMA_VERSION",
+    "Rule",
+    "Table",
+    "parse_table",
+    "table_for",
+    "tables",
+]
+
+FOLDER = Path(__file__).with_name("tables")
+SCHEMA_VERSION = 1
+ROWS_PER_ITEM = (1, 2, 4, 8)  #: what the kernel takes
+MAX_LAG = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What runs from a number of tokens on."""
+
+    tokens: int
+    variant: Variant
+    lag: float  #: in blocks of the launch
+    rows_per_item: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What was measured on one kind of GPU."""
+
+    devices: tuple[str, ...]  #: names of the GPU, as CUDA gives them
+    date: str
+    rules: Mapping[MoEShape, tuple[Rule, ...]]  #: by the shape of one rank, ascending, from 0 tokens on
+    models: Mapping[Variant, Model]  #: for other shapes; may be empty
+    lags: Mapping[Variant, float]  #: that are best for other shapes
+
+    def rule(self, shape: MoEShape, tokens: int) -> Rule | None:
+        """The rule for one rank's shape and tokens; None if nobody measured the shape."""
+        return next((rule for rule in reversed(self.rules.get(shape, ())) if rule.tokens <= tokens), None)
+
+
+def _rules(data: list[dict[str, Any]]) -> tuple[Rule, ...]:
+    rules = tuple(Rule(d["tokens"], Variant.parse(d["variant"]), float(d["lag"]), d["rows_per_item"]) for d in data)
+    if not rules or rules[0].tokens != 0:
+        raise ConfigError("the rules of a shape begin at 0 tokens")
+    if any(after.tokens <= before.tokens for before, after in zip(rules, rules[1:], strict=False)):
+        raise ConfigError("the rules of a shape ascend by tokens")
+    for rule in rules:
+        if not 0 < rule.lag <= MAX_LAG or rule.rows_per_item not in ROWS_PER_ITEM:
+            allowed = f"a lag above 0 to {MAX_LAG}, rows_per_item of {ROWS_PER_ITEM}"
+            raise ConfigError(f"{rule} is not supported; allowed: {allowed}")
+    return rules
+
+
+def parse_table(data: Mapping[str, Any]) -> Table:
+    """A table from the content of its file; raises `ConfigError` if it is not in order."""
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise ConfigError(f"schema_version = {data.get('schema_version')!r}; allowed: {SCHEMA_VERSION}")
+    try:
+        rules = {
+            MoEShape(*(entry[size] for size in ("hidden", "intermediate", "experts", "topk"))): _rules(entry["rules"])
+            for entry in data["shapes"]
+        }
+        models = {Variant.parse(name): Model(**values["constants"]) for name, values in data["models"].items()}
+        lags = {Variant.parse(name): float(values["lag"]) for name, values in data["models"].items()}
+        return Table(tuple(data["devices"]), data["measured"]["date"], rules, models, lags)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"a table of heuristics is not in order: {error!r}") from error
+
+
+@cache
+def tables(folder: Path = FOLDER) -> tuple[Table, ...]:
+    """All tables; raises `ConfigError` naming the file that is not in order."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(parse_table(json.loads(path.read_text(encoding="utf-8"))))
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(f"{path.name}: {error}") from error
+    return tuple(found)
+
+
+def table_for(gpu: str | None) -> Table | None:
+    """The table of a GPU by its full name, such as "NVIDIA H200"."""
+    return None if gpu is None else next((table for table in tables() if gpu in table.devices), None)

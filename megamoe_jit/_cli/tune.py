@@ -1,0 +1,131 @@
+"""`megamoe-jit tune`: measure the run-time choices of a call, and write them down as a table of heuristics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._options import complete_shape, number_list
+
+__all__ = ["tune"]
+
+
+def _best(cell: dict[str, Any]) -> dict[str, Any] | None:
+    right = [time for time in cell["times"] if time["correct"]]
+    return min(right, key=lambda time: float(time["median_us"]), default=None)
+
+
+def _way(time: dict[str, Any] | None) -> str:
+    if time is None:
+        return "all WRONG"
+    return f"{time['variant']}, lag {time['lag']:g}, rows {time['rows_per_item']}"
+
+
+def _row(cell: dict[str, Any]) -> tuple[str, ...]:
+    best = _best(cell)
+    each = []
+    for variant in dict.fromkeys(time["variant"] for time in cell["times"]):
+        mine = [t["median_us"] for t in cell["times"] if t["variant"] == variant and t["correct"]]
+        each.append(f"{variant} {min(mine):.1f}" if mine else f"{variant} WRONG")
+    return cell["name"], str(cell["tokens"]), _way(best), f"{best['median_us']:.1f}" if best else "-", ", ".join(each)
+
+
+@click.command()
+@click.option(
+    "--shapes",
+    "names",
+    default="v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro",
+    show_default=True,
+    metavar="NAME[,NAME...]",
+    shell_complete=complete_shape,
+    help="Shapes, each with the experts of one of its ranks.",
+)
+@click.option("--tokens", callback=number_list(int), metavar="N[,N...]", help="Token counts.  [default: 19 to 8192]")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    type=click.Choice(["pingpong", "cooperative"]),
+    help="Kernel to compare; may be given more than once.  [default: all]",
+)
+@click.option(
+    "--lags", callback=number_list(float), metavar="X[,X...]", help="Lags to compare, in blocks.  [default: 1,2,4]"
+)
+@click.option(
+    "--rows", callback=number_list(int), metavar="N[,N...]", help="Rows per item to compare.  [default: 1,4,8]"
+)
+@click.option(
+    "--data",
+    default="tuning.jsonl",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where measurements are appended, and read by a later run.",
+)
+@click.option("--force", is_flag=True, help="Measure again what the file already has.")
+@click.option("--measure/--no-measure", default=True, help="Without measuring, the file as it is; needs no GPU.")
+@click.option("--write-table", is_flag=True, help="Condense all of the file into the table of its GPU.")
+@click.option(
+    "--table",
+    "target",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File of the table.  [default: heuristics/tables/GPU.json of this package]",
+)
+@json_option
+def tune(
+    names: str,
+    tokens: tuple[int, ...] | None,
+    variants: tuple[str, ...],
+    lags: tuple[float, ...] | None,
+    rows: tuple[int, ...] | None,
+    data: Path,
+    force: bool,
+    measure: bool,
+    write_table: bool,
+    target: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure which variant and parameters are fastest on this GPU, outputs checked first; resumable.
+
+    Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
+    """
+    from megamoe_jit import _tune, _tune_table
+    from megamoe_jit._spec import Variant
+    from megamoe_jit.heuristics.presets import parse_shapes
+
+    presets, counts = parse_shapes(names), tokens or _tune.DEFAULT_TOKENS
+    measured = 0
+
+    def finished(cell: dict[str, Any], now: bool) -> None:
+        nonlocal measured
+        measured += now
+        step(f"{cell['name']}  {cell['tokens']} tokens: {_way(_best(cell))}{'' if now else ' (measured before)'}")
+
+    if measure:
+        with progress_line("tune", len(presets) * len(counts)) as step:
+            cells = _tune.tune(
+                presets,
+                data,
+                counts,
+                variants=[Variant.parse(name) for name in variants] or tuple(Variant),
+                lags=lags or _tune.DEFAULT_LAGS,
+                rows_per_item=rows or _tune.DEFAULT_ROWS,
+                force=force,
+                progress=finished,
+            )
+    else:
+        cells = _tune.read(data)
+    written = _tune_table.write_table(_tune.read(data), target) if write_table else None
+    wrong = sum(not time["correct"] for cell in cells for time in cell["times"])
+    if as_json:
+        table_path = None if written is None else str(written)
+        emit_json(document("tune", data=str(data), measured=measured, wrong=wrong, table=table_path, cells=cells))
+    else:
+        click.echo(table(("SHAPE", "TOKENS", "BEST", "us", "BY VARIANT"), [_row(c) for c in cells], left=(0, 2, 4)))
+    if written is not None:
+        say(f"written: {written}")
+    if wrong:
+        say(f"{wrong} outputs differ from the reference")
+        raise click.exceptions.Exit(ExitCode.FAILED)

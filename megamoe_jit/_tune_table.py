@@ -1,0 +1,141 @@
+"""From the tuner's measurements to a table of heuristics."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit.heuristics.model import Sample, fit
+from megamoe_jit.heuristics.tables import FOLDER, SCHEMA_VERSION, parse_table, tables
+
+__all__ = ["CLOSE", "condense", "table_path", "write_table"]
+
+CLOSE = 1.01  #: a contender within this factor of the best counts as good as it: fewer borders, none of them from noise
+
+Way = tuple[str, float, int]  #: variant, lag, rows per item
+
+
+def table_path(device: str, folder: Path = FOLDER) -> Path:
+    """Where the table of a GPU belongs: `h200.json` for "NVIDIA H200", `h100.json` for "NVIDIA H100 80GB HBM3"."""
+    words = re.sub(r"\bNVIDIA\b|\b\d+GB\b|\bHBM\w*", " ", device).lower().split()
+    return folder / f"{'-'.join(words) or 'gpu'}.json"
+
+
+def _times(cell: Mapping[str, Any]) -> dict[Way, float]:
+    return {(t["variant"], t["lag"], t["rows_per_item"]): t["median_us"] for t in cell["times"] if t["correct"]}
+
+
+def _best_of(runs: Sequence[Mapping[Way, float]], ways: set[Way]) -> Way:
+    """The way that is fastest over some cells, in the geometric mean of its time over the best of each."""
+    return min(sorted(ways), key=lambda way: sum(math.log(times[way] / min(times.values())) for times in runs))
+
+
+def _rules(cells: Sequence[tuple[int, Mapping[Way, float]]]) -> list[dict[str, Any]]:
+    """Borders between token counts: one way is kept as long as it is within 1 % of the best."""
+    rules: list[dict[str, Any]] = []
+    run: list[Mapping[Way, float]] = []
+    good: set[Way] = set()
+    since = before = 0
+
+    def close() -> None:
+        variant, lag, rows = _best_of(run, good)
+        rules.append({"tokens": since, "variant": variant, "lag": lag, "rows_per_item": rows})
+
+    for tokens, times in cells:
+        here = {way for way, time in times.items() if time <= CLOSE * min(times.values())}
+        if run and not good & here:
+            close()
+            run, since = [], math.ceil(math.sqrt(before * tokens))
+        good = good & here if run else here
+        run.append(times)
+        before = tokens
+    close()
+    return rules
+
+
+def _models(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For each variant that was measured: fitted constants, by how much they miss, the lag that is best over all."""
+    found = {}
+    for variant in Variant:
+        samples: list[Sample] = []
+        lags: dict[float, list[float]] = {}
+        for cell in cells:
+            mine = {way: time for way, time in _times(cell).items() if way[0] == variant.value}
+            if not mine:
+                continue
+            best = min(mine.values())
+            samples.append(Sample(MoEShape(**cell["shape"]), cell["tokens"], cell["num_sms"], best))
+            for lag in {way[1] for way in mine}:
+                here = min(time for way, time in mine.items() if way[1] == lag)
+                lags.setdefault(lag, []).append(math.log(here / best))
+        if samples:
+            model, off = fit(samples, variant)
+            lag = min(sorted(lags), key=lambda one: (-len(lags[one]), statistics.fmean(lags[one])))
+            found[variant.value] = {"constants": asdict(model), "off": round(off, 4), "lag": lag}
+    return found
+
+
+def condense(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The table of one GPU.
+
+    Args:
+        cells: of `_tune.read`; the last measurement of a shape and token count counts.
+
+    Raises:
+        ConfigError: there are none, they are of several GPUs, or no contender of a cell was right.
+    """
+    last = {(tuple(cell["shape"].values()), cell["tokens"]): cell for cell in cells}
+    devices = {cell["environment"]["device"] for cell in last.values()}
+    if len(devices) != 1:
+        raise ConfigError(f"measurements of {len(devices)} GPUs ({', '.join(sorted(devices))}); allowed: of one")
+    wrong = [cell for cell in last.values() if not _times(cell)]
+    if wrong:
+        raise ConfigError(f"no contender gave the right answer for {wrong[0]['name']}, {wrong[0]['tokens']} tokens")
+    newest = max((cell["environment"] for cell in last.values()), key=lambda env: str(env["date"]))
+    shapes: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for (sizes, _), cell in sorted(last.items()):
+        shapes.setdefault(sizes, []).append(cell)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "heuristics",
+        "devices": sorted(devices),
+        "measured": newest,
+        "shapes": [
+            {
+                "name": mine[0]["name"],
+                **mine[0]["shape"],
+                "rules": _rules([(cell["tokens"], _times(cell)) for cell in mine]),
+            }
+            for mine in shapes.values()
+        ],
+        "models": _models(list(last.values())),
+    }
+
+
+def write_table(cells: Sequence[Mapping[str, Any]], path: Path | None = None) -> Path:
+    """Condense and write; the file of the GPU under `heuristics/tables/` by default.
+
+    Raises:
+        ConfigError: see `condense`.
+    """
+    table = condense(cells)
+    parse_table(table)
+    path = path or table_path(table["devices"][0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_layout(table), encoding="utf-8")
+    tables.cache_clear()
+    return path
+
+
+def _layout(table: Mapping[str, Any]) -> str:
+    """JSON with one rule per line."""
+    text = json.dumps(table, indent=1)
+    return re.sub(r"\{\s+(\"tokens\"[^{}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text) + "\n"

@@ -1,0 +1,59 @@
+"""benchmarks/report.py: what the documents become in docs/performance.md."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+assert _spec is not None
+report = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(report)
+
+
+def test_the_tables_are_those_of_the_newest_results(monkeypatch):
+    """`python benchmarks/report.py` after a new result, and this passes again."""
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main() == 0
+
+
+def test_the_pictures_are_there_and_shown():
+    text = report.DOCUMENT.read_text()
+    shown = re.findall(r"!\[[^]]*\]\((performance-[^)]+)\)", text)
+    assert {f"performance-{what}-{card}.svg" for what in ("time", "limit") for card in report.newest()} == set(shown)
+    for name in shown:
+        path = report.DOCS / name
+        assert path.is_file()
+        card = name.removesuffix(".svg").rpartition("-")[2]
+        commit = json.loads(report.newest()[card].read_text())["environment"]["commit"]
+        assert commit in path.read_text(), f"{name} is of another result"
+
+
+def test_newest_is_by_date_and_of_one_rank(tmp_path: Path):
+    def write(name: str, device: str, date: str, **more: object) -> None:
+        env = {"device": device, "date": date, **more}
+        (tmp_path / name).write_text(json.dumps({"kind": "bench", "environment": env}))
+
+    write("b.json", "NVIDIA H200", "2026-01-02T00")
+    write("a.json", "NVIDIA H200", "2026-01-03T00")
+    write("c.json", "NVIDIA H200", "2026-01-04T00", ranks=2)
+    write("d.json", "NVIDIA H100 80GB HBM3", "2026-01-01T00")
+    (tmp_path / "e.json").write_text("{}")
+    assert {card: path.name for card, path in report.newest(tmp_path).items()} == {"h200": "a.json", "h100": "d.json"}
+    write("f.json", "NVIDIA H20", "2026-01-01T00")
+    with pytest.raises(ValueError, match="no card 'NVIDIA H20'"):
+        report.newest(tmp_path)
+
+
+def test_a_body_goes_between_its_marks():
+    text = report.put("a\n<!-- x begin: written by benchmarks/report.py -->\nold\n<!-- x end -->\nb", "x", r"new \1")
+    assert text == "a\n<!-- x begin: written by benchmarks/report.py -->\nnew \\1\n<!-- x end -->\nb"
+    assert report.put(text, "x", r"new \1") == text
+    with pytest.raises(ValueError, match="one pair of marks"):
+        report.put(text, "y", "")
