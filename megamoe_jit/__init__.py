@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         quantize_activations,
         quantize_weights,
     )
-    from megamoe_jit._runtime import enumerate_specs, seal, sealed, unseal, warmup
+    from megamoe_jit._runtime import enumerate_specs, retry, seal, sealed, unseal, warmup
     from megamoe_jit._weights import (
         inverse_transform_weights_for_mega_moe_sm90,
         transform_weights_for_mega_moe_sm90,
@@ -66,6 +66,7 @@ _LAZY = {
     "inverse_transform_weights_for_mega_moe_sm90": "_weights",
     "quantize_activations": "_quant",
     "quantize_weights": "_quant",
+    "retry": "_runtime",
     "seal": "_runtime",
     "sealed": "_runtime",
     "transform_weights_for_mega_moe_sm90": "_weights",
@@ -107,6 +108,7 @@ __all__ = [
     "inverse_transform_weights_for_mega_moe_sm90",
     "quantize_activations",
     "quantize_weights",
+    "retry",
     "seal",
     "sealed",
     "transform_weights_for_mega_moe_sm90",

@@ -231,6 +231,7 @@ class SymmBuffer:
                 variant=settings.variant if variant is None else variant,
                 cooperative_threshold=settings.cooperative_threshold,
                 num_sms=blocks,
+                gpu=torch.cuda.get_device_name(self.device),
             )
             pairs = tokens * self.num_topk
             sort_blocks = max(1, min(blocks, MAX_SORT_BLOCKS, -(-pairs // PAIRS_PER_SORT_BLOCK)))

@@ -96,10 +96,13 @@ class KernelCache(EntryStore):
         root: the directory; entries lie in a subdirectory named after the schema.
         max_bytes: size from which the least recently used entries are removed; None for no limit.
         read_only: never write, not even to note a use or to put a damaged entry aside.
+        shared: let everybody read what is published.
     """
 
-    def __init__(self, root: Path, max_bytes: int | None = None, read_only: bool = False) -> None:
-        super().__init__(root, read_only)
+    def __init__(
+        self, root: Path, max_bytes: int | None = None, read_only: bool = False, *, shared: bool = False
+    ) -> None:
+        super().__init__(root, read_only, shared=shared)
         self.max_bytes = max_bytes
         self._unchecked_bytes: int | None = None  #: published since the size was last looked at
 
@@ -109,8 +112,8 @@ class KernelCache(EntryStore):
         Raises:
             ConfigError: there is none, or there are several.
         """
-        prefix = prefix.strip().lower()
-        found = [(key, folder) for key, folder in self._folders() if prefix and key.startswith(prefix)]
+        wanted = prefix.strip().lower()
+        found = [(key, folder) for key, folder in self._folders() if wanted and key.startswith(wanted)]
         if len(found) > 1:
             shown = ", ".join(sorted(key[: max(12, len(prefix) + 4)] for key, _ in found)[:5])
             raise ConfigError(f"key {prefix!r} is not unique in {self.path}: {shown}{', ...' if found[5:] else ''}")

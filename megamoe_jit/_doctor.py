@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._machine import (
@@ -28,6 +28,9 @@ from megamoe_jit._machine import (
     tool_command,
 )
 from megamoe_jit._text import human_bytes
+
+if TYPE_CHECKING:
+    from megamoe_jit._cache import KernelCache
 
 __all__ = ["Check", "Status", "examine", "worst"]
 
@@ -90,6 +93,7 @@ def examine(trial: bool = True) -> Iterator[Check]:
         ("driver", lambda: _driver(machine, found)),
         ("gpu", lambda: _gpu(machine)),
         ("cache", _cache),
+        ("read-only", _read_only),
         ("locks", _locks),
         ("tools", _tools),
     ]
@@ -242,6 +246,36 @@ def _cache() -> Check:
     return Check("cache", Status.OK, text, "", data)
 
 
+def _read_only() -> Check:
+    from megamoe_jit._cache import readonly_caches
+
+    caches = {str(cache.root): (_unusable(cache), len(cache.entries())) for cache in readonly_caches()}
+    if not caches:
+        return Check("read-only", Status.OK, "no read-only caches set")
+    data = {"caches": [{"path": path, "problem": p or None, "entries": n} for path, (p, n) in caches.items()]}
+    text = "; ".join(f"{path}: {problem or f'kernels: {count}'}" for path, (problem, count) in caches.items())
+    if any(problem or not count for problem, count in caches.values()):
+        step = "correct MEGAMOE_JIT_READONLY_CACHE; `megamoe-jit cache import FILE --cache-dir DIR` fills such a folder"
+        return Check("read-only", Status.WARN, text, step, data)
+    return Check("read-only", Status.OK, text, "", data)
+
+
+def _unusable(cache: KernelCache) -> str:
+    """Why nothing is read from a read-only cache; empty if something may be."""
+    from megamoe_jit._locks import check_private
+
+    if not cache.root.exists():
+        return "does not exist"
+    try:
+        check_private(cache.path, cache.forbidden)
+        os.listdir(cache.path)
+    except FileNotFoundError:
+        return f"holds no {cache.path.name}"
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def _locks() -> Check:
     from megamoe_jit._locks import key_lock, lock_dir
 
@@ -256,8 +290,7 @@ def _locks() -> Check:
     with key_lock(f"doctor-{os.getpid()}", "a trial lock") as held:
         if not held:
             return Check("locks", Status.WARN, f"{text}: cannot lock", step, data)
-    for suffix in (".lock", ".owner"):
-        (folder / f"doctor-{os.getpid()}{suffix}").unlink(missing_ok=True)
+    (folder / f"doctor-{os.getpid()}.lock").unlink(missing_ok=True)
     if system.network:
         return Check("locks", Status.WARN, f"{text}: a network file system, where locks may hang", step, data)
     return Check("locks", Status.OK, text, "", data)

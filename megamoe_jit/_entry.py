@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,15 @@ SCHEMA = 1
 CUBIN, META, SOURCE = "kernel.cubin", "meta.json", "kernel.cu"
 IMPORTED = "imported"  #: marks an entry that came from a pack, whoever compiled it
 LIMIT = 64 << 20  #: no file of an entry is larger
+
+#: how files are opened: a named pipe in the place of one must not hold up who does
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+#: reading a file of an entry fails in these ways when it will fail the next time too
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ENXIO)
+
+#: what the metadata holds, where it holds it
+_TYPES = {"spec": dict, "nvrtc": dict, "compile_ms": dict, "options": list, "advisories": list}
 
 #: options that only some compilers know and that do not shape the code
 _NEUTRAL_OPTIONS = ("--no-cache",)
@@ -221,7 +231,7 @@ def verify_files(key: str, files: dict[str, bytes]) -> dict[str, Any]:
     cubin = files[CUBIN]
     try:
         meta = json.loads(files[META])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Damaged(f"{META} is not JSON") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("schema"), int):
         raise Damaged(f"{META} has no schema")
@@ -229,6 +239,9 @@ def verify_files(key: str, files: dict[str, bytes]) -> dict[str, Any]:
         return meta
     if meta.get("key") != key:
         raise Damaged(f"{META} is of another kernel")
+    for name, kind in _TYPES.items():
+        if not isinstance(meta.get(name, kind()), kind):
+            raise Damaged(f"{name} in {META} is not what it should be")
     if len(cubin) != meta.get("cubin_bytes"):
         raise Damaged(f"{CUBIN} has {len(cubin)} bytes instead of {meta.get('cubin_bytes')}")
     if hashlib.sha256(cubin).hexdigest() != meta.get("cubin_sha256"):
@@ -247,27 +260,40 @@ def verify_files(key: str, files: dict[str, bytes]) -> dict[str, Any]:
 def read_info(key: str, folder: str) -> EntryInfo | None:
     """What a listing shows of the entry in `folder`; None if it has no metadata of this schema."""
     try:
-        handle = os.open(f"{folder}/{META}", os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(f"{folder}/{META}", _READ)
         try:
             status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
+                return None
             meta = json.loads(os.read(handle, status.st_size))
         finally:
             os.close(handle)
         if meta["schema"] != SCHEMA or meta["key"] != key:
             return None
         size = int(meta["cubin_bytes"]) + int(meta["source_bytes"]) + status.st_size
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return EntryInfo(key, Path(folder), meta, status.st_mtime, size)
 
 
 def _read(handle: int, name: str, forbidden: int) -> bytes:
-    with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=handle), "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        _check_owner(name, status, forbidden)
-        if status.st_size > LIMIT:
-            raise Damaged(f"{name} has {status.st_size} bytes, more than any kernel")
-        return file.readall()
+    try:
+        file = os.open(name, _READ, dir_fd=handle)
+        try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise Damaged(f"{name} is not a plain file")
+            _check_owner(name, status, forbidden)
+            if status.st_size > LIMIT:
+                raise Damaged(f"{name} has {status.st_size} bytes, more than any kernel")
+            with open(file, "rb", buffering=0, closefd=False) as stream:
+                return stream.readall()
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno in _UNREADABLE:
+            raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+        raise
 
 
 def _check_owner(what: str, status: os.stat_result, forbidden: int) -> None:

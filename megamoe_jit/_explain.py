@@ -127,7 +127,7 @@ def shared_parts(spec: KernelSpec) -> list[dict[str, Any]]:
         ("barriers", stages * 16 + TILE_SLOTS * 24 + slots * 8, "of stages, tile slots and dispatch slots"),
         ("tile slots", TILE_SLOTS * 32, f"ring of {TILE_SLOTS} announced tiles"),
         ("words", 64, "words shared by the warps of a block"),
-        ("expert table", 4 * experts + 4 * (experts + 1) + 2 * experts, "rows, first rows, ids"),
+        ("expert table", 4 * experts + 8 * (experts + 1) + 2 * experts, "rows, first rows, first items, ids"),
         ("source table", spec.source_table_bytes, "which pairs of each rank name each expert"),
     ]
     parts = [part for part in parts if part[1]]

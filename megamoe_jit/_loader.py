@@ -17,7 +17,7 @@ from typing import Any
 
 from megamoe_jit._cubin import read_cubin
 from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, UnsupportedDeviceError
-from megamoe_jit._obtain import distrust
+from megamoe_jit._obtain import distrust, known_refusal, remember_refusal
 from megamoe_jit._runtime import CompiledKernel, forget, get_kernel, warmup_command
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec
@@ -85,6 +85,9 @@ def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None 
     loaded = _by_spec.get(slot)
     if loaded is None:
         _refuse_capture(spec)
+        problem = known_refusal(spec, device_index)
+        if problem is not None:
+            raise problem.with_traceback(None)
         compiled = get_kernel(spec)
         with _lock:
             loaded = _by_key.get((compiled.key, device_index)) or _load_or_compile(compiled, device_index)
@@ -119,6 +122,12 @@ class _Refusal:
     message: str
     explained: bool
 
+    def error(self, spec: KernelSpec, device_index: int) -> LoadError:
+        """The error to raise, now and at every later use until `retry`."""
+        error = LoadError(self.message)
+        remember_refusal(spec, device_index, error)
+        return error
+
 
 def _load_or_compile(compiled: CompiledKernel, device_index: int) -> LoadedKernel:
     """Load; if the driver refuses what came from a cache, compile it here, once."""
@@ -126,16 +135,16 @@ def _load_or_compile(compiled: CompiledKernel, device_index: int) -> LoadedKerne
     if isinstance(result, _Refusal):
         refusal = result
         if not distrust(compiled, damaged=not refusal.explained):
-            raise LoadError(refusal.message)
+            raise refusal.error(compiled.spec, device_index)
         LOG.warning("%s; compiling it here", refusal.message)
         forget(compiled.spec)
         try:
             again = get_kernel(compiled.spec)
         except MegaMoeError as error:
-            raise LoadError(refusal.message) from error
+            raise refusal.error(compiled.spec, device_index) from error
         result = _load(again, device_index)
         if isinstance(result, _Refusal):
-            raise LoadError(result.message)
+            raise result.error(compiled.spec, device_index)
     return result
 
 
@@ -214,7 +223,7 @@ def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> _Refusal:
     status, number = driver.cuDriverGetVersion()
     version = f"{number // 1000}.{number % 1000 // 10}" if int(status) == 0 else "unknown"
     compiler = str((compiled.meta.get("nvrtc") or {}).get("version", "unknown"))
-    have, need = (int(text.split(".")[0]) if text[0].isdigit() else 0 for text in (version, compiler))
+    have, need = (int(text.split(".")[0]) if text[:1].isdigit() else 0 for text in (version, compiler))
     explained = need > have > 0
     advice = "the binary is damaged, or not for this device"
     if explained:

@@ -15,15 +15,27 @@ from typing import Any, Literal
 from megamoe_jit._cache import CacheEntry, KernelCache, cache_key, readonly_caches, user_cache
 from megamoe_jit._compiler import CompileResult, compile_source, options_for
 from megamoe_jit._entry import source_id
-from megamoe_jit._errors import KernelMissingError, PerformanceLossError, ToolchainError
+from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
 from megamoe_jit._locks import key_lock
 from megamoe_jit._render import RenderedSource, render
-from megamoe_jit._settings import get_settings
+from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._toolchain import ARCH, Toolchain, find_toolchain
 from megamoe_jit._version import __version__
 
-__all__ = ["CompiledKernel", "Origin", "distrust", "obtain", "seal", "sealed", "unseal", "warmup_command"]
+__all__ = [
+    "CompiledKernel",
+    "Origin",
+    "distrust",
+    "known_refusal",
+    "obtain",
+    "remember_refusal",
+    "seal",
+    "sealed",
+    "trust_again",
+    "unseal",
+    "warmup_command",
+]
 
 LOG = logging.getLogger("megamoe_jit")
 Origin = Literal["memory", "pack", "disk", "compiled"]  #: pack: a read-only cache
@@ -53,6 +65,7 @@ class CompiledKernel:
 _sealed = False
 _compiled_here: set[str] = set()
 _distrusted: set[str] = set()
+_refused: dict[tuple[Settings, KernelSpec, int], LoadError] = {}
 
 
 def seal() -> None:
@@ -102,6 +115,22 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     return kernel.key not in _compiled_here
 
 
+def remember_refusal(spec: KernelSpec, device_index: int, error: LoadError) -> None:
+    """From now on this kernel fails with this error on this device, until `trust_again`."""
+    _refused[get_settings(), spec, device_index] = error
+
+
+def known_refusal(spec: KernelSpec, device_index: int) -> LoadError | None:
+    """Why the driver does not take this kernel on this device; None if nothing is known against it."""
+    return _refused.get((get_settings(), spec, device_index))
+
+
+def trust_again() -> None:
+    """Forget what the driver refused."""
+    _distrusted.clear()
+    _refused.clear()
+
+
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     """What to look for: the exact kernel if there is a compiler to say which, its source in any case."""
@@ -146,9 +175,13 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
         if found is not None:
             return found
     if sealed():
-        why = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it" if settings.disable_jit else "this process is sealed"
+        why, allow = "this process is sealed", ""
+        if settings.disable_jit:  # usually set for the whole shell, where the command is going to be run
+            why, allow = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it", "MEGAMOE_JIT_DISABLE_JIT=0 "
+        places = [settings.cache_dir, *settings.readonly_cache]
+        where = " or ".join(map(str, places[1:] if settings.no_cache else places)) or "(none: MEGAMOE_JIT_NO_CACHE)"
         raise KernelMissingError(
-            f"kernel {spec.entry} is not in the cache {settings.cache_dir} and {why}; run: {warmup_command(spec)}"
+            f"kernel {spec.entry} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}"
         )
     if wanted.toolchain is None or wanted.key is None:
         raise wanted.problem or ToolchainError("no compiler")

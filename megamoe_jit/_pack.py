@@ -125,7 +125,8 @@ def import_pack(path: Path | str, root: Path | str | None = None) -> ImportRepor
 
     Args:
         path: the file.
-        root: a directory to fill, for use as a read-only cache; the user's cache if None.
+        root: a directory to fill, for use as a read-only cache, and readable by everybody, so that an image can be
+            built by one user and used by another; the user's cache if None.
 
     Returns:
         What was imported.  Imported kernels are used even where another compiler is installed, or none.
@@ -134,7 +135,7 @@ def import_pack(path: Path | str, root: Path | str | None = None) -> ImportRepor
         PackError: the pack is damaged, foreign or not to be trusted, or the cache cannot be written.
     """
     source = Path(path)
-    cache = user_cache() if root is None else KernelCache(Path(root).absolute())
+    cache = user_cache() if root is None else KernelCache(Path(root).absolute(), shared=True)
     with _opened(source) as (archive, manifest):
         for _ in _entries(source, archive, manifest):
             pass
@@ -162,13 +163,9 @@ def read_pack(path: Path | str) -> PackInfo:
     source = Path(path)
     with _opened(source) as (archive, manifest):
         keys = tuple(key for key, _ in _entries(source, archive, manifest))
-    digest = hashlib.sha256()
-    with source.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
     kernels = tuple(str(manifest["entries"][key].get("kernel", "")) for key in keys)
     version = str(manifest.get("package_version", ""))
-    return PackInfo(source, keys, kernels, source.stat().st_size, digest.hexdigest(), version)
+    return PackInfo(source, keys, kernels, source.stat().st_size, _file_sha256(source), version)
 
 
 def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
@@ -222,7 +219,7 @@ def _write_tar(target: Path, manifest: bytes, files: dict[str, dict[str, bytes]]
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    return hashlib.file_digest(target.open("rb"), "sha256").hexdigest()
+    return _file_sha256(target)
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -260,8 +257,8 @@ def _manifest(path: Path, archive: tarfile.TarFile) -> dict[str, Any]:
         for key, entry in manifest["entries"].items():
             if not is_key(key) or set(entry["files"]) != set(_FILES):
                 raise PackError(f"{path}: its manifest names {key!r} with {', '.join(entry['files'])}")
-            total += sum(int(file["bytes"]) for file in entry["files"].values())
-    except (ValueError, TypeError, KeyError, AttributeError):
+            total += sum(int(file["bytes"]) for file in entry["files"].values() if file["sha256"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise PackError(f"{path}: its manifest is damaged") from None
     if total > PACK_LIMIT:
         raise PackError(f"{path} holds {total} bytes; allowed: {PACK_LIMIT}")
@@ -306,11 +303,13 @@ def _contents(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, lim
         raise PackError(f"{path}: {member.name!r} is not a plain file")
     if member.size > limit:
         raise PackError(f"{path}: {member.name!r} has {member.size} bytes; allowed: {limit}")
-    file = archive.extractfile(member)
-    data = file.read() if file is not None else b""
-    if len(data) != member.size:
-        raise PackError(f"{path} is cut off in {member.name!r}")
-    return data
+    with archive.extractfile(member) or io.BytesIO() as file:
+        return file.read()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(data: bytes) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from megamoe_jit._cache import KernelCache, cache_key, user_cache
 from megamoe_jit._compiler import options_for
 from megamoe_jit._errors import KernelMissingError, MegaMoeError
-from megamoe_jit._obtain import CompiledKernel, obtain, seal, sealed, unseal, warmup_command
+from megamoe_jit._obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._render import render
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -140,9 +140,10 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
 
 
 def retry() -> None:
-    """Forget every failure, so that the kernels concerned are tried again."""
+    """Forget every failure, so that the kernels concerned are compiled, or loaded, again at their next use."""
     with _lock:
         _failed.clear()
+    trust_again()
 
 
 def forget(spec: KernelSpec | None = None) -> None:
@@ -217,6 +218,9 @@ def _get(spec: KernelSpec, force: bool) -> CompiledKernel:
         if future is None:
             future = _running[job] = concurrent.futures.Future()
     if not mine:
+        failure = future.exception()
+        if failure is not None and not isinstance(failure, Exception):  # that thread was interrupted, this one not
+            return _get(spec, force)
         kernel = future.result()
         return dataclasses.replace(kernel, origin="memory", seconds=time.perf_counter() - begin)
     try:

@@ -177,9 +177,10 @@ def _parse_toml(variable: Variable, key: str, value: object, path: Path) -> Any:
 
 def _warn_unknown(what: str, names: list[str], known: list[str]) -> None:
     parts = []
+    by_word = {name.removeprefix(PREFIX): name for name in known}  # what all have in common says nothing
     for name in sorted(set(names) - set(known)):
-        close = difflib.get_close_matches(name, known, n=1)
-        parts.append(f"{name} (did you mean {close[0]}?)" if close else name)
+        close = difflib.get_close_matches(name.removeprefix(PREFIX), by_word, n=1)
+        parts.append(f"{name} (did you mean {by_word[close[0]]}?)" if close else name)
     if parts:
         LOG.warning("unknown %s are ignored: %s", what, ", ".join(parts))
 

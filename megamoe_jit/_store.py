@@ -36,6 +36,7 @@ __all__ = ["EntryStore", "PruneReport", "tree_bytes"]
 LOG = logging.getLogger("megamoe_jit")
 STALE_STAGING_S = 3600.0
 TOUCH_S = 3600.0  #: an entry's last use is noted at most this often
+QUARANTINED = 32  #: damaged entries kept for looking into
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,14 @@ class EntryStore:
     Args:
         root: the directory; entries lie in a subdirectory named after the schema.
         read_only: never write, not even to note a use or to put a damaged entry aside.
+        shared: let everybody read what is published.
     """
 
-    def __init__(self, root: Path, read_only: bool = False) -> None:
+    def __init__(self, root: Path, read_only: bool = False, *, shared: bool = False) -> None:
         self.root = root
         self.path = root / f"v{SCHEMA}"  #: where this schema's entries lie
         self.read_only = read_only
+        self.shared = shared
         self.forbidden = 0o002 if read_only else 0o022  #: permission bits that nothing in it may have
         self._by_source: dict[str, list[EntryInfo]] | None = None
         self._warned: set[str] = set()
@@ -85,6 +88,8 @@ class EntryStore:
             check_private(self.path, self.forbidden)
             files, meta = read_entry(key, folder, self.forbidden)
         except FileNotFoundError:
+            if self.read_only and not self.root.is_dir():
+                self._warn("missing", f"read-only kernel cache {self.root} does not exist")
             return None
         except Damaged as damage:
             message = f"cached kernel {folder} is damaged ({damage}) and is not used"
@@ -160,17 +165,19 @@ class EntryStore:
         staging: Path | None = None
         try:
             if not self.root.exists():
-                private_directory(self.root)
-            private_directory(self.path)
+                self._directory(self.root)
+            self._directory(self.path)
             private_directory(self.path / ".tmp")
             self._sweep()
             staging = self.path / ".tmp" / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}"
             staging.mkdir(mode=0o700)
             for name, data in files.items():
-                _write(staging / name, data)
+                _write(staging / name, data, 0o644 if self.shared else 0o600)
+            if self.shared:
+                staging.chmod(0o755)
             _sync_directory(staging)
             target = self.entry_path(key)
-            private_directory(target.parent)
+            self._directory(target.parent)
             if not self._rename(key, staging, target):
                 return True
             staging = None
@@ -218,7 +225,17 @@ class EntryStore:
         except OSError as error:
             LOG.debug("cannot move %s to quarantine: %s", self.entry_path(key), error)
             return False
+        with contextlib.suppress(OSError):
+            aside = sorted(place.iterdir(), key=lambda path: path.lstat().st_ctime)
+            for path in aside[:-QUARANTINED]:
+                self._bury(path)
         return True
+
+    def _directory(self, path: Path) -> None:
+        """Create a directory on the way to an entry, or check it."""
+        private_directory(path)
+        if self.shared:
+            path.chmod(0o755)
 
     def _published(self, size: int) -> None:
         """Called after each publish with the size of the entry."""
@@ -290,8 +307,9 @@ def _host() -> str:
     return os.uname().nodename
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, mode: int) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), mode)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -154,6 +154,15 @@ _activate_lock = threading.Lock()
 _find_lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    """A child has none of the threads that would release these."""
+    global _activate_lock, _find_lock
+    _activate_lock, _find_lock = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 @functools.lru_cache(maxsize=8)
 def _find_once(explicit: Path | None) -> Toolchain:
     found = candidates()
@@ -161,7 +170,8 @@ def _find_once(explicit: Path | None) -> Toolchain:
         raise ToolchainError(f"no NVRTC library (libnvrtc.so) was found. {_advice()}")
     chosen = found[0]
     if not chosen.path.is_file():
-        raise ToolchainError(f"NVRTC library {chosen.path} (from {chosen.origin}) does not exist. {_advice()}")
+        what = "is not a file" if chosen.path.exists() else "does not exist"
+        raise ToolchainError(f"NVRTC library {chosen.path} (from {chosen.origin}) {what}. {_advice()}")
     wanted, reason = wanted_major()
     if explicit is None and wanted is not None and chosen.major != wanted:
         LOG.warning(

@@ -64,3 +64,12 @@ def child_environment(place: Path, **variables: object) -> dict[str, str]:
         "MEGAMOE_JIT_KERNELS_SRC": str(place / "src"),
         **{name: str(value) for name, value in variables.items()},
     }
+
+
+def fail_with(number: int) -> Any:
+    """A function that fails with this error of the operating system, whatever it is given."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail

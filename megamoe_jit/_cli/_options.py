@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,9 @@ __all__ = [
     "cache_dir_option",
     "complete_key",
     "complete_kernel",
+    "complete_shape",
     "is_key",
-    "named_shapes",
+    "number_list",
     "parse_spec",
     "ranks_option",
     "shape_options",
@@ -33,11 +35,10 @@ __all__ = [
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_SIZES = ("hidden", "intermediate", "experts", "topk")
 VARIANTS = ("auto", "pingpong", "cooperative")
 
 _KEY = re.compile(r"[0-9a-f]{4,64}")
-_SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)")
+_SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)(_timeline)?")
 
 
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -76,40 +77,57 @@ def complete_kernel(context: click.Context, parameter: click.Parameter, incomple
     return [*found, *complete_key(context, parameter, incomplete)]
 
 
-def shape_options(command: _F) -> _F:
-    """Add `--shapes` and, as the alternative to it, the four sizes of one layer."""
-    for option in reversed(
-        (
-            click.option(
-                "--shapes",
-                "names",
-                metavar="NAME[,NAME...]",
-                shell_complete=complete_shape,
-                help="Shapes by name (see `shapes ls`), `all`, or .toml files laid out like presets.toml.",
-            ),
-            click.option("--hidden", type=int, help="Hidden size, instead of --shapes."),
-            click.option("--intermediate", type=int, help="Intermediate size of one expert."),
-            click.option("--experts", type=int, help="Number of experts, those of all ranks together."),
-            click.option("--topk", type=int, help="Experts per token."),
-        )
-    ):
-        command = option(command)
-    return command
+_SHAPE_OPTIONS = (
+    click.option(
+        "--shapes",
+        "names",
+        metavar="NAME[,NAME...]",
+        shell_complete=complete_shape,
+        help="Shapes by name (see `shapes ls`), `all`, or .toml files with a table per shape.",
+    ),
+    click.option("--hidden", type=int, help="Hidden size, instead of --shapes."),
+    click.option("--intermediate", type=int, help="Intermediate size of one expert."),
+    click.option("--experts", type=int, help="Number of experts, those of all ranks together."),
+    click.option("--topk", type=int, help="Experts per token."),
+)
 
 
-def named_shapes(names: str | None, **sizes: int | None) -> dict[str, MoEShape]:
-    """The layers a command line asks for, by the name to show them under."""
+def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--shapes` and, as the alternative to it, the four sizes of one layer.
+
+    The command gets `shapes`: the layers that were asked for, by the name to show them under.
+    """
+
+    @functools.wraps(command)
+    def with_shapes(
+        *,
+        names: str | None,
+        hidden: int | None,
+        intermediate: int | None,
+        experts: int | None,
+        topk: int | None,
+        **others: Any,
+    ) -> Any:
+        sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "topk": topk}
+        return command(shapes=_shapes(names, sizes), **others)
+
+    for option in reversed(_SHAPE_OPTIONS):
+        with_shapes = option(with_shapes)
+    return with_shapes
+
+
+def _shapes(names: str | None, sizes: dict[str, int | None]) -> dict[str, MoEShape]:
     from megamoe_jit._spec import MoEShape
     from megamoe_jit.heuristics.presets import parse_shapes
 
-    given = [f"--{size}" for size in _SIZES if sizes[size] is not None]
+    given = {name: size for name, size in sizes.items() if size is not None}
     if names is not None:
         if given:
-            raise click.UsageError(f"--shapes and {given[0]} exclude each other.")
+            raise click.UsageError(f"--shapes and --{next(iter(given))} exclude each other.")
         return {p.name: p.shape for p in parse_shapes(names)}
-    if len(given) != len(_SIZES):
+    if len(given) != len(sizes):
         raise click.UsageError("Name the shapes: --shapes NAME, or all of --hidden --intermediate --experts --topk.")
-    shape = MoEShape(**{size: int(sizes[size] or 0) for size in _SIZES})
+    shape = MoEShape(**given)
     return {f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}
 
 
@@ -123,21 +141,40 @@ sms_option = click.option(
 )
 
 
-def _integers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers separated by commas") from None
-    if any(value < 0 for value in values):
-        raise click.BadParameter("token counts are not negative")
-    return values
+_N = TypeVar("_N", int, float)
+
+
+def number_list(
+    kind: type[_N], least: float = 0, above: bool = True
+) -> Callable[[click.Context, click.Parameter, str | None], tuple[_N, ...] | None]:
+    """Callback of an option that takes several numbers separated by commas.
+
+    Args:
+        kind: int or float.
+        least: bound of each.
+        above: whether each must be above it, or may be equal.
+    """
+
+    def parse(_: click.Context, __: click.Parameter, text: str | None) -> tuple[_N, ...] | None:
+        if text is None:
+            return None
+        word = "whole numbers" if kind is int else "numbers"
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not a list of {word} separated by commas") from None
+        if not all(value > least or (value == least and not above) for value in values):
+            raise click.BadParameter(f"{text!r}; allowed: {word} {'above' if above else 'from'} {least:g}")
+        return values
+
+    return parse
 
 
 def tokens_option(meaning: str) -> Callable[[_F], _F]:
     """Add a required `--tokens` that takes several counts."""
-    return click.option("--tokens", callback=_integers, required=True, metavar="N[,N...]", help=meaning)
+    return click.option(
+        "--tokens", callback=number_list(int, 0, above=False), required=True, metavar="N[,N...]", help=meaning
+    )
 
 
 def _override_cache_dir(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -178,7 +215,8 @@ def parse_spec(text: str) -> KernelSpec:
     symbol = _SYMBOL.fullmatch(text)
     if symbol:
         sizes = [int(symbol[i]) for i in range(2, 7)]
-        return KernelSpec(MoEShape(*sizes[:4]), Variant.parse(symbol[1]), sizes[4], symbol[7] == "fast")
+        variant = Variant.parse(symbol[1])
+        return KernelSpec(MoEShape(*sizes[:4]), variant, sizes[4], symbol[7] == "fast", timeline=bool(symbol[8]))
     name, *rest = text.split("/")
     if not rest:
         raise ConfigError(

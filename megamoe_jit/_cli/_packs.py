@@ -55,11 +55,12 @@ def import_command(file: Path, as_json: bool) -> None:
     """Take kernels from a FILE of `cache export`.
 
     The file is verified as a whole first.  Its kernels are used here even where another compiler is installed, or
-    none.  With --cache-dir DIR they fill a directory that MEGAMOE_JIT_READONLY_CACHE may name.  Exit code 4 if the
-    file is damaged; nothing is imported then.
+    none.  With --cache-dir DIR they fill a directory that MEGAMOE_JIT_READONLY_CACHE may name, readable by
+    everybody.  Exit code 4 if the file is damaged; nothing is imported then.
     """
     from megamoe_jit._cache import user_cache
     from megamoe_jit._pack import import_pack, read_pack
+    from megamoe_jit._settings import get_settings
 
     if not file.is_file():
         raise click.BadParameter(f"{file} does not exist.", param_hint="FILE")
@@ -67,7 +68,8 @@ def import_command(file: Path, as_json: bool) -> None:
         read_pack(file)
     except PackError as error:
         raise CorruptionError(str(error)) from error
-    report = import_pack(file)
+    settings = get_settings()
+    report = import_pack(file, settings.cache_dir if settings.source("cache_dir") == "argument" else None)
     if as_json:
         emit_json(
             document(

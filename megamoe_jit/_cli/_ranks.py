@@ -12,7 +12,7 @@ from megamoe_jit._cli._io import document, progress_line, table
 if TYPE_CHECKING:
     from megamoe_jit.heuristics.presets import Preset
 
-__all__ = ["bench_document", "print_bench", "rank_count", "run_ranks_option"]
+__all__ = ["bench_document", "print_bench", "print_others", "rank_count", "run_ranks_option"]
 
 _HEADERS = (
     "SHAPE",
@@ -85,6 +85,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def print_bench(doc: dict[str, Any]) -> None:
     """The document as tables."""
     click.echo(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
+    print_others(doc)
+
+
+def print_others(doc: dict[str, Any]) -> None:
+    """The ways to do the layer unfused, if they were timed."""
     others = [
         (
             b["shape"],
@@ -94,10 +99,10 @@ def print_bench(doc: dict[str, Any]) -> None:
             "-" if b["median_us"] is None else f"{b['median_us']:.1f}",
             "-" if b["diff"] is None else f"{b['diff']:.1e}" + ("" if b["correct"] else " WRONG"),
         )
-        for b in doc["baselines"]
+        for b in doc.get("baselines", ())
     ]
     if others:
         click.echo()
         click.echo(table(("SHAPE", "TOKENS", "UNFUSED", "LAUNCHED", "MEDIAN us", "DIFF"), others, left=(0, 2, 3)))
-    for method, reason in doc["baselines_not_timed"].items():
+    for method, reason in doc.get("baselines_not_timed", {}).items():
         click.echo(f"not timed: {method} ({reason})")

@@ -33,6 +33,7 @@ SUMMARIES = {
     "demo": "Run a small layer and check it; without a Hopper GPU compile the kernels and check the reference.",
     "verify": "Run scenarios on the GPU and compare with the FP32 reference.",
     "bench": "Time the layer on this GPU, output checked first.",
+    "tune": "Measure which variant and parameters are fastest on this GPU, outputs checked first; resumable.",
     "completion": "Print a completion script for a shell.",
 }
 

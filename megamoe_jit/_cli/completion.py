@@ -23,11 +23,9 @@ def completion(context: click.Context, shell: str, as_json: bool) -> None:
     zsh   eval "$(megamoe-jit completion zsh)"         in ~/.zshrc
     fish  megamoe-jit completion fish | source         in ~/.config/fish/config.fish
     """
-    from click.shell_completion import ShellComplete, get_completion_class
+    from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
-    kind = get_completion_class(shell)
-    if kind is None:
-        raise click.UsageError(f"no completion for {shell}")
+    kind: type[ShellComplete] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}[shell]
     # not its source(), which runs bash to see its version: the script is the same
     script = ShellComplete.source(kind(context.find_root().command, {}, "megamoe-jit", COMPLETE_VARIABLE))
     if as_json:

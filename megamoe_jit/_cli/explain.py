@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,12 +10,14 @@ from megamoe_jit._cli._io import document, emit_json, json_option
 from megamoe_jit._cli._options import (
     VARIANTS,
     cache_dir_option,
-    named_shapes,
     ranks_option,
     shape_options,
     sms_option,
     tokens_option,
 )
+
+if TYPE_CHECKING:
+    from megamoe_jit._spec import MoEShape
 
 __all__ = ["explain"]
 
@@ -47,11 +49,7 @@ def _text(name: str, call: dict[str, Any]) -> str:
 @cache_dir_option
 @json_option
 def explain(
-    names: str | None,
-    hidden: int | None,
-    intermediate: int | None,
-    experts: int | None,
-    topk: int | None,
+    shapes: dict[str, MoEShape],
     tokens: tuple[int, ...],
     ranks: int,
     variant: str | None,
@@ -62,7 +60,6 @@ def explain(
     """Show which kernel a call takes, with which parameters, why, and whether it is cached; needs no GPU."""
     from megamoe_jit._explain import explain as explain_call
 
-    shapes = named_shapes(names, hidden=hidden, intermediate=intermediate, experts=experts, topk=topk)
     calls = [
         {
             "name": name,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, table
-from megamoe_jit._cli._options import VARIANTS, named_shapes, ranks_option, shape_options, sms_option, tokens_option
+from megamoe_jit._cli._options import VARIANTS, ranks_option, shape_options, sms_option, tokens_option
+
+if TYPE_CHECKING:
+    from megamoe_jit._spec import MoEShape
 
 __all__ = ["plan"]
 
@@ -51,11 +54,7 @@ def _text(name: str, plan: dict[str, Any]) -> str:
 @sms_option
 @json_option
 def plan(
-    names: str | None,
-    hidden: int | None,
-    intermediate: int | None,
-    experts: int | None,
-    topk: int | None,
+    shapes: dict[str, MoEShape],
     tokens: tuple[int, ...],
     ranks: int,
     variant: str,
@@ -65,7 +64,6 @@ def plan(
     """Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU."""
     from megamoe_jit._explain import plan as plan_of
 
-    shapes = named_shapes(names, hidden=hidden, intermediate=intermediate, experts=experts, topk=topk)
     plans = [
         {"name": name, **plan_of(shape, count, ranks=ranks, variant=variant, num_sms=sms)}
         for name, shape in shapes.items()

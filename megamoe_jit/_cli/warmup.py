@@ -16,10 +16,10 @@ from megamoe_jit._cli._kernels import (
     kernel_table,
     spec_document,
 )
-from megamoe_jit._cli._options import VARIANTS, cache_dir_option, named_shapes, ranks_option, shape_options
+from megamoe_jit._cli._options import VARIANTS, cache_dir_option, ranks_option, shape_options
 
 if TYPE_CHECKING:
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec import KernelSpec, MoEShape
 
 __all__ = ["warmup"]
 
@@ -44,11 +44,7 @@ _STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
 @cache_dir_option
 @json_option
 def warmup(
-    names: str | None,
-    hidden: int | None,
-    intermediate: int | None,
-    experts: int | None,
-    topk: int | None,
+    shapes: dict[str, MoEShape],
     ranks: int,
     variant: str,
     fast_math: bool,
@@ -60,14 +56,13 @@ def warmup(
 ) -> None:
     """Compile the kernels of some shapes into the cache; needs no GPU.
 
-    One kernel serves every token count, so this is all that calls of these shapes will ever need.
+    A kernel serves every token count, so these are all that calls of these shapes will ever need.
 
     Exit code 0, 1 if a kernel failed or could not be kept, 3 without a compiler, 130 when interrupted; what was
     compiled until then stays.
     """
     from megamoe_jit._settings import get_settings
 
-    shapes = named_shapes(names, hidden=hidden, intermediate=intermediate, experts=experts, topk=topk)
     specs = kernel_specs(shapes.values(), ranks, variant, fast_math)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)

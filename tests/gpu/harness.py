@@ -49,10 +49,11 @@ class Layer:
         return make_inputs(scenario, self.device, seed, self.weights)
 
     @contextmanager
-    def buffer(self, capacity: int) -> Iterator[Any]:
-        """A buffer for `capacity` tokens, destroyed at the end."""
+    def buffer(self, capacity: int, **more: Any) -> Iterator[Any]:
+        """A buffer for `capacity` tokens, destroyed at the end; `more` goes to the call that makes it."""
         s = self.shape
-        buffer = mm.get_symm_buffer_for_mega_moe(None, s.experts, capacity, s.topk, s.hidden, s.intermediate)
+        sizes = (s.experts, capacity, s.topk, s.hidden, s.intermediate)
+        buffer = mm.get_symm_buffer_for_mega_moe(None, *sizes, device=self.device, **more)
         try:
             yield buffer
         finally:

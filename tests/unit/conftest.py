@@ -1,12 +1,17 @@
-"""Fixtures that several unit tests of the cache share."""
+"""Fixtures that several unit tests of the cache and the runtime share."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 
 import pytest
 
+from megamoe_jit import _obtain
 from megamoe_jit._cache import KernelCache
+from megamoe_jit._runtime import forget
+from megamoe_jit._settings import override
+from tests.stubs import write_rooms
 
 
 @pytest.fixture
@@ -24,3 +29,27 @@ def warnings():
     logging.getLogger("megamoe_jit").addHandler(handler)
     yield records
     logging.getLogger("megamoe_jit").removeHandler(handler)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A small kernel directory, a cold cache and a lock directory, in force as settings."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = write_rooms(tmp_path / "src")
+    forget()
+    with override(kernels_src=source, cache_dir=tmp_path / "cache", lock_dir=tmp_path / "locks", strict="error"):
+        yield tmp_path
+    forget()
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """The entries compiled so far, counted around the real compiler."""
+    real, seen = _obtain.compile_source, []
+
+    def count(text, *, entry, toolchain):
+        seen.append(entry)
+        return real(text, entry=entry, toolchain=toolchain)
+
+    monkeypatch.setattr(_obtain, "compile_source", count)
+    return seen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 import subprocess
@@ -16,16 +15,7 @@ import pytest
 from megamoe_jit import _entry, _locks, _store
 from megamoe_jit._cache import KernelCache
 from megamoe_jit._locks import private_directory
-from tests.stubs import KEY, OTHER, REPO, fake_cubin, rewrite_meta
-
-IS_ROOT = os.geteuid() == 0
-
-
-def fail_with(number):
-    def fail(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    return fail
+from tests.stubs import KEY, OTHER, REPO, fail_with, fake_cubin, rewrite_meta
 
 
 def test_importing_the_cache_is_cheap():
@@ -74,103 +64,24 @@ def test_loser_of_the_race_need_not_see_the_winner(cache, warnings, monkeypatch,
     assert not warnings
 
 
-def damage_truncate(folder):
-    path = folder / "kernel.cubin"
-    path.write_bytes(path.read_bytes()[:-1])
+def test_another_version_that_keeps_writing_its_own_entry_wins(cache, warnings, monkeypatch):
+    """Two versions of the package on one cache: the loser uses its own bytes, and says nothing."""
+    cache.store(KEY, fake_cubin(b"theirs"), "", {})
+    rewrite_meta(cache.entry_path(KEY), schema=99)
+    real = cache.quarantine
 
+    def put_back(key):
+        moved = real(key)
+        ours = KernelCache(cache.root)
+        assert ours.store(key, fake_cubin(b"theirs"), "", {})
+        rewrite_meta(ours.entry_path(key), schema=99)
+        return moved
 
-def damage_garble(folder):
-    path = folder / "kernel.cubin"
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
-
-
-def damage_meta(folder):
-    (folder / "meta.json").write_text("{")
-
-
-def damage_list(folder):
-    (folder / "meta.json").write_text("[]")
-
-
-def damage_no_cubin(folder):
-    (folder / "kernel.cubin").unlink()
-
-
-def damage_no_meta(folder):
-    (folder / "meta.json").unlink()
-
-
-def damage_other_key(folder):
-    rewrite_meta(folder, key="f" * 64)
-
-
-def damage_other_arch(folder):
-    rewrite_meta(folder, arch="sm_100a")
-
-
-def damage_no_elf(folder):
-    (folder / "kernel.cubin").write_bytes(b"not an ELF")
-    rewrite_meta(folder, cubin_bytes=10, cubin_sha256=hashlib.sha256(b"not an ELF").hexdigest())
-
-
-def damage_link(folder):
-    folder.rename(folder.with_name("elsewhere"))
-    folder.symlink_to(folder.with_name("elsewhere"))
-
-
-def damage_file(folder):
-    folder.rename(folder.with_name("elsewhere"))
-    folder.write_text("not a directory")
-
-
-def damage_writable_by_others(folder):
-    (folder / "kernel.cubin").chmod(0o666)
-
-
-def damage_writable_directory(folder):
-    folder.chmod(0o777)
-
-
-def damage_oversize(folder):
-    os.truncate(folder / "kernel.cubin", _entry.LIMIT + 1)
-
-
-def damage_wrong_owner(folder):
-    if not IS_ROOT:
-        pytest.skip("only root can give a file away")
-    os.chown(folder / "kernel.cubin", 4321, 4321)
-
-
-def damage_wrong_owner_of_directory(folder):
-    if not IS_ROOT:
-        pytest.skip("only root can give a directory away")
-    os.chown(folder, 4321, 4321)
-
-
-DAMAGES = [function for name, function in sorted(globals().items()) if name.startswith("damage_")]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_quarantined_with_one_warning_and_heals(cache, warnings, damage):
-    cache.store(KEY, fake_cubin(), "", {})
-    damage(cache.entry_path(KEY))
+    monkeypatch.setattr(cache, "quarantine", put_back)
+    assert cache.store(KEY, fake_cubin(b"ours"), "", {}) is True
     assert cache.load(KEY) is None
-    assert len(warnings) == 1
-    assert str(cache.entry_path(KEY)) in warnings[0].getMessage()
-    assert cache.load(KEY) is None
-    assert len(warnings) == 1
-    assert [p.name[:64] for p in (cache.path / "quarantine").iterdir()] == [KEY]
-    assert cache.store(KEY, fake_cubin(), "", {})
-    assert cache.load(KEY) is not None
-
-
-def test_damage_that_cannot_be_moved_warns_once(cache, warnings, monkeypatch):
-    cache.store(KEY, fake_cubin(), "", {})
-    damage_truncate(cache.entry_path(KEY))
-    monkeypatch.setattr(_store.os, "rename", fail_with(errno.EROFS))
-    assert cache.load(KEY) is None
-    assert cache.load(KEY) is None
-    assert len(warnings) == 1
+    assert list((cache.path / ".tmp").iterdir()) == []
+    assert not warnings
 
 
 def test_unknown_schema_is_a_miss_and_makes_way_for_a_new_entry(cache, warnings):
@@ -201,9 +112,9 @@ def test_disk_that_fails_in_the_middle_of_a_publish_leaves_nothing(cache, warnin
     cache.store(OTHER, fake_cubin(), "", {})
     real, calls = _store._write, []
 
-    def write_half_of_the_second_file(path, data):
+    def write_half_of_the_second_file(path, data, mode):
         calls.append(path)
-        real(path, data if len(calls) == 1 else data[: len(data) // 2])
+        real(path, data if len(calls) == 1 else data[: len(data) // 2], mode)
         if len(calls) == 2:
             raise OSError(number, os.strerror(number))
 

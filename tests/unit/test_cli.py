@@ -32,7 +32,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verbs():
     cache = ("clear", "export", "import", "info", "ls", "path", "prune", "rm", "stats", "verify")
     look = ("doctor", "env", "explain", "inspect", "plan", "render")
-    run_ = ("bench", "completion", "demo", "verify", "warmup")
+    run_ = ("bench", "completion", "demo", "tune", "verify", "warmup")
     expected = [*(("cache", verb) for verb in cache), ("shapes", "ls"), *((verb,) for verb in look + run_)]
     assert sorted(leaf_commands()) == sorted(expected)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def invoke(*words: str):
 def test_kernels_are_named_by_symbol_or_shape():
     for spec in ALL_SPECS:
         assert parse_spec(spec.entry) == spec
+        assert parse_spec(f"{spec.entry}_timeline") == replace(spec, timeline=True)
     flash, pro = preset("v4-flash").shape, preset("v4-pro").shape
     assert parse_spec("v4-flash/pingpong") == KernelSpec(flash, Variant.PINGPONG)
     assert parse_spec("v4-pro/cooperative/r8/exact") == KernelSpec(pro, Variant.COOPERATIVE, 8, False)
@@ -92,6 +94,8 @@ def test_explain_says_what_a_call_would_do_without_a_compiler():
         (("explain", *SIZES), "--tokens"),
         (("explain", *SIZES, "--tokens", "x"), "whole numbers"),
         (("explain", *SIZES, "--tokens", "40000"), "32768"),
+        (("explain", "--hidden", "256", "--tokens", "4"), "all of --hidden --intermediate --experts --topk"),
+        (("plan", "--shapes", "v4-flash", "--topk", "2", "--tokens", "4"), "--shapes and --topk exclude each other"),
         (("plan", *SIZES, "--tokens", "0"), "1 to 32768"),
         (("plan", "--shapes", "v4-flash", "--tokens", "8", "--ranks", "3"), "multiple of the number of ranks"),
         (("plan", *SIZES, "--tokens", "8", "--sms", "0"), "--sms"),

@@ -50,6 +50,7 @@ KINDS = {
     "demo": "demo",
     "verify": "verify",
     "bench": "bench",
+    "tune": "tune",
     "completion": "completion",
 }
 LISTED = "scenarios"  #: of `verify --list`
@@ -142,7 +143,9 @@ def test_doctor():
     assert done.returncode in (0, 1, 3)
     doc = checked(done.stdout)
     names = [check["name"] for check in doc["checks"]]
-    assert names == ["settings", "compiler", "torch", "driver", "gpu", "cache", "locks", "tools", "trial compile"]
+    assert names == [
+        *("settings", "compiler", "torch", "driver", "gpu", "cache", "read-only", "locks", "tools", "trial compile")
+    ]
 
 
 def test_changing_commands(tmp_path: Path):
@@ -175,7 +178,8 @@ def test_demo_verify_and_bench_on_stand_ins(monkeypatch: pytest.MonkeyPatch, inv
     assert invoke("verify", "--filter", "L1.smoke", "--variant", "pingpong")["outcomes"][0]["diff"] is None
     assert invoke("verify --list", "--filter", "L1.smoke")["scenarios"] == ["L1.smoke"]
 
-    row = _bench.Row("s", 256, 128, 4, 1, 8, "auto", "pingpong", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, True, 1.0, 1.0)
+    times, unfused = (1.0, 1.0, 1.0, 1.0, 1.0), (None, None, None)
+    row = _bench.Row("s", 256, 128, 4, 1, 8, "auto", "pingpong", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
     conditions = {"device": "NVIDIA H200", "driver": "1", "nvrtc": "12.9", "commit": "c"}
     monkeypatch.setattr(_bench_report, "environment", lambda: conditions)
     monkeypatch.setattr(_bench, "anchors", lambda: {"dense_fp8_8192_tflops": 1.0, "read_4gib_tb_s": 1.0})

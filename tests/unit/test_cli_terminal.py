@@ -137,7 +137,7 @@ def test_clear_asks_on_a_terminal(answer: str, code: int, left: int, tmp_path: P
     root = warm_cache(tmp_path / "cache")
     terminal = Terminal("cache", "clear", "--cache-dir", str(root))
     terminal.read_until(lambda text: "[y/N]" in text)
-    assert re.search(rf"Remove all of {root}: 2 kernels, \d+\.\d KiB\?", terminal.output.replace("\r\n", ""))
+    assert re.search(rf"Remove all of {root}: 2 kernels, \d+\.\d [KM]iB\?", terminal.output.replace("\r\n", ""))
     terminal.type(answer)
     assert terminal.wait() == code
     assert checked(run("cache", "stats", "--json", "--cache-dir", str(root)).stdout)["caches"][0]["entries"] == left

@@ -231,6 +231,14 @@ def test_failure_that_is_not_understood_shows_the_log(toolchain, monkeypatch, tm
         compile_source(GOOD, entry="good", toolchain=toolchain)
 
 
+def test_failure_is_kept_in_the_dump_directory(toolchain, tmp_path):
+    with override(dump_dir=tmp_path), pytest.raises(CompileError) as caught:
+        compile_source("int x = nothing;", entry="bad", toolchain=toolchain)
+    assert KEPT.search(str(caught.value))[1] == str(tmp_path / "bad.cu")
+    assert (tmp_path / "bad.cu").read_text() == "int x = nothing;"
+    assert "nothing" in (tmp_path / "bad.log").read_text()
+
+
 def test_dump_directory_that_cannot_be_written_is_a_warning(toolchain, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with override(dump_dir=tmp_path / "file" / "dump"), caplog.at_level(logging.WARNING, "megamoe_jit"):

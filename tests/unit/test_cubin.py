@@ -84,6 +84,14 @@ def test_every_truncation_is_noticed(cubin):
             read_cubin(cubin[:size])
 
 
+def test_section_that_points_past_the_end(cubin):
+    broken = bytearray(cubin)
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    struct.pack_into("<Q", broken, table + 64 + 32, len(cubin))  # the size of the first real section
+    with pytest.raises(CubinError, match="lies outside the file"):
+        read_cubin(bytes(broken))
+
+
 @given(st.data())
 def test_garbled_bytes_never_raise_anything_else(cubin, data):
     garbled = bytearray(cubin)

@@ -6,6 +6,7 @@ loads one driver.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -248,11 +249,41 @@ def test_cached_kernel_that_the_driver_refuses_is_compiled_again_once(run, stub)
 
 
 @pytest.mark.parametrize(("sealed", "loads"), [(False, 2), (True, 1)])
-def test_refusal_that_stays_is_one_error(run, stub, sealed, loads):
+def test_refusal_that_stays_is_the_same_error_every_time(run, stub, sealed, loads):
     seal = "from megamoe_jit._runtime import seal\nseal()\n" if sealed else ""
-    out = run(REFUSED + seal + "attempt(load_kernel, spec, 0)\n", STUB_LOAD=200, MEGAMOE_JIT_CACHE_DIR=stub / "stays")
+    body = REFUSED + seal + "attempt(load_kernel, spec, 0)\n" * 3
+    out = run(body, STUB_LOAD=200, MEGAMOE_JIT_CACHE_DIR=stub / f"stays{sealed}")
     assert len([line for line in out if line.startswith("load ")]) == loads
-    assert len([line for line in out if line.startswith("LoadError: the driver refuses kernel")]) == 1
+    errors = [line for line in out if "Error: " in line]
+    assert len(errors) == 3
+    assert len(set(errors)) == 1
+    assert errors[0].startswith("LoadError: the driver refuses kernel")
+
+
+def test_refused_kernel_is_tried_again_when_asked_to(run, stub):
+    """Refused the first time, just compiled here; accepted the second time."""
+    out = run(
+        "from megamoe_jit import retry\nattempt(load_kernel, spec, 0)\nattempt(load_kernel, spec, 0)\n"
+        "retry()\nattempt(load_kernel, spec, 0)\n",
+        STUB_LOAD=200,
+        STUB_LOAD_TIMES=1,
+        MEGAMOE_JIT_CACHE_DIR=stub / "again",
+    )
+    spoken = [line.split(":")[0] for line in out if line.startswith(("LoadError", "fine"))]
+    assert spoken == ["LoadError", "LoadError", "fine"]
+    assert len([line for line in out if line.startswith("load ")]) == 2
+
+
+def test_machine_without_a_driver_says_so(run):
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pass
+    else:
+        pytest.skip("this machine has an NVIDIA driver")
+    out = run("attempt(load_kernel, spec, 0)\n", STUB="libc.so.6")
+    (message,) = [line for line in out if "Error: " in line]
+    assert message.startswith("LoadError: there is no NVIDIA driver (libcuda.so.1)")
 
 
 def test_kernel_that_is_too_new_for_the_driver_is_not_put_aside(run, stub):

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import random
 import tarfile
 from pathlib import Path
 
@@ -185,6 +186,18 @@ def entry_of_another_schema(parts):
     parts[0] = parts[0][0], json.dumps(manifest).encode()
 
 
+def without_digest(manifest):
+    del manifest["entries"][KEY]["files"]["kernel.cubin"]["sha256"]
+
+
+def endless(manifest):
+    manifest["entries"][KEY]["files"]["kernel.cubin"]["bytes"] = float("inf")
+
+
+def deep(parts):
+    parts[0] = parts[0][0], b"[" * 100_000
+
+
 def huge(manifest):
     manifest["entries"][KEY]["files"]["kernel.cubin"]["bytes"] = 1 << 50
 
@@ -195,6 +208,9 @@ BAD = {
     "not json": (lambda parts: [(parts[0][0], b"{")], "manifest is damaged"),
     "no kind": (with_manifest(lambda m: {"entries": {}}), "manifest is damaged"),
     "list": (with_manifest(lambda m: [1]), "manifest is damaged"),
+    "no digest": (with_manifest(without_digest), "manifest is damaged"),
+    "endless": (with_manifest(endless), "manifest is damaged"),
+    "deep": (deep, "manifest is damaged"),
     "foreign kind": (with_manifest(lambda m: {**m, "kind": "other"}), "is 'other' of schema 1; this version reads"),
     "foreign schema": (with_manifest(lambda m: {**m, "schema": 2}), "of schema 2; this version reads"),
     "odd key": (with_manifest(lambda m: m["entries"].update({"../x": m["entries"][KEY]})), "names '../x'"),
@@ -267,6 +283,24 @@ def test_cache_that_cannot_be_written(here):
     (here / "file").write_text("")
     with pytest.raises(PackError, match="cannot be written"):
         import_pack(pack, here / "file" / "x")
+
+
+@pytest.mark.parametrize("name", ["k.tar", "k.tgz"])
+def test_no_damage_to_a_pack_is_anything_but_a_pack_error(here, name):
+    """Changed bytes, mostly among the headers and the manifest."""
+    whole = export_pack(here / name).path.read_bytes()
+    chance = random.Random(name)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 2, 5))):
+            data[chance.randrange(min(len(data), chance.choice((1024, len(data)))))] = chance.choice((0, 255, *b"xLg1"))
+        (here / "broken").write_bytes(data)
+        try:
+            read_pack(here / "broken")
+        except PackError:
+            refused += 1
+    assert refused > 100
 
 
 def test_pack_may_be_read_by_everybody(here):

@@ -77,6 +77,12 @@ def test_every_line_keeps_its_position(source):
     assert table[f"{ROOT}/{ENTRY}", 6].startswith("int loop1;")
 
 
+def test_file_without_a_last_newline_keeps_its_last_line(source):
+    source({ENTRY: '#include "a/x.cuh"\nint last;', "a/x.cuh": "#pragma once\nint x;"})
+    lines = source_lines(render(SPEC).text)
+    assert (lines[f"{ROOT}/a/x.cuh", 2], lines[f"{ROOT}/{ENTRY}", 2]) == ("int x;", "int last;")
+
+
 def test_text_is_independent_of_place_and_directory(source, tmp_path, monkeypatch):
     folder = source({ENTRY: '#include "a/x.cuh"\nint e;\n', "a/x.cuh": "int x;\r\n"})
     first = render(SPEC)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -19,35 +16,11 @@ from megamoe_jit._errors import CompileError, KernelMissingError, PerformanceLos
 from megamoe_jit._runtime import forget, get_kernel, kernel_cache, kernel_key, retry, warmup, warmup_command
 from megamoe_jit._settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from tests.stubs import ROOM, child_environment, write_rooms
+from tests.stubs import ROOM, child_environment
 
 SHAPE = MoEShape(256, 128, 8, 2)
 PING = KernelSpec(SHAPE, Variant.PINGPONG)
 COOP = KernelSpec(SHAPE, Variant.COOPERATIVE, ranks=2, fast_math=False)
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A small kernel directory, a cold cache and a lock directory, in force as settings."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    source = write_rooms(tmp_path / "src")
-    forget()
-    with override(kernels_src=source, cache_dir=tmp_path / "cache", lock_dir=tmp_path / "locks", strict="error"):
-        yield tmp_path
-    forget()
-
-
-@pytest.fixture
-def compiles(monkeypatch):
-    """The entries compiled so far, counted around the real compiler."""
-    real, seen = _obtain.compile_source, []
-
-    def count(text, *, entry, toolchain):
-        seen.append(entry)
-        return real(text, entry=entry, toolchain=toolchain)
-
-    monkeypatch.setattr(_obtain, "compile_source", count)
-    return seen
 
 
 CHILD = """
@@ -183,24 +156,6 @@ def test_read_only_cache_is_read(place, monkeypatch):
     assert get_kernel(COOP).origin == "compiled"
 
 
-def test_threads_share_one_compile(place, compiles):
-    barrier = threading.Barrier(8)
-    kernels = []
-
-    def work():
-        barrier.wait()
-        kernels.append(get_kernel(PING))
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(compiles) == 1
-    assert sorted(k.origin for k in kernels) == ["compiled"] + ["memory"] * 7
-    assert len({k.cubin for k in kernels}) == 1
-
-
 def test_failure_is_remembered_until_retry(place, compiles):
     room = place / "src" / "room" / "fill.cuh"
     room.write_text(ROOM.replace("value;", "undefined_thing;"))
@@ -297,18 +252,6 @@ def test_forced_warmup_replaces_the_entry(place, compiles):
         assert isinstance(warmup([PING], force=True)[0].error, KernelMissingError)
 
 
-def test_child_of_a_fork_does_not_wait_for_threads_it_has_not(place):
-    job = (_runtime.get_settings(), PING)
-    _runtime._running[job] = _runtime.concurrent.futures.Future()
-    try:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0 if not _runtime._running else 1)
-        assert os.waitpid(pid, 0)[1] == 0
-    finally:
-        _runtime._running.clear()
-
-
 def test_failure_that_nobody_foresaw_is_a_result_and_is_logged(place, monkeypatch, caplog):
     def fail(*_, **__):
         raise ZeroDivisionError("odd")
@@ -319,15 +262,3 @@ def test_failure_that_nobody_foresaw_is_a_result_and_is_logged(place, monkeypatc
     assert "unexpected failure" in caplog.text
     monkeypatch.undo()
     assert not _runtime._failed
-
-
-def test_interrupted_compile_is_neither_remembered_nor_left_running(place, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_obtain, "compile_source", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            get_kernel(PING)
-    assert not _runtime._running
-    assert get_kernel(PING).origin == "compiled"

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import signal
 import struct
 import sys
 import types
@@ -273,6 +274,57 @@ def test_library_whose_calls_reach_another(monkeypatch):
     stranger = _toolchain.Toolchain(real.path, (real.version[0], real.version[1] + 1), real.build)
     with pytest.raises(ToolchainError, match="was taken for NVRTC .*, but calls reach"):
         activate(stranger)
+
+
+def test_folder_in_place_of_the_library(tmp_path):
+    with override(nvrtc=tmp_path), pytest.raises(ToolchainError, match=r"\(from MEGAMOE_JIT_NVRTC\) is not a file"):
+        find_toolchain()
+
+
+def test_child_forked_while_a_thread_looks_for_the_compiler_can_look_too():
+    with _toolchain._find_lock, _toolchain._activate_lock:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(20)  # ends a child that waits for a thread it has not
+                activate(find_toolchain())
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+    assert status == 0
+
+
+def test_file_beside_the_library_that_only_looks_like_its_builtins(tmp_path, monkeypatch):
+    """Package managers leave such files behind; loading one would fail."""
+    real = find_toolchain().path.resolve()
+    for path in (real, *real.parent.glob("libnvrtc-builtins.so.*")):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "libnvrtc-builtins.so.12.9.bak").write_text("no library")
+    loaded = []
+    monkeypatch.setattr(_toolchain.ctypes, "CDLL", lambda path, mode: loaded.append(Path(path).name))
+    monkeypatch.setattr(_toolchain.Path, "resolve", lambda self: self)
+    _toolchain._activate(tmp_path / real.name)
+    assert real.name in loaded
+    assert not [name for name in loaded if name.endswith(".bak")]
+
+
+def test_build_id_behind_other_notes():
+    """Linkers put an ABI note first."""
+
+    def note(kind, name, body):
+        return struct.pack("<III", len(name), len(body), kind) + name + body
+
+    notes = note(1, b"GNU\0", bytes(16)) + note(3, b"xyz\0", bytes(4))
+    header = bytearray(64)
+    header[:6] = b"\x7fELF\x02\x01"
+    struct.pack_into("<Q", header, 32, 64)
+    struct.pack_into("<HH", header, 54, 56, 2)
+    last = note(3, b"GNU\0", b"\xab\xcd\xef\x01")
+    begin = 64 + 2 * 56
+    programs = struct.pack("<IIQQQQQQ", 4, 0, begin, 0, 0, len(notes), 0, 0)
+    programs += struct.pack("<IIQQQQQQ", 4, 0, begin + len(notes), 0, 0, len(last), 0, 0)
+    assert _toolchain._build_id_note(bytes(header) + programs + notes + last) == b"\xab\xcd\xef\x01"
 
 
 def test_elf_without_a_build_id(tmp_path):

@@ -1,0 +1,29 @@
+"""Kernels of one CUDA major's NVRTC, taken in a pack to where another major's is installed; no GPU needed."""
+
+from __future__ import annotations
+
+from tests.packs import build, two_compilers, use
+
+CHILD = """
+import json
+from megamoe_jit import KernelMissingError, KernelSpec, MoEShape, Variant
+from megamoe_jit._runtime import get_kernel
+from megamoe_jit._toolchain import find_toolchain
+
+kernels = [get_kernel(KernelSpec(MoEShape(256, 128, 8, 2), variant)) for variant in Variant]
+try:
+    get_kernel(KernelSpec(MoEShape(256, 128, 8, 3), Variant.PINGPONG))
+except KernelMissingError:
+    missing = True
+print(json.dumps({"here": find_toolchain().version[0], "missing": missing, "kernels": [
+    [kernel.origin, int(kernel.meta["nvrtc"]["version"].split(".")[0]), len(kernel.cubin)] for kernel in kernels]}))
+"""
+
+
+def test_kernels_of_another_major_are_found_where_compiling_is_forbidden(tmp_path):
+    here, other = two_compilers()
+    found = use(CHILD, tmp_path, build(tmp_path, other, 256, 128, 8, 2))
+    assert (found["here"], found["missing"]) == (here.major, True)
+    assert [(origin, major) for origin, major, _ in found["kernels"]] == [("pack", other.major)] * 2
+    assert all(size > 10_000 for *_, size in found["kernels"])
+    assert not (tmp_path / "empty").exists()
