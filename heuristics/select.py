@@ -1,7 +1,7 @@
 """From a shape and a token count to the kernel variant and its run-time parameters, with the reasons.
 
-First that is there wins: the caller's variant; a threshold other than the default; this GPU's measured rules for the
-shape; this GPU's model for any shape; the default threshold.
+First that is there wins: the caller's variant; the caller's threshold; this GPU's measured rules for the shape; this
+GPU's model for any shape; the default threshold.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int) -> tuple
 
 
 def _pick(
-    shape: MoEShape, tokens: int, threshold: int, table: Table | None, rule: Rule | None, num_sms: int
+    shape: MoEShape, tokens: int, threshold: int | None, table: Table | None, rule: Rule | None, num_sms: int
 ) -> tuple[Variant, str]:
     """What `auto` takes, and why; `shape` has the experts of one rank."""
-    if threshold != COOPERATIVE_THRESHOLD or table is None or (rule is None and not table.models):
-        return _by_threshold(tokens, threshold)
+    if threshold is not None or table is None or (rule is None and not table.models):
+        return _by_threshold(tokens, COOPERATIVE_THRESHOLD if threshold is None else threshold)
     if rule is None:
         return _by_model(table, shape, tokens, num_sms)
     since = f"from {rule.tokens} tokens per rank on" if rule.tokens else "for few tokens"
@@ -64,7 +64,7 @@ def choose(
     *,
     ranks: int = 1,
     variant: str = AUTO,
-    cooperative_threshold: int = COOPERATIVE_THRESHOLD,
+    cooperative_threshold: int | None = None,
     num_sms: int = 132,
     gpu: str | None = None,
 ) -> Choice:
@@ -75,8 +75,8 @@ def choose(
         tokens: Tokens of this rank, 0 included.
         ranks: Ranks that share the experts.
         variant: ``auto``, or the name of the variant to force.
-        cooperative_threshold: Tokens per rank from which ``auto`` takes the cooperative kernel; a value other than the
-            default overrules what was measured.
+        cooperative_threshold: Tokens per rank from which ``auto`` takes the cooperative kernel, whatever was measured;
+            None for what was measured on `gpu`, else 256.
         num_sms: Blocks of the launch.
         gpu: Name of the GPU, as CUDA gives it, for what was measured on it; None for none.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,9 @@ __all__ = [
     "SCHEMA_VERSION",
     "Rule",
     "Table",
+    "find_gpu",
     "parse_table",
+    "short_name",
     "table_for",
     "tables",
 ]
@@ -100,3 +103,24 @@ def tables(folder: Path = FOLDER) -> tuple[Table, ...]:
 def table_for(gpu: str | None) -> Table | None:
     """The table of a GPU by its full name, such as "NVIDIA H200"."""
     return None if gpu is None else next((table for table in tables() if gpu in table.devices), None)
+
+
+def short_name(gpu: str) -> str:
+    """What people call a GPU: `h200` for "NVIDIA H200", `h100` for "NVIDIA H100 80GB HBM3"."""
+    words = re.sub(r"\bnvidia\b|\b\d+gb\b|\bhbm\w*", " ", gpu.lower()).split()
+    return "-".join(words)
+
+
+def find_gpu(name: str) -> str:
+    """The full name of a GPU that was measured, from that name or the short one, in letters of any case.
+
+    Raises:
+        ConfigError: there is no table of this GPU; names those that there are.
+    """
+    known = [device for table in tables() for device in table.devices]
+    for form in (str.lower, short_name):
+        found = next((device for device in known if form(device) == form(name)), None)
+        if found is not None:
+            return found
+    allowed = ", ".join([*dict.fromkeys(map(short_name, known)), "none"])
+    raise ConfigError(f"nothing was measured on a GPU named {name!r}; allowed: {allowed}")

@@ -20,10 +20,33 @@ from megamoe_jit._spec import (
     MoEShape,
 )
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
+from megamoe_jit.heuristics.tables import find_gpu, table_for
 
-__all__ = ["DEFAULT_SMS", "explain", "kernel_state", "plan", "shared_parts"]
+__all__ = ["DEFAULT_SMS", "explain", "gpu_asked_for", "kernel_state", "plan", "shared_parts"]
 
 DEFAULT_SMS = 132  #: streaming multiprocessors of an H100 SXM and of an H200
+
+
+def gpu_asked_for(name: str | None) -> dict[str, Any]:
+    """The GPU whose measurements are to be used.
+
+    Args:
+        name: full or short name of one that was measured, or `none`; this machine's first GPU if None.
+
+    Returns:
+        `gpu`, its full name or None, and `measured`, whether there is a table of it.
+
+    Raises:
+        ConfigError: nothing was measured on a GPU of this name.
+    """
+    gpu: str | None = None
+    if name is None:
+        from megamoe_jit._machine import gpus
+
+        gpu = next((each.name for each in gpus().gpus), None)
+    elif name.lower() != "none":
+        gpu = find_gpu(name)
+    return {"gpu": gpu, "measured": table_for(gpu) is not None}
 
 
 def kernel_state(spec: KernelSpec) -> dict[str, Any]:
@@ -72,6 +95,7 @@ def explain(
     variant: str | None = None,
     fast_math: bool = True,
     num_sms: int = DEFAULT_SMS,
+    gpu: str | None = None,
 ) -> dict[str, Any]:
     """Which kernel a call with so many tokens takes, with which parameters, and why.
 
@@ -82,6 +106,7 @@ def explain(
         variant: the `variant` of the call; the settings' one if None.
         fast_math: the `fast_math` of the call.
         num_sms: blocks of the launch.
+        gpu: full name of the GPU, for what was measured on it; None for none.
 
     Raises:
         ConfigError: a value is not supported.
@@ -96,6 +121,7 @@ def explain(
         variant=variant or settings.variant,
         cooperative_threshold=settings.cooperative_threshold,
         num_sms=num_sms,
+        gpu=gpu,
     )
     spec = KernelSpec(shape, choice.variant, ranks, fast_math)
     return {
@@ -154,6 +180,7 @@ def plan(
     ranks: int = 1,
     variant: str = AUTO,
     num_sms: int = DEFAULT_SMS,
+    gpu: str | None = None,
 ) -> dict[str, Any]:
     """Memory and launch of one rank whose buffer holds so many tokens.
 
@@ -163,13 +190,25 @@ def plan(
         ranks: ranks that share the experts.
         variant: one variant alone, or `auto` for every one that a call can pick.
         num_sms: blocks of the launch.
+        gpu: full name of the GPU, for what was measured on it; None for none.
 
     Raises:
         ConfigError: a value is not supported.
     """
     if not 1 <= tokens <= MAX_TOKENS:
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
-    picked = choose(shape, tokens, ranks=ranks, variant=variant, num_sms=num_sms)
+    from megamoe_jit._settings import get_settings
+
+    settings = get_settings()
+    picked = choose(
+        shape,
+        tokens,
+        ranks=ranks,
+        variant=settings.variant if variant == AUTO else variant,
+        cooperative_threshold=settings.cooperative_threshold,
+        num_sms=num_sms,
+        gpu=gpu,
+    )
     variants = all_variants(shape) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks) for each in variants]
     layout = buffer_layout(shape, tokens, ranks)
@@ -179,6 +218,7 @@ def plan(
         "tokens": tokens,
         "capacity": layout.capacity,
         "pool_rows": layout.pool_rows,
+        "full_call": picked.variant.value,
         "symmetric": _sections(layout.symmetric),
         "local": _sections(layout.local),
         "symmetric_bytes": layout.symmetric_bytes,

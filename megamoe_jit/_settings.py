@@ -66,7 +66,7 @@ class Settings:
     log_level: str | None = None
     timeout_s: float = 100.0
     variant: str = "auto"
-    cooperative_threshold: int = 256
+    cooperative_threshold: int | None = None
     kernels_src: Path | None = None
     lock_dir: Path | None = None
     lock_timeout_s: float = 120.0

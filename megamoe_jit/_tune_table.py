@@ -14,7 +14,7 @@ from typing import Any
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit.heuristics.model import Sample, fit
-from megamoe_jit.heuristics.tables import FOLDER, SCHEMA_VERSION, parse_table, tables
+from megamoe_jit.heuristics.tables import FOLDER, SCHEMA_VERSION, parse_table, short_name, tables
 
 __all__ = ["CLOSE", "condense", "table_path", "write_table"]
 
@@ -25,8 +25,7 @@ Way = tuple[str, float, int]  #: variant, lag, rows per item
 
 def table_path(device: str, folder: Path = FOLDER) -> Path:
     """Where the table of a GPU belongs: `h200.json` for "NVIDIA H200", `h100.json` for "NVIDIA H100 80GB HBM3"."""
-    words = re.sub(r"\bNVIDIA\b|\b\d+GB\b|\bHBM\w*", " ", device).lower().split()
-    return folder / f"{'-'.join(words) or 'gpu'}.json"
+    return folder / f"{short_name(device) or 'gpu'}.json"
 
 
 def _times(cell: Mapping[str, Any]) -> dict[Way, float]:

@@ -188,9 +188,9 @@ VARIABLES: tuple[Variable, ...] = (
     _row(
         "COOPERATIVE_THRESHOLD",
         "int",
-        "256",
+        "as measured on this GPU, else 256",
         _number(int, 0, "a whole number, zero or more"),
-        "Threshold from which auto chooses the cooperative variant.",
+        "Tokens per rank from which auto takes the cooperative variant; overrules what was measured.",
     ),
     _row("KERNELS_SRC", "path", "the packaged one", _parse_path, "Directory to render kernels from."),
     _row(

@@ -24,6 +24,7 @@ __all__ = [
     "complete_key",
     "complete_kernel",
     "complete_shape",
+    "gpu_option",
     "is_key",
     "number_list",
     "parse_spec",
@@ -138,6 +139,11 @@ sms_option = click.option(
     default=132,
     show_default=True,
     help="Blocks of the launch: the SMs of the GPU (H100 SXM and H200 have 132, H100 PCIe 114, H20 78).",
+)
+gpu_option = click.option(
+    "--gpu",
+    metavar="NAME",
+    help="Choose by what was measured on this GPU (h200, 'NVIDIA H200'), or `none`.  [default: this machine's first]",
 )
 
 

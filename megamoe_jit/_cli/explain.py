@@ -10,6 +10,7 @@ from megamoe_jit._cli._io import document, emit_json, json_option
 from megamoe_jit._cli._options import (
     VARIANTS,
     cache_dir_option,
+    gpu_option,
     ranks_option,
     shape_options,
     sms_option,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 
-def _text(name: str, call: dict[str, Any]) -> str:
+def _text(name: str, call: dict[str, Any], gpu: str) -> str:
     parameters = ", ".join(f"{key} {value}" for key, value in call["parameters"].items())
     cached = "cached" if call["cached"] else "not cached"
     lines = [
@@ -30,6 +31,7 @@ def _text(name: str, call: dict[str, Any]) -> str:
         f"  kernel      {call['kernel']}",
         f"  key         {call['key']} ({cached})" if call["key"] else f"  key         none: {call['problem']}",
         f"  parameters  {parameters}",
+        f"  GPU         {gpu}",
         *(f"  {'reasons' if i == 0 else '':10}  {reason}" for i, reason in enumerate(call["reasons"])),
     ]
     return "\n".join(lines)
@@ -46,6 +48,7 @@ def _text(name: str, call: dict[str, Any]) -> str:
 )
 @click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the call.  [default: fast]")
 @sms_option
+@gpu_option
 @cache_dir_option
 @json_option
 def explain(
@@ -55,20 +58,32 @@ def explain(
     variant: str | None,
     fast_math: bool,
     sms: int,
+    gpu: str | None,
     as_json: bool,
 ) -> None:
     """Show which kernel a call takes, with which parameters, why, and whether it is cached; needs no GPU."""
     from megamoe_jit._explain import explain as explain_call
+    from megamoe_jit._explain import gpu_asked_for
 
+    found = gpu_asked_for(gpu)
     calls = [
         {
             "name": name,
-            **explain_call(shape, count, ranks=ranks, variant=variant, fast_math=fast_math, num_sms=sms),
+            **explain_call(
+                shape,
+                count,
+                ranks=ranks,
+                variant=variant,
+                fast_math=fast_math,
+                num_sms=sms,
+                gpu=found["gpu"],
+            ),
         }
         for name, shape in shapes.items()
         for count in tokens
     ]
     if as_json:
-        emit_json(document("explain", calls=calls))
+        emit_json(document("explain", **found, calls=calls))
     else:
-        click.echo("\n\n".join(_text(call["name"], call) for call in calls))
+        where = f"{found['gpu'] or 'none'}, {'measured' if found['measured'] else 'nothing measured'}"
+        click.echo("\n\n".join(_text(call["name"], call, where) for call in calls))

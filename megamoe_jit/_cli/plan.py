@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, table
-from megamoe_jit._cli._options import VARIANTS, ranks_option, shape_options, sms_option, tokens_option
+from megamoe_jit._cli._options import VARIANTS, gpu_option, ranks_option, shape_options, sms_option, tokens_option
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import MoEShape
@@ -29,7 +29,8 @@ def _text(name: str, plan: dict[str, Any]) -> str:
     ]
     totals = [{"name": part, "bytes": plan[f"{part}_bytes"], "what": what} for part, what in device]
     blocks = [
-        f"{name}, up to {plan['capacity']} tokens, {plan['ranks']} rank(s), {plan['pool_rows']} pool rows",
+        f"{name}, up to {plan['capacity']} tokens, {plan['ranks']} rank(s), {plan['pool_rows']} pool rows; "
+        f"a call that fills it takes {plan['full_call']}",
         _sections("SYMMETRIC", plan["symmetric"], plan["symmetric_bytes"]),
         _sections("LOCAL", plan["local"], plan["local_bytes"]),
         _sections("DEVICE MEMORY", totals, sum(part["bytes"] for part in totals)),
@@ -52,6 +53,7 @@ def _text(name: str, plan: dict[str, Any]) -> str:
     "--variant", default="auto", show_default=True, type=click.Choice(VARIANTS), help="Show the kernel of one alone."
 )
 @sms_option
+@gpu_option
 @json_option
 def plan(
     shapes: dict[str, MoEShape],
@@ -59,17 +61,20 @@ def plan(
     ranks: int,
     variant: str,
     sms: int,
+    gpu: str | None,
     as_json: bool,
 ) -> None:
     """Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU."""
+    from megamoe_jit._explain import gpu_asked_for
     from megamoe_jit._explain import plan as plan_of
 
+    found = gpu_asked_for(gpu)
     plans = [
-        {"name": name, **plan_of(shape, count, ranks=ranks, variant=variant, num_sms=sms)}
+        {"name": name, **plan_of(shape, count, ranks=ranks, variant=variant, num_sms=sms, gpu=found["gpu"])}
         for name, shape in shapes.items()
         for count in tokens
     ]
     if as_json:
-        emit_json(document("plan", plans=plans))
+        emit_json(document("plan", **found, plans=plans))
     else:
         click.echo("\n\n".join(_text(each["name"], each) for each in plans))

@@ -75,6 +75,7 @@ def test_explain_follows_arguments_and_settings(tmp_path: Path):
         assert explain(SMALL, 1, variant="auto")["variant"] == "pingpong"
     with override(cooperative_threshold=1):
         assert explain(SMALL, 1)["variant"] == "cooperative"
+        assert plan(SMALL, 1)["full_call"] == "cooperative"
     with override(cache_dir=warm_cache(tmp_path / "cache")):
         found = explain(SMALL, 1)
         assert found["cached"]
@@ -82,7 +83,7 @@ def test_explain_follows_arguments_and_settings(tmp_path: Path):
 
 
 def test_explain_says_what_a_call_would_do_without_a_compiler():
-    done = run("explain", *SIZES, "--tokens", "7", MEGAMOE_JIT_NVRTC="/nonexistent/libnvrtc.so")
+    done = run("explain", *SIZES, "--tokens", "7", "--gpu", "none", MEGAMOE_JIT_NVRTC="/nonexistent/libnvrtc.so")
     assert done.returncode == 0, done.stderr
     assert "pingpong" in done.stdout
     assert "none: NVRTC library /nonexistent" in done.stdout
@@ -99,6 +100,7 @@ def test_explain_says_what_a_call_would_do_without_a_compiler():
         (("plan", *SIZES, "--tokens", "0"), "1 to 32768"),
         (("plan", "--shapes", "v4-flash", "--tokens", "8", "--ranks", "3"), "multiple of the number of ranks"),
         (("plan", *SIZES, "--tokens", "8", "--sms", "0"), "--sms"),
+        (("plan", *SIZES, "--tokens", "8", "--gpu", "B200"), "'B200'; allowed: "),
         (("inspect", "v4-flash/pingpong", "--ptx", "--sass"), "exclude each other"),
         (("completion", "tcsh"), "bash"),
     ],
@@ -130,6 +132,7 @@ def test_plan_adds_up():
     assert found["weight_bytes"] == codes + codes // 128 // 128 * 4
     assert found["output_bytes"] == 1000 * 4096 * 2
     assert [kernel["variant"] for kernel in found["kernels"]] == ["pingpong", "cooperative"]
+    assert (found["full_call"], plan(shape, 8, ranks=8)["full_call"]) == ("cooperative", "pingpong")
     assert found["kernels"][0]["grid"] == [132, 1, 1]
     (only,) = plan(shape, 1000, variant="cooperative", num_sms=78)["kernels"]
     assert (only["variant"], only["grid"]) == ("cooperative", [78, 1, 1])

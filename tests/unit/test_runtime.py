@@ -7,11 +7,14 @@ import logging
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from megamoe_jit import _obtain, _runtime, _store
+from megamoe_jit._cli import cli
 from megamoe_jit._errors import CompileError, KernelMissingError, PerformanceLossError, RenderError
 from megamoe_jit._runtime import forget, get_kernel, kernel_cache, kernel_key, retry, warmup, warmup_command
 from megamoe_jit._settings import override
@@ -202,6 +205,21 @@ def test_warmup_command():
         "megamoe-jit warmup --hidden 256 --intermediate 128 --experts 8 --topk 2 --ranks 1 --variant pingpong"
     )
     assert warmup_command(COOP).endswith("--ranks 2 --variant cooperative --no-fast-math")
+
+
+def test_a_missing_kernel_with_a_timeline_says_what_makes_it(place, compiles):
+    spec = replace(COOP, timeline=True)
+    command = f"megamoe-jit inspect {spec.entry}"
+    assert warmup_command(spec) == command
+    with override(disable_jit=True), pytest.raises(KernelMissingError) as caught:
+        get_kernel(spec)
+    assert f"run: MEGAMOE_JIT_DISABLE_JIT=0 {command} (kernels with a timeline" in str(caught.value)
+    assert "benchmarks/timeline.py" in str(caught.value)
+    assert (Path(__file__).resolve().parents[2] / "benchmarks" / "timeline.py").is_file()
+    result = CliRunner().invoke(cli, command.split()[1:])
+    assert compiles == [spec.entry], result.output
+    with override(disable_jit=True):
+        assert get_kernel(spec).spec == spec
 
 
 def test_performance_losses_are_judged_on_cached_kernels_too(place, monkeypatch, caplog):

@@ -34,6 +34,7 @@ def test_the_boundary_can_be_moved():
     assert choose(SHAPE, 99, cooperative_threshold=100).variant is Variant.PINGPONG
     assert choose(SHAPE, 100, cooperative_threshold=100).variant is Variant.COOPERATIVE
     assert choose(SHAPE, 0, cooperative_threshold=0).variant is Variant.COOPERATIVE
+    assert choose(SHAPE, 255, cooperative_threshold=256) == choose(SHAPE, 255)
 
 
 @pytest.mark.parametrize("variant", list(Variant))

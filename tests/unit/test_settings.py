@@ -38,7 +38,7 @@ GOOD = {
     "LOG_LEVEL": ("Debug", "debug"),
     "TIMEOUT_S": ("2.5", 2.5),
     "VARIANT": ("pingpong", "pingpong"),
-    "COOPERATIVE_THRESHOLD": ("0", 0),
+    "COOPERATIVE_THRESHOLD": ("256", 256),
     "KERNELS_SRC": ("/x/src", Path("/x/src")),
     "LOCK_DIR": ("/x/locks", Path("/x/locks")),
     "LOCK_TIMEOUT_S": ("0", 0.0),
@@ -84,7 +84,7 @@ def test_bad_value_names_variable_value_and_allowed(name):
 def test_defaults_and_empty_values():
     settings = Settings.from_env({PREFIX + "JOBS": "", PREFIX + "STRICT": "  "})
     assert settings == Settings()
-    assert (settings.strict, settings.timeout_s, settings.cooperative_threshold) == ("error", 100.0, 256)
+    assert (settings.strict, settings.timeout_s, settings.cooperative_threshold) == ("error", 100.0, None)
     assert settings.jobs >= 1
     assert settings.cache_dir.name == "megamoe-jit"
 
@@ -163,6 +163,7 @@ def test_every_kind_of_value_in_a_file(file, tmp_path):
     assert settings.ptxas_options == ("-a", "-b")
     assert settings.dump_dir == Path("~/x").expanduser()
     assert (settings.nvrtc, settings.source("nvrtc"), settings.disable_jit) == (None, "default", False)
+    assert file("cooperative_threshold = 256\n").cooperative_threshold == 256
     assert file('readonly_cache = "a:b"\n').readonly_cache[1].name == "b"
     assert file("[tool.megamoe-jit]\njobs = 2\n[tool.other]\nx = 1\n").jobs == 2
     assert file("[tool.other]\njobs = 2\n").source("jobs") == "default"

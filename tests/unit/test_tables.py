@@ -115,8 +115,12 @@ def test_what_the_caller_says_overrules_the_table(imagined):
     assert choose(SHAPE, 1, variant="pingpong", gpu=GPU).variant is Variant.PINGPONG
     assert choose(SHAPE, 1, variant="pingpong", gpu=GPU).lag_tiles == 264, "measured lags belong to measured variants"
     assert choose(SHAPE, 1, variant="cooperative", gpu=GPU).lag_tiles == 132, "as auto, which takes it too"
-    assert choose(SHAPE, 1, cooperative_threshold=50, gpu=GPU).variant is Variant.PINGPONG
-    assert choose(SHAPE, 300, cooperative_threshold=50, gpu=GPU).variant is Variant.COOPERATIVE
+    for threshold in (50, 256):  # what is the default elsewhere is a choice like any other
+        for shape in (SHAPE, OTHER):
+            few = choose(shape, 1, cooperative_threshold=threshold, gpu=GPU)
+            assert few.variant is Variant.PINGPONG
+            assert few.reasons[0].startswith(f"pingpong: 1 tokens per rank < {threshold}")
+            assert choose(shape, 300, cooperative_threshold=threshold, gpu=GPU).variant is Variant.COOPERATIVE
 
 
 def test_other_gpus_choose_as_ever(imagined):

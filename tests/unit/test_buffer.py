@@ -1,0 +1,94 @@
+"""`SymmBuffer.destroy` without a GPU: what it does after a launch that failed, and when all is well."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megamoe_jit import _buffer
+from megamoe_jit._buffer import SymmBuffer
+from megamoe_jit._errors import DeviceFaultError, PeerTimeoutError
+from megamoe_jit._faults import PEER_SIGNAL
+
+GROUP = object()
+NOTHING, PEER = (0, 0, 0, 0), (PEER_SIGNAL | 2 << 8, 0, 5, 0b10)
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The groups that a collective was called on."""
+    calls: list[object] = []
+    monkeypatch.setattr(_buffer, "gather", lambda group, _: calls.append(group))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    return calls
+
+
+def buffer(ranks: int, fault: tuple[int, ...] = NOTHING) -> SymmBuffer:
+    """A buffer on rank 0 whose last launch left this fault record."""
+    made = SymmBuffer.__new__(SymmBuffer)
+    made.device, made.group, made.rank, made.ranks = torch.device("cpu"), GROUP, 0, ranks
+    made.buffer = made.local = torch.ones(8, dtype=torch.uint8)
+    made.handle = SimpleNamespace(buffer_ptrs=[1])
+    made.fault = torch.tensor([*fault, *[0] * 12], dtype=torch.int32)
+    made._prepared, made._plans = {"kernel": 1}, {"plan": 1}
+    made._destroyed, made._broken = False, None
+    return made
+
+
+def assert_empty(it: SymmBuffer) -> None:
+    assert it.buffer.numel() == it.local.numel() == it.x.numel() == it.topk_weights.numel() == 0
+    assert (it.handle.buffer_ptrs, it._prepared, it._plans) == ([], {}, {})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_failure_that_nobody_asked_for_is_warned_about(gathered: list[object], ranks: int):
+    it = buffer(ranks, PEER)
+    with pytest.warns(RuntimeWarning, match="while a SymmBuffer was destroyed: rank 0: .*missing: rank 1") as caught:
+        it.destroy()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert_empty(it)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        it.destroy()
+        del it
+    assert gathered == [], "the other ranks may never come"
+
+
+def test_an_error_of_the_driver_is_warned_about_too(gathered: list[object], monkeypatch: pytest.MonkeyPatch):
+    def broken(_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    it = buffer(2)
+    with pytest.warns(RuntimeWarning, match="The driver said: CUDA error: an illegal memory access$"):
+        it.destroy()
+    assert isinstance(it._broken, DeviceFaultError)
+    it.destroy()
+    assert gathered == []
+
+
+def test_a_failure_that_is_known_is_not_told_again(gathered: list[object]):
+    it = buffer(2, PEER)
+    with pytest.raises(PeerTimeoutError):
+        it.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        it.destroy()
+        it.destroy()
+    assert_empty(it)
+    assert gathered == []
+
+
+def test_all_ranks_meet_once_where_all_is_well(gathered: list[object]):
+    it = buffer(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with it:
+            pass
+        it.destroy()
+        del it
+    assert gathered == [GROUP]
