@@ -56,7 +56,7 @@ class Rank:
             self.weights = make_weights(self.shape, self.device)
         local = self.shape.experts // self.ranks
         mine = slice(self.rank * local, (self.rank + 1) * local)
-        pairs = [tuple(t[mine].contiguous() for t in pair) for pair in (self.weights.l1, self.weights.l2)]
+        pairs = [tuple(t[mine].clone() for t in pair) for pair in (self.weights.l1, self.weights.l2)]
         self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(*pairs)
         self.buffer = self.make_buffer()
 
