@@ -18,7 +18,8 @@ __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 AUTO = "auto"
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
-LAG = 2.0  #: tiles of the first GEMM for each block
+LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
+DOUBT = 1.1  #: what a model may be off by: cooperative was nowhere measurably slower, and is left only for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Choice:
     variant: Variant
     reasons: tuple[str, ...]
     lag_tiles: int  #: tiles of the first GEMM that are handed out before the first tile of the second
-    rows_per_item: int  #: token-slots one dispatch or combine item covers
+    rows_per_item: int  #: rows that one item of dispatch covers
 
 
 def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
@@ -41,7 +42,7 @@ def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
 
 def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int) -> tuple[Variant, str]:
     times = {v: expected_us(model, shape, tokens, v, num_sms) for v, model in table.models.items()}
-    picked = min(times, key=lambda v: times[v])
+    picked = min(times, key=lambda v: times[v] * (1.0 if v is Variant.COOPERATIVE else DOUBT))
     listed = ", ".join(f"{v.value} {time:.0f} us" for v, time in times.items())
     return picked, f"{picked.value}: nobody measured this shape on {table.devices[0]}; its model says {listed}"
 

@@ -72,8 +72,16 @@ def _rules(data: list[dict[str, Any]]) -> tuple[Rule, ...]:
     return rules
 
 
+def _model(constants: Mapping[str, float]) -> Model:
+    if not all(value > 0 for value in constants.values()):
+        raise ConfigError(f"constants of a model = {dict(constants)}; allowed: numbers above 0")
+    return Model(**constants)
+
+
 def parse_table(data: Mapping[str, Any]) -> Table:
     """A table from the content of its file; raises `ConfigError` if it is not in order."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"a table of heuristics is an object, not {type(data).__name__}")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ConfigError(f"schema_version = {data.get('schema_version')!r}; allowed: {SCHEMA_VERSION}")
     try:
@@ -81,8 +89,10 @@ def parse_table(data: Mapping[str, Any]) -> Table:
             MoEShape(*(entry[size] for size in ("hidden", "intermediate", "experts", "topk"))): _rules(entry["rules"])
             for entry in data["shapes"]
         }
-        models = {Variant.parse(name): Model(**values["constants"]) for name, values in data["models"].items()}
+        models = {Variant.parse(name): _model(values["constants"]) for name, values in data["models"].items()}
         lags = {Variant.parse(name): float(values["lag"]) for name, values in data["models"].items()}
+        if not all(0 < lag <= MAX_LAG for lag in lags.values()):
+            raise ConfigError(f"lags of the models = {list(lags.values())}; allowed: above 0 to {MAX_LAG}")
         return Table(tuple(data["devices"]), data["measured"]["date"], rules, models, lags)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"a table of heuristics is not in order: {error!r}") from error

@@ -17,6 +17,7 @@ import torch
 import megamoe_jit
 from megamoe_jit._baseline import METHODS
 from megamoe_jit._baseline_run import BaselineRow, baseline_rows, fastest, label, prepare
+from megamoe_jit._buffer import sm_count
 from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._scenarios import Inputs, Scenario, make_inputs, make_weights
 from megamoe_jit._settings import get_settings
@@ -37,6 +38,7 @@ __all__ = [
     "anchors",
     "cases",
     "default_cases",
+    "kernel_of",
     "measure",
     "require_hopper",
 ]
@@ -117,6 +119,22 @@ def default_cases(presets: Iterable[Preset]) -> list[Scenario]:
     ]
 
 
+def kernel_of(shape: MoEShape, tokens: int, variant: str, device: torch.device, ranks: int = 1) -> str:
+    """The variant that runs a call of one of `VARIANTS` on a device, by the settings and what was measured."""
+    settings = get_settings()
+    own: dict[str, Any] = {}
+    if device.type == "cuda":
+        own = {"gpu": torch.cuda.get_device_name(device), "num_sms": sm_count(device)}
+    return choose(
+        shape,
+        tokens,
+        ranks=ranks,
+        variant=settings.variant if variant == AUTO else variant,
+        cooperative_threshold=settings.cooperative_threshold,
+        **own,
+    ).variant.value
+
+
 class Layer:
     """Weights and buffer of one shape on the device, and what is done with them."""
 
@@ -190,7 +208,7 @@ def _add_baselines(
 def _measure(
     layer: Layer, case: Scenario, variants: Sequence[str], flush: torch.Tensor, not_timed: Mapping[str, str] | None
 ) -> tuple[list[Row], list[BaselineRow]]:
-    shape, settings = case.shape, get_settings()
+    shape = case.shape
     inputs = make_inputs(case, layer.device, weights=layer.weights)
     y = torch.empty(case.tokens, shape.hidden, dtype=torch.bfloat16, device=layer.device)
     where, expected = layer.expected(case, inputs)
@@ -207,13 +225,6 @@ def _measure(
     weight_bytes = 3.0 * touched * shape.hidden * shape.intermediate
     rows = []
     for name, call in own.items():
-        picked = choose(
-            shape,
-            case.tokens,
-            variant=settings.variant if name == AUTO else name,
-            cooperative_threshold=settings.cooperative_threshold,
-            gpu=torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else None,
-        )
         median = statistics.median(times[name])
         rows.append(
             Row(
@@ -221,7 +232,7 @@ def _measure(
                 **asdict(shape),
                 tokens=case.tokens,
                 variant=name,
-                kernel=picked.variant.value,
+                kernel=kernel_of(shape, case.tokens, name, layer.device),
                 median_us=median,
                 min_us=min(times[name]),
                 max_us=max(times[name]),

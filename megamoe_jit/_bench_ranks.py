@@ -17,19 +17,18 @@ import torch
 import megamoe_jit
 from megamoe_jit._baseline import METHODS
 from megamoe_jit._baseline_run import label, prepare, unusable
-from megamoe_jit._bench import CHECKED_TOKENS, anchors, require_hopper
+from megamoe_jit._bench import CHECKED_TOKENS, anchors, kernel_of, require_hopper
 from megamoe_jit._bench_report import environment
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._rank_rows import merge
 from megamoe_jit._rank_timer import RankTimer
 from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
-from megamoe_jit._settings import get_settings
 from megamoe_jit._spawn import World, collect
 from megamoe_jit._spec import MAX_RANKS, MoEShape, Variant
 from megamoe_jit._timing import SUSTAINED_S, TimedCall
 from megamoe_jit._verify import Verdict, judge
 from megamoe_jit.heuristics.presets import Preset
-from megamoe_jit.heuristics.select import AUTO, choose
+from megamoe_jit.heuristics.select import AUTO
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
 
 __all__ = ["measure_on_rank", "run"]
@@ -191,19 +190,7 @@ def measure_on_rank(
         for case in group:
             parts = _gather(_measure(world, layer, timer, case, variants, methods))
             if world.rank == 0:
-                settings = get_settings()
-                forced = settings.variant
-                kernels = {
-                    v: choose(
-                        case.shape,
-                        case.tokens,
-                        ranks=world.ranks,
-                        variant=forced if v == AUTO else v,
-                        cooperative_threshold=settings.cooperative_threshold,
-                        gpu=conditions["device"],
-                    ).variant.value
-                    for v in variants
-                }
+                kernels = {v: kernel_of(case.shape, case.tokens, v, world.device, world.ranks) for v in variants}
                 world.report(merge(case, world.ranks, kernels, parts))
         layer.destroy()
         del layer

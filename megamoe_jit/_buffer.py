@@ -306,12 +306,13 @@ class SymmBuffer:
         if self._destroyed:
             return
         self._destroyed = True
+        news = ""
         if self._broken is None:
             try:
                 self.check()  # a launch on another stream may still use the memory
                 gather(self.group, None)
             except MegaMoeError as error:
-                warnings.warn(f"while a SymmBuffer was destroyed: {error}", RuntimeWarning, stacklevel=2)
+                news = f"while a SymmBuffer was destroyed: {error}"
         if self._broken is not None and self.ranks > 1:
             # torch frees symmetric memory by a call that aborts the process on a broken context: keep it
             for kept in (self.buffer, self.handle):
@@ -321,6 +322,8 @@ class SymmBuffer:
         self.handle = SimpleNamespace(buffer_ptrs=[])
         empty = torch.empty(0, dtype=torch.uint8)
         self.buffer = self.local = self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
+        if news:
+            warnings.warn(news, RuntimeWarning, stacklevel=2)
 
     def __del__(self) -> None:
         if not getattr(self, "_destroyed", True) and self.ranks > 1:

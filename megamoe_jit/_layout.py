@@ -18,7 +18,7 @@ POOL_ALIGN = 128  #: an expert's first pool row is a multiple of this
 COUNTER_ROWS = 64  #: pool rows that share a readiness counter
 CONTROL_WORDS = 64
 DEFAULT_POOL_ROWS = 65536  #: rows the pools hold at most unless the caller says otherwise
-MIN_POOL_ROWS = 4096  #: a unit of the tile order is 1024 rows, and a few should be under way
+MIN_POOL_ROWS = 4096  #: a unit of the tile order has 1024 rows, at most 1536, and a few should be under way
 MAX_SORT_BLOCKS = 128
 
 

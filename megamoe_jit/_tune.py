@@ -140,7 +140,7 @@ def tune(
         tokens: token counts.
         variants: kernels to compare.
         lags: tiles of the first GEMM per block, before the first tile of the second.
-        rows_per_item: token-slots of one item of dispatch and combine.
+        rows_per_item: rows of one item of dispatch.
         force: measure cells again that the file has; the last measurement counts.
         progress: called with each cell, and whether it was measured now.
 

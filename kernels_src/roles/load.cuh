@@ -85,11 +85,12 @@ template <class C> struct LoadActivations {
         if (tile.kind == Tile::gemm1 && tile.row >= p.pool_rows) wait_room(tile.row - p.pool_rows);
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
     }
-    /// The rows `row` to `row` + BLOCK_M have been used by GEMM 2.
+    /// GEMM 2 has used the whole block of 128 rows of which `row` is one, not just that half of it: where the block has 64
+    /// rows or fewer, no tile of 64 rows ever wrote its second half, so none has waited for who read it a ring before.
     MEGA_DEVICE void wait_room(u32 row) const {
-        const u32 rows = min_u32(C::kBlockM, plan.rows_from(plan.expert_at(row / kPoolAlign), row));
-        for (u32 r = 0; r < rows; r += kCounterRows) {
-            const u32 counter = (row + r) / kCounterRows;
+        const u32 block = row / kPoolAlign * kPoolAlign, rows = plan.rows_from(plan.expert_at(row / kPoolAlign), block);
+        for (u32 r = 0; r < min_u32(rows, kPoolAlign); r += kCounterRows) {
+            const u32 counter = (block + r) / kCounterRows;
             wait_counter(p, Wait::gemm2_done, p.act2_done + counter, TileOrder<C>::kTilesN2, counter);
         }
     }

@@ -16,12 +16,14 @@ from megamoe_jit._baseline import Dequantised
 from megamoe_jit._baseline_run import BaselineRow
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._settings import override
+from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._weights import (
     inverse_transform_weights_for_mega_moe_sm90,
     transform_weights_for_mega_moe_sm90,
 )
 from megamoe_jit.heuristics.presets import Preset, preset
+from megamoe_jit.heuristics.select import Choice
 from megamoe_jit.reference import moe_reference
 
 CONDITIONS = {"device": "NVIDIA H200", "driver": "580.1", "nvrtc": "12.9", "commit": "abc"}
@@ -242,3 +244,23 @@ def test_demo_on_a_gpu(layer: Layer, monkeypatch: pytest.MonkeyPatch, error: flo
     assert (doc["device"], doc["passed"]) == ("NVIDIA H200", not error)
     assert [(row["tokens"], row["correct"]) for row in doc["rows"]] == [(t, not error) for t in (16, 256)]
     assert CliRunner().invoke(cli, ["demo"]).stdout.count("NO") == (2 if error else 0)
+
+
+def test_the_kernel_that_is_named_is_the_one_that_the_device_takes(monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, object]] = []
+
+    def choose(*_: object, **named: object) -> Choice:
+        asked.append(named)
+        return Choice(Variant.PINGPONG, (), 1, 1)
+
+    monkeypatch.setattr(_bench, "choose", choose)
+    monkeypatch.setattr(_bench, "sm_count", lambda _: 78)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H20")
+    shape = MoEShape(256, 128, 4, 2)
+    assert _bench.kernel_of(shape, 5, "auto", torch.device("cuda", 0), 2) == "pingpong"
+    with override(variant="cooperative", cooperative_threshold=7):
+        _bench.kernel_of(shape, 5, "auto", torch.device("cpu"))
+    assert asked == [
+        {"ranks": 2, "variant": "auto", "cooperative_threshold": None, "gpu": "NVIDIA H20", "num_sms": 78},
+        {"ranks": 1, "variant": "cooperative", "cooperative_threshold": 7},
+    ]

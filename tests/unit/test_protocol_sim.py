@@ -102,6 +102,14 @@ def test_any_interleaving_gives_the_right_result(build: Build, ranks: int):
     check()
 
 
+def test_half_a_block_that_no_tile_wrote_is_still_read(tmp_path: Path):
+    """Rings, tiles of 64 rows: the block between two users of a half may have had no tile there to wait."""
+    simulator = Simulator.build(tmp_path, MoEShape(128, 128, 8, 3), 1)
+    for seed in (173, 176, 242):
+        run = simulator.run(seed, tokens=160, blocks=6, pool_rows=256, launches=1, variant="pingpong")
+        assert run.problem == ""
+
+
 def test_a_run_is_what_its_seed_says(build: Build):
     """So that a failure can be looked at again."""
     first, again, other = (build(2).run(seed, tokens=12, blocks=2) for seed in (5, 5, 6))

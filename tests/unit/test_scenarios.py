@@ -1,5 +1,6 @@
 """The scenario table: complete, well-formed, and its inputs are what their names say."""
 
+import dataclasses
 import random
 
 import pytest
@@ -78,6 +79,8 @@ def test_odd_sizes_and_bounds_are_covered():
 
 @pytest.mark.parametrize("scenario", table.SCENARIOS, ids=lambda s: s.name)
 def test_inputs_have_the_contract_shapes(scenario, inputs):
+    if scenario.slow:  # gigabytes that are drawn by the same lines
+        scenario = dataclasses.replace(scenario, tokens=min(scenario.tokens, 1024))
     i, s, t = inputs(scenario), scenario.shape, scenario.tokens
     assert (i.x.dtype, i.x.shape) == (torch.bfloat16, (t, s.hidden))
     assert (i.x_q.dtype, i.x_q.shape) == (torch.float8_e4m3fn, (t, s.hidden))

@@ -32,7 +32,11 @@ DATA = {
     "shapes": [{"name": "x", "hidden": 4096, "intermediate": 2048, "experts": 32, "topk": 6, "rules": RULES}],
     "models": {
         "pingpong": {"constants": CONSTANTS, "off": 1.1, "lag": 2.0},
-        "cooperative": {"constants": {**CONSTANTS, "tile_us": 2.0, "k_block_us": 0.6}, "off": 1.1, "lag": 3.0},
+        "cooperative": {
+            "constants": {**CONSTANTS, "head_us": 32.0, "tile_us": 2.0, "k_block_us": 0.6},
+            "off": 1.1,
+            "lag": 3.0,
+        },
     },
 }
 
@@ -60,9 +64,10 @@ def test_files_are_read_once_and_a_bad_one_is_named(tmp_path: Path):
     shutil.copy(tmp_path / "a.json", tmp_path / "b")
     bad = tmp_path / "bad"
     bad.mkdir()
-    (bad / "b.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"b\.json"):
-        tables(bad)
+    for text in ("{", "[]"):
+        (bad / "b.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"b\.json"):
+            tables(bad)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,8 @@ def test_files_are_read_once_and_a_bad_one_is_named(tmp_path: Path):
         (lambda d: d["shapes"][0]["rules"][1].update(lag=0), "a lag above 0"),
         (lambda d: d["shapes"][0]["rules"][1].update(rows_per_item=3), "rows_per_item of"),
         (lambda d: d["models"]["pingpong"]["constants"].update(extra=1), "not in order: TypeError"),
+        (lambda d: d["models"]["pingpong"]["constants"].update(stream_tb_s=0), "above 0"),
+        (lambda d: d["models"]["pingpong"].update(lag=0), "above 0 to"),
         (lambda d: d["shapes"][0].update(hidden=100), "multiple of 128"),
     ],
 )
@@ -138,6 +145,14 @@ def test_other_shapes_are_chosen_by_the_model(imagined):
     one = choose(OTHER, 2, gpu=GPU)
     assert one.variant is Variant.PINGPONG
     assert one.lag_tiles == 264
+
+
+def test_a_model_must_promise_more_than_it_may_be_off_to_leave_cooperative(monkeypatch):
+    slower = {"constants": {**CONSTANTS, "head_us": 27.0}, "off": 1.1, "lag": 3.0}
+    found = (parse_table({**DATA, "models": {"pingpong": DATA["models"]["pingpong"], "cooperative": slower}}),)
+    monkeypatch.setattr(tables_module, "tables", lambda: found)
+    choice = choose(OTHER, 2, gpu=GPU)
+    assert choice.variant is Variant.COOPERATIVE, choice.reasons
 
 
 def test_a_table_without_models_leaves_other_shapes_to_the_threshold(monkeypatch):
