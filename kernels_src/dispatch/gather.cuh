@@ -1,7 +1,7 @@
 // Dispatch: pulls each routed row, its scales and its origin from the rank that holds the token into the local pools,
 // ordered by expert, and counts it as arrived.
 //
-// The unit of work is an item: up to `rows_per_item` (1 for small batches, 8 for large) consecutive rows of one expert.
+// The unit of work is an item: up to `rows_per_item` (1 to 8, as the host chooses) consecutive rows of one expert.
 // At the head of the launch, when no warp has anything else to do, each copies one row through registers; that is what
 // the first tiles need.  The dispatch warp of each block goes on with the rest while the matrix work runs, through a few
 // slots of shared memory and the bulk copy engine, which needs hardly any registers.  Items come in the order in which
