@@ -46,6 +46,7 @@ def _missing_gpu() -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     """Give the tests a cache of their own, shared by the workers of a run, before anything reads settings."""
     global _cache_dir
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which may not be installed")
     if hasattr(config, "workerinput"):
         return
     if config.getoption("--require-gpu"):

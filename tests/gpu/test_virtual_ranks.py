@@ -21,6 +21,7 @@ def outcome(request):
     return request.param, found, done
 
 
+@pytest.mark.timeout(900)
 def test_all_ranks_agree_with_the_reference(outcome):
     ranks, found, done = outcome
     wrong = {name: problem for name, problem in found.items() if problem}

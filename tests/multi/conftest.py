@@ -17,10 +17,6 @@ def _ranks() -> int:
     return min(torch.cuda.device_count() if torch.cuda.is_available() else 0, _WANTED)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which may not be installed")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mine = [item for item in items if _HERE in item.path.parents]
     if not mine:
