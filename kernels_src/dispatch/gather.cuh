@@ -15,6 +15,7 @@
 #pragma once
 #include "comm/timeline.cuh"
 #include "dispatch/sort.cuh"
+#include "pipe/pool_ring.cuh"
 #include "pipe/ring.cuh"
 #include "sched/order.cuh"
 
@@ -114,10 +115,7 @@ template <class C> struct Gather {
     }
     /// Until GEMM 1 has read the rows that lay where those of the block of `row` plus a ring shall lie.
     MEGA_DEVICE void wait_pool(u32 row) const {
-        const u32 block = row / kPoolAlign * kPoolAlign, rows = plan.rows_from(plan.expert_at(row / kPoolAlign), block);
-        for (u32 r = 0; r < min_u32(rows, kPoolAlign); r += kCounterRows)
-            wait_counter(p, Wait::pool_read, p.act2_ready + (block + r) / kCounterRows, TileOrder<C>::kTilesN1,
-                         (block + r) / kCounterRows);
+        wait_block(p, plan, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
         ptx::fence_async_global();
     }
     /// Counts its rows as arrived.

@@ -9,6 +9,7 @@
 #pragma once
 #include "comm/timeline.cuh"
 #include "mma/scales.cuh"
+#include "pipe/pool_ring.cuh"
 #include "pipe/tile_slots.cuh"
 #include "sched/order.cuh"
 
@@ -82,17 +83,9 @@ template <class C> struct LoadActivations {
             else
                 wait_counter(p, Wait::gemm1_done, p.act2_ready + counter, TileOrder<C>::kTilesN1, counter);
         }
-        if (tile.kind == Tile::gemm1 && tile.row >= p.pool_rows) wait_room(tile.row - p.pool_rows);
+        if (tile.kind == Tile::gemm1 && tile.row >= p.pool_rows)
+            wait_block(p, plan, Wait::gemm2_done, p.act2_done, TileOrder<C>::kTilesN2, tile.row - p.pool_rows);
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
-    }
-    /// GEMM 2 has used the whole block of 128 rows of which `row` is one, not just that half of it: where the block has 64
-    /// rows or fewer, no tile of 64 rows ever wrote its second half, so none has waited for who read it a ring before.
-    MEGA_DEVICE void wait_room(u32 row) const {
-        const u32 block = row / kPoolAlign * kPoolAlign, rows = plan.rows_from(plan.expert_at(row / kPoolAlign), block);
-        for (u32 r = 0; r < min_u32(rows, kPoolAlign); r += kCounterRows) {
-            const u32 counter = (block + r) / kCounterRows;
-            wait_counter(p, Wait::gemm2_done, p.act2_done + counter, TileOrder<C>::kTilesN2, counter);
-        }
     }
 
     MEGA_DEVICE void stream(const Tile& tile) const {
