@@ -15,7 +15,7 @@ from megamoe_jit._scenarios import Inputs, Weights
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._timing import TimedCall
 
-__all__ = ["BaselineRow", "baseline_rows", "fastest", "label", "prepare", "unusable"]
+__all__ = ["BaselineRow", "add_baselines", "baseline_rows", "fastest", "label", "prepare", "unusable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +122,34 @@ def prepare(
         facts["graph"], run = True, replay
         facts["diff"] = max(facts["diff"], *gather(group, diff(captured[0])))
     return TimedCall(run), facts
+
+
+def add_baselines(
+    calls: dict[str, TimedCall],
+    not_timed: Mapping[str, str],
+    inputs: Inputs,
+    own: Weights,
+    experts: int,
+    clamp: float | None,
+    diff: Callable[[torch.Tensor], float],
+    group: Any = None,
+) -> dict[str, dict[str, Any]]:
+    """Put the unfused layer among the calls; what is known of each way to do it.
+
+    Args:
+        calls: takes those that work, by `label`.
+        not_timed: why a method is not to be timed; empty for those that are.
+        inputs, own, experts, clamp, diff, group: see `prepare`.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    dynamo: Any = torch
+    dynamo._dynamo.reset()  # another case's shapes would count towards its limit of compilations
+    for method in METHODS:
+        if not not_timed.get(method.name, "not wanted"):
+            call, facts[method.name] = prepare(method, inputs, own, experts, clamp, diff, group)
+            if call is not None:
+                calls[label(method)] = call
+    return facts
 
 
 def baseline_rows(

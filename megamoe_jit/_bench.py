@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 import megamoe_jit
-from megamoe_jit._baseline import METHODS
-from megamoe_jit._baseline_run import BaselineRow, baseline_rows, fastest, label, prepare
+from megamoe_jit._baseline_run import BaselineRow, add_baselines, baseline_rows, fastest
 from megamoe_jit._buffer import sm_count
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._scenarios import Inputs, Scenario, make_inputs, make_weights
+from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._timing import FLUSH_BYTES, TimedCall, anchors, burst, sustained
-from megamoe_jit._verify import Verdict, judge
+from megamoe_jit._verify import Verdict, function_of, judge
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.select import AUTO, choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
@@ -41,6 +40,7 @@ __all__ = [
     "kernel_of",
     "measure",
     "require_hopper",
+    "some_rows",
 ]
 
 DEFAULT_SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
@@ -135,6 +135,21 @@ def kernel_of(shape: MoEShape, tokens: int, variant: str, device: torch.device, 
     ).variant.value
 
 
+def some_rows(case: Scenario, inputs: Inputs, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of some rows int64 ``[R]``, and their reference bfloat16 ``[R, H]``."""
+    count = min(CHECKED_TOKENS, case.tokens)
+    where = torch.linspace(0, case.tokens - 1, count, dtype=torch.float64, device=inputs.x_q.device).long()
+    return where, moe_reference(
+        inputs.x_q.view(torch.uint8)[where].view(torch.float8_e4m3fn),
+        inputs.x_sf[where],
+        inputs.topk_idx[where],
+        inputs.topk_weights[where],
+        weights.l1,
+        weights.l2,
+        activation_clamp=case.clamp,
+    )
+
+
 class Layer:
     """Weights and buffer of one shape on the device, and what is done with them."""
 
@@ -147,35 +162,13 @@ class Layer:
             None, shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate
         )
 
-    def stage(self, inputs: Inputs) -> None:
-        tokens = inputs.x_q.shape[0]
-        self.buffer.x[:tokens].copy_(inputs.x_q)
-        self.buffer.x_sf[:tokens].copy_(inputs.x_sf)
-        self.buffer.topk_idx[:tokens].copy_(inputs.topk_idx)
-        self.buffer.topk_weights[:tokens].copy_(inputs.topk_weights)
-
     def call(self, variant: str, y: torch.Tensor, case: Scenario) -> Callable[[], object]:
-        name = "fp8_mega_moe" if variant == AUTO else f"fp8_mega_moe_{Variant.parse(variant).value}"
-        function = getattr(megamoe_jit, name)
+        function = function_of(megamoe_jit, variant)
 
         def call() -> object:
             return function(y, self.l1, self.l2, self.buffer, activation_clamp=case.clamp, fast_math=case.fast_math)
 
         return call
-
-    def expected(self, case: Scenario, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of some rows int64 ``[R]``, and their reference bfloat16 ``[R, H]``."""
-        count = min(CHECKED_TOKENS, case.tokens)
-        where = torch.linspace(0, case.tokens - 1, count, dtype=torch.float64, device=self.device).long()
-        return where, moe_reference(
-            inputs.x_q.view(torch.uint8)[where].view(torch.float8_e4m3fn),
-            inputs.x_sf[where],
-            inputs.topk_idx[where],
-            inputs.topk_weights[where],
-            self.weights.l1,
-            self.weights.l2,
-            activation_clamp=case.clamp,
-        )
 
     def check(self, call: TimedCall, y: torch.Tensor, where: torch.Tensor, expected: torch.Tensor) -> Verdict:
         """Judge some rows of one call; every row depends on its own token alone."""
@@ -185,39 +178,20 @@ class Layer:
         return judge(y[where], expected)
 
 
-def _add_baselines(
-    calls: dict[str, TimedCall],
-    layer: Layer,
-    case: Scenario,
-    inputs: Inputs,
-    diff: Callable[[torch.Tensor], float],
-    not_timed: Mapping[str, str],
-) -> dict[str, dict[str, Any]]:
-    """Put the unfused layer among the calls; what is known of each way to do it."""
-    facts: dict[str, dict[str, Any]] = {}
-    dynamo: Any = torch
-    dynamo._dynamo.reset()  # another case's shapes would count towards its limit of compilations
-    for method in METHODS:
-        if not not_timed.get(method.name, "not wanted"):
-            call, facts[method.name] = prepare(method, inputs, layer.weights, case.shape.experts, case.clamp, diff)
-            if call is not None:
-                calls[label(method)] = call
-    return facts
-
-
 def _measure(
     layer: Layer, case: Scenario, variants: Sequence[str], flush: torch.Tensor, not_timed: Mapping[str, str] | None
 ) -> tuple[list[Row], list[BaselineRow]]:
     shape = case.shape
     inputs = make_inputs(case, layer.device, weights=layer.weights)
     y = torch.empty(case.tokens, shape.hidden, dtype=torch.bfloat16, device=layer.device)
-    where, expected = layer.expected(case, inputs)
-    own = {name: TimedCall(layer.call(name, y, case), lambda: layer.stage(inputs)) for name in variants}
+    where, expected = some_rows(case, inputs, layer.weights)
+    own = {name: TimedCall(layer.call(name, y, case), lambda: inputs.stage(layer.buffer)) for name in variants}
     verdicts = {name: layer.check(call, y, where, expected) for name, call in own.items()}
     calls = {**own, **{f"{name} staged": call.staged() for name, call in own.items()}}
     facts = {}
     if not_timed is not None:
-        facts = _add_baselines(calls, layer, case, inputs, lambda out: calc_diff(out[where], expected), not_timed)
+        experts, diff = shape.experts, lambda out: calc_diff(out[where], expected)
+        facts = add_baselines(calls, not_timed, inputs, layer.weights, experts, case.clamp, diff)
     times = burst(calls, flush)
     others = baseline_rows(case.name, shape, case.tokens, 1, [{"times": times, "baselines": facts}])
     flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate

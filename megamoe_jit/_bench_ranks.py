@@ -16,20 +16,20 @@ import torch
 
 import megamoe_jit
 from megamoe_jit._baseline import METHODS
-from megamoe_jit._baseline_run import label, prepare, unusable
-from megamoe_jit._bench import CHECKED_TOKENS, anchors, kernel_of, require_hopper
+from megamoe_jit._baseline_run import add_baselines, unusable
+from megamoe_jit._bench import anchors, kernel_of, require_hopper, some_rows
 from megamoe_jit._bench_report import environment
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._rank_rows import merge
 from megamoe_jit._rank_timer import RankTimer
+from megamoe_jit._ranks import gather
 from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._spawn import World, collect
-from megamoe_jit._spec import MAX_RANKS, MoEShape, Variant
+from megamoe_jit._spec import MAX_RANKS, MoEShape
 from megamoe_jit._timing import SUSTAINED_S, TimedCall
-from megamoe_jit._verify import Verdict, judge
+from megamoe_jit._verify import Verdict, function_of, judge
 from megamoe_jit.heuristics.presets import Preset
-from megamoe_jit.heuristics.select import AUTO
-from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
+from megamoe_jit.reference import calc_diff, expert_counts
 
 __all__ = ["measure_on_rank", "run"]
 
@@ -59,44 +59,16 @@ class _Layer:
         self.buffer, self.own_buffer = buffer(dist.group.WORLD, shape.experts), buffer(None, local)
 
     def call(self, buffer: Any, inputs: Inputs, variant: str, y: torch.Tensor, case: Scenario) -> TimedCall:
-        function = getattr(
-            megamoe_jit, "fp8_mega_moe" if variant == AUTO else f"fp8_mega_moe_{Variant.parse(variant).value}"
-        )
-        tokens = inputs.x_q.shape[0]
-
-        def stage() -> None:
-            buffer.x[:tokens].copy_(inputs.x_q)
-            buffer.x_sf[:tokens].copy_(inputs.x_sf)
-            buffer.topk_idx[:tokens].copy_(inputs.topk_idx)
-            buffer.topk_weights[:tokens].copy_(inputs.topk_weights)
+        function = function_of(megamoe_jit, variant)
 
         def run() -> object:
             return function(y, self.l1, self.l2, buffer, activation_clamp=case.clamp, fast_math=case.fast_math)
 
-        return TimedCall(run, stage)
-
-    def expected(self, case: Scenario, inputs: Inputs, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some rows' numbers and their reference; every row depends on its own token alone."""
-        count = min(CHECKED_TOKENS, case.tokens)
-        where = torch.linspace(0, case.tokens - 1, count, dtype=torch.float64, device=self.device).long()
-        codes = inputs.x_q.view(torch.uint8)[where].view(torch.float8_e4m3fn)
-        ids, router = inputs.topk_idx[where], inputs.topk_weights[where]
-        clamp = case.clamp
-        return where, moe_reference(
-            codes, inputs.x_sf[where], ids, router, weights.l1, weights.l2, activation_clamp=clamp
-        )
+        return TimedCall(run, lambda: inputs.stage(buffer))
 
     def destroy(self) -> None:
         self.buffer.destroy()
         self.own_buffer.destroy()
-
-
-def _gather(value: Any) -> list[Any]:
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _measure(
@@ -109,8 +81,8 @@ def _measure(
     own_case = Scenario(case.name, layer.own_shape, case.tokens, case.tokens)
     own_inputs = make_inputs(own_case, layer.device, world.rank, layer.own)
     y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
-    where, expected = layer.expected(case, inputs, layer.weights)
-    own_where, own_expected = layer.expected(own_case, own_inputs, layer.own)
+    where, expected = some_rows(case, inputs, layer.weights)
+    own_where, own_expected = some_rows(own_case, own_inputs, layer.own)
     calls: dict[str, TimedCall] = {}
     verdicts: dict[str, dict[str, Any]] = {}
 
@@ -127,27 +99,12 @@ def _measure(
         add(f"ranks {variant}", layer.buffer, inputs, where, expected, variant)
         calls[f"ranks {variant} staged"] = calls[f"ranks {variant}"].staged()
         add(f"one {variant}", layer.own_buffer, own_inputs, own_where, own_expected, variant)
-    baselines: dict[str, dict[str, Any]] = {}
-    dynamo: Any = torch
-    dynamo._dynamo.reset()  # another case's shapes would count towards its limit of compilations
-    for method in METHODS:
-        if methods[method.name]:
-            continue
-        call, baselines[method.name] = prepare(
-            method,
-            inputs,
-            layer.own,
-            case.shape.experts,
-            case.clamp,
-            lambda out: calc_diff(out[where], expected),
-            dist.group.WORLD,
-        )
-        if call is not None:
-            calls[label(method)] = call
+    experts, diff = case.shape.experts, lambda out: calc_diff(out[where], expected)
+    baselines = add_baselines(calls, methods, inputs, layer.own, experts, case.clamp, diff, dist.group.WORLD)
     times = timer.burst(calls)
     sustained = {}
     for variant in variants:
-        slowest = max(_gather(statistics.median(times[f"ranks {variant}"])))
+        slowest = max(gather(dist.group.WORLD, statistics.median(times[f"ranks {variant}"])))
         count = max(4, min(MAX_SUSTAINED, int(SUSTAINED_S * 1e6 / slowest)))
         sustained[variant] = timer.sustained(calls[f"ranks {variant}"], count)
     layer.buffer.check()
@@ -175,20 +132,20 @@ def measure_on_rank(
     world: World, shapes: list[list[Any]], tokens: list[int], variants: list[str], baseline: bool
 ) -> dict[str, Any]:
     """What each rank does: all cases, in the same order; rank 0 reports each when all ranks have it."""
+    import torch.distributed as dist
+
     require_hopper()
     conditions = environment()
     card = [anchors()]
     timer = RankTimer(world.device)
     methods = {method.name: "not wanted" for method in METHODS}
     if baseline:
-        import torch.distributed as dist
-
         methods = unusable(world.device, dist.group.WORLD)
     for group in _cases(world, shapes, tokens):
         torch.cuda.empty_cache()
         layer = _Layer(world, group[0].shape, group[-1].tokens)
         for case in group:
-            parts = _gather(_measure(world, layer, timer, case, variants, methods))
+            parts = gather(dist.group.WORLD, _measure(world, layer, timer, case, variants, methods))
             if world.rank == 0:
                 kernels = {v: kernel_of(case.shape, case.tokens, v, world.device, world.ranks) for v in variants}
                 world.report(merge(case, world.ranks, kernels, parts))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from megamoe_jit._timing import FLUSH_BYTES, IDLE_CYCLES, TIMED, WARMUP, TimedCall
+from megamoe_jit._timing import FLUSH_BYTES, IDLE_CYCLES, TimedCall, burst, record, second_half
 
 __all__ = ["RankTimer"]
 
@@ -26,36 +25,13 @@ class RankTimer:
     def _align(self) -> None:
         import torch.distributed as dist
 
+        self.cuda._sleep(ALIGN_CYCLES)
         dist.all_reduce(self.tiny)
 
     def burst(self, calls: Mapping[str, TimedCall]) -> dict[str, list[float]]:
         """Microseconds of each timed call, the calls taking turns."""
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(WARMUP + TIMED):
-            for name, call in calls.items():
-                begin, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
-                call.stage()
-                self.flush.zero_()
-                self.cuda._sleep(ALIGN_CYCLES)
-                self._align()
-                begin.record()
-                call.run()
-                end.record()
-                end.synchronize()
-                if turn >= WARMUP:
-                    times[name].append(begin.elapsed_time(end) * 1e3)
-        return times
+        return burst(calls, self.flush, idle=self._align)
 
     def sustained(self, call: TimedCall, count: int) -> float:
         """Median microseconds of `count` calls in a row, of the second half; the same count on all ranks."""
-        pairs = []
-        for _ in range(count):
-            begin, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
-            call.stage()
-            begin.record()
-            call.run()
-            end.record()
-            pairs.append((begin, end))
-        torch.cuda.synchronize()
-        times: list[float] = [begin.elapsed_time(end) * 1e3 for begin, end in pairs[count // 2 :]]
-        return statistics.median(times)
+        return second_half([record(call) for _ in range(count)])

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["FLUSH_BYTES", "IDLE_CYCLES", "SUSTAINED_S", "TIMED", "WARMUP", "TimedCall", "anchors", "burst", "sustained"]
+__all__ = [
+    "FLUSH_BYTES",
+    "IDLE_CYCLES",
+    "SUSTAINED_S",
+    "TIMED",
+    "WARMUP",
+    "TimedCall",
+    "anchors",
+    "burst",
+    "record",
+    "second_half",
+    "sustained",
+]
 
 WARMUP, TIMED = 3, 15
 FLUSH_BYTES = 256 << 20  #: several times the L2
@@ -41,8 +53,31 @@ class TimedCall:
         return TimedCall(run)
 
 
+def record(call: TimedCall, before: Callable[[], object] = _nothing) -> tuple[Any, Any]:
+    """Stage, do `before`, run: the events around the run."""
+    cuda: Any = torch.cuda  # events are untyped in some releases
+    begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+    call.stage()
+    before()
+    begin.record()
+    call.run()
+    end.record()
+    return begin, end
+
+
+def second_half(pairs: Sequence[tuple[Any, Any]]) -> float:
+    """Median microseconds of the later half of calls that follow each other; waits for the device."""
+    torch.cuda.synchronize()
+    times: list[float] = [begin.elapsed_time(end) * 1e3 for begin, end in pairs[len(pairs) // 2 :]]
+    return statistics.median(times)
+
+
 def burst(
-    calls: Mapping[str, TimedCall], flush: torch.Tensor, warmup: int | None = None, timed: int | None = None
+    calls: Mapping[str, TimedCall],
+    flush: torch.Tensor,
+    warmup: int | None = None,
+    timed: int | None = None,
+    idle: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Microseconds of each timed call, the calls taking turns.
 
@@ -51,19 +86,22 @@ def burst(
         flush: uint8 ``[FLUSH_BYTES]`` on the device, written before each call.
         warmup: rounds that do not count; `WARMUP` if None.
         timed: rounds that do; `TIMED` if None.
+        idle: what the GPU does between the flush and a call; it rests for about 0.1 ms if None.
     """
-    cuda: Any = torch.cuda  # events are untyped in some releases
+    cuda: Any = torch.cuda
+
+    def before() -> None:
+        flush.zero_()
+        if idle is None:
+            cuda._sleep(IDLE_CYCLES)
+        else:
+            idle()
+
     skipped, counted = WARMUP if warmup is None else warmup, TIMED if timed is None else timed
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(skipped + counted):
         for name, call in calls.items():
-            begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-            call.stage()
-            flush.zero_()
-            cuda._sleep(IDLE_CYCLES)
-            begin.record()
-            call.run()
-            end.record()
+            begin, end = record(call, before)
             end.synchronize()
             if turn >= skipped:
                 times[name].append(begin.elapsed_time(end) * 1e3)
@@ -72,21 +110,13 @@ def burst(
 
 def sustained(call: TimedCall) -> float:
     """Median microseconds of a call while calls follow each other for 0.4 s; its second half counts."""
-    cuda: Any = torch.cuda
     pairs: list[tuple[Any, Any]] = []
     start = time.perf_counter()
     while time.perf_counter() - start < SUSTAINED_S:
-        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        call.stage()
-        begin.record()
-        call.run()
-        end.record()
-        pairs.append((begin, end))
+        pairs.append(record(call))
         if len(pairs) > QUEUE_DEPTH:
             pairs[-QUEUE_DEPTH][1].synchronize()
-    torch.cuda.synchronize()
-    times: list[float] = [begin.elapsed_time(end) * 1e3 for begin, end in pairs[len(pairs) // 2 :]]
-    return statistics.median(times)
+    return second_half(pairs)
 
 
 def anchors() -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megamoe_jit._bench import Layer, cases, require_hopper
+from megamoe_jit._bench import Layer, cases, require_hopper, some_rows
 from megamoe_jit._bench_report import environment
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._render import render
@@ -102,8 +102,8 @@ def _measure(
 ) -> list[dict[str, Any]]:
     inputs = make_inputs(case, layer.device, weights=layer.weights)
     y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
-    where, expected = layer.expected(case, inputs)
-    calls = {c.name: TimedCall(_call(layer, case, c, y), lambda: layer.stage(inputs)) for c in contenders}
+    where, expected = some_rows(case, inputs, layer.weights)
+    calls = {c.name: TimedCall(_call(layer, case, c, y), lambda: inputs.stage(layer.buffer)) for c in contenders}
     verdicts = {name: layer.check(call, y, where, expected) for name, call in calls.items()}
     times = burst(calls, flush)
     return [

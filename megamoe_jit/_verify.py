@@ -23,6 +23,7 @@ __all__ = [
     "Outcome",
     "Verdict",
     "WeightCache",
+    "function_of",
     "judge",
     "run_all",
     "run_scenario",
@@ -125,17 +126,18 @@ class WeightCache:
 
 def _stage(buffer: Any, inputs: Inputs, experts: int) -> None:
     """Copy inputs into the first rows; the others get what must not matter: NaN that names live experts."""
-    t = inputs.x_q.shape[0]
     buffer.x.view(torch.uint8).fill_(0x7F)  # e4m3 NaN
     buffer.x_sf.fill_(math.nan)
     buffer.topk_idx.copy_(
         torch.arange(buffer.topk_idx.numel(), device=inputs.x.device).view_as(buffer.topk_idx) % experts
     )
     buffer.topk_weights.fill_(math.nan)
-    buffer.x[:t].copy_(inputs.x_q)
-    buffer.x_sf[:t].copy_(inputs.x_sf)
-    buffer.topk_idx[:t].copy_(inputs.topk_idx)
-    buffer.topk_weights[:t].copy_(inputs.topk_weights)
+    inputs.stage(buffer)
+
+
+def function_of(api: Any, variant: str) -> Any:
+    """The public function that runs `auto`, or forces a variant."""
+    return api.fp8_mega_moe if variant == AUTO else getattr(api, f"fp8_mega_moe_{Variant.parse(variant).value}")
 
 
 def _call(
@@ -143,7 +145,7 @@ def _call(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One call on a fresh buffer: output bfloat16 ``[T + GUARD_ROWS, H]`` and stats int32 ``[E]``."""
     s, device = scenario.shape, inputs.x.device
-    run = api.fp8_mega_moe if variant == AUTO else getattr(api, f"fp8_mega_moe_{Variant.parse(variant).value}")
+    run = function_of(api, variant)
     y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
     stats = torch.full((s.experts,), STATS_BEFORE, dtype=torch.int32, device=device)
     buffer = api.get_symm_buffer_for_mega_moe(None, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate)

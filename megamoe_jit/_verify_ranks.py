@@ -16,9 +16,17 @@ from megamoe_jit import _scenarios
 from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._scenarios import Scenario
 from megamoe_jit._spawn import World, collect
-from megamoe_jit._spec import Variant
-from megamoe_jit._verify import FAULTS, GUARD_ROWS, STATS_BEFORE, VARIANTS, Outcome, WeightCache, _stage, judge
-from megamoe_jit.heuristics.select import AUTO
+from megamoe_jit._verify import (
+    FAULTS,
+    GUARD_ROWS,
+    STATS_BEFORE,
+    VARIANTS,
+    Outcome,
+    WeightCache,
+    _stage,
+    function_of,
+    judge,
+)
 from megamoe_jit.reference import expert_counts, moe_reference
 
 __all__ = ["chosen", "run_on_rank", "run_ranks"]
@@ -51,10 +59,9 @@ def _one(world: World, scenario: Scenario, variant: str, seed: int, cache: Weigh
     l1, l2 = ((codes[mine], scales[mine]) for codes, scales in (entry.l1, entry.l2))
     y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
     stats = torch.full((local,), STATS_BEFORE, dtype=torch.int32, device=device)
-    name = "fp8_mega_moe" if variant == AUTO else f"fp8_mega_moe_{Variant.parse(variant).value}"
     buffer = api.get_symm_buffer_for_mega_moe(group, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate)
     _stage(buffer, inputs, s.experts)
-    getattr(api, name)(
+    function_of(api, variant)(
         y[: scenario.tokens],
         l1,
         l2,

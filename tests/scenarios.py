@@ -80,6 +80,14 @@ class Inputs:
     l1: tuple[torch.Tensor, torch.Tensor]
     l2: tuple[torch.Tensor, torch.Tensor]
 
+    def stage(self, buffer: Any) -> None:
+        """Copy what the kernel reads into the first rows of a buffer, as a caller does before each call."""
+        tokens = self.x_q.shape[0]
+        buffer.x[:tokens].copy_(self.x_q)
+        buffer.x_sf[:tokens].copy_(self.x_sf)
+        buffer.topk_idx[:tokens].copy_(self.topk_idx)
+        buffer.topk_weights[:tokens].copy_(self.topk_weights)
+
 
 def _case(
     name: str, tokens: int, sizes: tuple[int, int, int, int], capacity: int | None = None, **more: Any

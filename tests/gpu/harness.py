@@ -12,16 +12,11 @@ import torch
 import megamoe_jit as mm
 from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._spec import MoEShape
-from megamoe_jit._verify import Verdict, judge
+from megamoe_jit._verify import Verdict, function_of, judge
 from megamoe_jit.reference import moe_reference
 
 CLAMP = 10.0
 VARIANTS = ("pingpong", "cooperative")
-
-
-def function(variant: str) -> Any:
-    """The public function of a variant."""
-    return mm.fp8_mega_moe if variant == "auto" else getattr(mm, f"fp8_mega_moe_{variant}")
 
 
 def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -60,14 +55,6 @@ class Layer:
             torch.cuda.synchronize()
             buffer.destroy()
 
-    def stage(self, buffer: Any, inputs: Inputs) -> None:
-        """Copy inputs into the first rows, as a caller does before each call."""
-        tokens = inputs.x_q.shape[0]
-        buffer.x[:tokens].copy_(inputs.x_q)
-        buffer.x_sf[:tokens].copy_(inputs.x_sf)
-        buffer.topk_idx[:tokens].copy_(inputs.topk_idx)
-        buffer.topk_weights[:tokens].copy_(inputs.topk_weights)
-
     def call(
         self,
         buffer: Any,
@@ -78,11 +65,11 @@ class Layer:
         **more: Any,
     ) -> torch.Tensor:
         """Stage and call; output bfloat16 ``[T, H]``."""
-        self.stage(buffer, inputs)
+        inputs.stage(buffer)
         if y is None:
             y = poisoned(inputs.x_q.shape[0], self.shape.hidden, self.device)
         more.setdefault("activation_clamp", CLAMP)
-        function(variant)(y, self.l1, self.l2, buffer, stats, **more)
+        function_of(mm, variant)(y, self.l1, self.l2, buffer, stats, **more)
         return y
 
     def judge(self, y: torch.Tensor, inputs: Inputs, clamp: float | None = CLAMP) -> Verdict:

@@ -6,7 +6,7 @@ import torch
 import megamoe_jit as mm
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
-from tests.gpu.harness import VARIANTS, Layer, equal_bits, function, poisoned
+from tests.gpu.harness import VARIANTS, Layer, equal_bits, poisoned
 
 SHAPE = MoEShape(1024, 768, 16, 4)
 CAPACITY = 512
@@ -104,7 +104,7 @@ def test_destroy_and_recreate(layer):
             assert equal_bits(layer.call(buffer, inputs), expected)
     assert torch.cuda.memory_allocated() <= before
     with pytest.raises(mm.MegaMoeError):  # the last one is destroyed
-        function("auto")(poisoned(300, SHAPE.hidden, layer.device), layer.l1, layer.l2, buffer)
+        mm.fp8_mega_moe(poisoned(300, SHAPE.hidden, layer.device), layer.l1, layer.l2, buffer)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -140,7 +140,7 @@ def test_graph_replay_with_changed_inputs_equals_eager(layer, buffer, tokens, de
     expected_stats = torch.zeros_like(stats)
     for round_ in range(2):
         for inputs, expected in zip(sets, eager, strict=True):
-            layer.stage(buffer, inputs)
+            inputs.stage(buffer)
             y.fill_(float("nan"))
             graph.replay()
             assert equal_bits(y, expected)
@@ -161,7 +161,7 @@ def test_graphs_of_two_sizes_interleaved(layer, buffer, device):
         cases.append((inputs, expected, y, graph))
     for _ in range(3):
         for inputs, expected, y, graph in cases:
-            layer.stage(buffer, inputs)
+            inputs.stage(buffer)
             y.fill_(float("nan"))
             graph.replay()
             assert equal_bits(y, expected)
@@ -174,7 +174,7 @@ def test_capturing_a_kernel_that_never_ran_is_refused_and_the_capture_goes_on(de
     y = poisoned(20, 384, device)
     graph = torch.cuda.CUDAGraph()
     with fresh.buffer(32) as buffer:
-        fresh.stage(buffer, inputs)
+        inputs.stage(buffer)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             marker.add_(1)
@@ -226,7 +226,7 @@ BAD = {
 @pytest.mark.parametrize("what", list(BAD))
 def test_a_bad_argument_is_refused_before_launch(layer, buffer, what):
     inputs = layer.inputs(64)
-    layer.stage(buffer, inputs)
+    inputs.stage(buffer)
     y, run = _call_with(layer, buffer, **BAD[what](layer, buffer))
     with pytest.raises(mm.ConfigError):
         run()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+import megamoe_jit as mm
 from megamoe_jit._scenarios import get
-from tests.gpu.harness import CLAMP, Layer, equal_bits, function, poisoned
+from tests.gpu.harness import CLAMP, Layer, equal_bits, poisoned
 
 
 def test_calls_on_two_streams_are_ordered(device: torch.device) -> None:
@@ -16,11 +17,11 @@ def test_calls_on_two_streams_are_ordered(device: torch.device) -> None:
     streams = [torch.cuda.Stream(device) for _ in range(2)]
     outputs = [poisoned(tokens, layer.shape.hidden, device) for _ in range(40)]
     with layer.buffer(tokens) as buffer:
-        layer.stage(buffer, inputs)  # once: calls leave the inputs as they are
+        inputs.stage(buffer)  # once: calls leave the inputs as they are
         torch.cuda.synchronize()
         for i, y in enumerate(outputs):
             with torch.cuda.stream(streams[i % 2]):
-                function("auto")(y, layer.l1, layer.l2, buffer, activation_clamp=CLAMP, num_sms=60)
+                mm.fp8_mega_moe(y, layer.l1, layer.l2, buffer, activation_clamp=CLAMP, num_sms=60)
         buffer.check()
     verdict = layer.judge(outputs[0], inputs)
     assert verdict.passed, verdict.reason

@@ -83,15 +83,11 @@ class Rank:
     def stage(self, inputs: Inputs, buffer: mm.SymmBuffer | None = None) -> None:
         """Copy inputs into the buffer, and NaN that names live experts behind them."""
         buffer = self.buffer if buffer is None else buffer
-        t = inputs.x_q.shape[0]
         buffer.x.view(torch.uint8).fill_(0x7F)
         buffer.x_sf.fill_(math.nan)
         buffer.topk_idx.zero_()
         buffer.topk_weights.fill_(math.nan)
-        buffer.x[:t].copy_(inputs.x_q)
-        buffer.x_sf[:t].copy_(inputs.x_sf)
-        buffer.topk_idx[:t].copy_(inputs.topk_idx)
-        buffer.topk_weights[:t].copy_(inputs.topk_weights)
+        inputs.stage(buffer)
 
     def poisoned(self, tokens: int) -> torch.Tensor:
         """Output full of NaN."""
