@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
+from megamoe_jit._errors import ToolchainError
 
 if TYPE_CHECKING:
+    import torch
+
+    from megamoe_jit._scenarios import Scenario
+    from megamoe_jit._spec import KernelSpec
     from megamoe_jit._verify import Outcome
 
 __all__ = ["verify"]
@@ -24,6 +32,38 @@ def _line(outcome: Outcome) -> str:
 
 def _figure(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2e}"
+
+
+def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.device, ranks: int) -> list[KernelSpec]:
+    """Every kernel that the runs will ask for, each once, in the order of the scenarios."""
+    from megamoe_jit._bench import kernel_of
+    from megamoe_jit._spec import KernelSpec, Variant
+
+    def picked(s: Scenario) -> Sequence[Variant]:
+        if ranks > 1:  # a buffer of several ranks prepares every variant
+            return tuple(Variant)
+        return [Variant.parse(kernel_of(s.shape, s.tokens, variant, device)) for variant in variants]
+
+    return list(dict.fromkeys(KernelSpec(s.shape, v, ranks, s.fast_math) for s in chosen for v in picked(s)))
+
+
+def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> None:
+    """Compile in parallel, before the first run, what the runs would compile one by one.
+
+    Nothing is judged here: what does not compile fails its scenarios later, with the reason.
+    """
+    from megamoe_jit._runtime import sealed, warmup
+    from megamoe_jit._settings import get_settings
+    from megamoe_jit._spawn import joined
+
+    settings, here = get_settings(), joined()
+    if settings.no_cache or sealed():
+        return
+    if ranks > 1 and here is not None and here[0] > 0:  # rank 0 shows the same work; the cache shares it out
+        warmup(specs, jobs=max(1, settings.jobs // ranks))
+        return
+    with contextlib.suppress(ToolchainError):
+        compile_kernels(specs, fail_fast=ranks > 1, as_json=as_json)  # a failure ends a run of several ranks
 
 
 @click.command()
@@ -58,7 +98,8 @@ def verify(
 ) -> None:
     """Run scenarios on the GPU and compare with the FP32 reference.
 
-    With several ranks, scenarios whose experts they cannot share evenly are left out.
+    Kernels that are not cached are compiled first, in parallel. With several ranks, scenarios whose experts they
+    cannot share evenly are left out.
 
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
@@ -83,6 +124,8 @@ def verify(
     from megamoe_jit._verify import run_all
 
     device = require_hopper()
+    if several == 1 or _verify_ranks.startable(several):  # else run_ranks refuses, at once
+        _compile_ahead(_kernels(chosen, variants, device, several), several, as_json)
     with progress_line("verify", len(chosen) * len(variants)) as step:
 
         def note(outcome: Outcome) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from megamoe_jit import _bench, _doctor, _entry, _inspect, _machine, _toolchain, _verify
+from megamoe_jit import _bench, _doctor, _entry, _inspect, _machine, _runtime, _toolchain, _verify
 from megamoe_jit._cache import KernelCache
 from megamoe_jit._cli import _io, _keys, app, cli
 from megamoe_jit._cli.cache import _fields
@@ -121,7 +122,8 @@ def test_verify_tells_what_fails(monkeypatch):
             note(outcome)
         return [passed, failed]
 
-    monkeypatch.setattr(_bench, "require_hopper", lambda: None)
+    monkeypatch.setattr(_bench, "require_hopper", lambda: torch.device("cpu"))
+    monkeypatch.setattr(_runtime, "warmup", lambda *_, **__: [])
     monkeypatch.setattr(_verify, "run_all", run_all)
     result = invoke("verify", "--filter", "L1.smoke")
     assert result.exit_code == 1

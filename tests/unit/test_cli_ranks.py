@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from megamoe_jit import _bench, _bench_ranks, _verify_ranks
+from megamoe_jit import _bench, _bench_ranks, _runtime, _verify_ranks
 from megamoe_jit._cli import cli
 from megamoe_jit._cli._ranks import rank_count
 from megamoe_jit._rank_rows import merge
@@ -20,6 +20,7 @@ from tests.unit.test_baseline import CASE, part
 def alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_runtime, "warmup", lambda *_, **__: [])  # see test_verify_warmup.py
 
 
 def found(wrong=False):
