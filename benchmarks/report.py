@@ -1,10 +1,11 @@
-"""Puts the newest results of each card into docs/performance.md: tables between its marks, and two plots beside it.
+"""Puts the newest results into the documents, between their marks, with two plots of each card.
 
-    python benchmarks/report.py                         # the newest file of each card in benchmarks/results
-    python benchmarks/report.py some.json other.json    # these documents of `megamoe-jit bench --output`
-    python benchmarks/report.py --check                 # exit code 1 if the tables are not of these; writes nothing
+    python benchmarks/report.py            # writes docs/performance.md, docs/expert-parallel.md, README.md
+    python benchmarks/report.py --check    # exit code 1 if their tables are not of these results; writes nothing
 
-Everything in the tables and plots follows from the documents and benchmarks/targets.json; needs matplotlib.
+Of each card the newest document of `megamoe-jit bench` in benchmarks/results counts, of each row of several ranks the
+newest there is.  Documents of shapes that have no goals are left out.  Everything in the tables and plots follows from
+the documents and benchmarks/targets.json; needs matplotlib.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from megamoe_jit import _bench_known
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-DOCUMENT = DOCS / "performance.md"
+DOCUMENT, PARALLEL, README = DOCS / "performance.md", DOCS / "expert-parallel.md", ROOT / "README.md"
+README_TOKENS = (16, 64, 512, 1024, 8192)  #: rows of the README's table
 HEAD = (
     "layer",
     "tokens",
@@ -46,12 +48,16 @@ def card_of(doc: Mapping[str, Any]) -> str:
     return card.name.lower()
 
 
+def _has_goals(doc: Mapping[str, Any]) -> bool:
+    return not doc.get("rows") or any(row.get("best_known_us") for row in doc["rows"])
+
+
 def newest(folder: Path = RESULTS) -> dict[str, Path]:
     """The newest document of each card, by the date inside."""
     found: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         doc = json.loads(path.read_text(encoding="utf-8"))
-        if doc.get("kind") != "bench" or doc["environment"].get("ranks", 1) > 1:
+        if doc.get("kind") != "bench" or doc["environment"].get("ranks", 1) > 1 or not _has_goals(doc):
             continue
         dated = doc["environment"]["date"], path
         name = card_of(doc)
@@ -134,31 +140,114 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Some rows of both cards side by side, and what the cards gave."""
+    cards = ("h200", "h100")
+    found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for card in cards:
+        doc = docs[card]
+        for row in _bench_known.annotate(
+            doc["rows"], doc["environment"]["device"], doc["anchors"], _bench_known.load()
+        ):
+            if row["variant"] == "auto" and row["tokens"] in README_TOKENS and row["best_known_us"]:
+                found.setdefault((row["shape"], row["tokens"]), {})[card] = row
+    head = ("layer (an eighth of its experts)", "tokens", "H200, µs", "normalised", "best known", "ratio")
+    lines = [_row((*head, "H100, µs", "best known", "ratio")), _row(["---"] * 9)]
+    for (shape, tokens), rows in found.items():
+        h200, h100 = (rows[card] for card in cards)
+        times = (
+            h200["median_us"],
+            h200["normalised_us"],
+            h200["best_known_us"],
+            h100["median_us"],
+            h100["best_known_us"],
+        )
+        us = [f"{time:.0f}" for time in times]
+        ratios = f"{times[2] / times[1]:.2f}", f"{times[4] / times[3]:.2f}"
+        lines.append(_row((shape, str(tokens), *us[:3], ratios[0], *us[3:], ratios[1])))
+    for card in cards:
+        env, dense = docs[card]["environment"], [anchor[_bench_known.DENSE] for anchor in docs[card]["anchors"]]
+        parts = {
+            part["basis"]: part for part in _bench_known.summarise(docs[card]["rows"]) if part["variant"] == "auto"
+        }
+        means = ", ".join(f"{part['faster']:.2f} {basis}" for basis, part in parts.items() if part["faster"])
+        lines += [
+            "",
+            f"{env['device']}: {means} times as fast as the best known (geometric mean of all rows); driver "
+            f"{env['driver']}, CUDA {env['cuda']}, dense FP8 8192³ through cuBLAS {min(dense):.0f} to {max(dense):.0f} "
+            f"TFLOPS, {env['date'][:10]}.",
+        ]
+    return "\n".join(lines)
+
+
+def rank_rows(folder: Path = RESULTS, unfused: bool = False) -> list[dict[str, Any]]:
+    """The newest row of each layer, token count and number of ranks; of those beside the unfused layer alone?"""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    docs = (json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json"))
+    several = [doc for doc in docs if doc.get("kind") == "bench" and doc["environment"].get("ranks", 1) > 1]
+    for doc in sorted(several, key=lambda doc: doc["environment"]["date"]):
+        for row in doc["rows"]:
+            if row["variant"] == "auto" and (row["baseline_us"] or not unfused):
+                found[row["ranks"], row["shape"], row["tokens"]] = row
+    return [found[key] for key in sorted(found)]
+
+
+def rank_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Several ranks against one with the same slice of the layer."""
+    head = ("layer", "tokens", "ranks", "all ranks, µs", "one rank, µs", "more, µs", "ratio")
+    lines = [_row(head), _row(["---"] * len(head))]
+    for row in rows:
+        own, one = row["median_us"], row["one_rank_us"]
+        figures = f"{own:.0f}", f"{one:.0f}", f"{own - one:+.0f}", f"{own / one:.3f}"
+        lines.append(_row((row["shape"], str(row["tokens"]), str(row["ranks"]), *figures)))
+    return "\n".join(lines)
+
+
+def unfused_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same beside the layer of public parts, which ran in turn with it."""
+    head = ("layer", "tokens", "ranks", "all ranks, µs", "one rank, µs", "ratio", "unfused, µs", "times faster")
+    lines = [_row(head), _row(["---"] * len(head))]
+    for row in rows:
+        own, one, other = row["median_us"], row["one_rank_us"], row["baseline_us"]
+        figures = f"{own:.0f}", f"{one:.0f}", f"{own / one:.2f}", f"{other:.0f}", f"{other / own:.2f}"
+        lines.append(_row((row["shape"], str(row["tokens"]), str(row["ranks"]), *figures)))
+    return "\n".join(lines)
+
+
 def put(text: str, name: str, body: str) -> str:
     """`text` with `body` between the marks of `name`; raises `ValueError` if it has no such marks."""
     begin, end = f"<!-- {name} begin: written by benchmarks/report.py -->", f"<!-- {name} end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{DOCUMENT.name} needs one pair of marks: {begin} and {end}")
+        raise ValueError(f"the document needs one pair of marks: {begin} and {end}")
     return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n{body}\n{end}", text, flags=re.DOTALL)
+
+
+def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
+    """What each document should be."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (DOCUMENT, PARALLEL, README)}
+    for card, doc in docs.items():
+        texts[DOCUMENT] = put(texts[DOCUMENT], card, text_of(doc))
+    texts[PARALLEL] = put(texts[PARALLEL], "ranks", rank_table(rank_rows()))
+    texts[README] = put(texts[README], "one-gpu", readme_table(docs))
+    texts[README] = put(texts[README], "ranks", unfused_table(rank_rows(unfused=True)))
+    return texts
 
 
 def main() -> int:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    docs = [json.loads(path.read_text(encoding="utf-8")) for path in options.files or newest().values()]
-    before = text = DOCUMENT.read_text(encoding="utf-8")
-    for doc in docs:
-        text = put(text, card_of(doc), text_of(doc))
+    docs = {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest().items()}
+    texts = documents(docs)
     if options.check:
-        return int(text != before)
+        return int(any(text != path.read_text(encoding="utf-8") for path, text in texts.items()))
     from megamoe_jit._bench_plot import draw
 
-    for doc in docs:
-        draw(doc, DOCS, prefix="performance-", suffix=f"-{card_of(doc)}")
-    DOCUMENT.write_text(text, encoding="utf-8")
+    for card, doc in docs.items():
+        draw(doc, DOCS, prefix="performance-", suffix=f"-{card}")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

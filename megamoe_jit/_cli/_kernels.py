@@ -1,4 +1,4 @@
-"""Compiling kernels and showing what came of it: shared by `warmup` and `demo`."""
+"""Compiling kernels and showing what came of it: shared by `warmup`, `demo` and `verify`."""
 
 from __future__ import annotations
 

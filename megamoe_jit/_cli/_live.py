@@ -1,4 +1,4 @@
-"""The live display of `warmup`: one line per kernel, redrawn in place, on a terminal that can do so."""
+"""The live display of compiling: one line per kernel, redrawn in place, on a terminal that can do so."""
 
 from __future__ import annotations
 
