@@ -9,31 +9,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
+from megamoe_jit._layout import COUNTER_ROWS
 from megamoe_jit._params import MAX_RANKS
 
 __all__ = ["WAITS", "Fault", "decode", "fault_error"]
 
-PEER_SIGNAL = 9
+HEAD_BARRIER, PEER_SIGNAL = 1, 9
 
-#: By code: what was waited for, and who should have done it.
+#: By code: what was waited for, and who should have done it.  Rows are numbered through all experts, each of which
+#: begins at a multiple of 128.
 WAITS = {
     1: "all {expected} blocks of the launch to reach grid barrier {which}",
     2: "the readers to free the slot of tile {which}",
     3: "the scheduler to publish tile {which}",
     4: "the math warps to free pipeline stage {which}",
-    5: "a row being copied by dispatch, of those from pool row {which} on",
-    6: "dispatch to bring the rows of pool block {which} ({seen} of {expected} arrived)",
-    7: "the first GEMM to finish pool block {which} ({seen} of {expected} tiles done)",
+    5: "a row being copied by dispatch, of those from row {which} on",
+    6: "dispatch to bring the rows from {row} on ({seen} of {expected} arrived)",
+    7: "the first GEMM to finish the rows from {row} on ({seen} of {expected} tiles done)",
     8: "the math warps to finish tile {which}, of the first GEMM",
     PEER_SIGNAL: "the other ranks to have their {phase} ready in launch {expected} (missing: {ranks})",
     10: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
     11: "the math warps to free pipeline stage {which} for weights",
     12: "the math warps to finish tile {which}, of the second GEMM",
-    13: "the first GEMM to read pool block {which} before it is written again ({seen} of {expected} tiles done)",
-    14: "the second GEMM to finish pool block {which} before it is written again ({seen} of {expected} tiles done)",
+    13: "the first GEMM to read the rows from {row} on, before others take their place ({seen} of {expected} tiles done)",
+    14: "the second GEMM to finish the rows from {row} on, before others take their place ({seen} of {expected} tiles done)",
 }
 
-PHASES = {0: "inputs", 1: "results"}  #: of a PEER_SIGNAL
+INPUTS = 0
+PHASES = {INPUTS: "inputs", 1: "results"}  #: of a PEER_SIGNAL
 
 ROLES = ("activations warp", "weights warp", "dispatch warp", "publisher warp")
 
@@ -49,19 +52,26 @@ class Fault:
     expected: int
     seen: int
 
+    @property
+    def role(self) -> str:
+        """Which part of the block waited."""
+        if self.what == HEAD_BARRIER or (self.what == PEER_SIGNAL and self.which == INPUTS):
+            return "head"  # before the warps have their roles
+        return ROLES[self.warp] if self.warp < len(ROLES) else f"math warp {self.warp - len(ROLES)}"
+
     def __str__(self) -> str:
-        role = ROLES[self.warp] if self.warp < len(ROLES) else f"math warp {self.warp - len(ROLES)}"
         text = WAITS.get(self.what, "something unknown (code {what})")
         ranks = ", ".join(f"rank {r}" for r in range(MAX_RANKS) if self.seen >> r & 1)  # of a PEER_SIGNAL's bit mask
         waited = text.format(
             what=self.what,
             which=self.which,
+            row=self.which * COUNTER_ROWS,
             phase=PHASES.get(self.which, self.which),
             expected=self.expected,
             seen=self.seen,
             ranks=ranks,
         )
-        return f"block {self.block}, {role}, waited in vain for {waited}"
+        return f"block {self.block}, {self.role}, waited in vain for {waited}"
 
 
 def decode(words: Sequence[int]) -> Fault | None:

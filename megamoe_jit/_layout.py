@@ -114,7 +114,7 @@ def buffer_layout(
             ("topk_weights", pairs * 4, f"weight of each slot f32 [{tokens}, {topk}]"),
             ("expert_offsets", (shape.experts + 1) * 4, "first sorted pair of each expert u32"),
             ("sorted_pairs", pairs * 4, "(token, slot) pairs by expert u32"),
-            ("signals", 256, "arrival counters of the rank barriers u32"),
+            ("signals", 256, "launch that each rank has reached, by phase u32"),
             ("combine", pairs * hidden * 2, f"expert outputs bf16 [{tokens}, {topk}, {hidden}]"),
         ]
     )

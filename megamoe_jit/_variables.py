@@ -6,6 +6,7 @@ default, an allowed range and a meaning.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -85,13 +86,15 @@ def _one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
-def _number(kind: type[int] | type[float], least: float, allowed: str) -> Callable[[str], int | float]:
+def _number(
+    kind: type[int] | type[float], least: float, allowed: str, most: float = math.inf
+) -> Callable[[str], int | float]:
     def parse(text: str) -> int | float:
         try:
             value = kind(text)
         except ValueError:
             raise ValueError(allowed) from None
-        if not least <= value < float("inf"):
+        if not least <= value <= most or value == math.inf:
             raise ValueError(allowed)
         return value
 
@@ -175,8 +178,8 @@ VARIABLES: tuple[Variable, ...] = (
         "TIMEOUT_S",
         "float",
         "100",
-        _number(float, 1e-3, "a number of seconds above zero"),
-        "Seconds a rank waits for its peers inside a kernel before it gives up.",
+        _number(float, 1e-3, "a number of seconds from 0.001 to 1e9", 1e9),  # in ns, times 5, it must fit 63 bits
+        "Seconds a wait inside a kernel may take, 1 to 5 times as long by what it is for, before it gives up.",
     ),
     _row(
         "VARIANT",

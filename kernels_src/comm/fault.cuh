@@ -1,4 +1,4 @@
-// Nothing waits for ever.  A wait that passes its deadline stores four words where the host can read them, makes them
+// No wait for another warp, block or rank is for ever.  One that passes its deadline stores four words where the host can read them, makes them
 // visible to it, and traps; Python turns them into a sentence (`megamoe_jit/_faults.py`).
 //
 // The producer warps read the nanosecond timer.  The math warps cannot: a timer, or even a counter with a report, makes
@@ -43,7 +43,9 @@ MEGA_DEVICE void give_up(const Params& p, Wait what, u32 which, u32 expected, u3
 
 /// How many times the deadline a wait may take.  Whoever is nearest to the cause of a delay shall report first, so a wait
 /// that others can be stuck behind is shorter than theirs.  Rows that dispatch owes stop a tile of GEMM 1; that tile stops
-/// GEMM 2 in other blocks; and whatever stops the activations of a block stops its weights, slots and tiles.
+/// GEMM 2 in other blocks; and whatever stops the activations of a block stops its weights, slots and tiles.  When pools
+/// are rings, waits chain from lap to lap, and another rank's tail is as late as its slowest wait: then the first report
+/// may be that of a victim (docs/kernel.md).
 MEGA_DEVICE constexpr u32 patience(Wait what) {
     switch (what) {
         case Wait::gemm1_tile_stored: return 2;

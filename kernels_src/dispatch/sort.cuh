@@ -2,7 +2,7 @@
 //
 //   1. blocks 0 .. sort_blocks-1 each count the experts in their slice of the rank's (token, slot) pairs
 //   -- grid barrier --
-//   2. every block sums the counts; the counting blocks write their slice's pairs to sorted_pairs, ordered by expert;
+//   2. the same blocks sum the counts and write their slice's pairs to sorted_pairs, ordered by expert;
 //      block 0 publishes where each expert's pairs begin
 //   -- grid barrier, and all ranks --
 //   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/plan.cuh)

@@ -4,7 +4,7 @@
 //   warp 0   1 lane        activations and their scales into the stages               roles/load.cuh
 //   warp 1   1 lane        weights into the stages; tickets, tile order               roles/load.cuh, sched/
 //   warp 2                 the rest of dispatch                                       dispatch/gather.cuh
-//   warp 3   1 lane        announces finished GEMM 1 tiles to other blocks            roles/publish.cuh
+//   warp 3   1 lane        announces finished tiles, watches the math warps; tail     roles/publish.cuh
 //   warps 4-11             two warpgroups: WGMMA, SwiGLU, requantise, scatter         roles/math.cuh, mma/, epilogue/
 //            then          combine, once all blocks are done                          roles/combine.cuh
 //

@@ -3,7 +3,7 @@
 //
 // It is as fast as the memory if enough loads are in flight, and the stages of the matrix work are free by now.  A warp
 // has a run of pieces: 256 columns of a token, of all its slots.  Each lane copies 16 bytes of every slot into a place
-// that only it uses, several pieces ahead of the one it adds up, so nobody waits for anybody.  Masked slots are not read.
+// that only it uses, as many pieces ahead as there is room for, so nobody waits for anybody.  Masked slots are not read.
 #pragma once
 #include "comm/barriers.cuh"
 #include "comm/timeline.cuh"

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
-from megamoe_jit._faults import PEER_SIGNAL, ROLES, WAITS, Fault, decode, fault_error
+from megamoe_jit._faults import HEAD_BARRIER, PEER_SIGNAL, ROLES, WAITS, Fault, decode, fault_error
+from megamoe_jit._layout import COUNTER_ROWS
 from tests import host
 
 #: By name in `comm/fault.cuh`: words that the sentence must have, so that no code can change its meaning unnoticed.
@@ -25,7 +26,7 @@ SAYS = {
     "weight_stage_free": "for weights",
     "gemm2_tile_stored": "of the second GEMM",
     "pool_read": "the first GEMM to read",
-    "gemm2_done": "the second GEMM to finish pool block",
+    "gemm2_done": "the second GEMM to finish the rows",
 }
 
 
@@ -55,15 +56,28 @@ def test_every_wait_is_used_by_a_room():
 @pytest.mark.parametrize("code", sorted(WAITS))
 def test_sentences_are_filled_in(code):
     text = str(Fault(code, 2, 17, 5, 64, 3))
-    assert text.startswith("block 17, dispatch warp, waited in vain for ")
+    assert text.startswith(f"block 17, {'head' if code == HEAD_BARRIER else 'dispatch warp'}, waited in vain for ")
     assert "{" not in text
     assert "unknown" not in text
-    assert "5" in text.removeprefix("block 17")
+    assert ("rows from 320 on" if "{row}" in WAITS[code] else "5") in text.removeprefix("block 17")
 
 
 def test_missing_ranks_are_named():
     text = str(Fault(PEER_SIGNAL, 0, 0, 1, 7, 0b1000_0110))
     assert text.endswith("the other ranks to have their results ready in launch 7 (missing: rank 1, rank 2, rank 7)")
+
+
+def test_before_the_warps_have_roles_it_is_the_head():
+    """Thread 0 takes the barriers of the head, and warp 0 is the activations warp only later."""
+    assert str(Fault(HEAD_BARRIER, 0, 3, 1, 132, 131)).startswith("block 3, head, waited in vain for all 132 blocks")
+    assert str(Fault(PEER_SIGNAL, 0, 3, 0, 4, 2)).startswith("block 3, head, waited in vain for the other ranks")
+    assert str(Fault(PEER_SIGNAL, 3, 3, 1, 4, 2)).startswith("block 3, publisher warp, waited")
+
+
+def test_a_counter_is_told_as_the_rows_it_counts():
+    """64 rows share one, whatever a block of rows is elsewhere."""
+    assert "dispatch to bring the rows from 4864 on (3 of 64 arrived)" in str(Fault(6, 0, 0, 76, 64, 3))
+    assert COUNTER_ROWS == host.constant("kCounterRows")
 
 
 def test_an_unknown_code_is_said_to_be_one():

@@ -168,7 +168,7 @@ def test_a_deadlock_says_who_waits_for_what(build: Build):
     """GEMM 1 wants rows of a ring that GEMM 2, with larger tickets, has not used yet."""
     problem = find(build(2, MISTAKES), BLIND_ORDER)
     assert problem.startswith("deadlock\n")
-    assert "activations warp, waited in vain for the second GEMM to finish pool block" in problem
+    assert "activations warp, waited in vain for the second GEMM to finish the rows from" in problem
 
 
 def functions(room: Path) -> set[str]:

@@ -67,7 +67,7 @@ def two_ranks(folder: Path, name: str, date: str, **rows: float) -> None:
         for s, us in rows.items()
     ]
     found.append({**found[0], "variant": "pingpong", "median_us": 1.0})
-    env = {"device": "NVIDIA H200", "date": date, "ranks": 2}
+    env = {"device": "NVIDIA H200", "date": date, "ranks": 2, "commit": "0123456789ab"}
     (folder / name).write_text(json.dumps({"kind": "bench", "environment": env, "rows": found}))
 
 
@@ -83,9 +83,12 @@ def test_each_row_of_several_ranks_is_the_newest(tmp_path: Path):
     unfused = report.rank_rows(tmp_path, unfused=True)
     assert {row["shape"]: row["median_us"] for row in unfused} == {"flash": 110.0, "mimo": 160.0, "pro": 120.0}
     assert (
-        report.rank_table(report.rank_rows(tmp_path)).splitlines()[2] == "| flash | 64 | 2 | 105 | 100 | +5 | 1.050 |"
+        report.rank_table(report.rank_rows(tmp_path)).splitlines()[2]
+        == "| flash | 64 | 2 | 105 | 100 | +5 | 1.050 | 0123456 |"
     )
-    assert report.unfused_table(unfused).splitlines()[2] == "| flash | 64 | 2 | 110 | 100 | 1.10 | 220 | 2.00 |"
+    assert (
+        report.unfused_table(unfused).splitlines()[2] == "| flash | 64 | 2 | 110 | 100 | 1.10 | 220 | 2.00 | 0123456 |"
+    )
 
 
 def test_a_document_without_goals_is_not_the_newest(tmp_path: Path):

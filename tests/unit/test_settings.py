@@ -81,6 +81,15 @@ def test_bad_value_names_variable_value_and_allowed(name):
         Settings.from_env({PREFIX + name: BAD[name]})
 
 
+@pytest.mark.parametrize("text", ["1.1e9", "1e10", "1e12", "inf"])
+def test_a_deadline_must_fit_the_kernels_clock(text):
+    """Kernels add up to five times as many nanoseconds to the time of day, in 63 bits."""
+    with pytest.raises(ConfigError, match=r"TIMEOUT_S.*allowed: a number of seconds from 0.001 to 1e9"):
+        Settings.from_env({PREFIX + "TIMEOUT_S": text})
+    most = Settings.from_env({PREFIX + "TIMEOUT_S": "1e9"}).timeout_s
+    assert time.time_ns() + 5 * int(most * 1e9) < 2**63
+
+
 def test_defaults_and_empty_values():
     settings = Settings.from_env({PREFIX + "JOBS": "", PREFIX + "STRICT": "  "})
     assert settings == Settings()
