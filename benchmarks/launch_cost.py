@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 
 import megamoe_jit as mm
+from megamoe_jit._bench import require_hopper
+from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._scenarios import Scenario, make_inputs
 from megamoe_jit._spec import MoEShape
 
@@ -59,15 +62,20 @@ def measure() -> dict[str, float]:
     return result
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true")
+def main() -> int:
+    """Measure and print; 3 without a Hopper GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    options = parser.parse_args()
+    try:
+        require_hopper()
+    except UnsupportedDeviceError as error:
+        parser.exit(3, f"error: {error}\n")
     result = measure()
-    lines = [json.dumps(result)] if parser.parse_args().json else [f"{k:24} {v:7.2f}" for k, v in result.items()]
-    for line in lines:
-        print(line)  # noqa: T201
+    lines = [json.dumps(result)] if options.json else [f"{k:24} {v:7.2f}" for k, v in result.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megamoe_jit._bench import Layer, cases, require_hopper
+from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._prepared import PreparedKernel
 from megamoe_jit._scenarios import make_inputs
 from megamoe_jit._timeline import Record, decode, summary, words, write_trace
@@ -25,9 +26,8 @@ from megamoe_jit.heuristics.presets import preset
 ROUNDS = 3  #: the last one is kept
 
 
-def record(shape: str, tokens: int, variant: str) -> list[Record]:
+def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[Record]:
     """The records of one call, after some others, with the L2 flushed."""
-    device = require_hopper()
     (case,) = cases([preset(shape)], [tokens])
     layer = Layer(case.shape, tokens, device)
     inputs = make_inputs(case, device, weights=layer.weights)
@@ -58,7 +58,7 @@ def record(shape: str, tokens: int, variant: str) -> list[Record]:
 
 
 def main() -> int:
-    """Run once, print the summary."""
+    """Run once, print the summary; 3 without a Hopper GPU."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="v4-flash")
     parser.add_argument("--tokens", type=int, default=1024)
@@ -66,7 +66,11 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, help="write a Chrome/Perfetto trace")
     parser.add_argument("--every", type=int, default=1, help="only every n-th block in the trace")
     options = parser.parse_args()
-    records = record(options.shape, options.tokens, options.variant)
+    try:
+        device = require_hopper()
+    except UnsupportedDeviceError as error:
+        parser.exit(3, f"error: {error}\n")
+    records = record(options.shape, options.tokens, options.variant, device)
     if options.trace:
         title = f"{torch.cuda.get_device_name()}: {options.shape}, {options.tokens} tokens"
         write_trace(options.trace, records, title, range(0, 1 << 16, options.every))

@@ -15,6 +15,7 @@ from megamoe_jit._spec import MAX_RANKS, MoEShape
 __all__ = ["Preset", "parse_shapes", "preset", "preset_names"]
 
 _FILE = Path(__file__).with_name("presets.toml")
+_OR_A_FILE = ", or a .toml file"
 _SIZES = ("hidden", "intermediate", "experts", "topk")
 _OPTIONAL = {"source": str, "ranks": int, "ranks_why": str, "config": str, "differs": list, "note": str}
 
@@ -42,8 +43,10 @@ def _build(name: str, data: dict[str, Any], where: str) -> Preset:
         allowed = ", ".join((*_SIZES, *_OPTIONAL))
         raise ConfigError(f"{where}: [{name}] has unknown key {unknown[0]!r}; allowed: {allowed}")
     for key in _SIZES:
-        if type(data.get(key)) is not int:
-            raise ConfigError(f"{where}: [{name}] {key} = {data.get(key)!r}; allowed: an integer")
+        if key not in data:
+            raise ConfigError(f"{where}: [{name}] has no {key}; needed: {', '.join(_SIZES)}")
+        if type(data[key]) is not int:
+            raise ConfigError(f"{where}: [{name}] {key} = {data[key]!r}; allowed: an integer")
     for key, kind in _OPTIONAL.items():
         if key in data and type(data[key]) is not kind:
             raise ConfigError(f"{where}: [{name}] {key} = {data[key]!r}; allowed: {kind.__name__}")
@@ -83,12 +86,16 @@ def preset_names() -> tuple[str, ...]:
 
 def preset(name: str) -> Preset:
     """The preset called `name`; raises `ConfigError` with the names there are."""
+    return _named(name, "")
+
+
+def _named(name: str, more: str) -> Preset:
     known = _presets()
     if name in known:
         return known[name]
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"unknown shape {name!r}; {hint}allowed: {', '.join(known)}, or a .toml file")
+    raise ConfigError(f"unknown shape {name!r}; {hint}allowed: {', '.join(known)}{more}")
 
 
 def parse_shapes(text: str) -> tuple[Preset, ...]:
@@ -102,18 +109,32 @@ def parse_shapes(text: str) -> tuple[Preset, ...]:
         The shapes in the order they were named, each once.
 
     Raises:
-        ConfigError: A name is unknown, or a file cannot be read or is not in order.
+        ConfigError: A name is unknown or means two shapes, or a file cannot be read or is not in order.
     """
-    found: list[Preset] = []
+    found: dict[str, tuple[Preset, str]] = {}
     for item in (part.strip() for part in text.split(",")):
         if not item:
             continue
+        where = item
         if item == "all":
-            found.extend(_presets().values())
+            shapes, where = [*_presets().values()], "`shapes ls`"
         elif item.endswith(".toml"):
-            found.extend(_read(Path(item)).values())
+            shapes = [*_read(Path(item)).values()]
         else:
-            found.append(preset(item))
+            shapes, where = [_named(item, _OR_A_FILE)], "`shapes ls`"
+        for shape in shapes:
+            before, place = found.setdefault(shape.name, (shape, where))
+            if _sizes(before) != _sizes(shape):
+                raise ConfigError(
+                    f"shape {shape.name!r} is given twice with other sizes: {_sizes(before)} in {place}, "
+                    f"{_sizes(shape)} in {where}; rename one"
+                )
     if not found:
-        raise ConfigError(f"no shape in {text!r}; allowed: {', '.join(_presets())}, or a .toml file")
-    return tuple(dict.fromkeys(found))
+        raise ConfigError(f"no shape in {text!r}; allowed: {', '.join(_presets())}{_OR_A_FILE}")
+    return tuple(shape for shape, _ in found.values())
+
+
+def _sizes(entry: Preset) -> str:
+    shape = entry.shape
+    sizes = f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}"
+    return sizes if entry.ranks == 1 else f"{sizes} on {entry.ranks} ranks"

@@ -44,7 +44,10 @@ def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int) -> tuple
     times = {v: expected_us(model, shape, tokens, v, num_sms) for v, model in table.models.items()}
     picked = min(times, key=lambda v: times[v] * (1.0 if v is Variant.COOPERATIVE else DOUBT))
     listed = ", ".join(f"{v.value} {time:.0f} us" for v, time in times.items())
-    return picked, f"{picked.value}: nobody measured this shape on {table.devices[0]}; its model says {listed}"
+    why = f"nobody measured this shape on {table.devices[0]}; its model says {listed}"
+    if len(times) > 1:
+        why += f"; pingpong is taken only where cooperative would take at least {100 * (DOUBT - 1):.0f} % longer"
+    return picked, f"{picked.value}: {why}"
 
 
 def _pick(
@@ -55,8 +58,8 @@ def _pick(
         return _by_threshold(tokens, COOPERATIVE_THRESHOLD if threshold is None else threshold)
     if rule is None:
         return _by_model(table, shape, tokens, num_sms)
-    since = f"from {rule.tokens} tokens per rank on" if rule.tokens else "for few tokens"
-    return rule.variant, f"{rule.variant.value}: measured best {since} on {table.devices[0]} ({table.date[:10]})"
+    where = table.where(shape, rule)
+    return rule.variant, f"{rule.variant.value}: measured best {where} on {table.devices[0]} ({table.date[:10]})"
 
 
 def choose(

@@ -58,6 +58,15 @@ class Table:
         """The rule for one rank's shape and tokens; None if nobody measured the shape."""
         return next((rule for rule in reversed(self.rules.get(shape, ())) if rule.tokens <= tokens), None)
 
+    def where(self, shape: MoEShape, rule: Rule) -> str:
+        """At which token counts this rule of the shape was measured best, in words."""
+        rules = self.rules[shape]
+        if len(rules) == 1:
+            return "at every token count"
+        if rule.tokens == 0:
+            return f"up to {rules[1].tokens - 1} tokens per rank"
+        return f"from {rule.tokens} tokens per rank on"
+
 
 def _rules(data: list[dict[str, Any]]) -> tuple[Rule, ...]:
     rules = tuple(Rule(d["tokens"], Variant.parse(d["variant"]), float(d["lag"]), d["rows_per_item"]) for d in data)

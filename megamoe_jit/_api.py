@@ -10,11 +10,12 @@ import torch
 from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layout import DEFAULT_POOL_ROWS
+from megamoe_jit._quant import require_tensor
 from megamoe_jit._ranks import collectively, group_size
 from megamoe_jit._settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._validate import RECIPE, check_expert_ids, check_recipe, check_tensor
-from megamoe_jit._weights import WeightPair
+from megamoe_jit._weights import WeightPair, require_pair
 
 __all__ = ["fp8_mega_moe", "fp8_mega_moe_cooperative", "fp8_mega_moe_pingpong", "get_symm_buffer_for_mega_moe"]
 
@@ -61,6 +62,10 @@ def get_symm_buffer_for_mega_moe(
         if activation != "swiglu":
             raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
         shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
+        rows = {"num_max_tokens_per_rank": num_max_tokens_per_rank, "max_pool_rows": max_pool_rows}
+        for name, value in rows.items():
+            if type(value) is not int:
+                raise ConfigError(f"{name} = {value!r:.80} is not supported; allowed: an integer")
         if not torch.cuda.is_available():
             raise ConfigError("no CUDA device is available; allowed: a Hopper GPU with its driver")
         place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
@@ -112,8 +117,15 @@ def fp8_mega_moe(
     Calls on one buffer are ordered, also across streams; replays of a captured graph are for the caller to order with
     other calls on the same buffer.
     """
+    if not isinstance(sym_buffer, SymmBuffer):
+        given = type(sym_buffer).__name__
+        raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
     device = sym_buffer.device
-    tokens = y.shape[0] if y.ndim == 2 else -1
+    try:
+        tokens = y.shape[0] if y.ndim == 2 else -1
+    except AttributeError:  # costs nothing where it is a tensor
+        require_tensor("y", y)
+        raise
     if tokens > sym_buffer.num_max_tokens_per_rank:
         raise ConfigError(
             f"y has {tokens} rows; allowed: at most the buffer's {sym_buffer.num_max_tokens_per_rank} tokens"
@@ -127,7 +139,12 @@ def fp8_mega_moe(
     if get_settings().debug:
         check_expert_ids(sym_buffer.topk_idx[:tokens], sym_buffer.num_experts)
     plan = sym_buffer.plan(tokens, variant, fast_math, num_sms)
-    plan.kernel.check_weights(l1, l2, device)
+    try:
+        plan.kernel.check_weights(l1, l2, device)
+    except TypeError:
+        require_pair("l1", l1)
+        require_pair("l2", l2)
+        raise
     sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
 
 

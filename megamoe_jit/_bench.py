@@ -87,7 +87,10 @@ class Row:
 def require_hopper() -> torch.device:
     """The current CUDA device; raises `UnsupportedDeviceError` unless it is a Hopper."""
     if not torch.cuda.is_available():
-        raise UnsupportedDeviceError("no CUDA device that PyTorch can use; this command needs a Hopper GPU (SM90)")
+        raise UnsupportedDeviceError(
+            "no CUDA device that PyTorch can use; this command needs a Hopper GPU (SM90); "
+            "`megamoe-jit doctor` says more"
+        )
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):

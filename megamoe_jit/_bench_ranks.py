@@ -180,10 +180,13 @@ def run(
 
     Raises:
         ConfigError: there are not as many GPUs.
+        UnsupportedDeviceError: there is none at all.
         MegaMoeError: a rank failed; says what all of them said.
     """
     if not 2 <= ranks <= MAX_RANKS:
         raise ConfigError(f"ranks = {ranks} is not supported; allowed: 2 to {MAX_RANKS}")
+    if not torch.cuda.is_available():  # otherwise each rank asks for itself: this process needs no CUDA context
+        require_hopper()
     shapes = [[p.name, p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk] for p in presets]
     rows: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ __all__ = [
     "Problem",
     "PruneReport",
     "cache_key",
+    "find_info",
     "readonly_caches",
     "user_cache",
 ]
@@ -112,16 +113,7 @@ class KernelCache(EntryStore):
         Raises:
             ConfigError: there is none, or there are several.
         """
-        wanted = prefix.strip().lower()
-        found = [(key, folder) for key, folder in self._folders() if wanted and key.startswith(wanted)]
-        if len(found) > 1:
-            shown = ", ".join(sorted(key[: max(12, len(prefix) + 4)] for key, _ in found)[:5])
-            raise ConfigError(f"key {prefix!r} is not unique in {self.path}: {shown}{', ...' if found[5:] else ''}")
-        info = read_info(*found[0]) if found else None
-        if info is None:
-            what = "has no readable metadata" if found else "is not"
-            raise ConfigError(f"key {prefix!r} {what} in the cache {self.path}; `megamoe-jit cache ls` lists the keys")
-        return info
+        return find_info(prefix, (self,))[1]
 
     def prune(
         self, max_bytes: int | None = None, older_than_s: float | None = None, keep_current: bool = True
@@ -145,7 +137,7 @@ class KernelCache(EntryStore):
 
     def clear(self) -> PruneReport:
         """Delete every entry, readable or not, and what lies in quarantine."""
-        report = self.remove(key for key, _ in self._folders())
+        report = self.remove(self.keys())
         return PruneReport(report.removed, report.bytes + self._empty_quarantine())
 
     def verify(self, fix: bool = False) -> list[Problem]:
@@ -227,6 +219,32 @@ def user_cache() -> KernelCache:
 def readonly_caches() -> tuple[KernelCache, ...]:
     """The read-only caches of the current settings, in the order they are searched."""
     return tuple(_cache_at(root, None, True) for root in get_settings().readonly_cache)
+
+
+def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, EntryInfo]:
+    """The one entry whose key begins with `prefix`, and the first of these caches that has it.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    wanted = prefix.strip().lower()
+    found = [
+        (cache, key, folder)
+        for cache in caches
+        for key, folder in cache._folders()
+        if wanted and key.startswith(wanted)
+    ]
+    keys = sorted({key for _, key, _ in found})
+    where = " or ".join(str(cache.path) for cache in caches)
+    if len(keys) > 1:
+        shown = ", ".join(key[: max(12, len(prefix) + 4)] for key in keys[:5])
+        raise ConfigError(f"key {prefix!r} is not unique in {where}: {shown}{', ...' if keys[5:] else ''}")
+    for cache, key, folder in found:
+        info = read_info(key, folder)
+        if info is not None:
+            return cache, info
+    what = "has no readable metadata" if found else "is not"
+    raise ConfigError(f"key {prefix!r} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
 
 
 def _make_private(folder: Path) -> bool:

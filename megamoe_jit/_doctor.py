@@ -128,17 +128,18 @@ def _settings() -> Check:
 
 
 def _compiler(found: dict[str, Any]) -> Check:
-    from megamoe_jit._toolchain import wanted_major
+    from megamoe_jit._toolchain import correction, wanted_major, wheel_command
 
     chosen, others = found["chosen"], found["candidates"]
     if chosen is None:
-        return Check("compiler", Status.FAIL, found["problem"], "install NVRTC as the message says", found)
+        step = correction() or "install NVRTC as the message says"
+        return Check("compiler", Status.FAIL, found["problem"], step, found)
     wanted, reason = wanted_major()
     text = f"NVRTC {chosen['version']} at {chosen['path']}"
     if len(others) > 1:
         text += f" ({len(others)} found)"
     if wanted is not None and int(chosen["version"].split(".")[0]) != wanted:
-        step = f"pip install 'megamoe-jit[cu{wanted}]', or set MEGAMOE_JIT_NVRTC"
+        step = correction() or f"{wheel_command(wanted)}, or set MEGAMOE_JIT_NVRTC"
         return Check("compiler", Status.WARN, f"{text}, but {reason}", step, found)
     return Check("compiler", Status.OK, f"{text}; {reason}", "", found)
 
@@ -163,6 +164,8 @@ def _torch(machine: Machine) -> Check:
 
 
 def _driver(machine: Machine, found: dict[str, Any]) -> Check:
+    from megamoe_jit._toolchain import MINIMUM, wheel_command
+
     data = {"driver_cuda": machine.driver_cuda, "nvrtc": (found["chosen"] or {}).get("version")}
     if machine.driver_cuda is None:
         step = "to compile kernels, none is needed; to run them, install one, or run the container with GPUs"
@@ -170,7 +173,9 @@ def _driver(machine: Machine, found: dict[str, Any]) -> Check:
     text = f"supports CUDA {machine.driver_cuda}"
     driver, compiler = int(machine.driver_cuda.split(".")[0]), int((data["nvrtc"] or "0").split(".")[0])
     if compiler > driver:
-        step = f"pip install 'megamoe-jit[cu{driver}]' with a torch for CUDA {driver}, or update the driver"
+        step = "update the driver"
+        if driver >= MINIMUM[0]:
+            step = f"{wheel_command(driver)} with a torch for CUDA {driver}, or {step}"
         return Check("driver", Status.FAIL, f"{text}: too old for kernels of NVRTC {data['nvrtc']}", step, data)
     return Check("driver", Status.OK, text, "", data)
 
@@ -218,21 +223,20 @@ def _cache() -> Check:
     from megamoe_jit._settings import get_settings
 
     root = get_settings().cache_dir
-    system = file_system(root)
-    data: dict[str, Any] = {"path": str(root), "exists": root.exists(), **asdict(system), "owner": None, "mode": None}
+    path = next(path for path in (root, *root.parents) if os.path.exists(path))  # that this user may see
+    system, status = file_system(path), path.stat()
+    data: dict[str, Any] = {"path": str(root), "exists": path == root, **asdict(system)}
+    data["owner"], data["mode"] = _owner(status), f"{stat.S_IMODE(status.st_mode):04o}"
     text = f"{root}, {_where(system)}"
     elsewhere = "set MEGAMOE_JIT_CACHE_DIR to a folder of your own"
-    for path in (root, *root.parents):
-        if path.exists():
-            break
-    status = path.stat()
-    data["owner"], data["mode"] = _owner(status), f"{stat.S_IMODE(status.st_mode):04o}"
-    if root.exists():
+    if path == root:
         text += f", {data['owner']} {data['mode']}"
         try:
             check_private(Path(os.path.realpath(root)))
         except OSError as error:
-            return Check("cache", Status.WARN, f"{text}: {error}", f"chmod go-w {root}, or {elsewhere}", data)
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            step = f"chmod go-w {root}, or {elsewhere}" if ours else elsewhere
+            return Check("cache", Status.WARN, f"{text}: {error}", step, data)
     else:
         text += ", not there yet"
     if not _can_write(path):
@@ -249,7 +253,10 @@ def _cache() -> Check:
 def _read_only() -> Check:
     from megamoe_jit._cache import readonly_caches
 
-    caches = {str(cache.root): (_unusable(cache), len(cache.entries())) for cache in readonly_caches()}
+    caches = {}
+    for cache in readonly_caches():
+        problem = _unusable(cache)
+        caches[str(cache.root)] = problem, 0 if problem else len(cache.entries())
     if not caches:
         return Check("read-only", Status.OK, "no read-only caches set")
     data = {"caches": [{"path": path, "problem": p or None, "entries": n} for path, (p, n) in caches.items()]}
@@ -264,8 +271,12 @@ def _unusable(cache: KernelCache) -> str:
     """Why nothing is read from a read-only cache; empty if something may be."""
     from megamoe_jit._locks import check_private
 
-    if not cache.root.exists():
+    try:
+        os.stat(cache.root)
+    except FileNotFoundError:
         return "does not exist"
+    except OSError as error:
+        return str(error)
     try:
         check_private(cache.path, cache.forbidden)
         os.listdir(cache.path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._launch import BLOCK_THREADS
 from megamoe_jit._layout import Section, buffer_layout
+from megamoe_jit._locks import check_private
 from megamoe_jit._spec import (
     BLOCK,
     BLOCK_N,
@@ -22,7 +23,10 @@ from megamoe_jit._spec import (
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
-__all__ = ["DEFAULT_SMS", "explain", "gpu_asked_for", "kernel_state", "plan", "shared_parts"]
+if TYPE_CHECKING:
+    from megamoe_jit._cache import KernelCache
+
+__all__ = ["DEFAULT_SMS", "entry_there", "explain", "gpu_asked_for", "kernel_state", "plan", "shared_parts"]
 
 DEFAULT_SMS = 132  #: streaming multiprocessors of an H100 SXM and of an H200
 
@@ -49,6 +53,20 @@ def gpu_asked_for(name: str | None) -> dict[str, Any]:
     return {"gpu": gpu, "measured": table_for(gpu) is not None}
 
 
+def entry_there(cache: KernelCache, key: str) -> bool:
+    """Whether a cache has an entry; where a call would not read, or not trust, nothing is there.
+
+    An unreadable cache costs one warning, as when a call loads from it.
+    """
+    try:
+        check_private(cache.path, cache.forbidden)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return cache.load(key) is not None  # says why not, once
+    return cache.holds(key)
+
+
 def kernel_state(spec: KernelSpec) -> dict[str, Any]:
     """The key of a kernel and where it is cached, found as a call would find it, but not loaded.
 
@@ -71,7 +89,7 @@ def kernel_state(spec: KernelSpec) -> dict[str, Any]:
         problem = str(error)
     caches = readonly_caches() if get_settings().no_cache else (*readonly_caches(), user_cache())
     if key is not None:
-        path = next((where for cache in caches if (where := cache.entry_path(key)).is_dir()), None)
+        path = next((cache.entry_path(key) for cache in caches if entry_there(cache, key)), None)
     if path is None:
         source = source_id(text, options_for(toolchain), spec.entry, ARCH)
         found = (cache.load_source(source, toolchain.version[0] if toolchain else None) for cache in caches)

@@ -31,8 +31,8 @@ WAITS = {
     10: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
     11: "the math warps to free pipeline stage {which} for weights",
     12: "the math warps to finish tile {which}, of the second GEMM",
-    13: "the first GEMM to read the rows from {row} on, before others take their place ({seen} of {expected} tiles done)",
-    14: "the second GEMM to finish the rows from {row} on, before others take their place ({seen} of {expected} tiles done)",
+    13: "the first GEMM to read the rows from {row} on, whose place is wanted ({seen} of {expected} tiles done)",
+    14: "the second GEMM to finish the rows from {row} on, whose place is wanted ({seen} of {expected} tiles done)",
 }
 
 INPUTS = 0

@@ -6,8 +6,8 @@ import torch
 
 from megamoe_jit._api import fp8_mega_moe, get_symm_buffer_for_mega_moe
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._quant import quantize_activations, quantize_weights
-from megamoe_jit._weights import WeightPair, transform_weights_for_mega_moe_sm90
+from megamoe_jit._quant import quantize_activations, quantize_weights, require_tensor
+from megamoe_jit._weights import WeightPair, require_pair, transform_weights_for_mega_moe_sm90
 
 __all__ = ["MegaMoE"]
 
@@ -42,6 +42,8 @@ class MegaMoE:
     ) -> None:
         l1 = quantize_weights(w13) if isinstance(w13, torch.Tensor) else w13
         l2 = quantize_weights(w2) if isinstance(w2, torch.Tensor) else w2
+        require_pair("w13", l1)
+        require_pair("w2", l2)
         if l1[0].ndim != 3 or l2[0].ndim != 3:
             raise ConfigError(f"w13 has {l1[0].ndim} and w2 {l2[0].ndim} dimensions; allowed: 3 each")
         experts, rows, hidden = l1[0].shape
@@ -53,11 +55,23 @@ class MegaMoE:
 
     def stage(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> int:
         """Quantise and copy the inputs of a call into the buffer; the number of tokens."""
+        require_tensor("x", x)
+        hidden, topk = self.buffer.hidden, self.buffer.num_topk
+        if x.ndim != 2:
+            raise ConfigError(f"x has shape {tuple(x.shape)}; allowed: [tokens, {hidden}]")
         tokens = x.shape[0]
         if tokens > self.buffer.num_max_tokens_per_rank:
             raise ConfigError(
                 f"x has {tokens} tokens; allowed: at most {self.buffer.num_max_tokens_per_rank}, the layer's max_tokens"
             )
+        for name, tensor, width in (
+            ("x", x, hidden),
+            ("topk_idx", topk_idx, topk),
+            ("topk_weights", topk_weights, topk),
+        ):
+            require_tensor(name, tensor)
+            if tensor.shape != (tokens, width):
+                raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {(tokens, width)}")
         codes, scales = quantize_activations(x)
         self.buffer.x[:tokens].copy_(codes)
         self.buffer.x_sf[:tokens].copy_(scales)

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from megamoe_jit._cache import CacheEntry, KernelCache, cache_key, readonly_caches, user_cache
@@ -65,6 +66,7 @@ class CompiledKernel:
 _sealed = False
 _compiled_here: set[str] = set()
 _distrusted: set[str] = set()
+_shown: set[Path] = set()  #: entries whose place was logged
 _refused: dict[tuple[Settings, KernelSpec, int], LoadError] = {}
 
 
@@ -194,7 +196,7 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
     key, cache = wanted.key, None if settings.no_cache else user_cache()
 
     def published() -> bool:
-        return not force and cache is not None and cache.entry_path(key).is_dir()
+        return not force and cache is not None and cache.holds(key)
 
     with key_lock(key, spec.entry, published):
         if not force:
@@ -231,17 +233,16 @@ def _from_disk(wanted: _Wanted) -> CompiledKernel | None:
     for cache in caches:
         entry = cache.load(wanted.key) if wanted.key is not None else None
         if entry is not None and entry.key not in _distrusted:
-            return _accept(wanted.spec, entry, cache)
+            return _accept(wanted.spec, entry, cache, "")
     major = wanted.toolchain.version[0] if wanted.toolchain else None
     for cache in caches:
         entry = cache.load_source(wanted.source_id, major, _distrusted)
         if entry is not None:
-            LOG.info("%s: using the kernel at %s, built elsewhere", wanted.spec.entry, entry.path)
-            return _accept(wanted.spec, entry, cache)
+            return _accept(wanted.spec, entry, cache, ", built elsewhere")
     return None
 
 
-def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache) -> CompiledKernel:
+def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache, remark: str) -> CompiledKernel:
     losses: Sequence[str] = entry.meta.get("advisories") or ()
     strict = get_settings().strict
     if losses and strict == "error":
@@ -251,6 +252,9 @@ def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache) -> Compiled
         )
     if losses and strict == "warn":
         LOG.warning("cached kernel %s has performance losses: %s", spec.entry, "; ".join(losses))
+    if entry.path not in _shown:
+        _shown.add(entry.path)
+        LOG.info("%s: from %s%s", spec.entry, entry.path, remark)
     return CompiledKernel(spec, entry.key, entry.cubin, entry.meta, "pack" if cache.read_only else "disk", 0.0)
 
 

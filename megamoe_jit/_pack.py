@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._cache import KernelCache, readonly_caches, user_cache
+from megamoe_jit._cache import KernelCache, find_info, readonly_caches, user_cache
 from megamoe_jit._entry import CUBIN, IMPORTED, LIMIT, META, SCHEMA, SOURCE, Damaged, is_key, read_entry, verify_files
 from megamoe_jit._errors import KernelMissingError, PackError
 from megamoe_jit._spec import KernelSpec
@@ -81,8 +81,8 @@ def export_pack(
 
     Args:
         path: the file, replaced if it exists; compressed if its name ends in `.gz` or `.tgz`.
-        what: keys, beginnings of keys, or specs; everything in the cache if None.
-        cache: where to take them from; the user's cache, and for specs the read-only ones too, if None.
+        what: keys, beginnings of keys, or specs; everything there is if None.
+        cache: where to take them from; the user's cache and the read-only ones if None.
 
     Returns:
         What was written.
@@ -173,14 +173,15 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
     caches = (user_cache(), *readonly_caches()) if cache is None else (cache,)
     found: dict[str, tuple[Path, int]] = {}
     if what is None:
-        found = {info.key: (info.path, caches[0].forbidden) for info in caches[0].entries()}
+        for each in reversed(caches):  # what several have comes from the first
+            found.update((info.key, (info.path, each.forbidden)) for info in each.entries())
     for item in [what] if isinstance(what, str | KernelSpec) else what or ():
         if isinstance(item, KernelSpec):
             key, where = _key_of(item, caches)
             found[key] = where.entry_path(key), where.forbidden
         else:
-            info = caches[0].info(item)
-            found[info.key] = info.path, caches[0].forbidden
+            where, info = find_info(item, caches)
+            found[info.key] = info.path, where.forbidden
     for key in sorted(found):
         yield (key, *found[key])
 

@@ -19,6 +19,7 @@ __all__ = [
     "dequantize_weights",
     "quantize_activations",
     "quantize_weights",
+    "require_tensor",
 ]
 
 E4M3_MAX = 448.0  #: largest finite value of float8_e4m3fn
@@ -28,6 +29,11 @@ AMAX_FLOOR = 1e-10  #: keeps the scale of an all-zero group positive
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is a tensor."""
+    _require(isinstance(value, torch.Tensor), f"{name}: {type(value).__name__} given; allowed: a torch.Tensor")
 
 
 def _encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -48,6 +54,7 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Codes float8_e4m3fn ``[T, H]`` and scales float32 ``[T, H / 128]``.
     """
+    require_tensor("activations", x)
     _require(x.ndim == 2, f"activations have {x.ndim} dimensions; allowed: 2, [tokens, hidden]")
     _require(x.is_floating_point(), f"activations are {x.dtype}; allowed: a floating dtype")
     tokens, hidden = x.shape
@@ -67,6 +74,8 @@ def dequantize_activations(codes: torch.Tensor, scales: torch.Tensor) -> torch.T
     Returns:
         float32 ``[T, H]``.
     """
+    require_tensor("codes of activations", codes)
+    require_tensor("scales of activations", scales)
     tokens, hidden = codes.shape
     groups = codes.float().view(tokens, hidden // BLOCK, BLOCK)
     return (groups * scales.float().unsqueeze(-1)).view(tokens, hidden)
@@ -81,6 +90,7 @@ def quantize_weights(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Codes float8_e4m3fn ``[..., N, K]`` and scales float32 ``[..., N / 128, K / 128]``.
     """
+    require_tensor("weights", w)
     _require(w.ndim >= 2, f"weights have {w.ndim} dimensions; allowed: 2 or more, [..., N, K]")
     _require(w.is_floating_point(), f"weights are {w.dtype}; allowed: a floating dtype")
     *lead, n, k = w.shape
@@ -109,6 +119,8 @@ def dequantize_weights(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
     Returns:
         float32 ``[..., N, K]``.
     """
+    require_tensor("codes of weights", codes)
+    require_tensor("scales of weights", scales)
     *lead, n, k = codes.shape
     blocks = codes.float().reshape(*lead, n // BLOCK, BLOCK, k // BLOCK, BLOCK)
     return (blocks * scales.float()[..., :, None, :, None]).reshape(*lead, n, k)

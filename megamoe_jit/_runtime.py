@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from megamoe_jit._cache import KernelCache, cache_key, user_cache
 from megamoe_jit._compiler import options_for
-from megamoe_jit._errors import KernelMissingError, MegaMoeError
+from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
 from megamoe_jit._obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._render import render
 from megamoe_jit._settings import Settings, get_settings
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("megamoe_jit")
+_BY_NAME = 'preset("v4-flash").shape'  # in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,17 @@ def enumerate_specs(
         ranks: ranks that share the experts.
         variants: these alone; all that the heuristics can choose if None.
         fast_math: the argument of the calls; None for both.
+
+    Raises:
+        ConfigError: an argument is not supported.
     """
     from megamoe_jit.heuristics.select import all_variants
 
+    if not isinstance(shape, MoEShape):
+        allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
+        raise ConfigError(f"shape = {shape!r:.80} is not supported; allowed: {allowed}")
+    if isinstance(variants, str) or not isinstance(variants, Iterable | None):
+        raise ConfigError(f"variants = {variants!r:.80} is not supported; allowed: several Variants, or None")
     wanted = all_variants(shape) if variants is None else tuple(variants)
     maths = (True, False) if fast_math is None else (fast_math,)
     return tuple(dict.fromkeys(KernelSpec(shape, variant, ranks, math) for variant in wanted for math in maths))
@@ -170,8 +179,13 @@ def warmup(
 
     Returns:
         One result per kernel, in the order given.  Failures are results too, not exceptions.
+
+    Raises:
+        ConfigError: these are not specs, or `jobs` is not a number of threads.
     """
-    todo = list(dict.fromkeys(specs))
+    todo = _distinct(specs)
+    if not isinstance(jobs, int | None) or isinstance(jobs, bool):
+        raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer or None")
     results: dict[KernelSpec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
@@ -185,6 +199,16 @@ def warmup(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [results[spec] for spec in todo]
+
+
+def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
+    """The specs, each once; raises `ConfigError` if one of them is something else."""
+    given = list(specs) if isinstance(specs, Iterable) and not isinstance(specs, str) else None
+    odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec)]
+    if given is None or odd:
+        allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
+        raise ConfigError(f"specs: {odd[0]!r:.80} given; allowed: {allowed}")
+    return list(dict.fromkeys(given))
 
 
 def _warm_one(spec: KernelSpec, force: bool) -> WarmupResult:

@@ -53,6 +53,10 @@ def _check(ok: bool, what: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{what} = {value} is not supported; allowed: {allowed}")
 
 
+def _check_int(what: str, value: object) -> None:
+    _check(type(value) is int, what, f"{value!r:.80}", "an integer")
+
+
 @dataclass(frozen=True, slots=True)
 class MoEShape:
     """Sizes of one MoE layer.  `experts` counts all ranks' experts."""
@@ -63,6 +67,10 @@ class MoEShape:
     topk: int
 
     def __post_init__(self) -> None:
+        _check_int("hidden", self.hidden)
+        _check_int("intermediate", self.intermediate)
+        _check_int("num_experts", self.experts)
+        _check_int("num_topk", self.topk)
         _check(self.hidden > 0 and self.hidden % BLOCK == 0, "hidden", self.hidden, "a positive multiple of 128")
         _check(
             self.intermediate > 0 and self.intermediate % BLOCK == 0,
@@ -85,6 +93,9 @@ class KernelSpec:
     timeline: bool = False  #: the kernel writes down where its time goes (`_timeline`)
 
     def __post_init__(self) -> None:
+        _check(isinstance(self.shape, MoEShape), "shape", f"{self.shape!r:.80}", "a MoEShape")
+        _check(isinstance(self.variant, Variant), "variant", f"{self.variant!r:.80}", "a member of Variant")
+        _check_int("number of ranks", self.ranks)
         _check(1 <= self.ranks <= MAX_RANKS, "number of ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(
             self.shape.experts % self.ranks == 0,

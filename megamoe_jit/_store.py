@@ -37,6 +37,7 @@ LOG = logging.getLogger("megamoe_jit")
 STALE_STAGING_S = 3600.0
 TOUCH_S = 3600.0  #: an entry's last use is noted at most this often
 QUARANTINED = 32  #: damaged entries kept for looking into
+_ACCESS = "access"  #: cause of a warning: who may not read may not write either, and is told once
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,14 @@ class EntryStore:
         """Directory of an entry, whether it exists or not."""
         return self.path / key[:2] / key
 
+    def keys(self) -> list[str]:
+        """Keys of all entries, whole or not."""
+        return [key for key, _ in self._folders()]
+
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry, whole or not; what this user may not see is not there."""
+        return os.path.isdir(self.entry_path(key))
+
     def load(self, key: str) -> CacheEntry | None:
         """Read and verify an entry.
 
@@ -99,8 +108,7 @@ class EntryStore:
                 self._warn(key, message)
             return None
         except OSError as error:
-            if error.errno != errno.ESTALE:  # removed meanwhile, as network file systems say it
-                self._warn("read", f"cannot read kernel cache {self.path}: {error}")
+            self._unreadable(error)
             return None
         if meta["schema"] != SCHEMA:
             return None
@@ -183,7 +191,8 @@ class EntryStore:
             staging = None
             _sync_directory(target.parent)
         except OSError as error:
-            self._warn("write", f"cannot write kernel cache {self.path}: {error}; kernels stay in memory")
+            cause = _ACCESS if isinstance(error, PermissionError) else "write"
+            self._warn(cause, f"cannot write kernel cache {self.path}: {error}; kernels stay in memory")
             return False
         finally:
             if staging is not None:
@@ -242,11 +251,15 @@ class EntryStore:
 
     def _folders(self) -> Iterator[tuple[str, str]]:
         """Keys and directories of all entries, whole or not."""
-        with contextlib.suppress(OSError):
-            for group in os.scandir(self.path):
-                if len(group.name) == 2:
-                    with contextlib.suppress(OSError):
-                        yield from ((e.name, e.path) for e in os.scandir(group.path) if is_key(e.name))
+        try:
+            groups = [each.path for each in os.scandir(self.path) if len(each.name) == 2]
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                self._unreadable(error)
+            return
+        for group in groups:
+            with contextlib.suppress(OSError):
+                yield from ((e.name, e.path) for e in os.scandir(group) if is_key(e.name))
 
     def _rename(self, key: str, staging: Path, target: Path) -> bool:
         """Publish; False if another writer was first, or cannot be displaced."""
@@ -289,6 +302,12 @@ class EntryStore:
             for path in (self.path / ".tmp").iterdir():
                 if path.stat().st_mtime < limit:
                     shutil.rmtree(path, ignore_errors=True)
+
+    def _unreadable(self, error: OSError) -> None:
+        """Say once that the cache cannot be read; it counts as empty."""
+        if error.errno != errno.ESTALE:  # removed meanwhile, as network file systems say it
+            cause = _ACCESS if isinstance(error, PermissionError) else "read"
+            self._warn(cause, f"cannot read kernel cache {self.path}: {error}")
 
     def _warn(self, cause: str, message: str) -> None:
         if cause not in self._warned:

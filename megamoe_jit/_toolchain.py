@@ -34,8 +34,10 @@ __all__ = [
     "activate",
     "build_id",
     "candidates",
+    "correction",
     "find_toolchain",
     "wanted_major",
+    "wheel_command",
 ]
 
 ARCH = "sm_90a"
@@ -43,6 +45,8 @@ MINIMUM = (12, 8)  #: the oldest the kernels are compiled with
 LOG = logging.getLogger("megamoe_jit")
 
 _MAJORS = (13, 12)
+_WHEELS = {12: "nvidia-cuda-nvrtc-cu12>=12.8,<13", 13: "nvidia-cuda-nvrtc>=13,<14"}  #: as in the extras
+_BINDINGS = {12: "cuda-python>=12.9,<13", 13: "cuda-python>=13.0.3,<14"}
 _WHEEL_DIRS = ("nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib")
 _SYSTEM_DIRS = ("/usr/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu")
 _SONAME = re.compile(r"libnvrtc\.so\.(\d+)(?:\.(\d+))?")
@@ -104,7 +108,7 @@ def candidates() -> tuple[Candidate, ...]:
     """Every NVRTC found, best first; the first one is what `find_toolchain` takes."""
     explicit = get_settings().nvrtc
     if explicit is not None:
-        return (_candidate(explicit, "MEGAMOE_JIT_NVRTC"),)
+        return (_candidate(explicit, _chosen_by()),) if os.path.isfile(explicit) else ()
     wanted, _ = wanted_major()
     seen: dict[str, Candidate] = {}
     for path, origin in _search():
@@ -166,19 +170,19 @@ os.register_at_fork(after_in_child=_after_fork)
 @functools.lru_cache(maxsize=8)
 def _find_once(explicit: Path | None) -> Toolchain:
     found = candidates()
+    if not found and explicit is not None:
+        what = "is not a file" if os.path.exists(explicit) else "does not exist"
+        raise ToolchainError(f"NVRTC library {explicit} (from {_chosen_by()}) {what}. {_advice()}")
     if not found:
         raise ToolchainError(f"no NVRTC library (libnvrtc.so) was found. {_advice()}")
     chosen = found[0]
-    if not chosen.path.is_file():
-        what = "is not a file" if chosen.path.exists() else "does not exist"
-        raise ToolchainError(f"NVRTC library {chosen.path} (from {chosen.origin}) {what}. {_advice()}")
     wanted, reason = wanted_major()
     if explicit is None and wanted is not None and chosen.major != wanted:
         LOG.warning(
-            "using NVRTC %s although %s; its kernels may not load. %s",
+            "using NVRTC %s although %s; its kernels may not load. To get one that fits, run: %s",
             chosen.path,
             reason,
-            _advice(missing=False),
+            wheel_command(wanted),
         )
     version = chosen.version or _loaded_version(chosen.path)
     if version < MINIMUM:
@@ -203,11 +207,31 @@ def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def _advice(missing: bool = True) -> str:
+def wheel_command(major: int | None) -> str:
+    """How to get the NVRTC of a CUDA major version; of CUDA 12 where there is none of that version."""
+    return f"pip install '{_WHEELS[major if major in _WHEELS else 12]}'"
+
+
+def correction() -> str:
+    """What to do about an NVRTC that was named and does not do; empty if none was named."""
+    settings = get_settings()
+    if settings.nvrtc is None:
+        return ""
+    source = settings.source("nvrtc")
+    if source.startswith("file "):
+        return f"correct nvrtc in the settings {source}, or remove it there"
+    return "pass another nvrtc, or none" if source == "argument" else "correct or unset MEGAMOE_JIT_NVRTC"
+
+
+def _chosen_by() -> str:
+    source = get_settings().source("nvrtc")
+    return f"the settings {source}" if source.startswith("file ") else "MEGAMOE_JIT_NVRTC"
+
+
+def _advice() -> str:
     major, reason = wanted_major()
-    major = major if major in _MAJORS else 12
-    verb = "Run" if missing else "To get one that fits, run"
-    return f"{verb}: pip install 'megamoe-jit[cu{major}]' ({reason}), or set MEGAMOE_JIT_NVRTC to a libnvrtc.so"
+    text = correction() or f"run: {wheel_command(major)} ({reason}), or set MEGAMOE_JIT_NVRTC to a libnvrtc.so"
+    return text[0].upper() + text[1:]
 
 
 def _installed_torch_cuda() -> str | None:
@@ -241,7 +265,7 @@ def _search() -> Iterator[tuple[Path, str]]:
     for folder, origin in places:
         for major in _MAJORS:
             path = Path(folder) / f"libnvrtc.so.{major}"
-            if path.is_file():
+            if os.path.isfile(path):
                 yield path.absolute(), origin
 
 
@@ -286,7 +310,8 @@ def _activate(path: Path) -> None:
 
         used = load_nvidia_dynamic_lib("nvrtc").abs_path
     except ImportError as error:
-        raise ToolchainError(f"cuda-python is not installed: {error}. {_advice()}") from error
+        wheel = _BINDINGS[12 if wanted_major()[0] != 13 else 13]
+        raise ToolchainError(f"cuda-python is not installed: {error}. Run: pip install '{wheel}'") from error
     except RuntimeError as error:
         raise ToolchainError(f"cuda-bindings cannot use NVRTC library {path}: {error}") from error
     if used is not None and not os.path.samefile(used, path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -129,12 +128,6 @@ def write_table(cells: Sequence[Mapping[str, Any]], path: Path | None = None) ->
     parse_table(table)
     path = path or table_path(table["devices"][0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_layout(table), encoding="utf-8")
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     tables.cache_clear()
     return path
-
-
-def _layout(table: Mapping[str, Any]) -> str:
-    """JSON with one rule per line."""
-    text = json.dumps(table, indent=1)
-    return re.sub(r"\{\s+(\"tokens\"[^{}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text) + "\n"

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
+from megamoe_jit._quant import require_tensor
 from megamoe_jit._spec import BLOCK, KernelSpec
+from megamoe_jit._weights import require_pair
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,8 +43,13 @@ def check_tensor(
     align: int = 16,
 ) -> None:
     """Raise unless `tensor` has exactly this dtype, shape and device, is contiguous and aligned to `align` bytes."""
-    if tensor.dtype is not dtype:
-        raise ConfigError(f"{name} has dtype {tensor.dtype}; allowed: {dtype}")
+    try:
+        given = tensor.dtype
+    except AttributeError:
+        require_tensor(name, tensor)
+        raise
+    if given is not dtype:
+        raise ConfigError(f"{name} has dtype {given}; allowed: {dtype}")
     if tensor.shape != tuple(shape):
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {tuple(shape)}")
     if tensor.device != device:
@@ -60,6 +67,8 @@ def check_weights(
     device: torch.device,
 ) -> None:
     """Raise unless both layers' transformed weights and scales fit the kernel."""
+    require_pair("l1", l1)
+    require_pair("l2", l2)
     experts, hidden, intermediate = spec.local_experts, spec.shape.hidden, spec.shape.intermediate
     fp8, f32 = torch.float8_e4m3fn, torch.float32
     check_tensor("l1 weights", l1[0], fp8, (experts, 2 * intermediate, hidden), device)
@@ -70,14 +79,22 @@ def check_weights(
 
 def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) -> float:
     """Raise unless the options are the supported ones; the clamp as the kernel takes it (infinity for none)."""
-    if tuple(recipe) != RECIPE:
-        raise ConfigError(f"recipe = {tuple(recipe)} is not supported; allowed: {RECIPE}")
+    try:
+        blocks = tuple(recipe)
+    except TypeError:
+        raise ConfigError(f"recipe = {recipe!r:.80} is not supported; allowed: {RECIPE}") from None
+    if blocks != RECIPE:
+        raise ConfigError(f"recipe = {blocks} is not supported; allowed: {RECIPE}")
     if activation != "swiglu":
         raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
     if clamp is None:
         return float("inf")
-    if not clamp > 0:
-        raise ConfigError(f"activation_clamp = {clamp} is not supported; allowed: a positive number or None")
+    try:
+        positive = clamp > 0
+    except TypeError:
+        positive = False
+    if not positive:
+        raise ConfigError(f"activation_clamp = {clamp!r:.80} is not supported; allowed: a positive number or None")
     return float(clamp)
 
 

@@ -11,18 +11,21 @@ both directions run in place with one expert of scratch.  Nothing marks a tensor
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._quant import require_tensor
 from megamoe_jit._spec import BLOCK
 
 __all__ = [
     "INTERLEAVE",
     "WeightPair",
     "inverse_transform_weights_for_mega_moe_sm90",
+    "require_pair",
     "transform_weights_for_mega_moe_sm90",
 ]
 
@@ -45,7 +48,17 @@ def _deinterleave(w: torch.Tensor) -> torch.Tensor:
     return groups.transpose(0, 1).contiguous().view(rows, hidden)
 
 
+def require_pair(name: str, pair: object) -> None:
+    """Raise `ConfigError` unless `pair` is two tensors."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        given = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, tuple | list) else type(pair).__name__
+        raise ConfigError(f"{name}: {given} given; allowed: a pair of tensors, codes and scales")
+    require_tensor(f"{name} weights", pair[0])
+    require_tensor(f"{name} scales", pair[1])
+
+
 def _check_pair(name: str, pair: WeightPair) -> None:
+    require_pair(name, pair)
     codes, scales = pair
     if codes.dtype is not torch.float8_e4m3fn:
         raise ConfigError(f"{name} weights are {codes.dtype}; allowed: torch.float8_e4m3fn")
@@ -87,7 +100,11 @@ def _apply(
         raise ConfigError("experts was given with one [2I, H] matrix; allowed: only with [experts, 2I, H]")
     source = w13.view(torch.uint8).unsqueeze(0) if w13.ndim == 2 else w13.view(torch.uint8)
     count = source.shape[0]
-    chosen = list(range(count)) if experts is None else list(experts)
+    try:
+        chosen = list(range(count)) if experts is None else [operator.index(e) for e in experts]
+    except TypeError:
+        given = f"{experts!r:.80}"
+        raise ConfigError(f"experts = {given}; allowed: distinct local experts from 0 to {count - 1}") from None
     if len(set(chosen)) != len(chosen) or any(not 0 <= e < count for e in chosen):
         raise ConfigError(f"experts = {chosen}; allowed: distinct local experts from 0 to {count - 1}")
     if inplace:

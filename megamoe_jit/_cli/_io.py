@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import click
@@ -27,6 +28,7 @@ __all__ = [
     "human_bytes",
     "json_option",
     "live_terminal",
+    "must_be_writable",
     "progress_line",
     "say",
     "table",
@@ -130,6 +132,32 @@ def confirm(question: str, yes: bool) -> None:
         raise click.UsageError(f"{question}  Nobody can be asked here: add --yes to do it.")
     if not click.confirm(question, err=True):
         raise click.exceptions.Exit(ExitCode.FAILED)
+
+
+def must_be_writable(path: Path, option: str, *, in_new_folders: bool = False) -> None:
+    """Find out before long work whether its result can be written.
+
+    Args:
+        path: a file that may exist, or a folder.
+        option: what named it.
+        in_new_folders: whether missing folders above it will be made.
+
+    Raises:
+        click.BadParameter: it cannot, as far as permissions tell.
+    """
+    place = path if os.path.exists(path) else path.absolute().parent
+    while in_new_folders and not os.path.exists(place):
+        place = place.parent
+    is_folder = os.path.isdir(place)
+    reason = ""
+    if not os.path.exists(place):
+        reason = f"{place} does not exist"
+    elif place != path and not is_folder:
+        reason = f"{place} is not a directory"
+    elif not os.access(place, os.W_OK | os.X_OK if is_folder else os.W_OK):
+        reason = f"{place} is not writable"
+    if reason:
+        raise click.BadParameter(f"{str(path)!r} cannot be written: {reason}", param_hint=option)
 
 
 def live_terminal() -> bool:

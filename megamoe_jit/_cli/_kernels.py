@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._cli._io import live_terminal, say, table
@@ -109,17 +110,17 @@ def compile_kernels(
     return found
 
 
-def spec_document(spec: KernelSpec, status: str) -> dict[str, Any]:
-    """A kernel that was not compiled, for a JSON document."""
+def spec_document(spec: KernelSpec, status: str, meta: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """A kernel for a JSON document, with what its cache entry says if it has one."""
     return {
         "kernel": spec.entry,
         "spec": spec.to_json(),
         "status": status,
         "key": None,
-        "registers": None,
-        "spill_bytes": None,
+        "registers": meta.get("registers"),
+        "spill_bytes": meta.get("spill_bytes"),
         "shared_bytes": spec.shared_bytes,
-        "nvrtc": None,
+        "nvrtc": meta.get("nvrtc", {}).get("version"),
         "seconds": None,
         "stored": False,
         "error": None,
@@ -128,6 +129,7 @@ def spec_document(spec: KernelSpec, status: str) -> dict[str, Any]:
 
 def _stored(result: WarmupResult) -> bool:
     """Whether other processes will find the kernel."""
+    from megamoe_jit._explain import entry_there
     from megamoe_jit._runtime import kernel_cache
     from megamoe_jit._settings import get_settings
 
@@ -135,18 +137,14 @@ def _stored(result: WarmupResult) -> bool:
         return False
     if result.kernel.origin != "compiled":
         return True
-    return not get_settings().no_cache and kernel_cache().entry_path(result.kernel.key).is_dir()
+    return not get_settings().no_cache and entry_there(kernel_cache(), result.kernel.key)
 
 
 def kernel_document(result: WarmupResult) -> dict[str, Any]:
-    """One kernel for a JSON document."""
-    meta = result.kernel.meta if result.kernel else {}
+    """What came of one kernel, for a JSON document."""
     return {
-        **spec_document(result.spec, status(result)),
+        **spec_document(result.spec, status(result), result.kernel.meta if result.kernel else {}),
         "key": result.kernel.key if result.kernel else None,
-        "registers": meta.get("registers"),
-        "spill_bytes": meta.get("spill_bytes"),
-        "nvrtc": meta.get("nvrtc", {}).get("version"),
         "seconds": result.seconds,
         "stored": _stored(result),
         "error": str(result.error) if result.error else None,

@@ -26,14 +26,9 @@ def find_entry(prefix: str) -> tuple[KernelCache, EntryInfo]:
     Raises:
         ConfigError: There is none, or there are several.
     """
-    user, *others = all_caches()
-    problem: ConfigError | None = None
-    for cache in (user, *others):
-        try:
-            return cache, cache.info(prefix)
-        except ConfigError as error:
-            problem = problem or error
-    raise problem or ConfigError(f"no key begins with {prefix!r}")
+    from megamoe_jit._cache import find_info
+
+    return find_info(prefix, all_caches())
 
 
 def load_entry(prefix: str) -> tuple[bytes, str, dict[str, Any]]:
@@ -56,13 +51,19 @@ def load_entry(prefix: str) -> tuple[bytes, str, dict[str, Any]]:
     return files[CUBIN], files[SOURCE].decode(), meta
 
 
-def whole_keys(cache: KernelCache, prefixes: tuple[str, ...]) -> list[str]:
-    """The keys that these prefixes begin, each once.
+def whole_keys(prefixes: tuple[str, ...]) -> list[str]:
+    """The keys in the user's cache that these prefixes begin, each once.
 
     Raises:
-        ConfigError: A prefix fits none or several.
+        ConfigError: A prefix fits none or several, or a kernel that only a read-only cache has.
     """
-    return list(dict.fromkeys(cache.info(prefix).key for prefix in prefixes))
+    keys: dict[str, None] = {}
+    for prefix in prefixes:
+        cache, info = find_entry(prefix)
+        if cache.read_only:
+            raise ConfigError(f"key {prefix!r} is in the read-only cache {cache.path}, from which nothing is removed")
+        keys[info.key] = None
+    return list(keys)
 
 
 def entry_document(info: EntryInfo) -> dict[str, Any]:

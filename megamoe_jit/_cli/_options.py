@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ __all__ = [
     "cache_dir_option",
     "complete_key",
     "complete_kernel",
+    "complete_own_key",
     "complete_shape",
     "gpu_option",
     "is_key",
@@ -38,7 +39,7 @@ __all__ = [
 _F = TypeVar("_F", bound=Callable[..., Any])
 VARIANTS = ("auto", "pingpong", "cooperative")
 
-_KEY = re.compile(r"[0-9a-f]{4,64}")
+_KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 _SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)(_timeline)?")
 
 
@@ -53,18 +54,31 @@ def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> li
     return [CompletionItem(f"{done}{comma}{name}") for name in names]
 
 
-def complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Keys of cached kernels, with the kernels' names."""
+def _keys_beginning(incomplete: str, read_only_too: bool) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    from megamoe_jit._cache import user_cache
+    from megamoe_jit._cli._keys import all_caches
 
-    with contextlib.suppress(Exception):  # a shell waits for this: no answer is better than a traceback
-        entries = user_cache().entries()
-        return [
-            CompletionItem(info.key[:12], help=info.entry) for info in entries if info.key.startswith(incomplete[:12])
-        ]
-    return []
+    log = logging.getLogger("megamoe_jit")
+    before, log.disabled = log.disabled, True  # a shell waits for this: no answer is better than a warning
+    try:
+        caches = all_caches() if read_only_too else all_caches()[:1]
+        names = {info.key[:12]: info.entry for each in caches for info in each.entries()}
+        return [CompletionItem(key, help=name) for key, name in names.items() if key.startswith(incomplete[:12])]
+    except Exception:  # nor a traceback
+        return []
+    finally:
+        log.disabled = before
+
+
+def complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Keys of cached kernels, those of the read-only caches too, with the kernels' names."""
+    return _keys_beginning(incomplete, read_only_too=True)
+
+
+def complete_own_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Keys of the user's cache, which can be removed, with the kernels' names."""
+    return _keys_beginning(incomplete, read_only_too=False)
 
 
 def complete_kernel(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -205,12 +219,13 @@ def is_key(text: str) -> bool:
     return bool(_KEY.fullmatch(text))
 
 
-def parse_spec(text: str) -> KernelSpec:
+def parse_spec(text: str, keys: bool = True) -> KernelSpec:
     """The kernel named on a command line.
 
     Args:
         text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact]` with a shape known
             by name, such as `v4-flash/pingpong` or `v4-pro/cooperative/r8`.
+        keys: Whether the command takes keys too; then an error names them.
 
     Raises:
         ConfigError: It is neither, or a part of it is not supported.
@@ -224,11 +239,15 @@ def parse_spec(text: str) -> KernelSpec:
         variant = Variant.parse(symbol[1])
         return KernelSpec(MoEShape(*sizes[:4]), variant, sizes[4], symbol[7] == "fast", timeline=bool(symbol[8]))
     name, *rest = text.split("/")
-    if not rest:
+    file = text.endswith(".toml") or ".toml/" in text
+    if file or not rest:
+        problem = "names a .toml file, which only --shapes takes" if file else "names no kernel"
+        key = ", or the beginning of a key that `cache ls` lists" if keys else ""
         raise ConfigError(
-            f"{text!r} names no kernel; allowed: SHAPE/VARIANT (v4-flash/pingpong, v4-pro/cooperative/r8), "
-            "or a kernel's name as `warmup` and `cache ls` show it"
+            f"{text!r} {problem}; allowed: SHAPE/VARIANT with a shape of `shapes ls` (v4-flash/pingpong, "
+            f"v4-pro/cooperative/r8), a kernel's name as `warmup` and `cache ls` show it{key}"
         )
+    shape = preset(name).shape
     ranks, fast_math = 1, True
     for part in rest[1:]:
         if part == "exact":
@@ -237,9 +256,9 @@ def parse_spec(text: str) -> KernelSpec:
             ranks = int(part[1:])
         else:
             raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: r1 to r8, exact")
-    return KernelSpec(preset(name).shape, Variant.parse(rest[0]), ranks, fast_math)
+    return KernelSpec(shape, Variant.parse(rest[0]), ranks, fast_math)
 
 
 def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec:
     """Callback of a SPEC argument."""
-    return parse_spec(text)
+    return parse_spec(text, keys=False)

@@ -25,8 +25,8 @@ def _kernels(count: int) -> str:
 def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
     """Write kernels into one FILE for other machines.
 
-    All of the cache if none is named.  FILE is a tar archive, compressed if its name ends in .gz or .tgz; one that
-    exists is replaced.
+    All that `cache ls` lists if none is named.  FILE is a tar archive, compressed if its name ends in .gz or .tgz;
+    one that exists is replaced.
     """
     from megamoe_jit._entry import Damaged
     from megamoe_jit._pack import export_pack

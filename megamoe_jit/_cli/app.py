@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator, MutableMapping
@@ -69,8 +71,29 @@ def _exit_code(error: MegaMoeError) -> ExitCode:
     return ExitCode.ENVIRONMENT if isinstance(error, _ENVIRONMENT) else ExitCode.FAILED
 
 
+def _say_refusal(error: OSError) -> None:
+    """Print what the operating system refused; nothing is left that would fail again when the interpreter ends."""
+    reason = error.strerror or str(error)
+    with contextlib.suppress(OSError):  # standard error may be what fails
+        say(f"error: {reason}" if error.filename is None else f"error: {error.filename}: {reason}")
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+
+
 class _Group(click.Group):
-    """Turns the library's errors into one message on standard error and an exit code."""
+    """Turns the library's errors, and the operating system's, into one message on standard error and an exit code."""
+
+    def main(self, *args: Any, **named: Any) -> Any:
+        try:
+            return super().main(*args, **named)
+        except OSError as error:  # a broken pipe has been answered by click
+            _say_refusal(error)
+            sys.exit(ExitCode.FAILED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(SUMMARIES)

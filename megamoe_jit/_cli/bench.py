@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, must_be_writable, progress_line, say, table
 from megamoe_jit._cli._options import number_list
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
 
@@ -138,6 +139,43 @@ def _judged(doc: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _refuse_early(output: Path | None, picture: Path | None) -> None:
+    """Find out before anything is measured what would go wrong after it."""
+    if output is not None:
+        if output.suffix not in (".json", ".csv"):
+            raise click.BadParameter("the name must end in .json or .csv", param_hint="--output")
+        must_be_writable(output, "--output")
+    if picture is not None:
+        must_be_writable(picture, "--plot", in_new_folders=True)
+        importlib.import_module("matplotlib")
+
+
+def _print(doc: dict[str, Any], ranks: int, as_json: bool) -> None:
+    if as_json:
+        emit_json(doc)
+        return
+    if ranks > 1:
+        print_bench(doc)
+    else:
+        click.echo(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
+        print_others(doc)
+    _print_card(doc["anchors"])
+    _print_summary(doc)
+
+
+def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None) -> None:
+    if output is not None:
+        from megamoe_jit import _bench_report
+
+        _bench_report.write(doc, output)
+        say(f"written: {output}")
+    if picture is not None:
+        from megamoe_jit._bench_plot import draw
+
+        for drawn in draw(doc, picture):
+            say(f"drawn: {drawn}")
+
+
 @click.command()
 @click.option(
     "--shapes",
@@ -190,9 +228,8 @@ def bench(
 
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
-    if output is not None and output.suffix not in (".json", ".csv"):
-        raise click.BadParameter("the name must end in .json or .csv", param_hint="--output")
-    from megamoe_jit import _bench, _bench_report
+    _refuse_early(output, picture)
+    from megamoe_jit import _bench
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets = parse_shapes(names if names is not None else ",".join(_bench.DEFAULT_SHAPES))
@@ -206,24 +243,10 @@ def bench(
         found = _on_one(work, wanted, bool(baseline))
     doc = _judged(found)
     rows = doc["rows"]
-    if output is not None:
-        _bench_report.write(doc, output)
-        say(f"written: {output}")
-    if picture is not None:
-        from megamoe_jit._bench_plot import draw
-
-        for drawn in draw(doc, picture):
-            say(f"drawn: {drawn}")
-    if as_json:
-        emit_json(doc)
-    else:
-        if several > 1:
-            print_bench(doc)
-        else:
-            click.echo(table(_HEADERS, [_cells(row) for row in rows], left=(0, 1, 2)))
-            print_others(doc)
-        _print_card(doc["anchors"])
-        _print_summary(doc)
+    try:
+        _print(doc, several, as_json)
+    finally:  # what was measured is kept even if nobody reads what is printed
+        _keep(doc, output, picture)
     wrong = sum(not row["correct"] for row in rows)
     if wrong:
         say(f"{wrong} of {len(rows)} rows differ from the reference")

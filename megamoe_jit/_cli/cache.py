@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from megamoe_jit._cli._io import (
     table,
 )
 from megamoe_jit._cli._keys import all_caches, entry_document, find_entry, whole_keys
-from megamoe_jit._cli._options import cache_dir_option, complete_key
+from megamoe_jit._cli._options import cache_dir_option, complete_key, complete_own_key
 from megamoe_jit._cli._packs import export_command, import_command
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def path(as_json: bool) -> None:
 
     root = get_settings().cache_dir
     if as_json:
-        emit_json(document("cache-path", path=str(root), exists=root.is_dir()))
+        emit_json(document("cache-path", path=str(root), exists=os.path.isdir(root)))
     else:
         click.echo(root)
 
@@ -80,18 +81,24 @@ def _cells(info: EntryInfo) -> tuple[str, ...]:
 @cache_dir_option
 @json_option
 def ls(as_json: bool) -> None:
-    """List the compiled kernels, oldest first."""
-    user = _user_cache()
-    entries = user.entries()
-    total = sum(info.disk_bytes for info in entries)
+    """List the compiled kernels, oldest first; those of the read-only caches too, which are marked."""
+    listed = [(each, each.entries()) for each in all_caches()]
+    sizes = [sum(info.disk_bytes for info in entries) for _, entries in listed]
+    found = [(info, each.read_only) for each, entries in listed for info in entries]
+    found.sort(key=lambda row: (row[0].created_at, row[0].key))
     if as_json:
-        rows = [entry_document(info) for info in entries]
-        emit_json(document("cache-ls", path=str(user.root), disk_bytes=total, entries=rows))
+        rows = [{**entry_document(info), "read_only": read_only} for info, read_only in found]
+        emit_json(document("cache-ls", path=str(listed[0][0].root), disk_bytes=sizes[0], entries=rows))
         return
-    if entries:
-        headers = ("KEY", "KERNEL", "NVRTC", "REGISTERS", "SPILL B", "SIZE", "CREATED")
-        click.echo(table(headers, [_cells(info) for info in entries], left=(0, 1, 2)))
-    say(f"{_kernels(len(entries))}, {human_bytes(total)}, in {user.root}")
+    if found:
+        marked = len(listed) > 1
+        headers = ("KEY", "KERNEL", "NVRTC", "REGISTERS", "SPILL B", "SIZE", "CREATED", "CACHE")
+        cells = [(*_cells(info), "read-only" if read_only else "own") for info, read_only in found]
+        columns = len(headers) if marked else len(headers) - 1
+        click.echo(table(headers[:columns], [row[:columns] for row in cells], left=(0, 1, 2, 7)))
+    for (each, entries), size in zip(listed, sizes, strict=True):
+        mark = " (read-only)" if each.read_only else ""
+        say(f"{_kernels(len(entries))}, {human_bytes(size)}, in {each.root}{mark}")
 
 
 @cache.command("info")
@@ -270,13 +277,13 @@ def prune(max_bytes: int | None, older_than: float | None, dry_run: bool, yes: b
 
 
 @cache.command("rm")
-@click.argument("keys", metavar="KEY...", nargs=-1, required=True, shell_complete=complete_key)
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True, shell_complete=complete_own_key)
 @cache_dir_option
 @json_option
 def rm(keys: tuple[str, ...], as_json: bool) -> None:
     """Remove kernels.  A KEY may be cut short while it is unique; nothing is removed if one is not."""
     user = _user_cache()
-    wanted = whole_keys(user, keys)
+    wanted = whole_keys(keys)
     report = user.remove(wanted)
     if as_json:
         emit_json(document("cache-rm", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
@@ -296,7 +303,7 @@ def clear(yes: bool, as_json: bool) -> None:
     before = user.stats()
     size = human_bytes(before.bytes + before.quarantined_bytes)
     aside = f" and {before.quarantined} put aside" if before.quarantined else ""
-    if any(user.path.glob("[0-9a-f][0-9a-f]/*")) or before.quarantined:
+    if user.keys() or before.quarantined:
         confirm(f"Remove all of {user.root}: {_kernels(before.entries)}{aside}, {size}?", yes)
     report = user.clear()
     if as_json:

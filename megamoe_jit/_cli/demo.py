@@ -34,7 +34,8 @@ def demo(as_json: bool) -> None:
     try:
         _bench.require_hopper()
     except UnsupportedDeviceError:
-        say("No Hopper GPU here.  The kernels are compiled all the same, and the reference runs on the CPU.")
+        kernels = "must be cached, for compiling is forbidden" if _sealed() else "are compiled all the same"
+        say(f"No Hopper GPU here.  The kernels {kernels}, and the reference runs on the CPU.")
         doc = _without_gpu(as_json)
     else:
         doc = _on_gpu(as_json)
@@ -44,9 +45,17 @@ def demo(as_json: bool) -> None:
         raise click.exceptions.Exit(ExitCode.FAILED)
 
 
+def _sealed() -> bool:
+    from megamoe_jit._runtime import sealed
+
+    return sealed()
+
+
 def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[list[dict[str, Any]], bool]:
-    say(f"\nCompiling the kernels of {name} for sm_90a with NVRTC ...")
-    results = compile_kernels(kernel_specs([shape]), None, force, as_json=as_json)
+    sealed = _sealed()
+    doing = "Looking in the caches for" if sealed else "Compiling"
+    say(f"\n{doing} the kernels of {name} for sm_90a{'' if sealed else ' with NVRTC'} ...")
+    results = compile_kernels(kernel_specs([shape]), None, force and not sealed, as_json=as_json)
     if not as_json:
         click.echo(kernel_table([kernel_document(result) for result in results]))
     for result in results:

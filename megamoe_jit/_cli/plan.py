@@ -22,14 +22,19 @@ def _sections(title: str, sections: list[dict[str, Any]], total: int) -> str:
 
 
 def _text(name: str, plan: dict[str, Any]) -> str:
+    from megamoe_jit._layout import CAPACITY_STEP
+
     device = [
         ("buffer", "symmetric and local"),
         ("weight", "e4m3 and scales of this rank's experts"),
         ("output", "bf16 y"),
     ]
     totals = [{"name": part, "bytes": plan[f"{part}_bytes"], "what": what} for part, what in device]
+    capacity = f"{plan['capacity']} tokens"
+    if plan["capacity"] != plan["tokens"]:
+        capacity += f" ({plan['tokens']} rounded up to a multiple of {CAPACITY_STEP})"
     blocks = [
-        f"{name}, up to {plan['capacity']} tokens, {plan['ranks']} rank(s), {plan['pool_rows']} pool rows; "
+        f"{name}, up to {capacity}, {plan['ranks']} rank(s), {plan['pool_rows']} pool rows; "
         f"a call that fills it takes {plan['full_call']}",
         _sections("SYMMETRIC", plan["symmetric"], plan["symmetric_bytes"]),
         _sections("LOCAL", plan["local"], plan["local_bytes"]),
@@ -47,7 +52,7 @@ def _text(name: str, plan: dict[str, Any]) -> str:
 
 @click.command()
 @shape_options
-@tokens_option("Most tokens of one rank in a call: the capacity of the buffer.")
+@tokens_option("Most tokens of one rank in a call; the capacity of the buffer is the next multiple of 128.")
 @ranks_option
 @click.option(
     "--variant", default="auto", show_default=True, type=click.Choice(VARIANTS), help="Show the kernel of one alone."

@@ -19,7 +19,10 @@ def shapes() -> None:
 @shapes.command("ls")
 @json_option
 def ls(as_json: bool) -> None:
-    """List the shapes that --shapes takes."""
+    """List the shapes that --shapes takes.
+
+    RANKS is over how many GPUs a model's experts are usually spread; `bench` and `tune` time one such share.
+    """
     from megamoe_jit.heuristics.presets import preset, preset_names
 
     presets = [preset(name) for name in preset_names()]

@@ -7,8 +7,18 @@ from typing import Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._io import (
+    ExitCode,
+    document,
+    emit_json,
+    json_option,
+    must_be_writable,
+    progress_line,
+    say,
+    table,
+)
 from megamoe_jit._cli._options import complete_shape, number_list
+from megamoe_jit._errors import ConfigError
 
 __all__ = ["tune"]
 
@@ -33,6 +43,18 @@ def _row(cell: dict[str, Any]) -> tuple[str, ...]:
     return cell["name"], str(cell["tokens"]), _way(best), f"{best['median_us']:.1f}" if best else "-", ", ".join(each)
 
 
+def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: bool) -> None:
+    """Find out before anything is measured what would go wrong after it."""
+    if measure:
+        must_be_writable(data, "--data")
+    elif not data.exists():
+        raise ConfigError(f"--data {data} does not exist; allowed: a file that `megamoe-jit tune` has written")
+    if write_table:
+        from megamoe_jit.heuristics.tables import FOLDER
+
+        must_be_writable(target or FOLDER, "--table", in_new_folders=True)
+
+
 @click.command()
 @click.option(
     "--shapes",
@@ -43,7 +65,12 @@ def _row(cell: dict[str, Any]) -> tuple[str, ...]:
     shell_complete=complete_shape,
     help="Shapes, each with the experts of one of its ranks.",
 )
-@click.option("--tokens", callback=number_list(int), metavar="N[,N...]", help="Token counts.  [default: 19 to 8192]")
+@click.option(
+    "--tokens",
+    callback=number_list(int),
+    metavar="N[,N...]",
+    help="Token counts.  [default: 19 counts from 1 to 8192]",
+)
 @click.option(
     "--variant",
     "variants",
@@ -91,6 +118,7 @@ def tune(
 
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
+    _refuse_early(data, measure, target, write_table)
     from megamoe_jit import _tune, _tune_table
     from megamoe_jit._spec import Variant
     from megamoe_jit.heuristics.presets import parse_shapes
@@ -117,13 +145,13 @@ def tune(
             )
     else:
         cells = _tune.read(data)
+    if not as_json:
+        click.echo(table(("SHAPE", "TOKENS", "BEST", "us", "BY VARIANT"), [_row(c) for c in cells], left=(0, 2, 4)))
     written = _tune_table.write_table(_tune.read(data), target) if write_table else None
     wrong = sum(not time["correct"] for cell in cells for time in cell["times"])
     if as_json:
         table_path = None if written is None else str(written)
         emit_json(document("tune", data=str(data), measured=measured, wrong=wrong, table=table_path, cells=cells))
-    else:
-        click.echo(table(("SHAPE", "TOKENS", "BEST", "us", "BY VARIANT"), [_row(c) for c in cells], left=(0, 2, 4)))
     if written is not None:
         say(f"written: {written}")
     if wrong:

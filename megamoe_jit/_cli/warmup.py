@@ -58,11 +58,15 @@ def warmup(
 
     A kernel serves every token count, so these are all that calls of these shapes will ever need.
 
-    Exit code 0, 1 if a kernel failed or could not be kept, 3 without a compiler, 130 when interrupted; what was
-    compiled until then stays.
+    Exit code 0, 1 if a kernel failed or could not be kept, 2 for --force where compiling is forbidden, 3 without a
+    compiler, 130 when interrupted; what was compiled until then stays.
     """
+    from megamoe_jit._errors import ConfigError
     from megamoe_jit._settings import get_settings
 
+    settings = get_settings()
+    if force and settings.disable_jit:
+        raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
     specs = kernel_specs(shapes.values(), ranks, variant, fast_math)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
@@ -81,7 +85,9 @@ def warmup(
     say(", ".join(summary) + (", nothing compiled" if dry_run else f" in {seconds:.2f} s"))
     lost = sum(kernel["status"] == "compiled" and not kernel["stored"] for kernel in kernels)
     if lost:
-        say(f"{lost} could not be kept in {get_settings().cache_dir}: other processes will compile again")
+        off = "MEGAMOE_JIT_NO_CACHE turns the cache off, so"
+        where = f": {off}" if settings.no_cache else f" in {settings.cache_dir}:"
+        say(f"{lost} could not be kept{where} other processes will compile again")
     end(ExitCode.FAILED if counts["failed"] or lost else ExitCode.OK)
 
 
@@ -97,6 +103,7 @@ def _compiled(
 
 def _planned(specs: Sequence[KernelSpec], force: bool) -> list[dict[str, Any]]:
     """What a warmup would find; `missing` is what it would compile."""
+    from megamoe_jit._entry import read_info
     from megamoe_jit._errors import ToolchainError
     from megamoe_jit._explain import kernel_state
 
@@ -107,5 +114,7 @@ def _planned(specs: Sequence[KernelSpec], force: bool) -> list[dict[str, Any]]:
             raise ToolchainError(state["problem"])
         cached = state["cached"] and not force
         status = "cached" if cached else "missing"
-        documents.append({**spec_document(spec, status), "key": state["key"], "stored": state["cached"]})
+        info = read_info(state["key"], state["path"]) if cached else None
+        known = spec_document(spec, status, info.meta if info else {})
+        documents.append({**known, "key": state["key"], "stored": state["cached"]})
     return documents

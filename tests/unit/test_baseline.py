@@ -199,6 +199,7 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
         return [{**end, "anchors": [{"read_4gib_tb_s": 4.0 + i}] * 2} for i in (0, 1)]
 
     monkeypatch.setattr(_bench_ranks, "collect", collect)
+    monkeypatch.setattr(_bench_ranks.torch.cuda, "is_available", lambda: True)
     shape = MoEShape(4096, 2048, 256, 6)
     preset = SimpleNamespace(name="v4-flash", shape=shape, local_experts=32)
     seen = []

@@ -169,7 +169,7 @@ def test_doctor_on_compilers(monkeypatch):
     monkeypatch.setattr(_toolchain, "wanted_major", lambda: (13, "torch is built for CUDA 13.0"))
     other = _doctor._compiler(found)
     assert (other.status, "(2 found), but torch is built for CUDA 13.0" in other.detail) == ("warn", True)
-    assert "megamoe-jit[cu13]" in other.next_step
+    assert "pip install 'nvidia-cuda-nvrtc>=13,<14'" in other.next_step
     missing = _doctor._compiler({"chosen": None, "problem": "nowhere", "candidates": []})
     assert (missing.status, missing.detail) == ("fail", "nowhere")
 

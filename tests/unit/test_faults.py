@@ -77,7 +77,7 @@ def test_before_the_warps_have_roles_it_is_the_head():
 def test_a_counter_is_told_as_the_rows_it_counts():
     """64 rows share one, whatever a block of rows is elsewhere."""
     assert "dispatch to bring the rows from 4864 on (3 of 64 arrived)" in str(Fault(6, 0, 0, 76, 64, 3))
-    assert COUNTER_ROWS == host.constant("kCounterRows")
+    assert host.constant("kCounterRows") == COUNTER_ROWS
 
 
 def test_an_unknown_code_is_said_to_be_one():

@@ -85,7 +85,7 @@ def test_parse_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[a]\nhidden = 256\n", r"\[a\] intermediate = None; allowed: an integer"),
+        ("[a]\nhidden = 256\n", r"\[a\] has no intermediate; needed: hidden, intermediate"),
         ("[a]\nhidden = '256'\n", r"\[a\] hidden = '256'"),
         ("[a]\nhidden = 256\nwidth = 1\n", "unknown key 'width'"),
         ("[a]\nhidden = 2880\nintermediate = 2880\nexperts = 128\ntopk = 4\n", "hidden = 2880"),

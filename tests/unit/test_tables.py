@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -153,6 +154,31 @@ def test_a_model_must_promise_more_than_it_may_be_off_to_leave_cooperative(monke
     monkeypatch.setattr(tables_module, "tables", lambda: found)
     choice = choose(OTHER, 2, gpu=GPU)
     assert choice.variant is Variant.COOPERATIVE, choice.reasons
+    pingpong, cooperative = (int(us) for us in re.findall(r"(\d+) us", choice.reasons[0]))
+    assert pingpong < cooperative < pingpong * select.DOUBT
+    assert choice.reasons[0].endswith("; pingpong is taken only where cooperative would take at least 10 % longer")
+
+
+def test_a_model_of_one_variant_says_nothing_of_the_other(monkeypatch):
+    found = (parse_table({**DATA, "models": {"cooperative": DATA["models"]["cooperative"]}}),)
+    monkeypatch.setattr(tables_module, "tables", lambda: found)
+    assert "pingpong" not in choose(OTHER, 2, gpu=GPU).reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("rules", "tokens", "where"),
+    [
+        (RULES[:1], 8192, "at every token count"),
+        (RULES, 99, "up to 99 tokens per rank"),
+        (RULES, 100, "from 100 tokens per rank on"),
+        ([*RULES, {**RULES[0], "tokens": 200}], 8, "up to 99 tokens per rank"),
+        ([*RULES, {**RULES[0], "tokens": 200}], 300, "from 200 tokens per rank on"),
+    ],
+)
+def test_a_rule_says_where_it_holds(monkeypatch, rules, tokens, where):
+    found = (parse_table({**DATA, "shapes": [{**DATA["shapes"][0], "rules": rules}]}),)
+    monkeypatch.setattr(tables_module, "tables", lambda: found)
+    assert f": measured best {where} on NVIDIA Imagined (2026-01-02)" in choose(SHAPE, tokens, gpu=GPU).reasons[0]
 
 
 def test_a_table_without_models_leaves_other_shapes_to_the_threshold(monkeypatch):

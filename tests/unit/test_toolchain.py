@@ -98,7 +98,7 @@ def test_other_major_is_used_with_a_warning(two_wheels, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "megamoe_jit"):
         assert find_toolchain().version == (12, 9)
     assert "may not load" in caplog.text
-    assert "megamoe-jit[cu13]" in caplog.text
+    assert "pip install 'nvidia-cuda-nvrtc>=13,<14'" in caplog.text
 
 
 def test_explicit_path_wins(two_wheels, monkeypatch):
@@ -112,7 +112,7 @@ def test_explicit_path_wins(two_wheels, monkeypatch):
 def test_nothing_found_gives_the_pip_command(two_wheels, monkeypatch, tmp_path):
     set_bindings(monkeypatch, "13.0.3")
     monkeypatch.setattr(_toolchain, "_search", lambda: iter(()))
-    with pytest.raises(ToolchainError, match=r"pip install 'megamoe-jit\[cu13\]'"):
+    with pytest.raises(ToolchainError, match=r"pip install 'nvidia-cuda-nvrtc>=13,<14'"):
         find_toolchain()
     with override(nvrtc=tmp_path / "none.so"), pytest.raises(ToolchainError, match="does not exist"):
         find_toolchain()
