@@ -11,6 +11,7 @@ the documents and benchmarks/targets.json; needs matplotlib.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import statistics
@@ -284,6 +285,9 @@ def main() -> int:
     texts = documents(docs)
     if options.check:
         return int(any(text != path.read_text(encoding="utf-8") for path, text in texts.items()))
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.stderr.write("error: the plots need matplotlib; run: pip install '.[bench]' (or: make env)\n")
+        return 3
     from megamoe_jit._bench_plot import draw
 
     for card, doc in docs.items():

@@ -23,6 +23,16 @@ def test_the_tables_are_those_of_the_newest_results(monkeypatch):
     assert report.main() == 0
 
 
+def test_without_matplotlib_nothing_is_written(monkeypatch, capsys):
+    before = report.DOCUMENT.read_text()
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    assert report.main() == 3
+    assert "pip install '.[bench]'" in capsys.readouterr().err
+    assert report.DOCUMENT.read_text() == before
+
+
 def test_the_pictures_are_there_and_shown():
     text = report.DOCUMENT.read_text()
     shown = re.findall(r"!\[[^]]*\]\((performance-[^)]+)\)", text)
