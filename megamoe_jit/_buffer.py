@@ -216,14 +216,18 @@ class SymmBuffer:
             self._plans.clear()
             self._planned_with = settings
         key = (tokens, variant, fast_math, num_sms)
-        plan = self._plans.get(key)
+        try:
+            plan = self._plans.get(key)
+        except TypeError:  # costs nothing where they are what they should be
+            given = f"variant = {variant!r:.40}, fast_math = {fast_math!r:.40}, num_sms = {num_sms!r:.40}"
+            raise ConfigError(f"{given}; allowed: a name or None, a bool, a number or None") from None
         if plan is None:
             from megamoe_jit._prepared import CallPlan
 
             sms = sm_count(self.device)
             blocks = sms if num_sms is None else num_sms
-            if not 1 <= blocks <= sms:
-                raise ConfigError(f"num_sms = {blocks} is not supported; allowed: 1 to {sms}")
+            if type(blocks) is not int or not 1 <= blocks <= sms:
+                raise ConfigError(f"num_sms = {blocks!r:.40} is not supported; allowed: 1 to {sms}")
             choice = choose(
                 self.shape,
                 tokens,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megamoe_jit._errors import MegaMoeError, RankMismatchError
+from megamoe_jit._errors import ConfigError, MegaMoeError, RankMismatchError
 
 __all__ = ["allocate_symmetric", "collectively", "digest", "gather", "group_rank", "group_size", "require_equal"]
 
@@ -21,8 +21,14 @@ T = TypeVar("T")
 
 
 def group_size(group: Any) -> int:
-    """Ranks of a process group; 1 for None."""
-    return 1 if group is None else int(group.size())
+    """Ranks of a process group; 1 for None.  Raises `ConfigError` if it is neither."""
+    if group is None:
+        return 1
+    try:
+        return int(group.size())
+    except AttributeError:
+        given = type(group).__name__
+        raise ConfigError(f"group: {given} given; allowed: None, or a process group of torch.distributed") from None
 
 
 def group_rank(group: Any) -> int:

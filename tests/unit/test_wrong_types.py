@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit import _layer
+from megamoe_jit import _buffer, _layer
 from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._prepared import PreparedKernel
 from megamoe_jit.heuristics import preset
@@ -173,3 +173,25 @@ def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatc
         refused(lambda w=wrong: layer(**{**right, **w}), says)
     assert layer(**right).shape == (3, 256)
     assert len(buffer.launched) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"num_sms": "60"}, "num_sms = '60' is not supported; allowed: 1 to 132"),
+        ({"num_sms": 60.0}, "num_sms = 60.0 is not supported"),
+        ({"num_sms": True}, "num_sms = True is not supported"),
+        ({"variant": ["pingpong"]}, "variant = ['pingpong'], fast_math"),
+    ],
+)
+def test_what_a_plan_is_made_of(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, object], says: str):
+    buffer = SymmBuffer.__new__(SymmBuffer)
+    buffer.device, buffer._plans, buffer._planned_with = torch.device("cpu"), {}, None
+    monkeypatch.setattr(_buffer, "sm_count", lambda _: 132)
+    given = {"variant": None, "fast_math": True, "num_sms": None, **wrong}
+    refused(lambda: buffer.plan(3, **given), says)
+
+
+def test_a_group_that_is_none():
+    sizes = (4, 64, 2, 256, 128)
+    refused(lambda: mm.get_symm_buffer_for_mega_moe("world", *sizes), "group: str given; allowed: None, or a process")
