@@ -16,7 +16,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,14 @@ def card_of(doc: Mapping[str, Any]) -> str:
     return card.name.lower()
 
 
-def _has_goals(doc: Mapping[str, Any]) -> bool:
-    return not doc.get("rows") or any(row.get("best_known_us") for row in doc["rows"])
-
-
 def newest(folder: Path = RESULTS) -> dict[str, Path]:
     """The newest document of each card, by the date inside."""
     found: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         doc = json.loads(path.read_text(encoding="utf-8"))
-        if doc.get("kind") != "bench" or doc["environment"].get("ranks", 1) > 1 or not _has_goals(doc):
+        if doc.get("kind") != "bench" or doc["environment"].get("ranks", 1) > 1:
+            continue
+        if not any(row["best_known_us"] for row in doc["rows"]):  # shapes without goals
             continue
         dated = doc["environment"]["date"], path
         name = card_of(doc)
@@ -122,8 +120,7 @@ def _sentences(rows: Sequence[Mapping[str, Any]], variant: str) -> list[str]:
 
 def _against_verified(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
     """The same ratio to the kernels whose output was verified: some of the best known times are of one that was not."""
-    targets = json.loads((ROOT / "benchmarks" / "targets.json").read_text(encoding="utf-8"))["rows"]
-    goals = {(t["shape"], t["tokens_per_gpu"]): t["measured_1gpu_us"] for t in targets}
+    goals = {(t["shape"], t["tokens_per_gpu"]): t["measured_1gpu_us"] for t in _bench_known.load().rows}
     others: list[tuple[Mapping[str, Any], float]] = []
     unverified = 0
     for row in rows:
@@ -155,8 +152,8 @@ def text_of(doc: Mapping[str, Any]) -> str:
         f"{env['date'][:10]}, commit {env['commit']}. "
         f"Anchors: dense FP8 {min(dense):.0f} to {max(dense):.0f} TFLOPS, read {min(read):.2f} to {max(read):.2f} TB/s."
     )
-    lines = [conditions, "", *_sentences(rows, variant), "", _row(HEAD), _row(["---"] * len(HEAD))]
-    lines += [_row(_line(row)) for row in rows if row["variant"] == variant]
+    table = _table(HEAD, [_line(row) for row in rows if row["variant"] == variant])
+    lines = [conditions, "", *_sentences(rows, variant), "", *table]
     if all(row["normalised_us"] for row in rows):  # the targets' kernels were measured on this kind of card
         lines.insert(4, _against_verified(rows, variant))  # after both geometric means
     return "\n".join(lines)
@@ -164,6 +161,10 @@ def text_of(doc: Mapping[str, Any]) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
 
 
 def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -178,19 +179,14 @@ def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
             if row["variant"] == "auto" and row["tokens"] in README_TOKENS and row["best_known_us"]:
                 found.setdefault((row["shape"], row["tokens"]), {})[card] = row
     head = ("layer (an eighth of its experts)", "tokens", "H200, µs", "normalised", "best known", "ratio")
-    lines = [_row((*head, "H100, µs", "best known", "ratio")), _row(["---"] * 9)]
+    cells = []
     for (shape, tokens), rows in found.items():
         h200, h100 = (rows[card] for card in cards)
-        times = (
-            h200["median_us"],
-            h200["normalised_us"],
-            h200["best_known_us"],
-            h100["median_us"],
-            h100["best_known_us"],
-        )
-        us = [f"{time:.0f}" for time in times]
-        ratios = f"{times[2] / times[1]:.2f}", f"{times[4] / times[3]:.2f}"
-        lines.append(_row((shape, str(tokens), *us[:3], ratios[0], *us[3:], ratios[1])))
+        own, best = h200["normalised_us"], h200["best_known_us"]
+        left = f"{h200['median_us']:.0f}", f"{own:.0f}", f"{best:.0f}", f"{best / own:.2f}"
+        own, best = h100["median_us"], h100["best_known_us"]
+        cells.append((shape, str(tokens), *left, f"{own:.0f}", f"{best:.0f}", f"{best / own:.2f}"))
+    lines = _table((*head, "H100, µs", "best known", "ratio"), cells)
     for card in cards:
         env, dense = docs[card]["environment"], [anchor[_bench_known.DENSE] for anchor in docs[card]["anchors"]]
         parts = {
@@ -218,43 +214,31 @@ def rank_rows(folder: Path = RESULTS, unfused: bool = False) -> list[dict[str, A
     return [found[key] for key in sorted(found)]
 
 
+_RANKS_HEAD = ("layer", "tokens", "ranks", "all ranks, µs", "one rank, µs")
+
+
+def _ranks_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    times = f"{row['median_us']:.0f}", f"{row['one_rank_us']:.0f}"
+    return row["shape"], str(row["tokens"]), str(row["ranks"]), *times
+
+
 def rank_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Several ranks against one with the same slice of the layer."""
-    head = ("layer", "tokens", "ranks", "all ranks, µs", "one rank, µs", "more, µs", "ratio", "commit")
-    lines = [_row(head), _row(["---"] * len(head))]
+    cells = []
     for row in rows:
         own, one = row["median_us"], row["one_rank_us"]
-        figures = f"{own:.0f}", f"{one:.0f}", f"{own - one:+.0f}", f"{own / one:.3f}", row["commit"][:7]
-        lines.append(_row((row["shape"], str(row["tokens"]), str(row["ranks"]), *figures)))
-    return "\n".join(lines)
+        cells.append((*_ranks_cells(row), f"{own - one:+.0f}", f"{own / one:.3f}", row["commit"][:7]))
+    return "\n".join(_table((*_RANKS_HEAD, "more, µs", "ratio", "commit"), cells))
 
 
 def unfused_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The same beside the layer of public parts, which ran in turn with it."""
-    head = (
-        "layer",
-        "tokens",
-        "ranks",
-        "all ranks, µs",
-        "one rank, µs",
-        "ratio",
-        "unfused, µs",
-        "times faster",
-        "commit",
-    )
-    lines = [_row(head), _row(["---"] * len(head))]
+    cells = []
     for row in rows:
         own, one, other = row["median_us"], row["one_rank_us"], row["baseline_us"]
-        figures = (
-            f"{own:.0f}",
-            f"{one:.0f}",
-            f"{own / one:.2f}",
-            f"{other:.0f}",
-            f"{other / own:.2f}",
-            row["commit"][:7],
-        )
-        lines.append(_row((row["shape"], str(row["tokens"]), str(row["ranks"]), *figures)))
-    return "\n".join(lines)
+        ratios = f"{own / one:.2f}", f"{other:.0f}", f"{other / own:.2f}"
+        cells.append((*_ranks_cells(row), *ratios, row["commit"][:7]))
+    return "\n".join(_table((*_RANKS_HEAD, "ratio", "unfused, µs", "times faster", "commit"), cells))
 
 
 def put(text: str, name: str, body: str) -> str:

@@ -13,7 +13,7 @@ from megamoe_jit._layout import DEFAULT_POOL_ROWS
 from megamoe_jit._quant import require_tensor
 from megamoe_jit._ranks import collectively, group_size
 from megamoe_jit._settings import get_settings
-from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec import MoEShape, Variant, check_int
 from megamoe_jit._validate import RECIPE, check_expert_ids, check_recipe, check_tensor
 from megamoe_jit._weights import WeightPair, require_pair
 
@@ -62,10 +62,8 @@ def get_symm_buffer_for_mega_moe(
         if activation != "swiglu":
             raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
         shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
-        rows = {"num_max_tokens_per_rank": num_max_tokens_per_rank, "max_pool_rows": max_pool_rows}
-        for name, value in rows.items():
-            if type(value) is not int:
-                raise ConfigError(f"{name} = {value!r:.80} is not supported; allowed: an integer")
+        check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
+        check_int("max_pool_rows", max_pool_rows)
         if not torch.cuda.is_available():
             raise ConfigError("no CUDA device is available; allowed: a Hopper GPU with its driver")
         place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device

@@ -28,7 +28,6 @@ from megamoe_jit.heuristics.select import AUTO, choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
 
 __all__ = [
-    "DEFAULT_SHAPES",
     "DEFAULT_TOKENS",
     "FEW_TOKENS",
     "VARIANTS",
@@ -43,7 +42,6 @@ __all__ = [
     "some_rows",
 ]
 
-DEFAULT_SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
 DEFAULT_TOKENS = (16, 64, 256, 512, 1024, 4096, 8192)
 VARIANTS = (AUTO, *(variant.value for variant in Variant))
 

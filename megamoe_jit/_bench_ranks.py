@@ -19,12 +19,13 @@ from megamoe_jit._baseline import METHODS
 from megamoe_jit._baseline_run import add_baselines, unusable
 from megamoe_jit._bench import anchors, kernel_of, require_hopper, some_rows
 from megamoe_jit._bench_report import environment
+from megamoe_jit._collect import collect
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._rank_rows import merge
 from megamoe_jit._rank_timer import RankTimer
 from megamoe_jit._ranks import gather
 from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
-from megamoe_jit._spawn import World, collect
+from megamoe_jit._spawn import World
 from megamoe_jit._spec import MAX_RANKS, MoEShape
 from megamoe_jit._timing import SUSTAINED_S, TimedCall
 from megamoe_jit._verify import Verdict, function_of, judge

@@ -128,7 +128,8 @@ def _settings() -> Check:
 
 
 def _compiler(found: dict[str, Any]) -> Check:
-    from megamoe_jit._toolchain import correction, wanted_major, wheel_command
+    from megamoe_jit._toolchain import correction, wanted_major
+    from megamoe_jit._wheels import wheel_command
 
     chosen, others = found["chosen"], found["candidates"]
     if chosen is None:
@@ -164,7 +165,8 @@ def _torch(machine: Machine) -> Check:
 
 
 def _driver(machine: Machine, found: dict[str, Any]) -> Check:
-    from megamoe_jit._toolchain import MINIMUM, wheel_command
+    from megamoe_jit._toolchain import MINIMUM
+    from megamoe_jit._wheels import wheel_command
 
     data = {"driver_cuda": machine.driver_cuda, "nvrtc": (found["chosen"] or {}).get("version")}
     if machine.driver_cuda is None:

@@ -19,7 +19,7 @@ HEAD_BARRIER, PEER_SIGNAL = 1, 9
 #: By code: what was waited for, and who should have done it.  Rows are numbered through all experts, each of which
 #: begins at a multiple of 128.
 WAITS = {
-    1: "all {expected} blocks of the launch to reach grid barrier {which}",
+    HEAD_BARRIER: "all {expected} blocks of the launch to reach grid barrier {which}",
     2: "the readers to free the slot of tile {which}",
     3: "the scheduler to publish tile {which}",
     4: "the math warps to free pipeline stage {which}",

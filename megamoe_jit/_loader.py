@@ -21,6 +21,7 @@ from megamoe_jit._obtain import distrust, known_refusal, remember_refusal
 from megamoe_jit._runtime import CompiledKernel, forget, get_kernel, warmup_command
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec
+from megamoe_jit._wheels import wheel_command
 
 __all__ = ["LoadedKernel", "load_kernel"]
 
@@ -227,7 +228,7 @@ def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> _Refusal:
     explained = need > have > 0
     advice = "the binary is damaged, or not for this device"
     if explained:
-        advice = f"install an NVRTC of CUDA {have} (pip install 'megamoe-jit[cu{have}]') or a newer driver"
+        advice = f"install an NVRTC of CUDA {have} ({wheel_command(have)}) or a newer driver"
     return _Refusal(
         f"the driver refuses kernel {compiled.spec.entry} ({error}): compiled by NVRTC {compiler}, "
         f"the driver supports CUDA {version}; {advice} (key {compiled.key[:12]})",

@@ -1,4 +1,4 @@
-"""Several ranks on one host: one fresh process each, watched by their parent; or the ranks of a running torchrun.
+"""Several ranks on one host: one fresh process each, watched by their parent.
 
 The parent keeps the rendezvous store, so that no rank takes it along when it dies.  Ranks talk to the parent through
 files that they only append to: what a rank said before it was killed is not lost.
@@ -24,9 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._errors import ConfigError, MegaMoeError
-
-__all__ = ["RankEnd", "World", "collect", "describe", "joined", "run_ranks"]
+__all__ = ["RankEnd", "World", "describe", "init_group", "run_ranks", "target_function"]
 
 POLL_S = 0.05
 LOG_TAIL = 6000  #: characters of a rank's output that a report shows
@@ -59,15 +57,6 @@ class RankEnd:
     def ok(self) -> bool:
         """The function returned and the process ended by itself with code 0."""
         return self.finished and self.returncode == 0
-
-
-def joined(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
-    """This process's rank and the number of ranks, if torchrun (or the like) started it."""
-    environ = os.environ if environ is None else environ
-    try:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    except (KeyError, ValueError):
-        return None
 
 
 def describe(ends: Sequence[RankEnd]) -> str:
@@ -213,7 +202,8 @@ def _watch(
         time.sleep(POLL_S)
 
 
-def _function(target: str) -> Callable[..., Any]:
+def target_function(target: str) -> Callable[..., Any]:
+    """The function that `module:name` means."""
     module, _, name = target.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
@@ -234,7 +224,7 @@ def child() -> None:
             import torch.distributed as dist
 
             world = _start(rank, job, lambda value: say("report", value))
-            say("result", _function(job["target"])(world, **job["arguments"]))
+            say("result", target_function(job["target"])(world, **job["arguments"]))
             gc.collect()  # a group that an old traceback still holds would be torn down at exit, and may abort
             dist.destroy_process_group()
             gc.collect()
@@ -258,7 +248,7 @@ def _start(rank: int, job: Mapping[str, Any], report: Callable[[Any], None]) -> 
     if job["device"] == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    _init(device, store=store, rank=rank, world_size=job["ranks"], timeout=timeout)
+    init_group(device, store=store, rank=rank, world_size=job["ranks"], timeout=timeout)
     return World(rank, job["ranks"], device, report)
 
 
@@ -268,85 +258,8 @@ def _tcp_store() -> Any:
     return vars(dist)["TCPStore"]  # torch's stubs do not export it
 
 
-def _init(device: Any, **more: Any) -> None:
+def init_group(device: Any, **more: Any) -> None:
     """The default process group: gloo for what is said on the host, NCCL (begun when first used) for tensors."""
     import torch.distributed as dist
 
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **more)
-
-
-def collect(
-    target: str,
-    ranks: int,
-    arguments: Mapping[str, Any] | None = None,
-    *,
-    device: str = "cuda",
-    timeout_s: float = 3600.0,
-    group_timeout_s: float = 300.0,
-    on_report: Callable[[int, Any], None] | None = None,
-) -> list[Any] | None:
-    """Results of a function on all ranks: as one of torchrun's ranks, otherwise in processes of their own.
-
-    Args:
-        target: as in `run_ranks`.
-        ranks: how many; torchrun must have started as many.
-        arguments: as in `run_ranks`.
-        device: as in `run_ranks`.
-        timeout_s: after this, ranks started here are killed.
-        group_timeout_s: of collectives on the process group.
-        on_report: called with rank and report as they come; under torchrun on each rank with its own.
-
-    Returns:
-        Results by rank; None under torchrun on every rank but 0, which has nothing to say.
-
-    Raises:
-        ConfigError: torchrun started another number of ranks, or there are fewer GPUs.
-        MegaMoeError: a rank failed; says what all of them said.
-    """
-    import torch
-
-    here = joined()
-    if here is None:
-        if device == "cuda" and torch.cuda.device_count() < ranks:
-            raise ConfigError(f"ranks = {ranks} needs {ranks} GPUs; allowed: up to {torch.cuda.device_count()} here")
-        ends = run_ranks(
-            target,
-            ranks,
-            arguments,
-            device=device,
-            timeout_s=timeout_s,
-            group_timeout_s=group_timeout_s,
-            on_report=on_report,
-        )
-        if not all(end.ok for end in ends):
-            raise MegaMoeError(f"not every rank finished:\n{describe(ends)}")
-        return [end.result for end in ends]
-    return _as_torchrun_rank(target, ranks, arguments, device, here, group_timeout_s, on_report)
-
-
-def _as_torchrun_rank(
-    target: str,
-    ranks: int,
-    arguments: Mapping[str, Any] | None,
-    device: str,
-    here: tuple[int, int],
-    group_timeout_s: float,
-    on_report: Callable[[int, Any], None] | None,
-) -> list[Any] | None:
-    import torch
-    import torch.distributed as dist
-
-    rank, size = here
-    if size != ranks:
-        raise ConfigError(f"ranks = {ranks}, but torchrun started {size}; allowed: the same number")
-    where = torch.device("cpu")
-    if device == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-        torch.cuda.set_device(where)
-    _init(where, timeout=timedelta(seconds=group_timeout_s))
-    world = World(rank, ranks, where, lambda value: on_report(rank, value) if on_report is not None else None)
-    result = _function(target)(world, **(arguments or {}))
-    results: list[Any] = [None] * ranks
-    dist.all_gather_object(results, result)
-    dist.destroy_process_group()
-    return results if rank == 0 else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from megamoe_jit._errors import ConfigError
 
-__all__ = ["MAX_EXPERTS", "MAX_RANKS", "MAX_TOKENS", "MAX_TOPK", "KernelSpec", "MoEShape", "Variant"]
+__all__ = ["MAX_EXPERTS", "MAX_RANKS", "MAX_TOKENS", "MAX_TOPK", "KernelSpec", "MoEShape", "Variant", "check_int"]
 
 MAX_TOPK = 32
 MAX_EXPERTS = 1024
@@ -53,7 +53,8 @@ def _check(ok: bool, what: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{what} = {value} is not supported; allowed: {allowed}")
 
 
-def _check_int(what: str, value: object) -> None:
+def check_int(what: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is an integer, which a bool is not."""
     _check(type(value) is int, what, f"{value!r:.80}", "an integer")
 
 
@@ -67,10 +68,10 @@ class MoEShape:
     topk: int
 
     def __post_init__(self) -> None:
-        _check_int("hidden", self.hidden)
-        _check_int("intermediate", self.intermediate)
-        _check_int("num_experts", self.experts)
-        _check_int("num_topk", self.topk)
+        check_int("hidden", self.hidden)
+        check_int("intermediate", self.intermediate)
+        check_int("num_experts", self.experts)
+        check_int("num_topk", self.topk)
         _check(self.hidden > 0 and self.hidden % BLOCK == 0, "hidden", self.hidden, "a positive multiple of 128")
         _check(
             self.intermediate > 0 and self.intermediate % BLOCK == 0,
@@ -95,7 +96,7 @@ class KernelSpec:
     def __post_init__(self) -> None:
         _check(isinstance(self.shape, MoEShape), "shape", f"{self.shape!r:.80}", "a MoEShape")
         _check(isinstance(self.variant, Variant), "variant", f"{self.variant!r:.80}", "a member of Variant")
-        _check_int("number of ranks", self.ranks)
+        check_int("number of ranks", self.ranks)
         _check(1 <= self.ranks <= MAX_RANKS, "number of ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(
             self.shape.experts % self.ranks == 0,

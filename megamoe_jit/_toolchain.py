@@ -26,6 +26,7 @@ from pathlib import Path
 
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._settings import get_settings
+from megamoe_jit._wheels import bindings_command, wheel_command
 
 __all__ = [
     "ARCH",
@@ -37,7 +38,6 @@ __all__ = [
     "correction",
     "find_toolchain",
     "wanted_major",
-    "wheel_command",
 ]
 
 ARCH = "sm_90a"
@@ -45,8 +45,6 @@ MINIMUM = (12, 8)  #: the oldest the kernels are compiled with
 LOG = logging.getLogger("megamoe_jit")
 
 _MAJORS = (13, 12)
-_WHEELS = {12: "nvidia-cuda-nvrtc-cu12>=12.8,<13", 13: "nvidia-cuda-nvrtc>=13,<14"}  #: as in the extras
-_BINDINGS = {12: "cuda-python>=12.9,<13", 13: "cuda-python>=13.0.3,<14"}
 _WHEEL_DIRS = ("nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib")
 _SYSTEM_DIRS = ("/usr/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu")
 _SONAME = re.compile(r"libnvrtc\.so\.(\d+)(?:\.(\d+))?")
@@ -207,11 +205,6 @@ def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def wheel_command(major: int | None) -> str:
-    """How to get the NVRTC of a CUDA major version; of CUDA 12 where there is none of that version."""
-    return f"pip install '{_WHEELS[major if major in _WHEELS else 12]}'"
-
-
 def correction() -> str:
     """What to do about an NVRTC that was named and does not do; empty if none was named."""
     settings = get_settings()
@@ -310,8 +303,8 @@ def _activate(path: Path) -> None:
 
         used = load_nvidia_dynamic_lib("nvrtc").abs_path
     except ImportError as error:
-        wheel = _BINDINGS[12 if wanted_major()[0] != 13 else 13]
-        raise ToolchainError(f"cuda-python is not installed: {error}. Run: pip install '{wheel}'") from error
+        step = bindings_command(wanted_major()[0])
+        raise ToolchainError(f"cuda-python is not installed: {error}. Run: {step}") from error
     except RuntimeError as error:
         raise ToolchainError(f"cuda-bindings cannot use NVRTC library {path}: {error}") from error
     if used is not None and not os.path.samefile(used, path):

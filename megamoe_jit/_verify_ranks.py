@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from megamoe_jit import _scenarios
+from megamoe_jit._collect import collect
 from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._scenarios import Scenario
-from megamoe_jit._spawn import World, collect, joined
+from megamoe_jit._spawn import World
 from megamoe_jit._verify import (
     FAULTS,
     GUARD_ROWS,
@@ -29,7 +30,7 @@ from megamoe_jit._verify import (
 )
 from megamoe_jit.reference import expert_counts, moe_reference
 
-__all__ = ["chosen", "run_on_rank", "run_ranks", "startable"]
+__all__ = ["chosen", "run_on_rank", "run_ranks"]
 
 SEEDS_PER_RUN = 64  #: rank r of a run with seed s has inputs of seed s * 64 + r
 COLLECTIVE_S = 120.0
@@ -46,12 +47,6 @@ def chosen(pattern: str, ranks: int, *, slow: bool = False) -> tuple[Scenario, .
         raise ConfigError(f"no scenario of {pattern!r} has experts that {ranks} ranks can share evenly")
     by_shape = {s.shape: i for i, s in reversed(list(enumerate(fitting)))}
     return tuple(sorted(fitting, key=lambda s: by_shape[s.shape]))
-
-
-def startable(ranks: int) -> bool:
-    """Whether torchrun has started so many ranks, or else this host has the GPUs; `run_ranks` refuses if not."""
-    here = joined()
-    return torch.cuda.device_count() >= ranks if here is None else here[1] == ranks
 
 
 def _one(world: World, scenario: Scenario, variant: str, seed: int, cache: WeightCache, api: Any) -> Outcome:

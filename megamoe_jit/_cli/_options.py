@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megamoe_jit._spec import KernelSpec, MoEShape
 
 __all__ = [
+    "TIMED_SHAPES",
     "VARIANTS",
     "cache_dir_option",
     "complete_key",
@@ -33,6 +34,8 @@ __all__ = [
     "shape_options",
     "sms_option",
     "spec_of_argument",
+    "timed_shapes_option",
+    "timed_tokens_option",
     "tokens_option",
 ]
 
@@ -144,6 +147,25 @@ def _shapes(names: str | None, sizes: dict[str, int | None]) -> dict[str, MoESha
         raise click.UsageError("Name the shapes: --shapes NAME, or all of --hidden --intermediate --experts --topk.")
     shape = MoEShape(**given)
     return {f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}
+
+
+TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those with goals in benchmarks/targets.json
+
+timed_shapes_option = click.option(
+    "--shapes",
+    "names",
+    default=TIMED_SHAPES,
+    show_default=True,
+    metavar="NAME[,NAME...]",
+    shell_complete=complete_shape,
+    help="Shapes, each with the experts of one of its ranks.",
+)
+
+
+def timed_tokens_option(default: str) -> Callable[[_F], _F]:
+    """Add `--tokens`: some token counts; None stands for the `default` that the help shows."""
+    help_ = f"Token counts.  [default: {default}]"
+    return click.option("--tokens", callback=number_list(int), metavar="N[,N...]", help=help_)
 
 
 ranks_option = click.option("--ranks", default=1, show_default=True, help="GPUs that share the experts of one layer.")

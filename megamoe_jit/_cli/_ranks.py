@@ -40,7 +40,7 @@ run_ranks_option = click.option(
 
 def rank_count(ranks: int | None) -> int:
     """The number of ranks that was asked for, or torchrun's."""
-    from megamoe_jit._spawn import joined
+    from megamoe_jit._collect import joined
 
     here = joined()
     return ranks if ranks is not None else here[1] if here is not None else 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, must_be_writable, progress_line, say, table
-from megamoe_jit._cli._options import number_list
+from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
 
 if TYPE_CHECKING:
@@ -177,18 +177,8 @@ def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None) -> Non
 
 
 @click.command()
-@click.option(
-    "--shapes",
-    "names",
-    metavar="NAME[,NAME...]",
-    help="Shapes, each with the experts of one of its ranks.  [default: v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro]",
-)
-@click.option(
-    "--tokens",
-    callback=number_list(int),
-    metavar="N[,N...]",
-    help="Token counts.  [default: 16,64,256,512,1024,4096,8192; on one GPU 1,2,4,8,32 too for v4-flash and v4-pro]",
-)
+@timed_shapes_option
+@timed_tokens_option("16,64,256,512,1024,4096,8192; on one GPU 1,2,4,8,32 too for v4-flash and v4-pro")
 @click.option(
     "--variant",
     "variants",
@@ -215,7 +205,7 @@ def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None) -> Non
 )
 @json_option
 def bench(
-    names: str | None,
+    names: str,
     tokens: tuple[int, ...] | None,
     variants: tuple[str, ...],
     ranks: int | None,
@@ -232,7 +222,7 @@ def bench(
     from megamoe_jit import _bench
     from megamoe_jit.heuristics.presets import parse_shapes
 
-    presets = parse_shapes(names if names is not None else ",".join(_bench.DEFAULT_SHAPES))
+    presets = parse_shapes(names)
     wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
     if several > 1:
         found = bench_document(presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False)

@@ -17,7 +17,7 @@ from megamoe_jit._cli._io import (
     say,
     table,
 )
-from megamoe_jit._cli._options import complete_shape, number_list
+from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
 from megamoe_jit._errors import ConfigError
 
 __all__ = ["tune"]
@@ -56,21 +56,8 @@ def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: b
 
 
 @click.command()
-@click.option(
-    "--shapes",
-    "names",
-    default="v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro",
-    show_default=True,
-    metavar="NAME[,NAME...]",
-    shell_complete=complete_shape,
-    help="Shapes, each with the experts of one of its ranks.",
-)
-@click.option(
-    "--tokens",
-    callback=number_list(int),
-    metavar="N[,N...]",
-    help="Token counts.  [default: 19 counts from 1 to 8192]",
-)
+@timed_shapes_option
+@timed_tokens_option("19 counts from 1 to 8192")
 @click.option(
     "--variant",
     "variants",

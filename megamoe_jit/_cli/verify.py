@@ -52,9 +52,9 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
 
     Nothing is judged here: what does not compile fails its scenarios later, with the reason.
     """
+    from megamoe_jit._collect import joined
     from megamoe_jit._runtime import sealed, warmup
     from megamoe_jit._settings import get_settings
-    from megamoe_jit._spawn import joined
 
     settings, here = get_settings(), joined()
     if settings.no_cache or sealed():
@@ -121,10 +121,11 @@ def verify(
         return
 
     from megamoe_jit._bench import require_hopper
+    from megamoe_jit._collect import refusal
     from megamoe_jit._verify import run_all
 
     device = require_hopper()
-    if several == 1 or _verify_ranks.startable(several):  # else run_ranks refuses, at once
+    if several == 1 or not refusal(several):  # else run_ranks refuses, at once
         _compile_ahead(_kernels(chosen, variants, device, several), several, as_json)
     with progress_line("verify", len(chosen) * len(variants)) as step:
 

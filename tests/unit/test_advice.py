@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megamoe_jit import _doctor, _machine, _toolchain
+from megamoe_jit import _doctor, _machine, _toolchain, _wheels
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._machine import Gpu, Machine
 from megamoe_jit._settings import Settings, override
-from megamoe_jit._toolchain import candidates, find_toolchain, wheel_command
+from megamoe_jit._toolchain import candidates, find_toolchain
+from megamoe_jit._wheels import wheel_command
 from tests.commandline import run
 
 H200 = Gpu(0, "NVIDIA H200", "9.0", 132, 141 << 30, True)
@@ -29,7 +30,7 @@ def forget_choice():
 def test_wheels_are_those_of_the_extras():
     extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for major in (12, 13):
-        wanted = {_toolchain._WHEELS[major], _toolchain._BINDINGS[major]}
+        wanted = {_wheels.NVRTC[major], _wheels.BINDINGS[major]}
         assert wanted == set(extras["optional-dependencies"][f"cu{major}"])
 
 

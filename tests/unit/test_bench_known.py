@@ -8,7 +8,8 @@ import pytest
 
 from megamoe_jit import _bench, _bench_known
 from megamoe_jit._bench_known import DENSE, READ, annotate, choice_quality, expected_experts, limit, summarise
-from megamoe_jit.heuristics.presets import preset
+from megamoe_jit._cli._options import TIMED_SHAPES
+from megamoe_jit.heuristics.presets import parse_shapes, preset
 
 KNOWN = _bench_known.load()
 H200, H100, H20 = "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H20"
@@ -34,7 +35,7 @@ def only(device=H200, **more):
 
 
 def test_targets_cover_the_default_rows():
-    work = _bench.cases(map(preset, _bench.DEFAULT_SHAPES), _bench.DEFAULT_TOKENS)
+    work = _bench.cases(parse_shapes(TIMED_SHAPES), _bench.DEFAULT_TOKENS)
     assert len(work) == len(KNOWN.rows) == 28
     for case in work:
         h200, h100, other = (only(d, shape=case.name, tokens=case.tokens, time=1000.0) for d in (H200, H100, H20))

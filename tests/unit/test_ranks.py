@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megamoe_jit import _ranks
+from megamoe_jit._collect import collect, joined
 from megamoe_jit._errors import CompileError, ConfigError, MegaMoeError, RankMismatchError
-from megamoe_jit._spawn import World, collect, describe, joined, run_ranks
+from megamoe_jit._spawn import World, describe, run_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 

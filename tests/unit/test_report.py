@@ -48,7 +48,9 @@ def test_the_pictures_are_there_and_shown():
 def test_newest_is_by_date_and_of_one_rank(tmp_path: Path):
     def write(name: str, device: str, date: str, **more: object) -> None:
         env = {"device": device, "date": date, **more}
-        (tmp_path / name).write_text(json.dumps({"kind": "bench", "environment": env}))
+        (tmp_path / name).write_text(
+            json.dumps({"kind": "bench", "environment": env, "rows": [{"best_known_us": 1.0}]})
+        )
 
     write("b.json", "NVIDIA H200", "2026-01-02T00")
     write("a.json", "NVIDIA H200", "2026-01-03T00")

@@ -7,14 +7,11 @@
 #include <cstddef>
 #include <vector>
 
+#include "base/types.cuh"
+
 namespace sim {
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i32 = int;
-using i64 = long long;
+using megamoe::u8, megamoe::u16, megamoe::u32, megamoe::u64, megamoe::i32, megamoe::i64;
 
 /// A moment in the work of an agent; time 0 is before all work.
 struct Stamp {
