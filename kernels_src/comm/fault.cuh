@@ -1,5 +1,5 @@
-// No wait for another warp, block or rank is for ever.  One that passes its deadline stores four words where the host can read them, makes them
-// visible to it, and traps; Python turns them into a sentence (`megamoe_jit/_faults.py`).
+// No wait for another warp, block or rank is for ever.  One that passes its deadline stores four words where the host can
+// read them, makes them visible to it, and traps; Python turns them into a sentence (`megamoe_jit/_faults.py`).
 //
 // The producer warps read the nanosecond timer.  The math warps cannot: a timer, or even a counter with a report, makes
 // ptxas spill in their main loop.  The publisher warp of the same block watches them instead: it waits, with the timer,

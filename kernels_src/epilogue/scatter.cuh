@@ -18,13 +18,13 @@ template <class C> struct Scatter {
     /// never null: whether there is a row is asked of `rows` each time, since ptxas (CUDA 13.0) was seen to schedule the
     /// comparison of a pointer that is null or computed one cycle too early.
     MEGA_DEVICE u8* slot(u32 pass) const {
-        const u32 origin = ptx::load_l2(p.row_pairs + first_row + min_u32(Staging::row(pass), rows - 1));
+        const u32 origin = ptx::load_l2(p.row_pairs + first_row + min_u32(staging.row(pass), rows - 1));
         const u32 rank = C::kRanks == 1 ? 0 : origin >> kPairBits, pair = origin & ((1u << kPairBits) - 1);
         return symmetric<u8>(p, rank, p.combine) + u64(pair) * (C::kHidden * 2);
     }
 
     MEGA_DEVICE void stage_quarter(const float (&d)[32]) const {
-        const u32 lane = ptx::lane_id();
+        const u32 lane = staging.lane;
 #pragma unroll
         for (u32 j = 0; j < 4; ++j) {   // 16 columns: two groups of eight, rows t/4 and t/4 + 8
             const u32 i = j * 8;
@@ -44,10 +44,12 @@ template <class C> struct Scatter {
             if (C::kHidden % kBlockN != 0 && column >= C::kHidden) return;   // the last tile may be half as wide
             stage_quarter(result.quarter[q]);
             __syncwarp();
+            Vec16 v[Staging::kPasses];
+            staging.read_all(v);
+            __syncwarp();
 #pragma unroll
             for (u32 i = 0; i < Staging::kPasses; ++i)
-                if (Staging::row(i) < rows) ptx::store16(slots[i] + column * 2 + Staging::column() * 16, staging.read(i));
-            __syncwarp();
+                if (staging.row(i) < rows) ptx::store16(slots[i] + column * 2 + staging.column() * 16, v[i]);
         }
     }
 };

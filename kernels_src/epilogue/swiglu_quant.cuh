@@ -11,7 +11,7 @@ namespace megamoe {
 
 template <bool kFast> MEGA_DEVICE float silu(float x) {
     if constexpr (kFast) return x * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(x * -1.4426950408889634f));
-    return __fdiv_rn(x, 1.0f + expf(-x));
+    return ptx::divide(x, fminf(1.0f + expf(-x), 0x1p126f));
 }
 
 template <class C> struct SwigluQuant {
@@ -43,7 +43,7 @@ template <class C> struct SwigluQuant {
 
     /// Two groups of eight outputs of one row half: lanes pair up so that each stores four codes in a row.
     MEGA_DEVICE void stage_codes(const float (&quarter)[32], u32 q, u32 pair, u32 half, float inverse) const {
-        const u32 i = pair * 16 + half * 2, lane = ptx::lane_id();
+        const u32 i = pair * 16 + half * 2, lane = staging.lane;
         const u32 own = ptx::pack_e4m3(quarter[i] * inverse, quarter[i + 1] * inverse) |
                         ptx::pack_e4m3(quarter[i + 8] * inverse, quarter[i + 9] * inverse) << 16;
         const u32 other = __shfl_xor_sync(~0u, own, 1);
@@ -54,7 +54,7 @@ template <class C> struct SwigluQuant {
     MEGA_DEVICE void run(Result& result) const {
         float largest[2];
         activate(result, largest);
-        const u32 lane = ptx::lane_id();
+        const u32 lane = staging.lane;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             const float scale = __fdiv_rn(fmaxf(largest[half], 1e-10f), 448.0f), inverse = __fdiv_rn(1.0f, scale);
@@ -66,11 +66,13 @@ template <class C> struct SwigluQuant {
                 for (u32 pair = 0; pair < 2; ++pair) stage_codes(result.quarter[q], q, pair, half, inverse);
         }
         __syncwarp();
+        Vec16 v[Staging::kPasses];
+        staging.read_all(v);
 #pragma unroll
         for (u32 i = 0; i < Staging::kPasses; ++i) {
-            const u32 row = Staging::row(i);
-            u8* target = p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock + Staging::column() * 16;
-            if (row < rows) ptx::store16(target, staging.read(i));
+            const u32 row = staging.row(i);
+            u8* target = p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock + staging.column() * 16;
+            if (row < rows) ptx::store16(target, v[i]);
         }
         ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
         __syncwarp();

@@ -3,13 +3,23 @@
 // Each block's product goes into a fresh accumulator on the tensor cores and is then promoted into the result by an
 // FP32 FMA with its scales.  A warpgroup's 64 x 256 result is computed in four quarters of 64 columns with two fresh
 // accumulators in turn: while one quarter is promoted, the next one's WGMMA runs.  ptxas serialises everything when a
-// WGMMA is in flight across a loop's back edge, so several k-blocks are written out per turn of the loop, and the
-// pipeline drains once per turn.
+// WGMMA is in flight across a loop's back edge, so two k-blocks are written out per turn of the loop, and the pipeline
+// drains once per turn.
 //
-//   step i            0       1         2         3         4                  5 ...
-//   issue quarter     0 of A  1 of A    2 of A    3 of A    0 of B (waits for full[B])
-//   wait for, promote -       0 of A    1 of A    2 of A    3 of A             0 of B
-//   then              load A's scales   A's 2nd half        release A, load B's scales
+//   step i            0            1         2         3         4                 5 ...
+//   before            wait, load   -         -         -         wait, load        -
+//                     A's scales                                 B's scales
+//   issue quarter     0 of A       1 of A    2 of A    3 of A    0 of B            1 of B
+//   wait for          -            0 of A    1 of A    2 of A    3 of A, release   0 of B
+//   promote           -            0 of A    1 of A    2 of A    3 of A            0 of B
+//
+// A warpgroup has about 200 cycles for itself between two quarters.  Whatever waits longer there stops the tensor cores, so
+// (each of these was measured, see docs/perf-log.md)
+//   - descriptors are computed before the stage is waited for, and scales are loaded before its first WGMMA is issued: both
+//     are there when the quarter before has been promoted
+//   - before it drains, a turn looks whether the next one's stage is full, so that the next need not ask
+//   - promotion takes eight numbers with one scale after another: the tensor cores use the ports of the register file at
+//     the same time, and an operand that was just read need not be read again
 //
 // Registers: 128 of result and 2 x 32 in flight, of 216.
 //
@@ -30,6 +40,10 @@ struct Result {
     float quarter[4][32];
 };
 
+/// K-blocks written out per turn: both depths are multiples of it.  Four would be up to 0.4 % faster than two and compile for a
+/// seventh longer; one is 2 to 4 % slower.
+template <class C> constexpr u32 kBlocksPerTurn = C::kHidden / kBlockK % 2 == 0 && C::kIntermediate / kBlockK % 2 == 0 ? 2 : 1;
+
 /// Issues the four 32-deep steps of one quarter into a fresh accumulator.
 MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
     ptx::pin(fresh);
@@ -43,29 +57,40 @@ MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
 /// quarter q += fresh * scales.
 MEGA_DEVICE void promote_quarter(Result& result, float (&fresh)[32], const BlockScales& s, u32 q) {
     ptx::pin(fresh);
-    const float scale[2][2] = {{s.act[0] * s.weight[0], s.act[1] * s.weight[0]}, {s.act[0] * s.weight[1], s.act[1] * s.weight[1]}};
 #pragma unroll
-    for (u32 i = 0; i < 32; ++i) {
-        float& d = result.quarter[q][i];
-        d = __fmaf_rn(fresh[i], scale[i / 4 % 2][i / 2 % 2], d);
+    for (u32 group = 0; group < 4; ++group) {   // even columns' rows t/4 and t/4 + 8, then odd columns'
+        const u32 odd = group / 2, below = group % 2;
+        const float scale = s.act[below] * s.weight[q / 2][odd];
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) {
+            const u32 i = j / 2 * 8 + odd * 4 + below * 2 + j % 2;
+            float& d = result.quarter[q][i];
+            d = __fmaf_rn(fresh[i], scale, d);
+        }
     }
 }
 
 template <class C> struct MainLoop {
     const Shared<C>& shared;
     Ring<C::kStages> ring;
-    u32 row;   // first row of the activation tile that this warpgroup multiplies
+    u32 row;              // first row of the activation tile that this warpgroup multiplies
+    u32 thread;           // read once: the special register is slow
+    bool ready = false;   // the ring's stage has been seen full
+
+    MEGA_DEVICE MainLoop(const Shared<C>& shared_, u32 k_begin, u32 row_)
+        : shared(shared_), ring(k_begin), row(row_), thread(ptx::thread_id_again()) {}
 
     MEGA_DEVICE void release(u32 stage) const {
         __syncwarp();   // all lanes have read their scales, and none still looks at this phase
-        if (ptx::lane_id() == 0) ptx::mbarrier_arrive(shared.empty(stage));
+        if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
     }
 
-    /// kBlocks k-blocks, written out; nothing is in flight before or after.
-    template <u32 kBlocks> MEGA_DEVICE void turn(Result& result) {
-        constexpr u32 kSteps = 4 * kBlocks;
+    /// A few k-blocks, written out; nothing is in flight before or after.
+    MEGA_DEVICE void turn(Result& result) {
+        constexpr u32 kSteps = 4 * kBlocksPerTurn<C>;
+        const u32 my_row = row + thread / kWarp % 4 * 16 + thread % kWarp / 4;
         float fresh[2][32];
-        BlockScales scales;
+        BlockScales scales, next;
         u64 a = 0, b = 0;
         u32 stage = 0;
 #pragma unroll
@@ -74,20 +99,22 @@ template <class C> struct MainLoop {
             if (i < kSteps) {
                 if (q == 0) {
                     stage = ring.stage;
-                    wait_barrier_watched(shared.full(stage), ring.parity);
-                    ring.advance();
                     a = ptx::matrix_descriptor(shared.acts(stage) + row * kBlockK);
                     b = ptx::matrix_descriptor(shared.weights(stage));
+                    ptx::pin(a, b);
+                    if (i > 0 || !ready) wait_barrier_watched(shared.full(stage), ring.parity);
+                    ring.advance();
+                    next.load(shared.act_scales(stage) + my_row * 4, shared.weight_scales(stage));
                 }
                 issue_quarter(fresh[i % 2], a, b, q);
                 if (i > 0) ptx::wgmma_wait<1>();
             } else {
+                ready = ptx::mbarrier_test(shared.full(ring.stage), ring.parity);
                 ptx::wgmma_wait<0>();
             }
             if (i > 0 && q == 0) release(last_stage);
             if (i > 0) promote_quarter(result, fresh[(i - 1) % 2], scales, (i - 1) % 4);
-            if (i < kSteps && q == 0) scales.load(shared.act_scales(stage) + row * 4, shared.weight_scales(stage));
-            if (q == 2) scales.half(1);
+            if (q == 0) scales = next;
         }
     }
 
@@ -96,10 +123,7 @@ template <class C> struct MainLoop {
         for (u32 q = 0; q < 4; ++q)
 #pragma unroll
             for (u32 i = 0; i < 32; ++i) result.quarter[q][i] = 0;
-        u32 left = k_blocks;
-        for (; left >= C::kUnroll; left -= C::kUnroll) turn<C::kUnroll>(result);
-        if constexpr (C::kHidden / kBlockK % C::kUnroll != 0 || C::kIntermediate / kBlockK % C::kUnroll != 0)
-            for (; left > 0; --left) turn<1>(result);
+        for (; k_blocks >= kBlocksPerTurn<C>; k_blocks -= kBlocksPerTurn<C>) turn(result);
     }
 
     /// Hands the stages back unread: this warpgroup's rows are all padding.

@@ -44,18 +44,13 @@ template <class C> struct WeightScaleStream {
 
 /// Consumer's side.
 struct BlockScales {
-    float act[2];      // rows t/4 and t/4 + 8 of this warp
-    float weight[2];   // even and odd groups of eight of the current half
-    u32 weights;       // shared address of the four
+    float act[2];         // rows t/4 and t/4 + 8 of this warp
+    float weight[2][2];   // columns 0-127 and 128-255; even and odd groups of eight
 
+    /// `act_scales`: of row t/4.
     MEGA_DEVICE void load(u32 act_scales, u32 weight_scales) {
-        const u32 thread = ptx::thread_id_again(), row = thread / kWarp % 4 * 16 + thread % kWarp / 4;
-        act[0] = ptx::load_float_shared(act_scales + row * 4), act[1] = ptx::load_float_shared(act_scales + row * 4 + 32);
-        weights = weight_scales;
-        half(0);
-    }
-    MEGA_DEVICE void half(u32 h) {
-        weight[0] = ptx::load_float_shared(weights + h * 8), weight[1] = ptx::load_float_shared(weights + h * 8 + 4);
+        act[0] = ptx::load_float_shared(act_scales), act[1] = ptx::load_float_shared(act_scales + 32);
+        ptx::load_floats_shared(weight_scales, weight[0][0], weight[0][1], weight[1][0], weight[1][1]);
     }
 };
 

@@ -18,6 +18,16 @@ MEGA_DEVICE void mbarrier_arrive(u32 bar) {
 MEGA_DEVICE void mbarrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
+/// Whether the phase of the given parity is complete, without waiting.
+MEGA_DEVICE bool mbarrier_test(u32 bar, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    return done != 0;
+}
 /// True once the phase of the given parity is complete.  May suspend the thread for a while before it says no.
 MEGA_DEVICE bool mbarrier_try_wait(u32 bar, u32 parity) {
     u32 done;

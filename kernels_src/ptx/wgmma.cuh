@@ -17,6 +17,8 @@ template <u32 kCount> MEGA_DEVICE void pin(float (&d)[kCount]) {
 #pragma unroll
     for (u32 i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+/// Has two descriptors computed here and not where they are first used.  Emits nothing.
+MEGA_DEVICE void pin(u64& a, u64& b) { asm volatile("" : "+l"(a), "+l"(b)); }
 
 /// Matrix descriptor of a tile of 128-byte rows in atoms of 8 rows, 128-byte swizzle, 1024-byte aligned:
 ///   bits 0-13 address / 16 | 16-29 leading offset (unused, 1) | 32-45 1024 B between atoms / 16 | 62-63 swizzle 128 B

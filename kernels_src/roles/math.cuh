@@ -30,7 +30,7 @@ template <class C> struct Math {
         const u32 warp = ptx::warp_id() % 4, first = (kPingpong ? 0 : group * 64) + warp * 16;
         if (tile.rows() <= first) return;
         const u32 rows = tile.rows() - first;   // valid ones from this warp's first on
-        const Staging staging{shared.staging(group * 4 + warp)};
+        const Staging staging{shared.staging(group * 4 + warp), ptx::thread_id_again() % kWarp};
         if (tile.kind() == Tile::gemm2) Scatter<C>{p, staging, tile.row() + first, rows, tile.n()}.run(result);
         else SwigluQuant<C>{p, staging, tile.pool_row() + first, rows, tile.n()}.run(result);
     }
@@ -47,7 +47,7 @@ template <class C> struct Math {
                 if (kPingpong && tile.rows()) Turn::take(group);   // leaves the barrier as it was
                 break;
             }
-            MainLoop<C> loop{shared, Ring<C::kStages>(tile.k_begin()), row};
+            MainLoop<C> loop(shared, tile.k_begin(), row);
             if (kPingpong) Turn::take(group);
             if (row < tile.rows()) loop.run(result, tile.k_blocks());
             else loop.skip(tile.k_blocks());
@@ -60,7 +60,7 @@ template <class C> struct Math {
 
     MEGA_DEVICE static void done(const TileSlots<C>& slots, u32 index) {
         __syncwarp();
-        if (ptx::lane_id() == 0) slots.stored(index), slots.release(index);
+        if (ptx::thread_id_again() % kWarp == 0) slots.stored(index), slots.release(index);
     }
 };
 

@@ -25,7 +25,7 @@ from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_ro
 #: dispatch moves in one piece or in several.
 SHAPES = {
     1: MoEShape(640, 384, 6, 3),
-    2: MoEShape(256, 256, 8, 2),
+    2: MoEShape(384, 256, 8, 2),
     4: MoEShape(256, 128, 8, 4),
     8: MoEShape(128, 256, 16, 2),
 }

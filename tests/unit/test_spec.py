@@ -128,7 +128,7 @@ ENTRY = """
 
 template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD> struct Config {
     static constexpr megamoe::Variant kVariant = kM == 64 ? megamoe::Variant::pingpong : megamoe::Variant::cooperative;
-    static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kUnroll = 4, kDispatchSlots = kD;
+    static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
     static constexpr megamoe::u32 kHidden = 256, kIntermediate = 128, kTopK = 2;
     static constexpr megamoe::u32 kExperts = kE, kRanks = kR, kLocalExperts = kExperts / kRanks;
     static constexpr bool kFastMath = true;

@@ -15,7 +15,7 @@ template <Variant kVariant_, u32 kHidden_, u32 kIntermediate_> struct Config {
     static constexpr u32 kBlockM = kVariant == Variant::pingpong ? 64 : 128;
     static constexpr u32 kHidden = kHidden_, kIntermediate = kIntermediate_;
     static constexpr u32 kExperts = 16, kRanks = 1, kLocalExperts = 16, kTopK = 2;
-    static constexpr u32 kStages = 4, kUnroll = 4, kDispatchSlots = 4;
+    static constexpr u32 kStages = 4, kDispatchSlots = 4;
     static constexpr bool kFastMath = true;
 };
 

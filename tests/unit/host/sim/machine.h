@@ -67,6 +67,7 @@ enum Weak : u32 {
     kNoWarpBarrier = 110,
     kNoWaitForProducts = 111,
     kNoWaitForThreadLoads = 112,
+    kLookSaysYes = 113,
 };
 inline u32 mutant = kNothing;
 
@@ -104,24 +105,31 @@ inline void phase_arrive(u32 address) {
 inline void phase_expect(u32 address, u32 bytes) {
     if (mutant != kNoExpectedBytes) now->warp->block->phase(address).bytes += bytes;
 }
-inline bool phase_wait(u32 address, u32 parity) {
-    PhaseBarrier& bar = now->warp->block->phase(address);
-    now->polled.clear();
-    maybe_leave();
-    if ((bar.phase & 1) == parity) {   // not complete yet
-        if (expired) {
-            if (++now->tries > 100) sleep("a barrier at shared address", address);
-            return false;
-        }
-        bar.waiting.push_back(now);
-        sleep("a barrier at shared address", address);
-        return false;
-    }
+/// Whether the phase of this parity is complete; who learns it sees what its arrivals have published.
+inline bool phase_complete(PhaseBarrier& bar, u32 parity) {
+    if ((bar.phase & 1) == parity) return false;
     if (bar.learned[now->warp->index] != bar.phase) {
         bar.learned[now->warp->index] = bar.phase;
         now->warp->acquire(bar.published);
     }
     return true;
+}
+inline bool phase_wait(u32 address, u32 parity) {
+    PhaseBarrier& bar = now->warp->block->phase(address);
+    now->polled.clear();
+    maybe_leave();
+    if (phase_complete(bar, parity)) return true;
+    if (expired) {
+        if (++now->tries > 100) sleep("a barrier at shared address", address);
+        return false;
+    }
+    bar.waiting.push_back(now);
+    sleep("a barrier at shared address", address);
+    return false;
+}
+inline bool phase_look(u32 address, u32 parity) {
+    maybe_leave();
+    return mutant == kLookSaysYes || phase_complete(now->warp->block->phase(address), parity);
 }
 
 // ---- named barriers

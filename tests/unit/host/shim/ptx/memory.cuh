@@ -60,6 +60,10 @@ struct alignas(16) Vec4 {
 struct alignas(8) Vec2 {
     float f[2];
 };
+inline void load_floats_shared(u32 address, float& a, float& b, float& c, float& d) {
+    const Vec4 v = load_shared<Vec4>(address);
+    a = v.f[0], b = v.f[1], c = v.f[2], d = v.f[3];
+}
 inline void store_floats_shared(u32 address, float a, float b) { store_shared(address, Vec2{{a, b}}); }
 inline void store_floats_shared(u32 address, float a, float b, float c, float d) { store_shared(address, Vec4{{a, b, c, d}}); }
 inline void store_matrix4(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {

@@ -14,6 +14,7 @@ template <u32 kPending> void wgmma_wait() {
     products.erase(products.begin(), products.begin() + due);
 }
 template <u32 kCount> void pin(float (&)[kCount]) {}
+inline void pin(u64&, u64&) {}
 
 /// Shared addresses of the first rows instead of descriptors, in units of 16 bytes as theirs.
 inline u64 matrix_descriptor(u32 address) { return address >> 4; }
