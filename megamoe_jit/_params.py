@@ -29,6 +29,8 @@ class Params(ctypes.Structure):
         ("weight1", TensorMap),
         ("act2", TensorMap),
         ("weight2", TensorMap),
+        ("act1_few", TensorMap),
+        ("act2_few", TensorMap),
         ("peers", c_uint64 * MAX_RANKS),
         ("x", c_uint64),
         ("x_scales", c_uint64),

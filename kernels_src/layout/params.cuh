@@ -16,6 +16,7 @@ namespace megamoe {
 
 struct alignas(64) Params {
     ptx::TensorMap act1, weight1, act2, weight2;   // operands of GEMM 1 and GEMM 2
+    ptx::TensorMap act1_few, act2_few;             // the activations again, in smaller boxes
 
     u64 peers[kMaxRanks];   // base of each rank's symmetric buffer; below, byte offsets in it
     u64 x, x_scales, topk_ids, topk_weights, expert_offsets, sorted_pairs, signals, combine;
@@ -41,7 +42,7 @@ struct alignas(64) Params {
     u32 tokens, rank, pool_rows, counters, sort_blocks, rows_per_item, lag_tiles;
     float clamp;
 };
-static_assert(sizeof(Params) == 832, "Params changed: change megamoe_jit/_params.py with it");
+static_assert(sizeof(Params) == 1088, "Params changed: change megamoe_jit/_params.py with it");
 
 /// Words of `Params::control`.
 enum Control : u32 { kControlGridBarrier = 0, kControlTicket = 1, kControlEpoch = 2, kControlWords = 64 };

@@ -15,7 +15,8 @@
 
 namespace megamoe {
 
-constexpr u32 kBoxRows = 128;   // of a weight box; activation boxes have 64 rows
+constexpr u32 kBoxRows = 128;                     // of a weight box
+constexpr u32 kActBoxRows = 64, kFewRows = 16;    // of the two sizes of activation boxes
 
 constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
 
@@ -88,19 +89,26 @@ template <class C> struct LoadActivations {
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
     }
 
+    /// Rows come in boxes of 64, the last ones of an expert in small boxes: its padding was never written, so it would have to
+    /// be read from memory, once for each tile of few tokens.  What lies in its place only makes rows that nobody stores.
     MEGA_DEVICE void stream(const Tile& tile) const {
         const bool first = tile.kind == Tile::gemm1;
-        const ptx::TensorMap* map = first ? &p.act1 : &p.act2;
+        const ptx::TensorMap *map = first ? &p.act1 : &p.act2, *few_map = first ? &p.act1_few : &p.act2_few;
         const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.pool_row;
-        const u32 boxes = C::kBlockM == 64 ? 1 : ceil_div(tile.rows, 64u);   // a half with no rows is not read
+        u32 boxes = tile.rows / kActBoxRows, few = ceil_div(tile.rows % kActBoxRows, kFewRows);
+        if (few == kActBoxRows / kFewRows) ++boxes, few = 0;
+        const u32 scale_bytes = ceil_div(tile.rows, 4u) * 16;
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance(), scales += p.pool_rows) {
             wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
-            const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
-            ptx::mbarrier_expect(full, boxes * 64 * kBlockK + Shared<C>::kActScaleBytes);
-            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);
-            if (boxes == 2) ptx::tma_load_2d(at + 64 * kBlockK, map, full, k * kBlockK, tile.pool_row + 64);
-            ptx::bulk_load(shared.act_scales(ring.stage), scales, Shared<C>::kActScaleBytes, full);
+            const u32 full = shared.full(ring.stage);
+            ptx::mbarrier_expect(full, (boxes * kActBoxRows + few * kFewRows) * kBlockK + scale_bytes);
+            u32 at = shared.acts(ring.stage), row = tile.pool_row;
+            for (u32 i = 0; i < boxes; ++i, at += kActBoxRows * kBlockK, row += kActBoxRows)
+                ptx::tma_load_2d(at, map, full, k * kBlockK, row);
+            for (u32 i = 0; i < few; ++i, at += kFewRows * kBlockK, row += kFewRows)
+                ptx::tma_load_2d(at, few_map, full, k * kBlockK, row);
+            ptx::bulk_load(shared.act_scales(ring.stage), scales, scale_bytes, full);
             ptx::mbarrier_arrive(full);
         }
     }

@@ -21,6 +21,8 @@ OTHERS = {
         "weight1",
         "act2",
         "weight2",
+        "act1_few",
+        "act2_few",
         "peers",
         "weight1_scales",
         "weight2_scales",

@@ -98,4 +98,4 @@ def test_the_block_is_aligned_and_zero(_: int):
     params = aligned_params()
     assert ctypes.addressof(params) % PARAMS_ALIGN == 0
     assert bytes(params) == bytes(ctypes.sizeof(Params))
-    assert all(getattr(Params, name).offset % 64 == 0 for name in ("act1", "weight1", "act2", "weight2"))
+    assert all(getattr(Params, name).offset % 64 == 0 for name in ("act1", "weight1", "act2", "weight2", "act1_few", "act2_few"))

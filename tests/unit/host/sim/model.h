@@ -58,10 +58,10 @@ struct WeightTag {
     u32 tensor, row, column, unused;
 };
 
-/// Copies a box: 64 rows of activations, or the tags of 128 rows of weights.
+/// Copies a box: rows of activations, or the tags of 128 rows of weights.
 inline void load_box(u32 dst, const u64* map, u32 bar, u32 column, u32 row) {
     const bool weights = map[0] == kWeight1 || map[0] == kWeight2;
-    const u32 rows = weights ? 128 : 64, width = static_cast<u32>(map[3]);
+    const u32 width = static_cast<u32>(map[3]), rows = static_cast<u32>(map[4]);
     u8* to = now->warp->block->at(dst, rows * 128, 1024);
     if (column + 128 > width) fail("a box outside of its tensor, in " + name_of(now));
     if (weights) {
@@ -75,11 +75,11 @@ inline void load_box(u32 dst, const u64* map, u32 bar, u32 column, u32 row) {
         });
         return;
     }
-    if (row + 64 > map[2]) fail("a box below its tensor, in " + name_of(now));
+    if (row + rows > map[2]) fail("a box below its tensor, in " + name_of(now));
     const u8* from = reinterpret_cast<const u8*>(map[1]) + u64(row) * width + column;
-    for (u32 r = 0; r < 64; ++r) memory.read(from + u64(r) * width, 128, copy_actor());
+    for (u32 r = 0; r < rows; ++r) memory.read(from + u64(r) * width, 128, copy_actor());
     start_load(bar, rows * 128, [=] {
-        for (u32 r = 0; r < 64; ++r) std::memcpy(to + r * 128, from + u64(r) * width, 128);
+        for (u32 r = 0; r < rows; ++r) std::memcpy(to + r * 128, from + u64(r) * width, 128);
     });
 }
 
