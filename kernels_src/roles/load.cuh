@@ -89,25 +89,20 @@ template <class C> struct LoadActivations {
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
     }
 
-    /// Rows come in boxes of 64, the last ones of an expert in small boxes: its padding was never written, so it would have to
-    /// be read from memory, once for each tile of few tokens.  What lies in its place only makes rows that nobody stores.
+    /// Few rows come in small boxes: an expert's padding was never written, so it would have to be read from memory, once for
+    /// each tile.  What lies in its place only makes rows that nobody stores.  A half with no rows is not read either.
     MEGA_DEVICE void stream(const Tile& tile) const {
-        const bool first = tile.kind == Tile::gemm1;
-        const ptx::TensorMap *map = first ? &p.act1 : &p.act2, *few_map = first ? &p.act1_few : &p.act2_few;
+        const bool first = tile.kind == Tile::gemm1, few = tile.rows <= kActBoxRows - kFewRows;
+        const ptx::TensorMap* map = first ? (few ? &p.act1_few : &p.act1) : (few ? &p.act2_few : &p.act2);
         const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.pool_row;
-        u32 boxes = tile.rows / kActBoxRows, few = ceil_div(tile.rows % kActBoxRows, kFewRows);
-        if (few == kActBoxRows / kFewRows) ++boxes, few = 0;
-        const u32 scale_bytes = ceil_div(tile.rows, 4u) * 16;
+        const u32 box = few ? kFewRows : kActBoxRows, boxes = ceil_div(tile.rows, box), scale_bytes = ceil_div(tile.rows, 4u) * 16;
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance(), scales += p.pool_rows) {
             wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
-            const u32 full = shared.full(ring.stage);
-            ptx::mbarrier_expect(full, (boxes * kActBoxRows + few * kFewRows) * kBlockK + scale_bytes);
-            u32 at = shared.acts(ring.stage), row = tile.pool_row;
-            for (u32 i = 0; i < boxes; ++i, at += kActBoxRows * kBlockK, row += kActBoxRows)
-                ptx::tma_load_2d(at, map, full, k * kBlockK, row);
-            for (u32 i = 0; i < few; ++i, at += kFewRows * kBlockK, row += kFewRows)
-                ptx::tma_load_2d(at, few_map, full, k * kBlockK, row);
+            const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
+            ptx::mbarrier_expect(full, boxes * box * kBlockK + scale_bytes);
+            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);
+            for (u32 i = 1; i < boxes; ++i) ptx::tma_load_2d(at + i * box * kBlockK, map, full, k * kBlockK, tile.pool_row + i * box);
             ptx::bulk_load(shared.act_scales(ring.stage), scales, scale_bytes, full);
             ptx::mbarrier_arrive(full);
         }
