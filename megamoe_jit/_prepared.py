@@ -14,7 +14,7 @@ from megamoe_jit._layout import COUNTER_ROWS
 from megamoe_jit._loader import load_kernel
 from megamoe_jit._params import Params, aligned_params
 from megamoe_jit._settings import get_settings
-from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_FEW, BOX_ROWS_WEIGHT, encode_fp8_rows
+from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_SMALL, BOX_ROWS_WEIGHT, encode_fp8_rows
 from megamoe_jit._validate import check_weights
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class PreparedKernel:
         rows = layout.pool_rows
         encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, BOX_ROWS_ACT)
         encode_fp8_rows(params.act2, params.act2_pool, rows, shape.intermediate, BOX_ROWS_ACT)
-        encode_fp8_rows(params.act1_few, params.act1_pool, rows, shape.hidden, BOX_ROWS_FEW)
-        encode_fp8_rows(params.act2_few, params.act2_pool, rows, shape.intermediate, BOX_ROWS_FEW)
+        encode_fp8_rows(params.act1_small, params.act1_pool, rows, shape.hidden, BOX_ROWS_SMALL)
+        encode_fp8_rows(params.act2_small, params.act2_pool, rows, shape.intermediate, BOX_ROWS_SMALL)
         params.pool_rows = rows
         params.counters = layout.rows // COUNTER_ROWS
         params.rank = buffer.rank

@@ -3,16 +3,11 @@
 // Gate and up columns alternate by eights, so both halves of an output sit in the same thread, and all 128 outputs of a
 // row in the four lanes of a quad: the row's largest value is two shuffles away.
 #pragma once
+#include "epilogue/silu.cuh"
 #include "epilogue/staging.cuh"
 #include "mma/block_scaled.cuh"
-#include "ptx/convert.cuh"
 
 namespace megamoe {
-
-template <bool kFast> MEGA_DEVICE float silu(float x) {
-    if constexpr (kFast) return x * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(x * -1.4426950408889634f));
-    return ptx::divide(x, fminf(1.0f + expf(-x), 0x1p126f));
-}
 
 template <class C> struct SwigluQuant {
     const Params& p;

@@ -3,8 +3,8 @@
 // Each block's product goes into a fresh accumulator on the tensor cores and is then promoted into the result by an
 // FP32 FMA with its scales.  A warpgroup's 64 x 256 result is computed in four quarters of 64 columns with two fresh
 // accumulators in turn: while one quarter is promoted, the next one's WGMMA runs.  ptxas serialises everything when a
-// WGMMA is in flight across a loop's back edge, so two k-blocks are written out per turn of the loop, and the pipeline
-// drains once per turn.
+// WGMMA is in flight across a loop's back edge, so two k-blocks are written out per turn of the loop (one where a depth has an
+// odd number of them), and the pipeline drains once per turn.
 //
 //   step i            0            1         2         3         4                 5 ...
 //   before            wait, load   -         -         -         wait, load        -
@@ -40,8 +40,8 @@ struct Result {
     float quarter[4][32];
 };
 
-/// K-blocks written out per turn: both depths are multiples of it.  Four would be up to 0.4 % faster than two and compile for a
-/// seventh longer; one is 2 to 4 % slower.
+/// K-blocks written out per turn: both depths are multiples of it.  Four would be 0.2 % faster than two and compile for a
+/// seventh longer; one is 1.7 % slower, 2 to 4 % from 8192 tokens on.
 template <class C> constexpr u32 kBlocksPerTurn = C::kHidden / kBlockK % 2 == 0 && C::kIntermediate / kBlockK % 2 == 0 ? 2 : 1;
 
 /// Issues the four 32-deep steps of one quarter into a fresh accumulator.
@@ -75,7 +75,8 @@ template <class C> struct MainLoop {
     Ring<C::kStages> ring;
     u32 row;              // first row of the activation tile that this warpgroup multiplies
     u32 thread;           // read once: the special register is slow
-    bool ready = false;   // the ring's stage has been seen full
+    bool ready = false;   // the ring's stage has been seen full; after a tile's last turn that is a stage of another tile,
+                          // and of no use: a main loop is made anew for each
 
     MEGA_DEVICE MainLoop(const Shared<C>& shared_, u32 k_begin, u32 row_)
         : shared(shared_), ring(k_begin), row(row_), thread(ptx::thread_id_again()) {}
@@ -114,7 +115,7 @@ template <class C> struct MainLoop {
             }
             if (i > 0 && q == 0) release(last_stage);
             if (i > 0) promote_quarter(result, fresh[(i - 1) % 2], scales, (i - 1) % 4);
-            if (q == 0) scales = next;
+            if (i < kSteps && q == 0) scales = next;   // what was promoted was the last quarter of the k-block before
         }
     }
 

@@ -47,7 +47,7 @@ struct BlockScales {
     float act[2];         // rows t/4 and t/4 + 8 of this warp
     float weight[2][2];   // columns 0-127 and 128-255; even and odd groups of eight
 
-    /// `act_scales`: of row t/4.
+    /// `act_scales`: address of the scale of this thread's first row; that of its second lies eight rows on.
     MEGA_DEVICE void load(u32 act_scales, u32 weight_scales) {
         act[0] = ptx::load_float_shared(act_scales), act[1] = ptx::load_float_shared(act_scales + 32);
         ptx::load_floats_shared(weight_scales, weight[0][0], weight[0][1], weight[1][0], weight[1][1]);

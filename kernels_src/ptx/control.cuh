@@ -16,7 +16,7 @@ MEGA_DEVICE u64 nanoseconds() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
     return t;
 }
-/// threadIdx.x, read anew each time instead of kept in a register.
+/// threadIdx.x, read anew each time (it takes some 50 cycles) instead of kept in a register: for the math warps.
 MEGA_DEVICE u32 thread_id_again() {
     u32 t;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));

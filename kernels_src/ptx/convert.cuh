@@ -40,11 +40,5 @@ MEGA_DEVICE float reciprocal_approx(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-/// x / d rounded to nearest, for 1 <= d <= 2^126 and a quotient that is not denormal.  `__fdiv_rn` does the same and
-/// calls a function for the rest of the range, which costs registers everywhere.
-MEGA_DEVICE float divide(float x, float d) {
-    const float r = reciprocal_approx(d), inverse = __fmaf_rn(__fmaf_rn(-d, r, 1.0f), r, r), q = x * inverse;
-    return __fmaf_rn(__fmaf_rn(-d, q, x), inverse, q);
-}
 
 }  // namespace megamoe::ptx

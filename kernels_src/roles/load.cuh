@@ -15,8 +15,7 @@
 
 namespace megamoe {
 
-constexpr u32 kBoxRows = 128;                     // of a weight box
-constexpr u32 kActBoxRows = 64, kFewRows = 16;    // of the two sizes of activation boxes
+constexpr u32 kWeightBoxRows = 128, kActBoxRows = 64, kSmallBoxRows = 16;   // the same as in megamoe_jit/_tma.py
 
 constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
 
@@ -43,7 +42,7 @@ template <class C> struct LoadWeights {
             scales.put(shared.weight_scales(ring.stage), k, k + 1 < tile.k_blocks);
             ptx::mbarrier_expect(full, Shared<C>::kWeightBytes);
             ptx::tma_load_2d(at, map, full, k * kBlockK, row);
-            ptx::tma_load_2d(at + kBoxRows * kBlockK, map, full, k * kBlockK, row + kBoxRows);
+            ptx::tma_load_2d(at + kWeightBoxRows * kBlockK, map, full, k * kBlockK, row + kWeightBoxRows);
             ptx::mbarrier_arrive(full);
         }
         return next;
@@ -89,20 +88,25 @@ template <class C> struct LoadActivations {
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
     }
 
-    /// Few rows come in small boxes: an expert's padding was never written, so it would have to be read from memory, once for
-    /// each tile.  What lies in its place only makes rows that nobody stores.  A half with no rows is not read either.
+    /// Up to 48 rows come in small boxes (from 49 on they would cover the same 64): an expert's padding was never written, so
+    /// it would have to be read from memory, once for each tile.  Rows and scales that are not loaded are whatever the stage
+    /// held before, maybe NaN; a row of a product depends on no other row, and these are not stored.  A half with no rows is
+    /// not read either.
     MEGA_DEVICE void stream(const Tile& tile) const {
-        const bool first = tile.kind == Tile::gemm1, few = tile.rows <= kActBoxRows - kFewRows;
-        const ptx::TensorMap* map = first ? (few ? &p.act1_few : &p.act1) : (few ? &p.act2_few : &p.act2);
+        const bool first = tile.kind == Tile::gemm1, small = tile.rows <= kActBoxRows - kSmallBoxRows;
+        const ptx::TensorMap* map = first ? &p.act1 : &p.act2;
+        if (small) map = first ? &p.act1_small : &p.act2_small;
+        const u32 box = small ? kSmallBoxRows : kActBoxRows, boxes = ceil_div(tile.rows, box);
         const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.pool_row;
-        const u32 box = few ? kFewRows : kActBoxRows, boxes = ceil_div(tile.rows, box), scale_bytes = ceil_div(tile.rows, 4u) * 16;
+        const u32 scale_bytes = ceil_div(tile.rows, 4u) * 16;
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance(), scales += p.pool_rows) {
             wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
             const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
             ptx::mbarrier_expect(full, boxes * box * kBlockK + scale_bytes);
             ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);
-            for (u32 i = 1; i < boxes; ++i) ptx::tma_load_2d(at + i * box * kBlockK, map, full, k * kBlockK, tile.pool_row + i * box);
+            for (u32 i = 1; i < boxes; ++i)
+                ptx::tma_load_2d(at + i * box * kBlockK, map, full, k * kBlockK, tile.pool_row + i * box);
             ptx::bulk_load(shared.act_scales(ring.stage), scales, scale_bytes, full);
             ptx::mbarrier_arrive(full);
         }

@@ -10,7 +10,6 @@ from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
 from megamoe_jit._faults import HEAD_BARRIER, PEER_SIGNAL, ROLES, WAITS, Fault, decode, fault_error
 from megamoe_jit._layout import COUNTER_ROWS
 from tests import host
-from tests.gpu.test_faults import BROKEN
 
 #: By name in `comm/fault.cuh`: words that the sentence must have, so that no code can change its meaning unnoticed.
 SAYS = {
@@ -123,10 +122,3 @@ def test_error_without_a_record_repeats_the_driver():
     assert type(error) is DeviceFaultError
     assert "no MoE kernel left a fault record" in str(error)
     assert str(error).endswith("an illegal memory access was encountered")
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_the_line_that_the_gpu_suite_breaks_is_there(name: str):
-    """Noticed here already, not only where there is a GPU."""
-    room, line, *_ = BROKEN[name]
-    assert (host.KERNELS / room).read_text().count(line) == 1

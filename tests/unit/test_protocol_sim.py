@@ -21,11 +21,11 @@ from megamoe_jit._spec import MoEShape
 from tests import host
 from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
 
-#: By number of ranks.  Full and half tiles of columns, depths below, at and above one turn of the main loop, rows that
-#: dispatch moves in one piece or in several.
+#: By number of ranks.  Full and half tiles of columns, turns of the main loop of one and of two k-blocks, one and
+#: several turns per tile, rows that dispatch moves in one piece or in several.
 SHAPES = {
     1: MoEShape(640, 384, 6, 3),
-    2: MoEShape(384, 256, 8, 2),
+    2: MoEShape(512, 256, 8, 2),
     4: MoEShape(256, 128, 8, 4),
     8: MoEShape(128, 256, 16, 2),
 }
@@ -75,6 +75,14 @@ def codes(text: str, enum: str) -> dict[str, int]:
     body = re.search(rf"enum (?:class )?{enum} : u32 \{{(.*?)\}};", text, re.DOTALL)
     assert body, f"no enum {enum}"
     return {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", host.without_comments(body[1]))}
+
+
+def test_turns_of_one_and_of_two_k_blocks_are_run():
+    """As `kBlocksPerTurn` decides in mma/block_scaled.cuh; of two, with more than one turn."""
+    depths = [(shape.hidden // 128, shape.intermediate // 128) for shape in SHAPES.values()]
+    even = [pair for pair in depths if pair[0] % 2 == pair[1] % 2 == 0]
+    assert 0 < len(even) < len(depths)
+    assert any(max(pair) > 2 for pair in even)
 
 
 @st.composite

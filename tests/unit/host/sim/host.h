@@ -145,10 +145,13 @@ struct Run {
         AT(x), AT(x_scales), AT(topk_ids), AT(topk_weights), AT(expert_offsets), AT(sorted_pairs), AT(signals), AT(combine);
 #undef AT
         const u64 pool1 = reinterpret_cast<u64>(+p.act1_pool), pool2 = reinterpret_cast<u64>(+p.act2_pool);
-        const u64 maps[6][5] = {{kAct1, pool1, pool_rows, C::kHidden, 64},       {kWeight1, 0, 0, C::kHidden, 128},
-                                {kAct2, pool2, pool_rows, C::kIntermediate, 64}, {kWeight2, 0, 0, C::kIntermediate, 128},
-                                {kAct1, pool1, pool_rows, C::kHidden, 16},       {kAct2, pool2, pool_rows, C::kIntermediate, 16}};
-        megamoe::ptx::TensorMap* to[6] = {&p.act1, &p.weight1, &p.act2, &p.weight2, &p.act1_few, &p.act2_few};
+        const u64 maps[6][5] = {{kAct1, pool1, pool_rows, C::kHidden, megamoe::kActBoxRows},
+                                {kWeight1, 0, 0, C::kHidden, megamoe::kWeightBoxRows},
+                                {kAct2, pool2, pool_rows, C::kIntermediate, megamoe::kActBoxRows},
+                                {kWeight2, 0, 0, C::kIntermediate, megamoe::kWeightBoxRows},
+                                {kAct1, pool1, pool_rows, C::kHidden, megamoe::kSmallBoxRows},
+                                {kAct2, pool2, pool_rows, C::kIntermediate, megamoe::kSmallBoxRows}};
+        megamoe::ptx::TensorMap* to[6] = {&p.act1, &p.weight1, &p.act2, &p.weight2, &p.act1_small, &p.act2_small};
         for (u32 i = 0; i < 6; ++i) std::memcpy(to[i]->opaque, maps[i], sizeof maps[i]);
         p.timeout_ns = 1, p.rank = r, p.pool_rows = pool_rows, p.clamp = 1e30f;
         p.counters = rows / megamoe::kCounterRows;

@@ -17,6 +17,5 @@ inline float max_nan(float a, float b) { return a > b ? a : b; }
 /// With these silu(x) = x.
 inline float exp2_approx(float) { return 0; }
 inline float reciprocal_approx(float x) { return 1 / x; }
-inline float divide(float x, float d) { return x / d; }
 
 }  // namespace megamoe::ptx
