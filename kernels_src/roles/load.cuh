@@ -94,10 +94,9 @@ template <class C> struct LoadActivations {
     /// not read either.
     MEGA_DEVICE void stream(const Tile& tile) const {
         const bool first = tile.kind == Tile::gemm1, small = tile.rows <= kActBoxRows - kSmallBoxRows;
-        const ptx::TensorMap* map = first ? &p.act1 : &p.act2;
-        if (small) map = first ? &p.act1_small : &p.act2_small;
-        const u32 box = small ? kSmallBoxRows : kActBoxRows, boxes = ceil_div(tile.rows, box);
+        const ptx::TensorMap* map = first ? (small ? &p.act1_small : &p.act1) : (small ? &p.act2_small : &p.act2);
         const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.pool_row;
+        const u32 box = small ? kSmallBoxRows : kActBoxRows, boxes = ceil_div(tile.rows, box);
         const u32 scale_bytes = ceil_div(tile.rows, 4u) * 16;
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance(), scales += p.pool_rows) {
