@@ -2,7 +2,6 @@
 // go in, whole 16-byte chunks come out, eight lanes to a row, so that every global store fills 128-byte lines.
 // A chunk lies at chunk ^ (row % 8): no bank conflicts either way, and no barrier wider than the warp.
 #pragma once
-#include "ptx/control.cuh"
 #include "ptx/memory.cuh"
 
 namespace megamoe {

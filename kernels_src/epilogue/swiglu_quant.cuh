@@ -6,6 +6,7 @@
 #include "epilogue/silu.cuh"
 #include "epilogue/staging.cuh"
 #include "mma/block_scaled.cuh"
+#include "ptx/convert.cuh"
 
 namespace megamoe {
 

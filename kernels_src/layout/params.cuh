@@ -16,7 +16,7 @@ namespace megamoe {
 
 struct alignas(64) Params {
     ptx::TensorMap act1, weight1, act2, weight2;   // operands of GEMM 1 and GEMM 2
-    ptx::TensorMap act1_small, act2_small;             // the activations again, in smaller boxes
+    ptx::TensorMap act1_small, act2_small;         // the activations again, in smaller boxes
 
     u64 peers[kMaxRanks];   // base of each rank's symmetric buffer; below, byte offsets in it
     u64 x, x_scales, topk_ids, topk_weights, expert_offsets, sorted_pairs, signals, combine;

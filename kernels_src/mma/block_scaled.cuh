@@ -30,6 +30,7 @@
 #include "layout/shared.cuh"
 #include "mma/scales.cuh"
 #include "pipe/ring.cuh"
+#include "ptx/control.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace megamoe {

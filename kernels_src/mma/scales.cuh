@@ -6,7 +6,6 @@
 // one main loop serves both and spends no register on where they come from.
 #pragma once
 #include "layout/shared.cuh"
-#include "ptx/control.cuh"
 #include "sched/plan.cuh"
 
 namespace megamoe {
