@@ -1,4 +1,4 @@
-"""The unfused layer as a contender: which ways of it work here, ready to be timed, and what they are in a document."""
+"""Other ways to do the layer as contenders: which work here, ready to be timed, and what they are in a document."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from megamoe_jit._baseline import METHODS, Baseline, Gemm, probe
-from megamoe_jit._ranks import gather
+from megamoe_jit._contenders import METHODS, Contender
+from megamoe_jit._grouped_gemm import refusal
+from megamoe_jit._ranks import gather, group_size
 from megamoe_jit._scenarios import Inputs, Weights
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._timing import TimedCall
@@ -38,7 +39,7 @@ class BaselineRow:
     reason: str  #: why there is no time
 
 
-def label(method: type[Gemm]) -> str:
+def label(method: Contender) -> str:
     """What a method's times are called among those of all contenders."""
     return f"baseline {method.name}"
 
@@ -46,8 +47,8 @@ def label(method: type[Gemm]) -> str:
 def unusable(device: torch.device, group: Any = None) -> dict[str, str]:
     """Why each method is not to be timed, empty if it is; all ranks agree.  The last one is, where no other works."""
 
-    def why(method: type[Gemm]) -> str:
-        return next((reason for reason in gather(group, probe(method, device)) if reason), "")
+    def why(method: Contender) -> str:
+        return next((reason for reason in gather(group, method.why_not(device, group_size(group))) if reason), "")
 
     reasons = {method.name: why(method) for method in METHODS[:-1]}
     last = METHODS[-1]
@@ -62,13 +63,13 @@ def _attempt(group: Any, action: Callable[[], Any]) -> tuple[Any, str]:
         result = action()
         torch.cuda.synchronize()
     except Exception as error:  # of torch, Triton, NCCL: anything
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        reason = refusal(error)
     reasons = [each for each in gather(group, reason) if each]
     return (None, reasons[0]) if reasons else (result, "")
 
 
 def prepare(
-    method: type[Gemm],
+    method: Contender,
     inputs: Inputs,
     own: Weights,
     experts: int,
@@ -79,7 +80,7 @@ def prepare(
     """What to time, and what is known of it; compiled and captured as far as that works.
 
     Args:
-        method: how the experts' rows are multiplied.
+        method: the way to do it.
         inputs: this rank's tokens.
         own: weights of this rank's experts.
         experts: of all ranks.
@@ -87,14 +88,14 @@ def prepare(
         diff: difference of an output bfloat16 ``[T, H]`` to the reference.
         group: the process group; None for one rank.
     """
-    facts: dict[str, Any] = {"graph": False, "compiled": True, "reason": "", "diff": None}
+    facts: dict[str, Any] = {"graph": False, "compiled": method.compiles, "reason": "", "diff": None}
 
-    def build() -> tuple[Baseline, torch.Tensor]:
-        made = Baseline(method, inputs, own.l1, own.l2, experts, clamp, group, compiled=bool(facts["compiled"]))
+    def build() -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+        made = method.build(inputs, own, experts, clamp, group, compiled=facts["compiled"])
         return made, made()
 
     done, reason = _attempt(group, build)
-    if done is None:
+    if done is None and facts["compiled"]:
         facts["compiled"] = False
         done, reason = _attempt(group, build)
     if done is None:

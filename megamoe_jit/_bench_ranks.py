@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import megamoe_jit
-from megamoe_jit._baseline import METHODS
 from megamoe_jit._baseline_run import add_baselines, unusable
 from megamoe_jit._bench import anchors, kernel_of, require_hopper, some_rows
 from megamoe_jit._bench_report import environment
 from megamoe_jit._collect import collect
+from megamoe_jit._contenders import METHODS
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._rank_rows import merge
 from megamoe_jit._rank_timer import RankTimer

@@ -107,6 +107,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool) -
     if baseline:
         from megamoe_jit._baseline_run import unusable
 
+        say("trying other ways to do the layer; a library that compiles its kernels on first use may take minutes")
         not_timed = unusable(device)
     with progress_line("bench", len(work) * len(variants)) as step:
         measured = _bench.measure(
@@ -201,7 +202,8 @@ def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None) -> Non
 @click.option(
     "--baseline/--no-baseline",
     default=None,
-    help="Time an unfused layer of public parts in turn with it.  [default: with several ranks only]",
+    help="Time the layer in several launches in turn with it: torch, DeepGEMM, FlashInfer, as installed.  "
+    "[default: with several ranks only]",
 )
 @json_option
 def bench(

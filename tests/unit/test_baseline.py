@@ -9,18 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megamoe_jit import _baseline_run, _bench_ranks
-from megamoe_jit._baseline import (
-    METHODS,
-    Baseline,
-    BlockwiseEach,
-    DeepGemmGrouped,
-    Dequantised,
-    GroupedRowwise,
-    probe,
-)
+from megamoe_jit import _bench_ranks
+from megamoe_jit._baseline import Baseline
 from megamoe_jit._baseline_run import unusable
+from megamoe_jit._contenders import METHODS, FlashInfer, Unfused
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._grouped_gemm import BlockwiseEach, DeepGemmGrouped, Dequantised, GroupedRowwise, probe
 from megamoe_jit._quant import dequantize_activations, dequantize_weights
 from megamoe_jit._rank_rows import merge
 from megamoe_jit._scenarios import Scenario, make_inputs, make_weights
@@ -92,9 +86,11 @@ def test_deep_gemm_is_taken_only_if_it_is_there_and_right(monkeypatch):
 def test_the_last_resort_is_only_for_where_nothing_else_works(monkeypatch):
     reasons = unusable(torch.device("cpu"))
     assert reasons[Dequantised.name] == "" or any(not reasons[m.name] for m in METHODS[:-1])
-    monkeypatch.setattr(_baseline_run, "probe", lambda *_: "")
+    monkeypatch.setattr(FlashInfer, "why_not", lambda *_: "")
+    monkeypatch.setattr(Unfused, "why_not", lambda *_: "")
     assert set(unusable(torch.device("cpu")).values()) == {"", "not wanted: another method works"}
-    monkeypatch.setattr(_baseline_run, "probe", lambda method, _: "no" if method is not Dequantised else "")
+    monkeypatch.setattr(FlashInfer, "why_not", lambda *_: "no")
+    monkeypatch.setattr(Unfused, "why_not", lambda self, *_: "no" if self.gemm is not Dequantised else "")
     assert unusable(torch.device("cpu"))[Dequantised.name] == ""
 
 

@@ -9,8 +9,10 @@ import weakref
 import pytest
 import torch
 
-from megamoe_jit import _baseline_run
-from megamoe_jit._baseline import Baseline, Dequantised
+from megamoe_jit import _baseline_run, _contenders
+from megamoe_jit._baseline import Baseline
+from megamoe_jit._contenders import Unfused
+from megamoe_jit._grouped_gemm import Dequantised
 from megamoe_jit._scenarios import Scenario, make_inputs, make_weights
 from megamoe_jit._spec import MoEShape
 
@@ -62,14 +64,14 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch, "compile", refuse)
-    monkeypatch.setattr(_baseline_run, "Baseline", Watched)
+    monkeypatch.setattr(_contenders, "Baseline", Watched)
 
 
 def test_a_replay_keeps_alive_what_the_graph_reads(on_the_cpu):
     weights = make_weights(SHAPE, "cpu")
     inputs = make_inputs(Scenario("b", SHAPE, 20, 20), "cpu", 0, weights)
     call, facts = _baseline_run.prepare(
-        Dequantised, inputs, weights, SHAPE.experts, 10.0, lambda y: float(y.isnan().any())
+        Unfused(Dequantised), inputs, weights, SHAPE.experts, 10.0, lambda y: float(y.isnan().any())
     )
     assert facts == {"graph": True, "compiled": False, "reason": "", "diff": 0.0}
     (graph,) = Graph.made

@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 
 from megamoe_jit import _bench, _bench_known, _bench_report, _timing
-from megamoe_jit._baseline import Dequantised
 from megamoe_jit._baseline_run import BaselineRow
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._grouped_gemm import Dequantised
 from megamoe_jit._settings import override
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._weights import (
