@@ -70,8 +70,8 @@ class MoEShape:
     def __post_init__(self) -> None:
         check_int("hidden", self.hidden)
         check_int("intermediate", self.intermediate)
-        check_int("num_experts", self.experts)
-        check_int("num_topk", self.topk)
+        check_int("experts", self.experts)
+        check_int("topk", self.topk)
         _check(self.hidden > 0 and self.hidden % BLOCK == 0, "hidden", self.hidden, "a positive multiple of 128")
         _check(
             self.intermediate > 0 and self.intermediate % BLOCK == 0,
@@ -79,8 +79,8 @@ class MoEShape:
             self.intermediate,
             "a positive multiple of 128",
         )
-        _check(1 <= self.experts <= MAX_EXPERTS, "num_experts", self.experts, f"1 to {MAX_EXPERTS}")
-        _check(1 <= self.topk <= MAX_TOPK, "num_topk", self.topk, f"1 to {MAX_TOPK}")
+        _check(1 <= self.experts <= MAX_EXPERTS, "experts", self.experts, f"1 to {MAX_EXPERTS}")
+        _check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class KernelSpec:
         _check(1 <= self.ranks <= MAX_RANKS, "number of ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(
             self.shape.experts % self.ranks == 0,
-            "num_experts",
+            "experts",
             self.shape.experts,
             f"a multiple of the number of ranks ({self.ranks})",
         )

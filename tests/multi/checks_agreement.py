@@ -70,9 +70,8 @@ def check_experts_mismatch(world: World) -> str:
 def check_impossible(field: str, world: World) -> str:
     """The last rank asks for what is not supported: it says so, and the others name it."""
     last = world.ranks - 1
-    kind, words = (
-        (mm.ConfigError, [field.removesuffix("_hidden")]) if world.rank == last else (mm.MegaMoeError, [f"rank {last}"])
-    )
+    kind: type[Exception] = mm.ConfigError if world.rank == last else mm.MegaMoeError
+    words = [field.removeprefix("num_").removesuffix("_hidden") if world.rank == last else f"rank {last}"]
     return _raises(kind, words, lambda: _make(world, **{field: IMPOSSIBLE[field]}))
 
 

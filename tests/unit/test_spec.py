@@ -44,10 +44,10 @@ specs = st.builds(
         ("hidden", -128, "hidden = -128 is not supported; allowed: a positive multiple of 128"),
         ("intermediate", 100, "intermediate = 100 is not supported; allowed: a positive multiple of 128"),
         ("intermediate", 0, "intermediate = 0 is not supported; allowed: a positive multiple of 128"),
-        ("topk", 0, "num_topk = 0 is not supported; allowed: 1 to 32"),
-        ("topk", 33, "num_topk = 33 is not supported; allowed: 1 to 32"),
-        ("experts", 0, "num_experts = 0 is not supported; allowed: 1 to 1024"),
-        ("experts", 1025, "num_experts = 1025 is not supported; allowed: 1 to 1024"),
+        ("topk", 0, "topk = 0 is not supported; allowed: 1 to 32"),
+        ("topk", 33, "topk = 33 is not supported; allowed: 1 to 32"),
+        ("experts", 0, "experts = 0 is not supported; allowed: 1 to 1024"),
+        ("experts", 1025, "experts = 1025 is not supported; allowed: 1 to 1024"),
     ],
 )
 def test_sizes_out_of_range_are_refused_with_value_and_range(field, value, message):
@@ -59,7 +59,7 @@ def test_sizes_out_of_range_are_refused_with_value_and_range(field, value, messa
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        (3, "num_experts = 256 is not supported; allowed: a multiple of the number of ranks (3)"),
+        (3, "experts = 256 is not supported; allowed: a multiple of the number of ranks (3)"),
         (0, "number of ranks = 0 is not supported; allowed: 1 to 8"),
         (9, "number of ranks = 9 is not supported; allowed: 1 to 8"),
     ],
