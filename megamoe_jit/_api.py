@@ -41,8 +41,7 @@ def get_symm_buffer_for_mega_moe(
         num_experts: experts of all ranks.
         num_max_tokens_per_rank: most tokens of a call; rounded up to a multiple of 128.
         num_topk: slots of a token, 1 to 32.
-        hidden: a multiple of 128.
-        intermediate_hidden: a multiple of 128.
+        hidden, intermediate_hidden: multiples of 128, up to 262144.
         use_fp8_dispatch: must be True.
         activation: must be "swiglu".
         device: where; the current CUDA device by default.
@@ -91,7 +90,8 @@ def fp8_mega_moe(
     """Run one MoE layer on the tokens staged in `sym_buffer`, in one kernel launch on the current stream.
 
     ``y[t] = sum over slots k of topk_weights[t, k] * down(quantise(swiglu(gate_up(x[t]))))`` with the experts
-    ``topk_idx[t, k]``.  Masked slots (-1) add nothing; a token with all slots masked gives zeros.
+    ``topk_idx[t, k]``.  Masked slots (-1) add nothing; a token with all slots masked gives zeros.  Any other id that is
+    no expert counts as masked too; with MEGAMOE_JIT_DEBUG it is refused.
 
     Args:
         y: bf16 ``[T, hidden]``, written; T is the number of tokens staged, 0 to the buffer's capacity.
@@ -120,15 +120,17 @@ def fp8_mega_moe(
         raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
     device = sym_buffer.device
     try:
-        tokens = y.shape[0] if y.ndim == 2 else -1
+        tokens, _ = y.shape
     except AttributeError:  # costs nothing where it is a tensor
         require_tensor("y", y)
         raise
+    except ValueError:
+        raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {sym_buffer.hidden}]") from None
     if tokens > sym_buffer.num_max_tokens_per_rank:
         raise ConfigError(
             f"y has {tokens} rows; allowed: at most the buffer's {sym_buffer.num_max_tokens_per_rank} tokens"
         )
-    check_tensor("y", y, torch.bfloat16, (max(tokens, 0), sym_buffer.hidden), device)
+    check_tensor("y", y, torch.bfloat16, (tokens, sym_buffer.hidden), device)
     clamp = check_recipe(recipe, activation, activation_clamp)
     stats = cumulative_local_expert_recv_stats
     if stats is not None:

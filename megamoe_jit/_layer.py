@@ -7,9 +7,26 @@ import torch
 from megamoe_jit._api import fp8_mega_moe, get_symm_buffer_for_mega_moe
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._quant import quantize_activations, quantize_weights, require_tensor
+from megamoe_jit._validate import check_clamp
 from megamoe_jit._weights import WeightPair, require_pair, transform_weights_for_mega_moe_sm90
 
 __all__ = ["MegaMoE"]
+
+
+_FLOATS, _FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
+_INTEGERS = torch.int64, torch.int32
+
+
+def _matrices(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
+    """The values, or the codes of a pair; raises unless there is one matrix for each expert."""
+    if not isinstance(weights, torch.Tensor):
+        require_pair(name, weights)
+        weights = weights[0]
+    elif weights.dtype not in _FLOATS:
+        raise ConfigError(f"{name} has dtype {weights.dtype}; allowed: {_FLOATING}, or a pair of codes and scales")
+    if weights.ndim != 3:
+        raise ConfigError(f"{name} has {weights.ndim} dimensions; allowed: 3")
+    return weights
 
 
 class MegaMoE:
@@ -22,6 +39,7 @@ class MegaMoE:
         topk: slots of a token.
         max_tokens: most tokens of a call.
         clamp: bound of gate and up; None for none.
+        fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         inplace: interleave the codes of `w13` in place instead of in a copy (only for pairs).
 
     Example:
@@ -40,18 +58,29 @@ class MegaMoE:
         fast_math: bool = True,
         inplace: bool = False,
     ) -> None:
-        l1 = quantize_weights(w13) if isinstance(w13, torch.Tensor) else w13
-        l2 = quantize_weights(w2) if isinstance(w2, torch.Tensor) else w2
-        require_pair("w13", l1)
-        require_pair("w2", l2)
-        if l1[0].ndim != 3 or l2[0].ndim != 3:
-            raise ConfigError(f"w13 has {l1[0].ndim} and w2 {l2[0].ndim} dimensions; allowed: 3 each")
-        experts, rows, hidden = l1[0].shape
-        self.l1, self.l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=inplace or isinstance(w13, torch.Tensor))
+        matrices = _matrices("w13", w13), _matrices("w2", w2)
+        experts, rows, hidden = matrices[0].shape
+        if rows % 2:
+            raise ConfigError(f"w13 has {rows} rows; allowed: gate rows and as many up rows")
+        if matrices[1].shape != (experts, hidden, rows // 2):
+            raise ConfigError(
+                f"w2 has shape {tuple(matrices[1].shape)}; allowed: {(experts, hidden, rows // 2)}, "
+                f"to fit w13 {tuple(matrices[0].shape)}"
+            )
+        check_clamp("clamp", clamp)
         self.clamp, self.fast_math = clamp, fast_math
-        self.buffer = get_symm_buffer_for_mega_moe(
-            None, experts, max_tokens, topk, hidden, rows // 2, device=l1[0].device
+        self.buffer = get_symm_buffer_for_mega_moe(  # it refuses sizes and devices before weights are quantised
+            None, experts, max_tokens, topk, hidden, rows // 2, device=matrices[0].device
         )
+        try:
+            l1 = quantize_weights(w13) if isinstance(w13, torch.Tensor) else w13
+            l2 = quantize_weights(w2) if isinstance(w2, torch.Tensor) else w2
+            self.l1, self.l2 = transform_weights_for_mega_moe_sm90(
+                l1, l2, inplace=inplace or isinstance(w13, torch.Tensor)
+            )
+        except BaseException:
+            self.buffer.destroy()
+            raise
 
     def stage(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> int:
         """Quantise and copy the inputs of a call into the buffer; the number of tokens."""
@@ -64,14 +93,19 @@ class MegaMoE:
             raise ConfigError(
                 f"x has {tokens} tokens; allowed: at most {self.buffer.num_max_tokens_per_rank}, the layer's max_tokens"
             )
-        for name, tensor, width in (
-            ("x", x, hidden),
-            ("topk_idx", topk_idx, topk),
-            ("topk_weights", topk_weights, topk),
+        for name, tensor, width, floating in (
+            ("x", x, hidden, True),
+            ("topk_idx", topk_idx, topk, False),
+            ("topk_weights", topk_weights, topk, True),
         ):
             require_tensor(name, tensor)
             if tensor.shape != (tokens, width):
                 raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {(tokens, width)}")
+            if tensor.dtype not in (_FLOATS if floating else _INTEGERS):
+                allowed = _FLOATING if floating else "int64 or int32"
+                raise ConfigError(f"{name} has dtype {tensor.dtype}; allowed: {allowed}")
+            if tensor.device != self.buffer.device:
+                raise ConfigError(f"{name} is on {tensor.device}; allowed: {self.buffer.device}, where the layer is")
         codes, scales = quantize_activations(x)
         self.buffer.x[:tokens].copy_(codes)
         self.buffer.x_sf[:tokens].copy_(scales)
@@ -83,9 +117,9 @@ class MegaMoE:
         """Run the layer.
 
         Args:
-            x: bf16 or float32 ``[T, hidden]``.
-            topk_idx: integers ``[T, topk]``, -1 for a masked slot.
-            topk_weights: float ``[T, topk]``.
+            x: bf16, float16 or float32 ``[T, hidden]``.
+            topk_idx: int64 or int32 ``[T, topk]``, -1 for a masked slot.
+            topk_weights: bf16, float16 or float32 ``[T, topk]``.
 
         Returns:
             bf16 ``[T, hidden]``, a new tensor.

@@ -31,6 +31,28 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_values(name: str, tensor: torch.Tensor) -> None:
+    fits = tensor.is_floating_point() and tensor.itemsize > 1
+    _require(fits, f"{name} are {tensor.dtype}; allowed: bfloat16 or wider; codes go with their scales, as a pair")
+
+
+def _require_pair(name: str, codes: torch.Tensor, scales: torch.Tensor, ndim: str, block: tuple[int, int]) -> None:
+    """What quantisers give: codes, and a scale for each block of the last two dimensions."""
+    require_tensor(f"codes of {name}", codes)
+    require_tensor(f"scales of {name}", scales)
+    _require(
+        codes.dtype is torch.float8_e4m3fn and scales.dtype is torch.float32,
+        f"codes of {name} are {codes.dtype}, scales {scales.dtype}; allowed: float8_e4m3fn and float32",
+    )
+    *lead, rows, columns = codes.shape if codes.ndim >= 2 else (-1, -1)
+    expected = (*lead, rows // block[0], columns // block[1])
+    _require(
+        rows % block[0] == 0 == columns % block[1] and tuple(scales.shape) == expected,
+        f"codes of {name} have shape {tuple(codes.shape)}, scales {tuple(scales.shape)}; allowed: {ndim}, "
+        f"and a scale for every {block[0]} x {block[1]}",
+    )
+
+
 def require_tensor(name: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is a tensor."""
     _require(isinstance(value, torch.Tensor), f"{name}: {type(value).__name__} given; allowed: a torch.Tensor")
@@ -49,14 +71,14 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise rows in groups of 128 columns.
 
     Args:
-        x: ``[T, H]``, any floating dtype, H a multiple of 128.
+        x: ``[T, H]``, bf16 or wider, H a multiple of 128.
 
     Returns:
         Codes float8_e4m3fn ``[T, H]`` and scales float32 ``[T, H / 128]``.
     """
     require_tensor("activations", x)
     _require(x.ndim == 2, f"activations have {x.ndim} dimensions; allowed: 2, [tokens, hidden]")
-    _require(x.is_floating_point(), f"activations are {x.dtype}; allowed: a floating dtype")
+    _require_values("activations", x)
     tokens, hidden = x.shape
     _require(hidden > 0 and hidden % BLOCK == 0, f"hidden = {hidden} is not supported; allowed: a multiple of 128")
     groups = x.float().reshape(tokens, hidden // BLOCK, BLOCK)
@@ -74,8 +96,8 @@ def dequantize_activations(codes: torch.Tensor, scales: torch.Tensor) -> torch.T
     Returns:
         float32 ``[T, H]``.
     """
-    require_tensor("codes of activations", codes)
-    require_tensor("scales of activations", scales)
+    _require_pair("activations", codes, scales, "[tokens, hidden]", (1, BLOCK))
+    _require(codes.ndim == 2, f"codes of activations have {codes.ndim} dimensions; allowed: 2, [tokens, hidden]")
     tokens, hidden = codes.shape
     groups = codes.float().view(tokens, hidden // BLOCK, BLOCK)
     return (groups * scales.float().unsqueeze(-1)).view(tokens, hidden)
@@ -85,14 +107,14 @@ def quantize_weights(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise matrices in blocks of 128 x 128, one matrix at a time so that scratch stays small.
 
     Args:
-        w: ``[..., N, K]``, any floating dtype, N and K multiples of 128.
+        w: ``[..., N, K]``, bf16 or wider, N and K multiples of 128.
 
     Returns:
         Codes float8_e4m3fn ``[..., N, K]`` and scales float32 ``[..., N / 128, K / 128]``.
     """
     require_tensor("weights", w)
     _require(w.ndim >= 2, f"weights have {w.ndim} dimensions; allowed: 2 or more, [..., N, K]")
-    _require(w.is_floating_point(), f"weights are {w.dtype}; allowed: a floating dtype")
+    _require_values("weights", w)
     *lead, n, k = w.shape
     _require(
         n > 0 and n % BLOCK == 0 and k > 0 and k % BLOCK == 0,
@@ -119,8 +141,7 @@ def dequantize_weights(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
     Returns:
         float32 ``[..., N, K]``.
     """
-    require_tensor("codes of weights", codes)
-    require_tensor("scales of weights", scales)
+    _require_pair("weights", codes, scales, "[..., N, K]", (BLOCK, BLOCK))
     *lead, n, k = codes.shape
     blocks = codes.float().reshape(*lead, n // BLOCK, BLOCK, k // BLOCK, BLOCK)
     return (blocks * scales.float()[..., :, None, :, None]).reshape(*lead, n, k)

@@ -12,9 +12,20 @@ from typing import Any
 
 from megamoe_jit._errors import ConfigError
 
-__all__ = ["MAX_EXPERTS", "MAX_RANKS", "MAX_TOKENS", "MAX_TOPK", "KernelSpec", "MoEShape", "Variant", "check_int"]
+__all__ = [
+    "MAX_EXPERTS",
+    "MAX_RANKS",
+    "MAX_SIZE",
+    "MAX_TOKENS",
+    "MAX_TOPK",
+    "KernelSpec",
+    "MoEShape",
+    "Variant",
+    "check_int",
+]
 
 MAX_TOPK = 32
+MAX_SIZE = 262144  #: of hidden and intermediate; kernels for larger ones spill
 MAX_EXPERTS = 1024
 MAX_RANKS = 8
 MAX_TOKENS = 32768
@@ -72,13 +83,9 @@ class MoEShape:
         check_int("intermediate", self.intermediate)
         check_int("experts", self.experts)
         check_int("topk", self.topk)
-        _check(self.hidden > 0 and self.hidden % BLOCK == 0, "hidden", self.hidden, "a positive multiple of 128")
-        _check(
-            self.intermediate > 0 and self.intermediate % BLOCK == 0,
-            "intermediate",
-            self.intermediate,
-            "a positive multiple of 128",
-        )
+        for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
+            fits = 0 < size <= MAX_SIZE and size % BLOCK == 0
+            _check(fits, name, size, f"a multiple of 128 from 128 to {MAX_SIZE}")
         _check(1 <= self.experts <= MAX_EXPERTS, "experts", self.experts, f"1 to {MAX_EXPERTS}")
         _check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
 
@@ -96,8 +103,8 @@ class KernelSpec:
     def __post_init__(self) -> None:
         _check(isinstance(self.shape, MoEShape), "shape", f"{self.shape!r:.80}", "a MoEShape")
         _check(isinstance(self.variant, Variant), "variant", f"{self.variant!r:.80}", "a member of Variant")
-        check_int("number of ranks", self.ranks)
-        _check(1 <= self.ranks <= MAX_RANKS, "number of ranks", self.ranks, f"1 to {MAX_RANKS}")
+        check_int("ranks", self.ranks)
+        _check(1 <= self.ranks <= MAX_RANKS, "ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(
             self.shape.experts % self.ranks == 0,
             "experts",

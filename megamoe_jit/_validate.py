@@ -15,7 +15,7 @@ from megamoe_jit._weights import require_pair
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["check_device", "check_expert_ids", "check_recipe", "check_tensor", "check_weights"]
+__all__ = ["check_clamp", "check_device", "check_expert_ids", "check_recipe", "check_tensor", "check_weights"]
 
 RECIPE = (128, 128, 128)
 
@@ -87,6 +87,11 @@ def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) ->
         raise ConfigError(f"recipe = {blocks} is not supported; allowed: {RECIPE}")
     if activation != "swiglu":
         raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
+    return check_clamp("activation_clamp", clamp)
+
+
+def check_clamp(name: str, clamp: float | None) -> float:
+    """Raise unless this is a bound or None; as the kernel takes it (infinity for none)."""
     if clamp is None:
         return float("inf")
     try:
@@ -94,7 +99,7 @@ def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) ->
     except TypeError:
         positive = False
     if not positive:
-        raise ConfigError(f"activation_clamp = {clamp!r:.80} is not supported; allowed: a positive number or None")
+        raise ConfigError(f"{name} = {clamp!r:.80} is not supported; allowed: a positive number or None")
     return float(clamp)
 
 

@@ -123,3 +123,27 @@ def test_refusals_name_the_value():
         quantize_weights(torch.zeros(128, 100))
     with pytest.raises(ConfigError, match="1 dimensions"):
         quantize_weights(torch.zeros(128))
+    codes = torch.zeros(128, 128).to(torch.float8_e4m3fn)
+    for again in (quantize_weights, quantize_activations):
+        with pytest.raises(ConfigError, match="float8_e4m3fn; allowed: bfloat16 or wider; codes go with their scales"):
+            again(codes)
+
+
+@pytest.mark.parametrize(
+    ("back", "shape", "scales"),
+    [(dequantize_activations, (3, 256), (3, 2)), (dequantize_weights, (2, 256, 128), (2, 2, 1))],
+)
+def test_what_is_no_pair_does_not_come_back(back, shape, scales):
+    codes = torch.zeros(shape).to(torch.float8_e4m3fn)
+    assert back(codes, torch.ones(scales)).shape == shape
+    with pytest.raises(ConfigError, match=r"are torch\.float32, scales torch\.float32; allowed: float8_e4m3fn"):
+        back(codes.float(), torch.ones(scales))
+    with pytest.raises(ConfigError, match=r"scales torch\.float16"):
+        back(codes, torch.ones(scales).half())
+    wrong = [(codes, torch.ones(*scales, 1)), (codes, torch.ones(scales[:-1])), (codes[..., :100], torch.ones(scales))]
+    wrong += [(codes.view(-1), torch.ones(scales)), (codes[None][None, :, 0], torch.ones(scales))]
+    for pair in wrong:
+        with pytest.raises(ConfigError, match=r"have shape \("):
+            back(*pair)
+    with pytest.raises(ConfigError, match="2, "):
+        dequantize_activations(codes.view(1, -1, 128), torch.ones(1, codes.numel() // 128, 1))

@@ -39,11 +39,11 @@ specs = st.builds(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("hidden", 2880, "hidden = 2880 is not supported; allowed: a positive multiple of 128"),
-        ("hidden", 0, "hidden = 0 is not supported; allowed: a positive multiple of 128"),
-        ("hidden", -128, "hidden = -128 is not supported; allowed: a positive multiple of 128"),
-        ("intermediate", 100, "intermediate = 100 is not supported; allowed: a positive multiple of 128"),
-        ("intermediate", 0, "intermediate = 0 is not supported; allowed: a positive multiple of 128"),
+        ("hidden", 2880, "hidden = 2880 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("hidden", 0, "hidden = 0 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("hidden", -128, "hidden = -128 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("intermediate", 100, "intermediate = 100 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("intermediate", 0, "intermediate = 0 is not supported; allowed: a multiple of 128 from 128 to 262144"),
         ("topk", 0, "topk = 0 is not supported; allowed: 1 to 32"),
         ("topk", 33, "topk = 33 is not supported; allowed: 1 to 32"),
         ("experts", 0, "experts = 0 is not supported; allowed: 1 to 1024"),
@@ -60,8 +60,8 @@ def test_sizes_out_of_range_are_refused_with_value_and_range(field, value, messa
     ("ranks", "message"),
     [
         (3, "experts = 256 is not supported; allowed: a multiple of the number of ranks (3)"),
-        (0, "number of ranks = 0 is not supported; allowed: 1 to 8"),
-        (9, "number of ranks = 9 is not supported; allowed: 1 to 8"),
+        (0, "ranks = 0 is not supported; allowed: 1 to 8"),
+        (9, "ranks = 9 is not supported; allowed: 1 to 8"),
     ],
 )
 def test_ranks_out_of_range_are_refused_with_value_and_range(ranks, message):

@@ -58,8 +58,8 @@ def test_sizes_of_a_shape(field: str, value: object):
     [
         (("v4-flash", mm.Variant.PINGPONG), "shape = 'v4-flash' is not supported; allowed: a MoEShape"),
         ((SHAPE, "pingpong"), "variant = 'pingpong' is not supported; allowed: a member of Variant"),
-        ((SHAPE, mm.Variant.PINGPONG, "2"), "number of ranks = '2' is not supported; allowed: an integer"),
-        ((SHAPE, mm.Variant.PINGPONG, True), "number of ranks = True"),
+        ((SHAPE, mm.Variant.PINGPONG, "2"), "ranks = '2' is not supported; allowed: an integer"),
+        ((SHAPE, mm.Variant.PINGPONG, True), "ranks = True"),
     ],
 )
 def test_parts_of_a_spec(arguments: tuple, says: str):
@@ -125,6 +125,8 @@ def test_a_call_without_a_buffer(force):
     [
         ({"y": None}, "y: NoneType given; allowed: a torch.Tensor"),
         ({"y": [[1.0]]}, "y: list given; allowed: a torch.Tensor"),
+        ({"y": Y[0]}, "y has shape (256,); allowed: [tokens, 256]"),
+        ({"y": Y[None]}, "y has shape (1, 3, 256); allowed: [tokens, 256]"),
         ({"y": Y.float().numpy()}, "y has dtype float32; allowed: torch.bfloat16"),
         ({"l1": None}, "l1: NoneType given; allowed: a pair of tensors"),
         ({"l2": L2[0]}, "l2: Tensor given; allowed: a pair of tensors"),
@@ -158,8 +160,23 @@ def test_sizes_of_a_buffer():
 def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatch):
     refused(lambda: mm.MegaMoE(None, L2, topk=2, max_tokens=3), "w13: NoneType given; allowed: a pair of tensors")
     refused(lambda: mm.MegaMoE(L1, [[1.0]], topk=2, max_tokens=3), "w2: list of 1 given; allowed: a pair of tensors")
+    sizes = {"topk": 2, "max_tokens": 3}
+    for (w13, w2), wrong, says in (
+        ((L1[0], L2), {}, "w13 has dtype torch.float8_e4m3fn; allowed: bfloat16, float16 or float32, or a pair"),
+        ((L1, torch.zeros(2, 256)), {}, "w2 has 2 dimensions; allowed: 3"),
+        ((torch.zeros(4, 255, 256), L2), {}, "w13 has 255 rows; allowed: gate rows and as many up rows"),
+        ((L1, torch.zeros(4, 128, 256)), {}, "w2 has shape (4, 128, 256); allowed: (4, 256, 128), to fit w13"),
+        ((L1, L2), {"clamp": -1.0}, "clamp = -1.0 is not supported; allowed: a positive number or None"),
+        ((torch.zeros(2, 200, 256), torch.zeros(2, 256, 100)), {}, "intermediate = 100 is not supported"),
+        ((L1, L2), {"topk": 0}, "topk = 0 is not supported"),
+    ):
+        refused(lambda w=(w13, w2), more=wrong: mm.MegaMoE(*w, **{**sizes, **more}), says)
     monkeypatch.setattr(_layer, "get_symm_buffer_for_mega_moe", lambda *_, **__: buffer)
-    layer = mm.MegaMoE(L1, L2, topk=2, max_tokens=3)
+    destroyed = []
+    monkeypatch.setattr(buffer, "destroy", lambda: destroyed.append(True))
+    refused(lambda: mm.MegaMoE((L1[0], L1[1].half()), L2, **sizes), "scales are torch.float16")
+    assert destroyed == [True], "a buffer without a layer keeps no memory"
+    layer = mm.MegaMoE(L1, L2, **sizes)
     right = {"x": torch.zeros(3, 256), "topk_idx": torch.zeros(3, 2).long(), "topk_weights": torch.zeros(3, 2)}
     for wrong, says in (
         ({"x": [[1.0]]}, "x: list given; allowed: a torch.Tensor"),
@@ -169,6 +186,12 @@ def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatc
         ({"topk_idx": right["topk_idx"][:1]}, "topk_idx has shape (1, 2); allowed: (3, 2)"),
         ({"topk_weights": None}, "topk_weights: NoneType given"),
         ({"topk_weights": torch.zeros(3, 1)}, "topk_weights has shape (3, 1); allowed: (3, 2)"),
+        ({"topk_idx": right["topk_weights"]}, "topk_idx has dtype torch.float32; allowed: int64 or int32"),
+        ({"topk_idx": right["topk_idx"].bool()}, "topk_idx has dtype torch.bool; allowed: int64 or int32"),
+        ({"topk_weights": right["topk_idx"]}, "topk_weights has dtype torch.int64; allowed: bfloat16, float16 or"),
+        ({"x": right["x"].to(torch.float8_e4m3fn)}, "x has dtype torch.float8_e4m3fn; allowed: bfloat16, float16 or"),
+        ({"x": right["x"].to("meta")}, "x is on meta; allowed: cpu, where the layer is"),
+        ({"topk_idx": right["topk_idx"].to("meta")}, "topk_idx is on meta; allowed: cpu"),
     ):
         refused(lambda w=wrong: layer(**{**right, **w}), says)
     assert layer(**right).shape == (3, 256)
