@@ -50,7 +50,10 @@ def _build(name: str, data: dict[str, Any], where: str) -> Preset:
     for key, kind in _OPTIONAL.items():
         if key in data and type(data[key]) is not kind:
             raise ConfigError(f"{where}: [{name}] {key} = {data[key]!r}; allowed: {kind.__name__}")
-    shape = MoEShape(*(data[key] for key in _SIZES))
+    try:
+        shape = MoEShape(*(data[key] for key in _SIZES))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: [{name}] {error}") from None
     ranks: int = data.get("ranks", 1)
     if not 1 <= ranks <= MAX_RANKS or shape.experts % ranks:
         raise ConfigError(

@@ -59,7 +59,8 @@ def _pick(
     if rule is None:
         return _by_model(table, shape, tokens, num_sms)
     where = table.where(shape, rule)
-    return rule.variant, f"{rule.variant.value}: measured best {where} on {table.devices[0]} ({table.date[:10]})"
+    place = f"{where}, measured on {table.devices[0]} ({table.date[:10]})"
+    return rule.variant, f"{rule.variant.value}: within 1 % of the best {place}"
 
 
 def choose(
@@ -89,13 +90,15 @@ def choose(
     """
     if not 0 <= tokens <= MAX_TOKENS:
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 0 to {MAX_TOKENS}")
+    if ranks < 1:
+        raise ConfigError(f"ranks = {ranks} is not supported; allowed: 1 or more")
     if num_sms < 1:
         raise ConfigError(f"num_sms = {num_sms} is not supported; allowed: 1 or more")
     table = table_for(gpu)
     own = shape if table is None else replace(shape, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
     if variant != AUTO:
-        picked, reason = Variant.parse(variant), f"{variant}: forced by the caller"
+        picked, reason = Variant.parse(variant), f"{variant}: asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
         picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms)
     rows = tokens * shape.topk

@@ -39,6 +39,7 @@ def plan(
     older_than_s: float | None = None,
     current: tuple[str, str] | None = None,
     now: float | None = None,
+    grace_s: float = GRACE_S,
 ) -> list[EntryInfo]:
     """Choose what to remove.
 
@@ -48,14 +49,15 @@ def plan(
         older_than_s: take everything that was not used for this long.
         current: package version and compiler build whose entries go last when the size asks for it.
         now: the time, in seconds since 1970.
+        grace_s: what was used within this time stays.
 
     Returns:
-        The entries to remove, in order; never one that was used in the last ten minutes.
+        The entries to remove, in order.
     """
     now = time.time() if now is None else now
     every = list(entries)
     total = sum(info.disk_bytes for info in every)
-    idle = [info for info in every if now - info.used_at >= GRACE_S]
+    idle = [info for info in every if now - info.used_at >= grace_s]
 
     def is_current(info: EntryInfo) -> bool:
         nvrtc = info.meta.get("nvrtc")

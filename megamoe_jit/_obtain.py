@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +99,13 @@ def warmup_command(spec: KernelSpec) -> str:
     """
     if spec.timeline:
         return f"megamoe-jit inspect {spec.entry}"
-    shape = spec.shape
+    shape, settings = spec.shape, get_settings()
+    there = f" --cache-dir {shlex.quote(str(settings.cache_dir))}" if settings.source("cache_dir") == "argument" else ""
     return (
         f"megamoe-jit warmup --hidden {shape.hidden} --intermediate {shape.intermediate} "
         f"--experts {shape.experts} --topk {shape.topk} --ranks {spec.ranks} --variant {spec.variant.value}"
         + ("" if spec.fast_math else " --no-fast-math")
+        + there
     )
 
 

@@ -2,7 +2,8 @@
 
 The first member, ``manifest.json``, holds the sha256 and the size of every other: ``entries/<key>/`` with the three
 files of an entry. Reading believes nothing: names, sizes and digests must be those of the manifest, an entry must
-verify as one in the cache does, and nothing is written before it has. The same kernels give the same bytes.
+verify as one in the cache does, and nothing is written before it has. The same kernels give the same bytes, wherever
+and whenever they were compiled: what is known of that machine stays there.
 """
 
 from __future__ import annotations
@@ -100,10 +101,11 @@ def export_pack(
             contents, meta = read_entry(key, folder, forbidden, with_source=True)
         except (OSError, Damaged) as problem:
             raise PackError(f"cannot export {folder}: {problem}") from None
-        files[key] = {name: contents[name] for name in _FILES}
+        files[key] = {**{name: contents[name] for name in _FILES}, META: _without_origin(meta)}
         kernels[key] = str(meta.get("entry", ""))
     if not files:
-        raise PackError("there are no kernels to export; `megamoe-jit warmup` compiles some")
+        where = " or ".join(str(each.root) for each in _caches(cache))
+        raise PackError(f"there are no kernels to export in {where}; `megamoe-jit warmup` compiles some")
     entries = {
         key: {
             "kernel": kernels[key],
@@ -116,7 +118,7 @@ def export_pack(
         digest = _write_tar(target, json.dumps(manifest, indent=1, sort_keys=True).encode(), files)
         size = target.stat().st_size
     except OSError as error:
-        raise PackError(f"cannot write {target}: {error}") from error
+        raise PackError(f"cannot write {target}: {error.strerror}") from error
     return PackInfo(target, tuple(sorted(files)), tuple(kernels[k] for k in sorted(files)), size, digest, __version__)
 
 
@@ -168,9 +170,21 @@ def read_pack(path: Path | str) -> PackInfo:
     return PackInfo(source, keys, kernels, source.stat().st_size, _file_sha256(source), version)
 
 
+def _without_origin(meta: dict[str, Any]) -> bytes:
+    """Metadata for other machines: not when, where and how fast it was compiled."""
+    kept = {name: value for name, value in meta.items() if name not in ("created_at", "host", "compile_ms")}
+    if "nvrtc" in kept:
+        kept["nvrtc"] = {name: value for name, value in kept["nvrtc"].items() if name != "path"}
+    return json.dumps(kept, indent=1, sort_keys=True).encode()
+
+
+def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
+    return (user_cache(), *readonly_caches()) if cache is None else (cache,)
+
+
 def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
     """Key, directory and forbidden permissions of what is to be exported, each once, by key."""
-    caches = (user_cache(), *readonly_caches()) if cache is None else (cache,)
+    caches = _caches(cache)
     found: dict[str, tuple[Path, int]] = {}
     if what is None:
         for each in reversed(caches):  # what several have comes from the first

@@ -9,12 +9,13 @@ package is installed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from megamoe_jit._errors import RenderError
+from megamoe_jit._errors import ConfigError, RenderError
 from megamoe_jit._settings import get_settings
 from megamoe_jit._spec import KernelSpec
 
@@ -47,15 +48,17 @@ def kernels_dir() -> Path:
     """The directory kernels are rendered from: the packaged one unless the settings name another.
 
     Raises:
-        RenderError: there is no such directory.
+        ConfigError: that is no directory, or not to be read.
     """
     chosen = get_settings().kernels_src
     if chosen is None:
         from importlib import resources
 
-        chosen = Path(str(resources.files("megamoe_jit") / "kernels_src"))
+        return Path(str(resources.files("megamoe_jit") / "kernels_src"))
     if not chosen.is_dir():
-        raise RenderError(f"kernel source directory {chosen} does not exist")
+        raise ConfigError(f"MEGAMOE_JIT_KERNELS_SRC={str(chosen)!r} is no directory; allowed: one of kernel sources")
+    if not os.access(chosen, os.R_OK | os.X_OK):
+        raise ConfigError(f"MEGAMOE_JIT_KERNELS_SRC={str(chosen)!r} cannot be read")
     return chosen
 
 

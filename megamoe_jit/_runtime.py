@@ -184,8 +184,8 @@ def warmup(
         ConfigError: these are not specs, or `jobs` is not a number of threads.
     """
     todo = _distinct(specs)
-    if not isinstance(jobs, int | None) or isinstance(jobs, bool):
-        raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer or None")
+    if jobs is not None and (type(jobs) is not int or jobs < 1):
+        raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer from 1, or None")
     results: dict[KernelSpec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")

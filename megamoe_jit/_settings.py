@@ -146,6 +146,8 @@ def _from_file(path: Path, must_exist: bool) -> dict[str, Any]:
         raise ConfigError(f"settings file {path} is not valid TOML: {error}") from None
     tool = document.get("tool")
     table = tool.get("megamoe-jit", {}) if isinstance(tool, dict) else document
+    if isinstance(tool, dict):
+        _warn_unknown(f"tables in {path}", [name for name in tool if name == "megamoe_jit"], ["megamoe-jit"])
     if not isinstance(table, dict):
         raise ConfigError(f"settings file {path}: tool.megamoe-jit must be a table")
     rows = {variable.field: variable for variable in VARIABLES if variable.field != "config"}

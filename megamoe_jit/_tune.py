@@ -152,10 +152,12 @@ def tune(
         ConfigError: the file is not in order, or a parameter is not supported.
         UnsupportedDeviceError: there is no Hopper GPU.
     """
-    wrong = [rows for rows in rows_per_item if rows not in ROWS_PER_ITEM]
-    if wrong or not all(0 < lag <= MAX_LAG for lag in lags):
-        allowed = f"lags above 0 to {MAX_LAG}, rows_per_item of {ROWS_PER_ITEM}"
-        raise ConfigError(f"lags {lags}, rows_per_item {rows_per_item}; allowed: {allowed}")
+    for lag in lags:
+        if not 0 < lag <= MAX_LAG:
+            raise ConfigError(f"lags: {lag:g} is not supported; allowed: above 0, up to {MAX_LAG}")
+    for rows in rows_per_item:
+        if rows not in ROWS_PER_ITEM:
+            raise ConfigError(f"rows: {rows} is not supported; allowed: {', '.join(map(str, ROWS_PER_ITEM))}")
     contenders = [Contender(v, float(lag), rows) for v in variants for lag in lags for rows in rows_per_item]
     device = require_hopper()
     conditions = environment()

@@ -129,7 +129,7 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise click.UsageError(f"{question}  Nobody can be asked here: add --yes to do it.")
+        raise click.UsageError(f"Nobody can be asked here; --yes answers: {question}")
     if not click.confirm(question, err=True):
         raise click.exceptions.Exit(ExitCode.FAILED)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._cli._io import live_terminal, say, table
+from megamoe_jit._cli._options import per_shape
 from megamoe_jit._errors import ToolchainError
 
 if TYPE_CHECKING:
@@ -19,12 +20,12 @@ __all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table",
 
 
 def kernel_specs(
-    shapes: Iterable[MoEShape], ranks: int = 1, variant: str = "auto", fast_math: bool = True
+    shapes: Mapping[str, MoEShape], ranks: int = 1, variant: str = "auto", fast_math: bool = True
 ) -> list[KernelSpec]:
     """Every kernel that calls of these shapes can pick, each once.
 
     Args:
-        shapes: Layers; `experts` counts all ranks' experts.
+        shapes: Layers by name; `experts` counts all ranks' experts.
         ranks: Ranks that share the experts.
         variant: `auto` for all that the heuristics can choose, or the name of one.
         fast_math: The option of the same name of a call.
@@ -33,7 +34,7 @@ def kernel_specs(
     from megamoe_jit._spec import Variant
 
     variants = None if variant == "auto" else (Variant.parse(variant),)
-    specs = [spec for shape in shapes for spec in enumerate_specs(shape, ranks, variants, fast_math)]
+    specs = per_shape(shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, fast_math))
     return list(dict.fromkeys(specs))
 
 
@@ -101,8 +102,14 @@ def compile_kernels(
             if fail_fast and result.error:
                 raise _Stop
 
-        with contextlib.suppress(_Stop):
+        try:
             warmup(specs, jobs=jobs, force=force, progress=note)
+        except _Stop:
+            pass
+        except KeyboardInterrupt:
+            done = sum(result.kernel is not None for result in results.values())
+            say(f"{done} of {len(specs)} kernels are ready; what was being compiled is kept, the rest was not begun")
+            raise
     found = [results[spec] for spec in specs if spec in results]
     first = found[0].error if found else None
     if isinstance(first, ToolchainError) and all(str(result.error) == str(first) for result in found):

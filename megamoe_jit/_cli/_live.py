@@ -18,6 +18,15 @@ _COLOURS = {"compiled": "green", "cached": "cyan", "failed": "red", "working": "
 _MARGIN = 2  #: lines of the terminal left free
 
 
+def _fitting(name: str, room: int) -> str:
+    """The name, or on a narrow terminal what tells it from others: its end says more than its beginning."""
+    if len(name) <= room:
+        return name
+    name = name.removeprefix("megamoe_")
+    head = 4
+    return name if len(name) <= room else f"{name[:head]}…{name[-max(1, room - head - 1) :]}"
+
+
 class LiveKernels:
     """Kernels of a warmup and what became of them so far.
 
@@ -60,7 +69,8 @@ class LiveKernels:
             status, shown = "waiting", ""
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{status:8}", style=_COLOURS.get(status, ""))
-        return line.append(f"  {name}  {shown}".rstrip())
+        room = self._console.size.width - len(f"{status:8}    {shown}")
+        return line.append(f"  {_fitting(name, room)}  {shown}".rstrip())
 
     def _shown(self, room: int) -> tuple[list[str], int]:
         """The kernels to show in so many lines, and how many are left out: finished first, then waiting."""

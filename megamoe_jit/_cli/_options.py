@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ __all__ = [
     "is_key",
     "number_list",
     "parse_spec",
+    "per_shape",
     "ranks_option",
     "shape_options",
     "sms_option",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 VARIANTS = ("auto", "pingpong", "cooperative")
 
 _KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
@@ -149,6 +151,17 @@ def _shapes(names: str | None, sizes: dict[str, int | None]) -> dict[str, MoESha
     return {f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}
 
 
+def per_shape(shapes: Mapping[str, MoEShape], make: Callable[[str, MoEShape], Iterable[_T]]) -> list[_T]:
+    """What is made of each shape, one after another; a refusal says of which it speaks."""
+    made: list[_T] = []
+    for name, shape in shapes.items():
+        try:
+            made.extend(make(name, shape))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    return made
+
+
 TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those with goals in benchmarks/targets.json
 
 timed_shapes_option = click.option(
@@ -168,7 +181,13 @@ def timed_tokens_option(default: str) -> Callable[[_F], _F]:
     return click.option("--tokens", callback=number_list(int), metavar="N[,N...]", help=help_)
 
 
-ranks_option = click.option("--ranks", default=1, show_default=True, help="GPUs that share the experts of one layer.")
+ranks_option = click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="GPUs that share the experts of one layer.",
+)
 sms_option = click.option(
     "--sms",
     type=click.IntRange(min=1),
@@ -212,23 +231,25 @@ def number_list(
     return parse
 
 
-def tokens_option(meaning: str) -> Callable[[_F], _F]:
-    """Add a required `--tokens` that takes several counts."""
+def tokens_option(meaning: str, least: int = 0) -> Callable[[_F], _F]:
+    """Add a required `--tokens` that takes several counts from `least` on."""
     return click.option(
-        "--tokens", callback=number_list(int, 0, above=False), required=True, metavar="N[,N...]", help=meaning
+        "--tokens", callback=number_list(int, least, above=False), required=True, metavar="N[,N...]", help=meaning
     )
 
 
-def _override_cache_dir(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+def _override_cache_dir(context: click.Context, _: click.Parameter, path: str | None) -> None:
     if path is not None and not context.resilient_parsing:
+        if not path:  # an unset variable of a script, not the working directory
+            raise click.BadParameter("'' is no directory.")
         from megamoe_jit._settings import override
 
-        context.with_resource(override(cache_dir=path.absolute()))
+        context.with_resource(override(cache_dir=Path(path).absolute()))
 
 
 cache_dir_option = click.option(
     "--cache-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False),
     expose_value=False,
     is_eager=True,
     callback=_override_cache_dir,
@@ -271,13 +292,16 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec:
         )
     shape = preset(name).shape
     ranks, fast_math = 1, True
+    seen: set[str] = set()
     for part in rest[1:]:
-        if part == "exact":
-            fast_math = False
-        elif re.fullmatch(r"r\d+", part):
+        kind = "ranks" if re.fullmatch(r"r\d+", part) else part
+        if kind not in ("ranks", "exact") or kind in seen:
+            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: r1 to r8, exact, each once")
+        seen.add(kind)
+        if kind == "ranks":
             ranks = int(part[1:])
         else:
-            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: r1 to r8, exact")
+            fast_math = False
     return KernelSpec(shape, Variant.parse(rest[0]), ranks, fast_math)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from megamoe_jit._cli._io import CorruptionError, document, emit_json, human_bytes, json_option, say
+from megamoe_jit._cli._io import CorruptionError, document, emit_json, human_bytes, json_option, must_be_writable, say
 from megamoe_jit._cli._options import cache_dir_option, complete_kernel, is_key, parse_spec
 from megamoe_jit._errors import PackError
 
@@ -31,6 +31,7 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
     from megamoe_jit._entry import Damaged
     from megamoe_jit._pack import export_pack
 
+    must_be_writable(file, "FILE")
     wanted = [kernel if is_key(kernel) else parse_spec(kernel) for kernel in kernels]
     try:
         pack = export_pack(file, wanted or None)

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -103,8 +102,6 @@ class _Group(click.Group):
             formatter.write_dl(list(SUMMARIES.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        # NumPy is optional to torch and not needed here, but torch without it says so at import.
-        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
             return super().invoke(ctx)
         except MegaMoeError as error:

@@ -19,12 +19,12 @@ from megamoe_jit._cli._io import (
     say,
     table,
 )
-from megamoe_jit._cli._keys import all_caches, entry_document, find_entry, whole_keys
-from megamoe_jit._cli._options import cache_dir_option, complete_key, complete_own_key
+from megamoe_jit._cli._keys import all_caches, entry_document, find_entry, own_cache, place, whole_keys
+from megamoe_jit._cli._options import cache_dir_option, complete_kernel, complete_own_key
 from megamoe_jit._cli._packs import export_command, import_command
 
 if TYPE_CHECKING:
-    from megamoe_jit._cache import CacheStats, EntryInfo, KernelCache
+    from megamoe_jit._cache import CacheStats, EntryInfo
 
 __all__ = ["cache"]
 
@@ -35,12 +35,6 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; needed 
 @click.group()
 def cache() -> None:
     """The compiled kernels on disk."""
-
-
-def _user_cache() -> KernelCache:
-    from megamoe_jit._cache import user_cache
-
-    return user_cache()
 
 
 def _kernels(count: int) -> str:
@@ -97,16 +91,18 @@ def ls(as_json: bool) -> None:
         columns = len(headers) if marked else len(headers) - 1
         click.echo(table(headers[:columns], [row[:columns] for row in cells], left=(0, 1, 2, 7)))
     for (each, entries), size in zip(listed, sizes, strict=True):
-        mark = " (read-only)" if each.read_only else ""
-        say(f"{_kernels(len(entries))}, {human_bytes(size)}, in {each.root}{mark}")
+        say(f"{_kernels(len(entries))}, {human_bytes(size)}, in {place(each)}")
 
 
 @cache.command("info")
-@click.argument("key", shell_complete=complete_key)
+@click.argument("key", metavar="KEY|SPEC", shell_complete=complete_kernel)
 @cache_dir_option
 @json_option
 def info(key: str, as_json: bool) -> None:
-    """Show all that is known of one kernel.  KEY may be cut short while it is unique."""
+    """Show all that is known of one kernel.
+
+    KEY may be cut short while it is unique; SPEC is SHAPE/VARIANT, as for `inspect`, or a kernel's name.
+    """
     _, found = find_entry(key)
     doc = entry_document(found)
     if as_json:
@@ -161,15 +157,16 @@ def _stats_document(stats: CacheStats, read_only: bool) -> dict[str, Any]:
 @json_option
 def stats(as_json: bool) -> None:
     """Show size, limit and last use; of the read-only caches too."""
-    caches = [_stats_document(each.stats(), each.read_only) for each in all_caches()]
+    found = all_caches()
+    caches = [_stats_document(each.stats(), each.read_only) for each in found]
     if as_json:
         emit_json(document("cache-stats", caches=caches))
         return
     blocks = []
-    for each in caches:
+    for each, where in zip(caches, map(place, found), strict=True):
         limit = "" if each["limit_bytes"] is None else f" of {human_bytes(each['limit_bytes'])}"
         rows = [
-            ("directory", each["path"] + (" (read-only)" if each["read_only"] else "")),
+            ("directory", where),
             ("kernels", each["entries"]),
             ("size", human_bytes(each["bytes"]) + limit),
             ("quarantined", f"{each['quarantined']}, {human_bytes(each['quarantined_bytes'])}"),
@@ -191,8 +188,9 @@ def verify(fix: bool, as_json: bool) -> None:
 
     Exit code 0 if all is well or was mended, 4 if a kernel is damaged, 1 if something else is wrong.
     """
-    found = [(each, problem) for each in all_caches() for problem in each.verify(fix=fix and not each.read_only)]
-    checked = sum(each.stats().entries for each in all_caches())
+    caches = all_caches()
+    checked = sum(len(each.keys()) for each in caches)
+    found = [(each, problem) for each in caches for problem in each.verify(fix=fix and not each.read_only)]
     left = [problem for _, problem in found if not problem.fixed]
     rows = [
         {"key": p.key or None, "path": str(p.path), "message": p.message, "fixed": p.fixed, "cache": str(each.root)}
@@ -206,7 +204,7 @@ def verify(fix: bool, as_json: bool) -> None:
             click.echo(f"{word}  {row['path']}: {row['message']}")
     problems = "1 problem" if len(found) == 1 else f"{len(found)} problems"
     verdict = f"{problems}, {len(found) - len(left)} mended" if found else "all is well"
-    say(f"{_kernels(checked)} readable, {verdict}")
+    say(f"{_kernels(checked)} checked in {', '.join(map(place, caches))}: {verdict}")
     if left and not fix:
         say("`megamoe-jit cache verify --fix` puts damaged kernels aside; they are compiled again when needed")
     damaged = any(problem.key for problem in left)
@@ -249,9 +247,14 @@ def prune(max_bytes: int | None, older_than: float | None, dry_run: bool, yes: b
     """
     from megamoe_jit import _evict
 
-    user = _user_cache()
+    user = own_cache()
     limit = user.max_bytes if max_bytes is None and older_than is None else max_bytes
-    doomed = _evict.plan(user.entries(), max_bytes=limit, older_than_s=older_than, current=_evict.current_builder())
+    entries, current = user.entries(), _evict.current_builder()
+    doomed, wanted = (
+        _evict.plan(entries, max_bytes=limit, older_than_s=older_than, current=current, grace_s=grace)
+        for grace in (_evict.GRACE_S, 0)
+    )
+    recent = len({info.key for info in wanted} - {info.key for info in doomed})
     aside = user.stats()
     size = sum(info.disk_bytes for info in doomed) + aside.quarantined_bytes
     what = f"{_kernels(len(doomed))} and {aside.quarantined} put aside, {human_bytes(size)}, from {user.root}"
@@ -264,25 +267,28 @@ def prune(max_bytes: int | None, older_than: float | None, dry_run: bool, yes: b
             report = user.prune(max_bytes=limit, older_than_s=older_than)
             removed, freed = list(report.removed), report.bytes
     else:
-        what = f"nothing to remove in {user.root}"
+        what = f"nothing to remove in {place(user)}"
     if as_json:
-        emit_json(document("cache-prune", path=str(user.root), dry_run=dry_run, removed=removed, bytes=freed))
+        done = {"removed": removed, "bytes": freed, "kept_recent": recent}
+        emit_json(document("cache-prune", path=str(user.root), dry_run=dry_run, **done))
     if not (doomed or aside.quarantined):
         say(what)
     elif dry_run:
         say(f"would remove {what}")
     else:
         say(f"removed {_kernels(len(removed))}, {human_bytes(freed)}, from {user.root}")
+    if recent:
+        say(f"{_kernels(recent)} more would go, but for having been used in the last ten minutes")
     end(ExitCode.OK if set(removed) >= {info.key for info in doomed} else ExitCode.FAILED)
 
 
 @cache.command("rm")
-@click.argument("keys", metavar="KEY...", nargs=-1, required=True, shell_complete=complete_own_key)
+@click.argument("keys", metavar="KEY|SPEC...", nargs=-1, required=True, shell_complete=complete_own_key)
 @cache_dir_option
 @json_option
 def rm(keys: tuple[str, ...], as_json: bool) -> None:
-    """Remove kernels.  A KEY may be cut short while it is unique; nothing is removed if one is not."""
-    user = _user_cache()
+    """Remove kernels, by KEY or SPEC as for `info`.  Nothing is removed if one of them is not there."""
+    user = own_cache()
     wanted = whole_keys(keys)
     report = user.remove(wanted)
     if as_json:
@@ -299,7 +305,7 @@ def rm(keys: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def clear(yes: bool, as_json: bool) -> None:
     """Remove every kernel from the cache, damaged ones too."""
-    user = _user_cache()
+    user = own_cache()
     before = user.stats()
     size = human_bytes(before.bytes + before.quarantined_bytes)
     aside = f" and {before.quarantined} put aside" if before.quarantined else ""

@@ -11,6 +11,7 @@ from megamoe_jit._cli._options import (
     VARIANTS,
     cache_dir_option,
     gpu_option,
+    per_shape,
     ranks_option,
     shape_options,
     sms_option,
@@ -66,22 +67,11 @@ def explain(
     from megamoe_jit._explain import gpu_asked_for
 
     found = gpu_asked_for(gpu)
-    calls = [
-        {
-            "name": name,
-            **explain_call(
-                shape,
-                count,
-                ranks=ranks,
-                variant=variant,
-                fast_math=fast_math,
-                num_sms=sms,
-                gpu=found["gpu"],
-            ),
-        }
-        for name, shape in shapes.items()
-        for count in tokens
-    ]
+    options: dict[str, Any] = {"ranks": ranks, "variant": variant, "fast_math": fast_math, "num_sms": sms}
+    options["gpu"] = found["gpu"]
+    calls = per_shape(
+        shapes, lambda name, shape: [{"name": name, **explain_call(shape, count, **options)} for count in tokens]
+    )
     if as_json:
         emit_json(document("explain", **found, calls=calls))
     else:

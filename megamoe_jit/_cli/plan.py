@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, table
-from megamoe_jit._cli._options import VARIANTS, gpu_option, ranks_option, shape_options, sms_option, tokens_option
+from megamoe_jit._cli._options import (
+    VARIANTS,
+    gpu_option,
+    per_shape,
+    ranks_option,
+    shape_options,
+    sms_option,
+    tokens_option,
+)
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import MoEShape
@@ -52,7 +60,7 @@ def _text(name: str, plan: dict[str, Any]) -> str:
 
 @click.command()
 @shape_options
-@tokens_option("Most tokens of one rank in a call; the capacity of the buffer is the next multiple of 128.")
+@tokens_option("Most tokens of one rank in a call; the capacity of the buffer is the next multiple of 128.", least=1)
 @ranks_option
 @click.option(
     "--variant", default="auto", show_default=True, type=click.Choice(VARIANTS), help="Show the kernel of one alone."
@@ -74,11 +82,10 @@ def plan(
     from megamoe_jit._explain import plan as plan_of
 
     found = gpu_asked_for(gpu)
-    plans = [
-        {"name": name, **plan_of(shape, count, ranks=ranks, variant=variant, num_sms=sms, gpu=found["gpu"])}
-        for name, shape in shapes.items()
-        for count in tokens
-    ]
+    options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found["gpu"]}
+    plans = per_shape(
+        shapes, lambda name, shape: [{"name": name, **plan_of(shape, count, **options)} for count in tokens]
+    )
     if as_json:
         emit_json(document("plan", **found, plans=plans))
     else:

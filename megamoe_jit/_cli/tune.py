@@ -66,10 +66,16 @@ def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: b
     help="Kernel to compare; may be given more than once.  [default: all]",
 )
 @click.option(
-    "--lags", callback=number_list(float), metavar="X[,X...]", help="Lags to compare, in blocks.  [default: 1,2,4]"
+    "--lags",
+    callback=number_list(float),
+    metavar="X[,X...]",
+    help="Lags to compare: tiles of the first GEMM per SM, up to 64.  [default: 1,2,4]",
 )
 @click.option(
-    "--rows", callback=number_list(int), metavar="N[,N...]", help="Rows per item to compare.  [default: 1,4,8]"
+    "--rows",
+    callback=number_list(int),
+    metavar="N[,N...]",
+    help="Rows per item to compare, of 1, 2, 4 and 8.  [default: 1,4,8]",
 )
 @click.option(
     "--data",

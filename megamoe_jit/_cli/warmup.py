@@ -67,7 +67,7 @@ def warmup(
     settings = get_settings()
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    specs = kernel_specs(shapes.values(), ranks, variant, fast_math)
+    specs = kernel_specs(shapes, ranks, variant, fast_math)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start

@@ -154,7 +154,17 @@ def test_shapes_ls():
             ["warmup", "--hidden", "100", "--intermediate", "128", "--experts", "4", "--topk", "1"],
             "multiple of 128",
         ),
-        (["warmup", "--shapes", "v4-flash", "--ranks", "7"], "multiple of the number of ranks"),
+        (
+            ["warmup", "--shapes", "v4-flash", "--ranks", "7"],
+            "v4-flash: experts = 256 is not supported; allowed: a mult",
+        ),
+        (["warmup", "--shapes", "v4-flash", "--cache-dir", ""], "'' is no directory"),
+        (["explain", "--shapes", "v4-flash,v4-pro", "--tokens", "4", "--ranks", "128"], "v4-flash: ranks = 128"),
+        (["plan", "--shapes", "v4-pro", "--tokens", "4", "--ranks", "0"], "0 is not in the range"),
+        (
+            ["explain", "--shapes", "v4-flash", "--tokens", "4", "--ranks", "0", "--gpu", "h200"],
+            "0 is not in the range",
+        ),
         (["verify", "--filter", "nothing_like_it"], "no scenario fits"),
         (["bench", "--tokens", "16,x"], "whole numbers"),
         (["bench", "--output", "rows.txt"], ".json or .csv"),

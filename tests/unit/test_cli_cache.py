@@ -45,6 +45,20 @@ def test_keys_may_be_cut_short_while_unique(root: Path):
     assert set(keys_of(root)) == set(keys)
 
 
+def test_a_kernel_by_its_spec(root: Path):
+    """As `inspect` and `export` take it."""
+    keys = keys_of(root)
+    rows = dict(line.split(None, 1) for line in cache(root, "info", PINGPONG).stdout.splitlines())
+    assert rows["key"] == keys[PINGPONG]
+    assert cache(root, "rm", PINGPONG).returncode == 0
+    assert set(keys_of(root)) == {COOPERATIVE}
+    gone = cache(root, "rm", PINGPONG, keys[COOPERATIVE])
+    assert gone.returncode == 1
+    advice = f"kernel {PINGPONG} is not in the cache; run: megamoe-jit warmup {' '.join(SIZES)} --ranks 1"
+    assert gone.stderr == f"error: {advice} --variant pingpong --cache-dir {root}\n"
+    assert set(keys_of(root)) == {COOPERATIVE}
+
+
 def test_a_key_that_fits_several(root: Path):
     keys = keys_of(root)
     twin = keys[PINGPONG][:-1] + ("0" if keys[PINGPONG][-1] != "0" else "1")
@@ -114,13 +128,35 @@ def test_prune_comes_down_to_the_setting(root: Path):
     assert "removed 1 kernel" in done.stderr
 
 
+def test_prune_says_what_only_its_age_keeps(root: Path):
+    for words in (("--max-bytes", "0"), ("--older-than", "0s"), ("--max-bytes", "0", "--dry-run")):
+        done = cache(root, "prune", "--yes", *words)
+        assert "nothing to remove" in done.stderr
+        assert "2 kernels more would go, but for having been used in the last ten minutes" in done.stderr
+    assert checked(cache(root, "prune", "--max-bytes", "0", "--json").stdout)["kept_recent"] == 2
+    assert "ten minutes" not in cache(root, "prune").stderr
+    age(root, 3600)
+    assert checked(cache(root, "prune", "--yes", "--max-bytes", "0", "--json").stdout)["kept_recent"] == 0
+
+
+def test_a_directory_that_does_not_exist_is_said_to(tmp_path: Path):
+    for words in ("ls", "verify", "prune"):
+        done = cache(tmp_path / "typo", words)
+        assert done.returncode == 0
+        assert f"{tmp_path / 'typo'} (does not exist)" in done.stderr
+    assert f"{tmp_path / 'typo'} (does not exist)" in cache(tmp_path / "typo", "stats").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("prune", "--max-bytes", "much"), "2GiB"),
         (("prune", "--older-than", "long"), "30d"),
         (("rm",), "KEY"),
-        (("info", "../../etc"), "is not in the cache"),
+        (("info", "../../etc"), "unknown shape '..'"),
+        (("info", "v4-flash"), "names no kernel; allowed: SHAPE/VARIANT"),
+        (("rm", "abc"), "key 'abc' is not in the cache"),
+        (("export", "/nonexistent/x.tar"), "/nonexistent does not exist"),
         (("import", "/nonexistent.tar"), "does not exist"),
         (("export", "/tmp/x.tar", "v4-flash"), "names no kernel"),
     ],

@@ -108,9 +108,9 @@ def test_listing_of_an_entry_that_says_little():
 
 
 def test_key_is_shown_as_it_was_typed():
-    result = invoke("cache", "info", "KEY")
+    result = invoke("cache", "info", "AbC")
     assert result.exit_code == 2
-    assert "key 'KEY' is not in the cache" in result.stderr
+    assert "key 'AbC' is not in the cache" in result.stderr
 
 
 def test_verify_tells_what_fails(monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megamoe_jit._cli._live import _fitting
 from tests.commandline import COOPERATIVE, PINGPONG, SIZES, Terminal, checked, run, warm_cache
 
 ESCAPE = "\x1b"
@@ -121,6 +122,7 @@ def test_ctrl_c_leaves_a_whole_cache(tmp_path: Path):
     assert terminal.wait() == 130
     assert "Traceback" not in terminal.output
     assert "interrupted" in terminal.output
+    assert re.search(r"[1-5] of 6 kernels are ready; what was being compiled is kept", terminal.output)
     assert terminal.output.rindex(SHOW_CURSOR) > terminal.output.rindex(HIDE_CURSOR)
 
     checked_after = run("cache", "verify", "--json", "--cache-dir", str(root))
@@ -130,6 +132,17 @@ def test_ctrl_c_leaves_a_whole_cache(tmp_path: Path):
     assert list((root / "v1" / ".tmp").iterdir()) == []
     again = checked(run(*arguments, "--dry-run", "--json").stdout)
     assert (again["cached"], again["missing"]) == (kept, 6 - kept)
+
+
+def test_names_on_a_narrow_terminal_differ():
+    names = [f"megamoe_{v}_h4096_i2048_e256_k{k}_r1_fast" for v in ("pingpong", "cooperative") for k in (6, 8)]
+    for room in range(12, 60):
+        shown = [_fitting(name, room) for name in names]
+        assert max(map(len, shown)) <= max(room, len("coop…") + 8)
+        assert room < 17 or len(set(shown)) == len(names)
+    assert _fitting(names[0], 80) == names[0]
+    assert _fitting(names[0], 40) == names[0].removeprefix("megamoe_")
+    assert _fitting(names[2], 20) == "coop…e256_k6_r1_fast"
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("y\r", 0, 0), ("n\r", 1, 2)])

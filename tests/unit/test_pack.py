@@ -8,11 +8,12 @@ import json
 import os
 import random
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
-from megamoe_jit import _pack, _runtime
+from megamoe_jit import _pack, _runtime, _store
 from megamoe_jit._cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._pack import export_pack, import_pack, read_pack
@@ -37,6 +38,16 @@ def contents(cache):
     return {i.key: {part: (i.path / part).read_bytes() for part in PARTS} for i in cache.entries()}
 
 
+def shipped(cache):
+    """What a pack has of a cache: not the date and the host."""
+    found = contents(cache)
+    for files in found.values():
+        meta = json.loads(files["meta.json"])
+        del meta["created_at"], meta["host"]
+        files["meta.json"] = json.dumps(meta, indent=1, sort_keys=True).encode()
+    return found
+
+
 @pytest.mark.parametrize("name", ["k.tar", "k.tar.gz", "k.tgz"])
 def test_there_and_back(here, name):
     info = export_pack(here / name)
@@ -47,7 +58,7 @@ def test_there_and_back(here, name):
     report = import_pack(str(here / name), here / "new")
     fresh = KernelCache(here / "new")
     assert (report.root, report.imported, report.present) == (here / "new", (KEY, OTHER), ())
-    assert contents(fresh) == contents(user_cache())
+    assert contents(fresh) == shipped(user_cache())
     assert report.bytes == sum(len(data) for files in contents(fresh).values() for data in files.values())
     assert fresh.verify() == []
     again = import_pack(here / name, here / "new")
@@ -60,6 +71,26 @@ def test_same_kernels_give_the_same_bytes(here):
     first, second = (export_pack(here / name).path.read_bytes() for name in ("a.tgz", "b.tgz"))
     assert first == second
     assert export_pack(here / "c.tar", [OTHER, KEY[:6], KEY]).sha256 == export_pack(here / "d.tar").sha256
+
+
+def test_nothing_of_the_machine_that_compiled_is_in_a_pack(here, monkeypatch):
+    packs = []
+    for host, folder, seconds in (("alpha", "/home/a", 7), ("beta", "/home/b", 9)):
+        monkeypatch.setattr(_store, "_host", lambda host=host: host)
+        monkeypatch.setattr(
+            _store.time, "gmtime", lambda s=seconds: time.struct_time((2026, 1, 2, 3, 4, s // 60, 5, 6, 7))
+        )
+        with override(cache_dir=here / host):
+            nvrtc = {"version": "12.9", "build": "b", "path": f"{folder}/libnvrtc.so"}
+            meta = {"entry": "first", "compile_ms": {"total": seconds}, "nvrtc": nvrtc}
+            user_cache().store(KEY, fake_cubin(b"one"), "source one", meta)
+            packs.append(export_pack(here / f"{host}.tar").path.read_bytes())
+    assert packs[0] == packs[1]
+    for word in (b"alpha", b"/home/a", b"2026"):
+        assert word not in packs[0]
+    import_pack(here / "alpha.tar", here / "new")
+    (info,) = KernelCache(here / "new").entries()
+    assert (info.compiler, info.created_at) == ("12.9", "")
 
 
 def test_import_replaces_what_is_damaged_and_keeps_the_rest(here):

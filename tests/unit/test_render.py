@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from megamoe_jit._errors import RenderError
+from megamoe_jit._errors import ConfigError, RenderError
 from megamoe_jit._render import kernels_dir, render, source_lines
 from megamoe_jit._settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -130,7 +130,10 @@ def test_missing_entry_and_missing_directory(source, tmp_path):
     source({"a/x.cuh": ""})
     with pytest.raises(RenderError, match=r"kernels/pingpong\.cuh\.j2"):
         render(SPEC)
-    with override(kernels_src=tmp_path / "none"), pytest.raises(RenderError, match="does not exist"):
+    with (
+        override(kernels_src=tmp_path / "none"),
+        pytest.raises(ConfigError, match="MEGAMOE_JIT_KERNELS_SRC='.*none' is no"),
+    ):
         kernels_dir()
 
 

@@ -42,7 +42,7 @@ def test_the_boundary_can_be_moved():
 def test_a_forced_variant_is_honoured(variant, tokens):
     choice = choose(SHAPE, tokens, variant=variant.value)
     assert choice.variant is variant
-    assert "forced" in choice.reasons[0]
+    assert "asked for, by the call or by MEGAMOE_JIT_VARIANT" in choice.reasons[0]
 
 
 def test_parameters():

@@ -178,6 +178,11 @@ def test_every_kind_of_value_in_a_file(file, tmp_path):
     assert file("[tool.other]\njobs = 2\n").source("jobs") == "default"
 
 
+def test_a_table_that_is_nearly_ours_is_reported(file, caplog):
+    assert file("[tool.megamoe_jit]\njobs = 2\n").source("jobs") == "default"
+    assert "megamoe_jit (did you mean megamoe-jit?)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -113,7 +113,7 @@ def test_a_table_is_found_by_the_full_name(imagined):
 def test_measured_rules_are_taken(imagined, tokens, expected):
     choice = choose(SHAPE, tokens, gpu=GPU)
     assert (choice.variant.value, choice.lag_tiles, choice.rows_per_item) == expected
-    assert "measured best" in choice.reasons[0]
+    assert "within 1 % of the best" in choice.reasons[0]
     assert "NVIDIA Imagined (2026-01-02)" in choice.reasons[0]
     assert choose(MoEShape(4096, 2048, 256, 6), tokens, ranks=8, gpu=GPU).variant is choice.variant, "experts per rank"
     assert choose(SHAPE, tokens, num_sms=66, gpu=GPU).lag_tiles == expected[1] // 2
@@ -178,7 +178,10 @@ def test_a_model_of_one_variant_says_nothing_of_the_other(monkeypatch):
 def test_a_rule_says_where_it_holds(monkeypatch, rules, tokens, where):
     found = (parse_table({**DATA, "shapes": [{**DATA["shapes"][0], "rules": rules}]}),)
     monkeypatch.setattr(tables_module, "tables", lambda: found)
-    assert f": measured best {where} on NVIDIA Imagined (2026-01-02)" in choose(SHAPE, tokens, gpu=GPU).reasons[0]
+    assert (
+        f": within 1 % of the best {where}, measured on NVIDIA Imagined (2026-01-02)"
+        in choose(SHAPE, tokens, gpu=GPU).reasons[0]
+    )
 
 
 def test_a_table_without_models_leaves_other_shapes_to_the_threshold(monkeypatch):

@@ -112,9 +112,9 @@ def test_lines_that_are_something_else_are_refused(tmp_path: Path):
     path.write_text('{"kind": "bench"}\n{}\n')
     with pytest.raises(ConfigError, match="line 1 is no measurement"):
         _tune.read(path)
-    with pytest.raises(ConfigError, match="allowed: lags above 0"):
+    with pytest.raises(ConfigError, match="lags: 0 is not supported; allowed: above 0, up to 64"):
         _tune.tune([SMALL], path, [1], lags=[0])
-    with pytest.raises(ConfigError, match="rows_per_item of"):
+    with pytest.raises(ConfigError, match="rows: 3 is not supported; allowed: 1, 2, 4, 8"):
         _tune.tune([SMALL], path, [1], rows_per_item=[3])
 
 

@@ -82,7 +82,7 @@ def test_warmup_wants_specs_and_says_where_they_come_from(given: object):
     assert mm.enumerate_specs(preset("v4-flash").shape), "what the message advises"
 
 
-@pytest.mark.parametrize("jobs", ["2", 1.5, True])
+@pytest.mark.parametrize("jobs", ["2", 1.5, True, 0, -1])
 def test_warmup_wants_a_number_of_threads(jobs: object):
     refused(lambda: mm.warmup([], jobs), f"jobs = {jobs!r}", "an integer")
     assert mm.warmup(iter(()), 1) == []
