@@ -14,7 +14,7 @@ from megamoe_jit._quant import require_tensor
 from megamoe_jit._ranks import collectively, group_size
 from megamoe_jit._settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant, check_int
-from megamoe_jit._validate import RECIPE, check_expert_ids, check_recipe, check_tensor
+from megamoe_jit._validate import RECIPE, check_expert_ids, check_recipe, check_tensor, check_weights
 from megamoe_jit._weights import WeightPair, require_pair
 
 __all__ = ["fp8_mega_moe", "fp8_mega_moe_cooperative", "fp8_mega_moe_pingpong", "get_symm_buffer_for_mega_moe"]
@@ -112,40 +112,63 @@ def fp8_mega_moe(
         CaptureError: first use of this kernel during CUDA-graph capture.
         CompileError, LoadError, LaunchError: see their documentation.
 
-    Calls on one buffer are ordered, also across streams; replays of a captured graph are for the caller to order with
-    other calls on the same buffer.
+    Calls on one buffer are ordered, also across streams.  What is staged on another stream than the last call's is not:
+    call `sym_buffer.wait_for_last()` before.  Replays of a captured graph are for the caller to order with other calls
+    on the same buffer.
+
+    With several ranks this is a collective.  Until the kernels are prepared, an argument that is refused on one rank is
+    refused on all; later the other ranks wait in the kernel, to its deadline.
     """
     if not isinstance(sym_buffer, SymmBuffer):
         given = type(sym_buffer).__name__
         raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
-    device = sym_buffer.device
+    stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp)
+    first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(fast_math)
+    if first and not torch.cuda.is_current_stream_capturing():  # in a capture, prepare refuses
+
+        def admit() -> None:
+            tokens, _ = _admit(y, sym_buffer, stats, *options)
+            choice, _ = sym_buffer.choose(tokens, variant, num_sms)
+            check_weights(l1, l2, sym_buffer.spec(choice.variant, fast_math), sym_buffer.device)
+
+        collectively(sym_buffer.group, "checking the arguments of the first call", admit)
+    tokens, clamp = _admit(y, sym_buffer, stats, *options)
+    plan = sym_buffer.plan(tokens, variant, fast_math, num_sms)
+    try:
+        plan.kernel.check_weights(l1, l2, sym_buffer.device)
+    except TypeError:
+        require_pair("l1", l1)
+        require_pair("l2", l2)
+        raise
+    sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
+
+
+def _admit(
+    y: torch.Tensor,
+    buffer: SymmBuffer,
+    stats: torch.Tensor | None,
+    recipe: Sequence[int],
+    activation: str,
+    activation_clamp: float | None,
+) -> tuple[int, float]:
+    """Check what every call has of its own; its number of tokens and the clamp."""
     try:
         tokens, _ = y.shape
     except AttributeError:  # costs nothing where it is a tensor
         require_tensor("y", y)
         raise
     except ValueError:
-        raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {sym_buffer.hidden}]") from None
-    if tokens > sym_buffer.num_max_tokens_per_rank:
-        raise ConfigError(
-            f"y has {tokens} rows; allowed: at most the buffer's {sym_buffer.num_max_tokens_per_rank} tokens"
-        )
-    check_tensor("y", y, torch.bfloat16, (tokens, sym_buffer.hidden), device)
+        raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]") from None
+    if tokens > buffer.num_max_tokens_per_rank:
+        raise ConfigError(f"y has {tokens} rows; allowed: at most the buffer's {buffer.num_max_tokens_per_rank} tokens")
+    check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
     clamp = check_recipe(recipe, activation, activation_clamp)
-    stats = cumulative_local_expert_recv_stats
     if stats is not None:
-        experts = (sym_buffer.num_experts // sym_buffer.ranks,)
-        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, device, align=4)
+        experts = (buffer.num_experts // buffer.ranks,)
+        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, buffer.device, align=4)
     if get_settings().debug:
-        check_expert_ids(sym_buffer.topk_idx[:tokens], sym_buffer.num_experts)
-    plan = sym_buffer.plan(tokens, variant, fast_math, num_sms)
-    try:
-        plan.kernel.check_weights(l1, l2, device)
-    except TypeError:
-        require_pair("l1", l1)
-        require_pair("l2", l2)
-        raise
-    sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
+        check_expert_ids(buffer.topk_idx[:tokens], buffer.num_experts)
+    return tokens, clamp
 
 
 def _forcing(variant: Variant) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""`SymmBuffer`: the memory of one rank's layer, and the kernels prepared for it.
+"""`SymmBuffer`: the memory of one rank's layer with the kernels prepared for it.
 
 A buffer is made once per layer shape and serves any token count up to its capacity, any variant, and any weights of
 that shape.  It owns the parameter block of each kernel, so a steady-state call writes a few fields and launches.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import threading
 import warnings
 from collections.abc import Iterable
@@ -19,21 +18,22 @@ import torch
 
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._faults import decode, fault_error
-from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS, buffer_layout
-from megamoe_jit._ranks import allocate_symmetric, collectively, digest, gather, group_rank, group_size, require_equal
+from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
+from megamoe_jit._memory import LayerMemory
+from megamoe_jit._ranks import collectively, gather, require_equal
 from megamoe_jit._settings import Settings, get_settings
-from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
-from megamoe_jit._validate import check_device
-from megamoe_jit._version import __version__
+from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit.heuristics.select import choose
 
 if TYPE_CHECKING:
     from megamoe_jit._prepared import CallPlan, PreparedKernel
     from megamoe_jit._weights import WeightPair
+    from megamoe_jit.heuristics.select import Choice
 
 __all__ = ["SymmBuffer"]
 
 PAIRS_PER_SORT_BLOCK = 2048
+MAX_PLANS = 1024  #: remembered at a time; each is under a kilobyte and made in some 20 us
 
 
 @functools.cache
@@ -42,8 +42,8 @@ def sm_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-class SymmBuffer:
-    """Inputs, pools and result slots of one MoE layer on one rank.
+class SymmBuffer(LayerMemory):
+    """A layer's memory on one rank, and the kernels that run in it.
 
     Stage inputs into the first T rows of the views before each call.  Rows past T never matter.
 
@@ -56,6 +56,7 @@ class SymmBuffer:
         handle: has ``buffer_ptrs``, the address of every rank's symmetric memory.
         num_max_tokens_per_rank: capacity in tokens, rounded up to a multiple of 128.
         num_experts, num_topk, hidden, intermediate_hidden: the shape.
+        lock: of staging and calls together, for threads that share the buffer.
     """
 
     def __init__(
@@ -66,111 +67,26 @@ class SymmBuffer:
         group: Any = None,
         max_pool_rows: int = DEFAULT_POOL_ROWS,
     ) -> None:
-        self.shape, self.device, self.group = shape, device, group
-        self.rank, self.ranks = group_rank(group), group_size(group)
-        fingerprint = collectively(group, "checking the layer", lambda: self._admit(max_tokens))
-        self.layout = layout = buffer_layout(shape, max_tokens, self.ranks, max_pool_rows)
-        self.num_experts, self.num_topk = shape.experts, shape.topk
-        self.hidden, self.intermediate_hidden = shape.hidden, shape.intermediate
-        self.num_max_tokens_per_rank = layout.capacity
-        if self.ranks > 1:
-            require_equal(group, "the layer", {**fingerprint, "num_max_tokens_per_rank": layout.capacity})
-        collectively(group, "checking the memory", self._check_memory)
-        self._allocate()
-        self.fault = torch.zeros(16, dtype=torch.int32, pin_memory=True)
-        rows, topk = layout.capacity, shape.topk
-        self.x = self._view("x", torch.float8_e4m3fn, (rows, shape.hidden))
-        self.x_sf = self._view("x_scales", torch.float32, (rows, shape.hidden // BLOCK))
-        self.topk_idx = self._view("topk_ids", torch.int64, (rows, topk))
-        self.topk_weights = self._view("topk_weights", torch.float32, (rows, topk))
+        super().__init__(shape, max_tokens, device, group, max_pool_rows)
         self._prepared: dict[tuple[Variant, bool], PreparedKernel] = {}
         self._plans: dict[tuple[int, str | None, bool, int | None], CallPlan] = {}
         self._planned_with: Settings | None = None
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._stream: torch.cuda.Stream | None = None  # of the last launch
         self._stream_handle: int | None = None  # compared instead: torch says that no stream differs from None
         self._destroyed = False
         self._broken: MegaMoeError | None = None
 
-    def _admit(self, max_tokens: int) -> dict[str, object]:
-        """Refuse what no kernel supports, before anything is allocated; what all ranks must have in common."""
-        if not 0 < max_tokens <= MAX_TOKENS:
-            raise ConfigError(f"num_max_tokens_per_rank = {max_tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
-        check_device(self.device)
-        self.spec(Variant.COOPERATIVE, True)
-        if self.ranks == 1:
-            return {}
-        from megamoe_jit._render import render
+    def require_usable(self) -> None:
+        """Raise if it was destroyed (`ConfigError`), or a kernel of it has failed (that kernel's error)."""
+        if self._destroyed:
+            raise ConfigError("this buffer was destroyed; allowed: calls before destroy()")
+        if self._broken is not None:
+            raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
 
-        sources = (render(self.spec(variant, True)).text for variant in Variant)
-        return {
-            "num_experts": self.shape.experts,
-            "num_topk": self.shape.topk,
-            "hidden": self.shape.hidden,
-            "intermediate_hidden": self.shape.intermediate,
-            "package version": __version__,
-            "kernel sources": digest(*sources),
-        }
-
-    def _allocate(self) -> None:
-        layout, device = self.layout, self.device
-        if self.ranks == 1:
-            self.buffer = torch.empty(layout.symmetric_bytes, dtype=torch.uint8, device=device)
-            self.handle: Any = SimpleNamespace(buffer_ptrs=[self.buffer.data_ptr()])
-        else:
-            self.buffer, self.handle = allocate_symmetric(self.group, layout.symmetric_bytes, device)
-        self.local = torch.empty(layout.local_bytes, dtype=torch.uint8, device=device)
-        for memory, name in ((self.buffer, "signals"), (self.local, "control")):
-            section = layout.section(name)
-            memory[section.offset : section.offset + section.bytes].zero_()
-        torch.cuda.synchronize(device)  # the control words are zero before any stream, or peer, launches
-        gather(self.group, None)
-
-    def _check_memory(self) -> None:
-        free, _ = torch.cuda.mem_get_info(self.device)
-        reusable = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        needed = self.layout.total_bytes
-        if needed > free + reusable:
-            raise ConfigError(
-                f"a buffer for {self.layout.capacity} tokens of {self.shape} needs {needed} bytes and "
-                f"{self.device} has {free + reusable} free; allowed: fewer tokens per rank"
-            )
-
-    def _view(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        section = self.layout.section(name)
-        used = math.prod(shape) * dtype.itemsize
-        return self.buffer[section.offset : section.offset + used].view(dtype).view(shape)
-
-    def _local_view(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        section = self.layout.section(name)
-        used = math.prod(shape) * dtype.itemsize
-        return self.local[section.offset : section.offset + used].view(dtype).view(shape)
-
-    @property
-    def l1_acts(self) -> torch.Tensor:
-        """e4m3 ``[pool_rows, hidden]``: dispatched rows by expert, for debugging."""
-        return self._local_view("act1_pool", torch.float8_e4m3fn, (self.layout.pool_rows, self.hidden))
-
-    @property
-    def l1_acts_sf(self) -> torch.Tensor:
-        """float32 ``[hidden / 128, pool_rows]``: their scales, for debugging."""
-        return self._local_view("act1_scales", torch.float32, (self.hidden // BLOCK, self.layout.pool_rows))
-
-    @property
-    def l2_acts(self) -> torch.Tensor:
-        """e4m3 ``[pool_rows, intermediate]``: rows after SwiGLU, for debugging."""
-        return self._local_view("act2_pool", torch.float8_e4m3fn, (self.layout.pool_rows, self.intermediate_hidden))
-
-    @property
-    def l2_acts_sf(self) -> torch.Tensor:
-        """float32 ``[intermediate / 128, pool_rows]``: their scales, for debugging."""
-        return self._local_view(
-            "act2_scales", torch.float32, (self.intermediate_hidden // BLOCK, self.layout.pool_rows)
-        )
-
-    def spec(self, variant: Variant, fast_math: bool) -> KernelSpec:
-        """The kernel this buffer needs for a variant."""
-        return KernelSpec(self.shape, variant, self.ranks, fast_math)
+    def is_prepared(self, fast_math: bool) -> bool:
+        """Whether the kernels of several ranks were prepared, which they are together."""
+        return any(prepared == fast_math for _, prepared in self._prepared)
 
     def prepare(self, variant: Variant | str, fast_math: bool = True) -> PreparedKernel:
         """Compile, load and bind a kernel now, so that no later call has to (do this before graph capture).
@@ -183,10 +99,7 @@ class SymmBuffer:
             RankMismatchError: the ranks have different kernels.
         """
         variant = Variant.parse(variant)
-        if self._destroyed:
-            raise ConfigError("this buffer was destroyed; allowed: calls before destroy()")
-        if self._broken is not None:
-            raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
+        self.require_usable()
         prepared = self._prepared.get((variant, fast_math))
         if prepared is None:
             if self.ranks > 1 and torch.cuda.is_current_stream_capturing():
@@ -209,6 +122,23 @@ class SymmBuffer:
         with torch.cuda.device(self.device):
             return {variant: PreparedKernel(self.spec(variant, fast_math), self) for variant in variants}
 
+    def choose(self, tokens: int, variant: str | None, num_sms: int | None) -> tuple[Choice, int]:
+        """What such a call takes, and the blocks of its launch; raises `ConfigError` if an option is not supported."""
+        sms, settings = sm_count(self.device), get_settings()
+        blocks = sms if num_sms is None else num_sms
+        if type(blocks) is not int or not 1 <= blocks <= sms:
+            raise ConfigError(f"num_sms = {blocks!r:.40} is not supported; allowed: 1 to {sms}")
+        choice = choose(
+            self.shape,
+            tokens,
+            ranks=self.ranks,
+            variant=settings.variant if variant is None else variant,
+            cooperative_threshold=settings.cooperative_threshold,
+            num_sms=blocks,
+            gpu=torch.cuda.get_device_name(self.device),
+        )
+        return choice, blocks
+
     def plan(self, tokens: int, variant: str | None, fast_math: bool, num_sms: int | None) -> CallPlan:
         """What a call launches; remembered for each combination, so a steady-state call only looks it up."""
         settings = get_settings()
@@ -224,22 +154,12 @@ class SymmBuffer:
         if plan is None:
             from megamoe_jit._prepared import CallPlan
 
-            sms = sm_count(self.device)
-            blocks = sms if num_sms is None else num_sms
-            if type(blocks) is not int or not 1 <= blocks <= sms:
-                raise ConfigError(f"num_sms = {blocks!r:.40} is not supported; allowed: 1 to {sms}")
-            choice = choose(
-                self.shape,
-                tokens,
-                ranks=self.ranks,
-                variant=settings.variant if variant is None else variant,
-                cooperative_threshold=settings.cooperative_threshold,
-                num_sms=blocks,
-                gpu=torch.cuda.get_device_name(self.device),
-            )
+            choice, blocks = self.choose(tokens, variant, num_sms)
             pairs = tokens * self.num_topk
             sort_blocks = max(1, min(blocks, MAX_SORT_BLOCKS, -(-pairs // PAIRS_PER_SORT_BLOCK)))
             plan = CallPlan(self.prepare(choice.variant, fast_math), choice, blocks, sort_blocks)
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
             self._plans[key] = plan
         return plan
 
@@ -259,7 +179,11 @@ class SymmBuffer:
         Two launches on one buffer must not overlap: when the stream changes, the new one waits for the old one.
         """
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        with self._lock:
+        if torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                self.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
+            return
+        with self.lock:
             if stream != self._stream_handle:
                 self._order_after_last(torch.cuda.current_stream(self.device))
             plan.kernel.set_weights(l1, l2)
@@ -272,8 +196,19 @@ class SymmBuffer:
             params.sort_blocks = plan.sort_blocks
             plan.kernel.launcher.launch(plan.num_sms, stream)
 
+    def wait_for_last(self) -> None:
+        """Make the current stream wait for the last call, if that was on another: before inputs are staged there.
+
+        A call orders itself after the last one, but not what was staged before it: that would change the inputs of a
+        kernel that is still running on the other stream.
+        """
+        with torch.cuda.device(self.device), self.lock:
+            stream = torch.cuda.current_stream(self.device)
+            if stream.cuda_stream != self._stream_handle:
+                self._order_after_last(stream)
+
     def _order_after_last(self, stream: torch.cuda.Stream) -> None:
-        """Make `stream` wait for the stream of the last launch.
+        """Make `stream` wait for the stream of the last launch, and the memory's reuse for both.
 
         Not while a graph is being captured: its replays are for the caller to order with other calls on the buffer.
         """
@@ -281,6 +216,10 @@ class SymmBuffer:
             return
         if self._stream is not None:
             stream.wait_stream(self._stream)
+        for memory in (
+            (self.local, self.buffer) if self.ranks == 1 else (self.local,)
+        ):  # symmetric memory is not torch's
+            memory.record_stream(stream)
         self._stream, self._stream_handle = stream, stream.cuda_stream
 
     def check(self) -> None:

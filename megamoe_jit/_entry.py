@@ -271,7 +271,7 @@ def read_info(key: str, folder: str) -> EntryInfo | None:
         if meta["schema"] != SCHEMA or meta["key"] != key:
             return None
         size = int(meta["cubin_bytes"]) + int(meta["source_bytes"]) + status.st_size
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     return EntryInfo(key, Path(folder), meta, status.st_mtime, size)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
 from megamoe_jit._layout import COUNTER_ROWS
-from megamoe_jit._params import MAX_RANKS
+from megamoe_jit._spec import MAX_RANKS
 
 __all__ = ["WAITS", "Fault", "decode", "fault_error"]
 

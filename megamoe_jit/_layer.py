@@ -83,7 +83,12 @@ class MegaMoE:
             raise
 
     def stage(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> int:
-        """Quantise and copy the inputs of a call into the buffer; the number of tokens."""
+        """Quantise and copy the inputs of a call into the buffer, once the last call has read its own.
+
+        Returns:
+            The number of tokens.
+        """
+        self.buffer.require_usable()
         require_tensor("x", x)
         hidden, topk = self.buffer.hidden, self.buffer.num_topk
         if x.ndim != 2:
@@ -106,6 +111,7 @@ class MegaMoE:
                 raise ConfigError(f"{name} has dtype {tensor.dtype}; allowed: {allowed}")
             if tensor.device != self.buffer.device:
                 raise ConfigError(f"{name} is on {tensor.device}; allowed: {self.buffer.device}, where the layer is")
+        self.buffer.wait_for_last()
         codes, scales = quantize_activations(x)
         self.buffer.x[:tokens].copy_(codes)
         self.buffer.x_sf[:tokens].copy_(scales)
@@ -124,9 +130,10 @@ class MegaMoE:
         Returns:
             bf16 ``[T, hidden]``, a new tensor.
         """
-        tokens = self.stage(x, topk_idx, topk_weights)
-        y = torch.empty(tokens, self.buffer.hidden, dtype=torch.bfloat16, device=x.device)
-        fp8_mega_moe(y, self.l1, self.l2, self.buffer, activation_clamp=self.clamp, fast_math=self.fast_math)
+        with self.buffer.lock:  # another thread's inputs come after this call
+            tokens = self.stage(x, topk_idx, topk_weights)
+            y = torch.empty(tokens, self.buffer.hidden, dtype=torch.bfloat16, device=x.device)
+            fp8_mega_moe(y, self.l1, self.l2, self.buffer, activation_clamp=self.clamp, fast_math=self.fast_math)
         return y
 
     def check(self) -> None:

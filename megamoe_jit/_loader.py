@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
 
-from megamoe_jit._cubin import read_cubin
+from megamoe_jit._cubin import CubinError, read_cubin
 from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, UnsupportedDeviceError
 from megamoe_jit._obtain import distrust, known_refusal, remember_refusal
 from megamoe_jit._runtime import CompiledKernel, forget, get_kernel, warmup_command
@@ -60,6 +61,16 @@ class LoadedKernel:
 
 
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A child has none of the threads that would release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 _by_spec: dict[tuple[Settings, KernelSpec, int], LoadedKernel] = {}
 _by_key: dict[tuple[str, int], LoadedKernel] = {}
 _contexts: dict[int, Any] = {}
@@ -153,7 +164,10 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
     from cuda.bindings import driver
 
     spec = compiled.spec
-    (kernel_info,) = (k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry)
+    try:
+        (kernel_info,) = (k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry)
+    except (CubinError, ValueError):
+        return _Refusal(f"the cached kernel {compiled.key[:12]} is not {spec.entry}", explained=False)
     _enter_context(driver, device_index, spec)
     status, library = driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
     if _name(status) in _REFUSED:

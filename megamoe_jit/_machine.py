@@ -30,6 +30,7 @@ __all__ = [
 
 PACKAGES = (
     "torch",
+    "numpy",
     "cuda-python",
     "cuda-bindings",
     "cuda-pathfinder",

@@ -121,7 +121,11 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     """
     _distrusted.add(kernel.key)
     if damaged:
-        user_cache().quarantine(kernel.key)
+        own = user_cache().load(kernel.key)
+        if (
+            own is not None and own.cubin == kernel.cubin
+        ):  # it may have come from a read-only cache, and this one be good
+            user_cache().quarantine(kernel.key)
     return kernel.key not in _compiled_here
 
 

@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megamoe_jit._cache import KernelCache, find_info, readonly_caches, user_cache
 from megamoe_jit._entry import CUBIN, IMPORTED, LIMIT, META, SCHEMA, SOURCE, Damaged, is_key, read_entry, verify_files
-from megamoe_jit._errors import KernelMissingError, PackError
+from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._version import __version__
 
@@ -190,6 +190,8 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
         for each in reversed(caches):  # what several have comes from the first
             found.update((info.key, (info.path, each.forbidden)) for info in each.entries())
     for item in [what] if isinstance(what, str | KernelSpec) else what or ():
+        if not isinstance(item, str | KernelSpec):
+            raise ConfigError(f"what: {item!r:.80} given; allowed: keys and KernelSpecs")
         if isinstance(item, KernelSpec):
             key, where = _key_of(item, caches)
             found[key] = where.entry_path(key), where.forbidden
@@ -244,15 +246,26 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
+class _PlainFile(tarfile.TarInfo):
+    """The header of a member; any but that of a plain file is refused before tarfile follows it anywhere."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise tarfile.ReadError(f"{info.name!r} is not a plain file")
+        return info
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
     """The archive, read as a stream behind its manifest."""
     try:
-        with tarfile.open(path, mode="r|*") as archive:
+        with tarfile.open(path, mode="r|*", tarinfo=_PlainFile) as archive:
             yield archive, _manifest(path, archive)
     except FileNotFoundError:
         raise PackError(f"{path} does not exist") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise PackError(f"cannot read {path}: {error}") from error
 
 

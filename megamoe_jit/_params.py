@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_uint32, c_uint64
 
-__all__ = ["MAX_RANKS", "PARAMS_ALIGN", "Params", "TensorMap", "aligned_params"]
+from megamoe_jit._spec import MAX_RANKS
 
-MAX_RANKS = 8
+__all__ = ["PARAMS_ALIGN", "Params", "TensorMap", "aligned_params"]
+
 PARAMS_ALIGN = 64
 
 

@@ -40,7 +40,7 @@ class PreparedKernel:
     """A kernel bound to a buffer: a call writes a few fields of `params` and launches."""
 
     def __init__(self, spec: KernelSpec, buffer: SymmBuffer) -> None:
-        self.spec = spec
+        self.spec, self._device = spec, buffer.device
         self.params: Params = aligned_params()
         self.loaded = load_kernel(spec, buffer.device.index, param_bytes=ctypes.sizeof(Params))
         self.launcher = Launcher(self.loaded, self.params)
@@ -79,10 +79,15 @@ class PreparedKernel:
         self._checked = tuple(weakref.ref(tensor) for tensor in tensors)
 
     def set_weights(self, l1: WeightPair, l2: WeightPair) -> None:
-        """Point the kernel at these tensors; cheap when they are the last call's."""
+        """Point the kernel at these tensors; cheap when they are where they were.
+
+        Raises:
+            ConfigError: they are not the kernel's weights; the data of a checked tensor may have been replaced.
+        """
         addresses = (l1[0].data_ptr(), l1[1].data_ptr(), l2[0].data_ptr(), l2[1].data_ptr())
         if addresses == self._weights:
             return
+        check_weights(l1, l2, self.spec, self._device)
         params, shape, experts = self.params, self.spec.shape, self.spec.local_experts
         rows1, rows2 = experts * 2 * shape.intermediate, experts * shape.hidden
         encode_fp8_rows(params.weight1, addresses[0], rows1, shape.hidden, BOX_ROWS_WEIGHT)

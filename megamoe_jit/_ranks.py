@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megamoe_jit._errors import ConfigError, MegaMoeError, RankMismatchError
+from megamoe_jit._errors import ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
 
 __all__ = ["allocate_symmetric", "collectively", "digest", "gather", "group_rank", "group_size", "require_equal"]
 
@@ -37,13 +37,21 @@ def group_rank(group: Any) -> int:
 
 
 def gather(group: Any, value: T) -> list[T]:
-    """Every rank's value, by rank."""
+    """Every rank's value, by rank.
+
+    Raises:
+        PeerTimeoutError: the process group gave up: a rank did not come, or is gone.
+    """
     if group_size(group) == 1:
         return [value]
     import torch.distributed as dist
 
     values: list[Any] = [None] * group_size(group)
-    dist.all_gather_object(values, value, group=group)
+    try:
+        dist.all_gather_object(values, value, group=group)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise PeerTimeoutError(f"rank {group_rank(group)}: the ranks did not all meet on the host: {said}") from error
     return values
 
 

@@ -188,6 +188,16 @@ def _warn_unknown(what: str, names: list[str], known: list[str]) -> None:
 
 
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A child has none of the threads that would release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 _current: Settings | None = None
 _handler: logging.Handler | None = None
 

@@ -103,6 +103,8 @@ class KernelSpec:
     def __post_init__(self) -> None:
         _check(isinstance(self.shape, MoEShape), "shape", f"{self.shape!r:.80}", "a MoEShape")
         _check(isinstance(self.variant, Variant), "variant", f"{self.variant!r:.80}", "a member of Variant")
+        for name, flag in (("fast_math", self.fast_math), ("timeline", self.timeline)):
+            _check(type(flag) is bool, name, f"{flag!r:.80}", "True or False")
         check_int("ranks", self.ranks)
         _check(1 <= self.ranks <= MAX_RANKS, "ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(

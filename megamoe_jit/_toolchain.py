@@ -141,9 +141,16 @@ def activate(toolchain: Toolchain) -> None:
 
 
 def build_id(path: Path) -> str:
-    """The GNU build id of an ELF file; the sha256 of its bytes if it carries none."""
+    """The GNU build id of an ELF file; the sha256 of its bytes if it carries none.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is cut short.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        note = _build_id_note(data)
+        try:
+            note = _build_id_note(data)
+        except struct.error:
+            raise ValueError(f"it is cut short, at {len(data)} bytes") from None
         if note:
             return note.hex()
         digest = hashlib.sha256()

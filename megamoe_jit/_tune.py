@@ -55,6 +55,9 @@ def sources(shape: MoEShape) -> str:
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
+_CELL = {"environment", "sources", "name", "shape", "tokens", "num_sms", "times"}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The cells of a file; none if it is not there.
 
@@ -63,12 +66,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     cells = []
     for number, line in enumerate(lines, 1):
         try:
             cell = json.loads(line)
-            good = cell["kind"] == "tuning" and cell["schema_version"] == SCHEMA_VERSION
+            good = cell["kind"] == "tuning" and cell["schema_version"] == SCHEMA_VERSION and set(cell) >= _CELL
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break

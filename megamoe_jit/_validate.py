@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import TYPE_CHECKING
 
@@ -79,12 +80,8 @@ def check_weights(
 
 def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) -> float:
     """Raise unless the options are the supported ones; the clamp as the kernel takes it (infinity for none)."""
-    try:
-        blocks = tuple(recipe)
-    except TypeError:
-        raise ConfigError(f"recipe = {recipe!r:.80} is not supported; allowed: {RECIPE}") from None
-    if blocks != RECIPE:
-        raise ConfigError(f"recipe = {blocks} is not supported; allowed: {RECIPE}")
+    if recipe != RECIPE and (not isinstance(recipe, list) or tuple(recipe) != RECIPE):
+        raise ConfigError(f"recipe = {recipe!r:.80} is not supported; allowed: {RECIPE}")
     if activation != "swiglu":
         raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
     return check_clamp("activation_clamp", clamp)
@@ -95,12 +92,12 @@ def check_clamp(name: str, clamp: float | None) -> float:
     if clamp is None:
         return float("inf")
     try:
-        positive = clamp > 0
+        bound = ctypes.c_float(clamp).value  # as the kernel has it
     except TypeError:
-        positive = False
-    if not positive:
+        bound = 0.0
+    if not bound > 0:
         raise ConfigError(f"{name} = {clamp!r:.80} is not supported; allowed: a positive number or None")
-    return float(clamp)
+    return bound
 
 
 def check_expert_ids(topk_idx: torch.Tensor, num_experts: int) -> None:

@@ -73,7 +73,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?", text.strip().lower())
     if not match:
         raise ValueError("a number of bytes, such as 1073741824, 500M or 2GiB")
-    return int(float(match[1]) * 1024 ** (" kmgt".index(match[2] or " ")))
+    try:
+        return int(float(match[1]) * 1024 ** (" kmgt".index(match[2] or " ")))
+    except OverflowError:
+        raise ValueError("a number of bytes that a disk could have") from None
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
@@ -102,6 +105,8 @@ def _number(
 
 
 def _parse_words(text: str) -> tuple[str, ...]:
+    if not text.isprintable():  # no compiler takes it, and no file could keep it
+        raise ValueError("printable words")
     return tuple(text.split())
 
 

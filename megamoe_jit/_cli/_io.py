@@ -27,6 +27,7 @@ __all__ = [
     "end",
     "human_bytes",
     "json_option",
+    "kernel_count",
     "live_terminal",
     "must_be_writable",
     "progress_line",
@@ -66,6 +67,11 @@ json_option = click.option(
 def say(message: str = "") -> None:
     """Talk: a line on standard error."""
     click.echo(message, err=True)
+
+
+def kernel_count(count: int) -> str:
+    """`1 kernel`, `2 kernels`."""
+    return f"{count} kernel" if count == 1 else f"{count} kernels"
 
 
 def end(code: ExitCode) -> None:

@@ -52,11 +52,11 @@ def find_entry(text: str) -> tuple[KernelCache, EntryInfo]:
         KernelMissingError: The kernel of a SPEC is not cached; names the warmup command.
     """
     from megamoe_jit._cache import find_info
-    from megamoe_jit._cli._options import is_key, parse_spec
+    from megamoe_jit._cli._options import looks_like_key, parse_spec
     from megamoe_jit._runtime import kernel_key, warmup_command
 
     caches = all_caches()
-    if is_key(text):
+    if looks_like_key(text):
         return find_info(text, caches)
     spec = parse_spec(text)
     key = kernel_key(spec)

@@ -27,7 +27,7 @@ __all__ = [
     "complete_own_key",
     "complete_shape",
     "gpu_option",
-    "is_key",
+    "looks_like_key",
     "number_list",
     "parse_spec",
     "per_shape",
@@ -257,7 +257,7 @@ cache_dir_option = click.option(
 )
 
 
-def is_key(text: str) -> bool:
+def looks_like_key(text: str) -> bool:
     """Whether a KEY|SPEC argument is (the beginning of) a cache key."""
     return bool(_KEY.fullmatch(text))
 

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import click
 
-from megamoe_jit._cli._io import CorruptionError, document, emit_json, human_bytes, json_option, must_be_writable, say
-from megamoe_jit._cli._options import cache_dir_option, complete_kernel, is_key, parse_spec
+from megamoe_jit._cli._io import (
+    CorruptionError,
+    document,
+    emit_json,
+    human_bytes,
+    json_option,
+    kernel_count,
+    must_be_writable,
+    say,
+)
+from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key, parse_spec
 from megamoe_jit._errors import PackError
 
 __all__ = ["export_command", "import_command"]
-
-
-def _kernels(count: int) -> str:
-    return f"{count} kernel" if count == 1 else f"{count} kernels"
 
 
 @click.command("export")
@@ -32,7 +37,7 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
     from megamoe_jit._pack import export_pack
 
     must_be_writable(file, "FILE")
-    wanted = [kernel if is_key(kernel) else parse_spec(kernel) for kernel in kernels]
+    wanted = [kernel if looks_like_key(kernel) else parse_spec(kernel) for kernel in kernels]
     try:
         pack = export_pack(file, wanted or None)
     except PackError as error:
@@ -45,7 +50,7 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
     else:
         for key, kernel in zip(pack.keys, pack.kernels, strict=True):
             click.echo(f"{key[:12]}  {kernel}")
-    say(f"exported {_kernels(len(pack.keys))} to {pack.path}: {human_bytes(pack.bytes)}, sha256 {pack.sha256}")
+    say(f"exported {kernel_count(len(pack.keys))} to {pack.path}: {human_bytes(pack.bytes)}, sha256 {pack.sha256}")
 
 
 @click.command("import")
@@ -86,4 +91,4 @@ def import_command(file: Path, as_json: bool) -> None:
         for key in report.imported:
             click.echo(f"{key[:12]}  {user_cache().info(key).entry}")
     there = f", {len(report.present)} there already" if report.present else ""
-    say(f"imported {_kernels(len(report.imported))}{there}, {human_bytes(report.bytes)}, into {report.root}")
+    say(f"imported {kernel_count(len(report.imported))}{there}, {human_bytes(report.bytes)}, into {report.root}")

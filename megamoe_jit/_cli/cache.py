@@ -16,6 +16,7 @@ from megamoe_jit._cli._io import (
     end,
     human_bytes,
     json_option,
+    kernel_count,
     say,
     table,
 )
@@ -35,10 +36,6 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; needed 
 @click.group()
 def cache() -> None:
     """The compiled kernels on disk."""
-
-
-def _kernels(count: int) -> str:
-    return f"{count} kernel" if count == 1 else f"{count} kernels"
 
 
 @cache.command("path")
@@ -91,7 +88,7 @@ def ls(as_json: bool) -> None:
         columns = len(headers) if marked else len(headers) - 1
         click.echo(table(headers[:columns], [row[:columns] for row in cells], left=(0, 1, 2, 7)))
     for (each, entries), size in zip(listed, sizes, strict=True):
-        say(f"{_kernels(len(entries))}, {human_bytes(size)}, in {place(each)}")
+        say(f"{kernel_count(len(entries))}, {human_bytes(size)}, in {place(each)}")
 
 
 @cache.command("info")
@@ -204,7 +201,7 @@ def verify(fix: bool, as_json: bool) -> None:
             click.echo(f"{word}  {row['path']}: {row['message']}")
     problems = "1 problem" if len(found) == 1 else f"{len(found)} problems"
     verdict = f"{problems}, {len(found) - len(left)} mended" if found else "all is well"
-    say(f"{_kernels(checked)} checked in {', '.join(map(place, caches))}: {verdict}")
+    say(f"{kernel_count(checked)} checked in {', '.join(map(place, caches))}: {verdict}")
     if left and not fix:
         say("`megamoe-jit cache verify --fix` puts damaged kernels aside; they are compiled again when needed")
     damaged = any(problem.key for problem in left)
@@ -257,7 +254,7 @@ def prune(max_bytes: int | None, older_than: float | None, dry_run: bool, yes: b
     recent = len({info.key for info in wanted} - {info.key for info in doomed})
     aside = user.stats()
     size = sum(info.disk_bytes for info in doomed) + aside.quarantined_bytes
-    what = f"{_kernels(len(doomed))} and {aside.quarantined} put aside, {human_bytes(size)}, from {user.root}"
+    what = f"{kernel_count(len(doomed))} and {aside.quarantined} put aside, {human_bytes(size)}, from {user.root}"
     removed, freed = [info.key for info in doomed], size
     if doomed or aside.quarantined:
         if doomed and not as_json:
@@ -276,9 +273,9 @@ def prune(max_bytes: int | None, older_than: float | None, dry_run: bool, yes: b
     elif dry_run:
         say(f"would remove {what}")
     else:
-        say(f"removed {_kernels(len(removed))}, {human_bytes(freed)}, from {user.root}")
+        say(f"removed {kernel_count(len(removed))}, {human_bytes(freed)}, from {user.root}")
     if recent:
-        say(f"{_kernels(recent)} more would go, but for having been used in the last ten minutes")
+        say(f"{kernel_count(recent)} more would go, but for having been used in the last ten minutes")
     end(ExitCode.OK if set(removed) >= {info.key for info in doomed} else ExitCode.FAILED)
 
 
@@ -295,7 +292,7 @@ def rm(keys: tuple[str, ...], as_json: bool) -> None:
         emit_json(document("cache-rm", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
     else:
         click.echo("\n".join(report.removed))
-    say(f"removed {_kernels(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
+    say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
     end(ExitCode.OK if len(report.removed) == len(wanted) else ExitCode.FAILED)
 
 
@@ -310,11 +307,11 @@ def clear(yes: bool, as_json: bool) -> None:
     size = human_bytes(before.bytes + before.quarantined_bytes)
     aside = f" and {before.quarantined} put aside" if before.quarantined else ""
     if user.keys() or before.quarantined:
-        confirm(f"Remove all of {user.root}: {_kernels(before.entries)}{aside}, {size}?", yes)
+        confirm(f"Remove all of {user.root}: {kernel_count(before.entries)}{aside}, {size}?", yes)
     report = user.clear()
     if as_json:
         emit_json(document("cache-clear", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
-    say(f"removed {_kernels(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
+    say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
     end(ExitCode.FAILED if user.entries() else ExitCode.OK)
 
 

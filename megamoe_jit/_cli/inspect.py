@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, say, table
-from megamoe_jit._cli._options import cache_dir_option, complete_kernel, is_key, parse_spec
+from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key, parse_spec
 
 __all__ = ["inspect"]
 
@@ -30,7 +30,7 @@ def _load(kernel: str) -> tuple[str, bytes, str, dict[str, Any]]:
     """Key, cubin, source and metadata; a SPEC that is not cached is compiled."""
     from megamoe_jit._cli._keys import load_entry
 
-    if is_key(kernel):
+    if looks_like_key(kernel):
         cubin, source, meta = load_entry(kernel)
         return str(meta["key"]), cubin, source, meta
     from megamoe_jit._render import render

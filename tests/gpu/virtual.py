@@ -24,7 +24,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
 
-from megamoe_jit import _buffer, _ranks
+from megamoe_jit import _buffer, _memory, _ranks
 from megamoe_jit._scenarios import SCENARIOS, Scenario, Weights, make_weights
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
@@ -180,8 +180,13 @@ def _rank(group: Group, checks: list[str], weights: dict[str, Weights], say: Cal
 
 def main(ranks: int, checks: list[str]) -> int:
     """Run the checks; 0 if all threads came to their ends."""
-    _ranks.gather = _buffer.gather = gather
-    _buffer.allocate_symmetric = allocate
+    for module, name, stand_in in (
+        (_ranks, "gather", gather),
+        (_buffer, "gather", gather),
+        (_memory, "allocate_symmetric", allocate),
+    ):
+        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+        setattr(module, name, stand_in)
     meeting, failures = Meeting(ranks), []
 
     def say(name: str, problem: str) -> None:

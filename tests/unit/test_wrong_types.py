@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,8 @@ def buffer() -> SymmBuffer:
     kernel = PreparedKernel.__new__(PreparedKernel)
     kernel.spec, kernel._checked = SPEC, ()
     buffer.plan = lambda *_: SimpleNamespace(kernel=kernel)
-    buffer.launched = []
+    buffer.launched, buffer.lock, buffer._destroyed, buffer._broken = [], threading.RLock(), False, None
+    buffer.wait_for_last = lambda: None
     buffer.launch = lambda plan, **given: buffer.launched.append(given)
     return buffer
 
