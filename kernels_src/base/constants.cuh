@@ -23,7 +23,7 @@ constexpr u32 kProducerRegisters = 72, kMathRegisters = 216;   // 128 * 72 + 256
 
 constexpr u32 kPairBits = 20;   // a (token, slot) pair needs 32768 * 32 values; the rank sits above them
 
-/// Ids of the hardware's named barriers; 0 is __syncthreads.
+/// Ids of the hardware's named barriers; 0 is __syncthreads.  At the tail the publisher warp meets the eight math warps.
 enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */ };
 
 enum class Variant : u32 { pingpong, cooperative };

@@ -13,7 +13,8 @@
 
 namespace megamoe {
 
-/// Called by one thread of each block, after the block's own barrier; orders what the blocks wrote before it.
+/// Called by one thread of each block, after the block's own barrier; orders what the blocks wrote before it.  `which` is
+/// for the report: the launch's first, second or third.
 MEGA_DEVICE void grid_barrier(const Params& p, Wait what, u32 which) {
     u32* word = p.control + kControlGridBarrier;
     const u32 step = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
@@ -48,8 +49,8 @@ template <u32 kRanks> MEGA_DEVICE void rank_wait(const Params& p, Phase phase, u
     wait_until(p, Wait::peer_signal, static_cast<u32>(phase), epoch, [&] { return missing() == 0; }, missing);
 }
 
-/// One thread of every block: all blocks of all ranks have reached the phase.
-template <u32 kRanks> MEGA_DEVICE void meet_ranks(const Params& p, Phase phase, u32 epoch) {
+/// One thread of every block: all blocks of all ranks (of this one, if there is no other) have reached the phase.
+template <u32 kRanks> MEGA_DEVICE void meet(const Params& p, Phase phase, u32 epoch) {
     if constexpr (kRanks > 1) ptx::fence_system();   // what this block wrote for other ranks
     grid_barrier(p, phase == Phase::inputs ? Wait::head_barrier : Wait::tail_barrier, 1 + static_cast<u32>(phase));
     if constexpr (kRanks > 1) {

@@ -152,8 +152,8 @@ template <class C> struct Gather {
     static constexpr u32 kChunks = ceil_div(C::kHidden, kDispatchChunk);   // of a row
     MEGA_DEVICE static u32 chunk_bytes(u32 c) { return min_u32(kDispatchChunk, C::kHidden - c % kChunks * kDispatchChunk); }
 
-    /// Copies an item's rows, a few chunks in flight; all lanes run along, lane 0 issues.  Chunk c passes through slot
-    /// c % kSlots: in step c it is loaded, in step c + kLead stored.  With four slots (kLead = 2):
+    /// Copies an item's rows, a few chunks in flight (one, where only two slots are left); all lanes run along, lane 0 issues.
+    /// Chunk c of all that this warp has copied passes through slot c % kSlots: in step c it is loaded, in step c + kLead stored.  With four slots (kLead = 2):
     ///   step    0    1    2       3       4           5
     ///   load    0    1    2       3       4 (slot 0)  5 (slot 1)
     ///   store             0       1       2           3

@@ -126,7 +126,7 @@ template <class C> struct Sources {
     }
 };
 
-/// Step 3, by one warp: fills the tables of the shared memory map; misc()[0] is the number of active experts.
+/// Step 3, by one warp: fills the tables of the shared memory map.
 template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>& shared) {
     const Sources<C> sources{p, shared};
     WarpScan blocks, items, active;
@@ -144,13 +144,13 @@ template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>&
     }
     if (ptx::lane_id() == 0) {
         shared.expert_bases()[C::kLocalExperts] = blocks.total, shared.expert_items()[C::kLocalExperts] = items.total;
-        shared.misc()[0] = active.total;
+        shared.active_count() = active.total;
     }
 }
 
 template <class C> MEGA_DEVICE Plan plan_of(const Shared<C>& shared) {
     return {shared.expert_rows(),    shared.expert_bases(), shared.expert_items(),
-            shared.active_experts(), C::kLocalExperts,      shared.misc()[0]};
+            shared.active_experts(), C::kLocalExperts,      shared.active_count()};
 }
 
 }  // namespace megamoe

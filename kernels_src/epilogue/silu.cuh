@@ -4,8 +4,8 @@
 
 namespace megamoe {
 
-/// The exact form is as good as a division to a last bit or two.  `__fdiv_rn` would call a function for the ends of its range,
-/// which costs registers everywhere.  Below -87, where the reciprocal would be no normal number, the result is 0; that of -inf
+/// The exact form is as good as a division to a last bit or two.  `__fdiv_rn` would call a function for the ends of its range
+/// in each of 64 places, which costs registers everywhere.  Below -87, where the reciprocal would be no normal number, the result is 0; that of -inf
 /// is NaN, as of the fast form.
 template <bool kFast> MEGA_DEVICE float silu(float x) {
     if constexpr (kFast) return x * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(x * -1.4426950408889634f));

@@ -17,7 +17,8 @@ template <class C> struct SwigluQuant {
     u32 rows;       // valid rows from there to the end of the tile; 16 or more: all of this warp's
     u32 n;
 
-    /// Writes silu(gate) * up over the gate's registers; returns the largest magnitude in rows t/4 and t/4 + 8.
+    /// Writes silu(gate) * up over the gate's registers; returns the largest magnitude in rows t/4 and t/4 + 8.  `fmaxf` passes
+    /// over NaN, as it should: the scale is that of the other values, and the NaN is in the codes.
     MEGA_DEVICE void activate(Result& result, float (&largest)[2]) const {
         largest[0] = largest[1] = 0;
 #pragma unroll

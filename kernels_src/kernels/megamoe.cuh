@@ -31,7 +31,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
         ptx::mbarrier_init_fence();
         for (const ptx::TensorMap* map : {&p.act1, &p.weight1, &p.act2, &p.weight2, &p.act1_small, &p.act2_small}) ptx::prefetch_tensor_map(map);
-        if (blockIdx.x == 0) p.control[kControlTicket] = 0;
+        if (blockIdx.x == 0) p.control[kControlTicket] = 0;   // drawn, and counted below, after the first grid barrier
     }
     for (u32 i = blockIdx.x * kThreads + threadIdx.x; i < p.counters; i += gridDim.x * kThreads)
         p.act1_ready[i] = 0, p.act2_ready[i] = 0, p.act2_done[i] = 0;
@@ -54,7 +54,7 @@ template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& share
     sort.order();
     __syncthreads();
     did(Span::order);
-    if (threadIdx.x == 0) meet_ranks<C::kRanks>(p, Phase::inputs, epoch);
+    if (threadIdx.x == 0) meet<C::kRanks>(p, Phase::inputs, epoch);
     __syncthreads();
     did(Span::order_barrier);
     Sources<C>{p, shared}.fetch();

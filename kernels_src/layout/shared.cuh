@@ -14,19 +14,19 @@ namespace megamoe {
 template <class C> struct Shared {
     static constexpr u32 kActBytes = C::kBlockM * kBlockK, kWeightBytes = kBlockN * kBlockK, kActScaleBytes = C::kBlockM * 4;
     static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four for the weights
-    static constexpr u32 kStageWarp = 2048;   // 16 rows of 128 bytes
+    static constexpr u32 kStagingBytes = 2048;   // 16 rows of 128 bytes
     static constexpr u32 kSlotBytes = 32;
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
     static constexpr u32 kStagingAt = kWeightAt + C::kStages * kWeightBytes;
-    static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStageWarp;
+    static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStagingBytes;
     static constexpr u32 kScaleAt = kDispatchAt + C::kDispatchSlots * kDispatchChunk;
     static constexpr u32 kBarrierAt = kScaleAt + C::kStages * kScaleBytes;
     static constexpr u32 kTileBarrierAt = kBarrierAt + C::kStages * 16;
     static constexpr u32 kDispatchBarrierAt = kTileBarrierAt + kTileSlots * 24;
     static constexpr u32 kSlotAt = kDispatchBarrierAt + C::kDispatchSlots * 8;
-    static constexpr u32 kMiscAt = kSlotAt + kTileSlots * kSlotBytes;
-    static constexpr u32 kRowsAt = kMiscAt + 64;
+    static constexpr u32 kActiveCountAt = kSlotAt + kTileSlots * kSlotBytes;
+    static constexpr u32 kRowsAt = kActiveCountAt + 64;
     static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
     static constexpr u32 kItemsAt = kBasesAt + (C::kLocalExperts + 1) * 4;
     static constexpr u32 kActiveAt = kItemsAt + (C::kLocalExperts + 1) * 4;
@@ -44,7 +44,7 @@ template <class C> struct Shared {
     MEGA_DEVICE u32 weights(u32 stage) const { return address + kWeightAt + stage * kWeightBytes; }
     MEGA_DEVICE u32 act_scales(u32 stage) const { return address + kScaleAt + stage * kScaleBytes; }
     MEGA_DEVICE u32 weight_scales(u32 stage) const { return act_scales(stage) + kActScaleBytes; }
-    MEGA_DEVICE u32 staging(u32 math_warp) const { return address + kStagingAt + math_warp * kStageWarp; }
+    MEGA_DEVICE u32 staging(u32 math_warp) const { return address + kStagingAt + math_warp * kStagingBytes; }
 
     MEGA_DEVICE u32 dispatch(u32 s) const { return address + kDispatchAt + s * kDispatchChunk; }
 
@@ -58,7 +58,7 @@ template <class C> struct Shared {
 
     MEGA_DEVICE u8* slot(u32 s) const { return base + kSlotAt + s * kSlotBytes; }
     MEGA_DEVICE u32 slot_address(u32 s) const { return address + kSlotAt + s * kSlotBytes; }
-    MEGA_DEVICE u32* misc() const { return reinterpret_cast<u32*>(base + kMiscAt); }
+    MEGA_DEVICE u32& active_count() const { return *reinterpret_cast<u32*>(base + kActiveCountAt); }
     MEGA_DEVICE u32* expert_rows() const { return reinterpret_cast<u32*>(base + kRowsAt); }
     MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
     MEGA_DEVICE u32* expert_items() const { return reinterpret_cast<u32*>(base + kItemsAt); }

@@ -59,7 +59,8 @@ MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
 MEGA_DEVICE void promote_quarter(Result& result, float (&fresh)[32], const BlockScales& s, u32 q) {
     ptx::pin(fresh);
 #pragma unroll
-    for (u32 group = 0; group < 4; ++group) {   // even columns' rows t/4 and t/4 + 8, then odd columns'
+    for (u32 group = 0; group < 4; ++group) {   // of even groups of eight columns (gate, in GEMM 1) the rows t/4, then those
+                                                // t/4 + 8; then of odd ones (up): one scale each
         const u32 odd = group / 2, below = group % 2;
         const float scale = s.act[below] * s.weight[q / 2][odd];
 #pragma unroll

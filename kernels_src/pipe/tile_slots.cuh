@@ -1,9 +1,10 @@
 // The ring of four slots through which the scheduler tells the other warps what to do.
 //
-//   tile_full    arrived by  the scheduler (weights warp)                    waited for by  all readers
-//   tile_empty   arrived by  the activations warp, the publisher warp,       waited for by  the scheduler
-//                            every math warp that computes the tile
-//   tile_stored  arrived by  those math warps, when their rows are written    waited for by  the publisher
+//   tile_full    arrived by  the scheduler (weights warp), 1                  waited for by  all readers
+//   tile_empty   arrived by  the activations warp, the publisher warp,        waited for by  the scheduler
+//                            every math warp that computes the tile, 2 + 8
+//   tile_stored  arrived by  those math warps, when their rows are written, 8  waited for by  the publisher
+//   (with pingpong four math warps compute a tile: 2 + 4, and 4)
 //
 // A slot is used again only when all readers have let it go, so no barrier can run a phase ahead of its waiter.
 #pragma once
@@ -24,6 +25,7 @@ struct TileView {
     MEGA_DEVICE u32 n() const { return field(2); }
     MEGA_DEVICE u32 row() const { return field(3); }
     MEGA_DEVICE u32 rows() const { return field(4); }
+    MEGA_DEVICE bool owes_turn() const { return field(4) != 0; }   // of a stop tile
     MEGA_DEVICE u32 k_blocks() const { return field(5); }
     MEGA_DEVICE u32 k_begin() const { return field(6); }
     MEGA_DEVICE u32 pool_row() const { return field(7); }

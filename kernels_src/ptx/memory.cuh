@@ -48,6 +48,7 @@ MEGA_DEVICE float load_l2(const float* p) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
+/// Input rows, maybe of another rank: nothing reads them before the ranks have met, so no L1 can hold an older state.
 MEGA_DEVICE Vec16 load16(const void* p) {
     Vec16 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -3,7 +3,7 @@
 //
 //   full[stage]    arrived by  activations lane, weights lane (2), plus their bytes    waited for by  math warps
 //                  (the weights lane also stores the four weight scales before it arrives)
-//   empty[stage]   arrived by  every math warp that reads the stage                    waited for by  both lanes
+//   empty[stage]   arrived by  every math warp that reads the stage (8; 4 in pingpong)  waited for by  both lanes
 //
 // The weights lane is also the scheduler: it draws tickets, one ahead, and publishes the tiles.
 #pragma once
@@ -103,7 +103,7 @@ template <class C> struct LoadActivations {
             wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
             const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
             ptx::mbarrier_expect(full, boxes * box * kBlockK + scale_bytes);
-            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);
+            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);   // there is always one box, most often no other
             for (u32 i = 1; i < boxes; ++i)
                 ptx::tma_load_2d(at + i * box * kBlockK, map, full, k * kBlockK, tile.pool_row + i * box);
             ptx::bulk_load(shared.act_scales(ring.stage), scales, scale_bytes, full);

@@ -44,7 +44,7 @@ template <class C> struct Math {
         while (true) {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) {
-                if (kPingpong && tile.rows()) Turn::take(group);   // leaves the barrier as it was
+                if (kPingpong && tile.owes_turn()) Turn::take(group);   // leaves the barrier as it was
                 break;
             }
             MainLoop<C> loop(shared, tile.k_begin(), row);
