@@ -23,6 +23,7 @@ from megamoe_jit._memory import LayerMemory
 from megamoe_jit._ranks import collectively, gather, require_equal
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._text import first_line
 from megamoe_jit.heuristics.select import choose
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ class SymmBuffer(LayerMemory):
         try:
             torch.cuda.synchronize(self.device)
         except RuntimeError as error:
-            cause = str(error).splitlines()[0]
+            cause = first_line(error)
         fault = decode(self.fault.tolist())
         if fault is not None or cause != "no error":
             self._broken = fault_error(fault, self.rank, cause)

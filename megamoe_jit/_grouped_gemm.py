@@ -16,6 +16,7 @@ from megamoe_jit._quant import (
     quantize_activations,
 )
 from megamoe_jit._spec import BLOCK
+from megamoe_jit._text import first_line
 from megamoe_jit._weights import WeightPair
 
 __all__ = ["GEMMS", "Gemm", "probe", "refusal"]
@@ -172,7 +173,7 @@ def refusal(error: Exception) -> str:
     """Why something cannot be used, in a line."""
     if isinstance(error, ImportError):
         return f"{error.name or 'a package it needs'} is not installed"
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def probe(method: type[Gemm], device: torch.device) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe_jit._errors import ToolchainError
+from megamoe_jit._text import first_line
 
 __all__ = [
     "TOOLS",
@@ -155,7 +156,7 @@ def gpus() -> Machine:
         version = _ask(driver.cuDriverGetVersion())
         found = [_gpu(driver, index) for index in range(_ask(driver.cuDeviceGetCount()))]
     except (ImportError, RuntimeError) as error:
-        return Machine(None, str(error).splitlines()[0])
+        return Machine(None, first_line(error))
     return Machine(f"{version // 1000}.{version % 1000 // 10}", None, tuple(found))
 
 

@@ -12,6 +12,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layout import MIN_POOL_ROWS, buffer_layout
 from megamoe_jit._ranks import allocate_symmetric, collectively, digest, group_rank, group_size, require_equal
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._text import first_line
 from megamoe_jit._validate import check_device
 from megamoe_jit._version import __version__
 
@@ -76,7 +77,7 @@ class LayerMemory:
                 self.local = torch.empty(layout.local_bytes, dtype=torch.uint8, device=device)
                 self.fault = torch.zeros(16, dtype=torch.int32, pin_memory=True)
             except torch.OutOfMemoryError as error:
-                raise ConfigError(self._too_large(str(error).splitlines()[0])) from None
+                raise ConfigError(self._too_large(first_line(error))) from None
             for memory, name in ((self.buffer, "signals"), (self.local, "control")):
                 section = layout.section(name)
                 memory[section.offset : section.offset + section.bytes].zero_()

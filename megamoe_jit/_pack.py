@@ -189,7 +189,8 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
     if what is None:
         for each in reversed(caches):  # what several have comes from the first
             found.update((info.key, (info.path, each.forbidden)) for info in each.entries())
-    for item in [what] if isinstance(what, str | KernelSpec) else what or ():
+    given = [what] if not isinstance(what, Iterable) or isinstance(what, str | KernelSpec) else what
+    for item in given if what is not None else ():
         if not isinstance(item, str | KernelSpec):
             raise ConfigError(f"what: {item!r:.80} given; allowed: keys and KernelSpecs")
         if isinstance(item, KernelSpec):

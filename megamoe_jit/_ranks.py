@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from megamoe_jit._errors import ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
+from megamoe_jit._text import first_line
 
 __all__ = ["allocate_symmetric", "collectively", "digest", "gather", "group_rank", "group_size", "require_equal"]
 
@@ -50,7 +51,7 @@ def gather(group: Any, value: T) -> list[T]:
     try:
         dist.all_gather_object(values, value, group=group)
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         raise PeerTimeoutError(f"rank {group_rank(group)}: the ranks did not all meet on the host: {said}") from error
     return values
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["human_bytes"]
+__all__ = ["first_line", "human_bytes"]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def human_bytes(count: int) -> str:

@@ -149,8 +149,8 @@ def build_id(path: Path) -> str:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             note = _build_id_note(data)
-        except struct.error:
-            raise ValueError(f"it is cut short, at {len(data)} bytes") from None
+        except (struct.error, OverflowError):
+            raise ValueError(f"it is cut short, at {len(data)} bytes, or damaged") from None
         if note:
             return note.hex()
         digest = hashlib.sha256()

@@ -55,6 +55,7 @@ def sources(shape: MoEShape) -> str:
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
+_BEGIN = '{"schema_version": '  #: of a line; a last one that begins otherwise is no interrupted measurement
 _CELL = {"environment", "sources", "name", "shape", "tokens", "num_sms", "times"}
 
 
@@ -66,14 +67,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
     cells = []
     for number, line in enumerate(lines, 1):
         try:
             cell = json.loads(line)
             good = cell["kind"] == "tuning" and cell["schema_version"] == SCHEMA_VERSION and set(cell) >= _CELL
         except (ValueError, KeyError, TypeError):
-            if number == len(lines):
+            if (
+                number == len(lines)
+                and not text.endswith("\n")
+                and (line.startswith(_BEGIN) or _BEGIN.startswith(line))
+            ):
                 break
             good = False
         if not good:
@@ -202,12 +208,12 @@ def _end_last_line(path: Path) -> None:
     """Drop what an interruption left of a last line, so that the next one begins on its own."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
         try:
-            json.loads(text[len(whole) :])
-            whole = text + "\n"
+            json.loads(data[len(whole) :])
+            whole = data + b"\n"
         except ValueError:
             pass
-        path.write_text(whole, encoding="utf-8")
+        path.write_bytes(whole)

@@ -177,7 +177,13 @@ VARIABLES: tuple[Variable, ...] = (
         _one_of(*STRICT_LEVELS),
         "What to do when ptxas spills registers or reports a C75xx performance advisory.",
     ),
-    _row("DUMP_DIR", "path", "unset", _parse_path, "Keep source, PTX, cubin and log of each kernel that is compiled here."),
+    _row(
+        "DUMP_DIR",
+        "path",
+        "unset",
+        _parse_path,
+        "Keep source, PTX, cubin and log of each kernel that is compiled here.",
+    ),
     _row("LOG_LEVEL", "level name", "unset", _one_of(*LOG_LEVELS), "Log to stderr from this level on."),
     _row(
         "TIMEOUT_S",

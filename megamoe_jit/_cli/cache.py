@@ -276,7 +276,8 @@ def prune(max_bytes: int | None, older_than: float | None, dry_run: bool, yes: b
         say(f"removed {kernel_count(len(removed))}, {human_bytes(freed)}, from {user.root}")
     if recent:
         say(f"{kernel_count(recent)} more would go, but for having been used in the last ten minutes")
-    end(ExitCode.OK if set(removed) >= {info.key for info in doomed} else ExitCode.FAILED)
+    left = not dry_run and user.stats().quarantined
+    end(ExitCode.OK if set(removed) >= {info.key for info in doomed} and not left else ExitCode.FAILED)
 
 
 @cache.command("rm")
@@ -312,7 +313,7 @@ def clear(yes: bool, as_json: bool) -> None:
     if as_json:
         emit_json(document("cache-clear", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
     say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
-    end(ExitCode.FAILED if user.entries() else ExitCode.OK)
+    end(ExitCode.FAILED if user.keys() or user.stats().quarantined else ExitCode.OK)
 
 
 cache.add_command(export_command)

@@ -202,3 +202,24 @@ def test_left_over_staging_is_swept(cache):
         os.utime(folder, (time.time() - age,) * 2)
     cache.store(OTHER, fake_cubin(), "", {})
     assert [p.name for p in (cache.path / ".tmp").iterdir()] == ["young"]
+
+
+@pytest.mark.parametrize(
+    ("major", "expected"),
+    [
+        (12, ["12.10", "12.9", "11.8", "13.1"]),
+        (13, ["13.1", "12.10", "12.9", "11.8"]),
+        (11, ["11.8", "13.1", "12.10", "12.9"]),
+        (None, ["13.1", "12.10", "12.9", "11.8"]),
+    ],
+)
+def test_kernels_handed_over_are_taken_by_cuda_major_and_the_newest_first(tmp_path, major, expected):
+    """An older compiler's kernel loads on a newer driver, but hardly the reverse."""
+    versions = ["12.9", "13.1", "11.8", "12.10"]
+    for number, version in enumerate(versions):
+        meta = {"source_id": "one", "nvrtc": {"version": version}}
+        KernelCache(tmp_path).store(f"{number:064x}", fake_cubin(), "", meta)
+    cache, taken = KernelCache(tmp_path, read_only=True), []
+    while (entry := cache.load_source("one", major, but_not=taken)) is not None:
+        taken.append(entry.key)
+    assert [versions[int(key, 16)] for key in taken] == expected

@@ -8,13 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from megamoe_jit import _compiler
+from megamoe_jit._cli import cli
 from megamoe_jit._compiler import compile_source, options_for
 from megamoe_jit._cubin import CubinInfo
-from megamoe_jit._errors import CompileError, PerformanceLossError, ToolchainError
+from megamoe_jit._errors import CompileError, ConfigError, PerformanceLossError, ToolchainError
 from megamoe_jit._render import render
-from megamoe_jit._settings import override
+from megamoe_jit._settings import Settings, override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._toolchain import Toolchain, find_toolchain
 
@@ -168,6 +170,24 @@ def test_performance_losses_fail_warn_or_pass(toolchain, caplog, source, entry, 
     assert result.stack_bytes == result.kernel.stack_bytes
 
 
+@pytest.mark.parametrize(("stores", "loads"), [(8, 4), (8, 0), (0, 4)])
+def test_spills_that_only_the_summary_of_ptxas_tells_are_losses(toolchain, monkeypatch, stores, loads):
+    """The warning has an option of its own, which the settings may take back; the summary is always there."""
+    real, none = _compiler._nvrtc, "0 bytes spill stores, 0 bytes spill loads"
+
+    def spilling(*arguments):
+        status, log, ptx, cubin = real(*arguments)
+        assert none in log
+        return status, log.replace(none, f"{stores} bytes spill stores, {loads} bytes spill loads"), ptx, cubin
+
+    monkeypatch.setattr(_compiler, "_nvrtc", spilling)
+    with override(strict="ignore"):
+        result = compile_source(GOOD, entry="good", toolchain=toolchain)
+    assert (result.spill_bytes, result.advisories) == (stores + loads, ())
+    with pytest.raises(PerformanceLossError, match=f"good compiled with {stores + loads} bytes of spills; MEGAMOE"):
+        compile_source(GOOD, entry="good", toolchain=toolchain)
+
+
 def test_advisory_points_at_the_source(toolchain):
     with override(strict="ignore"):
         result = compile_source(SERIAL, entry="serial", toolchain=toolchain)
@@ -264,3 +284,24 @@ def test_nvrtc_that_fails_by_itself_is_a_toolchain_error(toolchain, monkeypatch)
 def test_ptxas_option_that_is_unknown_says_so(toolchain):
     with override(ptxas_options=("--no-such-thing",)), pytest.raises(CompileError, match="no-such-thing"):
         compile_source(GOOD, entry="good", toolchain=toolchain)
+
+
+@pytest.mark.parametrize("text", ["-v \x1b[2J", "a\0b", "-O3\ud800"])
+def test_ptxas_options_that_cannot_be_written_are_refused(text):
+    """They go into the metadata of every kernel and to the compiler, and neither takes them."""
+    with pytest.raises(ConfigError, match="MEGAMOE_JIT_PTXAS_OPTIONS=.* is not allowed; allowed: printable words"):
+        Settings.from_env({"MEGAMOE_JIT_PTXAS_OPTIONS": text})
+
+
+@pytest.mark.parametrize("size", [6, 10, 63, 64])
+def test_library_that_is_cut_short_is_said_to_be_and_stops_no_diagnosis(tmp_path, size):
+    """Of 64 bytes the header is whole, and its offsets lead beyond any file."""
+    path = tmp_path / "libnvrtc.so.12.9.86"
+    path.write_bytes((b"\x7fELF\x02\x01" + b"\1" * 10 + b"\xff" * 48)[:size])
+    with override(nvrtc=path):
+        with pytest.raises(ToolchainError, match=f"cannot read NVRTC library {path}: it is cut short, at {size} bytes"):
+            find_toolchain()
+        for command in ("doctor", "env"):
+            result = CliRunner().invoke(cli, [command, "--json"])
+            assert isinstance(result.exception, SystemExit | None), result.exception
+            assert f"it is cut short, at {size} bytes" in result.stdout

@@ -99,6 +99,11 @@ def test_record_is_read_as_it_is_written():
     assert decode([who, 12, 64, 40, 99, 99]) == decode([who, 12, 64, 40])
 
 
+def test_every_field_of_the_record_has_its_whole_width():
+    """Eight bits of what and of warp, sixteen of block: `comm/fault.cuh`."""
+    assert decode([0x1234_A6F5, 1, 2, 3]) == Fault(what=0xF5, warp=0xA6, block=0x1234, which=1, expected=2, seen=3)
+
+
 def test_words_may_come_as_signed_integers():
     assert decode([1 | 0x9000 << 16, 0xFFFFFFFF, 2, 3]) == decode([(1 | 0x9000 << 16) - 2**32, -1, 2, 3])
     assert decode([(1 | 0x9000 << 16) - 2**32, -1, 2, 3]) == Fault(1, 0, 0x9000, 0xFFFFFFFF, 2, 3)

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from megamoe_jit import _locks
+from megamoe_jit import _loader, _locks, _settings
 from megamoe_jit._locks import key_lock, lock_dir, try_lock
 from megamoe_jit._settings import override
 from tests.stubs import KEY, child_environment
@@ -95,6 +95,35 @@ def test_forked_child_does_not_keep_the_lock(tmp_path):
             time.sleep(0.01)
             os.kill(pid, signal.SIGKILL)
             assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the child still has the handle"
+
+
+def test_copy_of_the_handle_does_not_keep_the_lock(tmp_path):
+    """A child has one from the moment it is forked until its hook, or its exec, closes it."""
+    with override(lock_dir=tmp_path):
+        with key_lock(KEY, "kernel"):
+            (handle,) = _locks._held
+            copy = os.dup(handle)
+        with try_lock(KEY) as free:
+            assert free is True
+    os.close(copy)
+
+
+@pytest.mark.parametrize("module", [_settings, _loader], ids=lambda module: module.__name__)
+def test_child_forked_while_a_thread_holds_a_lock_can_take_it(module, monkeypatch):
+    """The thread that would release it is not in the child."""
+    monkeypatch.setattr(_settings, "_current", None)
+    with module._lock:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(20)  # ends a child that waits for a thread it has not
+                _settings.get_settings()
+                with module._lock:
+                    os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+    assert status == 0
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])

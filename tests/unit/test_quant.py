@@ -1,10 +1,13 @@
 """The quantisers: exact scales, bounded error, special values, and a second opinion."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamoe_jit import _quant
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._quant import (
     dequantize_activations,
@@ -69,6 +72,13 @@ def test_nan_and_infinity_stay_in_their_group():
     back = dequantize_activations(codes, scales)
     assert (back[0, 128:] == 1).all()
     assert (back[1, :128] == 1).all()
+
+
+def test_nothing_beyond_e4m3_is_converted(monkeypatch):
+    """What lies beyond saturates in newer releases of torch by itself, and becomes NaN in older ones."""
+    monkeypatch.setattr(_quant, "torch", SimpleNamespace(float8_e4m3fn=torch.float32))
+    values = torch.tensor([-1e4, -448.5, -3.0, 447.0, 449.0, float("inf")])
+    assert _quant._encode(values, torch.tensor(1.0)).tolist() == [-448, -448, -3, 447, 448, 448]
 
 
 def test_bfloat16_input_and_no_rows():

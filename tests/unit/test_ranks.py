@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megamoe_jit import _ranks
 from megamoe_jit._collect import collect, joined
-from megamoe_jit._errors import CompileError, ConfigError, MegaMoeError, RankMismatchError
+from megamoe_jit._errors import CompileError, ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
 from megamoe_jit._spawn import World, describe, run_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -66,6 +66,7 @@ def on_each_rank(world: World) -> dict[str, object]:
     seen["equal"] = _failure(lambda: _ranks.require_equal(group, "it", {"a": 1, "b": "x"}))
     fields = {"size": 5 + (rank == last), "same": 1, "name": "n" if rank else "m"}
     seen["unequal"] = _failure(lambda: _ranks.require_equal(group, "the layer", fields))
+    seen["second"] = _failure(lambda: _ranks.require_equal(group, "it", {"a": 1, "b": rank == 1}))
     seen["collectively"] = _failure(lambda: _ranks.collectively(group, "counting", lambda: rank * 10))
     seen["one fails"] = _failure(lambda: _ranks.collectively(group, "compiling", fail))
     seen["all fail"] = _failure(lambda: _ranks.collectively(group, "compiling", fail_everywhere))
@@ -111,6 +112,13 @@ def test_unequal_fields_raise_on_every_rank_and_name_field_and_ranks(seen):
         assert f"rank {last}: 6)" in text
         assert "name (rank 0: m, rank 1: n" in text
         assert "same" not in text
+
+
+def test_a_rank_between_equal_ones_that_differs_is_seen(seen):
+    """Of four ranks the second: neither the first nor the last."""
+    values = ", ".join(f"rank {rank}: {rank == 1}" for rank in range(len(seen)))
+    for each in seen:
+        assert each["second"] == [RankMismatchError.__name__, f"ranks disagree on it: b ({values})"]
 
 
 def test_a_failure_on_one_rank_raises_on_all(seen):
@@ -210,6 +218,25 @@ def test_a_lost_rank_may_leave_the_others_to_finish():
     assert (ends[0].result, ends[0].ok) == ("fine", True)
     assert (ends[1].returncode, ends[1].finished) == (-signal.SIGKILL, False)
     assert "rank 1: ended with code -9" in describe(ends)
+
+
+def leave(world: World) -> list:
+    """The last rank goes between two meetings."""
+    if world.rank == world.ranks - 1:
+        _ranks.gather(dist.group.WORLD, world.rank)
+        time.sleep(0.2)
+        os._exit(7)
+    return _failure(lambda: [_ranks.gather(dist.group.WORLD, world.rank) for _ in range(2)])
+
+
+def test_a_rank_that_is_gone_is_an_error_of_ours_at_the_next_meeting():
+    """torch raises a plain RuntimeError, which callers who catch MegaMoeError would not see."""
+    ends = run_ranks("tests.unit.test_ranks:leave", 2, device="cpu", timeout_s=60, group_timeout_s=30, losses=1)
+    assert (ends[0].ok, ends[1].returncode) == (True, 7), describe(ends)
+    kind, text = ends[0].result
+    assert kind == PeerTimeoutError.__name__
+    assert text.startswith("rank 0: the ranks did not all meet on the host: ")
+    assert "\n" not in text
 
 
 def test_collect_returns_results_by_rank_and_raises_what_ranks_said(monkeypatch):

@@ -175,6 +175,19 @@ def test_failure_is_remembered_until_retry(place, compiles):
     assert get_kernel(PING).origin == "compiled"
 
 
+def test_a_forced_warmup_tries_again_what_failed(place, compiles):
+    room = place / "src" / "room" / "fill.cuh"
+    room.write_text(ROOM.replace("value;", "undefined_thing;"))
+    with pytest.raises(CompileError):
+        get_kernel(PING)
+    room.write_text(ROOM)
+    assert isinstance(warmup([PING])[0].error, CompileError), "remembered"
+    (result,) = warmup([PING], force=True)
+    assert result.ok, result.error
+    assert get_kernel(PING).origin == "memory"
+    assert len(compiles) == 2
+
+
 def test_forget_clears_one_failure(place):
     (place / "src" / "room" / "fill.cuh").unlink()
     for spec in (PING, COOP):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from megamoe_jit import _tune
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
 from megamoe_jit._tune_table import table_path
 from megamoe_jit.heuristics import all_variants, choose, select
 from megamoe_jit.heuristics import tables as tables_module
-from megamoe_jit.heuristics.tables import FOLDER, parse_table, table_for, tables
+from megamoe_jit.heuristics.tables import FOLDER, find_gpu, parse_table, table_for, tables
 
 GPU = "NVIDIA Imagined"
 SHAPE = MoEShape(4096, 2048, 32, 6)
@@ -197,3 +198,54 @@ def test_warmup_covers_whatever_a_table_can_pick(imagined):
     for table in tables():
         for shape, rules in table.rules.items():
             assert {rule.variant for rule in rules} <= set(all_variants(shape))
+
+
+def test_a_full_name_is_that_gpu_though_another_has_the_same_short_one(monkeypatch):
+    """Cards that differ in their memory alone."""
+    names = ["NVIDIA Imagined 80GB HBM3", "NVIDIA Imagined 40GB"]
+    found = (parse_table({**DATA, "devices": names}),)
+    monkeypatch.setattr(tables_module, "tables", lambda: found)
+    assert [find_gpu(name) for name in (*names, "nvidia imagined 40gb")] == [*names, names[1]]
+    assert find_gpu("imagined") == names[0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "says"), [(2047, 1, "8188 token-slots < 8192"), (2048, 8, "8192 token-slots >= 8192")]
+)
+def test_few_rows_end_below_the_border(tokens, rows, says):
+    choice = choose(OTHER, tokens)
+    assert choice.rows_per_item == rows
+    assert choice.reasons[-1] == f"rows_per_item {rows}: {says}"
+
+
+GOOD_LINE = {
+    "schema_version": 1,
+    "kind": "tuning",
+    "environment": {},
+    "sources": "",
+    "name": "x",
+    "shape": {},
+    "tokens": 1,
+    "num_sms": 132,
+    "times": [],
+}
+
+
+@pytest.mark.parametrize("missing", sorted({*GOOD_LINE} - {"schema_version", "kind"}))
+@pytest.mark.parametrize("after", ["", json.dumps(GOOD_LINE) + "\n"], ids=["last", "not last"])
+def test_a_measurement_without_one_of_its_fields_is_refused(tmp_path: Path, missing, after):
+    """`condense` would end in a KeyError."""
+    path = tmp_path / "t.jsonl"
+    line = {name: value for name, value in GOOD_LINE.items() if name != missing}
+    path.write_text(json.dumps(line) + "\n" + after)
+    with pytest.raises(ConfigError, match=f"{path}, line 1 is no measurement of schema_version 1"):
+        _tune.read(path)
+    path.write_text(json.dumps(GOOD_LINE) + "\n" + after)
+    assert _tune.read(path)[0] == GOOD_LINE
+
+
+def test_a_binary_file_holds_no_measurements(tmp_path: Path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(ConfigError, match="line 1 is no measurement"):
+        _tune.read(path)

@@ -217,3 +217,17 @@ def test_stand_ins_are_like_the_buffer():
             real.co_varnames[1 : real.co_argcount + real.co_kwonlyargcount]
             == stand_in.co_varnames[: stand_in.co_argcount + stand_in.co_kwonlyargcount]
         )
+
+
+def test_a_file_that_is_no_measurement_keeps_its_last_line(tmp_path: Path):
+    path = tmp_path / "notes"
+    for text in ("my only notes", "[]\n", '{"kind": "other"}\n', "\xff\xfe"):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(ConfigError, match="line 1 is no measurement"):
+            _tune.read(path)
+        assert path.read_text(encoding="latin-1") == text
+    for begun in ('{"sch', '{"schema_version": 1, "kind": "tun'):
+        path.write_text(begun)
+        assert _tune.read(path) == []
+        _tune._end_last_line(path)
+        assert path.read_text() == ""

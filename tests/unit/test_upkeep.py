@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import time
@@ -15,8 +16,9 @@ from megamoe_jit._cache import KernelCache
 from megamoe_jit._entry import EntryInfo
 from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._locks import try_lock
-from megamoe_jit._settings import override
+from megamoe_jit._settings import Settings, override, parse_size
 from tests.stubs import KEY, OTHER, fake_cubin, rewrite_meta
+from tests.unit.test_cli_refusals import ordinary
 
 
 @pytest.fixture(autouse=True)
@@ -286,3 +288,48 @@ def test_a_cache_that_is_not_there_yet_has_no_problems(tmp_path):
     assert absent.verify(fix=True) == []
     assert (absent.stats().entries, absent.clear().removed) == (0, ())
     assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("rm", KEY, OTHER), ("prune", "--older-than", "1h", "--yes"), ("clear", "--yes")],
+    ids=lambda words: words[0],
+)
+def test_a_command_that_could_not_remove_everything_fails(cache, words):
+    """A script that makes room must not go on as if there were some."""
+    for key in (KEY, OTHER):
+        cache.store(key, fake_cubin(), "source", {"entry": "kernel"})
+        os.utime(cache.entry_path(key) / "meta.json", (1, 1))
+    folder = cache.entry_path(KEY).parent
+    folder.chmod(0o500)
+    done = ordinary("cache", *words, "--cache-dir", str(cache.root), "--json")
+    folder.chmod(0o700)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["removed"] == [OTHER]
+    assert "cannot remove from kernel cache" in done.stderr
+    assert left(cache) == {KEY}
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + ".5", "9" * 300 + "T"])
+def test_a_size_that_no_number_holds_is_refused_as_others_are(text):
+    with pytest.raises(ValueError, match="a number of bytes that a disk could have"):
+        parse_size(text)
+    with pytest.raises(ConfigError, match="MEGAMOE_JIT_CACHE_MAX_BYTES='9"):
+        Settings.from_env({"MEGAMOE_JIT_CACHE_MAX_BYTES": text})
+
+
+def test_clear_fails_as_long_as_anything_is_left(cache):
+    """What cannot be read, or was put aside, is something too."""
+    cache.store(KEY, fake_cubin(), "source", {})
+    (cache.entry_path(KEY) / "meta.json").write_text("{")
+    cache.store(OTHER, fake_cubin(), "source", {})
+    cache.quarantine(OTHER)
+    aside = cache.path / "quarantine"
+    for folder in (cache.entry_path(KEY).parent, aside):
+        folder.chmod(0o500)
+        done = ordinary("cache", "clear", "--yes", "--cache-dir", str(cache.root))
+        folder.chmod(0o700)
+        assert done.returncode == 1, done.stderr
+        cache.store(OTHER, fake_cubin(), "source", {})
+        cache.quarantine(OTHER)
+    assert ordinary("cache", "clear", "--yes", "--cache-dir", str(cache.root)).returncode == 0

@@ -213,6 +213,17 @@ def test_judge_takes_the_bounds_as_inclusive_and_empty_output_as_right():
     assert judge(negative_zero, torch.zeros_like(negative_zero)).passed
 
 
+@pytest.mark.parametrize("wrong", [[4], [3, 4], []], ids=["elsewhere", "one more", "none"])
+def test_a_row_is_nan_in_the_columns_where_the_reference_is_and_in_no_other(wrong):
+    expected = torch.ones(3, 128, dtype=torch.bfloat16)
+    right, y = expected.clone(), expected.clone()
+    expected[1, 3] = right[1, 3] = y[1, wrong] = float("nan")
+    assert judge(right, expected).passed
+    verdict = judge(y, expected)
+    assert not verdict.passed
+    assert verdict.reason == "1 rows are not NaN where the reference is, first 1"
+
+
 def test_outcome_is_plain_data():
     outcome = Outcome("a", "auto", 1e-5, 2e-5, True, True, "")
     assert outcome.to_json() == {
