@@ -87,7 +87,10 @@ class SymmBuffer(LayerMemory):
 
     def is_prepared(self, fast_math: bool) -> bool:
         """Whether the kernels of several ranks were prepared, which they are together."""
-        return any(prepared == fast_math for _, prepared in self._prepared)
+        try:
+            return (Variant.COOPERATIVE, fast_math) in self._prepared
+        except TypeError:  # no bool: whatever prepares it will say so
+            return False
 
     def prepare(self, variant: Variant | str, fast_math: bool = True) -> PreparedKernel:
         """Compile, load and bind a kernel now, so that no later call has to (do this before graph capture).
@@ -217,10 +220,9 @@ class SymmBuffer(LayerMemory):
             return
         if self._stream is not None:
             stream.wait_stream(self._stream)
-        for memory in (
-            (self.local, self.buffer) if self.ranks == 1 else (self.local,)
-        ):  # symmetric memory is not torch's
-            memory.record_stream(stream)
+        self.local.record_stream(stream)
+        if self.ranks == 1:  # else it is symmetric memory, which torch's allocator does not reuse
+            self.buffer.record_stream(stream)
         self._stream, self._stream_handle = stream, stream.cuda_stream
 
     def check(self) -> None:
