@@ -148,7 +148,7 @@ def _load_or_compile(compiled: CompiledKernel, device_index: int) -> LoadedKerne
         refusal = result
         if not distrust(compiled, damaged=not refusal.explained):
             raise refusal.error(compiled.spec, device_index)
-        LOG.warning("%s; compiling it here", refusal.message)
+        LOG.warning("%s; taking another copy, or compiling it here", refusal.message)
         forget(compiled.spec)
         try:
             again = get_kernel(compiled.spec)

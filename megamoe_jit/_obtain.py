@@ -7,6 +7,7 @@ for us, wait for a process that is compiling the same kernel, compile.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import shlex
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class CompiledKernel:
 
 _sealed = False
 _compiled_here: set[str] = set()
-_distrusted: set[str] = set()
+_distrusted: set[str] = set()  #: digests of binaries: another copy of the same kernel may be good
 _shown: set[Path] = set()  #: entries whose place was logged
 _refused: dict[tuple[Settings, KernelSpec, int], LoadError] = {}
 
@@ -119,7 +120,7 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     Returns:
         Whether compiling it may help; not if it was compiled by this very process.
     """
-    _distrusted.add(kernel.key)
+    _distrusted.add(hashlib.sha256(kernel.cubin).hexdigest())
     if damaged:
         own = user_cache().load(kernel.key)
         if (
@@ -239,7 +240,7 @@ def _from_disk(wanted: _Wanted) -> CompiledKernel | None:
     caches = packs if get_settings().no_cache else (*packs, user_cache())
     for cache in caches:
         entry = cache.load(wanted.key) if wanted.key is not None else None
-        if entry is not None and entry.key not in _distrusted:
+        if entry is not None and entry.meta["cubin_sha256"] not in _distrusted:
             return _accept(wanted.spec, entry, cache, "")
     major = wanted.toolchain.version[0] if wanted.toolchain else None
     for cache in caches:

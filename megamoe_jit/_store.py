@@ -121,7 +121,7 @@ class EntryStore:
         Args:
             source: from `source_id`.
             major: CUDA major version to prefer, with older ones after it and newer ones last.
-            but_not: keys to leave out.
+            but_not: digests of binaries to leave out.
         """
         if self._by_source is None or not self.read_only:
             self._by_source = {}
@@ -134,7 +134,7 @@ class EntryStore:
             version = tuple(int(part) for part in info.compiler.split(".") if part.isdigit())
             return major is None or version[:1] <= (major,), version
 
-        for info in sorted((i for i in found if i.key not in but_not), key=rank, reverse=True):
+        for info in sorted((i for i in found if i.meta.get("cubin_sha256") not in but_not), key=rank, reverse=True):
             entry = self.load(info.key)
             if entry is not None:
                 return entry

@@ -218,8 +218,11 @@ def test_kernels_handed_over_are_taken_by_cuda_major_and_the_newest_first(tmp_pa
     versions = ["12.9", "13.1", "11.8", "12.10"]
     for number, version in enumerate(versions):
         meta = {"source_id": "one", "nvrtc": {"version": version}}
-        KernelCache(tmp_path).store(f"{number:064x}", fake_cubin(), "", meta)
-    cache, taken = KernelCache(tmp_path, read_only=True), []
-    while (entry := cache.load_source("one", major, but_not=taken)) is not None:
-        taken.append(entry.key)
-    assert [versions[int(key, 16)] for key in taken] == expected
+        KernelCache(tmp_path).store(f"{number:064x}", fake_cubin(version.encode()), "", meta)
+    cache, taken, digests = KernelCache(tmp_path, read_only=True), [], []
+    for _ in versions:
+        entry = cache.load_source("one", major, but_not=digests)
+        taken.append(versions[int(entry.key, 16)])
+        digests.append(entry.meta["cubin_sha256"])
+    assert taken == expected
+    assert cache.load_source("one", major, but_not=digests) is None

@@ -35,7 +35,7 @@ from megamoe_jit._spec import MAX_TOKENS, KernelSpec, MoEShape, Variant
 from megamoe_jit._toolchain import Toolchain, find_toolchain
 from megamoe_jit.heuristics.presets import preset, preset_names
 from megamoe_jit.heuristics.select import choose
-from tests.stubs import child_environment, rewrite_meta, write_rooms
+from tests.stubs import child_environment, fake_cubin, rewrite_meta, write_rooms
 
 SHAPE = MoEShape(256, 128, 8, 2)
 PING = KernelSpec(SHAPE, Variant.PINGPONG)
@@ -255,6 +255,23 @@ def test_distrusted_read_only_kernel_stays_where_it_is(pack, compiles):
         forget()
         assert get_kernel(PING).origin == "compiled"
     assert len(KernelCache(pack).entries()) == 1
+
+
+def test_another_copy_of_a_distrusted_kernel_is_taken(place, pack, compiles):
+    """A bad binary in one cache says nothing of a good one of the same kernel in another."""
+    good = get_kernel(PING)
+    _obtain._compiled_here.clear()
+    damaged = KernelCache(pack)
+    damaged.remove([good.key])
+    damaged.store(good.key, fake_cubin(b"refused"), "", good.meta)
+    forget()
+    with override(readonly_cache=(pack,), disable_jit=True):
+        kernel = get_kernel(PING)
+        assert (kernel.origin, kernel.cubin) == ("pack", fake_cubin(b"refused"))
+        distrust(kernel, damaged=True)
+        forget()
+        kernel = get_kernel(PING)
+        assert (kernel.origin, kernel.cubin) == ("disk", good.cubin)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
