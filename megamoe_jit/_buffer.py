@@ -182,11 +182,11 @@ class SymmBuffer(LayerMemory):
 
         Two launches on one buffer must not overlap: when the stream changes, the new one waits for the old one.
         """
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         if torch._C._cuda_getDevice() != self.device.index:
             with torch.cuda.device(self.device):
                 self.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
             return
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         with self.lock:
             if stream != self._stream_handle:
                 self._order_after_last(torch.cuda.current_stream(self.device))

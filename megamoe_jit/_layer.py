@@ -58,19 +58,19 @@ class MegaMoE:
         fast_math: bool = True,
         inplace: bool = False,
     ) -> None:
-        matrices = _matrices("w13", w13), _matrices("w2", w2)
-        experts, rows, hidden = matrices[0].shape
+        gate_up, down = _matrices("w13", w13), _matrices("w2", w2)
+        experts, rows, hidden = gate_up.shape
         if rows % 2:
             raise ConfigError(f"w13 has {rows} rows; allowed: gate rows and as many up rows")
-        if matrices[1].shape != (experts, hidden, rows // 2):
+        if down.shape != (experts, hidden, rows // 2):
             raise ConfigError(
-                f"w2 has shape {tuple(matrices[1].shape)}; allowed: {(experts, hidden, rows // 2)}, "
-                f"to fit w13 {tuple(matrices[0].shape)}"
+                f"w2 has shape {tuple(down.shape)}; allowed: {(experts, hidden, rows // 2)}, "
+                f"to fit w13 {tuple(gate_up.shape)}"
             )
         check_clamp("clamp", clamp)
         self.clamp, self.fast_math = clamp, fast_math
         self.buffer = get_symm_buffer_for_mega_moe(  # it refuses sizes and devices before weights are quantised
-            None, experts, max_tokens, topk, hidden, rows // 2, device=matrices[0].device
+            None, experts, max_tokens, topk, hidden, rows // 2, device=gate_up.device
         )
         try:
             l1 = quantize_weights(w13) if isinstance(w13, torch.Tensor) else w13

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import sys
 import threading
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from megamoe_jit._cubin import CubinError, read_cubin
 from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, UnsupportedDeviceError
+from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._obtain import distrust, known_refusal, remember_refusal
 from megamoe_jit._runtime import CompiledKernel, forget, get_kernel, warmup_command
 from megamoe_jit._settings import Settings, get_settings
@@ -61,16 +61,7 @@ class LoadedKernel:
 
 
 _lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    """A child has none of the threads that would release it."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
+renew_after_fork(globals(), "_lock")
 _by_spec: dict[tuple[Settings, KernelSpec, int], LoadedKernel] = {}
 _by_key: dict[tuple[str, int], LoadedKernel] = {}
 _contexts: dict[int, Any] = {}

@@ -37,10 +37,10 @@ class LayerMemory:
         collectively(group, "checking the memory", self._check_memory)
         self._allocate()
         rows, topk = layout.capacity, shape.topk
-        self.x = self._view("x", torch.float8_e4m3fn, (rows, shape.hidden))
-        self.x_sf = self._view("x_scales", torch.float32, (rows, shape.hidden // BLOCK))
-        self.topk_idx = self._view("topk_ids", torch.int64, (rows, topk))
-        self.topk_weights = self._view("topk_weights", torch.float32, (rows, topk))
+        self.x = self._view(self.buffer, "x", torch.float8_e4m3fn, (rows, shape.hidden))
+        self.x_sf = self._view(self.buffer, "x_scales", torch.float32, (rows, shape.hidden // BLOCK))
+        self.topk_idx = self._view(self.buffer, "topk_ids", torch.int64, (rows, topk))
+        self.topk_weights = self._view(self.buffer, "topk_weights", torch.float32, (rows, topk))
 
     def _admit(self, max_tokens: int, max_pool_rows: int) -> dict[str, object]:
         """Refuse what no kernel supports, before anything is allocated; what all ranks must have in common."""
@@ -96,36 +96,33 @@ class LayerMemory:
         needs = f"a buffer for {layout.capacity} tokens of {self.shape} needs {layout.total_bytes} bytes"
         return f"{needs}: {why}; allowed: fewer tokens per rank"
 
-    def _view(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    def _view(self, memory: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         section = self.layout.section(name)
         used = math.prod(shape) * dtype.itemsize
-        return self.buffer[section.offset : section.offset + used].view(dtype).view(shape)
-
-    def _local_view(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        section = self.layout.section(name)
-        used = math.prod(shape) * dtype.itemsize
-        return self.local[section.offset : section.offset + used].view(dtype).view(shape)
+        return memory[section.offset : section.offset + used].view(dtype).view(shape)
 
     @property
     def l1_acts(self) -> torch.Tensor:
         """e4m3 ``[pool_rows, hidden]``: dispatched rows by expert, for debugging."""
-        return self._local_view("act1_pool", torch.float8_e4m3fn, (self.layout.pool_rows, self.hidden))
+        return self._view(self.local, "act1_pool", torch.float8_e4m3fn, (self.layout.pool_rows, self.hidden))
 
     @property
     def l1_acts_sf(self) -> torch.Tensor:
         """float32 ``[hidden / 128, pool_rows]``: their scales, for debugging."""
-        return self._local_view("act1_scales", torch.float32, (self.hidden // BLOCK, self.layout.pool_rows))
+        return self._view(self.local, "act1_scales", torch.float32, (self.hidden // BLOCK, self.layout.pool_rows))
 
     @property
     def l2_acts(self) -> torch.Tensor:
         """e4m3 ``[pool_rows, intermediate]``: rows after SwiGLU, for debugging."""
-        return self._local_view("act2_pool", torch.float8_e4m3fn, (self.layout.pool_rows, self.intermediate_hidden))
+        return self._view(
+            self.local, "act2_pool", torch.float8_e4m3fn, (self.layout.pool_rows, self.intermediate_hidden)
+        )
 
     @property
     def l2_acts_sf(self) -> torch.Tensor:
         """float32 ``[intermediate / 128, pool_rows]``: their scales, for debugging."""
-        return self._local_view(
-            "act2_scales", torch.float32, (self.intermediate_hidden // BLOCK, self.layout.pool_rows)
+        return self._view(
+            self.local, "act2_scales", torch.float32, (self.intermediate_hidden // BLOCK, self.layout.pool_rows)
         )
 
     def spec(self, variant: Variant, fast_math: bool) -> KernelSpec:

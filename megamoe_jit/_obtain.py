@@ -122,11 +122,10 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     """
     _distrusted.add(hashlib.sha256(kernel.cubin).hexdigest())
     if damaged:
-        own = user_cache().load(kernel.key)
-        if (
-            own is not None and own.cubin == kernel.cubin
-        ):  # it may have come from a read-only cache, and this one be good
-            user_cache().quarantine(kernel.key)
+        cache = user_cache()
+        own = cache.load(kernel.key)  # the kernel may have come from a read-only cache, and this one be good
+        if own is not None and own.cubin == kernel.cubin:
+            cache.quarantine(kernel.key)
     return kernel.key not in _compiled_here
 
 

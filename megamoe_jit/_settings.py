@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._variables import (
     PREFIX,
     VARIABLES,
@@ -188,16 +189,7 @@ def _warn_unknown(what: str, names: list[str], known: list[str]) -> None:
 
 
 _lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    """A child has none of the threads that would release it."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
+renew_after_fork(globals(), "_lock")
 _current: Settings | None = None
 _handler: logging.Handler | None = None
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe_jit._errors import ToolchainError
+from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._settings import get_settings
 from megamoe_jit._wheels import bindings_command, wheel_command
 
@@ -161,15 +162,7 @@ def build_id(path: Path) -> str:
 
 _activate_lock = threading.Lock()
 _find_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    """A child has none of the threads that would release these."""
-    global _activate_lock, _find_lock
-    _activate_lock, _find_lock = threading.Lock(), threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+renew_after_fork(globals(), "_activate_lock", "_find_lock")
 
 
 @functools.lru_cache(maxsize=8)
