@@ -196,7 +196,7 @@ class SymmBuffer(LayerMemory):
             params.stats = 0 if stats is None else stats.data_ptr()
             params.tokens = tokens
             params.clamp = clamp
-            params.lag_tiles, params.rows_per_item = plan.choice.lag_tiles, plan.choice.rows_per_item
+            params.lag_tiles, params.item_shift = plan.choice.lag_tiles, plan.choice.rows_per_item.bit_length() - 1
             params.sort_blocks = plan.sort_blocks
             plan.kernel.launcher.launch(plan.num_sms, stream)
 

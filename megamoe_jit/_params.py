@@ -63,7 +63,7 @@ class Params(ctypes.Structure):
         ("pool_rows", c_uint32),
         ("counters", c_uint32),
         ("sort_blocks", c_uint32),
-        ("rows_per_item", c_uint32),
+        ("item_shift", c_uint32),
         ("lag_tiles", c_uint32),
         ("clamp", c_float),
         ("padding", c_uint32 * 6),

@@ -19,9 +19,8 @@ MEGA_DEVICE void grid_barrier(const Params& p, Wait what, u32 which) {
     u32* word = p.control + kControlGridBarrier;
     const u32 step = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
     const u32 old = ptx::fetch_add_release(word, step);
-    u32 now = old;
-    wait_until(p, what, which, gridDim.x, [&] { return ((now = ptx::load_acquire(word)) ^ old) >> 31 != 0; },
-               [&] { return now & 0x7FFFFFFFu; });
+    wait_until(p, what, which, gridDim.x, [&] { return (ptx::load_acquire(word) ^ old) >> 31 != 0; },
+               [&] { return ptx::load_acquire(word) & 0x7FFFFFFFu; });
 }
 
 /// Where all ranks meet in a launch.

@@ -1,7 +1,7 @@
 // Dispatch: pulls each routed row, its scales and its origin from the rank that holds the token into the local pools,
 // ordered by expert, and counts it as arrived.
 //
-// The unit of work is an item: up to `rows_per_item` (1 to 8, as the host chooses) consecutive rows of one expert.
+// The unit of work is an item: up to 1 << `item_shift` (1 to 8, as the host chooses) consecutive rows of one expert.
 // At the head of the launch, when no warp has anything else to do, each copies one row through registers; that is what
 // the first tiles need.  The dispatch warp of each block goes on with the rest while the matrix work runs, through a few
 // slots of shared memory and the bulk copy engine, which needs hardly any registers.  Items come in the order in which
@@ -29,7 +29,9 @@ template <class C> struct Gather {
 
     MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const Plan& plan_)
         : p(p_), shared(shared_), plan(plan_), items(plan_.items[plan_.experts]),
-          first_items(min_u32(items_in_pool(), kWarps * gridDim.x / p_.rows_per_item)) {}
+          first_items(min_u32(items_in_pool(), kWarps * gridDim.x >> p_.item_shift)) {}
+
+    MEGA_DEVICE u32 item_rows() const { return 1u << p.item_shift; }
 
     /// Items that need not wait for room in the pool; when it is a ring, rounded down to whole experts.
     MEGA_DEVICE u32 items_in_pool() const {
@@ -92,19 +94,19 @@ template <class C> struct Gather {
     /// Scales change from [token][block] to [block][row]; eight rows side by side fill a 32-byte sector.
     MEGA_DEVICE void copy_scales(const Item& item) const {
         constexpr u32 kBlocks = C::kHidden / kQuantBlock;
-        const u32 row = ptx::lane_id() % p.rows_per_item, step = kWarp / p.rows_per_item;
+        const u32 row = ptx::lane_id() % item_rows(), step = kWarp >> p.item_shift;
         const float* source = row_scales(__shfl_sync(~0u, item.origin, row));
         if (row < item.rows)
-            for (u32 b = ptx::lane_id() / p.rows_per_item; b < kBlocks; b += step)
+            for (u32 b = ptx::lane_id() >> p.item_shift; b < kBlocks; b += step)
                 p.act1_scales[u64(b) * p.pool_rows + item.pool_row + row] = ptx::load_l2(source + b);
     }
 
     /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row); writes down the origins.
     template <bool kOneRow> MEGA_DEVICE Item begin(u32 i, u32 offset = 0) const {
-        const u32 e = plan.expert_in(plan.items, i), local = (i - plan.items[e]) * p.rows_per_item + offset;
+        const u32 e = plan.expert_in(plan.items, i), local = ((i - plan.items[e]) << p.item_shift) + offset;
         const u32 first_row = plan.bases[e] * kPoolAlign + local, pool_row = first_row % p.pool_rows;
         if (kOneRow && local >= plan.rows[e]) return {first_row, pool_row, 0, 0};
-        const u32 rows = kOneRow ? 1 : min_u32(p.rows_per_item, plan.rows[e] - local), lane = ptx::lane_id();
+        const u32 rows = kOneRow ? 1 : min_u32(item_rows(), plan.rows[e] - local), lane = ptx::lane_id();
         if (!kOneRow && first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
         u32 from = 0;
         if (lane < rows) {
@@ -128,9 +130,9 @@ template <class C> struct Gather {
     /// A row for each warp of each block, the load warps last, which have other things to do; call it everywhere, then
     /// `rest` in one warp of each block.
     MEGA_DEVICE void first_round() const {
-        const u32 i = (kWarps - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x, item = i / p.rows_per_item;
+        const u32 i = (kWarps - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x, item = i >> p.item_shift;
         if (item >= first_items) return;
-        const Item row = begin<true>(item, i % p.rows_per_item);
+        const Item row = begin<true>(item, i % item_rows());
         if (row.rows == 0) return;
         copy_row(__shfl_sync(~0u, row.origin, 0), row.pool_row);
         end(row);

@@ -3,6 +3,7 @@
 // Gate and up columns alternate by eights, so both halves of an output sit in the same thread, and all 128 outputs of a
 // row in the four lanes of a quad: the row's largest value is two shuffles away.
 #pragma once
+#include "epilogue/quotient.cuh"
 #include "epilogue/silu.cuh"
 #include "epilogue/staging.cuh"
 #include "mma/block_scaled.cuh"
@@ -54,7 +55,7 @@ template <class C> struct SwigluQuant {
         const u32 lane = staging.lane;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            const float scale = __fdiv_rn(fmaxf(largest[half], 1e-10f), 448.0f), inverse = __fdiv_rn(1.0f, scale);
+            const float scale = quant_scale(fmaxf(largest[half], 1e-10f)), inverse = reciprocal(scale);
             const u32 row = half * 8 + lane / 4;
             if (lane % 4 == 0 && row < rows) p.act2_scales[u64(n) * p.pool_rows + pool_row + row] = scale;
 #pragma unroll

@@ -22,12 +22,15 @@ namespace megamoe {
 template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>& shared) {
     if (threadIdx.x == 0) {
         constexpr u32 kReaders = C::kVariant == Variant::pingpong ? kMathWarps / 2 : kMathWarps;   // math warps of a tile
+#pragma unroll 1
         for (u32 s = 0; s < C::kStages; ++s) ptx::mbarrier_init(shared.full(s), 2), ptx::mbarrier_init(shared.empty(s), kReaders);
+#pragma unroll 1
         for (u32 s = 0; s < kTileSlots; ++s) {
             ptx::mbarrier_init(shared.tile_full(s), 1);
             ptx::mbarrier_init(shared.tile_empty(s), kReaders + 2);
             ptx::mbarrier_init(shared.tile_stored(s), kReaders);
         }
+#pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
         ptx::mbarrier_init_fence();
         for (const ptx::TensorMap* map : {&p.act1, &p.weight1, &p.act2, &p.weight2, &p.act1_small, &p.act2_small}) ptx::prefetch_tensor_map(map);
@@ -76,10 +79,14 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     if (warp < kGroup / kWarp) {
         ptx::registers_shrink<kProducerRegisters>();
         const bool one = ptx::lane_id() == 0;
-        if (warp == 0 && one) LoadActivations<C>{p, shared, plan}.run();
-        if (warp == 1 && one) LoadWeights<C>{p, shared, plan}.run();
-        if (warp == 2) Gather<C>(p, shared, plan).rest();
-        if (warp == 3) {
+        // a chain, not four ifs: whether ptxas sees that the math warps' addresses are uniform hangs on it
+        if (warp == 0) {
+            if (one) LoadActivations<C>{p, shared, plan}.run();
+        } else if (warp == 1) {
+            if (one) LoadWeights<C>{p, shared, plan}.run();
+        } else if (warp == 2) {
+            Gather<C>(p, shared, plan).rest();
+        } else {
             Timeline<C> timeline(p, Role::publisher);
             if (one) publish_tiles<C>(p, shared, plan, timeline);
             __syncwarp();

@@ -39,7 +39,7 @@ struct alignas(64) Params {
     u64* timeline;         // records of comm/timeline.cuh; not read unless the kernel was compiled for it
 
     u64 timeout_ns;
-    u32 tokens, rank, pool_rows, counters, sort_blocks, rows_per_item, lag_tiles;
+    u32 tokens, rank, pool_rows, counters, sort_blocks, item_shift, lag_tiles;   // item_shift: see dispatch/gather.cuh
     float clamp;
 };
 static_assert(sizeof(Params) == 1088, "Params changed: change megamoe_jit/_params.py with it");

@@ -49,9 +49,7 @@ template <class C> constexpr u32 kBlocksPerTurn = C::kHidden / kBlockK % 2 == 0 
 MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
     ptx::pin(fresh);
     ptx::wgmma_fence();
-#pragma unroll
-    for (u32 k = 0; k < 4; ++k)
-        ptx::wgmma_m64n64k32(fresh, a + k * ptx::kDescriptorK32, b + q * ptx::kDescriptorRows64 + k * ptx::kDescriptorK32, k);
+    ptx::wgmma_m64n64k128(fresh, a, b + q * ptx::kDescriptorRows64);
     ptx::wgmma_commit();
 }
 

@@ -22,6 +22,12 @@ MEGA_DEVICE u32 thread_id_again() {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
     return t;
 }
+/// blockIdx.x, likewise.
+MEGA_DEVICE u32 block_id_again() {
+    u32 b;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
+    return b;
+}
 MEGA_DEVICE u32 lane_id() { return threadIdx.x % 32; }
 /// Index of this warp, known to the compiler as equal in all its lanes.
 MEGA_DEVICE u32 warp_id() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }

@@ -94,8 +94,9 @@ template <class C> struct Combine {
         ptx::named_sync(kBarrierTail, kTailThreads);
         ptx::named_sync(kBarrierTail, kTailThreads);
         const u32 warp = ptx::warp_id() - kGroup / kWarp, warps = kMathWarps * gridDim.x;
-        const u32 mine = blockIdx.x * kMathWarps + warp, pieces = p.tokens * kParts;
-        const u32 begin = u64(pieces) * mine / warps, end = u64(pieces) * (mine + 1) / warps;
+        const u32 mine = ptx::block_id_again() * kMathWarps + warp, pieces = p.tokens * kParts;
+        const u32 each = pieces / warps, longer = pieces % warps;   // so many warps take one more
+        const u32 begin = mine * each + min_u32(mine, longer), end = begin + each + (mine < longer);
         u32 chosen = 0;
         float weight = 0;
         for (u32 i = begin; i < end + kDepth - 1; ++i) {

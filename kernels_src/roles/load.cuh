@@ -53,12 +53,13 @@ template <class C> struct LoadWeights {
         TileOrder<C> order(plan, p.lag_tiles, p.pool_rows);
         WeightScaleStream<C> scales;
         u32 index = 0, k_begin = 0;
-        Tile tile = order.locate(ticket());
-        while (tile.kind != Tile::stop) {
+        Tile tile;
+        for (u32 next = ticket();; next = stream(tile, scales)) {
+            tile = order.locate(next);
+            if (tile.kind == Tile::stop) break;
             scales.aim(p, tile);
             tile.k_begin = k_begin, k_begin += tile.k_blocks;
             slots.publish(index++, tile);
-            tile = order.locate(stream(tile, scales));
         }
         if constexpr (C::kVariant == Variant::pingpong) {   // one stop tile for each group; the first has the turn
             tile.rows = 1;
@@ -76,14 +77,13 @@ template <class C> struct LoadActivations {
 
     /// Blocks until the tile's rows are in their pool, and there is room for what the tile makes of them.
     MEGA_DEVICE void wait_rows(const Tile& tile) const {
+        const bool first = tile.kind == Tile::gemm1;
         for (u32 r = 0; r < tile.rows; r += kCounterRows) {
             const u32 counter = (tile.row + r) / kCounterRows;
-            if (tile.kind == Tile::gemm1)
-                wait_counter(p, Wait::rows_dispatched, p.act1_ready + counter, min_u32(kCounterRows, tile.rows - r), counter);
-            else
-                wait_counter(p, Wait::gemm1_done, p.act2_ready + counter, TileOrder<C>::kTilesN1, counter);
+            wait_counter(p, first ? Wait::rows_dispatched : Wait::gemm1_done, (first ? p.act1_ready : p.act2_ready) + counter,
+                         first ? min_u32(kCounterRows, tile.rows - r) : TileOrder<C>::kTilesN1, counter);
         }
-        if (tile.kind == Tile::gemm1 && tile.row >= p.pool_rows)
+        if (first && tile.row >= p.pool_rows)
             wait_block(p, plan, Wait::gemm2_done, p.act2_done, TileOrder<C>::kTilesN2, tile.row - p.pool_rows);
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
     }
@@ -104,6 +104,7 @@ template <class C> struct LoadActivations {
             const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
             ptx::mbarrier_expect(full, boxes * box * kBlockK + scale_bytes);
             ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);   // there is always one box, most often no other
+#pragma unroll 1
             for (u32 i = 1; i < boxes; ++i)
                 ptx::tma_load_2d(at + i * box * kBlockK, map, full, k * kBlockK, tile.pool_row + i * box);
             ptx::bulk_load(shared.act_scales(ring.stage), scales, scale_bytes, full);

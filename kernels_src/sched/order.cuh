@@ -53,25 +53,20 @@ template <class C> struct TileOrder {
     u32 kind = Tile::gemm1, expert = 0, row = 0, rows = 0, width = 0;
 
     MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows)
-        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), next1(plan_), next2(plan_) {}
+        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), next1(plan_), next2(next1) {}
 
-    MEGA_DEVICE void begin_phase(u32 kind_, UnitCursor<C>& unit, u32 tiles) {
-        kind = kind_, expert = plan.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
-        first += count;
-        count = tiles;
-        unit.advance(plan);
-    }
     /// Moves to the next phase; false when there is none.
     MEGA_DEVICE bool next_phase() {
         if (next2.done(plan)) return false;
         const u32 own1 = next2.width * kTilesN1;   // GEMM 1 tiles of the unit whose GEMM 2 is due
-        if (next1.done(plan) || issued1 >= passed1 + own1 + lag || next1.last() >= next2.first() + ring) {
-            passed1 += own1;
-            begin_phase(Tile::gemm2, next2, next2.width * kTilesN2);
-        } else {
-            issued1 += next1.width * kTilesN1;
-            begin_phase(Tile::gemm1, next1, next1.width * kTilesN1);
-        }
+        const bool due = next1.done(plan) || issued1 >= passed1 + own1 + lag || next1.last() >= next2.first() + ring;
+        UnitCursor<C> unit = due ? next2 : next1;
+        kind = due ? Tile::gemm2 : Tile::gemm1;
+        expert = plan.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
+        first += count, count = width * (due ? kTilesN2 : kTilesN1);
+        unit.advance(plan);
+        if (due) next2 = unit, passed1 += own1;
+        else next1 = unit, issued1 += count;
         return true;
     }
 

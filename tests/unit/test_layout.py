@@ -38,7 +38,7 @@ OTHERS = {
         "pool_rows",
         "counters",
         "sort_blocks",
-        "rows_per_item",
+        "item_shift",
         "lag_tiles",
         "clamp",
         "padding",

@@ -221,7 +221,7 @@ struct Run {
         megamoe::Params& p = rank.now.params;
         const u32 grid = dice.chance(60) ? max_blocks : 1 + dice.below(max_blocks), lags[] = {0, 3, 2 * grid, 1000};
         p.tokens = count, p.sort_blocks = 1 + dice.below(grid);
-        p.rows_per_item = dice.chance(50) ? 1 : 8, p.lag_tiles = lags[dice.below(4)];
+        p.item_shift = dice.chance(50) ? 0 : 3, p.lag_tiles = lags[dice.below(4)];
         for (u32 s = 0; s < ranks; ++s) p.peers[s] = reinterpret_cast<u64>(all[s].symmetric);
         rank.now.pingpong = variant == "pingpong" || (variant == "mixed" && dice.chance(50));
         rank.running = static_cast<u32>(blocks.size()) + 1;

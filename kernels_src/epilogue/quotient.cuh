@@ -1,0 +1,21 @@
+// Divisions of the requantisation without `__fdiv_rn`, which would bring a function for the ends of its range into the
+// math warps.  Here the numbers are of ordinary size: a scale is at least 1e-10 / 448.
+#pragma once
+#include "ptx/convert.cuh"
+
+namespace megamoe {
+
+/// The scale of a quantisation block: its largest magnitude / 448, rounded as a division rounds.
+MEGA_DEVICE float quant_scale(float largest) {
+    constexpr float kInverse = 1.0f / 448.0f;
+    const float near = largest * kInverse;
+    return __fmaf_rn(__fmaf_rn(-448.0f, near, largest), kInverse, near);
+}
+
+/// 1 / x: two Newton steps from the hardware's approximation, as in the compiler's own division.
+MEGA_DEVICE float reciprocal(float x) {
+    const float first = ptx::reciprocal_approx(x), second = __fmaf_rn(first, __fmaf_rn(-x, first, 1.0f), first);
+    return __fmaf_rn(second, __fmaf_rn(-x, second, 1.0f), second);
+}
+
+}  // namespace megamoe

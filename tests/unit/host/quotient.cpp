@@ -1,0 +1,32 @@
+// Prints, for the bits of each argument, the bits of its quantisation scale and of the reciprocal of that; the approximation is
+// a unit of the last place off, as the hardware's may be.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "base/types.cuh"
+
+static float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+
+#define reciprocal_approx exact_reciprocal
+#include "ptx/convert.cuh"
+#undef reciprocal_approx
+namespace megamoe::ptx {
+inline float reciprocal_approx(float x) { return std::nextafter(1 / x, 0.0f); }
+}  // namespace megamoe::ptx
+
+#include "epilogue/quotient.cuh"
+
+static unsigned bits(float x) {
+    unsigned word;
+    std::memcpy(&word, &x, 4);
+    return word;
+}
+
+int main(int count, char** arguments) {
+    for (int i = 1; i < count; ++i) {
+        const float largest = std::strtof(arguments[i], nullptr), scale = megamoe::quant_scale(largest);
+        std::printf("%u %u %u %u\n", bits(scale), bits(largest / 448.0f), bits(megamoe::reciprocal(scale)), bits(1.0f / scale));
+    }
+}
