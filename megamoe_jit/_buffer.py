@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SymmBuffer"]
 
-PAIRS_PER_SORT_BLOCK = 2048
 MAX_PLANS = 1024  #: remembered at a time; each is under a kilobyte and made in some 20 us
 
 
@@ -41,6 +40,15 @@ MAX_PLANS = 1024  #: remembered at a time; each is under a kilobyte and made in 
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of the device."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def sort_blocks(pairs: int) -> int:
+    """Blocks that sort so many (token, slot) pairs at the head of a launch.
+
+    Few at first, one pair for each of a block's 384 threads: a second round costs 0.6 us. Each block also sums what
+    all others counted, so beyond 16 there are more only where a block would have more than 2048 pairs.
+    """
+    return max(1, min(MAX_SORT_BLOCKS, max(min(-(-pairs // 384), 16), -(-pairs // 2048))))
 
 
 class SymmBuffer(LayerMemory):
@@ -159,9 +167,9 @@ class SymmBuffer(LayerMemory):
             from megamoe_jit._prepared import CallPlan
 
             choice, blocks = self.choose(tokens, variant, num_sms)
-            pairs = tokens * self.num_topk
-            sort_blocks = max(1, min(blocks, MAX_SORT_BLOCKS, -(-pairs // PAIRS_PER_SORT_BLOCK)))
-            plan = CallPlan(self.prepare(choice.variant, fast_math), choice, blocks, sort_blocks)
+            kernel = self.prepare(choice.variant, fast_math)
+            two_sides = kernel.knows_sides and blocks == sm_count(self.device)  # else one side may have no block
+            plan = CallPlan(kernel, choice, blocks, min(blocks, sort_blocks(tokens * self.num_topk)), two_sides)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
@@ -197,7 +205,7 @@ class SymmBuffer(LayerMemory):
             params.tokens = tokens
             params.clamp = clamp
             params.lag_tiles, params.item_shift = plan.choice.lag_tiles, plan.choice.rows_per_item.bit_length() - 1
-            params.sort_blocks = plan.sort_blocks
+            params.sort_blocks, params.two_sides = plan.sort_blocks, plan.two_sides
             plan.kernel.launcher.launch(plan.num_sms, stream)
 
     def wait_for_last(self) -> None:

@@ -11,9 +11,10 @@ from ctypes import c_float, c_uint32, c_uint64
 
 from megamoe_jit._spec import MAX_RANKS
 
-__all__ = ["PARAMS_ALIGN", "Params", "TensorMap", "aligned_params"]
+__all__ = ["PARAMS_ALIGN", "SIDE_WORDS", "Params", "TensorMap", "aligned_params"]
 
 PARAMS_ALIGN = 64
+SIDE_WORDS = 5  #: a bit for each of 160 SMs
 
 
 class TensorMap(ctypes.Structure):
@@ -66,7 +67,8 @@ class Params(ctypes.Structure):
         ("item_shift", c_uint32),
         ("lag_tiles", c_uint32),
         ("clamp", c_float),
-        ("padding", c_uint32 * 6),
+        ("two_sides", c_uint32),
+        ("side_of_sm", c_uint32 * SIDE_WORDS),
     ]
 
 

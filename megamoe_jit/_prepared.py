@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megamoe_jit._l2 import sides_of_sms
 from megamoe_jit._launch import Launcher
 from megamoe_jit._layout import COUNTER_ROWS
 from megamoe_jit._loader import load_kernel
@@ -34,6 +35,7 @@ class CallPlan:
     choice: Choice
     num_sms: int
     sort_blocks: int
+    two_sides: bool = False  #: each half of the L2 has columns of its own
 
 
 class PreparedKernel:
@@ -66,6 +68,10 @@ class PreparedKernel:
         params.counters = layout.rows // COUNTER_ROWS
         params.rank = buffer.rank
         params.fault = buffer.fault.data_ptr()
+        sides = sides_of_sms(buffer.device) if get_settings().l2_sides else None
+        self.knows_sides = sides is not None
+        if sides is not None:
+            params.side_of_sm[:] = sides
         params.timeout_ns = int(get_settings().timeout_s * 1e9)
 
     def check_weights(self, l1: WeightPair, l2: WeightPair, device: torch.device) -> None:

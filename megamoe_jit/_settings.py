@@ -73,6 +73,7 @@ class Settings:
     lock_timeout_s: float = 120.0
     jobs: int = dataclasses.field(default_factory=cpu_count)
     debug: bool = False
+    l2_sides: bool = True
     ptxas_options: tuple[str, ...] = ()
 
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)

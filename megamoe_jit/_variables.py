@@ -223,5 +223,12 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     _row("JOBS", "int", "number of CPUs", _number(int, 1, "a whole number, one or more"), "Threads of warmup."),
     _row("DEBUG", "bool", "0", _parse_bool, "Validate expert ids on the host before each launch (slow)."),
+    _row(
+        "L2_SIDES",
+        "bool",
+        "1",
+        _parse_bool,
+        "Measure which half of the L2 each SM is next to, and let each half read its own weights.",
+    ),
     _row("PTXAS_OPTIONS", "words", "none", _parse_words, "Extra ptxas options, separated by spaces."),
 )

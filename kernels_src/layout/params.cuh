@@ -41,11 +41,17 @@ struct alignas(64) Params {
     u64 timeout_ns;
     u32 tokens, rank, pool_rows, counters, sort_blocks, item_shift, lag_tiles;   // item_shift: see dispatch/gather.cuh
     float clamp;
+    u32 two_sides;       // 1: each side of the L2 takes every other column of tiles, see sched/order.cuh; 0: all take all
+    u32 side_of_sm[5];   // a bit of each SM
 };
 static_assert(sizeof(Params) == 1088, "Params changed: change megamoe_jit/_params.py with it");
 
 /// Words of `Params::control`.
-enum Control : u32 { kControlGridBarrier = 0, kControlTicket = 1, kControlEpoch = 2, kControlWords = 64 };
+enum Control : u32 {
+    kControlGridBarrier = 0, kControlEpoch = 2,
+    kControlTicket = 32, kControlTicketStride = 16,   // one for each side, in a line of its own
+    kControlWords = 64,
+};
 
 /// Typed view of a field of rank `r`'s symmetric buffer.
 template <class T> MEGA_DEVICE T* symmetric(const Params& p, u32 rank, u64 offset) { return reinterpret_cast<T*>(p.peers[rank] + offset); }

@@ -28,6 +28,12 @@ MEGA_DEVICE u32 block_id_again() {
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
     return b;
 }
+/// The SM that runs this block; a block never moves.
+MEGA_DEVICE u32 sm_id() {
+    u32 sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    return sm;
+}
 MEGA_DEVICE u32 lane_id() { return threadIdx.x % 32; }
 /// Index of this warp, known to the compiler as equal in all its lanes.
 MEGA_DEVICE u32 warp_id() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }

@@ -19,12 +19,21 @@ constexpr u32 kWeightBoxRows = 128, kActBoxRows = 64, kSmallBoxRows = 16;   // t
 
 constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
 
+/// The side of the L2 that this block's SM is on; 0 without sides.
+MEGA_DEVICE u32 side_of_block(const Params& p) {
+    const u32 sm = ptx::sm_id();
+    return p.side_of_sm[min_u32(sm, 159) / 32] >> sm % 32 & p.two_sides;
+}
+
 template <class C> struct LoadWeights {
     const Params& p;
     const Shared<C>& shared;
     const Plan plan;
+    const u32 side;
 
-    MEGA_DEVICE u32 ticket() const { return ptx::fetch_add_relaxed(p.control + kControlTicket, 1); }
+    MEGA_DEVICE u32 ticket() const {
+        return ptx::fetch_add_relaxed(p.control + kControlTicket + side * kControlTicketStride, 1);
+    }
 
     /// Streams a tile's weights; returns the next ticket.  It is drawn a little before the end, to be there in time, but not
     /// earlier, so that blocks with nothing to do come first.
@@ -50,7 +59,7 @@ template <class C> struct LoadWeights {
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
-        TileOrder<C> order(plan, p.lag_tiles, p.pool_rows);
+        TileOrder<C> order(plan, p.lag_tiles, p.pool_rows, p.two_sides, side);
         WeightScaleStream<C> scales;
         u32 index = 0, k_begin = 0;
         Tile tile;

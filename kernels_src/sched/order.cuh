@@ -6,8 +6,17 @@
 //
 // It comes earlier when the next unit of GEMM 1 would run into rows of the ring that GEMM 2 has not used yet.
 //
-// No deadlock: a tile waits only for tiles with smaller tickets, tickets are taken in order by resident blocks, and the
-// smallest unfinished one waits for nothing but dispatch, which has its own warps.
+// The L2 has two halves.  An SM reads through the near one, so what SMs on both sides read lies in both, and crosses once
+// more.  With two sides, each takes every other column n of every phase, by tickets of its own: a weight is then read on one
+// side only, and half as much of L2 is taken up by weights.  Both walk over the same phases, so they stay together.
+//
+//   phase            GEMM 1 of unit 0               GEMM 2 of unit 0, 3 columns
+//   side 0           n = 0, 2, 4 ...                n = 0, 2
+//   side 1           n = 1, 3, 5 ...                n = 1            and the next phase begins with n = 0 here
+//
+// No deadlock: a tile waits only for tiles of earlier phases (or earlier in its own), each side's tickets are taken in order
+// by resident blocks, of which each side has some, and the first unfinished phase waits for nothing but dispatch, which has
+// its own warps.
 //
 // Pure index arithmetic: it also compiles with a plain C++17 compiler.
 #pragma once
@@ -46,14 +55,15 @@ template <class C> struct TileOrder {
     static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN, kTilesN2 = ceil_div(C::kHidden, kBlockN);
 
     const Plan& plan;
-    const u32 lag, ring;                // GEMM 1 tiles; blocks of 128 rows in a pool
+    const u32 lag, ring, two_sides;     // GEMM 1 tiles; blocks of 128 rows in a pool; 1 or 0
     UnitCursor<C> next1, next2;         // next unit of GEMM 1 and of GEMM 2
     u32 issued1 = 0, passed1 = 0;       // GEMM 1 tiles in phases so far; in units whose GEMM 2 has come
-    u32 first = 0, count = 0;           // tickets of the current phase: one unit of one GEMM
+    u32 first = 0, count = 0;           // this side's tickets of the current phase: one unit of one GEMM
+    u32 columns = 0, skipped;           // of the phase; before this side's first of them: 0 or 1
     u32 kind = Tile::gemm1, expert = 0, row = 0, rows = 0, width = 0;
 
-    MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows)
-        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), next1(plan_), next2(next1) {}
+    MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows, u32 two_sides_, u32 side)
+        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), two_sides(two_sides_), next1(plan_), next2(next1), skipped(side) {}
 
     /// Moves to the next phase; false when there is none.
     MEGA_DEVICE bool next_phase() {
@@ -63,10 +73,11 @@ template <class C> struct TileOrder {
         UnitCursor<C> unit = due ? next2 : next1;
         kind = due ? Tile::gemm2 : Tile::gemm1;
         expert = plan.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
-        first += count, count = width * (due ? kTilesN2 : kTilesN1);
         unit.advance(plan);
+        skipped = (skipped + columns) & two_sides, columns = due ? kTilesN2 : kTilesN1;
+        first += count, count = width * ((columns + two_sides - skipped) >> two_sides);
         if (due) next2 = unit, passed1 += own1;
-        else next1 = unit, issued1 += count;
+        else next1 = unit, issued1 += width * kTilesN1;
         return true;
     }
 
@@ -81,7 +92,7 @@ template <class C> struct TileOrder {
         const u32 block = (ticket - first) % width * C::kBlockM;
         tile.kind = kind;
         tile.expert = expert;
-        tile.n = (ticket - first) / width;
+        tile.n = ((ticket - first) / width << two_sides) + skipped;
         tile.row = row + block;
         tile.pool_row = tile.row % (ring * kPoolAlign);
         tile.rows = min_u32(C::kBlockM, rows - block);

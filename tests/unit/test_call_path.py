@@ -19,7 +19,7 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit import _buffer, _memory, _prepared
-from megamoe_jit._buffer import SymmBuffer
+from megamoe_jit._buffer import SymmBuffer, sort_blocks
 from megamoe_jit._faults import PEER_SIGNAL
 from megamoe_jit._params import Params
 from megamoe_jit._scenarios import make_weights
@@ -60,7 +60,7 @@ class Cuda:
         self.a, self.b = Stream("A", 0, self.events), Stream("B", 16, self.events)
         self.stream, self.current, self.capturing = self.a, HERE.index, False
         self.free, self.reserved, self.allocated, self.out_of_memory = 1 << 40, 0, 0, False
-        self.pinned = 0
+        self.pinned, self.sides = 0, (1, 2, 3, 4, 5)
         self.kernel: Callable[[Params], None] = lambda params: None
         real_empty, real_zeros = torch.empty, torch.zeros
 
@@ -95,6 +95,7 @@ class Cuda:
             (torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream.cuda_stream),
             (_memory, "check_device", lambda device: None),
             (_buffer, "sm_count", lambda device: SMS),
+            (_prepared, "sides_of_sms", lambda device: self.sides),
             (_prepared, "load_kernel", self.load),
             (_prepared, "Launcher", self.launcher),
             (_prepared, "encode_fp8_rows", encode),
@@ -191,16 +192,31 @@ def test_every_call_brings_its_own_values(cuda: Cuda):
     assert [launch.params.y for launch in cuda.launches] == [y.data_ptr() for y in outputs]
     assert (one.grid, one.params.tokens, one.params.stats, one.params.clamp) == (60, 4096, STATS.data_ptr(), 2.5)
     assert (two.grid, two.params.tokens, two.params.stats, two.params.clamp) == (SMS, 5, 0, math.inf)
-    assert (one.params.lag_tiles, one.params.rows_per_item, one.params.sort_blocks) == (120, 8, 4)
-    assert (two.params.lag_tiles, two.params.rows_per_item, two.params.sort_blocks) == (264, 1, 1)
+    assert (one.params.lag_tiles, one.params.item_shift, one.params.sort_blocks) == (120, 3, 16)
+    assert (two.params.lag_tiles, two.params.item_shift, two.params.sort_blocks) == (264, 0, 1)
 
 
-def test_pairs_are_sorted_by_as_many_blocks_as_they_fill(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
+def test_pairs_are_sorted_by_as_many_blocks_as_they_fill(cuda: Cuda):
     it = SymmBuffer(SHAPE, 4096, HERE)
-    cases = ((0, None), (1024, None), (1025, None), (3073, None), (4096, 3))
-    assert [it.plan(tokens, None, True, sms).sort_blocks for tokens, sms in cases] == [1, 1, 2, 4, 3]
-    monkeypatch.setattr(_buffer, "PAIRS_PER_SORT_BLOCK", 32)
-    assert it.plan(4096, "pingpong", True, None).sort_blocks == 128, "as many as have counts in the buffer"
+    cases = ((0, None), (192, None), (193, None), (3073, None), (4096, 3))
+    assert [it.plan(tokens, None, True, sms).sort_blocks for tokens, sms in cases] == [1, 1, 2, 16, 3]
+    assert [sort_blocks(pairs) for pairs in (16 * 2048, 16 * 2048 + 1, 1 << 30)] == [16, 17, 128]
+
+
+def test_sides_are_used_where_every_sm_has_a_block(cuda: Cuda):
+    it = SymmBuffer(SHAPE, 128, HERE)
+    call(it), call(it, num_sms=SMS - 1)
+    both, fewer = (launch.params for launch in cuda.launches)
+    assert [*both.side_of_sm] == [*fewer.side_of_sm] == [1, 2, 3, 4, 5]
+    assert (both.two_sides, fewer.two_sides) == (1, 0), "a side without a block would never do its tiles"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_without_known_sides_there_are_none(cuda: Cuda, wanted: bool):
+    cuda.sides = None if wanted else cuda.sides
+    with override(l2_sides=wanted):
+        call(SymmBuffer(SHAPE, 128, HERE))
+    assert ([*cuda.launches[0].params.side_of_sm], cuda.launches[0].params.two_sides) == ([0] * 5, 0)
 
 
 @pytest.mark.parametrize("variant", list(Variant))

@@ -41,7 +41,8 @@ OTHERS = {
         "item_shift",
         "lag_tiles",
         "clamp",
-        "padding",
+        "two_sides",
+        "side_of_sm",
     ),
 }
 

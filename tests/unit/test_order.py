@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ class Tile(NamedTuple):
         return self.expert, self.row
 
 
-Locate = Callable[[Case, Sequence[int]], list[Tile]]
+Locate = Callable[..., list[Tile]]
 
 cases = st.builds(
     Case,
@@ -74,12 +75,12 @@ quick = settings(max_examples=60)
 
 @pytest.fixture(scope="module")
 def locate(tmp_path_factory: pytest.TempPathFactory) -> Locate:
-    """Tiles of increasing tickets, as one block of threads finds them."""
+    """Tiles of increasing tickets, as one block of threads finds them; with a side, as one of that side does."""
     target = tmp_path_factory.mktemp("host") / "order.so"
     library = ctypes.CDLL(str(host.build(host.SOURCES / "order.cpp", target, "-shared", "-fPIC")))
     library.locate.restype = ctypes.c_bool
 
-    def call(case: Case, tickets: Sequence[int]) -> list[Tile]:
+    def call(case: Case, tickets: Sequence[int], side: int | None = None) -> list[Tile]:
         active = [e for e, rows in enumerate(case.rows) if rows > 0]
         out = (ctypes.c_uint32 * (7 * len(tickets)))()
         known = library.locate(
@@ -93,6 +94,8 @@ def locate(tmp_path_factory: pytest.TempPathFactory) -> Locate:
             ctypes.c_uint32(len(active)),
             ctypes.c_uint32(case.lag),
             ctypes.c_uint32(case.pool_rows),
+            ctypes.c_uint32(side is not None),
+            ctypes.c_uint32(side or 0),
             (ctypes.c_uint32 * len(tickets))(*tickets),
             ctypes.c_uint32(len(tickets)),
             out,
@@ -190,34 +193,67 @@ def test_every_block_sees_the_same_order(locate: Locate, case: Case, seed: int, 
     assert locate(case, [*some, len(tiles), len(tiles) + 1000])[: len(some)] == [tiles[t] for t in some]
 
 
-def simulate(tiles: list[Tile], blocks: int, ahead: int, rng: random.Random) -> None:
+def column(tile: Tile) -> tuple[int, int, int]:
+    """What an m-block's tile shares with those of the other m-blocks of its unit: its weights."""
+    return tile.kind, tile.expert, tile.n
+
+
+def of_side(locate: Locate, case: Case, side: int) -> list[Tile]:
+    """One side's tiles in the order of its tickets, without the stops after them."""
+    tiles = locate(case, range(expected(case).total() + 1), side)
+    count = [t.kind for t in tiles].index(STOP)
+    assert {t.kind for t in tiles[count:]} == {STOP}
+    return tiles[:count]
+
+
+@quick
+@given(case=cases)
+def test_two_sides_share_the_columns(locate: Locate, case: Case):
+    """Each in the common order; all m-blocks of a column on one side, and the sides take columns in turn."""
+    tiles = whole(locate, case)
+    sides = [of_side(locate, case, side) for side in (0, 1)]
+    side_of = {tile: side for side, mine in enumerate(sides) for tile in mine}
+    assert len(side_of) == len(tiles) == len(sides[0]) + len(sides[1])
+    for side, mine in enumerate(sides):
+        assert mine == [tile for tile in tiles if side_of[tile] == side]
+    columns = Counter(kind for kind, expert, _ in {column(t) for t in tiles} if expert == tiles[0].expert)
+    for (kind, _, _), run in itertools.groupby(tiles, key=column):
+        assert len({side_of[tile] for tile in run}) == 1 or columns[kind] == 1, "units that follow have the same column"
+    runs = itertools.groupby(tiles, key=lambda tile: (column(tile), side_of[tile]))
+    assert set(itertools.accumulate(-1 if side else 1 for (_, side), _ in runs)) <= {0, 1}
+
+
+def simulate(sides: list[list[Tile]], blocks: int, ahead: int, rng: random.Random) -> None:
     """Blocks draw tickets in turns of chance and finish their tiles in order; asserts that all get done.
 
-    A block may hold `ahead` tickets that it has not finished: the scheduler runs ahead of the matrix work.
+    A block may hold `ahead` tickets that it has not finished: the scheduler runs ahead of the matrix work.  Block b is
+    on side b % len(sides).
     """
-    needs = Counter(t.block for t in tiles if t.kind == GEMM1)
+    needs = Counter(t.block for tiles in sides for t in tiles if t.kind == GEMM1)
     done: Counter[tuple[int, int]] = Counter()
     queues: list[deque[Tile]] = [deque() for _ in range(blocks)]
-    ticket = finished = 0
+    left = [deque(tiles) for tiles in sides]
+    finished, total = 0, sum(map(len, sides))
 
     def can_finish(queue: deque[Tile]) -> bool:
         return bool(queue) and (queue[0].kind == GEMM1 or done[queue[0].block] == needs[queue[0].block])
 
     stuck = 0
-    while finished < len(tiles):
-        queue = queues[rng.randrange(blocks)]
+    while finished < total:
+        block = rng.randrange(blocks)
+        queue, tickets = queues[block], left[block % len(sides)]
         moved = False
-        if ticket < len(tiles) and len(queue) < ahead and rng.random() < 0.6:
-            queue.append(tiles[ticket])
-            ticket, moved = ticket + 1, True
+        if tickets and len(queue) < ahead and rng.random() < 0.6:
+            queue.append(tickets.popleft())
+            moved = True
         elif can_finish(queue):
             tile = queue.popleft()
             done[tile.block] += tile.kind == GEMM1
             finished, moved = finished + 1, True
         stuck = 0 if moved else stuck + 1
         if stuck > 20 * blocks:  # chance, or nobody can move?
-            can_draw = ticket < len(tiles) and any(len(q) < ahead for q in queues)
-            assert can_draw or any(map(can_finish, queues)), f"deadlock at ticket {ticket} after {finished} tiles"
+            can_draw = any(left[b % len(sides)] and len(q) < ahead for b, q in enumerate(queues))
+            assert can_draw or any(map(can_finish, queues)), f"deadlock after {finished} tiles"
             stuck = 0
 
 
@@ -229,12 +265,14 @@ def simulate(tiles: list[Tile], blocks: int, ahead: int, rng: random.Random) -> 
     ahead=st.integers(1, 6),
 )
 def test_no_interleaving_deadlocks(locate: Locate, case: Case, seed: int, blocks: int, ahead: int):
-    simulate(whole(locate, case), blocks, ahead, random.Random(seed))
+    simulate([whole(locate, case)], blocks, ahead, random.Random(seed))
+    if blocks > 1:
+        simulate([of_side(locate, case, side) for side in (0, 1)], blocks, ahead, random.Random(seed))
 
 
 def test_the_simulation_finds_a_deadlock():
     """A tile of the second GEMM ahead of the first one's tile that it needs, in one block."""
     one, two = Tile(GEMM1, 0, 0, 0, 64, 1, 0), Tile(GEMM2, 0, 0, 0, 64, 1, 0)
-    simulate([one, two], 1, 2, random.Random(0))
+    simulate([[one, two]], 1, 2, random.Random(0))
     with pytest.raises(AssertionError, match="deadlock"):
-        simulate([two, one], 1, 2, random.Random(0))
+        simulate([[two, one]], 1, 2, random.Random(0))

@@ -1,4 +1,4 @@
-"""The divisions of the requantisation, built here: the scale is that of a division, its reciprocal to the last bit or one off."""
+"""The divisions of the requantisation, built here: the scale is exact, its reciprocal to the last bit or one off."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from tests import host
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("quotient") / "quotient"
-    return host.build(
-        host.SOURCES / "quotient.cpp", target, "-iquote", str(host.SOURCES / "shim"), "-ffp-contract=off"
-    )
+    return host.build(host.SOURCES / "quotient.cpp", target, "-iquote", str(host.SOURCES / "shim"), "-ffp-contract=off")
 
 
 def test_scales_are_those_of_a_division(program: Path):

@@ -35,6 +35,7 @@ GOOD = {
     "NVRTC": ("/x/libnvrtc.so.12", Path("/x/libnvrtc.so.12")),
     "STRICT": ("WARN", "warn"),
     "DUMP_DIR": ("/x/dump", Path("/x/dump")),
+    "L2_SIDES": ("off", False),
     "LOG_LEVEL": ("Debug", "debug"),
     "TIMEOUT_S": ("2.5", 2.5),
     "VARIANT": ("pingpong", "pingpong"),

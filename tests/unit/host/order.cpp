@@ -19,9 +19,13 @@ template <Variant kVariant_, u32 kHidden_, u32 kIntermediate_> struct Config {
     static constexpr bool kFastMath = true;
 };
 
+struct Run {
+    u32 lag, pool_rows, two_sides, side;
+};
+
 /// One walker per call, like one block of threads per launch; seven words per ticket.
-template <class C> void walk(const Plan& plan, u32 lag, u32 pool_rows, const u32* tickets, u32 count, u32* out) {
-    megamoe::TileOrder<C> order(plan, lag, pool_rows);
+template <class C> void walk(const Plan& plan, const Run& run, const u32* tickets, u32 count, u32* out) {
+    megamoe::TileOrder<C> order(plan, run.lag, run.pool_rows, run.two_sides, run.side);
     for (u32 i = 0; i < count; ++i) {
         const Tile tile = order.locate(tickets[i]);
         const u32 words[7] = {tile.kind, tile.expert, tile.n, tile.row, tile.rows, tile.k_blocks, tile.pool_row};
@@ -30,21 +34,23 @@ template <class C> void walk(const Plan& plan, u32 lag, u32 pool_rows, const u32
 }
 
 template <u32 kHidden, u32 kIntermediate>
-void walk(bool pingpong, const Plan& plan, u32 lag, u32 pool_rows, const u32* tickets, u32 count, u32* out) {
-    if (pingpong) walk<Config<Variant::pingpong, kHidden, kIntermediate>>(plan, lag, pool_rows, tickets, count, out);
-    else walk<Config<Variant::cooperative, kHidden, kIntermediate>>(plan, lag, pool_rows, tickets, count, out);
+void walk(bool pingpong, const Plan& plan, const Run& run, const u32* tickets, u32 count, u32* out) {
+    if (pingpong) walk<Config<Variant::pingpong, kHidden, kIntermediate>>(plan, run, tickets, count, out);
+    else walk<Config<Variant::cooperative, kHidden, kIntermediate>>(plan, run, tickets, count, out);
 }
 
 }  // namespace
 
 /// False when these sizes are not built in.
 extern "C" bool locate(u32 hidden, u32 intermediate, bool pingpong, const u32* rows, const u32* bases, const u16* active,
-                       u32 experts, u32 active_experts, u32 lag, u32 pool_rows, const u32* tickets, u32 count, u32* out) {
+                       u32 experts, u32 active_experts, u32 lag, u32 pool_rows, u32 two_sides, u32 side, const u32* tickets,
+                       u32 count, u32* out) {
     const Plan plan{rows, bases, nullptr, active, experts, active_experts};
-    if (hidden == 128 && intermediate == 128) walk<128, 128>(pingpong, plan, lag, pool_rows, tickets, count, out);
-    else if (hidden == 256 && intermediate == 640) walk<256, 640>(pingpong, plan, lag, pool_rows, tickets, count, out);
-    else if (hidden == 1408 && intermediate == 768) walk<1408, 768>(pingpong, plan, lag, pool_rows, tickets, count, out);
-    else if (hidden == 2304 && intermediate == 1408) walk<2304, 1408>(pingpong, plan, lag, pool_rows, tickets, count, out);
+    const Run run{lag, pool_rows, two_sides, side};
+    if (hidden == 128 && intermediate == 128) walk<128, 128>(pingpong, plan, run, tickets, count, out);
+    else if (hidden == 256 && intermediate == 640) walk<256, 640>(pingpong, plan, run, tickets, count, out);
+    else if (hidden == 1408 && intermediate == 768) walk<1408, 768>(pingpong, plan, run, tickets, count, out);
+    else if (hidden == 2304 && intermediate == 1408) walk<2304, 1408>(pingpong, plan, run, tickets, count, out);
     else return false;
     return true;
 }

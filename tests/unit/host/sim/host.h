@@ -222,6 +222,8 @@ struct Run {
         const u32 grid = dice.chance(60) ? max_blocks : 1 + dice.below(max_blocks), lags[] = {0, 3, 2 * grid, 1000};
         p.tokens = count, p.sort_blocks = 1 + dice.below(grid);
         p.item_shift = dice.chance(50) ? 0 : 3, p.lag_tiles = lags[dice.below(4)];
+        p.two_sides = grid > 1 && dice.chance(50);
+        p.side_of_sm[0] = 1 | (dice.below(1u << 16) & ~2u);   // blocks 0 and 1 are on different sides
         for (u32 s = 0; s < ranks; ++s) p.peers[s] = reinterpret_cast<u64>(all[s].symmetric);
         rank.now.pingpong = variant == "pingpong" || (variant == "mixed" && dice.chance(50));
         rank.running = static_cast<u32>(blocks.size()) + 1;

@@ -13,6 +13,7 @@ inline void named_arrive(u32 id, u32 threads) { sim::named_arrive(id, threads, f
 inline u64 nanoseconds() { return sim::timer(); }
 inline u32 thread_id_again() { return threadIdx.x; }
 inline u32 block_id_again() { return blockIdx.x; }
+inline u32 sm_id() { return blockIdx.x; }
 inline u32 lane_id() { return sim::now->index; }
 inline u32 warp_id() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
