@@ -129,7 +129,7 @@ def buffer_layout(
             ("act2_ready", rows // COUNTER_ROWS * 4, "tiles of the first GEMM finished u32"),
             ("act2_done", rows // COUNTER_ROWS * 4, "tiles of the second GEMM finished u32"),
             ("slice_counts", MAX_SORT_BLOCKS * shape.experts * 4, "pairs of each expert by slice u32"),
-            ("control", CONTROL_WORDS * 4, "grid barrier, ticket, epoch u32"),
+            ("control", CONTROL_WORDS * 4, "grid barrier, epoch, blocks by side, tickets u32"),
         ]
     )
     return BufferLayout(symmetric, local, tokens, rows, pool)

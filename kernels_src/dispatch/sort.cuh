@@ -11,6 +11,7 @@
 // expert's pairs within one slice is up to atomics; nothing depends on it, since rows never mix.
 #pragma once
 #include "comm/barriers.cuh"
+#include "comm/sides.cuh"
 #include "layout/shared.cuh"
 #include "sched/plan.cuh"
 
@@ -130,6 +131,7 @@ template <class C> struct Sources {
 /// Step 3, by one warp: fills the tables of the shared memory map.
 template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>& shared) {
     const Sources<C> sources{p, shared};
+    const u32 two_sides = both_sides(p);
     WarpScan blocks, items, active;
 #pragma unroll 1
     for (u32 e = ptx::lane_id(); e < ceil_div(C::kLocalExperts, kWarp) * kWarp; e += kWarp) {
@@ -146,13 +148,13 @@ template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>&
     }
     if (ptx::lane_id() == 0) {
         shared.expert_bases()[C::kLocalExperts] = blocks.total, shared.expert_items()[C::kLocalExperts] = items.total;
-        shared.active_count() = active.total;
+        shared.active_count() = active.total, shared.two_sides() = two_sides;
     }
 }
 
 template <class C> MEGA_DEVICE Plan plan_of(const Shared<C>& shared) {
     return {shared.expert_rows(),    shared.expert_bases(), shared.expert_items(),
-            shared.active_experts(), C::kLocalExperts,      shared.active_count()};
+            shared.active_experts(), C::kLocalExperts,      shared.active_count(), shared.two_sides()};
 }
 
 }  // namespace megamoe

@@ -48,7 +48,7 @@ static_assert(sizeof(Params) == 1088, "Params changed: change megamoe_jit/_param
 
 /// Words of `Params::control`.
 enum Control : u32 {
-    kControlGridBarrier = 0, kControlEpoch = 2,
+    kControlGridBarrier = 0, kControlEpoch = 2, kControlSides = 3,
     kControlTicket = 32, kControlTicketStride = 16,   // one for each side, in a line of its own
     kControlWords = 64,
 };

@@ -31,6 +31,7 @@ template <class C> struct Combine {
         if (ptx::lane_id() == 0) {
             meet<C::kRanks>(p, Phase::results, epoch);
             if (C::kRanks > 1 && blockIdx.x == 0) p.control[kControlEpoch] = epoch;
+            if (blockIdx.x == 0) p.control[kControlSides] = 0;
         }
         __syncwarp();
         ptx::named_sync(kBarrierTail, kTailThreads);

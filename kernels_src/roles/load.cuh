@@ -19,12 +19,6 @@ constexpr u32 kWeightBoxRows = 128, kActBoxRows = 64, kSmallBoxRows = 16;   // t
 
 constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
 
-/// The side of the L2 that this block's SM is on; 0 without sides.
-MEGA_DEVICE u32 side_of_block(const Params& p) {
-    const u32 sm = ptx::sm_id();
-    return p.side_of_sm[min_u32(sm, 159) / 32] >> sm % 32 & p.two_sides;
-}
-
 template <class C> struct LoadWeights {
     const Params& p;
     const Shared<C>& shared;
@@ -59,7 +53,7 @@ template <class C> struct LoadWeights {
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
-        TileOrder<C> order(plan, p.lag_tiles, p.pool_rows, p.two_sides, side);
+        TileOrder<C> order(plan, p.lag_tiles, p.pool_rows, side);
         WeightScaleStream<C> scales;
         u32 index = 0, k_begin = 0;
         Tile tile;

@@ -55,15 +55,15 @@ template <class C> struct TileOrder {
     static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN, kTilesN2 = ceil_div(C::kHidden, kBlockN);
 
     const Plan& plan;
-    const u32 lag, ring, two_sides;     // GEMM 1 tiles; blocks of 128 rows in a pool; 1 or 0
+    const u32 lag, ring;                // GEMM 1 tiles; blocks of 128 rows in a pool
     UnitCursor<C> next1, next2;         // next unit of GEMM 1 and of GEMM 2
     u32 issued1 = 0, passed1 = 0;       // GEMM 1 tiles in phases so far; in units whose GEMM 2 has come
     u32 first = 0, count = 0;           // this side's tickets of the current phase: one unit of one GEMM
     u32 columns = 0, skipped;           // of the phase; before this side's first of them: 0 or 1
     u32 kind = Tile::gemm1, expert = 0, row = 0, rows = 0, width = 0;
 
-    MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows, u32 two_sides_, u32 side)
-        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), two_sides(two_sides_), next1(plan_), next2(next1), skipped(side) {}
+    MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows, u32 side)
+        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), next1(plan_), next2(next1), skipped(side) {}
 
     /// Moves to the next phase; false when there is none.
     MEGA_DEVICE bool next_phase() {
@@ -74,8 +74,8 @@ template <class C> struct TileOrder {
         kind = due ? Tile::gemm2 : Tile::gemm1;
         expert = plan.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
         unit.advance(plan);
-        skipped = (skipped + columns) & two_sides, columns = due ? kTilesN2 : kTilesN1;
-        first += count, count = width * ((columns + two_sides - skipped) >> two_sides);
+        skipped = (skipped + columns) & plan.two_sides, columns = due ? kTilesN2 : kTilesN1;
+        first += count, count = width * ((columns + plan.two_sides - skipped) >> plan.two_sides);
         if (due) next2 = unit, passed1 += own1;
         else next1 = unit, issued1 += width * kTilesN1;
         return true;
@@ -92,7 +92,7 @@ template <class C> struct TileOrder {
         const u32 block = (ticket - first) % width * C::kBlockM;
         tile.kind = kind;
         tile.expert = expert;
-        tile.n = ((ticket - first) / width << two_sides) + skipped;
+        tile.n = ((ticket - first) / width << plan.two_sides) + skipped;
         tile.row = row + block;
         tile.pool_row = tile.row % (ring * kPoolAlign);
         tile.rows = min_u32(C::kBlockM, rows - block);

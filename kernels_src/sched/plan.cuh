@@ -19,6 +19,7 @@ struct Plan {
     const u32* items;     // [local experts + 1] first item of dispatch (dispatch/gather.cuh)
     const u16* active;    // experts that have rows, in order
     u32 experts, active_experts;
+    u32 two_sides;        // 1: each side of the L2 takes every other column of tiles; 0: all take all
 
     MEGA_DEVICE u32 blocks() const { return bases[experts]; }   // of 128 rows, all experts'
 

@@ -33,7 +33,8 @@ TOKENS = {1: 100, 2: 60, 4: 24, 8: 16}  #: most of a rank
 BLOCKS = {1: 6, 2: 4, 4: 2, 8: 2}  #: most of a launch
 
 #: A wait that is over at once, by its code; ranks that take the launch before for this one, or do not meet in one of
-#: the phases; an order of tiles that does not see that its ring is full.  Which one is chosen when the program runs.
+#: the phases; an order of tiles that does not see that its ring is full; sides of which one has no block, or had one
+#: in the launch before.  Which one is chosen when the program runs.
 MISTAKES = (
     *SMALL,
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
@@ -44,8 +45,14 @@ MISTAKES = (
         "if (sim::mutant != 203 + static_cast<u32>(phase)) rank_wait<kRanks>(p,",
     ),
     Change("sched/order.cuh", "next2.first() + ring", "next2.first() + (sim::mutant == 202 ? 1u << 20 : ring)"),
+    Change("comm/sides.cuh", "return counted %", "return sim::mutant == 205 ? p.two_sides : counted %"),
+    Change(
+        "roles/combine.cuh",
+        "blockIdx.x == 0) p.control[kControlSides]",
+        "blockIdx.x == 0 && sim::mutant != 206) p.control[kControlSides]",
+    ),
 )
-STALE_EPOCH, BLIND_ORDER, NO_INPUTS, NO_RESULTS = 201, 202, 203, 204
+STALE_EPOCH, BLIND_ORDER, NO_INPUTS, NO_RESULTS, LONELY_SIDE, OLD_SIDES = 201, 202, 203, 204, 205, 206
 
 Build = Callable[..., Simulator]
 
@@ -177,6 +184,11 @@ def test_a_deadlock_says_who_waits_for_what(build: Build):
     problem = find(build(2, MISTAKES), BLIND_ORDER)
     assert problem.startswith("deadlock\n")
     assert "activations warp, waited in vain for the second GEMM to finish the rows from" in problem
+
+
+@pytest.mark.parametrize("mistake", [LONELY_SIDE, OLD_SIDES])
+def test_a_side_without_a_block_would_leave_its_tiles_undone(build: Build, mistake: int):
+    assert find(build(2, MISTAKES), mistake) != ""
 
 
 def functions(room: Path) -> set[str]:

@@ -20,12 +20,12 @@ template <Variant kVariant_, u32 kHidden_, u32 kIntermediate_> struct Config {
 };
 
 struct Run {
-    u32 lag, pool_rows, two_sides, side;
+    u32 lag, pool_rows, side;
 };
 
 /// One walker per call, like one block of threads per launch; seven words per ticket.
 template <class C> void walk(const Plan& plan, const Run& run, const u32* tickets, u32 count, u32* out) {
-    megamoe::TileOrder<C> order(plan, run.lag, run.pool_rows, run.two_sides, run.side);
+    megamoe::TileOrder<C> order(plan, run.lag, run.pool_rows, run.side);
     for (u32 i = 0; i < count; ++i) {
         const Tile tile = order.locate(tickets[i]);
         const u32 words[7] = {tile.kind, tile.expert, tile.n, tile.row, tile.rows, tile.k_blocks, tile.pool_row};
@@ -45,8 +45,8 @@ void walk(bool pingpong, const Plan& plan, const Run& run, const u32* tickets, u
 extern "C" bool locate(u32 hidden, u32 intermediate, bool pingpong, const u32* rows, const u32* bases, const u16* active,
                        u32 experts, u32 active_experts, u32 lag, u32 pool_rows, u32 two_sides, u32 side, const u32* tickets,
                        u32 count, u32* out) {
-    const Plan plan{rows, bases, nullptr, active, experts, active_experts};
-    const Run run{lag, pool_rows, two_sides, side};
+    const Plan plan{rows, bases, nullptr, active, experts, active_experts, two_sides};
+    const Run run{lag, pool_rows, side};
     if (hidden == 128 && intermediate == 128) walk<128, 128>(pingpong, plan, run, tickets, count, out);
     else if (hidden == 256 && intermediate == 640) walk<256, 640>(pingpong, plan, run, tickets, count, out);
     else if (hidden == 1408 && intermediate == 768) walk<1408, 768>(pingpong, plan, run, tickets, count, out);
