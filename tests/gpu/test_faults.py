@@ -1,4 +1,5 @@
-"""A kernel that waits for something that never comes must say who waited for what, and stop.
+"""A kernel that waits for something that never comes must say who waited for what, and stop: a process that has not
+ended after 100 seconds fails its test.
 
 Each case breaks one line of the kernel sources, so that a signal is never given, and runs in a process of its own: the
 trap ends the CUDA context.
@@ -18,7 +19,7 @@ import pytest
 from megamoe_jit._render import kernels_dir
 
 CHILD = """
-import json, time, torch
+import json, torch
 import megamoe_jit as mm
 from megamoe_jit._scenarios import get, make_inputs
 
@@ -30,14 +31,12 @@ buffer = mm.get_symm_buffer_for_mega_moe(None, s.experts, 64, s.topk, s.hidden, 
 buffer.x[:64].copy_(inputs.x_q), buffer.x_sf[:64].copy_(inputs.x_sf)
 buffer.topk_idx[:64].copy_(inputs.topk_idx), buffer.topk_weights[:64].copy_(inputs.topk_weights)
 y = torch.empty(64, s.hidden, dtype=torch.bfloat16, device="cuda")
-begin = time.perf_counter()
 try:
     mm.fp8_mega_moe_cooperative(y, l1, l2, buffer)
     buffer.check()
     print(json.dumps({"error": None}))
 except mm.MegaMoeError as error:
-    seconds = time.perf_counter() - begin
-    print(json.dumps({"error": type(error).__name__, "text": str(error), "seconds": seconds}))
+    print(json.dumps({"error": type(error).__name__, "text": str(error)}))
 """
 
 #: What never happens: the file, the line that is broken, what takes its place, and what the message must say.
@@ -97,4 +96,3 @@ def test_a_wait_in_vain_ends_in_a_sentence(name: str, tmp_path: Path) -> None:
     assert result["error"] == "DeviceFaultError", result
     assert sentence in result["text"]
     assert "rank 0: block " in result["text"]
-    assert result["seconds"] < 30
