@@ -1,8 +1,7 @@
-"""A kernel that waits for something that never comes must say who waited for what, and stop: a process that has not
-ended after 100 seconds fails its test.
+"""A kernel that waits for something that never comes must say who waited for what, and stop.
 
 Each case breaks one line of the kernel sources, so that a signal is never given, and runs in a process of its own: the
-trap ends the CUDA context.
+trap ends the CUDA context.  A process that has not ended after 100 seconds fails its test.
 """
 
 from __future__ import annotations
