@@ -70,7 +70,7 @@ def main() -> int:
     try:
         require_hopper()
     except UnsupportedDeviceError as error:
-        parser.exit(3, f"error: {error}\n")
+        parser.exit(3, f"Error: {error}\n")
     result = measure()
     lines = [json.dumps(result)] if options.json else [f"{k:24} {v:7.2f}" for k, v in result.items()]
     sys.stdout.write("\n".join(lines) + "\n")

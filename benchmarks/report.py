@@ -270,7 +270,7 @@ def main() -> int:
     if options.check:
         return int(any(text != path.read_text(encoding="utf-8") for path, text in texts.items()))
     if importlib.util.find_spec("matplotlib") is None:
-        sys.stderr.write("error: the plots need matplotlib; run: pip install '.[bench]' (or: make env)\n")
+        sys.stderr.write("Error: the plots need matplotlib; run: pip install '.[bench]' (or: make env)\n")
         return 3
     from megamoe_jit._bench_plot import draw
 

@@ -69,7 +69,7 @@ def main() -> int:
     try:
         device = require_hopper()
     except UnsupportedDeviceError as error:
-        parser.exit(3, f"error: {error}\n")
+        parser.exit(3, f"Error: {error}\n")
     records = record(options.shape, options.tokens, options.variant, device)
     if options.trace:
         title = f"{torch.cuda.get_device_name()}: {options.shape}, {options.tokens} tokens"

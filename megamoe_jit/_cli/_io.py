@@ -56,7 +56,7 @@ class CorruptionError(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Print the message as other errors are printed."""
-        say(f"error: {self.message}")
+        say(f"Error: {self.message}")
 
 
 json_option = click.option(

@@ -74,7 +74,7 @@ def _say_refusal(error: OSError) -> None:
     """Print what the operating system refused; nothing is left that would fail again when the interpreter ends."""
     reason = error.strerror or str(error)
     with contextlib.suppress(OSError):  # standard error may be what fails
-        say(f"error: {reason}" if error.filename is None else f"error: {error.filename}: {reason}")
+        say(f"Error: {reason}" if error.filename is None else f"Error: {error.filename}: {reason}")
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -105,12 +105,12 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except MegaMoeError as error:
-            say(f"error: {error}")
+            say(f"Error: {error}")
             ctx.exit(_exit_code(error))
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] == "megamoe_jit":
                 raise
-            say(f"error: this command needs the Python package {error.name!r}, which is not installed")
+            say(f"Error: this command needs the Python package {error.name!r}, which is not installed")
             ctx.exit(ExitCode.ENVIRONMENT)
         except (KeyboardInterrupt, click.Abort):  # Ctrl-C; at a question click makes it an Abort
             say("interrupted")

@@ -185,7 +185,7 @@ def test_wrong_usage(arguments: list[str], says: str):
 def test_commands_that_need_a_gpu_say_so(command: str):
     result = CliRunner().invoke(cli, [command])
     assert result.exit_code == 3
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith("Error: ")
     assert "Hopper" in result.stderr
     assert result.stdout == ""
 
@@ -200,7 +200,7 @@ def test_without_a_compiler():
 def test_a_setting_that_is_not_allowed():
     done = run("cache", "path", MEGAMOE_JIT_STRICT="maybe")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: MEGAMOE_JIT_STRICT='maybe'")
+    assert done.stderr.startswith("Error: MEGAMOE_JIT_STRICT='maybe'")
 
 
 @pytest.mark.parametrize("name", _errors.__all__)

@@ -55,7 +55,7 @@ def test_a_kernel_by_its_spec(root: Path):
     gone = cache(root, "rm", PINGPONG, keys[COOPERATIVE])
     assert gone.returncode == 1
     advice = f"kernel {PINGPONG} is not in the cache; run: megamoe-jit warmup {' '.join(SIZES)} --ranks 1"
-    assert gone.stderr == f"error: {advice} --variant pingpong --cache-dir {root}\n"
+    assert gone.stderr == f"Error: {advice} --variant pingpong --cache-dir {root}\n"
     assert set(keys_of(root)) == {COOPERATIVE}
 
 
@@ -237,7 +237,7 @@ def test_a_damaged_pack_changes_nothing(root: Path, tmp_path: Path):
     pack.write_bytes(data)
     done = cache(tmp_path / "there", "import", str(pack))
     assert done.returncode == 4
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith("Error: ")
     assert keys_of(tmp_path / "there") == {}
 
 

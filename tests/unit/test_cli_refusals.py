@@ -101,7 +101,7 @@ def test_a_full_disk_behind_standard_output(words: str, unbuffered: str):
             timeout=60,
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
-    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
 
 
 def test_a_full_disk_behind_both_streams():
@@ -116,7 +116,7 @@ def test_a_refused_file_is_named(tmp_path: Path):
         patch.setattr(_tune, "read", lambda path: path.joinpath("below").read_text())
         result = invoke("tune", "--no-measure", "--data", str(tmp_path / "data.jsonl"))
     assert result.exit_code == 1
-    assert result.stderr == f"error: {tmp_path / 'data.jsonl' / 'below'}: Not a directory\n"
+    assert result.stderr == f"Error: {tmp_path / 'data.jsonl' / 'below'}: Not a directory\n"
 
 
 def test_what_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -180,7 +180,7 @@ def test_rows_are_printed_though_the_file_fails_and_kept_though_nobody_reads(
         result = invoke(*words)
     assert result.exit_code == 1
     assert "ONE RANK us" in result.stdout
-    assert result.stderr.endswith("error: No space left on device\n")
+    assert result.stderr.endswith("Error: No space left on device\n")
     monkeypatch.setattr(importlib.import_module("megamoe_jit._cli.bench"), "print_bench", full)
     assert invoke(*words).exit_code == 1
     assert json.loads((tmp_path / "x.json").read_text())["rows"]
@@ -225,7 +225,7 @@ def test_a_sealed_process_uses_what_is_cached_and_forces_nothing(tmp_path: Path,
     with override(disable_jit=True, cache_dir=tmp_path / "kernels"):
         result = invoke("warmup", "--shapes", "v4-flash", "--force")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: --force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids\n"
+    assert result.stderr == "Error: --force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids\n"
 
 
 def test_a_warmup_without_a_cache_names_the_setting():
@@ -253,7 +253,7 @@ def test_without_any_gpu_the_number_of_ranks_does_not_matter(command: str, ranks
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     result = invoke(command, "--ranks", ranks)
     assert result.exit_code == 3
-    assert result.stderr.startswith("error: no CUDA device")
+    assert result.stderr.startswith("Error: no CUDA device")
     assert result.stderr.endswith("; `megamoe-jit doctor` says more\n")
 
 
@@ -272,5 +272,5 @@ def test_benchmarks_parse_first_and_say_what_is_missing(script: str):
     assert start("--wrong").returncode == 2
     done = start()
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("error: no CUDA device")
+    assert done.stderr.startswith("Error: no CUDA device")
     assert done.stderr.count("\n") == 1

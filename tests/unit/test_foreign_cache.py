@@ -56,7 +56,7 @@ def test_commands_about_it_say_so_and_fail(place: Path, words: str):
     """That a cache which may not be read is empty, or was cleared, would be wrong."""
     done = python(place, "-m", "megamoe_jit", *words.split())
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"error: {place / 'cache'}: Permission denied\n"
+    assert done.stderr == f"Error: {place / 'cache'}: Permission denied\n"
 
 
 def test_warmup_says_it_once(place: Path):

@@ -54,7 +54,7 @@ def test_equal_shapes_of_one_name_count_once(tmp_path: Path):
 @pytest.mark.parametrize("command", ["inspect", "render"])
 def test_a_file_is_no_spec(command: str, text: str):
     said = invoke(command, text).stderr
-    assert said.startswith(f"error: {text!r} names a .toml file, which only --shapes takes; allowed: SHAPE/VARIANT")
+    assert said.startswith(f"Error: {text!r} names a .toml file, which only --shapes takes; allowed: SHAPE/VARIANT")
     assert ("beginning of a key" in said) == (command == "inspect")
 
 
