@@ -168,7 +168,7 @@ class SymmBuffer(LayerMemory):
 
             choice, blocks = self.choose(tokens, variant, num_sms)
             kernel = self.prepare(choice.variant, fast_math)
-            two_sides = kernel.knows_sides and blocks == sm_count(self.device)  # else one side may have no block
+            two_sides = kernel.knows_sides and blocks == sm_count(self.device)  # else they fall unevenly on the sides
             plan = CallPlan(kernel, choice, blocks, min(blocks, sort_blocks(tokens * self.num_topk)), two_sides)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
@@ -205,7 +205,7 @@ class SymmBuffer(LayerMemory):
             params.tokens = tokens
             params.clamp = clamp
             params.lag_tiles, params.item_shift = plan.choice.lag_tiles, plan.choice.rows_per_item.bit_length() - 1
-            params.sort_blocks, params.two_sides = plan.sort_blocks, plan.two_sides
+            params.sort_blocks, params.want_sides = plan.sort_blocks, plan.two_sides
             plan.kernel.launcher.launch(plan.num_sms, stream)
 
     def wait_for_last(self) -> None:

@@ -6,7 +6,8 @@ interface tells them, and chips differ, so it is measured: an atomic is done in 
 latency says whether that is the near one. A pattern of near and far lines is common to all SMs of a half.
 
 The measuring kernel is PTX, which the driver compiles by itself: where kernels come from a cache there may be no
-compiler. It takes a few milliseconds, once per process and device. Results do not depend on what it finds.
+compiler. It takes a few milliseconds, once per process and device; only a measurement that failed, or did not reach
+every SM, is tried again with the next buffer. Results do not depend on what it finds.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PROBE = f"""
 .address_size 64
 
 // One thread per block: the least latency of an atomic on each line, from a line that differs from SM to SM.
-.visible .entry megamoe_l2_probe(.param .u64 lines_at, .param .u64 latencies_at)
+.visible .entry l2_sides_probe(.param .u64 lines_at, .param .u64 latencies_at)
 {{
     .reg .pred %again, %never;
     .reg .b32 %sm, %i, %line, %round, %from, %to, %took, %least, %old;
@@ -80,45 +81,58 @@ NEXT_ROUND:
 
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock")
-_known: dict[int, tuple[int, ...]] = {}
+_known: dict[int, tuple[int, ...] | None] = {}
+_modules: list[Any] = []  # never unloaded: somebody may be capturing a graph
 
 
 def sides_of_sms(device: torch.device) -> tuple[int, ...] | None:
     """A bit for each SM, in words of 32: the half of the L2 it is next to, or None if that cannot be told.
 
-    Both halves get as many SMs, give or take one: where a chip has more on one side, some count as of the other.
+    None too while the current stream is capturing a graph, unless it has been measured before. Both halves get as
+    many SMs, give or take one: where a chip has more on one side, some count as of the other.
 
     Args:
         device: a CUDA device whose context is current; its current stream is waited for.
     """
     sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
     with _lock:
-        if device.index not in _known:
-            try:
-                words = split(_latencies(device, sms), sms)
-            except (RuntimeError, ImportError) as error:
-                LOG.info("the halves of the L2 of device %s cannot be measured: %s", device.index, error)
-                return None
-            if words is None:
-                LOG.info("the L2 of device %s shows no two halves; every SM takes tiles of all columns", device.index)
-                return None
-            _known[device.index] = words
-        return _known[device.index]
+        if device.index in _known:
+            return _known[device.index]
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        try:
+            latencies = _latencies(device)
+        except (RuntimeError, ImportError) as error:
+            LOG.info("the halves of the L2 of device %s cannot be measured: %s", device.index, error)
+            return None
+        reached = _reached(latencies)
+        if len(reached) != sms:
+            LOG.info("the halves of the L2 of device %s: %d of %d SMs were reached", device.index, len(reached), sms)
+            return None
+        words = split(latencies)
+        if words is None:
+            LOG.info("the L2 of device %s shows no two halves; every SM takes tiles of all columns", device.index)
+        _known[device.index] = words
+        return words
 
 
-def split(latencies: torch.Tensor, sms: int) -> tuple[int, ...] | None:
+def _reached(latencies: torch.Tensor) -> torch.Tensor:
+    return latencies.ne(0).all(dim=1).nonzero().flatten()
+
+
+def split(latencies: torch.Tensor) -> tuple[int, ...] | None:
     """Tell two groups of SMs apart by the lines that are near to them.
 
     Args:
-        latencies: ``[MOST_SMS, lines]``, any unit; a row of zeros is no SM, or one that was not reached.
-        sms: how many there are.
+        latencies: ``[MOST_SMS, lines]``, any unit; a row of zeros is no SM.
 
     Returns:
         Bit ``i % 32`` of word ``i // 32`` is the group of SM i; None unless all SMs fall into two groups of about the
         same size.
     """
-    reached = latencies.ne(0).all(dim=1).nonzero().flatten()
-    if len(reached) != sms:
+    reached = _reached(latencies)
+    sms = len(reached)
+    if sms < 2:
         return None
     pattern = latencies[reached].double()
     pattern = pattern - pattern.mean(dim=1, keepdim=True)
@@ -134,7 +148,7 @@ def split(latencies: torch.Tensor, sms: int) -> tuple[int, ...] | None:
     return tuple(words)
 
 
-def _latencies(device: torch.device, sms: int) -> torch.Tensor:
+def _latencies(device: torch.device) -> torch.Tensor:
     """Cycles of an atomic, ``[MOST_SMS, LINES]`` on the CPU; zeros for what is no SM."""
     from cuda.bindings import driver
 
@@ -143,18 +157,15 @@ def _latencies(device: torch.device, sms: int) -> torch.Tensor:
             raise RuntimeError(f"{what}: {getattr(result[0], 'name', result[0])}")
         return result[1] if len(result) > 1 else None
 
+    sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
     lines = torch.zeros(LINES * STRIDE // 4, dtype=torch.int32, device=device)
     latencies = torch.zeros(MOST_SMS, LINES, dtype=torch.int32, device=device)
     module = done(driver.cuModuleLoadData(PROBE.encode() + b"\0"), "cuModuleLoadData")
-    try:
-        function = done(driver.cuModuleGetFunction(module, b"megamoe_l2_probe"), "cuModuleGetFunction")
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        done(driver.cuFuncSetAttribute(function, limit, SHARED_BYTES), "cuFuncSetAttribute")
-        arguments = ((lines.data_ptr(), latencies.data_ptr()), (ctypes.c_void_p, ctypes.c_void_p))
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launched = driver.cuLaunchKernel(function, sms, 1, 1, 1, 1, 1, SHARED_BYTES, stream, arguments, 0)
-        done(launched, "cuLaunchKernel")
-        return latencies.cpu()
-    finally:
-        torch.cuda.current_stream(device).synchronize()
-        driver.cuModuleUnload(module)
+    _modules.append(module)
+    function = done(driver.cuModuleGetFunction(module, b"l2_sides_probe"), "cuModuleGetFunction")
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    done(driver.cuFuncSetAttribute(function, limit, SHARED_BYTES), "cuFuncSetAttribute")
+    arguments = ((lines.data_ptr(), latencies.data_ptr()), (ctypes.c_void_p, ctypes.c_void_p))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    done(driver.cuLaunchKernel(function, sms, 1, 1, 1, 1, 1, SHARED_BYTES, stream, arguments, 0), "cuLaunchKernel")
+    return latencies.cpu()

@@ -67,7 +67,7 @@ class Params(ctypes.Structure):
         ("item_shift", c_uint32),
         ("lag_tiles", c_uint32),
         ("clamp", c_float),
-        ("two_sides", c_uint32),
+        ("want_sides", c_uint32),
         ("side_of_sm", c_uint32 * SIDE_WORDS),
     ]
 

@@ -11,6 +11,7 @@ constexpr u32 kPoolAlign = 128;    // an expert's rows start at a multiple of th
 constexpr u32 kCounterRows = 64;   // rows that share one readiness counter
 constexpr u32 kUnitRows = 1024;    // about so many rows of an expert are swept together, so that they stay in L2
 constexpr u32 kMaxRanks = 8;
+constexpr u32 kSideWords = 5;   // a bit for each of 160 SMs
 constexpr u32 kDispatchChunk = 2048;   // bytes that dispatch moves at a time
 constexpr u32 kTileSlots = 4;      // depth of the ring in which the scheduler publishes tiles
 

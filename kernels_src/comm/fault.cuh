@@ -3,8 +3,8 @@
 //
 // The producer warps read the nanosecond timer.  The math warps cannot: a timer, or even a counter with a report, makes
 // ptxas spill in their main loop.  The publisher warp of the same block watches them instead: it waits, with the timer,
-// for every tile they compute (roles/publish.cuh).  There is no printf, and no function that is not inlined but for the
-// compiler's own divisions: either would make ptxas serialise every WGMMA (C7510).
+// for every tile they compute (roles/publish.cuh).  There is no printf, and no function that is not inlined: either would
+// make ptxas serialise every WGMMA (C7510).
 #pragma once
 #include "layout/params.cuh"
 #include "ptx/control.cuh"

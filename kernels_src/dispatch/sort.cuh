@@ -22,7 +22,7 @@ struct WarpScan {
     u32 total = 0;
     MEGA_DEVICE u32 exclusive(u32 value) {
         u32 sum = value;
-#pragma unroll 1   // here and in other places of the head: a third of the time to compile for nothing that can be measured
+#pragma unroll 1   // as all loops of the head: written out they take long to compile, and nothing is gained
         for (u32 d = 1; d < kWarp; d *= 2) {
             const u32 other = __shfl_up_sync(~0u, sum, d);
             if (ptx::lane_id() >= d) sum += other;

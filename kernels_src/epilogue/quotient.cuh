@@ -1,5 +1,6 @@
 // Divisions of the requantisation without `__fdiv_rn`, which would bring a function for the ends of its range into the
-// math warps.  Here the numbers are of ordinary size: a scale is at least 1e-10 / 448.
+// math warps.  Here the numbers are of ordinary size: a largest magnitude is 1e-10 or more, and its scale's reciprocal a normal
+// number.  Infinity gives NaN; a row that has it is NaN either way.
 #pragma once
 #include "ptx/convert.cuh"
 

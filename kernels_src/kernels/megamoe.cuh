@@ -12,6 +12,7 @@
 #pragma once
 #include "comm/timeline.cuh"
 #include "dispatch/gather.cuh"
+#include "comm/sides.cuh"
 #include "roles/combine.cuh"
 #include "roles/load.cuh"
 #include "roles/math.cuh"

@@ -41,15 +41,15 @@ struct alignas(64) Params {
     u64 timeout_ns;
     u32 tokens, rank, pool_rows, counters, sort_blocks, item_shift, lag_tiles;   // item_shift: see dispatch/gather.cuh
     float clamp;
-    u32 two_sides;       // 1: each side of the L2 takes every other column of tiles, see sched/order.cuh; 0: all take all
-    u32 side_of_sm[5];   // a bit of each SM
+    u32 want_sides;      // 1: each side of the L2 shall take every other column of tiles, see sched/order.cuh; 0: all take all
+    u32 side_of_sm[kSideWords];   // a bit of each SM
 };
 static_assert(sizeof(Params) == 1088, "Params changed: change megamoe_jit/_params.py with it");
 
 /// Words of `Params::control`.
 enum Control : u32 {
     kControlGridBarrier = 0, kControlEpoch = 2, kControlSides = 3,
-    kControlTicket = 32, kControlTicketStride = 16,   // one for each side, in a line of its own
+    kControlTicket = 32, kControlTicketStride = 16,   // one for each side
     kControlWords = 64,
 };
 

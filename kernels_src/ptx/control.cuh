@@ -28,7 +28,7 @@ MEGA_DEVICE u32 block_id_again() {
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
     return b;
 }
-/// The SM that runs this block; a block never moves.
+/// The SM that runs this block now.
 MEGA_DEVICE u32 sm_id() {
     u32 sm;
     asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));

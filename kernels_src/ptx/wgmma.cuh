@@ -28,11 +28,14 @@ MEGA_DEVICE u64 matrix_descriptor(u32 address) {
 }
 constexpr u32 kDescriptorRows64 = 512;
 
-#define MEGA_D "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
-#define MEGA_STEP(k, accumulate) "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 " MEGA_D ", a" #k ", b" #k ", " accumulate ", 1, 1;\n"
+#define MEGA_D                                                                                              \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
+    "%28,%29,%30,%31}"
+#define MEGA_STEP(k, accumulate)                                                                            \
+    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 " MEGA_D ", a" #k ", b" #k ", " accumulate ", 1, 1;\n"
 #define MEGA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-/// d = A . B^T: 64 rows of A, 64 rows of B, 128 deep, in four steps, of which the first forgets what was in d.  One statement:
-/// the optimiser carries 32 numbers into and out of each, which takes it a fifth of its time if there are four.
+/// d = A . B^T: 64 rows of A, 64 rows of B, 128 deep, in four steps, of which the first forgets what was in d.  One
+/// statement, since the optimiser carries 32 numbers into and out of each.
 MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
     asm volatile(
         "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"

@@ -6,7 +6,7 @@
 //   dispatch writes block b      after GEMM 1 has finished block b - ring   (act2_ready of that block is complete)
 //   GEMM 1 writes block b        after GEMM 2 has finished block b - ring   (act2_done of that block is complete)
 //   the order of tiles           hands out GEMM 2 of block b - ring before GEMM 1 of block b, so the second wait is for
-//                                smaller tickets; the first is for GEMM 1 of rows that were dispatched before.
+//                                an earlier phase; the first is for GEMM 1 of rows that were dispatched before.
 #pragma once
 #include "base/constants.cuh"
 

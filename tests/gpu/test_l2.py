@@ -19,15 +19,14 @@ SIZES = (SHAPE.topk, SHAPE.hidden, SHAPE.intermediate)
 def test_this_gpu_has_two_halves(device: torch.device):
     """Seen on every H100 and H200 so far; the measurement is repeatable."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    found = [split(_l2._latencies(device, sms), sms) for _ in range(5)]
+    found = [sides_of_sms(device), *(split(_l2._latencies(device)) for _ in range(4))]
     assert found[0] is not None
-    assert found[0] == sides_of_sms(device)
     first = {sm for sm in range(MOST_SMS) if found[0][sm // 32] >> sm % 32 & 1}
     assert len(first) == sms // 2
     for again in found[1:]:
         assert again is not None
         other = {sm for sm in range(MOST_SMS) if again[sm // 32] >> sm % 32 & 1}
-        assert len(first ^ other) <= 4 or len(first ^ other) >= sms - 4, "but for SMs moved to even the sides out"
+        assert len(first ^ other) <= 8, "but for SMs that were moved to even the sides out"
 
 
 @pytest.mark.parametrize("variant", ["pingpong", "cooperative"])

@@ -208,7 +208,7 @@ def test_sides_are_used_where_every_sm_has_a_block(cuda: Cuda):
     call(it), call(it, num_sms=SMS - 1)
     both, fewer = (launch.params for launch in cuda.launches)
     assert [*both.side_of_sm] == [*fewer.side_of_sm] == [1, 2, 3, 4, 5]
-    assert (both.two_sides, fewer.two_sides) == (1, 0), "a side without a block would never do its tiles"
+    assert (both.want_sides, fewer.want_sides) == (1, 0), "fewer blocks than SMs fall unevenly on the sides"
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -216,7 +216,7 @@ def test_without_known_sides_there_are_none(cuda: Cuda, wanted: bool):
     cuda.sides = None if wanted else cuda.sides
     with override(l2_sides=wanted):
         call(SymmBuffer(SHAPE, 128, HERE))
-    assert ([*cuda.launches[0].params.side_of_sm], cuda.launches[0].params.two_sides) == ([0] * 5, 0)
+    assert ([*cuda.launches[0].params.side_of_sm], cuda.launches[0].params.want_sides) == ([0] * 5, 0)
 
 
 @pytest.mark.parametrize("variant", list(Variant))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import ctypes
+import enum
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -39,7 +42,7 @@ def gpcs(count: int = SMS) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(5))
 def test_two_halves_are_told_apart(seed: int):
     shuffled = gpcs(128)[torch.randperm(128, generator=torch.Generator().manual_seed(seed))]
-    found = split(latencies(shuffled, seed=seed), 128)
+    found = split(latencies(shuffled, seed=seed))
     assert found is not None
     assert len(found) == SIDE_WORDS
     mine = bits(found)[:128]
@@ -50,7 +53,7 @@ def test_two_halves_are_told_apart(seed: int):
 def test_both_sides_get_as_many_sms():
     """68 and 64: two count as of the other side, and no more than two."""
     side = torch.arange(SMS) >= 68
-    found = split(latencies(side), SMS)
+    found = split(latencies(side))
     assert found is not None
     mine = bits(found)[:SMS]
     assert int(mine.sum()) == SMS // 2
@@ -60,10 +63,9 @@ def test_both_sides_get_as_many_sms():
 def test_sm_ids_may_have_gaps():
     whole = latencies(gpcs(144))
     whole[40:52] = 0
-    found = split(whole, SMS)
+    found = split(whole)
     assert found is not None
     assert not bits(found)[40:52].any()
-    assert split(whole, SMS + 1) is None, "an SM that was not reached could be on either side"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_sm_ids_may_have_gaps():
     ],
 )
 def test_anything_else_has_no_sides(what: str, side: torch.Tensor, more: dict[str, float]):
-    assert split(latencies(side, **more), SMS) is None, what
+    assert split(latencies(side, **more)) is None, what
 
 
 @pytest.fixture
@@ -84,40 +86,128 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(_l2, "_known", {})
     properties = SimpleNamespace(multi_processor_count=SMS)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return torch.device("cuda", 0)
 
 
 def test_a_device_is_measured_once(fresh: torch.device, monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(_l2, "_latencies", lambda device, sms: asked.append((device, sms)) or latencies(gpcs()))
+    monkeypatch.setattr(_l2, "_latencies", lambda device: asked.append(device) or latencies(gpcs()))
     first = _l2.sides_of_sms(fresh)
     assert first is not None
     assert first is _l2.sides_of_sms(fresh)
-    assert asked == [(fresh, SMS)]
+    assert asked == [fresh]
 
 
-def test_a_failure_is_no_error_and_tried_again(
+def test_what_failed_is_tried_again(
     fresh: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def fails(device: torch.device, sms: int) -> torch.Tensor:
+    def fails(device: torch.device) -> torch.Tensor:
         raise RuntimeError("cuModuleLoadData: CUDA_ERROR_JIT_COMPILER_NOT_FOUND")
 
+    missed = latencies(gpcs())
+    missed[17] = 0
     with caplog.at_level("INFO", "megamoe_jit"):
         monkeypatch.setattr(_l2, "_latencies", fails)
         assert _l2.sides_of_sms(fresh) is None
-        monkeypatch.setattr(_l2, "_latencies", lambda device, sms: latencies(gpcs(), gap=0))
+        monkeypatch.setattr(_l2, "_latencies", lambda device: missed)
         assert _l2.sides_of_sms(fresh) is None
     assert "CUDA_ERROR_JIT_COMPILER_NOT_FOUND" in caplog.text
-    assert "no two halves" in caplog.text
-    monkeypatch.setattr(_l2, "_latencies", lambda device, sms: latencies(gpcs()))
+    assert "131 of 132 SMs were reached" in caplog.text
+    monkeypatch.setattr(_l2, "_latencies", lambda device: latencies(gpcs()))
     assert _l2.sides_of_sms(fresh) is not None
 
 
-def test_the_measuring_kernel_has_what_the_host_gives_it():
-    """The driver compiles it on a GPU (tests/gpu/test_l2.py); here, its numbers."""
-    assert f"rem.u32 %line, %line, {LINES};" in _l2.PROBE
-    assert f"setp.ge.u32 %never, %sm, {MOST_SMS};" in _l2.PROBE
+def test_a_chip_without_halves_is_measured_once(
+    fresh: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    asked = []
+    monkeypatch.setattr(_l2, "_latencies", lambda device: asked.append(device) or latencies(gpcs(), gap=0))
+    with caplog.at_level("INFO", "megamoe_jit"):
+        assert [_l2.sides_of_sms(fresh) for _ in range(3)] == [None] * 3
+    assert len(asked) == 1
+    assert caplog.text.count("no two halves") == 1
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(fresh: torch.device, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(_l2, "_latencies", lambda device: asked.append(device) or latencies(gpcs()))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert (_l2.sides_of_sms(fresh), asked) == (None, [])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    found = _l2.sides_of_sms(fresh)
+    assert found is not None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _l2.sides_of_sms(fresh) is found, "what is known costs nothing"
+
+
+class Refused(enum.IntEnum):
+    CUDA_ERROR_BROKEN = 222
+
+
+class Driver:
+    """Stands in for `cuda.bindings.driver`; the call `broken` fails, the launch writes what an H200 would."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken, self.calls = broken, []
+        self.CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+
+    def __getattr__(self, name: str) -> object:
+        def call(*given: object) -> tuple:
+            self.calls.append((name, *given))
+            if name == self.broken:
+                return (Refused.CUDA_ERROR_BROKEN,)
+            if name == "cuLaunchKernel":
+                (_, target), _ = given[9]
+                measured = latencies(gpcs()).contiguous()
+                ctypes.memmove(target, measured.data_ptr(), measured.numel() * 4)
+            return (0, name)
+
+        return call
+
+
+@pytest.fixture
+def here(fresh: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The CPU, as a device that has SMs and a stream."""
+    monkeypatch.setattr(_l2, "_modules", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    return torch.device("cpu")
+
+
+def use(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = driver
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+
+
+def test_what_the_driver_is_asked_for(here: torch.device, monkeypatch: pytest.MonkeyPatch):
+    driver = Driver()
+    use(driver, monkeypatch)
+    assert torch.equal(_l2._latencies(here), latencies(gpcs()))
+    assert [call[0] for call in driver.calls] == [
+        "cuModuleLoadData",
+        "cuModuleGetFunction",
+        "cuFuncSetAttribute",
+        "cuLaunchKernel",
+    ]
+    (_, text), (_, module, entry), (_, _, _, shared), (_, _, *launch) = driver.calls
+    assert text.endswith(b"}\n\0")
+    assert f".entry {entry.decode()}(".encode() in text
+    assert (module, shared, launch[:8]) == ("cuModuleLoadData", _l2.SHARED_BYTES, [SMS, 1, 1, 1, 1, 1, shared, 7])
+    assert _l2._modules == ["cuModuleLoadData"], "kept: unloading is not allowed while a graph is captured"
+
+
+@pytest.mark.parametrize("broken", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel"])
+def test_a_driver_that_refuses_means_no_sides(here: torch.device, monkeypatch: pytest.MonkeyPatch, broken: str):
+    driver = Driver(broken)
+    use(driver, monkeypatch)
+    with pytest.raises(RuntimeError, match=f"{broken}: CUDA_ERROR_BROKEN"):
+        _l2._latencies(here)
+    assert driver.calls[-1][0] == broken
+    assert _l2.sides_of_sms(here) is None
+
+
+def test_lines_are_spread_over_both_halves():
+    """An odd number of lines of 128 bytes from one to the next."""
     assert _l2.STRIDE % 128 == 0
     assert (_l2.STRIDE // 128) % 2 == 1
-    assert "{" in _l2.PROBE
-    assert "{LINES}" not in _l2.PROBE

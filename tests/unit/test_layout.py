@@ -41,7 +41,7 @@ OTHERS = {
         "item_shift",
         "lag_tiles",
         "clamp",
-        "two_sides",
+        "want_sides",
         "side_of_sm",
     ),
 }

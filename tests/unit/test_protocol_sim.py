@@ -45,7 +45,7 @@ MISTAKES = (
         "if (sim::mutant != 203 + static_cast<u32>(phase)) rank_wait<kRanks>(p,",
     ),
     Change("sched/order.cuh", "next2.first() + ring", "next2.first() + (sim::mutant == 202 ? 1u << 20 : ring)"),
-    Change("comm/sides.cuh", "return counted %", "return sim::mutant == 205 ? p.two_sides : counted %"),
+    Change("comm/sides.cuh", "return counted %", "return sim::mutant == 205 ? p.want_sides : counted %"),
     Change(
         "roles/combine.cuh",
         "blockIdx.x == 0) p.control[kControlSides]",

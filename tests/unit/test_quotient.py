@@ -17,10 +17,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return host.build(host.SOURCES / "quotient.cpp", target, "-iquote", str(host.SOURCES / "shim"), "-ffp-contract=off")
 
 
-def test_scales_are_those_of_a_division(program: Path):
+@pytest.mark.parametrize("toward", ["0", "inf"])
+def test_scales_are_those_of_a_division(program: Path, toward: str):
     dice = random.Random(1)
     magnitudes = [10 ** dice.uniform(-10, 30) for _ in range(3000)] + [448.0 * 2.0**e for e in range(-40, 60)]
-    run = subprocess.run([program, *map(repr, [1e-10, *magnitudes])], capture_output=True, text=True, check=True)
+    run = subprocess.run([program, toward, *map(repr, [1e-10, *magnitudes])], capture_output=True, text=True, check=True)
     off = 0
     for line in run.stdout.splitlines():
         scale, exact, inverse, exact_inverse = map(int, line.split())

@@ -1,5 +1,5 @@
-// Prints, for the bits of each argument, the bits of its quantisation scale and of the reciprocal of that; the approximation is
-// a unit of the last place off, as the hardware's may be.
+// Prints, for the bits of each argument, the bits of its quantisation scale and of the reciprocal of that.  The first argument
+// says to which side the approximation is a unit of the last place off, as the hardware's may be.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +13,8 @@ static float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 #include "ptx/convert.cuh"
 #undef reciprocal_approx
 namespace megamoe::ptx {
-inline float reciprocal_approx(float x) { return std::nextafter(1 / x, 0.0f); }
+float toward;
+inline float reciprocal_approx(float x) { return std::nextafter(1 / x, toward); }
 }  // namespace megamoe::ptx
 
 #include "epilogue/quotient.cuh"
@@ -25,8 +26,10 @@ static unsigned bits(float x) {
 }
 
 int main(int count, char** arguments) {
-    for (int i = 1; i < count; ++i) {
+    megamoe::ptx::toward = std::strtof(arguments[1], nullptr);
+    for (int i = 2; i < count; ++i) {
         const float largest = std::strtof(arguments[i], nullptr), scale = megamoe::quant_scale(largest);
-        std::printf("%u %u %u %u\n", bits(scale), bits(largest / 448.0f), bits(megamoe::reciprocal(scale)), bits(1.0f / scale));
+        const float inverse = megamoe::reciprocal(scale);
+        std::printf("%u %u %u %u\n", bits(scale), bits(largest / 448.0f), bits(inverse), bits(1.0f / scale));
     }
 }

@@ -222,7 +222,7 @@ struct Run {
         const u32 grid = dice.chance(60) ? max_blocks : 1 + dice.below(max_blocks), lags[] = {0, 3, 2 * grid, 1000};
         p.tokens = count, p.sort_blocks = 1 + dice.below(grid);
         p.item_shift = dice.chance(50) ? 0 : 3, p.lag_tiles = lags[dice.below(4)];
-        p.two_sides = grid > 1 && dice.chance(50);
+        p.want_sides = grid > 1 && dice.chance(50);
         p.side_of_sm[0] = dice.below(4) ? dice.below(1u << 16) : 0;   // any, or all on one side
         for (u32 s = 0; s < ranks; ++s) p.peers[s] = reinterpret_cast<u64>(all[s].symmetric);
         rank.now.pingpong = variant == "pingpong" || (variant == "mixed" && dice.chance(50));
