@@ -21,7 +21,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scales_are_those_of_a_division(program: Path, toward: str):
     dice = random.Random(1)
     magnitudes = [10 ** dice.uniform(-10, 30) for _ in range(3000)] + [448.0 * 2.0**e for e in range(-40, 60)]
-    run = subprocess.run([program, toward, *map(repr, [1e-10, *magnitudes])], capture_output=True, text=True, check=True)
+    arguments = [toward, *map(repr, [1e-10, *magnitudes])]
+    run = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
     off = 0
     for line in run.stdout.splitlines():
         scale, exact, inverse, exact_inverse = map(int, line.split())
