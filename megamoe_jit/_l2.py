@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._errors import LoadError
 from megamoe_jit._fork import renew_after_fork
+from megamoe_jit._loader import checked
 from megamoe_jit._params import SIDE_WORDS
 
 __all__ = ["sides_of_sms", "split"]
@@ -94,15 +96,15 @@ def sides_of_sms(device: torch.device) -> tuple[int, ...] | None:
     Args:
         device: a CUDA device whose context is current; its current stream is waited for.
     """
-    sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
     with _lock:
         if device.index in _known:
             return _known[device.index]
         if torch.cuda.is_current_stream_capturing():
             return None
+        sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
         try:
-            latencies = _latencies(device)
-        except (RuntimeError, ImportError) as error:
+            latencies = _latencies(device, sms)
+        except (LoadError, RuntimeError, ImportError) as error:
             LOG.info("the halves of the L2 of device %s cannot be measured: %s", device.index, error)
             return None
         reached = _reached(latencies)
@@ -148,24 +150,19 @@ def split(latencies: torch.Tensor) -> tuple[int, ...] | None:
     return tuple(words)
 
 
-def _latencies(device: torch.device) -> torch.Tensor:
+def _latencies(device: torch.device, sms: int) -> torch.Tensor:
     """Cycles of an atomic, ``[MOST_SMS, LINES]`` on the CPU; zeros for what is no SM."""
     from cuda.bindings import driver
 
-    def done(result: tuple[Any, ...], what: str) -> Any:
-        if int(result[0]) != 0:
-            raise RuntimeError(f"{what}: {getattr(result[0], 'name', result[0])}")
-        return result[1] if len(result) > 1 else None
-
-    sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
     lines = torch.zeros(LINES * STRIDE // 4, dtype=torch.int32, device=device)
     latencies = torch.zeros(MOST_SMS, LINES, dtype=torch.int32, device=device)
-    module = done(driver.cuModuleLoadData(PROBE.encode() + b"\0"), "cuModuleLoadData")
+    module = checked(driver, driver.cuModuleLoadData(PROBE.encode() + b"\0"), "cuModuleLoadData")
     _modules.append(module)
-    function = done(driver.cuModuleGetFunction(module, b"l2_sides_probe"), "cuModuleGetFunction")
+    function = checked(driver, driver.cuModuleGetFunction(module, b"l2_sides_probe"), "cuModuleGetFunction")
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    done(driver.cuFuncSetAttribute(function, limit, SHARED_BYTES), "cuFuncSetAttribute")
+    checked(driver, driver.cuFuncSetAttribute(function, limit, SHARED_BYTES), "cuFuncSetAttribute")
     arguments = ((lines.data_ptr(), latencies.data_ptr()), (ctypes.c_void_p, ctypes.c_void_p))
     stream = torch.cuda.current_stream(device).cuda_stream
-    done(driver.cuLaunchKernel(function, sms, 1, 1, 1, 1, 1, SHARED_BYTES, stream, arguments, 0), "cuLaunchKernel")
+    launched = driver.cuLaunchKernel(function, sms, 1, 1, 1, 1, 1, SHARED_BYTES, stream, arguments, 0)
+    checked(driver, launched, "cuLaunchKernel")
     return latencies.cpu()

@@ -24,7 +24,7 @@ from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._wheels import wheel_command
 
-__all__ = ["LoadedKernel", "load_kernel"]
+__all__ = ["LoadedKernel", "checked", "load_kernel"]
 
 LOG = logging.getLogger("megamoe_jit")
 
@@ -163,14 +163,14 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
     status, library = driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
     if _name(status) in _REFUSED:
         return _refusal(driver, compiled, _name(status))
-    _check(driver, (status,), f"cuLibraryLoadData({spec.entry})")
-    kernel = _check(driver, driver.cuLibraryGetKernel(library, spec.entry.encode()), "cuLibraryGetKernel")
+    checked(driver, (status,), f"cuLibraryLoadData({spec.entry})")
+    kernel = checked(driver, driver.cuLibraryGetKernel(library, spec.entry.encode()), "cuLibraryGetKernel")
     status, function = driver.cuKernelGetFunction(kernel)
     if _name(status) in _REFUSED:
         return _refusal(driver, compiled, _name(status))
-    _check(driver, (status,), f"cuKernelGetFunction({spec.entry})")
+    checked(driver, (status,), f"cuKernelGetFunction({spec.entry})")
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(
+    checked(
         driver,
         driver.cuFuncSetAttribute(function, attribute, spec.shared_bytes),
         f"raising the shared memory of {spec.entry} to {spec.shared_bytes} bytes",
@@ -181,13 +181,13 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
 def _enter_context(driver: Any, device_index: int, spec: KernelSpec) -> None:
     """Make sure the primary context of the device is current, as torch has it."""
     try:
-        _check(driver, driver.cuInit(0), "cuInit")
+        checked(driver, driver.cuInit(0), "cuInit")
     except RuntimeError as error:  # cuda-bindings found no libcuda
         raise LoadError(f"there is no NVIDIA driver (libcuda.so.1): {error}") from error
-    device = _check(driver, driver.cuDeviceGet(device_index), f"cuDeviceGet({device_index})")
+    device = checked(driver, driver.cuDeviceGet(device_index), f"cuDeviceGet({device_index})")
     kind = driver.CUdevice_attribute
     major, minor = (
-        int(_check(driver, driver.cuDeviceGetAttribute(attribute, device), "cuDeviceGetAttribute"))
+        int(checked(driver, driver.cuDeviceGetAttribute(attribute, device), "cuDeviceGetAttribute"))
         for attribute in (
             kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
             kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -199,11 +199,11 @@ def _enter_context(driver: Any, device_index: int, spec: KernelSpec) -> None:
         )
     primary = _contexts.get(device_index)
     if primary is None:
-        primary = _check(driver, driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
+        primary = checked(driver, driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
         _contexts[device_index] = primary
-    current = _check(driver, driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
+    current = checked(driver, driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
     if int(current) == 0:
-        _check(driver, driver.cuCtxSetCurrent(primary), "cuCtxSetCurrent")
+        checked(driver, driver.cuCtxSetCurrent(primary), "cuCtxSetCurrent")
     elif int(current) != int(primary):
         raise LoadError(
             f"the current CUDA context is not the primary context of device {device_index}; "
@@ -215,7 +215,7 @@ def _name(status: Any) -> str:
     return str(getattr(status, "name", status))
 
 
-def _check(driver: Any, result: tuple[Any, ...], what: str) -> Any:
+def checked(driver: Any, result: tuple[Any, ...], what: str) -> Any:
     """The value of a driver call; raises `LoadError` if it failed."""
     status = result[0]
     if int(status) != 0:

@@ -35,7 +35,7 @@ class CallPlan:
     choice: Choice
     num_sms: int
     sort_blocks: int
-    two_sides: bool = False  #: each half of the L2 has columns of its own
+    two_sides: bool  #: each half of the L2 has columns of its own
 
 
 class PreparedKernel:

@@ -10,9 +10,9 @@
 //
 // Blocks are persistent and resident together (cooperative launch), one per SM.  The variants differ in `Config` alone.
 #pragma once
+#include "comm/sides.cuh"
 #include "comm/timeline.cuh"
 #include "dispatch/gather.cuh"
-#include "comm/sides.cuh"
 #include "roles/combine.cuh"
 #include "roles/load.cuh"
 #include "roles/math.cuh"

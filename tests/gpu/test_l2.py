@@ -19,7 +19,7 @@ SIZES = (SHAPE.topk, SHAPE.hidden, SHAPE.intermediate)
 def test_this_gpu_has_two_halves(device: torch.device):
     """Seen on every H100 and H200 so far; the measurement is repeatable."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    found = [sides_of_sms(device), *(split(_l2._latencies(device)) for _ in range(4))]
+    found = [sides_of_sms(device), *(split(_l2._latencies(device, sms)) for _ in range(4))]
     assert found[0] is not None
     first = {sm for sm in range(MOST_SMS) if found[0][sm // 32] >> sm % 32 & 1}
     assert len(first) == sms // 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megamoe_jit import _l2
+from megamoe_jit._errors import LoadError
 from megamoe_jit._l2 import LINES, MOST_SMS, split
 from megamoe_jit._params import SIDE_WORDS
 
@@ -92,7 +93,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 def test_a_device_is_measured_once(fresh: torch.device, monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(_l2, "_latencies", lambda device: asked.append(device) or latencies(gpcs()))
+    monkeypatch.setattr(_l2, "_latencies", lambda device, sms: asked.append(device) or latencies(gpcs()))
     first = _l2.sides_of_sms(fresh)
     assert first is not None
     assert first is _l2.sides_of_sms(fresh)
@@ -102,7 +103,7 @@ def test_a_device_is_measured_once(fresh: torch.device, monkeypatch: pytest.Monk
 def test_what_failed_is_tried_again(
     fresh: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def fails(device: torch.device) -> torch.Tensor:
+    def fails(device: torch.device, sms: int) -> torch.Tensor:
         raise RuntimeError("cuModuleLoadData: CUDA_ERROR_JIT_COMPILER_NOT_FOUND")
 
     missed = latencies(gpcs())
@@ -110,11 +111,11 @@ def test_what_failed_is_tried_again(
     with caplog.at_level("INFO", "megamoe_jit"):
         monkeypatch.setattr(_l2, "_latencies", fails)
         assert _l2.sides_of_sms(fresh) is None
-        monkeypatch.setattr(_l2, "_latencies", lambda device: missed)
+        monkeypatch.setattr(_l2, "_latencies", lambda device, sms: missed)
         assert _l2.sides_of_sms(fresh) is None
     assert "CUDA_ERROR_JIT_COMPILER_NOT_FOUND" in caplog.text
     assert "131 of 132 SMs were reached" in caplog.text
-    monkeypatch.setattr(_l2, "_latencies", lambda device: latencies(gpcs()))
+    monkeypatch.setattr(_l2, "_latencies", lambda device, sms: latencies(gpcs()))
     assert _l2.sides_of_sms(fresh) is not None
 
 
@@ -122,7 +123,7 @@ def test_a_chip_without_halves_is_measured_once(
     fresh: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     asked = []
-    monkeypatch.setattr(_l2, "_latencies", lambda device: asked.append(device) or latencies(gpcs(), gap=0))
+    monkeypatch.setattr(_l2, "_latencies", lambda device, sms: asked.append(device) or latencies(gpcs(), gap=0))
     with caplog.at_level("INFO", "megamoe_jit"):
         assert [_l2.sides_of_sms(fresh) for _ in range(3)] == [None] * 3
     assert len(asked) == 1
@@ -131,7 +132,7 @@ def test_a_chip_without_halves_is_measured_once(
 
 def test_nothing_is_measured_while_a_graph_is_captured(fresh: torch.device, monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(_l2, "_latencies", lambda device: asked.append(device) or latencies(gpcs()))
+    monkeypatch.setattr(_l2, "_latencies", lambda device, sms: asked.append(device) or latencies(gpcs()))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert (_l2.sides_of_sms(fresh), asked) == (None, [])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -161,7 +162,7 @@ class Driver:
                 (_, target), _ = given[9]
                 measured = latencies(gpcs()).contiguous()
                 ctypes.memmove(target, measured.data_ptr(), measured.numel() * 4)
-            return (0, name)
+            return (0, b"it is broken" if name == "cuGetErrorString" else name)
 
         return call
 
@@ -183,7 +184,7 @@ def use(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_driver_is_asked_for(here: torch.device, monkeypatch: pytest.MonkeyPatch):
     driver = Driver()
     use(driver, monkeypatch)
-    assert torch.equal(_l2._latencies(here), latencies(gpcs()))
+    assert torch.equal(_l2._latencies(here, SMS), latencies(gpcs()))
     assert [call[0] for call in driver.calls] == [
         "cuModuleLoadData",
         "cuModuleGetFunction",
@@ -201,9 +202,9 @@ def test_what_the_driver_is_asked_for(here: torch.device, monkeypatch: pytest.Mo
 def test_a_driver_that_refuses_means_no_sides(here: torch.device, monkeypatch: pytest.MonkeyPatch, broken: str):
     driver = Driver(broken)
     use(driver, monkeypatch)
-    with pytest.raises(RuntimeError, match=f"{broken}: CUDA_ERROR_BROKEN"):
-        _l2._latencies(here)
-    assert driver.calls[-1][0] == broken
+    with pytest.raises(LoadError, match=f"^{broken} failed: CUDA_ERROR_BROKEN"):
+        _l2._latencies(here, SMS)
+    assert [call[0] for call in driver.calls[-2:]] == [broken, "cuGetErrorString"]
     assert _l2.sides_of_sms(here) is None
 
 

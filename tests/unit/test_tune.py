@@ -39,7 +39,7 @@ class Tuned(Layer):
         shape = MoEShape(hidden, intermediate, experts, topk)
 
         def plan(tokens, variant, fast_math, num_sms):
-            return CallPlan(None, choose(shape, tokens, variant=variant), 132, 1)
+            return CallPlan(None, choose(shape, tokens, variant=variant), 132, 1, False)
 
         def launch(plan, *, y, tokens, l1, l2, stats, clamp):
             variant, before = plan.choice.variant.value, Clock.now
