@@ -6,8 +6,9 @@ interface tells them, and chips differ, so it is measured: an atomic is done in 
 latency says whether that is the near one. A pattern of near and far lines is common to all SMs of a half.
 
 The measuring kernel is PTX, which the driver compiles by itself: where kernels come from a cache there may be no
-compiler. It takes a few milliseconds, once per process and device; only a measurement that failed, or did not reach
-every SM, is tried again with the next buffer. Results do not depend on what it finds.
+compiler. It takes a few milliseconds, once per process and device; a measurement that failed, or did not reach every
+SM, is tried again when the next kernel is bound to a buffer, three times in all. Results do not depend on what it
+finds.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ STRIDE = 4224  #: bytes from one to the next: not a power of two, so that they a
 ROUNDS = 6  #: of each line, of which the quickest counts
 MOST_SMS = 32 * SIDE_WORDS
 SHARED_BYTES = 200 << 10  #: so much that no SM has room for two blocks
+MOST_TRIES = 3  #: of a measurement that does not succeed
 ALIKE = 0.5  #: least correlation, in absolute value, of an SM with the first one
 
 PROBE = f"""
@@ -84,6 +86,7 @@ NEXT_ROUND:
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock")
 _known: dict[int, tuple[int, ...] | None] = {}
+_failed: dict[int, int] = {}
 _modules: list[Any] = []  # never unloaded: somebody may be capturing a graph
 
 
@@ -101,21 +104,27 @@ def sides_of_sms(device: torch.device) -> tuple[int, ...] | None:
             return _known[device.index]
         if torch.cuda.is_current_stream_capturing():
             return None
-        sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
         try:
-            latencies = _latencies(device, sms)
+            words = split(_measured(device))
+            if words is None:
+                LOG.info("the L2 of device %s shows no two halves; every SM takes tiles of all columns", device.index)
         except (LoadError, RuntimeError, ImportError) as error:
             LOG.info("the halves of the L2 of device %s cannot be measured: %s", device.index, error)
-            return None
-        reached = _reached(latencies)
-        if len(reached) != sms:
-            LOG.info("the halves of the L2 of device %s: %d of %d SMs were reached", device.index, len(reached), sms)
-            return None
-        words = split(latencies)
-        if words is None:
-            LOG.info("the L2 of device %s shows no two halves; every SM takes tiles of all columns", device.index)
+            _failed[device.index] = _failed.get(device.index, 0) + 1
+            if _failed[device.index] < MOST_TRIES:
+                return None
+            words = None
         _known[device.index] = words
         return words
+
+
+def _measured(device: torch.device) -> torch.Tensor:
+    sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    latencies = _latencies(device, sms)
+    reached = len(_reached(latencies))
+    if reached != sms:
+        raise LoadError(f"{reached} of {sms} SMs were reached")
+    return latencies
 
 
 def _reached(latencies: torch.Tensor) -> torch.Tensor:

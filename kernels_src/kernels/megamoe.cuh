@@ -35,7 +35,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
         ptx::mbarrier_init_fence();
         for (const ptx::TensorMap* map : {&p.act1, &p.weight1, &p.act2, &p.weight2, &p.act1_small, &p.act2_small}) ptx::prefetch_tensor_map(map);
-        count_side(p);
+        shared.side() = count_side(p);
         if (blockIdx.x == 0)   // drawn, and counted below, after the first grid barrier
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;
     }
@@ -86,7 +86,7 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
         if (warp == 0) {
             if (one) LoadActivations<C>{p, shared, plan}.run();
         } else if (warp == 1) {
-            if (one) LoadWeights<C>{p, shared, plan, plan.two_sides ? side_of_block(p) : 0}.run();
+            if (one) LoadWeights<C>{p, shared, plan, plan.two_sides ? shared.side() : 0}.run();
         } else if (warp == 2) {
             Gather<C>(p, shared, plan).rest();
         } else {

@@ -60,6 +60,7 @@ template <class C> struct Shared {
     MEGA_DEVICE u32 slot_address(u32 s) const { return address + kSlotAt + s * kSlotBytes; }
     MEGA_DEVICE u32& active_count() const { return *reinterpret_cast<u32*>(base + kActiveCountAt); }
     MEGA_DEVICE u32& two_sides() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 4); }
+    MEGA_DEVICE u32& side() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 8); }   // this block's
     MEGA_DEVICE u32* expert_rows() const { return reinterpret_cast<u32*>(base + kRowsAt); }
     MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
     MEGA_DEVICE u32* expert_items() const { return reinterpret_cast<u32*>(base + kItemsAt); }

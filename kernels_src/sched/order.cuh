@@ -9,14 +9,15 @@
 // A phase is one GEMM of one unit; a column is the tiles of a phase that have their 256 columns n, and so their weights, in
 // common.  The L2 has two halves.  An SM reads through the near one, so what SMs near both read lies in both, and is copied
 // across the link between them.  With two sides, each takes every other column, by tickets of its own: a weight is then read
-// on one side only, and weights take up half as much of the L2.  Both sides walk over the same phases, so they stay together.
+// on one side only, and weights take up half as much of the L2.  Both sides walk over the same phases, so they stay together; of an odd
+// number of columns a side has one more in every other unit, of each GEMM for itself, since their tiles differ in depth.
 //
-//   phase       GEMM 1 of unit 0, 16 columns     GEMM 2 of unit 0, 3 columns     the next
-//   side 0      n = 0, 2, 4 ... 14               n = 0, 2                        n = 1, 3 ...
-//   side 1      n = 1, 3, 5 ... 15               n = 1                           n = 0, 2 ...
+//   phase       GEMM 1 of unit 0, 16 columns     GEMM 2 of unit 0, 3 columns     GEMM 1 of unit 1     GEMM 2 of unit 1
+//   side 0      n = 0, 2, 4 ... 14               n = 0, 2                        n = 0, 2 ...         n = 1
+//   side 1      n = 1, 3, 5 ... 15               n = 1                           n = 1, 3 ...         n = 0, 2
 //
 // No deadlock: a tile waits only for tiles of earlier phases, each side's tickets are taken in order by resident blocks, of
-// which each side has some (comm/sides.cuh), and the first unfinished phase waits for nothing but dispatch, which has its
+// which each side that has tiles has some (comm/sides.cuh), and the first unfinished phase waits for nothing but dispatch, which has its
 // own warps and waits for earlier phases only.
 //
 // Pure index arithmetic: it also compiles with a plain C++17 compiler.
@@ -60,12 +61,12 @@ template <class C> struct TileOrder {
     UnitCursor<C> next1, next2;         // next unit of GEMM 1 and of GEMM 2
     u32 issued1 = 0, passed1 = 0;       // GEMM 1 tiles in phases so far; in units whose GEMM 2 has come
     u32 first = 0, count = 0;           // this side's tickets of the current phase: one unit of one GEMM
-    u32 columns = 0;                    // of the phase
-    u32 skipped;                        // of them, before this side's first: 0 or 1; with one side always 0
+    u32 skip1, skip2;                   // columns before this side's first of the next unit, by GEMM: 0 or 1
+    u32 skipped = 0;                    // the same of the current phase; with one side always 0
     u32 kind = Tile::gemm1, expert = 0, row = 0, rows = 0, width = 0;
 
     MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows, u32 side)
-        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), next1(plan_), next2(next1), skipped(side) {}
+        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), next1(plan_), next2(next1), skip1(side), skip2(side) {}
 
     /// Moves to the next phase, in which this side may have no tile; false when there is none.
     MEGA_DEVICE bool next_phase() {
@@ -77,10 +78,10 @@ template <class C> struct TileOrder {
         expert = plan.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
         unit.advance(plan);
         // with one side all columns are this side's; with two, half of what is left from its first on, rounded up
-        skipped = (skipped + columns) & plan.two_sides, columns = due ? kTilesN2 : kTilesN1;
-        first += count, count = width * ((columns + plan.two_sides - skipped) >> plan.two_sides);
-        if (due) next2 = unit, passed1 += own1;
-        else next1 = unit, issued1 += width * kTilesN1;
+        skipped = due ? skip2 : skip1;
+        first += count, count = width * (((due ? kTilesN2 : kTilesN1) + plan.two_sides - skipped) >> plan.two_sides);
+        if (due) next2 = unit, passed1 += own1, skip2 ^= kTilesN2 & plan.two_sides;
+        else next1 = unit, issued1 += width * kTilesN1, skip1 ^= kTilesN1 & plan.two_sides;
         return true;
     }
 

@@ -12,6 +12,13 @@
 
 namespace megamoe {
 
+/// Whether so many blocks on either side of the L2 may each take half of the tiles (comm/sides.cuh): a side without blocks
+/// would leave its half undone, and one with few would be late.
+MEGA_DEVICE u32 even_enough(u32 blocks0, u32 blocks1) {
+    const u32 fewer = min_u32(blocks0, blocks1);
+    return fewer > 0 && 4 * fewer >= blocks0 + blocks1;
+}
+
 /// Tables in shared memory, built once per launch by dispatch/sort.cuh.
 struct Plan {
     const u32* rows;      // [local experts]

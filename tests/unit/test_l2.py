@@ -85,6 +85,7 @@ def test_anything_else_has_no_sides(what: str, side: torch.Tensor, more: dict[st
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(_l2, "_known", {})
+    monkeypatch.setattr(_l2, "_failed", {})
     properties = SimpleNamespace(multi_processor_count=SMS)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -117,6 +118,18 @@ def test_what_failed_is_tried_again(
     assert "131 of 132 SMs were reached" in caplog.text
     monkeypatch.setattr(_l2, "_latencies", lambda device, sms: latencies(gpcs()))
     assert _l2.sides_of_sms(fresh) is not None
+
+
+def test_what_fails_always_is_given_up(fresh: torch.device, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def fails(device: torch.device, sms: int) -> torch.Tensor:
+        asked.append(device)
+        raise RuntimeError("cuModuleLoadData: CUDA_ERROR_JIT_COMPILER_NOT_FOUND")
+
+    monkeypatch.setattr(_l2, "_latencies", fails)
+    assert [_l2.sides_of_sms(fresh) for _ in range(9)] == [None] * 9
+    assert len(asked) == _l2.MOST_TRIES
 
 
 def test_a_chip_without_halves_is_measured_once(

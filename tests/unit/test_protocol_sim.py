@@ -34,7 +34,8 @@ BLOCKS = {1: 6, 2: 4, 4: 2, 8: 2}  #: most of a launch
 
 #: A wait that is over at once, by its code; ranks that take the launch before for this one, or do not meet in one of
 #: the phases; an order of tiles that does not see that its ring is full; sides of which one has no block, or had one
-#: in the launch before.  Which one is chosen when the program runs.
+#: in the launch before; a block that takes tiles of another side than it has counted as.  Which one is chosen when
+#: the program runs.
 MISTAKES = (
     *SMALL,
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
@@ -45,14 +46,15 @@ MISTAKES = (
         "if (sim::mutant != 203 + static_cast<u32>(phase)) rank_wait<kRanks>(p,",
     ),
     Change("sched/order.cuh", "next2.first() + ring", "next2.first() + (sim::mutant == 202 ? 1u << 20 : ring)"),
-    Change("comm/sides.cuh", "return counted %", "return sim::mutant == 205 ? p.want_sides : counted %"),
+    Change("comm/sides.cuh", "return even_enough(", "return sim::mutant == 205 ? p.want_sides : even_enough("),
+    Change("kernels/megamoe.cuh", "? shared.side() :", "? (sim::mutant == 207 ? 0 : shared.side()) :"),
     Change(
         "roles/combine.cuh",
         "blockIdx.x == 0) p.control[kControlSides]",
         "blockIdx.x == 0 && sim::mutant != 206) p.control[kControlSides]",
     ),
 )
-STALE_EPOCH, BLIND_ORDER, NO_INPUTS, NO_RESULTS, LONELY_SIDE, OLD_SIDES = 201, 202, 203, 204, 205, 206
+STALE_EPOCH, BLIND_ORDER, NO_INPUTS, NO_RESULTS, LONELY_SIDE, OLD_SIDES, OTHER_SIDE = 201, 202, 203, 204, 205, 206, 207
 
 Build = Callable[..., Simulator]
 
@@ -186,7 +188,7 @@ def test_a_deadlock_says_who_waits_for_what(build: Build):
     assert "activations warp, waited in vain for the second GEMM to finish the rows from" in problem
 
 
-@pytest.mark.parametrize("mistake", [LONELY_SIDE, OLD_SIDES])
+@pytest.mark.parametrize("mistake", [LONELY_SIDE, OLD_SIDES, OTHER_SIDE])
 def test_a_side_without_a_block_would_leave_its_tiles_undone(build: Build, mistake: int):
     assert find(build(2, MISTAKES), mistake) != ""
 

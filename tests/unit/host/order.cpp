@@ -41,6 +41,8 @@ void walk(bool pingpong, const Plan& plan, const Run& run, const u32* tickets, u
 
 }  // namespace
 
+extern "C" u32 even_enough(u32 blocks0, u32 blocks1) { return megamoe::even_enough(blocks0, blocks1); }
+
 /// False when these sizes are not built in.
 extern "C" bool locate(u32 hidden, u32 intermediate, bool pingpong, const u32* rows, const u32* bases, const u16* active,
                        u32 experts, u32 active_experts, u32 lag, u32 pool_rows, u32 two_sides, u32 side, const u32* tickets,
