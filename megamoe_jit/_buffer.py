@@ -24,7 +24,7 @@ from megamoe_jit._ranks import collectively, gather, require_equal
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._text import first_line
-from megamoe_jit.heuristics.select import choose
+from megamoe_jit.heuristics.select import all_variants, choose
 
 if TYPE_CHECKING:
     from megamoe_jit._prepared import CallPlan, PreparedKernel
@@ -127,6 +127,16 @@ class SymmBuffer(LayerMemory):
             self._prepared.update({(v, fast_math): kernel for v, kernel in made.items()})
             prepared = made[variant]
         return prepared
+
+    def prepare_all(self, fast_math: bool = True) -> None:
+        """Prepare every kernel that some token count can pick: before CUDA graphs of several batch sizes are captured.
+
+        Raises:
+            CaptureError: the current stream is capturing and a kernel is not loaded yet.
+            RankMismatchError: the ranks have different kernels.
+        """
+        for variant in all_variants(self.shape):
+            self.prepare(variant, fast_math)
 
     def _bind(self, variants: Iterable[Variant], fast_math: bool) -> dict[Variant, PreparedKernel]:
         from megamoe_jit._prepared import PreparedKernel

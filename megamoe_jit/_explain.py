@@ -218,9 +218,10 @@ def plan(
     from megamoe_jit._settings import get_settings
 
     settings = get_settings()
+    layout = buffer_layout(shape, tokens, ranks)
     picked = choose(
         shape,
-        tokens,
+        layout.capacity,
         ranks=ranks,
         variant=settings.variant if variant == AUTO else variant,
         cooperative_threshold=settings.cooperative_threshold,
@@ -229,7 +230,6 @@ def plan(
     )
     variants = all_variants(shape) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks) for each in variants]
-    layout = buffer_layout(shape, tokens, ranks)
     return {
         "shape": asdict(shape),
         "ranks": ranks,

@@ -108,8 +108,9 @@ def _refuse_capture(spec: KernelSpec) -> None:
     cuda = getattr(torch, "cuda", None)
     if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
         raise CaptureError(
-            f"kernel {spec.entry} is used for the first time while a CUDA graph is being captured; run the "
-            f"layer once before the capture (to compile it ahead of time: {warmup_command(spec)})"
+            f"kernel {spec.entry} is used for the first time while a CUDA graph is being captured; call the buffer's "
+            f"prepare_all() before the capture, since a call loads the kernel of its own token count alone "
+            f"(to compile it ahead of time: {warmup_command(spec)})"
         )
 
 

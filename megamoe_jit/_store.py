@@ -123,12 +123,7 @@ class EntryStore:
             major: CUDA major version to prefer, with older ones after it and newer ones last.
             but_not: digests of binaries to leave out.
         """
-        if self._by_source is None or not self.read_only:
-            self._by_source = {}
-            for info in self.entries():
-                if self.read_only or (info.path / IMPORTED).exists():
-                    self._by_source.setdefault(str(info.meta.get("source_id")), []).append(info)
-        found = self._by_source.get(source, [])
+        found = self._sources().get(source, [])
 
         def rank(info: EntryInfo) -> tuple[bool, tuple[int, ...]]:
             version = tuple(int(part) for part in info.compiler.split(".") if part.isdigit())
@@ -139,6 +134,20 @@ class EntryStore:
             if entry is not None:
                 return entry
         return None
+
+    def _sources(self) -> dict[str, list[EntryInfo]]:
+        """Entries that `load_source` may take, by source; remembered where nothing changes.
+
+        Several threads may ask at once, so nobody sees the table before it is whole.
+        """
+        known = self._by_source
+        if known is None or not self.read_only:
+            known = {}
+            for info in self.entries():
+                if self.read_only or (info.path / IMPORTED).exists():
+                    known.setdefault(str(info.meta.get("source_id")), []).append(info)
+            self._by_source = known
+        return known
 
     def store(self, key: str, cubin: bytes, source: str, meta: Mapping[str, Any]) -> bool:
         """Publish an entry; never raises `OSError`.
@@ -285,6 +294,7 @@ class EntryStore:
         try:
             if self.read_only:
                 raise PermissionError("it is read-only")
+            folder.lstat()  # before any directory is made: where there is no entry there may be no cache
             private_directory(grave.parent)
             os.rename(folder, grave)
         except FileNotFoundError:

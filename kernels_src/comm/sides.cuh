@@ -11,7 +11,6 @@
 #include "layout/params.cuh"
 #include "ptx/control.cuh"
 #include "ptx/memory.cuh"
-#include "sched/plan.cuh"
 
 namespace megamoe {
 
@@ -29,10 +28,10 @@ MEGA_DEVICE u32 count_side(const Params& p) {
     if (p.want_sides) ptx::fetch_add_relaxed(p.control + kControlSides, side ? kOneOfSide1 : 1);
     return side;
 }
-/// 1 if each side takes columns of its own.
-MEGA_DEVICE u32 both_sides(const Params& p) {
+/// Blocks of either side.
+MEGA_DEVICE void counted_sides(const Params& p, u32 (&blocks)[2]) {
     const u32 counted = ptx::load_l2(p.control + kControlSides);
-    return even_enough(counted % kOneOfSide1, counted / kOneOfSide1);
+    blocks[0] = counted % kOneOfSide1, blocks[1] = counted / kOneOfSide1;
 }
 
 }  // namespace megamoe

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import megamoe_jit as mm
+from megamoe_jit._settings import override
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
 from tests.gpu.harness import VARIANTS, Layer, equal_bits, poisoned
@@ -165,6 +166,25 @@ def test_graphs_of_two_sizes_interleaved(layer, buffer, device):
             y.fill_(float("nan"))
             graph.replay()
             assert equal_bits(y, expected)
+
+
+def test_graphs_of_sizes_that_take_different_kernels(device):
+    """No call before the captures, as servers do it: smallest batch last."""
+    fresh = Layer(MoEShape(512, 384, 24, 3), device)  # no other test has this shape
+    with override(cooperative_threshold=64), fresh.buffer(128) as buffer:
+        buffer.prepare_all()
+        graphs = []
+        for tokens in (100, 20):
+            y, graph = poisoned(tokens, 512, device), torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                mm.fp8_mega_moe(y, fresh.l1, fresh.l2, buffer, activation_clamp=10.0)
+            graphs.append((tokens, y, graph))
+        for tokens, y, graph in graphs:
+            inputs = fresh.inputs(tokens)
+            inputs.stage(buffer)
+            graph.replay()
+            passed(fresh, y, inputs)
 
 
 def test_capturing_a_kernel_that_never_ran_is_refused_and_the_capture_goes_on(device):

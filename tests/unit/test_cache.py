@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -226,3 +227,39 @@ def test_kernels_handed_over_are_taken_by_cuda_major_and_the_newest_first(tmp_pa
         digests.append(entry.meta["cubin_sha256"])
     assert taken == expected
     assert cache.load_source("one", major, but_not=digests) is None
+
+
+def test_threads_that_ask_at_once_find_what_was_handed_over(tmp_path, monkeypatch):
+    """The second one asks while the first has read one of two entries."""
+    for number, source in enumerate(("one", "two")):
+        meta = {"source_id": source, "nvrtc": {"version": "13.0"}}
+        KernelCache(tmp_path).store(f"{number:064x}", fake_cubin(source.encode()), "", meta)
+    cache = KernelCache(tmp_path, read_only=True)
+    whole, asking, found = cache.entries(), [True], []
+
+    def slow_entries():
+        yield whole[0]
+        if asking.pop():
+            asking.append(False)
+            other = threading.Thread(target=lambda: found.append(cache.load_source("two")))
+            other.start()
+            other.join()
+        yield whole[1]
+
+    monkeypatch.setattr(cache, "entries", slow_entries)
+    assert cache.load_source("one") is not None
+    assert [entry is not None for entry in found] == [True]
+
+
+def test_removing_from_no_cache_makes_none(tmp_path):
+    """With umask 002 it would be one that others may write to, and that is never used again."""
+    before = os.umask(0o002)
+    try:
+        cache = KernelCache(tmp_path / "cache")
+        assert cache.remove(["0" * 64]).removed == ()
+        assert not cache.root.exists()
+        assert cache.store("0" * 64, fake_cubin(b"code"), "", {})
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (cache.root, cache.path, cache.path / "00")} == {"0o700"}
+    assert cache.load("0" * 64) is not None

@@ -112,6 +112,7 @@ class Cuda:
 
     def load(self, spec: KernelSpec, index: int | None, *, param_bytes: int) -> SimpleNamespace:
         assert (index, param_bytes) == (self.current, ctypes.sizeof(Params))
+        assert not self.capturing, "kernels are not loaded in a capture"
         return SimpleNamespace(spec=spec, key=spec.entry)
 
     def launcher(self, loaded: SimpleNamespace, params: Params) -> SimpleNamespace:
@@ -334,3 +335,12 @@ def test_the_device_of_the_buffer_is_entered_and_left(cuda: Cuda, buffer: SymmBu
     call(buffer)
     assert cuda.events == [*uses(buffer, "A"), ("launch", "A"), ("launch", "B")]
     assert cuda.current == OTHER_DEVICE
+
+
+def test_with_all_kernels_prepared_a_capture_may_pick_any(cuda: Cuda, buffer: SymmBuffer):
+    buffer.prepare_all()
+    cuda.capturing = True
+    with override(cooperative_threshold=64):
+        call(buffer, 3)
+        call(buffer, 100)
+    assert [each.spec.variant for each in cuda.launches] == [Variant.PINGPONG, Variant.COOPERATIVE]

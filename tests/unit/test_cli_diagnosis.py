@@ -135,6 +135,7 @@ def test_plan_adds_up():
     assert found["output_bytes"] == 1000 * 4096 * 2
     assert [kernel["variant"] for kernel in found["kernels"]] == ["pingpong", "cooperative"]
     assert (found["full_call"], plan(shape, 8, ranks=8)["full_call"]) == ("cooperative", "pingpong")
+    assert plan(shape, 129)["full_call"] == "cooperative", "129 tokens alone would take pingpong, but 256 fit"
     assert found["kernels"][0]["grid"] == [132, 1, 1]
     (only,) = plan(shape, 1000, variant="cooperative", num_sms=78)["kernels"]
     assert (only["variant"], only["grid"]) == ("cooperative", [78, 1, 1])

@@ -46,7 +46,7 @@ MISTAKES = (
         "if (sim::mutant != 203 + static_cast<u32>(phase)) rank_wait<kRanks>(p,",
     ),
     Change("sched/order.cuh", "next2.first() + ring", "next2.first() + (sim::mutant == 202 ? 1u << 20 : ring)"),
-    Change("comm/sides.cuh", "return even_enough(", "return sim::mutant == 205 ? p.want_sides : even_enough("),
+    Change("dispatch/sort.cuh", "= even_enough(", "= sim::mutant == 205 ? p.want_sides : even_enough("),
     Change("kernels/megamoe.cuh", "? shared.side() :", "? (sim::mutant == 207 ? 0 : shared.side()) :"),
     Change(
         "roles/combine.cuh",
