@@ -5,28 +5,27 @@ A check never raises and never needs a GPU; each says what it found and, unless 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import stat
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._errors import ConfigError, MegaMoeError
-from megamoe_jit._machine import (
-    TOOLS,
-    FileSystem,
-    Machine,
-    compilers,
-    file_system,
-    find_tool,
-    gpus,
-    tool_command,
-)
+from megamoe_jit._check import Check, Status, worst
+from megamoe_jit._doctor_machine import check_compiler as _compiler
+from megamoe_jit._doctor_machine import check_driver as _driver
+from megamoe_jit._doctor_machine import check_gpu as _gpu
+from megamoe_jit._doctor_machine import check_ready_kernels as _ready_kernels
+from megamoe_jit._doctor_machine import check_sources as _sources
+from megamoe_jit._doctor_machine import check_torch as _torch
+from megamoe_jit._doctor_machine import check_trial as _trial
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._machine import TOOLS, FileSystem, compilers, file_system, find_tool, gpus, tool_command
+from megamoe_jit._settings import PREFIX, VARIABLES, default_config_file, get_settings, listed
 from megamoe_jit._text import human_bytes
 
 if TYPE_CHECKING:
@@ -35,48 +34,13 @@ if TYPE_CHECKING:
 __all__ = ["Check", "Status", "examine", "worst"]
 
 LOW_SPACE = 256 << 20  #: free bytes below which a cache gets a warning
-_TRIAL = 'extern "C" __global__ void megamoe_trial(int* out) { out[threadIdx.x] = threadIdx.x; }\n'
-
-
-class Status(StrEnum):
-    """What a check found, from good to bad."""
-
-    OK = "ok"
-    WARN = "warn"  #: works, but not everything or not well
-    FAIL = "fail"  #: kernels cannot be compiled or run here
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the diagnosis.
-
-    Attributes:
-        name: what was looked at.
-        status: what came of it.
-        detail: what was found.
-        next_step: what to do, empty if nothing.
-        data: the facts behind it.
-    """
-
-    name: str
-    status: Status
-    detail: str
-    next_step: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "status": self.status.value, "next_step": self.next_step or None}
-
-
-def worst(checks: list[Check]) -> Status:
-    """The worst status of all."""
-    order = list(Status)
-    return max((check.status for check in checks), key=order.index, default=Status.OK)
 
 
 def examine(trial: bool = True) -> Iterator[Check]:
     """Run every check in turn.
+
+    That of the kernel sources is left out where the packaged ones are used and are whole, that of the ready kernels
+    where kernels may be compiled.
 
     Args:
         trial: whether to compile a small kernel as well.
@@ -85,6 +49,9 @@ def examine(trial: bool = True) -> Iterator[Check]:
     yield settings
     if settings.status is Status.FAIL:
         return  # nothing below can be asked without them
+    sources = _guarded("sources", _sources)
+    if get_settings().kernels_src is not None or sources.status is not Status.OK:
+        yield sources
     found = compilers()
     machine = gpus()
     steps: list[tuple[str, Callable[[], Check]]] = [
@@ -97,6 +64,8 @@ def examine(trial: bool = True) -> Iterator[Check]:
         ("locks", _locks),
         ("tools", _tools),
     ]
+    if get_settings().disable_jit:
+        steps.append(("kernels", lambda: _ready_kernels(machine)))
     if trial:
         steps.append(("trial compile", lambda: _trial(found)))
     for name, step in steps:
@@ -111,90 +80,34 @@ def _guarded(name: str, step: Callable[[], Check]) -> Check:
 
 
 def _settings() -> Check:
-    from megamoe_jit import _settings as module
-
     try:
-        module.get_settings()
+        settings = get_settings()
     except ConfigError as error:
-        return Check("settings", Status.FAIL, str(error), "correct or unset it")
-    known = {variable.name for variable in module.VARIABLES}
+        named = os.environ.get(f"{PREFIX}CONFIG", "").strip()
+        step = f"correct that file{f', or correct or unset {PREFIX}CONFIG' if named else ''}"
+        if str(error).startswith(PREFIX):
+            step = f"correct or unset {str(error).partition('=')[0]}"
+        return Check("settings", Status.FAIL, str(error), step)
+    file = settings.config or default_config_file()
+    known = {variable.name for variable in VARIABLES}
     chosen = sorted(name for name in known if os.environ.get(name, "").strip())
-    unknown = sorted(name for name in os.environ if name.startswith(module.PREFIX) and name not in known)
-    data = {"set": chosen, "unknown": unknown}
-    if unknown:
-        step = "unset or correct them; `megamoe-jit env` lists every variable"
-        return Check("settings", Status.WARN, f"unknown variables are ignored: {', '.join(unknown)}", step, data)
-    return Check("settings", Status.OK, ", ".join(chosen) + " set" if chosen else "all defaults", "", data)
-
-
-def _compiler(found: dict[str, Any]) -> Check:
-    from megamoe_jit._toolchain import correction, wanted_major
-    from megamoe_jit._wheels import wheel_command
-
-    chosen, others = found["chosen"], found["candidates"]
-    if chosen is None:
-        step = correction() or "install NVRTC as the message says"
-        return Check("compiler", Status.FAIL, found["problem"], step, found)
-    wanted, reason = wanted_major()
-    text = f"NVRTC {chosen['version']} at {chosen['path']}"
-    if len(others) > 1:
-        text += f" ({len(others)} found)"
-    if wanted is not None and int(chosen["version"].split(".")[0]) != wanted:
-        step = correction() or f"{wheel_command(wanted)}, or set MEGAMOE_JIT_NVRTC"
-        return Check("compiler", Status.WARN, f"{text}, but {reason}", step, found)
-    return Check("compiler", Status.OK, f"{text}; {reason}", "", found)
-
-
-def _torch(machine: Machine) -> Check:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from megamoe_jit._toolchain import _installed_torch_cuda
-
-    try:
-        release = version("torch")
-    except PackageNotFoundError:
-        return Check("torch", Status.FAIL, "not installed", "pip install torch", {"version": None, "cuda": None})
-    cuda = _installed_torch_cuda()
-    data = {"version": release, "cuda": cuda}
-    if cuda is not None:
-        return Check("torch", Status.OK, f"{release}, built for CUDA {cuda}", "", data)
-    if machine.gpus:
-        step = "install a CUDA build of torch: https://pytorch.org/get-started/locally/"
-        return Check("torch", Status.FAIL, f"{release} has no CUDA, and this machine has a GPU", step, data)
-    return Check("torch", Status.OK, f"{release}, without CUDA (enough to compile; there is no GPU here)", "", data)
-
-
-def _driver(machine: Machine, found: dict[str, Any]) -> Check:
-    from megamoe_jit._toolchain import MINIMUM
-    from megamoe_jit._wheels import wheel_command
-
-    data = {"driver_cuda": machine.driver_cuda, "nvrtc": (found["chosen"] or {}).get("version")}
-    if machine.driver_cuda is None:
-        step = "to compile kernels, none is needed; to run them, install one, or run the container with GPUs"
-        return Check("driver", Status.WARN, "no NVIDIA driver", step, {**data, "problem": machine.problem})
-    text = f"supports CUDA {machine.driver_cuda}"
-    driver, compiler = int(machine.driver_cuda.split(".")[0]), int((data["nvrtc"] or "0").split(".")[0])
-    if compiler > driver:
-        step = "update the driver"
-        if driver >= MINIMUM[0]:
-            step = f"{wheel_command(driver)} with a torch for CUDA {driver}, or {step}"
-        return Check("driver", Status.FAIL, f"{text}: too old for kernels of NVRTC {data['nvrtc']}", step, data)
-    return Check("driver", Status.OK, text, "", data)
-
-
-def _gpu(machine: Machine) -> Check:
-    data = {"gpus": [asdict(gpu) for gpu in machine.gpus]}
-    names = ", ".join(f"{gpu.name} (SM {gpu.compute_capability}, {gpu.sms} SMs)" for gpu in machine.gpus)
-    if not machine.gpus:
-        step = "run on a machine with an H100 or H200; kernels compiled here can be taken there (`cache export`)"
-        return Check("gpu", Status.WARN, "none: kernels can be compiled here, but not run", step, data)
-    if not any(gpu.supported for gpu in machine.gpus):
-        step = "use a GPU of compute capability 9.0 (H100, H200, H20)"
-        return Check("gpu", Status.FAIL, f"no Hopper GPU: {names}", step, data)
-    if not all(gpu.supported for gpu in machine.gpus):
-        step = "choose the Hopper ones with CUDA_VISIBLE_DEVICES"
-        return Check("gpu", Status.WARN, f"not all are Hopper: {names}", step, data)
-    return Check("gpu", Status.OK, names, "", data)
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    written = sorted(field for field, source in settings.sources.items() if source.startswith("file "))
+    strange = sorted(name for name, why in settings.ignored.items() if not why or why.startswith("did you mean"))
+    data: dict[str, Any] = {"set": chosen, "unknown": [*unknown, *strange], "ignored": dict(settings.ignored)}
+    data |= {"file": str(file) if os.path.isfile(file) else None, "from_file": written}
+    if unknown or settings.ignored:
+        texts, steps = [], []
+        if unknown:
+            texts.append(f"unknown variables are ignored: {', '.join(unknown)}")
+            steps.append("unset or correct them; `megamoe-jit env` lists every variable")
+        if settings.ignored:
+            texts.append(f"ignored in {file}: {listed(settings.ignored)}")
+            steps.append(f"correct {file}; a key is the name of a variable in lower case, without {PREFIX}")
+        return Check("settings", Status.WARN, "\n".join(texts), "; ".join(steps), data)
+    texts = [f"{', '.join(chosen)} set"] if chosen else []
+    texts += [f"{', '.join(written)} from {file}"] if written else []
+    return Check("settings", Status.OK, "; ".join(texts) or "all defaults", "", data)
 
 
 def _owner(status: os.stat_result) -> str:
@@ -214,38 +127,102 @@ def _where(system: FileSystem) -> str:
 def _can_write(folder: Path) -> bool:
     """Tried, not asked for: permissions say little about read-only, full and foreign file systems."""
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".megamoe-jit-doctor-", dir=folder))
+        trial = tempfile.mkdtemp(prefix=".megamoe-jit-doctor-", dir=folder)
     except OSError:
         return False
+    with contextlib.suppress(OSError):  # it can be written, whatever becomes of the trial
+        os.rmdir(trial)
     return True
 
 
-def _cache() -> Check:
-    from megamoe_jit._locks import check_private
-    from megamoe_jit._settings import get_settings
+def _why_not_read(folder: Path, forbidden: int) -> str:
+    """Why nothing is taken from a folder that is there; empty if something is.
 
-    root = get_settings().cache_dir
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from megamoe_jit._locks import check_private
+
+    try:
+        check_private(folder, forbidden)
+        os.stat(f"{folder}/.")  # whether it can be entered
+        os.listdir(folder)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        return f"{folder}: {error.strerror}" if error.errno else str(error)
+    return ""
+
+
+def _faults(cache: KernelCache, writing: bool) -> dict[Path, str]:
+    """The folders of a cache that stand in its way, with the reason, those above first.
+
+    Args:
+        cache: of the user; its root is there.
+        writing: whether it must be possible to add kernels.
+    """
+    root, faults = Path(os.path.realpath(cache.root)), dict[Path, str]()
+    groups = list[Path]()
+    with contextlib.suppress(OSError):
+        groups = sorted(Path(entry.path) for entry in os.scandir(cache.path) if len(entry.name) == 2)
+    for folder in (root, cache.path, cache.path / ".tmp", cache.path / "quarantine", *groups):
+        try:
+            problem = _why_not_read(folder, cache.forbidden)
+        except FileNotFoundError:
+            continue  # it is made when it is needed
+        must_write = writing and (folder != root or not os.path.lexists(cache.path))
+        if not problem and must_write and not (os.access(folder, os.W_OK) if folder in groups else _can_write(folder)):
+            problem = f"{folder} cannot be written; kernels are compiled again in every process"
+        if problem:
+            faults[folder] = problem
+        if folder in (root, cache.path) and not os.access(folder, os.R_OK | os.X_OK):
+            break  # what is below cannot be told
+    return faults
+
+
+def _mending(folders: list[Path], root: Path) -> str:
+    """The command that gives these folders of a cache the permissions they need; empty if none would help."""
+    for folder in folders:
+        status = os.lstat(folder)
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if not ours or (status.st_mode & 0o722) == 0o700:
+            return ""
+    if len(folders) == 1:
+        return f"chmod u+rwx,go-w {shlex.quote(str(folders[0]))}"
+    return f"chmod -R u+rwX,go-w {shlex.quote(str(root))}"
+
+
+def _cache() -> Check:
+    from megamoe_jit._cache import user_cache
+
+    settings = get_settings()
+    root, sealed = settings.cache_dir, settings.disable_jit
     path = next(path for path in (root, *root.parents) if os.path.exists(path))  # that this user may see
     system, status = file_system(path), path.stat()
     data: dict[str, Any] = {"path": str(root), "exists": path == root, **asdict(system)}
     data["owner"], data["mode"] = _owner(status), f"{stat.S_IMODE(status.st_mode):04o}"
     text = f"{root}, {_where(system)}"
-    elsewhere = "set MEGAMOE_JIT_CACHE_DIR to a folder of your own"
+    if settings.no_cache:
+        return Check("cache", Status.OK, f"{text}: not used, by {settings.place('no_cache')}", "", data)
+    elsewhere = f"set {settings.place('cache_dir')} to a folder of your own"
     if path == root:
         text += f", {data['owner']} {data['mode']}"
-        try:
-            check_private(Path(os.path.realpath(root)))
-        except OSError as error:
-            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-            step = f"chmod go-w {root}, or {elsewhere}" if ours else elsewhere
-            return Check("cache", Status.WARN, f"{text}: {error}", step, data)
+        faults = _faults(user_cache(), writing=not sealed)
+        if faults:
+            data["faults"] = {str(folder): problem for folder, problem in faults.items()}
+            mending = _mending(list(faults), root)
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            detail = f"{text}: {next(iter(faults.values()))}{more}"
+            return Check("cache", Status.WARN, detail, f"{mending}, or {elsewhere}" if mending else elsewhere, data)
     else:
         text += ", not there yet"
-    if not _can_write(path):
-        detail = f"{text}: cannot be written; kernels are compiled again in every process"
-        return Check("cache", Status.WARN, detail, elsewhere, data)
+        if not sealed and not _can_write(path):
+            detail = f"{text}: cannot be written; kernels are compiled again in every process"
+            return Check("cache", Status.WARN, detail, elsewhere, data)
+    if sealed:
+        return Check("cache", Status.OK, f"{text}; only read, by {settings.place('disable_jit')}", "", data)
     if system.network:
-        step = "works; a local folder is faster: set MEGAMOE_JIT_CACHE_DIR"
+        step = f"works; a local folder is faster: set {settings.place('cache_dir')}"
         return Check("cache", Status.WARN, f"{text}: a network file system", step, data)
     if system.free_bytes is not None and system.free_bytes < LOW_SPACE:
         return Check("cache", Status.WARN, f"{text}: little space", f"make room, or {elsewhere}", data)
@@ -264,15 +241,14 @@ def _read_only() -> Check:
     data = {"caches": [{"path": path, "problem": p or None, "entries": n} for path, (p, n) in caches.items()]}
     text = "; ".join(f"{path}: {problem or f'kernels: {count}'}" for path, (problem, count) in caches.items())
     if any(problem or not count for problem, count in caches.values()):
-        step = "correct MEGAMOE_JIT_READONLY_CACHE; `megamoe-jit cache import FILE --cache-dir DIR` fills such a folder"
+        place = get_settings().place("readonly_cache")
+        step = f"correct {place}; `megamoe-jit cache import FILE --cache-dir DIR` fills such a folder"
         return Check("read-only", Status.WARN, text, step, data)
     return Check("read-only", Status.OK, text, "", data)
 
 
 def _unusable(cache: KernelCache) -> str:
     """Why nothing is read from a read-only cache; empty if something may be."""
-    from megamoe_jit._locks import check_private
-
     try:
         os.stat(cache.root)
     except FileNotFoundError:
@@ -280,19 +256,18 @@ def _unusable(cache: KernelCache) -> str:
     except OSError as error:
         return str(error)
     try:
-        check_private(cache.path, cache.forbidden)
-        os.listdir(cache.path)
+        return _why_not_read(cache.path, cache.forbidden)
     except FileNotFoundError:
         return f"holds no {cache.path.name}"
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def _locks() -> Check:
     from megamoe_jit._locks import key_lock, lock_dir
 
-    step = "set MEGAMOE_JIT_LOCK_DIR to a local folder of your own; until then processes may compile the same kernel"
+    if get_settings().disable_jit:
+        return Check("locks", Status.OK, f"not needed: {get_settings().place('disable_jit')} forbids compiling")
+    place = get_settings().place("lock_dir")
+    step = f"set {place} to a local folder of your own; until then processes may compile the same kernel"
     try:
         folder = lock_dir()
     except OSError as error:
@@ -316,20 +291,3 @@ def _tools() -> Check:
         return Check("tools", Status.OK, ", ".join(present), "", found)
     detail = f"neither {' nor '.join(TOOLS)}; only `inspect --sass` needs one"
     return Check("tools", Status.OK, detail, tool_command("nvdisasm"), found)
-
-
-def _trial(found: dict[str, Any]) -> Check:
-    from megamoe_jit._compiler import compile_source
-    from megamoe_jit._toolchain import find_toolchain
-
-    if found["chosen"] is None:
-        return Check("trial compile", Status.FAIL, "not possible without a compiler", "see compiler above")
-    begin = time.perf_counter()
-    try:
-        result = compile_source(_TRIAL, entry="megamoe_trial", toolchain=find_toolchain())
-    except MegaMoeError as error:
-        step = "see compiler above, or choose another with MEGAMOE_JIT_NVRTC"
-        return Check("trial compile", Status.FAIL, str(error), step)
-    seconds = time.perf_counter() - begin
-    data = {"seconds": seconds, "cubin_bytes": len(result.cubin), "python": sys.version.split()[0]}
-    return Check("trial compile", Status.OK, f"{len(result.cubin)} bytes of sm_90a code in {seconds:.2f} s", "", data)

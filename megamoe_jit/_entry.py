@@ -34,6 +34,7 @@ __all__ = [
     "CacheEntry",
     "Damaged",
     "EntryInfo",
+    "by_compiler",
     "cache_key",
     "is_key",
     "read_entry",
@@ -300,3 +301,13 @@ def _check_owner(what: str, status: os.stat_result, forbidden: int) -> None:
     problem = owner_problem(status, forbidden)
     if problem:
         raise Damaged(f"{what} {problem}")
+
+
+def by_compiler(found: Iterable[EntryInfo], major: int | None) -> list[EntryInfo]:
+    """In the order in which a call tries them: the newest compiler first, but those newer than `major` last."""
+
+    def rank(info: EntryInfo) -> tuple[bool, tuple[int, ...]]:
+        version = tuple(int(part) for part in info.compiler.split(".") if part.isdigit())
+        return major is None or version[:1] <= (major,), version
+
+    return sorted(found, key=rank, reverse=True)

@@ -29,6 +29,7 @@ from megamoe_jit._version import __version__
 __all__ = [
     "CompiledKernel",
     "Origin",
+    "Wanted",
     "distrust",
     "known_refusal",
     "obtain",
@@ -146,7 +147,7 @@ def trust_again() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class Wanted:
     """What to look for: the exact kernel if there is a compiler to say which, its source in any case."""
 
     spec: KernelSpec
@@ -157,7 +158,7 @@ class _Wanted:
     problem: ToolchainError | None
 
     @classmethod
-    def of(cls, spec: KernelSpec) -> _Wanted:
+    def of(cls, spec: KernelSpec) -> Wanted:
         source = render(spec)
         toolchain, key, problem = None, None, None
         try:
@@ -183,7 +184,7 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
         CompileError: it does not compile.
     """
     settings = get_settings()
-    wanted = _Wanted.of(spec)
+    wanted = Wanted.of(spec)
     if not force:
         found = _from_disk(wanted)
         if found is not None:
@@ -213,7 +214,7 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
         return _compile(wanted, wanted.toolchain, key, cache, force)
 
 
-def _compile(wanted: _Wanted, toolchain: Toolchain, key: str, cache: KernelCache | None, force: bool) -> CompiledKernel:
+def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache | None, force: bool) -> CompiledKernel:
     spec = wanted.spec
     LOG.info("compiling %s with NVRTC %d.%d", spec.entry, *toolchain.version)
     result = compile_source(wanted.source.text, entry=spec.entry, toolchain=toolchain)
@@ -233,7 +234,7 @@ def _compile(wanted: _Wanted, toolchain: Toolchain, key: str, cache: KernelCache
     return CompiledKernel(spec, key, result.cubin, {**meta, "key": key, "arch": ARCH}, "compiled", 0.0)
 
 
-def _from_disk(wanted: _Wanted) -> CompiledKernel | None:
+def _from_disk(wanted: Wanted) -> CompiledKernel | None:
     """A stored kernel: exactly the one, else one that somebody built from this source and handed to us."""
     packs = readonly_caches()
     caches = packs if get_settings().no_cache else (*packs, user_cache())
@@ -265,7 +266,7 @@ def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache, remark: str
     return CompiledKernel(spec, entry.key, entry.cubin, entry.meta, "pack" if cache.read_only else "disk", 0.0)
 
 
-def _meta(wanted: _Wanted, result: CompileResult, toolchain: Toolchain) -> dict[str, Any]:
+def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> dict[str, Any]:
     spec, kernel = wanted.spec, result.kernel
     return {
         "entry": spec.entry,

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from megamoe_jit._cache import KernelCache, find_info, readonly_caches, user_cache
+from megamoe_jit._cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._entry import CUBIN, IMPORTED, LIMIT, META, SCHEMA, SOURCE, Damaged, is_key, read_entry, verify_files
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
+from megamoe_jit._pack_choice import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._version import __version__
 
@@ -82,7 +83,8 @@ def export_pack(
 
     Args:
         path: the file, replaced if it exists; compressed if its name ends in `.gz` or `.tgz`.
-        what: keys, beginnings of keys, or specs; everything there is if None.
+        what: keys, beginnings of keys, or specs, which mean the kernel that a call would load, else one that another
+            compiler built from the same source; everything there is if None.
         cache: where to take them from; the user's cache and the read-only ones if None.
 
     Returns:
@@ -193,24 +195,25 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
     for item in given if what is not None else ():
         if not isinstance(item, str | KernelSpec):
             raise ConfigError(f"what: {item!r:.80} given; allowed: keys and KernelSpecs")
-        if isinstance(item, KernelSpec):
-            key, where = _key_of(item, caches)
-            found[key] = where.entry_path(key), where.forbidden
-        else:
-            where, info = find_info(item, caches)
-            found[info.key] = info.path, where.forbidden
+        entry = _of_spec(item, caches) if isinstance(item, KernelSpec) else find_key(item, caches)
+        found[entry.key] = entry.path, entry.cache.forbidden
     for key in sorted(found):
         yield (key, *found[key])
 
 
-def _key_of(spec: KernelSpec, caches: Iterable[KernelCache]) -> tuple[str, KernelCache]:
-    from megamoe_jit._runtime import kernel_key, warmup_command
+def _of_spec(spec: KernelSpec, caches: tuple[KernelCache, ...]) -> Found:
+    from megamoe_jit._runtime import warmup_command
 
-    key = kernel_key(spec)
-    for cache in caches:
-        if cache.load(key) is not None:
-            return key, cache
-    raise KernelMissingError(f"kernel {spec.entry} is not in the cache; run: {warmup_command(spec)}")
+    searched = (*(each for each in caches if each.read_only), *(each for each in caches if not each.read_only))
+    entries = entries_of(spec, searched)
+    usable = [each for each in entries if each.fit > Fit.NAME]
+    if not usable:
+        what = "is in the cache only as compiled from another source" if entries else "is not in the cache"
+        raise KernelMissingError(f"kernel {spec.entry} {what}; run: {warmup_command(spec)}")
+    try:
+        return first_whole(usable, with_source=True)
+    except (OSError, Damaged) as problem:
+        raise PackError(f"cannot export {usable[0].path}: {problem}") from None
 
 
 def _write_tar(target: Path, manifest: bytes, files: dict[str, dict[str, bytes]]) -> str:

@@ -4,8 +4,8 @@ Values are read at first use and never again: nothing on the launch path touches
 
 The file is TOML: the one that `MEGAMOE_JIT_CONFIG` names, else `config.toml` in the per-user configuration
 directory. A key is the variable's name without the prefix, in lower case (`strict = "warn"`), at the top level or
-in a `[tool.megamoe-jit]` table. The working directory is never searched: settings name libraries that are loaded,
-and those must not depend on where a process was started.
+in a `[tool.megamoe-jit]` table; both are read, and the table wins. The working directory is never searched: settings
+name libraries that are loaded, and those must not depend on where a process was started.
 """
 
 from __future__ import annotations
@@ -41,18 +41,22 @@ __all__ = [
     "default_cache_dir",
     "default_config_file",
     "get_settings",
+    "listed",
     "override",
     "parse_size",
 ]
 
 LOG = logging.getLogger("megamoe_jit")
+_OURS = "megamoe-jit"  #: name of our table among `[tool.*]`
+_STANDARD_TABLES = ("project", "build-system", "dependency-groups")  #: what a pyproject.toml holds beside `[tool.*]`
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """One field for every row of `VARIABLES`; hashable, so results can be remembered per settings.
 
-    `sources` says where each field that is not a default came from; it takes no part in comparisons.
+    `sources` says where each field that is not a default came from; `ignored` names what the settings file holds to
+    no effect, and why where there is more to say than that it is unknown. They take no part in comparisons.
     """
 
     config: Path | None = None
@@ -77,6 +81,7 @@ class Settings:
     ptxas_options: tuple[str, ...] = ()
 
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -104,14 +109,22 @@ class Settings:
         values, sources = _from_environment(environ)
         named: Path | None = values.get("config")
         path = named or default_config_file()
-        for field, value in _from_file(path, must_exist=named is not None).items():
+        written, ignored = _from_file(path, must_exist=named is not None)
+        for field, value in written.items():
             if field not in values:
                 values[field], sources[field] = value, f"file {path}"
-        return cls(**values, sources=sources)
+        return cls(**values, sources=sources, ignored=ignored)
 
     def source(self, field: str) -> str:
         """Where the value of a field came from: `default`, `environment`, `file PATH` or `argument`."""
         return self.sources.get(field, "default")
+
+    def place(self, field: str) -> str:
+        """What to change for another value of a field: its variable, its key in the settings file, or an argument."""
+        source, name = self.source(field), f"{PREFIX}{field.upper()}"
+        if source.startswith("file "):
+            return f"{field} in the settings {source}"
+        return f"the argument {field} (without it, {name})" if source == "argument" else name
 
 
 def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -124,13 +137,14 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
             values[variable.field] = variable.parse(text)
         except ValueError as error:
             raise ConfigError(f"{variable.name}={text!r} is not allowed; allowed: {error}") from None
-    known = [variable.name for variable in VARIABLES]
-    _warn_unknown("environment variables", [name for name in environ if name.startswith(PREFIX)], known)
+    known = {variable.name.removeprefix(PREFIX): variable.name for variable in VARIABLES}
+    strange = [name for name in environ if name.startswith(PREFIX) and name not in known.values()]
+    _warn("unknown environment variables", {name: _meant(name.removeprefix(PREFIX), known) for name in strange})
     return values, dict.fromkeys(values, "environment")
 
 
-def _from_file(path: Path, must_exist: bool) -> dict[str, Any]:
-    """The values in a settings file; its relative paths are relative to it."""
+def _from_file(path: Path, must_exist: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values in a settings file, and what it holds to no effect; its relative paths are relative to it."""
     import tomllib
 
     try:
@@ -138,28 +152,67 @@ def _from_file(path: Path, must_exist: bool) -> dict[str, Any]:
     except FileNotFoundError:
         if must_exist:
             raise ConfigError(f"settings file {path} (from {PREFIX}CONFIG) does not exist") from None
-        return {}
+        return {}, {}
     except OSError as error:
         if must_exist:
             raise ConfigError(f"cannot read settings file {path}: {error.strerror}") from None
         LOG.warning("cannot read settings file %s: %s", path, error.strerror)
-        return {}
+        return {}, {"all of it": f"cannot be read: {error.strerror}"}
     except ValueError as error:  # not TOML, not UTF-8
         raise ConfigError(f"settings file {path} is not valid TOML: {error}") from None
-    tool = document.get("tool")
-    table = tool.get("megamoe-jit", {}) if isinstance(tool, dict) else document
-    if isinstance(tool, dict):
-        _warn_unknown(f"tables in {path}", [name for name in tool if name == "megamoe_jit"], ["megamoe-jit"])
-    if not isinstance(table, dict):
-        raise ConfigError(f"settings file {path}: tool.megamoe-jit must be a table")
     rows = {variable.field: variable for variable in VARIABLES if variable.field != "config"}
     values: dict[str, Any] = {}
-    for key, value in table.items():
-        variable = rows.get(key.replace("-", "_"))
-        if variable is not None and value != "":
-            values[variable.field] = _parse_toml(variable, key, value, path)
-    _warn_unknown(f"keys in {path}", [key for key in table if key.replace("-", "_") not in rows], list(rows))
-    return values
+    names: dict[str, str] = {}
+    unknown = _misplaced(document, rows)
+    lost: dict[str, str] = {}
+    for prefix, table in _tables(document, path):
+        for key, value in table.items():
+            name, variable = prefix + key, rows.get(key.replace("-", "_"))
+            if variable is None:
+                unknown.setdefault(name, _meant(key, {row: row for row in rows}))
+            elif value != "":
+                parsed = _parse_toml(variable, name, value, path)
+                if values.get(variable.field, parsed) != parsed:
+                    lost[names[variable.field]] = f"{name} wins"
+                values[variable.field], names[variable.field] = parsed, name
+    _warn(f"unknown keys in {path}", unknown)
+    _warn(f"keys in {path} that another one overrules", lost)
+    return values, {**unknown, **lost}
+
+
+def _tables(document: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where settings may stand in a file, the place that wins last: how their names begin, and the keys there."""
+    tool = document.get("tool")
+    shared = isinstance(tool, dict)
+    others = {name for name in _STANDARD_TABLES if isinstance(document.get(name), dict)} | (
+        {"tool"} if shared else set()
+    )
+    yield "", {key: value for key, value in document.items() if key not in others}
+    ours = tool.get(_OURS, {}) if isinstance(tool, dict) else {}
+    if not isinstance(ours, dict):
+        raise ConfigError(f"settings file {path}: tool.{_OURS} must be a table")
+    yield f"tool.{_OURS}.", ours
+
+
+def _misplaced(document: Mapping[str, Any], rows: Mapping[str, Variable]) -> dict[str, str]:
+    """Names in a file that are nearly our table, or keys beside it, with what was meant; other tools' are theirs."""
+
+    def nearly_ours(name: str) -> bool:
+        return bool(difflib.get_close_matches(name.lower().replace("_", "-"), [_OURS], cutoff=0.75))
+
+    found = {key: f"did you mean tool.{_OURS}?" for key in document if nearly_ours(key)}
+    tool = document.get("tool")
+    for key, value in tool.items() if isinstance(tool, dict) else ():
+        field = key.replace("-", "_")
+        if key == _OURS or (isinstance(value, dict) and not nearly_ours(key)):
+            continue
+        if nearly_ours(key):
+            found[f"tool.{key}"] = f"did you mean {_OURS}?"
+        elif field in rows:
+            found[f"tool.{key}"] = f"did you mean tool.{_OURS}.{field}?"
+        elif not isinstance(value, list):
+            found[f"tool.{key}"] = ""
+    return found
 
 
 def _parse_toml(variable: Variable, key: str, value: object, path: Path) -> Any:
@@ -179,14 +232,20 @@ def _parse_toml(variable: Variable, key: str, value: object, path: Path) -> Any:
         raise ConfigError(f"settings file {path}: {key} = {value!r} is not allowed; allowed: {error}") from None
 
 
-def _warn_unknown(what: str, names: list[str], known: list[str]) -> None:
-    parts = []
-    by_word = {name.removeprefix(PREFIX): name for name in known}  # what all have in common says nothing
-    for name in sorted(set(names) - set(known)):
-        close = difflib.get_close_matches(name.removeprefix(PREFIX), by_word, n=1)
-        parts.append(f"{name} (did you mean {by_word[close[0]]}?)" if close else name)
-    if parts:
-        LOG.warning("unknown %s are ignored: %s", what, ", ".join(parts))
+def _meant(name: str, known: Mapping[str, str]) -> str:
+    """A question after the known name that is most like this one, by what tells them apart; empty if none is."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {known[close[0]]}?" if close else ""
+
+
+def _warn(what: str, names: Mapping[str, str]) -> None:
+    if names:
+        LOG.warning("%s are ignored: %s", what, listed(names))
+
+
+def listed(names: Mapping[str, str]) -> str:
+    """Names in order, each with its reason, as in `Settings.ignored`."""
+    return ", ".join(f"{name} ({names[name]})" if names[name] else name for name in sorted(names))
 
 
 _lock = threading.Lock()

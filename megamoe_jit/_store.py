@@ -25,6 +25,7 @@ from megamoe_jit._entry import (
     CacheEntry,
     Damaged,
     EntryInfo,
+    by_compiler,
     is_key,
     read_entry,
     read_info,
@@ -123,13 +124,8 @@ class EntryStore:
             major: CUDA major version to prefer, with older ones after it and newer ones last.
             but_not: digests of binaries to leave out.
         """
-        found = self._sources().get(source, [])
-
-        def rank(info: EntryInfo) -> tuple[bool, tuple[int, ...]]:
-            version = tuple(int(part) for part in info.compiler.split(".") if part.isdigit())
-            return major is None or version[:1] <= (major,), version
-
-        for info in sorted((i for i in found if i.meta.get("cubin_sha256") not in but_not), key=rank, reverse=True):
+        found = (info for info in self._sources().get(source, []) if info.meta.get("cubin_sha256") not in but_not)
+        for info in by_compiler(found, major):
             entry = self.load(info.key)
             if entry is not None:
                 return entry

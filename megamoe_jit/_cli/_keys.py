@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._cli._io import CorruptionError
@@ -11,22 +13,44 @@ from megamoe_jit._errors import ConfigError, KernelMissingError
 
 if TYPE_CHECKING:
     from megamoe_jit._cache import EntryInfo, KernelCache
+    from megamoe_jit._pack_choice import Found
 
-__all__ = ["all_caches", "entry_document", "find_entry", "load_entry", "own_cache", "place", "whole_keys"]
+__all__ = [
+    "DAMAGE_ADVICE",
+    "all_caches",
+    "entry_document",
+    "entry_info",
+    "find_entries",
+    "fit_note",
+    "load_entry",
+    "others",
+    "own_cache",
+    "place",
+    "whole_keys",
+]
+
+DAMAGE_ADVICE = "`megamoe-jit cache verify --fix` puts it aside, `megamoe-jit warmup` compiles it again"
 
 
 def own_cache() -> KernelCache:
     """The user's cache.
 
     Raises:
-        PermissionError: It is there and may not be read, which the library takes for an empty one.
+        OSError: It may not be read, or is no directory; the library takes it for an empty one.
     """
     from megamoe_jit._cache import user_cache
 
     cache = user_cache()
     for folder in (cache.root, cache.path):
-        if os.path.exists(folder) and not os.access(folder, os.R_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        try:
+            status = os.stat(folder)
+        except FileNotFoundError:
+            continue
+        number = 0 if stat.S_ISDIR(status.st_mode) else errno.ENOTDIR
+        if not number and not os.access(folder, os.R_OK | os.X_OK):
+            number = errno.EACCES
+        if number:
+            raise OSError(number, os.strerror(number), str(folder))
     return cache
 
 
@@ -44,29 +68,72 @@ def place(cache: KernelCache) -> str:
     return f"{cache.root} ({', '.join(marks)})" if marks else str(cache.root)
 
 
-def find_entry(text: str) -> tuple[KernelCache, EntryInfo]:
-    """The one entry that a KEY|SPEC means, and the cache it is in.
+def find_entries(text: str) -> list[Found]:
+    """The entries that a KEY|SPEC means; needs no compiler.
+
+    Returns:
+        Of a KEY the one.  Of a SPEC all of the kernel, first the one that a call loads, else the likeliest.
 
     Raises:
         ConfigError: There is none, or a key that is cut short fits several.
         KernelMissingError: The kernel of a SPEC is not cached; names the warmup command.
     """
-    from megamoe_jit._cache import find_info
     from megamoe_jit._cli._options import looks_like_key, parse_spec
-    from megamoe_jit._runtime import kernel_key, warmup_command
+    from megamoe_jit._entry import Damaged
+    from megamoe_jit._pack_choice import entries_of, find_key, first_whole
+    from megamoe_jit._runtime import warmup_command
 
-    caches = all_caches()
+    own, *read_only = all_caches()
     if looks_like_key(text):
-        return find_info(text, caches)
+        return [find_key(text, (own, *read_only))]
     spec = parse_spec(text)
-    key = kernel_key(spec)
-    if not any(cache.holds(key) for cache in caches):
+    found = entries_of(spec, (*read_only, own))
+    if not found:
         raise KernelMissingError(f"kernel {spec.entry} is not in the cache; run: {warmup_command(spec)}")
-    return find_info(key, caches)
+    try:
+        chosen = first_whole((each for each in found if each.fit is found[0].fit), with_source=False)
+    except (Damaged, OSError):
+        chosen = found[0]
+    return sorted(found, key=lambda each: each is not chosen)
+
+
+def entry_info(found: Found) -> EntryInfo:
+    """What the metadata of an entry says.
+
+    Raises:
+        CorruptionError: It cannot be read.
+    """
+    if found.info is None:
+        raise CorruptionError(f"cached kernel {found.path} is damaged: it has no readable metadata; {DAMAGE_ADVICE}")
+    return found.info
+
+
+def others(found: Sequence[Found]) -> list[Found]:
+    """All but the first; copies in several caches are one."""
+    return list({each.key: each for each in found if each.key != found[0].key}.values())
+
+
+def fit_note(found: Sequence[Found]) -> str:
+    """What to say beside the first entry of a SPEC: whether calls load it, and which others there are."""
+    from megamoe_jit._pack_choice import Fit
+
+    reasons = {
+        Fit.NAME: "calls do not load it: another version of this package compiled it, or other options",
+        Fit.SOURCE: "calls do not load it: the NVRTC that is found here did not compile it, and it was not imported",
+        Fit.LOADS: "calls try this one first",
+    }
+    rest = others(found)
+    if not rest:
+        return "" if found[0].fit is Fit.LOADS else reasons[found[0].fit]
+    return f"{reasons[found[0].fit]}; also cached: {_listed(rest)}"
+
+
+def _listed(found: Sequence[Found]) -> str:
+    return ", ".join(f"{each.key[:12]} (NVRTC {each.info.compiler if each.info else '?'})" for each in found)
 
 
 def load_entry(prefix: str) -> tuple[bytes, str, dict[str, Any]]:
-    """Cubin, source and metadata of a cached kernel, verified.
+    """Cubin, source and metadata of the cached kernel of a KEY, verified.
 
     Raises:
         ConfigError: There is no such key.
@@ -74,14 +141,13 @@ def load_entry(prefix: str) -> tuple[bytes, str, dict[str, Any]]:
     """
     from megamoe_jit._entry import CUBIN, SOURCE, Damaged, read_entry
 
-    cache, info = find_entry(prefix)
+    (found,) = find_entries(prefix)
     try:
-        files, meta = read_entry(info.key, info.path, cache.forbidden, with_source=True)
+        files, meta = read_entry(found.key, found.path, found.cache.forbidden, with_source=True)
     except Damaged as damage:
-        advice = "`megamoe-jit cache verify --fix` puts it aside"
-        raise CorruptionError(f"cached kernel {info.path} is damaged: {damage}; {advice}") from None
+        raise CorruptionError(f"cached kernel {found.path} is damaged: {damage}; {DAMAGE_ADVICE}") from None
     except OSError as error:
-        raise ConfigError(f"cached kernel {info.path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"cached kernel {found.path} cannot be read: {error.strerror}") from error
     return files[CUBIN], files[SOURCE].decode(), meta
 
 
@@ -94,10 +160,16 @@ def whole_keys(texts: tuple[str, ...]) -> list[str]:
     """
     keys: dict[str, None] = {}
     for text in texts:
-        cache, info = find_entry(text)
-        if cache.read_only:
-            raise ConfigError(f"{text!r} is in the read-only cache {cache.path}, from which nothing is removed")
-        keys[info.key] = None
+        found = find_entries(text)
+        best = [each for each in found if each.fit is found[0].fit]
+        own = [each for each in best if not each.cache.read_only]
+        if not own:
+            where = best[0].cache.path
+            raise ConfigError(f"{text!r} is in the read-only cache {where}, from which nothing is removed")
+        if len(own) > 1:
+            where = own[0].cache.path
+            raise ConfigError(f"{text!r} is {len(own)} times in the cache {where}; name a key: {_listed(own)}")
+        keys[own[0].key] = None
     return list(keys)
 
 

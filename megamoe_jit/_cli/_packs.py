@@ -16,10 +16,17 @@ from megamoe_jit._cli._io import (
     must_be_writable,
     say,
 )
+from megamoe_jit._cli._keys import DAMAGE_ADVICE, own_cache
 from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key, parse_spec
 from megamoe_jit._errors import PackError
 
 __all__ = ["export_command", "import_command"]
+
+
+def _must_be_plain(file: Path) -> None:
+    """Refuse devices and pipes: a pack is read twice, and replaces the file that it is written to."""
+    if file.exists() and not file.is_file():
+        raise click.BadParameter(f"{file} is not a plain file.", param_hint="FILE")
 
 
 @click.command("export")
@@ -30,19 +37,24 @@ __all__ = ["export_command", "import_command"]
 def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
     """Write kernels into one FILE for other machines.
 
-    All that `cache ls` lists if none is named.  FILE is a tar archive, compressed if its name ends in .gz or .tgz;
-    one that exists is replaced.
+    All that `cache ls` lists if none is named.  A SPEC means the kernel that a call would load, else one that another
+    compiler built from the same source.  FILE is a tar archive, compressed if its name ends in .gz or .tgz; one that
+    exists is replaced.
+
+    Exit code 4 if a kernel is damaged; nothing is written then, and nothing is put aside.
     """
     from megamoe_jit._entry import Damaged
     from megamoe_jit._pack import export_pack
 
+    _must_be_plain(file)
     must_be_writable(file, "FILE")
+    own_cache()
     wanted = [kernel if looks_like_key(kernel) else parse_spec(kernel) for kernel in kernels]
     try:
         pack = export_pack(file, wanted or None)
     except PackError as error:
         if isinstance(error.__context__, Damaged):
-            raise CorruptionError(f"{error}; `megamoe-jit cache verify --fix` puts it aside") from error
+            raise CorruptionError(f"{error}; {DAMAGE_ADVICE}") from error
         raise
     if as_json:
         rows = [{"key": key, "kernel": kernel} for key, kernel in zip(pack.keys, pack.kernels, strict=True)]
@@ -68,8 +80,9 @@ def import_command(file: Path, as_json: bool) -> None:
     from megamoe_jit._pack import import_pack, read_pack
     from megamoe_jit._settings import get_settings
 
-    if not file.is_file():
+    if not file.exists():
         raise click.BadParameter(f"{file} does not exist.", param_hint="FILE")
+    _must_be_plain(file)
     try:
         read_pack(file)
     except PackError as error:

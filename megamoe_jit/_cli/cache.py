@@ -20,8 +20,18 @@ from megamoe_jit._cli._io import (
     say,
     table,
 )
-from megamoe_jit._cli._keys import all_caches, entry_document, find_entry, own_cache, place, whole_keys
-from megamoe_jit._cli._options import cache_dir_option, complete_kernel, complete_own_key
+from megamoe_jit._cli._keys import (
+    all_caches,
+    entry_document,
+    entry_info,
+    find_entries,
+    fit_note,
+    others,
+    own_cache,
+    place,
+    whole_keys,
+)
+from megamoe_jit._cli._options import cache_dir_option, complete_kernel, complete_own_key, looks_like_key
 from megamoe_jit._cli._packs import export_command, import_command
 
 if TYPE_CHECKING:
@@ -98,14 +108,18 @@ def ls(as_json: bool) -> None:
 def info(key: str, as_json: bool) -> None:
     """Show all that is known of one kernel.
 
-    KEY may be cut short while it is unique; SPEC is SHAPE/VARIANT, as for `inspect`, or a kernel's name.
+    KEY may be cut short while it is unique; SPEC is SHAPE/VARIANT, as for `inspect`, or a kernel's name.  Of several
+    entries of a SPEC the one that calls load is shown, and the others are named.
     """
-    _, found = find_entry(key)
-    doc = entry_document(found)
+    found = find_entries(key)
+    doc = entry_document(entry_info(found[0]))
     if as_json:
-        emit_json(document("cache-info", entry=doc))
-        return
-    click.echo(_fields(doc))
+        emit_json(document("cache-info", entry=doc, others=[each.key for each in others(found)]))
+    else:
+        click.echo(_fields(doc))
+    note = "" if looks_like_key(key) else fit_note(found)
+    if note:
+        say(note)
 
 
 def _fields(doc: dict[str, Any]) -> str:
@@ -285,7 +299,10 @@ def prune(max_bytes: int | None, older_than: float | None, dry_run: bool, yes: b
 @cache_dir_option
 @json_option
 def rm(keys: tuple[str, ...], as_json: bool) -> None:
-    """Remove kernels, by KEY or SPEC as for `info`.  Nothing is removed if one of them is not there."""
+    """Remove kernels, by KEY or SPEC as for `info`.
+
+    Nothing is removed if one of them is not there, or if the cache has a SPEC several times: then a KEY says which.
+    """
     user = own_cache()
     wanted = whole_keys(keys)
     report = user.remove(wanted)

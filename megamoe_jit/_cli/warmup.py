@@ -37,7 +37,9 @@ _STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
     help="One variant alone; auto compiles all that a call can pick.",
 )
 @click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the calls.  [default: fast]")
-@click.option("--jobs", type=click.IntRange(min=1), help="Kernels to compile at a time.  [default: MEGAMOE_JIT_JOBS, or CPUs]")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Kernels to compile at a time.  [default: MEGAMOE_JIT_JOBS, or CPUs]"
+)
 @click.option("--force", is_flag=True, help="Compile again what is cached.")
 @click.option("--dry-run", is_flag=True, help="Only show which kernels there would be, and which are cached.")
 @click.option("--fail-fast", is_flag=True, help="Begin no further kernel after the first failure.")

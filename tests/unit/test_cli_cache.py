@@ -241,6 +241,28 @@ def test_a_damaged_pack_changes_nothing(root: Path, tmp_path: Path):
     assert keys_of(tmp_path / "there") == {}
 
 
+def test_a_directory_that_is_a_file_is_said_to_be_no_directory(root: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "v1").write_text("")
+    for place, said in (("file", "file"), ("file/below", "file/below"), ("half", "half/v1")):
+        for words in (("ls",), ("stats",), ("verify",), ("info", PINGPONG), ("export", str(tmp_path / "k.tar"))):
+            done = run("cache", *words, MEGAMOE_JIT_CACHE_DIR=str(tmp_path / place))
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr == f"Error: {tmp_path / said}: Not a directory\n"
+
+
+def test_what_is_no_plain_file_is_no_pack(root: Path, tmp_path: Path):
+    """An export would replace it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for words in (("import", os.devnull), ("import", str(pipe)), ("export", str(pipe))):
+        done = cache(root, *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{words[1]} is not a plain file" in done.stderr
+    assert pipe.is_fifo()
+
+
 def test_nothing_to_export(tmp_path: Path):
     done = cache(tmp_path / "empty", "export", str(tmp_path / "pack.tar"))
     assert done.returncode == 1

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +18,7 @@ from megamoe_jit._doctor import Status
 from megamoe_jit._machine import Gpu, Machine
 from megamoe_jit._settings import override
 from tests.commandline import checked, run
+from tests.stubs import write_rooms
 
 
 def invoke(*words: str):
@@ -196,3 +198,77 @@ def test_documents_go_to_standard_output_alone():
     done = run("doctor", "--no-trial", "--json")
     assert json.loads(done.stdout)["kind"] == "doctor"
     assert done.stderr.splitlines()[-1].count(",") == 2
+
+
+def doctor(*words: str, **environ: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Exit code and checks by name, of a new process."""
+    done = run("doctor", "--json", *words, **environ)
+    return done.returncode, {check["name"]: check for check in checked(done.stdout)["checks"]}
+
+
+def with_config(folder: Path, text: str) -> dict[str, str]:
+    """The environment of a user whose own settings file, named by nothing, holds this text."""
+    path = folder / "megamoe-jit" / "config.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return {"XDG_CONFIG_HOME": str(folder), "MEGAMOE_JIT_CONFIG": ""}
+
+
+def test_doctor_names_what_the_settings_file_sets(tmp_path: Path):
+    environ = with_config(tmp_path, "strict = 'warn'\njobs = 2\nlock_dir = '/proc/locks'\nreadonly_cache = '/none'\n")
+    file = tmp_path / "megamoe-jit" / "config.toml"
+    _, checks = doctor("--no-trial", **environ)
+    settings = checks["settings"]
+    assert (settings["status"], settings["detail"].endswith(f"jobs, lock_dir, readonly_cache, strict from {file}")) == (
+        "ok",
+        True,
+    )
+    assert settings["data"]["file"] == str(file)
+    assert settings["data"]["from_file"] == ["jobs", "lock_dir", "readonly_cache", "strict"]
+    assert checks["read-only"]["next_step"].startswith(f"correct readonly_cache in the settings file {file}; ")
+    assert checks["locks"]["next_step"].startswith(f"set lock_dir in the settings file {file} to ")
+    _, named = doctor("--no-trial", **environ, MEGAMOE_JIT_READONLY_CACHE="/none")
+    assert named["read-only"]["next_step"].startswith("correct MEGAMOE_JIT_READONLY_CACHE; ")
+
+
+def test_doctor_names_what_the_settings_file_holds_to_no_effect(tmp_path: Path):
+    environ = with_config(tmp_path, "job = 3\njobs = 2\n[tool.megamoe-jit]\njobs = 4\n")
+    code, checks = doctor("--no-trial", **environ, MEGAMOE_JIT_ZZZ="1")
+    settings = checks["settings"]
+    assert (code, settings["status"]) == (1, "warn")
+    assert settings["data"]["unknown"] == ["MEGAMOE_JIT_ZZZ", "job"]
+    file = tmp_path / "megamoe-jit" / "config.toml"
+    assert settings["detail"].splitlines() == [
+        "unknown variables are ignored: MEGAMOE_JIT_ZZZ",
+        f"ignored in {file}: job (did you mean jobs?), jobs (tool.megamoe-jit.jobs wins)",
+    ]
+    assert f"correct {file}" in settings["next_step"]
+
+
+@pytest.mark.parametrize(
+    ("text", "variable", "step"),
+    [
+        ("jobs = 0", {}, "correct that file"),
+        ("", {"MEGAMOE_JIT_CONFIG": "/none.toml"}, "correct that file, or correct or unset MEGAMOE_JIT_CONFIG"),
+        ("", {"MEGAMOE_JIT_JOBS": "0"}, "correct or unset MEGAMOE_JIT_JOBS"),
+    ],
+    ids=["file", "name of the file", "variable"],
+)
+def test_doctor_says_where_a_setting_is_to_be_corrected(tmp_path: Path, text: str, variable: dict[str, str], step: str):
+    code, checks = doctor(**{**with_config(tmp_path, text), **variable})
+    assert (code, checks["settings"]["next_step"]) == (3, step)
+
+
+@pytest.mark.parametrize("origin", ["variable", "file"])
+def test_doctor_fails_where_no_kernel_can_be_rendered(tmp_path: Path, origin: str):
+    environ = {"MEGAMOE_JIT_KERNELS_SRC": str(tmp_path)}
+    place = "MEGAMOE_JIT_KERNELS_SRC"
+    if origin == "file":
+        environ = with_config(tmp_path / "config", f"kernels_src = '{tmp_path}'\n")
+        place = f"kernels_src in the settings file {tmp_path}/config/megamoe-jit/config.toml"
+    code, checks = doctor("--no-trial", **environ)
+    assert (code, checks["sources"]["status"]) == (3, "fail")
+    assert "kernel template 'kernels/pingpong.cuh.j2' does not exist" in checks["sources"]["detail"]
+    assert checks["sources"]["next_step"].startswith(f"correct {place}: ")
+    write_rooms(tmp_path)
+    assert doctor("--no-trial", **environ)[1]["sources"]["status"] == "ok"

@@ -22,7 +22,7 @@ from tests.commandline import SIZES, checked, run
 
 RULES = [
     {"tokens": 0, "variant": "cooperative", "lag": 1.0, "rows_per_item": 4},
-    {"tokens": 100, "variant": "pingpong", "lag": 4.0, "rows_per_item": 2},
+    {"tokens": 200, "variant": "pingpong", "lag": 4.0, "rows_per_item": 2},
 ]
 SHAPE = {"hidden": 256, "intermediate": 128, "experts": 4, "topk": 1}
 
@@ -75,7 +75,7 @@ def test_a_gpu_is_named_in_full_or_in_short(name: str):
     few, many = doc["calls"]
     assert (few["variant"], many["variant"]) == ("cooperative", "pingpong")
     assert (few["parameters"]["lag_tiles"], few["parameters"]["rows_per_item"]) == (132, 4)
-    assert "within 1 % of the best up to 99 tokens per rank, measured on NVIDIA H200 (2026-01-02)" in few["reasons"][0]
+    assert "within 1 % of the best up to 199 tokens per rank, measured on NVIDIA H200 (2026-01-02)" in few["reasons"][0]
     doc = call("plan", "--tokens", "8,300", "--gpu", name)
     assert (doc["gpu"], doc["measured"]) == ("NVIDIA H200", True)
     assert [each["full_call"] for each in doc["plans"]] == ["cooperative", "pingpong"]

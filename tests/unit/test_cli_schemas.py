@@ -172,6 +172,34 @@ def test_changing_commands(tmp_path: Path):
     assert call("clear", "--yes")["removed"] == [keys[COOPERATIVE]]
 
 
+def test_imported_kernels(tmp_path: Path):
+    """A pack leaves out what is known of the machine that compiled."""
+    given = copy_warm_cache(tmp_path / "given")
+    key, pack, place = keys_of(given)[PINGPONG], str(tmp_path / "pack.tar"), {"MEGAMOE_JIT_CACHE_DIR": str(tmp_path)}
+    assert run("cache", "export", pack, "--cache-dir", str(given)).returncode == 0
+
+    def call(*words: str) -> dict:
+        done = run(*words, "--json", **place)
+        assert done.returncode == 0, done.stderr
+        return checked(done.stdout)
+
+    assert len(call("cache", "import", pack)["imported"]) == 2
+    assert all("path" not in entry["nvrtc"] for entry in call("cache", "ls")["entries"])
+    for name in (key, PINGPONG):
+        info = call("cache", "info", name)
+        assert (info["entry"]["key"], info["others"]) == (key, [])
+        assert not {"host", "created_at", "compile_ms"} & set(info["entry"])
+        assert call("inspect", name)["resources"]["compile_ms"] is None
+        assert [kernel["key"] for kernel in call("cache", "export", pack, name)["kernels"]] == [key]
+    assert call("cache", "stats")["caches"][0]["entries"] == 2
+    assert call("cache", "verify")["problems"] == []
+    assert call("cache", "prune", "--dry-run", "--older-than", "0s")["kept_recent"] == 2
+    assert call("explain", *SIZES, "--tokens", "1")["calls"][0]["cached"] is True
+    for words in ((), ("--dry-run",)):
+        assert call("warmup", *SIZES, *words)["cached"] == 2
+    assert call("cache", "rm", PINGPONG)["removed"] == [key]
+
+
 def test_demo_verify_and_bench_on_stand_ins(monkeypatch: pytest.MonkeyPatch, invoke: Callable[..., dict]):
     monkeypatch.setattr(_bench, "require_hopper", lambda: torch.device("cpu"))
     monkeypatch.setattr(_runtime, "warmup", lambda *_, **__: [])

@@ -142,10 +142,10 @@ def test_every_room_of_the_real_kernels_counts(tmp_path, tools):
 CHILD = """
 import json
 from megamoe_jit._runtime import kernel_key
-from megamoe_jit._obtain import _Wanted
+from megamoe_jit._obtain import Wanted
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-print(json.dumps([kernel_key(spec), _Wanted.of(spec).source_id]))
+print(json.dumps([kernel_key(spec), Wanted.of(spec).source_id]))
 """
 
 

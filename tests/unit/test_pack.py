@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megamoe_jit import _pack, _runtime, _store
+from megamoe_jit import _obtain, _pack, _store
 from megamoe_jit._cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._pack import export_pack, import_pack, read_pack
@@ -22,6 +22,7 @@ from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.stubs import KEY, OTHER, fake_cubin
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
+THIRD = "ef" + "2" * 62
 PARTS = ("kernel.cubin", "meta.json", "kernel.cu")
 
 
@@ -101,21 +102,23 @@ def test_import_replaces_what_is_damaged_and_keeps_the_rest(here):
     assert user_cache().load(KEY).cubin == fake_cubin(b"one")
 
 
-def test_choice_of_what_to_export(here, monkeypatch):
+def test_choice_of_what_to_export(here):
     assert export_pack(here / "k.tar", ["cd"]).keys == (OTHER,)
     assert export_pack(here / "k.tar", "ab").keys == (KEY,)
     with pytest.raises(ConfigError, match="is not in the cache"):
-        export_pack(here / "k.tar", ["ef"])
-    monkeypatch.setattr(_runtime, "kernel_key", lambda spec: KEY)
-    assert export_pack(here / "k.tar", [SPEC]).kernels == ("first",)
+        export_pack(here / "k.tar", ["12"])
+    user_cache().store(
+        THIRD, fake_cubin(), "source", {"entry": SPEC.entry, "source_id": _obtain.Wanted.of(SPEC).source_id}
+    )
+    assert export_pack(here / "k.tar", [SPEC]).kernels == (SPEC.entry,)
     with override(cache_dir=here / "empty", readonly_cache=(here / "cache",)):
-        assert export_pack(here / "k.tar", SPEC).keys == (KEY,)
+        assert export_pack(here / "k.tar", SPEC).keys == (THIRD,)
     with override(cache_dir=here / "empty"):
         with pytest.raises(KernelMissingError, match="run: megamoe-jit warmup --hidden 256"):
             export_pack(here / "k.tar", [SPEC])
         with pytest.raises(PackError, match="no kernels to export"):
             export_pack(here / "k.tar")
-    assert export_pack(here / "k.tar", cache=KernelCache(here / "cache", read_only=True)).keys == (KEY, OTHER)
+    assert export_pack(here / "k.tar", cache=KernelCache(here / "cache", read_only=True)).keys == (KEY, OTHER, THIRD)
 
 
 def test_damaged_entry_is_not_exported(here):

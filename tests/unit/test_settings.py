@@ -63,7 +63,7 @@ BAD = {
 
 
 def test_table_and_fields_are_the_same_set():
-    assert {v.field for v in VARIABLES} == {f.name for f in dataclasses.fields(Settings)} - {"sources"}
+    assert {v.field for v in VARIABLES} == {f.name for f in dataclasses.fields(Settings)} - {"sources", "ignored"}
     assert {v.name for v in VARIABLES} == {PREFIX + name for name in GOOD}
     assert all(v.meaning.endswith(".") and v.type and v.default for v in VARIABLES)
 
@@ -133,94 +133,11 @@ def test_user_without_home_gets_a_temporary_cache(monkeypatch, tmp_path):
     assert Settings.load({}).source("cache_dir") == "default"
 
 
-@pytest.fixture
-def file(tmp_path):
-    """Writes a settings file; returns what it gives."""
-    path = tmp_path / "settings.toml"
-
-    def write(text, **environ):
-        path.write_text(text)
-        return Settings.load({PREFIX + "CONFIG": str(path), **{PREFIX + k: v for k, v in environ.items()}})
-
-    write.path = path
-    return write
-
-
-def test_environment_wins_over_file_wins_over_default(file, tmp_path):
-    settings = file('strict = "warn"\njobs = 3\n', JOBS="5")
-    assert (settings.strict, settings.jobs, settings.timeout_s) == ("warn", 5, 100.0)
-    sources = [settings.source(name) for name in ("strict", "jobs", "timeout_s", "config")]
-    assert sources == [f"file {file.path}", "environment", "default", "environment"]
-    assert settings == Settings(config=file.path, strict="warn", jobs=5)
-    assert hash(settings) == hash(Settings(config=file.path, strict="warn", jobs=5))
-
-
 def test_arguments_win_over_everything():
     before = get_settings()
     with override(strict="ignore") as settings:
         assert (settings.source("strict"), get_settings().strict) == ("argument", "ignore")
     assert get_settings() is before
-
-
-def test_every_kind_of_value_in_a_file(file, tmp_path):
-    settings = file(
-        'cache-dir = "sub/cache"\nreadonly_cache = ["a", "/b"]\nno_cache = true\ncache_max_bytes = "2G"\n'
-        'lock_timeout_s = 1.5\nptxas_options = ["-a", "-b"]\ndump_dir = "~/x"\nnvrtc = ""\ndisable_jit = 0\n'
-    )
-    assert settings.cache_dir == tmp_path / "sub" / "cache"
-    assert settings.readonly_cache == (tmp_path / "a", Path("/b"))
-    assert (settings.no_cache, settings.cache_max_bytes, settings.lock_timeout_s) == (True, 2 << 30, 1.5)
-    assert settings.ptxas_options == ("-a", "-b")
-    assert settings.dump_dir == Path("~/x").expanduser()
-    assert (settings.nvrtc, settings.source("nvrtc"), settings.disable_jit) == (None, "default", False)
-    assert file("cooperative_threshold = 256\n").cooperative_threshold == 256
-    assert file('readonly_cache = "a:b"\n').readonly_cache[1].name == "b"
-    assert file("[tool.megamoe-jit]\njobs = 2\n[tool.other]\nx = 1\n").jobs == 2
-    assert file("[tool.other]\njobs = 2\n").source("jobs") == "default"
-
-
-def test_a_table_that_is_nearly_ours_is_reported(file, caplog):
-    assert file("[tool.megamoe_jit]\njobs = 2\n").source("jobs") == "default"
-    assert "megamoe_jit (did you mean megamoe-jit?)" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("jobs = true", "jobs = True is not allowed; allowed: int"),
-        ("jobs = 0", "jobs = 0 is not allowed; allowed: a whole number, one or more"),
-        ("jobs = [1]", r"jobs = \[1\] is not allowed; allowed: int"),
-        ("strict = 1", "strict = 1 is not allowed; allowed: error | warn"),
-        ('strict = "fatal"', "strict = 'fatal' is not allowed; allowed: error, warn"),
-        ("ptxas_options = [1]", r"ptxas_options = \[1\] is not allowed; allowed: words"),
-        ("cache_dir = {}", "is not allowed; allowed: path"),
-        ("no_cache = 2.5", "no_cache = 2.5 is not allowed; allowed: bool"),
-        ("x = ", "is not valid TOML"),
-        ("tool = {megamoe-jit = 1}", "tool.megamoe-jit must be a table"),
-    ],
-)
-def test_bad_file_says_which_and_what(file, text, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        file(text)
-    assert str(file.path) in str(caught.value)
-
-
-def test_file_that_cannot_be_read(file, tmp_path, monkeypatch, caplog):
-    with pytest.raises(ConfigError, match="none.toml .* does not exist"):
-        Settings.load({PREFIX + "CONFIG": str(tmp_path / "none.toml")})
-    with pytest.raises(ConfigError, match="cannot read settings file"):
-        Settings.load({PREFIX + "CONFIG": str(tmp_path)})
-    monkeypatch.setattr(_settings, "default_config_file", lambda: tmp_path)
-    with caplog.at_level(logging.WARNING, "megamoe_jit"):
-        assert Settings.load({}) == Settings()
-    assert len(caplog.records) == 1
-
-
-def test_unknown_keys_of_a_file_give_one_warning(file, caplog):
-    with caplog.at_level(logging.WARNING, "megamoe_jit"):
-        file('job = 1\nconfig = "x"\nzzz = 1\n')
-    assert len(caplog.records) == 1
-    assert re.search(r"keys in .*: config.*, job \(did you mean jobs\?\), zzz", caplog.text)
 
 
 def test_default_file_is_in_the_configuration_directory(monkeypatch, tmp_path):
