@@ -16,10 +16,9 @@ from megamoe_jit._cache import KernelCache
 from megamoe_jit._cli import cli
 from megamoe_jit._entry import IMPORTED, read_entry
 from megamoe_jit._errors import ToolchainError
-from megamoe_jit._pack import export_pack, read_pack
+from megamoe_jit._pack import read_pack
 from megamoe_jit._settings import override
 from tests.commandline import COOPERATIVE, PINGPONG, checked, damage, keys_of, run, warm_cache
-from tests.packs import NVRTC, command, two_compilers
 from tests.stubs import rewrite_meta
 
 ELSEWHERE = "1" * 64  #: key of the kernel that another compiler built
@@ -210,17 +209,3 @@ def test_the_order_is_that_of_a_call(both: Path, warm: Path, tmp_path: Path):
         assert (done.returncode, done.stdout) == (0, f"{order[-1]}\n"), done.stderr
         damage(both, order[-1])
     assert len(set(order)) == 4
-
-
-def test_a_pack_of_another_major(tmp_path: Path):
-    """The real thing, where two are installed."""
-    _, other = two_compilers()
-    sizes = ("--hidden", 256, "--intermediate", 128, "--experts", 4, "--topk", 1)
-    built = command("warmup", *sizes, "--cache-dir", tmp_path / "build", **{NVRTC: other.path})
-    export_pack(tmp_path / "k.tar", cache=KernelCache(tmp_path / "build"))
-    here = {"MEGAMOE_JIT_CACHE_DIR": tmp_path / "here"}
-    command("cache", "import", tmp_path / "k.tar", **here)
-    keys = {each["kernel"]: each["key"] for each in built["kernels"]}
-    assert command("cache", "info", PINGPONG, **here)["entry"]["key"] == keys[PINGPONG]
-    assert command("cache", "export", tmp_path / "k.tar", PINGPONG, **here)["kernels"][0]["key"] == keys[PINGPONG]
-    assert command("cache", "rm", PINGPONG, **here)["removed"] == [keys[PINGPONG]]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from tests.packs import build, two_compilers, use
+from pathlib import Path
+
+from megamoe_jit._cache import KernelCache
+from megamoe_jit._pack import export_pack
+from tests.commandline import PINGPONG
+from tests.packs import NVRTC, build, command, two_compilers, use
 
 CHILD = """
 import json
@@ -27,3 +32,17 @@ def test_kernels_of_another_major_are_found_where_compiling_is_forbidden(tmp_pat
     assert [(origin, major) for origin, major, _ in found["kernels"]] == [("pack", other.major)] * 2
     assert all(size > 10_000 for *_, size in found["kernels"])
     assert not (tmp_path / "empty").exists()
+
+
+def test_cache_commands_find_kernels_of_another_major_by_name(tmp_path: Path):
+    """As in tests/unit/test_cli_by_spec.py, but with kernels that another compiler has really built."""
+    _, other = two_compilers()
+    sizes = ("--hidden", 256, "--intermediate", 128, "--experts", 4, "--topk", 1)
+    built = command("warmup", *sizes, "--cache-dir", tmp_path / "build", **{NVRTC: other.path})
+    export_pack(tmp_path / "k.tar", cache=KernelCache(tmp_path / "build"))
+    here = {"MEGAMOE_JIT_CACHE_DIR": tmp_path / "here"}
+    command("cache", "import", tmp_path / "k.tar", **here)
+    keys = {each["kernel"]: each["key"] for each in built["kernels"]}
+    assert command("cache", "info", PINGPONG, **here)["entry"]["key"] == keys[PINGPONG]
+    assert command("cache", "export", tmp_path / "k.tar", PINGPONG, **here)["kernels"][0]["key"] == keys[PINGPONG]
+    assert command("cache", "rm", PINGPONG, **here)["removed"] == [keys[PINGPONG]]
