@@ -42,6 +42,7 @@ __all__ = [
     "cache_key",
     "find_info",
     "readonly_caches",
+    "searched_caches",
     "user_cache",
 ]
 
@@ -219,6 +220,11 @@ def user_cache() -> KernelCache:
 def readonly_caches() -> tuple[KernelCache, ...]:
     """The read-only caches of the current settings, in the order they are searched."""
     return tuple(_cache_at(root, None, True) for root in get_settings().readonly_cache)
+
+
+def searched_caches() -> tuple[KernelCache, ...]:
+    """The caches of the current settings in the order in which a call searches them."""
+    return readonly_caches() if get_settings().no_cache else (*readonly_caches(), user_cache())
 
 
 def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, EntryInfo]:

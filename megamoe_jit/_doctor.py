@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._check import Check, Status, worst
-from megamoe_jit._doctor_machine import check_compiler as _compiler
-from megamoe_jit._doctor_machine import check_driver as _driver
-from megamoe_jit._doctor_machine import check_gpu as _gpu
-from megamoe_jit._doctor_machine import check_ready_kernels as _ready_kernels
-from megamoe_jit._doctor_machine import check_sources as _sources
-from megamoe_jit._doctor_machine import check_torch as _torch
-from megamoe_jit._doctor_machine import check_trial as _trial
+from megamoe_jit._doctor_machine import (
+    check_compiler,
+    check_driver,
+    check_gpu,
+    check_ready_kernels,
+    check_sources,
+    check_torch,
+    check_trial,
+    compiling_forbidden,
+)
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._machine import TOOLS, FileSystem, compilers, file_system, find_tool, gpus, tool_command
 from megamoe_jit._settings import PREFIX, VARIABLES, default_config_file, get_settings, listed
@@ -49,25 +52,25 @@ def examine(trial: bool = True) -> Iterator[Check]:
     yield settings
     if settings.status is Status.FAIL:
         return  # nothing below can be asked without them
-    sources = _guarded("sources", _sources)
+    sources = _guarded("sources", check_sources)
     if get_settings().kernels_src is not None or sources.status is not Status.OK:
         yield sources
     found = compilers()
     machine = gpus()
     steps: list[tuple[str, Callable[[], Check]]] = [
-        ("compiler", lambda: _compiler(found)),
-        ("torch", lambda: _torch(machine)),
-        ("driver", lambda: _driver(machine, found)),
-        ("gpu", lambda: _gpu(machine)),
+        ("compiler", lambda: check_compiler(found)),
+        ("torch", lambda: check_torch(machine)),
+        ("driver", lambda: check_driver(machine, found)),
+        ("gpu", lambda: check_gpu(machine)),
         ("cache", _cache),
         ("read-only", _read_only),
         ("locks", _locks),
         ("tools", _tools),
     ]
     if get_settings().disable_jit:
-        steps.append(("kernels", lambda: _ready_kernels(machine)))
+        steps.append(("kernels", lambda: check_ready_kernels(machine)))
     if trial:
-        steps.append(("trial compile", lambda: _trial(found)))
+        steps.append(("trial compile", lambda: check_trial(found)))
     for name, step in steps:
         yield _guarded(name, step)
 
@@ -265,7 +268,7 @@ def _locks() -> Check:
     from megamoe_jit._locks import key_lock, lock_dir
 
     if get_settings().disable_jit:
-        return Check("locks", Status.OK, f"not needed: {get_settings().place('disable_jit')} forbids compiling")
+        return Check("locks", Status.OK, f"not needed: {compiling_forbidden()}")
     place = get_settings().place("lock_dir")
     step = f"set {place} to a local folder of your own; until then processes may compile the same kernel"
     try:

@@ -9,13 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._check import Check, Status
-from megamoe_jit._errors import MegaMoeError, ToolchainError
+from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._machine import Machine
 from megamoe_jit._settings import get_settings
 
 if TYPE_CHECKING:
     from megamoe_jit._cache import KernelCache
-    from megamoe_jit._toolchain import Toolchain
 
 __all__ = [
     "check_compiler",
@@ -25,12 +24,14 @@ __all__ = [
     "check_sources",
     "check_torch",
     "check_trial",
+    "compiling_forbidden",
 ]
 
 _TRIAL = 'extern "C" __global__ void megamoe_trial(int* out) { out[threadIdx.x] = threadIdx.x; }\n'
 
 
-def _forbidden() -> str:
+def compiling_forbidden() -> str:
+    """What forbids compiling, in words."""
     return f"{get_settings().place('disable_jit')} forbids compiling"
 
 
@@ -46,7 +47,7 @@ def check_compiler(found: dict[str, Any]) -> Check:
     chosen, others = found["chosen"], found["candidates"]
     if get_settings().disable_jit:
         what = f"NVRTC {chosen['version']} at {chosen['path']}" if chosen else "none"
-        return Check("compiler", Status.OK, f"{what}; not needed: {_forbidden()}", "", found)
+        return Check("compiler", Status.OK, f"{what}; not needed: {compiling_forbidden()}", "", found)
     if chosen is None:
         step = correction() or "install NVRTC as the message says"
         return Check("compiler", Status.FAIL, found["problem"], step, found)
@@ -140,19 +141,13 @@ def check_gpu(machine: Machine) -> Check:
 
 def check_ready_kernels(machine: Machine) -> Check:
     """Where compiling is forbidden: the kernels in the caches, each read and verified as a call would."""
-    from megamoe_jit._cache import readonly_caches, user_cache
-    from megamoe_jit._toolchain import find_toolchain
+    from megamoe_jit._cache import searched_caches
 
     settings = get_settings()
-    try:
-        toolchain: Toolchain | None = find_toolchain()
-    except ToolchainError:  # kernels that were handed over are found without
-        toolchain = None
-    caches = readonly_caches() if settings.no_cache else (*readonly_caches(), user_cache())
     usable, damaged, left = set[str](), list[str](), Counter[str]()
-    for cache in caches:
+    for cache in searched_caches():
         for key in cache.keys() if _trusted(cache) else ():
-            name, problem = _ready(cache, key, toolchain, machine)
+            name, problem = _ready(cache, key, machine)
             if not problem:
                 usable.add(name)
             elif problem.startswith("damaged"):
@@ -165,7 +160,7 @@ def check_ready_kernels(machine: Machine) -> Check:
     fill = "`megamoe-jit cache import FILE --cache-dir DIR`"
     if not usable:
         step = f"fill a folder with {fill} and name it in {settings.place('readonly_cache')}, or allow compiling"
-        return Check("kernels", Status.FAIL, f"{text}; {_forbidden()}", step, data)
+        return Check("kernels", Status.FAIL, f"{text}; {compiling_forbidden()}", step, data)
     if damaged:
         step = f"`megamoe-jit cache verify` names them; {fill} replaces them"
         return Check("kernels", Status.WARN, text, step, data)
@@ -183,30 +178,26 @@ def _trusted(cache: KernelCache) -> bool:
     return True
 
 
-def _ready(cache: KernelCache, key: str, toolchain: Toolchain | None, machine: Machine) -> tuple[str, str]:
+def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
     """Symbol of a cached kernel, and why a call does not take it; empty if one does."""
-    from megamoe_jit._compiler import options_for
-    from megamoe_jit._entry import IMPORTED, SCHEMA, Damaged, cache_key, read_entry, source_id
-    from megamoe_jit._render import render
+    from megamoe_jit._entry import SCHEMA, Damaged, read_entry
+    from megamoe_jit._obtain import Wanted
     from megamoe_jit._spec import KernelSpec
-    from megamoe_jit._toolchain import ARCH
 
-    folder = cache.entry_path(key)
     try:
-        _, meta = read_entry(key, folder, cache.forbidden)
+        _, meta = read_entry(key, cache.entry_path(key), cache.forbidden)
     except (OSError, Damaged) as error:
         return "", f"damaged: {error}"
     other = "of another version, or of other sources or options"
     try:
         spec = KernelSpec.from_json(meta["spec"])
-        text, options = render(spec).text, options_for(toolchain)
+        wanted = Wanted.of(spec)
         major = int(str(meta["nvrtc"]["version"]).split(".")[0])
     except (LookupError, TypeError, ValueError, MegaMoeError):
         return "", other
-    if meta["schema"] != SCHEMA or meta.get("source_id") != source_id(text, options, spec.entry, ARCH):
+    if meta["schema"] != SCHEMA or meta.get("source_id") != wanted.source_id:
         return "", other
-    exact = toolchain is not None and key == cache_key(text, options, spec.entry, ARCH, toolchain)
-    if not (exact or cache.read_only or (folder / IMPORTED).exists()):
+    if key != wanted.key and not cache.handed_over(key):
         return "", "compiled here by another NVRTC and not imported"
     if machine.driver_cuda is not None and major > int(machine.driver_cuda.split(".")[0]):
         return "", f"too new for this driver (CUDA {machine.driver_cuda})"
@@ -221,7 +212,7 @@ def check_trial(found: dict[str, Any]) -> Check:
     from megamoe_jit._toolchain import correction, find_toolchain
 
     if get_settings().disable_jit:
-        return Check("trial compile", Status.OK, f"left out: {_forbidden()}")
+        return Check("trial compile", Status.OK, f"left out: {compiling_forbidden()}")
     if found["chosen"] is None:
         return Check("trial compile", Status.FAIL, "not possible without a compiler", "see compiler above")
     begin = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._errors import ConfigError, ToolchainError
+from megamoe_jit._errors import ConfigError
 from megamoe_jit._launch import BLOCK_THREADS
 from megamoe_jit._layout import Section, buffer_layout
 from megamoe_jit._locks import check_private
@@ -73,26 +73,15 @@ def kernel_state(spec: KernelSpec) -> dict[str, Any]:
     Returns:
         `kernel`, `key`, `cached`, `path` of the entry, and the `problem` if there is no compiler to give it a key.
     """
-    from megamoe_jit._cache import cache_key, readonly_caches, user_cache
-    from megamoe_jit._compiler import options_for
-    from megamoe_jit._entry import source_id
-    from megamoe_jit._render import render
-    from megamoe_jit._settings import get_settings
-    from megamoe_jit._toolchain import ARCH, find_toolchain
+    from megamoe_jit._cache import searched_caches
+    from megamoe_jit._obtain import Wanted
 
-    text = render(spec).text
-    toolchain, key, path, problem = None, None, None, None
-    try:
-        toolchain = find_toolchain()
-        key = cache_key(text, options_for(toolchain), spec.entry, ARCH, toolchain)
-    except ToolchainError as error:
-        problem = str(error)
-    caches = readonly_caches() if get_settings().no_cache else (*readonly_caches(), user_cache())
+    wanted, caches = Wanted.of(spec), searched_caches()
+    key, path, problem = wanted.key, None, str(wanted.problem) if wanted.problem else None
     if key is not None:
         path = next((cache.entry_path(key) for cache in caches if entry_there(cache, key)), None)
     if path is None:
-        source = source_id(text, options_for(toolchain), spec.entry, ARCH)
-        found = (cache.load_source(source, toolchain.version[0] if toolchain else None) for cache in caches)
+        found = (cache.load_source(wanted.source_id, wanted.major) for cache in caches)
         elsewhere = next(filter(None, found), None)
         if elsewhere is not None:
             key, path, problem = elsewhere.key, elsewhere.path, None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megamoe_jit._cache import CacheEntry, KernelCache, cache_key, readonly_caches, user_cache
+from megamoe_jit._cache import CacheEntry, KernelCache, cache_key, searched_caches, user_cache
 from megamoe_jit._compiler import CompileResult, compile_source, options_for
 from megamoe_jit._entry import source_id
 from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
@@ -169,6 +169,11 @@ class Wanted:
         identity = source_id(source.text, options_for(toolchain), spec.entry, ARCH)
         return cls(spec, source, identity, toolchain, key, problem)
 
+    @property
+    def major(self) -> int | None:
+        """CUDA major version of the compiler, if there is one."""
+        return self.toolchain.version[0] if self.toolchain else None
+
 
 def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
     """A kernel from the first place that has it.
@@ -236,15 +241,13 @@ def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache 
 
 def _from_disk(wanted: Wanted) -> CompiledKernel | None:
     """A stored kernel: exactly the one, else one that somebody built from this source and handed to us."""
-    packs = readonly_caches()
-    caches = packs if get_settings().no_cache else (*packs, user_cache())
+    caches = searched_caches()
     for cache in caches:
         entry = cache.load(wanted.key) if wanted.key is not None else None
         if entry is not None and entry.meta["cubin_sha256"] not in _distrusted:
             return _accept(wanted.spec, entry, cache, "")
-    major = wanted.toolchain.version[0] if wanted.toolchain else None
     for cache in caches:
-        entry = cache.load_source(wanted.source_id, major, _distrusted)
+        entry = cache.load_source(wanted.source_id, wanted.major, _distrusted)
         if entry is not None:
             return _accept(wanted.spec, entry, cache, ", built elsewhere")
     return None

@@ -204,8 +204,7 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
 def _of_spec(spec: KernelSpec, caches: tuple[KernelCache, ...]) -> Found:
     from megamoe_jit._runtime import warmup_command
 
-    searched = (*(each for each in caches if each.read_only), *(each for each in caches if not each.read_only))
-    entries = entries_of(spec, searched)
+    entries = entries_of(spec, caches)
     usable = [each for each in entries if each.fit > Fit.NAME]
     if not usable:
         what = "is in the cache only as compiled from another source" if entries else "is not in the cache"

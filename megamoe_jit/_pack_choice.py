@@ -9,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from megamoe_jit._cache import KernelCache, find_info
-from megamoe_jit._entry import IMPORTED, Damaged, EntryInfo, by_compiler, read_entry, read_info
+from megamoe_jit._entry import Damaged, EntryInfo, by_compiler, read_entry, read_info
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._locks import check_private
 from megamoe_jit._obtain import Wanted
@@ -76,25 +76,24 @@ def entries_of(spec: KernelSpec, caches: Iterable[KernelCache]) -> list[Found]:
 
     Args:
         spec: the kernel.
-        caches: in the order in which they are searched.
+        caches: in any order, but read-only ones among themselves as they are searched.
 
     Raises:
         RenderError: its source cannot be rendered.
     """
     wanted = Wanted.of(spec)
-    major = wanted.toolchain.version[0] if wanted.toolchain else None
     exact: list[Found] = []
     handed_over: list[Found] = []
     compiled: list[Found] = []
     named: list[tuple[str, Found]] = []
-    for cache in caches:
+    for cache in sorted(caches, key=lambda each: not each.read_only):  # as a call searches them
         if wanted.key is not None and cache.holds(wanted.key):
             exact.extend(filter(None, [_at(cache, wanted.key, Fit.LOADS)]))
-        for info in by_compiler((info for info in cache.entries() if info.key != wanted.key), major):
+        for info in by_compiler((info for info in cache.entries() if info.key != wanted.key), wanted.major):
             if info.meta.get("source_id") != wanted.source_id:
                 if info.entry == spec.entry:
                     named.append((info.created_at, Found(cache, info.key, info, Fit.NAME)))
-            elif cache.read_only or (info.path / IMPORTED).exists():
+            elif cache.handed_over(info.key):
                 handed_over.append(Found(cache, info.key, info, Fit.LOADS))
             else:
                 compiled.append(Found(cache, info.key, info, Fit.SOURCE))

@@ -182,13 +182,9 @@ def _from_file(path: Path, must_exist: bool) -> tuple[dict[str, Any], dict[str, 
 
 def _tables(document: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where settings may stand in a file, the place that wins last: how their names begin, and the keys there."""
-    tool = document.get("tool")
-    shared = isinstance(tool, dict)
-    others = {name for name in _STANDARD_TABLES if isinstance(document.get(name), dict)} | (
-        {"tool"} if shared else set()
-    )
+    others = {name for name in ("tool", *_STANDARD_TABLES) if isinstance(document.get(name), dict)}
     yield "", {key: value for key, value in document.items() if key not in others}
-    ours = tool.get(_OURS, {}) if isinstance(tool, dict) else {}
+    ours = document["tool"].get(_OURS, {}) if "tool" in others else {}
     if not isinstance(ours, dict):
         raise ConfigError(f"settings file {path}: tool.{_OURS} must be a table")
     yield f"tool.{_OURS}.", ours

@@ -84,6 +84,10 @@ class EntryStore:
         """Whether there is an entry, whole or not; what this user may not see is not there."""
         return os.path.isdir(self.entry_path(key))
 
+    def handed_over(self, key: str) -> bool:
+        """Whether an entry is taken whoever compiled it: one of a read-only cache, or an imported one."""
+        return self.read_only or (self.entry_path(key) / IMPORTED).exists()
+
     def load(self, key: str) -> CacheEntry | None:
         """Read and verify an entry.
 
@@ -140,7 +144,7 @@ class EntryStore:
         if known is None or not self.read_only:
             known = {}
             for info in self.entries():
-                if self.read_only or (info.path / IMPORTED).exists():
+                if self.handed_over(info.key):
                     known.setdefault(str(info.meta.get("source_id")), []).append(info)
             self._by_source = known
         return known

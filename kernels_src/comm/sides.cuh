@@ -14,24 +14,21 @@
 
 namespace megamoe {
 
-/// 0 or 1; 0 where the host wants no sides.
-MEGA_DEVICE u32 side_of_block(const Params& p) {
-    const u32 sm = ptx::sm_id();
-    return p.side_of_sm[min_u32(sm, 32 * kSideWords - 1) / 32] >> sm % 32 & p.want_sides;
-}
-
 constexpr u32 kOneOfSide1 = 1 << 16;   // the word's low half counts blocks of side 0, its high half those of side 1
 
-/// Returns the side.
+/// Counts this block, and returns its side, 0 or 1; 0 where the host wants no sides.
 MEGA_DEVICE u32 count_side(const Params& p) {
-    const u32 side = side_of_block(p);
+    const u32 sm = ptx::sm_id(), side = p.side_of_sm[min_u32(sm, 32 * kSideWords - 1) / 32] >> sm % 32 & p.want_sides;
     if (p.want_sides) ptx::fetch_add_relaxed(p.control + kControlSides, side ? kOneOfSide1 : 1);
     return side;
 }
 /// Blocks of either side.
-MEGA_DEVICE void counted_sides(const Params& p, u32 (&blocks)[2]) {
+struct SideCounts {
+    u32 of0, of1;
+};
+MEGA_DEVICE SideCounts counted_sides(const Params& p) {
     const u32 counted = ptx::load_l2(p.control + kControlSides);
-    blocks[0] = counted % kOneOfSide1, blocks[1] = counted / kOneOfSide1;
+    return {counted % kOneOfSide1, counted / kOneOfSide1};
 }
 
 }  // namespace megamoe

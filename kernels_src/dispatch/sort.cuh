@@ -131,9 +131,8 @@ template <class C> struct Sources {
 /// Step 3, by one warp: fills the tables of the shared memory map.
 template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>& shared) {
     const Sources<C> sources{p, shared};
-    u32 of_side[2];
-    counted_sides(p, of_side);
-    const u32 two_sides = even_enough(of_side[0], of_side[1]);
+    const SideCounts blocks_of = counted_sides(p);
+    const u32 two_sides = even_enough(blocks_of.of0, blocks_of.of1);
     WarpScan blocks, items, active;
 #pragma unroll 1
     for (u32 e = ptx::lane_id(); e < ceil_div(C::kLocalExperts, kWarp) * kWarp; e += kWarp) {

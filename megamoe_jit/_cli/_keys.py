@@ -83,11 +83,11 @@ def find_entries(text: str) -> list[Found]:
     from megamoe_jit._pack_choice import entries_of, find_key, first_whole
     from megamoe_jit._runtime import warmup_command
 
-    own, *read_only = all_caches()
+    caches = all_caches()
     if looks_like_key(text):
-        return [find_key(text, (own, *read_only))]
+        return [find_key(text, caches)]
     spec = parse_spec(text)
-    found = entries_of(spec, (*read_only, own))
+    found = entries_of(spec, caches)
     if not found:
         raise KernelMissingError(f"kernel {spec.entry} is not in the cache; run: {warmup_command(spec)}")
     try:

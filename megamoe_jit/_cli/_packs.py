@@ -48,7 +48,7 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
 
     _must_be_plain(file)
     must_be_writable(file, "FILE")
-    own_cache()
+    own_cache()  # one that cannot be read is refused, not empty
     wanted = [kernel if looks_like_key(kernel) else parse_spec(kernel) for kernel in kernels]
     try:
         pack = export_pack(file, wanted or None)

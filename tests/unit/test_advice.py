@@ -41,14 +41,14 @@ def test_the_package_itself_is_on_no_index(monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(ToolchainError, match=f"Run: pip install '{wheel}' "):
             find_toolchain()
         found = _machine.compilers()
-        assert _doctor._compiler(found).next_step == "install NVRTC as the message says"
+        assert _doctor.check_compiler(found).next_step == "install NVRTC as the message says"
     assert wheel_command(None) == wheel_command(12)
 
 
 @pytest.mark.parametrize(("driver", "step"), [("12.8", "nvidia-cuda-nvrtc-cu12>=12.8,<13"), ("11.4", "update")])
 def test_advice_for_an_older_driver(driver: str, step: str):
     found = {"chosen": {"version": "13.0"}}
-    check = _doctor._driver(Machine(driver, None, (H200,)), found)
+    check = _doctor.check_driver(Machine(driver, None, (H200,)), found)
     assert check.next_step.startswith((step, f"pip install '{step}'"))
     assert "megamoe-jit[" not in check.next_step
 
@@ -96,7 +96,7 @@ def test_named_library_that_is_not_fit(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(ToolchainError, match=r"12\.2 .* too old; .* Pass another nvrtc"):
             find_toolchain()
         found = {"chosen": {"version": "12.9", "path": "/x"}, "problem": None, "candidates": []}
-        assert _doctor._compiler(found).next_step == "pass another nvrtc, or none"
+        assert _doctor.check_compiler(found).next_step == "pass another nvrtc, or none"
 
 
 def test_doctor_on_a_file_in_place_of_the_cache(tmp_path: Path):

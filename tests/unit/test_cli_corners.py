@@ -167,10 +167,10 @@ def test_doctor_in_colour(monkeypatch):
 def test_doctor_on_compilers(monkeypatch):
     found = {"chosen": {"version": "12.9", "path": "/x"}, "problem": None, "candidates": [1, 2]}
     monkeypatch.setattr(_toolchain, "wanted_major", lambda: (13, "torch is built for CUDA 13.0"))
-    other = _doctor._compiler(found)
+    other = _doctor.check_compiler(found)
     assert (other.status, "(2 found), but torch is built for CUDA 13.0" in other.detail) == ("warn", True)
     assert "pip install 'nvidia-cuda-nvrtc>=13,<14'" in other.next_step
-    missing = _doctor._compiler({"chosen": None, "problem": "nowhere", "candidates": []})
+    missing = _doctor.check_compiler({"chosen": None, "problem": "nowhere", "candidates": []})
     assert (missing.status, missing.detail) == ("fail", "nowhere")
 
 
@@ -179,7 +179,7 @@ def test_doctor_without_torch(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert _doctor._torch(Machine(None, "none")).next_step == "pip install torch"
+    assert _doctor.check_torch(Machine(None, "none")).next_step == "pip install torch"
 
 
 def test_doctor_on_a_trial_that_fails(monkeypatch):
@@ -187,7 +187,7 @@ def test_doctor_on_a_trial_that_fails(monkeypatch):
         raise CompileError("no such option")
 
     monkeypatch.setattr("megamoe_jit._compiler.compile_source", refuse)
-    failed = _doctor._trial(_machine.compilers())
+    failed = _doctor.check_trial(_machine.compilers())
     assert (failed.status, failed.detail) == ("fail", "no such option")
 
 

@@ -42,7 +42,7 @@ NVRTC_13 = {"chosen": {"path": "/x/libnvrtc.so.13", "version": "13.0", "build": 
     ],
 )
 def test_doctor_on_driver_and_gpu(machine: Machine, driver: str, gpu: str):
-    on_driver, on_gpu = _doctor._driver(machine, NVRTC_13), _doctor._gpu(machine)
+    on_driver, on_gpu = _doctor.check_driver(machine, NVRTC_13), _doctor.check_gpu(machine)
     assert (on_driver.status, on_gpu.status) == (driver, gpu)
     for check in (on_driver, on_gpu):
         assert bool(check.next_step) == (check.status is not Status.OK)
@@ -50,10 +50,10 @@ def test_doctor_on_driver_and_gpu(machine: Machine, driver: str, gpu: str):
 
 def test_doctor_on_a_gpu_machine_with_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("megamoe_jit._toolchain._installed_torch_cuda", lambda: None)
-    assert _doctor._torch(Machine("13.0", None, (H200,))).status is Status.FAIL
-    assert _doctor._torch(Machine(None, "none")).status is Status.OK
+    assert _doctor.check_torch(Machine("13.0", None, (H200,))).status is Status.FAIL
+    assert _doctor.check_torch(Machine(None, "none")).status is Status.OK
     monkeypatch.setattr("megamoe_jit._toolchain._installed_torch_cuda", lambda: "12.8")
-    assert "CUDA 12.8" in _doctor._torch(Machine("13.0", None, (H200,))).detail
+    assert "CUDA 12.8" in _doctor.check_torch(Machine("13.0", None, (H200,))).detail
 
 
 def test_doctor_on_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -121,16 +121,16 @@ def test_doctor_on_ready_kernels_that_no_call_takes(tmp_path: Path):
     there = warm_cache(tmp_path / "there")
     here, old = Machine(None, "none"), Machine("11.8", None, (H200,))
     with override(disable_jit=True, readonly_cache=(there,), no_cache=True):
-        fine = _doctor._ready_kernels(here)
+        fine = _doctor.check_ready_kernels(here)
         assert (fine.status, fine.data["usable"]) == ("ok", sorted(keys_of(there)))
-        assert _doctor._driver(old, {"chosen": {"version": "13.0"}}).status is Status.OK, (
+        assert _doctor.check_driver(old, {"chosen": {"version": "13.0"}}).status is Status.OK, (
             "nothing is compiled with that NVRTC"
         )
-        assert "too new for this driver (CUDA 11.8): 2" in _doctor._ready_kernels(old).detail
+        assert "too new for this driver (CUDA 11.8): 2" in _doctor.check_ready_kernels(old).detail
         with override(ptxas_options=("-O1",)):
-            assert "other sources or options: 2" in _doctor._ready_kernels(here).detail
+            assert "other sources or options: 2" in _doctor.check_ready_kernels(here).detail
         rewrite_meta(KernelCache(there).entry_path(keys_of(there)[PINGPONG]), advisories=["C7510"])
-        lossy = _doctor._ready_kernels(here)
+        lossy = _doctor.check_ready_kernels(here)
         assert (lossy.status, lossy.data["usable"]) == ("ok", [COOPERATIVE])
         (there / "v1").chmod(0o777)
-        assert _doctor._ready_kernels(here).status is Status.FAIL
+        assert _doctor.check_ready_kernels(here).status is Status.FAIL
