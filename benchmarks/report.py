@@ -3,9 +3,9 @@
     python benchmarks/report.py            # writes docs/performance.md, docs/expert-parallel.md, README.md
     python benchmarks/report.py --check    # exit code 1 if their tables are not of these results; writes nothing
 
-Of each card the newest document of `megamoe-jit bench` in benchmarks/results counts, of each row of several ranks the
-newest there is.  Documents of shapes that have no goals are left out.  Everything in the tables and plots follows from
-the documents and benchmarks/targets.json; needs matplotlib.
+Of each card the newest documents of `megamoe-jit bench` and of floor.py in benchmarks/results count, of each row of
+several ranks the newest there is.  Documents of shapes that have no goals are left out.  Everything in the tables and
+plots follows from the documents and benchmarks/targets.json; needs matplotlib.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def card_of(doc: Mapping[str, Any]) -> str:
     return card.name.lower()
 
 
-def newest(folder: Path = RESULTS) -> dict[str, Path]:
-    """The newest document of each card, by the date inside."""
+def newest(folder: Path = RESULTS, kind: str = "bench") -> dict[str, Path]:
+    """The newest document of this kind for each card, by the date inside."""
     found: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         doc = json.loads(path.read_text(encoding="utf-8"))
-        if doc.get("kind") != "bench" or doc["environment"].get("ranks", 1) > 1:
+        if doc.get("kind") != kind or doc["environment"].get("ranks", 1) > 1:
             continue
-        if not any(row["best_known_us"] for row in doc["rows"]):  # shapes without goals
+        if kind == "bench" and not any(row["best_known_us"] for row in doc["rows"]):  # shapes without goals
             continue
         dated = doc["environment"]["date"], path
         name = card_of(doc)
@@ -202,6 +202,20 @@ def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def floor_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The layer's time over that of the slower of its parts alone, and which that is: weights or products."""
+    tokens = sorted({row["tokens"] for doc in docs.values() for row in doc["rows"]})
+    cells = []
+    for doc in docs.values():
+        found: dict[str, dict[int, str]] = {}
+        for row in doc["rows"]:
+            slower = "w" if row["weights_us"] > row["products_us"] else "p"
+            found.setdefault(row["shape"], {})[row["tokens"]] = f"{row['of_slower_part']:.2f} {slower}"
+        name = card_of(doc).upper()
+        cells += [(name, shape, *(by_tokens.get(t, "-") for t in tokens)) for shape, by_tokens in found.items()]
+    return "\n".join(_table(("card", "layer", *map(str, tokens)), cells))
+
+
 def rank_rows(folder: Path = RESULTS, unfused: bool = False) -> list[dict[str, Any]]:
     """The newest row of each layer, token count and number of ranks; of those beside the unfused layer alone?"""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -254,6 +268,8 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     texts = {path: path.read_text(encoding="utf-8") for path in (DOCUMENT, PARALLEL, README)}
     for card, doc in docs.items():
         texts[DOCUMENT] = put(texts[DOCUMENT], card, text_of(doc))
+    floors = {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest(kind="floor").items()}
+    texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(floors))
     texts[PARALLEL] = put(texts[PARALLEL], "ranks", rank_table(rank_rows()))
     texts[README] = put(texts[README], "one-gpu", readme_table(docs))
     texts[README] = put(texts[README], "ranks", unfused_table(rank_rows(unfused=True)))

@@ -257,7 +257,7 @@ def test_without_any_gpu_the_number_of_ranks_does_not_matter(command: str, ranks
     assert result.stderr.endswith("; `megamoe-jit doctor` says more\n")
 
 
-@pytest.mark.parametrize("script", ["launch_cost", "timeline"])
+@pytest.mark.parametrize("script", ["floor", "launch_cost", "timeline"])
 def test_benchmarks_parse_first_and_say_what_is_missing(script: str):
     def start(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

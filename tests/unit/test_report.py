@@ -63,6 +63,38 @@ def test_newest_is_by_date_and_of_one_rank(tmp_path: Path):
         report.newest(tmp_path)
 
 
+def test_the_floor_names_the_slower_part():
+    def row(shape: str, tokens: int, weights: float, products: float) -> dict[str, object]:
+        slower = 300.0 / max(weights, products)
+        return {
+            "shape": shape,
+            "tokens": tokens,
+            "weights_us": weights,
+            "products_us": products,
+            "of_slower_part": slower,
+        }
+
+    doc = {
+        "environment": {"device": "NVIDIA H200"},
+        "rows": [row("a", 64, 200, 100), row("a", 8, 150, 10), row("b", 64, 100, 250)],
+    }
+    assert report.floor_table({"h200": doc}).splitlines() == [
+        "| card | layer | 8 | 64 |",
+        "| --- | --- | --- | --- |",
+        "| H200 | a | 2.00 w | 1.50 w |",
+        "| H200 | b | - | 1.20 p |",
+    ]
+
+
+def test_newest_tells_kinds_apart(tmp_path: Path):
+    env = {"device": "NVIDIA H200", "date": "2026-01-02T00"}
+    for name, kind in (("a.json", "floor"), ("b.json", "bench")):
+        doc = {"kind": kind, "environment": env, "rows": [{"best_known_us": 1.0}]}
+        (tmp_path / name).write_text(json.dumps(doc))
+    assert report.newest(tmp_path, "floor")["h200"].name == "a.json"
+    assert report.newest(tmp_path)["h200"].name == "b.json"
+
+
 def test_a_body_goes_between_its_marks():
     text = report.put("a\n<!-- x begin: written by benchmarks/report.py -->\nold\n<!-- x end -->\nb", "x", r"new \1")
     assert text == "a\n<!-- x begin: written by benchmarks/report.py -->\nnew \\1\n<!-- x end -->\nb"
