@@ -96,9 +96,12 @@ def _settings() -> Check:
     chosen = sorted(name for name in known if os.environ.get(name, "").strip())
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
     written = sorted(field for field, source in settings.sources.items() if source.startswith("file "))
-    strange = sorted(name for name, why in settings.ignored.items() if not why or why.startswith("did you mean"))
-    data: dict[str, Any] = {"set": chosen, "unknown": [*unknown, *strange], "ignored": dict(settings.ignored)}
-    data |= {"file": str(file) if os.path.isfile(file) else None, "from_file": written}
+    data: dict[str, Any] = {"set": chosen, "unknown": [*unknown, *sorted(settings.unknown)]}
+    data |= {
+        "ignored": dict(settings.ignored),
+        "file": str(file) if os.path.isfile(file) else None,
+        "from_file": written,
+    }
     if unknown or settings.ignored:
         texts, steps = [], []
         if unknown:

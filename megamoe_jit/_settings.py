@@ -56,7 +56,8 @@ class Settings:
     """One field for every row of `VARIABLES`; hashable, so results can be remembered per settings.
 
     `sources` says where each field that is not a default came from; `ignored` names what the settings file holds to
-    no effect, and why where there is more to say than that it is unknown. They take no part in comparisons.
+    no effect, and why where there is more to say than that it is unknown; `unknown` has those names that mean
+    nothing. They take no part in comparisons.
     """
 
     config: Path | None = None
@@ -82,6 +83,7 @@ class Settings:
 
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    unknown: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -109,11 +111,11 @@ class Settings:
         values, sources = _from_environment(environ)
         named: Path | None = values.get("config")
         path = named or default_config_file()
-        written, ignored = _from_file(path, must_exist=named is not None)
+        written, unknown, lost = _from_file(path, must_exist=named is not None)
         for field, value in written.items():
             if field not in values:
                 values[field], sources[field] = value, f"file {path}"
-        return cls(**values, sources=sources, ignored=ignored)
+        return cls(**values, sources=sources, ignored={**unknown, **lost}, unknown=frozenset(unknown))
 
     def source(self, field: str) -> str:
         """Where the value of a field came from: `default`, `environment`, `file PATH` or `argument`."""
@@ -143,8 +145,10 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
     return values, dict.fromkeys(values, "environment")
 
 
-def _from_file(path: Path, must_exist: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values in a settings file, and what it holds to no effect; its relative paths are relative to it."""
+def _from_file(path: Path, must_exist: bool) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """The values in a settings file, and what it holds to no effect: unknown names with what was probably meant, and
+    others with the reason. Its relative paths are relative to it.
+    """
     import tomllib
 
     try:
@@ -152,12 +156,12 @@ def _from_file(path: Path, must_exist: bool) -> tuple[dict[str, Any], dict[str, 
     except FileNotFoundError:
         if must_exist:
             raise ConfigError(f"settings file {path} (from {PREFIX}CONFIG) does not exist") from None
-        return {}, {}
+        return {}, {}, {}
     except OSError as error:
         if must_exist:
             raise ConfigError(f"cannot read settings file {path}: {error.strerror}") from None
         LOG.warning("cannot read settings file %s: %s", path, error.strerror)
-        return {}, {"all of it": f"cannot be read: {error.strerror}"}
+        return {}, {}, {"all of it": f"cannot be read: {error.strerror}"}
     except ValueError as error:  # not TOML, not UTF-8
         raise ConfigError(f"settings file {path} is not valid TOML: {error}") from None
     rows = {variable.field: variable for variable in VARIABLES if variable.field != "config"}
@@ -177,7 +181,7 @@ def _from_file(path: Path, must_exist: bool) -> tuple[dict[str, Any], dict[str, 
                 values[variable.field], names[variable.field] = parsed, name
     _warn(f"unknown keys in {path}", unknown)
     _warn(f"keys in {path} that another one overrules", lost)
-    return values, {**unknown, **lost}
+    return values, unknown, lost
 
 
 def _tables(document: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

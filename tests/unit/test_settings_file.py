@@ -79,6 +79,7 @@ def test_the_table_wins_over_the_top_level_and_says_so(file, caplog):
     settings = file("jobs = 3\nstrict = 'warn'\n[tool.megamoe-jit]\njobs = 2\nstrict = 'warn'\n")
     assert (settings.jobs, settings.strict) == (2, "warn")
     assert settings.ignored == {"jobs": "tool.megamoe-jit.jobs wins"}
+    assert settings.unknown == set()
     assert [record.getMessage() for record in caplog.records] == [
         f"keys in {file.path} that another one overrules are ignored: jobs (tool.megamoe-jit.jobs wins)"
     ]
@@ -103,6 +104,7 @@ def test_nothing_in_a_file_is_dropped_without_a_word(file, caplog, text, name, w
     settings = file(text)
     assert settings == Settings(config=file.path)
     assert settings.ignored == {name: why}
+    assert settings.unknown == {name}
     assert f"unknown keys in {file.path} are ignored: {name}{f' ({why})' if why else ''}" in caplog.text
 
 
