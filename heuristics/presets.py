@@ -17,6 +17,7 @@ __all__ = ["Preset", "parse_shapes", "preset", "preset_names"]
 _FILE = Path(__file__).with_name("presets.toml")
 _OR_A_FILE = ", or a .toml file"
 _SIZES = ("hidden", "intermediate", "experts", "topk")
+_TYPES = {int: "an integer", str: "a string", list: "a list of strings"}
 _OPTIONAL = {"source": str, "ranks": int, "ranks_why": str, "config": str, "differs": list, "note": str}
 
 
@@ -42,14 +43,12 @@ def _build(name: str, data: dict[str, Any], where: str) -> Preset:
     if unknown:
         allowed = ", ".join((*_SIZES, *_OPTIONAL))
         raise ConfigError(f"{where}: [{name}] has unknown key {unknown[0]!r}; allowed: {allowed}")
-    for key in _SIZES:
-        if key not in data:
+    for key, kind in {**dict.fromkeys(_SIZES, int), **_OPTIONAL}.items():
+        if key in _SIZES and key not in data:
             raise ConfigError(f"{where}: [{name}] has no {key}; needed: {', '.join(_SIZES)}")
-        if type(data[key]) is not int:
-            raise ConfigError(f"{where}: [{name}] {key} = {data[key]!r}; allowed: an integer")
-    for key, kind in _OPTIONAL.items():
-        if key in data and type(data[key]) is not kind:
-            raise ConfigError(f"{where}: [{name}] {key} = {data[key]!r}; allowed: {kind.__name__}")
+        value = data.get(key, kind())
+        if type(value) is not kind or (isinstance(value, list) and not all(isinstance(part, str) for part in value)):
+            raise ConfigError(f"{where}: [{name}] {key} = {value!r}; allowed: {_TYPES[kind]}")
     try:
         shape = MoEShape(*(data[key] for key in _SIZES))
     except ConfigError as error:

@@ -1,6 +1,11 @@
 """`python -m megamoe_jit` is the same as `megamoe-jit`."""
 
-from megamoe_jit._cli import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from megamoe_jit._cli import main
+
+        main()
+    except KeyboardInterrupt:  # while modules are imported; afterwards `main` answers
+        sys.exit(130)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import threading
 import warnings
 from collections.abc import Iterable
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SymmBuffer"]
 
+LOG = logging.getLogger("megamoe_jit")
+_AFTER_CAPTURE = ", and CUDA waits for no device meanwhile; call this after the capture"
 MAX_PLANS = 1024  #: remembered at a time; each is under a kilobyte and made in some 20 us
 
 
@@ -49,6 +52,22 @@ def sort_blocks(pairs: int) -> int:
     all others counted, so beyond 16 there are more only where a block would have more than 2048 pairs.
     """
     return max(1, min(MAX_SORT_BLOCKS, max(min(-(-pairs // 384), 16), -(-pairs // 2048))))
+
+
+class _Order:
+    """The stream of the last launch, after which the next one comes, whatever its stream.
+
+    Of each buffer of one rank. Buffers of several ranks share one on each GPU: two such kernels fill a GPU one after
+    the other, and wait for their peers, so on all GPUs they must come in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.stream: torch.cuda.Stream | None = None
+        self.handle: int | None = None  # compared instead: torch says that no stream differs from None
+
+
+_orders: dict[int | None, _Order] = {}  #: of buffers of several ranks, by GPU
 
 
 class SymmBuffer(LayerMemory):
@@ -80,9 +99,9 @@ class SymmBuffer(LayerMemory):
         self._prepared: dict[tuple[Variant, bool], PreparedKernel] = {}
         self._plans: dict[tuple[int, str | None, bool, int | None], CallPlan] = {}
         self._planned_with: Settings | None = None
-        self.lock = threading.RLock()
-        self._stream: torch.cuda.Stream | None = None  # of the last launch
-        self._stream_handle: int | None = None  # compared instead: torch says that no stream differs from None
+        self._order = _Order() if self.ranks == 1 else _orders.setdefault(device.index, _Order())
+        self.lock = self._order.lock
+        self._used_on: set[int] = set()  # streams that the allocator knows to use this memory
         self._destroyed = False
         self._broken: MegaMoeError | None = None
 
@@ -206,7 +225,9 @@ class SymmBuffer(LayerMemory):
             return
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         with self.lock:
-            if stream != self._stream_handle:
+            if self._destroyed:  # meanwhile, by another thread
+                self.require_usable()
+            if stream != self._order.handle or stream not in self._used_on:
                 self._order_after_last(torch.cuda.current_stream(self.device))
             plan.kernel.set_weights(l1, l2)
             params = plan.kernel.params
@@ -226,7 +247,7 @@ class SymmBuffer(LayerMemory):
         """
         with torch.cuda.device(self.device), self.lock:
             stream = torch.cuda.current_stream(self.device)
-            if stream.cuda_stream != self._stream_handle:
+            if stream.cuda_stream != self._order.handle:
                 self._order_after_last(stream)
 
     def _order_after_last(self, stream: torch.cuda.Stream) -> None:
@@ -236,12 +257,14 @@ class SymmBuffer(LayerMemory):
         """
         if torch.cuda.is_current_stream_capturing():
             return
-        if self._stream is not None:
-            stream.wait_stream(self._stream)
+        order = self._order
+        if order.stream is not None and stream.cuda_stream != order.handle:
+            stream.wait_stream(order.stream)
         self.local.record_stream(stream)
         if self.ranks == 1:  # else it is symmetric memory, which torch's allocator does not reuse
             self.buffer.record_stream(stream)
-        self._stream, self._stream_handle = stream, stream.cuda_stream
+        self._used_on.add(stream.cuda_stream)
+        order.stream, order.handle = stream, stream.cuda_stream
 
     def check(self) -> None:
         """Wait for the device and raise if a kernel of this buffer gave up.
@@ -249,12 +272,17 @@ class SymmBuffer(LayerMemory):
         Raises:
             DeviceFaultError: a wait inside a kernel passed its deadline, or the CUDA context is broken.
             PeerTimeoutError: the same, and it waited for other ranks.
+            CaptureError: some stream is capturing, so that the device cannot be waited for; nothing is wrong.
         """
         cause = "no error"
         try:
+            if torch.cuda.is_current_stream_capturing():
+                raise CaptureError(f"the current stream is capturing{_AFTER_CAPTURE}")
             torch.cuda.synchronize(self.device)
         except RuntimeError as error:
             cause = first_line(error)
+            if "captur" in cause.lower():  # a stream of another thread
+                raise CaptureError(f"a stream is capturing{_AFTER_CAPTURE}: {cause}") from None
         fault = decode(self.fault.tolist())
         if fault is not None or cause != "no error":
             self._broken = fault_error(fault, self.rank, cause)
@@ -267,14 +295,18 @@ class SymmBuffer(LayerMemory):
         With several ranks this is a collective, so that no rank frees memory that another still reads; after a failed
         call it is local and never waits.  A failure that nobody has asked for yet is warned about, not raised.
         """
-        if self._destroyed:
-            return
-        self._destroyed = True
+        with self.lock:  # another thread's launch comes before this, or not at all
+            if self._destroyed:
+                return
+            self._destroyed = True
         news = ""
         if self._broken is None:
             try:
                 self.check()  # a launch on another stream may still use the memory
                 gather(self.group, None)
+            except CaptureError:
+                self._destroyed = False
+                raise
             except MegaMoeError as error:
                 news = f"while a SymmBuffer was destroyed: {error}"
         if self._broken is not None and self.ranks > 1:
@@ -300,5 +332,12 @@ class SymmBuffer(LayerMemory):
     def __enter__(self) -> SymmBuffer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self.ranks > 1:  # the others may come late, or never, and this process be ended first
+            LOG.error(
+                "rank %d leaves its SymmBuffer, and waits for the other ranks, because of %s: %s",
+                self.rank,
+                type(error).__name__,
+                error,
+            )
         self.destroy()

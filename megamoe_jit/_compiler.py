@@ -24,6 +24,7 @@ from megamoe_jit._errors import CompileError, PerformanceLossError, ToolchainErr
 from megamoe_jit._locks import private_directory
 from megamoe_jit._render import source_lines
 from megamoe_jit._settings import get_settings
+from megamoe_jit._settle import settle
 from megamoe_jit._toolchain import ARCH, Toolchain, activate
 
 __all__ = ["CompileResult", "Diagnostic", "compile_source", "options_for"]
@@ -214,9 +215,10 @@ def _nvrtc(text: str, entry: str, options: Iterable[str]) -> tuple[str, str, str
             call(get(program, buffer))
         return bytes(buffer)
 
+    encoded = [option.encode() for option in options]
+    settle(nvrtc, encoded)
     program = call(nvrtc.nvrtcCreateProgram(text.encode(), f"/megamoe_jit/{entry}.cu".encode(), 0, [], []))
     try:
-        encoded = [option.encode() for option in options]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         log = fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
         # after a failure of ptxas the PTX is still there, and its line numbers are those of the messages

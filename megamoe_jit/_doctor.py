@@ -198,6 +198,19 @@ def _mending(folders: list[Path], root: Path) -> str:
     return f"chmod -R u+rwX,go-w {shlex.quote(str(root))}"
 
 
+def _dead_link(path: Path) -> Path | None:
+    """The link on the way to a folder that leads to nothing; None if there is none."""
+    for place in (path, *path.parents):
+        if os.path.islink(place):
+            try:
+                os.stat(place)
+            except PermissionError:  # it leads somewhere that this user may not see
+                continue
+            except OSError:
+                return place
+    return None
+
+
 def _cache() -> Check:
     from megamoe_jit._cache import user_cache
 
@@ -211,6 +224,10 @@ def _cache() -> Check:
     if settings.no_cache:
         return Check("cache", Status.OK, f"{text}: not used, by {settings.place('no_cache')}", "", data)
     elsewhere = f"set {settings.place('cache_dir')} to a folder of your own"
+    link = _dead_link(root)
+    if link is not None:
+        step = f"make the folder {os.path.realpath(link)}, remove the link, or {elsewhere}"
+        return Check("cache", Status.WARN, f"{text}: {link} is a link to nothing", step, data)
     if path == root:
         text += f", {data['owner']} {data['mode']}"
         faults = _faults(user_cache(), writing=not sealed)

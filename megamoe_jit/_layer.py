@@ -47,6 +47,7 @@ class MegaMoE:
         >>> y = layer(x, topk_idx, topk_weights)
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         w13: torch.Tensor | WeightPair,
@@ -82,6 +83,7 @@ class MegaMoE:
             self.buffer.destroy()
             raise
 
+    @torch.no_grad()  # a copy that is recorded makes the buffer's views parts of a graph that grows with every call
     def stage(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> int:
         """Quantise and copy the inputs of a call into the buffer, once the last call has read its own.
 

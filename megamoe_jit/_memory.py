@@ -35,12 +35,13 @@ class LayerMemory:
         if self.ranks > 1:
             require_equal(group, "the layer", {**fingerprint, "num_max_tokens_per_rank": layout.capacity})
         collectively(group, "checking the memory", self._check_memory)
-        self._allocate()
-        rows, topk = layout.capacity, shape.topk
-        self.x = self._view(self.buffer, "x", torch.float8_e4m3fn, (rows, shape.hidden))
-        self.x_sf = self._view(self.buffer, "x_scales", torch.float32, (rows, shape.hidden // BLOCK))
-        self.topk_idx = self._view(self.buffer, "topk_ids", torch.int64, (rows, topk))
-        self.topk_weights = self._view(self.buffer, "topk_weights", torch.float32, (rows, topk))
+        with torch.inference_mode(False):  # tensors made in it could not be written outside
+            self._allocate()
+            rows, topk = layout.capacity, shape.topk
+            self.x = self._view(self.buffer, "x", torch.float8_e4m3fn, (rows, shape.hidden))
+            self.x_sf = self._view(self.buffer, "x_scales", torch.float32, (rows, shape.hidden // BLOCK))
+            self.topk_idx = self._view(self.buffer, "topk_ids", torch.int64, (rows, topk))
+            self.topk_weights = self._view(self.buffer, "topk_weights", torch.float32, (rows, topk))
 
     def _admit(self, max_tokens: int, max_pool_rows: int) -> dict[str, object]:
         """Refuse what no kernel supports, before anything is allocated; what all ranks must have in common."""
@@ -67,7 +68,9 @@ class LayerMemory:
     def _allocate(self) -> None:
         layout, device = self.layout, self.device
         if self.ranks > 1:
-            self.buffer, self.handle = allocate_symmetric(self.group, layout.symmetric_bytes, device)
+            self.buffer, self.handle = allocate_symmetric(
+                self.group, layout.symmetric_bytes, device, lambda why: ConfigError(self._too_large(why))
+            )
 
         def allocate() -> None:
             try:
@@ -86,7 +89,12 @@ class LayerMemory:
         collectively(self.group, "allocating the buffer", allocate)
 
     def _check_memory(self) -> None:
+        if self.ranks > 1:
+            torch.cuda.empty_cache()  # symmetric memory comes from the driver, not out of torch's cache
         free, _ = torch.cuda.mem_get_info(self.device)
+        if self.ranks > 1 and self.layout.symmetric_bytes > free:
+            needed = f"{self.layout.symmetric_bytes} of them symmetric"
+            raise ConfigError(self._too_large(f"{needed}, and {self.device} has {free} free beside torch's cache"))
         reusable = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if self.layout.total_bytes > free + reusable:
             raise ConfigError(self._too_large(f"{self.device} has {free + reusable} free"))

@@ -102,7 +102,11 @@ def export_pack(
         try:
             contents, meta = read_entry(key, folder, forbidden, with_source=True)
         except (OSError, Damaged) as problem:
+            if what is None and isinstance(problem, FileNotFoundError):
+                continue  # removed meanwhile
             raise PackError(f"cannot export {folder}: {problem}") from None
+        if meta["schema"] != SCHEMA:
+            continue  # of another version, which calls and listings pass over too
         files[key] = {**{name: contents[name] for name in _FILES}, META: _without_origin(meta)}
         kernels[key] = str(meta.get("entry", ""))
     if not files:
@@ -190,7 +194,8 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
     found: dict[str, tuple[Path, int]] = {}
     if what is None:
         for each in reversed(caches):  # what several have comes from the first
-            found.update((info.key, (info.path, each.forbidden)) for info in each.entries())
+            keys = each.keys()  # of those too whose metadata cannot be read
+            found.update((key, (each.entry_path(key), each.forbidden)) for key in keys)
     given = [what] if not isinstance(what, Iterable) or isinstance(what, str | KernelSpec) else what
     for item in given if what is not None else ():
         if not isinstance(item, str | KernelSpec):

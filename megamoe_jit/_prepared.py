@@ -94,6 +94,7 @@ class PreparedKernel:
         if addresses == self._weights:
             return
         check_weights(l1, l2, self.spec, self._device)
+        self._weights = ()  # until all of them are set: an exception between two must not leave a mixture
         params, shape, experts = self.params, self.spec.shape, self.spec.local_experts
         rows1, rows2 = experts * 2 * shape.intermediate, experts * shape.hidden
         encode_fp8_rows(params.weight1, addresses[0], rows1, shape.hidden, BOX_ROWS_WEIGHT)

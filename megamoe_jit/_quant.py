@@ -67,6 +67,7 @@ def _scale(amax: torch.Tensor) -> torch.Tensor:
     return amax.clamp(min=AMAX_FLOOR) / E4M3_MAX
 
 
+@torch.no_grad()  # inference alone: a graph would keep the values alive in what is returned
 def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise rows in groups of 128 columns.
 
@@ -103,6 +104,7 @@ def dequantize_activations(codes: torch.Tensor, scales: torch.Tensor) -> torch.T
     return (groups * scales.float().unsqueeze(-1)).view(tokens, hidden)
 
 
+@torch.no_grad()
 def quantize_weights(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise matrices in blocks of 128 x 128, one matrix at a time so that scratch stays small.
 

@@ -82,7 +82,12 @@ def collectively(group: Any, what: str, action: Callable[[], T]) -> T:
         if group_size(group) == 1:
             raise
         error = caught
-    failures = gather(group, None if error is None else f"{type(error).__name__}: {error}")
+    try:
+        failures = gather(group, None if error is None else f"{type(error).__name__}: {error}")
+    except MegaMoeError as absent:
+        if error is not None:
+            raise error from absent  # the cause; that the others did not come follows from it
+        raise
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):
@@ -96,10 +101,12 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def allocate_symmetric(group: Any, size: int, device: torch.device) -> tuple[torch.Tensor, Any]:
+def allocate_symmetric(
+    group: Any, size: int, device: torch.device, refusal: Callable[[str], MegaMoeError]
+) -> tuple[torch.Tensor, Any]:
     """Symmetric memory of `size` bytes on every rank, and its handle (`buffer_ptrs` by rank).
 
-    NVLink multicast is not used.
+    NVLink multicast is not used. `refusal` makes the error of a rank that has no memory.
 
     Raises:
         MegaMoeError: the ranks are not NVLink peers of one host, or the allocation failed; on every rank.
@@ -116,9 +123,13 @@ def allocate_symmetric(group: Any, size: int, device: torch.device) -> tuple[tor
 
     collectively(group, "checking the peers", check_peers)
 
-    def allocate() -> tuple[torch.Tensor, Any]:
-        memory = symm_mem.empty(size, dtype=torch.uint8, device=device)
-        return memory, symm_mem.rendezvous(memory, group=group)
+    def allocate() -> torch.Tensor:
+        try:
+            return symm_mem.empty(size, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            raise refusal(first_line(error)) from None
 
-    memory, handle = collectively(group, f"allocating {size} bytes of symmetric memory", allocate)
+    # in two steps: a rendezvous waits for all ranks, and one that has no memory would never come
+    memory = collectively(group, f"allocating {size} bytes of symmetric memory", allocate)
+    handle = collectively(group, "sharing symmetric memory", lambda: symm_mem.rendezvous(memory, group=group))
     return memory, handle

@@ -173,7 +173,7 @@ def _from_file(path: Path, must_exist: bool) -> tuple[dict[str, Any], dict[str, 
         for key, value in table.items():
             name, variable = prefix + key, rows.get(key.replace("-", "_"))
             if variable is None:
-                unknown.setdefault(name, _meant(key, {row: row for row in rows}))
+                unknown.setdefault(name, _meant(_field(key), {row: row for row in rows}))
             elif value != "":
                 parsed = _parse_toml(variable, name, value, path)
                 if values.get(variable.field, parsed) != parsed:
@@ -200,19 +200,29 @@ def _misplaced(document: Mapping[str, Any], rows: Mapping[str, Variable]) -> dic
     def nearly_ours(name: str) -> bool:
         return bool(difflib.get_close_matches(name.lower().replace("_", "-"), [_OURS], cutoff=0.75))
 
-    found = {key: f"did you mean tool.{_OURS}?" for key in document if nearly_ours(key)}
+    def is_table(value: object) -> bool:
+        several = value if isinstance(value, list) and value else [value]
+        return all(isinstance(each, dict) for each in several)
+
+    found = {key: f"did you mean tool.{_OURS}?" for key in document if is_table(document[key]) and nearly_ours(key)}
     tool = document.get("tool")
     for key, value in tool.items() if isinstance(tool, dict) else ():
-        field = key.replace("-", "_")
-        if key == _OURS or (isinstance(value, dict) and not nearly_ours(key)):
+        field = _field(key)
+        if key == _OURS:
             continue
-        if nearly_ours(key):
-            found[f"tool.{key}"] = f"did you mean {_OURS}?"
+        if is_table(value):
+            if nearly_ours(key):
+                found[f"tool.{key}"] = f"did you mean {_OURS}?"
         elif field in rows:
             found[f"tool.{key}"] = f"did you mean tool.{_OURS}.{field}?"
         elif not isinstance(value, list):
             found[f"tool.{key}"] = ""
     return found
+
+
+def _field(key: str) -> str:
+    """What a key would be called if it were written as it should be: in lower case, without the prefix."""
+    return key.lower().replace("-", "_").removeprefix(PREFIX.lower())
 
 
 def _parse_toml(variable: Variable, key: str, value: object, path: Path) -> Any:

@@ -261,14 +261,15 @@ class EntryStore:
     def _folders(self) -> Iterator[tuple[str, str]]:
         """Keys and directories of all entries, whole or not."""
         try:
-            groups = [each.path for each in os.scandir(self.path) if len(each.name) == 2]
+            groups = [each for each in os.scandir(self.path) if len(each.name) == 2]
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 self._unreadable(error)
             return
         for group in groups:
             with contextlib.suppress(OSError):
-                yield from ((e.name, e.path) for e in os.scandir(group) if is_key(e.name))
+                found = (each for each in os.scandir(group.path) if each.name.startswith(group.name))
+                yield from ((each.name, each.path) for each in found if is_key(each.name))
 
     def _rename(self, key: str, staging: Path, target: Path) -> bool:
         """Publish; False if another writer was first, or cannot be displaced."""

@@ -222,7 +222,13 @@ VARIABLES: tuple[Variable, ...] = (
         "How long to wait for another process that compiles the same kernel.",
     ),
     _row("JOBS", "int", "number of CPUs", _number(int, 1, "a whole number, one or more"), "Threads of warmup."),
-    _row("DEBUG", "bool", "0", _parse_bool, "Validate expert ids on the host before each launch (slow)."),
+    _row(
+        "DEBUG",
+        "bool",
+        "0",
+        _parse_bool,
+        "Validate expert ids on the host before each launch (slow); not in a graph.",
+    ),
     _row(
         "L2_SIDES",
         "bool",

@@ -87,6 +87,7 @@ def _check(l1: WeightPair, l2: WeightPair) -> None:
         )
 
 
+@torch.no_grad()
 def _apply(
     permute: Callable[[torch.Tensor], torch.Tensor],
     l1: WeightPair,

@@ -37,7 +37,7 @@ def _must_be_plain(file: Path) -> None:
 def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
     """Write kernels into one FILE for other machines.
 
-    All that `cache ls` lists if none is named.  A SPEC means the kernel that a call would load, else one that another
+    Every kernel of the caches if none is named.  A SPEC means the kernel that a call would load, else one that another
     compiler built from the same source.  FILE is a tar archive, compressed if its name ends in .gz or .tgz; one that
     exists is replaced.
 

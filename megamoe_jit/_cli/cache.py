@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,7 +36,7 @@ from megamoe_jit._cli._options import cache_dir_option, complete_kernel, complet
 from megamoe_jit._cli._packs import export_command, import_command
 
 if TYPE_CHECKING:
-    from megamoe_jit._cache import CacheStats, EntryInfo
+    from megamoe_jit._cache import CacheStats, EntryInfo, KernelCache
 
 __all__ = ["cache"]
 
@@ -216,8 +217,8 @@ def verify(fix: bool, as_json: bool) -> None:
     problems = "1 problem" if len(found) == 1 else f"{len(found)} problems"
     verdict = f"{problems}, {len(found) - len(left)} mended" if found else "all is well"
     say(f"{kernel_count(checked)} checked in {', '.join(map(place, caches))}: {verdict}")
-    if left and not fix:
-        say("`megamoe-jit cache verify --fix` puts damaged kernels aside; they are compiled again when needed")
+    if not fix and any(not each.read_only for each, _ in found):
+        say("`megamoe-jit cache verify --fix` corrects permissions and puts damaged kernels aside for a recompile")
     damaged = any(problem.key for problem in left)
     end(ExitCode.CORRUPTION if damaged else ExitCode.FAILED if left else ExitCode.OK)
 
@@ -294,6 +295,13 @@ def prune(max_bytes: int | None, older_than: float | None, dry_run: bool, yes: b
     end(ExitCode.OK if set(removed) >= {info.key for info in doomed} and not left else ExitCode.FAILED)
 
 
+def _say_kept(cache: KernelCache, keys: Iterable[str]) -> None:
+    """Say which kernels were not removed; a warning has said why."""
+    for key in keys:
+        path = cache.entry_path(key)
+        say(f"{path} could not be removed" if os.path.lexists(path) else f"{path} was gone already")
+
+
 @cache.command("rm")
 @click.argument("keys", metavar="KEY|SPEC...", nargs=-1, required=True, shell_complete=complete_own_key)
 @cache_dir_option
@@ -309,7 +317,9 @@ def rm(keys: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         emit_json(document("cache-rm", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
     else:
-        click.echo("\n".join(report.removed))
+        for key in report.removed:
+            click.echo(key)
+    _say_kept(user, (key for key in wanted if key not in report.removed))
     say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
     end(ExitCode.OK if len(report.removed) == len(wanted) else ExitCode.FAILED)
 
@@ -329,8 +339,10 @@ def clear(yes: bool, as_json: bool) -> None:
     report = user.clear()
     if as_json:
         emit_json(document("cache-clear", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
+    left = user.keys()
+    _say_kept(user, left)
     say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
-    end(ExitCode.FAILED if user.keys() or user.stats().quarantined else ExitCode.OK)
+    end(ExitCode.FAILED if left or user.stats().quarantined else ExitCode.OK)
 
 
 cache.add_command(export_command)

@@ -30,7 +30,9 @@ FP8_LIMIT = 2e-3  #: what rounding the intermediate to FP8 and each slot to bf16
 def demo(as_json: bool) -> None:
     """Run a small layer and check it; without a Hopper GPU compile the kernels and check the reference."""
     from megamoe_jit import _bench
+    from megamoe_jit._render import kernels_dir
 
+    kernels_dir()  # one that is wrong is no failure of each kernel
     try:
         _bench.require_hopper()
     except UnsupportedDeviceError:

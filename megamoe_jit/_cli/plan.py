@@ -80,7 +80,9 @@ def plan(
     """Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU."""
     from megamoe_jit._explain import gpu_asked_for
     from megamoe_jit._explain import plan as plan_of
+    from megamoe_jit._settings import get_settings
 
+    get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found["gpu"]}
     plans = per_shape(

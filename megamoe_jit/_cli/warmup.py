@@ -64,9 +64,11 @@ def warmup(
     compiler, 130 when interrupted; what was compiled until then stays.
     """
     from megamoe_jit._errors import ConfigError
+    from megamoe_jit._render import kernels_dir
     from megamoe_jit._settings import get_settings
 
     settings = get_settings()
+    kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
     specs = kernel_specs(shapes, ranks, variant, fast_math)

@@ -151,6 +151,40 @@ def test_graph_replay_with_changed_inputs_equals_eager(layer, buffer, tokens, de
             passed(layer, layer.call(buffer, other), other)  # eager calls in between, of other sizes
 
 
+def test_check_and_destroy_in_a_capture_leave_all_as_it_is(layer, buffer, device):
+    inputs = layer.inputs(64)
+    expected = layer.call(buffer, inputs)
+    y, graph = poisoned(64, SHAPE.hidden, device), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with override(debug=True), torch.cuda.graph(graph):  # debug mode waits for the device, but not in a capture
+        mm.fp8_mega_moe(y, layer.l1, layer.l2, buffer, activation_clamp=10.0)
+        for action in (buffer.check, buffer.destroy):
+            with pytest.raises(mm.CaptureError, match="is capturing"):
+                action()
+    graph.replay()
+    buffer.check()
+    assert equal_bits(y, expected)
+    assert equal_bits(layer.call(buffer, inputs), expected)
+
+
+def test_two_buffers_on_two_streams_share_their_counters(layer, device):
+    """With few SMs each, so that they run side by side."""
+    stats = torch.zeros(SHAPE.experts, dtype=torch.int32, device=device)
+    inputs = layer.inputs(90)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with layer.buffer(CAPACITY) as one, layer.buffer(CAPACITY) as two:
+        for buffer in (one, two):
+            inputs.stage(buffer)
+        torch.cuda.synchronize()
+        for _ in range(200):
+            for buffer, stream in zip((one, two), streams, strict=True):
+                with torch.cuda.stream(stream):
+                    y = torch.empty(90, SHAPE.hidden, dtype=torch.bfloat16, device=device)
+                    mm.fp8_mega_moe(y, layer.l1, layer.l2, buffer, stats, activation_clamp=10.0, num_sms=60)
+        torch.cuda.synchronize()
+    assert torch.equal(stats, 400 * expert_counts(inputs.topk_idx, SHAPE.experts))
+
+
 def test_graphs_of_two_sizes_interleaved(layer, buffer, device):
     cases = []
     for tokens in (64, 300):

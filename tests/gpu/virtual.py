@@ -72,7 +72,7 @@ def gather(group: Group | None, value: Any) -> list[Any]:
     return everyone
 
 
-def allocate(group: Group, size: int, device: torch.device) -> tuple[torch.Tensor, Any]:
+def allocate(group: Group, size: int, device: torch.device, _: object) -> tuple[torch.Tensor, Any]:
     """Stands in for `_ranks.allocate_symmetric`."""
     memory = torch.empty(size, dtype=torch.uint8, device=device)
     return memory, SimpleNamespace(buffer_ptrs=gather(group, memory.data_ptr()))
@@ -85,6 +85,8 @@ class VirtualRank(Rank):
         self._group = group
         device = torch.device("cuda", torch.cuda.current_device())
         super().__init__(group.rank(), group.size(), device, shape, capacity, weights)
+        self.buffer._order = _buffer._Order()  # all ranks are on one GPU here, and must not come one after the other
+        self.buffer.lock = self.buffer._order.lock
         self.buffer.prepare("pingpong", fast_math)
 
     @property

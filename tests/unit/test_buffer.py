@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 
 from megamoe_jit import _buffer
 from megamoe_jit._buffer import SymmBuffer
-from megamoe_jit._errors import DeviceFaultError, PeerTimeoutError
+from megamoe_jit._errors import CaptureError, ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._faults import PEER_SIGNAL
 
 GROUP = object()
@@ -23,6 +25,7 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     calls: list[object] = []
     monkeypatch.setattr(_buffer, "gather", lambda group, _: calls.append(group))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return calls
 
 
@@ -35,6 +38,7 @@ def buffer(ranks: int, fault: tuple[int, ...] = NOTHING) -> SymmBuffer:
     made.fault = torch.tensor([*fault, *[0] * 12], dtype=torch.int32)
     made._prepared, made._plans = {"kernel": 1}, {"plan": 1}
     made._destroyed, made._broken = False, None
+    made.lock = threading.RLock()
     return made
 
 
@@ -92,3 +96,40 @@ def test_all_ranks_meet_once_where_all_is_well(gathered: list[object]):
         it.destroy()
         del it
     assert gathered == [GROUP]
+
+
+@pytest.mark.parametrize("where", ["here", "in another thread"])
+def test_a_capture_is_no_fault(gathered: list[object], monkeypatch: pytest.MonkeyPatch, where: str):
+    def refuse(_: object) -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with monkeypatch.context() as capture:
+        if where == "here":
+            capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        else:
+            capture.setattr(torch.cuda, "synchronize", refuse)
+        it = buffer(2)
+        for action in (it.check, it.destroy):
+            with pytest.raises(CaptureError, match="capturing, and CUDA waits for no device meanwhile"):
+                action()
+    it.check()
+    it.require_usable()
+    assert it.buffer.numel() == 8
+    it.destroy()
+    assert_empty(it)
+    assert gathered == [GROUP]
+
+
+def test_what_ends_a_rank_is_told_before_it_waits_for_the_others(
+    gathered: list[object], caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.ERROR), pytest.raises(ConfigError), buffer(2):
+        raise ConfigError("y has 9 rows")
+    assert (
+        "rank 0 leaves its SymmBuffer, and waits for the other ranks, because of ConfigError: y has 9 rows"
+        in caplog.text
+    )
+    caplog.clear()
+    with pytest.raises(ConfigError), buffer(1):
+        raise ConfigError("y has 9 rows")
+    assert caplog.text == ""

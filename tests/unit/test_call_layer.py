@@ -44,7 +44,7 @@ def shared(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[SymmBuffer]:
     def alike(group: object, value: object) -> list[object]:
         return [value] * _ranks.group_size(group)
 
-    def allocate(group: object, size: int, device: torch.device) -> tuple[torch.Tensor, SimpleNamespace]:
+    def allocate(group: object, size: int, *_: object) -> tuple[torch.Tensor, SimpleNamespace]:
         return torch.empty(size, dtype=torch.uint8), SimpleNamespace(buffer_ptrs=[64, 128])
 
     monkeypatch.setattr(_ranks, "gather", alike)
@@ -286,3 +286,58 @@ def test_nothing_is_staged_into_a_buffer_that_is_gone_or_failed(cuda: Cuda):
     refused(lambda: failed.stage(*inputs(3)), "unusable since an earlier call failed", kind=mm.PeerTimeoutError)
     assert cuda.events == []
     assert (failed.buffer.x.view(torch.uint8) == GARBAGE).all()
+
+
+def test_no_graph_of_autograd_grows(cuda: Cuda):
+    """Every staged call would add to it, and weights would keep what they were made of."""
+    w13, w2 = (torch.nn.Parameter(torch.randn(4, *size)) for size in ((256, 256), (256, 128)))
+    it = mm.MegaMoE(w13, w2, topk=2, max_tokens=128)
+    x, weights = (torch.randn(3, n, dtype=torch.bfloat16, requires_grad=True) for n in (256, 2))
+    it.stage(x, torch.zeros(3, 2, dtype=torch.int64), weights)
+    views = (it.buffer.x, it.buffer.x_sf, it.buffer.topk_idx, it.buffer.topk_weights)
+    for tensor in (*it.l1, *it.l2, *views, *mm.quantize_weights(w2), *mm.quantize_activations(x)):
+        assert (tensor.requires_grad, tensor.grad_fn) == (False, None)
+
+
+def test_a_layer_made_in_inference_mode_is_staged_outside(cuda: Cuda):
+    with torch.inference_mode():
+        it = SymmBuffer(SHAPE, 128, HERE)
+    it.topk_weights[:3].copy_(torch.ones(3, 2))
+    assert not it.x.is_inference()
+
+
+def test_ids_are_not_looked_at_in_a_capture(cuda: Cuda, buffer: SymmBuffer):
+    buffer.prepare_all()
+    buffer.topk_idx.fill_(99)
+    with override(debug=True):
+        refused(lambda: call(buffer), "99")
+        cuda.capturing = True
+        call(buffer)
+    assert len(cuda.launches) == 1
+
+
+def test_buffers_of_several_ranks_come_one_after_the_other(cuda: Cuda, shared: SymmBuffer):
+    """On two streams they could start in another order than on the other rank, and wait for each other."""
+    with SymmBuffer(SHAPE, 128, HERE, shared.group) as other:
+        own = {"l1": (L1[0][:2], L1[1][:2]), "l2": (L2[0][:2], L2[1][:2])}
+        cuda.events.clear()
+        call(shared, **own)
+        cuda.stream = cuda.b
+        call(other, **own)
+        cuda.stream = cuda.a
+        call(shared, **own)
+        assert [event for event in cuda.events if event[0] != "use"] == [
+            ("launch", "A"), ("wait", "B", "A"), ("launch", "B"), ("wait", "A", "B"), ("launch", "A"),
+        ]  # fmt: skip
+        assert ("use", "B", other.local.data_ptr()) in cuda.events
+
+
+def test_symmetric_memory_does_not_count_on_torchs_cache(cuda: Cuda, shared: SymmBuffer):
+    layout = shared.layout
+    cuda.free, cuda.reserved = layout.symmetric_bytes - 1, 1 << 40
+    refused(
+        lambda: SymmBuffer(SHAPE, 128, HERE, shared.group), f"{layout.symmetric_bytes} of them symmetric", "free beside"
+    )
+    assert cuda.events[-1] == ("empty cache",)
+    cuda.free = layout.symmetric_bytes
+    SymmBuffer(SHAPE, 128, HERE, shared.group).destroy()

@@ -88,6 +88,7 @@ class Cuda:
             (torch.cuda, "is_current_stream_capturing", lambda: self.capturing and self.current == HERE.index),
             (torch.cuda, "synchronize", lambda device: self.events.append(("synchronize",))),
             (torch.cuda, "mem_get_info", lambda device: (self.free, 1 << 50)),
+            (torch.cuda, "empty_cache", lambda: self.events.append(("empty cache",))),
             (torch.cuda, "memory_reserved", lambda device: self.reserved),
             (torch.cuda, "memory_allocated", lambda device: self.allocated),
             (torch.cuda, "get_device_name", lambda device: "a GPU that nobody measured"),
@@ -344,3 +345,27 @@ def test_with_all_kernels_prepared_a_capture_may_pick_any(cuda: Cuda, buffer: Sy
         call(buffer, 3)
         call(buffer, 100)
     assert [each.spec.variant for each in cuda.launches] == [Variant.PINGPONG, Variant.COOPERATIVE]
+
+
+def test_a_call_that_comes_after_the_end_in_another_thread_is_refused(cuda: Cuda, buffer: SymmBuffer):
+    plan = buffer.plan(3, None, True, None)
+    y = torch.empty(3, buffer.hidden, dtype=torch.bfloat16)
+    buffer.destroy()
+    refused(lambda: buffer.launch(plan, y=y, tokens=3, l1=L1, l2=L2, stats=None, clamp=1.0), "was destroyed")
+    assert cuda.launches == []
+
+
+def test_an_interrupted_change_of_weights_is_made_again(cuda: Cuda, buffer: SymmBuffer, monkeypatch):
+    call(buffer)
+    other = [tuple(tensor.clone() for tensor in pair) for pair in (L1, L2)]
+
+    def interrupt(target: ctypes.Structure, *given: int) -> None:
+        encode(target, *given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(_prepared, "encode_fp8_rows", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(buffer, l1=other[0], l2=other[1])
+    call(buffer)
+    assert addresses(cuda.launches[-1].params) == [tensor.data_ptr() for tensor in (*L1, *L2)]

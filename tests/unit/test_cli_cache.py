@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from megamoe_jit._cache import KernelCache
+from megamoe_jit._cli import cli
 from tests.commandline import COOPERATIVE, PINGPONG, SIZES, checked, damage, keys_of, run, warm_cache
 
 
@@ -200,9 +203,65 @@ def test_a_damaged_kernel_is_not_shown_or_exported(root: Path, tmp_path: Path):
     inspected = run("inspect", keys[PINGPONG], "--cache-dir", str(root))
     assert inspected.returncode == 4
     assert "damaged" in inspected.stderr
-    exported = cache(root, "export", str(tmp_path / "pack.tar"))
-    assert exported.returncode == 4
-    assert not (tmp_path / "pack.tar").exists()
+    for text in (None, "garbage"):
+        if text is not None:
+            (KernelCache(root).entry_path(keys[PINGPONG]) / "meta.json").write_text(text)
+        exported = cache(root, "export", str(tmp_path / "pack.tar"))
+        assert exported.returncode == 4, exported.stderr
+        assert not (tmp_path / "pack.tar").exists()
+
+
+def test_a_kernel_that_cannot_be_removed_is_named(root: Path):
+    key = keys_of(root)[PINGPONG]
+    shutil.rmtree(root / "v1" / ".tmp")
+    (root / "v1" / ".tmp").write_text("in the way of what is to be removed")
+    for words, named in ((("rm", key), {key}), (("clear", "--yes"), set(keys_of(root).values()))):
+        done = cache(root, *words)
+        assert (done.returncode, done.stdout) == (1, "")
+        told = {str(KernelCache(root).entry_path(each)) for each in named}
+        ending = " could not be removed"
+        lines = done.stderr.splitlines()
+        assert {line.removesuffix(ending) for line in lines if line.endswith(ending)} == told
+        assert "cannot remove from kernel cache" in done.stderr
+    assert len(keys_of(root)) == 2
+
+
+def test_a_kernel_that_goes_before_it_is_removed_is_named(root: Path, monkeypatch: pytest.MonkeyPatch):
+    key = keys_of(root)[PINGPONG]
+    remove = KernelCache.remove
+    monkeypatch.setattr(KernelCache, "remove", lambda self, keys: (remove(self, keys), remove(self, keys))[1])
+    done = CliRunner().invoke(cli, ["cache", "rm", key, "--cache-dir", str(root)])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"{KernelCache(root).entry_path(key)} was gone already\n" in done.stderr
+
+
+def test_a_folder_in_the_wrong_place_is_no_entry(root: Path, tmp_path: Path):
+    """No call would find it there, nor would `rm`."""
+    key = keys_of(root)[PINGPONG]
+    wrong = "00" if key[:2] != "00" else "01"
+    (root / "v1" / wrong).mkdir(mode=0o700, exist_ok=True)
+    KernelCache(root).entry_path(key).rename(root / "v1" / wrong / key)
+    found = KernelCache(root).keys()
+    assert key not in found
+    assert set(keys_of(root)) == {COOPERATIVE}
+    assert cache(root, "info", key).returncode == 2
+    assert cache(root, "export", str(tmp_path / "k.tar")).returncode == 0
+    assert cache(root, "clear", "--yes").returncode == 0
+
+
+def test_verify_advises_to_mend_only_what_can_be_mended(root: Path, tmp_path: Path):
+    given = warm_cache(tmp_path / "given")
+    key = keys_of(given)[PINGPONG]
+    damage(given, key)
+    done = cache(root, "verify", MEGAMOE_JIT_READONLY_CACHE=str(given))
+    assert (done.returncode, "--fix" in done.stderr) == (4, False)
+    (given / "v1").chmod(0o777)
+    KernelCache(given).remove([key])
+    done = cache(root, "verify", MEGAMOE_JIT_READONLY_CACHE=str(given))
+    assert (done.returncode, "--fix" in done.stderr) == (1, False)
+    damage(root, key)
+    done = cache(root, "verify", MEGAMOE_JIT_READONLY_CACHE=str(given))
+    assert (done.returncode, "--fix" in done.stderr) == (4, True)
 
 
 def test_a_pack_travels(root: Path, tmp_path: Path):

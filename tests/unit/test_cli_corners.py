@@ -8,10 +8,11 @@ import json
 import math
 import os
 import pwd
+import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,17 @@ def test_ctrl_c_before_a_command_begins(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         app.main()
     assert ended.value.code == 130
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch):
+    class Interrupted(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt if name == "main" else AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, "megamoe_jit._cli", Interrupted("megamoe_jit._cli"))
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        runpy.run_module("megamoe_jit", run_name="__main__")
+    assert (ended.type, ended.value.args) == (SystemExit, (130,))
 
 
 def test_commands_are_those_of_the_table():

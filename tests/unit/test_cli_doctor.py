@@ -79,6 +79,22 @@ def test_doctor_on_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "cannot be written" in verdict(Path("/proc/absent")).detail
 
 
+def test_doctor_on_a_cache_that_is_a_link_to_nothing(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for link, below in (("link", ""), ("link", "cache"), ("loop", "")):
+        with override(cache_dir=tmp_path / link / below):
+            check = _doctor._cache()
+        assert check.status is Status.WARN
+        assert check.detail.endswith(f": {tmp_path / link} is a link to nothing")
+        assert "remove the link" in check.next_step
+        assert "the argument cache_dir" in check.next_step
+    with override(cache_dir=tmp_path / "link"):
+        assert f"make the folder {tmp_path / 'nothing'}," in _doctor._cache().next_step
+        (tmp_path / "nothing").mkdir(mode=0o700)
+        assert _doctor._cache().status is Status.OK
+
+
 def test_doctor_on_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with override(lock_dir=tmp_path / "locks"):
         assert _doctor._locks().status is Status.OK

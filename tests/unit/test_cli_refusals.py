@@ -228,6 +228,26 @@ def test_a_sealed_process_uses_what_is_cached_and_forces_nothing(tmp_path: Path,
     assert result.stderr == "Error: --force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("KERNELS_SRC", "/nonexistent/src", "is no directory"), ("STRICT", "foo", "is not allowed; allowed: error")],
+)
+@pytest.mark.parametrize(
+    "words", [["warmup", *SIZES], ["warmup", *SIZES, "--dry-run"], ["explain", *SIZES, "--tokens", "8"], ["demo"]]
+)
+def test_a_setting_that_is_wrong_is_no_failure_of_a_kernel_or_shape(words: list[str], name: str, value: str, says: str):
+    done = run(*words, "--json", **{f"MEGAMOE_JIT_{name}": value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"Error: MEGAMOE_JIT_{name}='{value}' {says}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_plan_with_a_setting_that_is_wrong_names_no_shape():
+    done = run("plan", *SIZES, "--tokens", "8", MEGAMOE_JIT_STRICT="foo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: MEGAMOE_JIT_STRICT='foo' is not allowed")
+
+
 def test_a_warmup_without_a_cache_names_the_setting():
     done = run("warmup", *SIZES, "--variant", "pingpong", MEGAMOE_JIT_NO_CACHE="1")
     assert "1 could not be kept: MEGAMOE_JIT_NO_CACHE turns the cache off" in done.stderr

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import signal
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from megamoe_jit import _compiler
+from megamoe_jit import _compiler, _settle
 from megamoe_jit._cli import cli
 from megamoe_jit._compiler import compile_source, options_for
 from megamoe_jit._cubin import CubinInfo
@@ -305,3 +306,23 @@ def test_library_that_is_cut_short_is_said_to_be_and_stops_no_diagnosis(tmp_path
             result = CliRunner().invoke(cli, [command, "--json"])
             assert isinstance(result.exception, SystemExit | None), result.exception
             assert f"it is cut short, at {size} bytes" in result.stdout
+
+
+def test_signals_are_put_off_while_nvrtc_has_handlers_of_its_own(monkeypatch):
+    """Its first compilation in a process ends it with 4 on SIGINT or SIGTERM, past the caller's handlers."""
+    from cuda.bindings import nvrtc
+
+    put_off = []
+    compile_program = nvrtc.nvrtcCompileProgram
+
+    def watch(*given):
+        put_off.append({signal.SIGINT, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        return compile_program(*given)
+
+    monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", watch)
+    monkeypatch.setattr(_settle, "_settled", False)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    for _ in range(2):
+        _compiler._nvrtc('extern "C" __global__ void k() {}', "k", ["--gpu-architecture=sm_90a"])
+    assert put_off == [True, False, False]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -100,7 +100,7 @@ def allocations(world: World) -> list[str]:
     torch.cuda.mem_get_info = lambda *_: (1 << 40, 1 << 40)
     torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda *_: 0
     torch.cuda.synchronize = lambda *_: None
-    _memory.allocate_symmetric = lambda _, size, device: (torch.empty(size, dtype=torch.uint8), SimpleNamespace())
+    _memory.allocate_symmetric = lambda _, size, *__: (torch.empty(size, dtype=torch.uint8), SimpleNamespace())
     zeros = torch.zeros
 
     def pinned(*sizes: int, pin_memory: bool = False, **options: object) -> torch.Tensor:

@@ -102,6 +102,33 @@ def test_import_replaces_what_is_damaged_and_keeps_the_rest(here):
     assert user_cache().load(KEY).cubin == fake_cubin(b"one")
 
 
+def test_without_names_nothing_is_left_out(here):
+    """Neither what cannot be read, nor is anything written then; what is of another version is no kernel of ours."""
+    meta = user_cache().entry_path(KEY) / "meta.json"
+    whole = meta.read_text()
+    for text, says in (("garbage", "is not JSON"), ("{}", "has no schema"), (None, "is missing")):
+        meta.unlink() if text is None else meta.write_text(text)
+        with pytest.raises(PackError, match=f"{KEY}: meta.json {says}"):
+            export_pack(here / "k.tar")
+        assert not (here / "k.tar").exists()
+    meta.write_text(json.dumps({**json.loads(whole), "schema": 99}))
+    assert export_pack(here / "k.tar").keys == (OTHER,)
+
+
+def test_what_goes_while_all_is_exported_is_left_out(here, monkeypatch):
+    read = _pack.read_entry
+
+    def gone(key, *more, **named):
+        if key == KEY:
+            raise FileNotFoundError(2, "No such file or directory")
+        return read(key, *more, **named)
+
+    monkeypatch.setattr(_pack, "read_entry", gone)
+    assert export_pack(here / "k.tar").keys == (OTHER,)
+    with pytest.raises(PackError, match="cannot export"):
+        export_pack(here / "k.tar", [KEY])
+
+
 def test_choice_of_what_to_export(here):
     assert export_pack(here / "k.tar", ["cd"]).keys == (OTHER,)
     assert export_pack(here / "k.tar", "ab").keys == (KEY,)

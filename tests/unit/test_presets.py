@@ -1,10 +1,15 @@
 """Presets: in order, compilable, and equal to what transformers says of each model."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics import parse_shapes, preset, preset_names
+
+SIZES = "hidden = 256\nintermediate = 128\nexperts = 8\ntopk = 2\n"
 
 #: Where configuration classes keep each size; the first attribute that is there counts.
 ATTRIBUTES = {
@@ -65,6 +70,14 @@ def test_parse_names_in_order_and_once():
     assert [p.name for p in parse_shapes("all")] == list(preset_names())
 
 
+def test_the_file_in_the_documentation_is_one(tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    path = tmp_path / "mine.toml"
+    path.write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
+    (mine,) = parse_shapes(str(path))
+    assert (mine.ranks, mine.differs) == (8, ("...",))
+
+
 def test_parse_a_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
@@ -95,6 +108,10 @@ def test_parse_a_file(tmp_path):
         ),
         ("[a]\nhidden = 256\nintermediate = 128\nexperts = 9\ntopk = 2\nranks = '2'\n", "ranks = '2'"),
         ("a = 1\n", "a = 1"),
+        (f"[a]\n{SIZES}ranks = '2'\n", "ranks = '2'; allowed: an integer$"),
+        (f"[a]\n{SIZES}note = 1\n", "note = 1; allowed: a string$"),
+        (f"[a]\n{SIZES}differs = 'hidden'\n", "differs = 'hidden'; allowed: a list of strings$"),
+        (f"[a]\n{SIZES}differs = [1]\n", r"differs = \[1\]; allowed: a list of strings$"),
         ("", "names no shape"),
         ("[a\n", "not valid TOML"),
     ],

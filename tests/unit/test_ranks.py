@@ -43,8 +43,15 @@ def _allocate(rank, fails=()):
         return torch.empty(size, dtype=dtype)
 
     symm_mem.empty = empty
-    symm_mem.rendezvous = lambda memory, group: SimpleNamespace(buffer_ptrs=[1, 2], size=memory.numel())
-    memory, handle = _ranks.allocate_symmetric(dist.group.WORLD, 64, torch.device("cpu"))
+
+    def rendezvous(memory, group):
+        dist.barrier(group)  # as torch's, it waits for all ranks
+        return SimpleNamespace(buffer_ptrs=[1, 2], size=memory.numel())
+
+    symm_mem.rendezvous = rendezvous
+    memory, handle = _ranks.allocate_symmetric(
+        dist.group.WORLD, 64, torch.device("cpu"), lambda why: ConfigError(f"too large: {why}")
+    )
     return [memory.numel(), handle.buffer_ptrs, handle.size]
 
 
@@ -147,7 +154,9 @@ def test_memory_that_one_rank_lacks_raises_on_all_with_the_bytes(seen):
     last = len(seen) - 1
     for rank, each in enumerate(seen):
         kind, text = each["no memory"]
-        assert f"CUDA out of memory on {last}" in text
+        assert f"too large: CUDA out of memory on {last}" in text
+        if rank == last:
+            assert kind == "ConfigError"
         if rank != last:
             assert kind == "MegaMoeError"
             assert text.startswith(f"allocating 64 bytes of symmetric memory failed on rank {last}: ")
@@ -161,6 +170,22 @@ def test_one_rank_needs_no_process_group():
     assert _ranks.collectively(None, "it", lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         _ranks.collectively(None, "it", lambda: 1 / 0)
+
+
+def test_a_rank_that_failed_says_so_even_if_the_others_never_come(monkeypatch):
+    def absent(group, value):
+        raise PeerTimeoutError("the ranks did not all meet")
+
+    def fail():
+        raise ConfigError("no memory")
+
+    monkeypatch.setattr(_ranks, "gather", absent)
+    monkeypatch.setattr(_ranks, "group_size", lambda group: 2)
+    with pytest.raises(ConfigError, match="no memory") as caught:
+        _ranks.collectively(object(), "it", fail)
+    assert isinstance(caught.value.__cause__, PeerTimeoutError)
+    with pytest.raises(PeerTimeoutError):
+        _ranks.collectively(object(), "it", lambda: 1)
 
 
 def test_digests_tell_texts_and_their_borders_apart():

@@ -51,10 +51,16 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
 inline unsigned __activemask() { return sim::now->warp->live; }
 inline unsigned __popc(unsigned v) { return __builtin_popcount(v); }
 
-/// On shared memory only.
+/// On shared memory, and on the statistics, which nothing here reads.
 inline unsigned atomicAdd(unsigned* p, unsigned v) {
     sim::maybe_leave();
     const unsigned old = *p;
+    *p = old + v;
+    return old;
+}
+inline int atomicAdd(int* p, int v) {
+    sim::maybe_leave();
+    const int old = *p;
     *p = old + v;
     return old;
 }
