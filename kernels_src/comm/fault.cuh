@@ -65,9 +65,12 @@ MEGA_DEVICE constexpr u32 patience(Wait what) {
 template <class Ready, class Seen>
 MEGA_DEVICE void wait_until(const Params& p, Wait what, u32 which, u32 expected, Ready ready, Seen seen) {
     if (ready()) return;
-    const i64 end = static_cast<i64>(ptx::nanoseconds() + p.timeout_ns * patience(what));
-    while (!ready())
-        if (static_cast<i64>(ptx::nanoseconds()) - end > 0 && !ready()) give_up(p, what, which, expected, seen());
+    const u64 end = ptx::nanoseconds() + p.timeout_ns * patience(what);
+    bool late = false;
+    do {
+        if (late) give_up(p, what, which, expected, seen());
+        late = ptx::nanoseconds() > end;
+    } while (!ready());
 }
 
 /// Waits for a phase of an mbarrier, with the timer: for the producer warps.

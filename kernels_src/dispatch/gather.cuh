@@ -175,8 +175,8 @@ template <class C> struct Gather {
                                shared.dispatched(slot));
                 ptx::mbarrier_arrive(shared.dispatched(slot));
             }
-            if (load < kLead) continue;
             const u32 store = load - kLead;
+            if (store >= total) continue;   // none yet: the difference is below zero
             const Ring<kSlots> at(sequence + store);
             wait_barrier(p, Wait::row_loaded, shared.dispatched(at.stage), at.parity, item.first_row);
             if (!one) continue;

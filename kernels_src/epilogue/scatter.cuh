@@ -28,9 +28,8 @@ template <class C> struct Scatter {
 #pragma unroll
         for (u32 j = 0; j < 4; ++j) {   // 16 columns: two groups of eight, rows t/4 and t/4 + 8
             const u32 i = j * 8;
-            ptx::store_matrix4(staging.chunk(lane % 16, 2 * j + lane / 16), ptx::pack_bf16(d[i], d[i + 1]),
-                               ptx::pack_bf16(d[i + 2], d[i + 3]), ptx::pack_bf16(d[i + 4], d[i + 5]),
-                               ptx::pack_bf16(d[i + 6], d[i + 7]));
+            ptx::store_matrix4_bf16(staging.chunk(lane % 16, 2 * j + lane / 16), d[i], d[i + 1], d[i + 2], d[i + 3], d[i + 4],
+                                    d[i + 5], d[i + 6], d[i + 7]);
         }
     }
 

@@ -8,7 +8,7 @@ namespace megamoe {
 /// in each of 64 places, which costs registers everywhere.  Below -87, where the reciprocal would be no normal number, the result is 0; that of -inf
 /// is NaN, as of the fast form.
 template <bool kFast> MEGA_DEVICE float silu(float x) {
-    if constexpr (kFast) return x * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(x * -1.4426950408889634f));
+    if constexpr (kFast) return x * ptx::sigmoid_approx(x);
     const float d = 1.0f + expf(-fmaxf(x, -87.0f)), r = ptx::reciprocal_approx(d);
     return x * (x > -87.0f ? __fmaf_rn(__fmaf_rn(-d, r, 1.0f), r, r) : 0.0f);
 }

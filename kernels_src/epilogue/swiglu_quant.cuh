@@ -28,7 +28,7 @@ template <class C> struct SwigluQuant {
             for (u32 i = 0; i < 16; ++i) {
                 float& gate = result.quarter[q][i / 4 * 8 + i % 4];
                 const float up = result.quarter[q][i / 4 * 8 + 4 + i % 4];
-                const float limited = ptx::max_nan(ptx::min_nan(up, p.clamp), -p.clamp);
+                const float limited = ptx::clamp_nan(up, p.clamp);
                 gate = silu<C::kFastMath>(ptx::min_nan(gate, p.clamp)) * limited;
                 largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fabsf(gate));
             }
@@ -42,8 +42,7 @@ template <class C> struct SwigluQuant {
     /// Two groups of eight outputs of one row half: lanes pair up so that each stores four codes in a row.
     MEGA_DEVICE void stage_codes(const float (&quarter)[32], u32 q, u32 pair, u32 half, float inverse) const {
         const u32 i = pair * 16 + half * 2, lane = staging.lane;
-        const u32 own = ptx::pack_e4m3(quarter[i] * inverse, quarter[i + 1] * inverse) |
-                        ptx::pack_e4m3(quarter[i + 8] * inverse, quarter[i + 9] * inverse) << 16;
+        const u32 own = ptx::pack_e4m3(quarter[i], quarter[i + 1], quarter[i + 8], quarter[i + 9], inverse);
         const u32 other = __shfl_xor_sync(~0u, own, 1);
         const u32 codes = __byte_perm(own, other, lane % 2 == 0 ? 0x5410 : 0x3276);
         ptx::store4_shared(staging.chunk(half * 8 + lane / 4, q * 2 + pair) + lane % 2 * 8 + lane % 4 / 2 * 4, codes);

@@ -47,15 +47,13 @@ template <class C> constexpr u32 kBlocksPerTurn = C::kHidden / kBlockK % 2 == 0 
 
 /// Issues the four 32-deep steps of one quarter into a fresh accumulator.
 MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
-    ptx::pin(fresh);
     ptx::wgmma_fence();
     ptx::wgmma_m64n64k128(fresh, a, b + q * ptx::kDescriptorRows64);
     ptx::wgmma_commit();
 }
 
 /// quarter q += fresh * scales.
-MEGA_DEVICE void promote_quarter(Result& result, float (&fresh)[32], const BlockScales& s, u32 q) {
-    ptx::pin(fresh);
+MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const BlockScales& s, u32 q) {
 #pragma unroll
     for (u32 group = 0; group < 4; ++group) {   // of even groups of eight columns (gate, in GEMM 1) the rows t/4, then those
                                                 // t/4 + 8; then of odd ones (up): one scale each
@@ -108,10 +106,10 @@ template <class C> struct MainLoop {
                     next.load(shared.act_scales(stage) + my_row * 4, shared.weight_scales(stage));
                 }
                 issue_quarter(fresh[i % 2], a, b, q);
-                if (i > 0) ptx::wgmma_wait<1>();
+                if (i > 0) ptx::wgmma_wait<1>(fresh[(i - 1) % 2]);
             } else {
                 ready = ptx::mbarrier_test(shared.full(ring.stage), ring.parity);
-                ptx::wgmma_wait<0>();
+                ptx::wgmma_wait<0>(fresh[(i - 1) % 2]);
             }
             if (i > 0 && q == 0) release(last_stage);
             if (i > 0) promote_quarter(result, fresh[(i - 1) % 2], scales, (i - 1) % 4);

@@ -5,10 +5,14 @@
 
 namespace megamoe::ptx {
 
-/// Two e4m3 codes, `lo` in the low byte; saturates to +-448, NaN stays NaN.
-MEGA_DEVICE u32 pack_e4m3(float lo, float hi) {
-    u16 r;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
+/// Four e4m3 codes of numbers times `factor`, `a` in the lowest byte; saturates to +-448, NaN stays NaN.
+MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d, float factor) {
+    u32 r;
+    asm("{\n.reg .b16 lo, hi;\n.reg .f32 a, b, c, d;\n"
+        "mul.f32 a, %1, %5;\nmul.f32 b, %2, %5;\nmul.f32 c, %3, %5;\nmul.f32 d, %4, %5;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 lo, b, a;\ncvt.rn.satfinite.e4m3x2.f32 hi, d, c;\n"
+        "mov.b32 %0, {lo, hi};\n}"
+        : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d), "f"(factor));
     return r;
 }
 MEGA_DEVICE u32 pack_bf16(float lo, float hi) {
@@ -16,28 +20,40 @@ MEGA_DEVICE u32 pack_bf16(float lo, float hi) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
 }
-MEGA_DEVICE float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
-MEGA_DEVICE float bf16_high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
-/// Unlike fminf and fmaxf these give NaN when either side is NaN: a broken row stays visibly broken.
-MEGA_DEVICE float min_nan(float a, float b) {
+/// sum += w * the eight numbers of `v`.
+MEGA_DEVICE void add_scaled_bf16(float (&sum)[8], float w, const Vec16& v) {
+    asm("{\n.reg .b32 t;\n"
+        "shl.b32 t, %9, 16;\nfma.rn.f32 %0, %8, t, %0;\nand.b32 t, %9, 0xffff0000;\nfma.rn.f32 %1, %8, t, %1;\n"
+        "shl.b32 t, %10, 16;\nfma.rn.f32 %2, %8, t, %2;\nand.b32 t, %10, 0xffff0000;\nfma.rn.f32 %3, %8, t, %3;\n"
+        "shl.b32 t, %11, 16;\nfma.rn.f32 %4, %8, t, %4;\nand.b32 t, %11, 0xffff0000;\nfma.rn.f32 %5, %8, t, %5;\n"
+        "shl.b32 t, %12, 16;\nfma.rn.f32 %6, %8, t, %6;\nand.b32 t, %12, 0xffff0000;\nfma.rn.f32 %7, %8, t, %7;\n}"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]), "+f"(sum[7])
+        : "f"(w), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]));
+}
+/// Unlike fminf and fmaxf these give NaN when x is NaN: a broken row stays visibly broken.
+MEGA_DEVICE float min_nan(float x, float limit) {
     float r;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(limit));
     return r;
 }
-MEGA_DEVICE float max_nan(float a, float b) {
+/// x, but not above `limit` and not below -`limit`.
+MEGA_DEVICE float clamp_nan(float x, float limit) {
     float r;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-    return r;
-}
-MEGA_DEVICE float exp2_approx(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    asm("min.NaN.f32 %0, %1, %2;\nmax.NaN.f32 %0, %0, %3;" : "=&f"(r) : "f"(x), "f"(limit), "f"(-limit));
     return r;
 }
 MEGA_DEVICE float reciprocal_approx(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+/// 1 / (1 + e^-x).  One statement, as are all of which there are many: the optimiser needs time for each.
+MEGA_DEVICE float sigmoid_approx(float x) {
+    float r;
+    asm("{\n.reg .f32 t;\n"
+        "mul.f32 t, %1, 0fBFB8AA3B;\n"   // -log2(e)
+        "ex2.approx.ftz.f32 t, t;\nadd.f32 t, t, 0f3F800000;\nrcp.approx.ftz.f32 %0, t;\n}"
+        : "=f"(r) : "f"(x));
     return r;
 }
 

@@ -88,10 +88,14 @@ MEGA_DEVICE void load_floats_shared(u32 address, float& a, float& b, float& c, f
 MEGA_DEVICE void store_floats_shared(u32 address, float a, float b, float c, float d) {
     asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
-/// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-MEGA_DEVICE void store_matrix4(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-                 : "memory");
+/// Four 8x8 matrices of bf16; lane l gives the address of row l % 8 of matrix l / 8, and two numbers of each.
+MEGA_DEVICE void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
+    asm volatile(
+        "{\n.reg .b32 a, b, c, d;\n"
+        "cvt.rn.bf16x2.f32 a, %2, %1;\ncvt.rn.bf16x2.f32 b, %4, %3;\ncvt.rn.bf16x2.f32 c, %6, %5;\ncvt.rn.bf16x2.f32 d, %8, %7;\n"
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {a, b, c, d};\n}" ::"r"(address),
+        "f"(a0), "f"(a1), "f"(b0), "f"(b1), "f"(c0), "f"(c1), "f"(d0), "f"(d1)
+        : "memory");
 }
 
 }  // namespace megamoe::ptx

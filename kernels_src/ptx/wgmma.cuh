@@ -7,16 +7,6 @@ namespace megamoe::ptx {
 
 MEGA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 MEGA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-/// Waits until at most kPending committed groups are still running.
-template <u32 kPending> MEGA_DEVICE void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-/// Keeps accumulators in registers at this point, so that no use of them moves above the wait.  Emits nothing.
-template <u32 kCount> MEGA_DEVICE void pin(float (&d)[kCount]) {
-#pragma unroll
-    for (u32 i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
 /// Has two descriptors computed here and not where they are first used.  Emits nothing.
 MEGA_DEVICE void pin(u64& a, u64& b) { asm volatile("" : "+l"(a), "+l"(b)); }
 
@@ -46,6 +36,13 @@ MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
         : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
         : "l"(a), "l"(b)
         : "memory");
+}
+/// Waits until at most kPending committed groups are still running; `d` is of one that is not.
+template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
+    asm volatile("wgmma.wait_group.sync.aligned %32;"
+                 : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
+                 : "n"(kPending)
+                 : "memory");
 }
 #undef MEGA_D4
 #undef MEGA_STEP

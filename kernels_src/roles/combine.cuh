@@ -78,11 +78,7 @@ template <class C> struct Combine {
             if (!(chosen >> k & 1)) continue;
             const float w = ptx::load_float_shared(head + k * 4);
             const Vec16 v = ptx::load16_shared(at + k * (kColumns * 2));
-#pragma unroll
-            for (u32 j = 0; j < 4; ++j) {
-                sum[2 * j] = __fmaf_rn(w, ptx::bf16_low(v.w[j]), sum[2 * j]);
-                sum[2 * j + 1] = __fmaf_rn(w, ptx::bf16_high(v.w[j]), sum[2 * j + 1]);
-            }
+            ptx::add_scaled_bf16(sum, w, v);
         }
         Vec16 out;
 #pragma unroll

@@ -64,12 +64,11 @@ template <class C> struct LoadWeights {
             tile.k_begin = k_begin, k_begin += tile.k_blocks;
             slots.publish(index++, tile);
         }
-        if constexpr (C::kVariant == Variant::pingpong) {   // one stop tile for each group; the first has the turn
-            tile.rows = 1;
+#pragma unroll 1
+        for (u32 stops = C::kVariant == Variant::pingpong ? kMathGroups : 1; stops > 0;) {   // one for each group that reads
+            tile.rows = --stops;   // the first has the turn
             slots.publish(index++, tile);
-            tile.rows = 0;
         }
-        slots.publish(index, tile);
     }
 };
 

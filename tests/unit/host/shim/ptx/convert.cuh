@@ -6,16 +6,18 @@
 namespace megamoe::ptx {
 
 inline u32 to_integer(float x, u32 most) { return x >= 0 && x < 1e9f ? min_u32(static_cast<u32>(x + 0.5f), most) : most; }
-inline u32 pack_e4m3(float lo, float hi) {
-    return to_integer(lo * (255.0f / 448.0f), 255) | to_integer(hi * (255.0f / 448.0f), 255) << 8;
+inline u32 to_code(float x) { return to_integer(x * (255.0f / 448.0f), 255); }
+inline u32 pack_e4m3(float a, float b, float c, float d, float factor) {
+    return to_code(a * factor) | to_code(b * factor) << 8 | to_code(c * factor) << 16 | to_code(d * factor) << 24;
 }
 inline u32 pack_bf16(float lo, float hi) { return to_integer(lo, 65535) | to_integer(hi, 65535) << 16; }
-inline float bf16_low(u32 pair) { return static_cast<float>(pair & 65535); }
-inline float bf16_high(u32 pair) { return static_cast<float>(pair >> 16); }
-inline float min_nan(float a, float b) { return a < b ? a : b; }
-inline float max_nan(float a, float b) { return a > b ? a : b; }
-/// With these silu(x) = x.
-inline float exp2_approx(float) { return 0; }
+inline void add_scaled_bf16(float (&sum)[8], float w, const Vec16& v) {
+    for (u32 i = 0; i < 8; ++i) sum[i] += w * static_cast<float>(v.w[i / 2] >> i % 2 * 16 & 65535);
+}
+inline float min_nan(float x, float limit) { return x < limit ? x : limit; }
+inline float clamp_nan(float x, float limit) { return x < -limit ? -limit : min_nan(x, limit); }
+/// With this silu(x) = x.
+inline float sigmoid_approx(float) { return 1; }
 inline float reciprocal_approx(float x) { return 1 / x; }
 
 }  // namespace megamoe::ptx

@@ -1,6 +1,6 @@
 // Stand-in for ptx/memory.cuh.
 #pragma once
-#include "base/types.cuh"
+#include "ptx/convert.cuh"
 
 namespace megamoe::ptx {
 
@@ -66,9 +66,9 @@ inline void load_floats_shared(u32 address, float& a, float& b, float& c, float&
 }
 inline void store_floats_shared(u32 address, float a, float b) { store_shared(address, Vec2{{a, b}}); }
 inline void store_floats_shared(u32 address, float a, float b, float c, float d) { store_shared(address, Vec4{{a, b, c, d}}); }
-inline void store_matrix4(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
+inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
     const u64* addresses = sim::meet_warp("stmatrix", address);
-    const u32 lane = sim::now->index, values[4] = {r0, r1, r2, r3};
+    const u32 lane = sim::now->index, values[4] = {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)};
     for (u32 i = 0; i < 4; ++i) store4_shared(static_cast<u32>(addresses[i * 8 + lane / 4]) + lane % 4 * 4, values[i]);
 }
 

@@ -6,14 +6,13 @@ namespace megamoe::ptx {
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { ++sim::now->groups; }
-template <u32 kPending> void wgmma_wait() {
+template <u32 kPending> void wgmma_wait(float (&)[32]) {
     if (sim::mutant == sim::kNoWaitForProducts && kPending > 0) return;
     auto& products = sim::now->products;
     std::size_t due = 0;
     for (; due < products.size() && products[due].group + kPending < sim::now->groups; ++due) sim::multiply(products[due]);
     products.erase(products.begin(), products.begin() + due);
 }
-template <u32 kCount> void pin(float (&)[kCount]) {}
 inline void pin(u64&, u64&) {}
 
 /// Shared addresses of the first rows instead of descriptors, in units of 16 bytes as theirs.
