@@ -29,6 +29,14 @@ def _matrices(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
     return weights
 
 
+def _own(weights: torch.Tensor | WeightPair, inplace: bool) -> WeightPair:
+    """Codes that may be written over, and scales."""
+    if isinstance(weights, torch.Tensor):
+        return quantize_weights(weights)
+    codes, scales = weights
+    return (codes if inplace else codes.clone(memory_format=torch.contiguous_format)), scales
+
+
 class MegaMoE:
     """One MoE layer on one GPU.
 
@@ -40,7 +48,7 @@ class MegaMoE:
         max_tokens: most tokens of a call.
         clamp: bound of gate and up; None for none.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
-        inplace: interleave the codes of `w13` in place instead of in a copy (only for pairs).
+        inplace: bring the codes of pairs into the kernel's order where they are, instead of in a copy.
 
     Example:
         >>> layer = MegaMoE(w13, w2, topk=6, max_tokens=4096)
@@ -74,11 +82,8 @@ class MegaMoE:
             None, experts, max_tokens, topk, hidden, rows // 2, device=gate_up.device
         )
         try:
-            l1 = quantize_weights(w13) if isinstance(w13, torch.Tensor) else w13
-            l2 = quantize_weights(w2) if isinstance(w2, torch.Tensor) else w2
-            self.l1, self.l2 = transform_weights_for_mega_moe_sm90(
-                l1, l2, inplace=inplace or isinstance(w13, torch.Tensor)
-            )
+            l1, l2 = (_own(weights, inplace) for weights in (w13, w2))
+            self.l1, self.l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
         except BaseException:
             self.buffer.destroy()
             raise

@@ -28,9 +28,7 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         ("act1", TensorMap),
-        ("weight1", TensorMap),
         ("act2", TensorMap),
-        ("weight2", TensorMap),
         ("act1_small", TensorMap),
         ("act2_small", TensorMap),
         ("peers", c_uint64 * MAX_RANKS),
@@ -52,6 +50,8 @@ class Params(ctypes.Structure):
         ("act2_done", c_uint64),
         ("slice_counts", c_uint64),
         ("control", c_uint64),
+        ("weight1", c_uint64),
+        ("weight2", c_uint64),
         ("weight1_scales", c_uint64),
         ("weight2_scales", c_uint64),
         ("y", c_uint64),
@@ -69,6 +69,7 @@ class Params(ctypes.Structure):
         ("clamp", c_float),
         ("want_sides", c_uint32),
         ("side_of_sm", c_uint32 * SIDE_WORDS),
+        ("unused", c_uint32 * 12),
     ]
 
 

@@ -15,7 +15,7 @@ from megamoe_jit._layout import COUNTER_ROWS
 from megamoe_jit._loader import load_kernel
 from megamoe_jit._params import Params, aligned_params
 from megamoe_jit._settings import get_settings
-from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_SMALL, BOX_ROWS_WEIGHT, encode_fp8_rows
+from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_SMALL, encode_fp8_rows
 from megamoe_jit._validate import check_weights
 
 if TYPE_CHECKING:
@@ -95,9 +95,6 @@ class PreparedKernel:
             return
         check_weights(l1, l2, self.spec, self._device)
         self._weights = ()  # until all of them are set: an exception between two must not leave a mixture
-        params, shape, experts = self.params, self.spec.shape, self.spec.local_experts
-        rows1, rows2 = experts * 2 * shape.intermediate, experts * shape.hidden
-        encode_fp8_rows(params.weight1, addresses[0], rows1, shape.hidden, BOX_ROWS_WEIGHT)
-        encode_fp8_rows(params.weight2, addresses[2], rows2, shape.intermediate, BOX_ROWS_WEIGHT)
-        params.weight1_scales, params.weight2_scales = addresses[1], addresses[3]
+        params = self.params
+        params.weight1, params.weight1_scales, params.weight2, params.weight2_scales = addresses
         self._weights = addresses

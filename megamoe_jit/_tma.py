@@ -13,11 +13,10 @@ from ctypes import c_uint32, c_uint64, c_void_p
 from megamoe_jit._errors import LaunchError, ToolchainError
 from megamoe_jit._params import TensorMap
 
-__all__ = ["BOX_ROWS_ACT", "BOX_ROWS_SMALL", "BOX_ROWS_WEIGHT", "encode_fp8_rows"]
+__all__ = ["BOX_ROWS_ACT", "BOX_ROWS_SMALL", "encode_fp8_rows"]
 
 BOX_ROWS_ACT = 64
 BOX_ROWS_SMALL = 16  #: of activations, for tiles of at most 48 rows
-BOX_ROWS_WEIGHT = 128
 _BOX_COLUMNS = 128
 
 # Values of the driver's enums (cuda.h).

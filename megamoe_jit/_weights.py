@@ -1,12 +1,20 @@
-"""The gate/up interleave that the kernel reads, and its inverse.
+"""The order in which the kernel reads weights, and its inverse.
 
-The first GEMM produces gate and up columns of one intermediate channel in the same tile, and in the same
-thread, when the rows of ``w13`` come in groups of eight: ``g0..7, u0..7, g8..15, u8..15, ...``.  Scales are
-looked up by the original block (gate blocks first, then up blocks) and stay as they are; ``w2`` stays as it
-is.
+Two things are done to the codes of one expert; scales stay as they are.
 
-Rows move within one expert only, so a transformed tensor can be permuted by expert like the original, and
-both directions run in place with one expert of scratch.  Nothing marks a tensor as transformed: keep count.
+*Gate and up rows alternate by eights* in ``w13``: ``g0..7, u0..7, g8..15, u8..15, ...``. So the first GEMM has gate and
+up of one intermediate channel in the same tile, and in the same thread.
+
+*Tiles are stored as shared memory holds them*, in both matrices: 256 rows (the last tile may have 128) by 128 columns,
+one after the other along the columns, then the next 256 rows. A block streams its weights from consecutive addresses,
+by plain bulk copies. Inside such a tile the sixteen bytes of row r and columns 16c to 16c + 15 lie at
+
+    128 r + 16 (c ^ r % 8)
+
+which is the 128-byte swizzle that the tensor cores read without bank conflicts.
+
+Nothing moves from one expert to another, so a transformed tensor can be permuted by expert like the original, and both
+directions run in place with a few matrices of one expert as scratch. Nothing marks a tensor as transformed: keep count.
 """
 
 from __future__ import annotations
@@ -30,8 +38,11 @@ __all__ = [
 ]
 
 INTERLEAVE = 8  #: rows of gate, then rows of up, in one group
+TILE_ROWS = 256  #: the kernel's BLOCK_N
+ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES = 8, 8, 16  #: of the swizzle
 
 WeightPair: TypeAlias = tuple[torch.Tensor, torch.Tensor]  #: codes and scales
+_Order: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  #: one expert's matrix to a new one
 
 
 def _interleave(w: torch.Tensor) -> torch.Tensor:
@@ -46,6 +57,51 @@ def _deinterleave(w: torch.Tensor) -> torch.Tensor:
     rows, hidden = w.shape
     groups = w.reshape(rows // (2 * INTERLEAVE), 2, INTERLEAVE, hidden)
     return groups.transpose(0, 1).contiguous().view(rows, hidden)
+
+
+def _by_tile(order: Callable[[torch.Tensor, int], torch.Tensor], w: torch.Tensor) -> torch.Tensor:
+    """`order` of the whole tiles, and of the rows that are left; ``[N, K]`` to a new ``[N, K]``."""
+    whole = w.shape[0] // TILE_ROWS * TILE_ROWS
+    parts = [order(w[:whole], TILE_ROWS)] if whole else []
+    if whole < w.shape[0]:
+        parts.append(order(w[whole:], w.shape[0] - whole))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _swizzle(tiles: torch.Tensor) -> torch.Tensor:
+    """``[..., row of the atom, chunk, byte]`` with chunks in the order of shared memory, or back: its own inverse."""
+    row = torch.arange(ATOM_ROWS, device=tiles.device).unsqueeze(1)
+    return tiles[..., row, row ^ torch.arange(ATOM_CHUNKS, device=tiles.device), :]
+
+
+def _pack(w: torch.Tensor, height: int) -> torch.Tensor:
+    """Tiles of `height` rows as shared memory holds them."""
+    rows, depth = w.shape
+    atoms = w.reshape(-1, height // ATOM_ROWS, ATOM_ROWS, depth // BLOCK, ATOM_CHUNKS, CHUNK_BYTES)
+    return _swizzle(atoms.permute(0, 3, 1, 2, 4, 5)).reshape(rows, depth)
+
+
+def _unpack(w: torch.Tensor, height: int) -> torch.Tensor:
+    """Inverse of `_pack`."""
+    rows, depth = w.shape
+    atoms = w.reshape(-1, depth // BLOCK, height // ATOM_ROWS, ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES)
+    return _swizzle(atoms).permute(0, 2, 3, 1, 4, 5).reshape(rows, depth)
+
+
+def _order1(w13: torch.Tensor) -> torch.Tensor:
+    return _by_tile(_pack, _interleave(w13))
+
+
+def _order2(w2: torch.Tensor) -> torch.Tensor:
+    return _by_tile(_pack, w2)
+
+
+def _restore1(w13: torch.Tensor) -> torch.Tensor:
+    return _deinterleave(_by_tile(_unpack, w13))
+
+
+def _restore2(w2: torch.Tensor) -> torch.Tensor:
+    return _by_tile(_unpack, w2)
 
 
 def require_pair(name: str, pair: object) -> None:
@@ -87,20 +143,12 @@ def _check(l1: WeightPair, l2: WeightPair) -> None:
         )
 
 
-@torch.no_grad()
-def _apply(
-    permute: Callable[[torch.Tensor], torch.Tensor],
-    l1: WeightPair,
-    l2: WeightPair,
-    inplace: bool,
-    experts: Iterable[int] | None,
-) -> tuple[WeightPair, WeightPair]:
-    _check(l1, l2)
-    w13, scales = l1
-    if w13.ndim == 2 and experts is not None:
-        raise ConfigError("experts was given with one [2I, H] matrix; allowed: only with [experts, 2I, H]")
-    source = w13.view(torch.uint8).unsqueeze(0) if w13.ndim == 2 else w13.view(torch.uint8)
-    count = source.shape[0]
+def _chosen(experts: Iterable[int] | None, codes: torch.Tensor) -> list[int]:
+    if codes.ndim == 2:
+        if experts is not None:
+            raise ConfigError("experts was given with one [2I, H] matrix; allowed: only with [experts, 2I, H]")
+        return [0]
+    count = codes.shape[0]
     try:
         chosen = list(range(count)) if experts is None else [operator.index(e) for e in experts]
     except TypeError:
@@ -108,16 +156,30 @@ def _apply(
         raise ConfigError(f"experts = {given}; allowed: distinct local experts from 0 to {count - 1}") from None
     if len(set(chosen)) != len(chosen) or any(not 0 <= e < count for e in chosen):
         raise ConfigError(f"experts = {chosen}; allowed: distinct local experts from 0 to {count - 1}")
+    return chosen
+
+
+def _apply_to(codes: torch.Tensor, order: _Order, inplace: bool, chosen: list[int]) -> torch.Tensor:
+    source = codes.view(torch.uint8).unsqueeze(0) if codes.ndim == 2 else codes.view(torch.uint8)
     if inplace:
         target = source
-    elif experts is None:
+    elif len(chosen) == source.shape[0]:
         target = torch.empty_like(source, memory_format=torch.contiguous_format)
     else:
         target = source.clone(memory_format=torch.contiguous_format)
     for e in chosen:
-        target[e].copy_(permute(source[e]))
-    result = w13 if inplace else target.view(w13.shape).view(torch.float8_e4m3fn)
-    return (result, scales), l2
+        target[e].copy_(order(source[e]))
+    return codes if inplace else target.view(codes.shape).view(torch.float8_e4m3fn)
+
+
+@torch.no_grad()
+def _apply(
+    orders: tuple[_Order, _Order], l1: WeightPair, l2: WeightPair, inplace: bool, experts: Iterable[int] | None
+) -> tuple[WeightPair, WeightPair]:
+    _check(l1, l2)
+    chosen = _chosen(experts, l1[0])
+    w13, w2 = (_apply_to(pair[0], order, inplace, chosen) for pair, order in zip((l1, l2), orders, strict=True))
+    return (w13, l1[1]), (w2, l2[1])
 
 
 def transform_weights_for_mega_moe_sm90(
@@ -129,17 +191,16 @@ def transform_weights_for_mega_moe_sm90(
         l1: ``w13`` float8_e4m3fn ``[E_local, 2I, H]``, gate rows first, then up rows, and its scales float32
             ``[E_local, 2I / 128, H / 128]``; or one expert, without the first dimension.
         l2: ``w2`` float8_e4m3fn ``[E_local, H, I]`` and its scales float32 ``[E_local, H / 128, I / 128]``.
-        inplace: Permute ``w13`` where it is and return it, with one expert of scratch.
+        inplace: Permute the codes where they are and return them, with a few matrices of one expert as scratch.
         experts: Only these local experts; the others keep their order.
 
     Returns:
-        `l1` with the rows of ``w13`` interleaved, and `l2`.  Scales and ``w2`` are the tensors that were
-        given.
+        `l1` and `l2` with codes of the same shape, in the kernel's order, and the scales that were given.
 
     Raises:
         ConfigError: A dtype, shape or expert number is not supported.
     """
-    return _apply(_interleave, l1, l2, inplace, experts)
+    return _apply((_order1, _order2), l1, l2, inplace, experts)
 
 
 def inverse_transform_weights_for_mega_moe_sm90(
@@ -148,6 +209,6 @@ def inverse_transform_weights_for_mega_moe_sm90(
     """Undo `transform_weights_for_mega_moe_sm90`; same arguments, dtypes and shapes.
 
     Returns:
-        `l1` with gate rows first, then up rows, and `l2`.
+        `l1` with gate rows first, then up rows, and `l2`, both with rows of consecutive bytes.
     """
-    return _apply(_deinterleave, l1, l2, inplace, experts)
+    return _apply((_restore1, _restore2), l1, l2, inplace, experts)

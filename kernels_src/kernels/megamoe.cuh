@@ -34,7 +34,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
         ptx::mbarrier_init_fence();
-        for (const ptx::TensorMap* map : {&p.act1, &p.weight1, &p.act2, &p.weight2, &p.act1_small, &p.act2_small}) ptx::prefetch_tensor_map(map);
+        for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small}) ptx::prefetch_tensor_map(map);
         shared.side() = count_side(p);
         if (blockIdx.x == 0)   // drawn, and counted below, after the first grid barrier
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;

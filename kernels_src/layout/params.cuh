@@ -15,8 +15,8 @@
 namespace megamoe {
 
 struct alignas(64) Params {
-    ptx::TensorMap act1, weight1, act2, weight2;   // operands of GEMM 1 and GEMM 2
-    ptx::TensorMap act1_small, act2_small;         // the activations again, in smaller boxes
+    ptx::TensorMap act1, act2;               // activations of GEMM 1 and GEMM 2
+    ptx::TensorMap act1_small, act2_small;   // the same in smaller boxes
 
     u64 peers[kMaxRanks];   // base of each rank's symmetric buffer; below, byte offsets in it
     u64 x, x_scales, topk_ids, topk_weights, expert_offsets, sorted_pairs, signals, combine;
@@ -31,6 +31,8 @@ struct alignas(64) Params {
     u32* act2_done;        // [counters] tiles of GEMM 2 that are done; only kept when the pools are rings
     u32* slice_counts;     // [sort_blocks][experts] pairs of each expert in each block's slice
     u32* control;          // see Control
+    const u8* weight1;             // [local experts][2 * intermediate / 256][hidden / 128][256][128], swizzled: megamoe_jit/_weights.py
+    const u8* weight2;             // [local experts][hidden / 256][intermediate / 128][256][128], the same
     const float* weight1_scales;   // [local experts][2 * intermediate / 128][hidden / 128]
     const float* weight2_scales;   // [local experts][hidden / 128][intermediate / 128]
     u16* y;                // bf16 [tokens][hidden]
@@ -43,8 +45,9 @@ struct alignas(64) Params {
     float clamp;
     u32 want_sides;      // 1: each side of the L2 shall take every other column of tiles, see sched/order.cuh; 0: all take all
     u32 side_of_sm[kSideWords];   // a bit of each SM
+    u32 unused[12];      // up to a multiple of the alignment, which Python does not add
 };
-static_assert(sizeof(Params) == 1088, "Params changed: change megamoe_jit/_params.py with it");
+static_assert(sizeof(Params) == 896, "Params changed: change megamoe_jit/_params.py with it");
 
 /// Words of `Params::control`.
 enum Control : u32 {

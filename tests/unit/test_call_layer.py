@@ -27,6 +27,10 @@ from tests.unit.test_call_path import DRAWN, GARBAGE, HERE, L1, L2, SHAPE, STATS
 FP8, F32 = torch.float8_e4m3fn, torch.float32
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     return Cuda(monkeypatch)
@@ -221,8 +225,8 @@ def compute(params: Params) -> None:
         at(base + params.topk_ids, torch.int64, tokens, 2),
         at(base + params.topk_weights, F32, tokens, 2),
     )
-    l1 = at(params.weight1.opaque[0], FP8, 4, 256, 256), at(params.weight1_scales, F32, 4, 2, 2)
-    l2 = at(params.weight2.opaque[0], FP8, 4, 256, 128), at(params.weight2_scales, F32, 4, 2, 1)
+    l1 = at(params.weight1, FP8, 4, 256, 256), at(params.weight1_scales, F32, 4, 2, 2)
+    l2 = at(params.weight2, FP8, 4, 256, 128), at(params.weight2_scales, F32, 4, 2, 1)
     weights = mm.inverse_transform_weights_for_mega_moe_sm90(l1, l2)
     at(params.y, torch.bfloat16, tokens, 256).copy_(moe_reference(*read, *weights, activation_clamp=params.clamp))
 
@@ -243,14 +247,18 @@ def test_a_layer_takes_the_kernel_of_its_mathematics(cuda: Cuda, fast: bool):
     assert cuda.launches[0].spec == KernelSpec(SHAPE, Variant.PINGPONG, 1, fast)
 
 
-def test_a_layer_interleaves_a_pair_where_it_is_only_if_told_to(cuda: Cuda):
-    codes = DRAWN.l1[0].clone()
-    kept = mm.MegaMoE((codes, DRAWN.l1[1]), DRAWN.l2, topk=2, max_tokens=128)
-    assert torch.equal(codes.view(torch.uint8), DRAWN.l1[0].view(torch.uint8))
-    inplace = mm.MegaMoE((codes, DRAWN.l1[1]), DRAWN.l2, topk=2, max_tokens=128, inplace=True)
-    assert inplace.l1[0].data_ptr() == codes.data_ptr() != kept.l1[0].data_ptr()
-    for it in (kept, inplace):
-        assert torch.equal(it.l1[0].view(torch.uint8), L1[0].view(torch.uint8))
+def test_a_layer_orders_a_pair_where_it_is_only_if_told_to(cuda: Cuda):
+    drawn = DRAWN.l1[0], DRAWN.l2[0]
+    codes = [given.clone() for given in drawn]
+    pairs = (codes[0], DRAWN.l1[1]), (codes[1], DRAWN.l2[1])
+    kept = mm.MegaMoE(*pairs, topk=2, max_tokens=128)
+    mixed = mm.MegaMoE(mm.dequantize_weights(*DRAWN.l1), pairs[1], topk=2, max_tokens=128)
+    assert [same(a, b) for a, b in zip(codes, drawn, strict=True)] == [True, True]
+    inplace = mm.MegaMoE(*pairs, topk=2, max_tokens=128, inplace=True)
+    assert inplace.l1[0].data_ptr() == codes[0].data_ptr() != kept.l1[0].data_ptr()
+    assert inplace.l2[0].data_ptr() == codes[1].data_ptr() != mixed.l2[0].data_ptr()
+    assert all(same(it.l1[0], L1[0]) for it in (kept, inplace))
+    assert all(same(it.l2[0], L2[0]) for it in (kept, inplace, mixed))
 
 
 def test_a_layer_without_weights_keeps_no_memory(cuda: Cuda, made: list[SymmBuffer]):

@@ -159,7 +159,7 @@ def refused(action: Callable, *says: str, kind: type[Exception] = mm.ConfigError
 
 def addresses(params: Params) -> list[int]:
     """Where the kernel reads codes and scales of `l1`, then of `l2`."""
-    return [params.weight1.opaque[0], params.weight1_scales, params.weight2.opaque[0], params.weight2_scales]
+    return [params.weight1, params.weight1_scales, params.weight2, params.weight2_scales]
 
 
 def test_a_kernel_knows_its_memory(cuda: Cuda):
@@ -181,9 +181,7 @@ def test_a_kernel_knows_its_memory(cuda: Cuda):
         "act1_small": [params.act1_pool, 4096, 256, 16],
         "act2_small": [params.act2_pool, 4096, 128, 16],
     }
-    assert params.weight1.opaque[:4] == [L1[0].data_ptr(), 4 * 256, 256, 128]
-    assert params.weight2.opaque[:4] == [L2[0].data_ptr(), 4 * 256, 128, 128]
-    assert (params.weight1_scales, params.weight2_scales) == (L1[1].data_ptr(), L2[1].data_ptr())
+    assert addresses(params) == [tensor.data_ptr() for tensor in (*L1, *L2)]
 
 
 def test_every_call_brings_its_own_values(cuda: Cuda):
@@ -359,13 +357,23 @@ def test_an_interrupted_change_of_weights_is_made_again(cuda: Cuda, buffer: Symm
     call(buffer)
     other = [tuple(tensor.clone() for tensor in pair) for pair in (L1, L2)]
 
-    def interrupt(target: ctypes.Structure, *given: int) -> None:
-        encode(target, *given)
-        raise KeyboardInterrupt
+    class Interrupted:
+        """Parameters of which only the first address can be set."""
+
+        def __init__(self, params: Params) -> None:
+            self.__dict__["params"] = params
+
+        def __setattr__(self, name: str, value: int) -> None:
+            setattr(self.params, name, value)
+            if name == "weight1":
+                raise KeyboardInterrupt
 
     with monkeypatch.context() as during:
-        during.setattr(_prepared, "encode_fp8_rows", interrupt)
+        for kernel in buffer._prepared.values():
+            during.setattr(kernel, "params", Interrupted(kernel.params))
         with pytest.raises(KeyboardInterrupt):
             call(buffer, l1=other[0], l2=other[1])
+    half_set = [kernel.params.weight1 for kernel in buffer._prepared.values()]
+    assert other[0][0].data_ptr() in half_set
     call(buffer)
     assert addresses(cuda.launches[-1].params) == [tensor.data_ptr() for tensor in (*L1, *L2)]

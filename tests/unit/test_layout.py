@@ -43,6 +43,7 @@ OTHERS = {
         "clamp",
         "want_sides",
         "side_of_sm",
+        "unused",
     ),
 }
 

@@ -13,7 +13,7 @@ import pytest
 
 from megamoe_jit._params import MAX_RANKS, PARAMS_ALIGN, Params, TensorMap, aligned_params
 from megamoe_jit._spec import MAX_RANKS as SPEC_MAX_RANKS
-from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_SMALL, BOX_ROWS_WEIGHT
+from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_SMALL
 from tests import host
 
 HEADER = "layout/params.cuh"
@@ -98,10 +98,10 @@ def test_the_block_is_aligned_and_zero(_: int):
     assert ctypes.addressof(params) % PARAMS_ALIGN == 0
     assert bytes(params) == bytes(ctypes.sizeof(Params))
     maps = [name for name, kind in Params._fields_ if kind is TensorMap]
-    assert len(maps) == 6
+    assert len(maps) == 4
     assert all(getattr(Params, name).offset % 64 == 0 for name in maps)
 
 
 def test_boxes_are_of_the_same_height():
-    names = {"kWeightBoxRows": BOX_ROWS_WEIGHT, "kActBoxRows": BOX_ROWS_ACT, "kSmallBoxRows": BOX_ROWS_SMALL}
+    names = {"kActBoxRows": BOX_ROWS_ACT, "kSmallBoxRows": BOX_ROWS_SMALL}
     assert {name: host.constant(name, "roles/load.cuh") for name in names} == names

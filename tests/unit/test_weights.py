@@ -1,9 +1,10 @@
-"""The gate/up interleave, its inverse, in place and by expert."""
+"""The order in which the kernel reads weights, its inverse, in place and by expert."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._weights import (
@@ -31,64 +32,98 @@ def same(a, b):
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def test_rows_come_in_groups_of_eight():
-    l1, l2 = make()
-    (w, sf), second = transform(l1, l2)
-    intermediate = 256
-    for row in range(2 * intermediate):
-        group, within = divmod(row, 16)
-        source = 8 * group + within if within < 8 else intermediate + 8 * group + within - 8
-        assert same(w[:, row], l1[0][:, source])
-    assert sf is l1[1]
-    assert second is l2
-    assert w.data_ptr() != l1[0].data_ptr()
+def place(row, column, rows, depth):
+    """Where bytes of one expert's matrix lie: tiles of 256 rows and 128 columns, chunks of 16 bytes swizzled."""
+    tile, inside = row // 256 * 256, row % 256
+    height = (rows - tile).clamp(max=256)
+    block, chunk = column // 128, column % 128 // 16
+    return tile * depth + block * height * 128 + inside * 128 + (chunk ^ row % 8) * 16 + column % 16
+
+
+def gate_up_row(row, intermediate):
+    """The row of gates, then ups, that is row `row` of the kernel's."""
+    group, within = divmod(row, 16)
+    return 8 * group + within if within < 8 else intermediate + 8 * group + within - 8
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(128, 256), (384, 128), (640, 384)])
+def test_each_byte_is_where_the_kernel_reads_it(hidden, intermediate):
+    l1, l2 = make(2, hidden, intermediate)
+    (w13, sf1), (w2, sf2) = transform(l1, l2)
+    for drawn, made, source in (
+        (l1[0], w13, lambda row: gate_up_row(row, intermediate)),
+        (l2[0], w2, lambda row: row),
+    ):
+        rows, depth = drawn.shape[1:]
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(depth), indexing="ij")
+        at = place(row, column, rows, depth).flatten()
+        assert at.sort().values.equal(torch.arange(rows * depth))
+        source_row = torch.tensor([source(r) for r in range(rows)])
+        for expert in range(2):
+            before = drawn[expert].view(torch.uint8)[source_row].flatten()
+            assert torch.equal(made[expert].view(torch.uint8).flatten()[at], before)
+        assert made.data_ptr() != drawn.data_ptr()
+        assert made.shape == drawn.shape
+    assert sf1 is l1[1]
+    assert sf2 is l2[1]
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.booleans())
 def test_inverse_restores(experts, hidden, intermediate, inplace):
     l1, l2 = make(experts, 128 * hidden, 128 * intermediate)
-    original = l1[0].clone()
+    originals = l1[0].clone(), l2[0].clone()
     forth = transform(l1, l2, inplace=inplace)
-    assert not same(forth[0][0], original)
+    assert not any(same(pair[0], original) for pair, original in zip(forth, originals, strict=True))
     back = inverse(*forth, inplace=inplace)
-    assert same(back[0][0], original)
-    assert same(l1[0], original)
+    for original, drawn, restored in zip(originals, (l1, l2), back, strict=True):
+        assert same(restored[0], original)
+        assert same(drawn[0], original)
 
 
 def test_inplace_writes_where_it_is_and_equals_the_copy():
-    l1, l2 = make()
-    expected = transform(l1, l2)[0][0]
-    pointer = l1[0].data_ptr()
-    (w, _), _ = transform(l1, l2, inplace=True)
-    assert w.data_ptr() == pointer
-    assert same(w, expected)
-    assert same(l1[0], expected)
+    given = make()
+    expected = transform(*given)
+    made = transform(*given, inplace=True)
+    for (codes, _), (copied, _), (there, _) in zip(given, expected, made, strict=True):
+        assert there.data_ptr() == codes.data_ptr()
+        assert same(there, copied)
+
+
+def test_rows_that_do_not_follow_each_other():
+    (w13, sf1), (w2, sf2) = make()
+    spread = [torch.cat([w.view(torch.uint8)] * 2, dim=-1).view(E4M3)[..., : w.shape[-1]] for w in (w13, w2)]
+    assert not any(w.is_contiguous() for w in spread)
+    expected = transform((w13, sf1), (w2, sf2))
+    for inplace in (False, True):
+        made = transform((spread[0], sf1), (spread[1], sf2), inplace=inplace)
+        assert all(same(a[0].contiguous(), b[0]) for a, b in zip(made, expected, strict=True))
 
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_chosen_experts_only(inplace):
-    l1, l2 = make(experts=4)
-    original = l1[0].clone()
-    full = transform(l1, l2)[0][0]
-    (w, _), _ = transform(l1, l2, inplace=inplace, experts=[3, 1])
-    for expert in range(4):
-        assert same(w[expert], full[expert] if expert in (1, 3) else original[expert])
+    given = make(experts=4)
+    originals = [pair[0].clone() for pair in given]
+    full = transform(*given)
+    made = transform(*given, inplace=inplace, experts=[3, 1])
+    for original, whole, some in zip(originals, full, made, strict=True):
+        for expert in range(4):
+            assert same(some[0][expert], whole[0][expert] if expert in (1, 3) else original[expert])
     if not inplace:
-        assert same(l1[0], original)
-    (back, _), _ = inverse((w, l1[1]), l2, experts=(1, 3))
-    assert same(back, original)
+        assert all(same(pair[0], original) for pair, original in zip(given, originals, strict=True))
+    back = inverse(*made, experts=(1, 3))
+    assert all(same(pair[0], original) for pair, original in zip(back, originals, strict=True))
 
 
 def test_one_matrix_without_the_expert_dimension():
     l1, l2 = make()
-    full = transform(l1, l2)[0][0]
-    slice1, slice2 = (l1[0][2], l1[1][2]), (l2[0][2], l2[1][2])
-    (w, _), _ = transform(slice1, slice2)
-    assert w.shape == slice1[0].shape
-    assert same(w, full[2])
-    transform(slice1, slice2, inplace=True)  # through the view into the whole tensor
-    assert same(l1[0][2], full[2])
+    full = transform(l1, l2)
+    slices = (l1[0][2], l1[1][2]), (l2[0][2], l2[1][2])
+    for one, whole in zip(transform(*slices), full, strict=True):
+        assert same(one[0], whole[0][2])
+    transform(*slices, inplace=True)  # through the view into the whole tensor
+    assert same(l1[0][2], full[0][0][2])
+    assert same(l2[0][2], full[1][0][2])
 
 
 def test_permuting_experts_commutes_with_the_transform():
@@ -96,29 +131,35 @@ def test_permuting_experts_commutes_with_the_transform():
     order = torch.tensor([2, 0, 3, 1])
     permuted = l1[0].view(torch.uint8)[order].view(E4M3), l1[1][order]
     permuted2 = l2[0].view(torch.uint8)[order].view(E4M3), l2[1][order]
-    a = transform(permuted, permuted2)[0][0]
-    b = transform(l1, l2)[0][0].view(torch.uint8)[order]
-    assert same(a, b)
+    for a, b in zip(transform(permuted, permuted2), transform(l1, l2), strict=True):
+        assert same(a[0], b[0].view(torch.uint8)[order])
 
 
-def test_scratch_is_one_expert(monkeypatch):
-    """In place, no tensor larger than one expert is allocated."""
-    l1, l2 = make(experts=8)
-    biggest = 0
-    plain = torch.Tensor.contiguous
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
 
-    def watch(self, *args, **kwargs):
-        nonlocal biggest
-        result = plain(self, *args, **kwargs)
-        biggest = max(biggest, result.numel())
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.numel = max(self.numel, result.numel())
         return result
 
-    monkeypatch.setattr(torch.Tensor, "contiguous", watch)
-    with monkeypatch.context() as m:
-        m.setattr(torch, "empty_like", lambda *a, **k: pytest.fail("a second copy of the weights"))
-        m.setattr(torch.Tensor, "clone", lambda *a, **k: pytest.fail("a second copy of the weights"))
-        transform(l1, l2, inplace=True)
-    assert biggest == l1[0][0].numel()
+
+@pytest.mark.parametrize("direction", [transform, inverse])
+def test_scratch_is_one_expert(direction):
+    """In place, no tensor larger than one expert is allocated."""
+    l1, l2 = make(experts=8)
+    with Largest() as made:
+        direction(l1, l2, inplace=True)
+    assert made.numel == l1[0][0].numel()
+    with Largest() as made:
+        direction(l1, l2)
+    assert made.numel == l1[0].numel()
 
 
 def test_refusals_say_what_is_allowed():

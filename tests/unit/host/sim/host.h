@@ -104,7 +104,8 @@ struct Run {
         }
     }
     static u64 weight_bytes() {
-        return 2 * 1024 + u64(C::kLocalExperts) * (3 * C::kIntermediate / 128) * (C::kHidden / 128) * 4;
+        const u64 codes = u64(C::kLocalExperts) * 3 * C::kIntermediate * C::kHidden;
+        return 4 * 1024 + codes + codes / (128 * 128) * 4;
     }
     void place_rank(u32 r, u64 base, u64 own) {
         all.emplace_back();
@@ -120,6 +121,7 @@ struct Run {
         rank.stats = reinterpret_cast<i32*>(memory.place("stats", r, true, base, C::kLocalExperts * 4).base);
         base += (C::kLocalExperts * 4 / 1024 + 1) * 1024;
         float* scales[2];
+        u8* codes[2];
         for (u32 gemm = 1; gemm <= 2; ++gemm) {
             const u32 wide = (gemm == 1 ? 2 * C::kIntermediate : C::kHidden) / 128;
             const u32 deep = (gemm == 1 ? C::kHidden : C::kIntermediate) / 128;
@@ -129,9 +131,14 @@ struct Run {
             for (u32 e = 0; e < C::kLocalExperts; ++e)
                 for (u32 row = 0; row < wide; ++row)
                     for (u32 k = 0; k < deep; ++k) *to++ = weight_scale(gemm, r * C::kLocalExperts + e, row, k);
+            const u64 size = u64(C::kLocalExperts) * wide * deep * 128 * 128;
+            codes[gemm - 1] = memory.place("weights", r, true, base, size).base;
+            base += (size / 1024 + 1) * 1024;
+            fill_weights(gemm, codes[gemm - 1]);
         }
         megamoe::Params& p = rank.now.params;
         std::memset(static_cast<void*>(&p), 0, sizeof p);
+        p.weight1 = codes[0], p.weight2 = codes[1];
         p.weight1_scales = scales[0], p.weight2_scales = scales[1], p.y = rank.y, p.stats = rank.stats;
         fill(p, r);
     }
@@ -145,14 +152,12 @@ struct Run {
         AT(x), AT(x_scales), AT(topk_ids), AT(topk_weights), AT(expert_offsets), AT(sorted_pairs), AT(signals), AT(combine);
 #undef AT
         const u64 pool1 = reinterpret_cast<u64>(+p.act1_pool), pool2 = reinterpret_cast<u64>(+p.act2_pool);
-        const u64 maps[6][5] = {{kAct1, pool1, pool_rows, C::kHidden, megamoe::kActBoxRows},
-                                {kWeight1, 0, 0, C::kHidden, megamoe::kWeightBoxRows},
+        const u64 maps[4][5] = {{kAct1, pool1, pool_rows, C::kHidden, megamoe::kActBoxRows},
                                 {kAct2, pool2, pool_rows, C::kIntermediate, megamoe::kActBoxRows},
-                                {kWeight2, 0, 0, C::kIntermediate, megamoe::kWeightBoxRows},
                                 {kAct1, pool1, pool_rows, C::kHidden, megamoe::kSmallBoxRows},
                                 {kAct2, pool2, pool_rows, C::kIntermediate, megamoe::kSmallBoxRows}};
-        megamoe::ptx::TensorMap* to[6] = {&p.act1, &p.weight1, &p.act2, &p.weight2, &p.act1_small, &p.act2_small};
-        for (u32 i = 0; i < 6; ++i) std::memcpy(to[i]->opaque, maps[i], sizeof maps[i]);
+        megamoe::ptx::TensorMap* to[4] = {&p.act1, &p.act2, &p.act1_small, &p.act2_small};
+        for (u32 i = 0; i < 4; ++i) std::memcpy(to[i]->opaque, maps[i], sizeof maps[i]);
         p.timeout_ns = 1, p.rank = r, p.pool_rows = pool_rows, p.clamp = 1e30f;
         p.counters = rows / megamoe::kCounterRows;
     }

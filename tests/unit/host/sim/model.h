@@ -13,7 +13,7 @@
 
 namespace sim {
 
-enum Tensor : u64 { kAct1, kWeight1, kAct2, kWeight2 };
+enum Tensor : u32 { kAct1, kWeight1, kAct2, kWeight2 };
 
 /// Sizes of the layer, from the kernel's own configuration.
 struct Sizes {
@@ -53,28 +53,28 @@ inline u32 slot_value(u32 key, u32 expert, u32 group, u32 step) {
 }
 inline float act2_scale(u32 expert, u32 n) { return 255 * factor(expert, n) / 448; }
 
-/// Where a step's weights come from; lies at their first byte in shared memory.
+/// Where a step's weights come from; lies at the first byte of every 64th row.
 struct WeightTag {
     u32 tensor, row, column, unused;
 };
 
-/// Copies a box: rows of activations, or the tags of 128 rows of weights.
+/// Writes the tags of one GEMM's weights, which lie as megamoe_jit/_weights.py orders them; nothing else in there is read.
+inline void fill_weights(u32 gemm, u8* base) {
+    const u32 each = gemm == 1 ? 2 * sizes.intermediate : sizes.hidden, deep = gemm == 1 ? sizes.hidden : sizes.intermediate;
+    for (u32 row = 0; row < each * sizes.local_experts; row += 64)
+        for (u32 column = 0; column < deep; column += 32) {
+            const u32 inside = row % each, tile = inside / 256 * 256, height = std::min(256u, each - tile);
+            const u64 at = u64(row - inside + tile) * deep + u64(column / 128) * height * 128 + (inside - tile) * 128 + column % 128;
+            const WeightTag tag{gemm == 1 ? kWeight1 : kWeight2, row, column, 0};
+            std::memcpy(base + at, &tag, sizeof tag);
+        }
+}
+
+/// Copies a box of activations.
 inline void load_box(u32 dst, const u64* map, u32 bar, u32 column, u32 row) {
-    const bool weights = map[0] == kWeight1 || map[0] == kWeight2;
     const u32 width = static_cast<u32>(map[3]), rows = static_cast<u32>(map[4]);
     u8* to = now->warp->block->at(dst, rows * 128, 1024);
     if (column + 128 > width) fail("a box outside of its tensor, in " + name_of(now));
-    if (weights) {
-        const u32 tensor = static_cast<u32>(map[0]);
-        start_load(bar, rows * 128, [=] {
-            for (u32 r = 0; r < 128; r += 64)
-                for (u32 s = 0; s < 4; ++s) {
-                    const WeightTag tag{tensor, row + r, column + 32 * s, 0};
-                    std::memcpy(to + r * 128 + 32 * s, &tag, sizeof tag);
-                }
-        });
-        return;
-    }
     if (row + rows > map[2]) fail("a box below its tensor, in " + name_of(now));
     const u8* from = reinterpret_cast<const u8*>(map[1]) + u64(row) * width + column;
     for (u32 r = 0; r < rows; ++r) memory.read(from + u64(r) * width, 128, copy_actor());
