@@ -21,7 +21,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megamoe_jit import _evict
@@ -73,6 +73,7 @@ class CacheStats:
     Attributes:
         root: the directory.
         entries: kernels.
+        damaged: entries whose metadata cannot be read, which count nowhere else.
         bytes: size of their files.
         quarantined: damaged entries kept aside.
         quarantined_bytes: size of their files.
@@ -83,6 +84,7 @@ class CacheStats:
 
     root: Path
     entries: int
+    damaged: int
     bytes: int
     quarantined: int
     quarantined_bytes: int
@@ -134,12 +136,12 @@ class KernelCache(EntryStore):
         current = _evict.current_builder() if keep_current else None
         doomed = _evict.plan(entries, max_bytes=max_bytes, older_than_s=older_than_s, current=current)
         report = self.remove(info.key for info in doomed)
-        return PruneReport(report.removed, report.bytes + self._empty_quarantine())
+        return replace(report, bytes=report.bytes + self._empty_quarantine())
 
     def clear(self) -> PruneReport:
         """Delete every entry, readable or not, and what lies in quarantine."""
         report = self.remove(self.keys())
-        return PruneReport(report.removed, report.bytes + self._empty_quarantine())
+        return replace(report, bytes=report.bytes + self._empty_quarantine())
 
     def verify(self, fix: bool = False) -> list[Problem]:
         """Check every entry as `load` does, its source too.
@@ -157,24 +159,40 @@ class KernelCache(EntryStore):
                 problems.append(Problem("", folder, str(error), fix and _make_private(folder)))
         for key, folder_name in self._folders():
             folder = Path(folder_name)
-            try:
-                read_entry(key, folder, self.forbidden, with_source=True)
-            except FileNotFoundError:
-                continue
-            except Damaged as damage:
-                problems.append(Problem(key, folder, str(damage), fix and self.quarantine(key)))
-            except OSError as error:
-                problems.append(Problem(key, folder, f"cannot be read: {error.strerror}", False))
+            flaw = self._flaw(key, folder)
+            if isinstance(flaw, Damaged):
+                problems.append(Problem(key, folder, str(flaw), fix and self.quarantine(key)))
+            elif flaw is not None:
+                problems.append(Problem(key, folder, f"cannot be read: {flaw.strerror}", False))
         return problems
+
+    def _flaw(self, key: str, folder: Path) -> Damaged | OSError | None:
+        """What is wrong with an entry, its source too; None if nothing is, or if it is gone."""
+        try:
+            read_entry(key, folder, self.forbidden, with_source=True)
+        except FileNotFoundError:
+            return None
+        except (Damaged, OSError) as error:
+            return error
+        return None
+
+    def survey(self) -> tuple[list[EntryInfo], int]:
+        """What `entries` gives, and how many it leaves out because their metadata are damaged.
+
+        Entries of another schema, and those that are removed meanwhile, are not damaged.
+        """
+        entries, rest = self._survey()
+        return entries, sum(self._flaw(key, Path(folder)) is not None for key, folder in rest)
 
     def stats(self) -> CacheStats:
         """Numbers about the cache."""
-        entries = self.entries()
+        entries, damaged = self.survey()
         used = [info.used_at for info in entries]
         aside = list(self._quarantined())
         return CacheStats(
             root=self.root,
             entries=len(entries),
+            damaged=damaged,
             bytes=sum(info.disk_bytes for info in entries),
             quarantined=len(aside),
             quarantined_bytes=sum(map(tree_bytes, aside)),

@@ -26,9 +26,8 @@ from megamoe_jit._doctor_machine import (
     check_trial,
     compiling_forbidden,
 )
-from megamoe_jit._errors import ConfigError
 from megamoe_jit._machine import TOOLS, FileSystem, compilers, file_system, find_tool, gpus, tool_command
-from megamoe_jit._settings import PREFIX, VARIABLES, default_config_file, get_settings, listed
+from megamoe_jit._settings import PREFIX, VARIABLES, default_config_file, get_settings, lenient, listed
 from megamoe_jit._text import human_bytes
 
 if TYPE_CHECKING:
@@ -83,14 +82,16 @@ def _guarded(name: str, step: Callable[[], Check]) -> Check:
 
 
 def _settings() -> Check:
-    try:
+    with lenient() as faults:
         settings = get_settings()
-    except ConfigError as error:
-        named = os.environ.get(f"{PREFIX}CONFIG", "").strip()
-        step = f"correct that file{f', or correct or unset {PREFIX}CONFIG' if named else ''}"
-        if str(error).startswith(PREFIX):
-            step = f"correct or unset {str(error).partition('=')[0]}"
-        return Check("settings", Status.FAIL, str(error), step)
+    if faults:
+        variables = [fault.field for fault in faults if fault.message.startswith(PREFIX)]
+        steps = [f"correct or unset {', '.join(PREFIX + field.upper() for field in variables)}"] if variables else []
+        if len(variables) < len(faults):
+            named = settings.config is not None
+            steps.append(f"correct that file{f', or correct or unset {PREFIX}CONFIG' if named else ''}")
+        detail = "\n".join(fault.message for fault in faults)
+        return Check("settings", Status.FAIL, detail, "; ".join(steps), {"problems": [asdict(f) for f in faults]})
     file = settings.config or default_config_file()
     known = {variable.name for variable in VARIABLES}
     chosen = sorted(name for name in known if os.environ.get(name, "").strip())

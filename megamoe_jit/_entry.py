@@ -255,6 +255,8 @@ def verify_files(key: str, files: dict[str, bytes]) -> dict[str, Any]:
         raise Damaged(f"{CUBIN} is for {arch} instead of {meta.get('arch')}")
     if SOURCE in files and hashlib.sha256(files[SOURCE]).hexdigest() != meta.get("source_sha256"):
         raise Damaged(f"the digest of {SOURCE} is wrong")
+    if SOURCE in files and len(files[SOURCE]) != meta.get("source_bytes"):
+        raise Damaged(f"{SOURCE} has {len(files[SOURCE])} bytes instead of {meta.get('source_bytes')}")
     return meta
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._text import first_line
+
+if TYPE_CHECKING:
+    from megamoe_jit._settings import Fault
 
 __all__ = [
     "TOOLS",
@@ -226,24 +230,35 @@ def tool_command(name: str) -> str:
     return f"pip install {TOOLS[name]}"
 
 
-def settings_table() -> list[dict[str, Any]]:
-    """Every setting: its variable, value, where the value comes from, default and meaning."""
+def settings_table(faults: Sequence[Fault] = ()) -> list[dict[str, Any]]:
+    """Every setting: its variable, value, where the value comes from, what is wrong with it, default and meaning.
+
+    Args:
+        faults: from `lenient`; of what is wrong, the value is what was written.
+    """
     from megamoe_jit._settings import VARIABLES, get_settings
 
     values = get_settings()
-    return [
-        {
-            "name": variable.name,
-            "value": _plain(getattr(values, variable.field)),
-            "source": values.source(variable.field),
-            "default": variable.default,
-            "meaning": variable.meaning,
-        }
-        for variable in VARIABLES
-    ]
+    rows = []
+    for variable in VARIABLES:
+        value, source = getattr(values, variable.field), values.source(variable.field)
+        wrong = [fault for fault in faults if fault.field == variable.field]
+        if wrong and (source == "default" or wrong[0].source == "environment"):
+            value, source = wrong[0].value, wrong[0].source
+        rows.append(
+            {
+                "name": variable.name,
+                "value": _plain(value),
+                "source": source,
+                "problem": "; ".join(fault.message for fault in wrong) or None,
+                "default": variable.default,
+                "meaning": variable.meaning,
+            }
+        )
+    return rows
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | dict) else value

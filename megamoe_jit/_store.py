@@ -48,10 +48,12 @@ class PruneReport:
     Attributes:
         removed: keys of the entries.
         bytes: size of everything that was removed, damaged entries included.
+        kept: keys of the entries that could not be removed.
     """
 
     removed: tuple[str, ...]
     bytes: int
+    kept: tuple[str, ...] = ()
 
 
 class EntryStore:
@@ -211,18 +213,26 @@ class EntryStore:
 
     def entries(self) -> list[EntryInfo]:
         """Every entry whose metadata can be read, oldest first; nothing else is verified."""
-        found = (read_info(key, folder) for key, folder in self._folders())
-        return sorted(filter(None, found), key=lambda info: (info.created_at, info.key))
+        return self._survey()[0]
+
+    def _survey(self) -> tuple[list[EntryInfo], list[tuple[str, str]]]:
+        """What `entries` gives, and keys and directories of what it leaves out."""
+        found = [(read_info(*place), place) for place in self._folders()]
+        entries = sorted((info for info, _ in found if info), key=lambda info: (info.created_at, info.key))
+        return entries, [place for info, place in found if info is None]
 
     def remove(self, keys: Iterable[str]) -> PruneReport:
         """Delete entries; those that are not there are left out of the report."""
-        wanted = [keys] if isinstance(keys, str) else list(keys)
-        report = PruneReport((), 0)
-        for key in wanted:
-            size = tree_bytes(self.entry_path(key))
-            if self._bury(self.entry_path(key)):
-                report = PruneReport((*report.removed, key), report.bytes + size)
-        return report
+        removed, kept, size = list[str](), list[str](), 0
+        for key in [keys] if isinstance(keys, str) else keys:
+            folder = self.entry_path(key)
+            freed = tree_bytes(folder)
+            if self._bury(folder):
+                removed.append(key)
+                size += freed
+            elif os.path.lexists(folder):
+                kept.append(key)
+        return PruneReport(tuple(removed), size, tuple(kept))
 
     def touch(self, key: str) -> None:
         """Note a use, at most hourly, in a modification time: access times are off on many mounts."""

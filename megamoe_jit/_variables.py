@@ -50,6 +50,15 @@ class Variable:
         """How a value is written in a file: `text`, `number`, `bool`, `path`, `paths` or `words`."""
         return _KINDS.get(self.parse, "number" if self.type in ("int", "float", "size") else "text")
 
+    @property
+    def allowed(self) -> str:
+        """What a value may be, in the words in which `parse` refuses one; its type where any text will do."""
+        try:
+            self.parse("\0")  # nothing that a setting could be
+        except ValueError as error:
+            return str(error)
+        return self.type
+
 
 def _parse_bool(text: str) -> bool:
     word = text.lower()

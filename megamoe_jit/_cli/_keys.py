@@ -8,7 +8,7 @@ import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._cli._io import CorruptionError
+from megamoe_jit._cli._io import CorruptionError, say
 from megamoe_jit._errors import ConfigError, KernelMissingError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "others",
     "own_cache",
     "place",
+    "say_damaged",
     "whole_keys",
 ]
 
@@ -66,6 +67,14 @@ def place(cache: KernelCache) -> str:
     marks = [] if cache.root.is_dir() else ["does not exist"]
     marks += ["read-only"] if cache.read_only else []
     return f"{cache.root} ({', '.join(marks)})" if marks else str(cache.root)
+
+
+def say_damaged(cache: KernelCache, count: int) -> None:
+    """Say how many entries of a cache are left out of what is shown because their metadata are damaged, if any are."""
+    if count:
+        entries, they, them = ("1 entry", "is", "it") if count == 1 else (f"{count} entries", "are", "them")
+        advice = "" if cache.read_only else f"; `megamoe-jit cache verify --fix` puts {them} aside"
+        say(f"{entries} in {place(cache)} {they} damaged and left out{advice}")
 
 
 def find_entries(text: str) -> list[Found]:

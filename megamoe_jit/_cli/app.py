@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator, MutableMapping
@@ -70,12 +72,22 @@ def _exit_code(error: MegaMoeError) -> ExitCode:
     return ExitCode.ENVIRONMENT if isinstance(error, _ENVIRONMENT) else ExitCode.FAILED
 
 
+class _Closed(io.TextIOBase):
+    """Stands in for a standard output that was closed before the process began: whatever writes to it is refused."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "standard output is closed")
+
+
 def _say_refusal(error: OSError) -> None:
     """Print what the operating system refused; nothing is left that would fail again when the interpreter ends."""
     reason = error.strerror or str(error)
     with contextlib.suppress(OSError):  # standard error may be what fails
         say(f"Error: {reason}" if error.filename is None else f"Error: {error.filename}: {reason}")
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # there is none where it was closed from the beginning
         try:
             stream.flush()
         except OSError:
@@ -88,6 +100,8 @@ class _Group(click.Group):
     """Turns the library's errors, and the operating system's, into one message on standard error and an exit code."""
 
     def main(self, *args: Any, **named: Any) -> Any:
+        if sys.stdout is None:  # click would drop what is written
+            sys.stdout = _Closed()
         try:
             return super().main(*args, **named)
         except OSError as error:  # a broken pipe has been answered by click

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option, table
+from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say, table
 
 __all__ = ["env"]
 
@@ -15,7 +15,8 @@ __all__ = ["env"]
 def _shown(value: object) -> str:
     if value is None or value == []:
         return "-"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def _sections(doc: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
@@ -36,32 +37,43 @@ def _sections(doc: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
         ("packages", [(name, version or "-") for name, version in doc["packages"].items()]),
         ("NVRTC", list(nvrtc)),
         ("driver", list(driver)),
-        ("settings", [(s["name"], _shown(s["value"]), f"({s['source']})") for s in doc["settings"]]),
+        (
+            "settings",
+            [(s["name"], _shown(s["value"]), f"({s['source']})", s["problem"] or "") for s in doc["settings"]],
+        ),
     ]
 
 
 @click.command()
 @json_option
 def env(as_json: bool) -> None:
-    """Show versions, compilers, GPUs, and every setting with its value and source."""
+    """Show versions, compilers, GPUs, and every setting with its value and source.
+
+    Exit code 2 if a setting is not allowed: it is shown with what is wrong, and counts as unset for the rest.
+    """
     from megamoe_jit._machine import compilers, gpus, packages, settings_table
+    from megamoe_jit._settings import lenient
     from megamoe_jit._version import __version__
 
-    doc = document(
-        "env",
-        version=__version__,
-        python=platform.python_version(),
-        platform=platform.platform(),
-        packages=packages(),
-        nvrtc=compilers(),
-        driver=gpus().to_json(),
-        settings=settings_table(),
-    )
+    with lenient() as faults:
+        doc = document(
+            "env",
+            version=__version__,
+            python=platform.python_version(),
+            platform=platform.platform(),
+            packages=packages(),
+            nvrtc=compilers(),
+            driver=gpus().to_json(),
+            settings=settings_table(faults),
+        )
     if as_json:
         emit_json(doc)
-        return
-    for title, rows in _sections(doc):
-        click.echo(title)
-        columns = range(len(rows[0]))
-        for line in table(("",) * len(rows[0]), rows, left=tuple(columns)).splitlines()[1:]:
-            click.echo(f"  {line}")
+    else:
+        for title, rows in _sections(doc):
+            click.echo(title)
+            columns = range(len(rows[0]))
+            for line in table(("",) * len(rows[0]), rows, left=tuple(columns)).splitlines()[1:]:
+                click.echo(f"  {line}")
+    for fault in faults:
+        say(f"Error: {fault.message}")
+    end(ExitCode.USAGE if faults else ExitCode.OK)

@@ -226,6 +226,34 @@ def test_a_kernel_that_cannot_be_removed_is_named(root: Path):
     assert len(keys_of(root)) == 2
 
 
+def test_a_kernel_that_prune_cannot_remove_is_named(root: Path):
+    keys = keys_of(root)
+    age(root, 7200)
+    path = KernelCache(root).entry_path(keys[PINGPONG])
+    shutil.rmtree(root / "v1" / ".tmp")
+    (root / "v1" / ".tmp").write_text("in the way of what is to be removed")
+    words = ("prune", "--older-than", "1h", "--yes")
+    done = cache(root, *words)
+    assert done.returncode == 1
+    assert f"{path} could not be removed\n" in done.stderr
+    assert done.stderr.count(" could not be removed\n") == 2
+    doc = checked(cache(root, *words, "--json").stdout)
+    assert (doc["removed"], set(doc["not_removed"])) == ([], set(keys.values()))
+    assert checked(cache(root, *words, "--json", "--dry-run").stdout)["not_removed"] == []
+    (root / "v1" / ".tmp").unlink()
+    assert checked(cache(root, *words, "--json").stdout)["not_removed"] == []
+
+
+@pytest.mark.parametrize("words", [("prune", "--yes"), ("clear", "--yes")], ids=lambda words: words[0])
+def test_kernels_put_aside_that_cannot_be_removed_are_told_of(root: Path, words: tuple[str, ...]):
+    KernelCache(root).quarantine(keys_of(root)[PINGPONG])
+    shutil.rmtree(root / "v1" / ".tmp")
+    (root / "v1" / ".tmp").write_text("in the way of what is to be removed")
+    done = cache(root, *words)
+    assert done.returncode == 1
+    assert f"1 put aside in {root / 'v1' / 'quarantine'} could not be removed\n" in done.stderr
+
+
 def test_a_kernel_that_goes_before_it_is_removed_is_named(root: Path, monkeypatch: pytest.MonkeyPatch):
     key = keys_of(root)[PINGPONG]
     remove = KernelCache.remove

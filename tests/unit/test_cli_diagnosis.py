@@ -246,6 +246,52 @@ def test_env_shows_value_and_source_of_every_setting(tmp_path: Path):
     assert "(environment)" in text
 
 
+def test_env_shows_settings_that_are_not_allowed(tmp_path: Path):
+    file = tmp_path / "config.toml"
+    file.write_text('strict = "warn"\njobs = 0\nno_cache = {a = 1}\ndebug = "a\\nb"\n')
+    environ = {"MEGAMOE_JIT_CONFIG": str(file), "MEGAMOE_JIT_STRICT": "maybe"}
+    done = run("env", "--json", **environ)
+    assert done.returncode == 2
+    doc = checked(done.stdout)
+    settings = {setting["name"].removeprefix("MEGAMOE_JIT_"): setting for setting in doc["settings"]}
+    assert list(settings) == [variable.field.upper() for variable in VARIABLES]
+    problems = {
+        "NO_CACHE": ("{'a': 1}", f"file {file}"),
+        "STRICT": ("maybe", "environment"),
+        "JOBS": (0, f"file {file}"),
+        "DEBUG": ("a\nb", f"file {file}"),
+    }
+    assert {name for name, setting in settings.items() if setting["problem"]} == set(problems)
+    assert {name: (settings[name]["value"], settings[name]["source"]) for name in problems} == problems
+    strict = "MEGAMOE_JIT_STRICT='maybe' is not allowed; allowed: error, warn, ignore"
+    jobs = f"settings file {file}: jobs = 0 is not allowed; allowed: a whole number, one or more"
+    assert (settings["STRICT"]["problem"], settings["JOBS"]["problem"]) == (strict, jobs)
+    assert doc["nvrtc"]["candidates"], "the rest is told all the same"
+    assert {f"Error: {strict}", f"Error: {jobs}"} < set(done.stderr.splitlines())
+
+    text = run("env", **environ)
+    assert text.returncode == 2
+    rows = [line.split(None, 1) for line in text.stdout.partition("settings\n")[2].splitlines()]
+    assert [row[0] for row in rows] == [variable.name for variable in VARIABLES]
+    assert dict(rows)["MEGAMOE_JIT_STRICT"].split(None, 2) == ["maybe", "(environment)", strict]
+
+
+@pytest.mark.parametrize("text", [None, "jobs = ", "tool = {megamoe-jit = 1}"], ids=["missing", "no TOML", "no table"])
+def test_env_where_the_settings_file_is_no_good(text: str | None, tmp_path: Path):
+    file = tmp_path / "config.toml"
+    if text is not None:
+        file.write_text(text)
+    done = run("env", "--json", MEGAMOE_JIT_CONFIG=str(file), MEGAMOE_JIT_JOBS="3")
+    assert done.returncode == 2
+    config, *others = checked(done.stdout)["settings"]
+    jobs = next(setting for setting in others if setting["name"] == "MEGAMOE_JIT_JOBS")
+    assert (config["value"], config["source"]) == (str(file), "environment")
+    assert str(file) in config["problem"]
+    assert done.stderr == f"Error: {config['problem']}\n"
+    assert (jobs["value"], jobs["source"]) == (3, "environment")
+    assert not any(setting["problem"] for setting in others)
+
+
 def complete(line: str, root: Path | None = None) -> list[str]:
     """What bash would offer for the last word of `line`."""
     words = line.split(" ")

@@ -275,6 +275,18 @@ def test_doctor_says_where_a_setting_is_to_be_corrected(tmp_path: Path, text: st
     assert (code, checks["settings"]["next_step"]) == (3, step)
 
 
+def test_doctor_names_every_setting_that_is_not_allowed(tmp_path: Path):
+    variables = {"MEGAMOE_JIT_STRICT": "maybe", "MEGAMOE_JIT_DEBUG": "2"}
+    code, checks = doctor(**with_config(tmp_path, "jobs = 0\ntimeout_s = true"), **variables)
+    settings = checks["settings"]
+    assert (code, settings["status"], list(checks)) == (3, "fail", ["settings"])
+    problems = [problem["message"] for problem in settings["data"]["problems"]]
+    assert settings["detail"].splitlines() == problems
+    assert [problem["field"] for problem in settings["data"]["problems"]] == ["strict", "debug", "jobs", "timeout_s"]
+    assert problems[0] == "MEGAMOE_JIT_STRICT='maybe' is not allowed; allowed: error, warn, ignore"
+    assert settings["next_step"] == "correct or unset MEGAMOE_JIT_STRICT, MEGAMOE_JIT_DEBUG; correct that file"
+
+
 @pytest.mark.parametrize("origin", ["variable", "file"])
 def test_doctor_fails_where_no_kernel_can_be_rendered(tmp_path: Path, origin: str):
     environ = {"MEGAMOE_JIT_KERNELS_SRC": str(tmp_path)}

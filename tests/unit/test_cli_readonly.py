@@ -109,3 +109,13 @@ def test_what_is_listed_can_be_exported(own: Path, given: Path, tmp_path: Path):
         doc = checked(cache(own, given, "export", str(tmp_path / "k.tar"), *words, "--json").stdout)
         assert {each["kernel"] for each in doc["kernels"]} == wanted
         assert {each["key"] for each in doc["kernels"]} == {keys[name] for name in wanted}
+
+
+def test_damaged_entries_of_a_read_only_cache_are_told_of_without_advice(own: Path, given: Path):
+    for meta in given.glob("v1/*/*/meta.json"):
+        meta.write_text("{")
+    said = f"2 entries in {given} (read-only) are damaged and left out\n"
+    for words in ("ls", "stats"):
+        assert cache(own, given, words).stderr.endswith(said)
+    stats = checked(cache(own, given, "stats", "--json").stdout)["caches"]
+    assert [each["damaged"] for each in stats] == [0, 2]

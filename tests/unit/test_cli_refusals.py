@@ -110,6 +110,34 @@ def test_a_full_disk_behind_both_streams():
         assert subprocess.run(command, stdout=full, stderr=full, timeout=60).returncode == 1
 
 
+def without(number: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command line, one of whose streams was closed before it began."""
+    command = ["sh", "-c", f'exec "$@" {number}>&-', "sh", sys.executable, "-m", "megamoe_jit", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "words", ["render v4-flash/pingpong", "env --json", "cache ls --json", "--help", "completion zsh"]
+)
+def test_a_closed_standard_output(words: str):
+    done = without(1, *words.split())
+    assert (done.returncode, done.stderr) == (1, "Error: standard output is closed\n")
+
+
+def test_a_closed_standard_output_that_nothing_is_written_to(tmp_path: Path):
+    done = without(1, "cache", "clear", "--cache-dir", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, f"removed 0 kernels, 0 B, from {tmp_path}\n")
+    assert without(1, "cache", "rm").returncode == 2
+
+
+def test_a_closed_standard_error(tmp_path: Path):
+    done = without(2, "cache", "path", "--cache-dir", str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n")
+    with open("/dev/full", "w") as full:
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "megamoe_jit", "cache", "path"]
+        assert subprocess.run(command, stdout=full, timeout=60).returncode == 1
+
+
 def test_a_refused_file_is_named(tmp_path: Path):
     (tmp_path / "data.jsonl").write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch:

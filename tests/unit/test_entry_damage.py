@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 
 from megamoe_jit import _loader, _obtain
@@ -11,6 +14,7 @@ from megamoe_jit._obtain import distrust
 from megamoe_jit._runtime import forget, get_kernel
 from megamoe_jit._settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from tests.commandline import COOPERATIVE, PINGPONG, checked, keys_of, run, warm_cache
 from tests.stubs import KEY, OTHER, fake_cubin, rewrite_meta
 
 PING = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
@@ -73,3 +77,41 @@ def test_distrust_of_a_read_only_kernel_puts_only_its_own_bytes_aside(good, plac
     own = user_cache().load(good.key)
     assert own is None if same else own.cubin == good.cubin
     assert pack.load(good.key) is not None
+
+
+def listing(root, *words):
+    return run("cache", *words, "--cache-dir", str(root))
+
+
+@pytest.mark.parametrize("flaw", ["{", '{"schema": 1}', "[]", None, "pipe", "source"])
+def test_entries_whose_metadata_are_damaged_are_counted(tmp_path, flaw):
+    """What `verify --fix` then puts aside."""
+    root = warm_cache(tmp_path / "cache")
+    keys = keys_of(root)
+    meta = KernelCache(root).entry_path(keys[PINGPONG]) / "meta.json"
+    text = json.dumps({**json.loads(meta.read_text()), "source_bytes": "many"})
+    meta.unlink()
+    if flaw == "pipe":
+        os.mkfifo(meta, 0o600)
+    elif flaw is not None:
+        meta.write_text(text if flaw == "source" else flaw)
+        meta.chmod(0o600)
+    said = f"1 entry in {root} is damaged and left out; `megamoe-jit cache verify --fix` puts it aside\n"
+    for words in (("ls",), ("stats",), ("ls", "--json"), ("stats", "--json")):
+        done = listing(root, *words)
+        assert done.returncode == 0
+        assert done.stderr.endswith(said)
+    listed, stats = (checked(listing(root, words, "--json").stdout) for words in ("ls", "stats"))
+    assert (listed["damaged"], [entry["key"] for entry in listed["entries"]]) == (1, [keys[COOPERATIVE]])
+    assert [(each["damaged"], each["entries"]) for each in stats["caches"]] == [(1, 1)]
+    assert listing(root, "verify", "--fix").returncode == 0
+    for words in ("ls", "stats"):
+        assert "damaged" not in listing(root, words).stderr
+    assert checked(listing(root, "ls", "--json").stdout)["damaged"] == 0
+
+
+def test_entries_of_another_schema_are_not_damaged(tmp_path):
+    root = warm_cache(tmp_path / "cache")
+    meta = KernelCache(root).entry_path(keys_of(root)[PINGPONG]) / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "schema": 2}))
+    assert checked(listing(root, "ls", "--json").stdout)["damaged"] == 0

@@ -21,6 +21,7 @@ from megamoe_jit._settings import (
     default_cache_dir,
     default_config_file,
     get_settings,
+    lenient,
     override,
     parse_size,
 )
@@ -174,6 +175,21 @@ def test_override_nests_and_restores():
     assert get_settings() is before
     with pytest.raises(TypeError), override(no_such_field=1):
         pass
+
+
+def test_lenient_settings_end_with_the_block(monkeypatch):
+    monkeypatch.setattr(_settings, "_current", None)
+    monkeypatch.setenv(PREFIX + "STRICT", "fatal")
+    with lenient() as faults:
+        assert (get_settings().strict, [fault.field for fault in faults]) == ("error", ["strict"])
+    with pytest.raises(ConfigError, match="STRICT='fatal'"):
+        get_settings()
+    monkeypatch.setenv(PREFIX + "STRICT", "warn")
+    with lenient() as faults:
+        inside = get_settings()
+    assert (inside.strict, faults, get_settings() is inside) == ("warn", [], True)
+    with override(strict="ignore"), lenient() as faults:
+        assert (get_settings().strict, faults) == ("ignore", [])
 
 
 def test_environment_is_read_once(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from megamoe_jit import _settings
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._settings import PREFIX, Settings, override
+from megamoe_jit._settings import PREFIX, VARIABLES, Settings, override
 
 
 @pytest.fixture
@@ -128,14 +128,16 @@ def test_place_is_where_to_change_a_value(file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("jobs = true", "jobs = True is not allowed; allowed: int"),
+        ("jobs = true", "jobs = True is not allowed; allowed: a whole number, one or more"),
         ("jobs = 0", "jobs = 0 is not allowed; allowed: a whole number, one or more"),
-        ("jobs = [1]", r"jobs = \[1\] is not allowed; allowed: int"),
-        ("strict = 1", "strict = 1 is not allowed; allowed: error | warn"),
+        ("jobs = [1]", r"jobs = \[1\] is not allowed; allowed: a whole number, one or more"),
+        ("cooperative_threshold = 1.5", "allowed: a whole number, zero or more"),
+        ("cache_max_bytes = []", "allowed: a number of bytes, such as 1073741824, 500M or 2GiB"),
+        ("strict = 1", "strict = 1 is not allowed; allowed: error, warn, ignore"),
         ('strict = "fatal"', "strict = 'fatal' is not allowed; allowed: error, warn"),
-        ("ptxas_options = [1]", r"ptxas_options = \[1\] is not allowed; allowed: words"),
+        ("ptxas_options = [1]", r"ptxas_options = \[1\] is not allowed; allowed: printable words"),
         ("cache_dir = {}", "is not allowed; allowed: path"),
-        ("no_cache = 2.5", "no_cache = 2.5 is not allowed; allowed: bool"),
+        ("no_cache = 2.5", "no_cache = 2.5 is not allowed; allowed: 1, true, yes, on or 0, false, no, off"),
         ("x = ", "is not valid TOML"),
         ("tool = {megamoe-jit = 1}", "tool.megamoe-jit must be a table"),
     ],
@@ -144,6 +146,36 @@ def test_bad_file_says_which_and_what(file, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         file(text)
     assert str(file.path) in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", [v for v in VARIABLES if v.kind not in ("path", "paths")], ids=lambda v: v.field)
+def test_a_wrong_type_in_a_file_is_answered_as_a_wrong_text_in_the_environment(file, variable):
+    """Of paths no text is wrong."""
+    with pytest.raises(ConfigError) as by_type:
+        file(f"{variable.field} = {{}}")
+    with pytest.raises(ConfigError) as by_text:
+        Settings.from_env({variable.name: "\0"})
+    assert str(by_type.value).partition(" allowed; ")[2] == str(by_text.value).partition(" allowed; ")[2] != ""
+
+
+def test_what_is_wrong_can_be_collected(file):
+    faults = []
+    environ = {PREFIX + "CONFIG": str(file.path), PREFIX + "STRICT": "foo", PREFIX + "DEBUG": "1"}
+    file.path.write_text("jobs = 0\nstrict = 'warn'\ndebug = 7\nl2_sides = false\n")
+    settings = Settings.load(environ, faults)
+    assert [(fault.field, fault.value, fault.source) for fault in faults] == [
+        ("strict", "foo", "environment"),
+        ("jobs", 0, f"file {file.path}"),
+        ("debug", 7, f"file {file.path}"),
+    ]
+    assert [fault.message for fault in faults][1:2] == [
+        f"settings file {file.path}: jobs = 0 is not allowed; allowed: a whole number, one or more"
+    ]
+    assert (settings.source("jobs"), settings.debug, settings.l2_sides) == ("default", True, False)
+    file.path.write_text("jobs = ")
+    faults.clear()
+    assert Settings.load(environ, faults).source("jobs") == "default"
+    assert [(fault.field, fault.source) for fault in faults] == [("strict", "environment"), ("config", "environment")]
 
 
 def test_file_that_cannot_be_read(file, tmp_path, monkeypatch, caplog):
