@@ -85,7 +85,7 @@ def test_compiles_without_loss(name):
     (entry,) = info.entries
     assert (entry.registers, entry.stack_bytes, entry.static_shared_bytes) == (168, 0, 0)
     assert entry.max_threads == 384
-    assert meta["param_bytes"] == entry.param_bytes == ctypes.sizeof(Params) == 1088
+    assert meta["param_bytes"] == entry.param_bytes == ctypes.sizeof(Params)
 
 
 @pytest.mark.parametrize("variant", list(Variant))
