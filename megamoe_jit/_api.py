@@ -95,9 +95,10 @@ def fp8_mega_moe(
 
     Args:
         y: bf16 ``[T, hidden]``, written; T is the number of tokens staged, 0 to the buffer's capacity.
-        l1: e4m3 ``[experts, 2 * intermediate, hidden]`` from `transform_weights_for_mega_moe_sm90`, and float32
+        l1: e4m3 ``[experts, 2 * intermediate, hidden]``, and float32
             ``[experts, 2 * intermediate / 128, hidden / 128]``.
         l2: e4m3 ``[experts, hidden, intermediate]``, and float32 ``[experts, hidden / 128, intermediate / 128]``.
+            Both come from `transform_weights_for_mega_moe_sm90` of this version, which the tensors do not show.
         sym_buffer: the inputs, staged by the caller into its views before each call.
         cumulative_local_expert_recv_stats: int32 ``[local experts]``; rows of each expert are added to it.
         recipe: quantisation blocks; must be (128, 128, 128).

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megamoe_jit._device_wait import wait_for_device
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._faults import decode, fault_error
 from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
@@ -274,17 +275,18 @@ class SymmBuffer(LayerMemory):
             PeerTimeoutError: the same, and it waited for other ranks.
             CaptureError: some stream is capturing, so that the device cannot be waited for; nothing is wrong.
         """
-        cause = "no error"
         try:
-            if torch.cuda.is_current_stream_capturing():
-                raise CaptureError(f"the current stream is capturing{_AFTER_CAPTURE}")
-            torch.cuda.synchronize(self.device)
-        except RuntimeError as error:
-            cause = first_line(error)
-            if "captur" in cause.lower():  # a stream of another thread
-                raise CaptureError(f"a stream is capturing{_AFTER_CAPTURE}: {cause}") from None
+            capturing, cause = torch.cuda.is_current_stream_capturing(), None
+        except RuntimeError as error:  # the context is broken already
+            capturing, cause = False, first_line(error)
+        if capturing:
+            raise CaptureError(f"the current stream is capturing{_AFTER_CAPTURE}")
+        if cause is None:
+            cause = wait_for_device(self.device, lambda: bool(self.fault[0]))
+        if cause is not None and "captur" in cause.lower():  # a stream of another thread
+            raise CaptureError(f"a stream is capturing{_AFTER_CAPTURE}: {cause}")
         fault = decode(self.fault.tolist())
-        if fault is not None or cause != "no error":
+        if fault is not None or cause is not None:
             self._broken = fault_error(fault, self.rank, cause)
             self._plans.clear()
             raise self._broken

@@ -99,4 +99,4 @@ class PeerTimeoutError(MegaMoeError):
 
 
 class DeviceFaultError(MegaMoeError):
-    """A kernel waited past its deadline and trapped, or the CUDA context is unusable."""
+    """A kernel waited past its deadline and ended itself, or the CUDA context is unusable."""

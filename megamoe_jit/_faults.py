@@ -1,4 +1,4 @@
-"""The record that a kernel leaves in host memory before it traps, in words.
+"""The record that a kernel leaves in host memory before it ends itself, in words.
 
 Four 32-bit words: what | warp << 8 | block << 16, which one, expected, seen (`kernels_src/comm/fault.cuh`).
 """
@@ -12,7 +12,7 @@ from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
 from megamoe_jit._layout import COUNTER_ROWS
 from megamoe_jit._spec import MAX_RANKS
 
-__all__ = ["WAITS", "Fault", "decode", "fault_error"]
+__all__ = ["LOST", "WAITS", "Fault", "decode", "fault_error"]
 
 HEAD_BARRIER, PEER_SIGNAL = 1, 9
 
@@ -34,6 +34,8 @@ WAITS = {
     13: "the first GEMM to read the rows from {row} on, whose place is wanted ({seen} of {expected} tiles done)",
     14: "the second GEMM to finish the rows from {row} on, whose place is wanted ({seen} of {expected} tiles done)",
 }
+
+LOST = "nothing"  #: what the driver said of a kernel whose end it has not noticed (`_device_wait.py`)
 
 INPUTS = 0
 PHASES = {INPUTS: "inputs", 1: "results"}  #: of a PEER_SIGNAL
@@ -82,15 +84,21 @@ def decode(words: Sequence[int]) -> Fault | None:
     return Fault(who & 0xFF, who >> 8 & 0xFF, who >> 16, which, expected, seen)
 
 
-def fault_error(fault: Fault | None, rank: int, cause: str) -> MegaMoeError:
-    """The exception to raise for a launch that failed with `cause`."""
+def fault_error(fault: Fault | None, rank: int, cause: str | None) -> MegaMoeError:
+    """The exception to raise for a launch that failed; `cause` is what the driver said, None if the device is idle."""
     if fault is None:
         return DeviceFaultError(
             f"rank {rank}: the GPU reported an error and no MoE kernel left a fault record, so the cause may be "
             f"another kernel; the CUDA context is unusable, restart the process. The driver said: {cause}"
         )
     kind = PeerTimeoutError if fault.what == PEER_SIGNAL else DeviceFaultError
-    return kind(
-        f"rank {rank}: {fault}, then the kernel trapped; the CUDA context is unusable, restart the process. "
+    text = (
+        f"rank {rank}: {fault}, then the kernel ended itself; the CUDA context is unusable, restart the process. "
         "The deadline is MEGAMOE_JIT_TIMEOUT_S."
     )
+    if cause == LOST:
+        text += (
+            " The driver has not noticed, so other calls that wait for this GPU may wait for ever; "
+            "if the process does not end by itself, end it by SIGKILL."
+        )
+    return kind(text)

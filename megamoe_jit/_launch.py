@@ -117,7 +117,8 @@ class Launcher:
         )
         if name in _BROKEN:
             raise DeviceFaultError(
-                f"{what}: an earlier kernel broke the CUDA context; end this process and start again"
+                f"{what}: an earlier kernel broke the CUDA context (check() of its buffer says whether it waited in "
+                "vain); end this process and start again"
             )
         advice = _ADVICE.get(name)
         raise LaunchError(f"{what}: {advice}" if advice else what)

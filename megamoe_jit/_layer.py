@@ -7,7 +7,8 @@ import torch
 from megamoe_jit._api import fp8_mega_moe, get_symm_buffer_for_mega_moe
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._quant import quantize_activations, quantize_weights, require_tensor
-from megamoe_jit._validate import check_clamp
+from megamoe_jit._spec import BLOCK
+from megamoe_jit._validate import check_clamp, check_tensor
 from megamoe_jit._weights import WeightPair, require_pair, transform_weights_for_mega_moe_sm90
 
 __all__ = ["MegaMoE"]
@@ -29,11 +30,15 @@ def _matrices(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
     return weights
 
 
-def _own(weights: torch.Tensor | WeightPair, inplace: bool) -> WeightPair:
-    """Codes that may be written over, and scales."""
+def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, inplace: bool) -> WeightPair:
+    """Codes that may be written over, and scales; raises before that for what a call would refuse."""
     if isinstance(weights, torch.Tensor):
         return quantize_weights(weights)
     codes, scales = weights
+    if inplace:
+        check_tensor(f"{name} codes", codes, torch.float8_e4m3fn, codes.shape, device)
+    experts, rows, depth = codes.shape
+    check_tensor(f"{name} scales", scales, torch.float32, (experts, rows // BLOCK, depth // BLOCK), device)
     return (codes if inplace else codes.clone(memory_format=torch.contiguous_format)), scales
 
 
@@ -82,7 +87,7 @@ class MegaMoE:
             None, experts, max_tokens, topk, hidden, rows // 2, device=gate_up.device
         )
         try:
-            l1, l2 = (_own(weights, inplace) for weights in (w13, w2))
+            l1, l2 = (_own(name, w, gate_up.device, inplace) for name, w in (("w13", w13), ("w2", w2)))
             self.l1, self.l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
         except BaseException:
             self.buffer.destroy()

@@ -27,7 +27,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._quant import require_tensor
-from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec import BLOCK, BLOCK_N
 
 __all__ = [
     "INTERLEAVE",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 INTERLEAVE = 8  #: rows of gate, then rows of up, in one group
-TILE_ROWS = 256  #: the kernel's BLOCK_N
+TILE_ROWS = BLOCK_N  #: of a tile; the last may have half
 ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES = 8, 8, 16  #: of the swizzle
 
 WeightPair: TypeAlias = tuple[torch.Tensor, torch.Tensor]  #: codes and scales
@@ -178,6 +178,13 @@ def _apply(
 ) -> tuple[WeightPair, WeightPair]:
     _check(l1, l2)
     chosen = _chosen(experts, l1[0])
+    if inplace:
+        for name, (codes, _) in (("l1", l1), ("l2", l2)):
+            if any(size > 1 and stride == 0 for size, stride in zip(codes.shape, codes.stride(), strict=True)):
+                raise ConfigError(
+                    f"{name} weights have strides {codes.stride()}, so several of their elements are one; "
+                    "allowed with inplace=True: each element in a place of its own"
+                )
     w13, w2 = (_apply_to(pair[0], order, inplace, chosen) for pair, order in zip((l1, l2), orders, strict=True))
     return (w13, l1[1]), (w2, l2[1])
 

@@ -31,8 +31,8 @@ struct alignas(64) Params {
     u32* act2_done;        // [counters] tiles of GEMM 2 that are done; only kept when the pools are rings
     u32* slice_counts;     // [sort_blocks][experts] pairs of each expert in each block's slice
     u32* control;          // see Control
-    const u8* weight1;             // [local experts][2 * intermediate / 256][hidden / 128][256][128], swizzled: megamoe_jit/_weights.py
-    const u8* weight2;             // [local experts][hidden / 256][intermediate / 128][256][128], the same
+    const u8* weight1;             // in tiles of 256 x 128 codes, swizzled: megamoe_jit/_weights.py
+    const u8* weight2;             // the same; the last tile of an expert may have 128 rows
     const float* weight1_scales;   // [local experts][2 * intermediate / 128][hidden / 128]
     const float* weight2_scales;   // [local experts][hidden / 128][intermediate / 128]
     u16* y;                // bf16 [tokens][hidden]

@@ -33,6 +33,7 @@ template <class C> struct Shared {
     static constexpr u32 kSourcesAt = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
     static constexpr u32 kBytes = kSourcesAt + (C::kRanks > 1 ? C::kExperts * 8 : 0);
     static_assert(kBytes <= 232448, "more shared memory than SM90 has (232448 bytes)");
+    static_assert(kActBytes % 1024 == 0 && kWeightAt % 1024 == 0 && kWeightBytes % 1024 == 0, "a stage begins within an atom of the swizzle");
     static_assert(kStagingAt >= 12 * C::kExperts, "the head's sort does not fit into the stages");
 
     u8* base;

@@ -128,12 +128,13 @@ def test_staging_on_another_stream_after_waiting_leaves_the_running_call_alone(l
 
 
 def test_a_layer_that_is_not_inplace_leaves_the_codes_of_its_caller(layer: Layer) -> None:
-    codes, scales = layer.weights.l1
-    before, inputs = codes.clone(), layer.inputs(100)
+    given = [layer.weights.l1[0], layer.weights.l2[0]]
+    before, inputs = [codes.clone() for codes in given], layer.inputs(100)
     with moe(layer) as it:
         y = it(inputs.x, inputs.topk_idx, inputs.topk_weights)
         it.check()
-        assert it.l1[0].data_ptr() != codes.data_ptr()
-        assert not equal_bits(it.l1[0], codes), "what the kernel reads is interleaved"
-    assert equal_bits(codes, before)
+        for codes, reordered in zip(given, (it.l1[0], it.l2[0]), strict=True):
+            assert reordered.data_ptr() != codes.data_ptr()
+            assert not equal_bits(reordered, codes), "the kernel reads another order"
+    assert all(equal_bits(codes, same) for codes, same in zip(given, before, strict=True))
     passed(layer, y, inputs)

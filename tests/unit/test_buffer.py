@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megamoe_jit import _buffer
+from megamoe_jit import _buffer, _device_wait
 from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._errors import CaptureError, ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._faults import PEER_SIGNAL
@@ -75,6 +75,21 @@ def test_an_error_of_the_driver_is_warned_about_too(gathered: list[object], monk
     assert gathered == []
 
 
+def test_a_context_that_is_broken_before_the_check(gathered: list[object], monkeypatch: pytest.MonkeyPatch):
+    """Then torch refuses even to say whether a stream is capturing."""
+
+    def refuse() -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", refuse)
+    with pytest.raises(PeerTimeoutError, match="missing: rank 1"):
+        buffer(2, PEER).check()
+    with pytest.raises(
+        DeviceFaultError, match="The driver said: CUDA error: an illegal memory access was encountered$"
+    ):
+        buffer(1).check()
+
+
 def test_a_failure_that_is_known_is_not_told_again(gathered: list[object]):
     it = buffer(2, PEER)
     with pytest.raises(PeerTimeoutError):
@@ -96,6 +111,24 @@ def test_all_ranks_meet_once_where_all_is_well(gathered: list[object]):
         it.destroy()
         del it
     assert gathered == [GROUP]
+
+
+def test_a_kernel_that_the_driver_has_lost_is_reported_all_the_same(
+    gathered: list[object], monkeypatch: pytest.MonkeyPatch
+):
+    for_ever = threading.Event()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: for_ever.wait(60))
+    monkeypatch.setattr(_device_wait, "GRACE_S", 0.2)
+    it = buffer(1, (4 | 2 << 8, 7, 0, 1))
+    try:
+        with pytest.raises(DeviceFaultError, match="free pipeline stage 7.*SIGKILL"):
+            it.check()
+        with pytest.raises(DeviceFaultError, match="unusable since an earlier call failed"):
+            it.require_usable()
+        it.destroy()
+        assert_empty(it)
+    finally:
+        for_ever.set()
 
 
 @pytest.mark.parametrize("where", ["here", "in another thread"])

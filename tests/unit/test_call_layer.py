@@ -261,8 +261,46 @@ def test_a_layer_orders_a_pair_where_it_is_only_if_told_to(cuda: Cuda):
     assert all(same(it.l2[0], L2[0]) for it in (kept, inplace, mixed))
 
 
+def shifted(tensor: torch.Tensor, by: int) -> torch.Tensor:
+    """The same values, from another address on."""
+    memory = torch.empty(tensor.numel() + by, dtype=torch.uint8)
+    copy = memory[by:].view(tensor.dtype).view(tensor.shape)
+    copy.view(torch.uint8).copy_(tensor.view(torch.uint8))
+    return copy
+
+
+def spread(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, with gaps between rows."""
+    wide = torch.zeros(*tensor.shape[:2], tensor.shape[2] + 128, dtype=torch.uint8).view(tensor.dtype)
+    wide.view(torch.uint8)[..., : tensor.shape[2]].copy_(tensor.view(torch.uint8))
+    return wide[..., : tensor.shape[2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(lambda w: shifted(w, 8), "allowed: an address that is"), (spread, "allowed: contiguous")]
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_codes_that_a_call_would_refuse_are_not_written_over(cuda: Cuda, change, said: str, which: int):
+    pairs = [(DRAWN.l1[0].clone(), DRAWN.l1[1]), (DRAWN.l2[0].clone(), DRAWN.l2[1])]
+    pairs[which] = change(pairs[which][0]), pairs[which][1]
+    refused(lambda: mm.MegaMoE(*pairs, topk=2, max_tokens=128, inplace=True), ("w13 codes", "w2 codes")[which], said)
+    assert all(same(codes, drawn) for (codes, _), drawn in zip(pairs, (DRAWN.l1[0], DRAWN.l2[0]), strict=True))
+    mm.MegaMoE(*pairs, topk=2, max_tokens=128)  # a copy has neither fault
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_scales_that_a_call_would_refuse_are_refused_before(cuda: Cuda, inplace: bool):
+    codes, scales = DRAWN.l2[0].clone(), torch.stack([DRAWN.l2[1]] * 2, dim=-1)[..., 0]
+    assert not scales.is_contiguous()
+    attempt = lambda: mm.MegaMoE(DRAWN.l1, (codes, scales), topk=2, max_tokens=128, inplace=inplace)  # noqa: E731
+    refused(attempt, "w2 scales has strides")
+    assert same(codes, DRAWN.l2[0])
+
+
 def test_a_layer_without_weights_keeps_no_memory(cuda: Cuda, made: list[SymmBuffer]):
-    refused(lambda: mm.MegaMoE((DRAWN.l1[0], DRAWN.l1[1].half()), DRAWN.l2, topk=2, max_tokens=128), "scales are")
+    refused(
+        lambda: mm.MegaMoE((DRAWN.l1[0], DRAWN.l1[1].half()), DRAWN.l2, topk=2, max_tokens=128), "w13 scales has dtype"
+    )
     assert len(made) == 1
     refused(made[0].require_usable, "this buffer was destroyed")
 

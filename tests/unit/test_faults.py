@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
-from megamoe_jit._faults import HEAD_BARRIER, PEER_SIGNAL, ROLES, WAITS, Fault, decode, fault_error
+from megamoe_jit._faults import HEAD_BARRIER, LOST, PEER_SIGNAL, ROLES, WAITS, Fault, decode, fault_error
 from megamoe_jit._layout import COUNTER_ROWS
 from tests import host
 
@@ -120,6 +120,13 @@ def test_error_says_who_waited_for_what_and_what_to_do(what, kind):
     assert str(error).startswith(f"rank 2: {fault}")
     assert "restart the process" in str(error)
     assert "MEGAMOE_JIT_TIMEOUT_S" in str(error)
+
+
+def test_error_says_when_the_driver_has_not_noticed():
+    fault = Fault(4, 0, 3, 4, 8, 5)
+    texts = [str(fault_error(fault, 0, cause)) for cause in (None, "unspecified launch failure", LOST)]
+    assert ["SIGKILL" in text for text in texts] == [False, False, True]
+    assert texts[2].startswith(texts[0])
 
 
 def test_error_without_a_record_repeats_the_driver():

@@ -162,6 +162,23 @@ def test_scratch_is_one_expert(direction):
     assert made.numel == l1[0].numel()
 
 
+@pytest.mark.parametrize("direction", [transform, inverse])
+@pytest.mark.parametrize("which", [0, 1])
+def test_experts_that_share_memory_are_not_permuted_in_place(direction, which):
+    l1, l2 = make(1)
+    pairs = [(w.expand(3, -1, -1), sf.expand(3, -1, -1)) for w, sf in (l1, l2)]
+    before = [w[0].clone() for w, _ in pairs]
+    given = [(w.clone(), sf) for w, sf in pairs]
+    given[which] = pairs[which]
+    with pytest.raises(
+        ConfigError, match=rf"l{which + 1} weights have strides \(0, .*several of their elements are one"
+    ):
+        direction(*given, inplace=True)
+    assert all(same(w[0], old) for (w, _), old in zip(given, before, strict=True))
+    copies = direction(*pairs)
+    assert all(same(w[0], w[2]) for w, _ in copies)
+
+
 def test_refusals_say_what_is_allowed():
     l1, l2 = make()
     with pytest.raises(ConfigError, match=r"l1 weights are torch\.float32; allowed: torch\.float8_e4m3fn"):

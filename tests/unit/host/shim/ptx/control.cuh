@@ -17,7 +17,7 @@ inline u32 sm_id() { return blockIdx.x; }
 inline u32 lane_id() { return sim::now->index; }
 inline u32 warp_id() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
-/// What comm/fault.cuh does with its record before it traps.
+/// What comm/fault.cuh does with its record before it ends the launch.
 [[noreturn]] void gave_up(u32 who, u32 which, u32 expected, u32 seen);
 
 }  // namespace megamoe::ptx

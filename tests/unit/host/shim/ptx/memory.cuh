@@ -57,14 +57,10 @@ inline float load_float_shared(u32 address) { return load_shared<float>(address)
 struct alignas(16) Vec4 {
     float f[4];
 };
-struct alignas(8) Vec2 {
-    float f[2];
-};
 inline void load_floats_shared(u32 address, float& a, float& b, float& c, float& d) {
     const Vec4 v = load_shared<Vec4>(address);
     a = v.f[0], b = v.f[1], c = v.f[2], d = v.f[3];
 }
-inline void store_floats_shared(u32 address, float a, float b) { store_shared(address, Vec2{{a, b}}); }
 inline void store_floats_shared(u32 address, float a, float b, float c, float d) { store_shared(address, Vec4{{a, b, c, d}}); }
 inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
     const u64* addresses = sim::meet_warp("stmatrix", address);

@@ -13,11 +13,6 @@ inline void tma_load_2d(u32 dst, const TensorMap* map, u32 bar, u32 c0, u32 c1) 
     sim::maybe_leave();
     sim::load_box(dst, map->opaque, bar, c0, c1);
 }
-inline void tma_prefetch_2d(const TensorMap*, u32, u32) {}
-inline void bulk_prefetch(const void* src, u32 bytes) {
-    if (bytes % 16 != 0 || reinterpret_cast<u64>(src) % 16 != 0) sim::fail("a prefetch of odd size or address");
-    sim::memory.find(src, bytes, "prefetch");
-}
 inline void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
     sim::maybe_leave();
     if (bytes % 16 != 0 || reinterpret_cast<u64>(src) % 16 != 0) sim::fail("a bulk load of odd size or address");

@@ -16,7 +16,10 @@ template <u32 kPending> void wgmma_wait(float (&)[32]) {
 inline void pin(u64&, u64&) {}
 
 /// Shared addresses of the first rows instead of descriptors, in units of 16 bytes as theirs.
-inline u64 matrix_descriptor(u32 address) { return address >> 4; }
+inline u64 matrix_descriptor(u32 address) {
+    if (address % 1024 != 0) sim::fail("a matrix that does not begin at an atom of the swizzle");
+    return address >> 4;
+}
 constexpr u32 kDescriptorRows64 = 512;
 
 inline void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
