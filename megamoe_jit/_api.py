@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megamoe_jit._buffer import SymmBuffer
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layout import DEFAULT_POOL_ROWS
 from megamoe_jit._quant import require_tensor
 from megamoe_jit._ranks import collectively, group_size
@@ -50,7 +50,7 @@ def get_symm_buffer_for_mega_moe(
 
     Raises:
         ConfigError: a value is not supported, or the memory is not there (says the bytes).
-        UnsupportedDeviceError: the device is not a Hopper GPU.
+        UnsupportedDeviceError: there is no GPU, or it is no Hopper GPU.
         RankMismatchError: the ranks ask for different layers, or have different kernel sources.
     """
     ranks = group if group_size(group) > 1 else None
@@ -64,7 +64,7 @@ def get_symm_buffer_for_mega_moe(
         check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
         check_int("max_pool_rows", max_pool_rows)
         if not torch.cuda.is_available():
-            raise ConfigError("no CUDA device is available; allowed: a Hopper GPU with its driver")
+            raise UnsupportedDeviceError("no CUDA device is available; these kernels need a Hopper GPU and its driver")
         place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
         where = torch.empty(0, device=place).device  # with its index
         return shape, where

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import logging
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,16 +148,21 @@ class KernelCache(EntryStore):
         """Check every entry as `load` does, its source too.
 
         Args:
-            fix: move what is damaged to quarantine and correct permissions of the cache's directories.
+            fix: move what is damaged to quarantine and correct permissions of the cache's directories.  Nothing is
+                moved in a cache that belongs to another user.
         """
         problems = []
-        for folder in (self.path, self.path / ".tmp"):
+        root = [] if self.read_only else [Path(os.path.realpath(self.root))]
+        for folder in (*root, self.path, self.path / ".tmp"):
             try:
                 check_private(folder, self.forbidden)
             except FileNotFoundError:
                 continue
             except OSError as error:
-                problems.append(Problem("", folder, str(error), fix and _make_private(folder)))
+                problems.append(Problem("", folder, str(error), fix and _make_private(folder, 0o022)))
+        with contextlib.suppress(OSError):
+            if os.lstat(self.path).st_uid not in (os.geteuid(), 0):
+                return problems
         for key, folder_name in self._folders():
             folder = Path(folder_name)
             flaw = self._flaw(key, folder)
@@ -271,9 +277,13 @@ def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, 
     raise ConfigError(f"key {prefix!r} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
 
 
-def _make_private(folder: Path) -> bool:
+def _make_private(folder: Path, forbidden: int) -> bool:
+    """Take these permissions from others, and give the owner all; whether that is enough.  Not of shared folders."""
     with contextlib.suppress(OSError):
-        os.chmod(folder, 0o700)
+        mode = os.lstat(folder).st_mode
+        if mode & stat.S_ISVTX:
+            return False
+        os.chmod(folder, (stat.S_IMODE(mode) | 0o700) & ~forbidden)
         check_private(folder)
         return True
     return False

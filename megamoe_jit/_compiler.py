@@ -161,7 +161,10 @@ def compile_source(text: str, *, entry: str, toolchain: Toolchain, extra_options
     diagnostics = _diagnostics(log, ptx)
     _dump(text, entry, log, ptx, cubin)
     if status:
-        raise CompileError(_report(f"NVRTC could not compile {entry} ({status})", text, log, ptx, entry, diagnostics))
+        given = " ".join(get_settings().ptxas_options)
+        given = f"; {get_settings().place('ptxas_options')} adds {given!r}" if given else ""
+        what = f"NVRTC could not compile {entry} ({status}){given}"
+        raise CompileError(_report(what, text, log, ptx, entry, diagnostics))
     try:
         kernel = _only_entry(read_cubin(cubin), entry)
     except CubinError as error:

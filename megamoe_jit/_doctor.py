@@ -187,7 +187,7 @@ def _faults(cache: KernelCache, writing: bool) -> dict[Path, str]:
     return faults
 
 
-def _mending(folders: list[Path], root: Path) -> str:
+def mending(folders: list[Path], root: Path) -> str:
     """The command that gives these folders of a cache the permissions they need; empty if none would help."""
     for folder in folders:
         status = os.lstat(folder)
@@ -234,10 +234,10 @@ def _cache() -> Check:
         faults = _faults(user_cache(), writing=not sealed)
         if faults:
             data["faults"] = {str(folder): problem for folder, problem in faults.items()}
-            mending = _mending(list(faults), root)
+            mended_by = mending(list(faults), root)
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             detail = f"{text}: {next(iter(faults.values()))}{more}"
-            return Check("cache", Status.WARN, detail, f"{mending}, or {elsewhere}" if mending else elsewhere, data)
+            return Check("cache", Status.WARN, detail, f"{mended_by}, or {elsewhere}" if mended_by else elsewhere, data)
     else:
         text += ", not there yet"
         if not sealed and not _can_write(path):
@@ -256,10 +256,12 @@ def _cache() -> Check:
 def _read_only() -> Check:
     from megamoe_jit._cache import readonly_caches
 
-    caches = {}
+    caches, mendings = {}, list[str]()
     for cache in readonly_caches():
         problem = _unusable(cache)
         caches[str(cache.root)] = problem, 0 if problem else len(cache.entries())
+        with contextlib.suppress(OSError):
+            mendings += filter(None, [problem and mending([cache.path], cache.path)])
     if not caches:
         return Check("read-only", Status.OK, "no read-only caches set")
     data = {"caches": [{"path": path, "problem": p or None, "entries": n} for path, (p, n) in caches.items()]}
@@ -267,6 +269,7 @@ def _read_only() -> Check:
     if any(problem or not count for problem, count in caches.values()):
         place = get_settings().place("readonly_cache")
         step = f"correct {place}; `megamoe-jit cache import FILE --cache-dir DIR` fills such a folder"
+        step = f"{'; '.join(mendings)}, or name another folder with {place}" if mendings else step
         return Check("read-only", Status.WARN, text, step, data)
     return Check("read-only", Status.OK, text, "", data)
 

@@ -220,6 +220,8 @@ def check_trial(found: dict[str, Any]) -> Check:
         result = compile_source(_TRIAL, entry="megamoe_trial", toolchain=find_toolchain())
     except MegaMoeError as error:
         step = f"see compiler above, or {correction() or 'choose another with MEGAMOE_JIT_NVRTC'}"
+        if get_settings().ptxas_options:
+            step = f"correct {get_settings().place('ptxas_options')}, or leave it out"
         return Check("trial compile", Status.FAIL, str(error), step)
     seconds = time.perf_counter() - begin
     data = {"seconds": seconds, "cubin_bytes": len(result.cubin), "python": sys.version.split()[0]}

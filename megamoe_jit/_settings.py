@@ -14,11 +14,12 @@ import contextlib
 import dataclasses
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
@@ -142,6 +143,17 @@ _current: Settings | None = None
 _handler: logging.Handler | None = None
 
 
+class _ToStandardError(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at that moment: a live display takes its place for a while."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def _configure_logging(level: str | None) -> None:
     """A library stays silent unless asked: only an explicit LOG_LEVEL installs a handler."""
     global _handler
@@ -149,7 +161,7 @@ def _configure_logging(level: str | None) -> None:
         return
     LOG.setLevel(level.upper())
     if _handler is None:
-        _handler = logging.StreamHandler()
+        _handler = _ToStandardError()
         _handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
         LOG.addHandler(_handler)
 

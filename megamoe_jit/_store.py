@@ -203,7 +203,7 @@ class EntryStore:
             _sync_directory(target.parent)
         except OSError as error:
             cause = _ACCESS if isinstance(error, PermissionError) else "write"
-            self._warn(cause, f"cannot write kernel cache {self.path}: {error}; kernels stay in memory")
+            self._warn(cause, f"cannot write kernel cache {self.path}: {error}; nothing is kept there")
             return False
         finally:
             if staging is not None:

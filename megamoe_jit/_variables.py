@@ -176,7 +176,13 @@ VARIABLES: tuple[Variable, ...] = (
         _parse_paths,
         "Directories with ready kernels, searched first and never written.",
     ),
-    _row("NO_CACHE", "bool", "0", _parse_bool, "Neither read nor write CACHE_DIR; kernels live in memory alone."),
+    _row(
+        "NO_CACHE",
+        "bool",
+        "0",
+        _parse_bool,
+        "Compile without CACHE_DIR; kernels live in memory alone. `cache` commands work on it all the same.",
+    ),
     _row("DISABLE_JIT", "bool", "0", _parse_bool, "Forbid compiling; a kernel that is not cached is an error."),
     _row("NVRTC", "path", "found automatically", _parse_path, "The libnvrtc shared library to compile with."),
     _row(

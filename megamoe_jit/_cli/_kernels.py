@@ -94,22 +94,22 @@ def compile_kernels(
 
     results: dict[KernelSpec, WarmupResult] = {}
     workers = min(jobs or get_settings().jobs, len(specs))
-    with _progress(specs, workers, keep=as_json or not sys.stdout.isatty()) as step:
+    try:
+        with _progress(specs, workers, keep=as_json or not sys.stdout.isatty()) as step:
 
-        def note(result: WarmupResult) -> None:
-            results[result.spec] = result
-            step(result)
-            if fail_fast and result.error:
-                raise _Stop
+            def note(result: WarmupResult) -> None:
+                results[result.spec] = result
+                step(result)
+                if fail_fast and result.error:
+                    raise _Stop  # noqa: TRY301 - `warmup` calls this
 
-        try:
             warmup(specs, jobs=jobs, force=force, progress=note)
-        except _Stop:
-            pass
-        except KeyboardInterrupt:
-            done = sum(result.kernel is not None for result in results.values())
-            say(f"{done} of {len(specs)} kernels are ready; what was being compiled is kept, the rest was not begun")
-            raise
+    except _Stop:
+        pass
+    except KeyboardInterrupt:  # after the display, which would wipe it out
+        done = sum(result.kernel is not None for result in results.values())
+        say(f"{done} of {len(specs)} kernels are ready; what was being compiled is kept, the rest was not begun")
+        raise
     found = [results[spec] for spec in specs if spec in results]
     first = found[0].error if found else None
     if isinstance(first, ToolchainError) and all(str(result.error) == str(first) for result in found):

@@ -77,8 +77,12 @@ def say_damaged(cache: KernelCache, count: int) -> None:
         say(f"{entries} in {place(cache)} {they} damaged and left out{advice}")
 
 
-def find_entries(text: str) -> list[Found]:
+def find_entries(text: str, *, to_remove: bool = False) -> list[Found]:
     """The entries that a KEY|SPEC means; needs no compiler.
+
+    Args:
+        text: the KEY or SPEC.
+        to_remove: whether what is not there is not to be compiled either.
 
     Returns:
         Of a KEY the one.  Of a SPEC all of the kernel, first the one that a call loads, else the likeliest.
@@ -98,7 +102,9 @@ def find_entries(text: str) -> list[Found]:
     spec = parse_spec(text)
     found = entries_of(spec, caches)
     if not found:
-        raise KernelMissingError(f"kernel {spec.entry} is not in the cache; run: {warmup_command(spec)}")
+        step = "`megamoe-jit cache ls` lists the kernels" if to_remove else f"run: {warmup_command(spec)}"
+        places = ", ".join(str(each.path) for each in caches)
+        raise KernelMissingError(f"kernel {spec.entry} is not in the cache {places}; {step}")
     try:
         chosen = first_whole((each for each in found if each.fit is found[0].fit), with_source=False)
     except (Damaged, OSError):
@@ -169,7 +175,7 @@ def whole_keys(texts: tuple[str, ...]) -> list[str]:
     """
     keys: dict[str, None] = {}
     for text in texts:
-        found = find_entries(text)
+        found = find_entries(text, to_remove=True)
         best = [each for each in found if each.fit is found[0].fit]
         own = [each for each in best if not each.cache.read_only]
         if not own:

@@ -190,7 +190,7 @@ ranks_option = click.option(
 )
 sms_option = click.option(
     "--sms",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=144),
     default=132,
     show_default=True,
     help="Blocks of the launch: the SMs of the GPU (H100 SXM and H200 have 132, H100 PCIe 114, H20 78).",

@@ -97,7 +97,9 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     elif dry_run:
         say(f"would remove {what}")
     else:
-        say(f"removed {kernel_count(len(removed))}, {human_bytes(freed)}, from {user.root}")
+        gone = aside.quarantined - user.stats().quarantined
+        also = f" and {gone} put aside" if gone else ""
+        say(f"removed {kernel_count(len(removed))}{also}, {human_bytes(freed)}, from {user.root}")
     _say_kept(user, kept)
     if recent:
         say(f"{kernel_count(recent)} more would go, but for having been used in the last ten minutes")

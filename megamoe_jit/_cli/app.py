@@ -100,6 +100,10 @@ class _Group(click.Group):
     """Turns the library's errors, and the operating system's, into one message on standard error and an exit code."""
 
     def main(self, *args: Any, **named: Any) -> Any:
+        if sys.stdin is None:
+            sys.stdin = open(os.devnull)  # noqa: SIM115 - for as long as the process runs
+        if sys.stderr is None:  # click would write errors among the data instead
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         if sys.stdout is None:  # click would drop what is written
             sys.stdout = _Closed()
         try:
@@ -124,7 +128,8 @@ class _Group(click.Group):
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] == "megamoe_jit":
                 raise
-            say(f"Error: this command needs the Python package {error.name!r}, which is not installed")
+            advice = "; pip install 'megamoe-jit[bench]' brings it" if error.name == "matplotlib" else ""
+            say(f"Error: this needs the Python package {error.name!r}, which is not installed{advice}")
             ctx.exit(ExitCode.ENVIRONMENT)
         except (KeyboardInterrupt, click.Abort):  # Ctrl-C; at a question click makes it an Abort
             say("interrupted")

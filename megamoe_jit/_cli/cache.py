@@ -191,7 +191,9 @@ def stats(as_json: bool) -> None:
 
 
 @cache.command("verify")
-@click.option("--fix", is_flag=True, help="Put damaged kernels aside and correct permissions.")
+@click.option(
+    "--fix", is_flag=True, help="Put damaged kernels aside and correct permissions, but not of read-only caches."
+)
 @cache_dir_option
 @json_option
 def verify(fix: bool, as_json: bool) -> None:
@@ -201,6 +203,8 @@ def verify(fix: bool, as_json: bool) -> None:
 
     Exit code 0 if all is well or was mended, 4 if a kernel is damaged, 1 if something else is wrong.
     """
+    from megamoe_jit._doctor import mending
+
     caches = all_caches()
     checked = sum(len(each.keys()) for each in caches)
     found = [(each, problem) for each in caches for problem in each.verify(fix=fix and not each.read_only)]
@@ -213,13 +217,17 @@ def verify(fix: bool, as_json: bool) -> None:
         emit_json(document("cache-verify", entries=checked, problems=rows, unfixed=len(left)))
     else:
         for row in rows:
-            word = "mended" if row["fixed"] else "DAMAGED" if row["key"] else "WRONG"
+            damaged = bool(row["key"])
+            word = ("put aside" if damaged else "mended") if row["fixed"] else "DAMAGED" if damaged else "WRONG"
             click.echo(f"{word}  {row['path']}: {row['message']}")
     problems = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-    verdict = f"{problems}, {len(found) - len(left)} mended" if found else "all is well"
+    verdict = f"{problems}, {len(found) - len(left)} put right" if found else "all is well"
     say(f"{kernel_count(checked)} checked in {', '.join(map(place, caches))}: {verdict}")
     if not fix and any(not each.read_only for each, _ in found):
         say("`megamoe-jit cache verify --fix` corrects permissions and puts damaged kernels aside for a recompile")
+    for path in (problem.path for each, problem in found if each.read_only and not problem.key):
+        if advice := mending([path], path):
+            say(f"a read-only cache is never changed here; `{advice}` makes it usable")
     damaged = any(problem.key for problem in left)
     end(ExitCode.CORRUPTION if damaged else ExitCode.FAILED if left else ExitCode.OK)
 

@@ -57,8 +57,11 @@ def test_a_kernel_by_its_spec(root: Path):
     assert set(keys_of(root)) == {COOPERATIVE}
     gone = cache(root, "rm", PINGPONG, keys[COOPERATIVE])
     assert gone.returncode == 1
-    advice = f"kernel {PINGPONG} is not in the cache; run: megamoe-jit warmup {' '.join(SIZES)} --ranks 1"
-    assert gone.stderr == f"Error: {advice} --variant pingpong --cache-dir {root}\n"
+    advice = "`megamoe-jit cache ls` lists the kernels"
+    assert gone.stderr == f"Error: kernel {PINGPONG} is not in the cache {root / 'v1'}; {advice}\n"
+    advice = f"run: megamoe-jit warmup {' '.join(SIZES)} --ranks 1 --variant pingpong --cache-dir {root}"
+    absent = cache(root, "info", PINGPONG)
+    assert absent.stderr == f"Error: kernel {PINGPONG} is not in the cache {root / 'v1'}; {advice}\n"
     assert set(keys_of(root)) == {COOPERATIVE}
 
 
@@ -183,9 +186,10 @@ def test_verify_finds_and_mends(root: Path):
     assert "--fix" in found.stderr
     mended = cache(root, "verify", "--fix")
     assert mended.returncode == 0
-    assert mended.stdout.startswith("mended")
+    assert mended.stdout.startswith("put aside")
     assert cache(root, "verify").returncode == 0
     assert set(keys_of(root)) == {COOPERATIVE}
+    assert "removed 0 kernels and 1 put aside, " in cache(root, "prune", "--yes").stderr
 
 
 def test_verify_looks_at_permissions(root: Path):

@@ -333,3 +333,33 @@ def test_clear_fails_as_long_as_anything_is_left(cache):
         cache.store(OTHER, fake_cubin(), "source", {})
         cache.quarantine(OTHER)
     assert ordinary("cache", "clear", "--yes", "--cache-dir", str(cache.root)).returncode == 0
+
+
+def test_a_root_that_others_may_write_is_found_and_mended(cache):
+    cache.store(KEY, fake_cubin(), "", {})
+    cache.root.chmod(0o777)
+    (problem,) = cache.verify()
+    assert (problem.path, "can be written by other users" in problem.message) == (cache.root, True)
+    assert [p.fixed for p in cache.verify(fix=True)] == [True]
+    assert cache.root.stat().st_mode & 0o777 == 0o755
+    assert cache.verify() == []
+
+
+def test_a_shared_folder_is_not_made_private(cache):
+    cache.store(KEY, fake_cubin(), "", {})
+    cache.root.chmod(0o1777)
+    assert [p.fixed for p in cache.verify(fix=True)] == [False]
+    assert cache.root.stat().st_mode & 0o7777 == 0o1777
+
+
+def test_nothing_is_put_aside_in_the_cache_of_somebody_else(cache, monkeypatch):
+    cache.store(KEY, fake_cubin(), "", {})
+    owner = cache.root.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if owner == 0:  # what belongs to root is trusted
+        for path in [cache.root, *cache.root.rglob("*")]:
+            os.chown(path, 1234, 1234)
+    problems = cache.verify(fix=True)
+    assert problems
+    assert [p.key for p in problems] == [""] * len(problems)
+    assert cache.entry_path(KEY).exists()

@@ -176,7 +176,7 @@ def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_layer, "get_symm_buffer_for_mega_moe", lambda *_, **__: buffer)
     destroyed = []
     monkeypatch.setattr(buffer, "destroy", lambda: destroyed.append(True))
-    refused(lambda: mm.MegaMoE((L1[0], L1[1].half()), L2, **sizes), "scales are torch.float16")
+    refused(lambda: mm.MegaMoE((L1[0], L1[1].half()), L2, **sizes), "scales has dtype torch.float16")
     assert destroyed == [True], "a buffer without a layer keeps no memory"
     layer = mm.MegaMoE(L1, L2, **sizes)
     right = {"x": torch.zeros(3, 256), "topk_idx": torch.zeros(3, 2).long(), "topk_weights": torch.zeros(3, 2)}
