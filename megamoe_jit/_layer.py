@@ -9,7 +9,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._quant import quantize_activations, quantize_weights, require_tensor
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._validate import check_clamp, check_tensor
-from megamoe_jit._weights import WeightPair, require_pair, transform_weights_for_mega_moe_sm90
+from megamoe_jit._weights import WeightPair, readable_scales, require_pair, transform_weights_for_mega_moe_sm90
 
 __all__ = ["MegaMoE"]
 
@@ -38,7 +38,8 @@ def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, in
     if inplace:
         check_tensor(f"{name} codes", codes, torch.float8_e4m3fn, codes.shape, device)
     experts, rows, depth = codes.shape
-    check_tensor(f"{name} scales", scales, torch.float32, (experts, rows // BLOCK, depth // BLOCK), device)
+    scales = readable_scales(scales)
+    check_tensor(f"{name} scales", scales, torch.float32, (experts, rows // BLOCK, depth // BLOCK), device, align=4)
     return (codes if inplace else codes.clone(memory_format=torch.contiguous_format)), scales
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["check_clamp", "check_device", "check_expert_ids", "check_recipe", "check_tensor", "check_weights"]
 
 RECIPE = (128, 128, 128)
+_IN_A_COPY = ", which a transform that is not in place gives"
 
 
 @functools.cache
@@ -42,8 +43,12 @@ def check_tensor(
     device: torch.device,
     *,
     align: int = 16,
+    remedy: str = "",
 ) -> None:
-    """Raise unless `tensor` has exactly this dtype, shape and device, is contiguous and aligned to `align` bytes."""
+    """Raise unless `tensor` has exactly this dtype, shape and device, is contiguous and aligned to `align` bytes.
+
+    `remedy` is the next step where only the place in memory is wrong.
+    """
     try:
         given = tensor.dtype
     except AttributeError:
@@ -56,9 +61,10 @@ def check_tensor(
     if tensor.device != device:
         raise ConfigError(f"{name} is on {tensor.device}; allowed: {device}, where the buffer is")
     if not tensor.is_contiguous():
-        raise ConfigError(f"{name} has strides {tensor.stride()}; allowed: contiguous, row-major")
+        raise ConfigError(f"{name} has strides {tensor.stride()}; allowed: contiguous, row-major{remedy}")
     if tensor.data_ptr() % align:
-        raise ConfigError(f"{name} starts at {tensor.data_ptr():#x}; allowed: an address that is a multiple of {align}")
+        at = f"{name} starts at {tensor.data_ptr():#x}"
+        raise ConfigError(f"{at}; allowed: an address that is a multiple of {align}{remedy}")
 
 
 def check_weights(
@@ -71,11 +77,10 @@ def check_weights(
     require_pair("l1", l1)
     require_pair("l2", l2)
     experts, hidden, intermediate = spec.local_experts, spec.shape.hidden, spec.shape.intermediate
-    fp8, f32 = torch.float8_e4m3fn, torch.float32
-    check_tensor("l1 weights", l1[0], fp8, (experts, 2 * intermediate, hidden), device)
-    check_tensor("l1 scales", l1[1], f32, (experts, 2 * intermediate // BLOCK, hidden // BLOCK), device)
-    check_tensor("l2 weights", l2[0], fp8, (experts, hidden, intermediate), device)
-    check_tensor("l2 scales", l2[1], f32, (experts, hidden // BLOCK, intermediate // BLOCK), device)
+    for name, (codes, scales), rows, depth in (("l1", l1, 2 * intermediate, hidden), ("l2", l2, hidden, intermediate)):
+        shape, blocks = (experts, rows, depth), (experts, rows // BLOCK, depth // BLOCK)
+        check_tensor(f"{name} weights", codes, torch.float8_e4m3fn, shape, device, remedy=_IN_A_COPY)
+        check_tensor(f"{name} scales", scales, torch.float32, blocks, device, align=4, remedy=_IN_A_COPY)
 
 
 def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) -> float:

@@ -33,6 +33,7 @@ __all__ = [
     "INTERLEAVE",
     "WeightPair",
     "inverse_transform_weights_for_mega_moe_sm90",
+    "readable_scales",
     "require_pair",
     "transform_weights_for_mega_moe_sm90",
 ]
@@ -143,6 +144,15 @@ def _check(l1: WeightPair, l2: WeightPair) -> None:
         )
 
 
+def readable_scales(scales: torch.Tensor) -> torch.Tensor:
+    """The scales as the kernel reads them, float by float: rows one after the other, at a multiple of four bytes.
+
+    These themselves where they are so already, as a slice of experts is; otherwise a copy.
+    """
+    fits = scales.is_contiguous() and scales.data_ptr() % scales.itemsize == 0
+    return scales if fits else scales.clone(memory_format=torch.contiguous_format)
+
+
 def _chosen(experts: Iterable[int] | None, codes: torch.Tensor) -> list[int]:
     if codes.ndim == 2:
         if experts is not None:
@@ -186,7 +196,7 @@ def _apply(
                     "allowed with inplace=True: each element in a place of its own"
                 )
     w13, w2 = (_apply_to(pair[0], order, inplace, chosen) for pair, order in zip((l1, l2), orders, strict=True))
-    return (w13, l1[1]), (w2, l2[1])
+    return (w13, readable_scales(l1[1])), (w2, readable_scales(l2[1]))
 
 
 def transform_weights_for_mega_moe_sm90(
@@ -202,7 +212,9 @@ def transform_weights_for_mega_moe_sm90(
         experts: Only these local experts; the others keep their order.
 
     Returns:
-        `l1` and `l2` with codes of the same shape, in the kernel's order, and the scales that were given.
+        `l1` and `l2` with codes of the same shape, in the kernel's order, and the scales that were given. Codes that
+        are no slice in place start at a multiple of 16 bytes, as the kernel needs it; scales are copied where their
+        rows do not follow each other or they do not start at a multiple of 4.
 
     Raises:
         ConfigError: A dtype, shape or expert number is not supported.

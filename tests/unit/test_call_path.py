@@ -25,6 +25,7 @@ from megamoe_jit._params import Params
 from megamoe_jit._scenarios import make_weights
 from megamoe_jit._settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._weights import WeightPair
 
 SHAPE = MoEShape(256, 128, 4, 2)
 DRAWN = make_weights(SHAPE, "cpu")
@@ -238,6 +239,39 @@ def test_weights_at_a_known_address_are_checked_unless_they_are_the_same_tensors
     tensors = [*L1, *L2]
     tensors[which] = tensors[which].flatten()
     refused(lambda: call(buffer, l1=tensors[:2], l2=tensors[2:]), "has shape")
+    assert len(cuda.launches) == 1
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_slice_of_the_experts_of_a_bigger_tensor_is_taken(cuda: Cuda, buffer: SymmBuffer, inplace: bool):
+    """Scales of one expert may be 4 bytes: the kernel reads them one by one, so that they start anywhere is no matter."""
+    big = make_weights(MoEShape(256, 128, 7, 2), "cpu")
+    cut = [tuple(tensor[3:] for tensor in pair) for pair in (big.l1, big.l2)]
+    assert cut[1][1].data_ptr() % 16 == 8
+    l1, l2 = mm.transform_weights_for_mega_moe_sm90(*cut, inplace=inplace)
+    call(buffer, l1=l1, l2=l2)
+    assert addresses(cuda.launches[-1].params) == [tensor.data_ptr() for tensor in (*l1, *l2)]
+    before = [tuple(tensor[2:] for tensor in pair) for pair in mm.transform_weights_for_mega_moe_sm90(*whole_of(6))]
+    call(buffer, l1=before[0], l2=before[1])  # cut after the transform
+
+
+def whole_of(experts: int) -> tuple[WeightPair, WeightPair]:
+    weights = make_weights(MoEShape(256, 128, experts, 2), "cpu")
+    return weights.l1, weights.l2
+
+
+def test_codes_that_start_elsewhere_are_refused_with_the_next_step(cuda: Cuda, buffer: SymmBuffer):
+    memory = torch.zeros(L1[0].numel() + 8, dtype=torch.uint8)
+    codes = memory[8:].view(torch.float8_e4m3fn).view(L1[0].shape)
+    (w13, sf1), l2 = mm.transform_weights_for_mega_moe_sm90((codes, L1[1]), DRAWN.l2)
+    call(buffer, l1=(w13, sf1), l2=l2)
+    assert w13.data_ptr() % 16 == 0
+    there = mm.transform_weights_for_mega_moe_sm90((codes, L1[1]), (DRAWN.l2[0].clone(), DRAWN.l2[1]), inplace=True)
+    refused(
+        lambda: call(buffer, l1=there[0], l2=there[1]),
+        "l1 weights starts at",
+        "a multiple of 16, which a transform that is not in place gives",
+    )
     assert len(cuda.launches) == 1
 
 
