@@ -244,7 +244,7 @@ def test_weights_at_a_known_address_are_checked_unless_they_are_the_same_tensors
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_slice_of_the_experts_of_a_bigger_tensor_is_taken(cuda: Cuda, buffer: SymmBuffer, inplace: bool):
-    """Scales of one expert may be 4 bytes: the kernel reads them one by one, so that they start anywhere is no matter."""
+    """Scales of one expert may be 4 bytes, and the kernel reads them one by one: it is no matter where they start."""
     big = make_weights(MoEShape(256, 128, 7, 2), "cpu")
     cut = [tuple(tensor[3:] for tensor in pair) for pair in (big.l1, big.l2)]
     assert cut[1][1].data_ptr() % 16 == 8
