@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
+from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant, check_int
+from megamoe_jit._text import shown
 from megamoe_jit.heuristics.model import expected_us
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
@@ -88,16 +89,23 @@ def choose(
     Raises:
         ConfigError: The token count or the variant is not supported.
     """
+    if not isinstance(shape, MoEShape):
+        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: a MoEShape")
+    if not isinstance(gpu, str | None):
+        raise ConfigError(f"gpu = {shown(gpu)} is not supported; allowed: the name of a GPU, or None")
+    threshold = () if cooperative_threshold is None else (("cooperative_threshold", cooperative_threshold),)
+    for name, number in (("tokens", tokens), ("ranks", ranks), ("num_sms", num_sms), *threshold):
+        check_int(name, number)
     if not 0 <= tokens <= MAX_TOKENS:
-        raise ConfigError(f"tokens = {tokens} is not supported; allowed: 0 to {MAX_TOKENS}")
+        raise ConfigError(f"tokens = {shown(tokens)} is not supported; allowed: 0 to {MAX_TOKENS}")
     if ranks < 1:
-        raise ConfigError(f"ranks = {ranks} is not supported; allowed: 1 or more")
+        raise ConfigError(f"ranks = {shown(ranks)} is not supported; allowed: 1 or more")
     if num_sms < 1:
-        raise ConfigError(f"num_sms = {num_sms} is not supported; allowed: 1 or more")
+        raise ConfigError(f"num_sms = {shown(num_sms)} is not supported; allowed: 1 or more")
     table = table_for(gpu)
     own = shape if table is None else replace(shape, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
-    if variant != AUTO:
+    if not isinstance(variant, str) or variant != AUTO:
         picked, reason = Variant.parse(variant), f"{variant}: asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
         picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         fp8_mega_moe_cooperative,
         fp8_mega_moe_pingpong,
         get_symm_buffer_for_mega_moe,
+        get_symm_buffer_for_sm90_mega_moe,
     )
     from megamoe_jit._buffer import SymmBuffer
     from megamoe_jit._layer import MegaMoE
@@ -47,7 +48,10 @@ if TYPE_CHECKING:
     from megamoe_jit._runtime import enumerate_specs, retry, seal, sealed, unseal, warmup
     from megamoe_jit._weights import (
         inverse_transform_weights_for_mega_moe_sm90,
+        is_transformed,
+        mark_transformed,
         transform_weights_for_mega_moe_sm90,
+        weights_metadata,
     )
 
 #: Where each name that needs torch or the CUDA bindings lives.
@@ -62,8 +66,11 @@ _LAZY = {
     "fp8_mega_moe_cooperative": "_api",
     "fp8_mega_moe_pingpong": "_api",
     "get_symm_buffer_for_mega_moe": "_api",
+    "get_symm_buffer_for_sm90_mega_moe": "_api",
     "import_pack": "_pack",
     "inverse_transform_weights_for_mega_moe_sm90": "_weights",
+    "is_transformed": "_weights",
+    "mark_transformed": "_weights",
     "quantize_activations": "_quant",
     "quantize_weights": "_quant",
     "retry": "_runtime",
@@ -72,6 +79,7 @@ _LAZY = {
     "transform_weights_for_mega_moe_sm90": "_weights",
     "unseal": "_runtime",
     "warmup": "_runtime",
+    "weights_metadata": "_weights",
 }
 
 __all__ = [
@@ -104,8 +112,11 @@ __all__ = [
     "fp8_mega_moe_cooperative",
     "fp8_mega_moe_pingpong",
     "get_symm_buffer_for_mega_moe",
+    "get_symm_buffer_for_sm90_mega_moe",
     "import_pack",
     "inverse_transform_weights_for_mega_moe_sm90",
+    "is_transformed",
+    "mark_transformed",
     "quantize_activations",
     "quantize_weights",
     "retry",
@@ -114,6 +125,7 @@ __all__ = [
     "transform_weights_for_mega_moe_sm90",
     "unseal",
     "warmup",
+    "weights_metadata",
 ]
 
 

@@ -26,6 +26,7 @@ from megamoe_jit._entry import CUBIN, IMPORTED, LIMIT, META, SCHEMA, SOURCE, Dam
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._pack_choice import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._spec import KernelSpec
+from megamoe_jit._text import shown
 from megamoe_jit._version import __version__
 
 __all__ = ["ImportReport", "PackInfo", "export_pack", "import_pack", "read_pack"]
@@ -95,7 +96,7 @@ def export_pack(
         KernelMissingError: the kernel of a spec is not in the cache; names the warmup command.
         PackError: there is nothing to write, an entry is damaged, or the file cannot be written.
     """
-    target = Path(path)
+    target = _path("path", path)
     files: dict[str, dict[str, bytes]] = {}
     kernels: dict[str, str] = {}
     for key, folder, forbidden in _chosen(what, cache):
@@ -142,8 +143,8 @@ def import_pack(path: Path | str, root: Path | str | None = None) -> ImportRepor
     Raises:
         PackError: the pack is damaged, foreign or not to be trusted, or the cache cannot be written.
     """
-    source = Path(path)
-    cache = user_cache() if root is None else KernelCache(Path(root).absolute(), shared=True)
+    source = _path("path", path)
+    cache = user_cache() if root is None else KernelCache(_path("root", root).absolute(), shared=True)
     with _opened(source) as (archive, manifest):
         for _ in _entries(source, archive, manifest):
             pass
@@ -168,12 +169,19 @@ def read_pack(path: Path | str) -> PackInfo:
     Raises:
         PackError: it is damaged, foreign or not to be trusted.
     """
-    source = Path(path)
+    source = _path("path", path)
     with _opened(source) as (archive, manifest):
         keys = tuple(key for key, _ in _entries(source, archive, manifest))
     kernels = tuple(str(manifest["entries"][key].get("kernel", "")) for key in keys)
     version = str(manifest.get("package_version", ""))
     return PackInfo(source, keys, kernels, source.stat().st_size, _file_sha256(source), version)
+
+
+def _path(name: str, value: object) -> Path:
+    """A path that somebody has named: an empty one would mean the working directory."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"{name} = {shown(value)} is not supported; allowed: the path of a file or directory")
+    return Path(value)
 
 
 def _without_origin(meta: dict[str, Any]) -> bytes:

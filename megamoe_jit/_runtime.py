@@ -24,6 +24,7 @@ from megamoe_jit._obtain import CompiledKernel, obtain, seal, sealed, trust_agai
 from megamoe_jit._render import render
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._text import shown
 from megamoe_jit._toolchain import ARCH, find_toolchain
 
 __all__ = [
@@ -185,7 +186,9 @@ def warmup(
     """
     todo = _distinct(specs)
     if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer from 1, or None")
+        raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
     results: dict[KernelSpec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")

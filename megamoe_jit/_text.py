@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["first_line", "human_bytes"]
+__all__ = ["first_line", "human_bytes", "shown"]
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, in a line; its type if it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def shown(value: object) -> str:
+    """A value as it would be written, cut short, for messages; whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python writes no integer of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # an object that cannot be written: not every repr works
+        return f"a {type(value).__name__}"
 
 
 def human_bytes(count: int) -> str:

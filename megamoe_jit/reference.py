@@ -8,7 +8,7 @@ Per (token, slot) of the router's top-k::
     o    = bf16(h @ w2[e].T)
     y   += weight * o                         FP32, in slot order; bf16 at the end
 
-Slots with expert -1 contribute nothing, whatever their weight.
+Slots whose expert is -1, or no expert at all, contribute nothing, whatever their weight.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from contextlib import contextmanager
 
 import torch
 
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._marks import require_plain
 from megamoe_jit._quant import (
     dequantize_activations,
     dequantize_weights,
     quantize_activations,
+    require_tensor,
 )
-from megamoe_jit._weights import WeightPair
+from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_int
+from megamoe_jit._text import shown
+from megamoe_jit._weights import WeightPair, check_pairs
 
 __all__ = ["calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
 
@@ -55,14 +60,52 @@ def expert_counts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Rows each expert receives.
 
     Args:
-        topk_idx: int64 ``[T, K]``; negative is masked, an expert may appear twice in a row.
+        topk_idx: int64 ``[T, K]``; what is no expert is masked, an expert may appear twice in a row.
         num_experts: Number of experts.
 
     Returns:
         int32 ``[num_experts]``.
     """
+    _check_ids(topk_idx)
+    check_int("num_experts", num_experts)
+    if not 0 <= num_experts <= MAX_EXPERTS:
+        raise ConfigError(f"num_experts = {shown(num_experts)} is not supported; allowed: 0 to {MAX_EXPERTS}")
     flat = topk_idx.reshape(-1)
-    return torch.bincount(flat[flat >= 0], minlength=num_experts).to(torch.int32)
+    return torch.bincount(flat[(flat >= 0) & (flat < num_experts)], minlength=num_experts).to(torch.int32)
+
+
+def _check_ids(topk_idx: torch.Tensor) -> None:
+    require_tensor("topk_idx", topk_idx)
+    if topk_idx.dtype not in (torch.int64, torch.int32):
+        raise ConfigError(f"topk_idx has dtype {topk_idx.dtype}; allowed: int64 or int32")
+
+
+def _check(
+    x: torch.Tensor, x_sf: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, l1: WeightPair, l2: WeightPair
+) -> None:
+    """Raise `ConfigError` unless the arguments of `moe_reference` fit together."""
+    check_pairs(l1, l2)
+    for name, (codes, _) in (("l1", l1), ("l2", l2)):
+        require_plain(name, codes)
+    if l1[0].ndim != 3:
+        raise ConfigError(f"l1 weights have shape {tuple(l1[0].shape)}; allowed: [experts, 2I, H]")
+    _check_ids(ids)
+    require_tensor("x", x)
+    hidden, rows = l1[0].shape[2], x.shape[:1]
+    for name, tensor, shape in (
+        ("x", x, (*rows, hidden)),
+        ("x_sf", x_sf, (*rows, hidden // BLOCK)),
+        ("topk_idx", ids, (*rows, *ids.shape[1:2])),
+        ("topk_weights", weights, (*rows, *ids.shape[1:2])),
+    ):
+        require_tensor(name, tensor)
+        if len(shape) != 2 or tuple(tensor.shape) != shape:
+            raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: [tokens, ...], here {shape}")
+        if tensor.device != l1[0].device:
+            raise ConfigError(f"{name} is on {tensor.device}; allowed: {l1[0].device}, where the weights are")
+    if x.dtype is not torch.float8_e4m3fn or x_sf.dtype is not torch.float32 or not weights.is_floating_point():
+        given = f"x has dtype {x.dtype}, x_sf {x_sf.dtype}, topk_weights {weights.dtype}"
+        raise ConfigError(f"{given}; allowed: float8_e4m3fn, float32 and a floating one")
 
 
 def _expert(
@@ -98,7 +141,7 @@ def moe_reference(
     Args:
         x: float8_e4m3fn ``[T, H]``.
         x_sf: float32 ``[T, H / 128]``.
-        topk_idx: int64 ``[T, K]``, -1 for a masked slot.
+        topk_idx: int64 ``[T, K]``; -1, or any other id that is no expert, for a masked slot.
         topk_weights: float32 ``[T, K]``.
         l1: ``w13`` float8_e4m3fn ``[E, 2I, H]``, gate rows first (*not* transformed), and scales float32
             ``[E, 2I / 128, H / 128]``.
@@ -110,13 +153,22 @@ def moe_reference(
 
     Returns:
         `out_dtype` ``[T, H]``; a token whose slots are all masked gives zeros.
+
+    Raises:
+        ConfigError: the arguments do not fit together, or the weights are marked as transformed.
     """
+    _check(x, x_sf, topk_idx, topk_weights, l1, l2)
+    check_clamp("activation_clamp", activation_clamp)
+    if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
+        raise ConfigError(f"out_dtype = {shown(out_dtype)} is not supported; allowed: a floating dtype")
+    experts = l1[0].shape[0]
+    topk_idx = torch.where((topk_idx >= 0) & (topk_idx < experts), topk_idx, -1)
     tokens, hidden = x.shape
     topk = topk_idx.shape[1]
     device = x.device
     flat = topk_idx.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    ends = torch.bincount(flat + 1, minlength=l1[0].shape[0] + 1).cumsum(0).tolist()  # [0] ends the masked slots
+    ends = torch.bincount(flat + 1, minlength=experts + 1).cumsum(0).tolist()  # [0] ends the masked slots
     slots = torch.zeros(tokens * topk, hidden, dtype=torch.bfloat16 if requantize else torch.float32, device=device)
     with _full_fp32_matmul():
         for expert, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):

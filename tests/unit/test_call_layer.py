@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,10 +109,16 @@ def test_debug_mode_alone_refuses_an_id_that_is_no_expert(cuda: Cuda, buffer: Sy
     assert len(cuda.launches) == 2
 
 
-@pytest.mark.parametrize("clamp", [0, 0.0, -1.0, 1e-46, math.nan, -math.inf])
-def test_a_clamp_that_bounds_nothing_is_refused(cuda: Cuda, buffer: SymmBuffer, clamp: float):
+@pytest.mark.parametrize("clamp", [-1.0, 1e39, True, math.nan, -math.inf])
+def test_a_clamp_that_is_no_bound_is_refused(cuda: Cuda, buffer: SymmBuffer, clamp: float):
     refused(lambda: call(buffer, activation_clamp=clamp), f"activation_clamp = {clamp!r} is not supported")
     assert cuda.launches == []
+
+
+@pytest.mark.parametrize("clamp", [0, 0.0, 1e-46, 10, 3.4e38, math.inf, np.float32(2.5), Fraction(5, 2)])
+def test_a_clamp_is_any_number_from_0_that_float32_holds(cuda: Cuda, buffer: SymmBuffer, clamp: float):
+    call(buffer, activation_clamp=clamp)
+    assert cuda.launches[0].params.clamp == np.float32(float(clamp))
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 9), (9, 1), (10, 0), (12, 0), (9, 0)])
@@ -227,6 +235,7 @@ def compute(params: Params) -> None:
     )
     l1 = at(params.weight1, FP8, 4, 256, 256), at(params.weight1_scales, F32, 4, 2, 2)
     l2 = at(params.weight2, FP8, 4, 256, 128), at(params.weight2_scales, F32, 4, 2, 1)
+    mm.mark_transformed(l1, l2)
     weights = mm.inverse_transform_weights_for_mega_moe_sm90(l1, l2)
     at(params.y, torch.bfloat16, tokens, 256).copy_(moe_reference(*read, *weights, activation_clamp=params.clamp))
 

@@ -146,9 +146,17 @@ def buffer(cuda: Cuda) -> SymmBuffer:
 
 def call(buffer: SymmBuffer, tokens: int = 3, function: Callable = mm.fp8_mega_moe, **changed: object) -> torch.Tensor:
     y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16)
-    given = {"y": y, "l1": L1, "l2": L2, "sym_buffer": buffer, **changed}
+    l1, l2 = changed.pop("l1", L1), changed.pop("l2", L2)
+    given = {"y": y, "l1_weights": l1, "l2_weights": l2, "sym_buffer": buffer, **changed}
     function(**given)
     return given["y"]
+
+
+def clones() -> list[torch.Tensor]:
+    """The weights again, which are as they were, but have no mark of it before they get one."""
+    tensors = [tensor.clone() for tensor in (*L1, *L2)]
+    mm.mark_transformed(tensors[:2], tensors[2:])
+    return tensors
 
 
 def refused(action: Callable, *says: str, kind: type[Exception] = mm.ConfigError) -> None:
@@ -277,8 +285,8 @@ def test_codes_that_start_elsewhere_are_refused_with_the_next_step(cuda: Cuda, b
 
 @pytest.mark.parametrize("which", range(4))
 def test_replaced_data_of_weights_is_seen(cuda: Cuda, buffer: SymmBuffer, which: int):
-    tensors = [tensor.clone() for tensor in (*L1, *L2)]
-    again = tensors[which].clone()
+    tensors, other = (clones() for _ in range(2))
+    again = other[which]
 
     def go() -> None:
         call(buffer, l1=tuple(tensors[:2]), l2=tuple(tensors[2:]))
@@ -389,7 +397,8 @@ def test_a_call_that_comes_after_the_end_in_another_thread_is_refused(cuda: Cuda
 
 def test_an_interrupted_change_of_weights_is_made_again(cuda: Cuda, buffer: SymmBuffer, monkeypatch):
     call(buffer)
-    other = [tuple(tensor.clone() for tensor in pair) for pair in (L1, L2)]
+    tensors = clones()
+    other = [tuple(tensors[:2]), tuple(tensors[2:])]
 
     class Interrupted:
         """Parameters of which only the first address can be set."""
