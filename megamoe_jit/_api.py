@@ -102,7 +102,7 @@ def _place(device: torch.device | str | int | None) -> torch.device:
     try:
         place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
         return torch.empty(0, device=place).device
-    except (RuntimeError, OverflowError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, OverflowError, TypeError, ValueError, AssertionError) as error:
         allowed = "allowed: a CUDA device of this machine, its number or name"
         raise ConfigError(f"device = {shown(device)} cannot be used: {first_line(error)}; {allowed}") from None
 
@@ -194,7 +194,7 @@ def fp8_mega_moe(
     plan = sym_buffer.plan(tokens, variant, fast_math, num_sms)
     try:
         plan.kernel.check_weights(l1_weights, l2_weights, sym_buffer.device)  # type: ignore[arg-type]
-    except TypeError:  # costs nothing where they are pairs
+    except (TypeError, RuntimeError):  # costs nothing where they are pairs
         require_pair("l1", l1_weights)
         require_pair("l2", l2_weights)
         raise

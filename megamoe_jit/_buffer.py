@@ -22,7 +22,7 @@ from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._faults import decode, fault_error
 from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
 from megamoe_jit._memory import LayerMemory
-from megamoe_jit._ranks import collectively, gather, require_equal
+from megamoe_jit._ranks import collectively, gather, group_size, require_equal
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import MoEShape, Variant, check_int
 from megamoe_jit._text import first_line, shown
@@ -99,6 +99,7 @@ class SymmBuffer(LayerMemory):
         if not isinstance(shape, MoEShape) or not isinstance(device, torch.device):
             given = f"shape = {shown(shape)}, device = {shown(device)}"
             raise ConfigError(f"{given}; allowed: a MoEShape and a torch.device, as get_symm_buffer_for_mega_moe gives")
+        group_size(group)  # raises if it is no group
         check_int("max_tokens", max_tokens)
         check_int("max_pool_rows", max_pool_rows)
         super().__init__(shape, max_tokens, device, group, max_pool_rows)
@@ -196,7 +197,7 @@ class SymmBuffer(LayerMemory):
         try:
             plan = self._plans.get(key)
         except TypeError:  # costs nothing where they are what they should be
-            given = f"variant = {variant!r:.40}, fast_math = {fast_math!r:.40}, num_sms = {num_sms!r:.40}"
+            given = f"variant = {shown(variant)}, fast_math = {shown(fast_math)}, num_sms = {shown(num_sms)}"
             raise ConfigError(f"{given}; allowed: a name or None, a bool, a number or None") from None
         if plan is None:
             from megamoe_jit._prepared import CallPlan

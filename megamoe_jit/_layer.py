@@ -11,7 +11,7 @@ from megamoe_jit._api import fp8_mega_moe, get_symm_buffer_for_mega_moe
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._marks import require_plain
 from megamoe_jit._quant import quantize_activations, quantize_weights, require_tensor
-from megamoe_jit._spec import BLOCK, check_clamp
+from megamoe_jit._spec import BLOCK, check_clamp, check_flag
 from megamoe_jit._validate import check_tensor
 from megamoe_jit._weights import (
     WeightPair,
@@ -94,6 +94,8 @@ class MegaMoE:
                 f"to fit w13 {tuple(gate_up.shape)}"
             )
         check_clamp("clamp", clamp)
+        check_flag("fast_math", fast_math)
+        check_flag("inplace", inplace)
         self.clamp, self.fast_math = clamp, fast_math
         self.buffer = get_symm_buffer_for_mega_moe(  # it refuses sizes and devices before weights are quantised
             None, experts, max_tokens, topk, hidden, rows // 2, device=gate_up.device

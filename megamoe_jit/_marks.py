@@ -25,6 +25,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
+from megamoe_jit._text import shown
 
 __all__ = ["LAYOUT", "METADATA_KEY", "Span", "check_metadata", "mark", "require_marked", "require_plain", "spans"]
 
@@ -134,6 +135,6 @@ def check_metadata(metadata: Mapping[str, str] | None) -> None:
     found = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None
     if found != LAYOUT:
         raise ConfigError(
-            f"metadata: {METADATA_KEY} is {found!r:.80}; allowed: {LAYOUT!r}, the order of this version. Weights of "
+            f"metadata: {METADATA_KEY} is {shown(found)}; allowed: {LAYOUT!r}, the order of this version. Weights of "
             "another one must be quantised and transformed again"
         )

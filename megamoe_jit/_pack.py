@@ -26,7 +26,7 @@ from megamoe_jit._entry import CUBIN, IMPORTED, LIMIT, META, SCHEMA, SOURCE, Dam
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._pack_choice import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._spec import KernelSpec
-from megamoe_jit._text import shown
+from megamoe_jit._text import items_of, shown
 from megamoe_jit._version import __version__
 
 __all__ = ["ImportReport", "PackInfo", "export_pack", "import_pack", "read_pack"]
@@ -193,6 +193,8 @@ def _without_origin(meta: dict[str, Any]) -> bytes:
 
 
 def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
+    if not isinstance(cache, KernelCache | None):
+        raise ConfigError(f"cache = {shown(cache)} is not supported; allowed: a KernelCache, or None")
     return (user_cache(), *readonly_caches()) if cache is None else (cache,)
 
 
@@ -204,10 +206,11 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
         for each in reversed(caches):  # what several have comes from the first
             keys = each.keys()  # of those too whose metadata cannot be read
             found.update((key, (each.entry_path(key), each.forbidden)) for key in keys)
-    given = [what] if not isinstance(what, Iterable) or isinstance(what, str | KernelSpec) else what
+    several = items_of(what)
+    given = [what] if several is None else several
     for item in given if what is not None else ():
         if not isinstance(item, str | KernelSpec):
-            raise ConfigError(f"what: {item!r:.80} given; allowed: keys and KernelSpecs")
+            raise ConfigError(f"what: {shown(item)} given; allowed: keys and KernelSpecs")
         entry = _of_spec(item, caches) if isinstance(item, KernelSpec) else find_key(item, caches)
         found[entry.key] = entry.path, entry.cache.forbidden
     for key in sorted(found):

@@ -24,7 +24,7 @@ from megamoe_jit._obtain import CompiledKernel, obtain, seal, sealed, trust_agai
 from megamoe_jit._render import render
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from megamoe_jit._text import shown
+from megamoe_jit._text import items_of, shown
 from megamoe_jit._toolchain import ARCH, find_toolchain
 
 __all__ = [
@@ -123,10 +123,11 @@ def enumerate_specs(
 
     if not isinstance(shape, MoEShape):
         allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"shape = {shape!r:.80} is not supported; allowed: {allowed}")
-    if isinstance(variants, str) or not isinstance(variants, Iterable | None):
-        raise ConfigError(f"variants = {variants!r:.80} is not supported; allowed: several Variants, or None")
-    wanted = all_variants(shape) if variants is None else tuple(variants)
+        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: {allowed}")
+    given = None if variants is None else items_of(variants)
+    if given is None and variants is not None:
+        raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
+    wanted = all_variants(shape) if given is None else given
     maths = (True, False) if fast_math is None else (fast_math,)
     return tuple(dict.fromkeys(KernelSpec(shape, variant, ranks, math) for variant in wanted for math in maths))
 
@@ -206,11 +207,11 @@ def warmup(
 
 def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
     """The specs, each once; raises `ConfigError` if one of them is something else."""
-    given = list(specs) if isinstance(specs, Iterable) and not isinstance(specs, str) else None
+    given = items_of(specs)
     odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec)]
     if given is None or odd:
         allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"specs: {odd[0]!r:.80} given; allowed: {allowed}")
+        raise ConfigError(f"specs: {shown(odd[0])} given; allowed: {allowed}")
     return list(dict.fromkeys(given))
 
 

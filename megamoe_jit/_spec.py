@@ -26,6 +26,7 @@ __all__ = [
     "MoEShape",
     "Variant",
     "check_clamp",
+    "check_flag",
     "check_int",
 ]
 
@@ -57,11 +58,10 @@ class Variant(StrEnum):
     @classmethod
     def parse(cls, text: str) -> Variant:
         """The variant named `text`; raises `ConfigError` with the names there are."""
-        try:
-            return cls(text)
-        except ValueError:
-            names = ", ".join(v.value for v in cls)
-            raise ConfigError(f"unknown kernel variant {shown(text)}; allowed: {names}") from None
+        for variant in cls:
+            if isinstance(text, str) and text == variant.value:
+                return variant
+        raise ConfigError(f"unknown kernel variant {shown(text)}; allowed: {', '.join(v.value for v in cls)}")
 
 
 def _check(ok: bool, what: str, value: object, allowed: str) -> None:
@@ -82,6 +82,11 @@ def _fields(what: str, data: dict[str, Any], needed: tuple[str, ...], optional: 
 def check_int(what: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is an integer, which a bool is not."""
     _check(type(value) is int, what, value, "an integer")
+
+
+def check_flag(what: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is True or False."""
+    _check(type(value) is bool, what, value, "True or False")
 
 
 def check_clamp(name: str, clamp: float | None) -> float:
@@ -134,8 +139,8 @@ class KernelSpec:
     def __post_init__(self) -> None:
         _check(isinstance(self.shape, MoEShape), "shape", self.shape, "a MoEShape")
         _check(isinstance(self.variant, Variant), "variant", self.variant, "a member of Variant")
-        for name, flag in (("fast_math", self.fast_math), ("timeline", self.timeline)):
-            _check(type(flag) is bool, name, flag, "True or False")
+        check_flag("fast_math", self.fast_math)
+        check_flag("timeline", self.timeline)
         check_int("ranks", self.ranks)
         _check(1 <= self.ranks <= MAX_RANKS, "ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(

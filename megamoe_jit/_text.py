@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["first_line", "human_bytes", "shown"]
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["first_line", "human_bytes", "items_of", "shown"]
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, in a line; its type if it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def items_of(value: object) -> list[Any] | None:
+    """What is in a value that may hold several; None for text, and for what cannot be gone through."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        return None
+    try:
+        return list(value)
+    except (TypeError, RuntimeError):  # a tensor without dimensions, or a sparse one
+        return None
 
 
 def shown(value: object) -> str:

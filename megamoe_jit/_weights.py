@@ -18,7 +18,7 @@ from megamoe_jit import _marks
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._marks import LAYOUT, METADATA_KEY, require_marked, require_plain, spans
 from megamoe_jit._quant import require_tensor
-from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec import BLOCK, check_flag
 from megamoe_jit._text import shown
 from megamoe_jit._weight_order import Order, order1, order2, restore1, restore2
 
@@ -173,6 +173,7 @@ def _apply(
     direction: _Direction, l1: WeightPair, l2: WeightPair, inplace: bool, experts: Iterable[int] | None
 ) -> tuple[WeightPair, WeightPair]:
     check_pairs(l1, l2)
+    check_flag("inplace", inplace)
     chosen = _chosen(experts, l1[0])
     if inplace:
         _require_places(l1, l2)
@@ -282,6 +283,7 @@ def mark_transformed(
         ConfigError: these are no weights, or the metadata name no order or that of another version.
     """
     check_pairs(l1_weights, l2_weights)
+    check_flag("transformed", transformed)
     chosen = _chosen(experts, l1_weights[0])
     if metadata is not None:
         _marks.check_metadata(metadata)

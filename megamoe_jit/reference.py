@@ -26,7 +26,7 @@ from megamoe_jit._quant import (
     quantize_activations,
     require_tensor,
 )
-from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_int
+from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
 from megamoe_jit._text import shown
 from megamoe_jit._weights import WeightPair, check_pairs
 
@@ -159,6 +159,7 @@ def moe_reference(
     """
     _check(x, x_sf, topk_idx, topk_weights, l1, l2)
     check_clamp("activation_clamp", activation_clamp)
+    check_flag("requantize", requantize)
     if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
         raise ConfigError(f"out_dtype = {shown(out_dtype)} is not supported; allowed: a floating dtype")
     experts = l1[0].shape[0]
@@ -187,6 +188,15 @@ def moe_reference(
     return y.to(out_dtype)
 
 
+def _check_alike(a: torch.Tensor, b: torch.Tensor) -> None:
+    for name, tensor in (("a", a), ("b", b)):
+        require_tensor(name, tensor)
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            raise ConfigError(f"{name} is {tensor.dtype} on {tensor.device}; allowed: a floating dtype, with values")
+    if a.shape != b.shape:
+        raise ConfigError(f"a has shape {tuple(a.shape)}, b {tuple(b.shape)}; allowed: equal ones")
+
+
 def row_diffs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`calc_diff` of each pair of rows.
 
@@ -197,6 +207,7 @@ def row_diffs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Returns:
         float64 ``[T]``; 0 where both rows are zero.
     """
+    _check_alike(a, b)
     a, b = a.double(), b.double()
     energy = (a * a + b * b).sum(dim=-1)
     similarity = 2.0 * (a * b).sum(dim=-1) / energy
@@ -208,4 +219,5 @@ def calc_diff(a: torch.Tensor, b: torch.Tensor) -> float:
 
     `a` and `b` have the same shape, any one, and any floating dtype.
     """
+    _check_alike(a, b)
     return float(row_diffs(a.reshape(1, -1), b.reshape(1, -1)).item())
