@@ -24,7 +24,7 @@ from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
 from megamoe_jit._memory import LayerMemory
 from megamoe_jit._ranks import collectively, gather, group_size, require_equal
 from megamoe_jit._settings import Settings, get_settings
-from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec import MoEShape, Variant, check_flag, check_int
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants, choose
 
@@ -137,6 +137,7 @@ class SymmBuffer(LayerMemory):
             RankMismatchError: the ranks have different kernels.
         """
         variant = Variant.parse(variant)
+        check_flag("fast_math", fast_math)
         self.require_usable()
         prepared = self._prepared.get((variant, fast_math))
         if prepared is None:

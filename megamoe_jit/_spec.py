@@ -94,7 +94,7 @@ def check_clamp(name: str, clamp: float | None) -> float:
     if clamp is None:
         return math.inf
     bound = -1.0
-    if isinstance(clamp, numbers.Real) and not isinstance(clamp, bool):
+    if type(clamp) is float or (isinstance(clamp, numbers.Real) and not isinstance(clamp, bool)):  # floats at once
         try:
             bound = ctypes.c_float(float(clamp)).value  # as the kernel has it
         except OverflowError:  # an integer that no float holds

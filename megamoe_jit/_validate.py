@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 RECIPE = (128, 128, 128)
+_THREE = (int, int, int)
 _IN_A_COPY = ", which a transform that is not in place gives"
 
 
@@ -102,7 +103,7 @@ def check_weights(
 def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) -> float:
     """Raise unless the options are the supported ones; the clamp as the kernel takes it (infinity for none)."""
     if recipe is not RECIPE and not (
-        isinstance(recipe, tuple | list) and all(type(part) is int for part in recipe) and tuple(recipe) == RECIPE
+        isinstance(recipe, tuple | list) and tuple(map(type, recipe)) == _THREE and tuple(recipe) == RECIPE
     ):
         raise ConfigError(f"recipe = {shown(recipe)} is not supported; allowed: {RECIPE}")
     check_activation(activation)

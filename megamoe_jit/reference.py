@@ -30,7 +30,7 @@ from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check
 from megamoe_jit._text import shown
 from megamoe_jit._weights import WeightPair, check_pairs
 
-__all__ = ["calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
+__all__ = ["activate", "calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
 
 _CHUNK = 8192  #: rows of one expert worked on at once; bounds the scratch of a hot expert
 
@@ -50,6 +50,13 @@ def _full_fp32_matmul() -> Iterator[None]:
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.Tensor:
     """``silu(min(gate, clamp)) * clamp(up, -clamp, clamp)``; float32 ``[n, I]`` each, NaN stays NaN."""
+    _check_alike(gate, up, ("gate", "up"))
+    check_clamp("clamp", clamp)
+    return activate(gate, up, clamp)
+
+
+def activate(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.Tensor:
+    """`swiglu` of arguments that were checked; torch.compile takes it as one graph."""
     if clamp is not None:
         gate = gate.clamp(max=clamp)
         up = up.clamp(min=-clamp, max=clamp)
@@ -117,7 +124,7 @@ def _expert(
     out = torch.empty_like(x)
     for begin in range(0, x.shape[0], _CHUNK):
         gate, up = (x[begin : begin + _CHUNK] @ w13.T).chunk(2, dim=-1)
-        h = swiglu(gate, up, clamp)
+        h = activate(gate, up, clamp)
         if requantize:
             h = dequantize_activations(*quantize_activations(h))
         out[begin : begin + _CHUNK] = h @ w2.T
@@ -188,13 +195,14 @@ def moe_reference(
     return y.to(out_dtype)
 
 
-def _check_alike(a: torch.Tensor, b: torch.Tensor) -> None:
-    for name, tensor in (("a", a), ("b", b)):
+def _check_alike(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str] = ("a", "b")) -> None:
+    for name, tensor in zip(names, (a, b), strict=True):
         require_tensor(name, tensor)
         if not tensor.is_floating_point() or tensor.device.type == "meta":
             raise ConfigError(f"{name} is {tensor.dtype} on {tensor.device}; allowed: a floating dtype, with values")
     if a.shape != b.shape:
-        raise ConfigError(f"a has shape {tuple(a.shape)}, b {tuple(b.shape)}; allowed: equal ones")
+        given = f"{names[0]} has shape {tuple(a.shape)}, {names[1]} {tuple(b.shape)}"
+        raise ConfigError(f"{given}; allowed: equal ones")
 
 
 def row_diffs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from megamoe_jit import _api
 from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit.heuristics import parse_shapes, preset
 from megamoe_jit.heuristics.select import choose
-from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
+from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu
 from tests.unit.test_call_path import DRAWN, L1, L2, SHAPE, Cuda, buffer, cuda  # noqa: F401
 
 
@@ -131,6 +131,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         },
     ),
     "expert_counts": (expert_counts, {"topk_idx": IDS, "num_experts": 4}),
+    "swiglu": (swiglu, {"gate": X, "up": X, "clamp": None}),
+    "row_diffs": (row_diffs, {"a": X, "b": X}),
     "calc_diff": (calc_diff, {"a": X, "b": X}),
     "get_symm_buffer": (mm.get_symm_buffer_for_mega_moe, BUFFER_SIZES),
     "SymmBuffer": (
@@ -204,6 +206,14 @@ def test_every_argument_of_a_call(here: Cuda, buffer: SymmBuffer):  # noqa: F811
     for function in (mm.fp8_mega_moe, mm.fp8_mega_moe_pingpong):
         arguments = {name: value for name, value in CALL.items() if name != "variant" or function is mm.fp8_mega_moe}
         assert attack(function, {**arguments, "sym_buffer": buffer}, (mm.ConfigError,)) == []
+
+
+def test_every_argument_of_a_buffers_methods(here: Cuda, buffer: SymmBuffer):  # noqa: F811
+    assert attack(buffer.prepare, {"variant": "pingpong", "fast_math": True}, (mm.ConfigError,)) == []
+    assert attack(buffer.prepare_all, {"fast_math": True}, (mm.ConfigError,)) == []
+    assert attack(buffer.choose, {"tokens": 3, "variant": None, "num_sms": None}, (mm.ConfigError,)) == []
+    plan = {"tokens": 3, "variant": None, "fast_math": True, "num_sms": None}
+    assert attack(buffer.plan, plan, (mm.ConfigError,)) == []
 
 
 def test_every_argument_of_a_layer_and_its_call(here: Cuda):
