@@ -5,6 +5,7 @@ A `ConfigError` says which argument it was. Other exceptions, and values that ar
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,22 @@ BUFFER_SIZES = {
 PAIRS = {"l1_weights": DRAWN.l1, "l2_weights": DRAWN.l2}
 READY = {"l1_weights": L1, "l2_weights": L2}
 SPEC = mm.KernelSpec(SHAPE, mm.Variant.PINGPONG)
+
+
+def on_copies(function: Callable[..., Any], transformed: bool) -> Callable[..., Any]:
+    """`function` on weights that nobody else has, since `inplace=True` writes them over."""
+
+    def call(l1_weights: Any, l2_weights: Any, **more: Any) -> Any:
+        pairs = [l1_weights, l2_weights]
+        for i, right in enumerate((READY if transformed else PAIRS).values()):
+            pairs[i] = tuple(tensor.clone() for tensor in right) if pairs[i] is right else pairs[i]
+        with contextlib.suppress(mm.ConfigError):  # for hostile ones
+            mm.mark_transformed(*pairs, transformed=transformed)
+        return function(*pairs, **more)
+
+    return call
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "MoEShape": (mm.MoEShape, {"hidden": 256, "intermediate": 128, "experts": 4, "topk": 2}),
     "KernelSpec": (mm.KernelSpec, {"shape": SHAPE, "variant": mm.Variant.PINGPONG, "ranks": 1, "fast_math": True}),
@@ -111,9 +128,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "quantize_activations": (mm.quantize_activations, {"x": X}),
     "dequantize_weights": (mm.dequantize_weights, {"codes": DRAWN.l1[0], "scales": DRAWN.l1[1]}),
     "dequantize_activations": (mm.dequantize_activations, {"codes": CODES[0], "scales": CODES[1]}),
-    "transform": (mm.transform_weights_for_mega_moe_sm90, {**PAIRS, "inplace": False, "experts": None}),
-    "inverse": (mm.inverse_transform_weights_for_mega_moe_sm90, {**READY, "inplace": False, "experts": None}),
-    "mark_transformed": (mm.mark_transformed, {**READY, "experts": None, "transformed": True, "metadata": None}),
+    "transform": (
+        on_copies(mm.transform_weights_for_mega_moe_sm90, False),
+        {**PAIRS, "inplace": False, "experts": None},
+    ),
+    "inverse": (
+        on_copies(mm.inverse_transform_weights_for_mega_moe_sm90, True),
+        {**READY, "inplace": False, "experts": None},
+    ),
+    "mark_transformed": (
+        on_copies(mm.mark_transformed, True),
+        {**READY, "experts": None, "transformed": True, "metadata": None},
+    ),
     "is_transformed": (mm.is_transformed, READY),
     "weights_metadata": (mm.weights_metadata, READY),
     "moe_reference": (
@@ -219,6 +245,13 @@ def test_every_argument_of_a_buffers_methods(here: Cuda, buffer: SymmBuffer):  #
 def test_every_argument_of_a_layer_and_its_call(here: Cuda):
     assert attack(mm.MegaMoE, LAYER, (mm.ConfigError, mm.UnsupportedDeviceError)) == []
     assert attack(mm.MegaMoE(**LAYER), TAKEN, (mm.ConfigError,)) == []
+
+
+def test_a_right_call_of_each_function_is_taken(here: Cuda):
+    """Else every attack would end in the same refusal."""
+    for name, (function, arguments) in FUNCTIONS.items():
+        if name not in ("import_pack", "export_pack"):
+            function(**arguments)
 
 
 def test_no_hostile_value_is_taken_for_a_number_or_a_bound(here: Cuda, buffer: SymmBuffer):  # noqa: F811
