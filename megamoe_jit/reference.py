@@ -19,16 +19,16 @@ from contextlib import contextmanager
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._marks import require_plain
-from megamoe_jit._quant import (
+from megamoe_jit._layer.marks import require_plain
+from megamoe_jit._layer.quantize import (
     dequantize_activations,
     dequantize_weights,
     quantize_activations,
     require_tensor,
 )
+from megamoe_jit._layer.weights import WeightPair, check_pairs
 from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
 from megamoe_jit._text import shown
-from megamoe_jit._weights import WeightPair, check_pairs
 
 __all__ = ["activate", "calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
 

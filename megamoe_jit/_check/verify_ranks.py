@@ -1,0 +1,239 @@
+"""Scenarios on several ranks: each rank has inputs of its own and judges its own tokens.
+
+Every rank draws all experts' weights from one seed, so the oracle needs nothing from the code that is judged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from megamoe_jit._check import scenarios as _scenarios
+from megamoe_jit._check.collect import collect
+from megamoe_jit._check.scenarios import Scenario
+from megamoe_jit._check.spawn import World
+from megamoe_jit._check.verify import (
+    FAULTS,
+    GUARD_ROWS,
+    STATS_BEFORE,
+    VARIANTS,
+    Outcome,
+    WeightCache,
+    _stage,
+    function_of,
+    is_gone,
+    judge,
+)
+from megamoe_jit._errors import ConfigError, MegaMoeError
+from megamoe_jit._layer.group import collectively
+from megamoe_jit.reference import expert_counts, moe_reference
+
+__all__ = ["chosen", "run_on_rank", "run_ranks"]
+
+SEEDS_PER_RUN = 64  #: rank r of a run with seed s has inputs of seed s * 64 + r
+COLLECTIVE_S = 120.0
+
+
+def chosen(pattern: str, ranks: int, *, slow: bool = False) -> tuple[Scenario, ...]:
+    """Scenarios that fit the pattern and whose experts the ranks can share evenly, by shape.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    fitting = [s for s in _scenarios.select(pattern, slow=slow) if s.shape.experts % ranks == 0]
+    if not fitting:
+        raise ConfigError(f"no scenario of {pattern!r} has experts that {ranks} ranks can share evenly")
+    by_shape = {s.shape: i for i, s in reversed(list(enumerate(fitting)))}
+    return tuple(sorted(fitting, key=lambda s: by_shape[s.shape]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a rank says of one scenario and variant, to all others."""
+
+    outcome: Outcome
+    gone: bool  #: the CUDA context, or the process group, and with it the ranks' step
+    has_buffer: bool
+    sent: list[int]  #: rows to each expert of all ranks
+    counters: list[int]  #: what the kernel counted for each expert of this rank; empty if it did not run
+
+
+class _Rank:
+    """One rank's runs; the ranks meet before and after each, so one that fails between keeps no other waiting."""
+
+    def __init__(self, world: World, seed: int, api: Any) -> None:
+        self.world, self._seed, self._api, self._cache = world, seed, api, WeightCache()
+        self._buffer: Any = None
+
+    def run(self, scenario: Scenario, variant: str) -> _Said:
+        """Run and judge; whatever it raises is what it says. The buffer stays until `destroy`."""
+        try:
+            return self._run(scenario, variant)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            outcome = Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason)
+            return _Said(outcome, is_gone(error, self.world.device), self._buffer is not None, [], [])
+
+    def destroy(self) -> None:
+        """Give the buffer of the last run back. Collective."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            buffer.destroy()
+
+    def _run(self, scenario: Scenario, variant: str) -> _Said:
+        import torch.distributed as dist
+
+        s, api, world = scenario.shape, self._api, self.world
+        device, local = world.device, s.experts // world.ranks
+        mine = slice(world.rank * local, (world.rank + 1) * local)
+
+        def draw() -> tuple[Any, _scenarios.Inputs]:
+            entry = self._cache.get(s, device, self._seed, api)
+            seed = self._seed * SEEDS_PER_RUN + world.rank
+            return entry, _scenarios.make_inputs(scenario, device, seed, entry.weights)
+
+        entry, inputs = collectively(dist.group.WORLD, "drawing weights and inputs", draw)
+        l1, l2 = ((codes[mine], scales[mine]) for codes, scales in (entry.l1, entry.l2))
+        y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
+        stats = torch.full((local,), STATS_BEFORE, dtype=torch.int32, device=device)
+        self._buffer = buffer = api.get_symm_buffer_for_mega_moe(
+            dist.group.WORLD, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate
+        )
+        _stage(buffer, inputs, s.experts)
+        options = {"activation_clamp": scenario.clamp, "fast_math": scenario.fast_math}
+        function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **options)
+        buffer.check()
+        w, ids = entry.weights, inputs.topk_idx
+        expected = moe_reference(
+            *(inputs.x_q, inputs.x_sf, ids, inputs.topk_weights, w.l1, w.l2), activation_clamp=scenario.clamp
+        )
+        verdict = judge(y[: scenario.tokens], expected)
+        problems = [verdict.reason] if verdict.reason else []
+        if not y[scenario.tokens :].isnan().all():
+            problems.append("rows past the token count were written")
+        figures = (verdict.diff, verdict.worst_row_diff, verdict.zero_rows_ok)
+        outcome = Outcome(scenario.name, variant, *figures, not problems, "; ".join(problems))
+        return _Said(outcome, False, True, expert_counts(ids, s.experts).tolist(), stats.tolist())
+
+
+def _counted(everyone: Sequence[_Said]) -> list[Outcome]:
+    """The ranks' outcomes, with what is wrong of their counters; these count the rows that all ranks send."""
+    outcomes = [said.outcome for said in everyone]
+    if not all(said.counters for said in everyone):  # some rank has failed, which says more
+        return outcomes
+    total = [sum(sent) + STATS_BEFORE for sent in zip(*(said.sent for said in everyone), strict=True)]
+    first = 0
+    for rank, said in enumerate(everyone):
+        wrong = [e for e, counted in enumerate(said.counters, first) if counted != total[e]]
+        first += len(said.counters)
+        if wrong:
+            reason = "; ".join(filter(None, (outcomes[rank].reason, f"the counter of expert {wrong[0]} is wrong")))
+            outcomes[rank] = replace(outcomes[rank], passed=False, reason=reason)
+    return outcomes
+
+
+def _merged(outcomes: Sequence[Outcome]) -> Outcome:
+    """All ranks' outcomes of one scenario and variant as one: the worst of each figure."""
+    first = outcomes[0]
+
+    def worst(values: list[float]) -> float:
+        return math.nan if any(map(math.isnan, values)) else max(values)
+
+    return Outcome(
+        first.name,
+        first.variant,
+        worst([o.diff for o in outcomes]),
+        worst([o.worst_row_diff for o in outcomes]),
+        all(o.zero_rows_ok for o in outcomes),
+        all(o.passed for o in outcomes),
+        "; ".join(f"rank {rank}: {o.reason}" for rank, o in enumerate(outcomes) if o.reason),
+    )
+
+
+def run_on_rank(
+    world: World, pattern: str, variants: list[str], slow: bool, seed: int, api: str = "megamoe_jit"
+) -> int:
+    """What each rank does; rank 0 reports every merged outcome as it comes.
+
+    Returns:
+        How many outcomes there were. One that fails does not keep the others from being run, but a rank that has lost
+        its CUDA context, or the process group, ends the run.
+    """
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    # a rank that raised in the middle of a collective meets the others here
+    control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * COLLECTIVE_S))
+    rank, count = _Rank(world, seed, import_module(api)), 0
+    for scenario in chosen(pattern, world.ranks, slow=slow):
+        for variant in variants:
+            everyone: list[Any] = [None] * world.ranks
+            dist.all_gather_object(everyone, rank.run(scenario, variant), group=control)
+            count += 1
+            if world.rank == 0:
+                world.report(_merged(_counted(everyone)).to_json())
+            if any(said.gone for said in everyone):
+                return count
+            if all(said.has_buffer for said in everyone):
+                rank.destroy()
+    return count
+
+
+def _from_json(data: dict[str, Any]) -> Outcome:
+    values: dict[str, Any] = {k: math.nan if v is None else v for k, v in data.items()}
+    return Outcome(**values)
+
+
+def run_ranks(
+    ranks: int,
+    pattern: str = "*",
+    variants: Sequence[str] = VARIANTS,
+    progress: Callable[[Outcome], None] | None = None,
+    *,
+    slow: bool = False,
+    seed: int = 0,
+    device: str = "cuda",
+    api: str = "megamoe_jit",
+) -> list[Outcome] | None:
+    """Run every scenario that fits on all ranks: those of torchrun if there is one, else started here.
+
+    Args:
+        ranks: how many.
+        pattern: as in `scenarios.select`.
+        variants: ``auto`` or names of variants.
+        progress: called with each outcome as it comes.
+        slow: slow scenarios as well.
+        seed: of weights and inputs.
+        device: `cuda`, or `cpu` in tests of this runner.
+        api: module that stands in for the package in tests of this runner.
+
+    Returns:
+        Outcomes, each the worst over ranks; None on the ranks of torchrun that have nothing to say.
+
+    Raises:
+        ConfigError: no scenario fits, or there are fewer GPUs.
+        MegaMoeError: a rank ended without saying why.
+    """
+    chosen(pattern, ranks, slow=slow)  # refuses before anything is started
+    outcomes: list[Outcome] = []
+
+    def note(_: int, report: Any) -> None:
+        outcomes.append(_from_json(report))
+        if progress is not None:
+            progress(outcomes[-1])
+
+    arguments = {"pattern": pattern, "variants": list(variants), "slow": slow, "seed": seed, "api": api}
+    target = "megamoe_jit._check.verify_ranks:run_on_rank"
+    try:
+        done = collect(target, ranks, arguments, device=device, on_report=note, group_timeout_s=COLLECTIVE_S)
+    except MegaMoeError:
+        if not outcomes or outcomes[-1].passed or not any(name.__name__ in outcomes[-1].reason for name in FAULTS):
+            raise
+        return outcomes  # a broken CUDA context may spoil how a rank ends; what happened has been said
+    return None if done is None else outcomes
