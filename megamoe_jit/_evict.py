@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -60,8 +61,7 @@ def plan(
     idle = [info for info in every if now - info.used_at >= grace_s]
 
     def is_current(info: EntryInfo) -> bool:
-        nvrtc = info.meta.get("nvrtc")
-        build = nvrtc.get("build") if isinstance(nvrtc, dict) else None
+        build = info.meta.get("nvrtc", {}).get("build")
         return current is not None and (info.meta.get("package_version"), build) == current
 
     doomed = []
@@ -75,7 +75,7 @@ def plan(
 
 def evict(cache: KernelCache, max_bytes: int) -> PruneReport:
     """Bring a cache below its limit, unless another process of this node is at it."""
-    name = hashlib.sha256(str(cache.path).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(cache.path)).hexdigest()[:16]
     with try_lock(f"evict-{name}") as free:
         if free:
             entries = cache.entries()

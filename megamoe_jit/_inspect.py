@@ -11,6 +11,7 @@ from typing import Any
 from megamoe_jit._cubin import CubinError, _sections, read_cubin
 from megamoe_jit._errors import LoadError, ToolchainError
 from megamoe_jit._machine import TOOLS, find_tool, tool_command
+from megamoe_jit._metadata import Metadata
 from megamoe_jit._spec import SHARED_LIMIT
 
 __all__ = ["ptx", "resources", "sass"]
@@ -29,7 +30,7 @@ def _section(cubin: bytes, name: str) -> bytes | None:
     return None
 
 
-def resources(cubin: bytes, meta: dict[str, Any]) -> dict[str, Any]:
+def resources(cubin: bytes, meta: Metadata) -> dict[str, Any]:
     """What the kernel takes on the device, and how it was compiled.
 
     Args:
