@@ -84,11 +84,13 @@ def lock_dir() -> Path:
         return chosen
     name = f"megamoe-jit-{os.geteuid()}"
     problem: OSError | None = None
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm", tempfile.gettempdir()):
-        if not base or not os.path.isdir(base):
-            continue
+    # the temporary directory comes last: to ask for it is to fail where there is none to write to
+    named = os.environ.get("XDG_RUNTIME_DIR")
+    for base in (*([named] if named else []), "/dev/shm", None):
         try:
-            return private_directory(Path(base) / name)
+            folder = Path(base or tempfile.gettempdir())
+            if folder.is_dir():
+                return private_directory(folder / name)
         except OSError as error:
             problem = error
     raise problem or FileNotFoundError("no directory for lock files")
