@@ -140,9 +140,11 @@ def read_entry(
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise Damaged("it is not a directory") from None
-        raise
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        if not os.path.lexists(folder):  # what lies above it is none either
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from None
+        raise Damaged("it is not a directory") from None
     try:
         _check_owner("its directory", os.fstat(handle), forbidden)
         try:

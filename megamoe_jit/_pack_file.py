@@ -21,7 +21,7 @@ from megamoe_jit._entry import CUBIN, LIMIT, META, SOURCE, Damaged, OtherSchema,
 from megamoe_jit._errors import PackError
 from megamoe_jit._metadata import SCHEMA
 
-__all__ = ["FILES", "KIND", "entries_in", "file_sha256", "opened", "sha256", "write_tar"]
+__all__ = ["FILES", "KIND", "MANIFEST", "entries_in", "file_sha256", "opened", "sha256", "write_tar"]
 
 KIND = "megamoe-jit-pack"
 MANIFEST = "manifest.json"
@@ -88,11 +88,11 @@ def opened(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
 
 def _plain(path: Path) -> BufferedReader:
     """The file, opened; one that is no regular file is refused, and a pipe does not hold up who does."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         raise PackError(f"{path} is not a plain file")
-    return file
+    return open(handle, "rb")
 
 
 def _manifest(path: Path, archive: tarfile.TarFile) -> dict[str, Any]:

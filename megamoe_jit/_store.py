@@ -253,7 +253,7 @@ class EntryStore(EntryReader):
             self._make_way(grave.parent)
             private_directory(grave.parent)
             _rename_or_stay(folder, grave)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
             self._warn("remove", f"cannot remove from kernel cache {self.path}: {error}")

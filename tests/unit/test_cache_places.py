@@ -142,6 +142,36 @@ def test_verify_finds_and_unlinks_what_is_in_the_place_of_a_directory(cache, pla
     assert not os.path.lexists(path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "dangling link", "link to a directory", "file"])
+@pytest.mark.parametrize("place", ["staging", "quarantine", "group"])
+def test_what_is_in_the_place_of_a_directory_gives_way(cache, warnings, place, kind, precious):
+    """Without `verify --fix`: a kernel is kept, put aside and removed."""
+    cache.store(*FIRST)
+    path = cache.root / PLACES[place]
+    put(path, kind, precious)
+    assert (cache.load(KEY) is None) is (place == "group")
+    assert cache.store(*FIRST)
+    assert cache.load(KEY) is not None
+    assert cache.quarantine(KEY)
+    assert cache.store(*FIRST)
+    put(path, kind, precious)
+    assert cache.remove([KEY]).removed == (() if place == "group" else (KEY,))
+    told = {warning.getMessage() for warning in warnings}
+    assert told == {f"{path} was not a directory, and is removed"} or place == "quarantine"
+
+
+def test_what_a_link_in_a_cache_leads_to_is_not_removed(cache, tmp_path):
+    cache.store(*FIRST)
+    group = cache.root / PLACES["group"]
+    group.rename(tmp_path / "elsewhere")
+    group.symlink_to(tmp_path / "elsewhere")
+    assert cache.keys() == []
+    assert cache.clear().removed == cache.prune(older_than_s=0).removed == ()
+    assert [problem.path for problem in cache.verify(fix=True)] == [group]
+    assert (tmp_path / "elsewhere" / KEY / "kernel.cubin").read_bytes() == FIRST[1]
+    assert KernelCache(cache.root).store(*FIRST)
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o770])
 def test_verify_finds_and_mends_a_group_that_others_may_write(cache, mode):
     """Nothing would be kept there."""
@@ -175,8 +205,10 @@ def test_a_pack_is_read_from_and_written_to_a_plain_file_alone(tmp_path, kind, p
         path = tmp_path / "pack.tar"
         put(path, kind, precious)
         for attempt in (lambda: read_pack(path), lambda: import_pack(path)):
-            with pytest.raises(PackError):
+            with pytest.raises(PackError) as refused:
                 attempt()
+            unlike = kind in ("pipe", "device") or "directory" in kind
+            assert str(refused.value).endswith("is not a plain file") is unlike
         if kind in ("file", "link to a file"):
             assert export_pack(path).keys == (KEY,)
             assert read_pack(path).keys == (KEY,)
