@@ -1,0 +1,209 @@
+"""Packs: compiled kernels in one tar file, to build where there is no GPU and ship to where there is.
+
+The first member, ``manifest.json``, holds the sha256 and the size of every other: ``entries/<key>/`` with the three
+files of an entry. Reading believes nothing: names, sizes and digests must be those of the manifest, an entry must
+verify as one in the cache does, and nothing is written before it has. The same kernels give the same bytes, wherever
+and whenever they were compiled: what is known of that machine stays there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
+from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
+from megamoe_jit._cache.metadata import SCHEMA, dump_metadata, printable
+from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
+from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
+from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
+from megamoe_jit._spec import KernelSpec
+from megamoe_jit._version import __version__
+
+__all__ = ["ImportReport", "PackInfo", "export_pack", "import_pack", "read_pack"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackInfo:
+    """A pack.
+
+    Attributes:
+        path: the file.
+        keys: its kernels.
+        kernels: their symbols, in the same order.
+        bytes: size of the file.
+        sha256: digest of the file.
+        package_version: the version that wrote it.
+    """
+
+    path: Path
+    keys: tuple[str, ...]
+    kernels: tuple[str, ...]
+    bytes: int
+    sha256: str
+    package_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What an import did.
+
+    Attributes:
+        root: the cache that the pack was imported into.
+        imported: keys of the kernels that were not there before.
+        present: keys of those that were, which stay as they are.
+        bytes: size of the files of `imported`.
+    """
+
+    root: Path
+    imported: tuple[str, ...]
+    present: tuple[str, ...]
+    bytes: int
+
+
+def export_pack(
+    path: Path | str, what: Iterable[str | KernelSpec] | None = None, cache: KernelCache | None = None
+) -> PackInfo:
+    """Write kernels of the cache into one file.
+
+    Args:
+        path: the file, replaced if it exists; compressed if its name ends in `.gz` or `.tgz`.
+        what: keys, beginnings of keys, or specs, which mean the kernel that a call would load, else one that another
+            compiler built from the same source; everything there is if None.
+        cache: where to take them from; the user's cache and the read-only ones if None.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: a key is not in the cache, or not unique.
+        KernelMissingError: the kernel of a spec is not in the cache; names the warmup command.
+        PackError: there is nothing to write, an entry is damaged, or the file cannot be written.
+    """
+    target = Path(path)
+    if os.path.lexists(target) and not target.is_file():
+        raise PackError(f"cannot write {target}: it is not a plain file, and would be replaced by one")
+    files: dict[str, dict[str, bytes]] = {}
+    kernels: dict[str, str] = {}
+    for key, folder, forbidden in _chosen(what, cache):
+        try:
+            contents, meta = read_entry(key, folder, forbidden, with_source=True)
+        except (OSError, Damaged) as problem:
+            if what is None and isinstance(problem, FileNotFoundError):
+                continue  # removed meanwhile, or of another version, which calls and listings pass over too
+            raise PackError(f"cannot export {folder}: {problem}") from None
+        files[key] = {**{name: contents[name] for name in FILES}, META: _without_origin(meta)}
+        kernels[key] = meta["entry"]
+    if not files:
+        where = " or ".join(str(each.root) for each in _caches(cache))
+        raise PackError(f"there are no kernels to export in {where}; `megamoe-jit warmup` compiles some")
+    entries = {
+        key: {
+            "kernel": kernels[key],
+            "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in contents.items()},
+        }
+        for key, contents in files.items()
+    }
+    manifest = {"kind": KIND, "schema": SCHEMA, "package_version": __version__, "entries": entries}
+    try:
+        digest = write_tar(target, json.dumps(manifest, indent=1, sort_keys=True).encode(), files)
+        size = target.stat().st_size
+    except OSError as error:
+        raise PackError(f"cannot write {target}: {error.strerror}") from error
+    return PackInfo(target, tuple(sorted(files)), tuple(kernels[k] for k in sorted(files)), size, digest, __version__)
+
+
+def import_pack(path: Path | str, root: Path | str | None = None) -> ImportReport:
+    """Put the kernels of a pack into a cache; all of the pack is verified first.
+
+    Args:
+        path: the file.
+        root: a directory to fill, for use as a read-only cache, and readable by everybody, so that an image can be
+            built by one user and used by another; the user's cache if None.
+
+    Returns:
+        What was imported.  Imported kernels are used even where another compiler is installed, or none.
+
+    Raises:
+        PackError: the pack is damaged, foreign or not to be trusted, or the cache cannot be written.
+    """
+    source = Path(path)
+    cache = user_cache() if root is None else KernelCache(Path(root).absolute(), shared=True)
+    with opened(source) as (archive, manifest):
+        for _ in entries_in(source, archive, manifest):
+            pass
+    mark = {IMPORTED: os.fsencode(source.name) + b"\n"}
+    imported, present, size = [], [], 0
+    with opened(source) as (archive, again):
+        if again != manifest:
+            raise PackError(f"{source} changed while it was read")
+        for key, files in entries_in(source, archive, again):
+            if cache.load(key) is not None:
+                present.append(key)
+            elif cache.publish(key, {**files, **mark}):
+                imported.append(key)
+                size += sum(map(len, files.values()))
+            else:
+                raise PackError(f"cannot import {source}: the cache {cache.path} cannot be written")
+    return ImportReport(cache.root, tuple(imported), tuple(present), size)
+
+
+def read_pack(path: Path | str) -> PackInfo:
+    """Verify a pack and say what is in it.
+
+    Raises:
+        PackError: it is damaged, foreign or not to be trusted.
+    """
+    source = Path(path)
+    with opened(source) as (archive, manifest):
+        keys = tuple(key for key, _ in entries_in(source, archive, manifest))
+    kernels = tuple(manifest["entries"][key]["kernel"] for key in keys)
+    version = printable(str(manifest.get("package_version", "")))
+    return PackInfo(source, keys, kernels, source.stat().st_size, file_sha256(source), version)
+
+
+def _without_origin(meta: Metadata) -> bytes:
+    """Metadata for other machines: not when, where and how fast it was compiled."""
+    kept = {name: value for name, value in meta.items() if name not in ("created_at", "host", "compile_ms")}
+    if "nvrtc" in kept:
+        kept["nvrtc"] = {name: value for name, value in meta["nvrtc"].items() if name != "path"}
+    return dump_metadata(kept)
+
+
+def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
+    return (user_cache(), *readonly_caches()) if cache is None else (cache,)
+
+
+def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
+    """Key, directory and forbidden permissions of what is to be exported, each once, by key."""
+    caches = _caches(cache)
+    found: dict[str, tuple[Path, int]] = {}
+    if what is None:
+        for each in reversed(caches):  # what several have comes from the first
+            keys = each.keys()  # of those too whose metadata cannot be read
+            found.update((key, (each.entry_path(key), each.forbidden)) for key in keys)
+    given = [what] if not isinstance(what, Iterable) or isinstance(what, str | KernelSpec) else what
+    for item in given if what is not None else ():
+        if not isinstance(item, str | KernelSpec):
+            raise ConfigError(f"what: {item!r:.80} given; allowed: keys and KernelSpecs")
+        entry = _of_spec(item, caches) if isinstance(item, KernelSpec) else find_key(item, caches)
+        found[entry.key] = entry.path, entry.cache.forbidden
+    for key in sorted(found):
+        yield (key, *found[key])
+
+
+def _of_spec(spec: KernelSpec, caches: tuple[KernelCache, ...]) -> Found:
+    from megamoe_jit._jit.runtime import warmup_command
+
+    entries = entries_of(spec, caches)
+    usable = [each for each in entries if each.fit > Fit.NAME]
+    if not usable:
+        what = "is in the cache only as compiled from another source" if entries else "is not in the cache"
+        raise KernelMissingError(f"kernel {spec.entry} {what}; run: {warmup_command(spec)}")
+    try:
+        return first_whole(usable, with_source=True)
+    except (OSError, Damaged) as problem:
+        raise PackError(f"cannot export {usable[0].path}: {problem}") from None
