@@ -1,4 +1,4 @@
-"""The examples to their end, each as its header says; what a CPU sees of them is tested in `tests/unit`."""
+"""The examples to their end, each as its header says; what a CPU sees of them is tested in `tests/unit/package`."""
 
 from __future__ import annotations
 

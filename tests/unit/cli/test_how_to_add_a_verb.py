@@ -16,7 +16,6 @@ import pytest
 from tests.stubs import REPO
 
 PAGE = (REPO / "docs/how-to/add-a-verb.md").read_text(encoding="utf-8")
-UNIT = "tests/unit/"
 VERBS = "test_cli.py::test_verbs"
 SCHEMAS = "test_cli_schemas.py::test_every_command_has_a_schema_and_every_schema_a_command"
 ROWS = "test_readme.py::test_every_command_is_in_the_readme"
@@ -44,6 +43,12 @@ def path_in(heading: str) -> str:
     return re.findall(r"`([\w/]+\.\w+)`", heading)[-1]
 
 
+def file_of(root: Path, name: str) -> Path:
+    """The file of tests with this name, whichever folder it is in."""
+    (found,) = (root / "tests").rglob(name)
+    return found
+
+
 def insert(file: Path, before: str, line: str) -> None:
     """Put a line before the first that begins with `before`."""
     text = file.read_text(encoding="utf-8")
@@ -58,8 +63,8 @@ def follow(root: Path, *forgotten: str) -> None:
         insert(root / path_in(SUMMARY[0]), '    "shapes":', SUMMARY[1])
     if "schema" not in forgotten:
         (root / path_in(SCHEMA[0])).write_text(SCHEMA[1], encoding="utf-8")
-    schemas, names = (root / UNIT / name for name in ("test_cli_schemas.py", "test_cli.py"))
-    insert(schemas, '    "warmup":', TEST[1])
+    names = file_of(root, "test_cli.py")
+    insert(file_of(root, "test_cli_schemas.py"), '    "warmup":', TEST[1])
     names.write_text(names.read_text().replace("    look = (", '    look = ("exists", '), encoding="utf-8")
     if "README" not in forgotten:
         insert(root / path_in(ROW[0]), "| `megamoe-jit doctor` |", ROW[1])
@@ -85,9 +90,13 @@ def python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def failing(root: Path, *tests: str) -> set[str]:
     """Those of the tests that fail in the copy."""
-    done = python(root, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *(UNIT + test for test in tests))
+    chosen = []
+    for test in tests:
+        file, _, name = test.partition("::")
+        chosen.append(f"{file_of(root, file)}::{name}")
+    done = python(root, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *chosen)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    return set(re.findall(rf"^FAILED {UNIT}(\S+)", done.stdout, re.MULTILINE))
+    return set(re.findall(r"^FAILED \S+/(test_\S+)", done.stdout, re.MULTILINE))
 
 
 def test_whoever_follows_the_page_has_a_verb(copied: Path):
@@ -113,4 +122,9 @@ def test_the_page_names_tests_that_are_there():
     assert {VERBS, SCHEMAS, ROWS} <= named
     for test in named:
         file, name = test.split("::")
-        assert f"\ndef {name}(" in (REPO / UNIT / file).read_text(encoding="utf-8"), test
+        assert f"\ndef {name}(" in file_of(REPO, file).read_text(encoding="utf-8"), test
+
+
+def test_the_files_that_the_page_names_are_there():
+    named = set(re.findall(r"`((?:megamoe_jit|tests|docs)/[\w/-]+\.\w+)`", PAGE))
+    assert {path for path in named if not (REPO / path).exists()} == {path_in(COMMAND[0]), path_in(SCHEMA[0])}
