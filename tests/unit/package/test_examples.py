@@ -20,11 +20,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megamoe_jit as mm
-from megamoe_jit._settings import VARIABLES
+from megamoe_jit._settings.settings import VARIABLES
 from megamoe_jit.reference import expert_counts, moe_reference
 from tests.stubs import REPO, child_environment, write_rooms
-from tests.unit.test_call_layer import at
-from tests.unit.test_call_path import Cuda
+from tests.unit.layer.test_calls import Cuda
+from tests.unit.layer.test_moe import at
 
 EXAMPLES = REPO / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
