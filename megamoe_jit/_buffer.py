@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamoe_jit._device_wait import wait_for_device
+from megamoe_jit._device_wait import be_ready, wait_for_device
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._faults import decode, fault_error
 from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
@@ -105,6 +105,7 @@ class SymmBuffer(LayerMemory):
         self._used_on: set[int] = set()  # streams that the allocator knows to use this memory
         self._destroyed = False
         self._broken: MegaMoeError | None = None
+        be_ready()
 
     def require_usable(self) -> None:
         """Raise if it was destroyed (`ConfigError`), or a kernel of it has failed (that kernel's error)."""
@@ -318,7 +319,7 @@ class SymmBuffer(LayerMemory):
         self._prepared.clear()
         self._plans.clear()
         self.handle = SimpleNamespace(buffer_ptrs=[])
-        empty = torch.empty(0, dtype=torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.buffer = self.local = self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
         if news:
             warnings.warn(news, RuntimeWarning, stacklevel=2)
