@@ -11,8 +11,9 @@ import torch
 from megamoe_jit._capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layout import MIN_POOL_ROWS, buffer_layout
-from megamoe_jit._ranks import allocate_symmetric, collectively, digest, group_rank, group_size, require_equal
+from megamoe_jit._ranks import collectively, digest, group_rank, group_size, require_equal
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._symmetric import allocate_symmetric
 from megamoe_jit._text import first_line
 from megamoe_jit._validate import check_device
 from megamoe_jit._version import __version__
