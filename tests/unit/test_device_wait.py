@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -151,3 +152,17 @@ def test_a_layer_may_be_destroyed_when_the_program_has_ended():
     done = subprocess.run(run, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert ast.literal_eval(done.stdout) == [None, None, LOST, None]
+
+
+def test_a_forked_child_starts_a_thread_of_its_own(driver: Driver):
+    driver.idle.set()
+    wait_for_device(DEVICE, lambda: False)
+    _device_wait.be_ready()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(10)
+            os._exit(wait_for_device(DEVICE, lambda: False) is not None)
+        finally:
+            os._exit(9)
+    assert os.waitpid(child, 0) == (child, 0)

@@ -16,6 +16,7 @@ import torch
 import megamoe_jit as mm
 from megamoe_jit import _api, _memory
 from megamoe_jit._buffer import SymmBuffer
+from megamoe_jit._capture import refuse_capture
 from megamoe_jit._params import Params
 from megamoe_jit._scenarios import Scenario
 from megamoe_jit._spec import MoEShape
@@ -236,6 +237,14 @@ def test_a_buffer_made_in_a_capture_is_refused_before_anything_is_touched(captur
     says = "a buffer cannot be made while a CUDA graph is being captured", "make it before the capture"
     refused(lambda: make(group), *says, kind=mm.CaptureError)
     assert capturing.events == []
+
+
+def test_a_context_that_cannot_say_whether_it_captures_is_left_to_what_comes_next(monkeypatch: pytest.MonkeyPatch):
+    def broken() -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", broken)
+    refuse_capture("it cannot be done", "do it later")
 
 
 def test_the_reference_is_refused_in_a_capture(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
