@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._scenarios import Scenario
+from megamoe_jit._check.scenarios import Scenario
+from megamoe_jit._check.verify import run_scenario
 from megamoe_jit._spec import MoEShape
-from megamoe_jit._verify import run_scenario
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
 from tests.gpu.harness import Layer, equal_bits, poisoned
 from tests.stubs import REPO
@@ -144,7 +144,7 @@ def test_what_a_capture_does_not_survive_is_refused_and_the_capture_goes_on(laye
 AT_EXIT = """
 import atexit, torch
 import megamoe_jit as mm
-from megamoe_jit._scenarios import Scenario, make_inputs
+from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._spec import MoEShape
 
 shape = MoEShape(512, 384, 8, 2)
