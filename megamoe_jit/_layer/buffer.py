@@ -19,7 +19,7 @@ import torch
 
 from megamoe_jit._device.fault import decode, fault_error
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
-from megamoe_jit._device.wait import wait_for_device
+from megamoe_jit._device.wait import be_ready, wait_for_device
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._layer.group import collectively, gather, require_equal
 from megamoe_jit._layer.memory import LayerMemory
@@ -113,6 +113,7 @@ class SymmBuffer(LayerMemory):
         self._used_on: set[int] = set()  # streams that the allocator knows to use this memory
         self._destroyed = False
         self._broken: MegaMoeError | None = None
+        be_ready()
 
     def require_usable(self) -> None:
         """Raise if it was destroyed (`ConfigError`), or a kernel of it has failed (that kernel's error)."""
@@ -343,7 +344,7 @@ class SymmBuffer(LayerMemory):
         self._prepared.clear()
         self._plans.clear()
         self.handle = SimpleNamespace(buffer_ptrs=[])
-        empty = torch.empty(0, dtype=torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.buffer = self.local = self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
         if news:
             warnings.warn(news, RuntimeWarning, stacklevel=2)

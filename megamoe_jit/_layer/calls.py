@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.buffer import SymmBuffer
@@ -55,10 +56,12 @@ def get_symm_buffer_for_mega_moe(
     Raises:
         ConfigError: a value is not supported, or the memory is not there (says the bytes).
         UnsupportedDeviceError: there is no GPU, or it is no Hopper GPU.
+        CaptureError: the current stream is capturing a CUDA graph; no other rank is asked or told.
         RankMismatchError: the ranks ask for different layers, or have different kernel sources.
         PeerTimeoutError: a rank did not come before the process group gave up.
     """
     ranks = group if group_size(group) > 1 else None
+    refuse_capture("a buffer cannot be made", "make it before the capture")  # even asking other ranks would end it
 
     def admit() -> tuple[MoEShape, torch.device]:
         if not use_fp8_dispatch:
@@ -71,7 +74,7 @@ def get_symm_buffer_for_mega_moe(
         if not torch.cuda.is_available():
             raise UnsupportedDeviceError("no CUDA device is available; these kernels need a Hopper GPU and its driver")
         place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
-        where = torch.empty(0, device=place).device  # with its index
+        where = torch.empty(0, dtype=torch.uint8, device=place).device  # with its index
         return shape, where
 
     shape, where = collectively(ranks, "checking the layer", admit)

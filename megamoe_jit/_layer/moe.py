@@ -97,8 +97,9 @@ class MegaMoE:
             None, experts, max_tokens, topk, hidden, rows // 2, device=gate_up.device
         )
         try:
-            l1, l2 = (_own(name, w, gate_up.device, inplace) for name, w in (("w13", w13), ("w2", w2)))
-            self.l1, self.l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
+            with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
+                l1, l2 = (_own(name, w, gate_up.device, inplace) for name, w in (("w13", w13), ("w2", w2)))
+                self.l1, self.l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
         except BaseException:
             self.buffer.destroy()
             raise
