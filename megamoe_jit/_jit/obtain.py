@@ -85,13 +85,13 @@ def seal() -> None:
 
 
 def unseal() -> None:
-    """Allow compiling again."""
+    """Take `seal` back; MEGAMOE_JIT_DISABLE_JIT stays in force."""
     global _sealed
     _sealed = False
 
 
 def sealed() -> bool:
-    """Whether this process may not compile."""
+    """Whether this process may not compile, because of `seal` or of MEGAMOE_JIT_DISABLE_JIT."""
     return _sealed or get_settings().disable_jit
 
 

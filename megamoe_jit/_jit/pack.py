@@ -76,7 +76,8 @@ def export_pack(
         cache: where to take them from; the user's cache and the read-only ones if None.
 
     Returns:
-        What was written.
+        What was written: `path`, `keys` and `kernels` (their symbols, in the same order), `bytes` and `sha256` of the
+        file, and `package_version`.
 
     Raises:
         ConfigError: a key is not in the cache, or not unique.
@@ -125,7 +126,8 @@ def import_pack(path: Path | str, root: Path | str | None = None) -> ImportRepor
             built by one user and used by another; the user's cache if None.
 
     Returns:
-        What was imported.  Imported kernels are used even where another compiler is installed, or none.
+        What was imported: `root`, the cache; keys `imported`, and `present` of kernels that were there before; `bytes`
+        of the files that were written.  Imported kernels are used even where another compiler is installed, or none.
 
     Raises:
         PackError: the pack is damaged, foreign or not to be trusted, or the cache cannot be written.
