@@ -27,12 +27,12 @@ from pathlib import Path
 
 from megamoe_jit._cache import evict as _evict
 from megamoe_jit._cache.entry import CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
-from megamoe_jit._cache.locks import check_private
 from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._cache.store import EntryStore, PruneReport
 from megamoe_jit._cache.trees import delete, is_directory, tree_bytes
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._trust import check_private
 
 __all__ = [
     "SCHEMA",

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megamoe_jit._cache.identity import cache_key, identity_problem, is_key, kernel_problem, source_id
-from megamoe_jit._cache.locks import owner_problem
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
 from megamoe_jit._compile.cubin import CubinError, cubin_arch
+from megamoe_jit._trust import owner_problem
 
 __all__ = [
     "CUBIN",

@@ -21,8 +21,8 @@ from megamoe_jit._cache.entry import (
     read_entry,
     read_info,
 )
-from megamoe_jit._cache.locks import check_private
 from megamoe_jit._cache.metadata import SCHEMA
+from megamoe_jit._trust import check_private
 
 __all__ = ["ACCESS", "EntryReader"]
 

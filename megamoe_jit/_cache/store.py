@@ -25,11 +25,11 @@ from megamoe_jit._cache.entry import (
     last_use,
     read_entry,
 )
-from megamoe_jit._cache.locks import private_directory
 from megamoe_jit._cache.metadata import dump_metadata, printable
 from megamoe_jit._cache.reader import ACCESS, EntryReader
 from megamoe_jit._cache.trees import delete, is_directory, move, tree_bytes
 from megamoe_jit._compile.cubin import cubin_arch
+from megamoe_jit._trust import private_directory
 
 __all__ = ["EntryStore", "PruneReport"]
 

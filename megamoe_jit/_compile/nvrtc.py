@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._cache.locks import private_directory
 from megamoe_jit._compile.cubin import CubinError, CubinInfo, KernelInfo, read_cubin
 from megamoe_jit._compile.render import source_lines
 from megamoe_jit._compile.signals import settle
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, activate
 from megamoe_jit._errors import CompileError, PerformanceLossError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._trust import private_directory
 
 __all__ = ["CompileResult", "Diagnostic", "compile_source", "options_for"]
 

@@ -169,7 +169,7 @@ def check_ready_kernels(machine: Machine) -> Check:
 
 def _trusted(cache: KernelCache) -> bool:
     """Whether anything is read from a cache; the checks of the caches say why not."""
-    from megamoe_jit._cache.locks import check_private
+    from megamoe_jit._trust import check_private
 
     try:
         check_private(cache.path, cache.forbidden)
