@@ -251,10 +251,20 @@ def inverse_transform_weights_for_mega_moe_sm90(
     l1: WeightPair | None = None,
     l2: WeightPair | None = None,
 ) -> tuple[WeightPair, WeightPair]:
-    """Undo `transform_weights_for_mega_moe_sm90`; same arguments, dtypes and shapes, of weights that are marked.
+    """Undo `transform_weights_for_mega_moe_sm90`, of weights that are marked.
+
+    Args:
+        l1_weights: as that function returns it: codes float8_e4m3fn ``[E_local, 2I, H]`` and scales float32
+            ``[E_local, 2I / 128, H / 128]``; or one expert, without the first dimension.
+        l2_weights: codes float8_e4m3fn ``[E_local, H, I]`` and scales float32 ``[E_local, H / 128, I / 128]``.
+        inplace: Permute the codes where they are and return them, with a few matrices of one expert as scratch.
+        experts: Only these local experts; the others keep their order.
 
     Returns:
         `l1_weights` with gate rows first, then up rows, and `l2_weights`, both with rows of consecutive bytes.
+
+    Raises:
+        ConfigError: A dtype, shape or expert number is not supported, or the weights are not marked as transformed.
     """
     l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
     return _apply(_BACK, l1_weights, l2_weights, inplace, experts)
