@@ -253,6 +253,6 @@ def calc_diff(a: torch.Tensor, b: torch.Tensor) -> float:
 
     `a` and `b` have the same shape, any one, and any floating dtype.
     """
-    _refuse_capture(a)
     _check_alike(a, b)
+    _refuse_capture(a)
     return float(row_diffs(a.reshape(1, -1), b.reshape(1, -1)).item())

@@ -125,7 +125,20 @@ def get_symm_buffer_for_sm90_mega_moe(
     use_fp8_dispatch: bool = True,
     activation: str = "swiglu",
 ) -> SymmBuffer:
-    """`get_symm_buffer_for_mega_moe` by the name, and with the parameters, that DeepGEMM has for SM90 alone."""
+    """`get_symm_buffer_for_mega_moe` by the name, and with the parameters, that DeepGEMM has for SM90 alone.
+
+    Args:
+        group: the process group whose ranks share the experts, or None.
+        num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden: sizes, as there.
+        use_fp8_dispatch: must be True.
+        activation: must be "swiglu".
+
+    Returns:
+        The buffer, as there.
+
+    Raises:
+        MegaMoeError: as there.
+    """
     sizes = (group, num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden)
     return get_symm_buffer_for_mega_moe(*sizes, use_fp8_dispatch=use_fp8_dispatch, activation=activation)
 

@@ -259,6 +259,7 @@ def inverse_transform_weights_for_mega_moe_sm90(
         l2_weights: codes float8_e4m3fn ``[E_local, H, I]`` and scales float32 ``[E_local, H / 128, I / 128]``.
         inplace: Permute the codes where they are and return them, with a few matrices of one expert as scratch.
         experts: Only these local experts; the others keep their order.
+        l1, l2: The old names of the first two.
 
     Returns:
         `l1_weights` with gate rows first, then up rows, and `l2_weights`, both with rows of consecutive bytes.
@@ -304,7 +305,17 @@ def mark_transformed(
 
 
 def is_transformed(l1_weights: WeightPair, l2_weights: WeightPair) -> bool:
-    """Whether all experts' weights are marked as being in the order this version's kernels read."""
+    """Whether all experts' weights are marked as being in the order this version's kernels read.
+
+    Args:
+        l1_weights, l2_weights: codes and scales, shaped as `transform_weights_for_mega_moe_sm90` takes them.
+
+    Returns:
+        False too where some experts are and others are not.
+
+    Raises:
+        ConfigError: these are no weights.
+    """
     check_pairs(l1_weights, l2_weights)
     try:
         _require_order(l1_weights, l2_weights, _chosen(None, l1_weights[0]), plain=False)
@@ -315,6 +326,12 @@ def is_transformed(l1_weights: WeightPair, l2_weights: WeightPair) -> bool:
 
 def weights_metadata(l1_weights: WeightPair, l2_weights: WeightPair) -> dict[str, str]:
     """What to write into a file beside transformed weights (safetensors' `metadata`), for `mark_transformed` to read.
+
+    Args:
+        l1_weights, l2_weights: as `transform_weights_for_mega_moe_sm90` gave them.
+
+    Returns:
+        One entry: the name of the order they are in.
 
     Raises:
         ConfigError: they are not marked as transformed.
