@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from megamoe_jit._device.params import Params
 from megamoe_jit._layer import bound_kernel as _prepared
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import memory as _memory
+from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer, sort_blocks
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._settings.settings import override
@@ -98,6 +100,7 @@ class Cuda:
             (torch._C, "_cuda_getDevice", lambda: self.current),
             (torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream.cuda_stream),
             (_memory, "check_device", lambda device: None),
+            (_workspace, "_named", weakref.WeakValueDictionary()),
             (_buffer, "sm_count", lambda device: SMS),
             (_prepared, "sides_of_sms", lambda device: self.sides),
             (_prepared, "load_kernel", self.load),

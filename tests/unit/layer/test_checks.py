@@ -10,7 +10,7 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._layer import buffer as _buffer
-from megamoe_jit._layer import moe as _layer
+from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.bound_kernel import PreparedKernel
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit.heuristics import preset
@@ -180,7 +180,7 @@ def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatc
         ((L1, L2), {"topk": 0}, "topk = 0 is not supported"),
     ):
         refused(lambda w=(w13, w2), more=wrong: mm.MegaMoE(*w, **{**sizes, **more}), says)
-    monkeypatch.setattr(_layer, "get_symm_buffer_for_mega_moe", lambda *_, **__: buffer)
+    monkeypatch.setattr(_workspace, "get_symm_buffer_for_mega_moe", lambda *_, **__: buffer)
     destroyed = []
     monkeypatch.setattr(buffer, "destroy", lambda: destroyed.append(True))
     refused(lambda: mm.MegaMoE((L1[0], L1[1].half()), L2, **sizes), "scales has dtype torch.float16")

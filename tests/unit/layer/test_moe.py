@@ -21,7 +21,7 @@ from megamoe_jit._device.params import Params
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import group as _ranks
 from megamoe_jit._layer import memory as _memory
-from megamoe_jit._layer import moe as _layer
+from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._settings.settings import override
@@ -197,13 +197,13 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
 def made(monkeypatch: pytest.MonkeyPatch) -> list[SymmBuffer]:
     """The buffers of the layers so far."""
     buffers: list[SymmBuffer] = []
-    real = _layer.get_symm_buffer_for_mega_moe
+    real = _workspace.get_symm_buffer_for_mega_moe
 
     def keep(*sizes: object, **more: object) -> SymmBuffer:
         buffers.append(real(*sizes, **more))
         return buffers[-1]
 
-    monkeypatch.setattr(_layer, "get_symm_buffer_for_mega_moe", keep)
+    monkeypatch.setattr(_workspace, "get_symm_buffer_for_mega_moe", keep)
     return buffers
 
 
@@ -343,7 +343,7 @@ def test_staging_on_another_stream_waits_for_the_last_call(cuda: Cuda, monkeypat
 
 
 def test_nothing_is_staged_into_a_buffer_that_is_gone_or_failed(cuda: Cuda):
-    gone, failed = layer(), layer()
+    gone, failed = layer(workspace="own"), layer()
     gone.destroy()
     failed.buffer.fault[:4] = torch.tensor([PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
     refused(failed.check, "missing: rank 1", kind=mm.PeerTimeoutError)
