@@ -12,6 +12,7 @@ from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import operators as _operators
 from megamoe_jit._layer import serving as _serving
+from megamoe_jit._layer import workspace as _workspaces
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.marks import require_plain
@@ -23,7 +24,6 @@ from megamoe_jit._layer.weights import (
     readable_scales,
     transform_weights_for_mega_moe_sm90,
 )
-from megamoe_jit._layer.workspace import lease
 from megamoe_jit._spec import BLOCK, MoEShape, check_clamp, check_flag
 
 __all__ = ["MegaMoE"]
@@ -42,7 +42,9 @@ def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, in
     scales = readable_scales(scales)
     check_tensor(f"{name} scales", scales, torch.float32, (experts, rows // BLOCK, depth // BLOCK), device, align=4)
     require_plain(name, codes)  # a copy has no mark
-    return (codes if inplace else codes.clone(memory_format=torch.contiguous_format)), scales
+    if inplace:
+        return codes, scales
+    return tuple(each.clone(memory_format=torch.contiguous_format) for each in (codes, scales))  # type: ignore[return-value]
 
 
 class MegaMoE(torch.nn.Module):
@@ -58,7 +60,7 @@ class MegaMoE(torch.nn.Module):
             more tokens are served in chunks of that size, with the bits of one call.
         clamp: bounds the gate from above and the up projection on both sides, above 0; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
-        inplace: bring the codes of pairs into the kernel's order where they are, instead of in a copy.
+        inplace: keep pairs where they are, and bring their codes into the kernel's order there, instead of in a copy.
         workspace: "shared" for the buffer of all layers with this shape, capacity and device, as in a model whose
             layers run one after the other; "own" for one of its own, as for layers that run at the same time: on other
             streams, or in graphs that are replayed there; or a `SymmBuffer` of this shape.
@@ -115,7 +117,9 @@ class MegaMoE(torch.nn.Module):
         check_flag("inplace", inplace)
         self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
         shape = MoEShape(hidden, rows // 2, experts, topk)
-        self._lease = lease(shape, max_tokens, gate_up.device, workspace)  # refuses before weights are quantised
+        self._lease = _workspaces.lease(
+            shape, max_tokens, gate_up.device, workspace
+        )  # refuses before weights are quantised
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
@@ -293,10 +297,10 @@ class MegaMoE(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """What `repr` says of the layer."""
-        experts, hidden, intermediate = self.l2_codes.shape
-        return f"experts={experts}, hidden={hidden}, intermediate={intermediate}, clamp={self.clamp}, " + (
-            f"fast_math={self.fast_math}, workspace={self._workspace!r}"
-        )
+        lease, shape = self._lease, self._lease.shape
+        sizes = f"experts={shape.experts}, hidden={shape.hidden}, intermediate={shape.intermediate}, topk={shape.topk}"
+        options = f"clamp={self.clamp}, fast_math={self.fast_math}, device={self.l1_codes.device}"
+        return f"{sizes}, capacity={lease.capacity}, {options}, workspace={lease.kind}"
 
     def check(self) -> None:
         """Wait for the device and raise if a kernel of this layer, or of another one in its workspace, gave up.

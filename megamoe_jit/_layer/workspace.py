@@ -52,6 +52,7 @@ class Lease:
     def __init__(self, workspace: Workspace) -> None:
         self._workspace: Workspace | None = workspace
         self.name, self.kind = workspace.name, workspace.kind
+        self.shape, self.capacity = workspace.buffer.shape, workspace.buffer.num_max_tokens_per_rank
         workspace.leases.add(self)
 
     @property
