@@ -285,7 +285,8 @@ class MegaMoE(torch.nn.Module):
         memo[id(self)] = made
         try:
             buffers = {name: tensor for name, tensor in self._buffers.items() if name not in _HELD}
-            more = {name: value for name, value in vars(self).items() if name not in ("_lease", "_buffers")}
+            state = self.__getstate__()  # without what was compiled for this one
+            more = {name: value for name, value in state.items() if name not in ("_lease", "_buffers")}
             made.__dict__.update(copy.deepcopy({**more, "_buffers": buffers}, memo))
             made._workspace = made._lease.name
             made._buffers.update({name: getattr(self, name).clone() for name in _HELD})

@@ -188,6 +188,7 @@ LAYER = {
     "clamp": None,
     "fast_math": True,
     "inplace": False,
+    "workspace": "shared",
 }
 TAKEN = {"x": X, "topk_idx": IDS, "topk_weights": ROUTER}
 
@@ -244,7 +245,10 @@ def test_every_argument_of_a_buffers_methods(here: Cuda, buffer: SymmBuffer):  #
 
 def test_every_argument_of_a_layer_and_its_call(here: Cuda):
     assert attack(mm.MegaMoE, LAYER, (mm.ConfigError, mm.UnsupportedDeviceError)) == []
-    assert attack(mm.MegaMoE(**LAYER), TAKEN, (mm.ConfigError,)) == []
+    layer = mm.MegaMoE(**LAYER)
+    assert attack(layer, TAKEN, (mm.ConfigError,)) == []
+    assert attack(layer.stage, TAKEN, (mm.ConfigError,)) == []
+    assert attack(layer.load_weights, {name: LAYER[name] for name in ("w13", "w2")}, (mm.ConfigError,)) == []
 
 
 def test_a_right_call_of_each_function_is_taken(here: Cuda):

@@ -72,6 +72,17 @@ def test_compiled_without_a_break_and_with_the_bits_of_eager_calls(model: Model,
             assert not y.requires_grad
 
 
+def test_what_was_compiled_in_place_is_not_copied(model: Model):
+    one, given = model.layers[0], inputs(5)
+    one.compile(fullgraph=True, backend="aot_eager")
+    y, other = one(*given), copy.deepcopy(one)
+    other.load_weights(*OTHER)
+    assert torch.equal(other(*given), layer_of_other()(*given))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(one(*given), y)
+    assert torch.equal(y, expected(*given, 0.02))
+
+
 def test_sizes_may_be_symbols(model: Model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():

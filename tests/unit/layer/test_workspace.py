@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,10 +14,11 @@ import torch
 import megamoe_jit as mm
 from megamoe_jit._device.fault import PEER_SIGNAL
 from megamoe_jit._device.layout import buffer_layout
+from megamoe_jit._layer import workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.workspace import buffer_named
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import Variant
+from megamoe_jit._spec import MAX_TOKENS, Variant
 from megamoe_jit.heuristics.presets import preset
 from tests.unit.layer.test_calls import DRAWN, HERE, SHAPE, Cuda, refused
 from tests.unit.layer.test_moe import compute, cuda, expected, inputs, layer, made  # noqa: F401
@@ -179,3 +182,25 @@ def test_a_large_batch_that_is_refused_launches_nothing(cuda: Cuda):  # noqa: F8
     x, ids, weights = inputs(300)
     refused(lambda: layer()(x, ids[:299], weights), "topk_idx has shape (299, 2); allowed: (300, 2)")
     assert cuda.launches == []
+
+
+def test_a_batch_may_be_larger_than_any_buffer(cuda: Cuda):  # noqa: F811
+    tokens = MAX_TOKENS + 129
+    layer(max_tokens=8192)(*inputs(tokens))
+    assert [launch.params.tokens for launch in cuda.launches] == [8192] * 4 + [129]
+
+
+def test_threads_that_make_layers_at_once_share_one_buffer(made: list[SymmBuffer]):  # noqa: F811
+    with ThreadPoolExecutor(8) as pool:
+        layers = list(pool.map(lambda _: layer(), range(16)))
+        assert len(made) == len({id(each.buffer) for each in layers}) == 1
+        list(pool.map(lambda each: each.destroy(), layers))
+    assert destroyed(made[0])
+
+
+def test_a_forked_child_has_a_lock_of_its_own():
+    with workspace._lock:
+        number = os.fork()
+        if number == 0:
+            os._exit(0 if workspace._lock.acquire(timeout=5) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 0
