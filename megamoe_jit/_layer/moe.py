@@ -62,8 +62,8 @@ class MegaMoE(torch.nn.Module):
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         inplace: keep pairs where they are, and bring their codes into the kernel's order there, instead of in a copy.
         workspace: "shared" for the buffer of all layers with this shape, capacity and device, as in a model whose
-            layers run one after the other; "own" for one of its own, as for layers that run at the same time: on other
-            streams, or in graphs that are replayed there; or a `SymmBuffer` of this shape.
+            layers run one after the other; "own" for one of its own, as for layers that run at the same time: in graphs
+            that are replayed on other streams, or on branches of one graph; or a `SymmBuffer` of this shape.
 
     Attributes:
         buffer: the layer's `SymmBuffer`.
@@ -189,11 +189,9 @@ class MegaMoE(torch.nn.Module):
             MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
         """
         if _operators.is_traced():
-            with torch.no_grad():  # as eagerly: there is no backward pass
-                return torch.ops.megamoe_jit.moe(  # type: ignore[no-any-return]
-                    *(x, topk_idx, topk_weights, self.l1_codes, self.l1_scales, self.l2_codes, self.l2_scales),
-                    *(self._workspace, self.clamp, self.fast_math),
-                )
+            weights = self.l1_codes, self.l1_scales, self.l2_codes, self.l2_scales
+            options = self._workspace, self.clamp, self.fast_math
+            return torch.ops.megamoe_jit.moe(x, topk_idx, topk_weights, *weights, *options)  # type: ignore[no-any-return]
         return _serving.serve(self.buffer, x, topk_idx, topk_weights, self.l1, self.l2, self.clamp, self.fast_math)
 
     def load_weights(self, w13: torch.Tensor | WeightPair, w2: torch.Tensor | WeightPair) -> None:
@@ -285,7 +283,7 @@ class MegaMoE(torch.nn.Module):
         memo[id(self)] = made
         try:
             buffers = {name: tensor for name, tensor in self._buffers.items() if name not in _HELD}
-            state = self.__getstate__()  # without what was compiled for this one
+            state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]  # without what was compiled for this one
             more = {name: value for name, value in state.items() if name not in ("_lease", "_buffers")}
             made.__dict__.update(copy.deepcopy({**more, "_buffers": buffers}, memo))
             made._workspace = made._lease.name

@@ -105,6 +105,8 @@ def _moe_into_fake(*_: object, **__: object) -> None:
 def _define(name: str, schema: str, call: Callable[..., object], fake: Callable[..., object]) -> None:
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     _library.impl(name, call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    # Results need no gradient, as those of eager calls: there is no backward pass.
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"megamoe_jit::{name}", fake, lib=_library)
 
 

@@ -73,26 +73,33 @@ def serve(
     Raises:
         MegaMoeError: as `MegaMoE.forward`.
     """
-    tokens, capacity = check_batch(buffer, x, topk_idx, topk_weights), buffer.num_max_tokens_per_rank
+    capacity = buffer.num_max_tokens_per_rank
+    try:
+        fits = not (x.ndim == 2 and x.shape[0] > capacity)
+    except (AttributeError, RuntimeError):  # it is no dense tensor, and is refused for that
+        fits = True
+    if fits:
+        return _launch(buffer, x, topk_idx, topk_weights, l1, l2, clamp, fast_math, y)
+    tokens = check_batch(buffer, x, topk_idx, topk_weights)
+    y = _output(buffer, tokens, y)
+    choice, _ = buffer.choose(min(tokens, MAX_TOKENS), None, None)  # one kernel for all chunks
+    with buffer.lock:  # another thread's batch comes after this one
+        for begin in range(0, tokens, capacity):
+            part = slice(begin, begin + capacity)
+            batch = x[part], topk_idx[part], topk_weights[part]
+            _launch(buffer, *batch, l1, l2, clamp, fast_math, y[part], choice.variant.value)
+    return y
+
+
+def _output(buffer: SymmBuffer, tokens: int, y: torch.Tensor | None) -> torch.Tensor:
     if y is None:
-        y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=x.device)
-    else:
-        check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
-    with buffer.lock:  # another thread's inputs come after this call
-        if tokens <= capacity:
-            _launch(buffer, y, x, topk_idx, topk_weights, l1, l2, clamp, fast_math)
-        else:
-            choice, _ = buffer.choose(min(tokens, MAX_TOKENS), None, None)  # one kernel for all chunks
-            for begin in range(0, tokens, capacity):
-                part = slice(begin, begin + capacity)
-                batch = y[part], x[part], topk_idx[part], topk_weights[part]
-                _launch(buffer, *batch, l1, l2, clamp, fast_math, choice.variant.value)
+        return torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
+    check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
     return y
 
 
 def _launch(
     buffer: SymmBuffer,
-    y: torch.Tensor,
     x: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -100,8 +107,12 @@ def _launch(
     l2: WeightPair,
     clamp: float | None,
     fast_math: bool,
+    y: torch.Tensor | None = None,
     variant: str | None = None,
-) -> None:
+) -> torch.Tensor:
     """One launch, of at most as many tokens as the buffer holds: the one place where a layer calls the kernel."""
-    stage(buffer, x, topk_idx, topk_weights)
-    fp8_mega_moe(y, l1, l2, buffer, activation_clamp=clamp, fast_math=fast_math, variant=variant)
+    y = _output(buffer, check_batch(buffer, x, topk_idx, topk_weights), y)
+    with buffer.lock:  # another thread's inputs come after this call
+        stage(buffer, x, topk_idx, topk_weights)
+        fp8_mega_moe(y, l1, l2, buffer, activation_clamp=clamp, fast_math=fast_math, variant=variant)
+    return y
