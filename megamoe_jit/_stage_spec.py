@@ -15,6 +15,7 @@ class StageFormat(StrEnum):
     BF16 = "bf16"
     F16 = "f16"
     F32 = "f32"
+    E4M3 = "e4m3"  #: codes that come with their scales
 
     @property
     def struct(self) -> str:

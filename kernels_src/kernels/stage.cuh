@@ -12,7 +12,7 @@ struct alignas(64) StageParams {
     const u8* x;         // rows x_stride bytes apart
     const u8* ids;       // rows ids_stride numbers apart
     const u8* weights;   // rows weights_stride numbers apart
-    const u8* x_scales;  // of codes alone: rows scales_row, columns scales_column numbers apart
+    const u8* x_scales;  // of rows that are codes already: rows scales_row, columns scales_column bytes apart
     u8* out_x;           // e4m3 [rows][hidden]
     float* out_scales;   // [rows][hidden / 128]
     i64* out_ids;        // [rows][topk]
@@ -35,12 +35,38 @@ MEGA_DEVICE void stage_pairs(const StageParams& p, u32 thread, u32 threads) {
     }
 }
 
+/// Rows that are codes already.
+struct E4m3 {
+    static constexpr u32 kBytes = 1;
+};
+
+MEGA_DEVICE float raw_scale(const StageParams& p, u32 row, u32 column) {
+    const u32 packed = p.formats & kRawScalesPacked ? 4 : 1;
+    const u8* at = p.x_scales + row * p.scales_row + column / packed * p.scales_column + column % packed;
+    if (!(p.formats & kRawScalesE8m0)) return *reinterpret_cast<const float*>(at);
+    const u32 exponent = *at;   // 0 is 2^-127, 255 NaN
+    return __uint_as_float(exponent == 0 ? 1 << 22 : exponent == 255 ? 0x7FFFFFFF : exponent << 23);
+}
+MEGA_DEVICE void copy_rows(const StageParams& p, u32 thread, u32 threads) {
+    const u32 vectors = p.hidden / 16, blocks = p.hidden / kQuantBlock;
+    for (u32 i = thread; i < p.tokens * vectors; i += threads) {
+        const u32 row = i / vectors;
+        ptx::store16(p.out_x + u64(i) * 16, ptx::load16(p.x + row * p.x_stride + (i - row * vectors) * 16));
+    }
+    for (u32 i = thread; i < p.tokens * blocks; i += threads) p.out_scales[i] = raw_scale(p, i / blocks, i % blocks);
+}
+
+/// Rows of numbers in format T.
 template <class T> MEGA_DEVICE void stage(const StageParams& p) {
     ptx::launch_dependents();
     const u32 threads = gridDim.x * kStageThreads, blocks = p.hidden / kQuantBlock;
-    const u64 places = reinterpret_cast<u64>(p.x) | p.x_stride;
-    const Rows rows{p.x, p.x_stride, p.out_x, p.out_scales, blocks, p.tokens * blocks, places % 16 == 0};
-    quantise_rows<T, kStageGroups>(rows, ptx::warp_id() * gridDim.x + blockIdx.x, threads / kWarp);
+    if constexpr (T::kBytes == 1) {
+        copy_rows(p, blockIdx.x * kStageThreads + threadIdx.x, threads);
+    } else {
+        const u64 places = reinterpret_cast<u64>(p.x) | p.x_stride;
+        const Rows rows{p.x, p.x_stride, p.out_x, p.out_scales, blocks, p.tokens * blocks, places % 16 == 0};
+        quantise_rows<T, kStageGroups>(rows, ptx::warp_id() * gridDim.x + blockIdx.x, threads / kWarp);
+    }
     stage_pairs(p, (gridDim.x - 1 - blockIdx.x) * kStageThreads + threadIdx.x, threads);   // blocks with no rows first
 }
 

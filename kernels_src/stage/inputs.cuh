@@ -5,8 +5,11 @@
 
 namespace megamoe {
 
-/// Bits of `Params::raw_formats`.
-enum RawFormats : u32 { kRawIds64 = 1, kRawWeightsBf16 = 2, kRawWeightsF16 = 4 };   // else 32 bits, float
+/// Bits of `Params::raw_formats` and `StageParams::formats`: what is not of 32 bits.
+enum RawFormats : u32 {
+    kRawIds64 = 1, kRawWeightsBf16 = 2, kRawWeightsF16 = 4,
+    kRawScalesE8m0 = 8, kRawScalesPacked = 16,   // exponents in bytes; four of a row, side by side, in a word
+};
 
 MEGA_DEVICE i64 raw_id(const u8* ids, u64 i, u32 formats) {
     if (formats & kRawIds64) return reinterpret_cast<const i64*>(ids)[i];

@@ -6,7 +6,9 @@
 // Magnitudes are compared as integers: the bits of infinity are above those of all finite numbers, those of NaN above both, so
 // the largest is NaN if any is.
 #pragma once
+#include "base/constants.cuh"
 #include "epilogue/quotient.cuh"
+#include "ptx/convert.cuh"
 #include "ptx/control.cuh"
 #include "ptx/memory.cuh"
 
