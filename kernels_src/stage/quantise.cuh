@@ -98,7 +98,7 @@ struct Divisor {
     MEGA_DEVICE explicit Divisor(float largest) {
         const bool finite = __float_as_uint(largest) < 0x7F800000;
         scale = finite ? quant_scale(fmaxf(largest, 1e-10f)) : largest + largest;   // infinity, or the NaN of arithmetic
-        inverse = __frcp_rn(scale);
+        inverse = finite ? reciprocal_rn(scale) : ptx::reciprocal_approx(scale);
         correct = finite ? scale : 0;   // by infinity: zero or NaN, without a correction
     }
     /// value / scale, correctly rounded, since `inverse` is (Markstein): the error of the first quotient is exact.  Signs are

@@ -18,7 +18,6 @@ static float __uint_as_float(unsigned bits) {
     return x;
 }
 static float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
-static float __frcp_rn(float x) { return 1 / x; }
 template <class T> static T __shfl_xor_sync(unsigned, T value, unsigned) { return value; }
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     unsigned result = 0;
