@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from ctypes import c_float, c_uint32, c_uint64
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,13 +13,10 @@ from megamoe_jit._launch import Launcher
 from megamoe_jit._loader import load_kernel
 from megamoe_jit._params import PARAMS_ALIGN
 from megamoe_jit._quant import require_tensor
-from megamoe_jit._spec import BLOCK, MAX_SIZE, MAX_TOKENS
+from megamoe_jit._spec import BLOCK
 from megamoe_jit._stage_spec import StageFormat, StageSpec
 
-if TYPE_CHECKING:
-    from megamoe_jit._buffer import SymmBuffer
-
-__all__ = ["StageKernel", "StageParams", "mega_moe_pre_dispatch_sm90", "raw_formats", "stage"]
+__all__ = ["Outputs", "StageKernel", "StageParams", "launch_stage", "raw_formats", "stage_kernel"]
 
 THREADS = 256
 BLOCKS_PER_SM = 6  #: as many as fit

@@ -61,16 +61,16 @@ def test_ties_and_their_neighbours(program: Path, form: str):
     """Quotients in the middle of two codes, and a bit beside it."""
     dice = torch.Generator().manual_seed(2)
     groups = 4000
+    dtype, shape = FORMATS[form], (groups, 128)
     largest = (torch.rand(groups, 1, generator=dice) + 1) * 2.0 ** torch.randint(-30, 14, (groups, 1), generator=dice)
-    largest = largest.to(FORMATS[form]).float()
-    middles = (torch.randint(16, 32, (groups, 128), generator=dice) + 0.5) * 2.0 ** torch.randint(-14, 4, (groups, 128), generator=dice)
-    near = (middles * (largest / 448)).to(FORMATS[form])
+    largest = largest.to(dtype)
+    middles = torch.randint(0, 16, shape, generator=dice) + 0.5  # 448 is 14 * 2 ** 5, the smallest code 2 ** -9
+    middles *= 2.0 ** torch.randint(-9, 5, shape, generator=dice)
+    near = (middles * (largest.float() / 448)).to(dtype)
     bits = near.view(torch.int32 if form == "f32" else torch.int16)
-    beside = (bits + torch.randint(-1, 2, bits.shape, generator=dice).to(bits.dtype)).view(FORMATS[form])
-    beside = beside.clamp(-largest.to(FORMATS[form]), largest.to(FORMATS[form])) * torch.tensor([1, -1], dtype=FORMATS[form])[
-        torch.randint(0, 2, beside.shape, generator=dice)
-    ]
-    beside[:, 5] = largest[:, 0].to(FORMATS[form])
+    beside = (bits + torch.randint(-1, 2, shape, generator=dice).to(bits.dtype)).view(dtype).clamp(-largest, largest)
+    beside = torch.where(torch.rand(shape, generator=dice) < 0.5, beside, -beside)
+    beside[:, 5] = largest[:, 0]
     assert_same(program, form, beside)
 
 
@@ -80,17 +80,18 @@ def test_chance_of_all_sizes(program: Path, form: str):
     bits = torch.randint(-(1 << 31), 1 << 31, (4000, 128), generator=dice, dtype=torch.int64).to(torch.int32)
     values = bits.view(torch.float32)
     values = torch.where(values.isfinite(), values, torch.zeros(()))
-    spread = values.view(torch.int32) & ~0x7F800000 | torch.randint(1, 254, (4000, 1), generator=dice, dtype=torch.int32) << 23
-    narrow = spread.view(torch.float32) * 2.0 ** -torch.randint(0, 12, (4000, 128), generator=dice)
+    exponents = torch.randint(1, 254, (4000, 1), generator=dice, dtype=torch.int32)
+    spread = (values.view(torch.int32) & ~0x7F800000 | exponents << 23).view(torch.float32)
+    narrow = spread * 2.0 ** -torch.randint(0, 12, spread.shape, generator=dice)
     for given in (values, narrow):
-        assert_same(program, form, given.clamp(-6e4, 6e4).to(FORMATS[form]) if form == "f16" else given.to(FORMATS[form]))
+        assert_same(program, form, (given.clamp(-6e4, 6e4) if form == "f16" else given).to(FORMATS[form]))
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_zeros_infinities_and_what_is_no_number(program: Path, form: str):
     dtype = FORMATS[form]
-    tiny = torch.finfo(dtype).smallest_normal
-    odd = [0.0, -0.0, tiny, -tiny, tiny / 2, torch.finfo(dtype).max, 1e-10, -1e-12, float("inf"), -float("inf"), float("nan")]
+    tiny, most = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    odd = [0.0, -0.0, tiny, -tiny, tiny / 2, most, 1e-10, -1e-12, float("inf"), -float("inf"), float("nan")]
     groups = torch.zeros(len(odd) ** 2, 128, dtype=dtype)
     for i, pair in enumerate((a, b) for a in odd for b in odd):
         groups[i, 3], groups[i, 77] = pair
