@@ -107,7 +107,7 @@ class KernelSpec:
     variant: Variant
     ranks: int = 1
     fast_math: bool = True
-    timeline: bool = False  #: the kernel writes down where its time goes (`_timeline`)
+    timeline: bool = False  #: the kernel writes down where its time goes (`_bench/timeline.py`)
     inputs: Inputs = Inputs.STAGED
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """The same layer unfused, of public parts alone: what the fused kernel is compared with.
 
-Sort by expert, NCCL all-to-all of codes, scales and ids, two grouped GEMMs (see `_grouped_gemm`), SwiGLU and
+Sort by expert, NCCL all-to-all of codes, scales and ids, two grouped GEMMs (see `grouped_gemm`), SwiGLU and
 quantisation, NCCL all-to-all back, weighted combine; one rank leaves the exchanges out.  What favours the baseline: row
 counts are exchanged before the timing, so that nothing waits for the host, and all of it is captured in one CUDA graph
 where that works.  Each (token, slot) pair travels as a row of its own.

@@ -1,4 +1,4 @@
-"""What a function says on several ranks: those of a running torchrun, or else processes started for it (`_spawn`)."""
+"""What a function says on several ranks: those of a running torchrun, or else processes started for it (`spawn`)."""
 
 from __future__ import annotations
 
