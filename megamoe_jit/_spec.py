@@ -22,6 +22,7 @@ __all__ = [
     "MAX_SIZE",
     "MAX_TOKENS",
     "MAX_TOPK",
+    "Inputs",
     "KernelSpec",
     "MoEShape",
     "Variant",
@@ -62,6 +63,14 @@ class Variant(StrEnum):
             if isinstance(text, str) and text == variant.value:
                 return variant
         raise ConfigError(f"unknown kernel variant {shown(text)}; allowed: {', '.join(v.value for v in cls)}")
+
+
+class Inputs(StrEnum):
+    """Where the inputs of a launch come from."""
+
+    STAGED = "staged"  #: from the buffer, staged by earlier work of the stream
+    DEPENDENT = "dependent"  #: from the buffer; the launch begins while the kernel that stages them still runs
+    RAW = "raw"  #: from tensors of the caller, bf16; the launch stages them itself
 
 
 def _check(ok: bool, what: str, value: object, allowed: str) -> None:
@@ -156,6 +165,7 @@ class KernelSpec:
     ranks: int = 1
     fast_math: bool = True
     timeline: bool = False  #: the kernel writes down where its time goes (`_bench/timeline.py`)
+    inputs: Inputs = Inputs.STAGED
 
     def __post_init__(self) -> None:
         _check(isinstance(self.shape, MoEShape), "shape", self.shape, "a MoEShape")
@@ -226,7 +236,11 @@ class KernelSpec:
         s = self.shape
         math = "fast" if self.fast_math else "exact"
         sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
-        return f"megamoe_{self.variant.value}_{sizes}_{math}{'_timeline' if self.timeline else ''}"
+        return f"megamoe_{self.variant.value}_{sizes}_{math}{'_timeline' if self.timeline else ''}{self._inputs_suffix}"
+
+    @property
+    def _inputs_suffix(self) -> str:
+        return "" if self.inputs is Inputs.STAGED else f"_{self.inputs.value}"
 
     @property
     def template(self) -> str:
@@ -247,11 +261,12 @@ class KernelSpec:
             "shared_bytes": self.shared_bytes,
             "fast_math": "true" if self.fast_math else "false",
             "timeline": "true" if self.timeline else "false",
+            "inputs": self.inputs.value,
         }
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
-        return {**asdict(self), "variant": self.variant.value}
+        return {**asdict(self), "variant": self.variant.value, "inputs": self.inputs.value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KernelSpec:
@@ -263,4 +278,5 @@ class KernelSpec:
             ranks=data["ranks"],
             fast_math=data["fast_math"],
             timeline=data.get("timeline", False),
+            inputs=Inputs(data.get("inputs", "staged")),
         )

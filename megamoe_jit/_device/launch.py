@@ -51,14 +51,26 @@ class Launcher:
     Args:
         loaded: the kernel; it takes one struct by value.
         params: that struct, at an address that is a multiple of 64.  It is read at every launch.
+        threads: of a block.
+        cooperative: all blocks must be resident at once.
+        dependent: it may begin while the kernel before it in the stream still runs, if that lets it: programmatic
+            dependent launch.
 
     Raises:
         LaunchError: the struct has not the kernel's size, or is not aligned.
     """
 
-    __slots__ = ("_arguments", "_call", "_config", "_function", "_grid", "_keep", "_loaded", "_stream")
+    __slots__ = ("_arguments", "_call", "_config", "_function", "_grid", "_keep", "_loaded", "_stream", "_threads")
 
-    def __init__(self, loaded: LoadedKernel, params: ctypes.Structure) -> None:
+    def __init__(
+        self,
+        loaded: LoadedKernel,
+        params: ctypes.Structure,
+        *,
+        threads: int = BLOCK_THREADS,
+        cooperative: bool = True,
+        dependent: bool = False,
+    ) -> None:
         from cuda.bindings import driver
 
         size, address = ctypes.sizeof(params), ctypes.addressof(params)
@@ -66,19 +78,25 @@ class Launcher:
             raise LaunchError(f"{loaded.spec.entry} takes {loaded.param_bytes} bytes of parameters, not {size}")
         if address % PARAM_ALIGNMENT:
             raise LaunchError(f"parameters of {loaded.spec.entry} must be {PARAM_ALIGNMENT}-byte aligned")
-        cooperative = driver.CUlaunchAttribute()
-        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        cooperative.value.cooperative = 1
+        attributes = []
+        if cooperative:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attributes[-1].value.cooperative = 1
+        if dependent:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[-1].value.programmaticStreamSerializationAllowed = 1
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = 1, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = BLOCK_THREADS, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = loaded.spec.shared_bytes
         config.hStream = 0
-        config.attrs = [cooperative]
-        config.numAttrs = 1
+        config.attrs = attributes
+        config.numAttrs = len(attributes)
         pointers = (ctypes.c_void_p * 1)(address)
-        self._keep = (params, pointers, cooperative)
-        self._loaded = loaded
+        self._keep = (params, pointers, attributes)
+        self._loaded, self._threads = loaded, threads
         self._config: Any = config
         self._call: Any = driver.cuLaunchKernelEx
         self._function = loaded.function
@@ -112,7 +130,7 @@ class Launcher:
         name = str(getattr(status, "name", status))
         spec = self._loaded.spec
         what = (
-            f"launching {spec.entry} failed with {name} (grid {self._grid}, block {BLOCK_THREADS}, "
+            f"launching {spec.entry} failed with {name} (grid {self._grid}, block {self._threads}, "
             f"{spec.shared_bytes} bytes of shared memory, device {self._loaded.device_index})"
         )
         if name in _BROKEN:
