@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["StageFormat", "StageSpec"]
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import KernelSpec
+from megamoe_jit._text import shown
+
+__all__ = ["StageFormat", "StageSpec", "spec_from_json"]
 
 
 class StageFormat(StrEnum):
@@ -53,11 +57,25 @@ class StageSpec:
         """What the Jinja2 entry is filled with."""
         return {"entry": self.entry, "format": self.format.struct}
 
+    def warmup_options(self) -> str:
+        """`megamoe-jit warmup` compiles it with the kernels of a shape, none of which it belongs to."""
+        return ""
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
         return {"stage": self.format.value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> StageSpec:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
+        formats = [form.value for form in StageFormat]
+        if not isinstance(data, dict) or set(data) != {"stage"} or data["stage"] not in formats:
+            raise ConfigError(f"data = {shown(data)} is not supported; allowed: a table with stage, {formats}")
         return cls(StageFormat(data["stage"]))
+
+
+def spec_from_json(data: dict[str, Any]) -> KernelSpec | StageSpec:
+    """The specification that `to_json` of either kind gave; raises `ConfigError` for what is no such data."""
+    if isinstance(data, dict) and "stage" in data:
+        return StageSpec.from_json(data)
+    return KernelSpec.from_json(data)

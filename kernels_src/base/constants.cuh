@@ -31,9 +31,8 @@ enum class Variant : u32 { pingpong, cooperative };
 
 /// Where the inputs of a launch come from.
 enum class Inputs : u32 {
-    staged,      // from the buffer
-    dependent,   // from the buffer, where the kernel before, whose dependent this is, puts them
-    raw,         // from tensors of the caller; the head of the launch stages them
+    staged,   // from the buffer, where earlier work of the stream put them
+    raw,      // from tensors of the caller; the head of the launch stages them
 };
 
 }  // namespace megamoe

@@ -47,7 +47,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
 /// Quantises this rank's rows, by all warps but the first, which waits in the head's first barrier meanwhile; the second
 /// is what others read them after.  Blocks that do not sort come first.
 template <class C> MEGA_DEVICE void stage_rows(const Params& p) {
-    constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 8;   // of 128 columns in flight in each half of a warp
+    constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 2;   // of 128 columns in flight in each half of a warp
     const u32 warp = ptx::warp_id();
     if (warp == 0) return;
     const Rows rows{p.raw_x, p.raw_x_stride, symmetric<u8>(p, p.rank, p.x), symmetric<float>(p, p.rank, p.x_scales),
@@ -62,7 +62,6 @@ template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& share
         if (C::kTimeline && threadIdx.x == 0) timeline.done(what);
     };
     initialise<C>(p, shared);
-    if constexpr (C::kInputs == Inputs::dependent) ptx::wait_for_previous();
     const Sort<C> sort(p, shared.scratch());
     sort.count();
     __syncthreads();

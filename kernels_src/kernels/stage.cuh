@@ -58,7 +58,6 @@ MEGA_DEVICE void copy_rows(const StageParams& p, u32 thread, u32 threads) {
 
 /// Rows of numbers in format T.
 template <class T> MEGA_DEVICE void stage(const StageParams& p) {
-    ptx::launch_dependents();
     const u32 threads = gridDim.x * kStageThreads, blocks = p.hidden / kQuantBlock;
     if constexpr (T::kBytes == 1) {
         copy_rows(p, blockIdx.x * kStageThreads + threadIdx.x, threads);

@@ -11,11 +11,6 @@ template <u32 kRegisters> MEGA_DEVICE void registers_shrink() { asm volatile("se
 MEGA_DEVICE void named_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 MEGA_DEVICE void named_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-/// Lets the next kernel of the stream begin, if it was launched to do so (programmatic dependent launch).
-MEGA_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-/// Until the kernel before, whose dependent this is, has ended and what it wrote can be read.
-MEGA_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 MEGA_DEVICE u64 nanoseconds() {
     u64 t;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));

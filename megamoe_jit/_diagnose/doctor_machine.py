@@ -62,9 +62,10 @@ def check_compiler(found: dict[str, Any]) -> Check:
 
 
 def check_sources() -> Check:
-    """Whether kernels can be rendered: a small one of each variant is."""
+    """Whether kernels can be rendered: a small one of each kind is."""
     from megamoe_jit._compile.render import kernels_dir, render
-    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+    from megamoe_jit._jit.runtime import enumerate_specs
+    from megamoe_jit._spec import MoEShape, Variant
 
     settings = get_settings()
     step = "install megamoe-jit again: its kernel sources are not whole"
@@ -75,7 +76,9 @@ def check_sources() -> Check:
     try:
         root = kernels_dir()
         data["path"] = str(root)
-        files = {name for each in Variant for name in render(KernelSpec(MoEShape(256, 128, 8, 2), each)).files}
+        files = {
+            name for each in enumerate_specs(MoEShape(256, 128, 8, 2), variants=Variant) for name in render(each).files
+        }
     except MegaMoeError as error:
         return Check("sources", Status.FAIL, str(error), step, data)
     return Check("sources", Status.OK, f"{root}, {len(files)} files", "", data)
@@ -182,12 +185,12 @@ def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
     """Symbol of a cached kernel, and why a call does not take it; empty if one does."""
     from megamoe_jit._cache.entry import Damaged, OtherSchema
     from megamoe_jit._jit.obtain import Wanted
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._stage_spec import spec_from_json
 
     other = "of another version, or of other sources or options"
     try:
         meta = cache.peek(key).meta
-        spec = KernelSpec.from_json(meta["spec"])
+        spec = spec_from_json(meta["spec"])
         wanted = Wanted.of(spec)
         major = int(meta["nvrtc"]["version"].split(".")[0])
         if meta.get("source_id") != wanted.source_id:

@@ -49,7 +49,7 @@ def gpu_asked_for(name: str | None) -> dict[str, Any]:
     return {"gpu": gpu, "measured": table_for(gpu) is not None}
 
 
-def kernel_state(spec: KernelSpec) -> dict[str, Any]:
+def kernel_state(spec: Spec) -> dict[str, Any]:
     """The key of a kernel and where it is cached, found as a call would find it, but not loaded.
 
     Returns:

@@ -24,7 +24,7 @@ from megamoe_jit._compile.render import RenderedSource, render
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
 from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec import Spec
 from megamoe_jit._version import __version__
 
 __all__ = [
@@ -59,7 +59,7 @@ class CompiledKernel:
         seconds: how long this call took to get it.
     """
 
-    spec: KernelSpec
+    spec: Spec
     key: str
     cubin: bytes = dataclasses.field(repr=False)
     meta: Metadata = dataclasses.field(repr=False, compare=False)
@@ -71,7 +71,7 @@ _sealed = False
 _compiled_here: set[str] = set()
 _distrusted: set[str] = set()  #: digests of binaries: another copy of the same kernel may be good
 _shown: set[Path] = set()  #: entries whose place was logged
-_refused: dict[tuple[Settings, KernelSpec, int], LoadError] = {}
+_refused: dict[tuple[Settings, Spec, int], LoadError] = {}
 
 
 def seal() -> None:
@@ -95,21 +95,17 @@ def sealed() -> bool:
     return _sealed or get_settings().disable_jit
 
 
-def warmup_command(spec: KernelSpec) -> str:
-    """The command line that compiles exactly this kernel ahead of time.
+def warmup_command(spec: Spec) -> str:
+    """The command line that compiles this kernel ahead of time.
 
     `warmup` makes no kernel with a timeline: only `benchmarks/timeline.py` asks for one.  `inspect` makes any.
     """
-    if spec.timeline:
+    options = spec.warmup_options()
+    if not options:
         return f"megamoe-jit inspect {spec.entry}"
-    shape, settings = spec.shape, get_settings()
+    settings = get_settings()
     there = f" --cache-dir {shlex.quote(str(settings.cache_dir))}" if settings.source("cache_dir") == "argument" else ""
-    return (
-        f"megamoe-jit warmup --hidden {shape.hidden} --intermediate {shape.intermediate} "
-        f"--experts {shape.experts} --topk {shape.topk} --ranks {spec.ranks} --variant {spec.variant.value}"
-        + ("" if spec.fast_math else " --no-fast-math")
-        + there
-    )
+    return f"megamoe-jit warmup {options}{there}"
 
 
 def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
@@ -131,12 +127,12 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     return kernel.key not in _compiled_here
 
 
-def remember_refusal(spec: KernelSpec, device_index: int, error: LoadError) -> None:
+def remember_refusal(spec: Spec, device_index: int, error: LoadError) -> None:
     """From now on this kernel fails with this error on this device, until `trust_again`."""
     _refused[get_settings(), spec, device_index] = error
 
 
-def known_refusal(spec: KernelSpec, device_index: int) -> LoadError | None:
+def known_refusal(spec: Spec, device_index: int) -> LoadError | None:
     """Why the driver does not take this kernel on this device; None if nothing is known against it."""
     return _refused.get((get_settings(), spec, device_index))
 
@@ -151,7 +147,7 @@ def trust_again() -> None:
 class Wanted:
     """What to look for: the exact kernel if there is a compiler to say which, its source in any case."""
 
-    spec: KernelSpec
+    spec: Spec
     source: RenderedSource
     source_id: str
     toolchain: Toolchain | None
@@ -159,7 +155,7 @@ class Wanted:
     problem: ToolchainError | None
 
     @classmethod
-    def of(cls, spec: KernelSpec) -> Wanted:
+    def of(cls, spec: Spec) -> Wanted:
         source = render(spec)
         toolchain, key, problem = None, None, None
         try:
@@ -176,7 +172,7 @@ class Wanted:
         return self.toolchain.version[0] if self.toolchain else None
 
 
-def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
+def obtain(spec: Spec, force: bool) -> CompiledKernel:
     """A kernel from the first place that has it.
 
     Args:
@@ -257,7 +253,7 @@ def _from_disk(wanted: Wanted) -> CompiledKernel | None:
     return None
 
 
-def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache, remark: str) -> CompiledKernel:
+def _accept(spec: Spec, entry: CacheEntry, cache: KernelCache, remark: str) -> CompiledKernel:
     losses = entry.meta.get("advisories", [])
     strict = get_settings().strict
     if losses and strict == "error":

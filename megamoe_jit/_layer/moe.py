@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.calls import fp8_mega_moe, get_symm_buffer_for_mega_moe
+from megamoe_jit._layer.calls import get_symm_buffer_for_mega_moe, mega_moe_from_bf16
 from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.marks import require_plain
-from megamoe_jit._layer.quantize import quantize_activations, quantize_weights, require_tensor
+from megamoe_jit._layer.quantize import quantize_weights
+from megamoe_jit._layer.stage import stage
 from megamoe_jit._layer.weights import (
     WeightPair,
     mark_transformed,
@@ -25,7 +26,6 @@ __all__ = ["MegaMoE"]
 
 
 _FLOATS, _FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
-_INTEGERS = torch.int64, torch.int32
 
 
 def _matrices(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
@@ -118,7 +118,6 @@ class MegaMoE:
             self.buffer.destroy()
             raise
 
-    @torch.no_grad()  # a copy that is recorded makes the buffer's views parts of a graph that grows with every call
     def stage(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> int:
         """Quantise and copy the inputs of a call into the buffer, once the last call has read its own.
 
@@ -134,36 +133,7 @@ class MegaMoE:
             ConfigError: a shape, dtype, device or number of tokens is not supported, or the layer was destroyed.
             DeviceFaultError: an earlier call failed.
         """
-        self.buffer.require_usable()
-        require_tensor("x", x)
-        hidden, topk = self.buffer.hidden, self.buffer.num_topk
-        if x.ndim != 2:
-            raise ConfigError(f"x has shape {tuple(x.shape)}; allowed: [tokens, {hidden}]")
-        tokens = x.shape[0]
-        if tokens > self.buffer.num_max_tokens_per_rank:
-            raise ConfigError(
-                f"x has {tokens} tokens; allowed: at most {self.buffer.num_max_tokens_per_rank}, the layer's max_tokens"
-            )
-        for name, tensor, width, floating in (
-            ("x", x, hidden, True),
-            ("topk_idx", topk_idx, topk, False),
-            ("topk_weights", topk_weights, topk, True),
-        ):
-            require_tensor(name, tensor)
-            if tensor.shape != (tokens, width):
-                raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {(tokens, width)}")
-            if tensor.dtype not in (_FLOATS if floating else _INTEGERS):
-                allowed = _FLOATING if floating else "int64 or int32"
-                raise ConfigError(f"{name} has dtype {tensor.dtype}; allowed: {allowed}")
-            if tensor.device != self.buffer.device:
-                raise ConfigError(f"{name} is on {tensor.device}; allowed: {self.buffer.device}, where the layer is")
-        self.buffer.wait_for_last()
-        codes, scales = quantize_activations(x)
-        self.buffer.x[:tokens].copy_(codes)
-        self.buffer.x_sf[:tokens].copy_(scales)
-        self.buffer.topk_idx[:tokens].copy_(topk_idx)
-        self.buffer.topk_weights[:tokens].copy_(topk_weights)
-        return tokens
+        return stage(self.buffer, x, topk_idx, topk_weights)
 
     def __call__(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Run the layer.
@@ -182,11 +152,11 @@ class MegaMoE:
             DeviceFaultError: an earlier call failed.
             MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
         """
-        with self.buffer.lock:  # another thread's inputs come after this call
-            tokens = self.stage(x, topk_idx, topk_weights)
-            y = torch.empty(tokens, self.buffer.hidden, dtype=torch.bfloat16, device=x.device)
-            fp8_mega_moe(y, self.l1, self.l2, self.buffer, activation_clamp=self.clamp, fast_math=self.fast_math)
-        return y
+        return mega_moe_from_bf16(
+            *(x, topk_idx, topk_weights, self.l1, self.l2, self.buffer),
+            activation_clamp=self.clamp,
+            fast_math=self.fast_math,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MegaMoE:
         """A layer with weights and a buffer of its own."""

@@ -10,11 +10,13 @@ import torch.distributed as dist
 
 import megamoe_jit as mm
 from megamoe_jit._check.spawn import World, describe, run_ranks
-from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import calls as _api
+from megamoe_jit._layer import kernel_set as _kernel_set
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._layer.kernel_set import KernelSet
+from megamoe_jit._layer.memory import Place
+from megamoe_jit._spec import Inputs, MoEShape, Variant
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 SHAPE = MoEShape(256, 128, 4, 2)
@@ -33,18 +35,20 @@ def buffer(world: World) -> SymmBuffer:
     made = SymmBuffer.__new__(SymmBuffer)
     made.shape, made.device, made.group = SHAPE, torch.device("cpu"), dist.group.WORLD
     made.rank, made.ranks, made.num_experts, made.num_topk, made.hidden = world.rank, world.ranks, 4, 2, 256
-    made.num_max_tokens_per_rank, made._prepared, made._plans, made._planned_with = 128, {}, {}, None
+    made.num_max_tokens_per_rank, made._destroyed, made._broken = 128, False, None
+    place = Place(SHAPE, made.device, world.rank, world.ranks, None, 0, (), 0)
+    made.kernels = KernelSet(place, made.group)
 
     def prepare(*_: object) -> None:
         raise mm.CompileError("prepare was reached")
 
-    made.prepare = prepare
+    made.kernels.prepare = prepare
     return made
 
 
 def first_calls(world: World) -> list[str]:
     """What each rank hears when the last one makes a mistake, then when none does."""
-    _buffer.sm_count = lambda _: 132
+    _kernel_set.sm_count = lambda _: 132
     torch.cuda.get_device_name = lambda *_: "none"
     torch.cuda.is_current_stream_capturing = lambda: False
     it, last = buffer(world), world.rank == world.ranks - 1
@@ -83,7 +87,7 @@ def test_once_prepared_or_in_a_capture_ranks_do_not_meet(monkeypatch: pytest.Mon
         raise AssertionError("a collective")
 
     monkeypatch.setattr(_api, "collectively", meet)
-    monkeypatch.setattr(_buffer, "sm_count", lambda _: 132)
+    monkeypatch.setattr(_kernel_set, "sm_count", lambda _: 132)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "none")
     it = buffer(SimpleNamespace(rank=0, ranks=2))
     l1, l2 = mm.quantize_weights(torch.zeros(2, 256, 256)), mm.quantize_weights(torch.zeros(2, 256, 128))
@@ -91,7 +95,7 @@ def test_once_prepared_or_in_a_capture_ranks_do_not_meet(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert outcome(lambda: mm.fp8_mega_moe(**call)) == "CompileError: prepare was reached"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    it._prepared = {(variant, True): None for variant in Variant}
+    it.kernels.bound = {(variant, True, Inputs.STAGED): None for variant in Variant}
     assert outcome(lambda: mm.fp8_mega_moe(**call)) == "CompileError: prepare was reached"
     with pytest.raises(AssertionError, match="a collective"):
         mm.fp8_mega_moe(**call, fast_math=False)
