@@ -107,13 +107,13 @@ class Terminal:
 @functools.cache
 def _warm() -> Path:
     root = Path(tempfile.mkdtemp(prefix="megamoe-jit-warm-", dir=os.environ.get("MEGAMOE_JIT_CACHE_DIR")))
-    done = run("warmup", *SIZES, "--cache-dir", str(root))
+    done = run("warmup", *SIZES, "--inputs", "staged", "--cache-dir", str(root))
     assert done.returncode == 0, done.stderr
     return root
 
 
 def warm_cache(target: Path) -> Path:
-    """A cache of its own with the two kernels of `SIZES`."""
+    """A cache of its own with the two kernels of `SIZES` for staged inputs."""
     shutil.copytree(_warm(), target)
     return target
 

@@ -18,6 +18,7 @@ from megamoe_jit._spec import (
     TILE_SLOTS,
     KernelSpec,
     MoEShape,
+    Spec,
 )
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for

@@ -21,6 +21,7 @@ from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache, kernel_key, retry, warmup, warmup_command
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._stage_spec import StageFormat, StageSpec
 from tests.stubs import ROOM, child_environment
 
 SHAPE = MoEShape(256, 128, 8, 2)
@@ -217,9 +218,11 @@ def test_forbidden_compile_names_kernel_and_command(place, compiles):
 
 def test_warmup_command():
     assert warmup_command(PING) == (
-        "megamoe-jit warmup --hidden 256 --intermediate 128 --experts 8 --topk 2 --ranks 1 --variant pingpong"
+        "megamoe-jit warmup --hidden 256 --intermediate 128 --experts 8 --topk 2 --ranks 1 --variant pingpong "
+        "--inputs staged"
     )
-    assert warmup_command(COOP).endswith("--ranks 2 --variant cooperative --no-fast-math")
+    assert warmup_command(COOP).endswith("--ranks 2 --variant cooperative --no-fast-math --inputs staged")
+    assert warmup_command(StageSpec(StageFormat.F16)) == "megamoe-jit inspect megamoe_stage_f16"
 
 
 def test_a_missing_kernel_with_a_timeline_says_what_makes_it(place, compiles):

@@ -255,18 +255,18 @@ def rows(address: int, dtype: torch.dtype, tokens: int, columns: int, stride: in
     return at(address, dtype, tokens and (tokens - 1) * stride + columns).as_strided((tokens, columns), (stride, 1))
 
 
-def quantise(params: Params) -> None:
+def quantise(params: Params, hidden: int = 256, topk: int = 2) -> None:
     """What the head of a kernel does whose inputs are the caller's."""
     tokens, base = params.tokens, params.peers[0]
     ids, weights = IDS[params.raw_formats & 1], WEIGHTS[params.raw_formats & 6]
-    codes, scales = mm.quantize_activations(rows(params.raw_x, torch.bfloat16, tokens, 256, params.raw_x_stride // 2))
-    at(base + params.x, FP8, tokens, 256).copy_(codes)
-    at(base + params.x_scales, F32, tokens, 2).copy_(scales)
-    at(base + params.topk_ids, torch.int64, tokens, 2).copy_(
-        rows(params.raw_ids, ids, tokens, 2, params.raw_ids_stride)
+    codes, scales = mm.quantize_activations(rows(params.raw_x, torch.bfloat16, tokens, hidden, params.raw_x_stride // 2))
+    at(base + params.x, FP8, tokens, hidden).copy_(codes)
+    at(base + params.x_scales, F32, tokens, hidden // 128).copy_(scales)
+    at(base + params.topk_ids, torch.int64, tokens, topk).copy_(
+        rows(params.raw_ids, ids, tokens, topk, params.raw_ids_stride)
     )
-    routed = rows(params.raw_weights, weights, tokens, 2, params.raw_weights_stride).float() * params.weight_factor
-    at(base + params.topk_weights, F32, tokens, 2).copy_(routed)
+    routed = rows(params.raw_weights, weights, tokens, topk, params.raw_weights_stride).float() * params.weight_factor
+    at(base + params.topk_weights, F32, tokens, topk).copy_(routed)
 
 
 @pytest.mark.parametrize("clamp", [None, 0.02])
