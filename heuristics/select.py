@@ -1,7 +1,8 @@
 """From a shape and a token count to the kernel variant and its run-time parameters, with the reasons.
 
-First that is there wins: the caller's variant; the caller's threshold; this GPU's measured rules for the shape; this
-GPU's model for any shape; the default threshold.
+First that is there wins: the caller's variant; the caller's threshold; this GPU's measured rules for the shape, from
+the least token count that was measured on; the default threshold.  Another rule belongs into `_pick`, as a function that
+gives variant and reason.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
-from megamoe_jit.heuristics.model import expected_us
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
@@ -19,7 +19,6 @@ AUTO = "auto"
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
-DOUBT = 1.1  #: what a model may be off by: cooperative was nowhere measurably slower, and is left only for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +39,20 @@ def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     return Variant.COOPERATIVE, f"cooperative: {why}"
 
 
-def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int) -> tuple[Variant, str]:
-    times = {v: expected_us(model, shape, tokens, v, num_sms) for v, model in table.models.items()}
-    picked = min(times, key=lambda v: times[v] * (1.0 if v is Variant.COOPERATIVE else DOUBT))
-    listed = ", ".join(f"{v.value} {time:.0f} us" for v, time in times.items())
-    why = f"nobody measured this shape on {table.devices[0]}; its model says {listed}"
-    if len(times) > 1:
-        why += f"; pingpong is taken only where cooperative would take at least {100 * (DOUBT - 1):.0f} % longer"
-    return picked, f"{picked.value}: {why}"
+def _by_measurement(table: Table, shape: MoEShape, rule: Rule) -> tuple[Variant, str]:
+    place = f"{table.where(shape, rule)}, measured on {table.devices[0]} ({table.date[:10]})"
+    return rule.variant, f"{rule.variant.value}: within 1 % of the best {place}"
 
 
 def _pick(
-    shape: MoEShape, tokens: int, threshold: int | None, table: Table | None, rule: Rule | None, num_sms: int
+    shape: MoEShape, tokens: int, threshold: int | None, table: Table | None, rule: Rule | None
 ) -> tuple[Variant, str]:
     """What `auto` takes, and why; `shape` has the experts of one rank."""
-    if threshold is not None or table is None or (rule is None and not table.models):
-        return _by_threshold(tokens, COOPERATIVE_THRESHOLD if threshold is None else threshold)
-    if rule is None:
-        return _by_model(table, shape, tokens, num_sms)
-    where = table.where(shape, rule)
-    place = f"{where}, measured on {table.devices[0]} ({table.date[:10]})"
-    return rule.variant, f"{rule.variant.value}: within 1 % of the best {place}"
+    if threshold is not None:
+        return _by_threshold(tokens, threshold)
+    if table is not None and rule is not None:
+        return _by_measurement(table, shape, rule)
+    return _by_threshold(tokens, COOPERATIVE_THRESHOLD)
 
 
 def choose(
@@ -100,7 +92,7 @@ def choose(
     if variant != AUTO:
         picked, reason = Variant.parse(variant), f"{variant}: asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
-        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms)
+        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule)
     rows = tokens * shape.topk
     load = rows * ranks / shape.experts
     reasons = [
@@ -111,10 +103,8 @@ def choose(
         lag_tiles, rows_per_item = max(1, round(rule.lag * num_sms)), rule.rows_per_item
         reasons.append(f"lag_tiles {lag_tiles}, rows_per_item {rows_per_item}: measured with it")
         return Choice(picked, tuple(reasons), lag_tiles, rows_per_item)
-    lag = LAG if table is None else table.lags.get(picked, LAG)
-    lag_tiles = max(1, round(lag * num_sms))
-    each = "two tiles" if lag == LAG else f"{lag:g} tiles"
-    reasons.append(f"lag_tiles {lag_tiles}: {each} of the first GEMM for each of {num_sms} blocks")
+    lag_tiles = max(1, round(LAG * num_sms))
+    reasons.append(f"lag_tiles {lag_tiles}: {LAG:g} tiles of the first GEMM for each of {num_sms} blocks")
     rows_per_item = 1 if rows < FEW_ROWS else 8
     sign = "<" if rows < FEW_ROWS else ">="
     reasons.append(f"rows_per_item {rows_per_item}: {rows} token-slots {sign} {FEW_ROWS}")
@@ -125,6 +115,5 @@ def all_variants(shape: MoEShape) -> tuple[Variant, ...]:
     """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles."""
     wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
     for table in tables():
-        wanted.update(table.models)
         wanted.update(rule.variant for rules in table.rules.values() for rule in rules)
     return tuple(variant for variant in Variant if variant in wanted)
