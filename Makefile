@@ -66,12 +66,12 @@ test-multi: $(call stamp,dev)
 
 bench: $(call stamp,bench)
 	@mkdir -p bench-results
-	$(PY) -m megamoe_jit bench --output bench-results/latest.json $(ARGS)
+	$(PY) -m benchmarks bench --output bench-results/latest.json $(ARGS)
 
 lint: $(call stamp,dev)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict megamoe_jit
+	$(PY) -m mypy --strict megamoe_jit benchmarks
 
 format: $(call stamp,dev)
 	$(PY) -m ruff check --fix .

@@ -1,8 +1,8 @@
 """From a shape and a token count to the kernel variant and its run-time parameters, with the reasons.
 
 First that is there wins: the caller's variant; the caller's threshold; this GPU's measured rules for the shape, from
-the least token count that was measured on; the default threshold.  Another rule belongs into `_pick`, as a function that
-gives variant and reason.
+the least token count that was measured on; the default threshold.  Another rule belongs into `_pick`, as a function
+that gives variant and reason.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class KernelSpec:
     variant: Variant
     ranks: int = 1
     fast_math: bool = True
-    timeline: bool = False  #: the kernel writes down where its time goes (`_bench/timeline.py`)
+    timeline: bool = False  #: the kernel writes down where its time goes
 
     def __post_init__(self) -> None:
         _check(isinstance(self.shape, MoEShape), "shape", f"{self.shape!r:.80}", "a MoEShape")

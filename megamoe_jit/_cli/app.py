@@ -18,7 +18,7 @@ from megamoe_jit._cli.completion import COMPLETE_VARIABLE
 from megamoe_jit._errors import ConfigError, LoadError, MegaMoeError, ToolchainError, UnsupportedDeviceError
 from megamoe_jit._version import __version__
 
-__all__ = ["SUMMARIES", "cli", "main"]
+__all__ = ["SUMMARIES", "AnsweringGroup", "cli", "main"]
 
 _ENVIRONMENT = (ToolchainError, UnsupportedDeviceError, LoadError)
 
@@ -96,7 +96,7 @@ def _say_refusal(error: OSError) -> None:
             os.close(null)
 
 
-class _Group(click.Group):
+class AnsweringGroup(click.Group):
     """Turns the library's errors, and the operating system's, into one message on standard error and an exit code."""
 
     def main(self, *args: Any, **named: Any) -> Any:
@@ -111,13 +111,6 @@ class _Group(click.Group):
         except OSError as error:  # a broken pipe has been answered by click
             _say_refusal(error)
             sys.exit(ExitCode.FAILED)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(SUMMARIES)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -134,6 +127,17 @@ class _Group(click.Group):
         except (KeyboardInterrupt, click.Abort):  # Ctrl-C; at a question click makes it an Abort
             say("interrupted")
             ctx.exit(ExitCode.INTERRUPTED)
+
+
+class _Group(AnsweringGroup):
+    """Lists the commands without importing any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SUMMARIES)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
 
 
 @click.group(

@@ -106,6 +106,7 @@ def tune(
     write_table: bool,
     target: Path | None,
     as_json: bool,
+    commit: str | None = None,
 ) -> None:
     """Measure which variant and parameters are fastest on this GPU, outputs checked first; resumable.
 
@@ -135,6 +136,7 @@ def tune(
                 lags=lags or _tune.DEFAULT_LAGS,
                 rows_per_item=rows or _tune.DEFAULT_ROWS,
                 force=force,
+                commit=commit,
                 progress=finished,
             )
     else:

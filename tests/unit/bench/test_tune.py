@@ -69,7 +69,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Tuned:
     for name in ("synchronize", "empty_cache", "_sleep"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None, raising=False)
     conditions = {"device": DEVICE, "sms": 132, "driver": "580.1", "nvrtc": "12.9", "cuda": "12.9", "torch": "2.9"}
-    monkeypatch.setattr(_tune, "environment", lambda: {**conditions, "date": "2026-01-02", "commit": "abc"})
+    monkeypatch.setattr(_tune, "environment", lambda commit: {**conditions, "date": "2026-01-02", "commit": commit})
     return layer
 
 
