@@ -71,7 +71,17 @@ def check_int(what: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class MoEShape:
-    """Sizes of one MoE layer.  `experts` counts all ranks' experts."""
+    """Sizes of one MoE layer.
+
+    Attributes:
+        hidden: columns of a token, a multiple of 128 up to 262144.
+        intermediate: columns between the two products, likewise.
+        experts: of all ranks, 1 to 1024.
+        topk: slots of a token, 1 to 32.
+
+    Raises:
+        ConfigError: a size is not supported.
+    """
 
     hidden: int
     intermediate: int
@@ -92,7 +102,18 @@ class MoEShape:
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """One kernel to compile; everything in here is a compile-time constant of it."""
+    """One kernel to compile; everything in here is a compile-time constant of it.
+
+    Attributes:
+        shape: the layer.
+        variant: how the warpgroups share the work.
+        ranks: GPUs that share the experts, 1 to 8; a divisor of their number.
+        fast_math: approximate exponential and reciprocal in SwiGLU.
+        timeline: the kernel writes down where its time goes; for `benchmarks/timeline.py` alone.
+
+    Raises:
+        ConfigError: a value is not supported.
+    """
 
     shape: MoEShape
     variant: Variant

@@ -1,4 +1,4 @@
-"""The MoE layer in plain FP32 PyTorch, with the kernel's numerics; runs on any device.
+"""The MoE layer in plain FP32 PyTorch, with the kernel's numerics; runs on any device, and in any of torch's modes.
 
 Per (token, slot) of the router's top-k::
 
@@ -13,11 +13,13 @@ Slots with expert -1 contribute nothing, whatever their weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._layer.quantize import (
     dequantize_activations,
     dequantize_weights,
@@ -30,17 +32,37 @@ __all__ = ["calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
 _CHUNK = 8192  #: rows of one expert worked on at once; bounds the scratch of a hot expert
 
 
+def _precisions() -> list[tuple[Callable[[], str], Callable[[str], None], str]]:
+    """Where torch keeps how exact a product of float32 is: getter, setter, and the word for "in float32"."""
+    owners = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    if not all(hasattr(owner, "fp32_precision") for owner in owners):  # torch before 2.9
+        return [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")]
+    name = "fp32_precision"  # older names may not even be read once the program has set these
+    return [(partial(getattr, owner, name), partial(setattr, owner, name), "ieee") for owner in owners]
+
+
 @contextmanager
-def _full_fp32_matmul() -> Iterator[None]:
-    """No TF32 inside; puts back whatever the caller had set."""
-    matmul = torch.backends.cuda.matmul
-    flag, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    saved = getattr(matmul, flag)
-    setattr(matmul, flag, exact)
-    try:
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """Products in float32 inside, whatever the caller has set, which is put back.
+
+    That is TF32 and bfloat16 for products of float32, autocast, and deterministic algorithms, under which cuBLAS
+    refuses to multiply without a workspace of its own.
+    """
+    with ExitStack() as after:
+        for get, put, exact in _precisions():
+            after.callback(put, get())
+            put(exact)
+        mode = torch.get_deterministic_debug_mode()
+        if mode:
+            after.callback(torch.set_deterministic_debug_mode, mode)
+            torch.set_deterministic_debug_mode("default")
+        after.enter_context(torch.autocast(device.type, enabled=False))
         yield
-    finally:
-        setattr(matmul, flag, saved)
+
+
+def _refuse_capture(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        refuse_capture("the reference waits for the device, which is not possible", "call it outside of the capture")
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.Tensor:
@@ -61,6 +83,7 @@ def expert_counts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
     Returns:
         int32 ``[num_experts]``.
     """
+    _refuse_capture(topk_idx)
     flat = topk_idx.reshape(-1)
     return torch.bincount(flat[flat >= 0], minlength=num_experts).to(torch.int32)
 
@@ -81,6 +104,7 @@ def _expert(
     return out
 
 
+@torch.no_grad()
 def moe_reference(
     x: torch.Tensor,
     x_sf: torch.Tensor,
@@ -110,7 +134,11 @@ def moe_reference(
 
     Returns:
         `out_dtype` ``[T, H]``; a token whose slots are all masked gives zeros.
+
+    Raises:
+        CaptureError: the tensors are on a GPU whose current stream is capturing.
     """
+    _refuse_capture(x)
     tokens, hidden = x.shape
     topk = topk_idx.shape[1]
     device = x.device
@@ -118,7 +146,7 @@ def moe_reference(
     order = torch.argsort(flat, stable=True)
     ends = torch.bincount(flat + 1, minlength=l1[0].shape[0] + 1).cumsum(0).tolist()  # [0] ends the masked slots
     slots = torch.zeros(tokens * topk, hidden, dtype=torch.bfloat16 if requantize else torch.float32, device=device)
-    with _full_fp32_matmul():
+    with _exact_products(device):
         for expert, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
             if begin == end:
                 continue
@@ -156,4 +184,5 @@ def calc_diff(a: torch.Tensor, b: torch.Tensor) -> float:
 
     `a` and `b` have the same shape, any one, and any floating dtype.
     """
+    _refuse_capture(a)
     return float(row_diffs(a.reshape(1, -1), b.reshape(1, -1)).item())

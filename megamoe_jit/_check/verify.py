@@ -128,9 +128,8 @@ def _stage(buffer: Any, inputs: Inputs, experts: int) -> None:
     """Copy inputs into the first rows; the others get what must not matter: NaN that names live experts."""
     buffer.x.view(torch.uint8).fill_(0x7F)  # e4m3 NaN
     buffer.x_sf.fill_(math.nan)
-    buffer.topk_idx.copy_(
-        torch.arange(buffer.topk_idx.numel(), device=inputs.x.device).view_as(buffer.topk_idx) % experts
-    )
+    ids = torch.arange(buffer.topk_idx.numel(), dtype=torch.int64, device=inputs.x.device) % experts
+    buffer.topk_idx.copy_(ids.view_as(buffer.topk_idx))
     buffer.topk_weights.fill_(math.nan)
     inputs.stage(buffer)
 
@@ -193,7 +192,7 @@ def run_scenario(
         MegaMoeError: The layer refused or failed.
     """
     api = api or import_module("megamoe_jit")
-    device = torch.empty(0, device=device).device  # with its index
+    device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
     entry = (cache or WeightCache()).get(scenario.shape, device, seed, api)
     inputs = _scenarios.make_inputs(scenario, device, seed, entry.weights)
     y, stats = _call(api, scenario, variant, inputs, entry)

@@ -115,6 +115,9 @@ def enumerate_specs(
         variants: these alone; all that the heuristics can choose if None.
         fast_math: the argument of the calls; None for both.
 
+    Returns:
+        The kernels, each once.
+
     Raises:
         ConfigError: an argument is not supported.
     """
@@ -175,10 +178,11 @@ def warmup(
         specs: the kernels; repeated ones count once.
         jobs: threads; the settings' number if None.
         force: compile even what is cached, and replace it.
-        progress: called in this thread with each result as it comes.
+        progress: called in the caller's thread with each result as it comes.
 
     Returns:
-        One result per kernel, in the order given.  Failures are results too, not exceptions.
+        One result per kernel, in the order given, with `spec`, `kernel` (None if it failed), `error` (None if it did
+        not), `ok` and `seconds`.  Failures are results too, not exceptions.
 
     Raises:
         ConfigError: these are not specs, or `jobs` is not a number of threads.

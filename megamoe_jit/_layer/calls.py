@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.buffer import SymmBuffer
@@ -38,22 +39,29 @@ def get_symm_buffer_for_mega_moe(
     Args:
         group: the process group whose ranks share the experts, one GPU each.  None or a group of one rank: plain CUDA
             memory, torch.distributed is not needed.
-        num_experts: experts of all ranks.
-        num_max_tokens_per_rank: most tokens of a call; rounded up to a multiple of 128.
+        num_experts: experts of all ranks, 1 to 1024, a multiple of the number of ranks.
+        num_max_tokens_per_rank: most tokens of a call, 1 to 32768; rounded up to a multiple of 128.
         num_topk: slots of a token, 1 to 32.
-        hidden, intermediate_hidden: multiples of 128, up to 262144.
+        hidden: columns of a token, a multiple of 128 up to 262144.
+        intermediate_hidden: columns between the two products, likewise.
         use_fp8_dispatch: must be True.
         activation: must be "swiglu".
         device: where; the current CUDA device by default.
         max_pool_rows: rows that the local pools hold at most, 4096 or more.  A batch with more of them is served
             too: the pools become rings, and dispatch waits for the matrix work.
 
+    Returns:
+        The buffer; its views are not initialised.
+
     Raises:
         ConfigError: a value is not supported, or the memory is not there (says the bytes).
         UnsupportedDeviceError: there is no GPU, or it is no Hopper GPU.
+        CaptureError: the current stream is capturing a CUDA graph; no other rank is asked or told.
         RankMismatchError: the ranks ask for different layers, or have different kernel sources.
+        PeerTimeoutError: a rank did not come before the process group gave up.
     """
     ranks = group if group_size(group) > 1 else None
+    refuse_capture("a buffer cannot be made", "make it before the capture")  # even asking other ranks would end it
 
     def admit() -> tuple[MoEShape, torch.device]:
         if not use_fp8_dispatch:
@@ -66,7 +74,7 @@ def get_symm_buffer_for_mega_moe(
         if not torch.cuda.is_available():
             raise UnsupportedDeviceError("no CUDA device is available; these kernels need a Hopper GPU and its driver")
         place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
-        where = torch.empty(0, device=place).device  # with its index
+        where = torch.empty(0, dtype=torch.uint8, device=place).device  # with its index
         return shape, where
 
     shape, where = collectively(ranks, "checking the layer", admit)
@@ -95,23 +103,32 @@ def fp8_mega_moe(
 
     Args:
         y: bf16 ``[T, hidden]``, written; T is the number of tokens staged, 0 to the buffer's capacity.
-        l1: e4m3 ``[experts, 2 * intermediate, hidden]``, and float32
-            ``[experts, 2 * intermediate / 128, hidden / 128]``.
-        l2: e4m3 ``[experts, hidden, intermediate]``, and float32 ``[experts, hidden / 128, intermediate / 128]``.
+        l1: codes e4m3 ``[local experts, 2 * intermediate, hidden]``, and scales float32
+            ``[local experts, 2 * intermediate / 128, hidden / 128]``.
+        l2: codes e4m3 ``[local experts, hidden, intermediate]``, and scales float32
+            ``[local experts, hidden / 128, intermediate / 128]``.
             Both come from `transform_weights_for_mega_moe_sm90` of this version, which the tensors do not show.
         sym_buffer: the inputs, staged by the caller into its views before each call.
         cumulative_local_expert_recv_stats: int32 ``[local experts]``; rows of each expert are added to it.
         recipe: quantisation blocks; must be (128, 128, 128).
         activation: must be "swiglu".
-        activation_clamp: bounds the gate from above and the up projection on both sides; None for no bound.
+        activation_clamp: bounds the gate from above and the up projection on both sides, above 0; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
-        num_sms: blocks of the launch, to leave SMs to other streams; all SMs by default.
+        num_sms: blocks of the launch, 1 to the number of SMs, to leave SMs to other streams; all SMs by default.
         variant: "auto", "pingpong" or "cooperative"; the setting MEGAMOE_JIT_VARIANT by default.
 
     Raises:
         ConfigError: an argument is not supported; nothing was launched.
         CaptureError: first use of this kernel during CUDA-graph capture.
-        CompileError, LoadError, LaunchError: see their documentation.
+        KernelMissingError: the kernel is not cached, and compiling is forbidden.
+        ToolchainError: there is no NVRTC to compile it with.
+        RenderError: its source cannot be rendered.
+        CompileError: it does not compile.
+        LoadError: the driver refused the kernel.
+        LaunchError: the driver refused the launch.
+        RankMismatchError: the ranks have different kernels.
+        PeerTimeoutError: a rank did not come to the first call, or to an earlier one.
+        DeviceFaultError: an earlier call on this buffer failed.
 
     Calls on one buffer are ordered, also across streams.  What is staged on another stream than the last call's is not:
     call `sym_buffer.wait_for_last()` before.  Replays of a captured graph are for the caller to order with other calls
@@ -200,4 +217,7 @@ def _forcing(variant: Variant) -> Callable[..., None]:
 
 
 fp8_mega_moe_pingpong = _forcing(Variant.PINGPONG)
+"""`fp8_mega_moe` with the pingpong kernel (tiles of 64 rows), whatever the token count; without `variant`."""
+
 fp8_mega_moe_cooperative = _forcing(Variant.COOPERATIVE)
+"""`fp8_mega_moe` with the cooperative kernel (tiles of 128 rows), whatever the token count; without `variant`."""

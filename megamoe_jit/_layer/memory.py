@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import MIN_POOL_ROWS, buffer_layout
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
-from megamoe_jit._layer.group import allocate_symmetric, collectively, digest, group_rank, group_size, require_equal
+from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
+from megamoe_jit._layer.symmetric import allocate_symmetric
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
 from megamoe_jit._text import first_line
 from megamoe_jit._version import __version__
@@ -25,6 +27,7 @@ class LayerMemory:
     handle: Any
 
     def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device, group: Any, max_pool_rows: int) -> None:
+        refuse_capture("a buffer cannot be made", "make it before the capture")
         self.shape, self.device, self.group = shape, device, group
         self.rank, self.ranks = group_rank(group), group_size(group)
         fingerprint = collectively(group, "checking the layer", lambda: self._admit(max_tokens, max_pool_rows))
@@ -78,7 +81,7 @@ class LayerMemory:
                     self.buffer = torch.empty(layout.symmetric_bytes, dtype=torch.uint8, device=device)
                     self.handle = SimpleNamespace(buffer_ptrs=[self.buffer.data_ptr()])
                 self.local = torch.empty(layout.local_bytes, dtype=torch.uint8, device=device)
-                self.fault = torch.zeros(16, dtype=torch.int32, pin_memory=True)
+                self.fault = torch.zeros(16, dtype=torch.int32, device="cpu", pin_memory=True)
             except torch.OutOfMemoryError as error:
                 raise ConfigError(self._too_large(first_line(error))) from None
             for memory, name in ((self.buffer, "signals"), (self.local, "control")):

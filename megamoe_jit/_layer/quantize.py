@@ -72,10 +72,13 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise rows in groups of 128 columns.
 
     Args:
-        x: ``[T, H]``, bf16 or wider, H a multiple of 128.
+        x: ``[T, H]``, float16, bf16 or wider, H a multiple of 128; on any device.
 
     Returns:
         Codes float8_e4m3fn ``[T, H]`` and scales float32 ``[T, H / 128]``.
+
+    Raises:
+        ConfigError: the shape or the dtype is not supported.
     """
     require_tensor("activations", x)
     _require(x.ndim == 2, f"activations have {x.ndim} dimensions; allowed: 2, [tokens, hidden]")
@@ -96,6 +99,9 @@ def dequantize_activations(codes: torch.Tensor, scales: torch.Tensor) -> torch.T
 
     Returns:
         float32 ``[T, H]``.
+
+    Raises:
+        ConfigError: a shape or a dtype is not supported, or the two do not fit.
     """
     _require_pair("activations", codes, scales, "[tokens, hidden]", (1, BLOCK))
     _require(codes.ndim == 2, f"codes of activations have {codes.ndim} dimensions; allowed: 2, [tokens, hidden]")
@@ -109,10 +115,13 @@ def quantize_weights(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise matrices in blocks of 128 x 128, one matrix at a time so that scratch stays small.
 
     Args:
-        w: ``[..., N, K]``, bf16 or wider, N and K multiples of 128.
+        w: ``[..., N, K]``, float16, bf16 or wider, N and K multiples of 128; on any device.
 
     Returns:
         Codes float8_e4m3fn ``[..., N, K]`` and scales float32 ``[..., N / 128, K / 128]``.
+
+    Raises:
+        ConfigError: the shape or the dtype is not supported.
     """
     require_tensor("weights", w)
     _require(w.ndim >= 2, f"weights have {w.ndim} dimensions; allowed: 2 or more, [..., N, K]")
@@ -142,6 +151,9 @@ def dequantize_weights(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
 
     Returns:
         float32 ``[..., N, K]``.
+
+    Raises:
+        ConfigError: a shape or a dtype is not supported, or the two do not fit.
     """
     _require_pair("weights", codes, scales, "[..., N, K]", (BLOCK, BLOCK))
     *lead, n, k = codes.shape

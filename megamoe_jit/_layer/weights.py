@@ -70,8 +70,9 @@ def _by_tile(order: Callable[[torch.Tensor, int], torch.Tensor], w: torch.Tensor
 
 def _swizzle(tiles: torch.Tensor) -> torch.Tensor:
     """``[..., row of the atom, chunk, byte]`` with chunks in the order of shared memory, or back: its own inverse."""
-    row = torch.arange(ATOM_ROWS, device=tiles.device).unsqueeze(1)
-    return tiles[..., row, row ^ torch.arange(ATOM_CHUNKS, device=tiles.device), :]
+    row = torch.arange(ATOM_ROWS, dtype=torch.int64, device=tiles.device).unsqueeze(1)
+    chunk = torch.arange(ATOM_CHUNKS, dtype=torch.int64, device=tiles.device)
+    return tiles[..., row, row ^ chunk, :]
 
 
 def _pack(w: torch.Tensor, height: int) -> torch.Tensor:
@@ -213,9 +214,19 @@ def transform_weights_for_mega_moe_sm90(
 def inverse_transform_weights_for_mega_moe_sm90(
     l1: WeightPair, l2: WeightPair, *, inplace: bool = False, experts: Iterable[int] | None = None
 ) -> tuple[WeightPair, WeightPair]:
-    """Undo `transform_weights_for_mega_moe_sm90`; same arguments, dtypes and shapes.
+    """Undo `transform_weights_for_mega_moe_sm90`.
+
+    Args:
+        l1: as that function returns it: codes float8_e4m3fn ``[E_local, 2I, H]`` and scales float32
+            ``[E_local, 2I / 128, H / 128]``; or one expert, without the first dimension.
+        l2: codes float8_e4m3fn ``[E_local, H, I]`` and scales float32 ``[E_local, H / 128, I / 128]``.
+        inplace: Permute the codes where they are and return them, with a few matrices of one expert as scratch.
+        experts: Only these local experts; the others keep their order.
 
     Returns:
         `l1` with gate rows first, then up rows, and `l2`, both with rows of consecutive bytes.
+
+    Raises:
+        ConfigError: A dtype, shape or expert number is not supported.
     """
     return _apply((_restore1, _restore2), l1, l2, inplace, experts)

@@ -17,7 +17,7 @@ from megamoe_jit._cache import entry as _entry
 from megamoe_jit._cache import locks as _locks
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache
-from megamoe_jit._cache.locks import private_directory
+from megamoe_jit._trust import private_directory
 from tests.stubs import KEY, OTHER, REPO, fail_with, fake_cubin, rewrite_meta
 
 
