@@ -109,7 +109,7 @@ class KernelSpec:
         variant: how the warpgroups share the work.
         ranks: GPUs that share the experts, 1 to 8; a divisor of their number.
         fast_math: approximate exponential and reciprocal in SwiGLU.
-        timeline: the kernel writes down where its time goes; for `benchmarks/timeline.py` alone.
+        timeline: the kernel writes down where its time goes; for measuring the kernel alone.
 
     Raises:
         ConfigError: a value is not supported.
