@@ -18,14 +18,14 @@ from megamoe_jit._bench.grouped_gemm import Gemm
 from megamoe_jit._check.scenarios import Inputs
 from megamoe_jit._layer.group import gather, group_rank, group_size
 from megamoe_jit._layer.weights import WeightPair
-from megamoe_jit.reference import swiglu
+from megamoe_jit.reference import activate
 
 __all__ = ["Baseline"]
 
 
 def _activate(gate_up: torch.Tensor, clamp: float | None) -> torch.Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return swiglu(gate, up, clamp)
+    return activate(gate, up, clamp)
 
 
 def _combine(rows: torch.Tensor, where: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

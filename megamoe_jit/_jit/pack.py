@@ -21,6 +21,7 @@ from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
 from megamoe_jit._spec import KernelSpec
+from megamoe_jit._text import items_of, shown
 from megamoe_jit._version import __version__
 
 __all__ = ["ImportReport", "PackInfo", "export_pack", "import_pack", "read_pack"]
@@ -84,7 +85,7 @@ def export_pack(
         KernelMissingError: the kernel of a spec is not in the cache; names the warmup command.
         PackError: there is nothing to write, an entry is damaged, or the file cannot be written.
     """
-    target = Path(path)
+    target = _path("path", path)
     if os.path.lexists(target) and not target.is_file():
         raise PackError(f"cannot write {target}: it is not a plain file, and would be replaced by one")
     files: dict[str, dict[str, bytes]] = {}
@@ -132,8 +133,8 @@ def import_pack(path: Path | str, root: Path | str | None = None) -> ImportRepor
     Raises:
         PackError: the pack is damaged, foreign or not to be trusted, or the cache cannot be written.
     """
-    source = Path(path)
-    cache = user_cache() if root is None else KernelCache(Path(root).absolute(), shared=True)
+    source = _path("path", path)
+    cache = user_cache() if root is None else KernelCache(_path("root", root).absolute(), shared=True)
     with opened(source) as (archive, manifest):
         for _ in entries_in(source, archive, manifest):
             pass
@@ -159,12 +160,19 @@ def read_pack(path: Path | str) -> PackInfo:
     Raises:
         PackError: it is damaged, foreign or not to be trusted.
     """
-    source = Path(path)
+    source = _path("path", path)
     with opened(source) as (archive, manifest):
         keys = tuple(key for key, _ in entries_in(source, archive, manifest))
     kernels = tuple(manifest["entries"][key]["kernel"] for key in keys)
     version = printable(str(manifest.get("package_version", "")))
     return PackInfo(source, keys, kernels, source.stat().st_size, file_sha256(source), version)
+
+
+def _path(name: str, value: object) -> Path:
+    """A path that somebody has named: an empty one would mean the working directory."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"{name} = {shown(value)} is not supported; allowed: the path of a file or directory")
+    return Path(value)
 
 
 def _without_origin(meta: Metadata) -> bytes:
@@ -176,6 +184,8 @@ def _without_origin(meta: Metadata) -> bytes:
 
 
 def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
+    if not isinstance(cache, KernelCache | None):
+        raise ConfigError(f"cache = {shown(cache)} is not supported; allowed: a KernelCache, or None")
     return (user_cache(), *readonly_caches()) if cache is None else (cache,)
 
 
@@ -187,10 +197,11 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
         for each in reversed(caches):  # what several have comes from the first
             keys = each.keys()  # of those too whose metadata cannot be read
             found.update((key, (each.entry_path(key), each.forbidden)) for key in keys)
-    given = [what] if not isinstance(what, Iterable) or isinstance(what, str | KernelSpec) else what
+    several = items_of(what)
+    given = [what] if several is None else several
     for item in given if what is not None else ():
         if not isinstance(item, str | KernelSpec):
-            raise ConfigError(f"what: {item!r:.80} given; allowed: keys and KernelSpecs")
+            raise ConfigError(f"what: {shown(item)} given; allowed: keys and KernelSpecs")
         entry = _of_spec(item, caches) if isinstance(item, KernelSpec) else find_key(item, caches)
         found[entry.key] = entry.path, entry.cache.forbidden
     for key in sorted(found):

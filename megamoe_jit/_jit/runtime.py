@@ -25,6 +25,7 @@ from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
 from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._text import items_of, shown
 
 __all__ = [
     "CompiledKernel",
@@ -125,10 +126,11 @@ def enumerate_specs(
 
     if not isinstance(shape, MoEShape):
         allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"shape = {shape!r:.80} is not supported; allowed: {allowed}")
-    if isinstance(variants, str) or not isinstance(variants, Iterable | None):
-        raise ConfigError(f"variants = {variants!r:.80} is not supported; allowed: several Variants, or None")
-    wanted = all_variants(shape) if variants is None else tuple(variants)
+        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: {allowed}")
+    given = None if variants is None else items_of(variants)
+    if given is None and variants is not None:
+        raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
+    wanted = all_variants(shape) if given is None else given
     maths = (True, False) if fast_math is None else (fast_math,)
     return tuple(dict.fromkeys(KernelSpec(shape, variant, ranks, math) for variant in wanted for math in maths))
 
@@ -189,7 +191,9 @@ def warmup(
     """
     todo = _distinct(specs)
     if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer from 1, or None")
+        raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
     results: dict[KernelSpec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
@@ -207,11 +211,11 @@ def warmup(
 
 def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
     """The specs, each once; raises `ConfigError` if one of them is something else."""
-    given = list(specs) if isinstance(specs, Iterable) and not isinstance(specs, str) else None
+    given = items_of(specs)
     odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec)]
     if given is None or odd:
         allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"specs: {odd[0]!r:.80} given; allowed: {allowed}")
+        raise ConfigError(f"specs: {shown(odd[0])} given; allowed: {allowed}")
     return list(dict.fromkeys(given))
 
 

@@ -21,11 +21,11 @@ from megamoe_jit._device.fault import decode, fault_error
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
 from megamoe_jit._device.wait import be_ready, wait_for_device
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
-from megamoe_jit._layer.group import collectively, gather, require_equal
+from megamoe_jit._layer.group import collectively, gather, group_size, require_equal
 from megamoe_jit._layer.memory import LayerMemory
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import MoEShape, Variant
-from megamoe_jit._text import first_line
+from megamoe_jit._spec import MoEShape, Variant, check_flag, check_int
+from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants, choose
 
 if TYPE_CHECKING:
@@ -104,6 +104,12 @@ class SymmBuffer(LayerMemory):
         group: Any = None,
         max_pool_rows: int = DEFAULT_POOL_ROWS,
     ) -> None:
+        if not isinstance(shape, MoEShape) or not isinstance(device, torch.device):
+            given = f"shape = {shown(shape)}, device = {shown(device)}"
+            raise ConfigError(f"{given}; allowed: a MoEShape and a torch.device, as get_symm_buffer_for_mega_moe gives")
+        group_size(group)  # raises if it is no group
+        check_int("max_tokens", max_tokens)
+        check_int("max_pool_rows", max_pool_rows)
         super().__init__(shape, max_tokens, device, group, max_pool_rows)
         self._prepared: dict[tuple[Variant, bool], PreparedKernel] = {}
         self._plans: dict[tuple[int, str | None, bool, int | None], CallPlan] = {}
@@ -149,6 +155,7 @@ class SymmBuffer(LayerMemory):
             MegaMoeError: it could not be compiled or loaded; see `fp8_mega_moe`.
         """
         variant = Variant.parse(variant)
+        check_flag("fast_math", fast_math)
         self.require_usable()
         prepared = self._prepared.get((variant, fast_math))
         if prepared is None:
@@ -192,7 +199,7 @@ class SymmBuffer(LayerMemory):
         sms, settings = sm_count(self.device), get_settings()
         blocks = sms if num_sms is None else num_sms
         if type(blocks) is not int or not 1 <= blocks <= sms:
-            raise ConfigError(f"num_sms = {blocks!r:.40} is not supported; allowed: 1 to {sms}")
+            raise ConfigError(f"num_sms = {shown(blocks)} is not supported; allowed: 1 to {sms}")
         choice = choose(
             self.shape,
             tokens,
@@ -214,7 +221,7 @@ class SymmBuffer(LayerMemory):
         try:
             plan = self._plans.get(key)
         except TypeError:  # costs nothing where they are what they should be
-            given = f"variant = {variant!r:.40}, fast_math = {fast_math!r:.40}, num_sms = {num_sms!r:.40}"
+            given = f"variant = {shown(variant)}, fast_math = {shown(fast_math)}, num_sms = {shown(num_sms)}"
             raise ConfigError(f"{given}; allowed: a name or None, a bool, a number or None") from None
         if plan is None:
             from megamoe_jit._layer.bound_kernel import CallPlan
@@ -348,6 +355,12 @@ class SymmBuffer(LayerMemory):
         self.buffer = self.local = self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
         if news:
             warnings.warn(news, RuntimeWarning, stacklevel=2)
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a SymmBuffer is memory that its process and its peers know by address, and cannot be copied or sent; "
+            "allowed: get_symm_buffer_for_mega_moe(...) where another one is needed"
+        )
 
     def __del__(self) -> None:
         if not getattr(self, "_destroyed", True) and self.ranks > 1:

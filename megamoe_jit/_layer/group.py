@@ -24,7 +24,7 @@ def group_size(group: Any) -> int:
         return 1
     try:
         return int(group.size())
-    except AttributeError:
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # what is no group may have a `size` of its own
         given = type(group).__name__
         raise ConfigError(f"group: {given} given; allowed: None, or a process group of torch.distributed") from None
 

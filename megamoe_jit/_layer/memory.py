@@ -15,7 +15,7 @@ from megamoe_jit._layer.checks import check_device
 from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import allocate_symmetric
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
-from megamoe_jit._text import first_line
+from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
 
 __all__ = ["LayerMemory"]
@@ -49,9 +49,13 @@ class LayerMemory:
     def _admit(self, max_tokens: int, max_pool_rows: int) -> dict[str, object]:
         """Refuse what no kernel supports, before anything is allocated; what all ranks must have in common."""
         if not 0 < max_tokens <= MAX_TOKENS:
-            raise ConfigError(f"num_max_tokens_per_rank = {max_tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
+            raise ConfigError(
+                f"num_max_tokens_per_rank = {shown(max_tokens)} is not supported; allowed: 1 to {MAX_TOKENS}"
+            )
         if max_pool_rows < MIN_POOL_ROWS:
-            raise ConfigError(f"max_pool_rows = {max_pool_rows} is not supported; allowed: {MIN_POOL_ROWS} or more")
+            raise ConfigError(
+                f"max_pool_rows = {shown(max_pool_rows)} is not supported; allowed: {MIN_POOL_ROWS} or more"
+            )
         check_device(self.device)
         self.spec(Variant.COOPERATIVE, True)
         if self.ranks == 1:

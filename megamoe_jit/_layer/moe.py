@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.calls import fp8_mega_moe, get_symm_buffer_for_mega_moe
-from megamoe_jit._layer.checks import check_clamp, check_tensor
+from megamoe_jit._layer.checks import check_tensor
+from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import quantize_activations, quantize_weights, require_tensor
-from megamoe_jit._layer.weights import WeightPair, require_pair, transform_weights_for_mega_moe_sm90
-from megamoe_jit._spec import BLOCK
+from megamoe_jit._layer.weights import (
+    WeightPair,
+    mark_transformed,
+    readable_scales,
+    require_pair,
+    transform_weights_for_mega_moe_sm90,
+)
+from megamoe_jit._spec import BLOCK, check_clamp, check_flag
 
 __all__ = ["MegaMoE"]
 
@@ -38,7 +48,9 @@ def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, in
     if inplace:
         check_tensor(f"{name} codes", codes, torch.float8_e4m3fn, codes.shape, device)
     experts, rows, depth = codes.shape
-    check_tensor(f"{name} scales", scales, torch.float32, (experts, rows // BLOCK, depth // BLOCK), device)
+    scales = readable_scales(scales)
+    check_tensor(f"{name} scales", scales, torch.float32, (experts, rows // BLOCK, depth // BLOCK), device, align=4)
+    require_plain(name, codes)  # a copy has no mark
     return (codes if inplace else codes.clone(memory_format=torch.contiguous_format)), scales
 
 
@@ -92,6 +104,8 @@ class MegaMoE:
                 f"to fit w13 {tuple(gate_up.shape)}"
             )
         check_clamp("clamp", clamp)
+        check_flag("fast_math", fast_math)
+        check_flag("inplace", inplace)
         self.clamp, self.fast_math = clamp, fast_math
         self.buffer = get_symm_buffer_for_mega_moe(  # it refuses sizes and devices before weights are quantised
             None, experts, max_tokens, topk, hidden, rows // 2, device=gate_up.device
@@ -173,6 +187,26 @@ class MegaMoE:
             y = torch.empty(tokens, self.buffer.hidden, dtype=torch.bfloat16, device=x.device)
             fp8_mega_moe(y, self.l1, self.l2, self.buffer, activation_clamp=self.clamp, fast_math=self.fast_math)
         return y
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MegaMoE:
+        """A layer with weights and a buffer of its own."""
+        buffer = self.buffer
+        buffer.require_usable()
+        shape = buffer.shape
+        made = memo[id(self)] = object.__new__(type(self))
+        more = {name: value for name, value in vars(self).items() if name not in ("l1", "l2", "buffer")}
+        made.__dict__.update(copy.deepcopy(more, memo))
+        made.buffer = get_symm_buffer_for_mega_moe(
+            *(None, shape.experts, buffer.num_max_tokens_per_rank, shape.topk, shape.hidden, shape.intermediate),
+            device=buffer.device,
+        )
+        try:
+            made.l1, made.l2 = ((codes.clone(), scales.clone()) for codes, scales in (self.l1, self.l2))
+            mark_transformed(made.l1, made.l2)
+        except BaseException:
+            made.buffer.destroy()
+            raise
+        return made
 
     def check(self) -> None:
         """Wait for the device and raise if a kernel of this layer gave up.

@@ -54,8 +54,12 @@ def _require_pair(name: str, codes: torch.Tensor, scales: torch.Tensor, ndim: st
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raise `ConfigError` unless `value` is a tensor."""
+    """Raise `ConfigError` unless `value` is a tensor with a number at each place: dense, not nested, not quantised."""
     _require(isinstance(value, torch.Tensor), f"{name}: {type(value).__name__} given; allowed: a torch.Tensor")
+    assert isinstance(value, torch.Tensor)
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:  # all that torch.compile sees of it
+        odd = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise ConfigError(f"{name} is a {odd} tensor; allowed: a dense one (torch.strided)")
 
 
 def _encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

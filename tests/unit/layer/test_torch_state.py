@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import megamoe_jit as mm
+from megamoe_jit import reference
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._check.verify import run_scenario
 from megamoe_jit._device.capture import refuse_capture
@@ -187,12 +188,13 @@ def test_verify_gives_the_same_verdict_in_every_state(cuda: Cuda, name: str):
         assert repr(outcome) == repr(plain)
 
 
-def test_the_reference_puts_back_what_the_caller_had_set():
+def test_the_reference_puts_back_what_the_caller_had_set(monkeypatch: pytest.MonkeyPatch):
     inputs = (*mm.quantize_activations(X), IDS, ROUTED, DRAWN.l1, DRAWN.l2)
     with STATES["deterministic"](), STATES["bfloat16 products"](), STATES["autocast"]():
         moe_reference(*inputs)
-        with pytest.raises(RuntimeError):
-            moe_reference(*inputs[:-1], (DRAWN.l1[0], DRAWN.l1[1]))  # of another size: fails inside
+        monkeypatch.setattr(reference, "_expert", lambda *_, **__: 1 / 0)  # fails inside
+        with pytest.raises(ZeroDivisionError):
+            moe_reference(*inputs)
         assert torch.get_deterministic_debug_mode() == 2
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.is_autocast_enabled("cpu")

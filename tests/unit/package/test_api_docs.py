@@ -35,7 +35,7 @@ def section(described: object, name: str) -> str:
 
 
 def names_in(text: str) -> set[str]:
-    return set(re.findall(r"^    (\w+):", text, re.MULTILINE))
+    return {name for names in re.findall(r"^    (\w+(?:, \w+)*):", text, re.MULTILINE) for name in names.split(", ")}
 
 
 def test_the_page_names_everything_that_is_public_and_nothing_else():
