@@ -10,6 +10,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -51,6 +52,12 @@ def leaf_commands(command: click.Command = cli, path: tuple[str, ...] = ()) -> l
     return [leaf for name, sub in command.commands.items() for leaf in leaf_commands(sub, (*path, name))]
 
 
+def _take_terminal(slave: int) -> None:
+    """In the child: the terminal is its own, and Ctrl-C reaches it even where the tests run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """A process on a pseudo-terminal of its own, which is its controlling one: Ctrl-C works.
 
@@ -72,7 +79,7 @@ class Terminal:
             stderr=slave,
             env={**env, "TERM": "xterm", **environ},
             start_new_session=True,
-            preexec_fn=functools.partial(fcntl.ioctl, slave, termios.TIOCSCTTY, 0),
+            preexec_fn=functools.partial(_take_terminal, slave),
         )
         os.close(slave)
         self.output = ""

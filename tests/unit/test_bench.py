@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +21,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._grouped_gemm import Dequantised
 from megamoe_jit._settings import override
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._version import __version__
 from megamoe_jit._weights import (
     inverse_transform_weights_for_mega_moe_sm90,
     transform_weights_for_mega_moe_sm90,
@@ -227,8 +231,28 @@ def test_what_is_no_number_becomes_null(tmp_path: Path):
     assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": [{"diff": None}]}
 
 
-def test_commit_names_something():
-    assert _bench_report.commit()
+def git(folder: Path, *words: str) -> str:
+    """Run git with an identity of its own and no settings of the user's."""
+    own = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    own |= {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    done = subprocess.run(["git", *words], cwd=folder, env={**os.environ, **own}, capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_measurement_names_the_commit_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_bench_report, "_ROOT", tmp_path)
+    assert _bench_report.commit() == f"v{__version__}", "no checkout"
+    git(tmp_path, "init", "--quiet")
+    assert _bench_report.commit() == f"v{__version__}", "nothing committed"
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "-m", "first")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert _bench_report.commit() == head[:12]
+    (tmp_path / "changed").touch()
+    assert _bench_report.commit() == f"{head[:12]}-dirty"
+    git(tmp_path, "add", "changed")
+    git(tmp_path, "commit", "--quiet", "-m", "second")
+    assert _bench_report.commit() == git(tmp_path, "rev-parse", "HEAD")[:12] != head[:12]
 
 
 @pytest.mark.parametrize("error", [0.0, 0.5])
