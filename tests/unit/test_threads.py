@@ -123,9 +123,9 @@ def test_child_of_a_fork_compiles_what_a_thread_of_its_parent_was_compiling(plac
 def locks() -> list[Any]:
     """Every lock that a module of the package keeps, or an object that such a module keeps."""
     modules = [vars(module) for name, module in sys.modules.items() if name.split(".")[0] == "megamoe_jit"]
-    kept = [value for space in modules for name, value in space.items() if not name.startswith("__")]
-    ours = [vars(each) for each in kept if type(each).__module__.startswith("megamoe_jit") and hasattr(each, "__dict__")]
-    found = [value for space in (*modules, *ours) for value in space.values()]
+    kept = [value for space in modules for value in space.values() if hasattr(value, "__dict__")]
+    objects = [vars(each) for each in kept if type(each).__module__.startswith("megamoe_jit")]
+    found = [value for space in (*modules, *objects) for value in space.values()]
     kinds = (type(threading.Lock()), type(threading.RLock()))
     return list({id(lock): lock for lock in found if isinstance(lock, kinds)}.values())
 
