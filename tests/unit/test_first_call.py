@@ -16,7 +16,10 @@ from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._spawn import World, describe, run_ranks
 from megamoe_jit._spec import MoEShape
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
+    pytest.mark.xdist_group("first call"),
+]
 SHAPE, ZEROS = MoEShape(256, 128, 4, 2), torch.zeros
 
 

@@ -24,6 +24,7 @@ class Layer:
         self.mistake = mistake
         self.calls = []
         self.alive = 0
+        self._transformed = None
 
     def get_symm_buffer_for_mega_moe(self, group, experts, capacity, topk, hidden, intermediate):
         assert group is None
@@ -46,7 +47,9 @@ class Layer:
         t = y.shape[0]
         assert y.isnan().all()
         views = buffer.x[:t], buffer.x_sf[:t], buffer.topk_idx[:t], buffer.topk_weights[:t]
-        l1, l2 = inverse_transform_weights_for_mega_moe_sm90(l1, l2)
+        if self._transformed is None or self._transformed[0][0] is not l1[0]:  # scenarios of one shape share them
+            self._transformed, self._weights = (l1, l2), inverse_transform_weights_for_mega_moe_sm90(l1, l2)
+        l1, l2 = self._weights
         y.copy_(moe_reference(*views, l1, l2, activation_clamp=activation_clamp))
         stats += expert_counts(views[2], stats.numel())
         if self.mistake is not None:
