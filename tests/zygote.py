@@ -36,8 +36,9 @@ class Zygote:
         self._lock = threading.Lock()
         self._started_with = _at_start(os.environ)
         with other:
-            code = f"import sys; sys.path.insert(0, {str(REPO)!r}); from tests.zygote import serve; serve({other.fileno()})"
-            self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[other.fileno()])
+            code = f"import sys; sys.path.insert(0, {str(REPO)!r}); from tests.zygote import serve; serve()"
+            words = [sys.executable, "-c", code, str(other.fileno())]
+            self._process = subprocess.Popen(words, pass_fds=[other.fileno()])
 
     def can_run(self, environ: Mapping[str, str]) -> bool:
         """Whether an interpreter would start in this environment as the zygote did."""
@@ -98,9 +99,9 @@ def preload() -> None:
         del sys.modules[name]
 
 
-def serve(descriptor: int) -> None:
-    """Fork for each request until nobody is there to ask."""
-    channel = socket.socket(fileno=descriptor)
+def serve() -> None:
+    """Fork for each request, which come through the handle that is the argument, until nobody is there to ask."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
     preload()
     gc.collect()
     gc.freeze()  # a child would otherwise copy what it only counts
@@ -125,9 +126,9 @@ def become(request: dict[str, object], streams: list[int]) -> None:
     for target, stream in enumerate(streams):
         os.dup2(stream, target)
         os.close(stream)
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115 - for as long as the process runs
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["cwd"])

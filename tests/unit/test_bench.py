@@ -202,6 +202,13 @@ def test_the_unfused_layer_takes_turns(layer: Layer, monkeypatch: pytest.MonkeyP
     assert rows[0].baseline is None, "a time of nothing is no time"
 
 
+def test_only_the_later_half_of_a_burst_counts(monkeypatch: pytest.MonkeyPatch):
+    """Its median: the clock of the GPU has come down by then."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    pairs = [(SimpleNamespace(elapsed_time=lambda _, ms=ms: ms), None) for ms in (9.0, 9.0, 9.0, 0.1, 0.3, 0.2)]
+    assert _timing.second_half(pairs) == pytest.approx(200)
+
+
 def test_default_cases():
     work = _bench.default_cases(map(preset, ("v4-flash", "mimo-v2.5")))
     assert [case.tokens for case in work if case.name == "v4-flash"] == [1, 2, 4, 8, 16, 32, *_bench.DEFAULT_TOKENS[1:]]

@@ -227,6 +227,13 @@ def test_a_row_is_nan_in_the_columns_where_the_reference_is_and_in_no_other(wron
     assert verdict.reason == "1 rows are not NaN where the reference is, first 1"
 
 
+def test_judge_looks_at_every_number_of_a_row():
+    expected = torch.ones(4, 128, dtype=torch.bfloat16)
+    y = expected.clone()
+    y[2, 5] = float("inf")
+    assert judge(y, expected).reason.startswith("1 rows are not finite, first 2")
+
+
 def test_outcome_is_plain_data():
     outcome = Outcome("a", "auto", 1e-5, 2e-5, True, True, "")
     assert outcome.to_json() == {
