@@ -124,7 +124,8 @@ MUTANTS = (
         "heuristics/select.py",
         "    if variant != AUTO:\n",
         "    from megamoe_jit._settings import get_settings\n"
-        "    cooperative_threshold = cooperative_threshold or get_settings().cooperative_threshold\n"
+        "    if cooperative_threshold is None:\n"
+        "        cooperative_threshold = get_settings().cooperative_threshold\n"
         "    if variant != AUTO:\n",
         "test_select.py::test_a_choice_depends_on_nothing_but_its_arguments",
     ),
@@ -157,10 +158,10 @@ MUTANTS = (
         "test_cli_terminal.py::test_ctrl_c_at_a_question_removes_nothing",
     ),
     Mutant(
-        "kernels: TMA reads rows without a fence after the stores that wrote them",
+        "kernels: rows of a ring are loaded before the second GEMM is done with those they replace",
         "kernels_src/roles/load.cuh",
-        "        ptx::fence_async_global();   // the rows were",
-        "        // the rows were",
+        "if (first && tile.row >= p.pool_rows)",
+        "if (first && tile.row >= 2 * p.pool_rows)",
         "test_protocol_sim.py::test_any_interleaving_gives_the_right_result[1]",
     ),
     Mutant(
