@@ -19,7 +19,7 @@ ifeq ($(NO_VENV),)
 VENV ?= $(if $(filter cu12,$(STACK)),.venv,.venv-$(STACK))
 PY := $(VENV)/bin/python
 stamp = $(VENV)/.ready-$(1)
-WORKERS := -n auto --dist loadgroup
+WORKERS := -n auto --dist loadfile
 else
 PY := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))

@@ -47,7 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the tests a cache of their own, shared by the workers of a run, before anything reads settings."""
     global _cache_dir
     config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which may not be installed")
-    config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist: tests of one worker, which share a fixture")
     if hasattr(config, "workerinput"):
         return
     if config.getoption("--require-gpu"):

@@ -16,10 +16,7 @@ from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._spawn import World, describe, run_ranks
 from megamoe_jit._spec import MoEShape
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
-    pytest.mark.xdist_group("first call"),
-]
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 SHAPE, ZEROS = MoEShape(256, 128, 4, 2), torch.zeros
 
 

@@ -71,7 +71,6 @@ cases = st.builds(
     st.sampled_from((2048, 4096, 1 << 20)),
 ).map(lambda c: c._replace(intermediate=dict(SIZES)[c.hidden]))
 quick = settings(max_examples=60)
-pytestmark = pytest.mark.xdist_group("order")
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,6 @@ MISTAKES = (
 STALE_EPOCH, BLIND_ORDER, NO_INPUTS, NO_RESULTS, LONELY_SIDE, OLD_SIDES, OTHER_SIDE = 201, 202, 203, 204, 205, 206, 207
 
 Build = Callable[..., Simulator]
-pytestmark = pytest.mark.xdist_group("protocol")  # programs take seconds to build
 
 
 @pytest.fixture(scope="module")

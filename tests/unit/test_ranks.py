@@ -16,10 +16,7 @@ from megamoe_jit._collect import collect, joined
 from megamoe_jit._errors import CompileError, ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
 from megamoe_jit._spawn import World, describe, run_ranks
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
-    pytest.mark.xdist_group("ranks"),
-]
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
 
 def _failure(action):
