@@ -26,7 +26,7 @@ from typing import Any
 import click
 import jsonschema
 
-from megamoe_jit._cache import KernelCache
+from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cli import cli
 from tests.zygote import Zygote
 

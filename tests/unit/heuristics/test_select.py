@@ -1,0 +1,96 @@
+"""Choosing a kernel: pure, explained, and covering what a call can pick."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
+from megamoe_jit.heuristics import all_variants, choose
+
+SHAPE = MoEShape(4096, 2048, 256, 6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "variant"),
+    [
+        (0, Variant.PINGPONG),
+        (1, Variant.PINGPONG),
+        (255, Variant.PINGPONG),
+        (256, Variant.COOPERATIVE),
+        (257, Variant.COOPERATIVE),
+        (MAX_TOKENS, Variant.COOPERATIVE),
+    ],
+)
+def test_the_boundary_is_256_tokens(tokens, variant):
+    choice = choose(SHAPE, tokens)
+    assert choice.variant is variant
+    assert choice.reasons[0].startswith(f"{variant.value}: {tokens} tokens per rank")
+    assert "256" in choice.reasons[0]
+
+
+def test_the_boundary_can_be_moved():
+    assert choose(SHAPE, 99, cooperative_threshold=100).variant is Variant.PINGPONG
+    assert choose(SHAPE, 100, cooperative_threshold=100).variant is Variant.COOPERATIVE
+    assert choose(SHAPE, 0, cooperative_threshold=0).variant is Variant.COOPERATIVE
+    assert choose(SHAPE, 255, cooperative_threshold=256) == choose(SHAPE, 255)
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("tokens", [0, 255, 256, 8192])
+def test_a_forced_variant_is_honoured(variant, tokens):
+    choice = choose(SHAPE, tokens, variant=variant.value)
+    assert choice.variant is variant
+    assert "asked for, by the call or by MEGAMOE_JIT_VARIANT" in choice.reasons[0]
+
+
+def test_parameters():
+    assert choose(SHAPE, 64).lag_tiles == 264
+    assert choose(SHAPE, 64, num_sms=37).lag_tiles == 74
+    assert choose(SHAPE, 1365).rows_per_item == 1  # 8190 token-slots
+    assert choose(SHAPE, 1366).rows_per_item == 8
+
+
+def test_reasons_name_every_decision_and_the_load():
+    reasons = " | ".join(choose(SHAPE, 1024, ranks=8).reasons)
+    for word in ("cooperative", "lag_tiles 264", "rows_per_item 1", "192.0 rows per expert", "8 rank"):
+        assert word in reasons
+
+
+CALLS = [
+    {"shape": shape, "tokens": tokens, "ranks": ranks, "gpu": gpu, "num_sms": sms}
+    for shape in (SHAPE, MoEShape(2048, 768, 128, 8))
+    for tokens in (1, 255, 300, 8192)
+    for ranks, gpu, sms in ((1, None, 132), (8, None, 132), (8, "NVIDIA H200", 132), (1, "NVIDIA H200", 78))
+]
+
+
+def test_a_choice_depends_on_nothing_but_its_arguments():
+    """Not on the calls before it, nor on settings, which are the caller's to hand over."""
+    before = [choose(**call) for call in CALLS]
+    with override(variant="cooperative", cooperative_threshold=1):
+        after = [choose(**call) for call in reversed(CALLS)][::-1]
+    assert before == after
+    assert len(set(before)) == len(CALLS), "each argument counts"
+
+
+def test_all_variants_covers_every_token_count():
+    reachable = {choose(SHAPE, tokens).variant for tokens in range(0, 2048, 5)}
+    assert set(all_variants(SHAPE)) == reachable == set(Variant)
+
+
+def test_refusals():
+    for tokens in (-1, MAX_TOKENS + 1):
+        with pytest.raises(ConfigError, match=f"tokens = {tokens} is not supported; allowed: 0 to 32768"):
+            choose(SHAPE, tokens)
+    with pytest.raises(ConfigError, match="num_sms = 0"):
+        choose(SHAPE, 1, num_sms=0)
+    with pytest.raises(ConfigError, match="'turbo'; allowed: pingpong, cooperative"):
+        choose(SHAPE, 1, variant="turbo")
+
+
+def test_choosing_does_not_import_torch():
+    code = "import sys, megamoe_jit.heuristics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
