@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._check import Check, Status
-from megamoe_jit._errors import MegaMoeError
+from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._machine import Machine
 from megamoe_jit._settings import get_settings
 
@@ -76,6 +76,8 @@ def check_sources() -> Check:
         root = kernels_dir()
         data["path"] = str(root)
         files = {name for each in Variant for name in render(KernelSpec(MoEShape(256, 128, 8, 2), each)).files}
+    except ToolchainError as error:  # the message says what to install
+        return Check("sources", Status.FAIL, str(error), "install what the message names", data)
     except MegaMoeError as error:
         return Check("sources", Status.FAIL, str(error), step, data)
     return Check("sources", Status.OK, f"{root}, {len(files)} files", "", data)

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import shown
 
 __all__ = [
     "MAX_EXPERTS",
@@ -61,12 +62,13 @@ class Variant(StrEnum):
 
 def _check(ok: bool, what: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{what} = {value} is not supported; allowed: {allowed}")
+        text = value if isinstance(value, str) else shown(value)
+        raise ConfigError(f"{what} = {text} is not supported; allowed: {allowed}")
 
 
 def check_int(what: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is an integer, which a bool is not."""
-    _check(type(value) is int, what, f"{value!r:.80}", "an integer")
+    _check(type(value) is int, what, shown(value), "an integer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +103,10 @@ class KernelSpec:
     timeline: bool = False  #: the kernel writes down where its time goes (`_timeline`)
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.shape, MoEShape), "shape", f"{self.shape!r:.80}", "a MoEShape")
-        _check(isinstance(self.variant, Variant), "variant", f"{self.variant!r:.80}", "a member of Variant")
+        _check(isinstance(self.shape, MoEShape), "shape", shown(self.shape), "a MoEShape")
+        _check(isinstance(self.variant, Variant), "variant", shown(self.variant), "a member of Variant")
         for name, flag in (("fast_math", self.fast_math), ("timeline", self.timeline)):
-            _check(type(flag) is bool, name, f"{flag!r:.80}", "True or False")
+            _check(type(flag) is bool, name, shown(flag), "True or False")
         check_int("ranks", self.ranks)
         _check(1 <= self.ranks <= MAX_RANKS, "ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(

@@ -2,7 +2,45 @@
 
 from __future__ import annotations
 
-__all__ = ["first_line", "human_bytes"]
+from collections.abc import Iterable
+
+__all__ = ["first_line", "human_bytes", "one_line", "printable", "several", "shown"]
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    r"""The text with whatever could steer a terminal, or not be written to one, as escapes: `\x1b`, `\u202e`, `\udcff`.
+
+    Names from packs, files and the environment may hold anything; what no terminal draws is spelled out.
+
+    Args:
+        text: to be shown.
+        keep: characters that stay although they are not printable.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode("ascii") for char in text
+    )
+
+
+def one_line(text: str) -> str:
+    """The text as a part of one line: `printable`, line ends and tabs too."""
+    return printable(text, keep="")
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value somebody wrote, for a message: its `repr`, cut short, in one line, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits; too many lists in each other
+        text = f"a {type(value).__name__} too long to show"
+    return one_line(text if len(text) <= most else f"{text[: most - 3]}...")
+
+
+def several(items: Iterable[str], most: int = 20) -> str:
+    """Items separated by commas; how many there are beyond the first ones."""
+    names = [one_line(item) for item in items]
+    return ", ".join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
 
 
 def first_line(error: BaseException) -> str:
