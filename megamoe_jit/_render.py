@@ -131,8 +131,10 @@ def _marked(name: str, text: str) -> tuple[str, list[int]]:
 def _render_entry(root: Path, spec: KernelSpec) -> str:
     try:
         import jinja2
-    except ModuleNotFoundError as error:
-        raise ToolchainError(f"kernels are rendered by jinja2, which is missing: {error}. {_INSTALL}") from None
+    except ModuleNotFoundError:
+        raise ToolchainError(
+            f"rendering needs the Python package 'jinja2', which is not installed. {_INSTALL}"
+        ) from None
 
     from megamoe_jit._template import render_template
 

@@ -221,10 +221,13 @@ def bench(
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
     _refuse_early(output, picture)
-    from megamoe_jit import _bench
+    from megamoe_jit._driver import refuse_without_gpu
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets = parse_shapes(names)
+    refuse_without_gpu()
+    from megamoe_jit import _bench
+
     wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
     if several > 1:
         found = bench_document(presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False)

@@ -112,11 +112,19 @@ def tune(
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
     _refuse_early(data, measure, target, write_table)
-    from megamoe_jit import _tune, _tune_table
     from megamoe_jit._spec import Variant
     from megamoe_jit.heuristics.presets import parse_shapes
+    from megamoe_jit.heuristics.tables import check_choices
 
-    presets, counts = parse_shapes(names), tokens or _tune.DEFAULT_TOKENS
+    presets = parse_shapes(names)
+    check_choices(lags or (), rows or ())
+    if measure:
+        from megamoe_jit._driver import refuse_without_gpu
+
+        refuse_without_gpu()
+    from megamoe_jit import _tune, _tune_table
+
+    counts = tokens or _tune.DEFAULT_TOKENS
     measured = 0
 
     def finished(cell: dict[str, Any], now: bool) -> None:

@@ -104,6 +104,10 @@ def verify(
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
     variants = variants or ("pingpong", "cooperative")
+    if not only_list:
+        from megamoe_jit._driver import refuse_without_gpu
+
+        refuse_without_gpu()
     from megamoe_jit._scenarios import select
 
     several = rank_count(ranks)
