@@ -36,7 +36,7 @@ _BY_CODE = {
     46: Advice(
         "the GPU is busy or not available: another process has it in exclusive mode, MIG has no instances, or it is "
         "not ready for confidential computing",
-        "`nvidia-smi -q -d COMPUTE` shows the mode, `nvidia-smi mig -lgi` the instances; end the other process, or make one",
+        "`nvidia-smi -q -d COMPUTE` shows the mode, `nvidia-smi mig -lgi` the instances; end that process, or make one",
     ),
     100: Advice(
         "the driver is there, but no GPU is visible to this process",

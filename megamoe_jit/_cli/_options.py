@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -68,7 +69,7 @@ def _keys_beginning(incomplete: str, read_only_too: bool) -> list[CompletionItem
     before, log.disabled = log.disabled, True  # a shell waits for this: no answer is better than a warning
     try:
         caches = all_caches() if read_only_too else all_caches()[:1]
-        names = {info.key[:12]: info.entry for each in caches for info in each.entries()}
+        names = {info.key[:12]: one_line(info.entry) for each in caches for info in each.entries()}
         return [CompletionItem(key, help=name) for key, name in names.items() if key.startswith(incomplete[:12])]
     except Exception:  # nor a traceback
         return []

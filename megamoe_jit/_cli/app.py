@@ -16,6 +16,7 @@ import click
 from megamoe_jit._cli._io import ExitCode, say
 from megamoe_jit._cli.completion import COMPLETE_VARIABLE
 from megamoe_jit._errors import ConfigError, LoadError, MegaMoeError, ToolchainError, UnsupportedDeviceError
+from megamoe_jit._text import printable
 from megamoe_jit._version import __version__
 
 __all__ = ["SUMMARIES", "cli", "main"]
@@ -96,6 +97,16 @@ def _say_refusal(error: OSError) -> None:
             os.close(null)
 
 
+@contextlib.contextmanager
+def _printable_errors() -> Iterator[None]:
+    """What click says of an argument holds the argument, which is a file's name as often as not."""
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = printable(error.message)  # click declares it final
+        raise
+
+
 class _Group(click.Group):
     """Turns the library's errors, and the operating system's, into one message on standard error and an exit code."""
 
@@ -119,9 +130,14 @@ class _Group(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(SUMMARIES.items()))
 
+    def make_context(self, *args: Any, **named: Any) -> click.Context:
+        with _printable_errors():
+            return super().make_context(*args, **named)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_errors():
+                return super().invoke(ctx)
         except MegaMoeError as error:
             say(f"Error: {error}")
             ctx.exit(_exit_code(error))

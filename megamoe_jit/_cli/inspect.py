@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, say, table
+from megamoe_jit._cli._io import copy_out, document, emit_json, human_bytes, json_option, say, show, table
 from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key, parse_spec
 
 __all__ = ["inspect"]
@@ -99,5 +99,7 @@ def inspect(kernel: str, views: tuple[str, ...], as_json: bool) -> None:
         text = source
     if as_json:
         emit_json(document("inspect", view=view, resources=facts, text=text, tool=tool))
+    elif text is None:
+        show(_resources_text(facts))
     else:
-        click.echo(_resources_text(facts) if text is None else text.rstrip("\n"))
+        copy_out(text.rstrip("\n"), nl=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option, table
+from megamoe_jit._cli._io import document, emit_json, json_option, show, table
 
 __all__ = ["shapes"]
 
@@ -38,4 +38,4 @@ def ls(as_json: bool) -> None:
         for p in presets
     ]
     headers = ("NAME", "HIDDEN", "INTERMEDIATE", "EXPERTS", "TOPK", "RANKS", "SOURCE")
-    click.echo(table(headers, rows_of_text, left=(0, 6)))
+    show(table(headers, rows_of_text, left=(0, 6)))

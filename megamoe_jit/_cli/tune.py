@@ -15,6 +15,7 @@ from megamoe_jit._cli._io import (
     must_be_writable,
     progress_line,
     say,
+    show,
     table,
 )
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
@@ -147,7 +148,7 @@ def tune(
     else:
         cells = _tune.read(data)
     if not as_json:
-        click.echo(table(("SHAPE", "TOKENS", "BEST", "us", "BY VARIANT"), [_row(c) for c in cells], left=(0, 2, 4)))
+        show(table(("SHAPE", "TOKENS", "BEST", "us", "BY VARIANT"), [_row(c) for c in cells], left=(0, 2, 4)))
     written = _tune_table.write_table(_tune.read(data), target) if write_table else None
     wrong = sum(not time["correct"] for cell in cells for time in cell["times"])
     if as_json:

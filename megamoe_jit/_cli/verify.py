@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
 from megamoe_jit._errors import ToolchainError
@@ -121,7 +121,7 @@ def verify(
         if as_json:
             emit_json(document("scenarios", scenarios=names))
         else:
-            click.echo("\n".join(names))
+            show("\n".join(names))
         return
 
     from megamoe_jit._bench import require_hopper
@@ -168,7 +168,7 @@ def verify(
             )
             for o in outcomes
         ]
-        click.echo(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
+        show(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
     say(f"{len(outcomes) - len(failed)} passed, {len(failed)} failed, {expected - len(outcomes)} not run")
     if failed or len(outcomes) < expected:
         raise click.exceptions.Exit(ExitCode.FAILED)
