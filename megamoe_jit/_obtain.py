@@ -19,6 +19,7 @@ from megamoe_jit._cache import CacheEntry, KernelCache, cache_key, searched_cach
 from megamoe_jit._compiler import CompileResult, compile_source, options_for
 from megamoe_jit._entry import source_id
 from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
+from megamoe_jit._interrupt import check as check_interrupted
 from megamoe_jit._locks import key_lock
 from megamoe_jit._render import RenderedSource, render
 from megamoe_jit._settings import Settings, get_settings
@@ -209,6 +210,7 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
     key, cache = wanted.key, None if settings.no_cache else user_cache()
 
     def published() -> bool:
+        check_interrupted()
         return not force and cache is not None and cache.holds(key)
 
     with key_lock(key, spec.entry, published):

@@ -9,21 +9,24 @@ does not matter. A process that is sealed compiles nothing any more.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from megamoe_jit._cache import KernelCache, cache_key, user_cache
 from megamoe_jit._compiler import options_for
 from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
+from megamoe_jit._interrupt import obey
 from megamoe_jit._obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._render import render
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._text import several
 from megamoe_jit._toolchain import ARCH, find_toolchain
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("megamoe_jit")
+_QUICK_S = 0.1  #: a thread that waits for a lock looks up more often than that
 _BY_NAME = 'preset("v4-flash").shape'  # in messages
 
 
@@ -175,7 +179,8 @@ def warmup(
         specs: the kernels; repeated ones count once.
         jobs: threads; the settings' number if None.
         force: compile even what is cached, and replace it.
-        progress: called in this thread with each result as it comes.
+        progress: called in this thread with each result as it comes; after an interruption with those that were too
+            far on to be left.
 
     Returns:
         One result per kernel, in the order given.  Failures are results too, not exceptions.
@@ -188,17 +193,50 @@ def warmup(
         raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer from 1, or None")
     results: dict[KernelSpec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
-    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
+    stop = threading.Event()
+    pool = concurrent.futures.ThreadPoolExecutor(
+        workers, thread_name_prefix="megamoe-jit-warmup", initializer=obey, initargs=(stop,)
+    )
+
+    def report(future: concurrent.futures.Future[WarmupResult]) -> None:
+        result = future.result()
+        results[result.spec] = result
+        if progress is not None:
+            progress(result)
+
+    futures = {pool.submit(_warm_one, spec, force): spec for spec in todo}
     try:
-        futures = [pool.submit(_warm_one, spec, force) for spec in todo]
         for future in concurrent.futures.as_completed(futures):
-            result = future.result()
-            results[result.spec] = result
-            if progress is not None:
-                progress(result)
+            report(future)
+    except KeyboardInterrupt:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        _tell_running(futures)
+        pool.shutdown(wait=True)
+        for future in _finished(futures):
+            if futures[future] not in results:
+                with contextlib.suppress(Exception):  # of `progress`: the interruption counts
+                    report(future)
+        raise
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
     return [results[spec] for spec in todo]
+
+
+def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], KernelSpec]) -> None:
+    """Say at once what an interrupted warmup still waits for: a kernel that NVRTC has begun on cannot be left alone."""
+    running = [future for future in futures if future.running()]
+    _, left = concurrent.futures.wait(running, timeout=_QUICK_S)  # what waited for another process ends by itself
+    if left:
+        names = several((spec.entry for future, spec in futures.items() if future in left), 3)
+        LOG.warning("interrupted; waiting for what is being compiled, to keep it (Ctrl-C again leaves it): %s", names)
+
+
+def _finished(
+    futures: Iterable[concurrent.futures.Future[WarmupResult]],
+) -> list[concurrent.futures.Future[WarmupResult]]:
+    return [each for each in futures if each.done() and not each.cancelled() and each.exception() is None]
 
 
 def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:

@@ -8,8 +8,9 @@ import importlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterator, MutableMapping
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -172,4 +173,21 @@ def main() -> None:
     try:
         cli(prog_name="megamoe-jit", complete_var=COMPLETE_VARIABLE)
     except KeyboardInterrupt:  # before or after a command; during one the group answers
-        sys.exit(ExitCode.INTERRUPTED)
+        _leave()
+    except SystemExit as end:
+        if end.code == ExitCode.INTERRUPTED:
+            _leave()
+        raise
+
+
+def _leave() -> NoReturn:
+    """End an interrupted process, at once even if a thread of it still compiles: a second Ctrl-C means that.
+
+    A cache takes no harm from that: kernels are published by one rename.
+    """
+    if threading.active_count() > 1:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(ExitCode.INTERRUPTED)
+    sys.exit(ExitCode.INTERRUPTED)

@@ -34,10 +34,13 @@ def _load(kernel: str) -> tuple[str, bytes, str, dict[str, Any]]:
         cubin, source, meta = load_entry(kernel)
         return str(meta["key"]), cubin, source, meta
     from megamoe_jit._render import render
-    from megamoe_jit._runtime import get_kernel
+    from megamoe_jit._runtime import warmup
 
     spec = parse_spec(kernel)
-    found = get_kernel(spec)
+    (result,) = warmup([spec])  # in a thread: an interrupt is answered while NVRTC is at work
+    if result.kernel is None:
+        raise result.error or RuntimeError(f"{spec.entry} came to nothing")
+    found = result.kernel
     if found.origin == "compiled":
         say(f"{spec.entry} was not cached: compiled in {found.seconds:.2f} s")
     return found.key, found.cubin, render(spec).text, found.meta
