@@ -40,24 +40,45 @@ def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     return Variant.COOPERATIVE, f"cooperative: {why}"
 
 
-def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int) -> tuple[Variant, str]:
+def _unmeasured(table: Table, shape: MoEShape, ranks: int) -> str:
+    """That one rank's shape was not measured, and which share of the same layer was, if one was."""
+    shares = sorted(
+        (known.experts for known in table.rules if replace(known, experts=shape.experts) == shape), reverse=True
+    )
+    fitting = [share for share in shares if shape.experts * ranks % share == 0]
+    if not fitting:
+        return f"nobody measured this shape on {table.devices[0]}"
+    needed = shape.experts * ranks // fitting[0]
+    return (
+        f"nobody measured {shape.experts} experts of this shape on one {table.devices[0]}, but {fitting[0]}, "
+        f"which is one rank of {needed} (--ranks {needed})"
+    )
+
+
+def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int, ranks: int) -> tuple[Variant, str]:
     times = {v: expected_us(model, shape, tokens, v, num_sms) for v, model in table.models.items()}
     picked = min(times, key=lambda v: times[v] * (1.0 if v is Variant.COOPERATIVE else DOUBT))
     listed = ", ".join(f"{v.value} {time:.0f} us" for v, time in times.items())
-    why = f"nobody measured this shape on {table.devices[0]}; its model says {listed}"
+    why = f"{_unmeasured(table, shape, ranks)}; its model says {listed}"
     if len(times) > 1:
         why += f"; pingpong is taken only where cooperative would take at least {100 * (DOUBT - 1):.0f} % longer"
     return picked, f"{picked.value}: {why}"
 
 
 def _pick(
-    shape: MoEShape, tokens: int, threshold: int | None, table: Table | None, rule: Rule | None, num_sms: int
+    shape: MoEShape,
+    tokens: int,
+    threshold: int | None,
+    table: Table | None,
+    rule: Rule | None,
+    num_sms: int,
+    ranks: int,
 ) -> tuple[Variant, str]:
     """What `auto` takes, and why; `shape` has the experts of one rank."""
     if threshold is not None or table is None or (rule is None and not table.models):
         return _by_threshold(tokens, COOPERATIVE_THRESHOLD if threshold is None else threshold)
     if rule is None:
-        return _by_model(table, shape, tokens, num_sms)
+        return _by_model(table, shape, tokens, num_sms, ranks)
     where = table.where(shape, rule)
     place = f"{where}, measured on {table.devices[0]} ({table.date[:10]})"
     return rule.variant, f"{rule.variant.value}: within 1 % of the best {place}"
@@ -100,7 +121,7 @@ def choose(
     if variant != AUTO:
         picked, reason = Variant.parse(variant), f"{variant}: asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
-        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms)
+        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms, ranks)
     rows = tokens * shape.topk
     load = rows * ranks / shape.experts
     reasons = [

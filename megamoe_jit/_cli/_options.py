@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TIMED_SHAPES",
     "VARIANTS",
+    "FullSummaries",
     "cache_dir_option",
     "complete_key",
     "complete_kernel",
@@ -47,6 +48,15 @@ VARIANTS = ("auto", "pingpong", "cooperative")
 
 _KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 _SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)(_timeline)?")
+
+
+class FullSummaries(click.Group):
+    """A group whose help shows the whole first sentence of each command."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
 
 
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, MutableMapping
@@ -98,12 +99,23 @@ def _say_refusal(error: OSError) -> None:
             os.close(null)
 
 
+def _hint(error: click.UsageError) -> str:
+    """What somebody meant who named shapes without the option for it."""
+    extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", error.message)
+    command = error.ctx.command if error.ctx is not None else None
+    if not extra or command is None or not any("--shapes" in parameter.opts for parameter in command.params):
+        return ""
+    return f"; shapes are named with --shapes: megamoe-jit {command.name} --shapes {extra[1].replace(' ', ',')}"
+
+
 @contextlib.contextmanager
 def _printable_errors() -> Iterator[None]:
     """What click says of an argument holds the argument, which is a file's name as often as not."""
     try:
         yield
     except click.ClickException as error:
+        if isinstance(error, click.UsageError):
+            vars(error)["message"] += _hint(error)
         vars(error)["message"] = printable(error.message)  # click declares it final
         raise
 

@@ -30,7 +30,7 @@ from megamoe_jit._cli._keys import (
     place,
     say_damaged,
 )
-from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key
+from megamoe_jit._cli._options import FullSummaries, cache_dir_option, complete_kernel, looks_like_key
 from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["cache"]
 
 
-@click.group()
+@click.group(cls=FullSummaries)
 def cache() -> None:
     """The compiled kernels on disk."""
 

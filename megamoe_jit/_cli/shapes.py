@@ -7,11 +7,12 @@ from dataclasses import asdict
 import click
 
 from megamoe_jit._cli._io import document, emit_json, json_option, show, table
+from megamoe_jit._cli._options import FullSummaries
 
 __all__ = ["shapes"]
 
 
-@click.group()
+@click.group(cls=FullSummaries)
 def shapes() -> None:
     """Model shapes known by name."""
 

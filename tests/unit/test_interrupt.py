@@ -28,7 +28,8 @@ def ctrl_c(monkeypatch):
     def when() -> threading.Event:
         event = threading.Event()
         main = threading.main_thread().ident
-        threading.Thread(target=lambda: event.wait(30) and signal.pthread_kill(main, signal.SIGINT), daemon=True).start()
+        send = lambda: event.wait(30) and signal.pthread_kill(main, signal.SIGINT)  # noqa: E731
+        threading.Thread(target=send, daemon=True).start()
         return event
 
     yield when
@@ -40,9 +41,9 @@ def test_while_a_lock_is_waited_for(place, compiles, ctrl_c, monkeypatch):
     interrupt = ctrl_c()
     asked = kernel_cache().__class__.holds
     monkeypatch.setattr("megamoe_jit._cache.KernelCache.holds", lambda *a: interrupt.set() or asked(*a))
-    with override(lock_timeout_s=50), key_lock(kernel_key(SPECS[0]), "held by another"):
-        with pytest.raises(KeyboardInterrupt):
-            warmup(SPECS[:1])
+    held = key_lock(kernel_key(SPECS[0]), "held by another")
+    with override(lock_timeout_s=50), held, pytest.raises(KeyboardInterrupt):
+        warmup(SPECS[:1])
     assert compiles == []
     assert warmup(SPECS[:1])[0].ok, "the lock can be had again"
 
