@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megamoe_jit._cache import KernelCache, cache_key, user_cache
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("megamoe_jit")
-_QUICK_S = 0.1  #: a thread that waits for a lock looks up more often than that
+_QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often
 _BY_NAME = 'preset("v4-flash").shape'  # in messages
 
 
@@ -206,22 +206,34 @@ def warmup(
 
     futures = {pool.submit(_warm_one, spec, force): spec for spec in todo}
     try:
-        for future in concurrent.futures.as_completed(futures):
+        for future in _as_they_end(futures):
             report(future)
     except KeyboardInterrupt:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
         _tell_running(futures)
-        pool.shutdown(wait=True)
-        for future in _finished(futures):
-            if futures[future] not in results:
+        begun = [future for future, spec in futures.items() if spec not in results and not future.cancelled()]
+        for future in _as_they_end(begun):
+            if future.exception() is None:
                 with contextlib.suppress(Exception):  # of `progress`: the interruption counts
                     report(future)
         raise
-    finally:
+    except BaseException:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
     return [results[spec] for spec in todo]
+
+
+def _as_they_end(
+    futures: Iterable[concurrent.futures.Future[WarmupResult]],
+) -> Iterator[concurrent.futures.Future[WarmupResult]]:
+    """Each future once it has ended. The main thread wakes up now and then: a signal may reach another one alone."""
+    left = set(futures)
+    while left:
+        ended, left = concurrent.futures.wait(left, _QUICK_S, concurrent.futures.FIRST_COMPLETED)
+        yield from ended
 
 
 def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], KernelSpec]) -> None:
@@ -231,12 +243,6 @@ def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Kern
     if left:
         names = several((spec.entry for future, spec in futures.items() if future in left), 3)
         LOG.warning("interrupted; waiting for what is being compiled, to keep it (Ctrl-C again leaves it): %s", names)
-
-
-def _finished(
-    futures: Iterable[concurrent.futures.Future[WarmupResult]],
-) -> list[concurrent.futures.Future[WarmupResult]]:
-    return [each for each in futures if each.done() and not each.cancelled() and each.exception() is None]
 
 
 def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:

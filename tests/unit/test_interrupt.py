@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -27,8 +28,7 @@ def ctrl_c(monkeypatch):
 
     def when() -> threading.Event:
         event = threading.Event()
-        main = threading.main_thread().ident
-        send = lambda: event.wait(30) and signal.pthread_kill(main, signal.SIGINT)  # noqa: E731
+        send = lambda: event.wait(30) and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
         threading.Thread(target=send, daemon=True).start()
         return event
 
