@@ -15,7 +15,7 @@
 
 namespace megamoe {
 
-constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;   // the same as in megamoe_jit/_tma.py
+constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;   // the same as in megamoe_jit/_device/tensor_map.py
 
 constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
 
@@ -35,7 +35,7 @@ template <class C> struct LoadWeights {
         return Shared<C>::kWeightBytes >> (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
     }
 
-    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (megamoe_jit/_weights.py): so
+    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (megamoe_jit/_layer/weights.py): so
     /// memory is read in runs as long as can be.  Returns the next ticket.  It is drawn a little before the end, to be there in
     /// time, but not earlier, so that blocks with nothing to do come first.
     MEGA_DEVICE u32 stream(const Tile& tile, WeightScaleStream<C>& scales) const {

@@ -120,10 +120,11 @@ def tune(
     presets = parse_shapes(names)
     check_choices(lags or (), rows or ())
     if measure:
-        from megamoe_jit._driver import refuse_without_gpu
+        from megamoe_jit._device.driver import refuse_without_gpu
 
         refuse_without_gpu()
-    from megamoe_jit import _tune, _tune_table
+    from megamoe_jit._bench import tune as _tune
+    from megamoe_jit._bench import tune_table as _tune_table
 
     counts = tokens or _tune.DEFAULT_TOKENS
     measured = 0

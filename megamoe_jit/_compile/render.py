@@ -1,0 +1,260 @@
+"""From a `KernelSpec` to one self-contained CUDA source.
+
+The Jinja2 entry is rendered, then every `#include "room/file.cuh"` is replaced by that file's text, once.
+NVRTC therefore gets no include path and sees exactly one text: what is hashed for the cache is what was
+compiled, and a changed room can never leave a stale kernel behind. `#line` marks with fixed virtual names
+keep compiler messages, SASS listings and profilers pointing at the room and its line, wherever the
+package is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megamoe_jit._errors import ConfigError, RenderError, ToolchainError
+from megamoe_jit._files import read_text, stays_inside
+from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec import KernelSpec
+
+__all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_lines"]
+
+VIRTUAL_ROOT = "/megamoe_jit/kernels_src"
+
+_INCLUDE = re.compile(r"^\s*#\s*include\b(.*)$")
+_QUOTED = re.compile(r'^\s*"([^"]+)"\s*(//.*|/\*.*\*/\s*)?$')
+_PRAGMA_ONCE = re.compile(r"^\s*#\s*pragma\s+once\b")
+_LINE_MARK = re.compile(r'^#line (\d+) "([^"]+)"$')
+_CONDITION = re.compile(r"^\s*#\s*(if|ifdef|ifndef|endif)\b")
+#: What a wrong template raises beside `jinja2.TemplateError`; of these, a syntax error is one of the Python made of it.
+_REFUSED = (
+    *(ArithmeticError, LookupError, TypeError, ValueError, OSError),
+    *(RecursionError, MemoryError, SyntaxError),
+)
+_INSTALL = "Run: pip install 'jinja2>=3.1'"
+_TAG_END = ("#}", "%}")
+_FILE_BYTES = 1 << 18
+_SOURCE_BYTES = 1 << 24
+_DEEPEST = 50  #: includes in each other
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedSource:
+    """One translation unit.
+
+    Attributes:
+        text: what the compiler gets.
+        files: names relative to the kernel directory, in the order in which they were first entered.
+    """
+
+    text: str
+    files: tuple[str, ...]
+
+
+def kernels_dir() -> Path:
+    """The directory kernels are rendered from: the packaged one unless the settings name another.
+
+    Raises:
+        ConfigError: that is no directory, or not to be read.
+    """
+    chosen = get_settings().kernels_src
+    if chosen is None:
+        from importlib import resources
+
+        return Path(str(resources.files("megamoe_jit") / "kernels_src"))
+    if not chosen.is_dir():
+        raise ConfigError(f"MEGAMOE_JIT_KERNELS_SRC={str(chosen)!r} is no directory; allowed: one of kernel sources")
+    if not os.access(chosen, os.R_OK | os.X_OK):
+        raise ConfigError(f"MEGAMOE_JIT_KERNELS_SRC={str(chosen)!r} cannot be read")
+    return chosen
+
+
+def render(spec: KernelSpec) -> RenderedSource:
+    """Render the entry of `spec` and flatten its includes.
+
+    The text depends on the spec and the bytes of the files alone, not on where they lie or on the clock.
+
+    Args:
+        spec: the kernel to render.
+
+    Returns:
+        The source and the files it was made of.
+
+    Raises:
+        RenderError: a template or include is wrong; says in which file and line.
+    """
+    root = kernels_dir()
+    flat = _Flattener(root)
+    entry = _render_entry(root, spec)
+    flat.enter(spec.template, entry, None)
+    return RenderedSource("\n".join(flat.out) + "\n", tuple(flat.files))
+
+
+def source_lines(text: str) -> dict[tuple[str, int], str]:
+    """Where each line of a flattened source came from: (virtual file, line) to its text."""
+    table: dict[tuple[str, int], str] = {}
+    name, number = "", 0
+    for line in text.split("\n"):
+        mark = _LINE_MARK.match(line)
+        if mark:
+            name, number = mark[2], int(mark[1])
+            continue
+        table.setdefault((name, number), line)
+        number += 1
+    return table
+
+
+def _read(root: Path, name: str) -> str:
+    return read_text(root / name, _FILE_BYTES).replace("\r\n", "\n")
+
+
+def _virtual(name: str) -> str:
+    return f"{VIRTUAL_ROOT}/{name}"
+
+
+def _marked(name: str, text: str) -> tuple[str, list[int]]:
+    """Add `#line` after template tags, which swallow or repeat lines; also each line's original number."""
+    lines: list[str] = []
+    numbers: list[int] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        lines.append(line)
+        numbers.append(number)
+        if line.rstrip().endswith(_TAG_END):
+            lines.append(f'#line {number + 1} "{_virtual(name)}"')
+            numbers.append(number + 1)
+    return "\n".join(lines), numbers
+
+
+def _render_entry(root: Path, spec: KernelSpec) -> str:
+    try:
+        import jinja2
+    except ModuleNotFoundError:
+        raise ToolchainError(
+            f"rendering needs the Python package 'jinja2', which is not installed. {_INSTALL}"
+        ) from None
+
+    from megamoe_jit._compile.template import render_template
+
+    numbers: dict[str, list[int]] = {}
+
+    def load(name: str) -> tuple[str, str]:
+        try:
+            text = _read(root, name)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise jinja2.TemplateNotFound(name) from None
+        except OSError as error:
+            raise OSError(f"cannot read {name!r} in {root}: {error.strerror}") from error
+        marked, numbers[name] = _marked(name, text)
+        return marked, _virtual(name)
+
+    try:
+        text = render_template(load, spec.template, spec.template_variables())
+    except jinja2.TemplateNotFound as error:
+        raise RenderError(f"kernel template {error.name!r} does not exist in {root}") from error
+    except _REFUSED as error:
+        raise RenderError(_explained(error, spec.template, numbers)) from error
+    except jinja2.TemplateError as error:
+        raise RenderError(_explained(error, spec.template, numbers)) from error
+    return f'#line 1 "{_virtual(spec.template)}"\n{text}'
+
+
+def _explained(error: Exception, entry: str, numbers: dict[str, list[int]]) -> str:
+    """An error of a template with its place; `numbers` has the original numbers of each template's lines."""
+    name, line = _jinja_position(error, entry)
+    known = numbers.get(name, [])
+    line = known[line - 1] if 0 < line <= len(known) else line
+    what = str(error) if not isinstance(error, RecursionError) else "it is nested too deep"
+    return f"{_virtual(name)}({line}): {what or type(error).__name__}"
+
+
+def _jinja_position(error: BaseException, default: str) -> tuple[str, int]:
+    """Template and line of an error: from a syntax error itself, else from the innermost template frame."""
+    import jinja2
+
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.name or default, error.lineno
+    name, line = default, 0
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file.startswith(VIRTUAL_ROOT + "/"):
+            name, line = file[len(VIRTUAL_ROOT) + 1 :], trace.tb_lineno
+        trace = trace.tb_next
+    return name, line
+
+
+@dataclass(slots=True)
+class _Flattener:
+    """Depth-first replacement of includes; `stack` holds the files being entered."""
+
+    root: Path
+    out: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    stack: list[str] = field(default_factory=list)
+    size: int = 0
+
+    def enter(self, name: str, text: str, mark: str | None) -> None:
+        self.files.append(name)
+        self.stack.append(name)
+        self.size += len(text)
+        if self.size > _SOURCE_BYTES:
+            raise RenderError(f"{_virtual(name)}: with this file the source has more than {_SOURCE_BYTES} characters")
+        if mark is not None:
+            self.out.append(mark)
+        if text.endswith("\n"):
+            text = text[:-1]
+        depth = 0
+        for file, number, line in _positions(text, _virtual(name)):
+            condition = _CONDITION.match(line)
+            if condition:
+                depth += -1 if condition[1] == "endif" else 1
+            include = _INCLUDE.match(line)
+            if include:
+                if depth:
+                    raise RenderError(f"{file}({number}): #include inside #if is not allowed; each file enters once")
+                self._include(include[1], file, number)
+            else:
+                self.out.append("" if _PRAGMA_ONCE.match(line) else line)
+        self.stack.pop()
+
+    def _include(self, operand: str, file: str, number: int) -> None:
+        where = f"{file}({number})"
+        quoted = _QUOTED.match(operand)
+        if not quoted:
+            raise RenderError(
+                f'{where}: #include{operand.rstrip()} is not allowed; use #include "folder/file.cuh", '
+                "relative to the kernel directory (the compiler gets no include path)"
+            )
+        name = quoted[1]
+        if not stays_inside(name):
+            raise RenderError(f'{where}: #include "{name}" must be a plain path relative to the kernel directory')
+        if name in self.stack:
+            chain = " -> ".join([*self.stack[self.stack.index(name) :], name])
+            raise RenderError(f"{where}: include cycle {chain}")
+        if len(self.stack) > _DEEPEST:
+            raise RenderError(f"{where}: includes are nested more than {_DEEPEST} deep")
+        if name in self.files:
+            self.out.append("")
+            return
+        try:
+            text = _read(self.root, name)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise RenderError(f'{where}: cannot include "{name}" from {self.root}: {reason}') from error
+        self.enter(name, text, f'#line 1 "{_virtual(name)}"')
+        self.out.append(f'#line {number + 1} "{file}"')
+
+
+def _positions(text: str, file: str) -> Iterator[tuple[str, int, str]]:
+    """Each line with the file and number that its `#line` marks give it."""
+    number = 1
+    for line in text.split("\n"):
+        yield file, number, line
+        mark = _LINE_MARK.match(line)
+        if mark:
+            file, number = mark[2], int(mark[1])
+        else:
+            number += 1
