@@ -94,6 +94,8 @@ def preset(name: str) -> Preset:
 
 def _named(name: str, more: str) -> Preset:
     known = _presets()
+    if not isinstance(name, str):
+        raise ConfigError(f"name = {shown(name)} is not supported; allowed: {', '.join(known)}")
     if name in known:
         return known[name]
     close = get_close_matches(name, known, n=1)
@@ -114,6 +116,8 @@ def parse_shapes(text: str) -> tuple[Preset, ...]:
     Raises:
         ConfigError: A name is unknown or means two shapes, or a file cannot be read or is not in order.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"shapes = {shown(text)} is not supported; allowed: names and .toml files in one string")
     found: dict[str, tuple[Preset, str]] = {}
     for item in (part.strip() for part in text.split(",")):
         if not item:

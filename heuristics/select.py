@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
+from megamoe_jit._spec import MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, check_int
+from megamoe_jit._text import shown
 from megamoe_jit.heuristics.model import expected_us
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
@@ -18,6 +19,7 @@ __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 AUTO = "auto"
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
+MOST_SMS = 1024  #: of a launch; no GPU has as many
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
 DOUBT = 1.1  #: what a model may be off by: cooperative was nowhere measurably slower, and is left only for more
 
@@ -34,9 +36,9 @@ class Choice:
 
 def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     if tokens < threshold:
-        why = f"{tokens} tokens per rank < {threshold}, tiles of 64 rows waste less"
+        why = f"{tokens} tokens per rank < {shown(threshold)}, tiles of 64 rows waste less"
         return Variant.PINGPONG, f"pingpong: {why}"
-    why = f"{tokens} tokens per rank >= {threshold}, one weight load serves 128 rows"
+    why = f"{tokens} tokens per rank >= {shown(threshold)}, one weight load serves 128 rows"
     return Variant.COOPERATIVE, f"cooperative: {why}"
 
 
@@ -109,16 +111,24 @@ def choose(
     Raises:
         ConfigError: The token count or the variant is not supported.
     """
+    if not isinstance(shape, MoEShape):
+        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: a MoEShape")
+    if not isinstance(gpu, str | None):
+        raise ConfigError(f"gpu = {shown(gpu)} is not supported; allowed: the name of a GPU, or None")
+    for name, number in (("tokens", tokens), ("ranks", ranks), ("num_sms", num_sms)):
+        check_int(name, number)
+    if cooperative_threshold is not None:
+        check_int("cooperative_threshold", cooperative_threshold)
     if not 0 <= tokens <= MAX_TOKENS:
-        raise ConfigError(f"tokens = {tokens} is not supported; allowed: 0 to {MAX_TOKENS}")
-    if ranks < 1:
-        raise ConfigError(f"ranks = {ranks} is not supported; allowed: 1 or more")
-    if num_sms < 1:
-        raise ConfigError(f"num_sms = {num_sms} is not supported; allowed: 1 or more")
+        raise ConfigError(f"tokens = {shown(tokens)} is not supported; allowed: 0 to {MAX_TOKENS}")
+    if not 1 <= ranks <= MAX_EXPERTS:
+        raise ConfigError(f"ranks = {shown(ranks)} is not supported; allowed: 1 to {MAX_EXPERTS}")
+    if not 1 <= num_sms <= MOST_SMS:
+        raise ConfigError(f"num_sms = {shown(num_sms)} is not supported; allowed: 1 to {MOST_SMS}")
     table = table_for(gpu)
     own = shape if table is None else replace(shape, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
-    if variant != AUTO:
+    if not isinstance(variant, str) or variant != AUTO:
         picked, reason = Variant.parse(variant), f"{variant}: asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
         picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms, ranks)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         fp8_mega_moe_cooperative,
         fp8_mega_moe_pingpong,
         get_symm_buffer_for_mega_moe,
+        get_symm_buffer_for_sm90_mega_moe,
     )
     from megamoe_jit._layer.moe import MegaMoE
     from megamoe_jit._layer.quantize import (
@@ -48,7 +49,10 @@ if TYPE_CHECKING:
     )
     from megamoe_jit._layer.weights import (
         inverse_transform_weights_for_mega_moe_sm90,
+        is_transformed,
+        mark_transformed,
         transform_weights_for_mega_moe_sm90,
+        weights_metadata,
     )
     from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
@@ -85,8 +89,11 @@ _LAZY = {
     "fp8_mega_moe_cooperative": "_layer.calls",
     "fp8_mega_moe_pingpong": "_layer.calls",
     "get_symm_buffer_for_mega_moe": "_layer.calls",
+    "get_symm_buffer_for_sm90_mega_moe": "_layer.calls",
     "import_pack": "_jit.pack",
     "inverse_transform_weights_for_mega_moe_sm90": "_layer.weights",
+    "is_transformed": "_layer.weights",
+    "mark_transformed": "_layer.weights",
     "quantize_activations": "_layer.quantize",
     "quantize_weights": "_layer.quantize",
     "retry": "_jit.runtime",
@@ -95,6 +102,7 @@ _LAZY = {
     "transform_weights_for_mega_moe_sm90": "_layer.weights",
     "unseal": "_jit.runtime",
     "warmup": "_jit.runtime",
+    "weights_metadata": "_layer.weights",
 }
 
 __all__ = [
@@ -127,8 +135,11 @@ __all__ = [
     "fp8_mega_moe_cooperative",
     "fp8_mega_moe_pingpong",
     "get_symm_buffer_for_mega_moe",
+    "get_symm_buffer_for_sm90_mega_moe",
     "import_pack",
     "inverse_transform_weights_for_mega_moe_sm90",
+    "is_transformed",
+    "mark_transformed",
     "quantize_activations",
     "quantize_weights",
     "retry",
@@ -137,6 +148,7 @@ __all__ = [
     "transform_weights_for_mega_moe_sm90",
     "unseal",
     "warmup",
+    "weights_metadata",
 ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["first_line", "human_bytes", "one_line", "printable", "several", "shown"]
+__all__ = ["first_line", "human_bytes", "items_of", "one_line", "printable", "several", "shown"]
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -30,9 +31,11 @@ def one_line(text: str) -> str:
 
 def shown(value: object, most: int = 80) -> str:
     """A value somebody wrote, for a message: its `repr`, cut short, in one line, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python writes no integer of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits; too many lists in each other
+    except Exception:  # too many lists in each other; an object that cannot be written: not every repr works
         text = f"a {type(value).__name__} too long to show"
     return one_line(text if len(text) <= most else f"{text[: most - 3]}...")
 
@@ -46,6 +49,16 @@ def several(items: Iterable[str], most: int = 20) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, in a line; its type if it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def items_of(value: object) -> list[Any] | None:
+    """What is in a value that may hold several; None for text, and for what cannot be gone through."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        return None
+    try:
+        return list(value)
+    except (TypeError, RuntimeError):  # a tensor without dimensions, or a sparse one
+        return None
 
 
 def human_bytes(count: int) -> str:

@@ -201,7 +201,7 @@ def stats(as_json: bool) -> None:
 def verify(fix: bool, as_json: bool) -> None:
     """Check every kernel, those of the read-only caches too.
 
-    Sizes, digests, architecture, owners and permissions.
+    Sizes, digests, architecture, whether each is what its key names, owners and permissions.
 
     Exit code 0 if all is well or was mended, 4 if a kernel is damaged, 1 if something else is wrong.
     """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from megamoe_jit._cli._io import copy_out, document, emit_json, human_bytes, json_option, say, show, table
 from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key, parse_spec
+
+if TYPE_CHECKING:
+    from megamoe_jit._cache.metadata import Metadata
 
 __all__ = ["inspect"]
 
@@ -26,7 +29,7 @@ def _view_options(command: Any) -> Any:
     return command
 
 
-def _load(kernel: str) -> tuple[str, bytes, str, dict[str, Any]]:
+def _load(kernel: str) -> tuple[str, bytes, str, Metadata]:
     """Key, cubin, source and metadata; a SPEC that is not cached is compiled."""
     from megamoe_jit._cli._keys import load_entry
 

@@ -63,7 +63,7 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
         warmup(specs, jobs=max(1, settings.jobs // ranks))
         return
     with contextlib.suppress(ToolchainError):
-        compile_kernels(specs, fail_fast=ranks > 1, as_json=as_json)  # a failure ends a run of several ranks
+        compile_kernels(specs, as_json=as_json)
 
 
 @click.command()
@@ -169,6 +169,8 @@ def verify(
             for o in outcomes
         ]
         show(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
+    if failed:  # together, since each went by between many that passed
+        say("\n".join(["failed:", *(f"  {o.name}  {o.variant}: {o.reason}" for o in failed)]))
     say(f"{len(outcomes) - len(failed)} passed, {len(failed)} failed, {expected - len(outcomes)} not run")
     if failed or len(outcomes) < expected:
         raise click.exceptions.Exit(ExitCode.FAILED)

@@ -148,7 +148,7 @@ def _why_not_read(folder: Path, forbidden: int) -> str:
     Raises:
         FileNotFoundError: there is none.
     """
-    from megamoe_jit._cache.locks import check_private
+    from megamoe_jit._trust import check_private
 
     try:
         check_private(folder, forbidden)

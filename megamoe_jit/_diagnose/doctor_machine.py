@@ -179,7 +179,7 @@ def check_ready_kernels(machine: Machine) -> Check:
 
 def _trusted(cache: KernelCache) -> bool:
     """Whether anything is read from a cache; the checks of the caches say why not."""
-    from megamoe_jit._cache.locks import check_private
+    from megamoe_jit._trust import check_private
 
     try:
         check_private(cache.path, cache.forbidden)
@@ -190,22 +190,24 @@ def _trusted(cache: KernelCache) -> bool:
 
 def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
     """Symbol of a cached kernel, and why a call does not take it; empty if one does."""
-    from megamoe_jit._cache.entry import SCHEMA, Damaged, read_entry
+    from megamoe_jit._cache.entry import Damaged, OtherSchema
     from megamoe_jit._jit.obtain import Wanted
     from megamoe_jit._spec import KernelSpec
 
-    try:
-        _, meta = read_entry(key, cache.entry_path(key), cache.forbidden)
-    except (OSError, Damaged) as error:
-        return "", f"damaged: {error}"
     other = "of another version, or of other sources or options"
     try:
+        meta = cache.peek(key).meta
         spec = KernelSpec.from_json(meta["spec"])
         wanted = Wanted.of(spec)
-        major = int(str(meta["nvrtc"]["version"]).split(".")[0])
-    except (LookupError, TypeError, ValueError, MegaMoeError):
+        major = int(meta["nvrtc"]["version"].split(".")[0])
+        if meta.get("source_id") != wanted.source_id:
+            return "", other
+        cache.peek(key, spec.entry)
+    except OtherSchema:
         return "", other
-    if meta["schema"] != SCHEMA or meta.get("source_id") != wanted.source_id:
+    except (OSError, Damaged) as error:
+        return "", f"damaged: {error}"
+    except (LookupError, TypeError, ValueError, MegaMoeError):
         return "", other
     if key != wanted.key and not cache.handed_over(key):
         return "", "compiled here by another NVRTC and not imported"

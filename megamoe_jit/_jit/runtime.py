@@ -27,7 +27,7 @@ from megamoe_jit._jit.interrupt import obey
 from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from megamoe_jit._text import several
+from megamoe_jit._text import items_of, several, shown
 
 __all__ = [
     "CompiledKernel",
@@ -119,6 +119,9 @@ def enumerate_specs(
         variants: these alone; all that the heuristics can choose if None.
         fast_math: the argument of the calls; None for both.
 
+    Returns:
+        The kernels, each once.
+
     Raises:
         ConfigError: an argument is not supported.
     """
@@ -126,10 +129,11 @@ def enumerate_specs(
 
     if not isinstance(shape, MoEShape):
         allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"shape = {shape!r:.80} is not supported; allowed: {allowed}")
-    if isinstance(variants, str) or not isinstance(variants, Iterable | None):
-        raise ConfigError(f"variants = {variants!r:.80} is not supported; allowed: several Variants, or None")
-    wanted = all_variants(shape) if variants is None else tuple(variants)
+        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: {allowed}")
+    given = None if variants is None else items_of(variants)
+    if given is None and variants is not None:
+        raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
+    wanted = all_variants(shape) if given is None else given
     maths = (True, False) if fast_math is None else (fast_math,)
     return tuple(dict.fromkeys(KernelSpec(shape, variant, ranks, math) for variant in wanted for math in maths))
 
@@ -183,14 +187,17 @@ def warmup(
             far on to be left.
 
     Returns:
-        One result per kernel, in the order given.  Failures are results too, not exceptions.
+        One result per kernel, in the order given, with `spec`, `kernel` (None if it failed), `error` (None if it did
+        not), `ok` and `seconds`.  Failures are results too, not exceptions.
 
     Raises:
         ConfigError: these are not specs, or `jobs` is not a number of threads.
     """
     todo = _distinct(specs)
     if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer from 1, or None")
+        raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
     results: dict[KernelSpec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     stop = threading.Event()
@@ -247,11 +254,11 @@ def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Kern
 
 def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
     """The specs, each once; raises `ConfigError` if one of them is something else."""
-    given = list(specs) if isinstance(specs, Iterable) and not isinstance(specs, str) else None
+    given = items_of(specs)
     odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec)]
     if given is None or odd:
         allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"specs: {odd[0]!r:.80} given; allowed: {allowed}")
+        raise ConfigError(f"specs: {shown(odd[0])} given; allowed: {allowed}")
     return list(dict.fromkeys(given))
 
 

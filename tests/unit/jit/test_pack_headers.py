@@ -9,7 +9,8 @@ import tracemalloc
 import pytest
 
 from megamoe_jit._errors import ConfigError, PackError
-from megamoe_jit._jit.pack import MANIFEST, export_pack, import_pack, read_pack
+from megamoe_jit._jit.pack import export_pack, import_pack, read_pack
+from megamoe_jit._jit.pack_file import MANIFEST
 from megamoe_jit._settings.settings import override
 
 DECLARED = 1 << 40  #: bytes, by the header
