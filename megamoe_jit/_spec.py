@@ -6,11 +6,15 @@ capacity, SM count, timeout and clamp are run-time values, so one compiled kerne
 
 from __future__ import annotations
 
+import ctypes
+import math
+import numbers
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import shown
 
 __all__ = [
     "MAX_EXPERTS",
@@ -21,6 +25,8 @@ __all__ = [
     "KernelSpec",
     "MoEShape",
     "Variant",
+    "check_clamp",
+    "check_flag",
     "check_int",
 ]
 
@@ -52,26 +58,66 @@ class Variant(StrEnum):
     @classmethod
     def parse(cls, text: str) -> Variant:
         """The variant named `text`; raises `ConfigError` with the names there are."""
-        try:
-            return cls(text)
-        except ValueError:
-            names = ", ".join(v.value for v in cls)
-            raise ConfigError(f"unknown kernel variant {text!r}; allowed: {names}") from None
+        for variant in cls:
+            if isinstance(text, str) and text == variant.value:
+                return variant
+        raise ConfigError(f"unknown kernel variant {shown(text)}; allowed: {', '.join(v.value for v in cls)}")
 
 
 def _check(ok: bool, what: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{what} = {value} is not supported; allowed: {allowed}")
+        raise ConfigError(f"{what} = {shown(value)} is not supported; allowed: {allowed}")
+
+
+def _fields(what: str, data: dict[str, Any], needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The data, if they are a table with these fields and no others."""
+    _check(isinstance(data, dict), what, data, f"a table with {', '.join(needed)}")
+    for name in needed:
+        _check(name in data, what, data, f"a table with {', '.join(needed)}; it has no {name}")
+    for name in data:
+        _check(name in needed + optional, what, data, f"a table with {', '.join(needed)}; not {shown(name)}")
+    return data
 
 
 def check_int(what: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is an integer, which a bool is not."""
-    _check(type(value) is int, what, f"{value!r:.80}", "an integer")
+    _check(type(value) is int, what, value, "an integer")
+
+
+def check_flag(what: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is True or False."""
+    _check(type(value) is bool, what, value, "True or False")
+
+
+def check_clamp(name: str, clamp: float | None) -> float:
+    """Raise unless this is a bound or None; as the kernel takes it (infinity for none)."""
+    if clamp is None:
+        return math.inf
+    bound = -1.0
+    if type(clamp) is float or (isinstance(clamp, numbers.Real) and not isinstance(clamp, bool)):  # floats at once
+        try:
+            bound = ctypes.c_float(float(clamp)).value  # as the kernel has it
+        except OverflowError:  # an integer that no float holds
+            bound = math.inf
+    if not bound >= 0 or (bound == math.inf and clamp != math.inf):
+        allowed = "0 or a positive number that float32 holds, or None"
+        raise ConfigError(f"{name} = {shown(clamp)} is not supported; allowed: {allowed}")
+    return bound
 
 
 @dataclass(frozen=True, slots=True)
 class MoEShape:
-    """Sizes of one MoE layer.  `experts` counts all ranks' experts."""
+    """Sizes of one MoE layer.
+
+    Attributes:
+        hidden: columns of a token, a multiple of 128 up to 262144.
+        intermediate: columns between the two products, likewise.
+        experts: of all ranks, 1 to 1024.
+        topk: slots of a token, 1 to 32.
+
+    Raises:
+        ConfigError: a size is not supported.
+    """
 
     hidden: int
     intermediate: int
@@ -92,19 +138,30 @@ class MoEShape:
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """One kernel to compile; everything in here is a compile-time constant of it."""
+    """One kernel to compile; everything in here is a compile-time constant of it.
+
+    Attributes:
+        shape: the layer.
+        variant: how the warpgroups share the work.
+        ranks: GPUs that share the experts, 1 to 8; a divisor of their number.
+        fast_math: approximate exponential and reciprocal in SwiGLU.
+        timeline: the kernel writes down where its time goes; for `benchmarks/timeline.py` alone.
+
+    Raises:
+        ConfigError: a value is not supported.
+    """
 
     shape: MoEShape
     variant: Variant
     ranks: int = 1
     fast_math: bool = True
-    timeline: bool = False  #: the kernel writes down where its time goes (`_timeline`)
+    timeline: bool = False  #: the kernel writes down where its time goes (`_bench/timeline.py`)
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.shape, MoEShape), "shape", f"{self.shape!r:.80}", "a MoEShape")
-        _check(isinstance(self.variant, Variant), "variant", f"{self.variant!r:.80}", "a member of Variant")
-        for name, flag in (("fast_math", self.fast_math), ("timeline", self.timeline)):
-            _check(type(flag) is bool, name, f"{flag!r:.80}", "True or False")
+        _check(isinstance(self.shape, MoEShape), "shape", self.shape, "a MoEShape")
+        _check(isinstance(self.variant, Variant), "variant", self.variant, "a member of Variant")
+        check_flag("fast_math", self.fast_math)
+        check_flag("timeline", self.timeline)
         check_int("ranks", self.ranks)
         _check(1 <= self.ranks <= MAX_RANKS, "ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(
@@ -198,9 +255,10 @@ class KernelSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KernelSpec:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
+        sizes = _fields("data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline",))["shape"]
         return cls(
-            shape=MoEShape(**data["shape"]),
+            shape=MoEShape(**_fields("shape", sizes, ("hidden", "intermediate", "experts", "topk"))),
             variant=Variant.parse(data["variant"]),
             ranks=data["ranks"],
             fast_math=data["fast_math"],

@@ -35,7 +35,7 @@ WAITS = {
     14: "the second GEMM to finish the rows from {row} on, whose place is wanted ({seen} of {expected} tiles done)",
 }
 
-LOST = "nothing"  #: what the driver said of a kernel whose end it has not noticed (`_device_wait.py`)
+LOST = "nothing"  #: what the driver said of a kernel whose end it has not noticed (`wait.py`)
 
 INPUTS = 0
 PHASES = {INPUTS: "inputs", 1: "results"}  #: of a PEER_SIGNAL

@@ -180,15 +180,20 @@ def test_leaving_out_the_requantisation_is_caught():
     assert "diff 0.0002" in outcome.reason
 
 
-def test_an_error_fails_its_scenario_and_a_device_fault_ends_the_run():
+@pytest.mark.parametrize("kind", [LaunchError, torch.OutOfMemoryError, KeyError])
+def test_an_error_fails_its_scenario_alone(kind):
     def refuse(*_):
-        raise LaunchError("no")
+        raise kind("no")
 
     layer = Layer(refuse)
     outcomes = run_all("L1,L4.fm0", ("pingpong",), "cpu", api=layer)
-    assert [(o.passed, o.reason) for o in outcomes] == [(False, "LaunchError: no")] * 2
+    said = f"{kind.__name__}: {kind('no')}"
+    assert [(o.passed, o.reason) for o in outcomes] == [(False, said)] * 2
     assert outcomes[0].to_json()["diff"] is None
     assert layer.alive == 0
+
+
+def test_a_device_fault_ends_the_run():
 
     def fault(*_):
         raise DeviceFaultError("gone")

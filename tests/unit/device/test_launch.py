@@ -290,9 +290,10 @@ def test_machine_without_a_driver_says_so(run):
 def test_kernel_that_is_too_new_for_the_driver_is_not_put_aside(run, stub):
     """Another node with a newer driver may use it; here the compiler of this driver's generation is the answer."""
     out = run(
-        REFUSED + "import json\npath = kernel_cache().entries()[0].path / 'meta.json'\n"
-        "meta = json.loads(path.read_text()); meta['nvrtc']['version'] = '13.5'\n"
-        "path.write_text(json.dumps(meta))\n"
+        REFUSED + "from megamoe_jit._cache.metadata import dump_metadata, read_metadata\n"
+        "path = kernel_cache().entries()[0].path / 'meta.json'\n"
+        "meta = read_metadata(path.read_bytes()); meta['nvrtc']['version'] = '13.5'\n"
+        "path.write_bytes(dump_metadata(meta))\n"
         "say(load_kernel(spec, 0).compiled.origin, kernel_cache().stats().quarantined)\n",
         STUB_LOAD=200,
         STUB_LOAD_TIMES=1,

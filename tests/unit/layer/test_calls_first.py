@@ -70,12 +70,9 @@ def buffer() -> SymmBuffer:
 
 def arguments(it: SymmBuffer) -> dict[str, object]:
     local = SHAPE.experts // it.ranks
-    return {
-        "y": torch.zeros(3, 256, dtype=torch.bfloat16),
-        "l1": mm.quantize_weights(torch.zeros(local, 256, 256)),
-        "l2": mm.quantize_weights(torch.zeros(local, 256, 128)),
-        "sym_buffer": it,
-    }
+    l1, l2 = (mm.quantize_weights(torch.zeros(local, 256, columns)) for columns in (256, 128))
+    mm.mark_transformed(l1, l2)
+    return {"y": torch.zeros(3, 256, dtype=torch.bfloat16), "l1_weights": l1, "l2_weights": l2, "sym_buffer": it}
 
 
 def first_calls(world: World) -> list[str]:
@@ -86,7 +83,7 @@ def first_calls(world: World) -> list[str]:
         {"y": torch.zeros(3, 128, dtype=torch.bfloat16)},
         {"num_sms": 999},
         {"variant": "pong"},
-        {"l2": (right["l2"][0], right["l2"][1].double())},
+        {"l2_weights": (right["l2_weights"][0], right["l2_weights"][1].double())},
         {"activation_clamp": -1.0},
         {},
     )
