@@ -1,6 +1,6 @@
 # megamoe-jit: every target sets up what it needs in .venv; a second call starts at once.
 #
-#   make demo | test | test-nvrtc13 | test-gpu | test-multi | bench | docs | lint | format | env | clean
+#   make demo | test | test-nvrtc13 | test-gpu | test-multi | mutants | bench | docs | lint | format | env | clean
 #
 #   PYTHON=python3.12   interpreter that .venv is made from (3.11 or newer)
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
@@ -19,7 +19,7 @@ ifeq ($(NO_VENV),)
 VENV ?= $(if $(filter cu12,$(STACK)),.venv,.venv-$(STACK))
 PY := $(VENV)/bin/python
 stamp = $(VENV)/.ready-$(1)
-WORKERS := -n auto
+WORKERS := -n auto --dist loadfile
 else
 PY := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -36,7 +36,7 @@ torch-cu12 := torch>=2.8,<2.11
 torch-cu13 := torch>=2.11
 torch-cpu := torch==2.13.0+cpu
 
-.PHONY: help env demo test test-nvrtc13 test-gpu test-multi bench docs lint format clean
+.PHONY: help env demo test test-nvrtc13 test-gpu test-multi mutants bench docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -64,6 +64,10 @@ test-gpu: $(call stamp,dev)
 # Skips everything, and says why, where there are not two Hopper GPUs; MEGAMOE_JIT_TEST_RANKS=4 takes fewer than all.
 test-multi: $(call stamp,dev)
 	$(PY) -m pytest tests/multi $(ARGS)
+
+# Mistakes put into a copy of the product one by one, each of which a test must notice; not a part of `test`.
+mutants: $(call stamp,dev)
+	$(PY) -m tests.mutants $(ARGS)
 
 bench: $(call stamp,bench)
 	@mkdir -p bench-results

@@ -36,25 +36,44 @@ class Choice:
 def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     if tokens < threshold:
         why = f"{tokens} tokens per rank < {shown(threshold)}, tiles of 64 rows waste less"
-        return Variant.PINGPONG, f"pingpong: {why}"
+        return Variant.PINGPONG, why
     why = f"{tokens} tokens per rank >= {shown(threshold)}, one weight load serves 128 rows"
-    return Variant.COOPERATIVE, f"cooperative: {why}"
+    return Variant.COOPERATIVE, why
 
 
 def _by_measurement(table: Table, shape: MoEShape, rule: Rule) -> tuple[Variant, str]:
     place = f"{table.where(shape, rule)}, measured on {table.devices[0]} ({table.date[:10]})"
-    return rule.variant, f"{rule.variant.value}: within 1 % of the best {place}"
+    return rule.variant, f"within 1 % of the best {place}"
+
+
+def _unmeasured(table: Table, shape: MoEShape, ranks: int) -> str:
+    """Why a table has no rule for one rank's shape, and which share of the same layer was measured, if one was."""
+    gpu = table.devices[0]
+    if shape in table.rules:
+        return f"nobody measured so few tokens of this shape on {gpu}"
+    shares = sorted(
+        (known.experts for known in table.rules if replace(known, experts=shape.experts) == shape), reverse=True
+    )
+    fitting = [share for share in shares if shape.experts * ranks % share == 0]
+    if not fitting:
+        return f"nobody measured this shape on {gpu}"
+    needed = shape.experts * ranks // fitting[0]
+    return (
+        f"nobody measured {shape.experts} experts of this shape on one {gpu}, but {fitting[0]}, "
+        f"which is one rank of {needed} (--ranks {needed})"
+    )
 
 
 def _pick(
-    shape: MoEShape, tokens: int, threshold: int | None, table: Table | None, rule: Rule | None
+    shape: MoEShape, tokens: int, threshold: int | None, table: Table | None, rule: Rule | None, ranks: int
 ) -> tuple[Variant, str]:
     """What `auto` takes, and why; `shape` has the experts of one rank."""
     if threshold is not None:
         return _by_threshold(tokens, threshold)
     if table is not None and rule is not None:
         return _by_measurement(table, shape, rule)
-    return _by_threshold(tokens, COOPERATIVE_THRESHOLD)
+    variant, why = _by_threshold(tokens, COOPERATIVE_THRESHOLD)
+    return variant, why if table is None else f"{_unmeasured(table, shape, ranks)}; {why}"
 
 
 def choose(
@@ -100,13 +119,13 @@ def choose(
     own = shape if table is None else replace(shape, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
     if not isinstance(variant, str) or variant != AUTO:
-        picked, reason = Variant.parse(variant), f"{variant}: asked for, by the call or by MEGAMOE_JIT_VARIANT"
+        picked, reason = Variant.parse(variant), "asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
-        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule)
+        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, ranks)
     rows = tokens * shape.topk
     load = rows * ranks / shape.experts
     reasons = [
-        reason,
+        f"{picked.value}: {reason}",
         f"about {load:.1f} rows per expert in tiles of {picked.block_m} if the {ranks} rank(s) are alike",
     ]
     if rule is not None and rule.variant is picked:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, must_be_writable, progress_line, say, table
+from megamoe_jit._cli._io import (
+    ExitCode,
+    document,
+    emit_json,
+    json_option,
+    must_be_writable,
+    progress_line,
+    say,
+    show,
+    table,
+)
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
 
@@ -56,7 +66,7 @@ def _print_card(anchors: Sequence[dict[str, float]]) -> None:
     last = len(anchors) - 1
     for number, anchor in enumerate(anchors):
         when = "before" if number == 0 else "after" if number == last else "between"
-        click.echo(
+        show(
             f"card {when}: dense FP8 8192^3 {anchor['dense_fp8_8192_tflops']:.0f} TFLOPS, "
             f"read {anchor['read_4gib_tb_s']:.2f} TB/s"
         )
@@ -64,7 +74,7 @@ def _print_card(anchors: Sequence[dict[str, float]]) -> None:
 
 def _print_choice(choice: Row | None) -> None:
     if choice:
-        click.echo(
+        show(
             f"automatic choice: within 3 % of the best variant on {choice['close']} of {choice['rows']} rows, "
             f"worst {choice['worst']:.3f} times its time ({choice['shape']}, {choice['tokens']} tokens)"
         )
@@ -124,11 +134,14 @@ def measured(
     Returns:
         With its rows held against the card's limit; None where torchrun runs another rank that reports.
     """
-    from megamoe_jit._bench import measure as _bench
-    from megamoe_jit._bench.derived import add_limits, choice_quality
+    from megamoe_jit._device.driver import refuse_without_gpu
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets = parse_shapes(names)
+    refuse_without_gpu()
+    from megamoe_jit._bench import measure as _bench
+    from megamoe_jit._bench.derived import add_limits, choice_quality
+
     wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
     if several > 1:
         found = bench_document(presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False)
@@ -162,11 +175,11 @@ def _print(doc: dict[str, Any], as_json: bool, columns: Columns, lines: Sequence
         print_bench(doc)
     else:
         cells = [[cell(row) for cell in columns.values()] for row in doc["rows"]]
-        click.echo(table(list(columns), cells, left=(0, 1, 2)))
+        show(table(list(columns), cells, left=(0, 1, 2)))
         print_others(doc)
     _print_card(doc["anchors"])
     for line in lines:
-        click.echo(line)
+        show(line)
     _print_choice(doc["choice"])
 
 

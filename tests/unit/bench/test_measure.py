@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,15 +186,24 @@ def test_a_summary_is_printed_and_the_card_is_measured_between_shapes(layer: Lay
     )
 
 
-def test_the_unfused_layer_takes_turns(layer: Layer):
+def test_the_unfused_layer_takes_turns(layer: Layer, monkeypatch: pytest.MonkeyPatch):
+    """Traced as on a GPU, but not compiled for a CPU, which takes 20 s and shows nothing more."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     others: list[BaselineRow] = []
     not_timed = {"DeepGEMM grouped, block scales": "deep_gemm is not installed", Dequantised.name: ""}
     rows = _bench.measure(_bench.cases([SMALL], [5]), ["auto"], not_timed=not_timed, baselines=others)
     (other,) = others
     assert (other.method, other.ranks, other.experts, other.tokens) == (Dequantised.name, 1, 4, 5)
-    assert (other.graph, other.correct, other.reason) == (False, True, "")
+    assert (other.graph, other.compiled, other.correct, other.reason) == (False, True, True, "")
     assert other.median_us == pytest.approx(0), "the stand-in's clock moves in calls of the layer alone"
     assert rows[0].baseline is None, "a time of nothing is no time"
+
+
+def test_only_the_later_half_of_a_burst_counts(monkeypatch: pytest.MonkeyPatch):
+    """Its median: the clock of the GPU has come down by then."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    pairs = [(SimpleNamespace(elapsed_time=lambda _, ms=ms: ms), None) for ms in (9.0, 9.0, 9.0, 0.1, 0.3, 0.2)]
+    assert _timing.second_half(pairs) == pytest.approx(200)
 
 
 def test_default_cases():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -130,16 +133,29 @@ def test_the_targets_below_the_table_are_what_is_timed_there():
     assert (tuple(few["shapes"]), tuple(few["tokens"])) == (_bench.FEW_SHAPES, _bench.FEW_TOKENS)
 
 
-def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    answers = {"rev-parse": "0123456789ab", "status": ""}
-    monkeypatch.setattr(checkout, "_git", lambda *words: answers[words[0]])
-    (tmp_path / ".git").mkdir()
+def git(folder: Path, *words: str) -> str:
+    """Run git with an identity of its own and no settings of the user's."""
+    own = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    own |= {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    done = subprocess.run(["git", *words], cwd=folder, env={**os.environ, **own}, capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_measurement_names_the_commit_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkout, "ROOT", tmp_path)
-    assert checkout.commit() == "0123456789ab"
-    answers["status"] = " M a"
-    assert checkout.commit() == "0123456789ab-dirty"
-    answers["rev-parse"] = None
-    assert checkout.commit() == f"v{__version__}"
-    answers["rev-parse"] = "0123456789ab"
-    (tmp_path / ".git").rmdir()
+    assert checkout.commit() == f"v{__version__}", "no checkout"
+    git(tmp_path, "init", "--quiet")
+    assert checkout.commit() == f"v{__version__}", "nothing committed"
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "-m", "first")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert checkout.commit() == head[:12]
+    (tmp_path / "changed").touch()
+    assert checkout.commit() == f"{head[:12]}-dirty"
+    git(tmp_path, "add", "changed")
+    git(tmp_path, "commit", "--quiet", "-m", "second")
+    assert checkout.commit() == git(tmp_path, "rev-parse", "HEAD")[:12] != head[:12]
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.setattr(checkout, "ROOT", inside)
     assert checkout.commit() == f"v{__version__}", "not that of a repository around it"

@@ -132,9 +132,11 @@ def test_what_nobody_measured_is_left_to_the_threshold(monkeypatch):
     found = (parse_table({**DATA, "shapes": [{**DATA["shapes"][0], "rules": later}]}),)
     monkeypatch.setattr(tables_module, "tables", lambda: found)
     for shape, tokens, variant in ((OTHER, 255, "pingpong"), (OTHER, 256, "cooperative"), (SHAPE, 15, "pingpong")):
-        choice = choose(shape, tokens, gpu=GPU)
-        assert choice == choose(shape, tokens)
-        assert choice.reasons[0].startswith(f"{variant}: {tokens} tokens per rank")
+        choice, plain = choose(shape, tokens, gpu=GPU), choose(shape, tokens)
+        missing = "so few tokens of this shape" if shape is SHAPE else "this shape"
+        why = f"nobody measured {missing} on NVIDIA Imagined; {tokens} tokens per rank"
+        assert choice.reasons[0].startswith(f"{variant}: {why}")
+        assert (choice.variant, choice.lag_tiles, choice.rows_per_item) == (plain.variant, 264, plain.rows_per_item)
     assert "from 16 up to 99 tokens per rank, measured" in choose(SHAPE, 16, gpu=GPU).reasons[0]
 
 
