@@ -6,29 +6,30 @@ Importing this package imports neither torch nor the CUDA bindings; the first us
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._errors import (
-    CaptureError,
-    CompileError,
-    ConfigError,
-    DeviceFaultError,
-    KernelMissingError,
-    LaunchError,
-    LoadError,
-    MegaMoeError,
-    PackError,
-    PeerTimeoutError,
-    PerformanceLossError,
-    RankMismatchError,
-    RenderError,
-    ToolchainError,
-    UnsupportedDeviceError,
-)
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._version import __version__
 
+TYPE_CHECKING = False  # as of typing, which takes a third of the time in which Ctrl-C ends in Python's own traceback
 if TYPE_CHECKING:
+    from typing import Any
+
+    from megamoe_jit._errors import (
+        CaptureError,
+        CompileError,
+        ConfigError,
+        DeviceFaultError,
+        KernelMissingError,
+        LaunchError,
+        LoadError,
+        MegaMoeError,
+        PackError,
+        PeerTimeoutError,
+        PerformanceLossError,
+        RankMismatchError,
+        RenderError,
+        ToolchainError,
+        UnsupportedDeviceError,
+    )
     from megamoe_jit._jit.pack import export_pack, import_pack
     from megamoe_jit._jit.runtime import enumerate_specs, retry, seal, sealed, unseal, warmup
     from megamoe_jit._layer.buffer import SymmBuffer
@@ -54,9 +55,31 @@ if TYPE_CHECKING:
         transform_weights_for_mega_moe_sm90,
         weights_metadata,
     )
+    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
-#: Where each name that needs torch or the CUDA bindings lives.
+#: Where each name lives; its module is imported when it is asked for.
 _LAZY = {
+    **dict.fromkeys(
+        (
+            "CaptureError",
+            "CompileError",
+            "ConfigError",
+            "DeviceFaultError",
+            "KernelMissingError",
+            "LaunchError",
+            "LoadError",
+            "MegaMoeError",
+            "PackError",
+            "PeerTimeoutError",
+            "PerformanceLossError",
+            "RankMismatchError",
+            "RenderError",
+            "ToolchainError",
+            "UnsupportedDeviceError",
+        ),
+        "_errors",
+    ),
+    **dict.fromkeys(("KernelSpec", "MoEShape", "Variant"), "_spec"),
     "MegaMoE": "_layer.moe",
     "SymmBuffer": "_layer.buffer",
     "dequantize_activations": "_layer.quantize",

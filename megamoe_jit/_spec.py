@@ -193,7 +193,7 @@ class KernelSpec:
         variant: how the warpgroups share the work.
         ranks: GPUs that share the experts, 1 to 8; a divisor of their number.
         fast_math: approximate exponential and reciprocal in SwiGLU.
-        timeline: the kernel writes down where its time goes; for `benchmarks/timeline.py` alone.
+        timeline: the kernel writes down where its time goes; for measuring the kernel alone.
         inputs: where a launch has its inputs from.
 
     Raises:
@@ -204,7 +204,7 @@ class KernelSpec:
     variant: Variant
     ranks: int = 1
     fast_math: bool = True
-    timeline: bool = False  #: the kernel writes down where its time goes (`_bench/timeline.py`)
+    timeline: bool = False  #: the kernel writes down where its time goes
     inputs: Inputs = Inputs.STAGED
 
     def __post_init__(self) -> None:

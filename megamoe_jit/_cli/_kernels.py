@@ -113,8 +113,8 @@ def compile_kernels(
     except _Stop:
         pass
     except KeyboardInterrupt:  # after the display, which would wipe it out
-        done = sum(result.kernel is not None for result in results.values())
-        say(f"{done} of {len(specs)} kernels are ready; what was being compiled is kept, the rest was not begun")
+        kept = sum(_stored(result) for result in results.values())
+        say(f"{kept} of {len(specs)} kernels are ready and kept; of the others, none was finished")
         raise
     found = [results[spec] for spec in specs if spec in results]
     first = found[0].error if found else None

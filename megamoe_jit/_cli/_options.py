@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from megamoe_jit._compile.stage_spec import StageSpec
     from megamoe_jit._spec import KernelSpec, MoEShape
-    from megamoe_jit._stage_spec import StageSpec
 
 __all__ = [
     "TIMED_SHAPES",
     "VARIANTS",
+    "FullSummaries",
     "cache_dir_option",
     "complete_key",
     "complete_kernel",
@@ -50,6 +52,15 @@ _SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast
 _STAGE_SYMBOL = re.compile(r"megamoe_stage_(\w+)")
 
 
+class FullSummaries(click.Group):
+    """A group whose help shows the whole first sentence of each command."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
+
+
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The rest of a list of shape names; files are left to the shell."""
     from click.shell_completion import CompletionItem
@@ -70,7 +81,7 @@ def _keys_beginning(incomplete: str, read_only_too: bool) -> list[CompletionItem
     before, log.disabled = log.disabled, True  # a shell waits for this: no answer is better than a warning
     try:
         caches = all_caches() if read_only_too else all_caches()[:1]
-        names = {info.key[:12]: info.entry for each in caches for info in each.entries()}
+        names = {info.key[:12]: one_line(info.entry) for each in caches for info in each.entries()}
         return [CompletionItem(key, help=name) for key, name in names.items() if key.startswith(incomplete[:12])]
     except Exception:  # nor a traceback
         return []
@@ -164,7 +175,7 @@ def per_shape(shapes: Mapping[str, MoEShape], make: Callable[[str, MoEShape], It
     return made
 
 
-TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those with goals in benchmarks/targets.json
+TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those that were measured beside other kernels
 
 timed_shapes_option = click.option(
     "--shapes",
@@ -275,8 +286,8 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
     Raises:
         ConfigError: It is neither, or a part of it is not supported.
     """
+    from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
     from megamoe_jit._spec import Inputs, KernelSpec, MoEShape, Variant
-    from megamoe_jit._stage_spec import StageFormat, StageSpec
     from megamoe_jit.heuristics.presets import preset
 
     staging = _STAGE_SYMBOL.fullmatch(text)

@@ -18,13 +18,15 @@ from typing import Literal
 from megamoe_jit._cache.cache import CacheEntry, KernelCache, cache_key, searched_caches, user_cache
 from megamoe_jit._cache.entry import source_id
 from megamoe_jit._cache.locks import key_lock
-from megamoe_jit._cache.metadata import Metadata, printable
+from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.nvrtc import CompileResult, compile_source, options_for
 from megamoe_jit._compile.render import RenderedSource, render
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
 from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
+from megamoe_jit._jit.interrupt import check as check_interrupted
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import Spec
+from megamoe_jit._text import one_line
 from megamoe_jit._version import __version__
 
 __all__ = [
@@ -98,7 +100,7 @@ def sealed() -> bool:
 def warmup_command(spec: Spec) -> str:
     """The command line that compiles this kernel ahead of time.
 
-    `warmup` makes no kernel with a timeline: only `benchmarks/timeline.py` asks for one.  `inspect` makes any.
+    `warmup` makes no kernel with a timeline: only who measures the kernel itself asks for one.  `inspect` makes any.
     """
     options = spec.warmup_options()
     if not options:
@@ -197,7 +199,7 @@ def obtain(spec: Spec, force: bool) -> CompiledKernel:
             why, allow = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it", "MEGAMOE_JIT_DISABLE_JIT=0 "
         places = [settings.cache_dir, *settings.readonly_cache]
         where = " or ".join(map(str, places[1:] if settings.no_cache else places)) or "(none: MEGAMOE_JIT_NO_CACHE)"
-        whose = " (kernels with a timeline are for benchmarks/timeline.py alone)" if spec.timeline else ""
+        whose = " (kernels with a timeline are for measuring the kernel alone)" if spec.timeline else ""
         raise KernelMissingError(
             f"kernel {spec.entry} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}{whose}"
         )
@@ -206,6 +208,7 @@ def obtain(spec: Spec, force: bool) -> CompiledKernel:
     key, cache = wanted.key, None if settings.no_cache else user_cache()
 
     def published() -> bool:
+        check_interrupted()
         return not force and cache is not None and cache.holds(key)
 
     # what will not be published need not be waited for
@@ -275,12 +278,12 @@ def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metada
         "entry": spec.entry,
         "spec": spec.to_json(),
         "source_id": wanted.source_id,
-        "files": [printable(name) for name in wanted.source.files],
+        "files": [one_line(name) for name in wanted.source.files],
         "options": list(result.options),
         "nvrtc": {
             "version": f"{toolchain.version[0]}.{toolchain.version[1]}",
             "build": toolchain.build,
-            "path": printable(str(toolchain.path)),
+            "path": one_line(str(toolchain.path)),
         },
         "package_version": __version__,
         "registers": kernel.registers,
@@ -291,6 +294,6 @@ def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metada
         "param_bytes": kernel.param_bytes,
         "max_threads": kernel.max_threads,
         "diagnostics": len(result.diagnostics),
-        "advisories": [printable(each) for each in result.advisories],
+        "advisories": [one_line(each) for each in result.advisories],
         "compile_ms": {phase: round(value * 1e3, 3) for phase, value in result.seconds.items()},
     }

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
-from megamoe_jit._cache.metadata import SCHEMA, dump_metadata, printable
+from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
+from megamoe_jit._compile.stage_spec import StageSpec
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
 from megamoe_jit._spec import KernelSpec, Spec
-from megamoe_jit._stage_spec import StageSpec
-from megamoe_jit._text import items_of, shown
+from megamoe_jit._text import items_of, one_line, shown
 from megamoe_jit._version import __version__
 
 __all__ = ["ImportReport", "PackInfo", "export_pack", "import_pack", "read_pack"]
@@ -165,7 +165,7 @@ def read_pack(path: Path | str) -> PackInfo:
     with opened(source) as (archive, manifest):
         keys = tuple(key for key, _ in entries_in(source, archive, manifest))
     kernels = tuple(manifest["entries"][key]["kernel"] for key in keys)
-    version = printable(str(manifest.get("package_version", "")))
+    version = one_line(str(manifest.get("package_version", "")))
     return PackInfo(source, keys, kernels, source.stat().st_size, file_sha256(source), version)
 
 

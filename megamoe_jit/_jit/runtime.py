@@ -9,25 +9,27 @@ does not matter. A process that is sealed compiles nothing any more.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megamoe_jit._cache.cache import KernelCache, cache_key, user_cache
 from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
+from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import ARCH, find_toolchain
 from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
+from megamoe_jit._jit.interrupt import obey
 from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import Inputs, KernelSpec, MoEShape, Spec, Variant
-from megamoe_jit._stage_spec import StageFormat, StageSpec
-from megamoe_jit._text import items_of, shown
+from megamoe_jit._text import items_of, several, shown
 
 __all__ = [
     "CompiledKernel",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("megamoe_jit")
+_QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often
 _BY_NAME = 'preset("v4-flash").shape'  # in messages
 
 
@@ -188,7 +191,8 @@ def warmup(
         specs: the kernels; repeated ones count once.
         jobs: threads; the settings' number if None.
         force: compile even what is cached, and replace it.
-        progress: called in the caller's thread with each result as it comes.
+        progress: called in this thread with each result as it comes; after an interruption with those that were too
+            far on to be left.
 
     Returns:
         One result per kernel, in the order given, with `spec`, `kernel` (None if it failed), `error` (None if it did
@@ -204,17 +208,56 @@ def warmup(
         raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
     results: dict[Spec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
-    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
+    stop = threading.Event()
+    pool = concurrent.futures.ThreadPoolExecutor(
+        workers, thread_name_prefix="megamoe-jit-warmup", initializer=obey, initargs=(stop,)
+    )
+
+    def report(future: concurrent.futures.Future[WarmupResult]) -> None:
+        result = future.result()
+        results[result.spec] = result
+        if progress is not None:
+            progress(result)
+
+    futures = {pool.submit(_warm_one, spec, force): spec for spec in todo}
     try:
-        futures = [pool.submit(_warm_one, spec, force) for spec in todo]
-        for future in concurrent.futures.as_completed(futures):
-            result = future.result()
-            results[result.spec] = result
-            if progress is not None:
-                progress(result)
-    finally:
+        for future in _as_they_end(futures):
+            report(future)
+    except KeyboardInterrupt:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        _tell_running(futures)
+        begun = [future for future, spec in futures.items() if spec not in results and not future.cancelled()]
+        for future in _as_they_end(begun):
+            if future.exception() is None:
+                with contextlib.suppress(Exception):  # of `progress`: the interruption counts
+                    report(future)
+        raise
+    except BaseException:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
     return [results[spec] for spec in todo]
+
+
+def _as_they_end(
+    futures: Iterable[concurrent.futures.Future[WarmupResult]],
+) -> Iterator[concurrent.futures.Future[WarmupResult]]:
+    """Each future once it has ended. The main thread wakes up now and then: a signal may reach another one alone."""
+    left = set(futures)
+    while left:
+        ended, left = concurrent.futures.wait(left, _QUICK_S, concurrent.futures.FIRST_COMPLETED)
+        yield from ended
+
+
+def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Spec]) -> None:
+    """Say at once what an interrupted warmup still waits for: a kernel that NVRTC has begun on cannot be left alone."""
+    running = [future for future in futures if future.running()]
+    _, left = concurrent.futures.wait(running, timeout=_QUICK_S)  # what waited for another process ends by itself
+    if left:
+        names = several((spec.entry for future, spec in futures.items() if future in left), 3)
+        LOG.warning("interrupted; waiting for what is being compiled, to keep it (Ctrl-C again leaves it): %s", names)
 
 
 def _distinct(specs: Iterable[Spec]) -> list[Spec]:

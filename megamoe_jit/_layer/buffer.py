@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megamoe_jit._compile.stage_spec import StageFormat
 from megamoe_jit._device.fault import decode, fault_error
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._device.wait import be_ready, wait_for_device
@@ -27,7 +28,6 @@ from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage, stage_kernel
 from megamoe_jit._layer.stream_order import StreamOrder
 from megamoe_jit._spec import Inputs, MoEShape, Variant, check_int
-from megamoe_jit._stage_spec import StageFormat
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants
 

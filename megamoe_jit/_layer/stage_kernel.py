@@ -8,13 +8,13 @@ from ctypes import c_float, c_uint32, c_uint64
 
 import torch
 
+from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import PARAMS_ALIGN
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import BLOCK
-from megamoe_jit._stage_spec import StageFormat, StageSpec
 
 __all__ = ["Outputs", "StageKernel", "StageParams", "launch_stage", "stage_kernel"]
 

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
+from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._errors import CompileError, ConfigError, KernelMissingError, PerformanceLossError, ToolchainError
 from megamoe_jit._jit import obtain as _obtain
@@ -35,7 +37,6 @@ from megamoe_jit._jit.runtime import (
 )
 from megamoe_jit._settings.settings import get_settings, override
 from megamoe_jit._spec import MAX_TOKENS, Inputs, KernelSpec, MoEShape, Variant
-from megamoe_jit._stage_spec import StageFormat, StageSpec
 from megamoe_jit.heuristics.presets import preset, preset_names
 from megamoe_jit.heuristics.select import choose
 from tests.stubs import child_environment, rewrite_meta, write_rooms
@@ -231,7 +232,10 @@ def test_no_call_of_any_preset_misses_after_warmup_and_seal(place, compiles):
 
 
 def test_enumerated_specs():
-    raw, staging = [replace(each, inputs=Inputs.RAW) for each in (PING, COOP)], [StageSpec(form) for form in StageFormat]
+    raw, staging = (
+        [replace(each, inputs=Inputs.RAW) for each in (PING, COOP)],
+        [StageSpec(form) for form in StageFormat],
+    )
     assert enumerate_specs(SHAPE) == (PING, COOP, *raw, *staging)
     assert enumerate_specs(SHAPE, inputs="staged") == (PING, COOP)
     assert enumerate_specs(SHAPE, inputs="raw") == (*raw, *staging)

@@ -19,6 +19,7 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import make_weights
+from megamoe_jit._compile.stage_spec import StageFormat
 from megamoe_jit._device.fault import PEER_SIGNAL
 from megamoe_jit._device.params import Params
 from megamoe_jit._layer import bound_kernel as _bound_kernel
@@ -31,7 +32,6 @@ from megamoe_jit._layer.stage_kernel import StageParams
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from megamoe_jit._stage_spec import StageFormat
 
 SHAPE = MoEShape(256, 128, 4, 2)
 DRAWN = make_weights(SHAPE, "cpu")

@@ -259,7 +259,9 @@ def quantise(params: Params, hidden: int = 256, topk: int = 2) -> None:
     """What the head of a kernel does whose inputs are the caller's."""
     tokens, base = params.tokens, params.peers[0]
     ids, weights = IDS[params.raw_formats & 1], WEIGHTS[params.raw_formats & 6]
-    codes, scales = mm.quantize_activations(rows(params.raw_x, torch.bfloat16, tokens, hidden, params.raw_x_stride // 2))
+    codes, scales = mm.quantize_activations(
+        rows(params.raw_x, torch.bfloat16, tokens, hidden, params.raw_x_stride // 2)
+    )
     at(base + params.x, FP8, tokens, hidden).copy_(codes)
     at(base + params.x_scales, F32, tokens, hidden // 128).copy_(scales)
     at(base + params.topk_ids, torch.int64, tokens, topk).copy_(

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import megamoe_jit as mm
+from megamoe_jit._compile.stage_spec import StageFormat
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.calls import mega_moe_from_bf16
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage_kernel import StageParams
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import Inputs
-from megamoe_jit._stage_spec import StageFormat
 from tests.unit.layer.test_calls import HERE, L1, L2, SHAPE, STATS, Cuda, buffer, call, cuda, refused  # noqa: F401
 from tests.unit.layer.test_moe import F32, FP8, IDS, WEIGHTS, at, compute, expected, inputs, layer, rows, same
 
