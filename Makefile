@@ -1,6 +1,6 @@
 # megamoe-jit: every target sets up what it needs in .venv; a second call starts at once.
 #
-#   make demo | test | test-nvrtc13 | test-gpu | test-multi | bench | docs | lint | format | env | clean
+#   make demo | test | test-nvrtc13 | test-gpu | test-multi | mutants | bench | docs | lint | format | env | clean
 #
 #   PYTHON=python3.12   interpreter that .venv is made from (3.11 or newer)
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
@@ -19,7 +19,7 @@ ifeq ($(NO_VENV),)
 VENV ?= $(if $(filter cu12,$(STACK)),.venv,.venv-$(STACK))
 PY := $(VENV)/bin/python
 stamp = $(VENV)/.ready-$(1)
-WORKERS := -n auto
+WORKERS := -n auto --dist loadfile
 else
 PY := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -36,7 +36,7 @@ torch-cu12 := torch>=2.8,<2.11
 torch-cu13 := torch>=2.11
 torch-cpu := torch==2.13.0+cpu
 
-.PHONY: help env demo test test-nvrtc13 test-gpu test-multi bench docs lint format clean
+.PHONY: help env demo test test-nvrtc13 test-gpu test-multi mutants bench docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -65,9 +65,13 @@ test-gpu: $(call stamp,dev)
 test-multi: $(call stamp,dev)
 	$(PY) -m pytest tests/multi $(ARGS)
 
+# Mistakes put into a copy of the product one by one, each of which a test must notice; not a part of `test`.
+mutants: $(call stamp,dev)
+	$(PY) -m tests.mutants $(ARGS)
+
 bench: $(call stamp,bench)
 	@mkdir -p bench-results
-	$(PY) -m megamoe_jit bench --output bench-results/latest.json $(ARGS)
+	$(PY) -m benchmarks bench --output bench-results/latest.json $(ARGS)
 
 # The site, in build/site; whatever is wrong with a link, an anchor or a docstring is an error.  Pages keep their places of
 # the repository, so that relative links mean the same in both.
@@ -80,7 +84,7 @@ docs: $(call stamp,docs)
 lint: $(call stamp,dev)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict megamoe_jit
+	$(PY) -m mypy --strict megamoe_jit benchmarks
 
 format: $(call stamp,dev)
 	$(PY) -m ruff check --fix .

@@ -1,6 +1,6 @@
 """One call with the in-kernel timeline on: a trace for ui.perfetto.dev, and where the time of each role went.
 
-    python benchmarks/timeline.py --shape v4-flash --tokens 1024 --trace trace.json
+    python -m benchmarks.timeline --shape v4-flash --tokens 1024 --trace trace.json
 
 Needs a Hopper GPU.  The kernel that writes records is another kernel, a little slower; it is compiled for this alone.
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.timeline_records import Record, decode, summary, words, write_trace
 from megamoe_jit._bench.clock import FLUSH_BYTES
 from megamoe_jit._bench.measure import Layer, cases, require_hopper
-from megamoe_jit._bench.timeline import Record, decode, summary, words, write_trace
 from megamoe_jit._check.scenarios import make_inputs
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._layer.bound_kernel import PreparedKernel
+from megamoe_jit._layer.bound_kernel import BoundKernel
 from megamoe_jit.heuristics.presets import preset
 
 ROUNDS = 3  #: the last one is kept
@@ -34,9 +34,8 @@ def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[
     y = torch.empty(tokens, case.shape.hidden, dtype=torch.bfloat16, device=device)
     plan = layer.buffer.plan(tokens, variant, case.fast_math, None)
     spec = replace(layer.buffer.spec(plan.choice.variant, case.fast_math), timeline=True)
-    kernel = PreparedKernel(spec, layer.buffer)
     room = torch.zeros(words(plan.num_sms), dtype=torch.int64, device=device)
-    kernel.params.timeline = room.data_ptr()
+    kernel = BoundKernel(spec, layer.buffer.place, timeline=room.data_ptr())
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     for _ in range(ROUNDS):
         inputs.stage(layer.buffer)

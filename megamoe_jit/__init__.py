@@ -6,29 +6,30 @@ Importing this package imports neither torch nor the CUDA bindings; the first us
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._errors import (
-    CaptureError,
-    CompileError,
-    ConfigError,
-    DeviceFaultError,
-    KernelMissingError,
-    LaunchError,
-    LoadError,
-    MegaMoeError,
-    PackError,
-    PeerTimeoutError,
-    PerformanceLossError,
-    RankMismatchError,
-    RenderError,
-    ToolchainError,
-    UnsupportedDeviceError,
-)
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._version import __version__
 
+TYPE_CHECKING = False  # as of typing, which takes a third of the time in which Ctrl-C ends in Python's own traceback
 if TYPE_CHECKING:
+    from typing import Any
+
+    from megamoe_jit._errors import (
+        CaptureError,
+        CompileError,
+        ConfigError,
+        DeviceFaultError,
+        KernelMissingError,
+        LaunchError,
+        LoadError,
+        MegaMoeError,
+        PackError,
+        PeerTimeoutError,
+        PerformanceLossError,
+        RankMismatchError,
+        RenderError,
+        ToolchainError,
+        UnsupportedDeviceError,
+    )
     from megamoe_jit._jit.pack import export_pack, import_pack
     from megamoe_jit._jit.runtime import enumerate_specs, retry, seal, sealed, unseal, warmup
     from megamoe_jit._layer.buffer import SymmBuffer
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         quantize_activations,
         quantize_weights,
     )
+    from megamoe_jit._layer.stage import mega_moe_pre_dispatch_sm90, stage
     from megamoe_jit._layer.weights import (
         inverse_transform_weights_for_mega_moe_sm90,
         is_transformed,
@@ -53,9 +55,31 @@ if TYPE_CHECKING:
         transform_weights_for_mega_moe_sm90,
         weights_metadata,
     )
+    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
-#: Where each name that needs torch or the CUDA bindings lives.
+#: Where each name lives; its module is imported when it is asked for.
 _LAZY = {
+    **dict.fromkeys(
+        (
+            "CaptureError",
+            "CompileError",
+            "ConfigError",
+            "DeviceFaultError",
+            "KernelMissingError",
+            "LaunchError",
+            "LoadError",
+            "MegaMoeError",
+            "PackError",
+            "PeerTimeoutError",
+            "PerformanceLossError",
+            "RankMismatchError",
+            "RenderError",
+            "ToolchainError",
+            "UnsupportedDeviceError",
+        ),
+        "_errors",
+    ),
+    **dict.fromkeys(("KernelSpec", "MoEShape", "Variant"), "_spec"),
     "MegaMoE": "_layer.moe",
     "SymmBuffer": "_layer.buffer",
     "dequantize_activations": "_layer.quantize",
@@ -71,11 +95,13 @@ _LAZY = {
     "inverse_transform_weights_for_mega_moe_sm90": "_layer.weights",
     "is_transformed": "_layer.weights",
     "mark_transformed": "_layer.weights",
+    "mega_moe_pre_dispatch_sm90": "_layer.stage",
     "quantize_activations": "_layer.quantize",
     "quantize_weights": "_layer.quantize",
     "retry": "_jit.runtime",
     "seal": "_jit.runtime",
     "sealed": "_jit.runtime",
+    "stage": "_layer.stage",
     "transform_weights_for_mega_moe_sm90": "_layer.weights",
     "unseal": "_jit.runtime",
     "warmup": "_jit.runtime",
@@ -117,11 +143,13 @@ __all__ = [
     "inverse_transform_weights_for_mega_moe_sm90",
     "is_transformed",
     "mark_transformed",
+    "mega_moe_pre_dispatch_sm90",
     "quantize_activations",
     "quantize_weights",
     "retry",
     "seal",
     "sealed",
+    "stage",
     "transform_weights_for_mega_moe_sm90",
     "unseal",
     "warmup",

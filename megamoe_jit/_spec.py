@@ -11,7 +11,7 @@ import math
 import numbers
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
@@ -22,8 +22,10 @@ __all__ = [
     "MAX_SIZE",
     "MAX_TOKENS",
     "MAX_TOPK",
+    "Inputs",
     "KernelSpec",
     "MoEShape",
+    "Spec",
     "Variant",
     "check_clamp",
     "check_flag",
@@ -62,6 +64,21 @@ class Variant(StrEnum):
             if isinstance(text, str) and text == variant.value:
                 return variant
         raise ConfigError(f"unknown kernel variant {shown(text)}; allowed: {', '.join(v.value for v in cls)}")
+
+
+class Inputs(StrEnum):
+    """Where the inputs of a launch come from."""
+
+    STAGED = "staged"  #: from the buffer, staged by earlier work of the stream
+    RAW = "raw"  #: from tensors of the caller, bf16; the launch stages them itself
+
+    @classmethod
+    def parse(cls, text: str) -> Inputs:
+        """The one named `text`; raises `ConfigError` with the names there are."""
+        for inputs in cls:
+            if isinstance(text, str) and text == inputs.value:
+                return inputs
+        raise ConfigError(f"unknown inputs {shown(text)}; allowed: {', '.join(i.value for i in cls)}")
 
 
 def _check(ok: bool, what: str, value: object, allowed: str) -> None:
@@ -136,6 +153,37 @@ class MoEShape:
         _check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
 
 
+class Spec(Protocol):
+    """Something that is rendered, compiled, cached and loaded; a frozen value."""
+
+    @property
+    def entry(self) -> str:
+        """Symbol of the kernel."""
+
+    @property
+    def template(self) -> str:
+        """Path of the Jinja2 entry under `kernels_src/`."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+
+    @property
+    def timeline(self) -> bool:
+        """Whether the kernel writes down where its time goes."""
+
+    def template_variables(self) -> dict[str, int | str]:
+        """What the Jinja2 entry is filled with."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, from which `from_json` of its class makes it again."""
+
+    def warmup_options(self) -> str:
+        """Options of `megamoe-jit warmup` that compile this kernel; empty if it compiles none like it."""
+
+    def __hash__(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
     """One kernel to compile; everything in here is a compile-time constant of it.
@@ -145,7 +193,8 @@ class KernelSpec:
         variant: how the warpgroups share the work.
         ranks: GPUs that share the experts, 1 to 8; a divisor of their number.
         fast_math: approximate exponential and reciprocal in SwiGLU.
-        timeline: the kernel writes down where its time goes; for `benchmarks/timeline.py` alone.
+        timeline: the kernel writes down where its time goes; for measuring the kernel alone.
+        inputs: where a launch has its inputs from.
 
     Raises:
         ConfigError: a value is not supported.
@@ -155,13 +204,15 @@ class KernelSpec:
     variant: Variant
     ranks: int = 1
     fast_math: bool = True
-    timeline: bool = False  #: the kernel writes down where its time goes (`_bench/timeline.py`)
+    timeline: bool = False  #: the kernel writes down where its time goes
+    inputs: Inputs = Inputs.STAGED
 
     def __post_init__(self) -> None:
         _check(isinstance(self.shape, MoEShape), "shape", self.shape, "a MoEShape")
         _check(isinstance(self.variant, Variant), "variant", self.variant, "a member of Variant")
         check_flag("fast_math", self.fast_math)
         check_flag("timeline", self.timeline)
+        _check(isinstance(self.inputs, Inputs), "inputs", self.inputs, "a member of Inputs")
         check_int("ranks", self.ranks)
         _check(1 <= self.ranks <= MAX_RANKS, "ranks", self.ranks, f"1 to {MAX_RANKS}")
         _check(
@@ -226,7 +277,11 @@ class KernelSpec:
         s = self.shape
         math = "fast" if self.fast_math else "exact"
         sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
-        return f"megamoe_{self.variant.value}_{sizes}_{math}{'_timeline' if self.timeline else ''}"
+        return f"megamoe_{self.variant.value}_{sizes}_{math}{'_timeline' if self.timeline else ''}{self._inputs_suffix}"
+
+    @property
+    def _inputs_suffix(self) -> str:
+        return "" if self.inputs is Inputs.STAGED else f"_{self.inputs.value}"
 
     @property
     def template(self) -> str:
@@ -247,20 +302,30 @@ class KernelSpec:
             "shared_bytes": self.shared_bytes,
             "fast_math": "true" if self.fast_math else "false",
             "timeline": "true" if self.timeline else "false",
+            "inputs": self.inputs.value,
         }
+
+    def warmup_options(self) -> str:
+        """Options of `megamoe-jit warmup` that compile this kernel, and those that stage for it; empty if none do."""
+        s = self.shape
+        sizes = f"--hidden {s.hidden} --intermediate {s.intermediate} --experts {s.experts} --topk {s.topk}"
+        math = "" if self.fast_math else " --no-fast-math"
+        options = f"{sizes} --ranks {self.ranks} --variant {self.variant.value}{math} --inputs {self.inputs.value}"
+        return "" if self.timeline else options
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
-        return {**asdict(self), "variant": self.variant.value}
+        return {**asdict(self), "variant": self.variant.value, "inputs": self.inputs.value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KernelSpec:
         """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
-        sizes = _fields("data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline",))["shape"]
+        sizes = _fields("data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline", "inputs"))["shape"]
         return cls(
             shape=MoEShape(**_fields("shape", sizes, ("hidden", "intermediate", "experts", "topk"))),
             variant=Variant.parse(data["variant"]),
             ranks=data["ranks"],
             fast_math=data["fast_math"],
             timeline=data.get("timeline", False),
+            inputs=Inputs.parse(data.get("inputs", Inputs.STAGED.value)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -36,11 +37,13 @@ def without_comments(text: str) -> str:
     return re.sub(r"//[^\n]*", "", text)
 
 
+@functools.cache
 def room(name: str) -> str:
     """A room of `kernels_src/` without its comments."""
     return without_comments((KERNELS / name).read_text())
 
 
+@functools.cache
 def constant(name: str, file: str = "base/constants.cuh") -> int:
     """An integer constant of the kernels, such as `kPoolAlign`."""
     found = re.search(rf"\b{name} = (\d+)\b", room(file))

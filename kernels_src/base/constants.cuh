@@ -29,4 +29,10 @@ enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */ };
 
 enum class Variant : u32 { pingpong, cooperative };
 
+/// Where the inputs of a launch come from.
+enum class Inputs : u32 {
+    staged,   // from the buffer, where earlier work of the stream put them
+    raw,      // from tensors of the caller; the head of the launch stages them
+};
+
 }  // namespace megamoe

@@ -1,4 +1,4 @@
-"""Time the layer on this GPU by the protocol of `benchmarks/README.md`.
+"""Time the layer on this GPU.
 
 Each row is one shape (one GPU's slice of a model's experts), one token count and one variant.  Before a row
 is timed, its output is compared with the FP32 reference.  Contenders take turns within the same rounds: each variant,
@@ -20,7 +20,7 @@ from megamoe_jit._bench.unfused_run import BaselineRow, add_baselines, baseline_
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._layer.buffer import sm_count
+from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit.heuristics.presets import Preset

@@ -136,6 +136,10 @@ def _wait(key: str, label: str, done: Callable[[], bool]) -> int | None:
         if handle is not None:
             os.close(handle)
         return None
+    except KeyboardInterrupt:  # what would have been done with it is not wanted any more
+        if handle is not None:
+            _release(handle)
+        raise
     return handle
 
 

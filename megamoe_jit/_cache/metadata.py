@@ -13,7 +13,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, cast
 
-__all__ = ["SCHEMA", "CompilerMeta", "MetaError", "Metadata", "dump_metadata", "printable", "read_metadata"]
+from megamoe_jit._text import one_line
+
+__all__ = ["SCHEMA", "CompilerMeta", "MetaError", "Metadata", "dump_metadata", "read_metadata"]
 
 SCHEMA = 1
 _HEAD, _END = b'{\n "meta_sha256": "', b'",\n'
@@ -68,11 +70,6 @@ class MetaError(ValueError):
     """The bytes are no metadata of ours."""
 
 
-def printable(text: str) -> str:
-    """`text` with what no terminal should see, and what no file can hold, as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 def dump_metadata(meta: Mapping[str, Any]) -> bytes:
     """The file: the digest of the rest, then the fields by name."""
     body = json.dumps(meta, indent=1, sort_keys=True).encode()
@@ -110,9 +107,9 @@ def _check_fields(document: dict[str, Any], signed: bool) -> None:
     for name, value in document.items():
         check = _FIELDS.get(name)
         if check is None and not signed:
-            raise MetaError(f"has a field {printable(name)[:40]!r} that is not known")
+            raise MetaError(f"has a field {one_line(name)[:40]!r} that is not known")
         if not (_is_plain(name) and (check or _is_plain)(value)):
-            raise MetaError(f"says {printable(repr(value))[:40]} for {printable(name)[:40]!r}")
+            raise MetaError(f"says {one_line(repr(value))[:40]} for {one_line(name)[:40]!r}")
     lacking = [name for name in _NEEDED if name not in document]
     if lacking:
         raise MetaError(f"does not say {', '.join(lacking)}")

@@ -25,10 +25,11 @@ from megamoe_jit._cache.entry import (
     last_use,
     read_entry,
 )
-from megamoe_jit._cache.metadata import dump_metadata, printable
+from megamoe_jit._cache.metadata import dump_metadata
 from megamoe_jit._cache.reader import ACCESS, EntryReader
 from megamoe_jit._cache.trees import delete, is_directory, move, tree_bytes
 from megamoe_jit._compile.cubin import cubin_arch
+from megamoe_jit._text import one_line
 from megamoe_jit._trust import private_directory
 
 __all__ = ["EntryStore", "PruneReport"]
@@ -112,7 +113,7 @@ class EntryStore(EntryReader):
             "source_bytes": len(text),
             "source_sha256": hashlib.sha256(text).hexdigest(),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "host": printable(_host()),
+            "host": one_line(_host()),
         }
         return self.publish(key, {SOURCE: text, CUBIN: cubin, META: dump_metadata(document)})
 

@@ -14,14 +14,18 @@ from megamoe_jit._errors import ToolchainError
 
 if TYPE_CHECKING:
     from megamoe_jit._jit.runtime import WarmupResult
-    from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec import MoEShape, Spec
 
 __all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "spec_document", "status"]
 
 
 def kernel_specs(
-    shapes: Mapping[str, MoEShape], ranks: int = 1, variant: str = "auto", fast_math: bool = True
-) -> list[KernelSpec]:
+    shapes: Mapping[str, MoEShape],
+    ranks: int = 1,
+    variant: str = "auto",
+    fast_math: bool = True,
+    inputs: str | None = None,
+) -> list[Spec]:
     """Every kernel that calls of these shapes can pick, each once.
 
     Args:
@@ -29,12 +33,14 @@ def kernel_specs(
         ranks: Ranks that share the experts.
         variant: `auto` for all that the heuristics can choose, or the name of one.
         fast_math: The option of the same name of a call.
+        inputs: Where the calls have their inputs from, see `enumerate_specs`.
     """
     from megamoe_jit._jit.runtime import enumerate_specs
     from megamoe_jit._spec import Variant
 
     variants = None if variant == "auto" else (Variant.parse(variant),)
-    specs = per_shape(shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, fast_math))
+    specs: list[Spec] = []
+    specs += per_shape(shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, fast_math, inputs))
     return list(dict.fromkeys(specs))
 
 
@@ -50,7 +56,7 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def _progress(specs: Sequence[KernelSpec], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
+def _progress(specs: Sequence[Spec], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
     """Yields a function to call with each result: redraws a live line per kernel, or prints a plain one."""
     if not live_terminal():
         yield lambda result: say(f"{status(result):8}  {result.spec.entry}  {result.seconds:.2f} s")
@@ -67,7 +73,7 @@ def _progress(specs: Sequence[KernelSpec], jobs: int, keep: bool) -> Iterator[Ca
 
 
 def compile_kernels(
-    specs: Sequence[KernelSpec],
+    specs: Sequence[Spec],
     jobs: int | None = None,
     force: bool = False,
     *,
@@ -92,7 +98,7 @@ def compile_kernels(
     from megamoe_jit._jit.runtime import warmup
     from megamoe_jit._settings.settings import get_settings
 
-    results: dict[KernelSpec, WarmupResult] = {}
+    results: dict[Spec, WarmupResult] = {}
     workers = min(jobs or get_settings().jobs, len(specs))
     try:
         with _progress(specs, workers, keep=as_json or not sys.stdout.isatty()) as step:
@@ -107,8 +113,8 @@ def compile_kernels(
     except _Stop:
         pass
     except KeyboardInterrupt:  # after the display, which would wipe it out
-        done = sum(result.kernel is not None for result in results.values())
-        say(f"{done} of {len(specs)} kernels are ready; what was being compiled is kept, the rest was not begun")
+        kept = sum(_stored(result) for result in results.values())
+        say(f"{kept} of {len(specs)} kernels are ready and kept; of the others, none was finished")
         raise
     found = [results[spec] for spec in specs if spec in results]
     first = found[0].error if found else None
@@ -117,7 +123,7 @@ def compile_kernels(
     return found
 
 
-def spec_document(spec: KernelSpec, status: str, meta: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def spec_document(spec: Spec, status: str, meta: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """A kernel for a JSON document, with what its cache entry says if it has one."""
     return {
         "kernel": spec.entry,

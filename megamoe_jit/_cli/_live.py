@@ -10,12 +10,21 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec import Spec
 
 __all__ = ["LiveKernels"]
 
 _COLOURS = {"compiled": "green", "cached": "cyan", "failed": "red", "working": "yellow"}
 _MARGIN = 2  #: lines of the terminal left free
+
+
+def _all_fitting(names: Sequence[str], room: int) -> dict[str, str]:
+    """What to show for each name; those that would look the same are numbered."""
+    shown = {name: _fitting(name, room) for name in names}
+    if len(set(shown.values())) == len(shown):
+        return shown
+    marks = {name: f"{number}:" for number, name in enumerate(shown, start=1)}
+    return {name: f"{mark}{_fitting(name, room - len(mark))}" for name, mark in marks.items()}
 
 
 def _fitting(name: str, room: int) -> str:
@@ -38,7 +47,7 @@ class LiveKernels:
         console: where to draw.
     """
 
-    def __init__(self, specs: Sequence[KernelSpec], jobs: int, console: Console) -> None:
+    def __init__(self, specs: Sequence[Spec], jobs: int, console: Console) -> None:
         self._console = console
         self._names = [spec.entry for spec in specs]
         self._done: dict[str, tuple[str, float]] = {}
@@ -70,7 +79,7 @@ class LiveKernels:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{status:8}", style=_COLOURS.get(status, ""))
         room = self._console.size.width - len(f"{status:8}    {shown}")
-        return line.append(f"  {_fitting(name, room)}  {shown}".rstrip())
+        return line.append(f"  {_all_fitting(self._names, room)[name]}  {shown}".rstrip())
 
     def _shown(self, room: int) -> tuple[list[str], int]:
         """The kernels to show in so many lines, and how many are left out: finished first, then waiting."""

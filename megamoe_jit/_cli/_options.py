@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from megamoe_jit._compile.stage_spec import StageSpec
     from megamoe_jit._spec import KernelSpec, MoEShape
 
 __all__ = [
     "TIMED_SHAPES",
     "VARIANTS",
+    "FullSummaries",
     "cache_dir_option",
     "complete_key",
     "complete_kernel",
@@ -45,7 +48,17 @@ _T = TypeVar("_T")
 VARIANTS = ("auto", "pingpong", "cooperative")
 
 _KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
-_SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)(_timeline)?")
+_SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)(_timeline)?(_raw)?")
+_STAGE_SYMBOL = re.compile(r"megamoe_stage_(\w+)")
+
+
+class FullSummaries(click.Group):
+    """A group whose help shows the whole first sentence of each command."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
 
 
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -68,7 +81,7 @@ def _keys_beginning(incomplete: str, read_only_too: bool) -> list[CompletionItem
     before, log.disabled = log.disabled, True  # a shell waits for this: no answer is better than a warning
     try:
         caches = all_caches() if read_only_too else all_caches()[:1]
-        names = {info.key[:12]: info.entry for each in caches for info in each.entries()}
+        names = {info.key[:12]: one_line(info.entry) for each in caches for info in each.entries()}
         return [CompletionItem(key, help=name) for key, name in names.items() if key.startswith(incomplete[:12])]
     except Exception:  # nor a traceback
         return []
@@ -162,7 +175,7 @@ def per_shape(shapes: Mapping[str, MoEShape], make: Callable[[str, MoEShape], It
     return made
 
 
-TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those with goals in benchmarks/targets.json
+TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those that were measured beside other kernels
 
 timed_shapes_option = click.option(
     "--shapes",
@@ -262,25 +275,30 @@ def looks_like_key(text: str) -> bool:
     return bool(_KEY.fullmatch(text))
 
 
-def parse_spec(text: str, keys: bool = True) -> KernelSpec:
+def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
     """The kernel named on a command line.
 
     Args:
-        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact]` with a shape known
+        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact][/raw]` with a shape known
             by name, such as `v4-flash/pingpong` or `v4-pro/cooperative/r8`.
         keys: Whether the command takes keys too; then an error names them.
 
     Raises:
         ConfigError: It is neither, or a part of it is not supported.
     """
-    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+    from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
+    from megamoe_jit._spec import Inputs, KernelSpec, MoEShape, Variant
     from megamoe_jit.heuristics.presets import preset
 
+    staging = _STAGE_SYMBOL.fullmatch(text)
+    if staging and staging[1] in list(StageFormat):
+        return StageSpec(StageFormat(staging[1]))
     symbol = _SYMBOL.fullmatch(text)
     if symbol:
         sizes = [int(symbol[i]) for i in range(2, 7)]
         variant = Variant.parse(symbol[1])
-        return KernelSpec(MoEShape(*sizes[:4]), variant, sizes[4], symbol[7] == "fast", timeline=bool(symbol[8]))
+        inputs = Inputs.RAW if symbol[9] else Inputs.STAGED
+        return KernelSpec(MoEShape(*sizes[:4]), variant, sizes[4], symbol[7] == "fast", bool(symbol[8]), inputs)
     name, *rest = text.split("/")
     file = text.endswith(".toml") or ".toml/" in text
     if file or not rest:
@@ -291,20 +309,19 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec:
             f"v4-pro/cooperative/r8), a kernel's name as `warmup` and `cache ls` show it{key}"
         )
     shape = preset(name).shape
-    ranks, fast_math = 1, True
+    ranks = 1
     seen: set[str] = set()
     for part in rest[1:]:
         kind = "ranks" if re.fullmatch(r"r\d+", part) else part
-        if kind not in ("ranks", "exact") or kind in seen:
-            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: r1 to r8, exact, each once")
+        if kind not in ("ranks", "exact", "raw") or kind in seen:
+            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: r1 to r8, exact, raw, each once")
         seen.add(kind)
         if kind == "ranks":
             ranks = int(part[1:])
-        else:
-            fast_math = False
-    return KernelSpec(shape, Variant.parse(rest[0]), ranks, fast_math)
+    inputs = Inputs.RAW if "raw" in seen else Inputs.STAGED
+    return KernelSpec(shape, Variant.parse(rest[0]), ranks, "exact" not in seen, inputs=inputs)
 
 
-def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec:
+def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec | StageSpec:
     """Callback of a SPEC argument."""
     return parse_spec(text, keys=False)

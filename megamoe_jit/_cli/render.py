@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option
+from megamoe_jit._cli._io import copy_out, document, emit_json, json_option
 from megamoe_jit._cli._options import complete_kernel, spec_of_argument
 
 if TYPE_CHECKING:
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec import Spec
 
 __all__ = ["render"]
 
@@ -18,7 +18,7 @@ __all__ = ["render"]
 @click.command()
 @click.argument("spec", callback=spec_of_argument, shell_complete=complete_kernel)
 @json_option
-def render(spec: KernelSpec, as_json: bool) -> None:
+def render(spec: Spec, as_json: bool) -> None:
     """Print the CUDA source of a kernel, all files in one; needs neither GPU nor compiler.
 
     SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for fast_math=False (v4-flash/pingpong,
@@ -31,4 +31,4 @@ def render(spec: KernelSpec, as_json: bool) -> None:
         files = list(source.files)
         emit_json(document("render", kernel=spec.entry, spec=spec.to_json(), files=files, source=source.text))
     else:
-        click.echo(source.text, nl=False)
+        copy_out(source.text)

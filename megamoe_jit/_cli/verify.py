@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
 from megamoe_jit._errors import ToolchainError
@@ -104,6 +104,10 @@ def verify(
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
     variants = variants or ("pingpong", "cooperative")
+    if not only_list:
+        from megamoe_jit._device.driver import refuse_without_gpu
+
+        refuse_without_gpu()
     from megamoe_jit._check.scenarios import select
 
     several = rank_count(ranks)
@@ -117,7 +121,7 @@ def verify(
         if as_json:
             emit_json(document("scenarios", scenarios=names))
         else:
-            click.echo("\n".join(names))
+            show("\n".join(names))
         return
 
     from megamoe_jit._bench.measure import require_hopper
@@ -164,7 +168,7 @@ def verify(
             )
             for o in outcomes
         ]
-        click.echo(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
+        show(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
     if failed:  # together, since each went by between many that passed
         say("\n".join(["failed:", *(f"  {o.name}  {o.variant}: {o.reason}" for o in failed)]))
     say(f"{len(outcomes) - len(failed)} passed, {len(failed)} failed, {expected - len(outcomes)} not run")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say
+from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say, show
 from megamoe_jit._cli._kernels import (
     compile_kernels,
     kernel_document,
@@ -19,7 +19,7 @@ from megamoe_jit._cli._kernels import (
 from megamoe_jit._cli._options import VARIANTS, cache_dir_option, ranks_option, shape_options
 
 if TYPE_CHECKING:
-    from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec import MoEShape, Spec
 
 __all__ = ["warmup"]
 
@@ -36,6 +36,13 @@ _STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
     type=click.Choice(VARIANTS),
     help="One variant alone; auto compiles all that a call can pick.",
 )
+@click.option(
+    "--inputs",
+    default="all",
+    show_default=True,
+    type=click.Choice(("all", "staged", "raw")),
+    help="Calls whose inputs are staged before, or those that stage themselves, as MegaMoE does.",
+)
 @click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the calls.  [default: fast]")
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Kernels to compile at a time.  [default: MEGAMOE_JIT_JOBS, or CPUs]"
@@ -49,6 +56,7 @@ def warmup(
     shapes: dict[str, MoEShape],
     ranks: int,
     variant: str,
+    inputs: str,
     fast_math: bool,
     jobs: int | None,
     force: bool,
@@ -71,7 +79,7 @@ def warmup(
     kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    specs = kernel_specs(shapes, ranks, variant, fast_math)
+    specs = kernel_specs(shapes, ranks, variant, fast_math, None if inputs == "all" else inputs)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start
@@ -80,7 +88,7 @@ def warmup(
     if as_json:
         emit_json(document("warmup", dry_run=dry_run, **counts, seconds=seconds, kernels=kernels))
     else:
-        click.echo(kernel_table(kernels))
+        show(kernel_table(kernels))
     for kernel in kernels:
         if kernel["error"]:
             say(f"\n{kernel['kernel']}: {kernel['error']}")
@@ -96,7 +104,7 @@ def warmup(
 
 
 def _compiled(
-    specs: Sequence[KernelSpec], jobs: int | None, force: bool, fail_fast: bool, as_json: bool
+    specs: Sequence[Spec], jobs: int | None, force: bool, fail_fast: bool, as_json: bool
 ) -> list[dict[str, Any]]:
     results = compile_kernels(specs, jobs, force, fail_fast=fail_fast, as_json=as_json)
     documents = {result.spec: kernel_document(result) for result in results}
@@ -105,7 +113,7 @@ def _compiled(
     return [documents[spec] for spec in specs if spec in documents]
 
 
-def _planned(specs: Sequence[KernelSpec], force: bool) -> list[dict[str, Any]]:
+def _planned(specs: Sequence[Spec], force: bool) -> list[dict[str, Any]]:
     """What a warmup would find; `missing` is what it would compile."""
     from megamoe_jit._cache.entry import read_info
     from megamoe_jit._diagnose.explain import kernel_state

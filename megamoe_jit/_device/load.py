@@ -22,7 +22,7 @@ from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._jit.obtain import distrust, known_refusal, remember_refusal
 from megamoe_jit._jit.runtime import CompiledKernel, forget, get_kernel, warmup_command
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec import Spec
 
 __all__ = ["LoadedKernel", "checked", "load_kernel"]
 
@@ -51,7 +51,7 @@ class LoadedKernel:
         library: the `CUlibrary`, kept so that it is never unloaded.
     """
 
-    spec: KernelSpec
+    spec: Spec
     key: str
     device_index: int
     function: Any
@@ -62,12 +62,12 @@ class LoadedKernel:
 
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock")
-_by_spec: dict[tuple[Settings, KernelSpec, int], LoadedKernel] = {}
+_by_spec: dict[tuple[Settings, Spec, int], LoadedKernel] = {}
 _by_key: dict[tuple[str, int], LoadedKernel] = {}
 _contexts: dict[int, Any] = {}
 
 
-def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None = None) -> LoadedKernel:
+def load_kernel(spec: Spec, device_index: int, *, param_bytes: int | None = None) -> LoadedKernel:
     """Compile if needed, and load into the primary context of a device; once per kernel and device.
 
     Args:
@@ -103,7 +103,7 @@ def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None 
     return loaded
 
 
-def _refuse_capture(spec: KernelSpec) -> None:
+def _refuse_capture(spec: Spec) -> None:
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)
     if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
@@ -126,7 +126,7 @@ class _Refusal:
     message: str
     explained: bool
 
-    def error(self, spec: KernelSpec, device_index: int) -> LoadError:
+    def error(self, spec: Spec, device_index: int) -> LoadError:
         """The error to raise, now and at every later use until `retry`."""
         error = LoadError(self.message)
         remember_refusal(spec, device_index, error)
@@ -179,7 +179,7 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
     return LoadedKernel(spec, compiled.key, device_index, function, kernel_info.param_bytes, compiled, library)
 
 
-def _enter_context(driver: Any, device_index: int, spec: KernelSpec) -> None:
+def _enter_context(driver: Any, device_index: int, spec: Spec) -> None:
     """Make sure the primary context of the device is current, as torch has it."""
     try:
         checked(driver, driver.cuInit(0), "cuInit")

@@ -69,7 +69,14 @@ class Params(ctypes.Structure):
         ("clamp", c_float),
         ("want_sides", c_uint32),
         ("side_of_sm", c_uint32 * SIDE_WORDS),
-        ("unused", c_uint32 * 12),
+        ("raw_x", c_uint64),
+        ("raw_ids", c_uint64),
+        ("raw_weights", c_uint64),
+        ("raw_x_stride", c_uint64),
+        ("raw_ids_stride", c_uint32),
+        ("raw_weights_stride", c_uint32),
+        ("raw_formats", c_uint32),
+        ("weight_factor", c_float),
     ]
 
 

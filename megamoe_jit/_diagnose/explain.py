@@ -18,6 +18,7 @@ from megamoe_jit._spec import (
     TILE_SLOTS,
     KernelSpec,
     MoEShape,
+    Spec,
 )
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
@@ -49,7 +50,7 @@ def gpu_asked_for(name: str | None) -> dict[str, Any]:
     return {"gpu": gpu, "measured": table_for(gpu) is not None}
 
 
-def kernel_state(spec: KernelSpec) -> dict[str, Any]:
+def kernel_state(spec: Spec) -> dict[str, Any]:
     """The key of a kernel and where it is cached, found as a call would find it, but not loaded.
 
     Returns:

@@ -12,7 +12,7 @@ from megamoe_jit._cache.cache import KernelCache, find_info
 from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._jit.obtain import Wanted
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec import Spec
 from megamoe_jit._trust import check_private
 
 __all__ = ["Fit", "Found", "entries_of", "find_key", "first_whole"]
@@ -69,7 +69,7 @@ def find_key(prefix: str, caches: Sequence[KernelCache]) -> Found:
     return Found(cache, info.key, info)
 
 
-def entries_of(spec: KernelSpec, caches: Iterable[KernelCache]) -> list[Found]:
+def entries_of(spec: Spec, caches: Iterable[KernelCache]) -> list[Found]:
     """Every entry of a kernel, those that a call loads first, in the order in which it tries them.
 
     Needs no compiler: without one, entries are found by their source and by the kernel's name.

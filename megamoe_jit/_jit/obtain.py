@@ -18,13 +18,15 @@ from typing import Literal
 from megamoe_jit._cache.cache import CacheEntry, KernelCache, cache_key, searched_caches, user_cache
 from megamoe_jit._cache.entry import source_id
 from megamoe_jit._cache.locks import key_lock
-from megamoe_jit._cache.metadata import Metadata, printable
+from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.nvrtc import CompileResult, compile_source, options_for
 from megamoe_jit._compile.render import RenderedSource, render
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
 from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
+from megamoe_jit._jit.interrupt import check as check_interrupted
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec import Spec
+from megamoe_jit._text import one_line
 from megamoe_jit._version import __version__
 
 __all__ = [
@@ -59,7 +61,7 @@ class CompiledKernel:
         seconds: how long this call took to get it.
     """
 
-    spec: KernelSpec
+    spec: Spec
     key: str
     cubin: bytes = dataclasses.field(repr=False)
     meta: Metadata = dataclasses.field(repr=False, compare=False)
@@ -71,7 +73,7 @@ _sealed = False
 _compiled_here: set[str] = set()
 _distrusted: set[str] = set()  #: digests of binaries: another copy of the same kernel may be good
 _shown: set[Path] = set()  #: entries whose place was logged
-_refused: dict[tuple[Settings, KernelSpec, int], LoadError] = {}
+_refused: dict[tuple[Settings, Spec, int], LoadError] = {}
 
 
 def seal() -> None:
@@ -95,21 +97,17 @@ def sealed() -> bool:
     return _sealed or get_settings().disable_jit
 
 
-def warmup_command(spec: KernelSpec) -> str:
-    """The command line that compiles exactly this kernel ahead of time.
+def warmup_command(spec: Spec) -> str:
+    """The command line that compiles this kernel ahead of time.
 
-    `warmup` makes no kernel with a timeline: only `benchmarks/timeline.py` asks for one.  `inspect` makes any.
+    `warmup` makes no kernel with a timeline: only who measures the kernel itself asks for one.  `inspect` makes any.
     """
-    if spec.timeline:
+    options = spec.warmup_options()
+    if not options:
         return f"megamoe-jit inspect {spec.entry}"
-    shape, settings = spec.shape, get_settings()
+    settings = get_settings()
     there = f" --cache-dir {shlex.quote(str(settings.cache_dir))}" if settings.source("cache_dir") == "argument" else ""
-    return (
-        f"megamoe-jit warmup --hidden {shape.hidden} --intermediate {shape.intermediate} "
-        f"--experts {shape.experts} --topk {shape.topk} --ranks {spec.ranks} --variant {spec.variant.value}"
-        + ("" if spec.fast_math else " --no-fast-math")
-        + there
-    )
+    return f"megamoe-jit warmup {options}{there}"
 
 
 def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
@@ -131,12 +129,12 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     return kernel.key not in _compiled_here
 
 
-def remember_refusal(spec: KernelSpec, device_index: int, error: LoadError) -> None:
+def remember_refusal(spec: Spec, device_index: int, error: LoadError) -> None:
     """From now on this kernel fails with this error on this device, until `trust_again`."""
     _refused[get_settings(), spec, device_index] = error
 
 
-def known_refusal(spec: KernelSpec, device_index: int) -> LoadError | None:
+def known_refusal(spec: Spec, device_index: int) -> LoadError | None:
     """Why the driver does not take this kernel on this device; None if nothing is known against it."""
     return _refused.get((get_settings(), spec, device_index))
 
@@ -151,7 +149,7 @@ def trust_again() -> None:
 class Wanted:
     """What to look for: the exact kernel if there is a compiler to say which, its source in any case."""
 
-    spec: KernelSpec
+    spec: Spec
     source: RenderedSource
     source_id: str
     toolchain: Toolchain | None
@@ -159,7 +157,7 @@ class Wanted:
     problem: ToolchainError | None
 
     @classmethod
-    def of(cls, spec: KernelSpec) -> Wanted:
+    def of(cls, spec: Spec) -> Wanted:
         source = render(spec)
         toolchain, key, problem = None, None, None
         try:
@@ -176,7 +174,7 @@ class Wanted:
         return self.toolchain.version[0] if self.toolchain else None
 
 
-def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
+def obtain(spec: Spec, force: bool) -> CompiledKernel:
     """A kernel from the first place that has it.
 
     Args:
@@ -201,7 +199,7 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
             why, allow = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it", "MEGAMOE_JIT_DISABLE_JIT=0 "
         places = [settings.cache_dir, *settings.readonly_cache]
         where = " or ".join(map(str, places[1:] if settings.no_cache else places)) or "(none: MEGAMOE_JIT_NO_CACHE)"
-        whose = " (kernels with a timeline are for benchmarks/timeline.py alone)" if spec.timeline else ""
+        whose = " (kernels with a timeline are for measuring the kernel alone)" if spec.timeline else ""
         raise KernelMissingError(
             f"kernel {spec.entry} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}{whose}"
         )
@@ -210,6 +208,7 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
     key, cache = wanted.key, None if settings.no_cache else user_cache()
 
     def published() -> bool:
+        check_interrupted()
         return not force and cache is not None and cache.holds(key)
 
     # what will not be published need not be waited for
@@ -257,7 +256,7 @@ def _from_disk(wanted: Wanted) -> CompiledKernel | None:
     return None
 
 
-def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache, remark: str) -> CompiledKernel:
+def _accept(spec: Spec, entry: CacheEntry, cache: KernelCache, remark: str) -> CompiledKernel:
     losses = entry.meta.get("advisories", [])
     strict = get_settings().strict
     if losses and strict == "error":
@@ -279,12 +278,12 @@ def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metada
         "entry": spec.entry,
         "spec": spec.to_json(),
         "source_id": wanted.source_id,
-        "files": [printable(name) for name in wanted.source.files],
+        "files": [one_line(name) for name in wanted.source.files],
         "options": list(result.options),
         "nvrtc": {
             "version": f"{toolchain.version[0]}.{toolchain.version[1]}",
             "build": toolchain.build,
-            "path": printable(str(toolchain.path)),
+            "path": one_line(str(toolchain.path)),
         },
         "package_version": __version__,
         "registers": kernel.registers,
@@ -295,6 +294,6 @@ def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metada
         "param_bytes": kernel.param_bytes,
         "max_threads": kernel.max_threads,
         "diagnostics": len(result.diagnostics),
-        "advisories": [printable(each) for each in result.advisories],
+        "advisories": [one_line(each) for each in result.advisories],
         "compile_ms": {phase: round(value * 1e3, 3) for phase, value in result.seconds.items()},
     }

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
-from megamoe_jit._cache.metadata import SCHEMA, dump_metadata, printable
+from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
+from megamoe_jit._compile.stage_spec import StageSpec
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
-from megamoe_jit._spec import KernelSpec
-from megamoe_jit._text import items_of, shown
+from megamoe_jit._spec import KernelSpec, Spec
+from megamoe_jit._text import items_of, one_line, shown
 from megamoe_jit._version import __version__
 
 __all__ = ["ImportReport", "PackInfo", "export_pack", "import_pack", "read_pack"]
@@ -66,7 +67,7 @@ class ImportReport:
 
 
 def export_pack(
-    path: Path | str, what: Iterable[str | KernelSpec] | None = None, cache: KernelCache | None = None
+    path: Path | str, what: Iterable[str | Spec] | None = None, cache: KernelCache | None = None
 ) -> PackInfo:
     """Write kernels of the cache into one file.
 
@@ -164,7 +165,7 @@ def read_pack(path: Path | str) -> PackInfo:
     with opened(source) as (archive, manifest):
         keys = tuple(key for key, _ in entries_in(source, archive, manifest))
     kernels = tuple(manifest["entries"][key]["kernel"] for key in keys)
-    version = printable(str(manifest.get("package_version", "")))
+    version = one_line(str(manifest.get("package_version", "")))
     return PackInfo(source, keys, kernels, source.stat().st_size, file_sha256(source), version)
 
 
@@ -189,7 +190,7 @@ def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
     return (user_cache(), *readonly_caches()) if cache is None else (cache,)
 
 
-def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
+def _chosen(what: Iterable[str | Spec] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
     """Key, directory and forbidden permissions of what is to be exported, each once, by key."""
     caches = _caches(cache)
     found: dict[str, tuple[Path, int]] = {}
@@ -200,15 +201,15 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
     several = items_of(what)
     given = [what] if several is None else several
     for item in given if what is not None else ():
-        if not isinstance(item, str | KernelSpec):
+        if not isinstance(item, str | KernelSpec | StageSpec):
             raise ConfigError(f"what: {shown(item)} given; allowed: keys and KernelSpecs")
-        entry = _of_spec(item, caches) if isinstance(item, KernelSpec) else find_key(item, caches)
+        entry = _of_spec(item, caches) if isinstance(item, KernelSpec | StageSpec) else find_key(item, caches)
         found[entry.key] = entry.path, entry.cache.forbidden
     for key in sorted(found):
         yield (key, *found[key])
 
 
-def _of_spec(spec: KernelSpec, caches: tuple[KernelCache, ...]) -> Found:
+def _of_spec(spec: Spec, caches: tuple[KernelCache, ...]) -> Found:
     from megamoe_jit._jit.runtime import warmup_command
 
     entries = entries_of(spec, caches)

@@ -77,12 +77,16 @@ class _PlainFile(tarfile.TarInfo):
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
     """The archive, read as a stream behind its manifest."""
+    begun = False
     try:
         with _plain(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_PlainFile) as archive:
+            begun = True
             yield archive, _manifest(path, archive)
     except FileNotFoundError:
         raise PackError(f"{path} does not exist") from None
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        if not begun and isinstance(error, tarfile.TarError):
+            raise PackError(f"{path} is not a pack of megamoe-jit: {error}") from error
         raise PackError(f"cannot read {path}: {error}") from error
 
 

@@ -9,23 +9,27 @@ does not matter. A process that is sealed compiles nothing any more.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megamoe_jit._cache.cache import KernelCache, cache_key, user_cache
 from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
+from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import ARCH, find_toolchain
 from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
+from megamoe_jit._jit.interrupt import obey
 from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from megamoe_jit._text import items_of, shown
+from megamoe_jit._spec import Inputs, KernelSpec, MoEShape, Spec, Variant
+from megamoe_jit._text import items_of, several, shown
 
 __all__ = [
     "CompiledKernel",
@@ -44,6 +48,7 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("megamoe_jit")
+_QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often
 _BY_NAME = 'preset("v4-flash").shape'  # in messages
 
 
@@ -58,7 +63,7 @@ class WarmupResult:
         seconds: how long it took.
     """
 
-    spec: KernelSpec
+    spec: Spec
     kernel: CompiledKernel | None
     error: Exception | None
     seconds: float
@@ -69,7 +74,7 @@ class WarmupResult:
         return self.error is None
 
 
-_Job = tuple[Settings, KernelSpec]
+_Job = tuple[Settings, Spec]
 _lock = threading.Lock()
 _memory: dict[_Job, CompiledKernel] = {}
 _failed: dict[_Job, MegaMoeError] = {}
@@ -91,7 +96,7 @@ def kernel_cache() -> KernelCache:
     return user_cache()
 
 
-def kernel_key(spec: KernelSpec) -> str:
+def kernel_key(spec: Spec) -> str:
     """The cache key of a kernel: renders it and identifies the compiler, but compiles nothing.
 
     Raises:
@@ -107,7 +112,8 @@ def enumerate_specs(
     ranks: int = 1,
     variants: Iterable[Variant] | None = None,
     fast_math: bool | None = True,
-) -> tuple[KernelSpec, ...]:
+    inputs: str | None = None,
+) -> tuple[KernelSpec | StageSpec, ...]:
     """Every kernel that a call of this shape can pick, whatever its token count; what to warm up.
 
     Args:
@@ -115,9 +121,11 @@ def enumerate_specs(
         ranks: ranks that share the experts.
         variants: these alone; all that the heuristics can choose if None.
         fast_math: the argument of the calls; None for both.
+        inputs: "staged" for calls whose inputs are in the buffer before; "raw" for those that stage themselves, as
+            `MegaMoE` does, and for `stage`; None for all.
 
     Returns:
-        The kernels, each once.
+        The kernels, each once; those that stage in a launch of their own are `StageSpec`s, and serve all shapes.
 
     Raises:
         ConfigError: an argument is not supported.
@@ -132,10 +140,13 @@ def enumerate_specs(
         raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
     wanted = all_variants(shape) if given is None else given
     maths = (True, False) if fast_math is None else (fast_math,)
-    return tuple(dict.fromkeys(KernelSpec(shape, variant, ranks, math) for variant in wanted for math in maths))
+    forms = tuple(Inputs) if inputs is None else (Inputs.parse(inputs),)
+    kinds = itertools.product(forms, wanted, maths)
+    kernels = dict.fromkeys(KernelSpec(shape, variant, ranks, math, inputs=form) for form, variant, math in kinds)
+    return (*kernels, *(StageSpec(form) for form in StageFormat if Inputs.RAW in forms))
 
 
-def get_kernel(spec: KernelSpec) -> CompiledKernel:
+def get_kernel(spec: Spec) -> CompiledKernel:
     """The compiled kernel of a spec; compiles it if nobody did yet.
 
     Args:
@@ -160,7 +171,7 @@ def retry() -> None:
     trust_again()
 
 
-def forget(spec: KernelSpec | None = None) -> None:
+def forget(spec: Spec | None = None) -> None:
     """Drop a kernel, or all of them, from memory; cached files stay."""
     with _lock:
         for job in [j for j in (*_memory, *_failed) if spec is None or j[1] == spec]:
@@ -169,7 +180,7 @@ def forget(spec: KernelSpec | None = None) -> None:
 
 
 def warmup(
-    specs: Iterable[KernelSpec],
+    specs: Iterable[Spec],
     jobs: int | None = None,
     force: bool = False,
     progress: Callable[[WarmupResult], None] | None = None,
@@ -180,7 +191,8 @@ def warmup(
         specs: the kernels; repeated ones count once.
         jobs: threads; the settings' number if None.
         force: compile even what is cached, and replace it.
-        progress: called in the caller's thread with each result as it comes.
+        progress: called in this thread with each result as it comes; after an interruption with those that were too
+            far on to be left.
 
     Returns:
         One result per kernel, in the order given, with `spec`, `kernel` (None if it failed), `error` (None if it did
@@ -194,32 +206,71 @@ def warmup(
         raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
-    results: dict[KernelSpec, WarmupResult] = {}
+    results: dict[Spec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
-    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
+    stop = threading.Event()
+    pool = concurrent.futures.ThreadPoolExecutor(
+        workers, thread_name_prefix="megamoe-jit-warmup", initializer=obey, initargs=(stop,)
+    )
+
+    def report(future: concurrent.futures.Future[WarmupResult]) -> None:
+        result = future.result()
+        results[result.spec] = result
+        if progress is not None:
+            progress(result)
+
+    futures = {pool.submit(_warm_one, spec, force): spec for spec in todo}
     try:
-        futures = [pool.submit(_warm_one, spec, force) for spec in todo]
-        for future in concurrent.futures.as_completed(futures):
-            result = future.result()
-            results[result.spec] = result
-            if progress is not None:
-                progress(result)
-    finally:
+        for future in _as_they_end(futures):
+            report(future)
+    except KeyboardInterrupt:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        _tell_running(futures)
+        begun = [future for future, spec in futures.items() if spec not in results and not future.cancelled()]
+        for future in _as_they_end(begun):
+            if future.exception() is None:
+                with contextlib.suppress(Exception):  # of `progress`: the interruption counts
+                    report(future)
+        raise
+    except BaseException:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
     return [results[spec] for spec in todo]
 
 
-def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
+def _as_they_end(
+    futures: Iterable[concurrent.futures.Future[WarmupResult]],
+) -> Iterator[concurrent.futures.Future[WarmupResult]]:
+    """Each future once it has ended. The main thread wakes up now and then: a signal may reach another one alone."""
+    left = set(futures)
+    while left:
+        ended, left = concurrent.futures.wait(left, _QUICK_S, concurrent.futures.FIRST_COMPLETED)
+        yield from ended
+
+
+def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Spec]) -> None:
+    """Say at once what an interrupted warmup still waits for: a kernel that NVRTC has begun on cannot be left alone."""
+    running = [future for future in futures if future.running()]
+    _, left = concurrent.futures.wait(running, timeout=_QUICK_S)  # what waited for another process ends by itself
+    if left:
+        names = several((spec.entry for future, spec in futures.items() if future in left), 3)
+        LOG.warning("interrupted; waiting for what is being compiled, to keep it (Ctrl-C again leaves it): %s", names)
+
+
+def _distinct(specs: Iterable[Spec]) -> list[Spec]:
     """The specs, each once; raises `ConfigError` if one of them is something else."""
     given = items_of(specs)
-    odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec)]
+    odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec | StageSpec)]
     if given is None or odd:
         allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
         raise ConfigError(f"specs: {shown(odd[0])} given; allowed: {allowed}")
     return list(dict.fromkeys(given))
 
 
-def _warm_one(spec: KernelSpec, force: bool) -> WarmupResult:
+def _warm_one(spec: Spec, force: bool) -> WarmupResult:
     begin = time.perf_counter()
     kernel, failure = None, None
     try:
@@ -231,7 +282,7 @@ def _warm_one(spec: KernelSpec, force: bool) -> WarmupResult:
     return WarmupResult(spec, kernel, failure, time.perf_counter() - begin)
 
 
-def _get(spec: KernelSpec, force: bool) -> CompiledKernel:
+def _get(spec: Spec, force: bool) -> CompiledKernel:
     job = (get_settings(), spec)
     if not force:
         known = _memory.get(job)

@@ -23,9 +23,9 @@ from megamoe_jit._layer.checks import (
 )
 from megamoe_jit._layer.group import collectively, group_size
 from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._layer.weights import WeightPair, by_old_names, require_pair
-from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._layer.stage import require_buffer
+from megamoe_jit._layer.weights import WeightPair, by_old_names
+from megamoe_jit._spec import Inputs, MoEShape, Variant, check_clamp, check_int
 from megamoe_jit._text import first_line, shown
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "fp8_mega_moe_pingpong",
     "get_symm_buffer_for_mega_moe",
     "get_symm_buffer_for_sm90_mega_moe",
+    "mega_moe_from_bf16",
 ]
 
 
@@ -204,42 +205,123 @@ def fp8_mega_moe(
     With several ranks this is a collective.  Until the kernels are prepared, an argument that is refused on one rank is
     refused on all; later the other ranks wait in the kernel, to its deadline.
     """
-    if not isinstance(sym_buffer, SymmBuffer):
-        given = type(sym_buffer).__name__
-        raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
+    buffer = sym_buffer if isinstance(sym_buffer, SymmBuffer) else require_buffer(sym_buffer)
     if l1 is not None or l2 is not None:
         l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
-    stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp, num_tokens_bound)
-    first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(fast_math)
-    if first and not torch.cuda.is_current_stream_capturing():  # in a capture, prepare refuses
+    stats = cumulative_local_expert_recv_stats
 
-        def admit() -> None:
-            tokens, _ = _admit(y, sym_buffer, stats, *options)
-            choice, _ = sym_buffer.choose(tokens, variant, num_sms)
-            check_weights(l1_weights, l2_weights, sym_buffer.spec(choice.variant, fast_math), sym_buffer.device)
+    def admit() -> tuple[int, float]:
+        tokens = _tokens_of(y, buffer)
+        check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
+        clamp = check_recipe(recipe, activation, activation_clamp)
+        if num_tokens_bound is not None:
+            check_bound(num_tokens_bound, tokens, buffer.num_max_tokens_per_rank)
+        if stats is not None:
+            _check_stats(stats, buffer)
+        return tokens, clamp
 
-        collectively(sym_buffer.group, "checking the arguments of the first call", admit)
-    tokens, clamp = _admit(y, sym_buffer, stats, *options)
-    plan = sym_buffer.plan(tokens, variant, fast_math, num_sms)
-    try:
-        plan.kernel.check_weights(l1_weights, l2_weights, sym_buffer.device)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # costs nothing where they are pairs
-        require_pair("l1", l1_weights)
-        require_pair("l2", l2_weights)
-        raise
-    sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1_weights, l2=l2_weights, stats=stats, clamp=clamp)  # type: ignore[arg-type]
+    weights: Any = (l1_weights, l2_weights)
+    if buffer.ranks > 1:
+        _admit_first(buffer, admit, weights, variant, fast_math, num_sms, Inputs.STAGED)
+    tokens, clamp = admit()
+    plan = buffer.plan(tokens, variant, fast_math, num_sms)
+    if plan.debug:
+        _check_ids(buffer.topk_idx[:tokens], buffer)
+    buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
 
 
-def _admit(
-    y: torch.Tensor,
+def mega_moe_from_bf16(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    l1_weights: WeightPair,
+    l2_weights: WeightPair,
+    sym_buffer: SymmBuffer,
+    *,
+    y: torch.Tensor | None = None,
+    x_scales: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+    activation_clamp: float | None = None,
+    fast_math: bool = True,
+    num_sms: int | None = None,
+    variant: str | None = None,
+) -> torch.Tensor:
+    """`stage` and `fp8_mega_moe` in one: the layer from the inputs that a model has.
+
+    Activations in bf16 whose rows start at multiples of 16 bytes are staged by the layer's kernel itself, in the same
+    launch; any other by a launch of its own before.  Both give the same bits.
+
+    Args:
+        x, topk_idx, topk_weights, x_scales, routed_scaling_factor: as `stage` takes them.
+        l1_weights, l2_weights, cumulative_local_expert_recv_stats, activation_clamp, fast_math, num_sms, variant: as
+            `fp8_mega_moe` takes them.
+        sym_buffer: whose views are overwritten.
+        y: bf16 ``[T, hidden]`` to write; a new tensor by default.
+
+    Returns:
+        `y`; the kernel may still be running.
+
+    Raises:
+        MegaMoeError: as `fp8_mega_moe`, with several ranks too.
+    """
+    buffer = sym_buffer if isinstance(sym_buffer, SymmBuffer) else require_buffer(sym_buffer)
+    stats = cumulative_local_expert_recv_stats
+    raw: Any = None
+
+    def admit() -> tuple[int, float]:
+        nonlocal raw
+        raw = buffer.read_inputs(x, topk_idx, topk_weights, x_scales, routed_scaling_factor)
+        if y is not None:
+            check_tensor("y", y, torch.bfloat16, (raw.tokens, buffer.hidden), buffer.device)
+        if stats is not None:
+            _check_stats(stats, buffer)
+        return raw.tokens, check_clamp("activation_clamp", activation_clamp)
+
+    weights = (l1_weights, l2_weights)
+    if buffer.ranks > 1:
+        _admit_first(buffer, admit, weights, variant, fast_math, num_sms, Inputs.RAW)
+    tokens, clamp = admit()
+    plan = buffer.plan(tokens, variant, fast_math, num_sms, Inputs.RAW if raw.fused else Inputs.STAGED)
+    if plan.debug:
+        _check_ids(topk_idx, buffer)
+    if y is None:
+        y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
+    if raw.fused:
+        buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp, raw=raw)
+        return y
+    with buffer.lock:  # another thread's inputs come after this call
+        buffer.stage_inputs(raw, tokens)
+        buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
+    return y
+
+
+def _admit_first(
     buffer: SymmBuffer,
-    stats: torch.Tensor | None,
-    recipe: Sequence[int],
-    activation: str,
-    activation_clamp: float | None,
-    num_tokens_bound: int | None,
-) -> tuple[int, float]:
-    """Check what every call has of its own; its number of tokens and the clamp."""
+    admit: Callable[[], tuple[int, float]],
+    weights: tuple[WeightPair, WeightPair],
+    variant: str | None,
+    fast_math: bool,
+    num_sms: int | None,
+    inputs: Inputs,
+) -> None:
+    """Before the kernels of several ranks are prepared: what one of them refuses is refused on all."""
+    if buffer.kernels.is_prepared(fast_math, inputs) or torch.cuda.is_current_stream_capturing():
+        return  # in a capture, preparing refuses
+
+    def check() -> Variant:
+        tokens, _ = admit()
+        choice, _ = buffer.kernels.choose(tokens, variant, num_sms)
+        check_weights(*weights, buffer.spec(choice.variant, fast_math), buffer.device)
+        return choice.variant
+
+    chosen = collectively(buffer.group, "checking the arguments of the first call", check)
+    if inputs is Inputs.RAW:  # together with the others, some of which may stage by a launch of its own
+        buffer.prepare(chosen, fast_math, raw=True)
+
+
+def _tokens_of(y: torch.Tensor, buffer: SymmBuffer) -> int:
+    """Rows of the output, which are the tokens of the call."""
     try:
         tokens, _ = y.shape
     except (AttributeError, RuntimeError):  # costs nothing where it is a dense tensor
@@ -250,16 +332,18 @@ def _admit(
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]") from None
     if tokens > buffer.num_max_tokens_per_rank:
         raise ConfigError(f"y has {tokens} rows; allowed: at most the buffer's {buffer.num_max_tokens_per_rank} tokens")
-    check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
-    clamp = check_recipe(recipe, activation, activation_clamp)
-    if num_tokens_bound is not None:
-        check_bound(num_tokens_bound, tokens, buffer.num_max_tokens_per_rank)
-    if stats is not None:
-        experts = (buffer.num_experts // buffer.ranks,)
-        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, buffer.device, align=4)
-    if get_settings().debug and not torch.cuda.is_current_stream_capturing():  # it waits for the device
-        check_expert_ids(buffer.topk_idx[:tokens], buffer.num_experts)
-    return tokens, clamp
+    return tokens
+
+
+def _check_stats(stats: torch.Tensor, buffer: SymmBuffer) -> None:
+    experts = (buffer.num_experts // buffer.ranks,)
+    check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, buffer.device, align=4)
+
+
+def _check_ids(topk_idx: torch.Tensor, buffer: SymmBuffer) -> None:
+    """In debug mode: every id is an expert or -1; not in a capture, for it waits for the device."""
+    if not torch.cuda.is_current_stream_capturing():
+        check_expert_ids(topk_idx, buffer.num_experts)
 
 
 def _forcing(variant: Variant) -> Callable[..., None]:

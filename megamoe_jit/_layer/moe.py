@@ -11,13 +11,14 @@ import torch
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import operators as _operators
-from megamoe_jit._layer import serving as _serving
 from megamoe_jit._layer import workspace as _workspaces
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.marks import require_plain
-from megamoe_jit._layer.plain_weights import L1, L2, Matrix, check_matrix, check_same, read_matrix, write_matrix
+from megamoe_jit._layer.plain_weights import FLOATS, L1, L2, Matrix, check_matrix, check_same, read_matrix, write_matrix
 from megamoe_jit._layer.quantize import quantize_weights
+from megamoe_jit._layer.serving import serve
+from megamoe_jit._layer.stage import stage
 from megamoe_jit._layer.weights import (
     WeightPair,
     mark_transformed,
@@ -163,13 +164,7 @@ class MegaMoE(torch.nn.Module):
             ConfigError: a shape, dtype, device or number of tokens is not supported, or the layer was destroyed.
             DeviceFaultError: an earlier call failed.
         """
-        buffer = self.buffer
-        tokens = _serving.check_batch(buffer, x, topk_idx, topk_weights)
-        if tokens > buffer.num_max_tokens_per_rank:
-            allowed = f"at most {buffer.num_max_tokens_per_rank}, the layer's max_tokens"
-            raise ConfigError(f"x has {tokens} tokens; allowed: {allowed}")
-        _serving.stage(buffer, x, topk_idx, topk_weights)
-        return tokens
+        return stage(self.buffer, x, topk_idx, topk_weights)
 
     def forward(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Run the layer: what calling it does.
@@ -192,7 +187,7 @@ class MegaMoE(torch.nn.Module):
             weights = self.l1_codes, self.l1_scales, self.l2_codes, self.l2_scales
             options = self._workspace, self.clamp, self.fast_math
             return torch.ops.megamoe_jit.moe(x, topk_idx, topk_weights, *weights, *options)  # type: ignore[no-any-return]
-        return _serving.serve(self.buffer, x, topk_idx, topk_weights, self.l1, self.l2, self.clamp, self.fast_math)
+        return serve(self.buffer, x, topk_idx, topk_weights, self.l1, self.l2, self.clamp, self.fast_math)
 
     def load_weights(self, w13: torch.Tensor | WeightPair, w2: torch.Tensor | WeightPair) -> None:
         """Write other weights over the layer's: addresses stay, so that captured graphs read the new ones.
@@ -246,7 +241,7 @@ class MegaMoE(torch.nn.Module):
             if values is None:
                 missing_keys += [name for name in names if strict and name not in state_dict]
             else:
-                plain = scales is None and isinstance(values, torch.Tensor) and values.dtype in _serving.FLOATS
+                plain = scales is None and isinstance(values, torch.Tensor) and values.dtype in FLOATS
                 given: Any = values if plain else (values, scales)
                 try:
                     check_same(matrix.name, given, held)

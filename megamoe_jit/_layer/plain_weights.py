@@ -12,11 +12,12 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.serving import FLOATING, FLOATS
 from megamoe_jit._layer.weight_order import Order, order1, order2, restore1, restore2
 from megamoe_jit._layer.weights import WeightPair, require_pair
 
-__all__ = ["L1", "L2", "Matrix", "check_matrix", "check_same", "read_matrix", "write_matrix"]
+__all__ = ["FLOATS", "L1", "L2", "Matrix", "check_matrix", "check_same", "read_matrix", "write_matrix"]
+
+FLOATS, FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
 
 
 class Matrix(NamedTuple):

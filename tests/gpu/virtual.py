@@ -28,6 +28,7 @@ from megamoe_jit._check.scenarios import SCENARIOS, Scenario, Weights, make_weig
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import group as _ranks
 from megamoe_jit._layer import memory as _memory
+from megamoe_jit._layer.stream_order import StreamOrder
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
 from tests.multi.harness import warm
@@ -87,8 +88,9 @@ class VirtualRank(Rank):
         self._group = group
         device = torch.device("cuda", torch.cuda.current_device())
         super().__init__(group.rank(), group.size(), device, shape, capacity, weights)
-        self.buffer._order = _buffer._Order()  # all ranks are on one GPU here, and must not come one after the other
-        self.buffer.lock = self.buffer._order.lock
+        # all ranks are on one GPU here, and must not come one after the other
+        self.buffer.order = StreamOrder(device, shared=False)
+        self.buffer.lock = self.buffer.order.lock
         self.buffer.prepare("pingpong", fast_math)
 
     @property

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
+from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._errors import CompileError, ConfigError, KernelMissingError, PerformanceLossError, ToolchainError
 from megamoe_jit._jit import obtain as _obtain
@@ -34,7 +36,7 @@ from megamoe_jit._jit.runtime import (
     warmup_command,
 )
 from megamoe_jit._settings.settings import get_settings, override
-from megamoe_jit._spec import MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import MAX_TOKENS, Inputs, KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics.presets import preset, preset_names
 from megamoe_jit.heuristics.select import choose
 from tests.stubs import child_environment, rewrite_meta, write_rooms
@@ -216,9 +218,11 @@ def test_no_call_of_any_preset_misses_after_warmup_and_seal(place, compiles):
             seal()
             picked = {choose(shape, tokens, ranks=count).variant for tokens in range(MAX_TOKENS + 1)}
             for variant in picked:
-                spec = KernelSpec(shape, variant, count)
-                assert spec in specs
-                get_kernel(spec)
+                for spec in (KernelSpec(shape, variant, count, inputs=inputs) for inputs in Inputs):
+                    assert spec in specs
+                    get_kernel(spec)
+            for form in StageFormat:
+                get_kernel(StageSpec(form))
             for threshold in (0, 1, 300, MAX_TOKENS + 1):
                 for forced in ("auto", "pingpong", "cooperative"):
                     for tokens in (0, 1, 255, 256, 299, 300, MAX_TOKENS):
@@ -228,10 +232,18 @@ def test_no_call_of_any_preset_misses_after_warmup_and_seal(place, compiles):
 
 
 def test_enumerated_specs():
-    assert enumerate_specs(SHAPE) == (PING, COOP)
-    assert enumerate_specs(SHAPE, variants=[Variant.COOPERATIVE]) == (COOP,)
-    assert len(enumerate_specs(SHAPE, 2, fast_math=None)) == 4
-    assert {s.fast_math for s in enumerate_specs(SHAPE, fast_math=False)} == {False}
+    raw, staging = (
+        [replace(each, inputs=Inputs.RAW) for each in (PING, COOP)],
+        [StageSpec(form) for form in StageFormat],
+    )
+    assert enumerate_specs(SHAPE) == (PING, COOP, *raw, *staging)
+    assert enumerate_specs(SHAPE, inputs="staged") == (PING, COOP)
+    assert enumerate_specs(SHAPE, inputs="raw") == (*raw, *staging)
+    assert enumerate_specs(SHAPE, variants=[Variant.COOPERATIVE], inputs="staged") == (COOP,)
+    assert len(enumerate_specs(SHAPE, 2, fast_math=None, inputs="staged")) == 4
+    assert {s.fast_math for s in enumerate_specs(SHAPE, fast_math=False, inputs="staged")} == {False}
+    with pytest.raises(ConfigError, match="unknown inputs 'cooked'; allowed: staged, raw"):
+        enumerate_specs(SHAPE, inputs="cooked")
     with pytest.raises(ConfigError):
         enumerate_specs(SHAPE, 3)
 

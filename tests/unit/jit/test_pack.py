@@ -351,7 +351,7 @@ def test_pack_that_is_not_there_or_no_pack(here):
     with pytest.raises(PackError, match="does not exist"):
         import_pack(here / "none.tar")
     (here / "text").write_text("hello " * 1000)
-    with pytest.raises(PackError, match="cannot read"):
+    with pytest.raises(PackError, match="is not a pack of megamoe-jit"):
         read_pack(here / "text")
 
 

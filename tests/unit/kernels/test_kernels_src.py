@@ -11,7 +11,7 @@ import pytest
 from tests import host
 
 #: Folders from the bottom up; a room includes only rooms of its own folder or of those before it.
-LAYERS = ("base", "ptx", "layout", "comm", "sched", "pipe", "mma", "epilogue", "dispatch", "roles", "kernels")
+LAYERS = ("base", "ptx", "layout", "comm", "sched", "pipe", "mma", "epilogue", "stage", "dispatch", "roles", "kernels")
 HOST_FOLDERS = ("base", "sched")  #: pure index arithmetic, also built with the host's compiler
 MAX_FILE, MAX_FUNCTION = 350, 80
 

@@ -238,7 +238,7 @@ def test_every_argument_of_a_call(here: Cuda, buffer: SymmBuffer):  # noqa: F811
 def test_every_argument_of_a_buffers_methods(here: Cuda, buffer: SymmBuffer):  # noqa: F811
     assert attack(buffer.prepare, {"variant": "pingpong", "fast_math": True}, (mm.ConfigError,)) == []
     assert attack(buffer.prepare_all, {"fast_math": True}, (mm.ConfigError,)) == []
-    assert attack(buffer.choose, {"tokens": 3, "variant": None, "num_sms": None}, (mm.ConfigError,)) == []
+    assert attack(buffer.kernels.choose, {"tokens": 3, "variant": None, "num_sms": None}, (mm.ConfigError,)) == []
     plan = {"tokens": 3, "variant": None, "fast_math": True, "num_sms": None}
     assert attack(buffer.plan, plan, (mm.ConfigError,)) == []
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamoe_jit._bench import timeline as _timeline
-from megamoe_jit._bench.timeline import RECORDS, ROLES, SPANS, Record, decode, summary, trace, words, write_trace
+from benchmarks.timeline_records import RECORDS, ROLES, SPANS, WORDS, Record, decode, summary, trace, words, write_trace
 
 SOURCE = (Path(__file__).resolve().parents[3] / "kernels_src" / "comm" / "timeline.cuh").read_text()
 START = 1_700_000_000_000_000_000
@@ -38,7 +37,7 @@ def test_names_are_those_of_the_kernel():
     assert [tuple(item.split(" = ")) for item in roles.strip().split(", ")] == [
         (n, str(i)) for i, n in enumerate(ROLES)
     ]
-    constants = f"kRoles = {len(ROLES)}, kRecords = {RECORDS}, kRecordWords = {_timeline.WORDS}"
+    constants = f"kRoles = {len(ROLES)}, kRecords = {RECORDS}, kRecordWords = {WORDS}"
     assert constants in SOURCE
     assert words(132) == 132 * len(ROLES) * RECORDS * 4
 
