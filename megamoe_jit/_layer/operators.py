@@ -35,7 +35,7 @@ _library = torch.library.Library("megamoe_jit", "DEF")  # type: ignore[no-untype
 
 def is_traced() -> bool:
     """Whether somebody records what torch does, and must be shown an operator; eager calls save its host time."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _e4m3(codes: torch.Tensor) -> torch.Tensor:

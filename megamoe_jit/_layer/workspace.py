@@ -51,6 +51,7 @@ class Lease:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace: Workspace | None = workspace
+        self.held: SymmBuffer | None = workspace.buffer  #: None once `buffer` raises; for calls, which have no time
         self.name, self.kind = workspace.name, workspace.kind
         self.shape, self.capacity = workspace.buffer.shape, workspace.buffer.num_max_tokens_per_rank
         workspace.leases.add(self)
@@ -90,7 +91,7 @@ class Lease:
             last = held.kind != "given" and not any(other is not self for other in held.leases)
             if not last:
                 held.leases.discard(self)
-                self._workspace = None
+                self._workspace = self.held = None
                 return
             if _named.get(self.name) is held:
                 del _named[self.name]  # who comes now gets another one

@@ -34,7 +34,7 @@ class Model(torch.nn.Module):
         self.experts.register_buffer("seen", torch.zeros(4))
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self.experts(self.norm(x.to(self.norm.weight.dtype)).float(), ids, weights)
+        return self.experts(self.norm(x.to(self.norm.weight.dtype)).bfloat16(), ids, weights)
 
 
 def held(it: mm.MegaMoE) -> list[torch.Tensor]:
