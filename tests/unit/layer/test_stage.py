@@ -315,7 +315,9 @@ def python_calls(action: Callable[[], object]) -> list[str]:
     return seen[1:]
 
 
-MOST_CALLS = 20  #: for each launch; those of the stand-ins for torch and the driver among them, which are 7 and more
+#: For each launch; those of the stand-ins for torch and the driver among them, which are 7 and more, and the five of a
+#: module: torch's own two, two that ask whether somebody traces, and the one that asks whether a batch fits.
+MOST_CALLS = 25
 
 
 def test_steady_calls_take_few_functions(cuda: Cuda, buffer: SymmBuffer):  # noqa: F811
