@@ -274,6 +274,7 @@ class MegaMoE(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MegaMoE:
         """A layer with weights of its own, in the same workspace; with a buffer of its own if this one has one."""
+        refuse_capture("a layer cannot be copied", "copy it before the capture")
         made = object.__new__(type(self))
         made.__dict__["_lease"] = self._lease.again()
         memo[id(self)] = made

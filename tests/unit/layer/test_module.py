@@ -295,10 +295,11 @@ def test_loading_waits_for_calls_on_other_streams_and_they_for_it(cuda: Cuda):  
     assert cuda.events[3] == ("wait", "A", "B")
 
 
-def test_weights_are_neither_loaded_nor_read_in_a_capture(cuda: Cuda):  # noqa: F811
+def test_weights_are_neither_loaded_nor_read_nor_copied_in_a_capture(cuda: Cuda):  # noqa: F811
     it = layer()
     cuda.capturing = True
     refused(lambda: it.load_weights(*OTHER), "weights cannot be loaded while", kind=mm.CaptureError)
     refused(it.state_dict, "weights cannot be read while", kind=mm.CaptureError)
+    refused(lambda: copy.deepcopy(it), "a layer cannot be copied while", kind=mm.CaptureError)
     values = {"w13": OTHER[0], "w2": OTHER[1]}
     refused(lambda: it.load_state_dict(values), "weights cannot be loaded while", kind=mm.CaptureError)

@@ -6,7 +6,6 @@ Everything that traces is real; the kernel is the reference, on what it finds at
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import subprocess
 import sys
@@ -215,11 +214,10 @@ def test_a_name_outlives_its_layer_while_others_share_it_and_is_one_clear_error_
 
 
 def test_nothing_is_kept_alive_by_name(cuda: Cuda):
-    for _ in range(3):
-        made = layer(workspace="own")
+    for workspace in ("own", "shared"):
+        made = layer(workspace=workspace)
         name = made._workspace
         del made
-        gc.collect()
         refused(lambda n=name: torch.ops.megamoe_jit.moe(*arguments_of_nobody(), n), "is of no layer")
 
 

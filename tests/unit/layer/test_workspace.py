@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -72,11 +71,9 @@ def test_layers_that_are_forgotten_need_no_destroy(cuda: Cuda):  # noqa: F811
     one, two = layer(), layer()
     buffer = one.buffer
     del two
-    gc.collect()
     one.destroy()
     assert destroyed(buffer)
     name = layer()._workspace
-    gc.collect()
     refused(lambda: buffer_named(name), "is of no layer in this process; allowed: none, since there is no layer")
 
 
