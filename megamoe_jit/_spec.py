@@ -35,6 +35,7 @@ SHARED_LIMIT = 232448  #: dynamic shared memory a block may use on SM90, bytes
 STAGING_BYTES = 8 * 2048  #: 16 rows x 128 B for each of the eight math warps
 TILE_SLOTS = 4  #: depth of the ring in which the scheduler publishes tiles
 DISPATCH_CHUNK = 2048  #: bytes that dispatch moves at a time through a slot of its own
+TEMPLATE = "kernels/entry.cuh.j2"
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
 
 
@@ -173,13 +174,15 @@ class KernelSpec:
 
     @property
     def template(self) -> str:
-        """Path of the Jinja2 entry under `kernels_src/`."""
-        return f"kernels/{self.variant.value}.cuh.j2"
+        """Path of the Jinja2 entry under `kernels_src/`, the same for all."""
+        return TEMPLATE
 
     def template_variables(self) -> dict[str, int | str]:
         """What the Jinja2 entry is filled with."""
         return {
             "entry": self.entry,
+            "policy": self.variant.value.title(),
+            "policy_header": f"variants/{self.variant.value}.cuh",
             "hidden": self.shape.hidden,
             "intermediate": self.shape.intermediate,
             "experts": self.shape.experts,

@@ -1,4 +1,4 @@
-"""A line for each kernel: a digest of its machine code and its name.  Two trees make the same kernels if they say the same.
+"""A digest of the machine code of each kernel, a line each.  Trees that say the same make the same kernels.
 
     python -m tests.sass_digest > before.txt        # every preset, variant and number of ranks: minutes
     python -m tests.sass_digest v4-flash --ranks 1  # a few of them: seconds

@@ -27,6 +27,4 @@ constexpr u32 kPairBits = 20;   // a (token, slot) pair needs 32768 * 32 values;
 /// Ids of the hardware's named barriers; 0 is __syncthreads.  At the tail the publisher warp meets the eight math warps.
 enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */ };
 
-enum class Variant : u32 { pingpong, cooperative };
-
 }  // namespace megamoe

@@ -2,9 +2,8 @@
 //
 //   tile_full    arrived by  the scheduler (weights warp), 1                  waited for by  all readers
 //   tile_empty   arrived by  the activations warp, the publisher warp,        waited for by  the scheduler
-//                            every math warp that computes the tile, 2 + 8
-//   tile_stored  arrived by  those math warps, when their rows are written, 8  waited for by  the publisher
-//   (with pingpong four math warps compute a tile: 2 + 4, and 4)
+//                            every math warp that computes the tile, 2 + 4 a group
+//   tile_stored  arrived by  those math warps, when their rows are written     waited for by  the publisher
 //
 // A slot is used again only when all readers have let it go, so no barrier can run a phase ahead of its waiter.
 #pragma once
@@ -30,6 +29,10 @@ struct TileView {
     MEGA_DEVICE u32 k_begin() const { return field(6); }
     MEGA_DEVICE u32 pool_row() const { return field(7); }
 };
+
+/// Math warps that compute a tile together; and parties of them that take tiles in turn.
+template <class C> constexpr u32 kTileWarps = C::Policy::kTileGroups * (kGroup / kWarp);
+template <class C> constexpr u32 kTileReaders = kMathGroups / C::Policy::kTileGroups;
 
 template <class C> struct TileSlots {
     const Params& p;

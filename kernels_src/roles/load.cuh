@@ -3,7 +3,7 @@
 //
 //   full[stage]    arrived by  activations lane, weights lane (2), plus their bytes    waited for by  math warps
 //                  (the weights lane also stores the four weight scales before it arrives)
-//   empty[stage]   arrived by  every math warp that reads the stage (8; 4 in pingpong)  waited for by  both lanes
+//   empty[stage]   arrived by  every math warp that reads the stage (4 of each group)   waited for by  both lanes
 //
 // The weights lane is also the scheduler: it draws tickets, one ahead, and publishes the tiles.
 #pragma once
@@ -71,7 +71,7 @@ template <class C> struct LoadWeights {
             slots.publish(index++, tile);
         }
 #pragma unroll 1
-        for (u32 stops = C::kVariant == Variant::pingpong ? kMathGroups : 1; stops > 0;) {   // one for each group that reads
+        for (u32 stops = kTileReaders<C>; stops > 0;) {   // one for each
             tile.rows = --stops;   // the first has the turn
             slots.publish(index++, tile);
         }

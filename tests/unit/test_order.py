@@ -91,7 +91,7 @@ def locate(library: ctypes.CDLL) -> Locate:
         known = library.locate(
             ctypes.c_uint32(case.hidden),
             ctypes.c_uint32(case.intermediate),
-            ctypes.c_bool(case.variant is Variant.PINGPONG),
+            ctypes.c_uint32(case.variant.block_m),
             (ctypes.c_uint32 * len(case.rows))(*case.rows),
             (ctypes.c_uint32 * (len(case.rows) + 1))(*case.bases),
             (ctypes.c_uint16 * max(1, len(active)))(*active),
@@ -105,7 +105,7 @@ def locate(library: ctypes.CDLL) -> Locate:
             ctypes.c_uint32(len(tickets)),
             out,
         )
-        assert known, f"tests/unit/host/order.cpp has no sizes {case.hidden}, {case.intermediate}"
+        assert known, f"tests/unit/host/order.cpp has no sizes {case.hidden}, {case.intermediate}, {case.variant}"
         return [Tile(*out[i : i + 7]) for i in range(0, len(out), 7)]
 
     return call

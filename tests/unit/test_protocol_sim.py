@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import MoEShape, Variant
 from tests import host
 from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
 
@@ -103,7 +103,7 @@ def runs(draw: st.DrawFn, ranks: int) -> dict[str, int | str]:
         "blocks": draw(st.integers(1, BLOCKS[ranks])),
         "pool_rows": draw(st.sampled_from((256, 384, 1024, 1 << 30))),  # rings of two and three blocks, and none
         "launches": draw(st.integers(1, 3)),
-        "variant": draw(st.sampled_from(("mixed", "pingpong", "cooperative"))),
+        "variant": draw(st.sampled_from(("mixed", *(v.value for v in Variant)))),
     }
 
 

@@ -127,7 +127,6 @@ ENTRY = """
 #include "layout/shared.cuh"
 
 template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD> struct Config {
-    static constexpr megamoe::Variant kVariant = kM == 64 ? megamoe::Variant::pingpong : megamoe::Variant::cooperative;
     static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
     static constexpr megamoe::u32 kHidden = 256, kIntermediate = 128, kTopK = 2;
     static constexpr megamoe::u32 kExperts = kE, kRanks = kR, kLocalExperts = kExperts / kRanks;
@@ -157,7 +156,7 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
         f'{s.shared_bytes}>::kOk, "");'
         for s in MAPPED
     )
-    (tmp_path / "src" / "kernels" / "pingpong.cuh.j2").write_text(ENTRY.replace("@CHECKS@", checks))
+    (tmp_path / "src" / "kernels" / "entry.cuh.j2").write_text(ENTRY.replace("@CHECKS@", checks))
     spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
     with override(kernels_src=tmp_path / "src"):
         text = render(spec).text
