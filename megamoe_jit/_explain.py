@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._errors import ConfigError
-from megamoe_jit._launch import BLOCK_THREADS
-from megamoe_jit._layout import Section, buffer_layout
-from megamoe_jit._locks import check_private
-from megamoe_jit._spec import (
-    BLOCK,
+from megamoe_jit._abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
-    MAX_TOKENS,
+    MATH_WARPS,
     SHARED_LIMIT,
     STAGING_BYTES,
+    THREADS,
+    TILE_BYTES,
     TILE_SLOTS,
-    KernelSpec,
-    MoEShape,
 )
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layout import Section, buffer_layout
+from megamoe_jit._locks import check_private
+from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
@@ -154,11 +153,11 @@ def shared_parts(spec: KernelSpec) -> list[dict[str, Any]]:
     parts = [
         ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
         ("weights", stages * BLOCK_N * BLOCK, f"{stages} stages of e4m3 [{BLOCK_N}, {BLOCK}]"),
-        ("staging", STAGING_BYTES, "2 KiB for each of the eight math warps"),
+        ("staging", MATH_WARPS * STAGING_BYTES, "2 KiB for each of the eight math warps"),
         ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
         ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
         ("barriers", stages * 16 + TILE_SLOTS * 24 + slots * 8, "of stages, tile slots and dispatch slots"),
-        ("tile slots", TILE_SLOTS * 32, f"ring of {TILE_SLOTS} announced tiles"),
+        ("tile slots", TILE_SLOTS * TILE_BYTES, f"ring of {TILE_SLOTS} announced tiles"),
         ("words", 64, "words shared by the warps of a block"),
         ("expert table", 4 * experts + 8 * (experts + 1) + 2 * experts, "rows, first rows, first items, ids"),
         ("source table", spec.source_table_bytes, "which pairs of each rank name each expert"),
@@ -238,7 +237,7 @@ def plan(
                 "kernel": spec.entry,
                 "variant": spec.variant.value,
                 "grid": [num_sms, 1, 1],
-                "block": [BLOCK_THREADS, 1, 1],
+                "block": [THREADS, 1, 1],
                 "stages": spec.stages,
                 "dispatch_slots": spec.dispatch_slots,
                 "shared_bytes": spec.shared_bytes,

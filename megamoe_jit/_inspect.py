@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megamoe_jit._abi import SHARED_LIMIT
 from megamoe_jit._cubin import CubinError, _sections, read_cubin
 from megamoe_jit._errors import LoadError, ToolchainError
 from megamoe_jit._machine import TOOLS, find_tool, tool_command
-from megamoe_jit._spec import SHARED_LIMIT
 
 __all__ = ["ptx", "resources", "sass"]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megamoe_jit._abi import ACT_BOX_ROWS, COUNTER_ROWS, SMALL_BOX_ROWS
 from megamoe_jit._l2 import sides_of_sms
 from megamoe_jit._launch import Launcher
-from megamoe_jit._layout import COUNTER_ROWS
 from megamoe_jit._loader import load_kernel
 from megamoe_jit._params import Params, aligned_params
 from megamoe_jit._settings import get_settings
-from megamoe_jit._tma import BOX_ROWS_ACT, BOX_ROWS_SMALL, encode_fp8_rows
+from megamoe_jit._tma import encode_fp8_rows
 from megamoe_jit._validate import check_weights
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class PreparedKernel:
         for rank, address in enumerate(buffer.handle.buffer_ptrs):
             params.peers[rank] = address
         rows = layout.pool_rows
-        encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, BOX_ROWS_ACT)
-        encode_fp8_rows(params.act2, params.act2_pool, rows, shape.intermediate, BOX_ROWS_ACT)
-        encode_fp8_rows(params.act1_small, params.act1_pool, rows, shape.hidden, BOX_ROWS_SMALL)
-        encode_fp8_rows(params.act2_small, params.act2_pool, rows, shape.intermediate, BOX_ROWS_SMALL)
+        encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, ACT_BOX_ROWS)
+        encode_fp8_rows(params.act2, params.act2_pool, rows, shape.intermediate, ACT_BOX_ROWS)
+        encode_fp8_rows(params.act1_small, params.act1_pool, rows, shape.hidden, SMALL_BOX_ROWS)
+        encode_fp8_rows(params.act2_small, params.act2_pool, rows, shape.intermediate, SMALL_BOX_ROWS)
         params.pool_rows = rows
         params.counters = layout.rows // COUNTER_ROWS
         params.rank = buffer.rank

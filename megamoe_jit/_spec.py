@@ -10,6 +10,17 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from megamoe_jit._abi import (
+    BLOCK_N,
+    DISPATCH_CHUNK,
+    MATH_WARPS,
+    MAX_RANKS,
+    QUANT_BLOCK,
+    SHARED_LIMIT,
+    STAGING_BYTES,
+    TILE_BYTES,
+    TILE_SLOTS,
+)
 from megamoe_jit._errors import ConfigError
 
 __all__ = [
@@ -27,14 +38,8 @@ __all__ = [
 MAX_TOPK = 32
 MAX_SIZE = 262144  #: of hidden and intermediate; kernels for larger ones spill
 MAX_EXPERTS = 1024
-MAX_RANKS = 8
 MAX_TOKENS = 32768
-BLOCK = 128  #: quantisation block, in both directions
-BLOCK_N = 256  #: columns of a tile: in the first GEMM these are 128 gate and 128 up columns
-SHARED_LIMIT = 232448  #: dynamic shared memory a block may use on SM90, bytes
-STAGING_BYTES = 8 * 2048  #: 16 rows x 128 B for each of the eight math warps
-TILE_SLOTS = 4  #: depth of the ring in which the scheduler publishes tiles
-DISPATCH_CHUNK = 2048  #: bytes that dispatch moves at a time through a slot of its own
+BLOCK = QUANT_BLOCK  #: quantisation block, in both directions
 TEMPLATE = "kernels/entry.cuh.j2"
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
 
@@ -133,9 +138,9 @@ class KernelSpec:
     @property
     def fixed_shared_bytes(self) -> int:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
-        slots = TILE_SLOTS * (3 * 8 + 32)
+        slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
-        return STAGING_BYTES + slots + 64 + plan
+        return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
 
     @property
     def source_table_bytes(self) -> int:

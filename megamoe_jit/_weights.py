@@ -25,9 +25,10 @@ from typing import TypeAlias
 
 import torch
 
+from megamoe_jit._abi import BLOCK_N
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._quant import require_tensor
-from megamoe_jit._spec import BLOCK, BLOCK_N
+from megamoe_jit._spec import BLOCK
 
 __all__ = [
     "INTERLEAVE",

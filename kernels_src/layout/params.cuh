@@ -1,5 +1,5 @@
-// The one kernel argument.  `megamoe_jit/_params.py` mirrors it field by field; a test compares the two, and the size
-// is checked again by the entry and before the launch.
+// The one kernel argument.  Python knows it by `megamoe_jit/_abi.py`, which `make abi` writes from this and other headers;
+// its size is checked again before the launch.
 //
 // Symmetric memory (one allocation per rank, at p.peers[rank]; peers read or write it):
 //   x, x_scales, topk_ids, topk_weights   the rank's inputs
@@ -47,7 +47,6 @@ struct alignas(64) Params {
     u32 side_of_sm[kSideWords];   // a bit of each SM
     u32 unused[12];      // up to a multiple of the alignment, which Python does not add
 };
-static_assert(sizeof(Params) == 896, "Params changed: change megamoe_jit/_params.py with it");
 
 /// Words of `Params::control`.
 enum Control : u32 {

@@ -15,7 +15,7 @@
 
 namespace megamoe {
 
-constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;   // the same as in megamoe_jit/_tma.py
+constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;   // of the boxes that Params::act1 and its kin describe
 
 constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megamoe_jit import _buffer, _device_wait
+from megamoe_jit._abi import Wait
 from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._errors import CaptureError, ConfigError, DeviceFaultError, PeerTimeoutError
-from megamoe_jit._faults import PEER_SIGNAL
 
 GROUP = object()
-NOTHING, PEER = (0, 0, 0, 0), (PEER_SIGNAL | 2 << 8, 0, 5, 0b10)
+NOTHING, PEER = (0, 0, 0, 0), (Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit import _buffer, _layer, _memory, _ranks
+from megamoe_jit._abi import Wait
 from megamoe_jit._buffer import SymmBuffer
-from megamoe_jit._faults import PEER_SIGNAL
 from megamoe_jit._params import Params
 from megamoe_jit._settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -325,7 +325,7 @@ def test_staging_on_another_stream_waits_for_the_last_call(cuda: Cuda, monkeypat
 def test_nothing_is_staged_into_a_buffer_that_is_gone_or_failed(cuda: Cuda):
     gone, failed = layer(), layer()
     gone.destroy()
-    failed.buffer.fault[:4] = torch.tensor([PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
+    failed.buffer.fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
     refused(failed.check, "missing: rank 1", kind=mm.PeerTimeoutError)
     cuda.events.clear()
     refused(lambda: gone.stage(*inputs(3)), "this buffer was destroyed")

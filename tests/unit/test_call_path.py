@@ -19,8 +19,8 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit import _buffer, _memory, _prepared
+from megamoe_jit._abi import Wait
 from megamoe_jit._buffer import SymmBuffer, sort_blocks
-from megamoe_jit._faults import PEER_SIGNAL
 from megamoe_jit._params import Params
 from megamoe_jit._scenarios import make_weights
 from megamoe_jit._settings import override
@@ -291,7 +291,7 @@ def test_a_destroyed_buffer_is_refused(cuda: Cuda, buffer: SymmBuffer):
 
 def test_a_buffer_whose_kernel_failed_is_refused_with_that_error(cuda: Cuda, buffer: SymmBuffer):
     call(buffer)
-    buffer.fault[:4] = torch.tensor([PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
+    buffer.fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
     refused(buffer.check, "missing: rank 1", kind=mm.PeerTimeoutError)
     for use in (lambda: call(buffer), lambda: call(buffer, 4), lambda: buffer.prepare("pingpong")):
         refused(use, "unusable since an earlier call failed", "missing: rank 1", kind=mm.PeerTimeoutError)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megamoe_jit import _l2
+from megamoe_jit._abi import SIDE_WORDS
 from megamoe_jit._errors import LoadError
 from megamoe_jit._l2 import LINES, MOST_SMS, split
-from megamoe_jit._params import SIDE_WORDS
 
 SMS = 132
 

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamoe_jit._abi import POOL_ALIGN
 from megamoe_jit._spec import Variant
 from tests import host
 
@@ -40,7 +41,7 @@ class Case(NamedTuple):
         """First pool row / 128 of each expert, and of the end."""
         bases = [0]
         for rows in self.rows:
-            bases.append(bases[-1] + -(-rows // host.constant("kPoolAlign")))
+            bases.append(bases[-1] + -(-rows // POOL_ALIGN))
         return bases
 
 

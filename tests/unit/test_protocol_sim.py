@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megamoe_jit._abi import Wait
 from megamoe_jit._spec import MoEShape, Variant
 from tests import host
 from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
@@ -80,8 +81,8 @@ def build() -> Build:
 
 
 def codes(text: str, enum: str) -> dict[str, int]:
-    """Names and numbers of an enumeration."""
-    body = re.search(rf"enum (?:class )?{enum} : u32 \{{(.*?)\}};", text, re.DOTALL)
+    """Names and numbers of an enumeration of the simulator."""
+    body = re.search(rf"enum {enum} : u32 \{{(.*?)\}};", text, re.DOTALL)
     assert body, f"no enum {enum}"
     return {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", host.without_comments(body[1]))}
 
@@ -153,7 +154,7 @@ def test_nothing_is_found_where_nothing_is_wrong(build: Build):
     assert find(build(2, MISTAKES), 0, tries=6) == ""
 
 
-WAITS = codes((host.KERNELS / "comm/fault.cuh").read_text(), "Wait")
+WAITS = {wait.name.lower(): wait.value for wait in Wait}
 WEAK = codes((HERE / "sim/machine.h").read_text(), "Weak")
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe_jit import _spec
+from megamoe_jit import _abi, _spec
 from megamoe_jit._compiler import compile_source
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._render import render
@@ -103,18 +103,11 @@ def test_every_size_is_in_the_name(field, value):
 
 @given(specs)
 def test_shared_memory_fits(spec):
-    assert spec.shared_bytes <= _spec.SHARED_LIMIT == 232448
+    assert spec.shared_bytes <= _abi.SHARED_LIMIT == 232448
     assert spec.shared_bytes % 8 == 0
     assert spec.stages >= 3
     assert _spec.MIN_DISPATCH_SLOTS <= spec.dispatch_slots <= _spec.MAX_DISPATCH_SLOTS
     assert spec.block_m == (64 if spec.variant is Variant.PINGPONG else 128)
-
-
-def test_constants_are_those_of_the_kernels():
-    assert host.constant("kQuantBlock") == host.constant("kBlockK") == _spec.BLOCK
-    assert host.constant("kBlockN") == _spec.BLOCK_N
-    assert host.constant("kTileSlots") == _spec.TILE_SLOTS
-    assert host.constant("kDispatchChunk") == _spec.DISPATCH_CHUNK
 
 
 #: Widest and narrowest of everything that the sum depends on.
