@@ -1,6 +1,6 @@
 # megamoe-jit: every target sets up what it needs in .venv; a second call starts at once.
 #
-#   make demo | test | test-nvrtc13 | test-gpu | test-multi | bench | lint | format | abi | env | clean
+#   make demo | test | test-nvrtc13 | test-gpu | test-multi | bench | lint | format | abi | schemas | env | clean
 #
 #   PYTHON=python3.12   interpreter that .venv is made from (3.11 or newer)
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
@@ -35,7 +35,7 @@ torch-cu12 := torch>=2.8,<2.11
 torch-cu13 := torch>=2.11
 torch-cpu := torch==2.13.0+cpu
 
-.PHONY: help env demo test test-nvrtc13 test-gpu test-multi bench lint format abi clean
+.PHONY: help env demo test test-nvrtc13 test-gpu test-multi bench lint format abi schemas clean
 .DELETE_ON_ERROR:
 
 help:
@@ -81,6 +81,10 @@ format: $(call stamp,dev)
 abi: $(call stamp,dev)
 	$(PY) -m tests.abi > megamoe_jit/_abi.py.new
 	mv megamoe_jit/_abi.py.new megamoe_jit/_abi.py
+
+# The parts of the command line's schemas that follow from variants and options; a test says when they are out of date.
+schemas: $(call stamp,dev)
+	$(PY) -m tests.schemas
 
 clean:
 	rm -rf .venv .venv-cu12 .venv-cu13 build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
+from megamoe_jit._variants import AUTO
 from megamoe_jit.heuristics.model import expected_us
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
-AUTO = "auto"
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
@@ -34,10 +34,12 @@ class Choice:
 
 def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     if tokens < threshold:
-        why = f"{tokens} tokens per rank < {threshold}, tiles of 64 rows waste less"
-        return Variant.PINGPONG, f"pingpong: {why}"
-    why = f"{tokens} tokens per rank >= {threshold}, one weight load serves 128 rows"
-    return Variant.COOPERATIVE, f"cooperative: {why}"
+        picked, sign = Variant.PINGPONG, "<"
+        why = f"tiles of {picked.block_m} rows waste less"
+    else:
+        picked, sign = Variant.COOPERATIVE, ">="
+        why = f"one weight load serves {picked.block_m} rows"
+    return picked, f"{picked.value}: {tokens} tokens per rank {sign} {threshold}, {why}"
 
 
 def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int) -> tuple[Variant, str]:

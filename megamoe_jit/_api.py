@@ -106,7 +106,7 @@ def fp8_mega_moe(
         activation_clamp: bounds the gate from above and the up projection on both sides; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         num_sms: blocks of the launch, to leave SMs to other streams; all SMs by default.
-        variant: "auto", "pingpong" or "cooperative"; the setting MEGAMOE_JIT_VARIANT by default.
+        variant: "auto" or the name of a `Variant`; the setting MEGAMOE_JIT_VARIANT by default.
 
     Raises:
         ConfigError: an argument is not supported; nothing was launched.

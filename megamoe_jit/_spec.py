@@ -7,7 +7,6 @@ capacity, SM count, timeout and clamp are run-time values, so one compiled kerne
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 from megamoe_jit._abi import (
@@ -22,6 +21,7 @@ from megamoe_jit._abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._variants import Variant
 
 __all__ = [
     "MAX_EXPERTS",
@@ -42,27 +42,6 @@ MAX_TOKENS = 32768
 BLOCK = QUANT_BLOCK  #: quantisation block, in both directions
 TEMPLATE = "kernels/entry.cuh.j2"
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
-
-
-class Variant(StrEnum):
-    """How the two math warpgroups of a block share the work."""
-
-    PINGPONG = "pingpong"  #: BLOCK_M 64: each owns a whole tile, half a cycle out of phase
-    COOPERATIVE = "cooperative"  #: BLOCK_M 128: both split the rows of one tile and share its weights
-
-    @property
-    def block_m(self) -> int:
-        """Rows of a tile."""
-        return 64 if self is Variant.PINGPONG else 128
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        """The variant named `text`; raises `ConfigError` with the names there are."""
-        try:
-            return cls(text)
-        except ValueError:
-            names = ", ".join(v.value for v in cls)
-            raise ConfigError(f"unknown kernel variant {text!r}; allowed: {names}") from None
 
 
 def _check(ok: bool, what: str, value: object, allowed: str) -> None:
@@ -186,8 +165,8 @@ class KernelSpec:
         """What the Jinja2 entry is filled with."""
         return {
             "entry": self.entry,
-            "policy": self.variant.value.title(),
-            "policy_header": f"variants/{self.variant.value}.cuh",
+            "policy": self.variant.policy,
+            "policy_header": self.variant.header,
             "hidden": self.shape.hidden,
             "intermediate": self.shape.intermediate,
             "experts": self.shape.experts,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TIMED_SHAPES",
-    "VARIANTS",
     "cache_dir_option",
     "complete_key",
     "complete_kernel",
@@ -42,7 +42,6 @@ __all__ = [
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
-VARIANTS = ("auto", "pingpong", "cooperative")
 
 _KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 _SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)(_timeline)?")
@@ -92,7 +91,7 @@ def complete_kernel(context: click.Context, parameter: click.Parameter, incomple
 
     from megamoe_jit.heuristics.presets import preset_names
 
-    names = [f"{name}/{variant}" for name in preset_names() for variant in VARIANTS[1:]]
+    names = [f"{name}/{variant}" for name in preset_names() for variant in VARIANT_CHOICES[1:]]
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return [*found, *complete_key(context, parameter, incomplete)]
 

@@ -12,6 +12,7 @@ import click
 from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, must_be_writable, progress_line, say, table
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
+from megamoe_jit._variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._baseline_run import BaselineRow
@@ -184,8 +185,8 @@ def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None) -> Non
     "--variant",
     "variants",
     multiple=True,
-    type=click.Choice(["auto", "pingpong", "cooperative"]),
-    help="Variant to time; may be given more than once.  [default: all three, taking turns]",
+    type=click.Choice(VARIANT_CHOICES),
+    help="Variant to time; may be given more than once.  [default: all, taking turns]",
 )
 @click.option(
     "--output",

@@ -8,7 +8,6 @@ import click
 
 from megamoe_jit._cli._io import document, emit_json, json_option
 from megamoe_jit._cli._options import (
-    VARIANTS,
     cache_dir_option,
     gpu_option,
     per_shape,
@@ -17,6 +16,7 @@ from megamoe_jit._cli._options import (
     sms_option,
     tokens_option,
 )
+from megamoe_jit._variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import MoEShape
@@ -44,7 +44,7 @@ def _text(name: str, call: dict[str, Any], gpu: str) -> str:
 @ranks_option
 @click.option(
     "--variant",
-    type=click.Choice(VARIANTS),
+    type=click.Choice(VARIANT_CHOICES),
     help="The variant argument of the call.  [default: the setting MEGAMOE_JIT_VARIANT]",
 )
 @click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the call.  [default: fast]")

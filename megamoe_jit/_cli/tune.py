@@ -19,6 +19,7 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._variants import Variant
 
 __all__ = ["tune"]
 
@@ -62,7 +63,7 @@ def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: b
     "--variant",
     "variants",
     multiple=True,
-    type=click.Choice(["pingpong", "cooperative"]),
+    type=click.Choice(list(Variant)),
     help="Kernel to compare; may be given more than once.  [default: all]",
 )
 @click.option(
@@ -113,7 +114,6 @@ def tune(
     """
     _refuse_early(data, measure, target, write_table)
     from megamoe_jit import _tune, _tune_table
-    from megamoe_jit._spec import Variant
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets, counts = parse_shapes(names), tokens or _tune.DEFAULT_TOKENS

@@ -16,7 +16,8 @@ from megamoe_jit._cli._kernels import (
     kernel_table,
     spec_document,
 )
-from megamoe_jit._cli._options import VARIANTS, cache_dir_option, ranks_option, shape_options
+from megamoe_jit._cli._options import cache_dir_option, ranks_option, shape_options
+from megamoe_jit._variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import KernelSpec, MoEShape
@@ -33,7 +34,7 @@ _STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
     "--variant",
     default="auto",
     show_default=True,
-    type=click.Choice(VARIANTS),
+    type=click.Choice(VARIANT_CHOICES),
     help="One variant alone; auto compiles all that a call can pick.",
 )
 @click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the calls.  [default: fast]")

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from megamoe_jit import _bench, _bench_report, _runtime, _verify
 from megamoe_jit._cli import cli
 from megamoe_jit._cli._io import SCHEMA_VERSION
+from tests import schemas
 from tests.commandline import (
     COOPERATIVE,
     PINGPONG,
@@ -70,6 +71,11 @@ def test_schemas_are_valid_and_name_what_they_describe(kind: str):
     assert found["properties"]["kind"] == {"const": kind}
     assert found["properties"]["schema_version"] == {"const": SCHEMA_VERSION}
     assert {"schema_version", "kind"} <= set(found["required"])
+
+
+@pytest.mark.parametrize("path", sorted(schemas.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_what_schemas_say_of_variants_and_options_is_derived(path: Path):
+    assert path.read_text(encoding="utf-8") == schemas.text(path), "run `make schemas`"
 
 
 def test_readers_must_expect_more_fields_but_none_less():
