@@ -10,6 +10,7 @@ import torch
 from megamoe_jit._buffer import SymmBuffer
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layout import DEFAULT_POOL_ROWS
+from megamoe_jit._numerics import Numerics, numerics_of
 from megamoe_jit._quant import require_tensor
 from megamoe_jit._ranks import collectively, group_size
 from megamoe_jit._settings import get_settings
@@ -124,17 +125,18 @@ def fp8_mega_moe(
         given = type(sym_buffer).__name__
         raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
     stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp)
-    first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(fast_math)
+    numerics = numerics_of(fast_math)  # None is refused below, with several ranks on all of them
+    first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(numerics)
     if first and not torch.cuda.is_current_stream_capturing():  # in a capture, prepare refuses
 
         def admit() -> None:
             tokens, _ = _admit(y, sym_buffer, stats, *options)
             choice, _ = sym_buffer.choose(tokens, variant, num_sms)
-            check_weights(l1, l2, sym_buffer.spec(choice.variant, fast_math), sym_buffer.device)
+            check_weights(l1, l2, sym_buffer.spec(choice.variant, numerics or Numerics(fast_math)), sym_buffer.device)
 
         collectively(sym_buffer.group, "checking the arguments of the first call", admit)
     tokens, clamp = _admit(y, sym_buffer, stats, *options)
-    plan = sym_buffer.plan(tokens, variant, fast_math, num_sms)
+    plan = sym_buffer.plan(tokens, variant, numerics or Numerics(fast_math), num_sms)
     try:
         plan.kernel.check_weights(l1, l2, sym_buffer.device)
     except TypeError:

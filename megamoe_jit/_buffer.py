@@ -22,6 +22,7 @@ from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._faults import decode, fault_error
 from megamoe_jit._layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
 from megamoe_jit._memory import LayerMemory
+from megamoe_jit._numerics import Numerics, numerics_of
 from megamoe_jit._ranks import collectively, gather, require_equal
 from megamoe_jit._settings import Settings, get_settings
 from megamoe_jit._spec import MoEShape, Variant
@@ -97,8 +98,8 @@ class SymmBuffer(LayerMemory):
         max_pool_rows: int = DEFAULT_POOL_ROWS,
     ) -> None:
         super().__init__(shape, max_tokens, device, group, max_pool_rows)
-        self._prepared: dict[tuple[Variant, bool], PreparedKernel] = {}
-        self._plans: dict[tuple[int, str | None, bool, int | None], CallPlan] = {}
+        self._prepared: dict[tuple[Variant, Numerics], PreparedKernel] = {}
+        self._plans: dict[tuple[int, str | None, bool | Numerics, int | None], CallPlan] = {}
         self._planned_with: Settings | None = None
         self._order = _Order() if self.ranks == 1 else _orders.setdefault(device.index, _Order())
         self.lock = self._order.lock
@@ -113,18 +114,19 @@ class SymmBuffer(LayerMemory):
         if self._broken is not None:
             raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
 
-    def is_prepared(self, fast_math: bool) -> bool:
+    def is_prepared(self, numerics: Numerics | None) -> bool:
         """Whether the kernels of several ranks were prepared, which they are together."""
-        try:
-            return (Variant.COOPERATIVE, fast_math) in self._prepared
-        except TypeError:  # no bool: whatever prepares it will say so
-            return False
+        return numerics is not None and (Variant.COOPERATIVE, numerics) in self._prepared
 
-    def prepare(self, variant: Variant | str, fast_math: bool = True) -> PreparedKernel:
+    def prepare(self, variant: Variant | str, fast_math: bool | Numerics = True) -> PreparedKernel:
         """Compile, load and bind a kernel now, so that no later call has to (do this before graph capture).
 
         With several ranks this is a collective the first time: every variant is prepared on every rank, since ranks
         with different token counts may pick different ones, and all agree on the kernels before any is launched.
+
+        Args:
+            variant: which kernel.
+            fast_math: as in a call, or all numeric options.
 
         Raises:
             CaptureError: the current stream is capturing and the kernel is not loaded yet.
@@ -132,23 +134,25 @@ class SymmBuffer(LayerMemory):
         """
         variant = Variant.parse(variant)
         self.require_usable()
-        prepared = self._prepared.get((variant, fast_math))
+        numerics = fast_math if isinstance(fast_math, Numerics) else numerics_of(fast_math)
+        prepared = None if numerics is None else self._prepared.get((variant, numerics))
         if prepared is None:
             if self.ranks > 1 and torch.cuda.is_current_stream_capturing():
                 raise CaptureError(
                     "kernels of several ranks are prepared collectively and not while a CUDA graph is being captured; "
-                    f"call prepare({variant.value!r}, fast_math={fast_math}) on every rank before the capture"
+                    f"call prepare({variant.value!r}, {fast_math!r}) on every rank before the capture"
                 )
             wanted = (variant,) if self.ranks == 1 else tuple(Variant)
             made = collectively(self.group, "preparing the kernels", lambda: self._bind(wanted, fast_math))
+            numerics = next(iter(made.values())).spec.numerics
             if self.ranks > 1:
                 keys = {f"kernel {v.value}": kernel.loaded.key for v, kernel in made.items()}
                 require_equal(self.group, "their kernels", keys)
-            self._prepared.update({(v, fast_math): kernel for v, kernel in made.items()})
+            self._prepared.update({(v, numerics): kernel for v, kernel in made.items()})
             prepared = made[variant]
         return prepared
 
-    def prepare_all(self, fast_math: bool = True) -> None:
+    def prepare_all(self, fast_math: bool | Numerics = True) -> None:
         """Prepare every kernel that some token count can pick: before CUDA graphs of several batch sizes are captured.
 
         Raises:
@@ -158,11 +162,12 @@ class SymmBuffer(LayerMemory):
         for variant in all_variants(self.shape):
             self.prepare(variant, fast_math)
 
-    def _bind(self, variants: Iterable[Variant], fast_math: bool) -> dict[Variant, PreparedKernel]:
+    def _bind(self, variants: Iterable[Variant], fast_math: bool | Numerics) -> dict[Variant, PreparedKernel]:
         from megamoe_jit._prepared import PreparedKernel
 
+        numerics = fast_math if isinstance(fast_math, Numerics) else Numerics(fast_math)
         with torch.cuda.device(self.device):
-            return {variant: PreparedKernel(self.spec(variant, fast_math), self) for variant in variants}
+            return {variant: PreparedKernel(self.spec(variant, numerics), self) for variant in variants}
 
     def choose(self, tokens: int, variant: str | None, num_sms: int | None) -> tuple[Choice, int]:
         """What such a call takes, and the blocks of its launch; raises `ConfigError` if an option is not supported."""
@@ -181,7 +186,7 @@ class SymmBuffer(LayerMemory):
         )
         return choice, blocks
 
-    def plan(self, tokens: int, variant: str | None, fast_math: bool, num_sms: int | None) -> CallPlan:
+    def plan(self, tokens: int, variant: str | None, fast_math: bool | Numerics, num_sms: int | None) -> CallPlan:
         """What a call launches; remembered for each combination, so a steady-state call only looks it up."""
         settings = get_settings()
         if settings is not self._planned_with:

@@ -18,7 +18,8 @@ from megamoe_jit._abi import (
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layout import Section, buffer_layout
 from megamoe_jit._locks import check_private
-from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape
+from megamoe_jit._numerics import Numerics
+from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
@@ -99,7 +100,7 @@ def explain(
     *,
     ranks: int = 1,
     variant: str | None = None,
-    fast_math: bool = True,
+    numerics: Numerics = DEFAULT_NUMERICS,
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
 ) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def explain(
         tokens: tokens of one rank.
         ranks: ranks that share the experts.
         variant: the `variant` of the call; the settings' one if None.
-        fast_math: the `fast_math` of the call.
+        numerics: the numeric options of the call.
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
 
@@ -129,7 +130,7 @@ def explain(
         num_sms=num_sms,
         gpu=gpu,
     )
-    spec = KernelSpec(shape, choice.variant, ranks, fast_math)
+    spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics)
     return {
         "shape": asdict(shape),
         "ranks": ranks,

@@ -106,7 +106,7 @@ def warmup_command(spec: KernelSpec) -> str:
     return (
         f"megamoe-jit warmup --hidden {shape.hidden} --intermediate {shape.intermediate} "
         f"--experts {shape.experts} --topk {shape.topk} --ranks {spec.ranks} --variant {spec.variant.value}"
-        + ("" if spec.fast_math else " --no-fast-math")
+        + "".join(f" {flag}" for flag in spec.numerics.flags())
         + there
     )
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from megamoe_jit._cache import KernelCache, cache_key, user_cache
 from megamoe_jit._compiler import options_for
 from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
+from megamoe_jit._numerics import Numerics
 from megamoe_jit._obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._render import render
 from megamoe_jit._settings import Settings, get_settings
@@ -106,6 +107,8 @@ def enumerate_specs(
     ranks: int = 1,
     variants: Iterable[Variant] | None = None,
     fast_math: bool | None = True,
+    *,
+    numerics: Numerics | None = None,
 ) -> tuple[KernelSpec, ...]:
     """Every kernel that a call of this shape can pick, whatever its token count; what to warm up.
 
@@ -114,6 +117,7 @@ def enumerate_specs(
         ranks: ranks that share the experts.
         variants: these alone; all that the heuristics can choose if None.
         fast_math: the argument of the calls; None for both.
+        numerics: all numeric options of the calls, instead of `fast_math`.
 
     Raises:
         ConfigError: an argument is not supported.
@@ -126,8 +130,9 @@ def enumerate_specs(
     if isinstance(variants, str) or not isinstance(variants, Iterable | None):
         raise ConfigError(f"variants = {variants!r:.80} is not supported; allowed: several Variants, or None")
     wanted = all_variants(shape) if variants is None else tuple(variants)
-    maths = (True, False) if fast_math is None else (fast_math,)
-    return tuple(dict.fromkeys(KernelSpec(shape, variant, ranks, math) for variant in wanted for math in maths))
+    flags = (True, False) if fast_math is None else (fast_math,)
+    some = [Numerics(flag) for flag in flags] if numerics is None else [numerics]
+    return tuple(dict.fromkeys(KernelSpec(shape, v, ranks, numerics=each) for v in wanted for each in some))
 
 
 def get_kernel(spec: KernelSpec) -> CompiledKernel:

@@ -6,7 +6,8 @@ capacity, SM count, timeout and clamp are run-time values, so one compiled kerne
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from megamoe_jit._abi import (
@@ -21,6 +22,7 @@ from megamoe_jit._abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._numerics import Numerics
 from megamoe_jit._variants import Variant
 
 __all__ = [
@@ -41,7 +43,9 @@ MAX_EXPERTS = 1024
 MAX_TOKENS = 32768
 BLOCK = QUANT_BLOCK  #: quantisation block, in both directions
 TEMPLATE = "kernels/entry.cuh.j2"
+DEFAULT_NUMERICS = Numerics()
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
+_ENTRY = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)((?:_[a-z0-9]+)*)")
 
 
 def _check(ok: bool, what: str, value: object, allowed: str) -> None:
@@ -75,29 +79,55 @@ class MoEShape:
         _check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class KernelSpec:
-    """One kernel to compile; everything in here is a compile-time constant of it."""
+    """One kernel to compile; everything in here is a compile-time constant of it.
+
+    Args:
+        shape: sizes of the layer.
+        variant: how its math warpgroups share the work.
+        ranks: ranks that share the experts.
+        fast_math: of `numerics`, for the others' defaults.
+        timeline: the kernel writes down where its time goes (`_timeline`).
+        numerics: all numeric options.
+
+    Raises:
+        ConfigError: a value is not supported.
+    """
 
     shape: MoEShape
     variant: Variant
-    ranks: int = 1
-    fast_math: bool = True
-    timeline: bool = False  #: the kernel writes down where its time goes (`_timeline`)
+    ranks: int
+    numerics: Numerics
+    timeline: bool
 
-    def __post_init__(self) -> None:
-        _check(isinstance(self.shape, MoEShape), "shape", f"{self.shape!r:.80}", "a MoEShape")
-        _check(isinstance(self.variant, Variant), "variant", f"{self.variant!r:.80}", "a member of Variant")
-        for name, flag in (("fast_math", self.fast_math), ("timeline", self.timeline)):
-            _check(type(flag) is bool, name, f"{flag!r:.80}", "True or False")
-        check_int("ranks", self.ranks)
-        _check(1 <= self.ranks <= MAX_RANKS, "ranks", self.ranks, f"1 to {MAX_RANKS}")
-        _check(
-            self.shape.experts % self.ranks == 0,
-            "experts",
-            self.shape.experts,
-            f"a multiple of the number of ranks ({self.ranks})",
-        )
+    def __init__(
+        self,
+        shape: MoEShape,
+        variant: Variant,
+        ranks: int = 1,
+        fast_math: bool | None = None,
+        timeline: bool = False,
+        *,
+        numerics: Numerics = DEFAULT_NUMERICS,
+    ) -> None:
+        _check(isinstance(shape, MoEShape), "shape", f"{shape!r:.80}", "a MoEShape")
+        _check(isinstance(variant, Variant), "variant", f"{variant!r:.80}", "a member of Variant")
+        _check(isinstance(numerics, Numerics), "numerics", f"{numerics!r:.80}", "a Numerics")
+        _check(type(timeline) is bool, "timeline", f"{timeline!r:.80}", "True or False")
+        check_int("ranks", ranks)
+        _check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
+        shared = f"a multiple of the number of ranks ({ranks})"
+        _check(shape.experts % ranks == 0, "experts", shape.experts, shared)
+        if fast_math is not None:
+            numerics = replace(numerics, fast_math=fast_math)
+        for name, value in zip(self.__slots__, (shape, variant, ranks, numerics, timeline), strict=True):
+            object.__setattr__(self, name, value)
+
+    @property
+    def fast_math(self) -> bool:
+        """Of the numeric options."""
+        return self.numerics.fast_math
 
     @property
     def local_experts(self) -> int:
@@ -152,16 +182,32 @@ class KernelSpec:
     def entry(self) -> str:
         """Symbol of the kernel."""
         s = self.shape
-        math = "fast" if self.fast_math else "exact"
         sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
-        return f"megamoe_{self.variant.value}_{sizes}_{math}{'_timeline' if self.timeline else ''}"
+        words = [*self.numerics.words(), *(["timeline"] if self.timeline else [])]
+        return "_".join(["megamoe", self.variant.value, sizes, *words])
+
+    @classmethod
+    def of_entry(cls, entry: str) -> KernelSpec | None:
+        """The kernel with this symbol; None if it is none's.  Raises `ConfigError` if a part is not supported."""
+        found = _ENTRY.fullmatch(entry)
+        if found is None:
+            return None
+        hidden, intermediate, experts, topk, ranks = (int(number) for number in found.groups()[1:6])
+        words = found[7].split("_")[1:]
+        try:
+            numerics = Numerics.named(word for word in words if word != "timeline")
+        except ConfigError:
+            return None
+        shape, variant = MoEShape(hidden, intermediate, experts, topk), Variant.parse(found[1])
+        spec = cls(shape, variant, ranks, timeline="timeline" in words, numerics=numerics)
+        return spec if spec.entry == entry else None
 
     @property
     def template(self) -> str:
         """Path of the Jinja2 entry under `kernels_src/`, the same for all."""
         return TEMPLATE
 
-    def template_variables(self) -> dict[str, int | str]:
+    def template_variables(self) -> dict[str, Any]:
         """What the Jinja2 entry is filled with."""
         return {
             "entry": self.entry,
@@ -175,13 +221,19 @@ class KernelSpec:
             "stages": self.stages,
             "dispatch_slots": self.dispatch_slots,
             "shared_bytes": self.shared_bytes,
-            "fast_math": "true" if self.fast_math else "false",
+            "numerics": self.numerics.constants(),
             "timeline": "true" if self.timeline else "false",
         }
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
-        return {**asdict(self), "variant": self.variant.value}
+        return {
+            "shape": asdict(self.shape),
+            "variant": self.variant.value,
+            "ranks": self.ranks,
+            **self.numerics.options(),
+            "timeline": self.timeline,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KernelSpec:
@@ -190,6 +242,6 @@ class KernelSpec:
             shape=MoEShape(**data["shape"]),
             variant=Variant.parse(data["variant"]),
             ranks=data["ranks"],
-            fast_math=data["fast_math"],
             timeline=data.get("timeline", False),
+            numerics=Numerics(**{f.name: data[f.name] for f in fields(Numerics) if f.name in data}),
         )

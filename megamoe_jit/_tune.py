@@ -20,6 +20,7 @@ import torch
 from megamoe_jit._bench import Layer, cases, require_hopper, some_rows
 from megamoe_jit._bench_report import environment
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._numerics import Numerics
 from megamoe_jit._render import render
 from megamoe_jit._scenarios import Scenario, make_inputs
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -94,7 +95,7 @@ def _identity(cell: dict[str, Any]) -> tuple[Any, ...]:
 
 def _call(layer: Layer, case: Scenario, contender: Contender, y: torch.Tensor) -> Callable[[], object]:
     """The launch of a call with these parameters instead of the chosen ones."""
-    planned = layer.buffer.plan(case.tokens, contender.variant.value, case.fast_math, None)
+    planned = layer.buffer.plan(case.tokens, contender.variant.value, Numerics(case.fast_math), None)
     lag_tiles = max(1, round(contender.lag * planned.num_sms))
     choice = replace(planned.choice, lag_tiles=lag_tiles, rows_per_item=contender.rows_per_item)
     plan = replace(planned, choice=choice)

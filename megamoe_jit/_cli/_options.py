@@ -6,13 +6,16 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._variants import VARIANT_CHOICES
+from megamoe_jit._numerics import Numerics
+from megamoe_jit._spec import MAX_RANKS
+from megamoe_jit._variants import VARIANT_CHOICES, Variant
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -29,6 +32,7 @@ __all__ = [
     "gpu_option",
     "looks_like_key",
     "number_list",
+    "numerics_options",
     "parse_spec",
     "per_shape",
     "ranks_option",
@@ -44,7 +48,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 
 _KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
-_SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)(_timeline)?")
 
 
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -256,6 +259,22 @@ cache_dir_option = click.option(
 )
 
 
+def numerics_options(function: _F) -> _F:
+    """A flag for each numeric option; the command gets them as one value, `numerics`."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        numerics = Numerics(**{option.name: options.pop(option.name) for option in fields(Numerics)})
+        return function(*arguments, numerics=numerics, **options)
+
+    decorated: Callable[..., Any] = call
+    for option in reversed(fields(Numerics)):
+        flag, word = option.name.replace("_", "-"), option.metadata["words"][option.default] or "off"
+        what = f"The {option.name} of the calls.  [default: {word}]"
+        decorated = click.option(f"--{flag}/--no-{flag}", default=option.default, help=what)(decorated)
+    return cast("_F", decorated)
+
+
 def looks_like_key(text: str) -> bool:
     """Whether a KEY|SPEC argument is (the beginning of) a cache key."""
     return bool(_KEY.fullmatch(text))
@@ -272,14 +291,11 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec:
     Raises:
         ConfigError: It is neither, or a part of it is not supported.
     """
-    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+    from megamoe_jit._spec import KernelSpec
     from megamoe_jit.heuristics.presets import preset
 
-    symbol = _SYMBOL.fullmatch(text)
-    if symbol:
-        sizes = [int(symbol[i]) for i in range(2, 7)]
-        variant = Variant.parse(symbol[1])
-        return KernelSpec(MoEShape(*sizes[:4]), variant, sizes[4], symbol[7] == "fast", timeline=bool(symbol[8]))
+    if named := KernelSpec.of_entry(text):
+        return named
     name, *rest = text.split("/")
     file = text.endswith(".toml") or ".toml/" in text
     if file or not rest:
@@ -290,18 +306,19 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec:
             f"v4-pro/cooperative/r8), a kernel's name as `warmup` and `cache ls` show it{key}"
         )
     shape = preset(name).shape
-    ranks, fast_math = 1, True
+    ranks = 1
     seen: set[str] = set()
+    words = Numerics.changes()
     for part in rest[1:]:
         kind = "ranks" if re.fullmatch(r"r\d+", part) else part
-        if kind not in ("ranks", "exact") or kind in seen:
-            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: r1 to r8, exact, each once")
+        if kind not in ("ranks", *words) or kind in seen:
+            allowed = f"r1 to r{MAX_RANKS}, {', '.join(words)}, each once"
+            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: {allowed}")
         seen.add(kind)
         if kind == "ranks":
             ranks = int(part[1:])
-        else:
-            fast_math = False
-    return KernelSpec(shape, Variant.parse(rest[0]), ranks, fast_math)
+    numerics = Numerics.named(seen - {"ranks"})
+    return KernelSpec(shape, Variant.parse(rest[0]), ranks, numerics=numerics)
 
 
 def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec:

@@ -1,0 +1,84 @@
+"""What a kernel may compute in more than one way: its numeric options, as one value.
+
+A field here and its use in a room of the kernels are an option; the kernel's `Config`, its name, the command line's
+flags and the documents follow from the field (docs/how-to/add-a-numeric-option.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from megamoe_jit._errors import ConfigError
+
+__all__ = ["Numerics", "numerics_of"]
+
+
+def _option(default: bool, *, off: str, on: str, what: str) -> Any:
+    """A field: its words in the name of a kernel (empty for none), and what it does, for people."""
+    return field(default=default, metadata={"words": (off, on), "what": what})
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Numeric options, each a compile-time constant of a kernel: `fast_math` is `Config::kFastMath`."""
+
+    fast_math: bool = _option(True, off="exact", on="fast", what="approximate exponential and reciprocal in SwiGLU")
+
+    def __post_init__(self) -> None:
+        for name, flag in self.options().items():
+            if type(flag) is not bool:
+                raise ConfigError(f"{name} = {flag!r:.80} is not supported; allowed: True or False")
+
+    def options(self) -> dict[str, Any]:
+        """Options by name."""
+        return asdict(self)
+
+    def constants(self) -> list[tuple[str, str]]:
+        """Their constants in `Config`."""
+        return [
+            ("k" + name.title().replace("_", ""), "true" if flag else "false") for name, flag in self.options().items()
+        ]
+
+    def words(self) -> list[str]:
+        """What the name of a kernel says of them."""
+        words = [option.metadata["words"][getattr(self, option.name)] for option in fields(self)]
+        return [word for word in words if word]
+
+    def flags(self) -> list[str]:
+        """Flags of the command line for what is not the default."""
+        changed = {o.name: getattr(self, o.name) for o in fields(self) if getattr(self, o.name) != o.default}
+        return [f"--{'' if flag else 'no-'}{name.replace('_', '-')}" for name, flag in changed.items()]
+
+    @classmethod
+    def named(cls, words: Iterable[str]) -> Numerics:
+        """The value with these words; options that none of them is about have their defaults.
+
+        Raises:
+            ConfigError: a word is none of an option's.
+        """
+        pairs = ((o.name, flag, o.metadata["words"][flag]) for o in fields(cls) for flag in (False, True))
+        known = {word: (name, flag) for name, flag, word in pairs if word}
+        given = list(words)
+        for word in given:
+            if word not in known:
+                raise ConfigError(f"{word!r} is no numeric option; allowed: {', '.join(known)}")
+        return cls(**dict(known[word] for word in given))
+
+    @classmethod
+    def changes(cls) -> list[str]:
+        """The word of each option that is not its default's."""
+        return [word for o in fields(cls) if (word := o.metadata["words"][not o.default])]
+
+
+_known = functools.lru_cache(maxsize=64, typed=True)(Numerics)
+
+
+def numerics_of(*options: Any) -> Numerics | None:
+    """The value of a call's options in their order, made once; None where one is no bool, and `Numerics` says which."""
+    try:
+        return _known(*options)
+    except (ConfigError, TypeError):
+        return None
