@@ -18,6 +18,7 @@ import megamoe_jit
 from megamoe_jit._baseline_run import BaselineRow, add_baselines, baseline_rows, fastest
 from megamoe_jit._buffer import sm_count
 from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._formats import FP8
 from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
@@ -197,7 +198,7 @@ def _measure(
     others = baseline_rows(case.name, shape, case.tokens, 1, [{"times": times, "baselines": facts}])
     flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
     touched = int((expert_counts(inputs.topk_idx, shape.experts) > 0).sum())
-    weight_bytes = 3.0 * touched * shape.hidden * shape.intermediate
+    weight_bytes = touched * FP8.expert_code_bytes(shape.hidden, shape.intermediate)
     rows = []
     for name, call in own.items():
         median = statistics.median(times[name])

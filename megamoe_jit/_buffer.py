@@ -140,7 +140,7 @@ class SymmBuffer(LayerMemory):
             if self.ranks > 1 and torch.cuda.is_current_stream_capturing():
                 raise CaptureError(
                     "kernels of several ranks are prepared collectively and not while a CUDA graph is being captured; "
-                    f"call prepare({variant.value!r}, {fast_math!r}) on every rank before the capture"
+                    f"call prepare({variant.value!r}, {numerics or fast_math}) on every rank before the capture"
                 )
             wanted = (variant,) if self.ranks == 1 else tuple(Variant)
             made = collectively(self.group, "preparing the kernels", lambda: self._bind(wanted, fast_math))

@@ -153,7 +153,7 @@ def shared_parts(spec: KernelSpec) -> list[dict[str, Any]]:
     stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
     parts = [
         ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
-        ("weights", stages * BLOCK_N * BLOCK, f"{stages} stages of e4m3 [{BLOCK_N}, {BLOCK}]"),
+        ("weights", stages * spec.weight_stage_bytes, f"{stages} stages of {spec.weights.what} [{BLOCK_N}, {BLOCK}]"),
         ("staging", MATH_WARPS * STAGING_BYTES, "2 KiB for each of the eight math warps"),
         ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
         ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
@@ -172,12 +172,6 @@ def shared_parts(spec: KernelSpec) -> list[dict[str, Any]]:
 
 def _sections(sections: tuple[Section, ...]) -> list[dict[str, Any]]:
     return [asdict(section) for section in sections]
-
-
-def _weight_bytes(shape: MoEShape, ranks: int) -> int:
-    """Codes and scales of one rank's experts, both products."""
-    values = 3 * shape.hidden * shape.intermediate
-    return shape.experts // ranks * (values + values // (BLOCK * BLOCK) * 4)
 
 
 def plan(
@@ -231,7 +225,7 @@ def plan(
         "symmetric_bytes": layout.symmetric_bytes,
         "local_bytes": layout.local_bytes,
         "buffer_bytes": layout.total_bytes,
-        "weight_bytes": _weight_bytes(shape, ranks),
+        "weight_bytes": specs[0].weights.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
         "output_bytes": tokens * shape.hidden * 2,
         "kernels": [
             {

@@ -6,8 +6,8 @@ import torch
 
 from megamoe_jit._api import fp8_mega_moe, get_symm_buffer_for_mega_moe
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._formats import FP8
 from megamoe_jit._quant import quantize_activations, quantize_weights, require_tensor
-from megamoe_jit._spec import BLOCK
 from megamoe_jit._validate import check_clamp, check_tensor
 from megamoe_jit._weights import WeightPair, require_pair, transform_weights_for_mega_moe_sm90
 
@@ -36,9 +36,9 @@ def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, in
         return quantize_weights(weights)
     codes, scales = weights
     if inplace:
-        check_tensor(f"{name} codes", codes, torch.float8_e4m3fn, codes.shape, device)
+        check_tensor(f"{name} codes", codes, FP8.code_dtype, codes.shape, device)
     experts, rows, depth = codes.shape
-    check_tensor(f"{name} scales", scales, torch.float32, (experts, rows // BLOCK, depth // BLOCK), device)
+    check_tensor(f"{name} scales", scales, FP8.scale_dtype, (experts, *FP8.scale_shape(rows, depth)), device)
     return (codes if inplace else codes.clone(memory_format=torch.contiguous_format)), scales
 
 

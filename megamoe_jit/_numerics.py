@@ -32,6 +32,10 @@ class Numerics:
             if type(flag) is not bool:
                 raise ConfigError(f"{name} = {flag!r:.80} is not supported; allowed: True or False")
 
+    def __str__(self) -> str:
+        """As the arguments of a call."""
+        return ", ".join(f"{name}={flag}" for name, flag in self.options().items())
+
     def options(self) -> dict[str, Any]:
         """Options by name."""
         return asdict(self)

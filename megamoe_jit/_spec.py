@@ -22,6 +22,7 @@ from megamoe_jit._abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._formats import FORMATS, FP8, WeightFormat
 from megamoe_jit._numerics import Numerics
 from megamoe_jit._variants import Variant
 
@@ -44,6 +45,7 @@ MAX_TOKENS = 32768
 BLOCK = QUANT_BLOCK  #: quantisation block, in both directions
 TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
+_UNSET: Any = object()  #: what `numerics` says
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
 _ENTRY = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)((?:_[a-z0-9]+)*)")
 
@@ -90,6 +92,7 @@ class KernelSpec:
         fast_math: of `numerics`, for the others' defaults.
         timeline: the kernel writes down where its time goes (`_timeline`).
         numerics: all numeric options.
+        weights: how the weights are stored.
 
     Raises:
         ConfigError: a value is not supported.
@@ -100,28 +103,31 @@ class KernelSpec:
     ranks: int
     numerics: Numerics
     timeline: bool
+    weights: WeightFormat
 
     def __init__(
         self,
         shape: MoEShape,
         variant: Variant,
         ranks: int = 1,
-        fast_math: bool | None = None,
+        fast_math: bool = _UNSET,
         timeline: bool = False,
         *,
         numerics: Numerics = DEFAULT_NUMERICS,
+        weights: WeightFormat = FP8,
     ) -> None:
         _check(isinstance(shape, MoEShape), "shape", f"{shape!r:.80}", "a MoEShape")
         _check(isinstance(variant, Variant), "variant", f"{variant!r:.80}", "a member of Variant")
         _check(isinstance(numerics, Numerics), "numerics", f"{numerics!r:.80}", "a Numerics")
+        _check(isinstance(weights, WeightFormat), "weights", f"{weights!r:.80}", "a WeightFormat")
         _check(type(timeline) is bool, "timeline", f"{timeline!r:.80}", "True or False")
         check_int("ranks", ranks)
         _check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
         shared = f"a multiple of the number of ranks ({ranks})"
         _check(shape.experts % ranks == 0, "experts", shape.experts, shared)
-        if fast_math is not None:
+        if fast_math is not _UNSET:
             numerics = replace(numerics, fast_math=fast_math)
-        for name, value in zip(self.__slots__, (shape, variant, ranks, numerics, timeline), strict=True):
+        for name, value in zip(self.__slots__, (shape, variant, ranks, numerics, timeline, weights), strict=True):
             object.__setattr__(self, name, value)
 
     @property
@@ -142,7 +148,12 @@ class KernelSpec:
     @property
     def stage_bytes(self) -> int:
         """One pipeline stage: activations, weights, a float scale per activation row and four for the weights."""
-        return self.block_m * BLOCK + BLOCK_N * BLOCK + self.block_m * 4 + 16
+        return self.block_m * BLOCK + self.weight_stage_bytes + self.block_m * 4 + 16
+
+    @property
+    def weight_stage_bytes(self) -> int:
+        """Weights of a pipeline stage."""
+        return self.weights.code_bytes(BLOCK_N, BLOCK)
 
     @property
     def fixed_shared_bytes(self) -> int:
@@ -184,6 +195,8 @@ class KernelSpec:
         s = self.shape
         sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
         words = [*self.numerics.words(), *(["timeline"] if self.timeline else [])]
+        if self.weights is not FP8:
+            words.insert(0, self.weights.name)
         return "_".join(["megamoe", self.variant.value, sizes, *words])
 
     @classmethod
@@ -195,11 +208,12 @@ class KernelSpec:
         hidden, intermediate, experts, topk, ranks = (int(number) for number in found.groups()[1:6])
         words = found[7].split("_")[1:]
         try:
-            numerics = Numerics.named(word for word in words if word != "timeline")
+            numerics = Numerics.named(word for word in words if word != "timeline" and word not in FORMATS)
         except ConfigError:
             return None
+        weights = next((FORMATS[word] for word in words if word in FORMATS), FP8)
         shape, variant = MoEShape(hidden, intermediate, experts, topk), Variant.parse(found[1])
-        spec = cls(shape, variant, ranks, timeline="timeline" in words, numerics=numerics)
+        spec = cls(shape, variant, ranks, timeline="timeline" in words, numerics=numerics, weights=weights)
         return spec if spec.entry == entry else None
 
     @property
@@ -213,6 +227,8 @@ class KernelSpec:
             "entry": self.entry,
             "policy": self.variant.policy,
             "policy_header": self.variant.header,
+            "weights": self.weights.policy,
+            "weights_header": self.weights.header,
             "hidden": self.shape.hidden,
             "intermediate": self.shape.intermediate,
             "experts": self.shape.experts,
@@ -233,6 +249,7 @@ class KernelSpec:
             "ranks": self.ranks,
             **self.numerics.options(),
             "timeline": self.timeline,
+            "weights": self.weights.name,
         }
 
     @classmethod
@@ -244,4 +261,5 @@ class KernelSpec:
             ranks=data["ranks"],
             timeline=data.get("timeline", False),
             numerics=Numerics(**{f.name: data[f.name] for f in fields(Numerics) if f.name in data}),
+            weights=WeightFormat.parse(data.get("weights", FP8.name)),
         )

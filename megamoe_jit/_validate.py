@@ -10,7 +10,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._quant import require_tensor
-from megamoe_jit._spec import BLOCK, KernelSpec
+from megamoe_jit._spec import KernelSpec
 from megamoe_jit._weights import require_pair
 
 if TYPE_CHECKING:
@@ -71,11 +71,10 @@ def check_weights(
     require_pair("l1", l1)
     require_pair("l2", l2)
     experts, hidden, intermediate = spec.local_experts, spec.shape.hidden, spec.shape.intermediate
-    fp8, f32 = torch.float8_e4m3fn, torch.float32
-    check_tensor("l1 weights", l1[0], fp8, (experts, 2 * intermediate, hidden), device)
-    check_tensor("l1 scales", l1[1], f32, (experts, 2 * intermediate // BLOCK, hidden // BLOCK), device)
-    check_tensor("l2 weights", l2[0], fp8, (experts, hidden, intermediate), device)
-    check_tensor("l2 scales", l2[1], f32, (experts, hidden // BLOCK, intermediate // BLOCK), device)
+    stored = spec.weights
+    for name, (codes, scales), size in (("l1", l1, (2 * intermediate, hidden)), ("l2", l2, (hidden, intermediate))):
+        check_tensor(f"{name} weights", codes, stored.code_dtype, (experts, *stored.code_shape(*size)), device)
+        check_tensor(f"{name} scales", scales, stored.scale_dtype, (experts, *stored.scale_shape(*size)), device)
 
 
 def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) -> float:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megamoe_jit import _cli
+from megamoe_jit._formats import FORMATS
+from megamoe_jit._numerics import Numerics
 from megamoe_jit._spec import KernelSpec, MoEShape
 from megamoe_jit._variants import AUTO, Variant
 
@@ -23,8 +25,10 @@ NAMES = [variant.value for variant in Variant]
 def _spec(properties: dict[str, Any]) -> dict[str, Any]:
     """The properties of a `KernelSpec`, in its order; those that were there as they were."""
     example = KernelSpec(MoEShape(256, 128, 8, 2), next(iter(Variant))).to_json()
-    new = {name: {"type": "boolean"} if type(value) is bool else {"type": "string"} for name, value in example.items()}
-    return {name: properties.get(name, new[name]) for name in example}
+    new = {name: {"type": "boolean"} for name in Numerics().options()}
+    new["weights"] = {"type": "string", "enum": list(FORMATS)}
+    properties = {**properties, "weights": new["weights"]}
+    return {name: properties.get(name) or new[name] for name in example}
 
 
 def derived(node: Any) -> Any:

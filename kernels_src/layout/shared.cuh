@@ -12,7 +12,7 @@
 namespace megamoe {
 
 template <class C> struct Shared {
-    static constexpr u32 kActBytes = C::kBlockM * kBlockK, kWeightBytes = kBlockN * kBlockK, kActScaleBytes = C::kBlockM * 4;
+    static constexpr u32 kActBytes = C::kBlockM * kBlockK, kWeightBytes = kBlockN * kBlockK * C::Weights::kBits / 8, kActScaleBytes = C::kBlockM * 4;
     static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four for the weights
     static constexpr u32 kSlotBytes = 32;
 

@@ -20,6 +20,7 @@ LAYERS = (
     "sched",
     "pipe",
     "mma",
+    "formats",
     "epilogue",
     "dispatch",
     "roles",

@@ -117,9 +117,11 @@ MAPPED = [
     for experts, ranks in ((1, 1), (7, 1), (32, 1), (48, 1), (256, 8), (256, 1), (384, 1), (512, 1), (1024, 1))
 ]
 ENTRY = """
+#include "formats/fp8.cuh"
 #include "layout/shared.cuh"
 
 template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD> struct Config {
+    using Weights = megamoe::Fp8;
     static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
     static constexpr megamoe::u32 kHidden = 256, kIntermediate = 128, kTopK = 2;
     static constexpr megamoe::u32 kExperts = kE, kRanks = kR, kLocalExperts = kExperts / kRanks;

@@ -75,7 +75,8 @@ def configs(shape: MoEShape, ranks: int, compare_sizes: bool) -> str:
         assert body, f"{spec.template} no longer declares `struct Config`"
         values = spec.template_variables()
         filled = jinja2.Template(body[0], undefined=jinja2.StrictUndefined).render(values)
-        parts.append(f'#include "{values["policy_header"]}"\nnamespace variant{number} {{\n{filled}\n}}\n')
+        parts += [f'#include "{values[header]}"\n' for header in ("policy_header", "weights_header")]
+        parts.append(f"namespace variant{number} {{\n{filled}\n}}\n")
         calls.append(f"    if (number == {number}) return call(variant{number}::Config{{}});\n")
         if compare_sizes:
             size = f"megamoe::Shared<variant{number}::Config>::kBytes == {spec.shared_bytes}"
