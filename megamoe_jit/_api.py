@@ -125,18 +125,19 @@ def fp8_mega_moe(
         given = type(sym_buffer).__name__
         raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
     stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp)
-    numerics = numerics_of(fast_math)  # None is refused below, with several ranks on all of them
+    numeric = (fast_math,)  # the fields of `Numerics`
+    numerics = numerics_of(*numeric)  # None is refused below, with several ranks on all of them
     first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(numerics)
     if first and not torch.cuda.is_current_stream_capturing():  # in a capture, prepare refuses
 
         def admit() -> None:
             tokens, _ = _admit(y, sym_buffer, stats, *options)
             choice, _ = sym_buffer.choose(tokens, variant, num_sms)
-            check_weights(l1, l2, sym_buffer.spec(choice.variant, numerics or Numerics(fast_math)), sym_buffer.device)
+            check_weights(l1, l2, sym_buffer.spec(choice.variant, numerics or Numerics(*numeric)), sym_buffer.device)
 
         collectively(sym_buffer.group, "checking the arguments of the first call", admit)
     tokens, clamp = _admit(y, sym_buffer, stats, *options)
-    plan = sym_buffer.plan(tokens, variant, numerics or Numerics(fast_math), num_sms)
+    plan = sym_buffer.plan(tokens, variant, numerics or Numerics(*numeric), num_sms)
     try:
         plan.kernel.check_weights(l1, l2, sym_buffer.device)
     except TypeError:

@@ -178,7 +178,7 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
     call(shared, **own, cumulative_local_expert_recv_stats=STATS[:2])
     (launch,) = cuda.launches
     assert (launch.spec.ranks, launch.params.rank, launch.params.peers[:3]) == (2, 1, [64, 128, 0])
-    assert set(shared._prepared) == {(variant, True) for variant in Variant}
+    assert {kernel.spec.variant for kernel in shared._prepared.values()} == set(Variant)
     assert cuda.events == [uses(shared, "A")[0], ("launch", "A")], "symmetric memory is not torch's"
 
 

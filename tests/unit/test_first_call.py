@@ -11,6 +11,7 @@ import torch.distributed as dist
 import megamoe_jit as mm
 from megamoe_jit import _api, _buffer, _memory
 from megamoe_jit._buffer import SymmBuffer
+from megamoe_jit._numerics import Numerics
 from megamoe_jit._spawn import World, describe, run_ranks
 from megamoe_jit._spec import MoEShape, Variant
 
@@ -88,7 +89,7 @@ def test_once_prepared_or_in_a_capture_ranks_do_not_meet(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert outcome(lambda: mm.fp8_mega_moe(**call)) == "CompileError: prepare was reached"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    it._prepared = {(variant, True): None for variant in Variant}
+    it._prepared = {(variant, Numerics()): None for variant in Variant}
     assert outcome(lambda: mm.fp8_mega_moe(**call)) == "CompileError: prepare was reached"
     with pytest.raises(AssertionError, match="a collective"):
         mm.fp8_mega_moe(**call, fast_math=False)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+from megamoe_jit._formats import FORMATS
 from megamoe_jit._spec import Variant
 from tests import host
 
@@ -96,6 +97,7 @@ def test_variants_are_told_apart_by_their_policies_alone():
     """So that another one is one header: no other room knows any by name."""
     names = {word for variant in Variant for word in (variant.value, variant.value.title())}
     assert {n.split("/")[1] for n in NAMES if n.startswith("variants/")} == {f"{v.value}.cuh" for v in Variant}
+    assert {n.split("/")[1] for n in NAMES if n.startswith("formats/")} == {f"{name}.cuh" for name in FORMATS}
     for path, name in zip(FILES, NAMES, strict=True):
         if not name.startswith("variants/"):
             assert names & set(re.findall(r"\w+", code(path))) == set(), name
