@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from megamoe_jit._errors import ConfigError
 
-__all__ = ["AUTO", "VARIANT_CHOICES", "Variant"]
+__all__ = ["AUTO", "VARIANT_CHOICES", "VARIANT_NAMES", "Variant"]
 
 AUTO = "auto"  #: lets the heuristics choose
 
@@ -55,4 +55,5 @@ class Variant(StrEnum):
         return found
 
 
-VARIANT_CHOICES = (AUTO, *(variant.value for variant in Variant))  #: what a call may ask for
+VARIANT_NAMES = tuple(variant.value for variant in Variant)
+VARIANT_CHOICES = (AUTO, *VARIANT_NAMES)  #: what a call may ask for

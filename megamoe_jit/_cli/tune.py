@@ -19,7 +19,7 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._variants import Variant
+from megamoe_jit._variants import VARIANT_NAMES, Variant
 
 __all__ = ["tune"]
 
@@ -63,7 +63,7 @@ def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: b
     "--variant",
     "variants",
     multiple=True,
-    type=click.Choice(list(Variant)),
+    type=click.Choice(VARIANT_NAMES),
     help="Kernel to compare; may be given more than once.  [default: all]",
 )
 @click.option(

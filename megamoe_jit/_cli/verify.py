@@ -13,7 +13,7 @@ from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, pro
 from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
 from megamoe_jit._errors import ToolchainError
-from megamoe_jit._variants import VARIANT_CHOICES, Variant
+from megamoe_jit._variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
     "variants",
     multiple=True,
     type=click.Choice(VARIANT_CHOICES),
-    help=f"Variant to run; may be given more than once.  [default: {' and '.join(Variant)}]",
+    help=f"Variant to run; may be given more than once.  [default: {' and '.join(VARIANT_NAMES)}]",
 )
 @click.option("--slow", is_flag=True, help="Run the large scenarios as well.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
@@ -104,7 +104,7 @@ def verify(
 
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
-    variants = variants or tuple(Variant)
+    variants = variants or VARIANT_NAMES
     from megamoe_jit._scenarios import select
 
     several = rank_count(ranks)
