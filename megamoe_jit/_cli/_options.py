@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from megamoe_jit._abi import MAX_RANKS
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._numerics import Numerics
-from megamoe_jit._spec import MAX_RANKS
 from megamoe_jit._variants import VARIANT_CHOICES, Variant
 
 if TYPE_CHECKING:
