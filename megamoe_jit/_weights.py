@@ -1,8 +1,8 @@
 """The order in which the kernel reads weights, and its inverse; which order that is, their format knows (`_fp8`).
 
-Codes change places within one expert's matrix, and scales stay as they are.  Nothing moves from one expert to another, so
-a transformed tensor can be permuted by expert like the original, and both directions run in place with a few matrices of
-one expert as scratch. Nothing marks a tensor as transformed: keep count.
+Codes change places within one expert's matrix, and scales stay as they are.  Nothing moves from one expert to another,
+so a transformed tensor can be permuted by expert like the original, and both directions run in place with a few
+matrices of one expert as scratch. Nothing marks a tensor as transformed: keep count.
 """
 
 from __future__ import annotations
