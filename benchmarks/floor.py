@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from megamoe_jit._bench import DEFAULT_TOKENS, Layer, cases, require_hopper
-from megamoe_jit._bench_report import environment, write
-from megamoe_jit._compiler import compile_source
+from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
+from megamoe_jit._bench.conditions import environment, write
+from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer, cases, require_hopper
+from megamoe_jit._check.scenarios import Scenario, make_inputs
+from megamoe_jit._compile.nvrtc import compile_source
+from megamoe_jit._compile.toolchain import find_toolchain
+from megamoe_jit._device.load import checked
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._loader import checked
-from megamoe_jit._scenarios import Scenario, make_inputs
-from megamoe_jit._timing import FLUSH_BYTES, TimedCall, anchors, burst
-from megamoe_jit._toolchain import find_toolchain
 from megamoe_jit.heuristics.presets import preset
 from megamoe_jit.reference import expert_counts
 

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._bench import require_hopper
+from megamoe_jit._bench.measure import require_hopper
+from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._scenarios import Scenario, make_inputs
 from megamoe_jit._spec import MoEShape
 
 ROUNDS, BATCH = 200, 10

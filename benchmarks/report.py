@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit import _bench_known
+from megamoe_jit._bench import goals as _bench_known
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -288,7 +288,7 @@ def main() -> int:
     if importlib.util.find_spec("matplotlib") is None:
         sys.stderr.write("Error: the plots need matplotlib; run: pip install '.[bench]' (or: make env)\n")
         return 3
-    from megamoe_jit._bench_plot import draw
+    from megamoe_jit._bench.plot import draw
 
     for card, doc in docs.items():
         draw(doc, DOCS, prefix="performance-", suffix=f"-{card}")

@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamoe_jit._cache import KernelCache
-from megamoe_jit._runtime import enumerate_specs, forget, get_kernel, kernel_cache
-from megamoe_jit._settings import override
+from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._compile.toolchain import find_toolchain
+from megamoe_jit._jit.runtime import enumerate_specs, forget, get_kernel, kernel_cache
+from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec
-from megamoe_jit._toolchain import find_toolchain
 from megamoe_jit.heuristics.presets import preset, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,9 +147,9 @@ CHILD = """
 import sys, time
 import cuda.bindings.nvrtc, jinja2
 from pathlib import Path
-from megamoe_jit._runtime import enumerate_specs, get_kernel
+from megamoe_jit._jit.runtime import enumerate_specs, get_kernel
 from megamoe_jit._spec import KernelSpec
-from megamoe_jit._toolchain import find_toolchain
+from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit.heuristics.presets import preset
 spec = enumerate_specs(preset("v4-flash").shape)[0]
 find_toolchain()

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from megamoe_jit._bench import Layer, cases, require_hopper
+from megamoe_jit._bench.clock import FLUSH_BYTES
+from megamoe_jit._bench.measure import Layer, cases, require_hopper
+from megamoe_jit._bench.timeline import Record, decode, summary, words, write_trace
+from megamoe_jit._check.scenarios import make_inputs
 from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._layer.bound_kernel import PreparedKernel
 from megamoe_jit._numerics import Numerics
-from megamoe_jit._prepared import PreparedKernel
-from megamoe_jit._scenarios import make_inputs
-from megamoe_jit._timeline import Record, decode, summary, words, write_trace
-from megamoe_jit._timing import FLUSH_BYTES
 from megamoe_jit.heuristics.presets import preset
 
 ROUNDS = 3  #: the last one is kept

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamoe_jit._abi import BLOCK_N
+from megamoe_jit._device.abi import BLOCK_N
 from megamoe_jit._spec import BLOCK, MoEShape, Variant
 
 __all__ = ["Model", "Sample", "expected_blocks", "expected_us", "fit"]

@@ -29,49 +29,49 @@ from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._version import __version__
 
 if TYPE_CHECKING:
-    from megamoe_jit._api import (
+    from megamoe_jit._jit.pack import export_pack, import_pack
+    from megamoe_jit._jit.runtime import enumerate_specs, retry, seal, sealed, unseal, warmup
+    from megamoe_jit._layer.buffer import SymmBuffer
+    from megamoe_jit._layer.calls import (
         fp8_mega_moe,
         fp8_mega_moe_cooperative,
         fp8_mega_moe_pingpong,
         get_symm_buffer_for_mega_moe,
     )
-    from megamoe_jit._buffer import SymmBuffer
-    from megamoe_jit._layer import MegaMoE
-    from megamoe_jit._pack import export_pack, import_pack
-    from megamoe_jit._quant import (
+    from megamoe_jit._layer.moe import MegaMoE
+    from megamoe_jit._layer.quantize import (
         dequantize_activations,
         dequantize_weights,
         quantize_activations,
         quantize_weights,
     )
-    from megamoe_jit._runtime import enumerate_specs, retry, seal, sealed, unseal, warmup
-    from megamoe_jit._weights import (
+    from megamoe_jit._layer.weights import (
         inverse_transform_weights_for_mega_moe_sm90,
         transform_weights_for_mega_moe_sm90,
     )
 
 #: Where each name that needs torch or the CUDA bindings lives.
 _LAZY = {
-    "MegaMoE": "_layer",
-    "SymmBuffer": "_buffer",
-    "dequantize_activations": "_quant",
-    "dequantize_weights": "_quant",
-    "enumerate_specs": "_runtime",
-    "export_pack": "_pack",
-    "fp8_mega_moe": "_api",
-    "fp8_mega_moe_cooperative": "_api",
-    "fp8_mega_moe_pingpong": "_api",
-    "get_symm_buffer_for_mega_moe": "_api",
-    "import_pack": "_pack",
-    "inverse_transform_weights_for_mega_moe_sm90": "_weights",
-    "quantize_activations": "_quant",
-    "quantize_weights": "_quant",
-    "retry": "_runtime",
-    "seal": "_runtime",
-    "sealed": "_runtime",
-    "transform_weights_for_mega_moe_sm90": "_weights",
-    "unseal": "_runtime",
-    "warmup": "_runtime",
+    "MegaMoE": "_layer.moe",
+    "SymmBuffer": "_layer.buffer",
+    "dequantize_activations": "_layer.quantize",
+    "dequantize_weights": "_layer.quantize",
+    "enumerate_specs": "_jit.runtime",
+    "export_pack": "_jit.pack",
+    "fp8_mega_moe": "_layer.calls",
+    "fp8_mega_moe_cooperative": "_layer.calls",
+    "fp8_mega_moe_pingpong": "_layer.calls",
+    "get_symm_buffer_for_mega_moe": "_layer.calls",
+    "import_pack": "_jit.pack",
+    "inverse_transform_weights_for_mega_moe_sm90": "_layer.weights",
+    "quantize_activations": "_layer.quantize",
+    "quantize_weights": "_layer.quantize",
+    "retry": "_jit.runtime",
+    "seal": "_jit.runtime",
+    "sealed": "_jit.runtime",
+    "transform_weights_for_mega_moe_sm90": "_layer.weights",
+    "unseal": "_jit.runtime",
+    "warmup": "_jit.runtime",
 }
 
 __all__ = [

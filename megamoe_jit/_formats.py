@@ -129,5 +129,5 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-FP8 = WeightFormat("fp8", "e4m3", 8, "float8_e4m3fn", "float32", 4, (128, 128), "megamoe_jit._fp8")
+FP8 = WeightFormat("fp8", "e4m3", 8, "float8_e4m3fn", "float32", 4, (128, 128), "megamoe_jit._layer.fp8")
 FORMATS = {each.name: each for each in (FP8,)}  #: by name

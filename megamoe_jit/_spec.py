@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from megamoe_jit._abi import (
+from megamoe_jit._device.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
     MATH_WARPS,

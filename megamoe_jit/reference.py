@@ -18,12 +18,12 @@ from contextlib import contextmanager
 
 import torch
 
-from megamoe_jit._quant import (
+from megamoe_jit._layer.quantize import (
     dequantize_activations,
     dequantize_weights,
     quantize_activations,
 )
-from megamoe_jit._weights import WeightPair
+from megamoe_jit._layer.weights import WeightPair
 
 __all__ = ["calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
 

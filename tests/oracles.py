@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megamoe_jit._quant import dequantize_activations, dequantize_weights, quantize_activations
-from megamoe_jit._scenarios import Weights
+from megamoe_jit._check.scenarios import Weights
+from megamoe_jit._layer.quantize import dequantize_activations, dequantize_weights, quantize_activations
 from megamoe_jit._spec import MoEShape
 
 __all__ = ["MODELS", "Model", "Sample", "experts_forward", "sample", "structured_states"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from megamoe_jit._settings import override
-from megamoe_jit._toolchain import Candidate, candidates
+from megamoe_jit._compile.toolchain import Candidate, candidates
+from megamoe_jit._settings.settings import override
 from tests.stubs import REPO
 
 NVRTC = "MEGAMOE_JIT_NVRTC"

@@ -14,11 +14,11 @@ import hashlib
 import sys
 from collections.abc import Iterator
 
-from megamoe_jit._compiler import compile_source
-from megamoe_jit._cubin import _sections
-from megamoe_jit._render import render
+from megamoe_jit._compile.cubin import _sections
+from megamoe_jit._compile.nvrtc import compile_source
+from megamoe_jit._compile.render import render
+from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._spec import KernelSpec, Variant
-from megamoe_jit._toolchain import Toolchain, find_toolchain
 from megamoe_jit.heuristics import preset, preset_names
 
 RANKS = (1, 2, 4, 8)

@@ -1,6 +1,6 @@
 // No wait for another warp, block or rank is for ever.  The first that passes its deadline stores four words where the host
 // can read them, makes them visible to it, and ends the launch; Python turns them into a sentence
-// (`megamoe_jit/_faults.py`).
+// (`megamoe_jit/_device/fault.py`).
 //
 // It ends the launch, and with it the CUDA context, by a store to address 0.  `trap` would be plainer.  But where several
 // processes share a GPU the driver loses some traps (12 of 71 on an H100, driver 580), and then the host waits for ever;

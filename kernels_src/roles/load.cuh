@@ -36,7 +36,7 @@ template <class C> struct LoadWeights {
         return Shared<C>::kWeightBytes >> (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
     }
 
-    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (megamoe_jit/_fp8.py): so
+    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (megamoe_jit/_layer/fp8.py): so
     /// memory is read in runs as long as can be.  Returns the next ticket.  It is drawn a little before the end, to be there in
     /// time, but not earlier, so that blocks with nothing to do come first.
     MEGA_DEVICE u32 stream(const Tile& tile, Scales& scales) const {

@@ -13,8 +13,8 @@ from megamoe_jit._cli._options import per_shape
 from megamoe_jit._errors import ToolchainError
 
 if TYPE_CHECKING:
+    from megamoe_jit._jit.runtime import WarmupResult
     from megamoe_jit._numerics import Numerics
-    from megamoe_jit._runtime import WarmupResult
     from megamoe_jit._spec import KernelSpec, MoEShape
 
 __all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "spec_document", "status"]
@@ -31,7 +31,7 @@ def kernel_specs(
         variant: `auto` for all that the heuristics can choose, or the name of one.
         numerics: The numeric options of the calls.
     """
-    from megamoe_jit._runtime import enumerate_specs
+    from megamoe_jit._jit.runtime import enumerate_specs
     from megamoe_jit._spec import Variant
 
     variants = None if variant == "auto" else (Variant.parse(variant),)
@@ -90,8 +90,8 @@ def compile_kernels(
     Raises:
         ToolchainError: There is no compiler to compile any of them with.
     """
-    from megamoe_jit._runtime import warmup
-    from megamoe_jit._settings import get_settings
+    from megamoe_jit._jit.runtime import warmup
+    from megamoe_jit._settings.settings import get_settings
 
     results: dict[KernelSpec, WarmupResult] = {}
     workers = min(jobs or get_settings().jobs, len(specs))
@@ -137,9 +137,9 @@ def spec_document(spec: KernelSpec, status: str, meta: Mapping[str, Any] = Mappi
 
 def _stored(result: WarmupResult) -> bool:
     """Whether other processes will find the kernel."""
-    from megamoe_jit._explain import entry_there
-    from megamoe_jit._runtime import kernel_cache
-    from megamoe_jit._settings import get_settings
+    from megamoe_jit._diagnose.explain import entry_there
+    from megamoe_jit._jit.runtime import kernel_cache
+    from megamoe_jit._settings.settings import get_settings
 
     if result.kernel is None:
         return False

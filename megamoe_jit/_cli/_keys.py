@@ -12,8 +12,8 @@ from megamoe_jit._cli._io import CorruptionError, say
 from megamoe_jit._errors import ConfigError, KernelMissingError
 
 if TYPE_CHECKING:
-    from megamoe_jit._cache import EntryInfo, KernelCache
-    from megamoe_jit._pack_choice import Found
+    from megamoe_jit._cache.cache import EntryInfo, KernelCache
+    from megamoe_jit._jit.lookup import Found
 
 __all__ = [
     "DAMAGE_ADVICE",
@@ -39,7 +39,7 @@ def own_cache() -> KernelCache:
     Raises:
         OSError: It may not be read, or is no directory; the library takes it for an empty one.
     """
-    from megamoe_jit._cache import user_cache
+    from megamoe_jit._cache.cache import user_cache
 
     cache = user_cache()
     for folder in (cache.root, cache.path):
@@ -57,7 +57,7 @@ def own_cache() -> KernelCache:
 
 def all_caches() -> list[KernelCache]:
     """The user's cache and the read-only ones."""
-    from megamoe_jit._cache import readonly_caches
+    from megamoe_jit._cache.cache import readonly_caches
 
     return [own_cache(), *readonly_caches()]
 
@@ -91,10 +91,10 @@ def find_entries(text: str, *, to_remove: bool = False) -> list[Found]:
         ConfigError: There is none, or a key that is cut short fits several.
         KernelMissingError: The kernel of a SPEC is not cached; names the warmup command.
     """
+    from megamoe_jit._cache.entry import Damaged
     from megamoe_jit._cli._options import looks_like_key, parse_spec
-    from megamoe_jit._entry import Damaged
-    from megamoe_jit._pack_choice import entries_of, find_key, first_whole
-    from megamoe_jit._runtime import warmup_command
+    from megamoe_jit._jit.lookup import entries_of, find_key, first_whole
+    from megamoe_jit._jit.runtime import warmup_command
 
     caches = all_caches()
     if looks_like_key(text):
@@ -130,7 +130,7 @@ def others(found: Sequence[Found]) -> list[Found]:
 
 def fit_note(found: Sequence[Found]) -> str:
     """What to say beside the first entry of a SPEC: whether calls load it, and which others there are."""
-    from megamoe_jit._pack_choice import Fit
+    from megamoe_jit._jit.lookup import Fit
 
     reasons = {
         Fit.NAME: "calls do not load it: another version of this package compiled it, or other options",
@@ -154,7 +154,7 @@ def load_entry(prefix: str) -> tuple[bytes, str, dict[str, Any]]:
         ConfigError: There is no such key.
         CorruptionError: The entry is damaged.
     """
-    from megamoe_jit._entry import CUBIN, SOURCE, Damaged, read_entry
+    from megamoe_jit._cache.entry import CUBIN, SOURCE, Damaged, read_entry
 
     (found,) = find_entries(prefix)
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from megamoe_jit._abi import MAX_RANKS
+from megamoe_jit._device.abi import MAX_RANKS
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._numerics import Numerics
 from megamoe_jit._variants import VARIANT_CHOICES, Variant
@@ -244,7 +244,7 @@ def _override_cache_dir(context: click.Context, _: click.Parameter, path: str | 
     if path is not None and not context.resilient_parsing:
         if not path:  # an unset variable of a script, not the working directory
             raise click.BadParameter("'' is no directory.")
-        from megamoe_jit._settings import override
+        from megamoe_jit._settings.settings import override
 
         context.with_resource(override(cache_dir=Path(path).absolute()))
 

@@ -43,8 +43,8 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
 
     Exit code 4 if a kernel is damaged; nothing is written then, and nothing is put aside.
     """
-    from megamoe_jit._entry import Damaged
-    from megamoe_jit._pack import export_pack
+    from megamoe_jit._cache.entry import Damaged
+    from megamoe_jit._jit.pack import export_pack
 
     _must_be_plain(file)
     must_be_writable(file, "FILE")
@@ -76,9 +76,9 @@ def import_command(file: Path, as_json: bool) -> None:
     none.  With --cache-dir DIR they fill a directory that MEGAMOE_JIT_READONLY_CACHE may name, readable by
     everybody.  Exit code 4 if the file is damaged; nothing is imported then.
     """
-    from megamoe_jit._cache import user_cache
-    from megamoe_jit._pack import import_pack, read_pack
-    from megamoe_jit._settings import get_settings
+    from megamoe_jit._cache.cache import user_cache
+    from megamoe_jit._jit.pack import import_pack, read_pack
+    from megamoe_jit._settings.settings import get_settings
 
     if not file.exists():
         raise click.BadParameter(f"{file} does not exist.", param_hint="FILE")

@@ -40,7 +40,7 @@ run_ranks_option = click.option(
 
 def rank_count(ranks: int | None) -> int:
     """The number of ranks that was asked for, or torchrun's."""
-    from megamoe_jit._collect import joined
+    from megamoe_jit._check.collect import joined
 
     here = joined()
     return ranks if ranks is not None else here[1] if here is not None else 1
@@ -50,7 +50,7 @@ def bench_document(
     presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence[str], ranks: int, baseline: bool
 ) -> dict[str, Any] | None:
     """The document of a benchmark on several GPUs; None where torchrun runs another rank that reports."""
-    from megamoe_jit._bench_ranks import run
+    from megamoe_jit._bench.measure_ranks import run
 
     with progress_line("bench", len(presets) * len(tokens) * len(variants)) as step:
         found = run(

@@ -24,7 +24,7 @@ from megamoe_jit._cli._keys import own_cache, place, whole_keys
 from megamoe_jit._cli._options import cache_dir_option, complete_own_key
 
 if TYPE_CHECKING:
-    from megamoe_jit._cache import KernelCache
+    from megamoe_jit._cache.cache import KernelCache
 
 __all__ = ["clear_command", "prune_command", "rm_command"]
 
@@ -33,7 +33,7 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; needed 
 
 
 def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
-    from megamoe_jit._settings import VARIABLES
+    from megamoe_jit._settings.settings import VARIABLES
 
     if text is None:
         return None
@@ -66,7 +66,7 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     Without a limit: down to MEGAMOE_JIT_CACHE_MAX_BYTES.  Kernels used in the last ten minutes stay; damaged kernels
     that were put aside go.
     """
-    from megamoe_jit import _evict
+    from megamoe_jit._cache import evict as _evict
 
     user = own_cache()
     limit = user.max_bytes if max_bytes is None and older_than is None else max_bytes

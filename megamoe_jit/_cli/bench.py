@@ -15,8 +15,8 @@ from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, r
 from megamoe_jit._variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
-    from megamoe_jit._baseline_run import BaselineRow
-    from megamoe_jit._scenarios import Scenario
+    from megamoe_jit._bench.unfused_run import BaselineRow
+    from megamoe_jit._check.scenarios import Scenario
 
 __all__ = ["bench"]
 
@@ -98,7 +98,8 @@ def _print_summary(doc: dict[str, Any]) -> None:
 def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from megamoe_jit import _bench, _bench_report
+    from megamoe_jit._bench import conditions as _bench_report
+    from megamoe_jit._bench import measure as _bench
 
     device = _bench.require_hopper()
     conditions = _bench_report.environment()
@@ -106,7 +107,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool) -
     others: list[BaselineRow] = []
     card, not_timed = [_bench.anchors()], None
     if baseline:
-        from megamoe_jit._baseline_run import unusable
+        from megamoe_jit._bench.unfused_run import unusable
 
         say("trying other ways to do the layer; a library that compiles its kernels on first use may take minutes")
         not_timed = unusable(device)
@@ -129,7 +130,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool) -
 
 def _judged(doc: dict[str, Any]) -> dict[str, Any]:
     """The document with its rows held against what is known."""
-    from megamoe_jit import _bench_known
+    from megamoe_jit._bench import goals as _bench_known
 
     device = doc["environment"]["device"]
     rows = _bench_known.annotate(doc["rows"], device, doc["anchors"], _bench_known.load())
@@ -167,12 +168,12 @@ def _print(doc: dict[str, Any], ranks: int, as_json: bool) -> None:
 
 def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None) -> None:
     if output is not None:
-        from megamoe_jit import _bench_report
+        from megamoe_jit._bench import conditions as _bench_report
 
         _bench_report.write(doc, output)
         say(f"written: {output}")
     if picture is not None:
-        from megamoe_jit._bench_plot import draw
+        from megamoe_jit._bench.plot import draw
 
         for drawn in draw(doc, picture):
             say(f"drawn: {drawn}")
@@ -222,7 +223,7 @@ def bench(
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
     _refuse_early(output, picture)
-    from megamoe_jit import _bench
+    from megamoe_jit._bench import measure as _bench
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets = parse_shapes(names)

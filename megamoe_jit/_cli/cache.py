@@ -33,7 +33,7 @@ from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
 
 if TYPE_CHECKING:
-    from megamoe_jit._cache import CacheStats, EntryInfo
+    from megamoe_jit._cache.cache import CacheStats, EntryInfo
 
 __all__ = ["cache"]
 
@@ -48,7 +48,7 @@ def cache() -> None:
 @json_option
 def path(as_json: bool) -> None:
     """Print the cache directory."""
-    from megamoe_jit._settings import get_settings
+    from megamoe_jit._settings.settings import get_settings
 
     root = get_settings().cache_dir
     if as_json:
@@ -203,7 +203,7 @@ def verify(fix: bool, as_json: bool) -> None:
 
     Exit code 0 if all is well or was mended, 4 if a kernel is damaged, 1 if something else is wrong.
     """
-    from megamoe_jit._doctor import mending
+    from megamoe_jit._diagnose.doctor import mending
 
     caches = all_caches()
     checked = sum(len(each.keys()) for each in caches)

@@ -13,7 +13,7 @@ from megamoe_jit._errors import UnsupportedDeviceError
 if TYPE_CHECKING:
     import torch
 
-    from megamoe_jit._scenarios import Inputs
+    from megamoe_jit._check.scenarios import Inputs
     from megamoe_jit._spec import MoEShape
 
 __all__ = ["demo"]
@@ -29,8 +29,8 @@ FP8_LIMIT = 2e-3  #: what rounding the intermediate to FP8 and each slot to bf16
 @json_option
 def demo(as_json: bool) -> None:
     """Run a small layer and check it; without a Hopper GPU compile the kernels and check the reference."""
-    from megamoe_jit import _bench
-    from megamoe_jit._render import kernels_dir
+    from megamoe_jit._bench import measure as _bench
+    from megamoe_jit._compile.render import kernels_dir
 
     kernels_dir()  # one that is wrong is no failure of each kernel
     try:
@@ -48,7 +48,7 @@ def demo(as_json: bool) -> None:
 
 
 def _sealed() -> bool:
-    from megamoe_jit._runtime import sealed
+    from megamoe_jit._jit.runtime import sealed
 
     return sealed()
 
@@ -69,7 +69,7 @@ def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[li
 def _on_gpu(as_json: bool) -> dict[str, Any]:
     import torch
 
-    from megamoe_jit import _bench
+    from megamoe_jit._bench import measure as _bench
     from megamoe_jit.heuristics.presets import preset
 
     name = torch.cuda.get_device_name()
@@ -119,7 +119,7 @@ def _reference_checks() -> list[dict[str, Any]]:
     """Hold the reference against a layer written down without it."""
     import torch
 
-    from megamoe_jit._scenarios import Scenario, make_inputs
+    from megamoe_jit._check.scenarios import Scenario, make_inputs
     from megamoe_jit._spec import MoEShape
     from megamoe_jit.reference import calc_diff, moe_reference
 
@@ -156,7 +156,7 @@ def _plain_layer(inputs: Inputs, clamp: float | None) -> torch.Tensor:
     """The layer as its formula says, token by token, on dequantised weights; float32 `[T, H]`."""
     import torch
 
-    from megamoe_jit._quant import dequantize_activations, dequantize_weights
+    from megamoe_jit._layer.quantize import dequantize_activations, dequantize_weights
 
     x = dequantize_activations(inputs.x_q, inputs.x_sf)
     w13, w2 = dequantize_weights(*inputs.l1), dequantize_weights(*inputs.l2)

@@ -9,7 +9,7 @@ import click
 from megamoe_jit._cli._io import ExitCode, colours_wanted, document, emit_json, end, json_option, say
 
 if TYPE_CHECKING:
-    from megamoe_jit._doctor import Check
+    from megamoe_jit._diagnose.doctor import Check
 
 __all__ = ["doctor"]
 
@@ -36,7 +36,7 @@ def doctor(no_trial: bool, as_json: bool) -> None:
 
     Exit code 0 if all is well, 1 if something was warned of, 3 if something fails.
     """
-    from megamoe_jit._doctor import Status, examine, worst
+    from megamoe_jit._diagnose.doctor import Status, examine, worst
 
     checks = []
     for check in examine(trial=not no_trial):

@@ -51,8 +51,8 @@ def env(as_json: bool) -> None:
 
     Exit code 2 if a setting is not allowed: it is shown with what is wrong, and counts as unset for the rest.
     """
-    from megamoe_jit._machine import compilers, gpus, packages, settings_table
-    from megamoe_jit._settings import lenient
+    from megamoe_jit._diagnose.machine import compilers, gpus, packages, settings_table
+    from megamoe_jit._settings.settings import lenient
     from megamoe_jit._version import __version__
 
     with lenient() as faults:

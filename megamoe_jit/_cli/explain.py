@@ -65,9 +65,9 @@ def explain(
     as_json: bool,
 ) -> None:
     """Show which kernel a call takes, with which parameters, why, and whether it is cached; needs no GPU."""
-    from megamoe_jit._explain import explain as explain_call
-    from megamoe_jit._explain import gpu_asked_for
-    from megamoe_jit._render import kernels_dir
+    from megamoe_jit._compile.render import kernels_dir
+    from megamoe_jit._diagnose.explain import explain as explain_call
+    from megamoe_jit._diagnose.explain import gpu_asked_for
 
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)

@@ -33,8 +33,8 @@ def _load(kernel: str) -> tuple[str, bytes, str, dict[str, Any]]:
     if looks_like_key(kernel):
         cubin, source, meta = load_entry(kernel)
         return str(meta["key"]), cubin, source, meta
-    from megamoe_jit._render import render
-    from megamoe_jit._runtime import get_kernel
+    from megamoe_jit._compile.render import render
+    from megamoe_jit._jit.runtime import get_kernel
 
     spec = parse_spec(kernel)
     found = get_kernel(spec)
@@ -82,7 +82,7 @@ def inspect(kernel: str, views: tuple[str, ...], as_json: bool) -> None:
     KEY is the beginning of a key that `cache ls` lists.  SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for
     fast_math=False (v4-flash/pingpong), or a kernel's name; it is compiled if it is not cached.
     """
-    from megamoe_jit import _inspect
+    from megamoe_jit._diagnose import inspect as _inspect
 
     if len(set(views)) > 1:
         raise click.UsageError(f"--{views[0]} and --{views[1]} exclude each other.")

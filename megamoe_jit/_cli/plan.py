@@ -30,7 +30,7 @@ def _sections(title: str, sections: list[dict[str, Any]], total: int) -> str:
 
 
 def _text(name: str, plan: dict[str, Any]) -> str:
-    from megamoe_jit._layout import CAPACITY_STEP
+    from megamoe_jit._device.layout import CAPACITY_STEP
 
     device = [
         ("buffer", "symmetric and local"),
@@ -82,9 +82,9 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU."""
-    from megamoe_jit._explain import gpu_asked_for
-    from megamoe_jit._explain import plan as plan_of
-    from megamoe_jit._settings import get_settings
+    from megamoe_jit._diagnose.explain import gpu_asked_for
+    from megamoe_jit._diagnose.explain import plan as plan_of
+    from megamoe_jit._settings.settings import get_settings
 
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)

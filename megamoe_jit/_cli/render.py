@@ -24,7 +24,7 @@ def render(spec: KernelSpec, as_json: bool) -> None:
     SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for fast_math=False (v4-flash/pingpong,
     v4-pro/cooperative/r8), or a kernel's name as the listings show it.
     """
-    from megamoe_jit._render import render as render_source
+    from megamoe_jit._compile.render import render as render_source
 
     source = render_source(spec)
     if as_json:

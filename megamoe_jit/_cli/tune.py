@@ -113,7 +113,8 @@ def tune(
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
     _refuse_early(data, measure, target, write_table)
-    from megamoe_jit import _tune, _tune_table
+    from megamoe_jit._bench import tune as _tune
+    from megamoe_jit._bench import tune_table as _tune_table
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets, counts = parse_shapes(names), tokens or _tune.DEFAULT_TOKENS

@@ -18,9 +18,9 @@ from megamoe_jit._variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
 if TYPE_CHECKING:
     import torch
 
-    from megamoe_jit._scenarios import Scenario
+    from megamoe_jit._check.scenarios import Scenario
+    from megamoe_jit._check.verify import Outcome
     from megamoe_jit._spec import KernelSpec
-    from megamoe_jit._verify import Outcome
 
 __all__ = ["verify"]
 
@@ -37,7 +37,7 @@ def _figure(value: float) -> str:
 
 def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.device, ranks: int) -> list[KernelSpec]:
     """Every kernel that the runs will ask for, each once, in the order of the scenarios."""
-    from megamoe_jit._bench import kernel_of
+    from megamoe_jit._bench.measure import kernel_of
     from megamoe_jit._spec import KernelSpec
 
     def picked(s: Scenario) -> Sequence[Variant]:
@@ -53,9 +53,9 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
 
     Nothing is judged here: what does not compile fails its scenarios later, with the reason.
     """
-    from megamoe_jit._collect import joined
-    from megamoe_jit._runtime import sealed, warmup
-    from megamoe_jit._settings import get_settings
+    from megamoe_jit._check.collect import joined
+    from megamoe_jit._jit.runtime import sealed, warmup
+    from megamoe_jit._settings.settings import get_settings
 
     settings, here = get_settings(), joined()
     if settings.no_cache or sealed():
@@ -105,12 +105,12 @@ def verify(
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
     variants = variants or VARIANT_NAMES
-    from megamoe_jit._scenarios import select
+    from megamoe_jit._check.scenarios import select
 
     several = rank_count(ranks)
     chosen = select(pattern, slow=slow)
     if several > 1:
-        from megamoe_jit import _verify_ranks
+        from megamoe_jit._check import verify_ranks as _verify_ranks
 
         chosen = _verify_ranks.chosen(pattern, several, slow=slow)
     if only_list:
@@ -121,9 +121,9 @@ def verify(
             click.echo("\n".join(names))
         return
 
-    from megamoe_jit._bench import require_hopper
-    from megamoe_jit._collect import refusal
-    from megamoe_jit._verify import run_all
+    from megamoe_jit._bench.measure import require_hopper
+    from megamoe_jit._check.collect import refusal
+    from megamoe_jit._check.verify import run_all
 
     device = require_hopper()
     if several == 1 or not refusal(several):  # else run_ranks refuses, at once

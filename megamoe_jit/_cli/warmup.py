@@ -65,9 +65,9 @@ def warmup(
     Exit code 0, 1 if a kernel failed or could not be kept, 2 for --force where compiling is forbidden, 3 without a
     compiler, 130 when interrupted; what was compiled until then stays.
     """
+    from megamoe_jit._compile.render import kernels_dir
     from megamoe_jit._errors import ConfigError
-    from megamoe_jit._render import kernels_dir
-    from megamoe_jit._settings import get_settings
+    from megamoe_jit._settings.settings import get_settings
 
     settings = get_settings()
     kernels_dir()  # one that is wrong is no failure of each kernel
@@ -109,9 +109,9 @@ def _compiled(
 
 def _planned(specs: Sequence[KernelSpec], force: bool) -> list[dict[str, Any]]:
     """What a warmup would find; `missing` is what it would compile."""
-    from megamoe_jit._entry import read_info
+    from megamoe_jit._cache.entry import read_info
+    from megamoe_jit._diagnose.explain import kernel_state
     from megamoe_jit._errors import ToolchainError
-    from megamoe_jit._explain import kernel_state
 
     documents = []
     for spec in specs:

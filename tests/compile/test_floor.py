@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from megamoe_jit._compiler import compile_source
-from megamoe_jit._toolchain import find_toolchain
+from megamoe_jit._compile.nvrtc import compile_source
+from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit.heuristics import preset
 
 _path = Path(__file__).resolve().parents[2] / "benchmarks" / "floor.py"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megamoe_jit._inspect import find_tool
-from megamoe_jit._runtime import get_kernel
+from megamoe_jit._diagnose.inspect import find_tool
+from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics import preset, preset_names
 from tests.sass import disassemble, early_reads, parse

@@ -7,15 +7,15 @@ import shutil
 
 import pytest
 
-from megamoe_jit._compiler import compile_source
-from megamoe_jit._cubin import read_cubin
+from megamoe_jit._compile.cubin import read_cubin
+from megamoe_jit._compile.nvrtc import compile_source
+from megamoe_jit._compile.render import VIRTUAL_ROOT, kernels_dir, render
+from megamoe_jit._compile.toolchain import find_toolchain
+from megamoe_jit._device.params import Params
 from megamoe_jit._errors import CompileError
-from megamoe_jit._params import Params
-from megamoe_jit._render import VIRTUAL_ROOT, kernels_dir, render
-from megamoe_jit._runtime import get_kernel
-from megamoe_jit._settings import override
+from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MAX_EXPERTS, KernelSpec, MoEShape, Variant
-from megamoe_jit._toolchain import find_toolchain
 from megamoe_jit.heuristics import preset, preset_names
 
 #: hidden, intermediate, experts, top-k: every odd value at least once, each with both variants.

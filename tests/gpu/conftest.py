@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamoe_jit._verify import WeightCache
+from megamoe_jit._check.verify import WeightCache
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._spec import MoEShape
-from megamoe_jit._verify import Verdict, function_of, judge
 from megamoe_jit.reference import moe_reference
 
 CLAMP = 10.0

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._scenarios import Inputs
-from megamoe_jit._settings import override
+from megamoe_jit._check.scenarios import Inputs
+from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
 from tests.gpu.harness import CLAMP, VARIANTS, Layer, equal_bits, poisoned

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from megamoe_jit._render import kernels_dir
+from megamoe_jit._compile.render import kernels_dir
 
 CHILD = """
 import json, torch
 import megamoe_jit as mm
-from megamoe_jit._scenarios import get, make_inputs
+from megamoe_jit._check.scenarios import get, make_inputs
 
 scenario = get("L2.heur.small.t64")
 s = scenario.shape

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit import _l2
-from megamoe_jit._l2 import MOST_SMS, sides_of_sms, split
-from megamoe_jit._scenarios import Scenario, make_inputs
-from megamoe_jit._settings import override
+from megamoe_jit._check.scenarios import Scenario, make_inputs
+from megamoe_jit._device import l2_partition as _l2
+from megamoe_jit._device.l2_partition import MOST_SMS, sides_of_sms, split
+from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MoEShape
 
 SHAPE = MoEShape(hidden=512, intermediate=640, experts=8, topk=3)  # 5 and 2 columns: the side that begins changes

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._quant import quantize_activations, quantize_weights
-from megamoe_jit._verify import judge
+from megamoe_jit._check.verify import judge
+from megamoe_jit._layer.quantize import quantize_activations, quantize_weights
 from megamoe_jit.reference import moe_reference
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 16, 4, 1024, 768, 200

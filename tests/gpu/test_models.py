@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megamoe_jit._scenarios import Inputs
+from megamoe_jit._check.scenarios import Inputs
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, expert_counts, row_diffs
 from tests.gpu.harness import VARIANTS, Layer

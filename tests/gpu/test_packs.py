@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megamoe_jit._machine import gpus
+from megamoe_jit._diagnose.machine import gpus
 from tests.gpu.harness import VARIANTS
 from tests.packs import build, two_compilers, use
 
@@ -21,8 +21,8 @@ SIZES = (1024, 768, 16, 4)
 CHILD = f"""
 import json, torch
 from megamoe_jit import KernelMissingError, KernelSpec, MoEShape, Variant
-from megamoe_jit._runtime import get_kernel
-from megamoe_jit._toolchain import find_toolchain
+from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._compile.toolchain import find_toolchain
 from tests.gpu.harness import VARIANTS, Layer
 
 layer = Layer(MoEShape(*{SIZES}), torch.device("cuda", torch.cuda.current_device()))

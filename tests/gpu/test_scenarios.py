@@ -2,8 +2,8 @@
 
 import pytest
 
-from megamoe_jit._scenarios import SCENARIOS, Scenario
-from megamoe_jit._verify import run_scenario
+from megamoe_jit._check.scenarios import SCENARIOS, Scenario
+from megamoe_jit._check.verify import run_scenario
 from tests.gpu.harness import VARIANTS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._scenarios import get
+from megamoe_jit._check.scenarios import get
 from tests.gpu.harness import CLAMP, Layer, equal_bits, poisoned
 
 

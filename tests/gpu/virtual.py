@@ -24,8 +24,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
 
-from megamoe_jit import _buffer, _memory, _ranks
-from megamoe_jit._scenarios import SCENARIOS, Scenario, Weights, make_weights
+from megamoe_jit._check.scenarios import SCENARIOS, Scenario, Weights, make_weights
+from megamoe_jit._layer import buffer as _buffer
+from megamoe_jit._layer import group as _ranks
+from megamoe_jit._layer import memory as _memory
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
 from tests.multi.harness import warm

@@ -8,7 +8,7 @@ from functools import partial
 import torch.distributed as dist
 
 import megamoe_jit as mm
-from megamoe_jit._spawn import World
+from megamoe_jit._check.spawn import World
 from tests.multi.worker import Rank, forget, layer, shape_for
 
 BASE = {

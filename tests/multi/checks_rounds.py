@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._spawn import World
+from megamoe_jit._check.spawn import World
 from tests.multi.checks_scenarios import CAPACITY, own_layer
 from tests.multi.worker import MIXED, MODES, Rank, equal_bits, layer, shape_for, variant_of
 

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from megamoe_jit._scenarios import SCENARIOS, Inputs, Scenario
-from megamoe_jit._spawn import World
+from megamoe_jit._check.scenarios import SCENARIOS, Inputs, Scenario
+from megamoe_jit._check.spawn import World
 from tests.multi.worker import MODES, Rank, layer, shape_for, variant_of
 
 CAPACITY = 512

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamoe_jit._runtime import warmup
-from megamoe_jit._spawn import World, describe, run_ranks
+from megamoe_jit._check.spawn import World, describe, run_ranks
+from megamoe_jit._jit.runtime import warmup
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.multi.worker import forget
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import megamoe_jit as mm
-from megamoe_jit._spawn import World
+from megamoe_jit._check.spawn import World
 from tests.multi.worker import Rank, shape_for
 
 SIZES = (4096, 4096, 8, 2)  #: on one SM a launch of 4096 tokens takes some 50 ms

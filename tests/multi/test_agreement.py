@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from megamoe_jit._render import kernels_dir
+from megamoe_jit._compile.render import kernels_dir
 from tests.multi import checks_agreement
 from tests.multi.harness import run_checks, warm
 from tests.multi.worker import shape_for

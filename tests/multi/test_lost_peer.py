@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamoe_jit._spawn import describe, run_ranks
+from megamoe_jit._check.spawn import describe, run_ranks
 from tests.multi import lost
 from tests.multi.harness import warm
 from tests.multi.worker import shape_for

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamoe_jit._scenarios import SCENARIOS
+from megamoe_jit._check.scenarios import SCENARIOS
 from tests.multi import checks_scenarios
 from tests.multi.harness import run_checks, warm
 from tests.multi.worker import shape_for

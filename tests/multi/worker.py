@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 import megamoe_jit as mm
-from megamoe_jit._scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
-from megamoe_jit._spawn import World
+from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.spawn import World
+from megamoe_jit._check.verify import judge
 from megamoe_jit._spec import MoEShape
-from megamoe_jit._verify import judge
 from megamoe_jit.reference import expert_counts, moe_reference
 
 CLAMP = 10.0

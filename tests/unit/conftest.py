@@ -7,10 +7,10 @@ import tempfile
 
 import pytest
 
-from megamoe_jit import _obtain
-from megamoe_jit._cache import KernelCache
-from megamoe_jit._runtime import forget
-from megamoe_jit._settings import override
+from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._jit import obtain as _obtain
+from megamoe_jit._jit.runtime import forget
+from megamoe_jit._settings.settings import override
 from tests.stubs import write_rooms
 
 

@@ -1,4 +1,4 @@
-// The tile order of the kernels as a shared library for tests/unit/test_order.py.
+// The tile order of the kernels as a shared library for tests/unit/kernels/test_order.py.
 #include "sched/order.cuh"
 
 namespace {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import jinja2
 
-from megamoe_jit._faults import decode
-from megamoe_jit._layout import BufferLayout, Section, buffer_layout
+from megamoe_jit._device.fault import decode
+from megamoe_jit._device.layout import BufferLayout, Section, buffer_layout
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests import host
 

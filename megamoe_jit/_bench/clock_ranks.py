@@ -1,0 +1,37 @@
+"""Timing on several ranks: calls that all ranks make in the same order, aligned on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megamoe_jit._bench.clock import FLUSH_BYTES, IDLE_CYCLES, TimedCall, burst, record, second_half
+
+__all__ = ["RankTimer"]
+
+ALIGN_CYCLES = 4 * IDLE_CYCLES  #: the GPU idles while the host queues the alignment and the call
+
+
+class RankTimer:
+    """Times calls that all ranks make in the same order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self.tiny = torch.zeros(1, device=device)
+        self.cuda: Any = torch.cuda
+
+    def _align(self) -> None:
+        import torch.distributed as dist
+
+        self.cuda._sleep(ALIGN_CYCLES)
+        dist.all_reduce(self.tiny)
+
+    def burst(self, calls: Mapping[str, TimedCall]) -> dict[str, list[float]]:
+        """Microseconds of each timed call, the calls taking turns."""
+        return burst(calls, self.flush, idle=self._align)
+
+    def sustained(self, call: TimedCall, count: int) -> float:
+        """Median microseconds of `count` calls in a row, of the second half; the same count on all ranks."""
+        return second_half([record(call) for _ in range(count)])

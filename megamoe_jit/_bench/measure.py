@@ -1,0 +1,272 @@
+"""Time the layer on this GPU by the protocol of `benchmarks/README.md`.
+
+Each row is one shape (one GPU's slice of a model's experts), one token count and one variant.  Before a row
+is timed, its output is compared with the FP32 reference.  Contenders take turns within the same rounds: each variant,
+each variant with the staging of its inputs, and the unfused layer where it is wanted.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import megamoe_jit
+from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, sustained
+from megamoe_jit._bench.unfused_run import BaselineRow, add_baselines, baseline_rows, fastest
+from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.verify import Verdict, function_of, judge
+from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._formats import FP8
+from megamoe_jit._layer.buffer import sm_count
+from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit.heuristics.presets import Preset
+from megamoe_jit.heuristics.select import AUTO, choose
+from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
+
+__all__ = [
+    "DEFAULT_TOKENS",
+    "FEW_TOKENS",
+    "VARIANTS",
+    "Layer",
+    "Row",
+    "anchors",
+    "cases",
+    "default_cases",
+    "kernel_of",
+    "measure",
+    "require_hopper",
+    "some_rows",
+]
+
+DEFAULT_TOKENS = (16, 64, 256, 512, 1024, 4096, 8192)
+VARIANTS = (AUTO, *(variant.value for variant in Variant))
+
+#: Token counts below the table, and the shapes that are timed with them by default.
+FEW_TOKENS = (1, 2, 4, 8, 32)
+FEW_SHAPES = ("v4-flash", "v4-pro")
+CHECKED_TOKENS = 64  #: rows compared with the reference; they reach every expert of the default shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was measured for one case and variant; times in microseconds."""
+
+    shape: str
+    hidden: int
+    intermediate: int
+    experts: int
+    topk: int
+    tokens: int
+    variant: str  #: as asked for
+    kernel: str  #: the variant that ran
+    median_us: float
+    min_us: float
+    max_us: float
+    sustained_us: float
+    staged_us: float  #: median with the copies of the inputs into the buffer
+    diff: float
+    worst_row_diff: float
+    correct: bool
+    tflops: float
+    weights_tb_s: float  #: bytes of touched weights over the median time
+    baseline: str | None  #: the fastest unfused method with the right answer, if that was timed
+    baseline_us: float | None
+    baseline_speedup: float | None  #: how many times faster than it
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def require_hopper() -> torch.device:
+    """The current CUDA device; raises `UnsupportedDeviceError` unless it is a Hopper."""
+    if not torch.cuda.is_available():
+        raise UnsupportedDeviceError(
+            "no CUDA device that PyTorch can use; this command needs a Hopper GPU (SM90); "
+            "`megamoe-jit doctor` says more"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        name = torch.cuda.get_device_name(device)
+        raise UnsupportedDeviceError(f"{name} has compute capability {major}.{minor}; this command needs 9.0 (Hopper)")
+    return device
+
+
+def cases(presets: Iterable[Preset], tokens: Sequence[int]) -> list[Scenario]:
+    """One GPU's slice of every preset (its experts over its ranks) at every token count."""
+    return [
+        Scenario(
+            name=p.name,
+            shape=MoEShape(p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk),
+            tokens=count,
+            capacity=count,
+        )
+        for p in presets
+        for count in tokens
+    ]
+
+
+def default_cases(presets: Iterable[Preset]) -> list[Scenario]:
+    """The table's token counts for every preset, and the few ones below it for those that have a goal there."""
+    return [
+        case
+        for p in presets
+        for case in cases([p], sorted((*DEFAULT_TOKENS, *(FEW_TOKENS if p.name in FEW_SHAPES else ()))))
+    ]
+
+
+def kernel_of(shape: MoEShape, tokens: int, variant: str, device: torch.device, ranks: int = 1) -> str:
+    """The variant that runs a call of one of `VARIANTS` on a device, by the settings and what was measured."""
+    settings = get_settings()
+    own: dict[str, Any] = {}
+    if device.type == "cuda":
+        own = {"gpu": torch.cuda.get_device_name(device), "num_sms": sm_count(device)}
+    return choose(
+        shape,
+        tokens,
+        ranks=ranks,
+        variant=settings.variant if variant == AUTO else variant,
+        cooperative_threshold=settings.cooperative_threshold,
+        **own,
+    ).variant.value
+
+
+def some_rows(case: Scenario, inputs: Inputs, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of some rows int64 ``[R]``, and their reference bfloat16 ``[R, H]``."""
+    count = min(CHECKED_TOKENS, case.tokens)
+    where = torch.linspace(0, case.tokens - 1, count, dtype=torch.float64, device=inputs.x_q.device).long()
+    return where, moe_reference(
+        inputs.x_q.view(torch.uint8)[where].view(torch.float8_e4m3fn),
+        inputs.x_sf[where],
+        inputs.topk_idx[where],
+        inputs.topk_weights[where],
+        weights.l1,
+        weights.l2,
+        activation_clamp=case.clamp,
+    )
+
+
+class Layer:
+    """Weights and buffer of one shape on the device, and what is done with them."""
+
+    def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device) -> None:
+        self.shape = shape
+        self.device = device
+        self.weights = make_weights(shape, device)
+        self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.weights.l1, self.weights.l2)
+        self.buffer = megamoe_jit.get_symm_buffer_for_mega_moe(
+            None, shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate
+        )
+
+    def call(self, variant: str, y: torch.Tensor, case: Scenario) -> Callable[[], object]:
+        function = function_of(megamoe_jit, variant)
+
+        def call() -> object:
+            return function(y, self.l1, self.l2, self.buffer, activation_clamp=case.clamp, fast_math=case.fast_math)
+
+        return call
+
+    def check(self, call: TimedCall, y: torch.Tensor, where: torch.Tensor, expected: torch.Tensor) -> Verdict:
+        """Judge some rows of one call; every row depends on its own token alone."""
+        y.fill_(float("nan"))
+        call.stage()
+        call.run()
+        return judge(y[where], expected)
+
+
+def _measure(
+    layer: Layer, case: Scenario, variants: Sequence[str], flush: torch.Tensor, not_timed: Mapping[str, str] | None
+) -> tuple[list[Row], list[BaselineRow]]:
+    shape = case.shape
+    inputs = make_inputs(case, layer.device, weights=layer.weights)
+    y = torch.empty(case.tokens, shape.hidden, dtype=torch.bfloat16, device=layer.device)
+    where, expected = some_rows(case, inputs, layer.weights)
+    own = {name: TimedCall(layer.call(name, y, case), lambda: inputs.stage(layer.buffer)) for name in variants}
+    verdicts = {name: layer.check(call, y, where, expected) for name, call in own.items()}
+    calls = {**own, **{f"{name} staged": call.staged() for name, call in own.items()}}
+    facts = {}
+    if not_timed is not None:
+        experts, diff = shape.experts, lambda out: calc_diff(out[where], expected)
+        facts = add_baselines(calls, not_timed, inputs, layer.weights, experts, case.clamp, diff)
+    times = burst(calls, flush)
+    others = baseline_rows(case.name, shape, case.tokens, 1, [{"times": times, "baselines": facts}])
+    flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
+    touched = int((expert_counts(inputs.topk_idx, shape.experts) > 0).sum())
+    weight_bytes = touched * FP8.expert_code_bytes(shape.hidden, shape.intermediate)
+    rows = []
+    for name, call in own.items():
+        median = statistics.median(times[name])
+        rows.append(
+            Row(
+                shape=case.name,
+                **asdict(shape),
+                tokens=case.tokens,
+                variant=name,
+                kernel=kernel_of(shape, case.tokens, name, layer.device),
+                median_us=median,
+                min_us=min(times[name]),
+                max_us=max(times[name]),
+                sustained_us=sustained(call),
+                staged_us=statistics.median(times[f"{name} staged"]),
+                diff=verdicts[name].diff,
+                worst_row_diff=verdicts[name].worst_row_diff,
+                correct=verdicts[name].passed,
+                tflops=flops * 1e-6 / median,
+                weights_tb_s=weight_bytes * 1e-6 / median,
+                **fastest(others, median),
+            )
+        )
+    return rows, others
+
+
+def measure(
+    work: Sequence[Scenario],
+    variants: Sequence[str] = VARIANTS,
+    progress: Callable[[Row], None] | None = None,
+    *,
+    between: Callable[[], None] | None = None,
+    not_timed: Mapping[str, str] | None = None,
+    baselines: list[BaselineRow] | None = None,
+) -> list[Row]:
+    """Measure all of `work` on the current CUDA device.
+
+    Args:
+        work: Cases; those of one shape share weights and buffer.
+        variants: Names from `VARIANTS`.
+        progress: Called with each row as it is measured.
+        between: Called between shapes, when nothing of the last one is left on the device.
+        not_timed: Time the unfused layer too, but for the methods that this names with a reason; not at all if None.
+        baselines: Takes the rows of the unfused layer.
+
+    Raises:
+        UnsupportedDeviceError: There is no Hopper GPU.
+    """
+    device = require_hopper()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    rows: list[Row] = []
+    for number, (name, shape) in enumerate(dict.fromkeys((case.name, case.shape) for case in work)):
+        group = [case for case in work if (case.name, case.shape) == (name, shape)]
+        torch.cuda.empty_cache()
+        if number and between is not None:
+            between()
+        layer = Layer(shape, max(case.capacity for case in group), device)
+        try:
+            for case in group:
+                found, others = _measure(layer, case, variants, flush, not_timed)
+                if baselines is not None:
+                    baselines.extend(others)
+                for row in found:
+                    rows.append(row)
+                    if progress is not None:
+                        progress(row)
+        finally:
+            layer.buffer.destroy()
+        del layer
+    torch.cuda.empty_cache()
+    return rows

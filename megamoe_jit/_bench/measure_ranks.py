@@ -1,0 +1,214 @@
+"""Time the layer on several GPUs: beside the same code on one of them, and beside an unfused layer.
+
+The protocol of `_bench`, and: all ranks are aligned on the device, by a tiny all-reduce right before the timed call;
+a row's figures are the largest over ranks.  Each GPU has as many experts as in the one-GPU rows, so the work per GPU is
+the same and `one_rank_us` is what the call takes when nothing goes over NVLink.  The unfused layer is `_baseline`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import megamoe_jit
+from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall
+from megamoe_jit._bench.clock_ranks import RankTimer
+from megamoe_jit._bench.conditions import environment
+from megamoe_jit._bench.contenders import METHODS
+from megamoe_jit._bench.measure import anchors, kernel_of, require_hopper, some_rows
+from megamoe_jit._bench.rows_ranks import merge
+from megamoe_jit._bench.unfused_run import add_baselines, unusable
+from megamoe_jit._check.collect import collect
+from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.spawn import World
+from megamoe_jit._check.verify import Verdict, function_of, judge
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.group import gather
+from megamoe_jit._spec import MAX_RANKS, MoEShape
+from megamoe_jit.heuristics.presets import Preset
+from megamoe_jit.reference import calc_diff, expert_counts
+
+__all__ = ["measure_on_rank", "run"]
+
+MAX_SUSTAINED = 2000  #: calls
+
+
+class _Layer:
+    """One shape on this rank: weights, a buffer of all ranks and one of this rank alone."""
+
+    def __init__(self, world: World, shape: MoEShape, max_tokens: int) -> None:
+        import torch.distributed as dist
+
+        self.world, self.shape, self.device = world, shape, world.device
+        self.weights = make_weights(shape, world.device)
+        local = shape.experts // world.ranks
+        mine = slice(world.rank * local, (world.rank + 1) * local)
+        own = [(codes[mine], scales[mine]) for codes, scales in (self.weights.l1, self.weights.l2)]
+        self.own = Weights(own[0], own[1])
+        self.own_shape = MoEShape(shape.hidden, shape.intermediate, local, shape.topk)
+        self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.own.l1, self.own.l2)
+
+        def buffer(group: Any, experts: int) -> Any:
+            return megamoe_jit.get_symm_buffer_for_mega_moe(
+                group, experts, max_tokens, shape.topk, shape.hidden, shape.intermediate, device=world.device
+            )
+
+        self.buffer, self.own_buffer = buffer(dist.group.WORLD, shape.experts), buffer(None, local)
+
+    def call(self, buffer: Any, inputs: Inputs, variant: str, y: torch.Tensor, case: Scenario) -> TimedCall:
+        function = function_of(megamoe_jit, variant)
+
+        def run() -> object:
+            return function(y, self.l1, self.l2, buffer, activation_clamp=case.clamp, fast_math=case.fast_math)
+
+        return TimedCall(run, lambda: inputs.stage(buffer))
+
+    def destroy(self) -> None:
+        self.buffer.destroy()
+        self.own_buffer.destroy()
+
+
+def _measure(
+    world: World, layer: _Layer, timer: RankTimer, case: Scenario, variants: Sequence[str], methods: Mapping[str, str]
+) -> dict[str, Any]:
+    """One case on this rank: times by name, and what else is needed for the rows."""
+    import torch.distributed as dist
+
+    inputs = make_inputs(case, layer.device, world.rank, layer.weights)
+    own_case = Scenario(case.name, layer.own_shape, case.tokens, case.tokens)
+    own_inputs = make_inputs(own_case, layer.device, world.rank, layer.own)
+    y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
+    where, expected = some_rows(case, inputs, layer.weights)
+    own_where, own_expected = some_rows(own_case, own_inputs, layer.own)
+    calls: dict[str, TimedCall] = {}
+    verdicts: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, buffer: Any, its: Inputs, rows: torch.Tensor, reference: torch.Tensor, variant: str) -> None:
+        calls[name] = layer.call(buffer, its, variant, y, case)
+        y.fill_(float("nan"))
+        calls[name].stage()
+        calls[name].run()
+        buffer.check()
+        verdict: Verdict = judge(y[rows], reference)
+        verdicts[name] = asdict(verdict)
+
+    for variant in variants:
+        add(f"ranks {variant}", layer.buffer, inputs, where, expected, variant)
+        calls[f"ranks {variant} staged"] = calls[f"ranks {variant}"].staged()
+        add(f"one {variant}", layer.own_buffer, own_inputs, own_where, own_expected, variant)
+    experts, diff = case.shape.experts, lambda out: calc_diff(out[where], expected)
+    baselines = add_baselines(calls, methods, inputs, layer.own, experts, case.clamp, diff, dist.group.WORLD)
+    times = timer.burst(calls)
+    sustained = {}
+    for variant in variants:
+        slowest = max(gather(dist.group.WORLD, statistics.median(times[f"ranks {variant}"])))
+        count = max(4, min(MAX_SUSTAINED, int(SUSTAINED_S * 1e6 / slowest)))
+        sustained[variant] = timer.sustained(calls[f"ranks {variant}"], count)
+    layer.buffer.check()
+    touched = int((expert_counts(inputs.topk_idx, case.shape.experts) > 0).sum())
+    return {
+        "times": times,
+        "verdicts": verdicts,
+        "sustained": sustained,
+        "baselines": baselines,
+        "touched": touched,
+    }
+
+
+def _cases(world: World, shapes: Sequence[Sequence[Any]], tokens: Sequence[int]) -> list[list[Scenario]]:
+    return [
+        [
+            Scenario(name, MoEShape(hidden, intermediate, local * world.ranks, topk), count, count)
+            for count in sorted(tokens)
+        ]
+        for name, hidden, intermediate, local, topk in shapes
+    ]
+
+
+def measure_on_rank(
+    world: World, shapes: list[list[Any]], tokens: list[int], variants: list[str], baseline: bool
+) -> dict[str, Any]:
+    """What each rank does: all cases, in the same order; rank 0 reports each when all ranks have it."""
+    import torch.distributed as dist
+
+    require_hopper()
+    conditions = environment()
+    card = [anchors()]
+    timer = RankTimer(world.device)
+    methods = {method.name: "not wanted" for method in METHODS}
+    if baseline:
+        methods = unusable(world.device, dist.group.WORLD)
+    for group in _cases(world, shapes, tokens):
+        torch.cuda.empty_cache()
+        layer = _Layer(world, group[0].shape, group[-1].tokens)
+        for case in group:
+            parts = gather(dist.group.WORLD, _measure(world, layer, timer, case, variants, methods))
+            if world.rank == 0:
+                kernels = {v: kernel_of(case.shape, case.tokens, v, world.device, world.ranks) for v in variants}
+                world.report(merge(case, world.ranks, kernels, parts))
+        layer.destroy()
+        del layer
+    card.append(anchors())
+    return {"environment": conditions, "anchors": card, "not_timed": {k: v for k, v in methods.items() if v}}
+
+
+def run(
+    presets: Iterable[Preset],
+    tokens: Sequence[int],
+    variants: Sequence[str],
+    ranks: int,
+    *,
+    baseline: bool = True,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any] | None:
+    """Measure on several GPUs: those of torchrun if there is one, else with ranks started here.
+
+    Args:
+        presets: shapes; each GPU gets the experts of one of their ranks.
+        tokens: per GPU.
+        variants: names from `_bench.VARIANTS`.
+        ranks: how many GPUs.
+        baseline: time the unfused layer too.
+        progress: called with each row as it is measured.
+
+    Returns:
+        Conditions, anchors, rows and baselines, as in a document of `bench`; None on the ranks of torchrun that have
+        nothing to say.
+
+    Raises:
+        ConfigError: there are not as many GPUs.
+        UnsupportedDeviceError: there is none at all.
+        MegaMoeError: a rank failed; says what all of them said.
+    """
+    if not 2 <= ranks <= MAX_RANKS:
+        raise ConfigError(f"ranks = {ranks} is not supported; allowed: 2 to {MAX_RANKS}")
+    if not torch.cuda.is_available():  # otherwise each rank asks for itself: this process needs no CUDA context
+        require_hopper()
+    shapes = [[p.name, p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk] for p in presets]
+    rows: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+
+    def note(_: int, report: dict[str, list[dict[str, Any]]]) -> None:
+        rows.extend(report["rows"])
+        others.extend(report["baselines"])
+        for row in report["rows"]:
+            if progress is not None:
+                progress(row)
+
+    arguments = {"shapes": shapes, "tokens": list(tokens), "variants": list(variants), "baseline": baseline}
+    ends = collect("megamoe_jit._bench.measure_ranks:measure_on_rank", ranks, arguments, on_report=note)
+    if ends is None:
+        return None
+    conditions = ends[0]["environment"]
+    slowest = [{k: min(end["anchors"][i][k] for end in ends) for k in ends[0]["anchors"][i]} for i in (0, 1)]
+    return {
+        "environment": {**conditions, "ranks": ranks},
+        "anchors": slowest,
+        "rows": rows,
+        "baselines": others,
+        "baselines_not_timed": ends[0]["not_timed"],
+    }

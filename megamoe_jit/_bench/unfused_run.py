@@ -1,0 +1,208 @@
+"""Other ways to do the layer as contenders: which work here, ready to be timed, and what they are in a document."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megamoe_jit._bench.clock import TimedCall
+from megamoe_jit._bench.contenders import METHODS, Contender
+from megamoe_jit._bench.grouped_gemm import refusal
+from megamoe_jit._check.scenarios import Inputs, Weights
+from megamoe_jit._layer.group import gather, group_size
+from megamoe_jit._spec import MoEShape
+
+__all__ = ["BaselineRow", "add_baselines", "baseline_rows", "fastest", "label", "prepare", "unusable"]
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineRow:
+    """One way to do the layer unfused; times are the largest over ranks."""
+
+    shape: str
+    experts: int
+    tokens: int
+    ranks: int
+    method: str
+    graph: bool  #: replayed as a CUDA graph
+    compiled: bool  #: element-wise steps fused by torch.compile
+    median_us: float | None
+    min_us: float | None
+    max_us: float | None
+    diff: float | None
+    bound: float  #: of `diff`
+    correct: bool
+    reason: str  #: why there is no time
+
+
+def label(method: Contender) -> str:
+    """What a method's times are called among those of all contenders."""
+    return f"baseline {method.name}"
+
+
+def unusable(device: torch.device, group: Any = None) -> dict[str, str]:
+    """Why each method is not to be timed, empty if it is; all ranks agree.  The last one is, where no other works."""
+
+    def why(method: Contender) -> str:
+        return next((reason for reason in gather(group, method.why_not(device, group_size(group))) if reason), "")
+
+    reasons = {method.name: why(method) for method in METHODS[:-1]}
+    last = METHODS[-1]
+    reasons[last.name] = why(last) if all(reasons.values()) else "not wanted: another method works"
+    return reasons
+
+
+def _attempt(group: Any, action: Callable[[], Any]) -> tuple[Any, str]:
+    """Result and nothing, or None and why; all ranks succeed or none does."""
+    result, reason = None, ""
+    try:
+        result = action()
+        torch.cuda.synchronize()
+    except Exception as error:  # of torch, Triton, NCCL: anything
+        reason = refusal(error)
+    reasons = [each for each in gather(group, reason) if each]
+    return (None, reasons[0]) if reasons else (result, "")
+
+
+def prepare(
+    method: Contender,
+    inputs: Inputs,
+    own: Weights,
+    experts: int,
+    clamp: float | None,
+    diff: Callable[[torch.Tensor], float],
+    group: Any = None,
+) -> tuple[TimedCall | None, dict[str, Any]]:
+    """What to time, and what is known of it; compiled and captured as far as that works.
+
+    Args:
+        method: the way to do it.
+        inputs: this rank's tokens.
+        own: weights of this rank's experts.
+        experts: of all ranks.
+        clamp: of the activation.
+        diff: difference of an output bfloat16 ``[T, H]`` to the reference.
+        group: the process group; None for one rank.
+    """
+    facts: dict[str, Any] = {"graph": False, "compiled": method.compiles, "reason": "", "diff": None}
+
+    def build() -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+        made = method.build(inputs, own, experts, clamp, group, compiled=facts["compiled"])
+        return made, made()
+
+    done, reason = _attempt(group, build)
+    if done is None and facts["compiled"]:
+        facts["compiled"] = False
+        done, reason = _attempt(group, build)
+    if done is None:
+        return None, {**facts, "reason": reason}
+    baseline, y = done
+    facts["diff"] = max(gather(group, diff(y)))
+    run: Callable[[], object] = baseline
+    captured: list[torch.Tensor] = []
+
+    def capture() -> Any:
+        baseline()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            captured.append(baseline())
+        graph.replay()
+        return graph
+
+    graph, _ = _attempt(group, capture)
+    if graph is not None:
+
+        def replay(kept: object = baseline) -> object:  # a graph does not keep alive what it reads
+            return graph.replay()
+
+        facts["graph"], run = True, replay
+        facts["diff"] = max(facts["diff"], *gather(group, diff(captured[0])))
+    return TimedCall(run), facts
+
+
+def add_baselines(
+    calls: dict[str, TimedCall],
+    not_timed: Mapping[str, str],
+    inputs: Inputs,
+    own: Weights,
+    experts: int,
+    clamp: float | None,
+    diff: Callable[[torch.Tensor], float],
+    group: Any = None,
+) -> dict[str, dict[str, Any]]:
+    """Put the unfused layer among the calls; what is known of each way to do it.
+
+    Args:
+        calls: takes those that work, by `label`.
+        not_timed: why a method is not to be timed; empty for those that are.
+        inputs, own, experts, clamp, diff, group: see `prepare`.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    dynamo: Any = torch
+    dynamo._dynamo.reset()  # another case's shapes would count towards its limit of compilations
+    for method in METHODS:
+        if not not_timed.get(method.name, "not wanted"):
+            call, facts[method.name] = prepare(method, inputs, own, experts, clamp, diff, group)
+            if call is not None:
+                calls[label(method)] = call
+    return facts
+
+
+def baseline_rows(
+    name: str, shape: MoEShape, tokens: int, ranks: int, parts: Sequence[Mapping[str, Any]]
+) -> list[BaselineRow]:
+    """Rows of the unfused layer.
+
+    Args:
+        name: of the shape.
+        shape: with the experts of one rank.
+        tokens: of one rank.
+        ranks: how many.
+        parts: of each rank: `times` by name, and in `baselines` what is known of each method that was prepared.
+    """
+    found = []
+    for method in METHODS:
+        facts = parts[0]["baselines"].get(method.name)
+        if facts is None:
+            continue
+        every = [part["times"].get(label(method)) for part in parts]
+        median, least, most = (
+            None if every[0] is None else max(figure(times) for times in every)
+            for figure in (statistics.median, min, max)
+        )
+        diff = facts["diff"]
+        correct = diff is not None and diff <= method.bound
+        found.append(
+            BaselineRow(
+                shape=name,
+                experts=shape.experts,
+                tokens=tokens,
+                ranks=ranks,
+                method=method.name,
+                graph=facts["graph"],
+                compiled=facts["compiled"],
+                median_us=median,
+                min_us=least,
+                max_us=most,
+                diff=diff,
+                bound=method.bound,
+                correct=correct,
+                reason=facts["reason"],
+            )
+        )
+    return found
+
+
+def fastest(rows: Sequence[BaselineRow], median_us: float) -> dict[str, Any]:
+    """The fastest unfused method with the right answer, as fields of the row of a call that took `median_us`."""
+    best = min((r for r in rows if r.correct and r.median_us), key=lambda r: r.median_us or 0.0, default=None)
+    return {
+        "baseline": best.method if best else None,
+        "baseline_us": best.median_us if best else None,
+        "baseline_speedup": best.median_us / median_us if best and best.median_us else None,
+    }

@@ -1,0 +1,289 @@
+"""Compiled kernels on disk: named by content, verified on load, published by one rename.
+
+Layout::
+
+    <root>/v1/<first two hex digits>/<key>/kernel.cubin
+                                           meta.json
+                                           kernel.cu
+    <root>/v1/.tmp/                        entries being written, entries being deleted
+    <root>/v1/quarantine/                  entries that failed verification
+
+An entry is complete or absent: it is written in a staging directory, synchronised, and renamed. Whoever
+loses the race for a name drops its copy, since equal names mean equal inputs. The cache may fail in any
+way without failing the caller: every problem is one warning, and the kernel that was just compiled is
+used from memory. A read-only cache has the same layout, is searched before the user's and never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megamoe_jit._cache import evict as _evict
+from megamoe_jit._cache.entry import SCHEMA, CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
+from megamoe_jit._cache.locks import check_private
+from megamoe_jit._cache.store import EntryStore, PruneReport, tree_bytes
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._settings.settings import get_settings
+
+__all__ = [
+    "SCHEMA",
+    "CacheEntry",
+    "CacheStats",
+    "EntryInfo",
+    "KernelCache",
+    "Problem",
+    "PruneReport",
+    "cache_key",
+    "find_info",
+    "readonly_caches",
+    "searched_caches",
+    "user_cache",
+]
+
+LOG = logging.getLogger("megamoe_jit")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something `KernelCache.verify` found.
+
+    Attributes:
+        key: the entry; empty for the cache as a whole.
+        path: what is wrong.
+        message: how.
+        fixed: whether it was mended: an entry moved to quarantine, permissions corrected.
+    """
+
+    key: str
+    path: Path
+    message: str
+    fixed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Numbers about one cache; sizes in bytes, times in seconds since 1970.
+
+    Attributes:
+        root: the directory.
+        entries: kernels.
+        damaged: entries whose metadata cannot be read, which count nowhere else.
+        bytes: size of their files.
+        quarantined: damaged entries kept aside.
+        quarantined_bytes: size of their files.
+        limit_bytes: size from which entries are evicted; None without a limit.
+        oldest_use: last use of the entry that would be evicted first; None without entries.
+        newest_use: last use of the entry that would be evicted last.
+    """
+
+    root: Path
+    entries: int
+    damaged: int
+    bytes: int
+    quarantined: int
+    quarantined_bytes: int
+    limit_bytes: int | None
+    oldest_use: float | None
+    newest_use: float | None
+
+
+class KernelCache(EntryStore):
+    """The entries under one root directory.
+
+    Args:
+        root: the directory; entries lie in a subdirectory named after the schema.
+        max_bytes: size from which the least recently used entries are removed; None for no limit.
+        read_only: never write, not even to note a use or to put a damaged entry aside.
+        shared: let everybody read what is published.
+    """
+
+    def __init__(
+        self, root: Path, max_bytes: int | None = None, read_only: bool = False, *, shared: bool = False
+    ) -> None:
+        super().__init__(root, read_only, shared=shared)
+        self.max_bytes = max_bytes
+        self._unchecked_bytes: int | None = None  #: published since the size was last looked at
+
+    def info(self, prefix: str) -> EntryInfo:
+        """The one entry whose key begins with `prefix`.
+
+        Raises:
+            ConfigError: there is none, or there are several.
+        """
+        return find_info(prefix, (self,))[1]
+
+    def prune(
+        self, max_bytes: int | None = None, older_than_s: float | None = None, keep_current: bool = True
+    ) -> PruneReport:
+        """Remove what was not used for long, and what is beyond a size: least recently used first.
+
+        Entries used or made in the last ten minutes are kept.  Damaged entries in quarantine go too.
+
+        Args:
+            max_bytes: size to come down to; if neither limit is given, the cache's own.
+            older_than_s: remove every entry that was not used for this long.
+            keep_current: for the size, take what other compilers and other versions of this package made first.
+        """
+        if max_bytes is None and older_than_s is None:
+            max_bytes = self.max_bytes
+        entries = self.entries()
+        current = _evict.current_builder() if keep_current else None
+        doomed = _evict.plan(entries, max_bytes=max_bytes, older_than_s=older_than_s, current=current)
+        report = self.remove(info.key for info in doomed)
+        return replace(report, bytes=report.bytes + self._empty_quarantine())
+
+    def clear(self) -> PruneReport:
+        """Delete every entry, readable or not, and what lies in quarantine."""
+        report = self.remove(self.keys())
+        return replace(report, bytes=report.bytes + self._empty_quarantine())
+
+    def verify(self, fix: bool = False) -> list[Problem]:
+        """Check every entry as `load` does, its source too.
+
+        Args:
+            fix: move what is damaged to quarantine and correct permissions of the cache's directories.  Nothing is
+                moved in a cache that belongs to another user.
+        """
+        problems = []
+        root = [] if self.read_only else [Path(os.path.realpath(self.root))]
+        for folder in (*root, self.path, self.path / ".tmp"):
+            try:
+                check_private(folder, self.forbidden)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                problems.append(Problem("", folder, str(error), fix and _make_private(folder, 0o022)))
+        with contextlib.suppress(OSError):
+            if os.lstat(self.path).st_uid not in (os.geteuid(), 0):
+                return problems
+        for key, folder_name in self._folders():
+            folder = Path(folder_name)
+            flaw = self._flaw(key, folder)
+            if isinstance(flaw, Damaged):
+                problems.append(Problem(key, folder, str(flaw), fix and self.quarantine(key)))
+            elif flaw is not None:
+                problems.append(Problem(key, folder, f"cannot be read: {flaw.strerror}", False))
+        return problems
+
+    def _flaw(self, key: str, folder: Path) -> Damaged | OSError | None:
+        """What is wrong with an entry, its source too; None if nothing is, or if it is gone."""
+        try:
+            read_entry(key, folder, self.forbidden, with_source=True)
+        except FileNotFoundError:
+            return None
+        except (Damaged, OSError) as error:
+            return error
+        return None
+
+    def survey(self) -> tuple[list[EntryInfo], int]:
+        """What `entries` gives, and how many it leaves out because their metadata are damaged.
+
+        Entries of another schema, and those that are removed meanwhile, are not damaged.
+        """
+        entries, rest = self._survey()
+        return entries, sum(self._flaw(key, Path(folder)) is not None for key, folder in rest)
+
+    def stats(self) -> CacheStats:
+        """Numbers about the cache."""
+        entries, damaged = self.survey()
+        used = [info.used_at for info in entries]
+        aside = list(self._quarantined())
+        return CacheStats(
+            root=self.root,
+            entries=len(entries),
+            damaged=damaged,
+            bytes=sum(info.disk_bytes for info in entries),
+            quarantined=len(aside),
+            quarantined_bytes=sum(map(tree_bytes, aside)),
+            limit_bytes=self.max_bytes,
+            oldest_use=min(used, default=None),
+            newest_use=max(used, default=None),
+        )
+
+    def _quarantined(self) -> Iterator[Path]:
+        with contextlib.suppress(OSError):
+            yield from (self.path / "quarantine").iterdir()
+
+    def _empty_quarantine(self) -> int:
+        """Delete what lies there; the bytes that gave."""
+        sizes = [(path, tree_bytes(path)) for path in self._quarantined()]
+        return sum(size for path, size in sizes if self._bury(path))
+
+    def _published(self, size: int) -> None:
+        """Evict if the cache may have grown beyond its limit; looks only when that is possible."""
+        if self.max_bytes is None:
+            return
+        unchecked = self._unchecked_bytes
+        if unchecked is not None and unchecked + size <= self.max_bytes // 64:
+            self._unchecked_bytes = unchecked + size
+            return
+        self._unchecked_bytes = 0
+        report = _evict.evict(self, self.max_bytes)
+        if report.removed:
+            LOG.info("removed %d least recently used kernels from %s", len(report.removed), self.path)
+
+
+@functools.lru_cache(maxsize=16)
+def _cache_at(root: Path, max_bytes: int | None, read_only: bool) -> KernelCache:
+    return KernelCache(root, max_bytes, read_only)
+
+
+def user_cache() -> KernelCache:
+    """The cache of the current settings that kernels are written to."""
+    settings = get_settings()
+    return _cache_at(settings.cache_dir, settings.cache_max_bytes, False)
+
+
+def readonly_caches() -> tuple[KernelCache, ...]:
+    """The read-only caches of the current settings, in the order they are searched."""
+    return tuple(_cache_at(root, None, True) for root in get_settings().readonly_cache)
+
+
+def searched_caches() -> tuple[KernelCache, ...]:
+    """The caches of the current settings in the order in which a call searches them."""
+    return readonly_caches() if get_settings().no_cache else (*readonly_caches(), user_cache())
+
+
+def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, EntryInfo]:
+    """The one entry whose key begins with `prefix`, and the first of these caches that has it.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    wanted = prefix.strip().lower()
+    found = [
+        (cache, key, folder)
+        for cache in caches
+        for key, folder in cache._folders()
+        if wanted and key.startswith(wanted)
+    ]
+    keys = sorted({key for _, key, _ in found})
+    where = " or ".join(str(cache.path) for cache in caches)
+    if len(keys) > 1:
+        shown = ", ".join(key[: max(12, len(prefix) + 4)] for key in keys[:5])
+        raise ConfigError(f"key {prefix!r} is not unique in {where}: {shown}{', ...' if keys[5:] else ''}")
+    for cache, key, folder in found:
+        info = read_info(key, folder)
+        if info is not None:
+            return cache, info
+    what = "has no readable metadata" if found else "is not"
+    raise ConfigError(f"key {prefix!r} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
+
+
+def _make_private(folder: Path, forbidden: int) -> bool:
+    """Take these permissions from others, and give the owner all; whether that is enough.  Not of shared folders."""
+    with contextlib.suppress(OSError):
+        mode = os.lstat(folder).st_mode
+        if mode & stat.S_ISVTX:
+            return False
+        os.chmod(folder, (stat.S_IMODE(mode) | 0o700) & ~forbidden)
+        check_private(folder)
+        return True
+    return False

@@ -1,0 +1,205 @@
+"""One process of a node compiles a kernel while the others wait for it.
+
+The lock only saves work: a cache entry is published by one rename, so two processes that compile the same
+kernel do no harm. It therefore never stands in the way: where the file system has no locks, or the holder
+takes too long, the caller goes on without it. Locks are kernel-released (flock), so a killed holder
+cannot leave one behind, and lie on a node-local file system, since locking over a network one may hang.
+Lock files are never deleted: that would split those who wait for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megamoe_jit._settings.settings import get_settings
+
+__all__ = ["check_private", "key_lock", "lock_dir", "owner_problem", "private_directory", "try_lock"]
+
+LOG = logging.getLogger("megamoe_jit")
+PATIENCE_S = 2.0  #: wait this long before saying whom we wait for
+POLL_S = 0.005
+
+
+def private_directory(path: Path) -> Path:
+    """Create a directory only its owner can write, or check that it is one.
+
+    Code is loaded from what these directories hold, so one that another user could write is refused.
+
+    Raises:
+        PermissionError: it belongs to someone else, or others may write to it.
+        OSError: it cannot be created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    check_private(path)
+    return path
+
+
+def check_private(path: Path, forbidden: int = 0o022) -> None:
+    """Refuse a directory that someone other than this user or root owns or may write.
+
+    Args:
+        path: the directory.
+        forbidden: permission bits it must not have.
+
+    Raises:
+        PermissionError: it is such a directory, or not a directory.
+        FileNotFoundError: there is nothing there.
+    """
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(f"{path} is not a directory")
+    problem = owner_problem(status, forbidden)
+    if problem:
+        raise PermissionError(f"{path} {problem}")
+
+
+def owner_problem(status: os.stat_result, forbidden: int = 0o022) -> str:
+    """Why what has this status cannot be trusted; empty if it can."""
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {status.st_uid}, not to this user ({os.geteuid()})"
+    if status.st_mode & forbidden:
+        return f"can be written by other users (mode {stat.S_IMODE(status.st_mode):o})"
+    return ""
+
+
+def lock_dir() -> Path:
+    """Where lock files lie: the settings' directory, else a private one on a node-local file system.
+
+    Raises:
+        OSError: there is no usable directory.
+    """
+    chosen = get_settings().lock_dir
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        return chosen
+    name = f"megamoe-jit-{os.geteuid()}"
+    problem: OSError | None = None
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm", tempfile.gettempdir()):
+        if not base or not os.path.isdir(base):
+            continue
+        try:
+            return private_directory(Path(base) / name)
+        except OSError as error:
+            problem = error
+    raise problem or FileNotFoundError("no directory for lock files")
+
+
+@contextlib.contextmanager
+def key_lock(key: str, label: str, done: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """Hold the lock of one cache key while the block runs.
+
+    Args:
+        key: the cache key.
+        label: what is being compiled, for messages.
+        done: asked while waiting; once it says so there is nothing left to wait for.
+
+    Yields:
+        Whether the lock is held; the block runs either way.
+    """
+    handle = _wait(key, label, done)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            _release(handle)
+
+
+@contextlib.contextmanager
+def try_lock(name: str) -> Iterator[bool]:
+    """Hold a lock if nobody else does; yields False only if somebody does.
+
+    Where there are no locks the block runs as if it were held.
+    """
+    handle: int | None = None
+    free = True
+    try:
+        handle = os.open(lock_dir() / f"{name}.lock", _FLAGS, 0o600)
+        free = _acquire(handle)
+    except OSError as error:
+        LOG.debug("cannot lock %s: %s", name, error)
+    try:
+        yield free
+    finally:
+        if handle is not None:
+            _release(handle)
+
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_held: set[int] = set()
+
+
+def _after_fork() -> None:
+    """A child must not keep a lock of its parent alive."""
+    for handle in _held:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _wait(key: str, label: str, done: Callable[[], bool]) -> int | None:
+    """The handle of the lock; None if it cannot be had in time or at all, or is not needed any more."""
+    limit = get_settings().lock_timeout_s
+    handle = None
+    try:
+        handle = os.open(lock_dir() / f"{key}.lock", _FLAGS, 0o600)
+        begin = time.monotonic()
+        told = False
+        while not _acquire(handle):
+            waited = time.monotonic() - begin
+            if done():
+                os.close(handle)
+                return None
+            if waited >= limit:
+                LOG.warning("no lock for %s after %g s; compiling it here as well", label, limit)
+                os.close(handle)
+                return None
+            if waited >= PATIENCE_S and not told:
+                told = True
+                LOG.warning("waiting for %s, which is compiling %s", _owner(handle), label)
+            time.sleep(min(POLL_S, limit))
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        LOG.warning("cannot lock for %s (%s); compiling it without a lock", label, error)
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _acquire(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    _held.add(handle)
+    return True
+
+
+def _release(handle: int) -> None:
+    _held.discard(handle)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was just forked may hold a copy
+    with contextlib.suppress(OSError):
+        os.close(handle)
+
+
+def _owner(handle: int) -> str:
+    try:
+        return os.pread(handle, 64, 0).decode(errors="replace").strip() or "another process"
+    except OSError:
+        return "another process"

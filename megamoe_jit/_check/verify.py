@@ -1,0 +1,276 @@
+"""Run scenarios through the public interface and judge the result against the FP32 reference."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from megamoe_jit._check import scenarios as _scenarios
+from megamoe_jit._check.scenarios import Inputs, Scenario, Weights
+from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
+from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit.heuristics.select import AUTO
+from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs
+
+__all__ = [
+    "MAX_DIFF",
+    "MAX_ROW_DIFF",
+    "Outcome",
+    "Verdict",
+    "WeightCache",
+    "function_of",
+    "judge",
+    "run_all",
+    "run_scenario",
+]
+
+VARIANTS = tuple(variant.value for variant in Variant)
+MAX_DIFF = 2e-4  #: `calc_diff` over all finite rows
+MAX_ROW_DIFF = 2e-3  #: `calc_diff` of any one row
+GUARD_ROWS = 8  #: rows of the output past the token count, which must stay as they were
+FAULTS = (DeviceFaultError, PeerTimeoutError)  #: the CUDA context is gone after these
+STATS_BEFORE = 7  #: what the counters hold before a call, because they accumulate
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How an output compares with the reference."""
+
+    diff: float
+    worst_row_diff: float
+    zero_rows_ok: bool
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of one scenario with one variant."""
+
+    name: str
+    variant: str
+    diff: float
+    worst_row_diff: float
+    zero_rows_ok: bool
+    passed: bool
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; a figure that does not exist is null."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+
+
+def judge(y: torch.Tensor, expected: torch.Tensor) -> Verdict:
+    """Compare an output with the reference.
+
+    Rows that are NaN in the reference must be NaN, in the same places; rows that are zero must be zero; all
+    others must be finite and within `MAX_DIFF` together and `MAX_ROW_DIFF` each.
+
+    Args:
+        y: bfloat16 ``[T, H]``.
+        expected: bfloat16 ``[T, H]``.
+    """
+    nan_rows = expected.isnan().any(dim=-1)
+    zero_rows = (expected == 0).all(dim=-1)
+    zero_rows_ok = bool((y[zero_rows] == 0).all())
+    problems = []
+    bad = (y.isnan() != expected.isnan()).any(dim=-1) & nan_rows
+    if bad.any():
+        problems.append(f"{int(bad.sum())} rows are not NaN where the reference is, first {int(bad.nonzero()[0])}")
+    bad = ~y.isfinite().all(dim=-1) & ~nan_rows
+    if bad.any():
+        problems.append(f"{int(bad.sum())} rows are not finite, first {int(bad.nonzero()[0])}")
+    if not zero_rows_ok:
+        problems.append("rows that must be zero are not")
+    a, b = y[~nan_rows], expected[~nan_rows]
+    rows = row_diffs(a, b)
+    diff = calc_diff(a, b)
+    worst = float(rows.max()) if rows.numel() else 0.0
+    if not diff <= MAX_DIFF:
+        problems.append(f"diff {diff:.3g} > {MAX_DIFF:g}")
+    if not worst <= MAX_ROW_DIFF:
+        row = int((~nan_rows).nonzero()[int(rows.argmax())])
+        problems.append(f"row diff {worst:.3g} > {MAX_ROW_DIFF:g} in row {row}")
+    return Verdict(diff, worst, zero_rows_ok, not problems, "; ".join(problems))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    weights: Weights
+    l1: tuple[torch.Tensor, torch.Tensor]
+    l2: tuple[torch.Tensor, torch.Tensor]
+
+
+class WeightCache:
+    """Keeps the weights of the last shape, as drawn and as the kernel reads them."""
+
+    def __init__(self) -> None:
+        self._key: tuple[MoEShape, str, int] | None = None
+        self._entry: _Entry | None = None
+
+    def get(self, shape: MoEShape, device: torch.device, seed: int, api: Any) -> _Entry:
+        """Weights of `shape` on `device`, drawn and transformed unless they are the last ones."""
+        key = (MoEShape(shape.hidden, shape.intermediate, shape.experts, 1), str(device), seed)
+        if self._entry is None or key != self._key:
+            self._entry = self._key = None  # frees the old ones first
+            weights = _scenarios.make_weights(shape, device, seed)
+            self._entry = _Entry(weights, *api.transform_weights_for_mega_moe_sm90(weights.l1, weights.l2))
+            self._key = key
+        return self._entry
+
+
+def _stage(buffer: Any, inputs: Inputs, experts: int) -> None:
+    """Copy inputs into the first rows; the others get what must not matter: NaN that names live experts."""
+    buffer.x.view(torch.uint8).fill_(0x7F)  # e4m3 NaN
+    buffer.x_sf.fill_(math.nan)
+    buffer.topk_idx.copy_(
+        torch.arange(buffer.topk_idx.numel(), device=inputs.x.device).view_as(buffer.topk_idx) % experts
+    )
+    buffer.topk_weights.fill_(math.nan)
+    inputs.stage(buffer)
+
+
+def function_of(api: Any, variant: str) -> Any:
+    """The public function that runs `auto`, or forces a variant."""
+    if variant == AUTO:
+        return api.fp8_mega_moe
+    name = Variant.parse(variant).value
+    own = getattr(api, f"fp8_mega_moe_{name}", None)  # not every variant has one
+    return own or functools.partial(api.fp8_mega_moe, variant=name)
+
+
+def _call(
+    api: Any, scenario: Scenario, variant: str, inputs: Inputs, entry: _Entry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One call on a fresh buffer: output bfloat16 ``[T + GUARD_ROWS, H]`` and stats int32 ``[E]``."""
+    s, device = scenario.shape, inputs.x.device
+    run = function_of(api, variant)
+    y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
+    stats = torch.full((s.experts,), STATS_BEFORE, dtype=torch.int32, device=device)
+    buffer = api.get_symm_buffer_for_mega_moe(None, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate)
+    try:
+        _stage(buffer, inputs, s.experts)
+        run(
+            y[: scenario.tokens],
+            entry.l1,
+            entry.l2,
+            buffer,
+            stats,
+            activation_clamp=scenario.clamp,
+            fast_math=scenario.fast_math,
+        )
+        buffer.check()
+    except FAULTS:
+        raise  # nothing on the device can be given back any more
+    except BaseException:
+        buffer.destroy()
+        raise
+    buffer.destroy()
+    return y, stats
+
+
+def run_scenario(
+    scenario: Scenario,
+    variant: str,
+    device: torch.device | str,
+    *,
+    seed: int = 0,
+    cache: WeightCache | None = None,
+    api: Any = None,
+) -> Outcome:
+    """Run one scenario once and judge output, counters and the rows around the output.
+
+    Args:
+        scenario: What to run.
+        variant: ``auto``, or the variant to force.
+        device: Where.
+        seed: Of weights and inputs.
+        cache: Weights of earlier scenarios.
+        api: Stands in for the package in tests of this runner.
+
+    Raises:
+        MegaMoeError: The layer refused or failed.
+    """
+    api = api or import_module("megamoe_jit")
+    device = torch.empty(0, device=device).device  # with its index
+    entry = (cache or WeightCache()).get(scenario.shape, device, seed, api)
+    inputs = _scenarios.make_inputs(scenario, device, seed, entry.weights)
+    y, stats = _call(api, scenario, variant, inputs, entry)
+    expected = moe_reference(
+        inputs.x_q,
+        inputs.x_sf,
+        inputs.topk_idx,
+        inputs.topk_weights,
+        inputs.l1,
+        inputs.l2,
+        activation_clamp=scenario.clamp,
+    )
+    verdict = judge(y[: scenario.tokens], expected)
+    problems = [verdict.reason] if verdict.reason else []
+    if not y[scenario.tokens :].isnan().all():
+        problems.append("rows past the token count were written")
+    counts = expert_counts(inputs.topk_idx, scenario.shape.experts) + STATS_BEFORE
+    if not torch.equal(stats, counts):
+        wrong = int((stats != counts).nonzero()[0])
+        problems.append(f"counter of expert {wrong} is {int(stats[wrong])}, must be {int(counts[wrong])}")
+    return Outcome(
+        scenario.name,
+        variant,
+        verdict.diff,
+        verdict.worst_row_diff,
+        verdict.zero_rows_ok,
+        not problems,
+        "; ".join(problems),
+    )
+
+
+def run_all(
+    pattern: str = "*",
+    variants: Iterable[str] = VARIANTS,
+    device: torch.device | str = "cuda",
+    progress: Callable[[Outcome], None] | None = None,
+    *,
+    slow: bool = False,
+    seed: int = 0,
+    api: Any = None,
+) -> list[Outcome]:
+    """Run every scenario that fits `pattern` with every variant.
+
+    An error of the layer fails its scenario and the run goes on, but a fault of the device ends it: the CUDA
+    context is gone, and what was left does not count as run.
+
+    Args:
+        pattern: As in `scenarios.select`.
+        variants: ``auto`` or names of variants.
+        device: Where.
+        progress: Called with each outcome as it comes.
+        slow: Slow scenarios as well.
+        seed: Of weights and inputs.
+        api: Stands in for the package in tests of this runner.
+    """
+    variants = tuple(variants)
+    chosen = _scenarios.select(pattern, slow=slow)
+    by_shape = {s.shape: i for i, s in reversed(list(enumerate(chosen)))}  # equal shapes next to each other
+    outcomes: list[Outcome] = []
+    cache = WeightCache()
+    for scenario in sorted(chosen, key=lambda s: by_shape[s.shape]):
+        for variant in variants:
+            fault = False
+            try:
+                outcome = run_scenario(scenario, variant, device, seed=seed, cache=cache, api=api)
+            except MegaMoeError as error:
+                fault = isinstance(error, FAULTS)
+                reason = f"{type(error).__name__}: {error}"
+                outcome = Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason)
+            outcomes.append(outcome)
+            if progress is not None:
+                progress(outcome)
+            if fault:
+                return outcomes
+    return outcomes

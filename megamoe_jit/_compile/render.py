@@ -1,0 +1,235 @@
+"""From a `KernelSpec` to one self-contained CUDA source.
+
+The Jinja2 entry is rendered, then every `#include "room/file.cuh"` is replaced by that file's text, once.
+NVRTC therefore gets no include path and sees exactly one text: what is hashed for the cache is what was
+compiled, and a changed room can never leave a stale kernel behind. `#line` marks with fixed virtual names
+keep compiler messages, SASS listings and profilers pointing at the room and its line, wherever the
+package is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from megamoe_jit._errors import ConfigError, RenderError
+from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec import KernelSpec
+
+__all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_lines"]
+
+VIRTUAL_ROOT = "/megamoe_jit/kernels_src"
+
+_INCLUDE = re.compile(r"^\s*#\s*include\b(.*)$")
+_QUOTED = re.compile(r'^\s*"([^"]+)"\s*(//.*|/\*.*\*/\s*)?$')
+_PRAGMA_ONCE = re.compile(r"^\s*#\s*pragma\s+once\b")
+_LINE_MARK = re.compile(r'^#line (\d+) "([^"]+)"$')
+_CONDITION = re.compile(r"^\s*#\s*(if|ifdef|ifndef|endif)\b")
+_TAG_END = ("#}", "%}")
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedSource:
+    """One translation unit.
+
+    Attributes:
+        text: what the compiler gets.
+        files: names relative to the kernel directory, in the order in which they were first entered.
+    """
+
+    text: str
+    files: tuple[str, ...]
+
+
+def kernels_dir() -> Path:
+    """The directory kernels are rendered from: the packaged one unless the settings name another.
+
+    Raises:
+        ConfigError: that is no directory, or not to be read.
+    """
+    chosen = get_settings().kernels_src
+    if chosen is None:
+        from importlib import resources
+
+        return Path(str(resources.files("megamoe_jit") / "kernels_src"))
+    if not chosen.is_dir():
+        raise ConfigError(f"MEGAMOE_JIT_KERNELS_SRC={str(chosen)!r} is no directory; allowed: one of kernel sources")
+    if not os.access(chosen, os.R_OK | os.X_OK):
+        raise ConfigError(f"MEGAMOE_JIT_KERNELS_SRC={str(chosen)!r} cannot be read")
+    return chosen
+
+
+def render(spec: KernelSpec) -> RenderedSource:
+    """Render the entry of `spec` and flatten its includes.
+
+    The text depends on the spec and the bytes of the files alone, not on where they lie or on the clock.
+
+    Args:
+        spec: the kernel to render.
+
+    Returns:
+        The source and the files it was made of.
+
+    Raises:
+        RenderError: a template or include is wrong; says in which file and line.
+    """
+    root = kernels_dir()
+    flat = _Flattener(root)
+    entry = _render_entry(root, spec)
+    flat.enter(spec.template, entry, None)
+    return RenderedSource("\n".join(flat.out) + "\n", tuple(flat.files))
+
+
+def source_lines(text: str) -> dict[tuple[str, int], str]:
+    """Where each line of a flattened source came from: (virtual file, line) to its text."""
+    table: dict[tuple[str, int], str] = {}
+    name, number = "", 0
+    for line in text.split("\n"):
+        mark = _LINE_MARK.match(line)
+        if mark:
+            name, number = mark[2], int(mark[1])
+            continue
+        table.setdefault((name, number), line)
+        number += 1
+    return table
+
+
+def _read(root: Path, name: str) -> str:
+    return (root / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+
+
+def _virtual(name: str) -> str:
+    return f"{VIRTUAL_ROOT}/{name}"
+
+
+def _marked(name: str, text: str) -> tuple[str, list[int]]:
+    """Add `#line` after template tags, which swallow or repeat lines; also each line's original number."""
+    lines: list[str] = []
+    numbers: list[int] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        lines.append(line)
+        numbers.append(number)
+        if line.rstrip().endswith(_TAG_END):
+            lines.append(f'#line {number + 1} "{_virtual(name)}"')
+            numbers.append(number + 1)
+    return "\n".join(lines), numbers
+
+
+def _render_entry(root: Path, spec: KernelSpec) -> str:
+    import jinja2
+
+    numbers: dict[str, list[int]] = {}
+
+    def load(name: str) -> tuple[str, str, None] | None:
+        try:
+            text = _read(root, name)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+        marked, numbers[name] = _marked(name, text)
+        return marked, _virtual(name), None
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(load),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+        cache_size=0,
+    )
+    try:
+        text = environment.get_template(spec.template).render(spec.template_variables())
+    except jinja2.TemplateNotFound as error:
+        raise RenderError(f"kernel template {error.name!r} does not exist in {root}") from error
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, OSError) as error:
+        name, line = _jinja_position(error, spec.template)
+        known = numbers.get(name, [])
+        line = known[line - 1] if 0 < line <= len(known) else line
+        raise RenderError(f"{_virtual(name)}({line}): {error}") from error
+    return f'#line 1 "{_virtual(spec.template)}"\n{text}'
+
+
+def _jinja_position(error: BaseException, default: str) -> tuple[str, int]:
+    """Template and line of an error: from a syntax error itself, else from the innermost template frame."""
+    import jinja2
+
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.name or default, error.lineno
+    name, line = default, 0
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file.startswith(VIRTUAL_ROOT + "/"):
+            name, line = file[len(VIRTUAL_ROOT) + 1 :], trace.tb_lineno
+        trace = trace.tb_next
+    return name, line
+
+
+@dataclass(slots=True)
+class _Flattener:
+    """Depth-first replacement of includes; `stack` holds the files being entered."""
+
+    root: Path
+    out: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    stack: list[str] = field(default_factory=list)
+
+    def enter(self, name: str, text: str, mark: str | None) -> None:
+        self.files.append(name)
+        self.stack.append(name)
+        if mark is not None:
+            self.out.append(mark)
+        if text.endswith("\n"):
+            text = text[:-1]
+        depth = 0
+        for file, number, line in _positions(text, _virtual(name)):
+            condition = _CONDITION.match(line)
+            if condition:
+                depth += -1 if condition[1] == "endif" else 1
+            include = _INCLUDE.match(line)
+            if include:
+                if depth:
+                    raise RenderError(f"{file}({number}): #include inside #if is not allowed; each file enters once")
+                self._include(include[1], file, number)
+            else:
+                self.out.append("" if _PRAGMA_ONCE.match(line) else line)
+        self.stack.pop()
+
+    def _include(self, operand: str, file: str, number: int) -> None:
+        where = f"{file}({number})"
+        quoted = _QUOTED.match(operand)
+        if not quoted:
+            raise RenderError(
+                f'{where}: #include{operand.rstrip()} is not allowed; use #include "folder/file.cuh", '
+                "relative to the kernel directory (the compiler gets no include path)"
+            )
+        name = quoted[1]
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or str(parts) != name:
+            raise RenderError(f'{where}: #include "{name}" must be a plain path relative to the kernel directory')
+        if name in self.stack:
+            chain = " -> ".join([*self.stack[self.stack.index(name) :], name])
+            raise RenderError(f"{where}: include cycle {chain}")
+        if name in self.files:
+            self.out.append("")
+            return
+        try:
+            text = _read(self.root, name)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise RenderError(f'{where}: cannot include "{name}" from {self.root}: {reason}') from error
+        self.enter(name, text, f'#line 1 "{_virtual(name)}"')
+        self.out.append(f'#line {number + 1} "{file}"')
+
+
+def _positions(text: str, file: str) -> Iterator[tuple[str, int, str]]:
+    """Each line with the file and number that its `#line` marks give it."""
+    number = 1
+    for line in text.split("\n"):
+        yield file, number, line
+        mark = _LINE_MARK.match(line)
+        if mark:
+            file, number = mark[2], int(mark[1])
+        else:
+            number += 1

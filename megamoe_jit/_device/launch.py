@@ -1,0 +1,122 @@
+"""One prepacked launch.
+
+Everything that does not change between calls (attributes, block, shared memory, the address of the
+parameter block) is laid out once, so that a call costs a fraction of a microsecond of Python. The
+parameter block is memory of the caller: what it holds at the moment of the call is what the kernel gets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NoReturn
+
+from megamoe_jit._device.abi import PARAMS_ALIGN, THREADS
+from megamoe_jit._device.load import LoadedKernel
+from megamoe_jit._errors import DeviceFaultError, LaunchError
+
+__all__ = ["Launcher"]
+
+_ADVICE = {
+    "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": (
+        "all blocks must be resident at once: use a grid no larger than the number of SMs, and keep "
+        "other kernels and streams (or MPS and green-context limits) from occupying them"
+    ),
+    "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES": "the block does not fit an SM of this device",
+    "CUDA_ERROR_INVALID_VALUE": "grid, shared memory or parameters are not what the driver accepts",
+    "CUDA_ERROR_INVALID_CONTEXT": "the stream belongs to another device; call torch.cuda.set_device first",
+    "CUDA_ERROR_INVALID_HANDLE": "the stream is not valid here; was it made on another device?",
+    "CUDA_ERROR_NOT_INITIALIZED": "CUDA is not initialised in this process",
+}
+_BROKEN = (
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+)
+
+
+class Launcher:
+    """Launches one loaded kernel with one parameter block.
+
+    Not safe for use from several threads at once: make one per thread.
+
+    Args:
+        loaded: the kernel; it takes one struct by value.
+        params: that struct, at an address that is a multiple of 64.  It is read at every launch.
+
+    Raises:
+        LaunchError: the struct has not the kernel's size, or is not aligned.
+    """
+
+    __slots__ = ("_arguments", "_call", "_config", "_function", "_grid", "_keep", "_loaded", "_stream")
+
+    def __init__(self, loaded: LoadedKernel, params: ctypes.Structure) -> None:
+        from cuda.bindings import driver
+
+        size, address = ctypes.sizeof(params), ctypes.addressof(params)
+        if size != loaded.param_bytes:
+            raise LaunchError(f"{loaded.spec.entry} takes {loaded.param_bytes} bytes of parameters, not {size}")
+        if address % PARAMS_ALIGN:
+            raise LaunchError(f"parameters of {loaded.spec.entry} must be {PARAMS_ALIGN}-byte aligned")
+        cooperative = driver.CUlaunchAttribute()
+        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = 1, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
+        config.sharedMemBytes = loaded.spec.shared_bytes
+        config.hStream = 0
+        config.attrs = [cooperative]
+        config.numAttrs = 1
+        pointers = (ctypes.c_void_p * 1)(address)
+        self._keep = (params, pointers, cooperative)
+        self._loaded = loaded
+        self._config: Any = config
+        self._call: Any = driver.cuLaunchKernelEx
+        self._function = loaded.function
+        self._arguments = ctypes.addressof(pointers)
+        self._grid = 1
+        self._stream = 0
+
+    def launch(self, grid: int, stream: int) -> None:
+        """Enqueue the kernel with the parameters as they are now.
+
+        Args:
+            grid: number of blocks, at most the number of SMs.
+            stream: the raw handle, such as `torch.cuda.current_stream().cuda_stream`.
+
+        Raises:
+            LaunchError: the driver refuses.
+            DeviceFaultError: an earlier kernel broke the context.
+        """
+        config = self._config
+        if grid != self._grid:
+            config.gridDimX = grid
+            self._grid = grid
+        if stream != self._stream:
+            config.hStream = stream
+            self._stream = stream
+        (status,) = self._call(config, self._function, self._arguments, 0)
+        if status:
+            self._fail(status)
+
+    def _fail(self, status: Any) -> NoReturn:
+        name = str(getattr(status, "name", status))
+        spec = self._loaded.spec
+        what = (
+            f"launching {spec.entry} failed with {name} (grid {self._grid}, block {THREADS}, "
+            f"{spec.shared_bytes} bytes of shared memory, device {self._loaded.device_index})"
+        )
+        if name in _BROKEN:
+            raise DeviceFaultError(
+                f"{what}: an earlier kernel broke the CUDA context (check() of its buffer says whether it waited in "
+                "vain); end this process and start again"
+            )
+        advice = _ADVICE.get(name)
+        raise LaunchError(f"{what}: {advice}" if advice else what)

@@ -1,0 +1,133 @@
+"""What lies where in the buffers of one rank, in bytes: the only definition of these offsets.
+
+The kernel gets offsets and addresses as parameters, so capacity stays a run-time value.  Nothing here depends on the
+variant: ranks with different token counts may run different ones on the same buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamoe_jit._device.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Phase
+from megamoe_jit._spec import BLOCK, MoEShape
+
+__all__ = ["ALIGN", "CAPACITY_STEP", "DEFAULT_POOL_ROWS", "MAX_SORT_BLOCKS", "BufferLayout", "Section", "buffer_layout"]
+
+ALIGN = 1024  #: every section starts at a multiple of this
+CAPACITY_STEP = 128  #: token capacity is rounded up to a multiple of this
+DEFAULT_POOL_ROWS = 65536  #: rows the pools hold at most unless the caller says otherwise
+MIN_POOL_ROWS = 4096  #: a unit of the tile order has 1024 rows, at most 1536, and a few should be under way
+MAX_SORT_BLOCKS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A named range of a buffer."""
+
+    name: str
+    offset: int
+    bytes: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class BufferLayout:
+    """All sections of one rank's buffers.
+
+    Attributes:
+        symmetric: sections that peers may read or write.
+        local: sections of this rank alone.
+        capacity: tokens this rank can hold.
+        rows: rows this rank can receive, the worst case over all routings, each expert's padded to 128.
+        pool_rows: rows the pools hold; fewer than `rows` makes them rings, which drop nothing: dispatch then waits
+            for the matrix work.
+    """
+
+    symmetric: tuple[Section, ...]
+    local: tuple[Section, ...]
+    capacity: int
+    rows: int
+    pool_rows: int
+
+    @property
+    def symmetric_bytes(self) -> int:
+        """Size of the symmetric buffer."""
+        return _end(self.symmetric)
+
+    @property
+    def local_bytes(self) -> int:
+        """Size of the local buffer."""
+        return _end(self.local)
+
+    @property
+    def total_bytes(self) -> int:
+        """Device memory of one rank beside weights and output."""
+        return self.symmetric_bytes + self.local_bytes
+
+    def section(self, name: str) -> Section:
+        """The section called `name`."""
+        return next(s for s in self.symmetric + self.local if s.name == name)
+
+
+def _end(sections: tuple[Section, ...]) -> int:
+    last = sections[-1]
+    return _up(last.offset + last.bytes, ALIGN)
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _place(sizes: list[tuple[str, int, str]]) -> tuple[Section, ...]:
+    sections, offset = [], 0
+    for name, size, what in sizes:
+        sections.append(Section(name, offset, size, what))
+        offset = _up(offset + size, ALIGN)
+    return tuple(sections)
+
+
+def buffer_layout(
+    shape: MoEShape, max_tokens: int, ranks: int = 1, max_pool_rows: int = DEFAULT_POOL_ROWS
+) -> BufferLayout:
+    """Lay out the buffers of one rank.
+
+    Args:
+        shape: sizes of the layer.
+        max_tokens: tokens per rank; rounded up to a multiple of 128.
+        ranks: ranks that share the experts.
+        max_pool_rows: most rows the pools may hold; rounded up to a multiple of 128.
+    """
+    tokens = max(_up(max_tokens, CAPACITY_STEP), CAPACITY_STEP)
+    hidden, intermediate, topk = shape.hidden, shape.intermediate, shape.topk
+    local_experts = shape.experts // ranks
+    pairs = tokens * topk
+    received = pairs * ranks  # every pair of every rank may name an expert of this one
+    rows = _up(received + min(local_experts, received) * (POOL_ALIGN - 1), POOL_ALIGN)
+    pool = min(rows, _up(max(max_pool_rows, MIN_POOL_ROWS), POOL_ALIGN))
+    symmetric = _place(
+        [
+            ("x", tokens * hidden, f"input codes e4m3 [{tokens}, {hidden}]"),
+            ("x_scales", tokens * hidden // BLOCK * 4, f"input scales f32 [{tokens}, {hidden // BLOCK}]"),
+            ("topk_ids", pairs * 8, f"expert of each slot i64 [{tokens}, {topk}]"),
+            ("topk_weights", pairs * 4, f"weight of each slot f32 [{tokens}, {topk}]"),
+            ("expert_offsets", (shape.experts + 1) * 4, "first sorted pair of each expert u32"),
+            ("sorted_pairs", pairs * 4, "(token, slot) pairs by expert u32"),
+            ("signals", len(Phase) * MAX_RANKS * 4, "launch that each rank has reached, by phase u32"),
+            ("combine", pairs * hidden * 2, f"expert outputs bf16 [{tokens}, {topk}, {hidden}]"),
+        ]
+    )
+    local = _place(
+        [
+            ("act1_pool", pool * hidden, f"rows by expert e4m3 [{pool}, {hidden}]"),
+            ("act1_scales", pool * hidden // BLOCK * 4, f"their scales f32 [{hidden // BLOCK}, {pool}]"),
+            ("act2_pool", pool * intermediate, f"after SwiGLU e4m3 [{pool}, {intermediate}]"),
+            ("act2_scales", pool * intermediate // BLOCK * 4, f"f32 [{intermediate // BLOCK}, {pool}]"),
+            ("row_pairs", rows * 4, "origin of each row u32"),
+            ("act1_ready", rows // COUNTER_ROWS * 4, "rows arrived u32"),
+            ("act2_ready", rows // COUNTER_ROWS * 4, "tiles of the first GEMM finished u32"),
+            ("act2_done", rows // COUNTER_ROWS * 4, "tiles of the second GEMM finished u32"),
+            ("slice_counts", MAX_SORT_BLOCKS * shape.experts * 4, "pairs of each expert by slice u32"),
+            ("control", Control.WORDS * 4, "grid barrier, epoch, blocks by side, tickets u32"),
+        ]
+    )
+    return BufferLayout(symmetric, local, tokens, rows, pool)

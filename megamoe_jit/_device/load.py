@@ -1,0 +1,242 @@
+"""From a compiled kernel to a CUDA function on one device.
+
+Loading is forced, never left to the first launch: a lazily loaded kernel takes the context lock while
+peers already spin in theirs. The library handle lives as long as the process, since unloading is not
+allowed during graph capture. Nothing is compiled or loaded while torch captures a graph; that is refused
+before anything is touched, so that the capture stays usable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from megamoe_jit._compile.cubin import CubinError, read_cubin
+from megamoe_jit._compile.wheels import wheel_command
+from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, UnsupportedDeviceError
+from megamoe_jit._fork import renew_after_fork
+from megamoe_jit._jit.obtain import distrust, known_refusal, remember_refusal
+from megamoe_jit._jit.runtime import CompiledKernel, forget, get_kernel, warmup_command
+from megamoe_jit._settings.settings import Settings, get_settings
+from megamoe_jit._spec import KernelSpec
+
+__all__ = ["LoadedKernel", "checked", "load_kernel"]
+
+LOG = logging.getLogger("megamoe_jit")
+
+#: driver errors that mean: this binary is not for this driver or device
+_REFUSED = (
+    "CUDA_ERROR_INVALID_IMAGE",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU",
+    "CUDA_ERROR_INVALID_SOURCE",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A kernel on one device.
+
+    Attributes:
+        spec: what it was compiled for.
+        key: its name in the cache.
+        device_index: the CUDA device.
+        function: the `CUfunction`, with its shared memory limit raised.
+        param_bytes: size of its parameter.
+        compiled: the kernel it was loaded from.
+        library: the `CUlibrary`, kept so that it is never unloaded.
+    """
+
+    spec: KernelSpec
+    key: str
+    device_index: int
+    function: Any
+    param_bytes: int
+    compiled: CompiledKernel = dataclasses.field(repr=False)
+    library: Any = dataclasses.field(repr=False)
+
+
+_lock = threading.Lock()
+renew_after_fork(globals(), "_lock")
+_by_spec: dict[tuple[Settings, KernelSpec, int], LoadedKernel] = {}
+_by_key: dict[tuple[str, int], LoadedKernel] = {}
+_contexts: dict[int, Any] = {}
+
+
+def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None = None) -> LoadedKernel:
+    """Compile if needed, and load into the primary context of a device; once per kernel and device.
+
+    Args:
+        spec: the kernel.
+        device_index: the CUDA device; its primary context must be current, which it is after
+            `torch.cuda.set_device`.
+        param_bytes: size of the caller's parameter struct, checked against the kernel's.
+
+    Returns:
+        The loaded kernel.
+
+    Raises:
+        CaptureError: it is not loaded yet and torch is capturing a graph.
+        UnsupportedDeviceError: the device has not compute capability 9.0.
+        LoadError: the driver refuses, or the parameter sizes differ.
+    """
+    slot = (get_settings(), spec, device_index)
+    loaded = _by_spec.get(slot)
+    if loaded is None:
+        _refuse_capture(spec)
+        problem = known_refusal(spec, device_index)
+        if problem is not None:
+            raise problem.with_traceback(None)
+        compiled = get_kernel(spec)
+        with _lock:
+            loaded = _by_key.get((compiled.key, device_index)) or _load_or_compile(compiled, device_index)
+            _by_key[loaded.key, device_index] = _by_spec[slot] = loaded
+    if param_bytes is not None and param_bytes != loaded.param_bytes:
+        raise LoadError(
+            f"kernel {spec.entry} takes {loaded.param_bytes} bytes of parameters, but the host passes "
+            f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_device/abi.py disagree"
+        )
+    return loaded
+
+
+def _refuse_capture(spec: KernelSpec) -> None:
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
+        raise CaptureError(
+            f"kernel {spec.entry} is used for the first time while a CUDA graph is being captured; call the buffer's "
+            f"prepare_all() before the capture, since a call loads the kernel of its own token count alone "
+            f"(to compile it ahead of time: {warmup_command(spec)})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """The driver does not take a binary.
+
+    Attributes:
+        message: what to tell the user.
+        explained: the compiler is newer than the driver; else the binary itself must be bad.
+    """
+
+    message: str
+    explained: bool
+
+    def error(self, spec: KernelSpec, device_index: int) -> LoadError:
+        """The error to raise, now and at every later use until `retry`."""
+        error = LoadError(self.message)
+        remember_refusal(spec, device_index, error)
+        return error
+
+
+def _load_or_compile(compiled: CompiledKernel, device_index: int) -> LoadedKernel:
+    """Load; if the driver refuses what came from a cache, compile it here, once."""
+    result = _load(compiled, device_index)
+    if isinstance(result, _Refusal):
+        refusal = result
+        if not distrust(compiled, damaged=not refusal.explained):
+            raise refusal.error(compiled.spec, device_index)
+        LOG.warning("%s; taking another copy, or compiling it here", refusal.message)
+        forget(compiled.spec)
+        try:
+            again = get_kernel(compiled.spec)
+        except MegaMoeError as error:
+            raise refusal.error(compiled.spec, device_index) from error
+        result = _load(again, device_index)
+        if isinstance(result, _Refusal):
+            raise result.error(compiled.spec, device_index)
+    return result
+
+
+def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusal:
+    from cuda.bindings import driver
+
+    spec = compiled.spec
+    try:
+        (kernel_info,) = (k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry)
+    except (CubinError, ValueError):
+        return _Refusal(f"the cached kernel {compiled.key[:12]} is not {spec.entry}", explained=False)
+    _enter_context(driver, device_index, spec)
+    status, library = driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
+    if _name(status) in _REFUSED:
+        return _refusal(driver, compiled, _name(status))
+    checked(driver, (status,), f"cuLibraryLoadData({spec.entry})")
+    kernel = checked(driver, driver.cuLibraryGetKernel(library, spec.entry.encode()), "cuLibraryGetKernel")
+    status, function = driver.cuKernelGetFunction(kernel)
+    if _name(status) in _REFUSED:
+        return _refusal(driver, compiled, _name(status))
+    checked(driver, (status,), f"cuKernelGetFunction({spec.entry})")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(
+        driver,
+        driver.cuFuncSetAttribute(function, attribute, spec.shared_bytes),
+        f"raising the shared memory of {spec.entry} to {spec.shared_bytes} bytes",
+    )
+    return LoadedKernel(spec, compiled.key, device_index, function, kernel_info.param_bytes, compiled, library)
+
+
+def _enter_context(driver: Any, device_index: int, spec: KernelSpec) -> None:
+    """Make sure the primary context of the device is current, as torch has it."""
+    try:
+        checked(driver, driver.cuInit(0), "cuInit")
+    except RuntimeError as error:  # cuda-bindings found no libcuda
+        raise LoadError(f"there is no NVIDIA driver (libcuda.so.1): {error}") from error
+    device = checked(driver, driver.cuDeviceGet(device_index), f"cuDeviceGet({device_index})")
+    kind = driver.CUdevice_attribute
+    major, minor = (
+        int(checked(driver, driver.cuDeviceGetAttribute(attribute, device), "cuDeviceGetAttribute"))
+        for attribute in (
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    if (major, minor) != (9, 0):
+        raise UnsupportedDeviceError(
+            f"device {device_index} has compute capability {major}.{minor}; {spec.entry} needs 9.0 (Hopper)"
+        )
+    primary = _contexts.get(device_index)
+    if primary is None:
+        primary = checked(driver, driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
+        _contexts[device_index] = primary
+    current = checked(driver, driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
+    if int(current) == 0:
+        checked(driver, driver.cuCtxSetCurrent(primary), "cuCtxSetCurrent")
+    elif int(current) != int(primary):
+        raise LoadError(
+            f"the current CUDA context is not the primary context of device {device_index}; "
+            f"call torch.cuda.set_device({device_index}) first"
+        )
+
+
+def _name(status: Any) -> str:
+    return str(getattr(status, "name", status))
+
+
+def checked(driver: Any, result: tuple[Any, ...], what: str) -> Any:
+    """The value of a driver call; raises `LoadError` if it failed."""
+    status = result[0]
+    if int(status) != 0:
+        problem, text = driver.cuGetErrorString(status)
+        detail = f" ({bytes(text).decode()})" if int(problem) == 0 and text else ""
+        raise LoadError(f"{what} failed: {_name(status)}{detail}")
+    return result[1] if len(result) > 1 else None
+
+
+def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> _Refusal:
+    status, number = driver.cuDriverGetVersion()
+    version = f"{number // 1000}.{number % 1000 // 10}" if int(status) == 0 else "unknown"
+    compiler = str((compiled.meta.get("nvrtc") or {}).get("version", "unknown"))
+    have, need = (int(text.split(".")[0]) if text[:1].isdigit() else 0 for text in (version, compiler))
+    explained = need > have > 0
+    advice = "the binary is damaged, or not for this device"
+    if explained:
+        advice = f"install an NVRTC of CUDA {have} ({wheel_command(have)}) or a newer driver"
+    return _Refusal(
+        f"the driver refuses kernel {compiled.spec.entry} ({error}): compiled by NVRTC {compiler}, "
+        f"the driver supports CUDA {version}; {advice} (key {compiled.key[:12]})",
+        explained,
+    )

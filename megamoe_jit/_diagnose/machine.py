@@ -1,0 +1,264 @@
+"""What this machine offers, as plain data: packages, compilers, driver and GPUs, file systems, tools.
+
+Nothing here needs torch or a GPU, and nothing raises because something is missing: the answer says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megamoe_jit._errors import ToolchainError
+from megamoe_jit._text import first_line
+
+if TYPE_CHECKING:
+    from megamoe_jit._settings.settings import Fault
+
+__all__ = [
+    "TOOLS",
+    "FileSystem",
+    "Gpu",
+    "Machine",
+    "compilers",
+    "file_system",
+    "find_tool",
+    "gpus",
+    "packages",
+    "settings_table",
+    "tool_command",
+]
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "cuda-python",
+    "cuda-bindings",
+    "cuda-pathfinder",
+    "nvidia-cuda-nvrtc-cu12",
+    "nvidia-cuda-nvrtc",
+    "jinja2",
+    "platformdirs",
+    "click",
+    "rich",
+)
+
+#: Disassemblers that `inspect --sass` can use, the preferred one first, and the package each comes in.
+TOOLS = {"nvdisasm": "nvidia-cuda-nvdisasm", "cuobjdump": "nvidia-cuda-cuobjdump"}
+
+_NETWORK = re.compile(
+    r"nfs|cifs|smb|9p|afs|lustre|gpfs|beegfs|ceph|gluster|sshfs|orangefs|pvfs|panfs|weka|s3fs|gcsfuse|juicefs"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU as the driver describes it."""
+
+    index: int
+    name: str
+    compute_capability: str
+    sms: int
+    memory_bytes: int
+    supported: bool  #: compute capability 9.0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The driver and its GPUs.
+
+    Attributes:
+        driver_cuda: newest CUDA version the driver supports, None without a driver.
+        problem: why there is none.
+        gpus: those this process may use.
+    """
+
+    driver_cuda: str | None
+    problem: str | None
+    gpus: tuple[Gpu, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"driver_cuda": self.driver_cuda, "problem": self.problem, "gpus": [asdict(gpu) for gpu in self.gpus]}
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """Where a path lies.
+
+    Attributes:
+        mount: mount point, empty if unknown.
+        type: `ext4`, `nfs4`, ... or `unknown`.
+        network: whether other machines see it too, as far as the type tells.
+        free_bytes: what this user may still write, None if unknown.
+    """
+
+    mount: str
+    type: str
+    network: bool
+    free_bytes: int | None
+
+
+def packages() -> dict[str, str | None]:
+    """Installed versions, without importing anything."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def compilers() -> dict[str, Any]:
+    """Every NVRTC found, and the one that is used, or why none is."""
+    from megamoe_jit._compile.toolchain import candidates, find_toolchain
+
+    found = [
+        {
+            "path": str(c.path),
+            "version": ".".join(map(str, c.version)) if c.version else None,
+            "major": c.major,
+            "origin": c.origin,
+        }
+        for c in candidates()
+    ]
+    try:
+        chosen = find_toolchain()
+    except ToolchainError as error:
+        return {"chosen": None, "problem": str(error), "candidates": found}
+    return {
+        "chosen": {
+            "path": str(chosen.path),
+            "version": ".".join(map(str, chosen.version)),
+            "build": chosen.build,
+        },
+        "problem": None,
+        "candidates": found,
+    }
+
+
+def _ask(result: tuple[Any, ...]) -> Any:
+    """The value of a driver call; raises `RuntimeError` with the name of its error."""
+    if int(result[0]) != 0:
+        raise RuntimeError(result[0].name)
+    return result[1] if len(result) > 1 else None
+
+
+def gpus() -> Machine:
+    """What the driver says, asked through cuda-bindings: torch need not be there."""
+    try:
+        from cuda.bindings import driver
+
+        _ask(driver.cuInit(0))
+        version = _ask(driver.cuDriverGetVersion())
+        found = [_gpu(driver, index) for index in range(_ask(driver.cuDeviceGetCount()))]
+    except (ImportError, RuntimeError) as error:
+        return Machine(None, first_line(error))
+    return Machine(f"{version // 1000}.{version % 1000 // 10}", None, tuple(found))
+
+
+def _gpu(driver: Any, index: int) -> Gpu:
+    attribute = driver.CUdevice_attribute
+    device = _ask(driver.cuDeviceGet(index))
+    major, minor, sms = (
+        int(_ask(driver.cuDeviceGetAttribute(which, device)))
+        for which in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        )
+    )
+    name = _ask(driver.cuDeviceGetName(96, device)).split(b"\0")[0].decode()
+    memory = int(_ask(driver.cuDeviceTotalMem(device)))
+    return Gpu(index, name, f"{major}.{minor}", sms, memory, (major, minor) == (9, 0))
+
+
+def file_system(path: Path) -> FileSystem:
+    """The file system of a path, or of the nearest folder above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    mount, kind = _mount_of(os.path.realpath(path))
+    try:
+        status = os.statvfs(path)
+        free: int | None = status.f_bavail * status.f_frsize
+    except OSError:
+        free = None
+    return FileSystem(mount, kind, bool(_NETWORK.search(kind)), free)
+
+
+def _mount_of(path: str) -> tuple[str, str]:
+    """Mount point and type, from the last of the longest matching mounts, which hides the earlier ones."""
+    best, kind = "", "unknown"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return best, kind
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        parts = left.split()
+        if len(parts) < 5 or not right:
+            continue
+        mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), parts[4])
+        inside = path == mount or path.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, right.split()[0]
+    return best, kind
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a CUDA tool: from an installed wheel, conda or toolkit, else from PATH."""
+    try:
+        from cuda.pathfinder import find_nvidia_binary_utility
+    except ImportError:
+        return shutil.which(name)
+    try:
+        found = find_nvidia_binary_utility(name)
+    except Exception:  # an older cuda-pathfinder knows fewer tools and raises errors of its own for the others
+        found = None
+    return found or shutil.which(name)
+
+
+def tool_command(name: str) -> str:
+    """How to get a tool of `TOOLS`."""
+    return f"pip install {TOOLS[name]}"
+
+
+def settings_table(faults: Sequence[Fault] = ()) -> list[dict[str, Any]]:
+    """Every setting: its variable, value, where the value comes from, what is wrong with it, default and meaning.
+
+    Args:
+        faults: from `lenient`; of what is wrong, the value is what was written.
+    """
+    from megamoe_jit._settings.settings import VARIABLES, get_settings
+
+    values = get_settings()
+    rows = []
+    for variable in VARIABLES:
+        value, source = getattr(values, variable.field), values.source(variable.field)
+        wrong = [fault for fault in faults if fault.field == variable.field]
+        if wrong and (source == "default" or wrong[0].source == "environment"):
+            value, source = wrong[0].value, wrong[0].source
+        rows.append(
+            {
+                "name": variable.name,
+                "value": _plain(value),
+                "source": source,
+                "problem": "; ".join(fault.message for fault in wrong) or None,
+                "default": variable.default,
+                "meaning": variable.meaning,
+            }
+        )
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path | dict) else value

@@ -1,0 +1,269 @@
+"""From a `KernelSpec` to a compiled kernel: memory, then read-only caches, then the user's, then the compiler.
+
+A kernel is compiled once per process, whatever the number of threads, and once per node, whatever the
+number of processes. A failure is remembered: the same kernel is not compiled again and again, and nobody
+runs half of one. The bytes that were just compiled are used from memory; whether the disk could keep them
+does not matter. A process that is sealed compiles nothing any more.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from megamoe_jit._cache.cache import KernelCache, cache_key, user_cache
+from megamoe_jit._compile.nvrtc import options_for
+from megamoe_jit._compile.render import render
+from megamoe_jit._compile.toolchain import ARCH, find_toolchain
+from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
+from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
+from megamoe_jit._numerics import Numerics
+from megamoe_jit._settings.settings import Settings, get_settings
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+
+__all__ = [
+    "CompiledKernel",
+    "WarmupResult",
+    "enumerate_specs",
+    "forget",
+    "get_kernel",
+    "kernel_cache",
+    "kernel_key",
+    "retry",
+    "seal",
+    "sealed",
+    "unseal",
+    "warmup",
+    "warmup_command",
+]
+
+LOG = logging.getLogger("megamoe_jit")
+_BY_NAME = 'preset("v4-flash").shape'  # in messages
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupResult:
+    """What became of one kernel of a warmup.
+
+    Attributes:
+        spec: the kernel.
+        kernel: the kernel, None if it failed.
+        error: why it failed, None if it did not.
+        seconds: how long it took.
+    """
+
+    spec: KernelSpec
+    kernel: CompiledKernel | None
+    error: Exception | None
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the kernel is there."""
+        return self.error is None
+
+
+_Job = tuple[Settings, KernelSpec]
+_lock = threading.Lock()
+_memory: dict[_Job, CompiledKernel] = {}
+_failed: dict[_Job, MegaMoeError] = {}
+_running: dict[_Job, concurrent.futures.Future[CompiledKernel]] = {}
+
+
+def _after_fork() -> None:
+    """A child has none of the threads that would finish what was running."""
+    global _lock
+    _lock = threading.Lock()
+    _running.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def kernel_cache() -> KernelCache:
+    """The cache of the current settings that kernels are written to."""
+    return user_cache()
+
+
+def kernel_key(spec: KernelSpec) -> str:
+    """The cache key of a kernel: renders it and identifies the compiler, but compiles nothing.
+
+    Raises:
+        RenderError: its source cannot be rendered.
+        ToolchainError: there is no compiler to identify.
+    """
+    toolchain = find_toolchain()
+    return cache_key(render(spec).text, options_for(toolchain), spec.entry, ARCH, toolchain)
+
+
+def enumerate_specs(
+    shape: MoEShape,
+    ranks: int = 1,
+    variants: Iterable[Variant] | None = None,
+    fast_math: bool | None = True,
+    *,
+    numerics: Numerics | None = None,
+) -> tuple[KernelSpec, ...]:
+    """Every kernel that a call of this shape can pick, whatever its token count; what to warm up.
+
+    Args:
+        shape: the layer; `experts` counts all ranks' experts.
+        ranks: ranks that share the experts.
+        variants: these alone; all that the heuristics can choose if None.
+        fast_math: the argument of the calls; None for both.
+        numerics: all numeric options of the calls, instead of `fast_math`.
+
+    Raises:
+        ConfigError: an argument is not supported.
+    """
+    from megamoe_jit.heuristics.select import all_variants
+
+    if not isinstance(shape, MoEShape):
+        allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
+        raise ConfigError(f"shape = {shape!r:.80} is not supported; allowed: {allowed}")
+    if isinstance(variants, str) or not isinstance(variants, Iterable | None):
+        raise ConfigError(f"variants = {variants!r:.80} is not supported; allowed: several Variants, or None")
+    wanted = all_variants(shape) if variants is None else tuple(variants)
+    flags = (True, False) if fast_math is None else (fast_math,)
+    some = [Numerics(flag) for flag in flags] if numerics is None else [numerics]
+    return tuple(dict.fromkeys(KernelSpec(shape, v, ranks, numerics=each) for v in wanted for each in some))
+
+
+def get_kernel(spec: KernelSpec) -> CompiledKernel:
+    """The compiled kernel of a spec; compiles it if nobody did yet.
+
+    Args:
+        spec: the kernel.
+
+    Returns:
+        The kernel.  Later calls return it from memory.
+
+    Raises:
+        KernelMissingError: it is not cached, and the process is sealed or the settings forbid compiling.
+        RenderError: its source cannot be rendered.
+        ToolchainError: there is no compiler to identify or compile it with.
+        CompileError: it does not compile.  The same error is raised again until `retry` or `forget`.
+    """
+    return _get(spec, force=False)
+
+
+def retry() -> None:
+    """Forget every failure, so that the kernels concerned are compiled, or loaded, again at their next use."""
+    with _lock:
+        _failed.clear()
+    trust_again()
+
+
+def forget(spec: KernelSpec | None = None) -> None:
+    """Drop a kernel, or all of them, from memory; cached files stay."""
+    with _lock:
+        for job in [j for j in (*_memory, *_failed) if spec is None or j[1] == spec]:
+            _memory.pop(job, None)
+            _failed.pop(job, None)
+
+
+def warmup(
+    specs: Iterable[KernelSpec],
+    jobs: int | None = None,
+    force: bool = False,
+    progress: Callable[[WarmupResult], None] | None = None,
+) -> list[WarmupResult]:
+    """Compile kernels ahead of time, in threads; needs no GPU.
+
+    Args:
+        specs: the kernels; repeated ones count once.
+        jobs: threads; the settings' number if None.
+        force: compile even what is cached, and replace it.
+        progress: called in this thread with each result as it comes.
+
+    Returns:
+        One result per kernel, in the order given.  Failures are results too, not exceptions.
+
+    Raises:
+        ConfigError: these are not specs, or `jobs` is not a number of threads.
+    """
+    todo = _distinct(specs)
+    if jobs is not None and (type(jobs) is not int or jobs < 1):
+        raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer from 1, or None")
+    results: dict[KernelSpec, WarmupResult] = {}
+    workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
+    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
+    try:
+        futures = [pool.submit(_warm_one, spec, force) for spec in todo]
+        for future in concurrent.futures.as_completed(futures):
+            result = future.result()
+            results[result.spec] = result
+            if progress is not None:
+                progress(result)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [results[spec] for spec in todo]
+
+
+def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
+    """The specs, each once; raises `ConfigError` if one of them is something else."""
+    given = list(specs) if isinstance(specs, Iterable) and not isinstance(specs, str) else None
+    odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec)]
+    if given is None or odd:
+        allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
+        raise ConfigError(f"specs: {odd[0]!r:.80} given; allowed: {allowed}")
+    return list(dict.fromkeys(given))
+
+
+def _warm_one(spec: KernelSpec, force: bool) -> WarmupResult:
+    begin = time.perf_counter()
+    kernel, failure = None, None
+    try:
+        kernel = _get(spec, force)
+    except Exception as error:
+        failure = error
+        if not isinstance(error, MegaMoeError):
+            LOG.exception("unexpected failure while compiling %s", spec.entry)
+    return WarmupResult(spec, kernel, failure, time.perf_counter() - begin)
+
+
+def _get(spec: KernelSpec, force: bool) -> CompiledKernel:
+    job = (get_settings(), spec)
+    if not force:
+        known = _memory.get(job)
+        if known is not None:
+            return known
+    begin = time.perf_counter()
+    with _lock:
+        if force:
+            _failed.pop(job, None)
+        elif job in _memory:
+            return _memory[job]
+        if job in _failed:
+            raise _failed[job].with_traceback(None)
+        future = _running.get(job)
+        mine = future is None
+        if future is None:
+            future = _running[job] = concurrent.futures.Future()
+    if not mine:
+        failure = future.exception()
+        if failure is not None and not isinstance(failure, Exception):  # that thread was interrupted, this one not
+            return _get(spec, force)
+        kernel = future.result()
+        return dataclasses.replace(kernel, origin="memory", seconds=time.perf_counter() - begin)
+    try:
+        kernel = obtain(spec, force)
+    except BaseException as error:
+        with _lock:
+            if isinstance(error, MegaMoeError) and not isinstance(error, KernelMissingError):
+                _failed[job] = error
+            del _running[job]
+        future.set_exception(error)
+        raise
+    kernel = dataclasses.replace(kernel, seconds=time.perf_counter() - begin)
+    with _lock:
+        _memory[job] = dataclasses.replace(kernel, origin="memory", seconds=0.0)
+        del _running[job]
+    future.set_result(kernel)
+    return kernel

@@ -1,0 +1,206 @@
+"""The calls: the buffer of a layer, `fp8_mega_moe`, and the two forms of it that force a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
+from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
+from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.checks import RECIPE, check_expert_ids, check_recipe, check_tensor, check_weights
+from megamoe_jit._layer.group import collectively, group_size
+from megamoe_jit._layer.quantize import require_tensor
+from megamoe_jit._layer.weights import WeightPair, require_pair
+from megamoe_jit._numerics import Numerics, numerics_of
+from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec import MoEShape, Variant, check_int
+
+__all__ = ["fp8_mega_moe", "fp8_mega_moe_cooperative", "fp8_mega_moe_pingpong", "get_symm_buffer_for_mega_moe"]
+
+
+def get_symm_buffer_for_mega_moe(
+    group: Any,
+    num_experts: int,
+    num_max_tokens_per_rank: int,
+    num_topk: int,
+    hidden: int,
+    intermediate_hidden: int,
+    use_fp8_dispatch: bool = True,
+    activation: str = "swiglu",
+    *,
+    device: torch.device | str | int | None = None,
+    max_pool_rows: int = DEFAULT_POOL_ROWS,
+) -> SymmBuffer:
+    """Allocate the buffer of one rank; a collective of all ranks of `group`.
+
+    Args:
+        group: the process group whose ranks share the experts, one GPU each.  None or a group of one rank: plain CUDA
+            memory, torch.distributed is not needed.
+        num_experts: experts of all ranks.
+        num_max_tokens_per_rank: most tokens of a call; rounded up to a multiple of 128.
+        num_topk: slots of a token, 1 to 32.
+        hidden, intermediate_hidden: multiples of 128, up to 262144.
+        use_fp8_dispatch: must be True.
+        activation: must be "swiglu".
+        device: where; the current CUDA device by default.
+        max_pool_rows: rows that the local pools hold at most, 4096 or more.  A batch with more of them is served
+            too: the pools become rings, and dispatch waits for the matrix work.
+
+    Raises:
+        ConfigError: a value is not supported, or the memory is not there (says the bytes).
+        UnsupportedDeviceError: there is no GPU, or it is no Hopper GPU.
+        RankMismatchError: the ranks ask for different layers, or have different kernel sources.
+    """
+    ranks = group if group_size(group) > 1 else None
+
+    def admit() -> tuple[MoEShape, torch.device]:
+        if not use_fp8_dispatch:
+            raise ConfigError("use_fp8_dispatch = False is not supported; allowed: True")
+        if activation != "swiglu":
+            raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
+        shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
+        check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
+        check_int("max_pool_rows", max_pool_rows)
+        if not torch.cuda.is_available():
+            raise UnsupportedDeviceError("no CUDA device is available; these kernels need a Hopper GPU and its driver")
+        place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
+        where = torch.empty(0, device=place).device  # with its index
+        return shape, where
+
+    shape, where = collectively(ranks, "checking the layer", admit)
+    return SymmBuffer(shape, num_max_tokens_per_rank, where, ranks, max_pool_rows)
+
+
+def fp8_mega_moe(
+    y: torch.Tensor,
+    l1: WeightPair,
+    l2: WeightPair,
+    sym_buffer: SymmBuffer,
+    cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+    recipe: Sequence[int] = RECIPE,
+    activation: str = "swiglu",
+    activation_clamp: float | None = None,
+    fast_math: bool = True,
+    *,
+    num_sms: int | None = None,
+    variant: str | None = None,
+) -> None:
+    """Run one MoE layer on the tokens staged in `sym_buffer`, in one kernel launch on the current stream.
+
+    ``y[t] = sum over slots k of topk_weights[t, k] * down(quantise(swiglu(gate_up(x[t]))))`` with the experts
+    ``topk_idx[t, k]``.  Masked slots (-1) add nothing; a token with all slots masked gives zeros.  Any other id that is
+    no expert counts as masked too; with MEGAMOE_JIT_DEBUG it is refused.
+
+    Args:
+        y: bf16 ``[T, hidden]``, written; T is the number of tokens staged, 0 to the buffer's capacity.
+        l1: e4m3 ``[experts, 2 * intermediate, hidden]``, and float32
+            ``[experts, 2 * intermediate / 128, hidden / 128]``.
+        l2: e4m3 ``[experts, hidden, intermediate]``, and float32 ``[experts, hidden / 128, intermediate / 128]``.
+            Both come from `transform_weights_for_mega_moe_sm90` of this version, which the tensors do not show.
+        sym_buffer: the inputs, staged by the caller into its views before each call.
+        cumulative_local_expert_recv_stats: int32 ``[local experts]``; rows of each expert are added to it.
+        recipe: quantisation blocks; must be (128, 128, 128).
+        activation: must be "swiglu".
+        activation_clamp: bounds the gate from above and the up projection on both sides; None for no bound.
+        fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
+        num_sms: blocks of the launch, to leave SMs to other streams; all SMs by default.
+        variant: "auto" or the name of a `Variant`; the setting MEGAMOE_JIT_VARIANT by default.
+
+    Raises:
+        ConfigError: an argument is not supported; nothing was launched.
+        CaptureError: first use of this kernel during CUDA-graph capture.
+        CompileError, LoadError, LaunchError: see their documentation.
+
+    Calls on one buffer are ordered, also across streams.  What is staged on another stream than the last call's is not:
+    call `sym_buffer.wait_for_last()` before.  Replays of a captured graph are for the caller to order with other calls
+    on the same buffer.
+
+    With several ranks this is a collective.  Until the kernels are prepared, an argument that is refused on one rank is
+    refused on all; later the other ranks wait in the kernel, to its deadline.
+    """
+    if not isinstance(sym_buffer, SymmBuffer):
+        given = type(sym_buffer).__name__
+        raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
+    stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp)
+    numeric = (fast_math,)  # the fields of `Numerics`
+    numerics = numerics_of(*numeric)  # None is refused below, with several ranks on all of them
+    first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(numerics)
+    if first and not torch.cuda.is_current_stream_capturing():  # in a capture, prepare refuses
+
+        def admit() -> None:
+            tokens, _ = _admit(y, sym_buffer, stats, *options)
+            choice, _ = sym_buffer.choose(tokens, variant, num_sms)
+            check_weights(l1, l2, sym_buffer.spec(choice.variant, numerics or Numerics(*numeric)), sym_buffer.device)
+
+        collectively(sym_buffer.group, "checking the arguments of the first call", admit)
+    tokens, clamp = _admit(y, sym_buffer, stats, *options)
+    plan = sym_buffer.plan(tokens, variant, numerics or Numerics(*numeric), num_sms)
+    try:
+        plan.kernel.check_weights(l1, l2, sym_buffer.device)
+    except TypeError:
+        require_pair("l1", l1)
+        require_pair("l2", l2)
+        raise
+    sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
+
+
+def _admit(
+    y: torch.Tensor,
+    buffer: SymmBuffer,
+    stats: torch.Tensor | None,
+    recipe: Sequence[int],
+    activation: str,
+    activation_clamp: float | None,
+) -> tuple[int, float]:
+    """Check what every call has of its own; its number of tokens and the clamp."""
+    try:
+        tokens, _ = y.shape
+    except AttributeError:  # costs nothing where it is a tensor
+        require_tensor("y", y)
+        raise
+    except ValueError:
+        raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]") from None
+    if tokens > buffer.num_max_tokens_per_rank:
+        raise ConfigError(f"y has {tokens} rows; allowed: at most the buffer's {buffer.num_max_tokens_per_rank} tokens")
+    check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
+    clamp = check_recipe(recipe, activation, activation_clamp)
+    if stats is not None:
+        experts = (buffer.num_experts // buffer.ranks,)
+        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, buffer.device, align=4)
+    if get_settings().debug and not torch.cuda.is_current_stream_capturing():  # it waits for the device
+        check_expert_ids(buffer.topk_idx[:tokens], buffer.num_experts)
+    return tokens, clamp
+
+
+def _forcing(variant: Variant) -> Callable[..., None]:
+    """`fp8_mega_moe` with its signature, but for the variant, which is forced."""
+
+    def call(
+        y: torch.Tensor,
+        l1: WeightPair,
+        l2: WeightPair,
+        sym_buffer: SymmBuffer,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        recipe: Sequence[int] = RECIPE,
+        activation: str = "swiglu",
+        activation_clamp: float | None = None,
+        fast_math: bool = True,
+        *,
+        num_sms: int | None = None,
+    ) -> None:
+        stats = cumulative_local_expert_recv_stats
+        options = (recipe, activation, activation_clamp, fast_math)
+        fp8_mega_moe(y, l1, l2, sym_buffer, stats, *options, num_sms=num_sms, variant=variant.value)
+
+    call.__name__ = call.__qualname__ = f"fp8_mega_moe_{variant.value}"
+    call.__doc__ = (
+        f"`fp8_mega_moe` with the {variant.value} kernel (tiles of {variant.block_m} rows), whatever the token count."
+    )
+    return call
+
+
+fp8_mega_moe_pingpong = _forcing(Variant.PINGPONG)
+fp8_mega_moe_cooperative = _forcing(Variant.COOPERATIVE)

@@ -1,0 +1,201 @@
+"""Locks save work and never stand in the way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from megamoe_jit._cache import locks as _locks
+from megamoe_jit._cache.locks import key_lock, lock_dir, try_lock
+from megamoe_jit._device import load as _loader
+from megamoe_jit._settings import settings as _settings
+from megamoe_jit._settings.settings import override
+from tests.stubs import KEY, child_environment
+
+
+def test_lock_excludes_times_out_and_is_released(tmp_path, warnings, monkeypatch):
+    monkeypatch.setattr(_locks, "PATIENCE_S", 0.02)
+    with override(lock_dir=tmp_path / "locks", lock_timeout_s=0.05):
+        with key_lock(KEY, "kernel") as outer:
+            assert outer is True
+            with key_lock(KEY, "kernel") as inner:
+                assert inner is False
+            with key_lock("cd" * 32, "another") as free:
+                assert free is True
+        with key_lock(KEY, "kernel") as again:
+            assert again is True
+    text = "\n".join(w.getMessage() for w in warnings)
+    assert f"waiting for process {os.getpid()}, which is compiling kernel" in text
+    assert "compiling it here as well" in text
+    assert len(warnings) == 2
+    assert not _locks._held
+
+
+def test_no_waiting_at_all(tmp_path, warnings):
+    with override(lock_dir=tmp_path / "locks", lock_timeout_s=0), key_lock(KEY, "kernel"):
+        begin = time.perf_counter()
+        with key_lock(KEY, "kernel") as inner:
+            assert inner is False
+        assert time.perf_counter() - begin < 1
+
+
+def test_waiting_ends_as_soon_as_there_is_nothing_to_wait_for(tmp_path, warnings):
+    done = threading.Event()
+    with override(lock_dir=tmp_path), key_lock(KEY, "kernel"):
+        threading.Timer(0.05, done.set).start()
+        begin = time.perf_counter()
+        with key_lock(KEY, "kernel", done.is_set) as held:
+            assert held is False
+        assert time.perf_counter() - begin < 1
+    assert not warnings
+
+
+def test_lock_of_a_killed_process_is_free_at_once(tmp_path):
+    code = (
+        "import sys, time\nfrom megamoe_jit._cache.locks import key_lock\n"
+        "with key_lock(sys.argv[1], 'k'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    environment = child_environment(tmp_path)
+    holder = subprocess.Popen([sys.executable, "-c", code, KEY], env=environment, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with override(lock_dir=tmp_path / "locks", lock_timeout_s=20):
+        with try_lock(KEY) as free:
+            assert free is False
+        holder.kill()
+        begin = time.perf_counter()
+        with key_lock(KEY, "kernel") as held:
+            assert held is True
+        assert time.perf_counter() - begin < 5
+    holder.wait()
+    holder.stdout.close()
+
+
+def test_forked_child_does_not_keep_the_lock(tmp_path):
+    with override(lock_dir=tmp_path):
+        with key_lock(KEY, "kernel"):
+            (handle,) = _locks._held
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.fstat(handle)
+                except OSError:
+                    signal.pause()
+                os._exit(1)
+        try:
+            with try_lock(KEY) as free:
+                assert free is True
+        finally:
+            time.sleep(0.01)
+            os.kill(pid, signal.SIGKILL)
+            assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the child still has the handle"
+
+
+def test_copy_of_the_handle_does_not_keep_the_lock(tmp_path):
+    """A child has one from the moment it is forked until its hook, or its exec, closes it."""
+    with override(lock_dir=tmp_path):
+        with key_lock(KEY, "kernel"):
+            (handle,) = _locks._held
+            copy = os.dup(handle)
+        with try_lock(KEY) as free:
+            assert free is True
+    os.close(copy)
+
+
+@pytest.mark.parametrize("module", [_settings, _loader], ids=lambda module: module.__name__)
+def test_child_forked_while_a_thread_holds_a_lock_can_take_it(module, monkeypatch):
+    """The thread that would release it is not in the child."""
+    monkeypatch.setattr(_settings, "_current", None)
+    with module._lock:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(20)  # ends a child that waits for a thread it has not
+                _settings.get_settings()
+                with module._lock:
+                    os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+    assert status == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_file_system_without_locks(tmp_path, warnings, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with override(lock_dir=tmp_path / "locks"):
+        with key_lock(KEY, "kernel") as held:
+            assert held is False
+        assert len(warnings) == 1
+        with try_lock("name") as free:
+            assert free is True
+    assert len(warnings) == 1
+
+
+def test_lock_directory_that_cannot_be(tmp_path, warnings):
+    (tmp_path / "file").write_text("")
+    with override(lock_dir=tmp_path / "file" / "locks"):
+        with key_lock(KEY, "kernel") as held:
+            assert held is False
+        with try_lock("name") as free:
+            assert free is True
+    assert len(warnings) == 1
+
+
+def test_lock_file_that_is_a_link_is_not_followed(tmp_path, warnings):
+    (tmp_path / f"{KEY}.lock").symlink_to(tmp_path / "victim")
+    with override(lock_dir=tmp_path), key_lock(KEY, "kernel") as held:
+        assert held is False
+    assert not (tmp_path / "victim").exists()
+    assert len(warnings) == 1
+
+
+def test_an_error_inside_the_lock_passes_through(tmp_path):
+    with override(lock_dir=tmp_path):
+        with pytest.raises(KeyError), key_lock(KEY, "kernel"):
+            raise KeyError
+        with key_lock(KEY, "kernel") as held:
+            assert held is True
+
+
+def test_holder_that_left_no_name(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_text("")
+    handle = os.open(path, os.O_RDWR)
+    assert _locks._owner(handle) == "another process"
+    os.close(handle)
+    assert _locks._owner(handle) == "another process"
+
+
+def test_default_lock_directory_is_private_and_falls_through(tmp_path, monkeypatch):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / f"megamoe-jit-{os.geteuid()}").mkdir(mode=0o700)
+    (bad / f"megamoe-jit-{os.geteuid()}").chmod(0o777)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(bad))
+    folder = lock_dir()
+    assert not str(folder).startswith(str(bad))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr(_locks.os.path, "isdir", lambda _: False)
+    with pytest.raises(FileNotFoundError, match="no directory for lock files"):
+        lock_dir()
+    monkeypatch.setattr(_locks.os.path, "isdir", lambda _: True)
+
+    def refuse(path):
+        raise PermissionError(f"no {path}")
+
+    monkeypatch.setattr(_locks, "private_directory", refuse)
+    with pytest.raises(PermissionError):
+        lock_dir()

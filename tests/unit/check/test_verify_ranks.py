@@ -1,0 +1,70 @@
+"""`verify --ranks` on the CPU: real ranks, a stand-in for the layer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch.distributed as dist
+
+from megamoe_jit._check import scenarios as _scenarios
+from megamoe_jit._check import verify_ranks as _verify_ranks
+from megamoe_jit._check.scenarios import Scenario
+from megamoe_jit._check.spawn import World
+from megamoe_jit._check.verify import Outcome
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MoEShape
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+TABLE = tuple(Scenario(f"small.t{t}", MoEShape(256, 128, 4, 2), t, 8) for t in (5, 3, 8))
+PATIENCE_S = 8.0  #: how long a rank waits for one that has failed
+
+
+def on_rank(world: World, **arguments) -> int:
+    """The runner with a table of its own."""
+    _scenarios.SCENARIOS, _verify_ranks.COLLECTIVE_S = TABLE, PATIENCE_S
+    return _verify_ranks.run_on_rank(world, **arguments)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(_scenarios, "SCENARIOS", TABLE)
+    monkeypatch.setattr(_verify_ranks, "COLLECTIVE_S", PATIENCE_S)
+    collect = _verify_ranks.collect
+    target = "tests.unit.check.test_verify_ranks:on_rank"
+    monkeypatch.setattr(_verify_ranks, "collect", lambda _, *more, **named: collect(target, *more, **named))
+    return lambda **more: _verify_ranks.run_ranks(2, device="cpu", api="tests.unit.layer.rank_layer", **more)
+
+
+def test_outcomes_are_the_worst_over_ranks(run):
+    seen = []
+    outcomes = run(pattern="small.t5", progress=seen.append)
+    assert outcomes == seen
+    right, wrong = outcomes
+    assert (right.name, right.variant, right.passed, right.reason) == ("small.t5", "pingpong", True, "")
+    assert right.diff < 1e-9
+    assert not wrong.passed
+    assert wrong.reason.startswith("rank 1: diff ")
+    assert wrong.diff > 0.01
+
+
+def test_a_fault_of_one_rank_ends_the_run_on_all(run):
+    outcomes = run(variants=["cooperative"])
+    assert [(o.name, o.passed) for o in outcomes] == [("small.t5", False), ("small.t3", False)]
+    assert outcomes[1].reason.endswith("rank 1: PeerTimeoutError: rank 1: missing: rank 0")
+    assert math.isnan(outcomes[1].diff)
+
+
+def test_scenarios_that_cannot_be_shared_are_left_out(monkeypatch):
+    monkeypatch.setattr(_scenarios, "SCENARIOS", TABLE)
+    assert [s.name for s in _verify_ranks.chosen("small", 4)] == ["small.t5", "small.t3", "small.t8"]
+    with pytest.raises(ConfigError, match="3 ranks can share evenly"):
+        _verify_ranks.chosen("small", 3)
+
+
+def test_merging_keeps_a_figure_that_does_not_exist():
+    ends = [Outcome("a", "b", 1e-5, math.nan, True, True, ""), Outcome("a", "b", 2e-5, 0.1, False, False, "bad")]
+    merged = _verify_ranks._merged(ends)
+    assert (merged.diff, merged.zero_rows_ok, merged.passed, merged.reason) == (2e-5, False, False, "rank 1: bad")
+    assert math.isnan(merged.worst_row_diff)

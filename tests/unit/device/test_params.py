@@ -1,0 +1,30 @@
+"""The parameter block: ctypes has the offsets of the compiler, and it lies where a launch can read it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from megamoe_jit._device.abi import PARAMS, PARAMS_ALIGN, PARAMS_BYTES
+from megamoe_jit._device.params import Params, TensorMap, aligned_params
+
+
+def test_every_field_lies_where_the_compiler_has_it():
+    assert ctypes.sizeof(Params) == PARAMS_BYTES
+    assert [(name, getattr(Params, name).offset) for name, _ in Params._fields_] == [
+        (name, offset) for name, _, _, offset in PARAMS
+    ]
+    ends = [getattr(Params, name).offset + getattr(Params, name).size for name, _ in Params._fields_]
+    assert ends == [*(offset for *_, offset in PARAMS[1:]), PARAMS_BYTES]
+    assert ctypes.sizeof(TensorMap) == 128
+
+
+@pytest.mark.parametrize("_", range(8))
+def test_the_block_is_aligned_and_zero(_: int):
+    params = aligned_params()
+    assert ctypes.addressof(params) % PARAMS_ALIGN == 0
+    assert bytes(params) == bytes(ctypes.sizeof(Params))
+    maps = [name for name, kind in Params._fields_ if kind is TensorMap]
+    assert len(maps) == 4
+    assert all(getattr(Params, name).offset % 64 == 0 for name in maps)

@@ -1,0 +1,214 @@
+"""The protocol without a GPU: the kernels on virtual ranks, blocks and threads, in interleavings of chance.
+
+`tests/unit/host/` builds the headers of `kernels_src/` with stand-ins for the PTX instructions alone and runs them; see
+`docs/protocol.md`, "Tested without GPUs".  A run fails when threads wait for each other, when an access is not ordered
+after what it needs, when anything lies outside of its buffer, and when one output is not what the routing asks for.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megamoe_jit._device.abi import Wait
+from megamoe_jit._spec import MoEShape, Variant
+from tests import host
+from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
+
+#: By number of ranks.  Full and half tiles of columns, turns of the main loop of one and of two k-blocks, one and
+#: several turns per tile, rows that dispatch moves in one piece or in several.
+SHAPES = {
+    1: MoEShape(640, 384, 6, 3),
+    2: MoEShape(512, 256, 8, 2),
+    4: MoEShape(256, 128, 8, 4),
+    8: MoEShape(128, 256, 16, 2),
+}
+TOKENS = {1: 100, 2: 60, 4: 24, 8: 16}  #: most of a rank
+BLOCKS = {1: 6, 2: 4, 4: 2, 8: 2}  #: most of a launch
+
+#: A wait that is over at once, by its code; ranks that take the launch before for this one, or do not meet in one of
+#: the phases; an order of tiles that does not see that its ring is full; sides of which one has no block, or had one
+#: in the launch before; a block that takes tiles of another side than it has counted as.  Which one is chosen when
+#: the program runs.
+MISTAKES = (
+    *SMALL,
+    Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
+    Change("comm/barriers.cuh", "(words + r) - epoch", "(words + r) - epoch + (sim::mutant == 201)"),
+    Change(
+        "comm/barriers.cuh",
+        "rank_wait<kRanks>(p,",
+        "if (sim::mutant != 203 + static_cast<u32>(phase)) rank_wait<kRanks>(p,",
+    ),
+    Change("sched/order.cuh", "next2.first() + ring", "next2.first() + (sim::mutant == 202 ? 1u << 20 : ring)"),
+    Change("dispatch/sort.cuh", "= even_enough(", "= sim::mutant == 205 ? p.want_sides : even_enough("),
+    Change("kernels/megamoe.cuh", "? shared.side() :", "? (sim::mutant == 207 ? 0 : shared.side()) :"),
+    Change(
+        "roles/combine.cuh",
+        "blockIdx.x == 0) p.control[kControlSides]",
+        "blockIdx.x == 0 && sim::mutant != 206) p.control[kControlSides]",
+    ),
+)
+STALE_EPOCH, BLIND_ORDER, NO_INPUTS, NO_RESULTS, LONELY_SIDE, OLD_SIDES, OTHER_SIDE = 201, 202, 203, 204, 205, 206, 207
+
+Build = Callable[..., Simulator]
+
+
+@pytest.fixture(scope="module")
+def build() -> Build:
+    """Programs by number of ranks and changes, each built once."""
+    with tempfile.TemporaryDirectory(prefix="protocol-") as folder:
+
+        @cache
+        def attempt(ranks: int, changes: tuple[Change, ...]) -> Simulator | AssertionError:
+            try:
+                return Simulator.build(Path(tempfile.mkdtemp(dir=folder)), SHAPES[ranks], ranks, changes)
+            except AssertionError as error:  # the next test need not wait to hear the same
+                return error
+
+        def built(ranks: int, changes: tuple[Change, ...] = SMALL) -> Simulator:
+            if isinstance(result := attempt(ranks, changes), AssertionError):
+                raise result
+            return result
+
+        yield built
+
+
+def codes(text: str, enum: str) -> dict[str, int]:
+    """Names and numbers of an enumeration of the simulator."""
+    body = re.search(rf"enum {enum} : u32 \{{(.*?)\}};", text, re.DOTALL)
+    assert body, f"no enum {enum}"
+    return {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", host.without_comments(body[1]))}
+
+
+def test_turns_of_one_and_of_two_k_blocks_are_run():
+    """As `kBlocksPerTurn` decides in mma/block_scaled.cuh; of two, with more than one turn."""
+    depths = [(shape.hidden // 128, shape.intermediate // 128) for shape in SHAPES.values()]
+    even = [pair for pair in depths if pair[0] % 2 == pair[1] % 2 == 0]
+    assert 0 < len(even) < len(depths)
+    assert any(max(pair) > 2 for pair in even)
+
+
+@st.composite
+def runs(draw: st.DrawFn, ranks: int) -> dict[str, int | str]:
+    """Arguments of a run; the seed decides on routing, token counts, grids, options and whom to starve."""
+    return {
+        "seed": draw(st.integers(1, 2**31)),
+        "tokens": draw(st.integers(1, TOKENS[ranks])),
+        "blocks": draw(st.integers(1, BLOCKS[ranks])),
+        "pool_rows": draw(st.sampled_from((256, 384, 1024, 1 << 30))),  # rings of two and three blocks, and none
+        "launches": draw(st.integers(1, 3)),
+        "variant": draw(st.sampled_from(("mixed", *(v.value for v in Variant)))),
+    }
+
+
+@pytest.mark.parametrize("ranks", SHAPES)
+def test_any_interleaving_gives_the_right_result(build: Build, ranks: int):
+    simulator = build(ranks)
+
+    @settings(max_examples=56 // (ranks + 2), database=None, suppress_health_check=list(HealthCheck))
+    @given(runs(ranks))
+    def check(run: dict[str, int | str]) -> None:
+        assert simulator.run(**run).problem == ""
+
+    check()
+
+
+def test_half_a_block_that_no_tile_wrote_is_still_read(tmp_path: Path):
+    """Rings, tiles of 64 rows: the block between two users of a half may have had no tile there to wait."""
+    simulator = Simulator.build(tmp_path, MoEShape(128, 128, 8, 3), 1)
+    for seed in (173, 176, 242):
+        run = simulator.run(seed, tokens=160, blocks=6, pool_rows=256, launches=1, variant="pingpong")
+        assert run.problem == ""
+
+
+def test_a_run_is_what_its_seed_says(build: Build):
+    """So that a failure can be looked at again."""
+    first, again, other = (build(2).run(seed, tokens=12, blocks=2) for seed in (5, 5, 6))
+    assert first == again
+    assert (first.problem, other.problem) == ("", "")
+    assert first.pairs != other.pairs
+
+
+def test_the_kernels_own_units_and_chunks(build: Build):
+    """Nothing changed, pools as the package makes them; also compares the size of shared memory with Python's."""
+    assert build(2, ()).run(3, tokens=100, blocks=3, launches=1, variant="mixed").problem == ""
+
+
+def find(simulator: Simulator, mutant: int, tries: int = 20) -> str:
+    """What the first run says that finds something wrong."""
+    for seed in range(1, tries + 1):
+        outcome = simulator.run(seed, tokens=40, blocks=2, pool_rows=256, mutant=mutant)
+        if outcome.problem:
+            return outcome.problem
+    return ""
+
+
+def test_nothing_is_found_where_nothing_is_wrong(build: Build):
+    assert find(build(2, MISTAKES), 0, tries=6) == ""
+
+
+WAITS = {wait.name.lower(): wait.value for wait in Wait}
+WEAK = codes((HERE / "sim/machine.h").read_text(), "Weak")
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_wait_that_is_left_out_is_found(build: Build, wait: str):
+    assert find(build(2, MISTAKES), WAITS[wait]) != ""
+
+
+@pytest.mark.parametrize("weak", [name for name, code in WEAK.items() if code])
+def test_an_instruction_that_does_too_little_is_found(build: Build, weak: str):
+    assert find(build(2, MISTAKES), WEAK[weak]) != ""
+
+
+def test_data_that_is_read_too_early_is_named(build: Build):
+    problem = find(build(2, MISTAKES), WAITS["pool_read"])
+    assert re.search(r"race: .*rank \d block \d warp 2 writes act1_\w+ of rank \d .* without waiting for the", problem)
+    problem = find(build(2, MISTAKES), WEAK["kNoProxyFence"])
+    assert re.search(r"race: a copy of rank \d .* without a proxy fence since the write of rank \d", problem)
+
+
+def test_ranks_that_do_not_wait_for_this_launch_are_found(build: Build):
+    simulator = build(2, MISTAKES)
+    assert "race: " in find(simulator, STALE_EPOCH)
+    assert re.search(r"race: .* reads expert_offsets of rank \d", find(simulator, NO_INPUTS))
+    assert re.search(r"race: .* (reads combine|writes \w+) of rank \d", find(simulator, NO_RESULTS))
+
+
+def test_a_deadlock_says_who_waits_for_what(build: Build):
+    """GEMM 1 wants rows of a ring that GEMM 2, with larger tickets, has not used yet."""
+    problem = find(build(2, MISTAKES), BLIND_ORDER)
+    assert problem.startswith("deadlock\n")
+    assert "activations warp, waited in vain for the second GEMM to finish the rows from" in problem
+
+
+@pytest.mark.parametrize("mistake", [LONELY_SIDE, OLD_SIDES, OTHER_SIDE])
+def test_a_side_without_a_block_would_leave_its_tiles_undone(build: Build, mistake: int):
+    assert find(build(2, MISTAKES), mistake) != ""
+
+
+def functions(room: Path) -> set[str]:
+    """Names of the functions that a header of instructions defines."""
+    heads = re.findall(
+        r"^(?! )(?:template <[^>]*> )?[\w ]+ (\w+)\(", host.without_comments(room.read_text()), re.MULTILINE
+    )
+    return set(heads)
+
+
+@pytest.mark.parametrize("room", sorted(path.name for path in (host.KERNELS / "ptx").iterdir()))
+def test_every_instruction_has_its_stand_in(room: str):
+    real = functions(host.KERNELS / "ptx" / room)
+    assert len(real) > 3
+    assert real - functions(HERE / "shim/ptx" / room) == set(), "the simulation does not know these"
+
+
+def test_a_text_that_has_changed_is_noticed(tmp_path: Path):
+    with pytest.raises(AssertionError, match="adapt the simulation"):
+        changed_rooms(tmp_path, [Change("comm/fault.cuh", "no such text", "")])

@@ -1,0 +1,381 @@
+"""A call on the host: what reaches the kernel, which plans and weights are remembered, what the streams see in order.
+
+The buffer and its kernels are the real ones, in the memory of the CPU.  torch's CUDA, the loader, the launcher and the
+encoder of tensor maps are stand-ins of `Cuda`, which keeps account of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import megamoe_jit as mm
+from megamoe_jit._check.scenarios import make_weights
+from megamoe_jit._device.abi import Wait
+from megamoe_jit._device.params import Params
+from megamoe_jit._layer import bound_kernel as _prepared
+from megamoe_jit._layer import buffer as _buffer
+from megamoe_jit._layer import memory as _memory
+from megamoe_jit._layer.buffer import SymmBuffer, sort_blocks
+from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+
+SHAPE = MoEShape(256, 128, 4, 2)
+DRAWN = make_weights(SHAPE, "cpu")
+L1, L2 = mm.transform_weights_for_mega_moe_sm90(DRAWN.l1, DRAWN.l2)
+STATS = torch.zeros(4, dtype=torch.int32)
+HERE, OTHER_DEVICE, SMS = torch.device("cpu"), 1, 132
+GARBAGE = 0xA5  #: what fresh memory holds
+
+
+class Stream(NamedTuple):
+    name: str
+    cuda_stream: int
+    events: list[tuple]
+
+    def wait_stream(self, other: Stream) -> None:
+        self.events.append(("wait", self.name, other.name))
+
+
+class Launch(NamedTuple):
+    """What the driver got: the kernel, the blocks, and the parameters of that moment."""
+
+    spec: KernelSpec
+    grid: int
+    params: Params
+
+
+class Cuda:
+    """Stands in for the GPU, its driver and torch's CUDA; `events` is what the streams see, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple] = []
+        self.launches: list[Launch] = []
+        self.a, self.b = Stream("A", 0, self.events), Stream("B", 16, self.events)
+        self.stream, self.current, self.capturing = self.a, HERE.index, False
+        self.free, self.reserved, self.allocated, self.out_of_memory = 1 << 40, 0, 0, False
+        self.pinned, self.sides = 0, (1, 2, 3, 4, 5)
+        self.kernel: Callable[[Params], None] = lambda params: None
+        real_empty, real_zeros = torch.empty, torch.zeros
+
+        def empty(*sizes: object, **more: object) -> torch.Tensor:
+            if self.out_of_memory:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB\nmore")
+            made = real_empty(*sizes, **more)
+            return made.fill_(GARBAGE) if made.dtype is torch.uint8 else made
+
+        def zeros(*sizes: object, pin_memory: bool = False, **more: object) -> torch.Tensor:
+            made = real_zeros(*sizes, **more)
+            self.pinned = made.data_ptr() if pin_memory else self.pinned
+            return made
+
+        def use(memory: torch.Tensor, stream: Stream) -> None:
+            self.events.append(("use", stream.name, memory.data_ptr()))
+
+        for owner, name, stand_in in (
+            (torch, "empty", empty),
+            (torch, "zeros", zeros),
+            (torch.Tensor, "record_stream", use),
+            (torch.cuda, "device", self.device),
+            (torch.cuda, "current_stream", lambda device: self.stream),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "is_current_stream_capturing", lambda: self.capturing and self.current == HERE.index),
+            (torch.cuda, "synchronize", lambda device: self.events.append(("synchronize",))),
+            (torch.cuda, "mem_get_info", lambda device: (self.free, 1 << 50)),
+            (torch.cuda, "empty_cache", lambda: self.events.append(("empty cache",))),
+            (torch.cuda, "memory_reserved", lambda device: self.reserved),
+            (torch.cuda, "memory_allocated", lambda device: self.allocated),
+            (torch.cuda, "get_device_name", lambda device: "a GPU that nobody measured"),
+            (torch._C, "_cuda_getDevice", lambda: self.current),
+            (torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream.cuda_stream),
+            (_memory, "check_device", lambda device: None),
+            (_buffer, "sm_count", lambda device: SMS),
+            (_prepared, "sides_of_sms", lambda device: self.sides),
+            (_prepared, "load_kernel", self.load),
+            (_prepared, "Launcher", self.launcher),
+            (_prepared, "encode_fp8_rows", encode),
+        ):
+            monkeypatch.setattr(owner, name, stand_in, raising=False)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def load(self, spec: KernelSpec, index: int | None, *, param_bytes: int) -> SimpleNamespace:
+        assert (index, param_bytes) == (self.current, ctypes.sizeof(Params))
+        assert not self.capturing, "kernels are not loaded in a capture"
+        return SimpleNamespace(spec=spec, key=spec.entry)
+
+    def launcher(self, loaded: SimpleNamespace, params: Params) -> SimpleNamespace:
+        def launch(grid: int, stream: int) -> None:
+            assert self.current == HERE.index, "as the driver wants it"
+            self.events.append(("launch", {s.cuda_stream: s.name for s in (self.a, self.b)}[stream]))
+            self.launches.append(Launch(loaded.spec, grid, Params.from_buffer_copy(params)))
+            self.kernel(self.launches[-1].params)
+
+        return SimpleNamespace(launch=launch)
+
+
+def encode(target: ctypes.Structure, *given: int) -> None:
+    """A tensor map that can be read: address, rows, columns, rows of a box."""
+    target.opaque[:4] = given
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return Cuda(monkeypatch)
+
+
+@pytest.fixture
+def buffer(cuda: Cuda) -> SymmBuffer:
+    it = SymmBuffer(SHAPE, 128, HERE)
+    cuda.events.clear()
+    return it
+
+
+def call(buffer: SymmBuffer, tokens: int = 3, function: Callable = mm.fp8_mega_moe, **changed: object) -> torch.Tensor:
+    y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16)
+    given = {"y": y, "l1": L1, "l2": L2, "sym_buffer": buffer, **changed}
+    function(**given)
+    return given["y"]
+
+
+def refused(action: Callable, *says: str, kind: type[Exception] = mm.ConfigError) -> None:
+    with pytest.raises(kind) as caught:
+        action()
+    for part in says:
+        assert part in str(caught.value)
+
+
+def addresses(params: Params) -> list[int]:
+    """Where the kernel reads codes and scales of `l1`, then of `l2`."""
+    return [params.weight1, params.weight1_scales, params.weight2, params.weight2_scales]
+
+
+def test_a_kernel_knows_its_memory(cuda: Cuda):
+    """The pools are rings here: 4096 rows of more."""
+    it = SymmBuffer(SHAPE, 4096, HERE, None, 4096)
+    with override(timeout_s=7.5):
+        call(it)
+    params, layout, local = cuda.launches[0].params, it.layout, it.local.data_ptr()
+    assert (layout.rows, layout.pool_rows) == (8704, 4096)
+    assert (params.pool_rows, params.counters) == (4096, 8704 // 64)
+    assert (params.rank, params.fault, params.timeout_ns) == (0, cuda.pinned, 7_500_000_000)
+    assert params.peers[:] == [it.buffer.data_ptr(), *[0] * 7]
+    assert {s.name: getattr(params, s.name) for s in layout.symmetric} == {s.name: s.offset for s in layout.symmetric}
+    assert {s.name: getattr(params, s.name) - local for s in layout.local} == {s.name: s.offset for s in layout.local}
+    maps = {name: getattr(params, name).opaque[:4] for name in ("act1", "act2", "act1_small", "act2_small")}
+    assert maps == {
+        "act1": [params.act1_pool, 4096, 256, 64],
+        "act2": [params.act2_pool, 4096, 128, 64],
+        "act1_small": [params.act1_pool, 4096, 256, 16],
+        "act2_small": [params.act2_pool, 4096, 128, 16],
+    }
+    assert addresses(params) == [tensor.data_ptr() for tensor in (*L1, *L2)]
+
+
+def test_every_call_brings_its_own_values(cuda: Cuda):
+    it = SymmBuffer(SHAPE, 4096, HERE)
+    options = {"cumulative_local_expert_recv_stats": STATS, "activation_clamp": 2.5, "num_sms": 60}
+    outputs = [call(it, 4096, **options, variant="pingpong"), call(it, 5, variant="pingpong")]
+    one, two = cuda.launches
+    assert [launch.params.y for launch in cuda.launches] == [y.data_ptr() for y in outputs]
+    assert (one.grid, one.params.tokens, one.params.stats, one.params.clamp) == (60, 4096, STATS.data_ptr(), 2.5)
+    assert (two.grid, two.params.tokens, two.params.stats, two.params.clamp) == (SMS, 5, 0, math.inf)
+    assert (one.params.lag_tiles, one.params.item_shift, one.params.sort_blocks) == (120, 3, 16)
+    assert (two.params.lag_tiles, two.params.item_shift, two.params.sort_blocks) == (264, 0, 1)
+
+
+def test_pairs_are_sorted_by_as_many_blocks_as_they_fill(cuda: Cuda):
+    it = SymmBuffer(SHAPE, 4096, HERE)
+    cases = ((0, None), (192, None), (193, None), (3073, None), (4096, 3))
+    assert [it.plan(tokens, None, True, sms).sort_blocks for tokens, sms in cases] == [1, 1, 2, 16, 3]
+    assert [sort_blocks(pairs) for pairs in (16 * 2048, 16 * 2048 + 1, 1 << 30)] == [16, 17, 128]
+
+
+def test_sides_are_used_where_every_sm_has_a_block(cuda: Cuda):
+    it = SymmBuffer(SHAPE, 128, HERE)
+    call(it), call(it, num_sms=SMS - 1)
+    both, fewer = (launch.params for launch in cuda.launches)
+    assert [*both.side_of_sm] == [*fewer.side_of_sm] == [1, 2, 3, 4, 5]
+    assert (both.want_sides, fewer.want_sides) == (1, 0), "fewer blocks than SMs fall unevenly on the sides"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_without_known_sides_there_are_none(cuda: Cuda, wanted: bool):
+    cuda.sides = None if wanted else cuda.sides
+    with override(l2_sides=wanted):
+        call(SymmBuffer(SHAPE, 128, HERE))
+    assert ([*cuda.launches[0].params.side_of_sm], cuda.launches[0].params.want_sides) == ([0] * 5, 0)
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+def test_forcing_a_variant_passes_everything_on(cuda: Cuda, buffer: SymmBuffer, variant: Variant):
+    stats = {"cumulative_local_expert_recv_stats": STATS}
+    force = getattr(mm, f"fp8_mega_moe_{variant.value}")
+    for fast in (False, True):
+        y = call(buffer, function=force, **stats, activation_clamp=2.5, fast_math=fast, num_sms=60)
+        spec, grid, params = cuda.launches[-1]
+        assert (spec, grid) == (KernelSpec(SHAPE, variant, 1, fast), 60)
+        assert (params.y, params.stats, params.clamp) == (y.data_ptr(), STATS.data_ptr(), 2.5)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_weights_at_a_known_address_are_checked_unless_they_are_the_same_tensors(
+    cuda: Cuda, buffer: SymmBuffer, which: int
+):
+    call(buffer)
+    tensors = [*L1, *L2]
+    tensors[which] = tensors[which].flatten()
+    refused(lambda: call(buffer, l1=tensors[:2], l2=tensors[2:]), "has shape")
+    assert len(cuda.launches) == 1
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_replaced_data_of_weights_is_seen(cuda: Cuda, buffer: SymmBuffer, which: int):
+    tensors = [tensor.clone() for tensor in (*L1, *L2)]
+    again = tensors[which].clone()
+
+    def go() -> None:
+        call(buffer, l1=tuple(tensors[:2]), l2=tuple(tensors[2:]))
+
+    go()
+    tensors[which].data = again[:2].clone()
+    refused(go, "has shape (2, ")
+    assert len(cuda.launches) == 1
+    tensors[which].data = again
+    go()
+    assert addresses(cuda.launches[1].params) == [tensor.data_ptr() for tensor in tensors]
+    assert addresses(cuda.launches[1].params)[which] == again.data_ptr()
+
+
+def test_other_settings_mean_other_plans(cuda: Cuda, buffer: SymmBuffer):
+    first = buffer.plan(3, None, True, None)
+    assert buffer.plan(3, None, True, None) is first
+    with override(variant="cooperative"):
+        assert buffer.plan(3, None, True, None).kernel.spec.variant is Variant.COOPERATIVE
+    assert buffer.plan(3, None, True, None).kernel is first.kernel
+    assert first.kernel.spec.variant is Variant.PINGPONG
+
+
+def test_a_plan_is_of_its_own_variant_mathematics_and_blocks(cuda: Cuda, buffer: SymmBuffer):
+    for variant, fast, sms in itertools.product(Variant, (True, False), (SMS, 60)):
+        plan = buffer.plan(3, variant.value, fast, sms)
+        assert (plan.kernel.spec, plan.num_sms) == (KernelSpec(SHAPE, variant, 1, fast), sms)
+
+
+def test_plans_that_are_remembered_have_a_limit(cuda: Cuda, buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_buffer, "MAX_PLANS", 4)
+    for tokens in range(12):
+        assert buffer.plan(tokens, None, True, None) is buffer.plan(tokens, None, True, None)
+        assert len(buffer._plans) <= 4
+
+
+def test_a_destroyed_buffer_is_refused(cuda: Cuda, buffer: SymmBuffer):
+    call(buffer)
+    buffer.destroy()
+    for use in (lambda: call(buffer), lambda: call(buffer, 4), lambda: buffer.prepare("pingpong")):
+        refused(use, "this buffer was destroyed")
+    assert len(cuda.launches) == 1
+
+
+def test_a_buffer_whose_kernel_failed_is_refused_with_that_error(cuda: Cuda, buffer: SymmBuffer):
+    call(buffer)
+    buffer.fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
+    refused(buffer.check, "missing: rank 1", kind=mm.PeerTimeoutError)
+    for use in (lambda: call(buffer), lambda: call(buffer, 4), lambda: buffer.prepare("pingpong")):
+        refused(use, "unusable since an earlier call failed", "missing: rank 1", kind=mm.PeerTimeoutError)
+    assert len(cuda.launches) == 1
+
+
+def uses(buffer: SymmBuffer, stream: str) -> list[tuple]:
+    """The stream keeps both memories from being given away."""
+    return [("use", stream, memory.data_ptr()) for memory in (buffer.local, buffer.buffer)]
+
+
+def test_a_call_on_another_stream_waits_for_the_last_one(cuda: Cuda, buffer: SymmBuffer):
+    call(buffer)
+    call(buffer, 4)
+    assert cuda.events == [*uses(buffer, "A"), ("launch", "A"), ("launch", "A")]
+    cuda.events.clear()
+    cuda.stream = cuda.b
+    call(buffer)
+    call(buffer, 4)
+    assert cuda.events == [("wait", "B", "A"), *uses(buffer, "B"), ("launch", "B"), ("launch", "B")]
+
+
+def test_a_capture_orders_nothing_and_is_no_last_call(cuda: Cuda, buffer: SymmBuffer):
+    call(buffer)
+    cuda.events.clear()
+    cuda.stream, cuda.capturing = cuda.b, True
+    buffer.wait_for_last()
+    call(buffer)
+    assert cuda.events == [("launch", "B")]
+    cuda.capturing = False
+    call(buffer)
+    assert cuda.events[1:] == [("wait", "B", "A"), *uses(buffer, "B"), ("launch", "B")]
+
+
+def test_the_device_of_the_buffer_is_entered_and_left(cuda: Cuda, buffer: SymmBuffer):
+    cuda.current = OTHER_DEVICE
+    call(buffer)
+    cuda.stream, cuda.capturing = cuda.b, True
+    buffer.wait_for_last()
+    call(buffer)
+    assert cuda.events == [*uses(buffer, "A"), ("launch", "A"), ("launch", "B")]
+    assert cuda.current == OTHER_DEVICE
+
+
+def test_with_all_kernels_prepared_a_capture_may_pick_any(cuda: Cuda, buffer: SymmBuffer):
+    buffer.prepare_all()
+    cuda.capturing = True
+    with override(cooperative_threshold=64):
+        call(buffer, 3)
+        call(buffer, 100)
+    assert [each.spec.variant for each in cuda.launches] == [Variant.PINGPONG, Variant.COOPERATIVE]
+
+
+def test_a_call_that_comes_after_the_end_in_another_thread_is_refused(cuda: Cuda, buffer: SymmBuffer):
+    plan = buffer.plan(3, None, True, None)
+    y = torch.empty(3, buffer.hidden, dtype=torch.bfloat16)
+    buffer.destroy()
+    refused(lambda: buffer.launch(plan, y=y, tokens=3, l1=L1, l2=L2, stats=None, clamp=1.0), "was destroyed")
+    assert cuda.launches == []
+
+
+def test_an_interrupted_change_of_weights_is_made_again(cuda: Cuda, buffer: SymmBuffer, monkeypatch):
+    call(buffer)
+    other = [tuple(tensor.clone() for tensor in pair) for pair in (L1, L2)]
+
+    class Interrupted:
+        """Parameters of which only the first address can be set."""
+
+        def __init__(self, params: Params) -> None:
+            self.__dict__["params"] = params
+
+        def __setattr__(self, name: str, value: int) -> None:
+            setattr(self.params, name, value)
+            if name == "weight1":
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        for kernel in buffer._prepared.values():
+            during.setattr(kernel, "params", Interrupted(kernel.params))
+        with pytest.raises(KeyboardInterrupt):
+            call(buffer, l1=other[0], l2=other[1])
+    half_set = [kernel.params.weight1 for kernel in buffer._prepared.values()]
+    assert other[0][0].data_ptr() in half_set
+    call(buffer)
+    assert addresses(cuda.launches[-1].params) == [tensor.data_ptr() for tensor in (*L1, *L2)]

@@ -1,0 +1,159 @@
+"""What a kernel is compiled for: limits, shared memory, names, and the way to JSON and back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megamoe_jit import _spec
+from megamoe_jit._compile.nvrtc import compile_source
+from megamoe_jit._compile.render import render
+from megamoe_jit._compile.toolchain import find_toolchain
+from megamoe_jit._device import abi as _abi
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import MAX_EXPERTS, MAX_TOPK, KernelSpec, MoEShape, Variant
+from tests import host
+
+SHAPE = MoEShape(4096, 2048, 256, 6)
+
+specs = st.builds(
+    lambda h, i, local, ranks, k, variant, fast: KernelSpec(
+        MoEShape(128 * h, 128 * i, min(local, MAX_EXPERTS // ranks) * ranks, k), variant, ranks, fast
+    ),
+    st.integers(1, 128),
+    st.integers(1, 64),
+    st.integers(1, MAX_EXPERTS),
+    st.integers(1, 8),
+    st.integers(1, MAX_TOPK),
+    st.sampled_from(Variant),
+    st.booleans(),
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden", 2880, "hidden = 2880 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("hidden", 0, "hidden = 0 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("hidden", -128, "hidden = -128 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("intermediate", 100, "intermediate = 100 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("intermediate", 0, "intermediate = 0 is not supported; allowed: a multiple of 128 from 128 to 262144"),
+        ("topk", 0, "topk = 0 is not supported; allowed: 1 to 32"),
+        ("topk", 33, "topk = 33 is not supported; allowed: 1 to 32"),
+        ("experts", 0, "experts = 0 is not supported; allowed: 1 to 1024"),
+        ("experts", 1025, "experts = 1025 is not supported; allowed: 1 to 1024"),
+    ],
+)
+def test_sizes_out_of_range_are_refused_with_value_and_range(field, value, message):
+    with pytest.raises(ConfigError) as caught:
+        replace(SHAPE, **{field: value})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (3, "experts = 256 is not supported; allowed: a multiple of the number of ranks (3)"),
+        (0, "ranks = 0 is not supported; allowed: 1 to 8"),
+        (9, "ranks = 9 is not supported; allowed: 1 to 8"),
+    ],
+)
+def test_ranks_out_of_range_are_refused_with_value_and_range(ranks, message):
+    with pytest.raises(ConfigError) as caught:
+        KernelSpec(SHAPE, Variant.PINGPONG, ranks)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("sizes", [(128, 128, 1, 1), (1408, 768, 1024, 32), (2304, 1408, 512, 12)])
+def test_limits_are_allowed(sizes):
+    assert MoEShape(*sizes).hidden == sizes[0]
+
+
+def test_an_unknown_variant_is_refused_with_the_names():
+    with pytest.raises(ConfigError, match="unknown kernel variant 'fast'; allowed: pingpong, cooperative"):
+        Variant.parse("fast")
+    assert [Variant.parse(v.value) for v in Variant] == list(Variant)
+
+
+@given(specs)
+def test_json_and_back(spec):
+    assert KernelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@given(st.lists(specs, min_size=2, max_size=20, unique=True))
+def test_entries_are_symbols_and_differ(several):
+    names = [spec.entry for spec in several]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-zA-Z_]\w*", name, re.ASCII) for name in names)
+    assert all(spec.template_variables()["entry"] == spec.entry for spec in several)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden", 640), ("intermediate", 640), ("experts", 640), ("topk", 31)])
+def test_every_size_is_in_the_name(field, value):
+    spec = KernelSpec(SHAPE, Variant.PINGPONG)
+    assert str(value) not in spec.entry
+    assert str(value) in replace(spec, shape=replace(SHAPE, **{field: value})).entry
+
+
+@given(specs)
+def test_shared_memory_fits(spec):
+    assert spec.shared_bytes <= _abi.SHARED_LIMIT == 232448
+    assert spec.shared_bytes % 8 == 0
+    assert spec.stages >= 3
+    assert _spec.MIN_DISPATCH_SLOTS <= spec.dispatch_slots <= _spec.MAX_DISPATCH_SLOTS
+    assert spec.block_m == (64 if spec.variant is Variant.PINGPONG else 128)
+
+
+#: Widest and narrowest of everything that the sum depends on.
+MAPPED = [
+    KernelSpec(MoEShape(256, 128, experts, 2), variant, ranks)
+    for variant in Variant
+    for experts, ranks in ((1, 1), (7, 1), (32, 1), (48, 1), (256, 8), (256, 1), (384, 1), (512, 1), (1024, 1))
+]
+ENTRY = """
+#include "formats/fp8.cuh"
+#include "layout/shared.cuh"
+
+template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD> struct Config {
+    using Weights = megamoe::Fp8;
+    static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
+    static constexpr megamoe::u32 kHidden = 256, kIntermediate = 128, kTopK = 2;
+    static constexpr megamoe::u32 kExperts = kE, kRanks = kR, kLocalExperts = kExperts / kRanks;
+    static constexpr bool kFastMath = true;
+};
+template <class C, megamoe::u32 kExpected> struct Check {
+    using Map = megamoe::Shared<C>;
+    static_assert(Map::kBytes == kExpected, "the two sums differ");
+    static_assert(Map::kActBytes % 1024 == 0 && Map::kWeightBytes % 1024 == 0, "swizzle atoms are 1024 bytes");
+    static_assert(Map::kStagingAt % 128 == 0 && Map::kDispatchAt % 16 == 0, "16-byte accesses, bulk copies");
+    static_assert(Map::kScaleAt % 16 == 0 && Map::kScaleBytes % 16 == 0 && Map::kActScaleBytes % 16 == 0, "bulk");
+    static_assert(Map::kBarrierAt % 8 == 0 && Map::kTileBarrierAt % 8 == 0, "mbarriers");
+    static_assert(Map::kDispatchBarrierAt % 8 == 0, "mbarriers");
+    static_assert(Map::kSlotAt % 8 == 0 && Map::kRowsAt % 4 == 0, "words");
+    static constexpr bool kOk = true;
+};
+@CHECKS@
+extern "C" __global__ void {{ entry }}() {}
+"""
+
+
+def test_the_kernels_count_the_same_shared_memory(tmp_path):
+    """Also asserted in every kernel; here for many expert counts in one compilation, with the alignments."""
+    shutil.copytree(host.KERNELS, tmp_path / "src")
+    checks = "\n".join(
+        f"static_assert(Check<Config<{s.block_m}, {s.shape.experts}, {s.ranks}, {s.stages}, {s.dispatch_slots}>, "
+        f'{s.shared_bytes}>::kOk, "");'
+        for s in MAPPED
+    )
+    (tmp_path / "src" / "kernels" / "entry.cuh.j2").write_text(ENTRY.replace("@CHECKS@", checks))
+    spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
+    with override(kernels_src=tmp_path / "src"):
+        text = render(spec).text
+    assert compile_source(text, entry=spec.entry, toolchain=find_toolchain()).kernel.name == spec.entry
