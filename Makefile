@@ -1,6 +1,6 @@
 # megamoe-jit: every target sets up what it needs in .venv; a second call starts at once.
 #
-#   make demo | test | test-nvrtc13 | test-gpu | test-multi | bench | lint | format | abi | schemas | env | clean
+#   make demo | test | test-nvrtc13 | test-gpu | test-multi | mutants | bench | docs | lint | format | abi | schemas | env | clean
 #
 #   PYTHON=python3.12   interpreter that .venv is made from (3.11 or newer)
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
@@ -19,7 +19,7 @@ ifeq ($(NO_VENV),)
 VENV ?= $(if $(filter cu12,$(STACK)),.venv,.venv-$(STACK))
 PY := $(VENV)/bin/python
 stamp = $(VENV)/.ready-$(1)
-WORKERS := -n auto
+WORKERS := -n auto --dist loadfile
 else
 PY := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -30,12 +30,13 @@ endif
 # Extras per stamp, and the release of torch that shares its CUDA major with the stack.
 extras-run := $(STACK)
 extras-bench := $(STACK),bench
+extras-docs := $(STACK),docs
 extras-dev := $(STACK),dev
 torch-cu12 := torch>=2.8,<2.11
 torch-cu13 := torch>=2.11
 torch-cpu := torch==2.13.0+cpu
 
-.PHONY: help env demo test test-nvrtc13 test-gpu test-multi bench lint format abi schemas clean
+.PHONY: help env demo test test-nvrtc13 test-gpu test-multi mutants bench docs lint format abi schemas clean
 .DELETE_ON_ERROR:
 
 help:
@@ -64,9 +65,21 @@ test-gpu: $(call stamp,dev)
 test-multi: $(call stamp,dev)
 	$(PY) -m pytest tests/multi $(ARGS)
 
+# Mistakes put into a copy of the product one by one, each of which a test must notice; not a part of `test`.
+mutants: $(call stamp,dev)
+	$(PY) -m tests.mutants $(ARGS)
+
 bench: $(call stamp,bench)
 	@mkdir -p bench-results
 	$(PY) -m megamoe_jit bench --output bench-results/latest.json $(ARGS)
+
+# The site, in build/site; whatever is wrong with a link, an anchor or a docstring is an error.  Pages keep their places of
+# the repository, so that relative links mean the same in both.
+docs: $(call stamp,docs)
+	@rm -rf build/docs build/site && mkdir -p build/docs
+	@ln -s $(addprefix $(CURDIR)/,README.md CHANGELOG.md CONTRIBUTING.md LICENSE benchmarks docs examples) build/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 lint: $(call stamp,dev)
 	$(PY) -m ruff check .
@@ -106,5 +119,5 @@ $(VENV)/.ready-%: pyproject.toml | $(VENV)/bin/python
 	  torch='$(torch-cpu)'; \
 	fi; \
 	$(PY) -m pip install -q --no-input "$$torch" -e '.[$(extras-$*)]'
-	@touch $@ $(if $(filter dev,$*),$(VENV)/.ready-run $(VENV)/.ready-bench)
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.ready-run $(VENV)/.ready-bench $(VENV)/.ready-docs)
 endif

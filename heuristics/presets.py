@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._files import read_toml
 from megamoe_jit._spec import MAX_RANKS, MoEShape
+from megamoe_jit._text import shown
 
 __all__ = ["Preset", "parse_shapes", "preset", "preset_names"]
 
@@ -42,13 +43,13 @@ def _build(name: str, data: dict[str, Any], where: str) -> Preset:
     unknown = sorted(set(data) - set(_SIZES) - set(_OPTIONAL))
     if unknown:
         allowed = ", ".join((*_SIZES, *_OPTIONAL))
-        raise ConfigError(f"{where}: [{name}] has unknown key {unknown[0]!r}; allowed: {allowed}")
+        raise ConfigError(f"{where}: [{name}] has unknown key {shown(unknown[0])}; allowed: {allowed}")
     for key, kind in {**dict.fromkeys(_SIZES, int), **_OPTIONAL}.items():
         if key in _SIZES and key not in data:
             raise ConfigError(f"{where}: [{name}] has no {key}; needed: {', '.join(_SIZES)}")
         value = data.get(key, kind())
         if type(value) is not kind or (isinstance(value, list) and not all(isinstance(part, str) for part in value)):
-            raise ConfigError(f"{where}: [{name}] {key} = {value!r}; allowed: {_TYPES[kind]}")
+            raise ConfigError(f"{where}: [{name}] {key} = {shown(value)}; allowed: {_TYPES[kind]}")
     try:
         shape = MoEShape(*(data[key] for key in _SIZES))
     except ConfigError as error:
@@ -63,14 +64,14 @@ def _build(name: str, data: dict[str, Any], where: str) -> Preset:
 
 def _read(path: Path) -> dict[str, Preset]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = read_toml(path)
     except OSError as error:
         raise ConfigError(f"cannot read shapes from {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for name, data in tables.items():
         if not isinstance(data, dict):
-            raise ConfigError(f"{path}: {name} = {data!r}; allowed: one [name] table per shape")
+            raise ConfigError(f"{path}: {name} = {shown(data)}; allowed: one [name] table per shape")
     if not tables:
         raise ConfigError(f"{path} names no shape; allowed: one [name] table per shape")
     return {name: _build(name, data, path.name) for name, data in tables.items()}
@@ -93,6 +94,8 @@ def preset(name: str) -> Preset:
 
 def _named(name: str, more: str) -> Preset:
     known = _presets()
+    if not isinstance(name, str):
+        raise ConfigError(f"name = {shown(name)} is not supported; allowed: {', '.join(known)}")
     if name in known:
         return known[name]
     close = get_close_matches(name, known, n=1)
@@ -113,6 +116,8 @@ def parse_shapes(text: str) -> tuple[Preset, ...]:
     Raises:
         ConfigError: A name is unknown or means two shapes, or a file cannot be read or is not in order.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"shapes = {shown(text)} is not supported; allowed: names and .toml files in one string")
     found: dict[str, tuple[Preset, str]] = {}
     for item in (part.strip() for part in text.split(",")):
         if not item:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
+from megamoe_jit._spec import MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, check_int
+from megamoe_jit._text import shown
 from megamoe_jit._variants import AUTO
 from megamoe_jit.heuristics.model import expected_us
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
@@ -18,6 +19,7 @@ __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
+MOST_SMS = 1024  #: of a launch; no GPU has as many
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
 DOUBT = 1.1  #: what a model may be off by: cooperative was nowhere measurably slower, and is left only for more
 
@@ -39,27 +41,48 @@ def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     else:
         picked, sign = Variant.COOPERATIVE, ">="
         why = f"one weight load serves {picked.block_m} rows"
-    return picked, f"{picked.value}: {tokens} tokens per rank {sign} {threshold}, {why}"
+    return picked, f"{picked.value}: {tokens} tokens per rank {sign} {shown(threshold)}, {why}"
 
 
-def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int) -> tuple[Variant, str]:
+def _unmeasured(table: Table, shape: MoEShape, ranks: int) -> str:
+    """That one rank's shape was not measured, and which share of the same layer was, if one was."""
+    shares = sorted(
+        (known.experts for known in table.rules if replace(known, experts=shape.experts) == shape), reverse=True
+    )
+    fitting = [share for share in shares if shape.experts * ranks % share == 0]
+    if not fitting:
+        return f"nobody measured this shape on {table.devices[0]}"
+    needed = shape.experts * ranks // fitting[0]
+    return (
+        f"nobody measured {shape.experts} experts of this shape on one {table.devices[0]}, but {fitting[0]}, "
+        f"which is one rank of {needed} (--ranks {needed})"
+    )
+
+
+def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int, ranks: int) -> tuple[Variant, str]:
     times = {v: expected_us(model, shape, tokens, v, num_sms) for v, model in table.models.items()}
     picked = min(times, key=lambda v: times[v] * (1.0 if v is Variant.COOPERATIVE else DOUBT))
     listed = ", ".join(f"{v.value} {time:.0f} us" for v, time in times.items())
-    why = f"nobody measured this shape on {table.devices[0]}; its model says {listed}"
+    why = f"{_unmeasured(table, shape, ranks)}; its model says {listed}"
     if len(times) > 1:
         why += f"; pingpong is taken only where cooperative would take at least {100 * (DOUBT - 1):.0f} % longer"
     return picked, f"{picked.value}: {why}"
 
 
 def _pick(
-    shape: MoEShape, tokens: int, threshold: int | None, table: Table | None, rule: Rule | None, num_sms: int
+    shape: MoEShape,
+    tokens: int,
+    threshold: int | None,
+    table: Table | None,
+    rule: Rule | None,
+    num_sms: int,
+    ranks: int,
 ) -> tuple[Variant, str]:
     """What `auto` takes, and why; `shape` has the experts of one rank."""
     if threshold is not None or table is None or (rule is None and not table.models):
         return _by_threshold(tokens, COOPERATIVE_THRESHOLD if threshold is None else threshold)
     if rule is None:
-        return _by_model(table, shape, tokens, num_sms)
+        return _by_model(table, shape, tokens, num_sms, ranks)
     where = table.where(shape, rule)
     place = f"{where}, measured on {table.devices[0]} ({table.date[:10]})"
     return rule.variant, f"{rule.variant.value}: within 1 % of the best {place}"
@@ -90,19 +113,27 @@ def choose(
     Raises:
         ConfigError: The token count or the variant is not supported.
     """
+    if not isinstance(shape, MoEShape):
+        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: a MoEShape")
+    if not isinstance(gpu, str | None):
+        raise ConfigError(f"gpu = {shown(gpu)} is not supported; allowed: the name of a GPU, or None")
+    for name, number in (("tokens", tokens), ("ranks", ranks), ("num_sms", num_sms)):
+        check_int(name, number)
+    if cooperative_threshold is not None:
+        check_int("cooperative_threshold", cooperative_threshold)
     if not 0 <= tokens <= MAX_TOKENS:
-        raise ConfigError(f"tokens = {tokens} is not supported; allowed: 0 to {MAX_TOKENS}")
-    if ranks < 1:
-        raise ConfigError(f"ranks = {ranks} is not supported; allowed: 1 or more")
-    if num_sms < 1:
-        raise ConfigError(f"num_sms = {num_sms} is not supported; allowed: 1 or more")
+        raise ConfigError(f"tokens = {shown(tokens)} is not supported; allowed: 0 to {MAX_TOKENS}")
+    if not 1 <= ranks <= MAX_EXPERTS:
+        raise ConfigError(f"ranks = {shown(ranks)} is not supported; allowed: 1 to {MAX_EXPERTS}")
+    if not 1 <= num_sms <= MOST_SMS:
+        raise ConfigError(f"num_sms = {shown(num_sms)} is not supported; allowed: 1 to {MOST_SMS}")
     table = table_for(gpu)
     own = shape if table is None else replace(shape, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
-    if variant != AUTO:
+    if not isinstance(variant, str) or variant != AUTO:
         picked, reason = Variant.parse(variant), f"{variant}: asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
-        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms)
+        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms, ranks)
     rows = tokens * shape.topk
     load = rows * ranks / shape.experts
     reasons = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Rule",
     "Table",
+    "check_choices",
     "find_gpu",
     "parse_table",
     "short_name",
@@ -66,6 +67,16 @@ class Table:
         if rule.tokens == 0:
             return f"up to {rules[1].tokens - 1} tokens per rank"
         return f"from {rule.tokens} tokens per rank on"
+
+
+def check_choices(lags: Iterable[float], rows_per_item: Iterable[int]) -> None:
+    """Raise `ConfigError` unless the kernel takes each of these."""
+    for lag in lags:
+        if not 0 < lag <= MAX_LAG:
+            raise ConfigError(f"lags: {lag:g} is not supported; allowed: above 0, up to {MAX_LAG}")
+    for rows in rows_per_item:
+        if rows not in ROWS_PER_ITEM:
+            raise ConfigError(f"rows: {rows} is not supported; allowed: {', '.join(map(str, ROWS_PER_ITEM))}")
 
 
 def _rules(data: list[dict[str, Any]]) -> tuple[Rule, ...]:

@@ -6,29 +6,30 @@ Importing this package imports neither torch nor the CUDA bindings; the first us
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._errors import (
-    CaptureError,
-    CompileError,
-    ConfigError,
-    DeviceFaultError,
-    KernelMissingError,
-    LaunchError,
-    LoadError,
-    MegaMoeError,
-    PackError,
-    PeerTimeoutError,
-    PerformanceLossError,
-    RankMismatchError,
-    RenderError,
-    ToolchainError,
-    UnsupportedDeviceError,
-)
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._version import __version__
 
+TYPE_CHECKING = False  # as of typing, which takes a third of the time in which Ctrl-C ends in Python's own traceback
 if TYPE_CHECKING:
+    from typing import Any
+
+    from megamoe_jit._errors import (
+        CaptureError,
+        CompileError,
+        ConfigError,
+        DeviceFaultError,
+        KernelMissingError,
+        LaunchError,
+        LoadError,
+        MegaMoeError,
+        PackError,
+        PeerTimeoutError,
+        PerformanceLossError,
+        RankMismatchError,
+        RenderError,
+        ToolchainError,
+        UnsupportedDeviceError,
+    )
     from megamoe_jit._jit.pack import export_pack, import_pack
     from megamoe_jit._jit.runtime import enumerate_specs, retry, seal, sealed, unseal, warmup
     from megamoe_jit._layer.buffer import SymmBuffer
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         fp8_mega_moe_cooperative,
         fp8_mega_moe_pingpong,
         get_symm_buffer_for_mega_moe,
+        get_symm_buffer_for_sm90_mega_moe,
     )
     from megamoe_jit._layer.moe import MegaMoE
     from megamoe_jit._layer.quantize import (
@@ -47,11 +49,36 @@ if TYPE_CHECKING:
     )
     from megamoe_jit._layer.weights import (
         inverse_transform_weights_for_mega_moe_sm90,
+        is_transformed,
+        mark_transformed,
         transform_weights_for_mega_moe_sm90,
+        weights_metadata,
     )
+    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
-#: Where each name that needs torch or the CUDA bindings lives.
+#: Where each name lives; its module is imported when it is asked for.
 _LAZY = {
+    **dict.fromkeys(
+        (
+            "CaptureError",
+            "CompileError",
+            "ConfigError",
+            "DeviceFaultError",
+            "KernelMissingError",
+            "LaunchError",
+            "LoadError",
+            "MegaMoeError",
+            "PackError",
+            "PeerTimeoutError",
+            "PerformanceLossError",
+            "RankMismatchError",
+            "RenderError",
+            "ToolchainError",
+            "UnsupportedDeviceError",
+        ),
+        "_errors",
+    ),
+    **dict.fromkeys(("KernelSpec", "MoEShape", "Variant"), "_spec"),
     "MegaMoE": "_layer.moe",
     "SymmBuffer": "_layer.buffer",
     "dequantize_activations": "_layer.quantize",
@@ -62,8 +89,11 @@ _LAZY = {
     "fp8_mega_moe_cooperative": "_layer.calls",
     "fp8_mega_moe_pingpong": "_layer.calls",
     "get_symm_buffer_for_mega_moe": "_layer.calls",
+    "get_symm_buffer_for_sm90_mega_moe": "_layer.calls",
     "import_pack": "_jit.pack",
     "inverse_transform_weights_for_mega_moe_sm90": "_layer.weights",
+    "is_transformed": "_layer.weights",
+    "mark_transformed": "_layer.weights",
     "quantize_activations": "_layer.quantize",
     "quantize_weights": "_layer.quantize",
     "retry": "_jit.runtime",
@@ -72,6 +102,7 @@ _LAZY = {
     "transform_weights_for_mega_moe_sm90": "_layer.weights",
     "unseal": "_jit.runtime",
     "warmup": "_jit.runtime",
+    "weights_metadata": "_layer.weights",
 }
 
 __all__ = [
@@ -104,8 +135,11 @@ __all__ = [
     "fp8_mega_moe_cooperative",
     "fp8_mega_moe_pingpong",
     "get_symm_buffer_for_mega_moe",
+    "get_symm_buffer_for_sm90_mega_moe",
     "import_pack",
     "inverse_transform_weights_for_mega_moe_sm90",
+    "is_transformed",
+    "mark_transformed",
     "quantize_activations",
     "quantize_weights",
     "retry",
@@ -114,6 +148,7 @@ __all__ = [
     "transform_weights_for_mega_moe_sm90",
     "unseal",
     "warmup",
+    "weights_metadata",
 ]
 
 

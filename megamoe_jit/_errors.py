@@ -5,7 +5,7 @@
     MegaMoeError
     ├── ConfigError (also ValueError)      an argument, shape, dtype or setting is not supported
     ├── UnsupportedDeviceError             the GPU is not a Hopper (SM90) or cannot do what was asked
-    ├── ToolchainError                     no usable NVRTC, or one that does not fit the driver
+    ├── ToolchainError                     no usable NVRTC, or one that does not fit the driver; no jinja2
     ├── RenderError                        a kernel template could not be rendered
     ├── CompileError                       NVRTC refused the source
     │   └── PerformanceLossError           it compiled, but with spills or serialised WGMMA
@@ -22,6 +22,8 @@ All of them pickle, so they cross process boundaries with their message.
 """
 
 from __future__ import annotations
+
+from megamoe_jit._text import printable
 
 __all__ = [
     "CaptureError",
@@ -43,7 +45,13 @@ __all__ = [
 
 
 class MegaMoeError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Its text holds no control characters, whatever was in the names and values that it tells of.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(MegaMoeError, ValueError):
@@ -55,7 +63,7 @@ class UnsupportedDeviceError(MegaMoeError):
 
 
 class ToolchainError(MegaMoeError):
-    """NVRTC was not found, is too old, or does not fit the driver."""
+    """NVRTC, or a Python package that makes kernels, was not found, is too old, or does not fit the driver."""
 
 
 class RenderError(MegaMoeError):

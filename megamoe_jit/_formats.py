@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import shown
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,8 @@ class WeightFormat:
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
         """The format named `text`; raises `ConfigError` with the names there are."""
-        if text not in FORMATS:
-            raise ConfigError(f"unknown weight format {text!r:.80}; allowed: {', '.join(FORMATS)}")
+        if not isinstance(text, str) or text not in FORMATS:
+            raise ConfigError(f"unknown weight format {shown(text)}; allowed: {', '.join(FORMATS)}")
         return FORMATS[text]
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import shown
 
 __all__ = ["Numerics", "numerics_of"]
 
@@ -28,9 +29,9 @@ class Numerics:
     fast_math: bool = _option(True, off="exact", on="fast", what="approximate exponential and reciprocal in SwiGLU")
 
     def __post_init__(self) -> None:
-        for name, flag in self.options().items():
-            if type(flag) is not bool:
-                raise ConfigError(f"{name} = {flag!r:.80} is not supported; allowed: True or False")
+        for option in fields(self):
+            if type(flag := getattr(self, option.name)) is not bool:
+                raise ConfigError(f"{option.name} = {shown(flag)} is not supported; allowed: True or False")
 
     def __str__(self) -> str:
         """As the arguments of a call."""
@@ -68,7 +69,7 @@ class Numerics:
         given = list(words)
         for word in given:
             if word not in known:
-                raise ConfigError(f"{word!r} is no numeric option; allowed: {', '.join(known)}")
+                raise ConfigError(f"{shown(word)} is no numeric option; allowed: {', '.join(known)}")
         return cls(**dict(known[word] for word in given))
 
     @classmethod

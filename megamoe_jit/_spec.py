@@ -6,6 +6,9 @@ capacity, SM count, timeout and clamp are run-time values, so one compiled kerne
 
 from __future__ import annotations
 
+import ctypes
+import math
+import numbers
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -24,6 +27,7 @@ from megamoe_jit._device.abi import (
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._formats import FORMATS, FP8, WeightFormat
 from megamoe_jit._numerics import Numerics
+from megamoe_jit._text import shown
 from megamoe_jit._variants import Variant
 
 __all__ = [
@@ -35,6 +39,8 @@ __all__ = [
     "KernelSpec",
     "MoEShape",
     "Variant",
+    "check_clamp",
+    "check_flag",
     "check_int",
 ]
 
@@ -47,22 +53,63 @@ TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
-_ENTRY = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)((?:_[a-z0-9]+)*)")
+_ENTRY = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})_r(\d{1,9})((?:_[a-z0-9]+)*)")
 
 
 def _check(ok: bool, what: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{what} = {value} is not supported; allowed: {allowed}")
+        raise ConfigError(f"{what} = {shown(value)} is not supported; allowed: {allowed}")
+
+
+def _fields(what: str, data: dict[str, Any], needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The data, if they are a table with these fields and no others."""
+    _check(isinstance(data, dict), what, data, f"a table with {', '.join(needed)}")
+    for name in needed:
+        _check(name in data, what, data, f"a table with {', '.join(needed)}; it has no {name}")
+    for name in data:
+        _check(name in needed + optional, what, data, f"a table with {', '.join(needed)}; not {shown(name)}")
+    return data
 
 
 def check_int(what: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is an integer, which a bool is not."""
-    _check(type(value) is int, what, f"{value!r:.80}", "an integer")
+    _check(type(value) is int, what, value, "an integer")
+
+
+def check_flag(what: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is True or False."""
+    _check(type(value) is bool, what, value, "True or False")
+
+
+def check_clamp(name: str, clamp: float | None) -> float:
+    """Raise unless this is a bound or None; as the kernel takes it (infinity for none)."""
+    if clamp is None:
+        return math.inf
+    bound = -1.0
+    if type(clamp) is float or (isinstance(clamp, numbers.Real) and not isinstance(clamp, bool)):  # floats at once
+        try:
+            bound = ctypes.c_float(float(clamp)).value  # as the kernel has it
+        except OverflowError:  # an integer that no float holds
+            bound = math.inf
+    if not bound >= 0 or (bound == math.inf and clamp != math.inf):
+        allowed = "0 or a positive number that float32 holds, or None"
+        raise ConfigError(f"{name} = {shown(clamp)} is not supported; allowed: {allowed}")
+    return bound
 
 
 @dataclass(frozen=True, slots=True)
 class MoEShape:
-    """Sizes of one MoE layer.  `experts` counts all ranks' experts."""
+    """Sizes of one MoE layer.
+
+    Attributes:
+        hidden: columns of a token, a multiple of 128 up to 262144.
+        intermediate: columns between the two products, likewise.
+        experts: of all ranks, 1 to 1024.
+        topk: slots of a token, 1 to 32.
+
+    Raises:
+        ConfigError: a size is not supported.
+    """
 
     hidden: int
     intermediate: int
@@ -85,14 +132,15 @@ class MoEShape:
 class KernelSpec:
     """One kernel to compile; everything in here is a compile-time constant of it.
 
-    Args:
-        shape: sizes of the layer.
-        variant: how its math warpgroups share the work.
-        ranks: ranks that share the experts.
-        fast_math: of `numerics`, for the others' defaults.
-        timeline: the kernel writes down where its time goes (`_timeline`).
-        numerics: all numeric options.
+    Attributes:
+        shape: the layer.
+        variant: how the warpgroups share the work.
+        ranks: GPUs that share the experts, 1 to 8; a divisor of their number.
+        numerics: its numeric options.
+        timeline: the kernel writes down where its time goes; for `benchmarks/timeline.py` alone.
         weights: how the weights are stored.
+
+    `fast_math` may be given instead of `numerics`, or beside it, and can be read.
 
     Raises:
         ConfigError: a value is not supported.
@@ -116,11 +164,11 @@ class KernelSpec:
         numerics: Numerics = DEFAULT_NUMERICS,
         weights: WeightFormat = FP8,
     ) -> None:
-        _check(isinstance(shape, MoEShape), "shape", f"{shape!r:.80}", "a MoEShape")
-        _check(isinstance(variant, Variant), "variant", f"{variant!r:.80}", "a member of Variant")
-        _check(isinstance(numerics, Numerics), "numerics", f"{numerics!r:.80}", "a Numerics")
-        _check(isinstance(weights, WeightFormat), "weights", f"{weights!r:.80}", "a WeightFormat")
-        _check(type(timeline) is bool, "timeline", f"{timeline!r:.80}", "True or False")
+        _check(isinstance(shape, MoEShape), "shape", shape, "a MoEShape")
+        _check(isinstance(variant, Variant), "variant", variant, "a member of Variant")
+        _check(isinstance(numerics, Numerics), "numerics", numerics, "a Numerics")
+        _check(isinstance(weights, WeightFormat), "weights", weights, "a WeightFormat")
+        check_flag("timeline", timeline)
         check_int("ranks", ranks)
         _check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
         shared = f"a multiple of the number of ranks ({ranks})"
@@ -254,12 +302,15 @@ class KernelSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KernelSpec:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
+        options = tuple(option.name for option in fields(Numerics))
+        given = _fields("data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline", "weights", *options))
+        sizes = given["shape"]
         return cls(
-            shape=MoEShape(**data["shape"]),
+            shape=MoEShape(**_fields("shape", sizes, ("hidden", "intermediate", "experts", "topk"))),
             variant=Variant.parse(data["variant"]),
             ranks=data["ranks"],
             timeline=data.get("timeline", False),
-            numerics=Numerics(**{f.name: data[f.name] for f in fields(Numerics) if f.name in data}),
+            numerics=Numerics(**{name: data[name] for name in options if name in data}),
             weights=WeightFormat.parse(data.get("weights", FP8.name)),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import shown
 
 __all__ = ["AUTO", "VARIANT_CHOICES", "VARIANT_NAMES", "Variant"]
 
@@ -49,10 +50,10 @@ class Variant(StrEnum):
     @classmethod
     def parse(cls, text: str) -> Variant:
         """The variant named `text`; raises `ConfigError` with the names there are."""
-        found = next((variant for variant in cls if variant == text), None)
-        if found is None:
-            raise ConfigError(f"unknown kernel variant {text!r}; allowed: {', '.join(cls)}")
-        return found
+        for variant in cls:
+            if isinstance(text, str) and text == variant.value:
+                return variant
+        raise ConfigError(f"unknown kernel variant {shown(text)}; allowed: {', '.join(cls)}")
 
 
 VARIANT_NAMES = tuple(variant.value for variant in Variant)

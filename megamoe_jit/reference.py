@@ -1,4 +1,4 @@
-"""The MoE layer in plain FP32 PyTorch, with the kernel's numerics; runs on any device.
+"""The MoE layer in plain FP32 PyTorch, with the kernel's numerics; runs on any device, and in any of torch's modes.
 
 Per (token, slot) of the router's top-k::
 
@@ -8,43 +8,77 @@ Per (token, slot) of the router's top-k::
     o    = bf16(h @ w2[e].T)
     y   += weight * o                         FP32, in slot order; bf16 at the end
 
-Slots with expert -1 contribute nothing, whatever their weight.
+Slots whose expert is -1, or no expert at all, contribute nothing, whatever their weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import (
     dequantize_activations,
     dequantize_weights,
     quantize_activations,
+    require_tensor,
 )
-from megamoe_jit._layer.weights import WeightPair
+from megamoe_jit._layer.weights import WeightPair, check_pairs
+from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
+from megamoe_jit._text import shown
 
-__all__ = ["calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
+__all__ = ["activate", "calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
 
 _CHUNK = 8192  #: rows of one expert worked on at once; bounds the scratch of a hot expert
 
 
+def _precisions() -> list[tuple[Callable[[], str], Callable[[str], None], str]]:
+    """Where torch keeps how exact a product of float32 is: getter, setter, and the word for "in float32"."""
+    owners = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    if not all(hasattr(owner, "fp32_precision") for owner in owners):  # torch before 2.9
+        return [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")]
+    name = "fp32_precision"  # older names may not even be read once the program has set these
+    return [(partial(getattr, owner, name), partial(setattr, owner, name), "ieee") for owner in owners]
+
+
 @contextmanager
-def _full_fp32_matmul() -> Iterator[None]:
-    """No TF32 inside; puts back whatever the caller had set."""
-    matmul = torch.backends.cuda.matmul
-    flag, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    saved = getattr(matmul, flag)
-    setattr(matmul, flag, exact)
-    try:
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """Products in float32 inside, whatever the caller has set, which is put back.
+
+    That is TF32 and bfloat16 for products of float32, autocast, and deterministic algorithms, under which cuBLAS
+    refuses to multiply without a workspace of its own.
+    """
+    with ExitStack() as after:
+        for get, put, exact in _precisions():
+            after.callback(put, get())
+            put(exact)
+        mode = torch.get_deterministic_debug_mode()
+        if mode:
+            after.callback(torch.set_deterministic_debug_mode, mode)
+            torch.set_deterministic_debug_mode("default")
+        after.enter_context(torch.autocast(device.type, enabled=False))
         yield
-    finally:
-        setattr(matmul, flag, saved)
+
+
+def _refuse_capture(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        refuse_capture("the reference waits for the device, which is not possible", "call it outside of the capture")
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.Tensor:
     """``silu(min(gate, clamp)) * clamp(up, -clamp, clamp)``; float32 ``[n, I]`` each, NaN stays NaN."""
+    _check_alike(gate, up, ("gate", "up"))
+    check_clamp("clamp", clamp)
+    return activate(gate, up, clamp)
+
+
+def activate(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.Tensor:
+    """`swiglu` of arguments that were checked; torch.compile takes it as one graph."""
     if clamp is not None:
         gate = gate.clamp(max=clamp)
         up = up.clamp(min=-clamp, max=clamp)
@@ -55,14 +89,53 @@ def expert_counts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Rows each expert receives.
 
     Args:
-        topk_idx: int64 ``[T, K]``; negative is masked, an expert may appear twice in a row.
+        topk_idx: int64 ``[T, K]``; what is no expert is masked, an expert may appear twice in a row.
         num_experts: Number of experts.
 
     Returns:
         int32 ``[num_experts]``.
     """
+    _check_ids(topk_idx)
+    check_int("num_experts", num_experts)
+    if not 0 <= num_experts <= MAX_EXPERTS:
+        raise ConfigError(f"num_experts = {shown(num_experts)} is not supported; allowed: 0 to {MAX_EXPERTS}")
+    _refuse_capture(topk_idx)
     flat = topk_idx.reshape(-1)
-    return torch.bincount(flat[flat >= 0], minlength=num_experts).to(torch.int32)
+    return torch.bincount(flat[(flat >= 0) & (flat < num_experts)], minlength=num_experts).to(torch.int32)
+
+
+def _check_ids(topk_idx: torch.Tensor) -> None:
+    require_tensor("topk_idx", topk_idx)
+    if topk_idx.dtype not in (torch.int64, torch.int32):
+        raise ConfigError(f"topk_idx has dtype {topk_idx.dtype}; allowed: int64 or int32")
+
+
+def _check(
+    x: torch.Tensor, x_sf: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, l1: WeightPair, l2: WeightPair
+) -> None:
+    """Raise `ConfigError` unless the arguments of `moe_reference` fit together."""
+    check_pairs(l1, l2)
+    for name, (codes, _) in (("l1", l1), ("l2", l2)):
+        require_plain(name, codes)
+    if l1[0].ndim != 3:
+        raise ConfigError(f"l1 weights have shape {tuple(l1[0].shape)}; allowed: [experts, 2I, H]")
+    _check_ids(ids)
+    require_tensor("x", x)
+    hidden, rows = l1[0].shape[2], x.shape[:1]
+    for name, tensor, shape in (
+        ("x", x, (*rows, hidden)),
+        ("x_sf", x_sf, (*rows, hidden // BLOCK)),
+        ("topk_idx", ids, (*rows, *ids.shape[1:2])),
+        ("topk_weights", weights, (*rows, *ids.shape[1:2])),
+    ):
+        require_tensor(name, tensor)
+        if len(shape) != 2 or tuple(tensor.shape) != shape:
+            raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: [tokens, ...], here {shape}")
+        if tensor.device != l1[0].device:
+            raise ConfigError(f"{name} is on {tensor.device}; allowed: {l1[0].device}, where the weights are")
+    if x.dtype is not torch.float8_e4m3fn or x_sf.dtype is not torch.float32 or not weights.is_floating_point():
+        given = f"x has dtype {x.dtype}, x_sf {x_sf.dtype}, topk_weights {weights.dtype}"
+        raise ConfigError(f"{given}; allowed: float8_e4m3fn, float32 and a floating one")
 
 
 def _expert(
@@ -74,13 +147,14 @@ def _expert(
     out = torch.empty_like(x)
     for begin in range(0, x.shape[0], _CHUNK):
         gate, up = (x[begin : begin + _CHUNK] @ w13.T).chunk(2, dim=-1)
-        h = swiglu(gate, up, clamp)
+        h = activate(gate, up, clamp)
         if requantize:
             h = dequantize_activations(*quantize_activations(h))
         out[begin : begin + _CHUNK] = h @ w2.T
     return out
 
 
+@torch.no_grad()
 def moe_reference(
     x: torch.Tensor,
     x_sf: torch.Tensor,
@@ -98,7 +172,7 @@ def moe_reference(
     Args:
         x: float8_e4m3fn ``[T, H]``.
         x_sf: float32 ``[T, H / 128]``.
-        topk_idx: int64 ``[T, K]``, -1 for a masked slot.
+        topk_idx: int64 ``[T, K]``; -1, or any other id that is no expert, for a masked slot.
         topk_weights: float32 ``[T, K]``.
         l1: ``w13`` float8_e4m3fn ``[E, 2I, H]``, gate rows first (*not* transformed), and scales float32
             ``[E, 2I / 128, H / 128]``.
@@ -110,15 +184,27 @@ def moe_reference(
 
     Returns:
         `out_dtype` ``[T, H]``; a token whose slots are all masked gives zeros.
+
+    Raises:
+        ConfigError: the arguments do not fit together, or the weights are marked as transformed.
+        CaptureError: the tensors are on a GPU whose current stream is capturing.
     """
+    _check(x, x_sf, topk_idx, topk_weights, l1, l2)
+    check_clamp("activation_clamp", activation_clamp)
+    check_flag("requantize", requantize)
+    if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
+        raise ConfigError(f"out_dtype = {shown(out_dtype)} is not supported; allowed: a floating dtype")
+    _refuse_capture(x)
+    experts = l1[0].shape[0]
+    topk_idx = torch.where((topk_idx >= 0) & (topk_idx < experts), topk_idx, -1)
     tokens, hidden = x.shape
     topk = topk_idx.shape[1]
     device = x.device
     flat = topk_idx.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    ends = torch.bincount(flat + 1, minlength=l1[0].shape[0] + 1).cumsum(0).tolist()  # [0] ends the masked slots
+    ends = torch.bincount(flat + 1, minlength=experts + 1).cumsum(0).tolist()  # [0] ends the masked slots
     slots = torch.zeros(tokens * topk, hidden, dtype=torch.bfloat16 if requantize else torch.float32, device=device)
-    with _full_fp32_matmul():
+    with _exact_products(device):
         for expert, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
             if begin == end:
                 continue
@@ -135,6 +221,16 @@ def moe_reference(
     return y.to(out_dtype)
 
 
+def _check_alike(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str] = ("a", "b")) -> None:
+    for name, tensor in zip(names, (a, b), strict=True):
+        require_tensor(name, tensor)
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            raise ConfigError(f"{name} is {tensor.dtype} on {tensor.device}; allowed: a floating dtype, with values")
+    if a.shape != b.shape:
+        given = f"{names[0]} has shape {tuple(a.shape)}, {names[1]} {tuple(b.shape)}"
+        raise ConfigError(f"{given}; allowed: equal ones")
+
+
 def row_diffs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`calc_diff` of each pair of rows.
 
@@ -145,6 +241,7 @@ def row_diffs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Returns:
         float64 ``[T]``; 0 where both rows are zero.
     """
+    _check_alike(a, b)
     a, b = a.double(), b.double()
     energy = (a * a + b * b).sum(dim=-1)
     similarity = 2.0 * (a * b).sum(dim=-1) / energy
@@ -156,4 +253,6 @@ def calc_diff(a: torch.Tensor, b: torch.Tensor) -> float:
 
     `a` and `b` have the same shape, any one, and any floating dtype.
     """
+    _check_alike(a, b)
+    _refuse_capture(a)
     return float(row_diffs(a.reshape(1, -1), b.reshape(1, -1)).item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import fcntl
 import functools
@@ -10,6 +11,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -24,7 +26,9 @@ from typing import Any
 import click
 import jsonschema
 
+from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cli import cli
+from tests.zygote import Zygote
 
 SIZES = ["--hidden", "256", "--intermediate", "128", "--experts", "4", "--topk", "1"]
 PINGPONG = "megamoe_pingpong_h256_i128_e4_k1_r1_fast"
@@ -33,7 +37,19 @@ SCHEMAS = resources.files("megamoe_jit._cli") / "schemas"
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """A new process, as a user starts it; nobody is there to answer."""
+    """A process of its own, as a user starts it; nobody is there to answer.
+
+    It is forked from one that has imported the command line; `start` is slower, and leaves nothing out.
+    """
+    variables = {**os.environ, **environ}
+    if not _zygote().can_run(variables):
+        return start(*arguments, **environ)
+    code, out, err = _zygote().run(list(arguments), variables, timeout=240)
+    return subprocess.CompletedProcess(["megamoe-jit", *arguments], code, out, err)
+
+
+def start(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`run` in a new interpreter."""
     return subprocess.run(
         [sys.executable, "-m", "megamoe_jit", *arguments],
         stdin=subprocess.DEVNULL,
@@ -44,11 +60,24 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@functools.cache
+def _zygote() -> Zygote:
+    made = Zygote()
+    atexit.register(made.close)
+    return made
+
+
 def leaf_commands(command: click.Command = cli, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """The words of every command."""
     if not isinstance(command, click.Group):
         return [path]
     return [leaf for name, sub in command.commands.items() for leaf in leaf_commands(sub, (*path, name))]
+
+
+def _take_terminal(slave: int) -> None:
+    """In the child: the terminal is its own, and Ctrl-C reaches it even where the tests run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
 
 class Terminal:
@@ -72,7 +101,7 @@ class Terminal:
             stderr=slave,
             env={**env, "TERM": "xterm", **environ},
             start_new_session=True,
-            preexec_fn=functools.partial(fcntl.ioctl, slave, termios.TIOCSCTTY, 0),
+            preexec_fn=functools.partial(_take_terminal, slave),
         )
         os.close(slave)
         self.output = ""
@@ -120,8 +149,7 @@ def warm_cache(target: Path) -> Path:
 
 def keys_of(root: Path) -> dict[str, str]:
     """Keys of the kernels in a cache, by symbol."""
-    entries = json.loads(run("cache", "ls", "--json", "--cache-dir", str(root)).stdout)["entries"]
-    return {entry["entry"]: entry["key"] for entry in entries}
+    return {info.meta["entry"]: info.key for info in KernelCache(root).entries()}
 
 
 def damage(root: Path, key: str) -> None:

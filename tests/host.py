@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -36,6 +37,7 @@ def without_comments(text: str) -> str:
     return re.sub(r"//[^\n]*", "", text)
 
 
+@functools.cache
 def room(name: str) -> str:
     """A room of `kernels_src/` without its comments."""
     return without_comments((KERNELS / name).read_text())

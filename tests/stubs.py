@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from megamoe_jit._cache.identity import cache_key, source_id
+from megamoe_jit._cache.metadata import dump_metadata
+from megamoe_jit._compile.nvrtc import options_for
+from megamoe_jit._compile.render import render
+from megamoe_jit._compile.toolchain import Toolchain
 
 KEY = "ab" + "0" * 62
 OTHER = "cd" + "1" * 62
@@ -28,14 +35,48 @@ __device__ inline void fill(const Params& p, int value) {
 ROOMS = {"kernels/entry.cuh.j2": TEMPLATE, "room/fill.cuh": ROOM}
 
 
-def fake_cubin(body: bytes = b"body") -> bytes:
-    """An ELF header of a cubin for sm_90a, then `body`."""
+def fake_cubin(body: bytes = b"body", entry: str | None = None) -> bytes:
+    """An ELF header of a cubin for sm_90a, the symbol of a kernel if one is named, then `body`."""
     data = bytearray(64)
     data[:6] = b"\x7fELF\x02\x01"
     data[8] = 7
     struct.pack_into("<H", data, 18, 190)
     struct.pack_into("<I", data, 48, 0x5A0D5A)
+    if entry is not None:
+        names, symbol = b"\0" + entry.encode() + b"\0", struct.pack("<IBB18x", 1, 0, 0x10)
+        tables = [(3, 64, len(names), 0), (2, 64 + len(names), len(symbol), 0)]  # of strings, of symbols
+        struct.pack_into("<Q", data, 40, 64 + len(names) + len(symbol))
+        struct.pack_into("<HHH", data, 58, 64, len(tables), 0)
+        data += names + symbol
+        for kind, offset, size, link in tables:
+            data += struct.pack("<IIQQQQIIQQ", 0, kind, 0, 0, offset, size, link, 0, 1, 24)
     return bytes(data) + body
+
+
+def fake_kernel(
+    entry: str = "first",
+    source: str = "source",
+    body: bytes = b"",
+    *,
+    version: str = "12.9",
+    options: Sequence[str] = ("--gpu-architecture=sm_90a",),
+) -> tuple[Any, ...]:
+    """Key, binary, source and metadata of a kernel that is what its key names: what `EntryStore.store` takes."""
+    major, minor = map(int, version.split("."))
+    compiler = Toolchain(Path("/lib/libnvrtc.so"), (major, minor), "build")
+    about = {
+        "entry": entry,
+        "options": list(options),
+        "source_id": source_id(source, options, entry, "sm_90a"),
+        "nvrtc": {"version": version, "build": "build", "path": "/lib/libnvrtc.so"},
+    }
+    key = cache_key(source, options, entry, "sm_90a", compiler)
+    return key, fake_cubin(body, entry), source, about
+
+
+def kernel_of_spec(spec: Any, version: str = "12.9", body: bytes = b"") -> tuple[Any, ...]:
+    """`fake_kernel` for a spec, from its source, as another compiler than the one here makes it."""
+    return fake_kernel(spec.entry, render(spec).text, body, version=version, options=list(options_for(None)))
 
 
 def write_rooms(folder: Path, rooms: dict[str, str] = ROOMS) -> Path:
@@ -47,9 +88,11 @@ def write_rooms(folder: Path, rooms: dict[str, str] = ROOMS) -> Path:
 
 
 def rewrite_meta(folder: Path, **changes: Any) -> None:
-    """Change fields of an entry's metadata."""
+    """Change fields of an entry's metadata, whose digest is right then."""
     path = folder / "meta.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    meta = {**json.loads(path.read_text()), **changes}
+    meta.pop("meta_sha256", None)
+    path.write_bytes(dump_metadata(meta))
 
 
 def child_environment(place: Path, **variables: object) -> dict[str, str]:

@@ -18,7 +18,7 @@
 
 namespace megamoe {
 
-/// What was waited for.  `_faults.py` has a sentence for each.
+/// What was waited for.  `megamoe_jit/_device/fault.py` has a sentence for each.
 enum class Wait : u32 {
     head_barrier = 1,
     tile_slot_free = 2,

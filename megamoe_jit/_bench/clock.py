@@ -124,8 +124,9 @@ def anchors() -> dict[str, float]:
     device = torch.device("cuda", torch.cuda.current_device())
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     size = 8192
-    one = torch.ones((), device=device)
-    a, b = ((torch.randn(size, size, device=device) * 148).clamp(-448, 448).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), dtype=torch.float32, device=device)
+    drawn = (torch.randn(size, size, dtype=torch.float32, device=device) * 148 for _ in range(2))
+    a, b = (values.clamp(-448, 448).to(torch.float8_e4m3fn) for values in drawn)
     data = torch.ones(1 << 30, dtype=torch.float32, device=device)
 
     def dense() -> object:

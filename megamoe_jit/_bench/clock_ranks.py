@@ -19,7 +19,7 @@ class RankTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-        self.tiny = torch.zeros(1, device=device)
+        self.tiny = torch.zeros(1, dtype=torch.float32, device=device)
         self.cuda: Any = torch.cuda
 
     def _align(self) -> None:

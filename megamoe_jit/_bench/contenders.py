@@ -131,7 +131,7 @@ class FlashInfer:
         }
         if clamp is not None:
             for name, value in (("alpha", 1.0), ("beta", 0.0), ("limit", clamp)):
-                arguments[f"swiglu_{name}"] = torch.full((experts,), value, device=y.device)
+                arguments[f"swiglu_{name}"] = torch.full((experts,), value, dtype=torch.float32, device=y.device)
 
         def call() -> torch.Tensor:
             layer(**arguments)

@@ -61,8 +61,9 @@ class DeepGemmGrouped(Gemm):
     def __init__(self, weights: WeightPair, ends: Sequence[int]) -> None:
         super().__init__(weights, ends)
         self.weights = weights
-        rows = torch.tensor([end - begin for begin, end in zip(self.begins, self.ends, strict=True)])
-        owners = torch.arange(len(self.ends), dtype=torch.int32).repeat_interleave(rows)
+        rows = [end - begin for begin, end in zip(self.begins, self.ends, strict=True)]
+        experts = torch.arange(len(rows), dtype=torch.int32, device="cpu")
+        owners = experts.repeat_interleave(torch.tensor(rows, dtype=torch.int64, device="cpu"))
         self.owners = owners.to(weights[0].device)
         library: Any = importlib.import_module("deep_gemm")
         self.multiply = library.m_grouped_fp8_gemm_nt_contiguous
@@ -116,14 +117,16 @@ class BlockwiseEach(Gemm):
         super().__init__(weights, ends)
         self.codes, scales = weights
         blocks = scales.shape[2]
-        padded = torch.zeros(*scales.shape[:2], -(-blocks // 4) * 4, device=scales.device)  # cuBLAS wants rows of 16 B
+        rows_of_16_bytes = (*scales.shape[:2], -(-blocks // 4) * 4)  # as cuBLAS wants them
+        padded = torch.zeros(rows_of_16_bytes, dtype=torch.float32, device=scales.device)
         padded[..., :blocks] = scales
         self.scales = padded[..., :blocks]
         self.blocks = blocks
         places = []  # the scales of an expert's rows must lie together, block by block
+        block = torch.arange(blocks, dtype=torch.int64, device=scales.device)[:, None]
         for begin, end in zip(self.begins, self.ends, strict=True):
-            row = torch.arange(begin, end, device=scales.device)
-            places.append((row[None, :] * blocks + torch.arange(blocks, device=scales.device)[:, None]).view(-1))
+            row = torch.arange(begin, end, dtype=torch.int64, device=scales.device)
+            places.append((row[None, :] * blocks + block).view(-1))
         self.places = torch.cat(places)
 
     def __call__(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -181,9 +184,9 @@ def probe(method: type[Gemm], device: torch.device) -> str:
     gen = torch.Generator(device=device).manual_seed(0)
     n, k, step = 256, 512, method.row_step
     ends = (2 * step, 2 * step, 5 * step)
-    codes = torch.randn(3, n, k, generator=gen, device=device).to(torch.float8_e4m3fn)
-    scales = torch.rand(3, n // BLOCK, k // BLOCK, generator=gen, device=device) + 0.5
-    x = torch.randn(ends[-1], k, generator=gen, device=device)
+    codes = torch.randn(3, n, k, generator=gen, dtype=torch.float32, device=device).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, n // BLOCK, k // BLOCK, generator=gen, dtype=torch.float32, device=device) + 0.5
+    x = torch.randn(ends[-1], k, generator=gen, dtype=torch.float32, device=device)
     try:
         got = method((codes, scales), ends)(*method.quantise(x)).float()
     except (ImportError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:

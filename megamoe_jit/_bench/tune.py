@@ -23,10 +23,11 @@ from megamoe_jit._bench.measure import Layer, cases, require_hopper, some_rows
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._files import read_plain
 from megamoe_jit._numerics import Numerics
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics.presets import Preset
-from megamoe_jit.heuristics.tables import MAX_LAG, ROWS_PER_ITEM
+from megamoe_jit.heuristics.tables import check_choices
 
 __all__ = ["DEFAULT_LAGS", "DEFAULT_ROWS", "DEFAULT_TOKENS", "SCHEMA_VERSION", "Contender", "read", "sources", "tune"]
 
@@ -56,6 +57,7 @@ def sources(shape: MoEShape) -> str:
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
+_MOST_BYTES = 256 << 20  #: of a file of measurements; a cell takes some kilobytes
 _BEGIN = '{"schema_version": '  #: of a line; a last one that begins otherwise is no interrupted measurement
 _CELL = {"environment", "sources", "name", "shape", "tokens", "num_sms", "times"}
 
@@ -68,7 +70,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = read_plain(path, _MOST_BYTES).decode("utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"measurements cannot be read from {path}: {error.strerror}") from error
     lines = text.splitlines()
     cells = []
     for number, line in enumerate(lines, 1):
@@ -162,12 +167,7 @@ def tune(
         ConfigError: the file is not in order, or a parameter is not supported.
         UnsupportedDeviceError: there is no Hopper GPU.
     """
-    for lag in lags:
-        if not 0 < lag <= MAX_LAG:
-            raise ConfigError(f"lags: {lag:g} is not supported; allowed: above 0, up to {MAX_LAG}")
-    for rows in rows_per_item:
-        if rows not in ROWS_PER_ITEM:
-            raise ConfigError(f"rows: {rows} is not supported; allowed: {', '.join(map(str, ROWS_PER_ITEM))}")
+    check_choices(lags, rows_per_item)
     contenders = [Contender(v, float(lag), rows) for v in variants for lag in lags for rows in rows_per_item]
     device = require_hopper()
     conditions = environment()
@@ -209,7 +209,7 @@ def _end_last_line(path: Path) -> None:
     """Drop what an interruption left of a last line, so that the next one begins on its own."""
     if not path.exists():
         return
-    data = path.read_bytes()
+    data = read_plain(path, _MOST_BYTES)
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         try:

@@ -1,6 +1,6 @@
 """The same layer unfused, of public parts alone: what the fused kernel is compared with.
 
-Sort by expert, NCCL all-to-all of codes, scales and ids, two grouped GEMMs (see `_grouped_gemm`), SwiGLU and
+Sort by expert, NCCL all-to-all of codes, scales and ids, two grouped GEMMs (see `grouped_gemm`), SwiGLU and
 quantisation, NCCL all-to-all back, weighted combine; one rank leaves the exchanges out.  What favours the baseline: row
 counts are exchanged before the timing, so that nothing waits for the host, and all of it is captured in one CUDA graph
 where that works.  Each (token, slot) pair travels as a row of its own.
@@ -18,14 +18,14 @@ from megamoe_jit._bench.grouped_gemm import Gemm
 from megamoe_jit._check.scenarios import Inputs
 from megamoe_jit._layer.group import gather, group_rank, group_size
 from megamoe_jit._layer.weights import WeightPair
-from megamoe_jit.reference import swiglu
+from megamoe_jit.reference import activate
 
 __all__ = ["Baseline"]
 
 
 def _activate(gate_up: torch.Tensor, clamp: float | None) -> torch.Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return swiglu(gate, up, clamp)
+    return activate(gate, up, clamp)
 
 
 def _combine(rows: torch.Tensor, where: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def _make_plan(ids: torch.Tensor, experts: int, group: Any, row_step: int) -> _P
     rank, ranks = group_rank(group), group_size(group)
     local = experts // ranks
     everyone = gather(group, torch.bincount(ids.reshape(-1), minlength=experts).tolist())
-    counts = torch.tensor(everyone).view(ranks, ranks, local)  # from, to, expert
+    counts = torch.tensor(everyone, dtype=torch.int64, device="cpu").view(ranks, ranks, local)  # from, to, expert
     mine = counts[:, rank].sum(dim=0)
     padded = -(-mine // row_step) * row_step
     ends = padded.cumsum(0)
@@ -128,7 +128,8 @@ class Baseline:
         received = self._exchange(self.received, send, plan.received, plan.sent)
         received_ids = self._exchange(self.received_ids, ids, plan.received, plan.sent)
         expert, arrival = (received_ids - self.rank * self.local).sort(stable=True)
-        place = torch.arange(expert.numel(), device=expert.device) + (plan.first_padded - plan.first)[expert]
+        place = torch.arange(expert.numel(), dtype=torch.int64, device=expert.device)
+        place += (plan.first_padded - plan.first)[expert]
         sorted_rows = received[arrival]
         self.rows.view(torch.uint8)[place] = sorted_rows[:, :hidden]
         self.row_scales[place] = sorted_rows[:, hidden:].contiguous().view(torch.float32)
@@ -137,5 +138,5 @@ class Baseline:
         where[arrival] = place
         returned = self._exchange(self.returned, results[where], plan.sent, plan.received)
         back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
+        back[order] = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
         return self._combine(returned, back, self.weights)

@@ -26,11 +26,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megamoe_jit._cache import evict as _evict
-from megamoe_jit._cache.entry import SCHEMA, CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
-from megamoe_jit._cache.locks import check_private
-from megamoe_jit._cache.store import EntryStore, PruneReport, tree_bytes
+from megamoe_jit._cache.entry import CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
+from megamoe_jit._cache.metadata import SCHEMA
+from megamoe_jit._cache.store import EntryStore, PruneReport
+from megamoe_jit._cache.trees import delete, is_directory, tree_bytes
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._trust import check_private
 
 __all__ = [
     "SCHEMA",
@@ -145,21 +147,23 @@ class KernelCache(EntryStore):
         return replace(report, bytes=report.bytes + self._empty_quarantine())
 
     def verify(self, fix: bool = False) -> list[Problem]:
-        """Check every entry as `load` does, its source too.
+        """Check every entry as `load` does, its source too, and that it is what its key names.
 
         Args:
-            fix: move what is damaged to quarantine and correct permissions of the cache's directories.  Nothing is
-                moved in a cache that belongs to another user.
+            fix: move what is damaged to quarantine, correct permissions of the cache's directories and unlink what lies
+                in the place of one.  Nothing is moved in a cache that belongs to another user.
         """
+        fix = fix and not self.read_only
         problems = []
         root = [] if self.read_only else [Path(os.path.realpath(self.root))]
-        for folder in (*root, self.path, self.path / ".tmp"):
+        for folder in (*root, self.path, *self._inner_folders()):
             try:
                 check_private(folder, self.forbidden)
             except FileNotFoundError:
                 continue
             except OSError as error:
-                problems.append(Problem("", folder, str(error), fix and _make_private(folder, 0o022)))
+                mend = _put_right if folder.parent == self.path else _take_back
+                problems.append(Problem("", folder, str(error), fix and mend(folder)))
         with contextlib.suppress(OSError):
             if os.lstat(self.path).st_uid not in (os.geteuid(), 0):
                 return problems
@@ -171,6 +175,11 @@ class KernelCache(EntryStore):
             elif flaw is not None:
                 problems.append(Problem(key, folder, f"cannot be read: {flaw.strerror}", False))
         return problems
+
+    def _inner_folders(self) -> Iterator[Path]:
+        """Where the directories that hold entries, and what was an entry, lie or should lie."""
+        with contextlib.suppress(OSError):
+            yield from (self.path / name for name in sorted(os.listdir(self.path)) if _is_inner(name))
 
     def _flaw(self, key: str, folder: Path) -> Damaged | OSError | None:
         """What is wrong with an entry, its source too; None if nothing is, or if it is gone."""
@@ -208,8 +217,10 @@ class KernelCache(EntryStore):
         )
 
     def _quarantined(self) -> Iterator[Path]:
+        place = self.path / "quarantine"
         with contextlib.suppress(OSError):
-            yield from (self.path / "quarantine").iterdir()
+            if is_directory(place):  # what a link leads to is not ours to empty
+                yield from place.iterdir()
 
     def _empty_quarantine(self) -> int:
         """Delete what lies there; the bytes that gave."""
@@ -277,13 +288,23 @@ def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, 
     raise ConfigError(f"key {prefix!r} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
 
 
-def _make_private(folder: Path, forbidden: int) -> bool:
-    """Take these permissions from others, and give the owner all; whether that is enough.  Not of shared folders."""
+def _is_inner(name: str) -> bool:
+    """Whether a directory of the cache is called so: the first digits of keys, or the two for what is no entry."""
+    return name in (".tmp", "quarantine") or (len(name) == 2 and not set(name) - set("0123456789abcdef"))
+
+
+def _put_right(folder: Path) -> bool:
+    """Take it from others, or unlink it if it is no directory; whether that is enough."""
+    return _take_back(folder) if is_directory(folder) else delete(folder)
+
+
+def _take_back(folder: Path) -> bool:
+    """Forbid others to write, and give the owner all; whether that is enough.  Not of shared folders."""
     with contextlib.suppress(OSError):
         mode = os.lstat(folder).st_mode
-        if mode & stat.S_ISVTX:
+        if mode & stat.S_ISVTX or not stat.S_ISDIR(mode):
             return False
-        os.chmod(folder, (stat.S_IMODE(mode) | 0o700) & ~forbidden)
+        os.chmod(folder, (stat.S_IMODE(mode) | 0o700) & ~0o022)
         check_private(folder)
         return True
     return False

@@ -11,19 +11,18 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import json
 import os
 import stat
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megamoe_jit._cache.locks import owner_problem
+from megamoe_jit._cache.identity import cache_key, identity_problem, is_key, kernel_problem, source_id
+from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
 from megamoe_jit._compile.cubin import CubinError, cubin_arch
-
-if TYPE_CHECKING:
-    from megamoe_jit._compile.toolchain import Toolchain
+from megamoe_jit._trust import owner_problem
 
 __all__ = [
     "CUBIN",
@@ -34,9 +33,13 @@ __all__ = [
     "CacheEntry",
     "Damaged",
     "EntryInfo",
+    "Metadata",
+    "OtherSchema",
     "by_compiler",
     "cache_key",
+    "check_kernel",
     "is_key",
+    "last_use",
     "read_entry",
     "read_info",
     "same_place",
@@ -44,22 +47,16 @@ __all__ = [
     "verify_files",
 ]
 
-SCHEMA = 1
 CUBIN, META, SOURCE = "kernel.cubin", "meta.json", "kernel.cu"
 IMPORTED = "imported"  #: marks an entry that came from a pack, whoever compiled it
 LIMIT = 64 << 20  #: no file of an entry is larger
+CLOCKS_S = 600.0  #: clocks of machines that share a cache differ by less
 
 #: how files are opened: a named pipe in the place of one must not hold up who does
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 #: reading a file of an entry fails in these ways when it will fail the next time too
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ENXIO)
-
-#: what the metadata holds, where it holds it
-_TYPES = {"spec": dict, "nvrtc": dict, "compile_ms": dict, "options": list, "advisories": list}
-
-#: options that only some compilers know and that do not shape the code
-_NEUTRAL_OPTIONS = ("--no-cache",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +65,13 @@ class CacheEntry:
 
     key: str
     cubin: bytes
-    meta: dict[str, Any]
+    meta: Metadata
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class EntryInfo:
-    """What a listing shows of an entry; nothing is verified beyond the metadata being readable.
+    """What a listing shows of an entry; nothing is verified beyond the metadata.
 
     Attributes:
         key: its name.
@@ -86,25 +83,24 @@ class EntryInfo:
 
     key: str
     path: Path
-    meta: dict[str, Any] = dataclasses.field(compare=False, repr=False)
+    meta: Metadata = dataclasses.field(compare=False, repr=False)
     used_at: float
     disk_bytes: int
 
     @property
     def entry(self) -> str:
         """Symbol of the kernel."""
-        return str(self.meta.get("entry", ""))
+        return self.meta.get("entry", "")
 
     @property
     def created_at(self) -> str:
         """When it was compiled, ISO 8601 in UTC."""
-        return str(self.meta.get("created_at", ""))
+        return self.meta.get("created_at", "")
 
     @property
     def compiler(self) -> str:
         """Version of the NVRTC that made it."""
-        nvrtc = self.meta.get("nvrtc")
-        return str(nvrtc.get("version", "")) if isinstance(nvrtc, dict) else ""
+        return self.meta.get("nvrtc", {}).get("version", "")
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data: the metadata and what the file system adds."""
@@ -121,84 +117,34 @@ class Damaged(Exception):
     """An entry is there but must not be used."""
 
 
-def _digest(fields: Iterable[tuple[str, str]]) -> str:
-    """Sha256 over labelled fields with their lengths, so that no two lists of fields look alike."""
-    digest = hashlib.sha256()
-    for field in fields:
-        for part in field:
-            data = part.encode()
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, toolchain: Toolchain) -> str:
-    """The name of a compiled kernel: sha256 over everything that decides its bytes, and over nothing else.
-
-    Paths, user, host, working directory, Python, torch and driver are not in it: a cache can be shared and
-    moved.
-
-    Args:
-        source_text: the flattened source.
-        options: compiler options, in order.
-        entry: symbol of the kernel.
-        arch: target architecture.
-        toolchain: the compiler; its path does not count.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    version = f"{toolchain.version[0]}.{toolchain.version[1]}"
-    compiler = [("compiler version", version), ("compiler build", toolchain.build)]
-    return _digest([*_identity(source_text, options, entry, arch), *compiler])
-
-
-def source_id(source_text: str, options: Iterable[str], entry: str, arch: str) -> str:
-    """What a kernel is whoever compiled it: `cache_key` without the compiler.
-
-    Finds kernels that were built elsewhere, on purpose, by another compiler than the one installed here.
-    """
-    shaping = [option for option in options if option not in _NEUTRAL_OPTIONS]
-    return _digest(_identity(source_text, shaping, entry, arch))
-
-
-def _identity(source_text: str, options: Iterable[str], entry: str, arch: str) -> list[tuple[str, str]]:
-    return [
-        ("schema", str(SCHEMA)),
-        ("entry", entry),
-        ("source", source_text),
-        *(("option", option) for option in options),
-        ("arch", arch),
-    ]
-
-
-def is_key(text: str) -> bool:
-    """Whether `text` is spelled like a key."""
-    return len(text) == 64 and not set(text) - set("0123456789abcdef")
+class OtherSchema(FileNotFoundError):
+    """An entry is another version's: for this one it is not there."""
 
 
 def read_entry(
     key: str, folder: Path, forbidden: int = 0o022, *, with_source: bool = False
-) -> tuple[dict[str, bytes], dict[str, Any]]:
+) -> tuple[dict[str, bytes], Metadata]:
     """Files and metadata of an entry, verified.
 
     Args:
         key: what the entry must be.
         folder: its directory.
         forbidden: permission bits that none of its files may have.
-        with_source: read and verify the source too.
+        with_source: read and verify the source too, and that all is what the key names.
 
     Raises:
-        FileNotFoundError: there is none, or it was removed meanwhile.
+        FileNotFoundError: there is none, or it was removed meanwhile, or is another version's (`OtherSchema`).
         Damaged: it is there but must not be used.
         OSError: it cannot be read.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise Damaged("it is not a directory") from None
-        raise
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        if not os.path.lexists(folder):  # what lies above it is none either
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from None
+        raise Damaged("it is not a directory") from None
     try:
         _check_owner("its directory", os.fstat(handle), forbidden)
         try:
@@ -220,63 +166,84 @@ def same_place(handle: int, folder: Path) -> bool:
     return False
 
 
-def verify_files(key: str, files: dict[str, bytes]) -> dict[str, Any]:
-    """Check metadata against key and files, the source too where it is given.
-
-    Returns:
-        The metadata, with a `schema` that may be another than ours; nothing else is checked then.
+def verify_files(key: str, files: dict[str, bytes]) -> Metadata:
+    """Check metadata against key and files; where the source is given, also that all is what the key names.
 
     Raises:
         Damaged: something does not agree.
+        OtherSchema: the metadata are of another schema; nothing else is checked then.
     """
     cubin = files[CUBIN]
     try:
-        meta = json.loads(files[META])
-    except (ValueError, RecursionError):
-        raise Damaged(f"{META} is not JSON") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("schema"), int):
-        raise Damaged(f"{META} has no schema")
+        meta = read_metadata(files[META])
+    except MetaError as error:
+        raise Damaged(f"{META} {error}") from None
     if meta["schema"] != SCHEMA:
-        return meta
-    if meta.get("key") != key:
+        raise OtherSchema(errno.ENOENT, f"it has schema {meta['schema']}, not {SCHEMA}", key)
+    if meta["key"] != key:
         raise Damaged(f"{META} is of another kernel")
-    for name, kind in _TYPES.items():
-        if not isinstance(meta.get(name, kind()), kind):
-            raise Damaged(f"{name} in {META} is not what it should be")
-    if len(cubin) != meta.get("cubin_bytes"):
-        raise Damaged(f"{CUBIN} has {len(cubin)} bytes instead of {meta.get('cubin_bytes')}")
-    if hashlib.sha256(cubin).hexdigest() != meta.get("cubin_sha256"):
-        raise Damaged(f"the digest of {CUBIN} is wrong")
+    if len(cubin) != meta["cubin_bytes"]:
+        raise Damaged(f"{CUBIN} has {len(cubin)} bytes instead of {meta['cubin_bytes']}")
+    _check_digest(CUBIN, cubin, meta["cubin_sha256"])
     try:
         arch = cubin_arch(cubin)
     except CubinError as error:
         raise Damaged(f"{CUBIN}: {error}") from None
-    if arch != meta.get("arch"):
-        raise Damaged(f"{CUBIN} is for {arch} instead of {meta.get('arch')}")
-    if SOURCE in files and hashlib.sha256(files[SOURCE]).hexdigest() != meta.get("source_sha256"):
-        raise Damaged(f"the digest of {SOURCE} is wrong")
-    if SOURCE in files and len(files[SOURCE]) != meta.get("source_bytes"):
-        raise Damaged(f"{SOURCE} has {len(files[SOURCE])} bytes instead of {meta.get('source_bytes')}")
+    if arch != meta["arch"]:
+        raise Damaged(f"{CUBIN} is for {arch} instead of {meta['arch']}")
+    if SOURCE in files:
+        _check_source(key, meta, files[SOURCE])
+        check_kernel(cubin, meta, meta["entry"])
     return meta
 
 
+def check_kernel(cubin: bytes, meta: Metadata, symbol: str) -> None:
+    """Raise `Damaged` unless the binary defines this kernel alone, with the parameters that the metadata say."""
+    problem = kernel_problem(cubin, meta, symbol)
+    if problem:
+        raise Damaged(problem)
+
+
+def _check_source(key: str, meta: Metadata, source: bytes) -> None:
+    _check_digest(SOURCE, source, meta["source_sha256"])
+    if len(source) != meta["source_bytes"]:
+        raise Damaged(f"{SOURCE} has {len(source)} bytes instead of {meta['source_bytes']}")
+    problem = identity_problem(key, meta, source)
+    if problem:
+        raise Damaged(problem)
+
+
+def _check_digest(name: str, data: bytes, digest: str) -> None:
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise Damaged(f"the digest of {name} is wrong")
+
+
 def read_info(key: str, folder: str) -> EntryInfo | None:
-    """What a listing shows of the entry in `folder`; None if it has no metadata of this schema."""
+    """What a listing shows of the entry in `folder`; None if it has no metadata of this schema and key."""
     try:
         handle = os.open(f"{folder}/{META}", _READ)
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
                 return None
-            meta = json.loads(os.read(handle, status.st_size))
+            meta = read_metadata(os.read(handle, status.st_size))
         finally:
             os.close(handle)
-        if meta["schema"] != SCHEMA or meta["key"] != key:
-            return None
-        size = int(meta["cubin_bytes"]) + int(meta["source_bytes"]) + status.st_size
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (OSError, MetaError):
         return None
-    return EntryInfo(key, Path(folder), meta, status.st_mtime, size)
+    if meta["schema"] != SCHEMA or meta["key"] != key:
+        return None
+    size = meta["cubin_bytes"] + meta["source_bytes"] + status.st_size
+    return EntryInfo(key, Path(folder), meta, last_use(status, time.time()), size)
+
+
+def last_use(status: os.stat_result, now: float) -> float:
+    """When something was last used or written, in seconds since 1970.
+
+    A time in the future says nothing, and would keep what it is of for ever: then the time counts at which it was set,
+    or none at all.
+    """
+    return next((max(0.0, at) for at in (status.st_mtime, status.st_ctime) if at <= now + CLOCKS_S), 0.0)
 
 
 def _read(handle: int, name: str, forbidden: int) -> bytes:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 from megamoe_jit._cache.entry import EntryInfo
 from megamoe_jit._cache.locks import try_lock
 from megamoe_jit._cache.store import PruneReport
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._version import __version__
-
-if TYPE_CHECKING:
-    from megamoe_jit._cache.cache import KernelCache
 
 __all__ = ["GRACE_S", "current_builder", "evict", "plan"]
 
@@ -60,8 +59,7 @@ def plan(
     idle = [info for info in every if now - info.used_at >= grace_s]
 
     def is_current(info: EntryInfo) -> bool:
-        nvrtc = info.meta.get("nvrtc")
-        build = nvrtc.get("build") if isinstance(nvrtc, dict) else None
+        build = info.meta.get("nvrtc", {}).get("build")
         return current is not None and (info.meta.get("package_version"), build) == current
 
     doomed = []
@@ -73,9 +71,23 @@ def plan(
     return doomed
 
 
-def evict(cache: KernelCache, max_bytes: int) -> PruneReport:
+class Evictable(Protocol):
+    """What eviction needs of a cache."""
+
+    @property
+    def path(self) -> Path:
+        """The directory that stands for it."""
+
+    def entries(self) -> list[EntryInfo]:
+        """Everything there is."""
+
+    def remove(self, keys: Iterable[str]) -> PruneReport:
+        """Remove these; what went."""
+
+
+def evict(cache: Evictable, max_bytes: int) -> PruneReport:
     """Bring a cache below its limit, unless another process of this node is at it."""
-    name = hashlib.sha256(str(cache.path).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(cache.path)).hexdigest()[:16]
     with try_lock(f"evict-{name}") as free:
         if free:
             entries = cache.entries()

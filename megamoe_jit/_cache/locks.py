@@ -13,63 +13,19 @@ import contextlib
 import fcntl
 import logging
 import os
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._trust import private_directory
 
-__all__ = ["check_private", "key_lock", "lock_dir", "owner_problem", "private_directory", "try_lock"]
+__all__ = ["key_lock", "lock_dir", "try_lock"]
 
 LOG = logging.getLogger("megamoe_jit")
 PATIENCE_S = 2.0  #: wait this long before saying whom we wait for
 POLL_S = 0.005
-
-
-def private_directory(path: Path) -> Path:
-    """Create a directory only its owner can write, or check that it is one.
-
-    Code is loaded from what these directories hold, so one that another user could write is refused.
-
-    Raises:
-        PermissionError: it belongs to someone else, or others may write to it.
-        OSError: it cannot be created.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    check_private(path)
-    return path
-
-
-def check_private(path: Path, forbidden: int = 0o022) -> None:
-    """Refuse a directory that someone other than this user or root owns or may write.
-
-    Args:
-        path: the directory.
-        forbidden: permission bits it must not have.
-
-    Raises:
-        PermissionError: it is such a directory, or not a directory.
-        FileNotFoundError: there is nothing there.
-    """
-    status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode):
-        raise PermissionError(f"{path} is not a directory")
-    problem = owner_problem(status, forbidden)
-    if problem:
-        raise PermissionError(f"{path} {problem}")
-
-
-def owner_problem(status: os.stat_result, forbidden: int = 0o022) -> str:
-    """Why what has this status cannot be trusted; empty if it can."""
-    if status.st_uid not in (os.geteuid(), 0):
-        return f"belongs to user {status.st_uid}, not to this user ({os.geteuid()})"
-    if status.st_mode & forbidden:
-        return f"can be written by other users (mode {stat.S_IMODE(status.st_mode):o})"
-    return ""
 
 
 def lock_dir() -> Path:
@@ -84,11 +40,13 @@ def lock_dir() -> Path:
         return chosen
     name = f"megamoe-jit-{os.geteuid()}"
     problem: OSError | None = None
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm", tempfile.gettempdir()):
-        if not base or not os.path.isdir(base):
-            continue
+    # the temporary directory comes last: to ask for it is to fail where there is none to write to
+    named = os.environ.get("XDG_RUNTIME_DIR")
+    for base in (*([named] if named else []), "/dev/shm", None):
         try:
-            return private_directory(Path(base) / name)
+            folder = Path(base or tempfile.gettempdir())
+            if folder.is_dir():
+                return private_directory(folder / name)
         except OSError as error:
             problem = error
     raise problem or FileNotFoundError("no directory for lock files")
@@ -178,6 +136,10 @@ def _wait(key: str, label: str, done: Callable[[], bool]) -> int | None:
         if handle is not None:
             os.close(handle)
         return None
+    except KeyboardInterrupt:  # what would have been done with it is not wanted any more
+        if handle is not None:
+            _release(handle)
+        raise
     return handle
 
 

@@ -5,40 +5,39 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megamoe_jit._cache.entry import (
+    CLOCKS_S,
     CUBIN,
-    IMPORTED,
     META,
     SCHEMA,
     SOURCE,
     CacheEntry,
     Damaged,
-    EntryInfo,
-    by_compiler,
-    is_key,
+    OtherSchema,
+    last_use,
     read_entry,
-    read_info,
 )
-from megamoe_jit._cache.locks import check_private, private_directory
+from megamoe_jit._cache.metadata import dump_metadata
+from megamoe_jit._cache.reader import ACCESS, EntryReader
+from megamoe_jit._cache.trees import delete, is_directory, move, tree_bytes
 from megamoe_jit._compile.cubin import cubin_arch
+from megamoe_jit._text import one_line
+from megamoe_jit._trust import private_directory
 
-__all__ = ["EntryStore", "PruneReport", "tree_bytes"]
+__all__ = ["EntryStore", "PruneReport"]
 
 LOG = logging.getLogger("megamoe_jit")
 STALE_STAGING_S = 3600.0
 TOUCH_S = 3600.0  #: an entry's last use is noted at most this often
 QUARANTINED = 32  #: damaged entries kept for looking into
-_ACCESS = "access"  #: cause of a warning: who may not read may not write either, and is told once
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,100 +55,40 @@ class PruneReport:
     kept: tuple[str, ...] = ()
 
 
-class EntryStore:
-    """Reading and writing of the entries under one root; `KernelCache` adds the upkeep.
+class EntryStore(EntryReader):
+    """Reading and writing of the entries under one root; `KernelCache` adds the upkeep."""
 
-    Args:
-        root: the directory; entries lie in a subdirectory named after the schema.
-        read_only: never write, not even to note a use or to put a damaged entry aside.
-        shared: let everybody read what is published.
-    """
-
-    def __init__(self, root: Path, read_only: bool = False, *, shared: bool = False) -> None:
-        self.root = root
-        self.path = root / f"v{SCHEMA}"  #: where this schema's entries lie
-        self.read_only = read_only
-        self.shared = shared
-        self.forbidden = 0o002 if read_only else 0o022  #: permission bits that nothing in it may have
-        self._by_source: dict[str, list[EntryInfo]] | None = None
-        self._warned: set[str] = set()
-
-    def entry_path(self, key: str) -> Path:
-        """Directory of an entry, whether it exists or not."""
-        return self.path / key[:2] / key
-
-    def keys(self) -> list[str]:
-        """Keys of all entries, whole or not."""
-        return [key for key, _ in self._folders()]
-
-    def holds(self, key: str) -> bool:
-        """Whether there is an entry, whole or not; what this user may not see is not there."""
-        return os.path.isdir(self.entry_path(key))
-
-    def handed_over(self, key: str) -> bool:
-        """Whether an entry is taken whoever compiled it: one of a read-only cache, or an imported one."""
-        return self.read_only or (self.entry_path(key) / IMPORTED).exists()
-
-    def load(self, key: str) -> CacheEntry | None:
-        """Read and verify an entry.
+    def load(self, key: str, symbol: str | None = None) -> CacheEntry | None:
+        """Read and verify an entry, and note its use.
 
         Args:
             key: from `cache_key`.
+            symbol: the one kernel that it must define.
 
         Returns:
             The entry; None if there is none, or none to be trusted (a damaged one is moved to quarantine).
         """
-        folder = self.entry_path(key)
-        try:
-            check_private(self.path, self.forbidden)
-            files, meta = read_entry(key, folder, self.forbidden)
-        except FileNotFoundError:
-            if self.read_only and not self.root.is_dir():
-                self._warn("missing", f"read-only kernel cache {self.root} does not exist")
-            return None
-        except Damaged as damage:
-            message = f"cached kernel {folder} is damaged ({damage}) and is not used"
-            if self.quarantine(key):
-                LOG.warning("%s", message)
-            else:
-                self._warn(key, message)
-            return None
-        except OSError as error:
-            self._unreadable(error)
-            return None
-        if meta["schema"] != SCHEMA:
-            return None
-        self.touch(key)
-        return CacheEntry(key, files[CUBIN], meta, folder)
+        entry = self._attempt(key, symbol, self.quarantine)
+        if entry is not None:
+            self.touch(key)
+        return entry
 
-    def load_source(self, source: str, major: int | None = None, but_not: Container[str] = ()) -> CacheEntry | None:
+    def load_source(
+        self, source: str, major: int | None = None, but_not: Container[str] = (), symbol: str | None = None
+    ) -> CacheEntry | None:
         """An entry of this source by whatever compiler: any of a read-only cache, an imported one of another.
 
         Args:
             source: from `source_id`.
             major: CUDA major version to prefer, with older ones after it and newer ones last.
             but_not: digests of binaries to leave out.
+            symbol: the one kernel that it must define.
         """
-        found = (info for info in self._sources().get(source, []) if info.meta.get("cubin_sha256") not in but_not)
-        for info in by_compiler(found, major):
-            entry = self.load(info.key)
+        for key in self.keys_of_source(source, major, but_not):
+            entry = self.load(key, symbol)
             if entry is not None:
                 return entry
         return None
-
-    def _sources(self) -> dict[str, list[EntryInfo]]:
-        """Entries that `load_source` may take, by source; remembered where nothing changes.
-
-        Several threads may ask at once, so nobody sees the table before it is whole.
-        """
-        known = self._by_source
-        if known is None or not self.read_only:
-            known = {}
-            for info in self.entries():
-                if self.handed_over(info.key):
-                    known.setdefault(str(info.meta.get("source_id")), []).append(info)
-            self._by_source = known
-        return known
 
     def store(self, key: str, cubin: bytes, source: str, meta: Mapping[str, Any]) -> bool:
         """Publish an entry; never raises `OSError`.
@@ -174,19 +113,15 @@ class EntryStore:
             "source_bytes": len(text),
             "source_sha256": hashlib.sha256(text).hexdigest(),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "host": _host(),
+            "host": one_line(_host()),
         }
-        about = json.dumps(document, indent=1, sort_keys=True).encode()
-        return self.publish(key, {SOURCE: text, CUBIN: cubin, META: about})
+        return self.publish(key, {SOURCE: text, CUBIN: cubin, META: dump_metadata(document)})
 
     def publish(self, key: str, files: Mapping[str, bytes]) -> bool:
         """Put the files of one entry in place, at once; what `store` does when the files are ready."""
         staging: Path | None = None
         try:
-            if not self.root.exists():
-                self._directory(self.root)
-            self._directory(self.path)
-            private_directory(self.path / ".tmp")
+            self._prepare()
             self._sweep()
             staging = self.path / ".tmp" / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}"
             staging.mkdir(mode=0o700)
@@ -196,30 +131,29 @@ class EntryStore:
                 staging.chmod(0o755)
             _sync_directory(staging)
             target = self.entry_path(key)
+            self._make_way(target.parent)
             self._directory(target.parent)
             if not self._rename(key, staging, target):
                 return True
             staging = None
             _sync_directory(target.parent)
         except OSError as error:
-            cause = _ACCESS if isinstance(error, PermissionError) else "write"
+            cause = ACCESS if isinstance(error, PermissionError) else "write"
             self._warn(cause, f"cannot write kernel cache {self.path}: {error}; nothing is kept there")
             return False
         finally:
             if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
+                delete(staging)
         self._published(sum(map(len, files.values())))
         return True
 
-    def entries(self) -> list[EntryInfo]:
-        """Every entry whose metadata can be read, oldest first; nothing else is verified."""
-        return self._survey()[0]
-
-    def _survey(self) -> tuple[list[EntryInfo], list[tuple[str, str]]]:
-        """What `entries` gives, and keys and directories of what it leaves out."""
-        found = [(read_info(*place), place) for place in self._folders()]
-        entries = sorted((info for info, _ in found if info), key=lambda info: (info.created_at, info.key))
-        return entries, [place for info, place in found if info is None]
+    def writable(self) -> bool:
+        """Whether an entry can be put in place, as far as permissions tell; makes the directories on the way."""
+        try:
+            self._prepare()
+        except OSError:
+            return False
+        return os.access(self.path / ".tmp", os.W_OK | os.X_OK)
 
     def remove(self, keys: Iterable[str]) -> PruneReport:
         """Delete entries; those that are not there are left out of the report."""
@@ -238,9 +172,9 @@ class EntryStore:
         """Note a use, at most hourly, in a modification time: access times are off on many mounts."""
         if self.read_only:
             return
-        path = self.entry_path(key) / META
+        path, now = self.entry_path(key) / META, time.time()
         with contextlib.suppress(OSError):
-            if path.stat().st_mtime < time.time() - TOUCH_S:
+            if not now - TOUCH_S <= path.lstat().st_mtime <= now + CLOCKS_S:
                 os.utime(path)
 
     def quarantine(self, key: str) -> bool:
@@ -248,8 +182,11 @@ class EntryStore:
         if self.read_only:
             return False
         try:
-            place = private_directory(self.path / "quarantine")
-            os.rename(self.entry_path(key), place / f"{key}-{os.urandom(4).hex()}")
+            self.entry_path(key).lstat()
+            place = self.path / "quarantine"
+            self._make_way(place)
+            private_directory(place)
+            move(self.entry_path(key), place / f"{key}-{os.urandom(4).hex()}")
         except OSError as error:
             LOG.debug("cannot move %s to quarantine: %s", self.entry_path(key), error)
             return False
@@ -258,6 +195,19 @@ class EntryStore:
             for path in aside[:-QUARANTINED]:
                 self._bury(path)
         return True
+
+    def _prepare(self) -> None:
+        """Create the directories in which entries are written, or check them."""
+        if not self.root.exists():
+            self._directory(self.root)
+        self._directory(self.path)
+        self._make_way(self.path / ".tmp")
+        private_directory(self.path / ".tmp")
+
+    def _make_way(self, path: Path) -> None:
+        """Unlink what lies in the place of one of our directories and is none."""
+        if os.path.lexists(path) and not is_directory(path) and delete(path):
+            LOG.warning("%s was not a directory, and is removed", path)
 
     def _directory(self, path: Path) -> None:
         """Create a directory on the way to an entry, or check it."""
@@ -268,33 +218,28 @@ class EntryStore:
     def _published(self, size: int) -> None:
         """Called after each publish with the size of the entry."""
 
-    def _folders(self) -> Iterator[tuple[str, str]]:
-        """Keys and directories of all entries, whole or not."""
-        try:
-            groups = [each for each in os.scandir(self.path) if len(each.name) == 2]
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                self._unreadable(error)
-            return
-        for group in groups:
-            with contextlib.suppress(OSError):
-                found = (each for each in os.scandir(group.path) if each.name.startswith(group.name))
-                yield from ((each.name, each.path) for each in found if is_key(each.name))
-
     def _rename(self, key: str, staging: Path, target: Path) -> bool:
-        """Publish; False if another writer was first, or cannot be displaced."""
+        """Publish; False if another writer was first.
+
+        Raises:
+            OSError: it cannot be put there; what is there already is of no use and stays.
+        """
         for _ in range(2):
             try:
                 os.rename(staging, target)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
                 try:
-                    _, meta = read_entry(key, target, self.forbidden)
-                except (OSError, Damaged):  # it may be there and not be visible yet: then it is somebody's
-                    return False
-                if meta["schema"] == SCHEMA or not self.quarantine(key):
-                    return False
+                    read_entry(key, target, self.forbidden)
+                except (OtherSchema, Damaged) as problem:
+                    if not self.quarantine(key):
+                        what = f"{target} cannot be moved away and is of no use: {problem}"
+                        raise OSError(what) from None
+                    continue
+                except FileNotFoundError:  # it may be there and not be visible yet: then it is somebody's
+                    pass
+                return False
             else:
                 return True
         return False
@@ -306,41 +251,36 @@ class EntryStore:
             if self.read_only:
                 raise PermissionError("it is read-only")
             folder.lstat()  # before any directory is made: where there is no entry there may be no cache
+            self._make_way(grave.parent)
             private_directory(grave.parent)
-            os.rename(folder, grave)
-        except FileNotFoundError:
+            _rename_or_stay(folder, grave)
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
             self._warn("remove", f"cannot remove from kernel cache {self.path}: {error}")
             return False
-        shutil.rmtree(grave, ignore_errors=True)
-        return True
+        for place in (grave, folder):  # a directory that could not be renamed is deleted where it is
+            if not delete(place):
+                self._warn("remove", f"cannot remove {place}")
+        return not os.path.lexists(folder)
 
     def _sweep(self) -> None:
         """Drop what killed writers left behind."""
-        limit = time.time() - STALE_STAGING_S
+        now = time.time()
         with contextlib.suppress(OSError):
             for path in (self.path / ".tmp").iterdir():
-                if path.stat().st_mtime < limit:
-                    shutil.rmtree(path, ignore_errors=True)
-
-    def _unreadable(self, error: OSError) -> None:
-        """Say once that the cache cannot be read; it counts as empty."""
-        if error.errno != errno.ESTALE:  # removed meanwhile, as network file systems say it
-            cause = _ACCESS if isinstance(error, PermissionError) else "read"
-            self._warn(cause, f"cannot read kernel cache {self.path}: {error}")
-
-    def _warn(self, cause: str, message: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            LOG.warning("%s", message)
+                with contextlib.suppress(OSError):
+                    if last_use(path.lstat(), now) < now - STALE_STAGING_S:
+                        delete(path)
 
 
-def tree_bytes(folder: Path) -> int:
-    """Size of the files in a directory; zero for what is not there."""
-    with contextlib.suppress(OSError):
-        return sum(item.stat().st_size for item in os.scandir(folder))
-    return 0
+def _rename_or_stay(folder: Path, target: Path) -> None:
+    """Rename, but where the file system does not rename directories (see `move`)."""
+    try:
+        os.rename(folder, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
 
 
 def _host() -> str:

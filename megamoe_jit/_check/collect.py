@@ -1,4 +1,4 @@
-"""What a function says on several ranks: those of a running torchrun, or else processes started for it (`_spawn`)."""
+"""What a function says on several ranks: those of a running torchrun, or else processes started for it (`spawn`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from megamoe_jit._check.spawn import World, describe, init_group, run_ranks, target_function
+from megamoe_jit._check.spawn import World, describe, init_group, own_gpu, run_ranks, target_function
 from megamoe_jit._errors import ConfigError, MegaMoeError
 
 __all__ = ["collect", "joined", "refusal"]
@@ -96,7 +96,7 @@ def _as_torchrun_rank(
     rank, ranks = here
     where = torch.device("cpu")
     if device == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        where = torch.device("cuda", own_gpu(int(os.environ.get("LOCAL_RANK", rank))))
         torch.cuda.set_device(where)
     init_group(where, timeout=timedelta(seconds=group_timeout_s))
     world = World(rank, ranks, where, lambda value: on_report(rank, value) if on_report is not None else None)

@@ -227,6 +227,11 @@ def _generator(device: torch.device | str, *key: object) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(zlib.crc32(repr(key).encode()))
 
 
+def _made(gen: torch.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How tensors of numbers and of indices are made: where the generator is, whatever the program's defaults are."""
+    return {"dtype": torch.float32, "device": gen.device}, {"dtype": torch.int64, "device": gen.device}
+
+
 def make_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -> Weights:
     """Weights 0.05 * normal, quantised; the same for the same shape, device kind and seed."""
     gen = _generator(device, "weights", shape.hidden, shape.intermediate, shape.experts, seed)
@@ -235,7 +240,8 @@ def make_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -> 
         codes = torch.empty(shape.experts, n, k, dtype=torch.float8_e4m3fn, device=device)
         scales = torch.empty(shape.experts, n // 128, k // 128, dtype=torch.float32, device=device)
         for e in range(shape.experts):
-            codes[e], scales[e] = quantize_weights(torch.randn(n, k, generator=gen, device=device) * 0.05)
+            drawn = torch.randn(n, k, generator=gen, dtype=torch.float32, device=device)
+            codes[e], scales[e] = quantize_weights(drawn * 0.05)
         return codes, scales
 
     l1 = matrices(2 * shape.intermediate, shape.hidden)
@@ -243,19 +249,20 @@ def make_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -> 
 
 
 def _activations(s: Scenario, gen: torch.Generator) -> torch.Tensor:
-    t, hidden, device = s.tokens, s.shape.hidden, gen.device
-    x = torch.randn(t, hidden, generator=gen, device=device)
-    row = torch.arange(t, device=device)
+    t, hidden = s.tokens, s.shape.hidden
+    floats, integers = _made(gen)
+    x = torch.randn(t, hidden, generator=gen, **floats)
+    row = torch.arange(t, **integers)
     if s.data == "outliers":
-        channel = torch.rand(hidden, generator=gen, device=device) < 0.01
-        factor = 6 + 6 * torch.rand(hidden, generator=gen, device=device)
+        channel = torch.rand(hidden, generator=gen, **floats) < 0.01
+        factor = 6 + 6 * torch.rand(hidden, generator=gen, **floats)
         x = torch.where((row % 2 == 0)[:, None] & channel, x * factor, x)
     elif s.data == "zero_rows":
         x[::3] = 0
     elif s.data == "saturating":
-        x = torch.sign(x) * torch.logspace(0, 4, max(t, 1), device=device)[:t, None]
+        x = torch.sign(x) * torch.logspace(0, 4, max(t, 1), **floats)[:t, None]
     elif s.data == "ladder":
-        exponent = torch.linspace(-12, 4, max(t, 1), device=device)[:t, None]
+        exponent = torch.linspace(-12, 4, max(t, 1), **floats)[:t, None]
         # between 1e-9 and 1e-6 the intermediate is a handful of subnormal codes: one rounding decides a row
         exponent = torch.where((exponent > -9) & (exponent < -6), exponent - 3, exponent)
         x *= torch.pow(10.0, exponent)
@@ -269,39 +276,42 @@ def _activations(s: Scenario, gen: torch.Generator) -> torch.Tensor:
 
 def _skewed(s: Scenario, gen: torch.Generator) -> torch.Tensor:
     """Distinct experts per token, drawn by an unequal popularity; int64 ``[T, K]``."""
-    t, e, k, device = s.tokens, s.shape.experts, s.shape.topk, gen.device
+    t, e, k = s.tokens, s.shape.experts, s.shape.topk
+    floats, integers = _made(gen)
     if s.route == "lognormal":
-        logits = torch.randn(e, generator=gen, device=device)
+        logits = torch.randn(e, generator=gen, **floats)
     else:
-        rank = torch.randperm(e, generator=gen, device=device) + 1
+        rank = torch.randperm(e, generator=gen, **integers) + 1
         logits = -float(s.route.partition(":")[2]) * rank.float().log()
-    uniform = torch.rand(t, e, generator=gen, device=device).clamp(1e-6, 1 - 1e-6)
+    uniform = torch.rand(t, e, generator=gen, **floats).clamp(1e-6, 1 - 1e-6)
     return (logits - (-uniform.log()).log()).topk(k, dim=-1).indices  # Gumbel: draws without replacement
 
 
 def _route(s: Scenario, gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    t, e, k, device = s.tokens, s.shape.experts, s.shape.topk, gen.device
-    weights, idx = torch.randn(t, e, generator=gen, device=device).topk(k, dim=-1, sorted=False)
+    t, e, k = s.tokens, s.shape.experts, s.shape.topk
+    floats, integers = _made(gen)
+    weights, idx = torch.randn(t, e, generator=gen, **floats).topk(k, dim=-1, sorted=False)
     if s.route != "topk":
-        weights = torch.rand(t, k, generator=gen, device=device) + 0.1
+        weights = torch.rand(t, k, generator=gen, **floats) + 0.1
         weights = weights / weights.sum(dim=-1, keepdim=True)
     if s.route == "lognormal" or s.route.startswith("powerlaw:"):
         idx = _skewed(s, gen)
     elif s.route == "balanced":
-        idx = torch.arange(t * k, device=device).view(t, k) % e
+        idx = torch.arange(t * k, **integers).view(t, k) % e
     elif s.route == "hot":
-        others = torch.rand(t, e - 1, generator=gen, device=device).topk(k, dim=-1).indices + 1
+        others = torch.rand(t, e - 1, generator=gen, **floats).topk(k, dim=-1).indices + 1
         idx = torch.cat((torch.zeros_like(idx[:, :1]), others[:, : k - 1]), dim=-1)
     elif s.route == "single":
         idx = torch.full_like(idx, e - 1)
     elif s.route == "duplicate":
         idx[:, 1] = idx[:, 0]
     elif s.route == "counts":
-        experts = torch.arange(e, device=device).repeat_interleave(torch.tensor(TILE_EDGES, device=device))
-        idx = experts[torch.randperm(t, generator=gen, device=device)].view(t, k)
+        ends = torch.tensor(TILE_EDGES, **integers)
+        experts = torch.arange(e, **integers).repeat_interleave(ends)
+        idx = experts[torch.randperm(t, generator=gen, **integers)].view(t, k)
     elif s.route != "topk":
         raise ConfigError(f"unknown route {s.route!r} in scenario {s.name}")
-    masked = torch.rand(t, k, generator=gen, device=device) < s.masked_ratio
+    masked = torch.rand(t, k, generator=gen, **floats) < s.masked_ratio
     return idx.masked_fill(masked, -1), weights.masked_fill(masked, s.masked_weight).float()
 
 

@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RankEnd", "World", "describe", "init_group", "run_ranks", "target_function"]
+__all__ = ["RankEnd", "World", "describe", "init_group", "own_gpu", "run_ranks", "target_function"]
 
 POLL_S = 0.05
 LOG_TAIL = 6000  #: characters of a rank's output that a report shows
@@ -246,10 +246,17 @@ def _start(rank: int, job: Mapping[str, Any], report: Callable[[Any], None]) -> 
     store = _tcp_store()("127.0.0.1", job["port"], is_master=False, timeout=timeout)
     device = torch.device("cpu")
     if job["device"] == "cuda":
-        device = torch.device("cuda", rank)
+        device = torch.device("cuda", own_gpu(rank))
         torch.cuda.set_device(device)
     init_group(device, store=store, rank=rank, world_size=job["ranks"], timeout=timeout)
     return World(rank, job["ranks"], device, report)
+
+
+def own_gpu(local_rank: int) -> int:
+    """The GPU of a rank among those its process sees: the only one, where `CUDA_VISIBLE_DEVICES` leaves it one."""
+    import torch
+
+    return local_rank if torch.cuda.device_count() > 1 else 0
 
 
 def _tcp_store() -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from megamoe_jit._check import scenarios as _scenarios
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights
-from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
+from megamoe_jit._errors import DeviceFaultError, PeerTimeoutError
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit.heuristics.select import AUTO
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs
@@ -25,6 +25,7 @@ __all__ = [
     "Verdict",
     "WeightCache",
     "function_of",
+    "is_gone",
     "judge",
     "run_all",
     "run_scenario",
@@ -129,9 +130,8 @@ def _stage(buffer: Any, inputs: Inputs, experts: int) -> None:
     """Copy inputs into the first rows; the others get what must not matter: NaN that names live experts."""
     buffer.x.view(torch.uint8).fill_(0x7F)  # e4m3 NaN
     buffer.x_sf.fill_(math.nan)
-    buffer.topk_idx.copy_(
-        torch.arange(buffer.topk_idx.numel(), device=inputs.x.device).view_as(buffer.topk_idx) % experts
-    )
+    ids = torch.arange(buffer.topk_idx.numel(), dtype=torch.int64, device=inputs.x.device) % experts
+    buffer.topk_idx.copy_(ids.view_as(buffer.topk_idx))
     buffer.topk_weights.fill_(math.nan)
     inputs.stage(buffer)
 
@@ -166,13 +166,26 @@ def _call(
             fast_math=scenario.fast_math,
         )
         buffer.check()
-    except FAULTS:
-        raise  # nothing on the device can be given back any more
-    except BaseException:
-        buffer.destroy()
+    except BaseException as error:
+        if not is_gone(error, device):  # else nothing on the device can be given back any more
+            buffer.destroy()
         raise
     buffer.destroy()
     return y, stats
+
+
+def is_gone(error: BaseException, device: torch.device) -> bool:
+    """Whether what raised this took the CUDA context, or the process group, with it: nothing more can be run."""
+    import torch.distributed as dist
+
+    if isinstance(error, FAULTS) or (dist.is_available() and isinstance(error, dist.DistError)):
+        return True
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def run_scenario(
@@ -198,7 +211,7 @@ def run_scenario(
         MegaMoeError: The layer refused or failed.
     """
     api = api or import_module("megamoe_jit")
-    device = torch.empty(0, device=device).device  # with its index
+    device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
     entry = (cache or WeightCache()).get(scenario.shape, device, seed, api)
     inputs = _scenarios.make_inputs(scenario, device, seed, entry.weights)
     y, stats = _call(api, scenario, variant, inputs, entry)
@@ -242,7 +255,7 @@ def run_all(
 ) -> list[Outcome]:
     """Run every scenario that fits `pattern` with every variant.
 
-    An error of the layer fails its scenario and the run goes on, but a fault of the device ends it: the CUDA
+    An error fails its scenario, whatever it is, and the run goes on, but a fault of the device ends it: the CUDA
     context is gone, and what was left does not count as run.
 
     Args:
@@ -258,14 +271,14 @@ def run_all(
     chosen = _scenarios.select(pattern, slow=slow)
     by_shape = {s.shape: i for i, s in reversed(list(enumerate(chosen)))}  # equal shapes next to each other
     outcomes: list[Outcome] = []
-    cache = WeightCache()
+    cache, where = WeightCache(), torch.device(device)
     for scenario in sorted(chosen, key=lambda s: by_shape[s.shape]):
         for variant in variants:
             fault = False
             try:
                 outcome = run_scenario(scenario, variant, device, seed=seed, cache=cache, api=api)
-            except MegaMoeError as error:
-                fault = isinstance(error, FAULTS)
+            except Exception as error:
+                fault = is_gone(error, where)
                 reason = f"{type(error).__name__}: {error}"
                 outcome = Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason)
             outcomes.append(outcome)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -25,9 +26,11 @@ from megamoe_jit._check.verify import (
     WeightCache,
     _stage,
     function_of,
+    is_gone,
     judge,
 )
 from megamoe_jit._errors import ConfigError, MegaMoeError
+from megamoe_jit._layer.group import collectively
 from megamoe_jit.reference import expert_counts, moe_reference
 
 __all__ = ["chosen", "run_on_rank", "run_ranks"]
@@ -49,45 +52,89 @@ def chosen(pattern: str, ranks: int, *, slow: bool = False) -> tuple[Scenario, .
     return tuple(sorted(fitting, key=lambda s: by_shape[s.shape]))
 
 
-def _one(world: World, scenario: Scenario, variant: str, seed: int, cache: WeightCache, api: Any) -> Outcome:
-    import torch.distributed as dist
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a rank says of one scenario and variant, to all others."""
 
-    s, device, group = scenario.shape, world.device, dist.group.WORLD
-    local = s.experts // world.ranks
-    mine = slice(world.rank * local, (world.rank + 1) * local)
-    entry = cache.get(s, device, seed, api)
-    inputs = _scenarios.make_inputs(scenario, device, seed * SEEDS_PER_RUN + world.rank, entry.weights)
-    l1, l2 = ((codes[mine], scales[mine]) for codes, scales in (entry.l1, entry.l2))
-    y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
-    stats = torch.full((local,), STATS_BEFORE, dtype=torch.int32, device=device)
-    buffer = api.get_symm_buffer_for_mega_moe(group, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate)
-    _stage(buffer, inputs, s.experts)
-    function_of(api, variant)(
-        y[: scenario.tokens],
-        l1,
-        l2,
-        buffer,
-        stats,
-        activation_clamp=scenario.clamp,
-        fast_math=scenario.fast_math,
-    )
-    buffer.check()
-    buffer.destroy()
-    w = entry.weights
-    ids, router = inputs.topk_idx, inputs.topk_weights
-    expected = moe_reference(inputs.x_q, inputs.x_sf, ids, router, w.l1, w.l2, activation_clamp=scenario.clamp)
-    verdict = judge(y[: scenario.tokens], expected)
-    problems = [verdict.reason] if verdict.reason else []
-    if not y[scenario.tokens :].isnan().all():
-        problems.append("rows past the token count were written")
-    counts = expert_counts(ids, s.experts).to("cpu", torch.int64)
-    dist.all_reduce(counts)
-    wrong = (stats.to("cpu", torch.int64) != counts[mine] + STATS_BEFORE).nonzero()
-    if len(wrong):
-        problems.append(f"the counter of expert {mine.start + int(wrong[0])} is wrong")
-    zeros = verdict.zero_rows_ok
-    reason = "; ".join(problems)
-    return Outcome(scenario.name, variant, verdict.diff, verdict.worst_row_diff, zeros, not problems, reason)
+    outcome: Outcome
+    gone: bool  #: the CUDA context, or the process group, and with it the ranks' step
+    has_buffer: bool
+    sent: list[int]  #: rows to each expert of all ranks
+    counters: list[int]  #: what the kernel counted for each expert of this rank; empty if it did not run
+
+
+class _Rank:
+    """One rank's runs; the ranks meet before and after each, so one that fails between keeps no other waiting."""
+
+    def __init__(self, world: World, seed: int, api: Any) -> None:
+        self.world, self._seed, self._api, self._cache = world, seed, api, WeightCache()
+        self._buffer: Any = None
+
+    def run(self, scenario: Scenario, variant: str) -> _Said:
+        """Run and judge; whatever it raises is what it says. The buffer stays until `destroy`."""
+        try:
+            return self._run(scenario, variant)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            outcome = Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason)
+            return _Said(outcome, is_gone(error, self.world.device), self._buffer is not None, [], [])
+
+    def destroy(self) -> None:
+        """Give the buffer of the last run back. Collective."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            buffer.destroy()
+
+    def _run(self, scenario: Scenario, variant: str) -> _Said:
+        import torch.distributed as dist
+
+        s, api, world = scenario.shape, self._api, self.world
+        device, local = world.device, s.experts // world.ranks
+        mine = slice(world.rank * local, (world.rank + 1) * local)
+
+        def draw() -> tuple[Any, _scenarios.Inputs]:
+            entry = self._cache.get(s, device, self._seed, api)
+            seed = self._seed * SEEDS_PER_RUN + world.rank
+            return entry, _scenarios.make_inputs(scenario, device, seed, entry.weights)
+
+        entry, inputs = collectively(dist.group.WORLD, "drawing weights and inputs", draw)
+        l1, l2 = ((codes[mine], scales[mine]) for codes, scales in (entry.l1, entry.l2))
+        y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
+        stats = torch.full((local,), STATS_BEFORE, dtype=torch.int32, device=device)
+        self._buffer = buffer = api.get_symm_buffer_for_mega_moe(
+            dist.group.WORLD, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate
+        )
+        _stage(buffer, inputs, s.experts)
+        options = {"activation_clamp": scenario.clamp, "fast_math": scenario.fast_math}
+        function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **options)
+        buffer.check()
+        w, ids = entry.weights, inputs.topk_idx
+        expected = moe_reference(
+            *(inputs.x_q, inputs.x_sf, ids, inputs.topk_weights, w.l1, w.l2), activation_clamp=scenario.clamp
+        )
+        verdict = judge(y[: scenario.tokens], expected)
+        problems = [verdict.reason] if verdict.reason else []
+        if not y[scenario.tokens :].isnan().all():
+            problems.append("rows past the token count were written")
+        figures = (verdict.diff, verdict.worst_row_diff, verdict.zero_rows_ok)
+        outcome = Outcome(scenario.name, variant, *figures, not problems, "; ".join(problems))
+        return _Said(outcome, False, True, expert_counts(ids, s.experts).tolist(), stats.tolist())
+
+
+def _counted(everyone: Sequence[_Said]) -> list[Outcome]:
+    """The ranks' outcomes, with what is wrong of their counters; these count the rows that all ranks send."""
+    outcomes = [said.outcome for said in everyone]
+    if not all(said.counters for said in everyone):  # some rank has failed, which says more
+        return outcomes
+    total = [sum(sent) + STATS_BEFORE for sent in zip(*(said.sent for said in everyone), strict=True)]
+    first = 0
+    for rank, said in enumerate(everyone):
+        wrong = [e for e, counted in enumerate(said.counters, first) if counted != total[e]]
+        first += len(said.counters)
+        if wrong:
+            reason = "; ".join(filter(None, (outcomes[rank].reason, f"the counter of expert {wrong[0]} is wrong")))
+            outcomes[rank] = replace(outcomes[rank], passed=False, reason=reason)
+    return outcomes
 
 
 def _merged(outcomes: Sequence[Outcome]) -> Outcome:
@@ -114,7 +161,8 @@ def run_on_rank(
     """What each rank does; rank 0 reports every merged outcome as it comes.
 
     Returns:
-        How many outcomes there were.  An error of any rank ends the run: the ranks may no longer be in step.
+        How many outcomes there were. One that fails does not keep the others from being run, but a rank that has lost
+        its CUDA context, or the process group, ends the run.
     """
     from datetime import timedelta
 
@@ -122,23 +170,18 @@ def run_on_rank(
 
     # a rank that raised in the middle of a collective meets the others here
     control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * COLLECTIVE_S))
-    module, cache, count = import_module(api), WeightCache(), 0
+    rank, count = _Rank(world, seed, import_module(api)), 0
     for scenario in chosen(pattern, world.ranks, slow=slow):
         for variant in variants:
-            fatal = False
-            try:
-                outcome = _one(world, scenario, variant, seed, cache, module)
-            except (MegaMoeError, RuntimeError) as error:
-                fatal = not isinstance(error, ConfigError)
-                reason = f"{type(error).__name__}: {error}"
-                outcome = Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason)
             everyone: list[Any] = [None] * world.ranks
-            dist.all_gather_object(everyone, (outcome, fatal), group=control)
+            dist.all_gather_object(everyone, rank.run(scenario, variant), group=control)
             count += 1
             if world.rank == 0:
-                world.report(_merged([each for each, _ in everyone]).to_json())
-            if any(stop for _, stop in everyone):
+                world.report(_merged(_counted(everyone)).to_json())
+            if any(said.gone for said in everyone):
                 return count
+            if all(said.has_buffer for said in everyone):
+                rank.destroy()
     return count
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from megamoe_jit._text import human_bytes
+from megamoe_jit._text import human_bytes, one_line, printable
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -22,6 +22,7 @@ __all__ = [
     "ExitCode",
     "colours_wanted",
     "confirm",
+    "copy_out",
     "document",
     "emit_json",
     "end",
@@ -32,6 +33,7 @@ __all__ = [
     "must_be_writable",
     "progress_line",
     "say",
+    "show",
     "table",
 ]
 
@@ -66,7 +68,25 @@ json_option = click.option(
 
 def say(message: str = "") -> None:
     """Talk: a line on standard error."""
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)
+
+
+def show(text: str = "", before: str = "") -> None:
+    """Data for people: lines on standard output.
+
+    Args:
+        text: from wherever; shown without what steers a terminal.
+        before: the beginning of the first line, which may be coloured.
+    """
+    click.echo(before + printable(text))
+
+
+def copy_out(text: str, nl: bool = False) -> None:
+    """Data for programs on standard output: exactly this text, byte by byte; as `show` where it is a terminal."""
+    if sys.stdout.isatty():
+        click.echo(printable(text), nl=nl)
+    else:
+        click.echo(text.encode("utf-8", "surrogateescape"), nl=nl)
 
 
 def kernel_count(count: int) -> str:
@@ -98,9 +118,10 @@ def _value(value: Any) -> str:
 
 def _compact(value: Any) -> str:
     try:
-        return json.dumps(value, default=str, allow_nan=False)
+        text = json.dumps(value, default=str, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), default=str, allow_nan=False)
+        text = json.dumps(_finite(value), default=str, allow_nan=False)
+    return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
 
 def _finite(value: Any) -> Any:
@@ -115,7 +136,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: Sequen
     """A plain table: columns whose numbers are in `left` are aligned to the left, the rest to the right."""
     columns = []
     for index, column in enumerate(zip(headers, *rows, strict=True)):
-        cells = [str(cell) for cell in column]
+        cells = [one_line(str(cell)) for cell in column]
         width = max(map(len, cells))
         columns.append([cell.ljust(width) if index in left else cell.rjust(width) for cell in cells])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
@@ -136,7 +157,7 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise click.UsageError(f"Nobody can be asked here; --yes answers: {question}")
-    if not click.confirm(question, err=True):
+    if not click.confirm(printable(question), err=True):
         raise click.exceptions.Exit(ExitCode.FAILED)
 
 
@@ -194,7 +215,7 @@ def progress_line(what: str, total: int) -> Iterator[Callable[[str], None]]:
         task = bar.add_task(what, total=total)
 
         def step(line: str) -> None:
-            console.print(line)
+            console.print(printable(line))
             bar.advance(task)
 
         yield step

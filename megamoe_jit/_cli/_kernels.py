@@ -108,8 +108,8 @@ def compile_kernels(
     except _Stop:
         pass
     except KeyboardInterrupt:  # after the display, which would wipe it out
-        done = sum(result.kernel is not None for result in results.values())
-        say(f"{done} of {len(specs)} kernels are ready; what was being compiled is kept, the rest was not begun")
+        kept = sum(_stored(result) for result in results.values())
+        say(f"{kept} of {len(specs)} kernels are ready and kept; of the others, none was finished")
         raise
     found = [results[spec] for spec in specs if spec in results]
     first = found[0].error if found else None
@@ -137,7 +137,6 @@ def spec_document(spec: KernelSpec, status: str, meta: Mapping[str, Any] = Mappi
 
 def _stored(result: WarmupResult) -> bool:
     """Whether other processes will find the kernel."""
-    from megamoe_jit._diagnose.explain import entry_there
     from megamoe_jit._jit.runtime import kernel_cache
     from megamoe_jit._settings.settings import get_settings
 
@@ -145,7 +144,7 @@ def _stored(result: WarmupResult) -> bool:
         return False
     if result.kernel.origin != "compiled":
         return True
-    return not get_settings().no_cache and entry_there(kernel_cache(), result.kernel.key)
+    return not get_settings().no_cache and kernel_cache().usable(result.kernel.key, result.spec.entry)
 
 
 def kernel_document(result: WarmupResult) -> dict[str, Any]:

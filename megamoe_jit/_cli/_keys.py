@@ -13,6 +13,7 @@ from megamoe_jit._errors import ConfigError, KernelMissingError
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import EntryInfo, KernelCache
+    from megamoe_jit._cache.metadata import Metadata
     from megamoe_jit._jit.lookup import Found
 
 __all__ = [
@@ -147,7 +148,7 @@ def _listed(found: Sequence[Found]) -> str:
     return ", ".join(f"{each.key[:12]} (NVRTC {each.info.compiler if each.info else '?'})" for each in found)
 
 
-def load_entry(prefix: str) -> tuple[bytes, str, dict[str, Any]]:
+def load_entry(prefix: str) -> tuple[bytes, str, Metadata]:
     """Cubin, source and metadata of the cached kernel of a KEY, verified.
 
     Raises:

@@ -18,6 +18,15 @@ _COLOURS = {"compiled": "green", "cached": "cyan", "failed": "red", "working": "
 _MARGIN = 2  #: lines of the terminal left free
 
 
+def _all_fitting(names: Sequence[str], room: int) -> dict[str, str]:
+    """What to show for each name; those that would look the same are numbered."""
+    shown = {name: _fitting(name, room) for name in names}
+    if len(set(shown.values())) == len(shown):
+        return shown
+    marks = {name: f"{number}:" for number, name in enumerate(shown, start=1)}
+    return {name: f"{mark}{_fitting(name, room - len(mark))}" for name, mark in marks.items()}
+
+
 def _fitting(name: str, room: int) -> str:
     """The name, or on a narrow terminal what tells it from others: its end says more than its beginning."""
     if len(name) <= room:
@@ -70,7 +79,7 @@ class LiveKernels:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{status:8}", style=_COLOURS.get(status, ""))
         room = self._console.size.width - len(f"{status:8}    {shown}")
-        return line.append(f"  {_fitting(name, room)}  {shown}".rstrip())
+        return line.append(f"  {_all_fitting(self._names, room)[name]}  {shown}".rstrip())
 
     def _shown(self, room: int) -> tuple[list[str], int]:
         """The kernels to show in so many lines, and how many are left out: finished first, then waiting."""

@@ -15,6 +15,7 @@ import click
 from megamoe_jit._device.abi import MAX_RANKS
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._numerics import Numerics
+from megamoe_jit._text import one_line
 from megamoe_jit._variants import VARIANT_CHOICES, Variant
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TIMED_SHAPES",
+    "FullSummaries",
     "cache_dir_option",
     "complete_key",
     "complete_kernel",
@@ -50,6 +52,15 @@ _T = TypeVar("_T")
 _KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 
 
+class FullSummaries(click.Group):
+    """A group whose help shows the whole first sentence of each command."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
+
+
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The rest of a list of shape names; files are left to the shell."""
     from click.shell_completion import CompletionItem
@@ -70,7 +81,7 @@ def _keys_beginning(incomplete: str, read_only_too: bool) -> list[CompletionItem
     before, log.disabled = log.disabled, True  # a shell waits for this: no answer is better than a warning
     try:
         caches = all_caches() if read_only_too else all_caches()[:1]
-        names = {info.key[:12]: info.entry for each in caches for info in each.entries()}
+        names = {info.key[:12]: one_line(info.entry) for each in caches for info in each.entries()}
         return [CompletionItem(key, help=name) for key, name in names.items() if key.startswith(incomplete[:12])]
     except Exception:  # nor a traceback
         return []

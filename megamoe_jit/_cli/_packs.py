@@ -15,10 +15,12 @@ from megamoe_jit._cli._io import (
     kernel_count,
     must_be_writable,
     say,
+    show,
 )
 from megamoe_jit._cli._keys import DAMAGE_ADVICE, own_cache
 from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key, parse_spec
 from megamoe_jit._errors import PackError
+from megamoe_jit._text import one_line
 
 __all__ = ["export_command", "import_command"]
 
@@ -61,7 +63,7 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
         emit_json(document("cache-export", path=str(pack.path), bytes=pack.bytes, sha256=pack.sha256, kernels=rows))
     else:
         for key, kernel in zip(pack.keys, pack.kernels, strict=True):
-            click.echo(f"{key[:12]}  {kernel}")
+            show(f"{key[:12]}  {one_line(kernel)}")
     say(f"exported {kernel_count(len(pack.keys))} to {pack.path}: {human_bytes(pack.bytes)}, sha256 {pack.sha256}")
 
 
@@ -102,6 +104,6 @@ def import_command(file: Path, as_json: bool) -> None:
         )
     else:
         for key in report.imported:
-            click.echo(f"{key[:12]}  {user_cache().info(key).entry}")
+            show(f"{key[:12]}  {one_line(user_cache().info(key).entry)}")
     there = f", {len(report.present)} there already" if report.present else ""
     say(f"imported {kernel_count(len(report.imported))}{there}, {human_bytes(report.bytes)}, into {report.root}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import document, progress_line, table
+from megamoe_jit._cli._io import document, progress_line, show, table
 
 if TYPE_CHECKING:
     from megamoe_jit.heuristics.presets import Preset
@@ -84,7 +84,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def print_bench(doc: dict[str, Any]) -> None:
     """The document as tables."""
-    click.echo(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
+    show(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
     print_others(doc)
 
 
@@ -102,7 +102,7 @@ def print_others(doc: dict[str, Any]) -> None:
         for b in doc.get("baselines", ())
     ]
     if others:
-        click.echo()
-        click.echo(table(("SHAPE", "TOKENS", "UNFUSED", "LAUNCHED", "MEDIAN us", "DIFF"), others, left=(0, 2, 3)))
+        show()
+        show(table(("SHAPE", "TOKENS", "UNFUSED", "LAUNCHED", "MEDIAN us", "DIFF"), others, left=(0, 2, 3)))
     for method, reason in doc.get("baselines_not_timed", {}).items():
-        click.echo(f"not timed: {method} ({reason})")
+        show(f"not timed: {method} ({reason})")

@@ -19,9 +19,11 @@ from megamoe_jit._cli._io import (
     json_option,
     kernel_count,
     say,
+    show,
 )
 from megamoe_jit._cli._keys import own_cache, place, whole_keys
 from megamoe_jit._cli._options import cache_dir_option, complete_own_key
+from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
@@ -82,7 +84,9 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     removed, kept, freed = [info.key for info in doomed], list[str](), size
     if doomed or aside.quarantined:
         if doomed and not as_json:
-            click.echo("\n".join(f"{info.key[:12]}  {info.entry}  {human_bytes(info.disk_bytes)}" for info in doomed))
+            show(
+                "\n".join(f"{info.key[:12]}  {one_line(info.entry)}  {human_bytes(info.disk_bytes)}" for info in doomed)
+            )
         if not dry_run:
             confirm(f"Remove {what}?", yes)
             report = user.prune(max_bytes=limit, older_than_s=older_than)
@@ -138,7 +142,7 @@ def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
         emit_json(document("cache-rm", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
     else:
         for key in report.removed:
-            click.echo(key)
+            show(key)
     _say_kept(user, (key for key in wanted if key not in report.removed))
     say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
     end(ExitCode.OK if len(report.removed) == len(wanted) else ExitCode.FAILED)

@@ -7,15 +7,18 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
+import threading
 from collections.abc import Iterator, MutableMapping
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from megamoe_jit._cli._io import ExitCode, say
 from megamoe_jit._cli.completion import COMPLETE_VARIABLE
 from megamoe_jit._errors import ConfigError, LoadError, MegaMoeError, ToolchainError, UnsupportedDeviceError
+from megamoe_jit._text import printable
 from megamoe_jit._version import __version__
 
 __all__ = ["SUMMARIES", "cli", "main"]
@@ -96,6 +99,27 @@ def _say_refusal(error: OSError) -> None:
             os.close(null)
 
 
+def _hint(error: click.UsageError) -> str:
+    """What somebody meant who named shapes without the option for it."""
+    extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", error.message)
+    command = error.ctx.command if error.ctx is not None else None
+    if not extra or command is None or not any("--shapes" in parameter.opts for parameter in command.params):
+        return ""
+    return f"; shapes are named with --shapes: megamoe-jit {command.name} --shapes {extra[1].replace(' ', ',')}"
+
+
+@contextlib.contextmanager
+def _printable_errors() -> Iterator[None]:
+    """What click says of an argument holds the argument, which is a file's name as often as not."""
+    try:
+        yield
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError):
+            vars(error)["message"] += _hint(error)
+        vars(error)["message"] = printable(error.message)  # click declares it final
+        raise
+
+
 class _Group(click.Group):
     """Turns the library's errors, and the operating system's, into one message on standard error and an exit code."""
 
@@ -119,9 +143,14 @@ class _Group(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(SUMMARIES.items()))
 
+    def make_context(self, *args: Any, **named: Any) -> click.Context:
+        with _printable_errors():
+            return super().make_context(*args, **named)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_errors():
+                return super().invoke(ctx)
         except MegaMoeError as error:
             say(f"Error: {error}")
             ctx.exit(_exit_code(error))
@@ -156,4 +185,21 @@ def main() -> None:
     try:
         cli(prog_name="megamoe-jit", complete_var=COMPLETE_VARIABLE)
     except KeyboardInterrupt:  # before or after a command; during one the group answers
-        sys.exit(ExitCode.INTERRUPTED)
+        _leave()
+    except SystemExit as end:
+        if end.code == ExitCode.INTERRUPTED:
+            _leave()
+        raise
+
+
+def _leave() -> NoReturn:
+    """End an interrupted process, at once even if a thread of it still compiles: a second Ctrl-C means that.
+
+    A cache takes no harm from that: kernels are published by one rename.
+    """
+    if threading.active_count() > 1:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(ExitCode.INTERRUPTED)
+    sys.exit(ExitCode.INTERRUPTED)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, must_be_writable, progress_line, say, table
+from megamoe_jit._cli._io import (
+    ExitCode,
+    document,
+    emit_json,
+    json_option,
+    must_be_writable,
+    progress_line,
+    say,
+    show,
+    table,
+)
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
 from megamoe_jit._variants import VARIANT_CHOICES
@@ -70,7 +80,7 @@ def _print_card(anchors: Sequence[dict[str, float]]) -> None:
     last = len(anchors) - 1
     for number, anchor in enumerate(anchors):
         when = "before" if number == 0 else "after" if number == last else "between"
-        click.echo(
+        show(
             f"card {when}: dense FP8 8192^3 {anchor['dense_fp8_8192_tflops']:.0f} TFLOPS, "
             f"read {anchor['read_4gib_tb_s']:.2f} TB/s"
         )
@@ -86,10 +96,10 @@ def _print_summary(doc: dict[str, Any]) -> None:
             words.append(f"must {part['must_met']} of {part['rows']}, aim {part['aim_met']} of {part['aim_rows']};")
         if part["few_rows"]:
             words.append(f"below the table: aim {part['few_met']} of {part['few_rows']}")
-        click.echo(" ".join(words).rstrip(",;"))
+        show(" ".join(words).rstrip(",;"))
     choice = doc.get("choice")
     if choice:
-        click.echo(
+        show(
             f"automatic choice: within 3 % of the best variant on {choice['close']} of {choice['rows']} rows, "
             f"worst {choice['worst']:.3f} times its time ({choice['shape']}, {choice['tokens']} tokens)"
         )
@@ -160,7 +170,7 @@ def _print(doc: dict[str, Any], ranks: int, as_json: bool) -> None:
     if ranks > 1:
         print_bench(doc)
     else:
-        click.echo(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
+        show(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
         print_others(doc)
     _print_card(doc["anchors"])
     _print_summary(doc)
@@ -223,10 +233,13 @@ def bench(
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
     _refuse_early(output, picture)
-    from megamoe_jit._bench import measure as _bench
+    from megamoe_jit._device.driver import refuse_without_gpu
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets = parse_shapes(names)
+    refuse_without_gpu()
+    from megamoe_jit._bench import measure as _bench
+
     wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
     if several > 1:
         found = bench_document(presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False)

@@ -9,6 +9,7 @@ import click
 
 from megamoe_jit._cli._io import (
     ExitCode,
+    copy_out,
     document,
     emit_json,
     end,
@@ -16,6 +17,7 @@ from megamoe_jit._cli._io import (
     json_option,
     kernel_count,
     say,
+    show,
     table,
 )
 from megamoe_jit._cli._keys import (
@@ -28,7 +30,7 @@ from megamoe_jit._cli._keys import (
     place,
     say_damaged,
 )
-from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key
+from megamoe_jit._cli._options import FullSummaries, cache_dir_option, complete_kernel, looks_like_key
 from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["cache"]
 
 
-@click.group()
+@click.group(cls=FullSummaries)
 def cache() -> None:
     """The compiled kernels on disk."""
 
@@ -54,7 +56,7 @@ def path(as_json: bool) -> None:
     if as_json:
         emit_json(document("cache-path", path=str(root), exists=os.path.isdir(root)))
     else:
-        click.echo(root)
+        copy_out(str(root), nl=True)
 
 
 def _cells(info: EntryInfo) -> tuple[str, ...]:
@@ -92,7 +94,7 @@ def ls(as_json: bool) -> None:
         headers = ("KEY", "KERNEL", "NVRTC", "REGISTERS", "SPILL B", "SIZE", "CREATED", "CACHE")
         cells = [(*_cells(info), "read-only" if read_only else "own") for info, read_only in found]
         columns = len(headers) if marked else len(headers) - 1
-        click.echo(table(headers[:columns], [row[:columns] for row in cells], left=(0, 1, 2, 7)))
+        show(table(headers[:columns], [row[:columns] for row in cells], left=(0, 1, 2, 7)))
     for (each, entries, damaged), size in zip(listed, sizes, strict=True):
         if not as_json:
             say(f"{kernel_count(len(entries))}, {human_bytes(size)}, in {place(each)}")
@@ -114,7 +116,7 @@ def info(key: str, as_json: bool) -> None:
     if as_json:
         emit_json(document("cache-info", entry=doc, others=[each.key for each in others(found)]))
     else:
-        click.echo(_fields(doc))
+        show(_fields(doc))
     note = "" if looks_like_key(key) else fit_note(found)
     if note:
         say(note)
@@ -185,7 +187,7 @@ def stats(as_json: bool) -> None:
     if as_json:
         emit_json(document("cache-stats", caches=caches))
     else:
-        click.echo("\n\n".join(map(_stats_block, caches, map(place, found))))
+        show("\n\n".join(map(_stats_block, caches, map(place, found))))
     for each, shown in zip(found, caches, strict=True):
         say_damaged(each, shown["damaged"])
 
@@ -199,7 +201,7 @@ def stats(as_json: bool) -> None:
 def verify(fix: bool, as_json: bool) -> None:
     """Check every kernel, those of the read-only caches too.
 
-    Sizes, digests, architecture, owners and permissions.
+    Sizes, digests, architecture, whether each is what its key names, owners and permissions.
 
     Exit code 0 if all is well or was mended, 4 if a kernel is damaged, 1 if something else is wrong.
     """
@@ -219,7 +221,7 @@ def verify(fix: bool, as_json: bool) -> None:
         for row in rows:
             damaged = bool(row["key"])
             word = ("put aside" if damaged else "mended") if row["fixed"] else "DAMAGED" if damaged else "WRONG"
-            click.echo(f"{word}  {row['path']}: {row['message']}")
+            show(f"{word}  {row['path']}: {row['message']}")
     problems = "1 problem" if len(found) == 1 else f"{len(found)} problems"
     verdict = f"{problems}, {len(found) - len(left)} put right" if found else "all is well"
     say(f"{kernel_count(checked)} checked in {', '.join(map(place, caches))}: {verdict}")

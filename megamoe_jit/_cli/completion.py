@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option
+from megamoe_jit._cli._io import copy_out, document, emit_json, json_option
 
 __all__ = ["COMPLETE_VARIABLE", "completion"]
 
@@ -31,4 +31,4 @@ def completion(context: click.Context, shell: str, as_json: bool) -> None:
     if as_json:
         emit_json(document("completion", shell=shell, script=script))
     else:
-        click.echo(script)
+        copy_out(script, nl=True)

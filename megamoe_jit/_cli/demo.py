@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, say, table
+from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels, kernel_document, kernel_specs, kernel_table
 from megamoe_jit._errors import UnsupportedDeviceError
 
@@ -59,7 +59,7 @@ def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[li
     say(f"\n{doing} the kernels of {name} for sm_90a{'' if sealed else ' with NVRTC'} ...")
     results = compile_kernels(kernel_specs({name: shape}), None, force and not sealed, as_json=as_json)
     if not as_json:
-        click.echo(kernel_table([kernel_document(result) for result in results]))
+        show(kernel_table([kernel_document(result) for result in results]))
     for result in results:
         if result.error:
             say(f"\n{result.spec.entry}: {result.error}")
@@ -92,7 +92,7 @@ def _on_gpu(as_json: bool) -> dict[str, Any]:
             )
             for r in rows
         ]
-        click.echo(table(("TOKENS", "KERNEL", "MEDIAN us", "TFLOPS", "DIFF", "CORRECT"), cells, left=(1,)))
+        show(table(("TOKENS", "KERNEL", "MEDIAN us", "TFLOPS", "DIFF", "CORRECT"), cells, left=(1,)))
     passed = compiled and all(row["correct"] for row in rows)
     say("\nThe kernel agrees with the reference." if passed else "\nFAILED: see above.")
     return document("demo", passed=passed, device=name, kernels=kernels, rows=rows, checks=[])
@@ -106,7 +106,7 @@ def _without_gpu(as_json: bool) -> dict[str, Any]:
     checks = _reference_checks()
     if not as_json:
         cells = [(c["what"], f"{c['diff']:.1e}", f"{c['limit']:.0e}", "yes" if c["passed"] else "NO") for c in checks]
-        click.echo(table(("CHECK", "DIFF", "LIMIT", "HOLDS"), cells))
+        show(table(("CHECK", "DIFF", "LIMIT", "HOLDS"), cells))
     passed = compiled and all(check["passed"] for check in checks)
     if passed:
         say("\nAll fine here.  On a machine with an H100 or H200 the same command runs the kernel.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, colours_wanted, document, emit_json, end, json_option, say
+from megamoe_jit._cli._io import ExitCode, colours_wanted, document, emit_json, end, json_option, say, show
 
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.doctor import Check
@@ -21,11 +21,11 @@ def _echo(check: Check) -> None:
     if colours_wanted():
         status = click.style(status, fg=_COLOURS[check.status.value])
     head, *more = check.detail.splitlines() or [""]
-    click.echo(f"{status}  {check.name:13}  {head}")
+    show(f"  {check.name:13}  {head}", before=status)
     for line in more:
-        click.echo(f"{'':21}{line}")
+        show(f"{'':21}{line}")
     if check.next_step:
-        click.echo(f"{'':21}-> {check.next_step}")
+        show(f"{'':21}-> {check.next_step}")
 
 
 @click.command()

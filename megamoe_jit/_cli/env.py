@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say, table
+from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say, show, table
 
 __all__ = ["env"]
 
@@ -70,10 +70,10 @@ def env(as_json: bool) -> None:
         emit_json(doc)
     else:
         for title, rows in _sections(doc):
-            click.echo(title)
+            show(title)
             columns = range(len(rows[0]))
             for line in table(("",) * len(rows[0]), rows, left=tuple(columns)).splitlines()[1:]:
-                click.echo(f"  {line}")
+                show(f"  {line}")
     for fault in faults:
         say(f"Error: {fault.message}")
     end(ExitCode.USAGE if faults else ExitCode.OK)

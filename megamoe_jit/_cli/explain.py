@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option
+from megamoe_jit._cli._io import document, emit_json, json_option, show
 from megamoe_jit._cli._options import (
     cache_dir_option,
     gpu_option,
@@ -80,4 +80,4 @@ def explain(
         emit_json(document("explain", **found, calls=calls))
     else:
         where = f"{found['gpu'] or 'none'}, {'measured' if found['measured'] else 'nothing measured'}"
-        click.echo("\n\n".join(_text(call["name"], call, where) for call in calls))
+        show("\n\n".join(_text(call["name"], call, where) for call in calls))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, say, table
+from megamoe_jit._cli._io import copy_out, document, emit_json, human_bytes, json_option, say, show, table
 from megamoe_jit._cli._options import cache_dir_option, complete_kernel, looks_like_key, parse_spec
+
+if TYPE_CHECKING:
+    from megamoe_jit._cache.metadata import Metadata
 
 __all__ = ["inspect"]
 
@@ -26,7 +29,7 @@ def _view_options(command: Any) -> Any:
     return command
 
 
-def _load(kernel: str) -> tuple[str, bytes, str, dict[str, Any]]:
+def _load(kernel: str) -> tuple[str, bytes, str, Metadata]:
     """Key, cubin, source and metadata; a SPEC that is not cached is compiled."""
     from megamoe_jit._cli._keys import load_entry
 
@@ -34,10 +37,13 @@ def _load(kernel: str) -> tuple[str, bytes, str, dict[str, Any]]:
         cubin, source, meta = load_entry(kernel)
         return str(meta["key"]), cubin, source, meta
     from megamoe_jit._compile.render import render
-    from megamoe_jit._jit.runtime import get_kernel
+    from megamoe_jit._jit.runtime import warmup
 
     spec = parse_spec(kernel)
-    found = get_kernel(spec)
+    (result,) = warmup([spec])  # in a thread: an interrupt is answered while NVRTC is at work
+    if result.kernel is None:
+        raise result.error or RuntimeError(f"{spec.entry} came to nothing")
+    found = result.kernel
     if found.origin == "compiled":
         say(f"{spec.entry} was not cached: compiled in {found.seconds:.2f} s")
     return found.key, found.cubin, render(spec).text, found.meta
@@ -99,5 +105,7 @@ def inspect(kernel: str, views: tuple[str, ...], as_json: bool) -> None:
         text = source
     if as_json:
         emit_json(document("inspect", view=view, resources=facts, text=text, tool=tool))
+    elif text is None:
+        show(_resources_text(facts))
     else:
-        click.echo(_resources_text(facts) if text is None else text.rstrip("\n"))
+        copy_out(text.rstrip("\n"), nl=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, table
+from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, show, table
 from megamoe_jit._cli._options import (
     gpu_option,
     per_shape,
@@ -95,4 +95,4 @@ def plan(
     if as_json:
         emit_json(document("plan", **found, plans=plans))
     else:
-        click.echo("\n\n".join(_text(each["name"], each) for each in plans))
+        show("\n\n".join(_text(each["name"], each) for each in plans))

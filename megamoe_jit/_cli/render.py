@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option
+from megamoe_jit._cli._io import copy_out, document, emit_json, json_option
 from megamoe_jit._cli._options import complete_kernel, spec_of_argument
 
 if TYPE_CHECKING:
@@ -31,4 +31,4 @@ def render(spec: KernelSpec, as_json: bool) -> None:
         files = list(source.files)
         emit_json(document("render", kernel=spec.entry, spec=spec.to_json(), files=files, source=source.text))
     else:
-        click.echo(source.text, nl=False)
+        copy_out(source.text)

@@ -6,12 +6,13 @@ from dataclasses import asdict
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option, table
+from megamoe_jit._cli._io import document, emit_json, json_option, show, table
+from megamoe_jit._cli._options import FullSummaries
 
 __all__ = ["shapes"]
 
 
-@click.group()
+@click.group(cls=FullSummaries)
 def shapes() -> None:
     """Model shapes known by name."""
 
@@ -38,4 +39,4 @@ def ls(as_json: bool) -> None:
         for p in presets
     ]
     headers = ("NAME", "HIDDEN", "INTERMEDIATE", "EXPERTS", "TOPK", "RANKS", "SOURCE")
-    click.echo(table(headers, rows_of_text, left=(0, 6)))
+    show(table(headers, rows_of_text, left=(0, 6)))

@@ -15,6 +15,7 @@ from megamoe_jit._cli._io import (
     must_be_writable,
     progress_line,
     say,
+    show,
     table,
 )
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
@@ -113,11 +114,19 @@ def tune(
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
     _refuse_early(data, measure, target, write_table)
+    from megamoe_jit.heuristics.presets import parse_shapes
+    from megamoe_jit.heuristics.tables import check_choices
+
+    presets = parse_shapes(names)
+    check_choices(lags or (), rows or ())
+    if measure:
+        from megamoe_jit._device.driver import refuse_without_gpu
+
+        refuse_without_gpu()
     from megamoe_jit._bench import tune as _tune
     from megamoe_jit._bench import tune_table as _tune_table
-    from megamoe_jit.heuristics.presets import parse_shapes
 
-    presets, counts = parse_shapes(names), tokens or _tune.DEFAULT_TOKENS
+    counts = tokens or _tune.DEFAULT_TOKENS
     measured = 0
 
     def finished(cell: dict[str, Any], now: bool) -> None:
@@ -140,7 +149,7 @@ def tune(
     else:
         cells = _tune.read(data)
     if not as_json:
-        click.echo(table(("SHAPE", "TOKENS", "BEST", "us", "BY VARIANT"), [_row(c) for c in cells], left=(0, 2, 4)))
+        show(table(("SHAPE", "TOKENS", "BEST", "us", "BY VARIANT"), [_row(c) for c in cells], left=(0, 2, 4)))
     written = _tune_table.write_table(_tune.read(data), target) if write_table else None
     wrong = sum(not time["correct"] for cell in cells for time in cell["times"])
     if as_json:

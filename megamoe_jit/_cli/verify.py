@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, table
+from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
 from megamoe_jit._errors import ToolchainError
@@ -64,7 +64,7 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
         warmup(specs, jobs=max(1, settings.jobs // ranks))
         return
     with contextlib.suppress(ToolchainError):
-        compile_kernels(specs, fail_fast=ranks > 1, as_json=as_json)  # a failure ends a run of several ranks
+        compile_kernels(specs, as_json=as_json)
 
 
 @click.command()
@@ -105,6 +105,10 @@ def verify(
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
     variants = variants or VARIANT_NAMES
+    if not only_list:
+        from megamoe_jit._device.driver import refuse_without_gpu
+
+        refuse_without_gpu()
     from megamoe_jit._check.scenarios import select
 
     several = rank_count(ranks)
@@ -118,7 +122,7 @@ def verify(
         if as_json:
             emit_json(document("scenarios", scenarios=names))
         else:
-            click.echo("\n".join(names))
+            show("\n".join(names))
         return
 
     from megamoe_jit._bench.measure import require_hopper
@@ -165,7 +169,9 @@ def verify(
             )
             for o in outcomes
         ]
-        click.echo(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
+        show(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
+    if failed:  # together, since each went by between many that passed
+        say("\n".join(["failed:", *(f"  {o.name}  {o.variant}: {o.reason}" for o in failed)]))
     say(f"{len(outcomes) - len(failed)} passed, {len(failed)} failed, {expected - len(outcomes)} not run")
     if failed or len(outcomes) < expected:
         raise click.exceptions.Exit(ExitCode.FAILED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say
+from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say, show
 from megamoe_jit._cli._kernels import (
     compile_kernels,
     kernel_document,
@@ -82,7 +82,7 @@ def warmup(
     if as_json:
         emit_json(document("warmup", dry_run=dry_run, **counts, seconds=seconds, kernels=kernels))
     else:
-        click.echo(kernel_table(kernels))
+        show(kernel_table(kernels))
     for kernel in kernels:
         if kernel["error"]:
             say(f"\n{kernel['kernel']}: {kernel['error']}")

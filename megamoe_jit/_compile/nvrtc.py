@@ -8,24 +8,26 @@ kernel that has them works but is slow for no visible reason.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._cache.locks import private_directory
 from megamoe_jit._compile.cubin import CubinError, CubinInfo, KernelInfo, read_cubin
 from megamoe_jit._compile.render import source_lines
 from megamoe_jit._compile.signals import settle
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, activate
 from megamoe_jit._errors import CompileError, PerformanceLossError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._trust import private_directory
 
 __all__ = ["CompileResult", "Diagnostic", "compile_source", "options_for"]
 
@@ -218,7 +220,7 @@ def _nvrtc(text: str, entry: str, options: Iterable[str]) -> tuple[str, str, str
             call(get(program, buffer))
         return bytes(buffer)
 
-    encoded = [option.encode() for option in options]
+    encoded = [option.encode(errors="surrogateescape") for option in options]
     settle(nvrtc, encoded)
     program = call(nvrtc.nvrtcCreateProgram(text.encode(), f"/megamoe_jit/{entry}.cu".encode(), 0, [], []))
     try:
@@ -328,6 +330,11 @@ def _write_all(folder: Path, entry: str, parts: dict[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, data in parts.items():
         if data:
-            temporary = folder / f".{entry}{suffix}.{os.getpid()}"
-            temporary.write_bytes(data)
-            temporary.replace(folder / f"{entry}{suffix}")
+            temporary = folder / f".{entry}{suffix}.{os.getpid()}-{threading.get_ident()}"
+            try:
+                temporary.write_bytes(data)
+                temporary.replace(folder / f"{entry}{suffix}")
+            except BaseException:  # a full disk keeps nothing by halves
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise

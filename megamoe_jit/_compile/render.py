@@ -13,9 +13,10 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from megamoe_jit._errors import ConfigError, RenderError
+from megamoe_jit._errors import ConfigError, RenderError, ToolchainError
+from megamoe_jit._files import read_text, stays_inside
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import KernelSpec
 
@@ -28,7 +29,16 @@ _QUOTED = re.compile(r'^\s*"([^"]+)"\s*(//.*|/\*.*\*/\s*)?$')
 _PRAGMA_ONCE = re.compile(r"^\s*#\s*pragma\s+once\b")
 _LINE_MARK = re.compile(r'^#line (\d+) "([^"]+)"$')
 _CONDITION = re.compile(r"^\s*#\s*(if|ifdef|ifndef|endif)\b")
+#: What a wrong template raises beside `jinja2.TemplateError`; of these, a syntax error is one of the Python made of it.
+_REFUSED = (
+    *(ArithmeticError, LookupError, TypeError, ValueError, OSError),
+    *(RecursionError, MemoryError, SyntaxError),
+)
+_INSTALL = "Run: pip install 'jinja2>=3.1'"
 _TAG_END = ("#}", "%}")
+_FILE_BYTES = 1 << 18
+_SOURCE_BYTES = 1 << 24
+_DEEPEST = 50  #: includes in each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +108,7 @@ def source_lines(text: str) -> dict[tuple[str, int], str]:
 
 
 def _read(root: Path, name: str) -> str:
-    return (root / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+    return read_text(root / name, _FILE_BYTES).replace("\r\n", "\n")
 
 
 def _virtual(name: str) -> str:
@@ -119,35 +129,45 @@ def _marked(name: str, text: str) -> tuple[str, list[int]]:
 
 
 def _render_entry(root: Path, spec: KernelSpec) -> str:
-    import jinja2
+    try:
+        import jinja2
+    except ModuleNotFoundError:
+        raise ToolchainError(
+            f"rendering needs the Python package 'jinja2', which is not installed. {_INSTALL}"
+        ) from None
+
+    from megamoe_jit._compile.template import render_template
 
     numbers: dict[str, list[int]] = {}
 
-    def load(name: str) -> tuple[str, str, None] | None:
+    def load(name: str) -> tuple[str, str]:
         try:
             text = _read(root, name)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
+            raise jinja2.TemplateNotFound(name) from None
+        except OSError as error:
+            raise OSError(f"cannot read {name!r} in {root}: {error.strerror}") from error
         marked, numbers[name] = _marked(name, text)
-        return marked, _virtual(name), None
+        return marked, _virtual(name)
 
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(load),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        keep_trailing_newline=True,
-        cache_size=0,
-    )
     try:
-        text = environment.get_template(spec.template).render(spec.template_variables())
+        text = render_template(load, spec.template, spec.template_variables())
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"kernel template {error.name!r} does not exist in {root}") from error
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, OSError) as error:
-        name, line = _jinja_position(error, spec.template)
-        known = numbers.get(name, [])
-        line = known[line - 1] if 0 < line <= len(known) else line
-        raise RenderError(f"{_virtual(name)}({line}): {error}") from error
+    except _REFUSED as error:
+        raise RenderError(_explained(error, spec.template, numbers)) from error
+    except jinja2.TemplateError as error:
+        raise RenderError(_explained(error, spec.template, numbers)) from error
     return f'#line 1 "{_virtual(spec.template)}"\n{text}'
+
+
+def _explained(error: Exception, entry: str, numbers: dict[str, list[int]]) -> str:
+    """An error of a template with its place; `numbers` has the original numbers of each template's lines."""
+    name, line = _jinja_position(error, entry)
+    known = numbers.get(name, [])
+    line = known[line - 1] if 0 < line <= len(known) else line
+    what = str(error) if not isinstance(error, RecursionError) else "it is nested too deep"
+    return f"{_virtual(name)}({line}): {what or type(error).__name__}"
 
 
 def _jinja_position(error: BaseException, default: str) -> tuple[str, int]:
@@ -174,10 +194,14 @@ class _Flattener:
     out: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     stack: list[str] = field(default_factory=list)
+    size: int = 0
 
     def enter(self, name: str, text: str, mark: str | None) -> None:
         self.files.append(name)
         self.stack.append(name)
+        self.size += len(text)
+        if self.size > _SOURCE_BYTES:
+            raise RenderError(f"{_virtual(name)}: with this file the source has more than {_SOURCE_BYTES} characters")
         if mark is not None:
             self.out.append(mark)
         if text.endswith("\n"):
@@ -205,12 +229,13 @@ class _Flattener:
                 "relative to the kernel directory (the compiler gets no include path)"
             )
         name = quoted[1]
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or str(parts) != name:
+        if not stays_inside(name):
             raise RenderError(f'{where}: #include "{name}" must be a plain path relative to the kernel directory')
         if name in self.stack:
             chain = " -> ".join([*self.stack[self.stack.index(name) :], name])
             raise RenderError(f"{where}: include cycle {chain}")
+        if len(self.stack) > _DEEPEST:
+            raise RenderError(f"{where}: includes are nested more than {_DEEPEST} deep")
         if name in self.files:
             self.out.append("")
             return

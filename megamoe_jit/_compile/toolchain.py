@@ -132,7 +132,10 @@ def activate(toolchain: Toolchain) -> None:
     """
     with _activate_lock:
         _activate(toolchain.path)
-        from cuda.bindings import nvrtc
+        try:
+            from cuda.bindings import nvrtc
+        except ImportError as error:
+            raise _no_bindings(error) from error
 
         status, major, minor = nvrtc.nvrtcVersion()
         if int(status) != 0 or (major, minor) != toolchain.version:
@@ -289,6 +292,11 @@ def _candidate(path: Path, origin: str) -> Candidate:
     return Candidate(path, major, version, origin)
 
 
+def _no_bindings(error: ImportError) -> ToolchainError:
+    step = bindings_command(wanted_major()[0])
+    return ToolchainError(f"cuda-python is not installed: {error}. Run: {step}")
+
+
 def _activate(path: Path) -> None:
     """Preload the library and its builtins, looked up by name alone; then see what cuda-bindings takes."""
     try:
@@ -303,8 +311,7 @@ def _activate(path: Path) -> None:
 
         used = load_nvidia_dynamic_lib("nvrtc").abs_path
     except ImportError as error:
-        step = bindings_command(wanted_major()[0])
-        raise ToolchainError(f"cuda-python is not installed: {error}. Run: {step}") from error
+        raise _no_bindings(error) from error
     except RuntimeError as error:
         raise ToolchainError(f"cuda-bindings cannot use NVRTC library {path}: {error}") from error
     if used is not None and not os.path.samefile(used, path):

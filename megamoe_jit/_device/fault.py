@@ -34,7 +34,7 @@ WAITS: dict[int, str] = {
     "({seen} of {expected} tiles done)",
 }
 
-LOST = "nothing"  #: what the driver said of a kernel whose end it has not noticed (`_device_wait.py`)
+LOST = "nothing"  #: what the driver said of a kernel whose end it has not noticed (`wait.py`)
 
 PHASES = {phase.value: phase.name.lower() for phase in Phase}  #: of a `PEER_SIGNAL`
 

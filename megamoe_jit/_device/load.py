@@ -229,7 +229,7 @@ def checked(driver: Any, result: tuple[Any, ...], what: str) -> Any:
 def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> _Refusal:
     status, number = driver.cuDriverGetVersion()
     version = f"{number // 1000}.{number % 1000 // 10}" if int(status) == 0 else "unknown"
-    compiler = str((compiled.meta.get("nvrtc") or {}).get("version", "unknown"))
+    compiler = compiled.meta.get("nvrtc", {}).get("version", "unknown")
     have, need = (int(text.split(".")[0]) if text[:1].isdigit() else 0 for text in (version, compiler))
     explained = need > have > 0
     advice = "the binary is damaged, or not for this device"

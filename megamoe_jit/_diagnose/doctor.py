@@ -28,7 +28,7 @@ from megamoe_jit._diagnose.doctor_machine import (
 from megamoe_jit._diagnose.finding import Check, Status, worst
 from megamoe_jit._diagnose.machine import TOOLS, FileSystem, compilers, file_system, find_tool, gpus, tool_command
 from megamoe_jit._settings.settings import PREFIX, VARIABLES, default_config_file, get_settings, lenient, listed
-from megamoe_jit._text import human_bytes
+from megamoe_jit._text import human_bytes, several
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
@@ -106,7 +106,7 @@ def _settings() -> Check:
     if unknown or settings.ignored:
         texts, steps = [], []
         if unknown:
-            texts.append(f"unknown variables are ignored: {', '.join(unknown)}")
+            texts.append(f"unknown variables are ignored: {several(unknown)}")
             steps.append("unset or correct them; `megamoe-jit env` lists every variable")
         if settings.ignored:
             texts.append(f"ignored in {file}: {listed(settings.ignored)}")
@@ -148,7 +148,7 @@ def _why_not_read(folder: Path, forbidden: int) -> str:
     Raises:
         FileNotFoundError: there is none.
     """
-    from megamoe_jit._cache.locks import check_private
+    from megamoe_jit._trust import check_private
 
     try:
         check_private(folder, forbidden)

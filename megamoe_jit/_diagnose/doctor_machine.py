@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megamoe_jit._device.driver_advice import advice
 from megamoe_jit._diagnose.finding import Check, Status
 from megamoe_jit._diagnose.machine import Machine
-from megamoe_jit._errors import MegaMoeError
+from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def check_sources() -> Check:
         root = kernels_dir()
         data["path"] = str(root)
         files = {name for each in Variant for name in render(KernelSpec(MoEShape(256, 128, 8, 2), each)).files}
+    except ToolchainError as error:  # the message says what to install
+        return Check("sources", Status.FAIL, str(error), "install what the message names", data)
     except MegaMoeError as error:
         return Check("sources", Status.FAIL, str(error), step, data)
     return Check("sources", Status.OK, f"{root}, {len(files)} files", "", data)
@@ -107,6 +110,11 @@ def check_driver(machine: Machine, found: dict[str, Any]) -> Check:
     from megamoe_jit._compile.wheels import wheel_command
 
     data = {"driver_cuda": machine.driver_cuda, "nvrtc": (found["chosen"] or {}).get("version")}
+    if machine.code is not None:
+        known = advice(machine.code)
+        data |= {"problem": machine.problem, "code": machine.code}
+        status = Status.FAIL if known.here else Status.WARN
+        return Check("driver", status, f"{machine.problem}: {known.cause}", known.step, data)
     if machine.driver_cuda is None:
         step = "to compile kernels, none is needed; to run them, install one, or run the container with GPUs"
         return Check("driver", Status.WARN, "no NVIDIA driver", step, {**data, "problem": machine.problem})
@@ -126,6 +134,8 @@ def check_gpu(machine: Machine) -> Check:
     names = ", ".join(f"{gpu.name} (SM {gpu.compute_capability}, {gpu.sms} SMs)" for gpu in machine.gpus)
     if not machine.gpus:
         step = "run on a machine with an H100 or H200; kernels cached here can be taken there (`cache export`)"
+        if machine.code is not None and advice(machine.code).here:
+            return Check("gpu", Status.WARN, "none: the driver does not start", "see driver above", data)
         text = "none: kernels cannot be run here"
         if not get_settings().disable_jit:
             text = "none: kernels can be compiled here, but not run"
@@ -169,7 +179,7 @@ def check_ready_kernels(machine: Machine) -> Check:
 
 def _trusted(cache: KernelCache) -> bool:
     """Whether anything is read from a cache; the checks of the caches say why not."""
-    from megamoe_jit._cache.locks import check_private
+    from megamoe_jit._trust import check_private
 
     try:
         check_private(cache.path, cache.forbidden)
@@ -180,22 +190,24 @@ def _trusted(cache: KernelCache) -> bool:
 
 def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
     """Symbol of a cached kernel, and why a call does not take it; empty if one does."""
-    from megamoe_jit._cache.entry import SCHEMA, Damaged, read_entry
+    from megamoe_jit._cache.entry import Damaged, OtherSchema
     from megamoe_jit._jit.obtain import Wanted
     from megamoe_jit._spec import KernelSpec
 
-    try:
-        _, meta = read_entry(key, cache.entry_path(key), cache.forbidden)
-    except (OSError, Damaged) as error:
-        return "", f"damaged: {error}"
     other = "of another version, or of other sources or options"
     try:
+        meta = cache.peek(key).meta
         spec = KernelSpec.from_json(meta["spec"])
         wanted = Wanted.of(spec)
-        major = int(str(meta["nvrtc"]["version"]).split(".")[0])
-    except (LookupError, TypeError, ValueError, MegaMoeError):
+        major = int(meta["nvrtc"]["version"].split(".")[0])
+        if meta.get("source_id") != wanted.source_id:
+            return "", other
+        cache.peek(key, spec.entry)
+    except OtherSchema:
         return "", other
-    if meta["schema"] != SCHEMA or meta.get("source_id") != wanted.source_id:
+    except (OSError, Damaged) as error:
+        return "", f"damaged: {error}"
+    except (LookupError, TypeError, ValueError, MegaMoeError):
         return "", other
     if key != wanted.key and not cache.handed_over(key):
         return "", "compiled here by another NVRTC and not imported"

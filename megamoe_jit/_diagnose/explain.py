@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megamoe_jit._cache.locks import check_private
 from megamoe_jit._device.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
@@ -23,10 +22,7 @@ from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, M
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
-if TYPE_CHECKING:
-    from megamoe_jit._cache.cache import KernelCache
-
-__all__ = ["DEFAULT_SMS", "entry_there", "explain", "gpu_asked_for", "kernel_state", "plan", "shared_parts"]
+__all__ = ["DEFAULT_SMS", "explain", "gpu_asked_for", "kernel_state", "plan", "shared_parts"]
 
 DEFAULT_SMS = 132  #: streaming multiprocessors of an H100 SXM and of an H200
 
@@ -53,20 +49,6 @@ def gpu_asked_for(name: str | None) -> dict[str, Any]:
     return {"gpu": gpu, "measured": table_for(gpu) is not None}
 
 
-def entry_there(cache: KernelCache, key: str) -> bool:
-    """Whether a cache has an entry; where a call would not read, or not trust, nothing is there.
-
-    An unreadable cache costs one warning, as when a call loads from it.
-    """
-    try:
-        check_private(cache.path, cache.forbidden)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return cache.load(key) is not None  # says why not, once
-    return cache.holds(key)
-
-
 def kernel_state(spec: KernelSpec) -> dict[str, Any]:
     """The key of a kernel and where it is cached, found as a call would find it, but not loaded.
 
@@ -79,12 +61,13 @@ def kernel_state(spec: KernelSpec) -> dict[str, Any]:
     wanted, caches = Wanted.of(spec), searched_caches()
     key, path, problem = wanted.key, None, str(wanted.problem) if wanted.problem else None
     if key is not None:
-        path = next((cache.entry_path(key) for cache in caches if entry_there(cache, key)), None)
+        path = next((cache.entry_path(key) for cache in caches if cache.usable(key, spec.entry)), None)
     if path is None:
-        found = (cache.load_source(wanted.source_id, wanted.major) for cache in caches)
-        elsewhere = next(filter(None, found), None)
+        held = ((cache, each) for cache in caches for each in cache.keys_of_source(wanted.source_id, wanted.major))
+        elsewhere = next(((cache, each) for cache, each in held if cache.usable(each, spec.entry)), None)
         if elsewhere is not None:
-            key, path, problem = elsewhere.key, elsewhere.path, None
+            cache, key = elsewhere
+            path, problem = cache.entry_path(key), None
     return {
         "kernel": spec.entry,
         "key": key,

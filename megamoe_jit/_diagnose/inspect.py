@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.cubin import CubinError, _sections, read_cubin
 from megamoe_jit._device.abi import SHARED_LIMIT
 from megamoe_jit._diagnose.machine import TOOLS, find_tool, tool_command
@@ -29,7 +30,7 @@ def _section(cubin: bytes, name: str) -> bytes | None:
     return None
 
 
-def resources(cubin: bytes, meta: dict[str, Any]) -> dict[str, Any]:
+def resources(cubin: bytes, meta: Metadata) -> dict[str, Any]:
     """What the kernel takes on the device, and how it was compiled.
 
     Args:

@@ -9,12 +9,12 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megamoe_jit._device.driver import Gpu, Machine, gpus
 from megamoe_jit._errors import ToolchainError
-from megamoe_jit._text import first_line
 
 if TYPE_CHECKING:
     from megamoe_jit._settings.settings import Fault
@@ -53,37 +53,6 @@ TOOLS = {"nvdisasm": "nvidia-cuda-nvdisasm", "cuobjdump": "nvidia-cuda-cuobjdump
 _NETWORK = re.compile(
     r"nfs|cifs|smb|9p|afs|lustre|gpfs|beegfs|ceph|gluster|sshfs|orangefs|pvfs|panfs|weka|s3fs|gcsfuse|juicefs"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU as the driver describes it."""
-
-    index: int
-    name: str
-    compute_capability: str
-    sms: int
-    memory_bytes: int
-    supported: bool  #: compute capability 9.0
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The driver and its GPUs.
-
-    Attributes:
-        driver_cuda: newest CUDA version the driver supports, None without a driver.
-        problem: why there is none.
-        gpus: those this process may use.
-    """
-
-    driver_cuda: str | None
-    problem: str | None
-    gpus: tuple[Gpu, ...] = field(default=())
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"driver_cuda": self.driver_cuda, "problem": self.problem, "gpus": [asdict(gpu) for gpu in self.gpus]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,42 +111,6 @@ def compilers() -> dict[str, Any]:
         "problem": None,
         "candidates": found,
     }
-
-
-def _ask(result: tuple[Any, ...]) -> Any:
-    """The value of a driver call; raises `RuntimeError` with the name of its error."""
-    if int(result[0]) != 0:
-        raise RuntimeError(result[0].name)
-    return result[1] if len(result) > 1 else None
-
-
-def gpus() -> Machine:
-    """What the driver says, asked through cuda-bindings: torch need not be there."""
-    try:
-        from cuda.bindings import driver
-
-        _ask(driver.cuInit(0))
-        version = _ask(driver.cuDriverGetVersion())
-        found = [_gpu(driver, index) for index in range(_ask(driver.cuDeviceGetCount()))]
-    except (ImportError, RuntimeError) as error:
-        return Machine(None, first_line(error))
-    return Machine(f"{version // 1000}.{version % 1000 // 10}", None, tuple(found))
-
-
-def _gpu(driver: Any, index: int) -> Gpu:
-    attribute = driver.CUdevice_attribute
-    device = _ask(driver.cuDeviceGet(index))
-    major, minor, sms = (
-        int(_ask(driver.cuDeviceGetAttribute(which, device)))
-        for which in (
-            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-        )
-    )
-    name = _ask(driver.cuDeviceGetName(96, device)).split(b"\0")[0].decode()
-    memory = int(_ask(driver.cuDeviceTotalMem(device)))
-    return Gpu(index, name, f"{major}.{minor}", sms, memory, (major, minor) == (9, 0))
 
 
 def file_system(path: Path) -> FileSystem:

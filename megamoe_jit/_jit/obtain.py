@@ -6,24 +6,27 @@ for us, wait for a process that is compiling the same kernel, compile.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megamoe_jit._cache.cache import CacheEntry, KernelCache, cache_key, searched_caches, user_cache
 from megamoe_jit._cache.entry import source_id
 from megamoe_jit._cache.locks import key_lock
+from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.nvrtc import CompileResult, compile_source, options_for
 from megamoe_jit._compile.render import RenderedSource, render
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
 from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
+from megamoe_jit._jit.interrupt import check as check_interrupted
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec
+from megamoe_jit._text import one_line
 from megamoe_jit._version import __version__
 
 __all__ = [
@@ -61,7 +64,7 @@ class CompiledKernel:
     spec: KernelSpec
     key: str
     cubin: bytes = dataclasses.field(repr=False)
-    meta: dict[str, Any] = dataclasses.field(repr=False, compare=False)
+    meta: Metadata = dataclasses.field(repr=False, compare=False)
     origin: Origin
     seconds: float
 
@@ -84,13 +87,13 @@ def seal() -> None:
 
 
 def unseal() -> None:
-    """Allow compiling again."""
+    """Take `seal` back; MEGAMOE_JIT_DISABLE_JIT stays in force."""
     global _sealed
     _sealed = False
 
 
 def sealed() -> bool:
-    """Whether this process may not compile."""
+    """Whether this process may not compile, because of `seal` or of MEGAMOE_JIT_DISABLE_JIT."""
     return _sealed or get_settings().disable_jit
 
 
@@ -209,10 +212,13 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
     key, cache = wanted.key, None if settings.no_cache else user_cache()
 
     def published() -> bool:
+        check_interrupted()
         return not force and cache is not None and cache.holds(key)
 
-    with key_lock(key, spec.entry, published):
-        if not force:
+    # what will not be published need not be waited for
+    keeps = cache is not None and cache.writable()
+    with key_lock(key, spec.entry, published) if keeps else contextlib.nullcontext():
+        if keeps and not force:
             found = _from_disk(wanted)
             if found is not None:
                 return found
@@ -236,25 +242,26 @@ def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache 
         if force:
             cache.remove([key])
         cache.store(key, result.cubin, wanted.source.text, meta)
-    return CompiledKernel(spec, key, result.cubin, {**meta, "key": key, "arch": ARCH}, "compiled", 0.0)
+    meta |= {"key": key, "arch": ARCH}
+    return CompiledKernel(spec, key, result.cubin, meta, "compiled", 0.0)
 
 
 def _from_disk(wanted: Wanted) -> CompiledKernel | None:
     """A stored kernel: exactly the one, else one that somebody built from this source and handed to us."""
-    caches = searched_caches()
+    caches, symbol = searched_caches(), wanted.spec.entry
     for cache in caches:
-        entry = cache.load(wanted.key) if wanted.key is not None else None
+        entry = cache.load(wanted.key, symbol) if wanted.key is not None else None
         if entry is not None and entry.meta["cubin_sha256"] not in _distrusted:
             return _accept(wanted.spec, entry, cache, "")
     for cache in caches:
-        entry = cache.load_source(wanted.source_id, wanted.major, _distrusted)
+        entry = cache.load_source(wanted.source_id, wanted.major, _distrusted, symbol)
         if entry is not None:
             return _accept(wanted.spec, entry, cache, ", built elsewhere")
     return None
 
 
 def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache, remark: str) -> CompiledKernel:
-    losses: Sequence[str] = entry.meta.get("advisories") or ()
+    losses = entry.meta.get("advisories", [])
     strict = get_settings().strict
     if losses and strict == "error":
         raise PerformanceLossError(
@@ -269,18 +276,18 @@ def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache, remark: str
     return CompiledKernel(spec, entry.key, entry.cubin, entry.meta, "pack" if cache.read_only else "disk", 0.0)
 
 
-def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> dict[str, Any]:
+def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metadata:
     spec, kernel = wanted.spec, result.kernel
     return {
         "entry": spec.entry,
         "spec": spec.to_json(),
         "source_id": wanted.source_id,
-        "files": list(wanted.source.files),
+        "files": [one_line(name) for name in wanted.source.files],
         "options": list(result.options),
         "nvrtc": {
             "version": f"{toolchain.version[0]}.{toolchain.version[1]}",
             "build": toolchain.build,
-            "path": str(toolchain.path),
+            "path": one_line(str(toolchain.path)),
         },
         "package_version": __version__,
         "registers": kernel.registers,
@@ -291,6 +298,6 @@ def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> dict[s
         "param_bytes": kernel.param_bytes,
         "max_threads": kernel.max_threads,
         "diagnostics": len(result.diagnostics),
-        "advisories": list(result.advisories),
+        "advisories": [one_line(each) for each in result.advisories],
         "compile_ms": {phase: round(value * 1e3, 3) for phase, value in result.seconds.items()},
     }

@@ -9,12 +9,13 @@ does not matter. A process that is sealed compiles nothing any more.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megamoe_jit._cache.cache import KernelCache, cache_key, user_cache
@@ -22,10 +23,12 @@ from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import ARCH, find_toolchain
 from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
+from megamoe_jit._jit.interrupt import obey
 from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._numerics import Numerics
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._text import items_of, several, shown
 
 __all__ = [
     "CompiledKernel",
@@ -44,6 +47,7 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("megamoe_jit")
+_QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often
 _BY_NAME = 'preset("v4-flash").shape'  # in messages
 
 
@@ -119,6 +123,9 @@ def enumerate_specs(
         fast_math: the argument of the calls; None for both.
         numerics: all numeric options of the calls, instead of `fast_math`.
 
+    Returns:
+        The kernels, each once.
+
     Raises:
         ConfigError: an argument is not supported.
     """
@@ -126,10 +133,11 @@ def enumerate_specs(
 
     if not isinstance(shape, MoEShape):
         allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"shape = {shape!r:.80} is not supported; allowed: {allowed}")
-    if isinstance(variants, str) or not isinstance(variants, Iterable | None):
-        raise ConfigError(f"variants = {variants!r:.80} is not supported; allowed: several Variants, or None")
-    wanted = all_variants(shape) if variants is None else tuple(variants)
+        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: {allowed}")
+    given = None if variants is None else items_of(variants)
+    if given is None and variants is not None:
+        raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
+    wanted = all_variants(shape) if given is None else given
     flags = (True, False) if fast_math is None else (fast_math,)
     some = [Numerics(flag) for flag in flags] if numerics is None else [numerics]
     return tuple(dict.fromkeys(KernelSpec(shape, v, ranks, numerics=each) for v in wanted for each in some))
@@ -180,39 +188,82 @@ def warmup(
         specs: the kernels; repeated ones count once.
         jobs: threads; the settings' number if None.
         force: compile even what is cached, and replace it.
-        progress: called in this thread with each result as it comes.
+        progress: called in this thread with each result as it comes; after an interruption with those that were too
+            far on to be left.
 
     Returns:
-        One result per kernel, in the order given.  Failures are results too, not exceptions.
+        One result per kernel, in the order given, with `spec`, `kernel` (None if it failed), `error` (None if it did
+        not), `ok` and `seconds`.  Failures are results too, not exceptions.
 
     Raises:
         ConfigError: these are not specs, or `jobs` is not a number of threads.
     """
     todo = _distinct(specs)
     if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise ConfigError(f"jobs = {jobs!r:.80} is not supported; allowed: an integer from 1, or None")
+        raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
     results: dict[KernelSpec, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
-    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
+    stop = threading.Event()
+    pool = concurrent.futures.ThreadPoolExecutor(
+        workers, thread_name_prefix="megamoe-jit-warmup", initializer=obey, initargs=(stop,)
+    )
+
+    def report(future: concurrent.futures.Future[WarmupResult]) -> None:
+        result = future.result()
+        results[result.spec] = result
+        if progress is not None:
+            progress(result)
+
+    futures = {pool.submit(_warm_one, spec, force): spec for spec in todo}
     try:
-        futures = [pool.submit(_warm_one, spec, force) for spec in todo]
-        for future in concurrent.futures.as_completed(futures):
-            result = future.result()
-            results[result.spec] = result
-            if progress is not None:
-                progress(result)
-    finally:
+        for future in _as_they_end(futures):
+            report(future)
+    except KeyboardInterrupt:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        _tell_running(futures)
+        begun = [future for future, spec in futures.items() if spec not in results and not future.cancelled()]
+        for future in _as_they_end(begun):
+            if future.exception() is None:
+                with contextlib.suppress(Exception):  # of `progress`: the interruption counts
+                    report(future)
+        raise
+    except BaseException:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
     return [results[spec] for spec in todo]
+
+
+def _as_they_end(
+    futures: Iterable[concurrent.futures.Future[WarmupResult]],
+) -> Iterator[concurrent.futures.Future[WarmupResult]]:
+    """Each future once it has ended. The main thread wakes up now and then: a signal may reach another one alone."""
+    left = set(futures)
+    while left:
+        ended, left = concurrent.futures.wait(left, _QUICK_S, concurrent.futures.FIRST_COMPLETED)
+        yield from ended
+
+
+def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], KernelSpec]) -> None:
+    """Say at once what an interrupted warmup still waits for: a kernel that NVRTC has begun on cannot be left alone."""
+    running = [future for future in futures if future.running()]
+    _, left = concurrent.futures.wait(running, timeout=_QUICK_S)  # what waited for another process ends by itself
+    if left:
+        names = several((spec.entry for future, spec in futures.items() if future in left), 3)
+        LOG.warning("interrupted; waiting for what is being compiled, to keep it (Ctrl-C again leaves it): %s", names)
 
 
 def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
     """The specs, each once; raises `ConfigError` if one of them is something else."""
-    given = list(specs) if isinstance(specs, Iterable) and not isinstance(specs, str) else None
+    given = items_of(specs)
     odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec)]
     if given is None or odd:
         allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"specs: {odd[0]!r:.80} given; allowed: {allowed}")
+        raise ConfigError(f"specs: {shown(odd[0])} given; allowed: {allowed}")
     return list(dict.fromkeys(given))
 
 

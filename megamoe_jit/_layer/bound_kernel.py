@@ -48,6 +48,7 @@ class PreparedKernel:
         self.launcher = Launcher(self.loaded, self.params)
         self._weights: tuple[int, ...] = ()
         self._checked: tuple[weakref.ref[torch.Tensor], ...] = ()
+        self._checked_at: tuple[int, ...] = ()
         self._fill(buffer)
 
     def _fill(self, buffer: SymmBuffer) -> None:
@@ -81,8 +82,10 @@ class PreparedKernel:
             ref() is tensor for ref, tensor in zip(self._checked, tensors, strict=True)
         ):
             return
+        self._checked_at = ()
         check_weights(l1, l2, self.spec, device)
         self._checked = tuple(weakref.ref(tensor) for tensor in tensors)
+        self._checked_at = tuple(tensor.data_ptr() for tensor in tensors)
 
     def set_weights(self, l1: WeightPair, l2: WeightPair) -> None:
         """Point the kernel at these tensors; cheap when they are where they were.
@@ -93,7 +96,8 @@ class PreparedKernel:
         addresses = (l1[0].data_ptr(), l1[1].data_ptr(), l2[0].data_ptr(), l2[1].data_ptr())
         if addresses == self._weights:
             return
-        check_weights(l1, l2, self.spec, self._device)
+        if addresses != self._checked_at:
+            check_weights(l1, l2, self.spec, self._device)
         self._weights = ()  # until all of them are set: an exception between two must not leave a mixture
         params = self.params
         params.weight1, params.weight1_scales, params.weight2, params.weight2_scales = addresses

@@ -19,14 +19,14 @@ import torch
 
 from megamoe_jit._device.fault import decode, fault_error
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS, MAX_SORT_BLOCKS
-from megamoe_jit._device.wait import wait_for_device
+from megamoe_jit._device.wait import be_ready, wait_for_device
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
-from megamoe_jit._layer.group import collectively, gather, require_equal
+from megamoe_jit._layer.group import collectively, gather, group_size, require_equal
 from megamoe_jit._layer.memory import LayerMemory
 from megamoe_jit._numerics import Numerics, numerics_of
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import MoEShape, Variant
-from megamoe_jit._text import first_line
+from megamoe_jit._spec import MoEShape, Variant, check_flag, check_int
+from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants, choose
 
 if TYPE_CHECKING:
@@ -73,9 +73,10 @@ _orders: dict[int | None, _Order] = {}  #: of buffers of several ranks, by GPU
 
 
 class SymmBuffer(LayerMemory):
-    """A layer's memory on one rank, and the kernels that run in it.
+    """A layer's memory on one rank, and the kernels that run in it; `get_symm_buffer_for_mega_moe` makes one.
 
-    Stage inputs into the first T rows of the views before each call.  Rows past T never matter.
+    Stage inputs into the first T rows of the views before each call.  Rows past T never matter.  At the end of a `with`
+    it is destroyed.
 
     Attributes:
         x: e4m3 ``[capacity, hidden]``, input codes.
@@ -85,7 +86,14 @@ class SymmBuffer(LayerMemory):
         buffer: the symmetric memory that holds these views, uint8.
         handle: has ``buffer_ptrs``, the address of every rank's symmetric memory.
         num_max_tokens_per_rank: capacity in tokens, rounded up to a multiple of 128.
-        num_experts, num_topk, hidden, intermediate_hidden: the shape.
+        num_experts: experts of all ranks.
+        num_topk: slots of a token.
+        hidden: columns of a token.
+        intermediate_hidden: columns between the two products.
+        group: the process group that was given.
+        rank: this process's rank in it.
+        ranks: how many share the experts.
+        device: the GPU that all of this is on.
         lock: of staging and calls together, for threads that share the buffer.
     """
 
@@ -97,6 +105,12 @@ class SymmBuffer(LayerMemory):
         group: Any = None,
         max_pool_rows: int = DEFAULT_POOL_ROWS,
     ) -> None:
+        if not isinstance(shape, MoEShape) or not isinstance(device, torch.device):
+            given = f"shape = {shown(shape)}, device = {shown(device)}"
+            raise ConfigError(f"{given}; allowed: a MoEShape and a torch.device, as get_symm_buffer_for_mega_moe gives")
+        group_size(group)  # raises if it is no group
+        check_int("max_tokens", max_tokens)
+        check_int("max_pool_rows", max_pool_rows)
         super().__init__(shape, max_tokens, device, group, max_pool_rows)
         self._prepared: dict[tuple[Variant, Numerics], PreparedKernel] = {}
         self._plans: dict[tuple[int, str | None, bool | Numerics, int | None], CallPlan] = {}
@@ -106,6 +120,7 @@ class SymmBuffer(LayerMemory):
         self._used_on: set[int] = set()  # streams that the allocator knows to use this memory
         self._destroyed = False
         self._broken: MegaMoeError | None = None
+        be_ready()
 
     def require_usable(self) -> None:
         """Raise if it was destroyed (`ConfigError`), or a kernel of it has failed (that kernel's error)."""
@@ -125,14 +140,21 @@ class SymmBuffer(LayerMemory):
         with different token counts may pick different ones, and all agree on the kernels before any is launched.
 
         Args:
-            variant: which kernel.
-            fast_math: as in a call, or all numeric options.
+            variant: the name of a `Variant`, or it.
+            fast_math: the argument of the calls to come, or all their numeric options.
+
+        Returns:
+            The kernel as this buffer launches it.
 
         Raises:
+            ConfigError: there is no such variant, or the buffer was destroyed.
             CaptureError: the current stream is capturing and the kernel is not loaded yet.
             RankMismatchError: the ranks have different kernels.
+            MegaMoeError: it could not be compiled or loaded; see `fp8_mega_moe`.
         """
         variant = Variant.parse(variant)
+        if not isinstance(fast_math, Numerics):
+            check_flag("fast_math", fast_math)
         self.require_usable()
         numerics = fast_math if isinstance(fast_math, Numerics) else numerics_of(fast_math)
         prepared = None if numerics is None else self._prepared.get((variant, numerics))
@@ -155,9 +177,14 @@ class SymmBuffer(LayerMemory):
     def prepare_all(self, fast_math: bool | Numerics = True) -> None:
         """Prepare every kernel that some token count can pick: before CUDA graphs of several batch sizes are captured.
 
+        Args:
+            fast_math: the argument of the calls to come.
+
         Raises:
+            ConfigError: the buffer was destroyed.
             CaptureError: the current stream is capturing and a kernel is not loaded yet.
             RankMismatchError: the ranks have different kernels.
+            MegaMoeError: one could not be compiled or loaded; see `fp8_mega_moe`.
         """
         for variant in all_variants(self.shape):
             self.prepare(variant, fast_math)
@@ -174,7 +201,7 @@ class SymmBuffer(LayerMemory):
         sms, settings = sm_count(self.device), get_settings()
         blocks = sms if num_sms is None else num_sms
         if type(blocks) is not int or not 1 <= blocks <= sms:
-            raise ConfigError(f"num_sms = {blocks!r:.40} is not supported; allowed: 1 to {sms}")
+            raise ConfigError(f"num_sms = {shown(blocks)} is not supported; allowed: 1 to {sms}")
         choice = choose(
             self.shape,
             tokens,
@@ -196,7 +223,7 @@ class SymmBuffer(LayerMemory):
         try:
             plan = self._plans.get(key)
         except TypeError:  # costs nothing where they are what they should be
-            given = f"variant = {variant!r:.40}, fast_math = {fast_math!r:.40}, num_sms = {num_sms!r:.40}"
+            given = f"variant = {shown(variant)}, fast_math = {shown(fast_math)}, num_sms = {shown(num_sms)}"
             raise ConfigError(f"{given}; allowed: a name or None, a bool, a number or None") from None
         if plan is None:
             from megamoe_jit._layer.bound_kernel import CallPlan
@@ -301,6 +328,9 @@ class SymmBuffer(LayerMemory):
 
         With several ranks this is a collective, so that no rank frees memory that another still reads; after a failed
         call it is local and never waits.  A failure that nobody has asked for yet is warned about, not raised.
+
+        Raises:
+            CaptureError: some stream is capturing, so that the device cannot be waited for; nothing was given back.
         """
         with self.lock:  # another thread's launch comes before this, or not at all
             if self._destroyed:
@@ -323,10 +353,16 @@ class SymmBuffer(LayerMemory):
         self._prepared.clear()
         self._plans.clear()
         self.handle = SimpleNamespace(buffer_ptrs=[])
-        empty = torch.empty(0, dtype=torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.buffer = self.local = self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
         if news:
             warnings.warn(news, RuntimeWarning, stacklevel=2)
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a SymmBuffer is memory that its process and its peers know by address, and cannot be copied or sent; "
+            "allowed: get_symm_buffer_for_mega_moe(...) where another one is needed"
+        )
 
     def __del__(self) -> None:
         if not getattr(self, "_destroyed", True) and self.ranks > 1:

@@ -7,18 +7,35 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.checks import RECIPE, check_expert_ids, check_recipe, check_tensor, check_weights
+from megamoe_jit._layer.checks import (
+    RECIPE,
+    check_activation,
+    check_bound,
+    check_expert_ids,
+    check_neutral,
+    check_recipe,
+    check_tensor,
+    check_weights,
+)
 from megamoe_jit._layer.group import collectively, group_size
 from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._layer.weights import WeightPair, require_pair
+from megamoe_jit._layer.weights import WeightPair, by_old_names, require_pair
 from megamoe_jit._numerics import Numerics, numerics_of
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._text import first_line, shown
 
-__all__ = ["fp8_mega_moe", "fp8_mega_moe_cooperative", "fp8_mega_moe_pingpong", "get_symm_buffer_for_mega_moe"]
+__all__ = [
+    "fp8_mega_moe",
+    "fp8_mega_moe_cooperative",
+    "fp8_mega_moe_pingpong",
+    "get_symm_buffer_for_mega_moe",
+    "get_symm_buffer_for_sm90_mega_moe",
+]
 
 
 def get_symm_buffer_for_mega_moe(
@@ -28,7 +45,9 @@ def get_symm_buffer_for_mega_moe(
     num_topk: int,
     hidden: int,
     intermediate_hidden: int,
-    use_fp8_dispatch: bool = True,
+    num_shared_experts: int = 0,
+    use_fp8_dispatch: bool | None = None,
+    mma_type: str = "fp8xfp4",
     activation: str = "swiglu",
     *,
     device: torch.device | str | int | None = None,
@@ -39,54 +58,108 @@ def get_symm_buffer_for_mega_moe(
     Args:
         group: the process group whose ranks share the experts, one GPU each.  None or a group of one rank: plain CUDA
             memory, torch.distributed is not needed.
-        num_experts: experts of all ranks.
-        num_max_tokens_per_rank: most tokens of a call; rounded up to a multiple of 128.
+        num_experts: experts of all ranks, 1 to 1024, a multiple of the number of ranks.
+        num_max_tokens_per_rank: most tokens of a call, 1 to 32768; rounded up to a multiple of 128.
         num_topk: slots of a token, 1 to 32.
-        hidden, intermediate_hidden: multiples of 128, up to 262144.
-        use_fp8_dispatch: must be True.
+        hidden: columns of a token, a multiple of 128 up to 262144.
+        intermediate_hidden: columns between the two products, likewise.
+        num_shared_experts: must be 0: there is no kernel with shared experts.
+        use_fp8_dispatch: must be True or None, which is the same.
+        mma_type: must begin with "fp8x", as DeepGEMM wants it on SM90; weights are FP8, whatever follows.
         activation: must be "swiglu".
         device: where; the current CUDA device by default.
         max_pool_rows: rows that the local pools hold at most, 4096 or more.  A batch with more of them is served
             too: the pools become rings, and dispatch waits for the matrix work.
 
+    DeepGEMM has had another order, with `use_fp8_dispatch` and `activation` after the sizes: a bool in the seventh
+    place is taken for that.
+
+    Returns:
+        The buffer; its views are not initialised.
+
     Raises:
         ConfigError: a value is not supported, or the memory is not there (says the bytes).
         UnsupportedDeviceError: there is no GPU, or it is no Hopper GPU.
+        CaptureError: the current stream is capturing a CUDA graph; no other rank is asked or told.
         RankMismatchError: the ranks ask for different layers, or have different kernel sources.
+        PeerTimeoutError: a rank did not come before the process group gave up.
     """
+    if type(num_shared_experts) is bool:
+        old = (num_shared_experts, activation if use_fp8_dispatch is None else use_fp8_dispatch)
+        num_shared_experts, (use_fp8_dispatch, activation) = 0, old  # type: ignore[assignment]
     ranks = group if group_size(group) > 1 else None
+    refuse_capture("a buffer cannot be made", "make it before the capture")  # even asking other ranks would end it
 
     def admit() -> tuple[MoEShape, torch.device]:
-        if not use_fp8_dispatch:
-            raise ConfigError("use_fp8_dispatch = False is not supported; allowed: True")
-        if activation != "swiglu":
-            raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
+        check_neutral(num_shared_experts, use_fp8_dispatch, mma_type)
+        check_activation(activation)
         shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
         check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
         check_int("max_pool_rows", max_pool_rows)
         if not torch.cuda.is_available():
             raise UnsupportedDeviceError("no CUDA device is available; these kernels need a Hopper GPU and its driver")
-        place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
-        where = torch.empty(0, device=place).device  # with its index
-        return shape, where
+        return shape, _place(device)
 
     shape, where = collectively(ranks, "checking the layer", admit)
     return SymmBuffer(shape, num_max_tokens_per_rank, where, ranks, max_pool_rows)
 
 
+def _place(device: torch.device | str | int | None) -> torch.device:
+    """The device that is meant, with its index."""
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int | None):
+        raise ConfigError(f"device = {shown(device)} is not supported; allowed: a CUDA device, its number or name")
+    try:
+        place = torch.device("cuda", device) if isinstance(device, int) else "cuda" if device is None else device
+        return torch.empty(0, dtype=torch.uint8, device=place).device
+    except (RuntimeError, OverflowError, TypeError, ValueError, AssertionError) as error:
+        allowed = "allowed: a CUDA device of this machine, its number or name"
+        raise ConfigError(f"device = {shown(device)} cannot be used: {first_line(error)}; {allowed}") from None
+
+
+def get_symm_buffer_for_sm90_mega_moe(
+    group: Any,
+    num_experts: int,
+    num_max_tokens_per_rank: int,
+    num_topk: int,
+    hidden: int,
+    intermediate_hidden: int,
+    use_fp8_dispatch: bool = True,
+    activation: str = "swiglu",
+) -> SymmBuffer:
+    """`get_symm_buffer_for_mega_moe` by the name, and with the parameters, that DeepGEMM has for SM90 alone.
+
+    Args:
+        group: the process group whose ranks share the experts, or None.
+        num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden: sizes, as there.
+        use_fp8_dispatch: must be True.
+        activation: must be "swiglu".
+
+    Returns:
+        The buffer, as there.
+
+    Raises:
+        MegaMoeError: as there.
+    """
+    sizes = (group, num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden)
+    return get_symm_buffer_for_mega_moe(*sizes, use_fp8_dispatch=use_fp8_dispatch, activation=activation)
+
+
 def fp8_mega_moe(
     y: torch.Tensor,
-    l1: WeightPair,
-    l2: WeightPair,
-    sym_buffer: SymmBuffer,
+    l1_weights: WeightPair | None = None,
+    l2_weights: WeightPair | None = None,
+    sym_buffer: SymmBuffer | None = None,
     cumulative_local_expert_recv_stats: torch.Tensor | None = None,
     recipe: Sequence[int] = RECIPE,
     activation: str = "swiglu",
     activation_clamp: float | None = None,
     fast_math: bool = True,
+    num_tokens_bound: int | None = None,
     *,
     num_sms: int | None = None,
     variant: str | None = None,
+    l1: WeightPair | None = None,
+    l2: WeightPair | None = None,
 ) -> None:
     """Run one MoE layer on the tokens staged in `sym_buffer`, in one kernel launch on the current stream.
 
@@ -96,23 +169,34 @@ def fp8_mega_moe(
 
     Args:
         y: bf16 ``[T, hidden]``, written; T is the number of tokens staged, 0 to the buffer's capacity.
-        l1: e4m3 ``[experts, 2 * intermediate, hidden]``, and float32
-            ``[experts, 2 * intermediate / 128, hidden / 128]``.
-        l2: e4m3 ``[experts, hidden, intermediate]``, and float32 ``[experts, hidden / 128, intermediate / 128]``.
-            Both come from `transform_weights_for_mega_moe_sm90` of this version, which the tensors do not show.
+        l1_weights: e4m3 ``[local experts, 2 * intermediate, hidden]``, and float32
+            ``[local experts, 2 * intermediate / 128, hidden / 128]``.
+        l2_weights: e4m3 ``[local experts, hidden, intermediate]``, and float32
+            ``[local experts, hidden / 128, intermediate / 128]``.  Codes of both are in the order of
+            `transform_weights_for_mega_moe_sm90` and marked so, by it or by `mark_transformed`.
         sym_buffer: the inputs, staged by the caller into its views before each call.
         cumulative_local_expert_recv_stats: int32 ``[local experts]``; rows of each expert are added to it.
         recipe: quantisation blocks; must be (128, 128, 128).
         activation: must be "swiglu".
-        activation_clamp: bounds the gate from above and the up projection on both sides; None for no bound.
+        activation_clamp: bounds the gate from above and the up projection on both sides, 0 or more; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
-        num_sms: blocks of the launch, to leave SMs to other streams; all SMs by default.
+        num_tokens_bound: most tokens of any rank in this call, as DeepGEMM wants to know; checked, and not needed here.
+        num_sms: blocks of the launch, 1 to the number of SMs, to leave SMs to other streams; all SMs by default.
         variant: "auto" or the name of a `Variant`; the setting MEGAMOE_JIT_VARIANT by default.
+        l1, l2: the old names of the weights.
 
     Raises:
         ConfigError: an argument is not supported; nothing was launched.
         CaptureError: first use of this kernel during CUDA-graph capture.
-        CompileError, LoadError, LaunchError: see their documentation.
+        KernelMissingError: the kernel is not cached, and compiling is forbidden.
+        ToolchainError: there is no NVRTC to compile it with.
+        RenderError: its source cannot be rendered.
+        CompileError: it does not compile.
+        LoadError: the driver refused the kernel.
+        LaunchError: the driver refused the launch.
+        RankMismatchError: the ranks have different kernels.
+        PeerTimeoutError: a rank did not come to the first call, or to an earlier one.
+        DeviceFaultError: an earlier call on this buffer failed.
 
     Calls on one buffer are ordered, also across streams.  What is staged on another stream than the last call's is not:
     call `sym_buffer.wait_for_last()` before.  Replays of a captured graph are for the caller to order with other calls
@@ -124,7 +208,9 @@ def fp8_mega_moe(
     if not isinstance(sym_buffer, SymmBuffer):
         given = type(sym_buffer).__name__
         raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
-    stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp)
+    if l1 is not None or l2 is not None:
+        l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
+    stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp, num_tokens_bound)
     numeric = (fast_math,)  # the fields of `Numerics`
     numerics = numerics_of(*numeric)  # None is refused below, with several ranks on all of them
     first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(numerics)
@@ -133,18 +219,19 @@ def fp8_mega_moe(
         def admit() -> None:
             tokens, _ = _admit(y, sym_buffer, stats, *options)
             choice, _ = sym_buffer.choose(tokens, variant, num_sms)
-            check_weights(l1, l2, sym_buffer.spec(choice.variant, numerics or Numerics(*numeric)), sym_buffer.device)
+            spec = sym_buffer.spec(choice.variant, numerics or Numerics(*numeric))
+            check_weights(l1_weights, l2_weights, spec, sym_buffer.device)
 
         collectively(sym_buffer.group, "checking the arguments of the first call", admit)
     tokens, clamp = _admit(y, sym_buffer, stats, *options)
     plan = sym_buffer.plan(tokens, variant, numerics or Numerics(*numeric), num_sms)
     try:
-        plan.kernel.check_weights(l1, l2, sym_buffer.device)
-    except TypeError:
-        require_pair("l1", l1)
-        require_pair("l2", l2)
+        plan.kernel.check_weights(l1_weights, l2_weights, sym_buffer.device)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # costs nothing where they are pairs
+        require_pair("l1", l1_weights)
+        require_pair("l2", l2_weights)
         raise
-    sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp)
+    sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1_weights, l2=l2_weights, stats=stats, clamp=clamp)  # type: ignore[arg-type]
 
 
 def _admit(
@@ -154,19 +241,23 @@ def _admit(
     recipe: Sequence[int],
     activation: str,
     activation_clamp: float | None,
+    num_tokens_bound: int | None,
 ) -> tuple[int, float]:
     """Check what every call has of its own; its number of tokens and the clamp."""
     try:
         tokens, _ = y.shape
-    except AttributeError:  # costs nothing where it is a tensor
+    except (AttributeError, RuntimeError):  # costs nothing where it is a dense tensor
         require_tensor("y", y)
         raise
-    except ValueError:
+    except (ValueError, TypeError):
+        require_tensor("y", y)
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]") from None
     if tokens > buffer.num_max_tokens_per_rank:
         raise ConfigError(f"y has {tokens} rows; allowed: at most the buffer's {buffer.num_max_tokens_per_rank} tokens")
     check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
     clamp = check_recipe(recipe, activation, activation_clamp)
+    if num_tokens_bound is not None:
+        check_bound(num_tokens_bound, tokens, buffer.num_max_tokens_per_rank)
     if stats is not None:
         experts = (buffer.num_experts // buffer.ranks,)
         check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, buffer.device, align=4)
@@ -180,20 +271,25 @@ def _forcing(variant: Variant) -> Callable[..., None]:
 
     def call(
         y: torch.Tensor,
-        l1: WeightPair,
-        l2: WeightPair,
-        sym_buffer: SymmBuffer,
+        l1_weights: WeightPair | None = None,
+        l2_weights: WeightPair | None = None,
+        sym_buffer: SymmBuffer | None = None,
         cumulative_local_expert_recv_stats: torch.Tensor | None = None,
         recipe: Sequence[int] = RECIPE,
         activation: str = "swiglu",
         activation_clamp: float | None = None,
         fast_math: bool = True,
+        num_tokens_bound: int | None = None,
         *,
         num_sms: int | None = None,
+        l1: WeightPair | None = None,
+        l2: WeightPair | None = None,
     ) -> None:
+        if l1 is not None or l2 is not None:
+            l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
         stats = cumulative_local_expert_recv_stats
-        options = (recipe, activation, activation_clamp, fast_math)
-        fp8_mega_moe(y, l1, l2, sym_buffer, stats, *options, num_sms=num_sms, variant=variant.value)
+        options = (recipe, activation, activation_clamp, fast_math, num_tokens_bound)
+        fp8_mega_moe(y, l1_weights, l2_weights, sym_buffer, stats, *options, num_sms=num_sms, variant=variant.value)
 
     call.__name__ = call.__qualname__ = f"fp8_mega_moe_{variant.value}"
     call.__doc__ = (
@@ -203,4 +299,7 @@ def _forcing(variant: Variant) -> Callable[..., None]:
 
 
 fp8_mega_moe_pingpong = _forcing(Variant.PINGPONG)
+"""`fp8_mega_moe` with the pingpong kernel (tiles of 64 rows), whatever the token count; without `variant`."""
+
 fp8_mega_moe_cooperative = _forcing(Variant.COOPERATIVE)
+"""`fp8_mega_moe` with the cooperative kernel (tiles of 128 rows), whatever the token count; without `variant`."""

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import TYPE_CHECKING
 
 import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
+from megamoe_jit._layer.marks import require_marked
 from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._layer.weights import require_pair
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._layer.weights import WeightPair, require_pair
+from megamoe_jit._spec import KernelSpec, check_clamp
+from megamoe_jit._text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["check_clamp", "check_device", "check_expert_ids", "check_recipe", "check_tensor", "check_weights"]
+__all__ = [
+    "check_activation",
+    "check_bound",
+    "check_device",
+    "check_expert_ids",
+    "check_neutral",
+    "check_recipe",
+    "check_tensor",
+    "check_weights",
+]
 
 RECIPE = (128, 128, 128)
+_THREE = (int, int, int)
+_IN_A_COPY = ", which a transform that is not in place gives"
 
 
 @functools.cache
@@ -42,8 +54,12 @@ def check_tensor(
     device: torch.device,
     *,
     align: int = 16,
+    remedy: str = "",
 ) -> None:
-    """Raise unless `tensor` has exactly this dtype, shape and device, is contiguous and aligned to `align` bytes."""
+    """Raise unless `tensor` has exactly this dtype, shape and device, is contiguous and aligned to `align` bytes.
+
+    `remedy` is the next step where only the place in memory is wrong.
+    """
     try:
         given = tensor.dtype
     except AttributeError:
@@ -55,48 +71,70 @@ def check_tensor(
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {tuple(shape)}")
     if tensor.device != device:
         raise ConfigError(f"{name} is on {tensor.device}; allowed: {device}, where the buffer is")
-    if not tensor.is_contiguous():
-        raise ConfigError(f"{name} has strides {tensor.stride()}; allowed: contiguous, row-major")
+    try:
+        contiguous = tensor.is_contiguous()
+    except (RuntimeError, TypeError, AttributeError):  # costs nothing where it is a dense tensor
+        require_tensor(name, tensor)
+        raise
+    if not contiguous:
+        raise ConfigError(f"{name} has strides {tensor.stride()}; allowed: contiguous, row-major{remedy}")
     if tensor.data_ptr() % align:
-        raise ConfigError(f"{name} starts at {tensor.data_ptr():#x}; allowed: an address that is a multiple of {align}")
+        at = f"{name} starts at {tensor.data_ptr():#x}"
+        raise ConfigError(f"{at}; allowed: an address that is a multiple of {align}{remedy}")
 
 
 def check_weights(
-    l1: tuple[torch.Tensor, torch.Tensor],
-    l2: tuple[torch.Tensor, torch.Tensor],
+    l1: WeightPair | None,
+    l2: WeightPair | None,
     spec: KernelSpec,
     device: torch.device,
 ) -> None:
-    """Raise unless both layers' transformed weights and scales fit the kernel."""
-    require_pair("l1", l1)
-    require_pair("l2", l2)
+    """Raise unless both layers' weights and scales fit the kernel, and the weights are marked as transformed."""
+    l1, l2 = require_pair("l1", l1), require_pair("l2", l2)
     experts, hidden, intermediate = spec.local_experts, spec.shape.hidden, spec.shape.intermediate
     stored = spec.weights
     for name, (codes, scales), size in (("l1", l1, (2 * intermediate, hidden)), ("l2", l2, (hidden, intermediate))):
-        check_tensor(f"{name} weights", codes, stored.code_dtype, (experts, *stored.code_shape(*size)), device)
-        check_tensor(f"{name} scales", scales, stored.scale_dtype, (experts, *stored.scale_shape(*size)), device)
+        shape, blocks = (experts, *stored.code_shape(*size)), (experts, *stored.scale_shape(*size))
+        check_tensor(f"{name} weights", codes, stored.code_dtype, shape, device, remedy=_IN_A_COPY)
+        check_tensor(f"{name} scales", scales, stored.scale_dtype, blocks, device, align=4, remedy=_IN_A_COPY)
+    require_marked("l1", l1[0])
+    require_marked("l2", l2[0])
 
 
 def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) -> float:
     """Raise unless the options are the supported ones; the clamp as the kernel takes it (infinity for none)."""
-    if recipe != RECIPE and (not isinstance(recipe, list) or tuple(recipe) != RECIPE):
-        raise ConfigError(f"recipe = {recipe!r:.80} is not supported; allowed: {RECIPE}")
-    if activation != "swiglu":
-        raise ConfigError(f"activation = {activation!r} is not supported; allowed: 'swiglu'")
+    if recipe is not RECIPE and not (
+        isinstance(recipe, tuple | list) and tuple(map(type, recipe)) == _THREE and tuple(recipe) == RECIPE
+    ):
+        raise ConfigError(f"recipe = {shown(recipe)} is not supported; allowed: {RECIPE}")
+    check_activation(activation)
     return check_clamp("activation_clamp", clamp)
 
 
-def check_clamp(name: str, clamp: float | None) -> float:
-    """Raise unless this is a bound or None; as the kernel takes it (infinity for none)."""
-    if clamp is None:
-        return float("inf")
-    try:
-        bound = ctypes.c_float(clamp).value  # as the kernel has it
-    except TypeError:
-        bound = 0.0
-    if not bound > 0:
-        raise ConfigError(f"{name} = {clamp!r:.80} is not supported; allowed: a positive number or None")
-    return bound
+def check_activation(activation: str) -> None:
+    """Raise unless this is the one there are kernels for."""
+    if not isinstance(activation, str) or activation != "swiglu":
+        raise ConfigError(f"activation = {shown(activation)} is not supported; allowed: 'swiglu'")
+
+
+def check_neutral(num_shared_experts: int, use_fp8_dispatch: bool | None, mma_type: str) -> None:
+    """Raise unless what only DeepGEMM's buffers have is asked for in the form that means nothing."""
+    if type(num_shared_experts) is not int or num_shared_experts != 0:
+        given = f"num_shared_experts = {shown(num_shared_experts)}"
+        raise ConfigError(f"{given} is not supported; allowed: 0, shared experts are a layer of their own")
+    if use_fp8_dispatch is not None and use_fp8_dispatch is not True:
+        given = f"use_fp8_dispatch = {shown(use_fp8_dispatch)}"
+        raise ConfigError(f"{given} is not supported; allowed: True or None, activations are sent in FP8")
+    if not isinstance(mma_type, str) or not mma_type.startswith("fp8x"):
+        given = f"mma_type = {shown(mma_type)}"
+        raise ConfigError(f"{given} is not supported; allowed: 'fp8x...', activations are multiplied in FP8")
+
+
+def check_bound(bound: int, tokens: int, capacity: int) -> None:
+    """Raise unless a call of so many tokens can be one that has at most `bound`."""
+    if type(bound) is not int or not tokens <= bound <= capacity:
+        given = f"num_tokens_bound = {shown(bound)}"
+        raise ConfigError(f"{given} is not supported; allowed: {tokens}, the tokens of y, to {capacity}, or None")
 
 
 def check_expert_ids(topk_idx: torch.Tensor, num_experts: int) -> None:

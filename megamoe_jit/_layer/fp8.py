@@ -54,8 +54,9 @@ def _by_tile(order: Callable[[torch.Tensor, int], torch.Tensor], w: torch.Tensor
 
 def _swizzle(tiles: torch.Tensor) -> torch.Tensor:
     """``[..., row of the atom, chunk, byte]`` with chunks in the order of shared memory, or back: its own inverse."""
-    row = torch.arange(ATOM_ROWS, device=tiles.device).unsqueeze(1)
-    return tiles[..., row, row ^ torch.arange(ATOM_CHUNKS, device=tiles.device), :]
+    row = torch.arange(ATOM_ROWS, dtype=torch.int64, device=tiles.device).unsqueeze(1)
+    chunk = torch.arange(ATOM_CHUNKS, dtype=torch.int64, device=tiles.device)
+    return tiles[..., row, row ^ chunk, :]
 
 
 def _pack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:

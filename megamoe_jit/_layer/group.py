@@ -7,16 +7,13 @@ fails alone would leave the others waiting.
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
-
-import torch
 
 from megamoe_jit._errors import ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
 from megamoe_jit._text import first_line
 
-__all__ = ["allocate_symmetric", "collectively", "digest", "gather", "group_rank", "group_size", "require_equal"]
+__all__ = ["collectively", "digest", "gather", "group_rank", "group_size", "require_equal"]
 
 T = TypeVar("T")
 
@@ -27,7 +24,7 @@ def group_size(group: Any) -> int:
         return 1
     try:
         return int(group.size())
-    except AttributeError:
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # what is no group may have a `size` of its own
         given = type(group).__name__
         raise ConfigError(f"group: {given} given; allowed: None, or a process group of torch.distributed") from None
 
@@ -99,37 +96,3 @@ def collectively(group: Any, what: str, action: Callable[[], T]) -> T:
 def digest(*parts: str) -> str:
     """Short fingerprint of some texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def allocate_symmetric(
-    group: Any, size: int, device: torch.device, refusal: Callable[[str], MegaMoeError]
-) -> tuple[torch.Tensor, Any]:
-    """Symmetric memory of `size` bytes on every rank, and its handle (`buffer_ptrs` by rank).
-
-    NVLink multicast is not used. `refusal` makes the error of a rank that has no memory.
-
-    Raises:
-        MegaMoeError: the ranks are not NVLink peers of one host, or the allocation failed; on every rank.
-    """
-    import torch.distributed._symmetric_memory as symm_mem
-
-    def check_peers() -> None:
-        hosts = gather(group, socket.gethostname())
-        if len(set(hosts)) > 1:
-            raise MegaMoeError(f"ranks are on different hosts ({', '.join(hosts)}); allowed: GPUs of one host")
-        devices = gather(group, str(torch.cuda.get_device_properties(device).uuid))
-        if len(set(devices)) < len(devices):
-            raise MegaMoeError(f"ranks share a GPU ({', '.join(devices)}); allowed: one GPU for each rank")
-
-    collectively(group, "checking the peers", check_peers)
-
-    def allocate() -> torch.Tensor:
-        try:
-            return symm_mem.empty(size, dtype=torch.uint8, device=device)
-        except RuntimeError as error:
-            raise refusal(first_line(error)) from None
-
-    # in two steps: a rendezvous waits for all ranks, and one that has no memory would never come
-    memory = collectively(group, f"allocating {size} bytes of symmetric memory", allocate)
-    handle = collectively(group, "sharing symmetric memory", lambda: symm_mem.rendezvous(memory, group=group))
-    return memory, handle

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import MIN_POOL_ROWS, buffer_layout
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
-from megamoe_jit._layer.group import allocate_symmetric, collectively, digest, group_rank, group_size, require_equal
+from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
+from megamoe_jit._layer.symmetric import allocate_symmetric
 from megamoe_jit._numerics import Numerics
 from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape, Variant
-from megamoe_jit._text import first_line
+from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
 
 __all__ = ["LayerMemory"]
@@ -26,6 +28,7 @@ class LayerMemory:
     handle: Any
 
     def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device, group: Any, max_pool_rows: int) -> None:
+        refuse_capture("a buffer cannot be made", "make it before the capture")
         self.shape, self.device, self.group = shape, device, group
         self.rank, self.ranks = group_rank(group), group_size(group)
         fingerprint = collectively(group, "checking the layer", lambda: self._admit(max_tokens, max_pool_rows))
@@ -47,9 +50,13 @@ class LayerMemory:
     def _admit(self, max_tokens: int, max_pool_rows: int) -> dict[str, object]:
         """Refuse what no kernel supports, before anything is allocated; what all ranks must have in common."""
         if not 0 < max_tokens <= MAX_TOKENS:
-            raise ConfigError(f"num_max_tokens_per_rank = {max_tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
+            raise ConfigError(
+                f"num_max_tokens_per_rank = {shown(max_tokens)} is not supported; allowed: 1 to {MAX_TOKENS}"
+            )
         if max_pool_rows < MIN_POOL_ROWS:
-            raise ConfigError(f"max_pool_rows = {max_pool_rows} is not supported; allowed: {MIN_POOL_ROWS} or more")
+            raise ConfigError(
+                f"max_pool_rows = {shown(max_pool_rows)} is not supported; allowed: {MIN_POOL_ROWS} or more"
+            )
         check_device(self.device)
         self.spec(Variant.COOPERATIVE, DEFAULT_NUMERICS)
         if self.ranks == 1:
@@ -79,7 +86,7 @@ class LayerMemory:
                     self.buffer = torch.empty(layout.symmetric_bytes, dtype=torch.uint8, device=device)
                     self.handle = SimpleNamespace(buffer_ptrs=[self.buffer.data_ptr()])
                 self.local = torch.empty(layout.local_bytes, dtype=torch.uint8, device=device)
-                self.fault = torch.zeros(16, dtype=torch.int32, pin_memory=True)
+                self.fault = torch.zeros(16, dtype=torch.int32, device="cpu", pin_memory=True)
             except torch.OutOfMemoryError as error:
                 raise ConfigError(self._too_large(first_line(error))) from None
             for memory, name in ((self.buffer, "signals"), (self.local, "control")):

@@ -54,8 +54,12 @@ def _require_pair(name: str, codes: torch.Tensor, scales: torch.Tensor, ndim: st
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raise `ConfigError` unless `value` is a tensor."""
+    """Raise `ConfigError` unless `value` is a tensor with a number at each place: dense, not nested, not quantised."""
     _require(isinstance(value, torch.Tensor), f"{name}: {type(value).__name__} given; allowed: a torch.Tensor")
+    assert isinstance(value, torch.Tensor)
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:  # all that torch.compile sees of it
+        odd = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise ConfigError(f"{name} is a {odd} tensor; allowed: a dense one (torch.strided)")
 
 
 def _encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -72,10 +76,13 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise rows in groups of 128 columns.
 
     Args:
-        x: ``[T, H]``, bf16 or wider, H a multiple of 128.
+        x: ``[T, H]``, float16, bf16 or wider, H a multiple of 128; on any device.
 
     Returns:
         Codes float8_e4m3fn ``[T, H]`` and scales float32 ``[T, H / 128]``.
+
+    Raises:
+        ConfigError: the shape or the dtype is not supported.
     """
     require_tensor("activations", x)
     _require(x.ndim == 2, f"activations have {x.ndim} dimensions; allowed: 2, [tokens, hidden]")
@@ -96,6 +103,9 @@ def dequantize_activations(codes: torch.Tensor, scales: torch.Tensor) -> torch.T
 
     Returns:
         float32 ``[T, H]``.
+
+    Raises:
+        ConfigError: a shape or a dtype is not supported, or the two do not fit.
     """
     _require_pair("activations", codes, scales, "[tokens, hidden]", (1, BLOCK))
     _require(codes.ndim == 2, f"codes of activations have {codes.ndim} dimensions; allowed: 2, [tokens, hidden]")
@@ -109,10 +119,13 @@ def quantize_weights(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise matrices in blocks of 128 x 128, one matrix at a time so that scratch stays small.
 
     Args:
-        w: ``[..., N, K]``, bf16 or wider, N and K multiples of 128.
+        w: ``[..., N, K]``, float16, bf16 or wider, N and K multiples of 128; on any device.
 
     Returns:
         Codes float8_e4m3fn ``[..., N, K]`` and scales float32 ``[..., N / 128, K / 128]``.
+
+    Raises:
+        ConfigError: the shape or the dtype is not supported.
     """
     require_tensor("weights", w)
     _require(w.ndim >= 2, f"weights have {w.ndim} dimensions; allowed: 2 or more, [..., N, K]")
@@ -142,6 +155,9 @@ def dequantize_weights(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
 
     Returns:
         float32 ``[..., N, K]``.
+
+    Raises:
+        ConfigError: a shape or a dtype is not supported, or the two do not fit.
     """
     _require_pair("weights", codes, scales, "[..., N, K]", (BLOCK, BLOCK))
     *lead, n, k = codes.shape

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -14,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._files import read_toml
 from megamoe_jit._settings.variables import PREFIX, VARIABLES, Variable
+from megamoe_jit._text import several, shown
 
 __all__ = ["Fault", "listed", "read_environment", "read_file"]
 
 LOG = logging.getLogger("megamoe_jit")
 _OURS = "megamoe-jit"  #: name of our table among `[tool.*]`
+_LONGEST_NAME = 64  #: of what a guess is made about
+_MOST_HINTS = 20  #: unknown names with a guess at what was meant: each takes a millisecond
 _STANDARD_TABLES = ("project", "build-system", "dependency-groups")  #: what a pyproject.toml holds beside `[tool.*]`
 
 
@@ -67,11 +72,12 @@ def read_environment(
         try:
             values[variable.field] = variable.parse(text)
         except ValueError as error:
-            message = f"{variable.name}={text!r} is not allowed; allowed: {error}"
+            message = f"{variable.name}={shown(text)} is not allowed; allowed: {error}"
             _refuse(faults, Fault(variable.field, text, "environment", message))
     known = {variable.name.removeprefix(PREFIX): variable.name for variable in VARIABLES}
     strange = [name for name in environ if name.startswith(PREFIX) and name not in known.values()]
-    _warn("unknown environment variables", {name: _meant(name.removeprefix(PREFIX), known) for name in strange})
+    meant = {name: _meant(name.removeprefix(PREFIX), known) for name in strange[:_MOST_HINTS]}
+    _warn("unknown environment variables", {**dict.fromkeys(strange, ""), **meant})
     return values, dict.fromkeys(values, "environment")
 
 
@@ -90,10 +96,7 @@ def read_file(
         ConfigError: a value is not allowed, or the file as a whole means nothing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        import tomllib  # not where there is no file, which is most often
-
-        document = tomllib.loads(text)
+        document = read_toml(path)
     except FileNotFoundError:
         if must_exist:
             raise ConfigError(f"settings file {path} (from {PREFIX}CONFIG) does not exist") from None
@@ -110,17 +113,19 @@ def read_file(
     names: dict[str, str] = {}
     unknown = _misplaced(document, rows)
     lost: dict[str, str] = {}
+    hints = _MOST_HINTS
     for prefix, table in _tables(document, path):
         for key, value in table.items():
             name, variable = prefix + key, rows.get(key.replace("-", "_"))
             if variable is None:
-                unknown.setdefault(name, _meant(_field(key), {row: row for row in rows}))
+                hints -= 1
+                unknown.setdefault(name, _meant(_field(key), {row: row for row in rows}) if hints >= 0 else "")
             elif value != "":
                 try:
                     parsed = _parse_toml(variable, value, path)
                 except ValueError as error:
-                    message = f"settings file {path}: {name} = {value!r} is not allowed; allowed: {error}"
-                    _refuse(faults, Fault(variable.field, value, f"file {path}", message))
+                    message = f"settings file {path}: {name} = {shown(value)} is not allowed; allowed: {error}"
+                    _refuse(faults, Fault(variable.field, _plain(value), f"file {path}", message))
                     continue
                 if values.get(variable.field, parsed) != parsed:
                     lost[names[variable.field]] = f"{name} wins"
@@ -144,7 +149,9 @@ def _misplaced(document: Mapping[str, Any], rows: Mapping[str, Variable]) -> dic
     """Names in a file that are nearly our table, or keys beside it, with what was meant; other tools' are theirs."""
 
     def nearly_ours(name: str) -> bool:
-        return bool(difflib.get_close_matches(name.lower().replace("_", "-"), [_OURS], cutoff=0.75))
+        return len(name) < 4 * len(_OURS) and bool(
+            difflib.get_close_matches(name.lower().replace("_", "-"), [_OURS], cutoff=0.75)
+        )
 
     def is_table(value: object) -> bool:
         several = value if isinstance(value, list) and value else [value]
@@ -171,6 +178,15 @@ def _field(key: str) -> str:
     return key.lower().replace("-", "_").removeprefix(PREFIX.lower())
 
 
+def _plain(value: object) -> object:
+    """A value of a file, or text instead of it where JSON has none of that size."""
+    try:
+        json.dumps(value, default=str)
+    except (ValueError, RecursionError):
+        return shown(value)
+    return value
+
+
 def _parse_toml(variable: Variable, value: object, path: Path) -> Any:
     """A TOML value means what its text would mean in the environment; a list is one value per element.
 
@@ -190,7 +206,7 @@ def _parse_toml(variable: Variable, value: object, path: Path) -> Any:
 
 def _meant(name: str, known: Mapping[str, str]) -> str:
     """A question after the known name that is most like this one, by what tells them apart; empty if none is."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], known, n=1)
     return f"did you mean {known[close[0]]}?" if close else ""
 
 
@@ -200,5 +216,5 @@ def _warn(what: str, names: Mapping[str, str]) -> None:
 
 
 def listed(names: Mapping[str, str]) -> str:
-    """Names in order, each with its reason, as in `Settings.ignored`."""
-    return ", ".join(f"{name} ({names[name]})" if names[name] else name for name in sorted(names))
+    """Names in order, each with its reason, as in `Settings.ignored`; of very many the first ones."""
+    return several(f"{name} ({names[name]})" if names[name] else name for name in sorted(names))

@@ -33,6 +33,7 @@ from megamoe_jit._settings.variables import (
     default_config_file,
     parse_size,
 )
+from megamoe_jit._text import printable
 
 __all__ = [
     "PREFIX",
@@ -143,6 +144,25 @@ _current: Settings | None = None
 _handler: logging.Handler | None = None
 
 
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Names and values in a message may hold control characters; whoever shows it shows none."""
+    text = record.getMessage()
+    clean = printable(text)
+    if clean != text:
+        record.msg, record.args = clean, ()
+    return True
+
+
+LOG.addFilter(_make_printable)
+
+
+class _Printable(logging.Formatter):
+    """For what a message alone does not hold, such as the text of a foreign exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _ToStandardError(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stderr` is at that moment: a live display takes its place for a while."""
 
@@ -162,7 +182,7 @@ def _configure_logging(level: str | None) -> None:
     LOG.setLevel(level.upper())
     if _handler is None:
         _handler = _ToStandardError()
-        _handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
+        _handler.setFormatter(_Printable("%(name)s %(levelname)s: %(message)s"))
         LOG.addHandler(_handler)
 
 

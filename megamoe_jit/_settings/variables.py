@@ -71,6 +71,8 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parse_path(text: str) -> Path:
+    if "\0" in text:  # no file system has such a name
+        raise ValueError("path")
     return Path(os.path.abspath(os.path.expanduser(text)))
 
 

@@ -15,7 +15,7 @@ from megamoe_jit._device.params import Params
 from megamoe_jit._errors import CompileError
 from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import MAX_EXPERTS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics import preset, preset_names
 
 #: hidden, intermediate, experts, top-k: every odd value at least once, each with both variants.
@@ -29,27 +29,25 @@ ODD = (
 
 
 def preset_specs() -> dict[str, KernelSpec]:
-    """Each preset as one GPU's slice of it, and whole on one GPU."""
+    """Each preset as one GPU's slice of it, and whole over its ranks."""
     specs = {}
     for name in preset_names():
         entry = preset(name)
         shape = entry.shape
-        for label, experts in (("slice", entry.local_experts), ("whole", shape.experts)):
-            if experts <= MAX_EXPERTS:
-                for variant in Variant:
-                    spec = KernelSpec(MoEShape(shape.hidden, shape.intermediate, experts, shape.topk), variant)
-                    specs.setdefault(f"{name}-{label}-{variant.value}", spec)
+        for label, experts, ranks in (("slice", entry.local_experts, 1), ("whole", shape.experts, entry.ranks)):
+            for variant in Variant:
+                spec = KernelSpec(MoEShape(shape.hidden, shape.intermediate, experts, shape.topk), variant, ranks)
+                specs[f"{name}-{label}-{variant.value}"] = spec
     return {name: spec for i, (name, spec) in enumerate(specs.items()) if spec not in list(specs.values())[:i]}
 
 
 def other_specs() -> dict[str, KernelSpec]:
-    """Exact math, several ranks, odd sizes."""
+    """Exact math, odd sizes."""
     flash = preset("v4-flash")
     slice_ = MoEShape(flash.shape.hidden, flash.shape.intermediate, flash.local_experts, flash.shape.topk)
     specs = {}
     for variant in Variant:
         specs[f"exact-{variant.value}"] = KernelSpec(slice_, variant, fast_math=False)
-        specs[f"ranks8-{variant.value}"] = KernelSpec(flash.shape, variant, ranks=8)
         for sizes in ODD:
             specs[f"odd-h{sizes[0]}-i{sizes[1]}-e{sizes[2]}-k{sizes[3]}-{variant.value}"] = KernelSpec(
                 MoEShape(*sizes), variant
@@ -61,14 +59,18 @@ SPECS = {**preset_specs(), **other_specs()}
 
 
 def test_the_list_is_complete():
-    shapes = {(s.shape.hidden, s.shape.intermediate, s.shape.experts, s.shape.topk, s.variant) for s in SPECS.values()}
+    kernels = {
+        (s.shape.hidden, s.shape.intermediate, s.shape.experts, s.shape.topk, s.variant, s.ranks)
+        for s in SPECS.values()
+    }
     for name in preset_names():
         entry, shape = preset(name), preset(name).shape
         for variant in Variant:
-            assert (shape.hidden, shape.intermediate, entry.local_experts, shape.topk, variant) in shapes
-            assert (shape.hidden, shape.intermediate, shape.experts, shape.topk, variant) in shapes
+            assert (shape.hidden, shape.intermediate, entry.local_experts, shape.topk, variant, 1) in kernels
+            assert (shape.hidden, shape.intermediate, shape.experts, shape.topk, variant, entry.ranks) in kernels
     for position, values in enumerate(((128, 1408, 2304), (128, 768, 1408), (1, 8, 512, 1024), (1, 4, 12, 32))):
-        assert set(values) <= {sizes[position] for sizes in shapes}
+        assert set(values) <= {sizes[position] for sizes in kernels if sizes[-1] == 1}
+    assert {1, 8} <= {sizes[-1] for sizes in kernels}
 
 
 @pytest.mark.parametrize("name", list(SPECS))

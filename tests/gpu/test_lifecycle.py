@@ -264,6 +264,8 @@ BAD = {
     "l1 on the CPU": lambda s, b: {"l1": (s.l1[0].cpu(), s.l1[1])},
     "l1 scale shape": lambda s, b: {"l1": (s.l1[0], s.l1[1][:, :-1].contiguous())},
     "l1 scale dtype": lambda s, b: {"l1": (s.l1[0], s.l1[1].bfloat16())},
+    "l1 not transformed": lambda s, b: {"l1": s.weights.l1},
+    "l2 without a mark": lambda s, b: {"l2": (s.l2[0].clone(), s.l2[1])},
     "l1 and l2 exchanged": lambda s, b: {"l1": s.l2, "l2": s.l1},
     "l2 shape": lambda s, b: {"l2": (s.l2[0][:, :-128].contiguous(), s.l2[1])},
     "l2 scale not contiguous": lambda s, b: {"l2": (s.l2[0], s.l2[1].mT.contiguous().mT)},

@@ -75,7 +75,7 @@ def gather(group: Group | None, value: Any) -> list[Any]:
 
 
 def allocate(group: Group, size: int, device: torch.device, _: object) -> tuple[torch.Tensor, Any]:
-    """Stands in for `_ranks.allocate_symmetric`."""
+    """Stands in for `_symmetric.allocate_symmetric`."""
     memory = torch.empty(size, dtype=torch.uint8, device=device)
     return memory, SimpleNamespace(buffer_ptrs=gather(group, memory.data_ptr()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.distributed as dist
 
 import megamoe_jit as mm
@@ -91,6 +92,30 @@ def check_works(world: World) -> str:
     return problem
 
 
+def check_other_defaults(world: World) -> str:
+    """The same in a program that has set other defaults, as engines do before they build a model."""
+    with torch.device(world.device), torch.autocast("cuda", dtype=torch.bfloat16), torch.inference_mode():
+        return check_works(world)
+
+
+def check_capture(world: World) -> str:
+    """Every rank makes a buffer in a capture: each refuses alone, and its capture goes on."""
+    marker, graph = torch.zeros(1, dtype=torch.float32, device=world.device), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        marker.add_(1)
+        problem = _raises(mm.CaptureError, ["make it before the capture"], lambda: _make(world))
+        marker.add_(1)
+    graph.replay()
+    return problem or ("" if marker.item() == 2 else f"the graph counted to {marker.item()} instead of 2")
+
+
+def check_one_visible_gpu(world: World) -> str:
+    """Each process sees its own GPU alone, which to all of them is GPU 0."""
+    seen = torch.cuda.device_count(), world.device.index
+    return check_works(world) if seen == (1, 0) else f"{seen[0]} GPUs are visible, and {world.device} is used"
+
+
 def check_other_sources(world: World) -> str:
     """The last rank has other kernel sources."""
     return _raises(mm.RankMismatchError, ["kernel sources", "rank 0"], lambda: _make(world))
@@ -137,7 +162,10 @@ CHECKS: dict[str, Callable[[World], str]] = {
     "no memory": check_no_memory,
     "works in between": check_works,
     **{f"impossible: {field}": partial(check_impossible, field) for field in IMPOSSIBLE},
+    "other defaults": check_other_defaults,
+    "a buffer in a capture": check_capture,
     "works afterwards": check_works,
+    "one visible GPU": check_one_visible_gpu,
     "other sources": check_other_sources,
     "no sources": check_no_sources,
     "no compiler": check_no_compiler,
@@ -146,4 +174,5 @@ CHECKS: dict[str, Callable[[World], str]] = {
 }
 #: Each in processes of its own, some with variables of their own.
 ALONE = ("other sources", "no sources", "no compiler", "compile error", "other kernels")
-TOGETHER = tuple(name for name in CHECKS if name not in ALONE)
+APART = "one visible GPU"
+TOGETHER = tuple(name for name in CHECKS if name not in (*ALONE, APART))

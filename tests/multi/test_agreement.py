@@ -1,5 +1,6 @@
 """Whatever goes wrong on one rank before a launch raises on every rank and hangs none."""
 
+import os
 import shutil
 
 import pytest
@@ -52,3 +53,12 @@ def test_ranks_with_other_kernels(case, ranks, tmp_path):
         "tests.multi.checks_agreement", [case], ranks, environment=variables, collective_s=30, timeout_s=200
     )
     assert results[case] == ""
+
+
+def test_ranks_that_see_one_gpu_each(ranks):
+    """As Ray starts them; to torch all of these are one GPU."""
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or range(ranks)
+    own = {rank: {"CUDA_VISIBLE_DEVICES": str(gpus[rank])} for rank in range(ranks)}
+    name = checks_agreement.APART
+    results = run_checks("tests.multi.checks_agreement", [name], ranks, environment=own, collective_s=30, timeout_s=200)
+    assert results[name] == ""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +29,7 @@ from megamoe_jit._layer.weights import (
 )
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._version import __version__
 from megamoe_jit.heuristics.presets import Preset, preset
 from megamoe_jit.heuristics.select import Choice
 from megamoe_jit.reference import moe_reference
@@ -187,15 +192,24 @@ def test_a_summary_is_printed_and_the_card_is_measured_between_shapes(layer: Lay
     assert "best known (geometric" not in result.stdout, "nothing is known of these shapes"
 
 
-def test_the_unfused_layer_takes_turns(layer: Layer):
+def test_the_unfused_layer_takes_turns(layer: Layer, monkeypatch: pytest.MonkeyPatch):
+    """Traced as on a GPU, but not compiled for a CPU, which takes 20 s and shows nothing more."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     others: list[BaselineRow] = []
     not_timed = {"DeepGEMM grouped, block scales": "deep_gemm is not installed", Dequantised.name: ""}
     rows = _bench.measure(_bench.cases([SMALL], [5]), ["auto"], not_timed=not_timed, baselines=others)
     (other,) = others
     assert (other.method, other.ranks, other.experts, other.tokens) == (Dequantised.name, 1, 4, 5)
-    assert (other.graph, other.correct, other.reason) == (False, True, "")
+    assert (other.graph, other.compiled, other.correct, other.reason) == (False, True, True, "")
     assert other.median_us == pytest.approx(0), "the stand-in's clock moves in calls of the layer alone"
     assert rows[0].baseline is None, "a time of nothing is no time"
+
+
+def test_only_the_later_half_of_a_burst_counts(monkeypatch: pytest.MonkeyPatch):
+    """Its median: the clock of the GPU has come down by then."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    pairs = [(SimpleNamespace(elapsed_time=lambda _, ms=ms: ms), None) for ms in (9.0, 9.0, 9.0, 0.1, 0.3, 0.2)]
+    assert _timing.second_half(pairs) == pytest.approx(200)
 
 
 def test_default_cases():
@@ -230,8 +244,28 @@ def test_what_is_no_number_becomes_null(tmp_path: Path):
     assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": [{"diff": None}]}
 
 
-def test_commit_names_something():
-    assert _bench_report.commit()
+def git(folder: Path, *words: str) -> str:
+    """Run git with an identity of its own and no settings of the user's."""
+    own = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    own |= {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    done = subprocess.run(["git", *words], cwd=folder, env={**os.environ, **own}, capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_measurement_names_the_commit_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_bench_report, "_ROOT", tmp_path)
+    assert _bench_report.commit() == f"v{__version__}", "no checkout"
+    git(tmp_path, "init", "--quiet")
+    assert _bench_report.commit() == f"v{__version__}", "nothing committed"
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "-m", "first")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert _bench_report.commit() == head[:12]
+    (tmp_path / "changed").touch()
+    assert _bench_report.commit() == f"{head[:12]}-dirty"
+    git(tmp_path, "add", "changed")
+    git(tmp_path, "commit", "--quiet", "-m", "second")
+    assert _bench_report.commit() == git(tmp_path, "rev-parse", "HEAD")[:12] != head[:12]
 
 
 @pytest.mark.parametrize("error", [0.0, 0.5])

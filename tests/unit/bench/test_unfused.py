@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 
 def on_rank(world: World) -> list[float]:
     """`calc_diff` of the unfused layer to the reference, for some routes."""
-    shape, diffs = MoEShape(256, 384, 8, 3), []
+    shape, diffs = MoEShape(256, 384, 6, 3), []
     weights = make_weights(shape, "cpu")
     local = shape.experts // world.ranks
     mine = slice(world.rank * local, (world.rank + 1) * local)
@@ -44,9 +44,8 @@ def on_rank(world: World) -> list[float]:
     return diffs
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_unfused_layer_gives_the_same_answer(ranks):
-    ends = run_ranks("tests.unit.bench.test_unfused:on_rank", ranks, device="cpu", timeout_s=120)
+def test_the_unfused_layer_gives_the_same_answer():
+    ends = run_ranks("tests.unit.bench.test_unfused:on_rank", 3, device="cpu", timeout_s=120)
     assert all(end.ok for end in ends), describe(ends)
     for end in ends:
         assert max(end.result) < Dequantised.bound

@@ -17,12 +17,15 @@ from megamoe_jit._cache import entry as _entry
 from megamoe_jit._cache import locks as _locks
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache
-from megamoe_jit._cache.locks import private_directory
+from megamoe_jit._trust import private_directory
 from tests.stubs import KEY, OTHER, REPO, fail_with, fake_cubin, rewrite_meta
 
 
 def test_importing_the_cache_is_cheap():
-    code = "import sys, megamoe_jit._cache.cache; print([m for m in ('torch', 'cuda.bindings', 'jinja2') if m in sys.modules])"
+    code = (
+        "import sys, megamoe_jit._cache.cache; "
+        "print([m for m in ('torch', 'cuda.bindings', 'jinja2') if m in sys.modules])"
+    )
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert run.stdout.strip() == "[]"

@@ -97,14 +97,13 @@ found = []
 thread = threading.Thread(target=lambda: found.append(get_kernel(spec).origin))
 with key_lock(kernel_key(spec), "as another process does"):
     thread.start()
-    thread.join(1)
-    assert thread.is_alive()
-thread.join()
+    thread.join()
 print(*found)
 """
 
 
-def test_call_that_waits_for_another_process(place: Path):
+def test_a_call_whose_kernel_cannot_be_kept_waits_for_nobody(place: Path):
+    """What will not be published is compiled by each process, at the same time."""
     done = python(place, "-c", WAIT)
     assert done.stdout == "compiled\n", done.stderr
     assert done.stderr.count("kernel cache") == 1, done.stderr

@@ -14,14 +14,16 @@ import pytest
 from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._jit.pack import export_pack, import_pack
 from megamoe_jit._settings.settings import override
-from tests.stubs import KEY, child_environment, fake_cubin
+from tests.stubs import child_environment, fake_kernel
+
+KERNEL = fake_kernel()
 
 
 @pytest.fixture
 def here(tmp_path):
     """Settings whose cache holds a kernel."""
     with override(cache_dir=tmp_path / "cache", lock_dir=tmp_path / "locks"):
-        user_cache().store(KEY, fake_cubin(), "source", {"entry": "first"})
+        user_cache().store(*KERNEL)
         yield tmp_path
 
 
@@ -57,7 +59,7 @@ def test_root_fills_a_directory_and_another_user_loads_from_it(here):
         os.chmod(folder, 0o755)
         import_pack(here / "k.tar", Path(folder) / "kernels")
         run = subprocess.run(
-            [sys.executable, "-c", LOAD_AS_NOBODY, f"{folder}/kernels", KEY],
+            [sys.executable, "-c", LOAD_AS_NOBODY, f"{folder}/kernels", KERNEL[0]],
             capture_output=True,
             text=True,
             env=child_environment(here),

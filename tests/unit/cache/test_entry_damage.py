@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -9,7 +10,7 @@ import pytest
 
 from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._device import load as _loader
-from megamoe_jit._errors import LoadError
+from megamoe_jit._errors import KernelMissingError, LoadError
 from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.obtain import distrust
 from megamoe_jit._jit.runtime import forget, get_kernel
@@ -44,32 +45,37 @@ def test_a_size_that_is_no_number_of_bytes_hides_its_entry_alone(cache, field, s
     assert cache.stats().entries == 1
 
 
-@pytest.mark.parametrize("stranger", ["another kernel", "an ELF without any"])
-def test_a_binary_without_its_kernel_is_refused_before_the_driver_is_asked_and_made_anew(good, monkeypatch, stranger):
-    """Such an entry verifies: its digests are its own."""
+@pytest.mark.parametrize("stranger", ["another kernel", "an ELF without any", "other parameters"])
+def test_a_binary_that_is_not_its_kernel_is_put_aside_and_made_anew(good, stranger, warnings):
+    """Such an entry verifies as far as digests go: they are its own."""
     cubin = get_kernel(COOP).cubin if stranger == "another kernel" else fake_cubin()
+    meta = {**good.meta, "param_bytes": 1} if stranger == "other parameters" else good.meta
     user_cache().remove(good.key)
-    user_cache().store(good.key, cubin, "source", good.meta)
-    found = get_kernel(PING)
-    assert (found.origin, found.cubin) == ("disk", cubin)
+    user_cache().store(good.key, good.cubin if stranger == "other parameters" else cubin, "source", meta)
+    with override(disable_jit=True), pytest.raises(KernelMissingError):
+        get_kernel(PING)
+    assert [str(user_cache().entry_path(good.key)) in warning.getMessage() for warning in warnings] == [True]
+    assert user_cache().stats().quarantined == 1
+    made = get_kernel(PING)
+    assert (made.origin, made.cubin) == ("compiled", good.cubin)
+
+
+def test_a_binary_without_its_kernel_is_refused_before_the_driver_is_asked(good, monkeypatch):
+    """Whatever it went through on its way."""
 
     def asked(*_):
         raise LoadError("the driver is asked")
 
     monkeypatch.setattr(_loader, "_enter_context", asked)
-    refusal = _loader._load(found, 0)
+    refusal = _loader._load(dataclasses.replace(good, cubin=fake_cubin()), 0)
     assert refusal == _loader._Refusal(f"the cached kernel {good.key[:12]} is not {PING.entry}", explained=False)
-    with pytest.raises(LoadError, match="the driver is asked"):
-        _loader._load_or_compile(found, 0)
-    assert get_kernel(PING).cubin == good.cubin
-    assert user_cache().stats().quarantined == 1
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["other bytes", "the same bytes"])
 def test_distrust_of_a_read_only_kernel_puts_only_its_own_bytes_aside(good, place, same):
     """The user's entry of that key may be the one that works."""
     pack = KernelCache(place / "pack")
-    pack.store(good.key, good.cubin if same else fake_cubin(), "source", good.meta)
+    pack.store(good.key, good.cubin if same else good.cubin + b"refused", "source", good.meta)
     with override(readonly_cache=(pack.root,)):
         bad = get_kernel(PING)
         assert bad.origin == "pack"

@@ -20,7 +20,7 @@ from megamoe_jit._cache.entry import EntryInfo
 from megamoe_jit._cache.locks import try_lock
 from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._settings.settings import Settings, override, parse_size
-from tests.stubs import KEY, OTHER, fake_cubin, rewrite_meta
+from tests.stubs import KEY, OTHER, fake_cubin, fake_kernel, rewrite_meta
 from tests.unit.cli.test_cli_refusals import ordinary
 
 
@@ -63,8 +63,9 @@ def test_entries(cache):
     assert document["used_at"] == pytest.approx(time.time(), abs=60)
     assert (document["path"], document["entry"]) == (str(first.path), "one")
     rewrite_meta(cache.entry_path(KEY), cubin_bytes="many")
+    assert [info.key for info in cache.entries()] == [OTHER]
     rewrite_meta(cache.entry_path(OTHER), nvrtc="12.9")
-    assert [info.compiler for info in cache.entries()] == [""]
+    assert cache.entries() == []
     assert KernelCache(cache.root / "none").entries() == []
 
 
@@ -127,7 +128,7 @@ def test_plan_takes_the_least_recently_used_first_and_no_young_one():
 
 def test_plan_takes_what_others_built_first():
     entries = [info(0, 9000), info(1, 700, build="c"), info(2, 800, version="0"), info(3, 8000)]
-    entries.append(EntryInfo(key_of(4), Path("/x"), {"nvrtc": "odd"}, 1e6 - 650, 100))
+    entries.append(EntryInfo(key_of(4), Path("/x"), {}, 1e6 - 650, 100))
     assert plan(entries, max_bytes=0, current=("1", "b")) == [2, 1, 4, 0, 3]
     assert plan(entries, max_bytes=0) == [0, 3, 2, 1, 4]
 
@@ -205,7 +206,9 @@ def test_clear(cache):
 
 
 def test_verify_finds_and_mends(cache, monkeypatch):
-    keys = fill(cache, [10, 10, 10, 10])
+    kernels = [fake_kernel(f"kernel_{number}") for number in range(4)]
+    keys = [kernel[0] for kernel in kernels]
+    assert all(cache.store(*kernel) for kernel in kernels)
     assert cache.verify() == []
     (cache.entry_path(keys[0]) / "kernel.cubin").write_bytes(b"")
     (cache.entry_path(keys[1]) / "kernel.cu").write_text("another source")
@@ -231,7 +234,7 @@ def test_verify_finds_and_mends(cache, monkeypatch):
 
 
 def test_permissions_that_cannot_be_mended_stay_a_problem(cache, monkeypatch):
-    cache.store(KEY, fake_cubin(), "", {})
+    cache.store(*fake_kernel())
     cache.path.chmod(0o777)
 
     def fail(*_):
@@ -255,25 +258,26 @@ def test_stats(cache):
 
 def test_read_only_cache_is_never_written(tmp_path, warnings):
     writable = KernelCache(tmp_path / "root")
-    writable.store(KEY, fake_cubin(), "", {})
-    writable.store(OTHER, fake_cubin(), "", {})
+    whole, damaged = fake_kernel("first"), fake_kernel("second")
+    writable.store(*whole)
+    writable.store(*damaged)
     stamp = time.time() - 7200
-    os.utime(writable.entry_path(KEY) / "meta.json", (stamp, stamp))
-    (writable.entry_path(OTHER) / "kernel.cubin").write_bytes(b"")
+    os.utime(writable.entry_path(whole[0]) / "meta.json", (stamp, stamp))
+    (writable.entry_path(damaged[0]) / "kernel.cubin").write_bytes(b"")
     before = {p: p.lstat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))}
     cache = KernelCache(tmp_path / "root", read_only=True)
-    assert cache.load(KEY) is not None
-    assert cache.load(OTHER) is None
-    assert cache.load(OTHER) is None
+    assert cache.load(whole[0]) is not None
+    assert cache.load(damaged[0]) is None
+    assert cache.load(damaged[0]) is None
     assert len(warnings) == 1
-    assert cache.quarantine(OTHER) is False
-    assert cache.remove([KEY]).removed == cache.clear().removed == ()
+    assert cache.quarantine(damaged[0]) is False
+    assert cache.remove([whole[0]]).removed == cache.clear().removed == ()
     assert [p.fixed for p in cache.verify(fix=True)] == [False]
     assert {p: p.lstat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))} == before
     writable.path.chmod(0o775)
-    assert cache.load(KEY) is not None
+    assert cache.load(whole[0]) is not None
     writable.path.chmod(0o777)
-    assert cache.load(KEY) is None
+    assert cache.load(whole[0]) is None
 
 
 def test_listing_is_not_held_up_by_what_is_no_file(cache, monkeypatch):
@@ -339,7 +343,7 @@ def test_clear_fails_as_long_as_anything_is_left(cache):
 
 
 def test_a_root_that_others_may_write_is_found_and_mended(cache):
-    cache.store(KEY, fake_cubin(), "", {})
+    cache.store(*fake_kernel())
     cache.root.chmod(0o777)
     (problem,) = cache.verify()
     assert (problem.path, "can be written by other users" in problem.message) == (cache.root, True)
@@ -349,7 +353,7 @@ def test_a_root_that_others_may_write_is_found_and_mended(cache):
 
 
 def test_a_shared_folder_is_not_made_private(cache):
-    cache.store(KEY, fake_cubin(), "", {})
+    cache.store(*fake_kernel())
     cache.root.chmod(0o1777)
     assert [p.fixed for p in cache.verify(fix=True)] == [False]
     assert cache.root.stat().st_mode & 0o7777 == 0o1777

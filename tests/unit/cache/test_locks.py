@@ -188,10 +188,10 @@ def test_default_lock_directory_is_private_and_falls_through(tmp_path, monkeypat
     assert not str(folder).startswith(str(bad))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    monkeypatch.setattr(_locks.os.path, "isdir", lambda _: False)
+    monkeypatch.setattr(_locks.Path, "is_dir", lambda _: False)
     with pytest.raises(FileNotFoundError, match="no directory for lock files"):
         lock_dir()
-    monkeypatch.setattr(_locks.os.path, "isdir", lambda _: True)
+    monkeypatch.setattr(_locks.Path, "is_dir", lambda _: True)
 
     def refuse(path):
         raise PermissionError(f"no {path}")

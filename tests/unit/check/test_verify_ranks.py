@@ -16,7 +16,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-TABLE = tuple(Scenario(f"small.t{t}", MoEShape(256, 128, 4, 2), t, 8) for t in (5, 3, 8))
+TABLE = tuple(Scenario(f"small.t{t}", MoEShape(256, 128, 4, 2), t, t + 5) for t in (5, 3, 8))
 PATIENCE_S = 8.0  #: how long a rank waits for one that has failed
 
 
@@ -54,6 +54,18 @@ def test_a_fault_of_one_rank_ends_the_run_on_all(run):
     assert [(o.name, o.passed) for o in outcomes] == [("small.t5", False), ("small.t3", False)]
     assert outcomes[1].reason.endswith("rank 1: PeerTimeoutError: rank 1: missing: rank 0")
     assert math.isnan(outcomes[1].diff)
+
+
+def test_what_fails_on_one_rank_stops_no_other_scenario(run, monkeypatch):
+    """Refused before the buffer, in the call, or after it, by whatever error: the ranks stay in step."""
+    monkeypatch.setenv("RANK_LAYER_FAILS", "5:buffer,3:call,8:after")
+    refused = "rank 1: ConfigError: refused"
+    found = [(o.name, o.variant, o.reason[o.reason.rfind("rank 1") :]) for o in run(variants=["auto", "pingpong"])]
+    assert found == [
+        *(("small.t5", "auto", refused), ("small.t5", "pingpong", refused)),
+        *(("small.t3", "auto", refused), ("small.t3", "pingpong", "")),
+        *(("small.t8", "auto", "rank 1: ValueError: odd"), ("small.t8", "pingpong", "")),
+    ]
 
 
 def test_scenarios_that_cannot_be_shared_are_left_out(monkeypatch):

@@ -92,6 +92,16 @@ def test_listings_import_nothing_heavy(arguments: str, tmp_path: Path):
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+def test_no_command_imports_anything_heavy():
+    code = (
+        "import importlib, sys; from megamoe_jit._cli.app import SUMMARIES\n"
+        "for name in SUMMARIES: importlib.import_module(f'megamoe_jit._cli.{name}')\n"
+        "print(sorted({'torch', 'cuda.bindings', 'cuda.pathfinder', 'rich', 'numpy', 'jinja2'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with a thousand entries, as far as a listing looks at them."""

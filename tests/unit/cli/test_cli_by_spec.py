@@ -7,35 +7,53 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from megamoe_jit._cache.cache import KernelCache
-from megamoe_jit._cache.entry import IMPORTED, read_entry
+from megamoe_jit._cache.entry import CUBIN, IMPORTED, read_entry
 from megamoe_jit._cli import cli
+from megamoe_jit._cli._options import parse_spec
+from megamoe_jit._compile.nvrtc import options_for
+from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.pack import read_pack
 from megamoe_jit._settings.settings import override
 from tests.commandline import COOPERATIVE, PINGPONG, checked, damage, keys_of, run, warm_cache
-from tests.stubs import rewrite_meta
+from tests.stubs import fake_kernel
 
-ELSEWHERE = "1" * 64  #: key of the kernel that another compiler built
-OLD = "2" * 64  #: key of a kernel of the same name from another source
+OLDER = "// an older source\n"
+
+
+def kernel_as(version: str, remark: str = "") -> tuple[str, str, dict[str, Any]]:
+    """Key, source and metadata of the kernel as another NVRTC builds it, maybe from a source that is not ours."""
+    spec = parse_spec(PINGPONG)
+    key, _, source, meta = fake_kernel(
+        spec.entry, render(spec).text + remark, version=version, options=options_for(None)
+    )
+    return key, source, meta
+
+
+ELSEWHERE = kernel_as("11.8")[0]  #: key of the kernel that another compiler built
+OLD = kernel_as("11.8", OLDER)[0]  #: key of a kernel of the same name from another source
 
 
 def cache(root: Path, *words: str) -> Result:
     return CliRunner().invoke(cli, ["cache", *words, "--cache-dir", str(root)])
 
 
-def copy_as(root: Path, key: str, source: Path, *, imported: bool, version: str = "11.8", **meta: object) -> None:
-    """Put a kernel into a cache under another key, as if another NVRTC had built it."""
+def copy_as(root: Path, source: Path, *, imported: bool, version: str = "11.8", remark: str = "") -> None:
+    """Put a kernel into a cache as if another NVRTC had built it."""
     (about,) = [each for each in KernelCache(source).entries() if each.entry == PINGPONG]
     files, old = read_entry(about.key, about.path, with_source=True)
+    key, text, meta = kernel_as(version, remark)
     target = KernelCache(root)
-    assert target.publish(key, files | ({IMPORTED: b"pack.tar\n"} if imported else {}))
-    rewrite_meta(target.entry_path(key), key=key, nvrtc={**old["nvrtc"], "version": version}, **meta)
+    assert target.store(key, files[CUBIN], text, {**old, **meta})
+    if imported:
+        (target.entry_path(key) / IMPORTED).write_text("pack.tar\n")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +64,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def imported(tmp_path: Path, warm: Path) -> Path:
     """A cache with nothing but an imported kernel of another compiler."""
-    copy_as(tmp_path / "imported", ELSEWHERE, warm, imported=True)
+    copy_as(tmp_path / "imported", warm, imported=True)
     return tmp_path / "imported"
 
 
@@ -55,7 +73,7 @@ def both(tmp_path: Path, warm: Path) -> Path:
     """A cache with the kernels of the compiler that is here, and an imported one of another."""
     root = tmp_path / "both"
     shutil.copytree(warm, root)
-    copy_as(root, ELSEWHERE, warm, imported=True)
+    copy_as(root, warm, imported=True)
     return root
 
 
@@ -134,13 +152,13 @@ def test_none_of_several_is_removed_unless_its_key_says_so(both: Path):
 
 def test_what_calls_do_not_load_is_found_when_there_is_nothing_else(tmp_path: Path, warm: Path):
     root = tmp_path / "cache"
-    copy_as(root, OLD, warm, imported=False, source_id="0" * 64)
+    copy_as(root, warm, imported=False, remark=OLDER)
     old = cache(root, "info", PINGPONG)
     assert (fields(old)["key"], "calls do not load it: another version" in old.stderr) == (OLD, True)
     refused = cache(root, "export", str(tmp_path / "k.tar"), PINGPONG)
     assert (refused.exit_code, "run: megamoe-jit warmup" in refused.stderr) == (1, True)
 
-    copy_as(root, ELSEWHERE, warm, imported=False)
+    copy_as(root, warm, imported=False)
     same = cache(root, "info", PINGPONG)
     assert (fields(same)["key"], "the NVRTC that is found here did not compile it" in same.stderr) == (ELSEWHERE, True)
     assert f"also cached: {OLD[:12]}" in same.stderr
@@ -197,8 +215,8 @@ print(get_kernel(parse_spec("%s")).key)
 
 def test_the_order_is_that_of_a_call(both: Path, warm: Path, tmp_path: Path):
     """Whatever is damaged, one after another, what is exported is what a call in a new process loads."""
-    copy_as(both, "3" * 64, warm, imported=True, version="12.1")
-    copy_as(both, "4" * 64, warm, imported=True, version="99.0")
+    copy_as(both, warm, imported=True, version="12.1")
+    copy_as(both, warm, imported=True, version="99.0")
     settings = {"MEGAMOE_JIT_CACHE_DIR": str(both), "MEGAMOE_JIT_DISABLE_JIT": "1"}
     order = []
     for _ in range(4):

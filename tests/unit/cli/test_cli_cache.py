@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -217,8 +216,7 @@ def test_a_damaged_kernel_is_not_shown_or_exported(root: Path, tmp_path: Path):
 
 def test_a_kernel_that_cannot_be_removed_is_named(root: Path):
     key = keys_of(root)[PINGPONG]
-    shutil.rmtree(root / "v1" / ".tmp")
-    (root / "v1" / ".tmp").write_text("in the way of what is to be removed")
+    (root / "v1" / ".tmp").chmod(0o777)  # nothing is moved to where others can write
     for words, named in ((("rm", key), {key}), (("clear", "--yes"), set(keys_of(root).values()))):
         done = cache(root, *words)
         assert (done.returncode, done.stdout) == (1, "")
@@ -234,8 +232,7 @@ def test_a_kernel_that_prune_cannot_remove_is_named(root: Path):
     keys = keys_of(root)
     age(root, 7200)
     path = KernelCache(root).entry_path(keys[PINGPONG])
-    shutil.rmtree(root / "v1" / ".tmp")
-    (root / "v1" / ".tmp").write_text("in the way of what is to be removed")
+    (root / "v1" / ".tmp").chmod(0o777)  # nothing is moved to where others can write
     words = ("prune", "--older-than", "1h", "--yes")
     done = cache(root, *words)
     assert done.returncode == 1
@@ -244,15 +241,14 @@ def test_a_kernel_that_prune_cannot_remove_is_named(root: Path):
     doc = checked(cache(root, *words, "--json").stdout)
     assert (doc["removed"], set(doc["not_removed"])) == ([], set(keys.values()))
     assert checked(cache(root, *words, "--json", "--dry-run").stdout)["not_removed"] == []
-    (root / "v1" / ".tmp").unlink()
+    (root / "v1" / ".tmp").chmod(0o700)
     assert checked(cache(root, *words, "--json").stdout)["not_removed"] == []
 
 
 @pytest.mark.parametrize("words", [("prune", "--yes"), ("clear", "--yes")], ids=lambda words: words[0])
 def test_kernels_put_aside_that_cannot_be_removed_are_told_of(root: Path, words: tuple[str, ...]):
     KernelCache(root).quarantine(keys_of(root)[PINGPONG])
-    shutil.rmtree(root / "v1" / ".tmp")
-    (root / "v1" / ".tmp").write_text("in the way of what is to be removed")
+    (root / "v1" / ".tmp").chmod(0o777)  # nothing is moved to where others can write
     done = cache(root, *words)
     assert done.returncode == 1
     assert f"1 put aside in {root / 'v1' / 'quarantine'} could not be removed\n" in done.stderr

@@ -34,10 +34,10 @@ from megamoe_jit._diagnose.explain import kernel_state
 from megamoe_jit._diagnose.machine import Machine
 from megamoe_jit._errors import CompileError, ConfigError, LoadError, ToolchainError, UnsupportedDeviceError
 from megamoe_jit._jit import runtime as _runtime
-from megamoe_jit._jit.runtime import WarmupResult, get_kernel, kernel_cache
+from megamoe_jit._jit.runtime import WarmupResult, forget, get_kernel, kernel_cache
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from tests.commandline import run
+from tests.commandline import PINGPONG, SIZES, run
 from tests.stubs import KEY, fake_cubin
 
 SPEC = KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG)
@@ -67,6 +67,12 @@ def test_missing_python_package_is_named(monkeypatch):
     result = invoke("render", "v4-flash/pingpong")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "needs the Python package 'jinja2'" in result.stderr
+    for words in (["warmup", *SIZES, "--force"], ["explain", *SIZES, "--tokens", "1"], ["inspect", PINGPONG]):
+        forget()
+        again = invoke(*words)
+        assert (again.exit_code, again.stdout) == (3, ""), words
+        assert again.stderr.endswith(result.stderr)
+    forget()
 
 
 def test_missing_module_of_ours_is_no_missing_package(monkeypatch):

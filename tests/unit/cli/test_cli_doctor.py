@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,49 +144,6 @@ def test_doctor_survives_what_it_looks_for(monkeypatch: pytest.MonkeyPatch):
     assert checks["tools"].status is Status.FAIL
     assert "surprise" in checks["tools"].detail
     assert checks["locks"].name == "locks"
-
-
-class Driver:
-    """Stands in for `cuda.bindings.driver` with one H200, or with a driver that fails."""
-
-    CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
-        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="sms",
-    )
-
-    def __init__(self, result: int = 0) -> None:
-        class Result(int):
-            name = "CUDA_ERROR_NO_DEVICE"
-
-        self.result = Result(result)
-
-    def __getattr__(self, name: str) -> Callable[..., tuple]:
-        values = {
-            "cuDriverGetVersion": 12080,
-            "cuDeviceGetCount": 1,
-            "cuDeviceGet": 0,
-            "cuDeviceGetName": b"NVIDIA H200\0\0",
-            "cuDeviceTotalMem": 141 << 30,
-        }
-        if name == "cuInit":
-            return lambda *_: (self.result,)
-        if name == "cuDeviceGetAttribute":
-            return lambda which, _: (self.result, {"major": 9, "minor": 0, "sms": 132}[which])
-        return lambda *_: (self.result, values[name])
-
-
-def test_gpus_as_the_driver_describes_them(monkeypatch: pytest.MonkeyPatch):
-    import cuda.bindings
-
-    def use(driver: object) -> None:
-        monkeypatch.setattr(cuda.bindings, "driver", driver, raising=False)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-
-    use(Driver())
-    assert _machine.gpus() == Machine("12.8", None, (H200,))
-    use(Driver(100))
-    assert _machine.gpus() == Machine(None, "CUDA_ERROR_NO_DEVICE")
 
 
 def test_file_systems(monkeypatch: pytest.MonkeyPatch):

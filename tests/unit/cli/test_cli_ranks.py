@@ -81,6 +81,10 @@ def test_verify_over_ranks(monkeypatch):
     done = CliRunner().invoke(cli, [*words, "--ranks", "2"])
     assert done.exit_code == 0, done.output
     assert checked(done.stdout)["run"] == 1
+    monkeypatch.setattr(_verify_ranks, "run_ranks", lambda ranks, *_, **__: outcomes)
+    failing = CliRunner().invoke(cli, [*words, "--ranks", "2"])
+    assert failing.exit_code == 1
+    assert failing.stderr.splitlines()[-3:-1] == ["failed:", "  L1.b  auto: x"]
     assert CliRunner().invoke(cli, [*words, "--ranks", "3"]).exit_code == 2  # 8 experts, 3 ranks
     listed = CliRunner().invoke(cli, ["verify", "--list", "--ranks", "3"])
     assert "L1.smoke" not in listed.output

@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -310,19 +311,22 @@ def test_without_any_gpu_the_number_of_ranks_does_not_matter(command: str, ranks
 
 
 @pytest.mark.parametrize("script", ["floor", "launch_cost", "timeline"])
-def test_benchmarks_parse_first_and_say_what_is_missing(script: str):
-    def start(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *words],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        )
+def test_benchmarks_parse_first_and_say_what_is_missing(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
-    assert start("--help").stdout.startswith(f"usage: {script}.py")
-    assert start("--wrong").returncode == 2
-    done = start()
-    assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("Error: no CUDA device")
-    assert done.stderr.count("\n") == 1
+    def start(*words: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
+        return (ended.value.code, *capsys.readouterr())
+
+    code, out, _ = start("--help")
+    assert (code, out.split(" [")[0]) == (0, f"usage: {script}.py")
+    assert start("--wrong")[0] == 2
+    code, out, err = start()
+    assert (code, out) == (3, "")
+    assert err.startswith("Error: no CUDA device")
+    assert err.count("\n") == 1

@@ -31,7 +31,7 @@ typedef struct { unsigned gx, gy, gz, bx, by, bz, shared; void* stream; unsigned
 static int env(const char* name, int other) { const char* t = getenv(name); return t ? atoi(t) : other; }
 static void* current;
 int cuInit(unsigned f) { return env("STUB_INIT", 0); }
-int cuDriverGetVersion(int* v) { *v = 12040; return 0; }
+int cuDriverGetVersion(int* v) { *v = env("STUB_DRIVER", 99040); return 0; }  // newer than any compiler
 int cuDeviceGet(int* d, int i) { *d = i; return i < 2 ? 0 : 101; }
 int cuDeviceGetAttribute(int* v, int a, int d) {
   *v = a == 75 ? env("STUB_MAJOR", 9) : 0;
@@ -208,8 +208,9 @@ def test_wrong_parameters_are_refused(run):
 @pytest.mark.parametrize(
     ("variables", "device", "words"),
     [
-        ({"STUB_LOAD": 200}, 0, ["LoadError", "CUDA_ERROR_INVALID_IMAGE", "NVRTC 1", "CUDA 12.4"]),
-        ({"STUB_LOAD": 209}, 0, ["LoadError", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA 12.4"]),
+        ({"STUB_LOAD": 200}, 0, ["LoadError", "CUDA_ERROR_INVALID_IMAGE", "NVRTC 1", "CUDA 99.4", "is damaged"]),
+        ({"STUB_LOAD": 209}, 0, ["LoadError", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA 99.4", "is damaged"]),
+        ({"STUB_LOAD": 209, "STUB_DRIVER": 11080}, 0, ["LoadError", "CUDA 11.8; install an NVRTC of CUDA 11"]),
         ({"STUB_FUNCTION": 209}, 0, ["LoadError", "CUDA_ERROR_NO_BINARY_FOR_GPU", "the binary is damaged"]),
         ({"STUB_LOAD": 2}, 0, ["LoadError", "CUDA_ERROR_OUT_OF_MEMORY", "the stub says no"]),
         ({"STUB_SHARED": 1}, 0, ["LoadError", "raising the shared memory", "CUDA_ERROR_INVALID_VALUE"]),
@@ -289,12 +290,14 @@ def test_machine_without_a_driver_says_so(run):
 def test_kernel_that_is_too_new_for_the_driver_is_not_put_aside(run, stub):
     """Another node with a newer driver may use it; here the compiler of this driver's generation is the answer."""
     out = run(
-        REFUSED + "import json\npath = kernel_cache().entries()[0].path / 'meta.json'\n"
-        "meta = json.loads(path.read_text()); meta['nvrtc']['version'] = '13.5'\n"
-        "path.write_text(json.dumps(meta))\n"
+        REFUSED + "from megamoe_jit._cache.metadata import dump_metadata, read_metadata\n"
+        "path = kernel_cache().entries()[0].path / 'meta.json'\n"
+        "meta = read_metadata(path.read_bytes()); meta['nvrtc']['version'] = '13.5'\n"
+        "path.write_bytes(dump_metadata(meta))\n"
         "say(load_kernel(spec, 0).compiled.origin, kernel_cache().stats().quarantined)\n",
         STUB_LOAD=200,
         STUB_LOAD_TIMES=1,
+        STUB_DRIVER=12040,
         MEGAMOE_JIT_CACHE_DIR=stub / "newer",
     )
     assert [line for line in out if "install an NVRTC of CUDA 12" in line]

@@ -103,14 +103,25 @@ def test_sections_are_apart_aligned_and_large_enough(sizes, tokens):
     assert ALIGN % 128 == 0  # more than TMA and 16-byte accesses ask for
 
 
-@given(shapes, token_counts)
-def test_rows_of_every_array_can_be_moved_by_sixteen_bytes(sizes, tokens):
-    """Strides of what TMA, bulk copies and 16-byte accesses walk over."""
+@given(shapes, token_counts, st.integers(1, 200_000))
+def test_rows_of_every_array_can_be_moved_by_sixteen_bytes(sizes, tokens, most):
+    """What TMA, bulk copies and 16-byte accesses walk over: where it begins, and from row to row."""
     shape, ranks = sizes
-    layout = buffer_layout(shape, tokens, ranks)
-    assert layout.pool_rows % _abi.POOL_ALIGN == 0  # also: a row of scales is pool_rows * 4 bytes
-    for stride in (shape.hidden, shape.intermediate, shape.hidden * 2, layout.pool_rows * 4, 64 * 4):
-        assert stride % 16 == 0
+    layout = buffer_layout(shape, tokens, ranks, max_pool_rows=most)
+    pool, pairs = layout.pool_rows, layout.capacity * shape.topk
+    assert pool % _abi.POOL_ALIGN == 0, "a ring that ends within a block of rows"
+    rows = {
+        "x": (layout.capacity, shape.hidden),
+        "combine": (pairs, shape.hidden * 2),
+        "act1_pool": (pool, shape.hidden),
+        "act1_scales": (shape.hidden // BLOCK, pool * 4),
+        "act2_pool": (pool, shape.intermediate),
+        "act2_scales": (shape.intermediate // BLOCK, pool * 4),
+    }
+    for name, (count, stride) in rows.items():
+        section = layout.section(name)
+        assert (section.offset % 16, stride % 16) == (0, 0), name
+        assert count * stride <= section.bytes < count * stride + ALIGN, name
 
 
 @given(st.integers(0, MAX_TOKENS))

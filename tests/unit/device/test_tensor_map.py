@@ -1,48 +1,80 @@
-"""Descriptors: what the driver is asked for."""
+"""TMA descriptors: what the driver is asked for, held against its own names and against the kernels."""
 
 from __future__ import annotations
 
 import ctypes
+import re
+from ctypes import POINTER, c_int, c_uint32, c_uint64, c_void_p
 
 import pytest
-from cuda.bindings import driver
+from cuda.bindings.driver import (
+    CUtensorMapDataType,
+    CUtensorMapFloatOOBfill,
+    CUtensorMapInterleave,
+    CUtensorMapL2promotion,
+    CUtensorMapSwizzle,
+)
 
 from megamoe_jit._device import tensor_map as _tma
-from megamoe_jit._device.params import TensorMap
+from megamoe_jit._device.params import aligned_params
 from megamoe_jit._errors import LaunchError
+from tests import host
+
+#: cuTensorMapEncodeTiled of cuda.h: target, type, rank, address, sizes, strides, box, steps, and four enums.
+SIGNATURE = ctypes.CFUNCTYPE(
+    c_int,
+    *(c_void_p, c_int, c_uint32, c_void_p),
+    *(POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint32), POINTER(c_uint32)),
+    *(c_int, c_int, c_int, c_int),
+)
 
 
-class Asked(list):
-    """Stands in for `cuTensorMapEncodeTiled` and keeps its arguments."""
+class Driver:
+    """Stands in for the driver's function, with its types; `answer` is what it returns."""
 
-    status = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answer, self.asked = 0, []
+        self.function = SIGNATURE(self.encode)
+        monkeypatch.setattr(_tma, "_encode", lambda: self.function)
 
-    def __call__(self, *arguments: object) -> int:
-        self[:] = arguments
-        return self.status
+    def encode(self, target, kind, rank, address, sizes, strides, box, steps, *enums) -> int:
+        arrays = sizes[:rank], strides[: rank - 1], box[:rank], steps[:rank]
+        self.asked.append((target, kind, rank, address, *arrays, *enums))
+        return self.answer
 
 
 @pytest.fixture
-def asked(monkeypatch) -> Asked:
-    call = Asked()
-    monkeypatch.setattr(_tma, "_encode", lambda: call)
-    return call
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return Driver(monkeypatch)
 
 
-def test_rows_of_bytes_in_swizzled_boxes(asked: Asked):
-    _tma.encode_fp8_rows(TensorMap(), 0x7F0000000400, 384, 7168, 16)
-    _, kind, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill = asked
-    assert kind == driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8
-    assert (rank, address.value) == (2, 0x7F0000000400)
-    assert [list(numbers) for numbers in (sizes, strides, box, steps)] == [[7168, 384], [7168], [128, 16], [1, 1]]
-    assert interleave == driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE
-    assert swizzle == driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
-    assert promotion == driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-    assert fill == driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
-    assert isinstance(sizes, ctypes.Array)
+def test_a_descriptor_is_of_bytes_in_boxes_as_wide_as_the_swizzle(driver: Driver):
+    params = aligned_params()
+    _tma.encode_fp8_rows(params.act2, 0x7F00_0000_1000, rows=5_000_000_000, columns=384, box_rows=16)
+    assert driver.asked == [
+        (
+            ctypes.addressof(params.act2),
+            CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2,
+            0x7F00_0000_1000,
+            [384, 5_000_000_000],
+            [384],
+            [128, 16],
+            [1, 1],
+            CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,  # zeros
+        )
+    ]
 
 
-def test_a_refusal_says_what_was_asked(asked: Asked):
-    asked.status = 1
-    with pytest.raises(LaunchError, match=r"error 1 for 384 x 7168 bytes at 0x8; .*multiple of 16"):
-        _tma.encode_fp8_rows(TensorMap(), 8, 384, 7168, 16)
+def test_the_matrix_cores_read_under_the_same_swizzle():
+    """Bits 62 and 63 of a matrix descriptor: 1 is the swizzle of 128 bytes."""
+    assert re.findall(r"u64\((\d+)\) << 62", host.room("ptx/wgmma.cuh")) == ["1"]
+
+
+def test_a_refusal_says_what_was_asked_for(driver: Driver):
+    driver.answer = 1
+    with pytest.raises(LaunchError, match="cuTensorMapEncodeTiled gave error 1 for 4 x 256 bytes at 0x1008"):
+        _tma.encode_fp8_rows(aligned_params().act1, 0x1008, 4, 256, 64)

@@ -26,8 +26,12 @@ HUMBLE = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() =
 
 def doctor(*words: str, humble: bool = False, **environ: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """Exit code and checks by name, of a new process, without root's rights if it is to be humble."""
-    line = [*(HUMBLE if humble else []), sys.executable, "-m", "megamoe_jit", "doctor", "--json", *words]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env={**os.environ, **environ})
+    line = ["doctor", "--json", *words]
+    if humble and HUMBLE:
+        line = [*HUMBLE, sys.executable, "-m", "megamoe_jit", *line]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=240, env={**os.environ, **environ})
+    else:
+        done = run(*line, **environ)
     return done.returncode, {check["name"]: check for check in checked(done.stdout)["checks"]}
 
 

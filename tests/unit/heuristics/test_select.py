@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
 from megamoe_jit.heuristics import all_variants, choose
 
@@ -58,8 +59,21 @@ def test_reasons_name_every_decision_and_the_load():
         assert word in reasons
 
 
-def test_equal_calls_choose_equally():
-    assert choose(SHAPE, 300, ranks=8) == choose(SHAPE, 300, ranks=8)
+CALLS = [
+    {"shape": shape, "tokens": tokens, "ranks": ranks, "gpu": gpu, "num_sms": sms}
+    for shape in (SHAPE, MoEShape(2048, 768, 128, 8))
+    for tokens in (1, 255, 300, 8192)
+    for ranks, gpu, sms in ((1, None, 132), (8, None, 132), (8, "NVIDIA H200", 132), (1, "NVIDIA H200", 78))
+]
+
+
+def test_a_choice_depends_on_nothing_but_its_arguments():
+    """Not on the calls before it, nor on settings, which are the caller's to hand over."""
+    before = [choose(**call) for call in CALLS]
+    with override(variant="cooperative", cooperative_threshold=1):
+        after = [choose(**call) for call in reversed(CALLS)][::-1]
+    assert before == after
+    assert len(set(before)) == len(CALLS), "each argument counts"
 
 
 def test_all_variants_covers_every_token_count():

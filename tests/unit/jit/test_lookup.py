@@ -6,14 +6,12 @@ import pytest
 
 from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._errors import KernelMissingError, PackError
-from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.pack import export_pack
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from tests.stubs import KEY, OTHER, fake_cubin
+from tests.stubs import KEY, fake_cubin, fake_kernel, kernel_of_spec
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-THIRD = "ef" + "2" * 62
 
 
 @pytest.fixture
@@ -23,19 +21,20 @@ def here(tmp_path):
         yield tmp_path
 
 
-def keep_as_spec(cache, key, **meta):
-    """Store a kernel of `SPEC`, as another compiler than the one here makes it."""
-    identity = {"entry": SPEC.entry, "source_id": _obtain.Wanted.of(SPEC).source_id}
-    assert cache.store(key, fake_cubin(key.encode()), "source", {**identity, **meta})
+def keep_as_spec(cache, version="12.9"):
+    """Store a kernel of `SPEC`, as another compiler than the one here makes it; its key."""
+    kernel = kernel_of_spec(SPEC, version)
+    assert cache.store(*kernel)
+    return kernel[0]
 
 
 def test_damaged_kernel_of_a_spec_is_not_exported_and_stays(here):
-    keep_as_spec(user_cache(), THIRD)
-    kernel = user_cache().entry_path(THIRD) / "kernel.cubin"
+    third = keep_as_spec(user_cache())
+    kernel = user_cache().entry_path(third) / "kernel.cubin"
     kernel.write_bytes(kernel.read_bytes() + b"x")
-    with pytest.raises(PackError, match=f"cannot export .*{THIRD}: kernel.cubin has .* bytes instead of"):
+    with pytest.raises(PackError, match=f"cannot export .*{third}: kernel.cubin has .* bytes instead of"):
         export_pack(here / "k.tar", SPEC)
-    assert [problem.key for problem in user_cache().verify()] == [THIRD], "it is not put aside"
+    assert [problem.key for problem in user_cache().verify()] == [third], "it is not put aside"
     assert not (here / "k.tar").exists()
 
 
@@ -49,28 +48,28 @@ def test_kernel_without_readable_metadata_is_damaged_not_missing(here):
 def test_whole_kernel_of_a_spec_is_taken_before_a_damaged_one(here, warnings):
     """The order is that of a call: what was handed over, the newest compiler first, then what was compiled here."""
     newer, older = KernelCache(here / "given"), user_cache()
-    keep_as_spec(newer, KEY, nvrtc={"version": "12.9", "build": "b"})
-    keep_as_spec(newer, OTHER, nvrtc={"version": "12.8", "build": "b"})
-    keep_as_spec(older, THIRD)
+    first, second = keep_as_spec(newer, "12.9"), keep_as_spec(newer, "12.8")
+    third = keep_as_spec(older, "12.7")
     with override(readonly_cache=(newer.root,)):
-        for expected in (KEY, OTHER, THIRD):
+        for expected in (first, second, third):
             assert export_pack(here / "k.tar", SPEC).keys == (expected,)
-            cache = older if expected == THIRD else newer
+            cache = older if expected == third else newer
             (cache.entry_path(expected) / "kernel.cubin").write_bytes(b"")
-        assert [str(newer.entry_path(key)) in warnings[-1].getMessage() for key in (KEY, OTHER)] == [False, True]
-        with pytest.raises(PackError, match=KEY):
+        assert [str(newer.entry_path(key)) in warnings[-1].getMessage() for key in (first, second)] == [False, True]
+        with pytest.raises(PackError, match=first):
             export_pack(here / "k.tar", SPEC)
 
 
 def test_spec_from_a_cache_that_others_can_write_is_not_exported(here):
-    keep_as_spec(user_cache(), THIRD)
+    keep_as_spec(user_cache())
     user_cache().path.chmod(0o777)
     with pytest.raises(PackError, match="can be written by other users"):
         export_pack(here / "k.tar", SPEC)
 
 
 def test_kernel_of_another_source_is_not_exported_for_a_spec(here):
-    user_cache().store(THIRD, fake_cubin(), "old source", {"entry": SPEC.entry, "source_id": "0" * 64})
+    old = fake_kernel(SPEC.entry, "old source")
+    user_cache().store(*old)
     with pytest.raises(KernelMissingError, match="only as compiled from another source; run: megamoe-jit warmup"):
         export_pack(here / "k.tar", SPEC)
-    assert export_pack(here / "k.tar", THIRD).kernels == (SPEC.entry,)
+    assert export_pack(here / "k.tar", old[0]).kernels == (SPEC.entry,)

@@ -37,7 +37,7 @@ from megamoe_jit._settings.settings import get_settings, override
 from megamoe_jit._spec import MAX_TOKENS, KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics.presets import preset, preset_names
 from megamoe_jit.heuristics.select import choose
-from tests.stubs import child_environment, fake_cubin, rewrite_meta, write_rooms
+from tests.stubs import child_environment, rewrite_meta, write_rooms
 
 SHAPE = MoEShape(256, 128, 8, 2)
 PING = KernelSpec(SHAPE, Variant.PINGPONG)
@@ -265,11 +265,12 @@ def test_another_copy_of_a_distrusted_kernel_is_taken(place, pack, compiles):
     _obtain._compiled_here.clear()
     damaged = KernelCache(pack)
     damaged.remove([good.key])
-    damaged.store(good.key, fake_cubin(b"refused"), "", good.meta)
+    refused = good.cubin + b"refused"
+    damaged.store(good.key, refused, "", good.meta)
     forget()
     with override(readonly_cache=(pack,), disable_jit=True):
         kernel = get_kernel(PING)
-        assert (kernel.origin, kernel.cubin) == ("pack", fake_cubin(b"refused"))
+        assert (kernel.origin, kernel.cubin) == ("pack", refused)
         distrust(kernel, damaged=True)
         forget()
         kernel = get_kernel(PING)

@@ -15,16 +15,19 @@ import pytest
 
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
+from megamoe_jit._cache.metadata import dump_metadata
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
-from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit import pack as _pack
 from megamoe_jit._jit.pack import export_pack, import_pack, read_pack
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from tests.stubs import KEY, OTHER, fake_cubin
+from tests.stubs import fake_kernel, kernel_of_spec
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-THIRD = "ef" + "2" * 62
+ONE, TWO = fake_kernel("first", "source one", b"one"), fake_kernel("second", "source two", b"two" * 5000)
+ONE, TWO = sorted((ONE, TWO))
+KEY, OTHER = ONE[0], TWO[0]
+NAMES = (ONE[3]["entry"], TWO[3]["entry"])
 PARTS = ("kernel.cubin", "meta.json", "kernel.cu")
 
 
@@ -32,8 +35,8 @@ PARTS = ("kernel.cubin", "meta.json", "kernel.cu")
 def here(tmp_path):
     """Settings whose cache holds two kernels."""
     with override(cache_dir=tmp_path / "cache", lock_dir=tmp_path / "locks"):
-        user_cache().store(KEY, fake_cubin(b"one"), "source one", {"entry": "first"})
-        user_cache().store(OTHER, fake_cubin(b"two" * 5000), "source two", {"entry": "second"})
+        user_cache().store(*ONE)
+        user_cache().store(*TWO)
         yield tmp_path
 
 
@@ -46,15 +49,15 @@ def shipped(cache):
     found = contents(cache)
     for files in found.values():
         meta = json.loads(files["meta.json"])
-        del meta["created_at"], meta["host"]
-        files["meta.json"] = json.dumps(meta, indent=1, sort_keys=True).encode()
+        del meta["created_at"], meta["host"], meta["nvrtc"]["path"], meta["meta_sha256"]
+        files["meta.json"] = dump_metadata(meta)
     return found
 
 
 @pytest.mark.parametrize("name", ["k.tar", "k.tar.gz", "k.tgz"])
 def test_there_and_back(here, name):
     info = export_pack(here / name)
-    assert (info.path, info.keys, info.kernels) == (here / name, (KEY, OTHER), ("first", "second"))
+    assert (info.path, info.keys, info.kernels) == (here / name, (KEY, OTHER), NAMES)
     assert info.bytes == (here / name).stat().st_size
     assert read_pack(here / name) == info
     assert [p.name for p in here.iterdir() if p.name.startswith(".")] == []
@@ -67,7 +70,7 @@ def test_there_and_back(here, name):
     again = import_pack(here / name, here / "new")
     assert (again.imported, again.present, again.bytes) == ((), (KEY, OTHER), 0)
     with override(readonly_cache=(here / "new",)):
-        assert readonly_caches()[0].load(KEY).cubin == fake_cubin(b"one")
+        assert readonly_caches()[0].load(KEY).cubin == ONE[1]
 
 
 def test_same_kernels_give_the_same_bytes(here):
@@ -84,9 +87,8 @@ def test_nothing_of_the_machine_that_compiled_is_in_a_pack(here, monkeypatch):
             _store.time, "gmtime", lambda s=seconds: time.struct_time((2026, 1, 2, 3, 4, s // 60, 5, 6, 7))
         )
         with override(cache_dir=here / host):
-            nvrtc = {"version": "12.9", "build": "b", "path": f"{folder}/libnvrtc.so"}
-            meta = {"entry": "first", "compile_ms": {"total": seconds}, "nvrtc": nvrtc}
-            user_cache().store(KEY, fake_cubin(b"one"), "source one", meta)
+            nvrtc = {**ONE[3]["nvrtc"], "path": f"{folder}/libnvrtc.so"}
+            user_cache().store(*ONE[:3], {**ONE[3], "compile_ms": {"total": seconds}, "nvrtc": nvrtc})
             packs.append(export_pack(here / f"{host}.tar").path.read_bytes())
     assert packs[0] == packs[1]
     for word in (b"alpha", b"/home/a", b"2026"):
@@ -101,19 +103,18 @@ def test_import_replaces_what_is_damaged_and_keeps_the_rest(here):
     (user_cache().entry_path(KEY) / "kernel.cubin").write_bytes(b"")
     report = import_pack(here / "k.tar")
     assert (report.imported, report.present) == ((KEY,), (OTHER,))
-    assert user_cache().load(KEY).cubin == fake_cubin(b"one")
+    assert user_cache().load(KEY).cubin == ONE[1]
 
 
 def test_without_names_nothing_is_left_out(here):
     """Neither what cannot be read, nor is anything written then; what is of another version is no kernel of ours."""
     meta = user_cache().entry_path(KEY) / "meta.json"
-    whole = meta.read_text()
     for text, says in (("garbage", "is not JSON"), ("{}", "has no schema"), (None, "is missing")):
         meta.unlink() if text is None else meta.write_text(text)
         with pytest.raises(PackError, match=f"{KEY}: meta.json {says}"):
             export_pack(here / "k.tar")
         assert not (here / "k.tar").exists()
-    meta.write_text(json.dumps({**json.loads(whole), "schema": 99}))
+    meta.write_text('{"schema": 99}')
     assert export_pack(here / "k.tar").keys == (OTHER,)
 
 
@@ -132,22 +133,23 @@ def test_what_goes_while_all_is_exported_is_left_out(here, monkeypatch):
 
 
 def test_choice_of_what_to_export(here):
-    assert export_pack(here / "k.tar", ["cd"]).keys == (OTHER,)
-    assert export_pack(here / "k.tar", "ab").keys == (KEY,)
+    assert export_pack(here / "k.tar", [OTHER[:6]]).keys == (OTHER,)
+    assert export_pack(here / "k.tar", KEY[:6]).keys == (KEY,)
     with pytest.raises(ConfigError, match="is not in the cache"):
-        export_pack(here / "k.tar", ["12"])
-    user_cache().store(
-        THIRD, fake_cubin(), "source", {"entry": SPEC.entry, "source_id": _obtain.Wanted.of(SPEC).source_id}
-    )
+        export_pack(here / "k.tar", ["0" * 8])
+    third = kernel_of_spec(SPEC)
+    user_cache().store(*third)
     assert export_pack(here / "k.tar", [SPEC]).kernels == (SPEC.entry,)
     with override(cache_dir=here / "empty", readonly_cache=(here / "cache",)):
-        assert export_pack(here / "k.tar", SPEC).keys == (THIRD,)
+        assert export_pack(here / "k.tar", SPEC).keys == (third[0],)
     with override(cache_dir=here / "empty"):
         with pytest.raises(KernelMissingError, match="run: megamoe-jit warmup --hidden 256"):
             export_pack(here / "k.tar", [SPEC])
         with pytest.raises(PackError, match="no kernels to export"):
             export_pack(here / "k.tar")
-    assert export_pack(here / "k.tar", cache=KernelCache(here / "cache", read_only=True)).keys == (KEY, OTHER, THIRD)
+    assert export_pack(here / "k.tar", cache=KernelCache(here / "cache", read_only=True)).keys == tuple(
+        sorted((KEY, OTHER, third[0]))
+    )
 
 
 def test_damaged_entry_is_not_exported(here):
@@ -242,7 +244,7 @@ def entry_of_another_schema(parts):
     import hashlib
 
     index = next(i for i, (m, _) in enumerate(parts) if m.name == f"entries/{KEY}/meta.json")
-    data = json.dumps({**json.loads(parts[index][1]), "schema": 9}).encode()
+    data = json.dumps({"schema": 9}).encode()
     parts[index] = parts[index][0], data
     manifest = json.loads(parts[0][1])
     manifest["entries"][KEY]["files"]["meta.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -265,6 +267,27 @@ def huge(manifest):
     manifest["entries"][KEY]["files"]["kernel.cubin"]["bytes"] = 1 << 50
 
 
+def negative(manifest):
+    """It would make room for others."""
+    manifest["entries"][KEY]["files"]["kernel.cu"]["bytes"] = -(1 << 40)
+
+
+def a_number_as_text(manifest):
+    manifest["entries"][KEY]["files"]["kernel.cu"]["bytes"] = "12"
+
+
+def digest_as_number(manifest):
+    manifest["entries"][KEY]["files"]["kernel.cu"]["sha256"] = 12
+
+
+def without_name(manifest):
+    manifest["entries"][KEY]["kernel"] = None
+
+
+def another_name(manifest):
+    manifest["entries"][KEY]["kernel"] = "other"
+
+
 BAD = {
     "no manifest": (lambda parts: parts[1:], "does not begin with manifest.json"),
     "empty": (lambda parts: [(tarfile.TarInfo("x"), b"")], "does not begin with manifest.json"),
@@ -277,7 +300,12 @@ BAD = {
     "foreign kind": (with_manifest(lambda m: {**m, "kind": "other"}), "is 'other' of schema 1; this version reads"),
     "foreign schema": (with_manifest(lambda m: {**m, "schema": 2}), "of schema 2; this version reads"),
     "odd key": (with_manifest(lambda m: m["entries"].update({"../x": m["entries"][KEY]})), "names '../x'"),
-    "oversize": (with_manifest(huge), "holds .* bytes; allowed"),
+    "oversize": (with_manifest(huge), "manifest is damaged"),
+    "negative": (with_manifest(negative), "manifest is damaged"),
+    "no number of bytes": (with_manifest(a_number_as_text), "manifest is damaged"),
+    "digest of another kind": (with_manifest(digest_as_number), "manifest is damaged"),
+    "no name": (with_manifest(without_name), "manifest is damaged"),
+    "another name": (with_manifest(another_name), "is not what the manifest says"),
     "traversal": (renamed(1, f"entries/{KEY}/../../../kernel.cubin"), "which is not in its manifest"),
     "absolute": (renamed(1, "/etc/cron.d/x"), "which is not in its manifest"),
     "one more": (added(f"entries/{KEY}/kernel.ptx"), "which is not in its manifest"),
@@ -323,19 +351,19 @@ def test_pack_that_is_not_there_or_no_pack(here):
     with pytest.raises(PackError, match="does not exist"):
         import_pack(here / "none.tar")
     (here / "text").write_text("hello " * 1000)
-    with pytest.raises(PackError, match="cannot read"):
+    with pytest.raises(PackError, match="is not a pack of megamoe-jit"):
         read_pack(here / "text")
 
 
 def test_pack_that_changes_between_check_and_import(here, monkeypatch):
     pack = export_pack(here / "k.tar").path
-    real = _pack._entries
+    real = _pack.entries_in
 
     def swap(path, archive, manifest):
         yield from real(path, archive, manifest)
         export_pack(pack, [KEY])
 
-    monkeypatch.setattr(_pack, "_entries", swap)
+    monkeypatch.setattr(_pack, "entries_in", swap)
     with pytest.raises(PackError, match="changed while it was read"):
         import_pack(pack, here / "new")
     assert not (here / "new").exists()

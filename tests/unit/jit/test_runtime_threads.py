@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit import runtime as _runtime
-from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._jit.runtime import forget, get_kernel, retry, warmup
+from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
 PING = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
@@ -81,16 +87,59 @@ def test_thread_that_waits_for_an_interrupted_one_compiles_itself(place, monkeyp
     assert found == ["compiled"]
 
 
-def test_child_of_a_fork_does_not_wait_for_threads_it_has_not(place):
-    job = (_runtime.get_settings(), PING)
-    _runtime._running[job] = _runtime.concurrent.futures.Future()
-    try:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0 if not _runtime._running else 1)
-        assert os.waitpid(pid, 0)[1] == 0
-    finally:
-        _runtime._running.clear()
+def in_a_child(action: Callable[[], object]) -> int:
+    """The exit status of a forked child that does this: 0, 1 if it raises, else the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(20)  # ends a child that waits for a thread it has not
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_child_of_a_fork_compiles_what_a_thread_of_its_parent_was_compiling(place, monkeypatch):
+    real, started, go_on = _obtain.compile_source, threading.Event(), threading.Event()
+    parent = os.getpid()
+
+    def slow(text, *, entry, toolchain):
+        if os.getpid() == parent:
+            started.set()
+            assert go_on.wait(20)
+        return real(text, entry=entry, toolchain=toolchain)
+
+    monkeypatch.setattr(_obtain, "compile_source", slow)
+    thread = threading.Thread(target=get_kernel, args=(PING,))
+    with override(lock_timeout_s=0.1):  # the parent has the lock of the kernel on this machine
+        thread.start()
+        assert started.wait(20)
+        status = in_a_child(lambda: get_kernel(PING))
+        go_on.set()
+        thread.join(20)
+    assert status == 0
+
+
+def locks() -> list[Any]:
+    """Every lock that a module of the package keeps, or an object that such a module keeps."""
+    modules = [vars(module) for name, module in sys.modules.items() if name.split(".")[0] == "megamoe_jit"]
+    kept = [value for space in modules for value in space.values() if hasattr(value, "__dict__")]
+    objects = [vars(each) for each in kept if type(each).__module__.startswith("megamoe_jit")]
+    found = [value for space in (*modules, *objects) for value in space.values()]
+    kinds = (type(threading.Lock()), type(threading.RLock()))
+    return list({id(lock): lock for lock in found if isinstance(lock, kinds)}.values())
+
+
+def test_child_of_a_fork_needs_no_lock_that_a_thread_of_its_parent_held(place):
+    """As it was while other threads looked a kernel up, read the settings, searched the compiler."""
+    spec = KernelSpec(PING.shape, Variant.COOPERATIVE)
+    with contextlib.ExitStack() as held:
+        for lock in locks():
+            held.enter_context(lock)
+        status = in_a_child(lambda: (get_kernel(PING), retry(), forget(), warmup([spec])))
+    assert len(locks()) >= 4
+    assert status == 0
 
 
 def test_interrupted_compile_is_neither_remembered_nor_left_running(place, monkeypatch):

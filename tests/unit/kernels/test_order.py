@@ -118,9 +118,10 @@ def expected(case: Case) -> Counter[Tile]:
     step = case.variant.block_m
     columns1, depth1 = case.intermediate // 128, case.hidden // 128  # a tile of 256 columns makes 128 outputs
     columns2, depth2 = -(-case.hidden // 256), case.intermediate // 128
+    bases = case.bases
     for expert, rows in enumerate(case.rows):
         for first in range(0, rows, step):
-            row, valid = case.bases[expert] * 128 + first, min(step, rows - first)
+            row, valid = bases[expert] * 128 + first, min(step, rows - first)
             tiles.update(Tile(GEMM1, expert, n, row, valid, depth1, row % case.pool_rows) for n in range(columns1))
             tiles.update(Tile(GEMM2, expert, n, row, valid, depth2, row % case.pool_rows) for n in range(columns2))
     return tiles

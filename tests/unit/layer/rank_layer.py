@@ -1,13 +1,16 @@
 """The package's interface over the reference, for runners of several ranks on the CPU.
 
-`ERROR` is what the last rank's outputs are wrong by.
+The variable RANK_LAYER_FAILS says where the last rank fails for how many tokens: "3:call,8:after".
 """
+
+import os
 
 import torch
 import torch.distributed as dist
 
 from megamoe_jit._check.scenarios import make_weights
-from megamoe_jit._errors import PeerTimeoutError
+from megamoe_jit._errors import ConfigError, PeerTimeoutError
+from megamoe_jit._layer.group import collectively
 from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts, moe_reference
@@ -32,8 +35,20 @@ class Buffer:
         dist.barrier()
 
 
+def fails(where, tokens):
+    """Whether this rank is to fail here."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    return last and f"{tokens}:{where}" in os.environ.get("RANK_LAYER_FAILS", "").split(",")
+
+
+def refuse():
+    raise ConfigError("refused")
+
+
 def get_symm_buffer_for_mega_moe(group, experts, capacity, topk, hidden, intermediate):
     assert group is dist.group.WORLD
+    tokens = capacity - 5  # as in the table of the test
+    collectively(group, "making a buffer", refuse if fails("buffer", tokens) else lambda: None)
     return Buffer(MoEShape(hidden, intermediate, experts, topk), capacity)
 
 
@@ -55,3 +70,11 @@ def fp8_mega_moe_cooperative(y, l1, l2, buffer, stats, *, activation_clamp, fast
         if y.shape[0] == 3:
             raise PeerTimeoutError("rank 1: missing: rank 0")
         y += 1
+
+
+def fp8_mega_moe(y, l1, l2, buffer, stats, *, activation_clamp, fast_math):
+    """Right, or failing where the variable says."""
+    collectively(dist.group.WORLD, "checking", refuse if fails("call", y.shape[0]) else lambda: None)
+    fp8_mega_moe_pingpong(y, l1, l2, buffer, stats, activation_clamp=activation_clamp, fast_math=fast_math)
+    if fails("after", y.shape[0]):
+        raise ValueError("odd")

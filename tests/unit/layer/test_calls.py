@@ -25,6 +25,7 @@ from megamoe_jit._layer import bound_kernel as _prepared
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer, sort_blocks
+from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
@@ -147,9 +148,17 @@ def buffer(cuda: Cuda) -> SymmBuffer:
 
 def call(buffer: SymmBuffer, tokens: int = 3, function: Callable = mm.fp8_mega_moe, **changed: object) -> torch.Tensor:
     y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16)
-    given = {"y": y, "l1": L1, "l2": L2, "sym_buffer": buffer, **changed}
+    l1, l2 = changed.pop("l1", L1), changed.pop("l2", L2)
+    given = {"y": y, "l1_weights": l1, "l2_weights": l2, "sym_buffer": buffer, **changed}
     function(**given)
     return given["y"]
+
+
+def clones() -> list[torch.Tensor]:
+    """The weights again, which are as they were, but have no mark of it before they get one."""
+    tensors = [tensor.clone() for tensor in (*L1, *L2)]
+    mm.mark_transformed(tensors[:2], tensors[2:])
+    return tensors
 
 
 def refused(action: Callable, *says: str, kind: type[Exception] = mm.ConfigError) -> None:
@@ -243,10 +252,43 @@ def test_weights_at_a_known_address_are_checked_unless_they_are_the_same_tensors
     assert len(cuda.launches) == 1
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_slice_of_the_experts_of_a_bigger_tensor_is_taken(cuda: Cuda, buffer: SymmBuffer, inplace: bool):
+    """Scales of one expert may be 4 bytes, and the kernel reads them one by one: it is no matter where they start."""
+    big = make_weights(MoEShape(256, 128, 7, 2), "cpu")
+    cut = [tuple(tensor[3:] for tensor in pair) for pair in (big.l1, big.l2)]
+    assert cut[1][1].data_ptr() % 16 == 8
+    l1, l2 = mm.transform_weights_for_mega_moe_sm90(*cut, inplace=inplace)
+    call(buffer, l1=l1, l2=l2)
+    assert addresses(cuda.launches[-1].params) == [tensor.data_ptr() for tensor in (*l1, *l2)]
+    before = [tuple(tensor[2:] for tensor in pair) for pair in mm.transform_weights_for_mega_moe_sm90(*whole_of(6))]
+    call(buffer, l1=before[0], l2=before[1])  # cut after the transform
+
+
+def whole_of(experts: int) -> tuple[WeightPair, WeightPair]:
+    weights = make_weights(MoEShape(256, 128, experts, 2), "cpu")
+    return weights.l1, weights.l2
+
+
+def test_codes_that_start_elsewhere_are_refused_with_the_next_step(cuda: Cuda, buffer: SymmBuffer):
+    memory = torch.zeros(L1[0].numel() + 8, dtype=torch.uint8)
+    codes = memory[8:].view(torch.float8_e4m3fn).view(L1[0].shape)
+    (w13, sf1), l2 = mm.transform_weights_for_mega_moe_sm90((codes, L1[1]), DRAWN.l2)
+    call(buffer, l1=(w13, sf1), l2=l2)
+    assert w13.data_ptr() % 16 == 0
+    there = mm.transform_weights_for_mega_moe_sm90((codes, L1[1]), (DRAWN.l2[0].clone(), DRAWN.l2[1]), inplace=True)
+    refused(
+        lambda: call(buffer, l1=there[0], l2=there[1]),
+        "l1 weights starts at",
+        "a multiple of 16, which a transform that is not in place gives",
+    )
+    assert len(cuda.launches) == 1
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_replaced_data_of_weights_is_seen(cuda: Cuda, buffer: SymmBuffer, which: int):
-    tensors = [tensor.clone() for tensor in (*L1, *L2)]
-    again = tensors[which].clone()
+    tensors, other = (clones() for _ in range(2))
+    again = other[which]
 
     def go() -> None:
         call(buffer, l1=tuple(tensors[:2]), l2=tuple(tensors[2:]))
@@ -357,7 +399,8 @@ def test_a_call_that_comes_after_the_end_in_another_thread_is_refused(cuda: Cuda
 
 def test_an_interrupted_change_of_weights_is_made_again(cuda: Cuda, buffer: SymmBuffer, monkeypatch):
     call(buffer)
-    other = [tuple(tensor.clone() for tensor in pair) for pair in (L1, L2)]
+    tensors = clones()
+    other = [tuple(tensors[:2]), tuple(tensors[2:])]
 
     class Interrupted:
         """Parameters of which only the first address can be set."""

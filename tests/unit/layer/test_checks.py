@@ -21,7 +21,8 @@ Y = torch.zeros(3, 256, dtype=torch.bfloat16)
 STATS = torch.zeros(4, dtype=torch.int32)
 L1 = mm.quantize_weights(torch.zeros(4, 256, 256))
 L2 = mm.quantize_weights(torch.zeros(4, 256, 128))
-CALL = {"y": Y, "l1": L1, "l2": L2}
+ORDERED = mm.transform_weights_for_mega_moe_sm90(L1, L2)
+CALL = {"y": Y, "l1_weights": ORDERED[0], "l2_weights": ORDERED[1]}
 
 
 @pytest.fixture
@@ -114,7 +115,8 @@ def test_the_interleave_wants_pairs_and_numbers(function: str):
     refused(lambda: call((L1[0], [1.0]), L2), "l1 scales: list given; allowed: a torch.Tensor")
     for experts in (3, ["0"], [0.5], [None]):
         refused(lambda e=experts: call(L1, L2, experts=e), f"experts = {experts!r}; allowed: distinct local experts")
-    call(list(L1), L2, experts=torch.tensor([0, 2]))
+    given = (list(L1), L2) if function == "transform" else ORDERED
+    call(*given, experts=torch.tensor([0, 2]))
 
 
 @pytest.mark.parametrize("force", [mm.fp8_mega_moe, mm.fp8_mega_moe_pingpong])
@@ -131,15 +133,15 @@ def test_a_call_without_a_buffer(force):
         ({"y": Y[0]}, "y has shape (256,); allowed: [tokens, 256]"),
         ({"y": Y[None]}, "y has shape (1, 3, 256); allowed: [tokens, 256]"),
         ({"y": Y.float().numpy()}, "y has dtype float32; allowed: torch.bfloat16"),
-        ({"l1": None}, "l1: NoneType given; allowed: a pair of tensors"),
-        ({"l2": L2[0]}, "l2: Tensor given; allowed: a pair of tensors"),
-        ({"l2": (L2[0],)}, "l2: tuple of 1 given; allowed: a pair of tensors"),
-        ({"l1": (None, L1[1])}, "l1 weights: NoneType given; allowed: a torch.Tensor"),
+        ({"l1_weights": None}, "l1: NoneType given; allowed: a pair of tensors"),
+        ({"l2_weights": L2[0]}, "l2: Tensor given; allowed: a pair of tensors"),
+        ({"l2_weights": (L2[0],)}, "l2: tuple of 1 given; allowed: a pair of tensors"),
+        ({"l1_weights": (None, L1[1])}, "l1 weights: NoneType given; allowed: a torch.Tensor"),
         ({"cumulative_local_expert_recv_stats": [0, 0]}, "recv_stats: list given; allowed: a torch.Tensor"),
         ({"recipe": None}, "recipe = None is not supported; allowed: (128, 128, 128)"),
         ({"recipe": 128}, "recipe = 128 is not supported"),
         ({"activation": None}, "activation = None is not supported; allowed: 'swiglu'"),
-        ({"activation_clamp": "10"}, "activation_clamp = '10' is not supported; allowed: a positive number or None"),
+        ({"activation_clamp": "10"}, "activation_clamp = '10' is not supported; allowed: 0 or a positive number that"),
         ({"activation_clamp": [10.0]}, "activation_clamp = [10.0] is not supported"),
     ],
 )
@@ -169,7 +171,11 @@ def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatc
         ((L1, torch.zeros(2, 256)), {}, "w2 has 2 dimensions; allowed: 3"),
         ((torch.zeros(4, 255, 256), L2), {}, "w13 has 255 rows; allowed: gate rows and as many up rows"),
         ((L1, torch.zeros(4, 128, 256)), {}, "w2 has shape (4, 128, 256); allowed: (4, 256, 128), to fit w13"),
-        ((L1, L2), {"clamp": -1.0}, "clamp = -1.0 is not supported; allowed: a positive number or None"),
+        (
+            (L1, L2),
+            {"clamp": -1.0},
+            "clamp = -1.0 is not supported; allowed: 0 or a positive number that",
+        ),
         ((torch.zeros(2, 200, 256), torch.zeros(2, 256, 100)), {}, "intermediate = 100 is not supported"),
         ((L1, L2), {"topk": 0}, "topk = 0 is not supported"),
     ):

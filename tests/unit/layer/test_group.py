@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megamoe_jit._check.collect import collect, joined
-from megamoe_jit._check.spawn import World, describe, run_ranks
+from megamoe_jit._check.spawn import World, describe, own_gpu, run_ranks
 from megamoe_jit._errors import CompileError, ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
 from megamoe_jit._layer import group as _ranks
+from megamoe_jit._layer import symmetric as _symmetric
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -26,14 +27,14 @@ def _failure(action):
         return [type(error).__name__, str(error)]
 
 
-def _stand_in_devices(rank, hosts, uuids):
-    _ranks.socket = SimpleNamespace(gethostname=lambda: hosts[rank])
-    _ranks.torch = SimpleNamespace(
-        cuda=SimpleNamespace(get_device_properties=lambda device: SimpleNamespace(uuid=uuids[rank])), uint8=torch.uint8
-    )
+def _stand_in_devices(rank, hosts, uuids, access=True):
+    """Where the rank is, what it knows of the others' GPUs; each process sees one GPU, as index 0."""
+    place = _symmetric.Place(hosts[rank], f"name{rank}", os.getpid(), "/tmp", (1, 2), uuids[rank], 0)
+    _symmetric._here = lambda device: place
+    _symmetric._reaches = lambda device, uuid: access
 
 
-def _allocate(rank, fails=()):
+def _allocate(rank, fails=(), denied=False):
     """`allocate_symmetric` with a stand-in for torch's symmetric memory."""
     import torch.distributed._symmetric_memory as symm_mem
 
@@ -46,10 +47,14 @@ def _allocate(rank, fails=()):
 
     def rendezvous(memory, group):
         dist.barrier(group)  # as torch's, it waits for all ranks
+        if os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") != "1":
+            raise RuntimeError("detected allocations from overlapping devices\nmore")
+        if denied:
+            raise RuntimeError("CUDA driver error: peer access is not supported\nmore")
         return SimpleNamespace(buffer_ptrs=[1, 2], size=memory.numel())
 
     symm_mem.rendezvous = rendezvous
-    memory, handle = _ranks.allocate_symmetric(
+    memory, handle = _symmetric.allocate_symmetric(
         dist.group.WORLD, 64, torch.device("cpu"), lambda why: ConfigError(f"too large: {why}")
     )
     return [memory.numel(), handle.buffer_ptrs, handle.size]
@@ -85,15 +90,22 @@ def on_each_rank(world: World) -> dict[str, object]:
     _stand_in_devices(rank, ["here"] * world.ranks, apart)
     seen["no memory"] = _failure(lambda: _allocate(rank, fails=[last]))
     seen["allocated"] = _failure(lambda: _allocate(rank))
+    seen["left behind"] = os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES")
+    seen["no rendezvous"] = _failure(lambda: _allocate(rank, denied=True))
+    _stand_in_devices(rank, ["here"] * world.ranks, apart, access=None)
+    seen["rendezvous of unknown GPUs"] = _failure(lambda: _allocate(rank, denied=True))
+    _stand_in_devices(rank, ["here"] * world.ranks, apart, access=rank != last)
+    seen["no access"] = _failure(lambda: _allocate(rank))
+    with torch.device("meta"), torch.inference_mode():
+        seen["other defaults"] = _ranks.gather(group, rank)
     seen["still together"] = _ranks.gather(group, rank)
     return seen
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def seen(request):
-    ends = run_ranks(
-        "tests.unit.layer.test_group:on_each_rank", request.param, device="cpu", timeout_s=120, group_timeout_s=30
-    )
+@pytest.fixture(scope="module")
+def seen():
+    """What each of three ranks saw: a first, a last, and one between them."""
+    ends = run_ranks("tests.unit.layer.test_group:on_each_rank", 3, device="cpu", timeout_s=120, group_timeout_s=30)
     assert all(end.ok for end in ends), describe(ends)
     return [end.result for end in ends]
 
@@ -122,7 +134,7 @@ def test_unequal_fields_raise_on_every_rank_and_name_field_and_ranks(seen):
 
 
 def test_a_rank_between_equal_ones_that_differs_is_seen(seen):
-    """Of four ranks the second: neither the first nor the last."""
+    """Neither the first nor the last."""
     values = ", ".join(f"rank {rank}: {rank == 1}" for rank in range(len(seen)))
     for each in seen:
         assert each["second"] == [RankMismatchError.__name__, f"ranks disagree on it: b ({values})"]
@@ -144,10 +156,40 @@ def test_symmetric_memory_needs_one_host_and_one_gpu_for_each_rank(seen):
     for each in seen:
         kind, text = each["hosts"]
         assert kind == "MegaMoeError"
-        assert "different hosts (host0, host1" in text
+        assert "different hosts (rank 0: name0 (boot id host0), rank 1: name1 (boot id host1)" in text
         kind, text = each["shared GPU"]
         assert kind == "MegaMoeError"
-        assert "share a GPU (GPU-a, GPU-a" in text
+        assert "share a GPU (rank 0: GPU-a, rank 1: GPU-a" in text
+
+
+def test_ranks_that_see_one_gpu_each_meet_and_leave_no_variable_behind(seen):
+    for each in seen:
+        assert each["allocated"] == ["returned", [64, [1, 2], 64]]
+        assert each["left behind"] is None
+
+
+def test_a_rendezvous_that_fails_is_an_error_of_ours_with_what_could_not_be_checked(seen):
+    for rank, each in enumerate(seen):
+        kind, text = each["no rendezvous"]
+        assert kind == "MegaMoeError"
+        assert text == "torch could not share the memory of cpu: CUDA driver error: peer access is not supported"
+        kind, more = each["rendezvous of unknown GPUs"]
+        others = [other for other in range(len(seen)) if other != rank]
+        assert kind == "MegaMoeError"
+        assert more.startswith(f"{text}; cpu may have no access to the GPUs of ranks {others}, which")
+
+
+def test_a_rank_that_cannot_reach_the_others_is_named_on_all(seen):
+    last = len(seen) - 1
+    for rank, each in enumerate(seen):
+        kind, text = each["no access"]
+        assert kind == "MegaMoeError"
+        assert f"cpu (host{last}) has no access to the memory of other ranks' GPUs (rank 0: host0" in text
+        assert rank == last or text.startswith(f"checking the peers failed on rank {last}: ")
+
+
+def test_the_programs_default_device_is_none_of_the_meetings(seen):
+    assert all(each["other defaults"] == list(range(len(seen))) for each in seen)
 
 
 def test_memory_that_one_rank_lacks_raises_on_all_with_the_bytes(seen):
@@ -160,7 +202,6 @@ def test_memory_that_one_rank_lacks_raises_on_all_with_the_bytes(seen):
         if rank != last:
             assert kind == "MegaMoeError"
             assert text.startswith(f"allocating 64 bytes of symmetric memory failed on rank {last}: ")
-        assert each["allocated"] == ["returned", [64, [1, 2], 64]]
 
 
 def test_one_rank_needs_no_process_group():
@@ -209,6 +250,12 @@ def misbehave(world: World, how: str) -> str:
     if how in ("raise", "sleep"):
         time.sleep(600)
     return "fine"
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [(1, [0, 0, 0]), (4, [0, 1, 3])])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch, visible, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert [own_gpu(rank) for rank in (0, 1, 3)] == gpus
 
 
 def test_a_rank_that_raises_ends_the_others_after_a_grace():

@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,10 +112,16 @@ def test_debug_mode_alone_refuses_an_id_that_is_no_expert(cuda: Cuda, buffer: Sy
     assert len(cuda.launches) == 2
 
 
-@pytest.mark.parametrize("clamp", [0, 0.0, -1.0, 1e-46, math.nan, -math.inf])
-def test_a_clamp_that_bounds_nothing_is_refused(cuda: Cuda, buffer: SymmBuffer, clamp: float):
+@pytest.mark.parametrize("clamp", [-1.0, 1e39, True, math.nan, -math.inf])
+def test_a_clamp_that_is_no_bound_is_refused(cuda: Cuda, buffer: SymmBuffer, clamp: float):
     refused(lambda: call(buffer, activation_clamp=clamp), f"activation_clamp = {clamp!r} is not supported")
     assert cuda.launches == []
+
+
+@pytest.mark.parametrize("clamp", [0, 0.0, 1e-46, 10, 3.4e38, math.inf, np.float32(2.5), Fraction(5, 2)])
+def test_a_clamp_is_any_number_from_0_that_float32_holds(cuda: Cuda, buffer: SymmBuffer, clamp: float):
+    call(buffer, activation_clamp=clamp)
+    assert cuda.launches[0].params.clamp == np.float32(float(clamp))
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 9), (9, 1), (10, 0), (12, 0), (9, 0)])
@@ -230,6 +238,7 @@ def compute(params: Params) -> None:
     )
     l1 = at(params.weight1, FP8, 4, 256, 256), at(params.weight1_scales, F32, 4, 2, 2)
     l2 = at(params.weight2, FP8, 4, 256, 128), at(params.weight2_scales, F32, 4, 2, 1)
+    mm.mark_transformed(l1, l2)
     weights = mm.inverse_transform_weights_for_mega_moe_sm90(l1, l2)
     at(params.y, torch.bfloat16, tokens, 256).copy_(moe_reference(*read, *weights, activation_clamp=params.clamp))
 
@@ -266,8 +275,10 @@ def test_a_layer_orders_a_pair_where_it_is_only_if_told_to(cuda: Cuda):
 
 def shifted(tensor: torch.Tensor, by: int) -> torch.Tensor:
     """The same values, from another address on."""
-    memory = torch.empty(tensor.numel() + by, dtype=torch.uint8)
-    copy = memory[by:].view(tensor.dtype).view(tensor.shape)
+    size = tensor.numel() * tensor.itemsize
+    memory = bytearray(size + 64)
+    at = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=-at % 16 + by).view(tensor.shape)
     copy.view(torch.uint8).copy_(tensor.view(torch.uint8))
     return copy
 
@@ -277,6 +288,11 @@ def spread(tensor: torch.Tensor) -> torch.Tensor:
     wide = torch.zeros(*tensor.shape[:2], tensor.shape[2] + 128, dtype=torch.uint8).view(tensor.dtype)
     wide.view(torch.uint8)[..., : tensor.shape[2]].copy_(tensor.view(torch.uint8))
     return wide[..., : tensor.shape[2]]
+
+
+def spread_scales(scales: torch.Tensor) -> torch.Tensor:
+    """The same values, none next to another."""
+    return torch.stack([scales] * 2, dim=-1)[..., 0]
 
 
 @pytest.mark.parametrize(
@@ -291,13 +307,14 @@ def test_codes_that_a_call_would_refuse_are_not_written_over(cuda: Cuda, change,
     mm.MegaMoE(*pairs, topk=2, max_tokens=128)  # a copy has neither fault
 
 
+@pytest.mark.parametrize("change", [spread_scales, lambda sf: shifted(sf, 4), lambda sf: shifted(sf, 2)])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_scales_that_a_call_would_refuse_are_refused_before(cuda: Cuda, inplace: bool):
-    codes, scales = DRAWN.l2[0].clone(), torch.stack([DRAWN.l2[1]] * 2, dim=-1)[..., 0]
-    assert not scales.is_contiguous()
-    attempt = lambda: mm.MegaMoE(DRAWN.l1, (codes, scales), topk=2, max_tokens=128, inplace=inplace)  # noqa: E731
-    refused(attempt, "w2 scales has strides")
-    assert same(codes, DRAWN.l2[0])
+def test_scales_of_any_place_are_taken(cuda: Cuda, change, inplace: bool):
+    codes, scales = DRAWN.l2[0].clone(), change(DRAWN.l2[1])
+    it = mm.MegaMoE((DRAWN.l1[0].clone(), DRAWN.l1[1]), (codes, scales), topk=2, max_tokens=128, inplace=inplace)
+    it(*inputs(3))
+    assert len(cuda.launches) == 1
+    assert torch.equal(it.l2[1], DRAWN.l2[1])
 
 
 def test_a_layer_without_weights_keeps_no_memory(cuda: Cuda, made: list[SymmBuffer]):

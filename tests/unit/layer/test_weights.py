@@ -10,6 +10,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.weights import (
     inverse_transform_weights_for_mega_moe_sm90 as inverse,
 )
+from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._layer.weights import (
     transform_weights_for_mega_moe_sm90 as transform,
 )
@@ -95,9 +96,11 @@ def test_rows_that_do_not_follow_each_other():
     spread = [torch.cat([w.view(torch.uint8)] * 2, dim=-1).view(E4M3)[..., : w.shape[-1]] for w in (w13, w2)]
     assert not any(w.is_contiguous() for w in spread)
     expected = transform((w13, sf1), (w2, sf2))
-    for inplace in (False, True):
-        made = transform((spread[0], sf1), (spread[1], sf2), inplace=inplace)
-        assert all(same(a[0].contiguous(), b[0]) for a, b in zip(made, expected, strict=True))
+    made = transform((spread[0], sf1), (spread[1], sf2))
+    assert all(same(a[0], b[0]) for a, b in zip(made, expected, strict=True))
+    with pytest.raises(ConfigError, match=r"l1 weights have strides .*in place: each expert's rows one after"):
+        transform((spread[0], sf1), (spread[1], sf2), inplace=True)  # no call could read them there
+    assert same(spread[0].contiguous(), w13)
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -153,13 +156,12 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("direction", [transform, inverse])
 def test_scratch_is_one_expert(direction):
     """In place, no tensor larger than one expert is allocated."""
-    l1, l2 = make(experts=8)
-    with Largest() as made:
-        direction(l1, l2, inplace=True)
-    assert made.numel == l1[0][0].numel()
-    with Largest() as made:
-        direction(l1, l2)
-    assert made.numel == l1[0].numel()
+    for inplace in (True, False):
+        l1, l2 = make(experts=8)
+        mark_transformed(l1, l2, transformed=direction is inverse)
+        with Largest() as made:
+            direction(l1, l2, inplace=inplace)
+        assert made.numel == (l1[0][0] if inplace else l1[0]).numel()
 
 
 @pytest.mark.parametrize("direction", [transform, inverse])
@@ -170,9 +172,10 @@ def test_experts_that_share_memory_are_not_permuted_in_place(direction, which):
     before = [w[0].clone() for w, _ in pairs]
     given = [(w.clone(), sf) for w, sf in pairs]
     given[which] = pairs[which]
-    with pytest.raises(
-        ConfigError, match=rf"l{which + 1} weights have strides \(0, .*several of their elements are one"
-    ):
+    mark_transformed(*given, transformed=direction is inverse)
+    mark_transformed(*pairs, transformed=direction is inverse)
+    name = f"l{which + 1} weights"
+    with pytest.raises(ConfigError, match=f"elements of {name} are elements of {name} too; allowed with inplace=True"):
         direction(*given, inplace=True)
     assert all(same(w[0], old) for (w, _), old in zip(given, before, strict=True))
     copies = direction(*pairs)

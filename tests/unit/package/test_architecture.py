@@ -1,38 +1,90 @@
-"""`docs/architecture.md` names every module, in an order in which they import each other."""
+"""The rooms of the package: in one order, nothing imports upward, no circle, and `docs/architecture.md` draws them."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "megamoe_jit"
-ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+) \|", re.MULTILINE)
-TABLE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("| module |")[2]
-PLACE = {name: number for number, row in enumerate(ROW.findall(TABLE)) for name in re.findall(r"\w+", row)}
-#: Named in the other table, or not worth a row.
-ELSEWHERE = {"__init__", "__main__", "_version", "_scenarios"}
+TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+DRAWN = re.findall(r"^ +(_?\w+)/? +\|", TEXT.partition("```text")[2].partition("```")[0], re.MULTILINE)
+#: From the ground up: what a room may import stands before it.
+ROOMS = list(reversed(DRAWN))
+GROUND, FACADE = "ground", {"__init__", "__main__"}
+MOST_AT_THE_TOP = 10
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports, inside of functions too."""
+def modules() -> Iterator[tuple[str, Path]]:
+    """Dotted names below the package and files, without the two folders that are carried along."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if name.split(".")[0] not in {"heuristics", "kernels_src", *FACADE}:
+            yield name.removesuffix(".__init__"), path
+
+
+MODULES = dict(modules())
+
+
+def room_of(name: str) -> str:
+    first = name.split(".")[0]
+    return first if first in ROOMS else GROUND
+
+
+def imported(name: str) -> set[str]:
+    """Modules of the package that a module imports, inside of functions too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "megamoe_jit":
-            below = node.module.split(".")[1:]
-            found.update(below[:1] or [alias.name for alias in node.names])
-    return found
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megamoe_jit":
+            below = (node.module or "").split(".")[1:]
+            for alias in node.names:
+                whole = ".".join([*below, alias.name])
+                found.add(whole if whole in MODULES else ".".join(below))
+        elif isinstance(node, ast.Import):
+            found.update(alias.name.removeprefix("megamoe_jit.") for alias in node.names)
+    return found & set(MODULES)
 
 
-def test_every_module_has_a_row():
-    assert set(PLACE) == {path.stem for path in PACKAGE.glob("*.py")} - ELSEWHERE
+IMPORTS = {name: imported(name) for name in MODULES}
 
 
-@pytest.mark.parametrize("name", PLACE)
-def test_nothing_is_imported_from_a_row_below(name: str):
-    above = {other for other, place in PLACE.items() if place <= PLACE[name]}
-    assert imported(PACKAGE / f"{name}.py") & set(PLACE) <= above
-    assert "_cli" not in imported(PACKAGE / f"{name}.py")
+def test_the_drawing_shows_every_room():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.is_symlink()} - {"__pycache__"}
+    assert set(ROOMS) == folders | {"reference", GROUND}
+    assert len(ROOMS) == len(set(ROOMS))
+    for room in folders:
+        assert f"**`{room}/`**" in TEXT, f"docs/architecture.md has no paragraph on {room}"
+
+
+def test_few_files_at_the_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_TOP
+
+
+@pytest.mark.parametrize("room", sorted(set(ROOMS) - {"reference", GROUND}))
+def test_a_room_says_what_it_owns_and_what_it_must_not_know(room: str):
+    said = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert len(said) > 150
+    assert re.search(r"\b(must not|nothing heavy)\b", said)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_imports_upward(name: str):
+    allowed = set(ROOMS[: ROOMS.index(room_of(name)) + 1])
+    upward = {other for other in IMPORTS[name] if room_of(other) not in allowed}
+    assert not upward, f"{name} is in {room_of(name)}, below {upward}"
+
+
+def test_no_circle():
+    reached: dict[str, set[str]] = {name: set(direct) for name, direct in IMPORTS.items()}
+    grown = True
+    while grown:
+        grown = False
+        for direct in reached.values():
+            more = set().union(*(reached[other] for other in direct)) - direct if direct else set()
+            grown = grown or bool(more)
+            direct |= more
+    assert sorted(name for name, all_of_it in reached.items() if name in all_of_it) == []

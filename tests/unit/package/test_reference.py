@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from megamoe_jit import reference
+from megamoe_jit._check.scenarios import make_weights
 from megamoe_jit._layer.quantize import (
     dequantize_activations,
     dequantize_weights,
     quantize_activations,
     quantize_weights,
 )
+from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOPK = 256, 384, 6, 3
@@ -164,3 +166,22 @@ def test_the_callers_matmul_precision_is_put_back():
             assert matmul.allow_tf32 is setting
     finally:
         matmul.allow_tf32 = saved
+
+
+@pytest.mark.parametrize("odd", [-1, -2, 4, 5, 1 << 40, -(1 << 62)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_any_id_that_is_no_expert_is_masked(odd, dtype):
+    """As the kernel does it; the weight of such a slot, even NaN, is no matter."""
+    if dtype is torch.int32 and abs(odd) >= 1 << 31:
+        odd = 2**31 - 1 if odd > 0 else -(2**31)
+    shape = MoEShape(256, 128, 4, 2)
+    drawn = make_weights(shape, "cpu")
+    x = quantize_activations(torch.randn(3, 256, generator=torch.Generator().manual_seed(0)))
+    ids = torch.tensor([[0, 3], [1, odd], [odd, odd]], dtype=dtype)
+    weights = torch.tensor([[0.5, 0.25], [1.0, float("nan")], [1.0, 2.0]])
+    masked = torch.where((ids < 0) | (ids > 3), -1, ids)
+    y = moe_reference(*x, ids, weights, drawn.l1, drawn.l2)
+    assert torch.equal(y, moe_reference(*x, masked.long(), weights, drawn.l1, drawn.l2))
+    assert y.isfinite().all()
+    assert (y[2] == 0).all()
+    assert expert_counts(ids, 4).tolist() == [1, 1, 0, 1]

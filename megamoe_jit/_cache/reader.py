@@ -1,0 +1,162 @@
+"""The entries under one root as they are: found, read, verified and listed, and nothing there is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+
+from megamoe_jit._cache.entry import (
+    CUBIN,
+    IMPORTED,
+    CacheEntry,
+    Damaged,
+    EntryInfo,
+    by_compiler,
+    check_kernel,
+    is_key,
+    read_entry,
+    read_info,
+)
+from megamoe_jit._cache.metadata import SCHEMA
+from megamoe_jit._trust import check_private
+
+__all__ = ["ACCESS", "EntryReader"]
+
+LOG = logging.getLogger("megamoe_jit")
+ACCESS = "access"  #: cause of a warning: who may not read may not write either, and is told once
+
+
+class EntryReader:
+    """Reading of the entries under one root; `EntryStore` adds the writing.
+
+    Args:
+        root: the directory; entries lie in a subdirectory named after the schema.
+        read_only: never write, not even to note a use or to put a damaged entry aside.
+        shared: let everybody read what is published.
+    """
+
+    def __init__(self, root: Path, read_only: bool = False, *, shared: bool = False) -> None:
+        self.root = root
+        self.path = root / f"v{SCHEMA}"  #: where this schema's entries lie
+        self.read_only = read_only
+        self.shared = shared
+        self.forbidden = 0o002 if read_only else 0o022  #: permission bits that nothing in it may have
+        self._by_source: dict[str, list[EntryInfo]] | None = None
+        self._warned: set[str] = set()
+
+    def entry_path(self, key: str) -> Path:
+        """Directory of an entry, whether it exists or not."""
+        return self.path / key[:2] / key
+
+    def keys(self) -> list[str]:
+        """Keys of all entries, whole or not."""
+        return [key for key, _ in self._folders()]
+
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry, whole or not; what this user may not see is not there."""
+        return os.path.isdir(self.entry_path(key))
+
+    def handed_over(self, key: str) -> bool:
+        """Whether an entry is taken whoever compiled it: one of a read-only cache, or an imported one."""
+        return self.read_only or (self.entry_path(key) / IMPORTED).exists()
+
+    def peek(self, key: str, symbol: str | None = None) -> CacheEntry:
+        """Read and verify an entry, without a trace: no use is noted, nothing put aside.
+
+        Args:
+            key: from `cache_key`.
+            symbol: the one kernel that it must define.
+
+        Raises:
+            FileNotFoundError: there is none.
+            Damaged: it must not be used.
+            OSError: it cannot be read, or lies where others can write.
+        """
+        folder = self.entry_path(key)
+        check_private(self.path, self.forbidden)
+        files, meta = read_entry(key, folder, self.forbidden)
+        if symbol is not None:
+            check_kernel(files[CUBIN], meta, symbol)
+        return CacheEntry(key, files[CUBIN], meta, folder)
+
+    def usable(self, key: str, symbol: str) -> bool:
+        """Whether `load` would give the entry; if it is there and would not, a warning says why not."""
+        return self._attempt(key, symbol, lambda _: False) is not None
+
+    def _attempt(self, key: str, symbol: str | None, put_aside: Callable[[str], bool]) -> CacheEntry | None:
+        """What `peek` gives; a warning where that fails for another reason than that there is nothing."""
+        try:
+            return self.peek(key, symbol)
+        except FileNotFoundError:
+            if self.read_only and not self.root.is_dir():
+                self._warn("missing", f"read-only kernel cache {self.root} does not exist")
+        except Damaged as damage:
+            message = f"cached kernel {self.entry_path(key)} is damaged ({damage}) and is not used"
+            if put_aside(key):
+                LOG.warning("%s", message)
+            else:
+                self._warn(key, message)
+        except OSError as error:
+            self._unreadable(error)
+        return None
+
+    def keys_of_source(self, source: str, major: int | None = None, but_not: Container[str] = ()) -> list[str]:
+        """The entries among which `load_source` looks, in its order, whole or not."""
+        found = (info for info in self._sources().get(source, []) if info.meta["cubin_sha256"] not in but_not)
+        return [info.key for info in by_compiler(found, major)]
+
+    def _sources(self) -> dict[str, list[EntryInfo]]:
+        """Entries that `load_source` may take, by source; remembered where nothing changes.
+
+        Several threads may ask at once, so nobody sees the table before it is whole.
+        """
+        known = self._by_source
+        if known is None or not self.read_only:
+            known = {}
+            for info in self.entries():
+                if self.handed_over(info.key):
+                    known.setdefault(info.meta.get("source_id", ""), []).append(info)
+            self._by_source = known
+        return known
+
+    def entries(self) -> list[EntryInfo]:
+        """Every entry whose metadata can be read, oldest first; nothing else is verified."""
+        return self._survey()[0]
+
+    def _survey(self) -> tuple[list[EntryInfo], list[tuple[str, str]]]:
+        """What `entries` gives, and keys and directories of what it leaves out."""
+        found = [(read_info(*place), place) for place in self._folders()]
+        entries = sorted((info for info, _ in found if info), key=lambda info: (info.created_at, info.key))
+        return entries, [place for info, place in found if info is None]
+
+    def _folders(self) -> Iterator[tuple[str, str]]:
+        """Keys and directories of all entries, whole or not."""
+        try:
+            groups = [
+                each
+                for each in os.scandir(self.path)
+                if len(each.name) == 2 and each.is_dir(follow_symlinks=self.read_only)
+            ]
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                self._unreadable(error)
+            return
+        for group in groups:
+            with contextlib.suppress(OSError):
+                found = (each for each in os.scandir(group.path) if each.name.startswith(group.name))
+                yield from ((each.name, each.path) for each in found if is_key(each.name))
+
+    def _unreadable(self, error: OSError) -> None:
+        """Say once that the cache cannot be read; it counts as empty."""
+        if error.errno != errno.ESTALE:  # removed meanwhile, as network file systems say it
+            cause = ACCESS if isinstance(error, PermissionError) else "read"
+            self._warn(cause, f"cannot read kernel cache {self.path}: {error}")
+
+    def _warn(self, cause: str, message: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            LOG.warning("%s", message)

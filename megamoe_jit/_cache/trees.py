@@ -1,0 +1,79 @@
+"""Deleting and moving what lies in a cache, whatever kind of file it is: nothing is opened that is no regular file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+
+__all__ = ["delete", "is_directory", "move", "tree_bytes"]
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+def is_directory(path: Path | str) -> bool:
+    """Whether there is a directory, and not a link to one."""
+    with contextlib.suppress(OSError):
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    return False
+
+
+def delete(path: Path) -> bool:
+    """Delete a directory with all that is in it, or unlink what is none; whether nothing is there now."""
+    with contextlib.suppress(OSError):
+        if is_directory(path):
+            with contextlib.suppress(OSError):
+                os.chmod(path, 0o700)  # what cannot be written cannot be emptied
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
+    return not os.path.lexists(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename; a directory that the file system does not rename is copied and deleted.
+
+    Overlay file systems, which images of containers are, answer EXDEV for directories of their lower layers.
+
+    Raises:
+        OSError: it stays where it is.
+    """
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        try:
+            if is_directory(source):
+                _copy_files(source, target)
+            if not delete(source):
+                raise
+        except OSError:
+            delete(target)
+            raise
+
+
+def tree_bytes(folder: Path) -> int:
+    """Size of the files in a directory, or of what is none; zero for what is not there."""
+    size = 0
+    with contextlib.suppress(OSError):
+        if not is_directory(folder):
+            return os.lstat(folder).st_size
+        for item in os.scandir(folder):
+            with contextlib.suppress(OSError):
+                size += item.stat(follow_symlinks=False).st_size
+    return size
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """The regular files of a directory; what else is in it is left behind."""
+    os.mkdir(target, 0o700)
+    for item in os.scandir(source):
+        if item.is_file(follow_symlinks=False):
+            copy = target / item.name
+            with open(os.open(item.path, _READ), "rb") as old, open(os.open(copy, _WRITE, 0o600), "wb") as new:
+                shutil.copyfileobj(old, new)

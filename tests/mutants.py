@@ -1,0 +1,232 @@
+"""Mistakes put into a copy of the product, one at a time: a named test must fail for each.
+
+    python -m tests.mutants [WORD ...]     those whose name has one of the words; all of them by default
+
+A suite that passes says little about a line that no assertion depends on.  These are spot checks in every part of the
+package, most of them of tests that once let such a mistake live.  Ends with 1 if a mutant lives, if its text is no
+longer there exactly once, or if its test does not pass without it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parents[1]
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "build", "dist", "bench-results")
+SECONDS = 300  #: most that the tests of one mutant may take
+PASSED, FAILED = 0, 1  #: exit codes of pytest
+
+
+class Mutant(NamedTuple):
+    """One mistake."""
+
+    name: str  #: part of the package, and what goes wrong
+    file: str
+    old: str  #: is there exactly once
+    new: str
+    test: str  #: below tests/unit; fails
+
+
+MUTANTS = (
+    Mutant(
+        "settings: a file wins over the environment",
+        "megamoe_jit/_settings/settings.py",
+        "if field not in values:",
+        "if True:",
+        "settings/test_settings_file.py::test_environment_wins_over_file_wins_over_default",
+    ),
+    Mutant(
+        "compile: options of ptxas are not passed on",
+        "megamoe_jit/_compile/nvrtc.py",
+        "for option in get_settings().ptxas_options)",
+        "for option in ())",
+        "compile/test_nvrtc.py::test_options",
+    ),
+    Mutant(
+        "cache: the binary's digest is not compared",
+        "megamoe_jit/_cache/entry.py",
+        'if hashlib.sha256(cubin).hexdigest() != meta.get("cubin_sha256"):',
+        "if False:",
+        "cache/test_store_damage.py::test_damage_is_quarantined_with_one_warning_and_heals",
+    ),
+    Mutant(
+        "cache: the most recently used goes first",
+        "megamoe_jit/_cache/evict.py",
+        "(is_current(i), i.used_at, i.key)",
+        "(is_current(i), -i.used_at, i.key)",
+        "cache/test_evict.py::test_plan_takes_the_least_recently_used_first_and_no_young_one",
+    ),
+    Mutant(
+        "jit: failures are not remembered",
+        "megamoe_jit/_jit/runtime.py",
+        "_failed[job] = error",
+        "pass",
+        "jit/test_runtime.py::test_failure_is_remembered_until_retry",
+    ),
+    Mutant(
+        "jit: a forked child waits for a lock of its parent",
+        "megamoe_jit/_jit/runtime.py",
+        "    _lock = threading.Lock()\n    _running.clear()",
+        "    _running.clear()",
+        "jit/test_runtime_threads.py::test_child_of_a_fork_needs_no_lock_that_a_thread_of_its_parent_held",
+    ),
+    Mutant(
+        "jit: a forked child waits for a compilation of its parent",
+        "megamoe_jit/_jit/runtime.py",
+        "    _lock = threading.Lock()\n    _running.clear()",
+        "    _lock = threading.Lock()",
+        "jit/test_runtime_threads.py::test_child_of_a_fork_compiles_what_a_thread_of_its_parent_was_compiling",
+    ),
+    Mutant(
+        "device: tensor maps with a swizzle of 64 bytes",
+        "megamoe_jit/_device/tensor_map.py",
+        "_SWIZZLE_128B = 3",
+        "_SWIZZLE_128B = 2",
+        "device/test_tensor_map.py::test_a_descriptor_is_of_bytes_in_boxes_as_wide_as_the_swizzle",
+    ),
+    Mutant(
+        "device: a launch that is not cooperative",
+        "megamoe_jit/_device/launch.py",
+        "cooperative.value.cooperative = 1",
+        "cooperative.value.cooperative = 0",
+        "device/test_launch.py::test_launch_passes_config_and_parameters",
+    ),
+    Mutant(
+        "device: a ring that ends within a block of rows",
+        "megamoe_jit/_device/layout.py",
+        "_up(max(max_pool_rows, MIN_POOL_ROWS), POOL_ALIGN)",
+        "max(max_pool_rows, MIN_POOL_ROWS)",
+        "device/test_layout.py::test_rows_of_every_array_can_be_moved_by_sixteen_bytes",
+    ),
+    Mutant(
+        "layer: a call on another stream waits for nothing",
+        "megamoe_jit/_layer/buffer.py",
+        "            stream.wait_stream(order.stream)",
+        "            pass",
+        "layer/test_calls.py::test_a_call_on_another_stream_waits_for_the_last_one",
+    ),
+    Mutant(
+        "layer: ranks prepare only the kernel of their own call",
+        "megamoe_jit/_layer/buffer.py",
+        "wanted = (variant,) if self.ranks == 1 else tuple(Variant)",
+        "wanted = (variant,)",
+        "layer/test_calls_first.py::test_once_prepared_or_in_a_capture_ranks_do_not_meet",
+    ),
+    Mutant(
+        "heuristics: a choice reads the settings behind the caller's back",
+        "heuristics/select.py",
+        "    if variant != AUTO:\n",
+        "    from megamoe_jit._settings.settings import get_settings\n"
+        "    if cooperative_threshold is None:\n"
+        "        cooperative_threshold = get_settings().cooperative_threshold\n"
+        "    if variant != AUTO:\n",
+        "heuristics/test_select.py::test_a_choice_depends_on_nothing_but_its_arguments",
+    ),
+    Mutant(
+        "check: a row passes if one of its numbers is finite",
+        "megamoe_jit/_check/verify.py",
+        "bad = ~y.isfinite().all(dim=-1)",
+        "bad = ~y.isfinite().any(dim=-1)",
+        "check/test_verify.py::test_judge_looks_at_every_number_of_a_row",
+    ),
+    Mutant(
+        "bench: a measurement does not say that files were changed",
+        "megamoe_jit/_bench/conditions.py",
+        'return f"{head}-dirty" if',
+        "return head if",
+        "bench/test_measure.py::test_a_measurement_names_the_commit_it_was_made_of",
+    ),
+    Mutant(
+        "bench: the first calls of a burst count too",
+        "megamoe_jit/_bench/clock.py",
+        "in pairs[len(pairs) // 2 :]]",
+        "in pairs]",
+        "bench/test_measure.py::test_only_the_later_half_of_a_burst_counts",
+    ),
+    Mutant(
+        "command line: an interrupt ends as a failure does",
+        "megamoe_jit/_cli/app.py",
+        "ctx.exit(ExitCode.INTERRUPTED)",
+        "ctx.exit(ExitCode.FAILED)",
+        "cli/test_cli_terminal.py::test_ctrl_c_at_a_question_removes_nothing",
+    ),
+    Mutant(
+        "kernels: rows of a ring are loaded before the second GEMM is done with those they replace",
+        "kernels_src/roles/load.cuh",
+        "if (first && tile.row >= p.pool_rows)",
+        "if (first && tile.row >= 2 * p.pool_rows)",
+        "kernels/test_protocol_sim.py::test_any_interleaving_gives_the_right_result[1]",
+    ),
+    Mutant(
+        "kernels: a rank signals in a word of its neighbour",
+        "kernels_src/comm/barriers.cuh",
+        "* kMaxRanks + p.rank, epoch);",
+        "* kMaxRanks + r, epoch);",
+        "kernels/test_protocol_sim.py::test_any_interleaving_gives_the_right_result[2]",
+    ),
+)
+
+
+def run_tests(folder: Path, names: Iterable[str], cache: str) -> tuple[int, str]:
+    """Exit code of pytest, and the end of what it said."""
+    tests = [f"tests/unit/{name}" for name in names]
+    ours = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": cache}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, **ours}, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"longer than {SECONDS} s"
+    return done.returncode, "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+
+
+def judge(mutant: Mutant, folder: Path, cache: str) -> str:
+    """What is wrong; empty if the test noticed the mutant."""
+    path = folder / mutant.file
+    text = path.read_text(encoding="utf-8")
+    count = text.count(mutant.old)
+    if count != 1:
+        return f"{mutant.file} has {mutant.old!r} {count} times; adapt the mutant to its new text"
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        code, said = run_tests(folder, [mutant.test], cache)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    if code == FAILED:
+        return ""
+    return f"it lives: {mutant.test} passes" if code == PASSED else f"{mutant.test} did not run ({code}):\n{said}"
+
+
+def main(words: Sequence[str]) -> int:
+    """Judge those whose name has one of the words."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    if not chosen:
+        sys.stderr.write(f"no mutant has one of these words in its name: {' '.join(words)}\n")
+        return 2
+    with tempfile.TemporaryDirectory(prefix="megamoe-jit-mutants-") as place:
+        folder = Path(place, "product")
+        shutil.copytree(REPO, folder, symlinks=True, ignore=NOT_COPIED)
+        code, said = run_tests(folder, dict.fromkeys(mutant.test for mutant in chosen), place)
+        if code != PASSED:
+            sys.stderr.write(f"the tests do not pass as it is ({code}):\n{said}\n")
+            return 1
+        problems = 0
+        for mutant in chosen:
+            problem = judge(mutant, folder, place)
+            problems += bool(problem)
+            sys.stdout.write(f"{mutant.name}: {problem or 'noticed'}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen) - problems} of {len(chosen)} mutants were noticed\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""Ctrl-C: while another process's lock is waited for, while NVRTC is at work, and before anything has begun."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from megamoe_jit._cache.locks import key_lock
+from megamoe_jit._jit import obtain as _obtain
+from megamoe_jit._jit.runtime import kernel_cache, kernel_key, warmup
+from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from tests.stubs import REPO
+
+SPECS = [KernelSpec(MoEShape(256, 128, 8, 2), variant) for variant in Variant]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c(monkeypatch):
+    """Interrupts the main thread once an event is set; also where the tests were started without Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def when() -> threading.Event:
+        event = threading.Event()
+        send = lambda: event.wait(30) and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+        threading.Thread(target=send, daemon=True).start()
+        return event
+
+    yield when
+    signal.signal(signal.SIGINT, before)
+
+
+def test_while_a_lock_is_waited_for(place, compiles, ctrl_c, monkeypatch):
+    """Nothing is compiled: that would be when the lock could not be had in time."""
+    interrupt = ctrl_c()
+    asked = kernel_cache().__class__.holds
+    monkeypatch.setattr("megamoe_jit._cache.cache.KernelCache.holds", lambda *a: interrupt.set() or asked(*a))
+    held = key_lock(kernel_key(SPECS[0]), "held by another")
+    with override(lock_timeout_s=50), held, pytest.raises(KeyboardInterrupt):
+        warmup(SPECS[:1])
+    assert compiles == []
+    assert warmup(SPECS[:1])[0].ok, "the lock can be had again"
+
+
+def test_while_nvrtc_is_at_work(place, ctrl_c, monkeypatch, caplog):
+    """It is said at once what is waited for; that is kept and reported, and the rest is not begun."""
+    interrupt, said, real, begun = ctrl_c(), threading.Event(), _obtain.compile_source, []
+
+    def compile_source(text, *, entry, toolchain):
+        begun.append(entry)
+        interrupt.set()
+        assert said.wait(20), "nothing is said while the compiler is at work"
+        return real(text, entry=entry, toolchain=toolchain)
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "interrupted; waiting for what is being compiled" in record.getMessage():
+                assert SPECS[0].entry in record.getMessage()
+                said.set()
+
+    monkeypatch.setattr(_obtain, "compile_source", compile_source)
+    handler, results = Listener(), []
+    logging.getLogger("megamoe_jit").addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            warmup(SPECS, jobs=1, progress=results.append)
+    finally:
+        logging.getLogger("megamoe_jit").removeHandler(handler)
+    assert begun == [SPECS[0].entry]
+    assert [(result.spec, result.ok) for result in results] == [(SPECS[0], True)]
+    assert kernel_cache().holds(kernel_key(SPECS[0]))
+    assert not kernel_cache().holds(kernel_key(SPECS[1]))
+
+
+def python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    head = f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
+    return subprocess.run([sys.executable, *flags, "-c", head + code], capture_output=True, text=True, timeout=60)
+
+
+def test_while_modules_are_imported():
+    code = (
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from megamoe_jit._cli import main\n"
+        "main()\n"
+    )
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_package_itself_imports_next_to_nothing():
+    """What is imported before `main` can answer an interrupt: the shorter, the better."""
+    code = (
+        "before = set(sys.modules)\nimport megamoe_jit._cli\n"
+        "print(*sorted(n for n in set(sys.modules) - before if not n.startswith('importlib')))"
+    )
+    done = python(code, "-I", "-S")
+    ours = {"megamoe_jit", "megamoe_jit._cli", "megamoe_jit._version"}
+    assert ours <= set(done.stdout.split()) <= ours | {"__future__", "warnings", "_warnings", "_imp", "_weakrefset"}
+
+
+def test_an_interrupted_process_leaves_at_once():
+    """A thread that still compiles does not hold it: that is what a second Ctrl-C asks for."""
+    code = (
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(50,)).start()\n"
+        "from megamoe_jit._cli import app\n"
+        "def interrupted(*_, **__): print('said'); raise KeyboardInterrupt\n"
+        "app.cli = interrupted\n"
+        "app.main()\n"
+    )
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "said\n", "")

@@ -1,0 +1,137 @@
+"""A process that has imported the command line and is forked for each command a test runs.
+
+A command starts in a tenth of the time that a new interpreter takes, and is otherwise as `python -m megamoe_jit` starts
+it: environment, working directory, standard streams and end are its own.  Neither torch nor cuda is imported before the
+fork, so whether a command imports them is up to the command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "cuda", "matplotlib")
+_AT_START = ("PYTHON", "LD_", "LC_", "LANG")  #: variables that an interpreter or the loader reads when it starts
+
+
+class Zygote:
+    """A new one per process that runs tests; it ends with that process."""
+
+    def __init__(self) -> None:
+        self._channel, other = socket.socketpair()
+        self._lock = threading.Lock()
+        self._started_with = _at_start(os.environ)
+        with other:
+            code = f"import sys; sys.path.insert(0, {str(REPO)!r}); from tests.zygote import serve; serve()"
+            words = [sys.executable, "-c", code, str(other.fileno())]
+            self._process = subprocess.Popen(words, pass_fds=[other.fileno()])
+
+    def can_run(self, environ: Mapping[str, str]) -> bool:
+        """Whether an interpreter would start in this environment as the zygote did."""
+        return _at_start(environ) == self._started_with
+
+    def run(self, arguments: list[str], environ: Mapping[str, str], timeout: float) -> tuple[int, str, str]:
+        """Run a command to its end.
+
+        Args:
+            arguments: of the command line.
+            environ: all its environment variables.
+            timeout: seconds after which it is killed.
+
+        Returns:
+            Its return code, as `subprocess` has it, and what it wrote to standard output and standard error.
+
+        Raises:
+            subprocess.TimeoutExpired: it was killed.
+        """
+        request = json.dumps({"arguments": arguments, "environ": dict(environ), "cwd": os.getcwd()}).encode() + b"\n"
+        with self._lock, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            with open(os.devnull, "rb") as nothing:
+                socket.send_fds(self._channel, [b"+"], [nothing.fileno(), out.fileno(), err.fileno()])
+                self._channel.sendall(request)
+            answers = self._channel.makefile("r")
+            pid = int(answers.readline())
+            late = threading.Event()
+            timer = threading.Timer(timeout, lambda: (late.set(), os.kill(pid, signal.SIGKILL)))
+            timer.start()
+            code = int(answers.readline())
+            timer.cancel()
+            out.seek(0), err.seek(0)
+            if late.is_set():
+                raise subprocess.TimeoutExpired(arguments, timeout, out.read(), err.read())
+            return code, out.read().decode(), err.read().decode()
+
+    def close(self) -> None:
+        """End it."""
+        self._channel.close()
+        self._process.wait()
+
+
+def _at_start(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name.startswith(_AT_START)}
+
+
+def preload() -> None:
+    """Import every module of the package that does without the heavy ones."""
+    sys.modules.update(dict.fromkeys(HEAVY))  # who imports one of them fails, and is imported where it is needed
+    package = importlib.import_module("megamoe_jit")
+    for module in pkgutil.walk_packages(package.__path__, "megamoe_jit.", onerror=lambda _: None):
+        if not module.name.endswith("__main__"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module.name)
+    for name in ("jinja2", "rich.console", "rich.live", "rich.table"):
+        importlib.import_module(name)
+    for name in HEAVY:
+        del sys.modules[name]
+
+
+def serve() -> None:
+    """Fork for each request, which come through the handle that is the argument, until nobody is there to ask."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    preload()
+    gc.collect()
+    gc.freeze()  # a child would otherwise copy what it only counts
+    while True:
+        _, streams, *_ = socket.recv_fds(channel, 1, 3)
+        if not streams:
+            return
+        request = json.loads(channel.makefile("r").readline())
+        pid = os.fork()
+        if pid == 0:
+            channel.close()
+            become(request, streams)
+            return
+        for stream in streams:
+            os.close(stream)
+        channel.sendall(f"{pid}\n".encode())
+        channel.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+
+
+def become(request: dict[str, object], streams: list[int]) -> None:
+    """Be `python -m megamoe_jit`: ends with SystemExit, past which the interpreter ends as usual."""
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+        os.close(stream)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115 - for as long as the process runs
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    os.chdir(request["cwd"])
+    sys.path[0] = request["cwd"]
+    sys.argv = ["-m", *request["arguments"]]
+    runpy.run_module("megamoe_jit", run_name="__main__", alter_sys=True)
