@@ -55,7 +55,7 @@ NVRTC13 := $(VENV)/nvrtc13
 test-nvrtc13: $(call stamp,dev)
 	@test -d $(NVRTC13) || $(PY) -m pip install --quiet --no-deps --target $(NVRTC13) 'nvidia-cuda-nvrtc>=13,<14'
 	MEGAMOE_JIT_NVRTC=$$(find $(CURDIR)/$(NVRTC13) -name 'libnvrtc.so.13' | head -n 1) \
-	  $(PY) -m pytest tests/compile tests/unit/device/test_abi.py tests/unit/compile/test_nvrtc.py tests/unit/compile/test_cubin.py tests/unit/compile/test_other_nvrtc.py \
+	  $(PY) -m pytest tests/compile tests/unit/spec/test_abi.py tests/unit/compile/test_nvrtc.py tests/unit/compile/test_cubin.py tests/unit/compile/test_other_nvrtc.py \
 	  $(WORKERS) $(ARGS)
 
 test-gpu: $(call stamp,dev)
@@ -92,8 +92,8 @@ format: $(call stamp,dev)
 
 # What Python knows of the kernels' headers; a test says when it is out of date.
 abi: $(call stamp,dev)
-	$(PY) -m tests.abi > megamoe_jit/_device/abi.py.new
-	mv megamoe_jit/_device/abi.py.new megamoe_jit/_device/abi.py
+	$(PY) -m tests.abi > megamoe_jit/_spec/abi.py.new
+	mv megamoe_jit/_spec/abi.py.new megamoe_jit/_spec/abi.py
 
 # The parts of the command line's schemas that follow from variants and options; a test says when they are out of date.
 schemas: $(call stamp,dev)

@@ -21,7 +21,7 @@ from megamoe_jit._bench.timeline import Record, decode, summary, words, write_tr
 from megamoe_jit._check.scenarios import make_inputs
 from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._layer.bound_kernel import PreparedKernel
-from megamoe_jit._numerics import Numerics
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import preset
 
 ROUNDS = 3  #: the last one is kept

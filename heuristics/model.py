@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamoe_jit._device.abi import BLOCK_N
 from megamoe_jit._spec import BLOCK, MoEShape, Variant
+from megamoe_jit._spec.abi import BLOCK_N
 
 __all__ = ["Model", "Sample", "expected_blocks", "expected_us", "fit"]
 

@@ -1,6 +1,6 @@
-"""Writes `megamoe_jit/_device/abi.py`, what kernels and Python agree on, from the headers in `kernels_src/`.
+"""Writes `megamoe_jit/_spec/abi.py`, what kernels and Python agree on, from the headers in `kernels_src/`.
 
-    python -m tests.abi > megamoe_jit/_device/abi.py       # or: make abi
+    python -m tests.abi > megamoe_jit/_spec/abi.py       # or: make abi
 
 Every number is the compiler's: a probe that includes the headers holds a table of constants, sizes and offsets, NVRTC
 compiles it, and the table is read out of the cubin.  Only the names of members and enumerators are read from the text,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megamoe_jit import _cli
-from megamoe_jit._formats import FORMATS
-from megamoe_jit._numerics import Numerics
 from megamoe_jit._spec import KernelSpec, MoEShape
-from megamoe_jit._variants import AUTO, Variant
+from megamoe_jit._spec.formats import FORMATS
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.variants import AUTO, Variant
 
 FOLDER = Path(_cli.__file__).with_name("schemas")
 NAMES = [variant.value for variant in Variant]

@@ -1,4 +1,4 @@
-// The one kernel argument.  Python knows it by `megamoe_jit/_device/abi.py`, which `make abi` writes from this and other headers;
+// The one kernel argument.  Python knows it by `megamoe_jit/_spec/abi.py`, which `make abi` writes from this and other headers;
 // its size is checked again before the launch.
 //
 // Symmetric memory (one allocation per rank, at p.peers[rank]; peers read or write it):

@@ -20,10 +20,10 @@ from megamoe_jit._bench.unfused_run import BaselineRow, add_baselines, baseline_
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._formats import FP8
 from megamoe_jit._layer.buffer import sm_count
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec.formats import FP8
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.select import AUTO, choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference

@@ -10,8 +10,8 @@ from typing import Any
 from megamoe_jit._bench.measure import Row
 from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
-from megamoe_jit._formats import FP8
 from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec.formats import FP8
 
 __all__ = ["RankRow", "merge"]
 

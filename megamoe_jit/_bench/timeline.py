@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._device.abi import RECORD_WORDS, RECORDS, Role, Span
+from megamoe_jit._spec.abi import RECORD_WORDS, RECORDS, Role, Span
 
 __all__ = ["ROLES", "SPANS", "Record", "decode", "summary", "trace", "words", "write_trace"]
 

@@ -24,8 +24,8 @@ from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._files import read_plain
-from megamoe_jit._numerics import Numerics
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.tables import check_choices
 

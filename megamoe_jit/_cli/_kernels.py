@@ -14,8 +14,8 @@ from megamoe_jit._errors import ToolchainError
 
 if TYPE_CHECKING:
     from megamoe_jit._jit.runtime import WarmupResult
-    from megamoe_jit._numerics import Numerics
     from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "spec_document", "status"]
 

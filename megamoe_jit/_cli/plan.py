@@ -15,7 +15,7 @@ from megamoe_jit._cli._options import (
     sms_option,
     tokens_option,
 )
-from megamoe_jit._variants import VARIANT_CHOICES
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import MoEShape

@@ -20,7 +20,7 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._variants import VARIANT_NAMES, Variant
+from megamoe_jit._spec.variants import VARIANT_NAMES, Variant
 
 __all__ = ["tune"]
 

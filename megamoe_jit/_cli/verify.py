@@ -13,7 +13,7 @@ from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, pro
 from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
 from megamoe_jit._errors import ToolchainError
-from megamoe_jit._variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
+from megamoe_jit._spec.variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
 
 if TYPE_CHECKING:
     import torch

@@ -17,11 +17,11 @@ from megamoe_jit._cli._kernels import (
     spec_document,
 )
 from megamoe_jit._cli._options import cache_dir_option, numerics_options, ranks_option, shape_options
-from megamoe_jit._variants import VARIANT_CHOICES
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
-    from megamoe_jit._numerics import Numerics
     from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["warmup"]
 

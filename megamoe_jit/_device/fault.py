@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamoe_jit._device.abi import COUNTER_ROWS, MAX_RANKS, Phase, Wait
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
+from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, Phase, Wait
 
 __all__ = ["LOST", "WAITS", "Fault", "decode", "fault_error"]
 

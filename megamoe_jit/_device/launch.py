@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 from typing import Any, NoReturn
 
-from megamoe_jit._device.abi import PARAMS_ALIGN, THREADS
 from megamoe_jit._device.load import LoadedKernel
 from megamoe_jit._errors import DeviceFaultError, LaunchError
+from megamoe_jit._spec.abi import PARAMS_ALIGN, THREADS
 
 __all__ = ["Launcher"]
 

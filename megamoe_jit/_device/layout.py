@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe_jit._device.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Phase
 from megamoe_jit._spec import BLOCK, MoEShape
+from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Phase
 
 __all__ = ["ALIGN", "CAPACITY_STEP", "DEFAULT_POOL_ROWS", "MAX_SORT_BLOCKS", "BufferLayout", "Section", "buffer_layout"]
 

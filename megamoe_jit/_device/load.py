@@ -98,7 +98,7 @@ def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None 
     if param_bytes is not None and param_bytes != loaded.param_bytes:
         raise LoadError(
             f"kernel {spec.entry} takes {loaded.param_bytes} bytes of parameters, but the host passes "
-            f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_device/abi.py disagree"
+            f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_spec/abi.py disagree"
         )
     return loaded
 

@@ -9,7 +9,7 @@ import ctypes
 from ctypes import c_float, c_uint32, c_uint64
 from typing import Any
 
-from megamoe_jit._device.abi import PARAMS, PARAMS_ALIGN
+from megamoe_jit._spec.abi import PARAMS, PARAMS_ALIGN
 
 __all__ = ["Params", "TensorMap", "aligned_params"]
 

@@ -10,9 +10,9 @@ import ctypes
 import functools
 from ctypes import c_uint32, c_uint64, c_void_p
 
-from megamoe_jit._device.abi import BLOCK_K
 from megamoe_jit._device.params import TensorMap
 from megamoe_jit._errors import LaunchError, ToolchainError
+from megamoe_jit._spec.abi import BLOCK_K
 
 __all__ = ["encode_fp8_rows"]
 

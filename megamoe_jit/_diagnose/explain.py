@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from megamoe_jit._device.abi import (
+from megamoe_jit._device.layout import Section, buffer_layout
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape
+from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
     MATH_WARPS,
@@ -15,10 +18,7 @@ from megamoe_jit._device.abi import (
     TILE_BYTES,
     TILE_SLOTS,
 )
-from megamoe_jit._device.layout import Section, buffer_layout
-from megamoe_jit._errors import ConfigError
-from megamoe_jit._numerics import Numerics
-from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 

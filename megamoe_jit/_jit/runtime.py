@@ -25,9 +25,9 @@ from megamoe_jit._compile.toolchain import ARCH, find_toolchain
 from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
 from megamoe_jit._jit.interrupt import obey
 from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
-from megamoe_jit._numerics import Numerics
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import items_of, several, shown
 
 __all__ = [

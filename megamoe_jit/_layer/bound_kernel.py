@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megamoe_jit._device.abi import ACT_BOX_ROWS, COUNTER_ROWS, SMALL_BOX_ROWS
 from megamoe_jit._device.l2_partition import sides_of_sms
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
@@ -17,6 +16,7 @@ from megamoe_jit._device.params import Params, aligned_params
 from megamoe_jit._device.tensor_map import encode_fp8_rows
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec.abi import ACT_BOX_ROWS, COUNTER_ROWS, SMALL_BOX_ROWS
 
 if TYPE_CHECKING:
     from megamoe_jit._layer.buffer import SymmBuffer

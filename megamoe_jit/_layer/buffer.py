@@ -23,9 +23,9 @@ from megamoe_jit._device.wait import be_ready, wait_for_device
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._layer.group import collectively, gather, group_size, require_equal
 from megamoe_jit._layer.memory import LayerMemory
-from megamoe_jit._numerics import Numerics, numerics_of
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import MoEShape, Variant, check_flag, check_int
+from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants, choose
 

@@ -24,9 +24,9 @@ from megamoe_jit._layer.checks import (
 from megamoe_jit._layer.group import collectively, group_size
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.weights import WeightPair, by_old_names, require_pair
-from megamoe_jit._numerics import Numerics, numerics_of
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit._text import first_line, shown
 
 __all__ = [

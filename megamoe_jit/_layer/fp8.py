@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 import torch
 
-from megamoe_jit._device.abi import BLOCK_N
 from megamoe_jit._layer.quantize import dequantize_weights as dequantize
 from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.abi import BLOCK_N
 
 __all__ = ["INTERLEAVE", "dequantize", "pack", "unpack"]
 

@@ -14,8 +14,8 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import allocate_symmetric
-from megamoe_jit._numerics import Numerics
 from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._formats import FP8
 from megamoe_jit._layer.calls import fp8_mega_moe, get_symm_buffer_for_mega_moe
 from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.marks import require_plain
@@ -21,6 +20,7 @@ from megamoe_jit._layer.weights import (
     transform_weights_for_mega_moe_sm90,
 )
 from megamoe_jit._spec import check_clamp, check_flag
+from megamoe_jit._spec.formats import FP8
 
 __all__ = ["MegaMoE"]
 

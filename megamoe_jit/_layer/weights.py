@@ -15,11 +15,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._formats import FP8, WeightFormat
 from megamoe_jit._layer import marks as _marks
 from megamoe_jit._layer.marks import LAYOUT, METADATA_KEY, require_marked, require_plain, spans
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._spec import BLOCK, check_flag
+from megamoe_jit._spec.formats import FP8, WeightFormat
 from megamoe_jit._text import shown
 
 __all__ = [

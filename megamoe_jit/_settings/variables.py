@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._variants import VARIANT_CHOICES
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 __all__ = ["PREFIX", "VARIABLES", "Variable", "cpu_count", "default_cache_dir", "default_config_file", "parse_size"]
 

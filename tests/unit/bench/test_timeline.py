@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megamoe_jit._bench.timeline import ROLES, SPANS, Record, decode, summary, trace, words, write_trace
-from megamoe_jit._device.abi import RECORD_WORDS, RECORDS, Span
+from megamoe_jit._spec.abi import RECORD_WORDS, RECORDS, Span
 
 START = 1_700_000_000_000_000_000
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megamoe_jit._device.abi import COUNTER_ROWS, GROUP, WARP, Wait
 from megamoe_jit._device.fault import LOST, ROLES, WAITS, Fault, decode, fault_error
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
+from megamoe_jit._spec.abi import COUNTER_ROWS, GROUP, WARP, Wait
 
 #: By name: words that the sentence must have, so that no code can change its meaning unnoticed.
 SAYS = {

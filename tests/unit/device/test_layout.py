@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._device import abi as _abi
 from megamoe_jit._device.layout import ALIGN, CAPACITY_STEP, MAX_SORT_BLOCKS, BufferLayout, buffer_layout
 from megamoe_jit._device.params import Params
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, MAX_TOPK, MoEShape
+from megamoe_jit._spec import abi as _abi
 
 #: Parameters that are neither offsets in the symmetric buffer nor addresses in the local one.
 OTHERS = {

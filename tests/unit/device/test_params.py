@@ -6,8 +6,8 @@ import ctypes
 
 import pytest
 
-from megamoe_jit._device.abi import PARAMS, PARAMS_ALIGN, PARAMS_BYTES
 from megamoe_jit._device.params import Params, TensorMap, aligned_params
+from megamoe_jit._spec.abi import PARAMS, PARAMS_ALIGN, PARAMS_BYTES
 
 
 def test_every_field_lies_where_the_compiler_has_it():

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from megamoe_jit._formats import FORMATS
 from megamoe_jit._spec import Variant
+from megamoe_jit._spec.formats import FORMATS
 from tests import host
 
 #: Folders from the bottom up; a room includes only rooms of its own folder or of those before it.

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._device.abi import POOL_ALIGN
 from megamoe_jit._spec import Variant
+from megamoe_jit._spec.abi import POOL_ALIGN
 from tests import host
 
 GEMM1, GEMM2, STOP = range(3)

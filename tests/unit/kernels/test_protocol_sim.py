@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._device.abi import Wait
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec.abi import Wait
 from tests import host
 from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
 

@@ -19,7 +19,6 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import make_weights
-from megamoe_jit._device.abi import Wait
 from megamoe_jit._device.params import Params
 from megamoe_jit._layer import bound_kernel as _prepared
 from megamoe_jit._layer import buffer as _buffer
@@ -28,6 +27,7 @@ from megamoe_jit._layer.buffer import SymmBuffer, sort_blocks
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.abi import Wait
 
 SHAPE = MoEShape(256, 128, 4, 2)
 DRAWN = make_weights(SHAPE, "cpu")

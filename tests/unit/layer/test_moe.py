@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._device.abi import Wait
 from megamoe_jit._device.params import Params
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import group as _ranks
@@ -26,6 +25,7 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.abi import Wait
 from megamoe_jit.reference import moe_reference
 from tests.unit.layer.test_calls import DRAWN, GARBAGE, HERE, L1, L2, SHAPE, STATS, Cuda, call, refused, uses
 

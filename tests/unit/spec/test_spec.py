@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe_jit import _spec
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import find_toolchain
-from megamoe_jit._device import abi as _abi
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MAX_EXPERTS, MAX_TOPK, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import abi as _abi
+from megamoe_jit._spec.spec import MAX_DISPATCH_SLOTS, MIN_DISPATCH_SLOTS
 from tests import host
 
 SHAPE = MoEShape(4096, 2048, 256, 6)
@@ -107,7 +107,7 @@ def test_shared_memory_fits(spec):
     assert spec.shared_bytes <= _abi.SHARED_LIMIT == 232448
     assert spec.shared_bytes % 8 == 0
     assert spec.stages >= 3
-    assert _spec.MIN_DISPATCH_SLOTS <= spec.dispatch_slots <= _spec.MAX_DISPATCH_SLOTS
+    assert MIN_DISPATCH_SLOTS <= spec.dispatch_slots <= MAX_DISPATCH_SLOTS
     assert spec.block_m == (64 if spec.variant is Variant.PINGPONG else 128)
 
 

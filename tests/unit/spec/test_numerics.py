@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._numerics import Numerics, numerics_of
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.numerics import Numerics, numerics_of
 
 SHAPE = MoEShape(256, 128, 8, 2)
 EACH = (Numerics(), Numerics(fast_math=False))

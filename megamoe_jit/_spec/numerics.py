@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.checks import check_flag
 from megamoe_jit._text import shown
 
 __all__ = ["Numerics", "numerics_of"]
@@ -30,8 +31,7 @@ class Numerics:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            if type(flag := getattr(self, option.name)) is not bool:
-                raise ConfigError(f"{option.name} = {shown(flag)} is not supported; allowed: True or False")
+            check_flag(option.name, getattr(self, option.name))
 
     def __str__(self) -> str:
         """As the arguments of a call."""

@@ -6,14 +6,12 @@ capacity, SM count, timeout and clamp are run-time values, so one compiled kerne
 
 from __future__ import annotations
 
-import ctypes
-import math
-import numbers
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from megamoe_jit._device.abi import (
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
     MATH_WARPS,
@@ -24,13 +22,14 @@ from megamoe_jit._device.abi import (
     TILE_BYTES,
     TILE_SLOTS,
 )
-from megamoe_jit._errors import ConfigError
-from megamoe_jit._formats import FORMATS, FP8, WeightFormat
-from megamoe_jit._numerics import Numerics
-from megamoe_jit._text import shown
-from megamoe_jit._variants import Variant
+from megamoe_jit._spec.checks import check, check_fields, check_flag, check_int
+from megamoe_jit._spec.formats import FORMATS, FP8, WeightFormat
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.variants import Variant
 
 __all__ = [
+    "BLOCK",
+    "DEFAULT_NUMERICS",
     "MAX_EXPERTS",
     "MAX_RANKS",
     "MAX_SIZE",
@@ -38,10 +37,6 @@ __all__ = [
     "MAX_TOPK",
     "KernelSpec",
     "MoEShape",
-    "Variant",
-    "check_clamp",
-    "check_flag",
-    "check_int",
 ]
 
 MAX_TOPK = 32
@@ -54,47 +49,6 @@ DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
 _ENTRY = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})_r(\d{1,9})((?:_[a-z0-9]+)*)")
-
-
-def _check(ok: bool, what: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{what} = {shown(value)} is not supported; allowed: {allowed}")
-
-
-def _fields(what: str, data: dict[str, Any], needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The data, if they are a table with these fields and no others."""
-    _check(isinstance(data, dict), what, data, f"a table with {', '.join(needed)}")
-    for name in needed:
-        _check(name in data, what, data, f"a table with {', '.join(needed)}; it has no {name}")
-    for name in data:
-        _check(name in needed + optional, what, data, f"a table with {', '.join(needed)}; not {shown(name)}")
-    return data
-
-
-def check_int(what: str, value: object) -> None:
-    """Raise `ConfigError` unless `value` is an integer, which a bool is not."""
-    _check(type(value) is int, what, value, "an integer")
-
-
-def check_flag(what: str, value: object) -> None:
-    """Raise `ConfigError` unless `value` is True or False."""
-    _check(type(value) is bool, what, value, "True or False")
-
-
-def check_clamp(name: str, clamp: float | None) -> float:
-    """Raise unless this is a bound or None; as the kernel takes it (infinity for none)."""
-    if clamp is None:
-        return math.inf
-    bound = -1.0
-    if type(clamp) is float or (isinstance(clamp, numbers.Real) and not isinstance(clamp, bool)):  # floats at once
-        try:
-            bound = ctypes.c_float(float(clamp)).value  # as the kernel has it
-        except OverflowError:  # an integer that no float holds
-            bound = math.inf
-    if not bound >= 0 or (bound == math.inf and clamp != math.inf):
-        allowed = "0 or a positive number that float32 holds, or None"
-        raise ConfigError(f"{name} = {shown(clamp)} is not supported; allowed: {allowed}")
-    return bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +77,9 @@ class MoEShape:
         check_int("topk", self.topk)
         for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
             fits = 0 < size <= MAX_SIZE and size % BLOCK == 0
-            _check(fits, name, size, f"a multiple of 128 from 128 to {MAX_SIZE}")
-        _check(1 <= self.experts <= MAX_EXPERTS, "experts", self.experts, f"1 to {MAX_EXPERTS}")
-        _check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
+            check(fits, name, size, f"a multiple of 128 from 128 to {MAX_SIZE}")
+        check(1 <= self.experts <= MAX_EXPERTS, "experts", self.experts, f"1 to {MAX_EXPERTS}")
+        check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -164,15 +118,15 @@ class KernelSpec:
         numerics: Numerics = DEFAULT_NUMERICS,
         weights: WeightFormat = FP8,
     ) -> None:
-        _check(isinstance(shape, MoEShape), "shape", shape, "a MoEShape")
-        _check(isinstance(variant, Variant), "variant", variant, "a member of Variant")
-        _check(isinstance(numerics, Numerics), "numerics", numerics, "a Numerics")
-        _check(isinstance(weights, WeightFormat), "weights", weights, "a WeightFormat")
+        check(isinstance(shape, MoEShape), "shape", shape, "a MoEShape")
+        check(isinstance(variant, Variant), "variant", variant, "a member of Variant")
+        check(isinstance(numerics, Numerics), "numerics", numerics, "a Numerics")
+        check(isinstance(weights, WeightFormat), "weights", weights, "a WeightFormat")
         check_flag("timeline", timeline)
         check_int("ranks", ranks)
-        _check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
+        check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
         shared = f"a multiple of the number of ranks ({ranks})"
-        _check(shape.experts % ranks == 0, "experts", shape.experts, shared)
+        check(shape.experts % ranks == 0, "experts", shape.experts, shared)
         if fast_math is not _UNSET:
             numerics = replace(numerics, fast_math=fast_math)
         for name, value in zip(self.__slots__, (shape, variant, ranks, numerics, timeline, weights), strict=True):
@@ -304,10 +258,12 @@ class KernelSpec:
     def from_json(cls, data: dict[str, Any]) -> KernelSpec:
         """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
         options = tuple(option.name for option in fields(Numerics))
-        given = _fields("data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline", "weights", *options))
+        given = check_fields(
+            "data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline", "weights", *options)
+        )
         sizes = given["shape"]
         return cls(
-            shape=MoEShape(**_fields("shape", sizes, ("hidden", "intermediate", "experts", "topk"))),
+            shape=MoEShape(**check_fields("shape", sizes, ("hidden", "intermediate", "experts", "topk"))),
             variant=Variant.parse(data["variant"]),
             ranks=data["ranks"],
             timeline=data.get("timeline", False),

@@ -1,4 +1,4 @@
-"""`megamoe_jit/_device/abi.py` is what the headers say, and its generator notices what it cannot see."""
+"""`megamoe_jit/_spec/abi.py` is what the headers say, and its generator notices what it cannot see."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from megamoe_jit._device import abi as _abi
-from megamoe_jit._device.abi import Wait
 from megamoe_jit._spec import MAX_TOKENS, MAX_TOPK
+from megamoe_jit._spec import abi as _abi
+from megamoe_jit._spec.abi import Wait
 from tests import abi, host
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources that the generator reads instead, and reads anew."""
+    copy = shutil.copytree(host.KERNELS, tmp_path / "kernels_src")
+    monkeypatch.setattr(host, "KERNELS", copy)
+    monkeypatch.setattr(host, "room", host.room.__wrapped__)
+    return copy
 
 
 def test_it_is_up_to_date():
@@ -36,9 +45,8 @@ def test_it_is_up_to_date():
         ("comm/fault.cuh", "enum class Wait", "enum class Awaited", "no longer declares"),
     ],
 )
-def test_a_change_that_python_would_not_see_is_an_error(tmp_path, monkeypatch, room, old, new, problem):
-    monkeypatch.setattr(host, "KERNELS", shutil.copytree(host.KERNELS, tmp_path / "kernels_src"))
-    path = tmp_path / "kernels_src" / room
+def test_a_change_that_python_would_not_see_is_an_error(kernels: Path, room, old, new, problem):
+    path = kernels / room
     text = path.read_text().replace(old, new)
     if "MEGA_HIDDEN" in new:
         text = text.replace("namespace megamoe {", "#define MEGA_HIDDEN u64 hidden;\nnamespace megamoe {", 1)
@@ -48,9 +56,8 @@ def test_a_change_that_python_would_not_see_is_an_error(tmp_path, monkeypatch, r
         abi.text()
 
 
-def test_a_new_constant_appears_in_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "KERNELS", shutil.copytree(host.KERNELS, tmp_path / "kernels_src"))
-    path = tmp_path / "kernels_src/comm/fault.cuh"
+def test_a_new_constant_appears_in_the_text(kernels: Path):
+    path = kernels / "comm/fault.cuh"
     path.write_text(path.read_text().replace("gemm2_done = 14,", "gemm2_done = 14,\n    other_thing = 15,"))
     assert set(abi.text().splitlines()) - set(Path(_abi.__file__).read_text().splitlines()) == {"    OTHER_THING = 15"}
 

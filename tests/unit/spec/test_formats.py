@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._formats import FORMATS, FP8, WeightFormat
 from megamoe_jit._layer.quantize import dequantize_weights, quantize_weights
 from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.formats import FORMATS, FP8, WeightFormat
 
 #: What a format of four bits, two to a byte, with a scale for 32 of a row would say.
 NARROW = WeightFormat("narrow", "e2m1", 4, "uint8", "uint8", 1, (1, 32), "megamoe_jit._layer.fp8")
