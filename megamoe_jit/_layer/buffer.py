@@ -24,8 +24,8 @@ from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._layer.group import collectively, gather, group_size, require_equal
 from megamoe_jit._layer.memory import LayerMemory
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import MoEShape, Variant, check_flag, check_int
-from megamoe_jit._spec.numerics import Numerics, numerics_of
+from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants, choose
 
@@ -153,20 +153,17 @@ class SymmBuffer(LayerMemory):
             MegaMoeError: it could not be compiled or loaded; see `fp8_mega_moe`.
         """
         variant = Variant.parse(variant)
-        if not isinstance(fast_math, Numerics):
-            check_flag("fast_math", fast_math)
         self.require_usable()
-        numerics = fast_math if isinstance(fast_math, Numerics) else numerics_of(fast_math)
-        prepared = None if numerics is None else self._prepared.get((variant, numerics))
+        numerics = fast_math if isinstance(fast_math, Numerics) else Numerics(fast_math)
+        prepared = self._prepared.get((variant, numerics))
         if prepared is None:
             if self.ranks > 1 and torch.cuda.is_current_stream_capturing():
                 raise CaptureError(
                     "kernels of several ranks are prepared collectively and not while a CUDA graph is being captured; "
-                    f"call prepare({variant.value!r}, {numerics or fast_math}) on every rank before the capture"
+                    f"call prepare({variant.value!r}, {numerics}) on every rank before the capture"
                 )
             wanted = (variant,) if self.ranks == 1 else tuple(Variant)
-            made = collectively(self.group, "preparing the kernels", lambda: self._bind(wanted, fast_math))
-            numerics = next(iter(made.values())).spec.numerics
+            made = collectively(self.group, "preparing the kernels", lambda: self._bind(wanted, numerics))
             if self.ranks > 1:
                 keys = {f"kernel {v.value}": kernel.loaded.key for v, kernel in made.items()}
                 require_equal(self.group, "their kernels", keys)
@@ -189,10 +186,9 @@ class SymmBuffer(LayerMemory):
         for variant in all_variants(self.shape):
             self.prepare(variant, fast_math)
 
-    def _bind(self, variants: Iterable[Variant], fast_math: bool | Numerics) -> dict[Variant, PreparedKernel]:
+    def _bind(self, variants: Iterable[Variant], numerics: Numerics) -> dict[Variant, PreparedKernel]:
         from megamoe_jit._layer.bound_kernel import PreparedKernel
 
-        numerics = fast_math if isinstance(fast_math, Numerics) else Numerics(fast_math)
         with torch.cuda.device(self.device):
             return {variant: PreparedKernel(self.spec(variant, numerics), self) for variant in variants}
 

@@ -212,7 +212,11 @@ def fp8_mega_moe(
         l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
     stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp, num_tokens_bound)
     numeric = (fast_math,)  # the fields of `Numerics`
-    numerics = numerics_of(*numeric)  # None is refused below, with several ranks on all of them
+    numerics: Numerics | None
+    try:
+        numerics = numerics_of(*numeric)
+    except (ConfigError, TypeError):
+        numerics = None  # refused below, with several ranks on all of them
     first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(numerics)
     if first and not torch.cuda.is_current_stream_capturing():  # in a capture, prepare refuses
 

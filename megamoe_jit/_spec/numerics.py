@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.checks import check_flag
@@ -23,8 +23,18 @@ def _option(default: bool, *, off: str, on: str, what: str) -> Any:
     return field(default=default, metadata={"words": (off, on), "what": what})
 
 
-@dataclass(frozen=True, slots=True)
-class Numerics:
+class _Once(type):
+    """Equal values are one object: a call looks its kernel up by it, and hashing an identity costs nothing."""
+
+    _made: ClassVar[dict[tuple[Any, ...], Any]] = {}
+
+    def __call__(cls, *arguments: Any, **options: Any) -> Any:
+        made = super().__call__(*arguments, **options)
+        return cls._made.setdefault(made.values(), made)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Numerics(metaclass=_Once):
     """Numeric options, each a compile-time constant of a kernel: `fast_math` is `Config::kFastMath`."""
 
     fast_math: bool = _option(True, off="exact", on="fast", what="approximate exponential and reciprocal in SwiGLU")
@@ -33,9 +43,17 @@ class Numerics:
         for option in fields(self):
             check_flag(option.name, getattr(self, option.name))
 
+    def __reduce__(self) -> tuple[type[Numerics], tuple[Any, ...]]:
+        """A copy, and what another process sends, is the one object too."""
+        return Numerics, self.values()
+
     def __str__(self) -> str:
         """As the arguments of a call."""
         return ", ".join(f"{name}={flag}" for name, flag in self.options().items())
+
+    def values(self) -> tuple[Any, ...]:
+        """Options in the order of the fields."""
+        return tuple(getattr(self, option.name) for option in fields(self))
 
     def options(self) -> dict[str, Any]:
         """Options by name."""
@@ -78,12 +96,6 @@ class Numerics:
         return [word for o in fields(cls) if (word := o.metadata["words"][not o.default])]
 
 
-_known = functools.lru_cache(maxsize=64, typed=True)(Numerics)
-
-
-def numerics_of(*options: Any) -> Numerics | None:
-    """The value of a call's options in their order, made once; None where one is no bool, and `Numerics` says which."""
-    try:
-        return _known(*options)
-    except (ConfigError, TypeError):
-        return None
+#: The value of a call's options in their order, without running Python once it is known. Raises as `Numerics` does, and
+#: `TypeError` for what cannot be hashed; only values of bools are kept.
+numerics_of = functools.lru_cache(maxsize=None, typed=True)(Numerics)

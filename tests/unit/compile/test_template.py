@@ -16,7 +16,7 @@ from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.stubs import write_rooms
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-ENTRY = "kernels/pingpong.cuh.j2"
+ENTRY = SPEC.template
 PLACE = f"/megamoe_jit/kernels_src/{ENTRY}"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import copy
+import pickle
+from dataclasses import fields, replace
 
 import pytest
 
@@ -61,10 +63,20 @@ def test_every_option_has_words_of_its_own():
 
 @pytest.mark.parametrize("value", [1, None, "fast", [], {}])
 def test_a_call_with_no_bool_gets_no_value(value):
-    assert numerics_of(value) is None
+    numerics_of(True)  # which equals 1
+    with pytest.raises((ConfigError, TypeError)):
+        numerics_of(value)
     with pytest.raises(ConfigError, match="fast_math = .* is not supported; allowed: True or False"):
         Numerics(value)
 
 
 def test_a_value_is_made_once():
-    assert numerics_of(False) is numerics_of(False) == EACH[1]
+    assert numerics_of(False) is Numerics(False) is EACH[1] is not EACH[0]
+    assert replace(EACH[0], fast_math=False) is EACH[1]
+    for copied in (copy.copy(EACH[1]), copy.deepcopy(EACH[1]), pickle.loads(pickle.dumps(EACH[1]))):
+        assert copied is EACH[1]
+
+
+def test_looking_it_up_runs_no_python():
+    assert Numerics.__hash__ is object.__hash__
+    assert Numerics.__eq__ is object.__eq__
