@@ -71,7 +71,7 @@ mutants: $(call stamp,dev)
 
 bench: $(call stamp,bench)
 	@mkdir -p bench-results
-	$(PY) -m megamoe_jit bench --output bench-results/latest.json $(ARGS)
+	$(PY) -m benchmarks bench --output bench-results/latest.json $(ARGS)
 
 # The site, in build/site; whatever is wrong with a link, an anchor or a docstring is an error.  Pages keep their places of
 # the repository, so that relative links mean the same in both.
@@ -84,7 +84,7 @@ docs: $(call stamp,docs)
 lint: $(call stamp,dev)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict megamoe_jit
+	$(PY) -m mypy --strict megamoe_jit benchmarks
 
 format: $(call stamp,dev)
 	$(PY) -m ruff check --fix .

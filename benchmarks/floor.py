@@ -1,6 +1,6 @@
 """How far the layer is from its parts alone, on this card and under the same protocol.
 
-    python benchmarks/floor.py --shapes v4-flash,v4-pro --tokens 64,1024,8192 [--output floor.json]
+    python -m benchmarks.floor --shapes v4-flash,v4-pro --tokens 64,1024,8192 [--output floor.json]
 
 Beside the layer, in turns within the same rounds:
 
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
+from benchmarks.checkout import commit
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
 from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer, cases, require_hopper
@@ -175,7 +176,8 @@ def main() -> int:
         del layer
         torch.cuda.empty_cache()
     if options.output:
-        document = {"schema_version": 1, "kind": "floor", "environment": environment(), "anchors": [before, anchors()]}
+        conditions = environment(commit())
+        document = {"schema_version": 1, "kind": "floor", "environment": conditions, "anchors": [before, anchors()]}
         write({**document, "rows": rows}, options.output)
     return 0
 

@@ -1,6 +1,6 @@
 """Host time of one steady-state call on a Hopper GPU: the launch alone, the public function, and an empty torch op.
 
-    python benchmarks/launch_cost.py [--json]
+    python -m benchmarks.launch_cost [--json]
 
 The GPU work is as small as it gets and never fills the launch queue, so what is timed is the host.
 """

@@ -1,7 +1,7 @@
 """Puts the newest results into the documents, between their marks, with two plots of each card.
 
-    python benchmarks/report.py            # writes docs/performance.md, docs/expert-parallel.md, README.md
-    python benchmarks/report.py --check    # exit code 1 if their tables are not of these results; writes nothing
+    python -m benchmarks.report            # writes docs/performance.md, docs/expert-parallel.md, README.md
+    python -m benchmarks.report --check    # exit code 1 if their tables are not of these results; writes nothing
 
 Of each card the newest documents of `megamoe-jit bench` and of floor.py in benchmarks/results count, of each row of
 several ranks the newest there is.  Documents of shapes that have no goals are left out.  Everything in the tables and
@@ -20,9 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._bench import goals as _bench_known
+from benchmarks import goals
+from benchmarks.checkout import ROOT
+from megamoe_jit._bench.derived import choice_quality
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 DOCUMENT, PARALLEL, README = DOCS / "performance.md", DOCS / "expert-parallel.md", ROOT / "README.md"
 README_TOKENS = (16, 64, 512, 1024, 8192)  #: rows of the README's table
@@ -44,7 +45,7 @@ HEAD = (
 def card_of(doc: Mapping[str, Any]) -> str:
     """Short name of the document's card, such as `h200`; raises `ValueError` if targets.json does not know it."""
     device = doc["environment"]["device"]
-    card = _bench_known.load().card(device)
+    card = goals.load().card(device)
     if card is None:
         raise ValueError(f"benchmarks/targets.json knows no card {device!r}")
     return card.name.lower()
@@ -95,7 +96,7 @@ def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _sentences(rows: Sequence[Mapping[str, Any]], variant: str) -> list[str]:
     said = []
-    for part in _bench_known.summarise(rows):
+    for part in goals.summarise(rows):
         if part["variant"] != variant:
             continue
         words = []
@@ -109,7 +110,7 @@ def _sentences(rows: Sequence[Mapping[str, Any]], variant: str) -> list[str]:
         if part["few_rows"]:
             words.append(f"below the table {part['few_met']} of {part['few_rows']} reach the limit + 40 µs")
         said.append(f"{part['basis'].capitalize()}: {'; '.join(words)}.")
-    choice = _bench_known.choice_quality(rows)
+    choice = choice_quality(rows)
     if choice:
         said.append(
             f"The automatic choice is within 3 % of the best forced variant on {choice['close']} of {choice['rows']} "
@@ -120,11 +121,11 @@ def _sentences(rows: Sequence[Mapping[str, Any]], variant: str) -> list[str]:
 
 def _against_verified(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
     """The same ratio to the kernels whose output was verified: some of the best known times are of one that was not."""
-    goals = {(t["shape"], t["tokens_per_gpu"]): t["measured_1gpu_us"] for t in _bench_known.load().rows}
+    others_us = {(t["shape"], t["tokens_per_gpu"]): t["measured_1gpu_us"] for t in goals.load().rows}
     others: list[tuple[Mapping[str, Any], float]] = []
     unverified = 0
     for row in rows:
-        known = goals.get((row["shape"], row["tokens"]), {})
+        known = others_us.get((row["shape"], row["tokens"]), {})
         verified = [us for name, us in known.items() if "not verified" not in name]
         if row["variant"] == variant and verified:
             others.append((row, min(verified)))
@@ -142,10 +143,10 @@ def _against_verified(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
 def text_of(doc: Mapping[str, Any]) -> str:
     """The Markdown of one document: conditions, sentences, table."""
     env, anchors = doc["environment"], doc["anchors"]
-    rows = _bench_known.annotate(doc["rows"], env["device"], anchors, _bench_known.load())
+    rows = goals.annotate(doc["rows"], env["device"], anchors, goals.load())
     variant = "auto" if any(row["variant"] == "auto" for row in rows) else rows[0]["variant"]
-    dense = [anchor[_bench_known.DENSE] for anchor in anchors]
-    read = [anchor[_bench_known.READ] for anchor in anchors]
+    dense = [anchor[goals.DENSE] for anchor in anchors]
+    read = [anchor[goals.READ] for anchor in anchors]
     conditions = (
         f"{env['device']}, power limit {env.get('power_limit_w', '?')} W, driver {env['driver']}, "
         f"CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}, "
@@ -173,9 +174,7 @@ def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for card in cards:
         doc = docs[card]
-        for row in _bench_known.annotate(
-            doc["rows"], doc["environment"]["device"], doc["anchors"], _bench_known.load()
-        ):
+        for row in goals.annotate(doc["rows"], doc["environment"]["device"], doc["anchors"], goals.load()):
             if row["variant"] == "auto" and row["tokens"] in README_TOKENS and row["best_known_us"]:
                 found.setdefault((row["shape"], row["tokens"]), {})[card] = row
     head = ("layer (an eighth of its experts)", "tokens", "H200, µs", "normalised", "best known", "ratio")
@@ -188,10 +187,8 @@ def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
         cells.append((shape, str(tokens), *left, f"{own:.0f}", f"{best:.0f}", f"{best / own:.2f}"))
     lines = _table((*head, "H100, µs", "best known", "ratio"), cells)
     for card in cards:
-        env, dense = docs[card]["environment"], [anchor[_bench_known.DENSE] for anchor in docs[card]["anchors"]]
-        parts = {
-            part["basis"]: part for part in _bench_known.summarise(docs[card]["rows"]) if part["variant"] == "auto"
-        }
+        env, dense = docs[card]["environment"], [anchor[goals.DENSE] for anchor in docs[card]["anchors"]]
+        parts = {part["basis"]: part for part in goals.summarise(docs[card]["rows"]) if part["variant"] == "auto"}
         means = ", ".join(f"{part['faster']:.2f} {basis}" for basis, part in parts.items() if part["faster"])
         lines += [
             "",
@@ -288,7 +285,7 @@ def main() -> int:
     if importlib.util.find_spec("matplotlib") is None:
         sys.stderr.write("Error: the plots need matplotlib; run: pip install '.[bench]' (or: make env)\n")
         return 3
-    from megamoe_jit._bench.plot import draw
+    from benchmarks.plots import draw
 
     for card, doc in docs.items():
         draw(doc, DOCS, prefix="performance-", suffix=f"-{card}")

@@ -1,8 +1,8 @@
 """What the runtime costs where there is no GPU: compiling, loading, meeting, listing.
 
-    python benchmarks/runtime.py                  # prints the table
-    python benchmarks/runtime.py --write          # and puts it into docs/runtime-speed.md
-    python benchmarks/runtime.py --only ls,help   # some rows
+    python -m benchmarks.runtime                  # prints the table
+    python -m benchmarks.runtime --write          # and puts it into docs/runtime-speed.md
+    python -m benchmarks.runtime --only ls,help   # some rows
 
 Every figure is the median of several runs on an otherwise idle machine; each run of a process starts a new one with a
 cache of its own.

@@ -1,6 +1,6 @@
 """One call with the in-kernel timeline on: a trace for ui.perfetto.dev, and where the time of each role went.
 
-    python benchmarks/timeline.py --shape v4-flash --tokens 1024 --trace trace.json
+    python -m benchmarks.timeline --shape v4-flash --tokens 1024 --trace trace.json
 
 Needs a Hopper GPU.  The kernel that writes records is another kernel, a little slower; it is compiled for this alone.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.timeline_records import Record, decode, summary, words, write_trace
 from megamoe_jit._bench.clock import FLUSH_BYTES
 from megamoe_jit._bench.measure import Layer, cases, require_hopper
-from megamoe_jit._bench.timeline import Record, decode, summary, words, write_trace
 from megamoe_jit._check.scenarios import make_inputs
 from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._layer.bound_kernel import PreparedKernel

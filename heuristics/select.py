@@ -1,7 +1,8 @@
 """From a shape and a token count to the kernel variant and its run-time parameters, with the reasons.
 
-First that is there wins: the caller's variant; the caller's threshold; this GPU's measured rules for the shape; this
-GPU's model for any shape; the default threshold.
+First that is there wins: the caller's variant; the caller's threshold; this GPU's measured rules for the shape, from
+the least token count that was measured on; the default threshold.  Another rule belongs into `_pick`, as a function
+that gives variant and reason.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, check_int
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import shown
-from megamoe_jit.heuristics.model import expected_us
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
@@ -21,7 +21,6 @@ COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kerne
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 MOST_SMS = 1024  #: of a launch; no GPU has as many
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
-DOUBT = 1.1  #: what a model may be off by: cooperative was nowhere measurably slower, and is left only for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,51 +40,42 @@ def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     else:
         picked, sign = Variant.COOPERATIVE, ">="
         why = f"one weight load serves {picked.block_m} rows"
-    return picked, f"{picked.value}: {tokens} tokens per rank {sign} {shown(threshold)}, {why}"
+    return picked, f"{tokens} tokens per rank {sign} {shown(threshold)}, {why}"
+
+
+def _by_measurement(table: Table, shape: MoEShape, rule: Rule) -> tuple[Variant, str]:
+    place = f"{table.where(shape, rule)}, measured on {table.devices[0]} ({table.date[:10]})"
+    return rule.variant, f"within 1 % of the best {place}"
 
 
 def _unmeasured(table: Table, shape: MoEShape, ranks: int) -> str:
-    """That one rank's shape was not measured, and which share of the same layer was, if one was."""
+    """Why a table has no rule for one rank's shape, and which share of the same layer was measured, if one was."""
+    gpu = table.devices[0]
+    if shape in table.rules:
+        return f"nobody measured so few tokens of this shape on {gpu}"
     shares = sorted(
         (known.experts for known in table.rules if replace(known, experts=shape.experts) == shape), reverse=True
     )
     fitting = [share for share in shares if shape.experts * ranks % share == 0]
     if not fitting:
-        return f"nobody measured this shape on {table.devices[0]}"
+        return f"nobody measured this shape on {gpu}"
     needed = shape.experts * ranks // fitting[0]
     return (
-        f"nobody measured {shape.experts} experts of this shape on one {table.devices[0]}, but {fitting[0]}, "
+        f"nobody measured {shape.experts} experts of this shape on one {gpu}, but {fitting[0]}, "
         f"which is one rank of {needed} (--ranks {needed})"
     )
 
 
-def _by_model(table: Table, shape: MoEShape, tokens: int, num_sms: int, ranks: int) -> tuple[Variant, str]:
-    times = {v: expected_us(model, shape, tokens, v, num_sms) for v, model in table.models.items()}
-    picked = min(times, key=lambda v: times[v] * (1.0 if v is Variant.COOPERATIVE else DOUBT))
-    listed = ", ".join(f"{v.value} {time:.0f} us" for v, time in times.items())
-    why = f"{_unmeasured(table, shape, ranks)}; its model says {listed}"
-    if len(times) > 1:
-        why += f"; pingpong is taken only where cooperative would take at least {100 * (DOUBT - 1):.0f} % longer"
-    return picked, f"{picked.value}: {why}"
-
-
 def _pick(
-    shape: MoEShape,
-    tokens: int,
-    threshold: int | None,
-    table: Table | None,
-    rule: Rule | None,
-    num_sms: int,
-    ranks: int,
+    shape: MoEShape, tokens: int, threshold: int | None, table: Table | None, rule: Rule | None, ranks: int
 ) -> tuple[Variant, str]:
     """What `auto` takes, and why; `shape` has the experts of one rank."""
-    if threshold is not None or table is None or (rule is None and not table.models):
-        return _by_threshold(tokens, COOPERATIVE_THRESHOLD if threshold is None else threshold)
-    if rule is None:
-        return _by_model(table, shape, tokens, num_sms, ranks)
-    where = table.where(shape, rule)
-    place = f"{where}, measured on {table.devices[0]} ({table.date[:10]})"
-    return rule.variant, f"{rule.variant.value}: within 1 % of the best {place}"
+    if threshold is not None:
+        return _by_threshold(tokens, threshold)
+    if table is not None and rule is not None:
+        return _by_measurement(table, shape, rule)
+    variant, why = _by_threshold(tokens, COOPERATIVE_THRESHOLD)
+    return variant, why if table is None else f"{_unmeasured(table, shape, ranks)}; {why}"
 
 
 def choose(
@@ -131,23 +121,21 @@ def choose(
     own = shape if table is None else replace(shape, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
     if not isinstance(variant, str) or variant != AUTO:
-        picked, reason = Variant.parse(variant), f"{variant}: asked for, by the call or by MEGAMOE_JIT_VARIANT"
+        picked, reason = Variant.parse(variant), "asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
-        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, num_sms, ranks)
+        picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, ranks)
     rows = tokens * shape.topk
     load = rows * ranks / shape.experts
     reasons = [
-        reason,
+        f"{picked.value}: {reason}",
         f"about {load:.1f} rows per expert in tiles of {picked.block_m} if the {ranks} rank(s) are alike",
     ]
     if rule is not None and rule.variant is picked:
         lag_tiles, rows_per_item = max(1, round(rule.lag * num_sms)), rule.rows_per_item
         reasons.append(f"lag_tiles {lag_tiles}, rows_per_item {rows_per_item}: measured with it")
         return Choice(picked, tuple(reasons), lag_tiles, rows_per_item)
-    lag = LAG if table is None else table.lags.get(picked, LAG)
-    lag_tiles = max(1, round(lag * num_sms))
-    each = "two tiles" if lag == LAG else f"{lag:g} tiles"
-    reasons.append(f"lag_tiles {lag_tiles}: {each} of the first GEMM for each of {num_sms} blocks")
+    lag_tiles = max(1, round(LAG * num_sms))
+    reasons.append(f"lag_tiles {lag_tiles}: {LAG:g} tiles of the first GEMM for each of {num_sms} blocks")
     rows_per_item = 1 if rows < FEW_ROWS else 8
     sign = "<" if rows < FEW_ROWS else ">="
     reasons.append(f"rows_per_item {rows_per_item}: {rows} token-slots {sign} {FEW_ROWS}")
@@ -158,6 +146,5 @@ def all_variants(shape: MoEShape) -> tuple[Variant, ...]:
     """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles."""
     wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
     for table in tables():
-        wanted.update(table.models)
         wanted.update(rule.variant for rules in table.rules.values() for rule in rules)
     return tuple(variant for variant in Variant if variant in wanted)

@@ -12,7 +12,6 @@ from typing import Any
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape, Variant
-from megamoe_jit.heuristics.model import Model
 
 __all__ = [
     "FOLDER",
@@ -51,22 +50,20 @@ class Table:
 
     devices: tuple[str, ...]  #: names of the GPU, as CUDA gives them
     date: str
-    rules: Mapping[MoEShape, tuple[Rule, ...]]  #: by the shape of one rank, ascending, from 0 tokens on
-    models: Mapping[Variant, Model]  #: for other shapes; may be empty
-    lags: Mapping[Variant, float]  #: that are best for other shapes
+    rules: Mapping[MoEShape, tuple[Rule, ...]]  #: by the shape of one rank, ascending by tokens
 
     def rule(self, shape: MoEShape, tokens: int) -> Rule | None:
-        """The rule for one rank's shape and tokens; None if nobody measured the shape."""
+        """The rule for one rank's shape and tokens; None if nobody measured the shape, or none with so few tokens."""
         return next((rule for rule in reversed(self.rules.get(shape, ())) if rule.tokens <= tokens), None)
 
     def where(self, shape: MoEShape, rule: Rule) -> str:
         """At which token counts this rule of the shape was measured best, in words."""
         rules = self.rules[shape]
-        if len(rules) == 1:
-            return "at every token count"
-        if rule.tokens == 0:
-            return f"up to {rules[1].tokens - 1} tokens per rank"
-        return f"from {rule.tokens} tokens per rank on"
+        after = next((later for later in rules if later.tokens > rule.tokens), None)
+        if after is None:
+            return f"from {rule.tokens} tokens per rank on" if rule.tokens else "at every token count"
+        first = f"from {rule.tokens} " if rule.tokens else ""
+        return f"{first}up to {after.tokens - 1} tokens per rank"
 
 
 def check_choices(lags: Iterable[float], rows_per_item: Iterable[int]) -> None:
@@ -81,8 +78,8 @@ def check_choices(lags: Iterable[float], rows_per_item: Iterable[int]) -> None:
 
 def _rules(data: list[dict[str, Any]]) -> tuple[Rule, ...]:
     rules = tuple(Rule(d["tokens"], Variant.parse(d["variant"]), float(d["lag"]), d["rows_per_item"]) for d in data)
-    if not rules or rules[0].tokens != 0:
-        raise ConfigError("the rules of a shape begin at 0 tokens")
+    if not rules or rules[0].tokens < 0:
+        raise ConfigError("a shape has at least one rule, from 0 or more tokens on")
     if any(after.tokens <= before.tokens for before, after in zip(rules, rules[1:], strict=False)):
         raise ConfigError("the rules of a shape ascend by tokens")
     for rule in rules:
@@ -90,12 +87,6 @@ def _rules(data: list[dict[str, Any]]) -> tuple[Rule, ...]:
             allowed = f"a lag above 0 to {MAX_LAG}, rows_per_item of {ROWS_PER_ITEM}"
             raise ConfigError(f"{rule} is not supported; allowed: {allowed}")
     return rules
-
-
-def _model(constants: Mapping[str, float]) -> Model:
-    if not all(value > 0 for value in constants.values()):
-        raise ConfigError(f"constants of a model = {dict(constants)}; allowed: numbers above 0")
-    return Model(**constants)
 
 
 def parse_table(data: Mapping[str, Any]) -> Table:
@@ -109,11 +100,7 @@ def parse_table(data: Mapping[str, Any]) -> Table:
             MoEShape(*(entry[size] for size in ("hidden", "intermediate", "experts", "topk"))): _rules(entry["rules"])
             for entry in data["shapes"]
         }
-        models = {Variant.parse(name): _model(values["constants"]) for name, values in data["models"].items()}
-        lags = {Variant.parse(name): float(values["lag"]) for name, values in data["models"].items()}
-        if not all(0 < lag <= MAX_LAG for lag in lags.values()):
-            raise ConfigError(f"lags of the models = {list(lags.values())}; allowed: above 0 to {MAX_LAG}")
-        return Table(tuple(data["devices"]), data["measured"]["date"], rules, models, lags)
+        return Table(tuple(data["devices"]), data["measured"]["date"], rules)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"a table of heuristics is not in order: {error!r}") from error
 

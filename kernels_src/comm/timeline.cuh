@@ -1,5 +1,5 @@
 // Where the time goes.  With `Config::kTimeline` every role of every block writes down what it did from when to when;
-// without it all of this compiles to nothing.  `megamoe_jit/_bench/timeline.py` turns the records into a trace.
+// without it all of this compiles to nothing.  Who reads the records is no part of the package.
 //
 // A record has four words of 64 bits: block << 16 | role << 8 | what, index (a tile's, say), begin, end in nanoseconds
 // of the device's timer.  Each role of each block has room of its own, so nobody waits for anybody.

@@ -14,31 +14,23 @@ from typing import Any
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._version import __version__
 
-__all__ = ["commit", "environment", "write"]
-
-_ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["environment", "write"]
 
 
-def _output_of(*command: str, cwd: Path | None = None) -> str | None:
+def _output_of(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
-def commit() -> str:
-    """The commit of the checkout (`-dirty` where files differ from it), else the package version."""
-    if not (_ROOT / ".git").exists():
-        return f"v{__version__}"
-    head = _output_of("git", "rev-parse", "--short=12", "HEAD", cwd=_ROOT)
-    if not head:
-        return f"v{__version__}"
-    return f"{head}-dirty" if _output_of("git", "status", "--porcelain", cwd=_ROOT) else head
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """The conditions of a measurement on the current CUDA device.
 
-
-def environment() -> dict[str, Any]:
-    """The conditions of a measurement on the current CUDA device."""
+    Args:
+        commit: of the sources that are measured, where somebody knows it; else the version stands for it.
+    """
     import torch
 
     from megamoe_jit._compile.toolchain import find_toolchain
@@ -60,7 +52,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": commit or f"v{__version__}",
         "version": __version__,
     }
 

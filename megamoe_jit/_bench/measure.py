@@ -1,4 +1,4 @@
-"""Time the layer on this GPU by the protocol of `benchmarks/README.md`.
+"""Time the layer on this GPU.
 
 Each row is one shape (one GPU's slice of a model's experts), one token count and one variant.  Before a row
 is timed, its output is compared with the FP32 reference.  Contenders take turns within the same rounds: each variant,

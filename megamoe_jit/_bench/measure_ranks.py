@@ -1,8 +1,9 @@
 """Time the layer on several GPUs: beside the same code on one of them, and beside an unfused layer.
 
-The protocol of `_bench`, and: all ranks are aligned on the device, by a tiny all-reduce right before the timed call;
+The protocol of `measure`, and: all ranks are aligned on the device, by a tiny all-reduce right before the timed call;
 a row's figures are the largest over ranks.  Each GPU has as many experts as in the one-GPU rows, so the work per GPU is
-the same and `one_rank_us` is what the call takes when nothing goes over NVLink.  The unfused layer is `_baseline`.
+the same and `one_rank_us` is what the call takes when nothing goes over NVLink.  The
+unfused layer is that of `unfused_run`.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def run(
     Args:
         presets: shapes; each GPU gets the experts of one of their ranks.
         tokens: per GPU.
-        variants: names from `_bench.VARIANTS`.
+        variants: names from `measure.VARIANTS`.
         ranks: how many GPUs.
         baseline: time the unfused layer too.
         progress: called with each row as it is measured.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._bench import goals as _bench_known
-from megamoe_jit._bench.goals import Card
+from megamoe_jit._bench.derived import Card, card_of, limit
 
 __all__ = ["draw"]
 
 Rows = Sequence[Mapping[str, Any]]
+Line = tuple[str, str, str]  #: a field of the rows, in microseconds; style; label
+
+Share = Callable[[Mapping[str, Any]], float]
+
+UNFUSED: Line = ("baseline_us", "C7-.", "unfused")
 
 
 def _source(doc: Mapping[str, Any]) -> str:
@@ -28,7 +33,7 @@ def _source(doc: Mapping[str, Any]) -> str:
 def _roofline(row: Mapping[str, Any], card: Card, counts: Sequence[int]) -> tuple[list[int], list[float]]:
     least, most = min(counts), max(counts)
     tokens = sorted({least, most, *(round(2 ** (i / 4)) for i in range(61) if least <= 2 ** (i / 4) <= most)})
-    return tokens, [_bench_known.limit({**row, "tokens": count}, card)[1] for count in tokens]
+    return tokens, [limit({**row, "tokens": count}, card)[1] for count in tokens]
 
 
 def _finish(axis: Any) -> None:
@@ -42,15 +47,11 @@ def _finish(axis: Any) -> None:
     axis.legend(fontsize=8)
 
 
-def _time_panel(axis: Any, rows: Rows, card: Card | None) -> None:
+def _time_panel(axis: Any, rows: Rows, card: Card | None, beside: Sequence[Line]) -> None:
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
         axis.plot([r["tokens"] for r in mine], [r["median_us"] for r in mine], marker="o", ms=4, label=variant)
-    for key, style, label in (
-        ("best_known_us", "k--", "best known"),
-        ("aim_us", "g:", "aim"),
-        ("baseline_us", "C7-.", "unfused"),
-    ):
+    for key, style, label in (*beside, UNFUSED):
         points = {r["tokens"]: r[key] for r in rows if r.get(key)}
         if points:
             axis.plot(list(points), list(points.values()), style, lw=1, label=label)
@@ -60,33 +61,45 @@ def _time_panel(axis: Any, rows: Rows, card: Card | None) -> None:
     _finish(axis)
 
 
-def _share_panel(axis: Any, rows: Rows) -> None:
+def _share_panel(axis: Any, rows: Rows, share: Share, best: tuple[str, str] | None) -> None:
     one = "auto" if any(row["variant"] == "auto" for row in rows) else rows[0]["variant"]
     shown = [row for row in rows if row["variant"] == one and row["limit_us"]]
     for number, shape in enumerate(dict.fromkeys(row["shape"] for row in shown)):
         mine = [row for row in shown if row["shape"] == shape]
         colour = f"C{number}"
-        shares = [100 * (r["normalised_limit_share"] or r["limit_share"]) for r in mine]
+        shares = [100 * share(r) for r in mine]
         axis.plot([r["tokens"] for r in mine], shares, marker="o", ms=4, color=colour, label=shape)
-        others = [(r["tokens"], 100 * r["limit_us"] / r["best_known_us"]) for r in mine if r["best_known_us"]]
+        others = [(r["tokens"], 100 * r["limit_us"] / r[best[0]]) for r in mine if r[best[0]]] if best else []
         if others:
             axis.plot(*zip(*others, strict=True), "--", lw=1, color=colour)
-    axis.plot([], [], "k--", lw=1, label="best known kernel")
+    if best:
+        axis.plot([], [], "k--", lw=1, label=best[1])
     axis.set(ylim=(0, 105), ylabel="share of the limit, %")
     _finish(axis)
 
 
 def draw(
-    doc: Mapping[str, Any], folder: Path, *, prefix: str = "", suffix: str = "", ending: str = "svg"
+    doc: Mapping[str, Any],
+    folder: Path,
+    *,
+    prefix: str = "",
+    suffix: str = "",
+    ending: str = "svg",
+    beside: Sequence[Line] = (),
+    share: Share = itemgetter("limit_share"),
+    best: tuple[str, str] | None = None,
 ) -> list[Path]:
     """Draw both plots; needs matplotlib.
 
     Args:
-        doc: of `bench`; its rows are annotated anew, so it may be an old one.
+        doc: of `bench`; its rows have their limits.
         folder: made if it is not there.
         prefix: of the files' names, which are `time` and `limit`.
         suffix: of the same.
         ending: a format of matplotlib, such as svg or png.
+        beside: more times to draw, where rows have them.
+        share: of the limit that a row with a limit reaches, 1 is all of it.
+        best: field and label of times whose share of the limit is drawn too.
 
     Returns:
         The files; without the second one if no limit is known for the device.
@@ -96,9 +109,7 @@ def draw(
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    known = _bench_known.load()
-    device = doc["environment"]["device"]
-    rows = _bench_known.annotate(doc["rows"], device, doc["anchors"], known)
+    rows, card = doc["rows"], card_of(doc["environment"]["device"])
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
 
@@ -119,10 +130,10 @@ def draw(
         for axis in axes.flat[len(shapes) :]:
             axis.set_visible(False)
         for axis, shape in zip(axes.flat, shapes, strict=False):
-            _time_panel(axis, [row for row in rows if row["shape"] == shape], known.card(device))
+            _time_panel(axis, [row for row in rows if row["shape"] == shape], card, beside)
         save(figure, "time")
         if any(row["limit_us"] for row in rows):
             figure, axis = plt.subplots(figsize=(8, 4.5))
-            _share_panel(axis, rows)
+            _share_panel(axis, rows, share, best)
             save(figure, "limit")
     return drawn

@@ -145,6 +145,7 @@ def tune(
     lags: Sequence[float] = DEFAULT_LAGS,
     rows_per_item: Sequence[int] = DEFAULT_ROWS,
     force: bool = False,
+    commit: str | None = None,
     progress: Callable[[dict[str, Any], bool], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure what is not measured yet on the current CUDA device, and append it to a file.
@@ -157,6 +158,7 @@ def tune(
         lags: tiles of the first GEMM per block, before the first tile of the second.
         rows_per_item: rows of one item of dispatch.
         force: measure cells again that the file has; the last measurement counts.
+        commit: see `conditions.environment`.
         progress: called with each cell, and whether it was measured now.
 
     Returns:
@@ -170,7 +172,7 @@ def tune(
     check_choices(lags, rows_per_item)
     contenders = [Contender(v, float(lag), rows) for v in variants for lag in lags for rows in rows_per_item]
     device = require_hopper()
-    conditions = environment()
+    conditions = environment(commit)
     known = {_identity(cell): cell for cell in read(path)}
     _end_last_line(path)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import MoEShape, Variant
-from megamoe_jit.heuristics.model import Sample, fit
 from megamoe_jit.heuristics.tables import FOLDER, SCHEMA_VERSION, parse_table, short_name, tables
 
 __all__ = ["CLOSE", "condense", "table_path", "write_table"]
@@ -37,11 +33,12 @@ def _best_of(runs: Sequence[Mapping[Way, float]], ways: set[Way]) -> Way:
 
 
 def _rules(cells: Sequence[tuple[int, Mapping[Way, float]]]) -> list[dict[str, Any]]:
-    """Borders between token counts: one way is kept as long as it is within 1 % of the best."""
+    """Borders between token counts, from the least that was measured on: one way is kept while it is within 1 % of the
+    best."""
     rules: list[dict[str, Any]] = []
     run: list[Mapping[Way, float]] = []
     good: set[Way] = set()
-    since = before = 0
+    since = before = cells[0][0]
 
     def close() -> None:
         variant, lag, rows = _best_of(run, good)
@@ -57,28 +54,6 @@ def _rules(cells: Sequence[tuple[int, Mapping[Way, float]]]) -> list[dict[str, A
         before = tokens
     close()
     return rules
-
-
-def _models(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For each variant that was measured: fitted constants, by how much they miss, the lag that is best over all."""
-    found = {}
-    for variant in Variant:
-        samples: list[Sample] = []
-        lags: dict[float, list[float]] = {}
-        for cell in cells:
-            mine = {way: time for way, time in _times(cell).items() if way[0] == variant.value}
-            if not mine:
-                continue
-            best = min(mine.values())
-            samples.append(Sample(MoEShape(**cell["shape"]), cell["tokens"], cell["num_sms"], best))
-            for lag in {way[1] for way in mine}:
-                here = min(time for way, time in mine.items() if way[1] == lag)
-                lags.setdefault(lag, []).append(math.log(here / best))
-        if samples:
-            model, off = fit(samples, variant)
-            lag = min(sorted(lags), key=lambda one: (-len(lags[one]), statistics.fmean(lags[one])))
-            found[variant.value] = {"constants": asdict(model), "off": round(off, 4), "lag": lag}
-    return found
 
 
 def condense(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -114,7 +89,6 @@ def condense(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             }
             for mine in shapes.values()
         ],
-        "models": _models(list(last.values())),
     }
 
 

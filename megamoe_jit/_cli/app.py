@@ -21,7 +21,7 @@ from megamoe_jit._errors import ConfigError, LoadError, MegaMoeError, ToolchainE
 from megamoe_jit._text import printable
 from megamoe_jit._version import __version__
 
-__all__ = ["SUMMARIES", "cli", "main"]
+__all__ = ["SUMMARIES", "AnsweringGroup", "cli", "main"]
 
 _ENVIRONMENT = (ToolchainError, UnsupportedDeviceError, LoadError)
 
@@ -120,7 +120,7 @@ def _printable_errors() -> Iterator[None]:
         raise
 
 
-class _Group(click.Group):
+class AnsweringGroup(click.Group):
     """Turns the library's errors, and the operating system's, into one message on standard error and an exit code."""
 
     def main(self, *args: Any, **named: Any) -> Any:
@@ -135,13 +135,6 @@ class _Group(click.Group):
         except OSError as error:  # a broken pipe has been answered by click
             _say_refusal(error)
             sys.exit(ExitCode.FAILED)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(SUMMARIES)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
 
     def make_context(self, *args: Any, **named: Any) -> click.Context:
         with _printable_errors():
@@ -163,6 +156,17 @@ class _Group(click.Group):
         except (KeyboardInterrupt, click.Abort):  # Ctrl-C; at a question click makes it an Abort
             say("interrupted")
             ctx.exit(ExitCode.INTERRUPTED)
+
+
+class _Group(AnsweringGroup):
+    """Lists the commands without importing any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SUMMARIES)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
 
 
 @click.group(

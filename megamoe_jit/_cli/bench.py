@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,52 +28,39 @@ if TYPE_CHECKING:
     from megamoe_jit._bench.unfused_run import BaselineRow
     from megamoe_jit._check.scenarios import Scenario
 
-__all__ = ["bench"]
+__all__ = ["COLUMNS", "bench", "figure", "finish", "measured", "refuse_early"]
 
-_HEADERS = (
-    "SHAPE",
-    "VARIANT",
-    "KERNEL",
-    "TOKENS",
-    "MEDIAN us",
-    "MIN",
-    "MAX",
-    "STAGED",
-    "SUSTAINED",
-    "NORMALISED",
-    "TFLOPS",
-    "WEIGHTS TB/s",
-    "x BEST KNOWN",
-    "% OF LIMIT",
-    "REACHES",
-    "DIFF",
-)
+Row = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+Draw = Callable[[Row, Path], Sequence[Path]]
 
 
-def _reached(row: dict[str, Any]) -> str:
-    """The goals that the time as measured meets."""
-    met = [goal for goal in ("must", "aim") if row[f"{goal}_us"] and row["median_us"] <= row[f"{goal}_us"]]
-    return "WRONG" if not row["correct"] else met[-1] if met else "-"
+def figure(field: str, digits: int, factor: float = 1.0) -> Callable[[Row], str]:
+    """The cell of a number, which may be missing."""
 
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    def figure(value: float | None, digits: int, factor: float = 1.0) -> str:
+    def cell(row: Row) -> str:
+        value = row[field]
         return "-" if value is None else f"{value * factor:.{digits}f}"
 
-    times = ("median_us", "min_us", "max_us", "staged_us", "sustained_us", "normalised_us")
-    return (
-        row["shape"],
-        row["variant"],
-        row["kernel"],
-        str(row["tokens"]),
-        *(figure(row[key], 1) for key in times),
-        f"{row['tflops']:.0f}",
-        f"{row['weights_tb_s']:.2f}",
-        figure(row["vs_best_known"], 2),
-        figure(row["limit_share"], 0, 100),
-        _reached(row),
-        f"{row['diff']:.1e}" if row["correct"] else "WRONG",
-    )
+    return cell
+
+
+#: Of the table for one GPU: headers, and what each makes of a row; the first three are words.
+COLUMNS: Columns = {
+    "SHAPE": lambda row: str(row["shape"]),
+    "VARIANT": lambda row: str(row["variant"]),
+    "KERNEL": lambda row: str(row["kernel"]),
+    "TOKENS": lambda row: str(row["tokens"]),
+    "MEDIAN us": figure("median_us", 1),
+    "MIN": figure("min_us", 1),
+    "MAX": figure("max_us", 1),
+    "STAGED": figure("staged_us", 1),
+    "SUSTAINED": figure("sustained_us", 1),
+    "TFLOPS": figure("tflops", 0),
+    "WEIGHTS TB/s": figure("weights_tb_s", 2),
+    "% OF LIMIT": figure("limit_share", 0, 100),
+    "DIFF": lambda row: f"{row['diff']:.1e}" if row["correct"] else "WRONG",
+}
 
 
 def _print_card(anchors: Sequence[dict[str, float]]) -> None:
@@ -86,18 +73,7 @@ def _print_card(anchors: Sequence[dict[str, float]]) -> None:
         )
 
 
-def _print_summary(doc: dict[str, Any]) -> None:
-    for part in doc.get("summary", ()):
-        words = [f"{part['variant']}, {part['basis']}:"]
-        if part["rows"]:
-            words.append(
-                f"{part['faster'] or 0:.3f} times as fast as the best known (geometric mean of {part['rows']}),"
-            )
-            words.append(f"must {part['must_met']} of {part['rows']}, aim {part['aim_met']} of {part['aim_rows']};")
-        if part["few_rows"]:
-            words.append(f"below the table: aim {part['few_met']} of {part['few_rows']}")
-        show(" ".join(words).rstrip(",;"))
-    choice = doc.get("choice")
+def _print_choice(choice: Row | None) -> None:
     if choice:
         show(
             f"automatic choice: within 3 % of the best variant on {choice['close']} of {choice['rows']} rows, "
@@ -105,14 +81,14 @@ def _print_summary(doc: dict[str, Any]) -> None:
         )
 
 
-def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool) -> dict[str, Any]:
+def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, commit: str | None) -> dict[str, Any]:
     from dataclasses import asdict
 
     from megamoe_jit._bench import conditions as _bench_report
     from megamoe_jit._bench import measure as _bench
 
     device = _bench.require_hopper()
-    conditions = _bench_report.environment()
+    conditions = _bench_report.environment(commit)
     say("{device}, driver {driver}, NVRTC {nvrtc}, {commit}".format(**conditions))
     others: list[BaselineRow] = []
     card, not_timed = [_bench.anchors()], None
@@ -122,7 +98,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool) -
         say("trying other ways to do the layer; a library that compiles its kernels on first use may take minutes")
         not_timed = unusable(device)
     with progress_line("bench", len(work) * len(variants)) as step:
-        measured = _bench.measure(
+        rows = _bench.measure(
             work,
             variants,
             lambda r: step(f"{r.shape}  {r.tokens} tokens  {r.variant}: {r.median_us:.1f} us"),
@@ -131,28 +107,57 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool) -
             baselines=others,
         )
     card.append(_bench.anchors())
-    doc = document("bench", environment=conditions, anchors=card, rows=[row.to_json() for row in measured])
+    doc = document("bench", environment=conditions, anchors=card, rows=[row.to_json() for row in rows])
     if not_timed is not None:
         doc["baselines"] = [asdict(other) for other in others]
         doc["baselines_not_timed"] = {name: reason for name, reason in not_timed.items() if reason}
     return doc
 
 
-def _judged(doc: dict[str, Any]) -> dict[str, Any]:
-    """The document with its rows held against what is known."""
-    from megamoe_jit._bench import goals as _bench_known
+def measured(
+    names: str,
+    tokens: Sequence[int] | None,
+    variants: Sequence[str],
+    ranks: int | None,
+    baseline: bool | None,
+    commit: str | None = None,
+) -> dict[str, Any] | None:
+    """The document of what the options of `bench` ask for, measured now.
 
-    device = doc["environment"]["device"]
-    rows = _bench_known.annotate(doc["rows"], device, doc["anchors"], _bench_known.load())
-    return {
-        **doc,
-        "rows": rows,
-        "summary": _bench_known.summarise(rows),
-        "choice": _bench_known.choice_quality(rows),
-    }
+    Args:
+        names: of shapes.
+        tokens: counts; None for those of each shape.
+        variants: all if there are none.
+        ranks: GPUs; None for torchrun's number, else one.
+        baseline: time the layer unfused too; None for with several ranks only.
+        commit: of the sources that are measured, where somebody knows it.
+
+    Returns:
+        With its rows held against the card's limit; None where torchrun runs another rank that reports.
+    """
+    from megamoe_jit._device.driver import refuse_without_gpu
+    from megamoe_jit.heuristics.presets import parse_shapes
+
+    presets = parse_shapes(names)
+    refuse_without_gpu()
+    from megamoe_jit._bench import measure as _bench
+    from megamoe_jit._bench.derived import add_limits, choice_quality
+
+    wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
+    if several > 1:
+        found = bench_document(presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False)
+        if found is None:
+            return None
+        if commit is not None:
+            found["environment"]["commit"] = commit
+    else:
+        work = _bench.cases(presets, tokens) if tokens else _bench.default_cases(presets)
+        found = _on_one(work, wanted, bool(baseline), commit)
+    rows = add_limits(found["rows"], found["environment"]["device"])
+    return {**found, "rows": rows, "summary": [], "choice": choice_quality(rows)}
 
 
-def _refuse_early(output: Path | None, picture: Path | None) -> None:
+def refuse_early(output: Path | None, picture: Path | None) -> None:
     """Find out before anything is measured what would go wrong after it."""
     if output is not None:
         if output.suffix not in (".json", ".csv"):
@@ -163,30 +168,67 @@ def _refuse_early(output: Path | None, picture: Path | None) -> None:
         importlib.import_module("matplotlib")
 
 
-def _print(doc: dict[str, Any], ranks: int, as_json: bool) -> None:
+def _print(doc: dict[str, Any], as_json: bool, columns: Columns, lines: Sequence[str]) -> None:
     if as_json:
         emit_json(doc)
         return
-    if ranks > 1:
+    if doc["environment"].get("ranks", 1) > 1:
         print_bench(doc)
     else:
-        show(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
+        cells = [[cell(row) for cell in columns.values()] for row in doc["rows"]]
+        show(table(list(columns), cells, left=(0, 1, 2)))
         print_others(doc)
     _print_card(doc["anchors"])
-    _print_summary(doc)
+    for line in lines:
+        show(line)
+    _print_choice(doc["choice"])
 
 
-def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None) -> None:
+def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None, draw: Draw | None) -> None:
     if output is not None:
         from megamoe_jit._bench import conditions as _bench_report
 
         _bench_report.write(doc, output)
         say(f"written: {output}")
     if picture is not None:
-        from megamoe_jit._bench.plot import draw
+        from megamoe_jit._bench import plot
 
-        for drawn in draw(doc, picture):
+        for drawn in (draw or plot.draw)(doc, picture):
             say(f"drawn: {drawn}")
+
+
+def finish(
+    doc: dict[str, Any],
+    output: Path | None,
+    picture: Path | None,
+    as_json: bool,
+    *,
+    columns: Columns = COLUMNS,
+    lines: Sequence[str] = (),
+    draw: Draw | None = None,
+) -> None:
+    """Print a document, keep it, and end the command.
+
+    Args:
+        doc: of `measured`.
+        output: file to write.
+        picture: folder of plots.
+        as_json: print the document itself.
+        columns: of the table for one GPU.
+        lines: to print below it.
+        draw: the plots, if not those of `_bench.plot`.
+
+    Raises:
+        click.exceptions.Exit: an output is wrong.
+    """
+    try:
+        _print(doc, as_json, columns, lines)
+    finally:  # what was measured is kept even if nobody reads what is printed
+        _keep(doc, output, picture, draw)
+    wrong = sum(not row["correct"] for row in doc["rows"])
+    if wrong:
+        say(f"{wrong} of {len(doc['rows'])} rows differ from the reference")
+        raise click.exceptions.Exit(ExitCode.FAILED)
 
 
 @click.command()
@@ -218,43 +260,12 @@ def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None) -> Non
     "[default: with several ranks only]",
 )
 @json_option
-def bench(
-    names: str,
-    tokens: tuple[int, ...] | None,
-    variants: tuple[str, ...],
-    ranks: int | None,
-    baseline: bool | None,
-    output: Path | None,
-    picture: Path | None,
-    as_json: bool,
-) -> None:
+def bench(output: Path | None, picture: Path | None, as_json: bool, **what: Any) -> None:
     """Time the layer on this GPU, output checked first.
 
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
-    _refuse_early(output, picture)
-    from megamoe_jit._device.driver import refuse_without_gpu
-    from megamoe_jit.heuristics.presets import parse_shapes
-
-    presets = parse_shapes(names)
-    refuse_without_gpu()
-    from megamoe_jit._bench import measure as _bench
-
-    wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
-    if several > 1:
-        found = bench_document(presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False)
-        if found is None:
-            return
-    else:
-        work = _bench.cases(presets, tokens) if tokens else _bench.default_cases(presets)
-        found = _on_one(work, wanted, bool(baseline))
-    doc = _judged(found)
-    rows = doc["rows"]
-    try:
-        _print(doc, several, as_json)
-    finally:  # what was measured is kept even if nobody reads what is printed
-        _keep(doc, output, picture)
-    wrong = sum(not row["correct"] for row in rows)
-    if wrong:
-        say(f"{wrong} of {len(rows)} rows differ from the reference")
-        raise click.exceptions.Exit(ExitCode.FAILED)
+    refuse_early(output, picture)
+    doc = measured(**what)
+    if doc is not None:
+        finish(doc, output, picture, as_json)

@@ -108,6 +108,7 @@ def tune(
     write_table: bool,
     target: Path | None,
     as_json: bool,
+    commit: str | None = None,
 ) -> None:
     """Measure which variant and parameters are fastest on this GPU, outputs checked first; resumable.
 
@@ -144,6 +145,7 @@ def tune(
                 lags=lags or _tune.DEFAULT_LAGS,
                 rows_per_item=rows or _tune.DEFAULT_ROWS,
                 force=force,
+                commit=commit,
                 progress=finished,
             )
     else:

@@ -100,7 +100,7 @@ def sealed() -> bool:
 def warmup_command(spec: KernelSpec) -> str:
     """The command line that compiles exactly this kernel ahead of time.
 
-    `warmup` makes no kernel with a timeline: only `benchmarks/timeline.py` asks for one.  `inspect` makes any.
+    `warmup` makes no kernel with a timeline: only who measures the kernel itself asks for one.  `inspect` makes any.
     """
     if spec.timeline:
         return f"megamoe-jit inspect {spec.entry}"
@@ -203,7 +203,7 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
             why, allow = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it", "MEGAMOE_JIT_DISABLE_JIT=0 "
         places = [settings.cache_dir, *settings.readonly_cache]
         where = " or ".join(map(str, places[1:] if settings.no_cache else places)) or "(none: MEGAMOE_JIT_NO_CACHE)"
-        whose = " (kernels with a timeline are for benchmarks/timeline.py alone)" if spec.timeline else ""
+        whose = " (kernels with a timeline are for measuring the kernel alone)" if spec.timeline else ""
         raise KernelMissingError(
             f"kernel {spec.entry} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}{whose}"
         )

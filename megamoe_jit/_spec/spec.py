@@ -91,7 +91,7 @@ class KernelSpec:
         variant: how the warpgroups share the work.
         ranks: GPUs that share the experts, 1 to 8; a divisor of their number.
         numerics: its numeric options.
-        timeline: the kernel writes down where its time goes; for `benchmarks/timeline.py` alone.
+        timeline: the kernel writes down where its time goes; for measuring the kernel alone.
         weights: how the weights are stored.
 
     `fast_math` may be given instead of `numerics`, or beside it, and can be read.

@@ -1,18 +1,9 @@
 """benchmarks/floor.py: its reading kernel compiles, and reads what it says."""
 
-import importlib.util
-from pathlib import Path
-
+from benchmarks import floor
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit.heuristics import preset
-
-_path = Path(__file__).resolve().parents[2] / "benchmarks" / "floor.py"
-_spec = importlib.util.spec_from_file_location("floor", _path)
-assert _spec is not None
-assert _spec.loader is not None
-floor = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(floor)
 
 
 def test_the_reading_kernel_compiles_and_fits_four_times_on_an_sm():

@@ -35,7 +35,6 @@ def data(device: str) -> dict:
         "devices": [device],
         "measured": {"device": device, "date": "2026-01-02T03:04:05+00:00", "commit": "abc"},
         "shapes": [{"name": "x", **SHAPE, "rules": RULES}],
-        "models": {},
     }
 
 

@@ -58,8 +58,8 @@ def test_bench_over_ranks_prints_tables_and_a_document(monkeypatch, tmp_path):
     doc = checked(bench("--ranks", "2", "--no-baseline", "--json", "--output", str(tmp_path / "rows.json")))
     assert asked[1][1]["baseline"] is False
     assert doc["rows"][0]["vs_one_rank"] == 2.2
-    assert doc["rows"][0]["best_known_us"] == 233.2
-    assert [part["basis"] for part in doc["summary"]] == ["measured", "normalised"]
+    assert doc["rows"][0]["limit_us"] > 100
+    assert (doc["rows"][0]["best_known_us"], doc["summary"]) == (None, [])
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == doc["rows"]
     bench("--ranks", "2", "--output", str(tmp_path / "rows.csv"))
     assert "rank_medians_us" in (tmp_path / "rows.csv").read_text().splitlines()[0]

@@ -220,7 +220,7 @@ def test_demo_verify_and_bench_on_stand_ins(monkeypatch: pytest.MonkeyPatch, inv
     times, unfused = (1.0, 1.0, 1.0, 1.0, 1.0), (None, None, None)
     row = _bench.Row("s", 256, 128, 4, 1, 8, "auto", "pingpong", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
     conditions = {"device": "NVIDIA H200", "driver": "1", "nvrtc": "12.9", "commit": "c"}
-    monkeypatch.setattr(_bench_report, "environment", lambda: conditions)
+    monkeypatch.setattr(_bench_report, "environment", lambda commit: conditions)
     monkeypatch.setattr(_bench, "anchors", lambda: {"dense_fp8_8192_tflops": 1.0, "read_4gib_tb_s": 1.0})
     monkeypatch.setattr(_bench, "measure", lambda *_, **__: [row])
     assert invoke("bench", "--shapes", "v4-flash", "--tokens", "8")["rows"][0]["tokens"] == 8

@@ -229,8 +229,6 @@ def test_a_missing_kernel_with_a_timeline_says_what_makes_it(place, compiles):
     with override(disable_jit=True), pytest.raises(KernelMissingError) as caught:
         get_kernel(spec)
     assert f"run: MEGAMOE_JIT_DISABLE_JIT=0 {command} (kernels with a timeline" in str(caught.value)
-    assert "benchmarks/timeline.py" in str(caught.value)
-    assert (Path(__file__).resolve().parents[3] / "benchmarks" / "timeline.py").is_file()
     result = CliRunner().invoke(cli, command.split()[1:])
     assert compiles == [spec.entry], result.output
     with override(disable_jit=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamoe_jit._bench.timeline import ROLES, SPANS, Record, decode, summary, trace, words, write_trace
+from benchmarks.timeline_records import ROLES, SPANS, Record, decode, summary, trace, words, write_trace
 from megamoe_jit._spec.abi import RECORD_WORDS, RECORDS, Span
 
 START = 1_700_000_000_000_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -10,15 +9,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-_spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-assert _spec is not None
-report = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(report)
+from benchmarks import report
 
 
 def test_the_tables_are_those_of_the_newest_results(monkeypatch):
-    """`python benchmarks/report.py` after a new result, and this passes again."""
+    """`python -m benchmarks.report` after a new result, and this passes again."""
     monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
     assert report.main() == 0
 

@@ -1,12 +1,8 @@
-"""What measured rows are held against: limits, other kernels, goals, and the speed of the card itself.
+"""What measured rows are held against: other kernels, goals, and the speed of the card itself.
 
-Two rules, both pure arithmetic on rows as plain data:
-
-* The limit of a row is the larger of two times: the touched weights over the card's read bandwidth, and the FLOPs over
-  the rate of an exact block-scaled main loop.  `bound` says which it is: "weights" or "flops".
-* A time is normalised by the one figure of the card that bounds the row: times of "weights" rows are multiplied by the
-  run's read anchor over that of the targets, times of "flops" rows by the run's dense FP8 anchor over that of the
-  targets.  The run's anchor is the mean of all that were taken in it.
+A time is normalised by the one figure of the card that bounds the row: times of "weights" rows are multiplied by the
+run's read anchor over that of the targets, times of "flops" rows by the run's dense FP8 anchor over that of the
+targets.  The run's anchor is the mean of all that were taken in it.  All is pure arithmetic on rows as plain data.
 """
 
 from __future__ import annotations
@@ -15,35 +11,23 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "DENSE",
-    "READ",
-    "Card",
-    "Known",
-    "annotate",
-    "choice_quality",
-    "expected_experts",
-    "limit",
-    "load",
-    "summarise",
-]
+from megamoe_jit._bench.derived import add_limits, choice_quality, ratio
+
+__all__ = ["DENSE", "READ", "Card", "Known", "annotate", "judged", "load", "summarise"]
 
 READ, DENSE = "read_4gib_tb_s", "dense_fp8_8192_tflops"
-CLOSE = 1.03  #: the automatic choice counts as good within this factor of the best forced variant
-_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "targets.json"
+TARGETS = Path(__file__).with_name("targets.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One kind of GPU as `targets.json` describes it."""
+    """What is known for one kind of GPU, as `targets.json` describes it."""
 
     name: str  #: occurs in the device's name, such as "H200"
-    weights_tb_s: float
-    main_loop_tflops: float
     anchors: Mapping[str, float]  #: of the run in which the figures of other kernels were measured; may be empty
     best: str  #: field with the best known time
     must: str  #: field with the time to reach
@@ -54,42 +38,20 @@ class Card:
 class Known:
     """The content of `targets.json`."""
 
-    rows: tuple[Mapping[str, Any], ...] = ()
-    cards: tuple[Card, ...] = ()
-    few: Mapping[str, Any] = field(
-        default_factory=dict
-    )  #: the counts below the table: `shapes`, `tokens`, `aim_over_limit_us`
+    rows: tuple[Mapping[str, Any], ...]
+    cards: tuple[Card, ...]
+    few: Mapping[str, Any]  #: the counts below the table: `shapes`, `tokens`, `aim_over_limit_us`
 
     def card(self, device: str) -> Card | None:
         """The card that a device is."""
         return next((card for card in self.cards if card.name in device), None)
 
 
-def load(path: Path | None = None) -> Known:
-    """Read `benchmarks/targets.json`; empty outside a checkout."""
-    try:
-        data = json.loads((path or _FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return Known()
-    cards = tuple(
-        Card(name, c["weights_tb_s"], c["main_loop_tflops"], c["anchors"] or {}, c["best"], c["must"], c["aim"])
-        for name, c in data["cards"].items()
-    )
+def load(path: Path = TARGETS) -> Known:
+    """Read `targets.json`."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    cards = tuple(Card(name, c["anchors"] or {}, c["best"], c["must"], c["aim"]) for name, c in data["cards"].items())
     return Known(tuple(data["rows"]), cards, data["few_tokens"])
-
-
-def expected_experts(experts: int, topk: int, tokens: int) -> float:
-    """Experts that are touched on average when every token takes `topk` different ones at random."""
-    return experts * (1.0 - (1.0 - topk / experts) ** tokens)
-
-
-def limit(row: Mapping[str, Any], card: Card) -> tuple[str, float]:
-    """What bounds a row on a card, "weights" or "flops", and the least time in microseconds."""
-    size = row["hidden"] * row["intermediate"]
-    touched = expected_experts(row["experts"], row["topk"], row["tokens"])
-    weights_us = 3.0 * touched * size * 1e-6 / card.weights_tb_s
-    flops_us = 6.0 * row["tokens"] * row["topk"] * size * 1e-6 / card.main_loop_tflops
-    return ("weights", weights_us) if weights_us >= flops_us else ("flops", flops_us)
 
 
 def _target(row: Mapping[str, Any], known: Known) -> Mapping[str, Any]:
@@ -98,23 +60,17 @@ def _target(row: Mapping[str, Any], known: Known) -> Mapping[str, Any]:
     return next((t for t in known.rows if all(t[same.get(key, key)] == row[key] for key in keys)), {})
 
 
-def _ratio(over: float | None, under: float | None) -> float | None:
-    return over / under if over is not None and under else None
-
-
-def _goals(row: Mapping[str, Any], device: str, known: Known) -> dict[str, Any]:
-    card, target = known.card(device), _target(row, known)
+def _goals(row: Mapping[str, Any], card: Card | None, known: Known) -> dict[str, Any]:
+    """Limit and goals of a row that has its card's limit."""
     if card is None:
-        return {"bound": None, "limit_us": None, "best_known_us": None, "must_us": None, "aim_us": None}
-    bound, limit_us = limit(row, card)
+        return dict.fromkeys(("limit_us", "best_known_us", "must_us", "aim_us"))
+    target, few, limit_us = _target(row, known), known.few, row["limit_us"]
     if card.aim is not None:  # the card of the table, whose limits are written there too
         limit_us = target.get("limit_us", limit_us)
     aim_us = target.get(card.aim) if card.aim else None
-    few = known.few
-    if not target and card.aim and few and row["shape"] in few["shapes"] and row["tokens"] in few["tokens"]:
+    if not target and card.aim and row["shape"] in few["shapes"] and row["tokens"] in few["tokens"]:
         aim_us = limit_us + few["aim_over_limit_us"]
     return {
-        "bound": bound,
         "limit_us": limit_us,
         "best_known_us": target.get(card.best),
         "must_us": target.get(card.must),
@@ -145,20 +101,20 @@ def annotate(
         if card is not None and key in card.anchors and taken:
             scale[bound] = statistics.fmean(taken) / card.anchors[key]
     found = []
-    for row in rows:
-        goals, time = _goals(row, device, known), row["median_us"]
-        factor = scale.get(goals["bound"])
+    for row in add_limits(rows, device):
+        goals, time = _goals(row, card, known), row["median_us"]
+        factor = scale.get(row["bound"])
         normal = None if factor is None else time * factor
         found.append(
             {
                 **row,
                 **goals,
-                "vs_best_known": _ratio(time, goals["best_known_us"]),
-                "vs_limit": _ratio(time, goals["limit_us"]),
-                "limit_share": _ratio(goals["limit_us"], time),
+                "vs_best_known": ratio(time, goals["best_known_us"]),
+                "vs_limit": ratio(time, goals["limit_us"]),
+                "limit_share": ratio(goals["limit_us"], time),
                 "normalised_us": normal,
-                "normalised_vs_best_known": _ratio(normal, goals["best_known_us"]),
-                "normalised_limit_share": _ratio(goals["limit_us"], normal),
+                "normalised_vs_best_known": ratio(normal, goals["best_known_us"]),
+                "normalised_limit_share": ratio(goals["limit_us"], normal),
             }
         )
     return found
@@ -201,22 +157,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def choice_quality(rows: Sequence[Mapping[str, Any]], auto: str = "auto") -> dict[str, Any] | None:
-    """How the automatic choice compares with the best forced variant; None if the rows do not hold both.
-
-    Returns:
-        `rows` compared, how many are `close` (within 3 %), and the `worst` ratio with its `shape` and `tokens`.
-    """
-    cells: dict[tuple[str, int], dict[str, float]] = {}
-    for row in rows:
-        cells.setdefault((row["shape"], row["tokens"]), {})[row["variant"]] = row["median_us"]
-    ratios = [
-        (times[auto] / min(time for name, time in times.items() if name != auto), where)
-        for where, times in cells.items()
-        if auto in times and len(times) > 1
-    ]
-    if not ratios:
-        return None
-    worst, (shape, tokens) = max(ratios)
-    close = sum(ratio <= CLOSE for ratio, _ in ratios)
-    return {"rows": len(ratios), "close": close, "worst": worst, "shape": shape, "tokens": tokens}
+def judged(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """A document of `bench` with its rows held against what is known, and the summary of that."""
+    rows = annotate(doc["rows"], doc["environment"]["device"], doc["anchors"], load())
+    return {**doc, "rows": rows, "summary": summarise(rows), "choice": choice_quality(rows)}

@@ -1,18 +1,17 @@
-"""What rows are held against: limits, goals, the card's own speed; pure arithmetic."""
+"""What rows are held against: other kernels, goals, the card's own speed; pure arithmetic."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from megamoe_jit._bench import goals as _bench_known
+from benchmarks import goals
+from benchmarks.goals import DENSE, READ, annotate, summarise
 from megamoe_jit._bench import measure as _bench
-from megamoe_jit._bench.goals import DENSE, READ, annotate, choice_quality, expected_experts, limit, summarise
+from megamoe_jit._bench.derived import CARDS, card_of, limit
 from megamoe_jit._cli._options import TIMED_SHAPES
 from megamoe_jit.heuristics.presets import parse_shapes, preset
 
-KNOWN = _bench_known.load()
+KNOWN = goals.load()
 H200, H100, H20 = "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H20"
 ANCHORS = [{DENSE: 1400.0, READ: 4.40}, {DENSE: 1430.0, READ: 4.38}]
 
@@ -48,7 +47,7 @@ def test_targets_cover_the_default_rows():
 
 
 def test_the_computed_limit_is_that_of_the_targets():
-    card = KNOWN.card(H200)
+    card = card_of(H200)
     for target in KNOWN.rows:
         bound, time = limit({**target, "experts": target["experts_per_gpu"], "tokens": target["tokens_per_gpu"]}, card)
         assert time == pytest.approx(target["limit_us"], abs=0.5)
@@ -59,11 +58,8 @@ def test_the_computed_limit_is_that_of_the_targets():
         )
 
 
-def test_expected_experts():
-    assert expected_experts(32, 6, 0) == 0
-    assert expected_experts(32, 6, 1) == pytest.approx(6)
-    assert expected_experts(32, 6, 10_000) == pytest.approx(32)
-    assert expected_experts(8, 8, 1) == 8
+def test_every_card_with_targets_has_a_limit():
+    assert {card.name for card in KNOWN.cards} == {card.name for card in CARDS}
 
 
 def test_times_are_normalised_by_what_bounds_the_row():
@@ -111,24 +107,3 @@ def test_summary():
     assert summarise(annotate([row()], H20, ANCHORS, KNOWN)) == []
     (h100,) = summarise(annotate([row()], H100, ANCHORS, KNOWN))
     assert (h100["basis"], h100["rows"], h100["aim_rows"]) == ("measured", 1, 0)
-
-
-def test_choice_quality():
-    rows = [
-        row(tokens=64, time=100.0),
-        row(tokens=64, time=99.0, variant="pingpong"),
-        row(tokens=64, time=140.0, variant="cooperative"),
-        row(tokens=256, time=104.0),
-        row(tokens=256, time=100.0, variant="cooperative"),
-        row(tokens=512, time=1.0),
-    ]
-    found = choice_quality(rows)
-    assert (found["rows"], found["close"], found["shape"], found["tokens"]) == (2, 1, "v4-flash", 256)
-    assert found["worst"] == pytest.approx(1.04)
-    assert choice_quality(rows[-1:]) is None
-
-
-def test_targets_are_optional(tmp_path: Path):
-    nothing = _bench_known.load(tmp_path / "targets.json")
-    assert (nothing.rows, nothing.card(H200)) == ((), None)
-    assert annotate([row()], H200, ANCHORS, nothing)[0]["limit_us"] is None
