@@ -30,7 +30,7 @@ class _Once(type):
 
     def __call__(cls, *arguments: Any, **options: Any) -> Any:
         made = super().__call__(*arguments, **options)
-        return cls._made.setdefault(made.values(), made)
+        return cls._made.setdefault((cls, made.values()), made)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
