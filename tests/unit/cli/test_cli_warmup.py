@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from megamoe_jit import KernelSpec, MoEShape, Variant
 from megamoe_jit._cli import cli
 from megamoe_jit._cli._io import SCHEMA_VERSION
-from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._jit import runtime as _runtime
-from megamoe_jit._spec import Inputs
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from tests.commandline import SIZES, STAGED, checked, run, warm_cache
 
 SMALL = STAGED
