@@ -45,7 +45,7 @@ _STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
     "--inputs",
     default=ALL_INPUTS,
     show_default=True,
-    type=click.Choice((ALL_INPUTS, *Inputs)),
+    type=click.Choice((ALL_INPUTS, *(each.value for each in Inputs))),
     help="Calls whose inputs are staged before, or those that stage themselves, as MegaMoE does.",
 )
 @numerics_options
