@@ -84,7 +84,8 @@ def test_quantisers_give_the_same_bits_on_a_gpu_and_on_a_cpu(device: torch.devic
     x = hostile(256, 512, dtype, device)
     for quantise in (mm.quantize_activations, mm.quantize_weights):
         here, there = quantise(x), quantise(x.cpu())
-        assert equal_bits(here[0].cpu(), there[0])
+        a, b = here[0].cpu().view(torch.uint8), there[0].view(torch.uint8)
+        assert ((a == b) | ((a & b & 0x7F) == 0x7F)).all(), "a NaN has no sign on a GPU"
         assert same_numbers(here[1].cpu(), there[1])
 
 
