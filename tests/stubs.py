@@ -33,8 +33,7 @@ __device__ inline void fill(const Params& p, int value) {
 }
 """
 ROOMS = {
-    "kernels/pingpong.cuh.j2": TEMPLATE,
-    "kernels/cooperative.cuh.j2": TEMPLATE,
+    "kernels/entry.cuh.j2": TEMPLATE,
     "kernels/stage.cuh.j2": TEMPLATE.replace("{{ hidden }}", 'sizeof("{{ format }}")'),
     "room/fill.cuh": ROOM,
 }

@@ -24,7 +24,7 @@ struct alignas(64) StageParams {
     float weight_factor;
     u32 unused[2];
 };
-static_assert(sizeof(StageParams) == 128, "StageParams changed: change megamoe_jit/_layer/stage.py with it");
+static_assert(sizeof(StageParams) == 128, "StageParams changed: run `make abi`");
 
 MEGA_DEVICE void stage_pairs(const StageParams& p, u32 thread, u32 threads) {
     for (u32 i = thread; i < p.masked * p.topk; i += threads) {

@@ -14,7 +14,9 @@ from megamoe_jit._errors import ToolchainError
 
 if TYPE_CHECKING:
     from megamoe_jit._jit.runtime import WarmupResult
-    from megamoe_jit._spec import MoEShape, Spec
+    from megamoe_jit._spec import MoEShape
+    from megamoe_jit._spec.kinds import Spec
+    from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "spec_document", "status"]
 
@@ -23,7 +25,7 @@ def kernel_specs(
     shapes: Mapping[str, MoEShape],
     ranks: int = 1,
     variant: str = "auto",
-    fast_math: bool = True,
+    numerics: Numerics | None = None,
     inputs: str | None = None,
 ) -> list[Spec]:
     """Every kernel that calls of these shapes can pick, each once.
@@ -32,7 +34,7 @@ def kernel_specs(
         shapes: Layers by name; `experts` counts all ranks' experts.
         ranks: Ranks that share the experts.
         variant: `auto` for all that the heuristics can choose, or the name of one.
-        fast_math: The option of the same name of a call.
+        numerics: The numeric options of the calls.
         inputs: Where the calls have their inputs from, see `enumerate_specs`.
     """
     from megamoe_jit._jit.runtime import enumerate_specs
@@ -40,7 +42,9 @@ def kernel_specs(
 
     variants = None if variant == "auto" else (Variant.parse(variant),)
     specs: list[Spec] = []
-    specs += per_shape(shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, fast_math, inputs))
+    specs += per_shape(
+        shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, numerics=numerics, inputs=inputs)
+    )
     return list(dict.fromkeys(specs))
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-    from megamoe_jit._spec import Spec
+    from megamoe_jit._spec.kinds import Spec
 
 __all__ = ["LiveKernels"]
 

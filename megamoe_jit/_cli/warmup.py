@@ -16,13 +16,18 @@ from megamoe_jit._cli._kernels import (
     kernel_table,
     spec_document,
 )
-from megamoe_jit._cli._options import VARIANTS, cache_dir_option, ranks_option, shape_options
+from megamoe_jit._cli._options import cache_dir_option, numerics_options, ranks_option, shape_options
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
-    from megamoe_jit._spec import MoEShape, Spec
+    from megamoe_jit._spec import MoEShape
+    from megamoe_jit._spec.kinds import Spec
+    from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["warmup"]
 
+ALL_INPUTS = "all"
 _STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
 
 
@@ -33,17 +38,17 @@ _STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
     "--variant",
     default="auto",
     show_default=True,
-    type=click.Choice(VARIANTS),
+    type=click.Choice(VARIANT_CHOICES),
     help="One variant alone; auto compiles all that a call can pick.",
 )
 @click.option(
     "--inputs",
-    default="all",
+    default=ALL_INPUTS,
     show_default=True,
-    type=click.Choice(("all", "staged", "raw")),
+    type=click.Choice((ALL_INPUTS, *(each.value for each in Inputs))),
     help="Calls whose inputs are staged before, or those that stage themselves, as MegaMoE does.",
 )
-@click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the calls.  [default: fast]")
+@numerics_options
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Kernels to compile at a time.  [default: MEGAMOE_JIT_JOBS, or CPUs]"
 )
@@ -57,7 +62,7 @@ def warmup(
     ranks: int,
     variant: str,
     inputs: str,
-    fast_math: bool,
+    numerics: Numerics,
     jobs: int | None,
     force: bool,
     dry_run: bool,
@@ -79,7 +84,7 @@ def warmup(
     kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    specs = kernel_specs(shapes, ranks, variant, fast_math, None if inputs == "all" else inputs)
+    specs = kernel_specs(shapes, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start

@@ -18,7 +18,7 @@ from pathlib import Path
 from megamoe_jit._errors import ConfigError, RenderError, ToolchainError
 from megamoe_jit._files import read_text, stays_inside
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import Spec
+from megamoe_jit._spec.kinds import Spec
 
 __all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_lines"]
 

@@ -14,11 +14,9 @@ from typing import Any, NoReturn
 
 from megamoe_jit._device.load import LoadedKernel
 from megamoe_jit._errors import DeviceFaultError, LaunchError
+from megamoe_jit._spec.abi import PARAMS_ALIGN, THREADS
 
-__all__ = ["BLOCK_THREADS", "PARAM_ALIGNMENT", "Launcher"]
-
-BLOCK_THREADS = 384
-PARAM_ALIGNMENT = 64
+__all__ = ["Launcher"]
 
 _ADVICE = {
     "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": (
@@ -77,7 +75,7 @@ class Launcher:
         loaded: LoadedKernel,
         params: ctypes.Structure,
         *,
-        threads: int = BLOCK_THREADS,
+        threads: int = THREADS,
         cooperative: bool = True,
     ) -> None:
         from cuda.bindings import driver
@@ -85,8 +83,8 @@ class Launcher:
         size, address = ctypes.sizeof(params), ctypes.addressof(params)
         if size != loaded.param_bytes:
             raise LaunchError(f"{loaded.spec.entry} takes {loaded.param_bytes} bytes of parameters, not {size}")
-        if address % PARAM_ALIGNMENT:
-            raise LaunchError(f"parameters of {loaded.spec.entry} must be {PARAM_ALIGNMENT}-byte aligned")
+        if address % PARAMS_ALIGN:
+            raise LaunchError(f"parameters of {loaded.spec.entry} must be {PARAMS_ALIGN}-byte aligned")
         attributes = []
         if cooperative:
             attributes.append(driver.CUlaunchAttribute())

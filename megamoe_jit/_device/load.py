@@ -22,7 +22,7 @@ from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._jit.obtain import distrust, known_refusal, remember_refusal
 from megamoe_jit._jit.runtime import CompiledKernel, forget, get_kernel, warmup_command
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import Spec
+from megamoe_jit._spec.kinds import Spec
 
 __all__ = ["LoadedKernel", "checked", "load_kernel"]
 
@@ -98,7 +98,7 @@ def load_kernel(spec: Spec, device_index: int, *, param_bytes: int | None = None
     if param_bytes is not None and param_bytes != loaded.param_bytes:
         raise LoadError(
             f"kernel {spec.entry} takes {loaded.param_bytes} bytes of parameters, but the host passes "
-            f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_device/params.py disagree"
+            f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_spec/abi.py disagree"
         )
     return loaded
 

@@ -193,8 +193,8 @@ def _trusted(cache: KernelCache) -> bool:
 def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
     """Symbol of a cached kernel, and why a call does not take it; empty if one does."""
     from megamoe_jit._cache.entry import Damaged, OtherSchema
-    from megamoe_jit._compile.stage_spec import spec_from_json
     from megamoe_jit._jit.obtain import Wanted
+    from megamoe_jit._spec.kinds import spec_from_json
 
     other = "of another version, or of other sources or options"
     try:

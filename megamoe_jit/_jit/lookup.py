@@ -12,7 +12,7 @@ from megamoe_jit._cache.cache import KernelCache, find_info
 from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._jit.obtain import Wanted
-from megamoe_jit._spec import Spec
+from megamoe_jit._spec.kinds import Spec
 from megamoe_jit._trust import check_private
 
 __all__ = ["Fit", "Found", "entries_of", "find_key", "first_whole"]

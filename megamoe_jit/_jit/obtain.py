@@ -25,7 +25,7 @@ from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
 from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
 from megamoe_jit._jit.interrupt import check as check_interrupted
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import Spec
+from megamoe_jit._spec.kinds import Spec
 from megamoe_jit._text import one_line
 from megamoe_jit._version import __version__
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
 from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
-from megamoe_jit._compile.stage_spec import StageSpec
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
-from megamoe_jit._spec import KernelSpec, Spec
+from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.kinds import Spec
+from megamoe_jit._spec.stage import StageSpec
 from megamoe_jit._text import items_of, one_line, shown
 from megamoe_jit._version import __version__
 

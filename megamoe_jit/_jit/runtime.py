@@ -22,13 +22,16 @@ from dataclasses import dataclass
 from megamoe_jit._cache.cache import KernelCache, cache_key, user_cache
 from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
-from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import ARCH, find_toolchain
 from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
 from megamoe_jit._jit.interrupt import obey
 from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import Inputs, KernelSpec, MoEShape, Spec, Variant
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.kinds import Spec
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._text import items_of, several, shown
 
 __all__ = [
@@ -112,6 +115,8 @@ def enumerate_specs(
     ranks: int = 1,
     variants: Iterable[Variant] | None = None,
     fast_math: bool | None = True,
+    *,
+    numerics: Numerics | None = None,
     inputs: str | None = None,
 ) -> tuple[KernelSpec | StageSpec, ...]:
     """Every kernel that a call of this shape can pick, whatever its token count; what to warm up.
@@ -121,6 +126,7 @@ def enumerate_specs(
         ranks: ranks that share the experts.
         variants: these alone; all that the heuristics can choose if None.
         fast_math: the argument of the calls; None for both.
+        numerics: all numeric options of the calls, instead of `fast_math`.
         inputs: "staged" for calls whose inputs are in the buffer before; "raw" for those that stage themselves, as
             `MegaMoE` does, and for `stage`; None for all.
 
@@ -139,10 +145,11 @@ def enumerate_specs(
     if given is None and variants is not None:
         raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
     wanted = all_variants(shape) if given is None else given
-    maths = (True, False) if fast_math is None else (fast_math,)
+    flags = (True, False) if fast_math is None else (fast_math,)
+    some = [Numerics(flag) for flag in flags] if numerics is None else [numerics]
     forms = tuple(Inputs) if inputs is None else (Inputs.parse(inputs),)
-    kinds = itertools.product(forms, wanted, maths)
-    kernels = dict.fromkeys(KernelSpec(shape, variant, ranks, math, inputs=form) for form, variant, math in kinds)
+    kinds = itertools.product(forms, wanted, some)
+    kernels = dict.fromkeys(KernelSpec(shape, v, ranks, numerics=each, inputs=form) for form, v, each in kinds)
     return (*kernels, *(StageSpec(form) for form in StageFormat if Inputs.RAW in forms))
 
 

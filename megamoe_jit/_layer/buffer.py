@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamoe_jit._compile.stage_spec import StageFormat
 from megamoe_jit._device.fault import decode, fault_error
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._device.wait import be_ready, wait_for_device
@@ -27,7 +26,10 @@ from megamoe_jit._layer.memory import LayerMemory
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage, stage_kernel
 from megamoe_jit._layer.stream_order import StreamOrder
-from megamoe_jit._spec import Inputs, MoEShape, Variant, check_int
+from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.stage import StageFormat
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants
 
@@ -95,15 +97,15 @@ class SymmBuffer(LayerMemory):
         if self._broken is not None:
             raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
 
-    def prepare(self, variant: Variant | str, fast_math: bool = True, *, raw: bool = False) -> BoundKernel:
+    def prepare(self, variant: Variant | str, fast_math: bool | Numerics = True, *, raw: bool = False) -> BoundKernel:
         """Compile, load and bind a kernel now, so that no later call has to (do this before graph capture).
 
         With several ranks this is a collective the first time: every variant is prepared on every rank, since ranks
         with different token counts may pick different ones, and all agree on the kernels before any is launched.
 
         Args:
-            variant: "pingpong" or "cooperative".
-            fast_math: the argument of the calls to come.
+            variant: the name of a `Variant`, or it.
+            fast_math: the argument of the calls to come, or all their numeric options.
             raw: the kernel that stages bf16 inputs itself, as `MegaMoE` launches it.
 
         Returns:
@@ -117,9 +119,10 @@ class SymmBuffer(LayerMemory):
         """
         variant = Variant.parse(variant)
         self.require_usable()
-        return self.kernels.prepare(variant, fast_math, Inputs.RAW if raw else Inputs.STAGED)
+        numerics = fast_math if isinstance(fast_math, Numerics) else Numerics(fast_math)
+        return self.kernels.prepare(variant, numerics, Inputs.RAW if raw else Inputs.STAGED)
 
-    def prepare_all(self, fast_math: bool = True) -> None:
+    def prepare_all(self, fast_math: bool | Numerics = True) -> None:
         """Prepare every kernel that some token count can pick: before CUDA graphs of several batch sizes are captured.
 
         Args:
@@ -145,7 +148,7 @@ class SymmBuffer(LayerMemory):
         self,
         tokens: int,
         variant: str | None,
-        fast_math: bool,
+        fast_math: bool | Numerics,
         num_sms: int | None,
         inputs: Inputs = Inputs.STAGED,
     ) -> CallPlan:

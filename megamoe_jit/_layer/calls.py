@@ -10,22 +10,23 @@ import torch
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
+from megamoe_jit._layer.admit import admit_first, check_ids, check_stats
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import (
     RECIPE,
     check_activation,
     check_bound,
-    check_expert_ids,
     check_neutral,
     check_recipe,
     check_tensor,
-    check_weights,
 )
 from megamoe_jit._layer.group import collectively, group_size
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._layer.weights import WeightPair, by_old_names
-from megamoe_jit._spec import Inputs, MoEShape, Variant, check_clamp, check_int
+from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit._text import first_line, shown
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "fp8_mega_moe_pingpong",
     "get_symm_buffer_for_mega_moe",
     "get_symm_buffer_for_sm90_mega_moe",
-    "mega_moe_from_bf16",
 ]
 
 
@@ -182,7 +182,7 @@ def fp8_mega_moe(
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         num_tokens_bound: most tokens of any rank in this call, as DeepGEMM wants to know; checked, and not needed here.
         num_sms: blocks of the launch, 1 to the number of SMs, to leave SMs to other streams; all SMs by default.
-        variant: "auto", "pingpong" or "cooperative"; the setting MEGAMOE_JIT_VARIANT by default.
+        variant: "auto" or the name of a `Variant`; the setting MEGAMOE_JIT_VARIANT by default.
         l1, l2: the old names of the weights.
 
     Raises:
@@ -209,6 +209,7 @@ def fp8_mega_moe(
     if l1 is not None or l2 is not None:
         l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
     stats = cumulative_local_expert_recv_stats
+    numeric = (fast_math,)  # the fields of `Numerics`
 
     def admit() -> tuple[int, float]:
         tokens = _tokens_of(y, buffer)
@@ -217,107 +218,21 @@ def fp8_mega_moe(
         if num_tokens_bound is not None:
             check_bound(num_tokens_bound, tokens, buffer.num_max_tokens_per_rank)
         if stats is not None:
-            _check_stats(stats, buffer)
+            check_stats(stats, buffer)
         return tokens, clamp
 
     weights: Any = (l1_weights, l2_weights)
     if buffer.ranks > 1:
-        _admit_first(buffer, admit, weights, variant, fast_math, num_sms, Inputs.STAGED)
+        admit_first(buffer, admit, weights, variant, numeric, num_sms, Inputs.STAGED)
     tokens, clamp = admit()
-    plan = buffer.plan(tokens, variant, fast_math, num_sms)
+    try:
+        numerics = numerics_of(*numeric)
+    except TypeError:  # what cannot be hashed is no option either
+        numerics = Numerics(*numeric)
+    plan = buffer.plan(tokens, variant, numerics, num_sms)
     if plan.debug:
-        _check_ids(buffer.topk_idx[:tokens], buffer)
+        check_ids(buffer.topk_idx[:tokens], buffer)
     buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
-
-
-def mega_moe_from_bf16(
-    x: torch.Tensor,
-    topk_idx: torch.Tensor,
-    topk_weights: torch.Tensor,
-    l1_weights: WeightPair,
-    l2_weights: WeightPair,
-    sym_buffer: SymmBuffer,
-    *,
-    y: torch.Tensor | None = None,
-    x_scales: torch.Tensor | None = None,
-    routed_scaling_factor: float = 1.0,
-    cumulative_local_expert_recv_stats: torch.Tensor | None = None,
-    activation_clamp: float | None = None,
-    fast_math: bool = True,
-    num_sms: int | None = None,
-    variant: str | None = None,
-) -> torch.Tensor:
-    """`stage` and `fp8_mega_moe` in one: the layer from the inputs that a model has.
-
-    Activations in bf16 whose rows start at multiples of 16 bytes are staged by the layer's kernel itself, in the same
-    launch; any other by a launch of its own before.  Both give the same bits.
-
-    Args:
-        x, topk_idx, topk_weights, x_scales, routed_scaling_factor: as `stage` takes them.
-        l1_weights, l2_weights, cumulative_local_expert_recv_stats, activation_clamp, fast_math, num_sms, variant: as
-            `fp8_mega_moe` takes them.
-        sym_buffer: whose views are overwritten.
-        y: bf16 ``[T, hidden]`` to write; a new tensor by default.
-
-    Returns:
-        `y`; the kernel may still be running.
-
-    Raises:
-        MegaMoeError: as `fp8_mega_moe`, with several ranks too.
-    """
-    buffer = sym_buffer if isinstance(sym_buffer, SymmBuffer) else require_buffer(sym_buffer)
-    stats = cumulative_local_expert_recv_stats
-    raw: Any = None
-
-    def admit() -> tuple[int, float]:
-        nonlocal raw
-        raw = buffer.read_inputs(x, topk_idx, topk_weights, x_scales, routed_scaling_factor)
-        if y is not None:
-            check_tensor("y", y, torch.bfloat16, (raw.tokens, buffer.hidden), buffer.device)
-        if stats is not None:
-            _check_stats(stats, buffer)
-        return raw.tokens, check_clamp("activation_clamp", activation_clamp)
-
-    weights = (l1_weights, l2_weights)
-    if buffer.ranks > 1:
-        _admit_first(buffer, admit, weights, variant, fast_math, num_sms, Inputs.RAW)
-    tokens, clamp = admit()
-    plan = buffer.plan(tokens, variant, fast_math, num_sms, Inputs.RAW if raw.fused else Inputs.STAGED)
-    if plan.debug:
-        _check_ids(topk_idx, buffer)
-    if y is None:
-        y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
-    if raw.fused:
-        buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp, raw=raw)
-        return y
-    with buffer.lock:  # another thread's inputs come after this call
-        buffer.stage_inputs(raw, tokens)
-        buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
-    return y
-
-
-def _admit_first(
-    buffer: SymmBuffer,
-    admit: Callable[[], tuple[int, float]],
-    weights: tuple[WeightPair, WeightPair],
-    variant: str | None,
-    fast_math: bool,
-    num_sms: int | None,
-    inputs: Inputs,
-) -> None:
-    """Before the kernels of several ranks are prepared: what one of them refuses is refused on all."""
-    if buffer.kernels.is_prepared(fast_math, inputs) or torch.cuda.is_current_stream_capturing():
-        return  # in a capture, preparing refuses
-
-    def check() -> Variant:
-        tokens, _ = admit()
-        choice, _ = buffer.kernels.choose(tokens, variant, num_sms)
-        check_weights(*weights, buffer.spec(choice.variant, fast_math), buffer.device)
-        return choice.variant
-
-    chosen = collectively(buffer.group, "checking the arguments of the first call", check)
-    if inputs is Inputs.RAW:  # together with the others, some of which may stage by a launch of its own
-        buffer.prepare(chosen, fast_math, raw=True)
 
 
 def _tokens_of(y: torch.Tensor, buffer: SymmBuffer) -> int:
@@ -333,17 +248,6 @@ def _tokens_of(y: torch.Tensor, buffer: SymmBuffer) -> int:
     if tokens > buffer.num_max_tokens_per_rank:
         raise ConfigError(f"y has {tokens} rows; allowed: at most the buffer's {buffer.num_max_tokens_per_rank} tokens")
     return tokens
-
-
-def _check_stats(stats: torch.Tensor, buffer: SymmBuffer) -> None:
-    experts = (buffer.num_experts // buffer.ranks,)
-    check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, buffer.device, align=4)
-
-
-def _check_ids(topk_idx: torch.Tensor, buffer: SymmBuffer) -> None:
-    """In debug mode: every id is an expert or -1; not in a capture, for it waits for the device."""
-    if not torch.cuda.is_current_stream_capturing():
-        check_expert_ids(topk_idx, buffer.num_experts)
 
 
 def _forcing(variant: Variant) -> Callable[..., None]:

@@ -14,7 +14,9 @@ from megamoe_jit._layer.bound_kernel import BoundKernel, CallPlan
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import Inputs, KernelSpec, Variant, check_flag
+from megamoe_jit._spec import KernelSpec, Variant
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.select import Choice, choose
 
@@ -38,7 +40,7 @@ def sort_blocks(pairs: int) -> int:
     return max(1, min(MAX_SORT_BLOCKS, max(min(-(-pairs // 384), 16), -(-pairs // 2048))))
 
 
-_Kind = tuple[Variant, bool, Inputs]  #: a kernel of one shape: its variant, `fast_math`, where its inputs come from
+_Kind = tuple[Variant, Numerics, Inputs]  #: a kernel of one shape
 
 
 class KernelSet:
@@ -52,46 +54,42 @@ class KernelSet:
     def __init__(self, place: Place, group: object) -> None:
         self._place, self._group = place, group
         self.bound: dict[_Kind, BoundKernel] = {}
-        self._plans: dict[tuple[int, str | None, bool, int | None, Inputs], CallPlan] = {}
+        self._plans: dict[tuple[int, str | None, bool | Numerics, int | None, Inputs], CallPlan] = {}
         self._planned_with: Settings | None = None
 
-    def spec(self, variant: Variant, fast_math: bool, inputs: Inputs) -> KernelSpec:
+    def spec(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> KernelSpec:
         """The kernel of such calls."""
-        return KernelSpec(self._place.shape, variant, self._place.ranks, fast_math, inputs=inputs)
+        return KernelSpec(self._place.shape, variant, self._place.ranks, numerics=numerics, inputs=inputs)
 
-    def is_prepared(self, fast_math: bool, inputs: Inputs) -> bool:
+    def is_prepared(self, numerics: Numerics | None, inputs: Inputs) -> bool:
         """Whether the kernels of several ranks were prepared, which they are together."""
-        try:
-            return (Variant.COOPERATIVE, fast_math, inputs) in self.bound
-        except TypeError:  # no bool: whatever prepares it will say so
-            return False
+        return numerics is not None and (Variant.COOPERATIVE, numerics, inputs) in self.bound
 
-    def prepare(self, variant: Variant, fast_math: bool, inputs: Inputs) -> BoundKernel:
+    def prepare(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> BoundKernel:
         """The kernel, loaded and bound; with several ranks a collective at first, see `SymmBuffer.prepare`."""
-        check_flag("fast_math", fast_math)
-        kernel = self.bound.get((variant, fast_math, inputs))
+        kernel = self.bound.get((variant, numerics, inputs))
         if kernel is None:
-            wanted = self._with(variant, fast_math, inputs)
+            wanted = self._with(variant, numerics, inputs)
             ranks = self._place.ranks
             if ranks > 1 and torch.cuda.is_current_stream_capturing():
                 raise CaptureError(
                     "kernels of several ranks are prepared collectively and not while a CUDA graph is being captured; "
-                    f"call prepare({variant.value!r}, fast_math={fast_math}) on every rank before the capture"
+                    f"call prepare({variant.value!r}, {numerics}) on every rank before the capture"
                 )
             made = collectively(self._group, "preparing the kernels", lambda: self._bind(wanted))
             if ranks > 1:
-                keys = {f"kernel {v.value}, {i.value} inputs": made[v, f, i].key for v, f, i in made}
+                keys = {f"kernel {v.value}, {i.value} inputs": kernel.key for (v, _, i), kernel in made.items()}
                 require_equal(self._group, "their kernels", keys)
             self.bound.update(made)
-            kernel = made[variant, fast_math, inputs]
+            kernel = made[variant, numerics, inputs]
         return kernel
 
-    def _with(self, variant: Variant, fast_math: bool, inputs: Inputs) -> Iterable[_Kind]:
+    def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> Iterable[_Kind]:
         """What is prepared together with a kernel: with several ranks, all that another rank may launch beside it."""
         if self._place.ranks == 1:
-            return [(variant, fast_math, inputs)]
+            return [(variant, numerics, inputs)]
         forms = (inputs,) if inputs is Inputs.STAGED else tuple(Inputs)
-        return itertools.product(Variant, (fast_math,), forms)
+        return itertools.product(Variant, (numerics,), forms)
 
     def _bind(self, wanted: Iterable[_Kind]) -> dict[_Kind, BoundKernel]:
         with torch.cuda.device(self._place.device):
@@ -116,7 +114,7 @@ class KernelSet:
         return choice, blocks
 
     def known_plan(
-        self, tokens: int, variant: str | None, fast_math: bool, num_sms: int | None, inputs: Inputs
+        self, tokens: int, variant: str | None, numerics: bool | Numerics, num_sms: int | None, inputs: Inputs
     ) -> CallPlan | None:
         """The plan of such a call if there was one with these settings; raises `ConfigError` if none can be meant."""
         settings = get_settings()
@@ -124,24 +122,25 @@ class KernelSet:
             self._plans.clear()
             self._planned_with = settings
         try:
-            return self._plans.get((tokens, variant, fast_math, num_sms, inputs))
+            return self._plans.get((tokens, variant, numerics, num_sms, inputs))
         except TypeError:  # costs nothing where they are what they should be
-            given = f"variant = {shown(variant)}, fast_math = {shown(fast_math)}, num_sms = {shown(num_sms)}"
+            given = f"variant = {shown(variant)}, fast_math = {shown(numerics)}, num_sms = {shown(num_sms)}"
             raise ConfigError(f"{given}; allowed: a name or None, a bool, a number or None") from None
 
     def new_plan(
-        self, tokens: int, variant: str | None, fast_math: bool, num_sms: int | None, inputs: Inputs
+        self, tokens: int, variant: str | None, numerics: bool | Numerics, num_sms: int | None, inputs: Inputs
     ) -> CallPlan:
         """What such a call launches, remembered for the next one like it."""
         choice, blocks = self.choose(tokens, variant, num_sms)
-        kernel = self.prepare(choice.variant, fast_math, inputs)
+        options = numerics if isinstance(numerics, Numerics) else Numerics(numerics)
+        kernel = self.prepare(choice.variant, options, inputs)
         # with fewer blocks than SMs they fall unevenly on the sides
         two_sides = kernel.knows_sides and blocks == sm_count(self._place.device)
         sorting = min(blocks, sort_blocks(tokens * self._place.shape.topk))
         plan = CallPlan(kernel, choice, blocks, sorting, two_sides, get_settings().debug)
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
-        self._plans[tokens, variant, fast_math, num_sms, inputs] = plan
+        self._plans[tokens, variant, numerics, num_sms, inputs] = plan
         return plan
 
     def forget_plans(self) -> None:

@@ -12,8 +12,8 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.weight_order import Order, order1, order2, restore1, restore2
 from megamoe_jit._layer.weights import WeightPair, require_pair
+from megamoe_jit._spec.formats import FP8
 
 __all__ = ["FLOATS", "L1", "L2", "Matrix", "check_matrix", "check_same", "read_matrix", "write_matrix"]
 
@@ -21,14 +21,13 @@ FLOATS, FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, fl
 
 
 class Matrix(NamedTuple):
-    """One of the two matrices of each expert: its name among callers, and its way into the kernel's order and back."""
+    """One of the two matrices of each expert: its name among callers, and whether it holds gate and up rows."""
 
     name: str
-    order: Order
-    restore: Order
+    gated: bool
 
 
-L1, L2 = Matrix("w13", order1, restore1), Matrix("w2", order2, restore2)
+L1, L2 = Matrix("w13", True), Matrix("w2", False)
 
 
 def check_matrix(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
@@ -68,7 +67,7 @@ def write_matrix(matrix: Matrix, given: torch.Tensor | WeightPair, held: WeightP
             new, factors = quantize_weights(given[e].to(codes.device))
         else:
             new, factors = given[0][e].to(codes.device), given[1][e]
-        codes[e].copy_(matrix.order(new.view(torch.uint8)))
+        codes[e].copy_(FP8.pack(new.view(torch.uint8), matrix.gated))
         scales[e].copy_(factors)
 
 
@@ -77,5 +76,5 @@ def read_matrix(matrix: Matrix, held: WeightPair) -> WeightPair:
     """A layer's weights in the plain order, in the CPU's memory: a GPU full of weights has no place for a copy."""
     codes = torch.empty(held[0].shape, dtype=held[0].dtype, device="cpu")
     for target, source in zip(codes.view(torch.uint8), held[0].view(torch.uint8), strict=True):
-        target.copy_(matrix.restore(source))
+        target.copy_(FP8.unpack(source, matrix.gated))
     return codes, held[1].detach().to("cpu", copy=True)

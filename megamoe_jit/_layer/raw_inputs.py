@@ -9,10 +9,10 @@ from typing import NoReturn
 
 import torch
 
-from megamoe_jit._compile.stage_spec import StageFormat
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.stage import StageFormat
 from megamoe_jit._text import shown
 
 __all__ = ["RawInputs", "check_rows"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.calls import mega_moe_from_bf16
 from megamoe_jit._layer.checks import check_tensor
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._spec import MAX_TOKENS

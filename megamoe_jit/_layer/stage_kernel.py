@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from ctypes import c_float, c_uint32, c_uint64
 
 import torch
 
-from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
-from megamoe_jit._device.params import PARAMS_ALIGN
+from megamoe_jit._device.params import StageParams, aligned_stage_params
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.abi import STAGE_THREADS
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 
-__all__ = ["Outputs", "StageKernel", "StageParams", "launch_stage", "stage_kernel"]
+__all__ = ["Outputs", "StageKernel", "launch_stage", "stage_kernel"]
 
-THREADS = 256  #: of a block, `kStageThreads` in kernels_src/kernels/stage.cuh
 BLOCKS_PER_SM = 6  #: as many as fit
-HALF_WARPS = THREADS // 16  #: each has a group of 128 columns
-
-
-class StageParams(ctypes.Structure):
-    """`megamoe::StageParams` of kernels_src/kernels/stage.cuh.  Pointers are plain integers."""
-
-    _fields_ = [
-        ("x", c_uint64),
-        ("ids", c_uint64),
-        ("weights", c_uint64),
-        ("x_scales", c_uint64),
-        ("out_x", c_uint64),
-        ("out_scales", c_uint64),
-        ("out_ids", c_uint64),
-        ("out_weights", c_uint64),
-        ("x_stride", c_uint64),
-        ("scales_row", c_uint64),
-        ("scales_column", c_uint64),
-        ("ids_stride", c_uint32),
-        ("weights_stride", c_uint32),
-        ("formats", c_uint32),
-        ("tokens", c_uint32),
-        ("masked", c_uint32),
-        ("hidden", c_uint32),
-        ("topk", c_uint32),
-        ("weight_factor", c_float),
-        ("unused", c_uint32 * 2),
-    ]
+HALF_WARPS = STAGE_THREADS // 16  #: each has a group of 128 columns
 
 
 class Outputs:
@@ -71,18 +43,17 @@ class StageKernel:
     """The staging kernel of one format of activations on one GPU, for all layers."""
 
     def __init__(self, form: StageFormat, device: torch.device) -> None:
-        memory = (ctypes.c_char * (ctypes.sizeof(StageParams) + PARAMS_ALIGN))()
-        self.params = StageParams.from_buffer(memory, -ctypes.addressof(memory) % PARAMS_ALIGN)
+        self.params = aligned_stage_params()
         self._most = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
             loaded = load_kernel(StageSpec(form), device.index, param_bytes=ctypes.sizeof(StageParams))
-        self.launcher = Launcher(loaded, self.params, threads=THREADS, cooperative=False)
+        self.launcher = Launcher(loaded, self.params, threads=STAGE_THREADS, cooperative=False)
         self._lock = threading.Lock()
 
     def launch(self, raw: RawInputs, out: Outputs, masked: int, stream: int) -> None:
         """Enqueue it on a stream of its GPU, given by its raw handle; see `launch_stage`."""
         rows = -(-raw.tokens * (out.hidden // BLOCK) // HALF_WARPS)
-        blocks = max(1, min(self._most, rows + -(-masked * out.topk // THREADS)))
+        blocks = max(1, min(self._most, rows + -(-masked * out.topk // STAGE_THREADS)))
         with self._lock:
             params = self.params
             params.x, params.ids, params.weights = raw.x_at, raw.ids_at, raw.weights_at

@@ -16,7 +16,8 @@ from megamoe_jit._bench import tune_table as _tune_table
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.bound_kernel import CallPlan
-from megamoe_jit._spec import Inputs, MoEShape, Variant
+from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit.heuristics import choose
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.tables import parse_table

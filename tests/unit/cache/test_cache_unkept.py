@@ -25,7 +25,20 @@ from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
 PING = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-SIZES = ["--hidden", "256", "--intermediate", "128", "--experts", "8", "--topk", "2", "--variant", "pingpong"]
+SIZES = [
+    "--hidden",
+    "256",
+    "--intermediate",
+    "128",
+    "--experts",
+    "8",
+    "--topk",
+    "2",
+    "--variant",
+    "pingpong",
+    "--inputs",
+    "staged",
+]
 
 
 @pytest.fixture

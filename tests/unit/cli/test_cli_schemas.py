@@ -17,11 +17,13 @@ from megamoe_jit._check import verify as _verify
 from megamoe_jit._cli import cli
 from megamoe_jit._cli._io import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
+from tests import schemas
 from tests.commandline import (
     COOPERATIVE,
     PINGPONG,
     SCHEMAS,
     SIZES,
+    STAGED,
     checked,
     damage,
     keys_of,
@@ -75,6 +77,11 @@ def test_schemas_are_valid_and_name_what_they_describe(kind: str):
     assert {"schema_version", "kind"} <= set(found["required"])
 
 
+@pytest.mark.parametrize("path", sorted(schemas.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_what_schemas_say_of_variants_and_options_is_derived(path: Path):
+    assert path.read_text(encoding="utf-8") == schemas.text(path), "run `make schemas`"
+
+
 def test_readers_must_expect_more_fields_but_none_less():
     doc = {"schema_version": SCHEMA_VERSION, "kind": "cache-path", "path": "/x", "exists": True}
     opened = jsonschema.Draft202012Validator(schema("cache-path", closed=False))
@@ -121,8 +128,8 @@ def test_looking_commands(invoke: Callable[..., dict], root: Path):
     (stats,) = invoke("cache stats")["caches"]
     assert (stats["entries"], stats["bytes"]) == (2, listed["disk_bytes"])
     assert invoke("cache verify")["problems"] == []
-    assert invoke("warmup", *SIZES, "--dry-run")["cached"] == 2
-    assert invoke("warmup", *SIZES)["cached"] == 2
+    assert invoke("warmup", *STAGED, "--dry-run")["cached"] == 2
+    assert invoke("warmup", *STAGED)["cached"] == 2
     assert invoke("shapes ls")["shapes"]
     assert len(invoke("explain", *SIZES, "--tokens", "1,300")["calls"]) == 2
     assert invoke("plan", "--shapes", "v4-flash", "--tokens", "4096", "--ranks", "8")["plans"]
@@ -199,7 +206,7 @@ def test_imported_kernels(tmp_path: Path):
     assert call("cache", "prune", "--dry-run", "--older-than", "0s")["kept_recent"] == 2
     assert call("explain", *SIZES, "--tokens", "1")["calls"][0]["cached"] is True
     for words in ((), ("--dry-run",)):
-        assert call("warmup", *SIZES, *words)["cached"] == 2
+        assert call("warmup", *STAGED, *words)["cached"] == 2
     assert call("cache", "rm", PINGPONG)["removed"] == [key]
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
-from megamoe_jit._compile.stage_spec import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._errors import CompileError, ConfigError, KernelMissingError, PerformanceLossError, ToolchainError
 from megamoe_jit._jit import obtain as _obtain
@@ -36,7 +35,9 @@ from megamoe_jit._jit.runtime import (
     warmup_command,
 )
 from megamoe_jit._settings.settings import get_settings, override
-from megamoe_jit._spec import MAX_TOKENS, Inputs, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics.presets import preset, preset_names
 from megamoe_jit.heuristics.select import choose
 from tests.stubs import child_environment, rewrite_meta, write_rooms

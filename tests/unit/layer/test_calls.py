@@ -20,9 +20,7 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import make_weights
-from megamoe_jit._compile.stage_spec import StageFormat
-from megamoe_jit._device.fault import PEER_SIGNAL
-from megamoe_jit._device.params import Params
+from megamoe_jit._device.params import Params, StageParams
 from megamoe_jit._layer import bound_kernel as _bound_kernel
 from megamoe_jit._layer import kernel_set as _kernel_set
 from megamoe_jit._layer import memory as _memory
@@ -30,10 +28,11 @@ from megamoe_jit._layer import stage_kernel as _stage_kernel
 from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.kernel_set import sort_blocks
-from megamoe_jit._layer.stage_kernel import StageParams
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec.stage import StageFormat
 
 SHAPE = MoEShape(256, 128, 4, 2)
 DRAWN = make_weights(SHAPE, "cpu")
@@ -362,7 +361,7 @@ def test_a_destroyed_buffer_is_refused(cuda: Cuda, buffer: SymmBuffer):
 
 def test_a_buffer_whose_kernel_failed_is_refused_with_that_error(cuda: Cuda, buffer: SymmBuffer):
     call(buffer)
-    buffer.fault[:4] = torch.tensor([PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
+    buffer.fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
     refused(buffer.check, "missing: rank 1", kind=mm.PeerTimeoutError)
     for use in (lambda: call(buffer), lambda: call(buffer, 4), lambda: buffer.prepare("pingpong")):
         refused(use, "unusable since an earlier call failed", "missing: rank 1", kind=mm.PeerTimeoutError)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 import megamoe_jit as mm
 from megamoe_jit._check.spawn import World, describe, run_ranks
+from megamoe_jit._layer import admit as _admit
 from megamoe_jit._layer import bound_kernel as _bound_kernel
-from megamoe_jit._layer import calls as _api
 from megamoe_jit._layer import kernel_set as _kernel_set
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer
@@ -101,19 +101,19 @@ def prepared_calls(world: World) -> dict[str, str]:
     def meet(*_: object) -> None:
         raise mm.RankMismatchError("a collective")
 
-    it, collective = buffer(), _api.collectively
+    it, collective = buffer(), _admit.collectively
     call, heard = arguments(it), {}
     _bound_kernel.load_kernel = lambda spec, *_, **__: SimpleNamespace(key=spec.entry)
     _bound_kernel.Launcher = lambda *_: SimpleNamespace(launch=lambda *_: None)
     _bound_kernel.sides_of_sms = lambda _: None
     it.launch = lambda plan, **_: heard.update(launched=plan.kernel.spec.entry)
-    _api.collectively = _kernel_set.collectively = meet
+    _admit.collectively = _kernel_set.collectively = meet
     torch.cuda.is_current_stream_capturing = lambda: True
     heard["capture"] = outcome(lambda: mm.fp8_mega_moe(**call))
     torch.cuda.is_current_stream_capturing = lambda: False
-    _api.collectively = _kernel_set.collectively = collective
+    _admit.collectively = _kernel_set.collectively = collective
     it.prepare("pingpong")  # and the other, on both ranks
-    _api.collectively = _kernel_set.collectively = meet
+    _admit.collectively = _kernel_set.collectively = meet
     if world.rank == world.ranks - 1:
         heard["prepared"] = outcome(lambda: mm.fp8_mega_moe(**call, variant="cooperative"))
         heard["exact"] = outcome(lambda: mm.fp8_mega_moe(**call, fast_math=False))

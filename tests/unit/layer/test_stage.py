@@ -7,6 +7,7 @@ themselves are the subject of `tests/unit/kernels/test_stage_numbers.py`.
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import sys
 from collections.abc import Callable
@@ -15,13 +16,13 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._compile.stage_spec import StageFormat
+from megamoe_jit._device.params import StageParams
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.calls import mega_moe_from_bf16
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._layer.raw_inputs import RawInputs
-from megamoe_jit._layer.stage_kernel import StageParams
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import Inputs
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.stage import StageFormat
 from tests.unit.layer.test_calls import HERE, L1, L2, SHAPE, STATS, Cuda, buffer, call, cuda, refused  # noqa: F401
 from tests.unit.layer.test_moe import F32, FP8, IDS, WEIGHTS, at, compute, expected, inputs, layer, rows, same
 
@@ -307,11 +308,13 @@ def python_calls(action: Callable[[], object]) -> list[str]:
         if event == "call":
             seen.append(f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_code.co_name}")  # type: ignore[attr-defined]
 
+    gc.disable()  # others hang on to it
     sys.setprofile(note)
     try:
         action()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return seen[1:]
 
 

@@ -7,10 +7,9 @@ from enum import StrEnum
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import KernelSpec
 from megamoe_jit._text import shown
 
-__all__ = ["StageFormat", "StageSpec", "spec_from_json"]
+__all__ = ["StageFormat", "StageSpec"]
 
 
 class StageFormat(StrEnum):
@@ -37,6 +36,11 @@ class StageSpec:
     def entry(self) -> str:
         """Symbol of the kernel."""
         return f"megamoe_stage_{self.format.value}"
+
+    @classmethod
+    def of_entry(cls, entry: str) -> StageSpec | None:
+        """The kernel with this symbol; None if it is none's."""
+        return next((spec for spec in map(cls, StageFormat) if spec.entry == entry), None)
 
     @property
     def template(self) -> str:
@@ -72,10 +76,3 @@ class StageSpec:
         if not isinstance(data, dict) or set(data) != {"stage"} or data["stage"] not in formats:
             raise ConfigError(f"data = {shown(data)} is not supported; allowed: a table with stage, {formats}")
         return cls(StageFormat(data["stage"]))
-
-
-def spec_from_json(data: dict[str, Any]) -> KernelSpec | StageSpec:
-    """The specification that `to_json` of either kind gave; raises `ConfigError` for what is no such data."""
-    if isinstance(data, dict) and "stage" in data:
-        return StageSpec.from_json(data)
-    return KernelSpec.from_json(data)
