@@ -112,6 +112,8 @@ def mega_moe_pre_dispatch_sm90(
     """
     if type(group_size) is not int or group_size != BLOCK:
         raise ConfigError(f"group_size = {shown(group_size)} is not supported; allowed: {BLOCK}")
+    require_tensor("buf_x_sf", buf_x_sf)
+    require_tensor("buf_topk_weights", buf_topk_weights)
     for name, tensor in (("buf_x", buf_x), ("buf_topk_idx", buf_topk_idx)):
         require_tensor(name, tensor)
         if tensor.ndim != 2:

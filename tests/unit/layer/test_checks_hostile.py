@@ -17,7 +17,9 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._layer import calls as _api
+from megamoe_jit._layer import stage as _stage
 from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit.heuristics import parse_shapes, preset
 from megamoe_jit.heuristics.select import choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu
@@ -233,6 +235,23 @@ def test_every_argument_of_a_call(here: Cuda, buffer: SymmBuffer):  # noqa: F811
     for function in (mm.fp8_mega_moe, mm.fp8_mega_moe_pingpong):
         arguments = {name: value for name, value in CALL.items() if name != "variant" or function is mm.fp8_mega_moe}
         assert attack(function, {**arguments, "sym_buffer": buffer}, (mm.ConfigError,)) == []
+
+
+def test_every_argument_of_staging_and_of_a_call_from_bf16(here: Cuda, buffer: SymmBuffer, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(_stage, "require_gpu", lambda name, device: None)
+    options = {"x_scales": None, "routed_scaling_factor": 1.0}
+    assert attack(mm.stage, {"buffer": buffer, **TAKEN, **options, "padded_tokens": None}, (mm.ConfigError,)) == []
+    buffers = {
+        "buf_x": buffer.x,
+        "buf_x_sf": buffer.x_sf,
+        "buf_topk_idx": buffer.topk_idx,
+        "buf_topk_weights": buffer.topk_weights,
+    }
+    sizes = {"num_tokens": 3, "group_size": 128, "routed_scaling_factor": 1.0}
+    assert attack(mm.mega_moe_pre_dispatch_sm90, {**TAKEN, **buffers, **sizes}, (mm.ConfigError,)) == []
+    call = {name: value for name, value in CALL.items() if name not in ("recipe", "activation", "num_tokens_bound")}
+    arguments = {**TAKEN, **call, **options, "sym_buffer": buffer}
+    assert attack(mega_moe_from_bf16, arguments, (mm.ConfigError,)) == []
 
 
 def test_every_argument_of_a_buffers_methods(here: Cuda, buffer: SymmBuffer):  # noqa: F811

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._device.fault import PEER_SIGNAL
+from megamoe_jit._spec.abi import Wait
 from megamoe_jit._device.layout import buffer_layout
 from megamoe_jit._layer import workspace
 from megamoe_jit._layer.buffer import SymmBuffer
@@ -97,7 +97,7 @@ def test_a_layer_that_is_refused_leaves_the_buffer_to_the_others():
 
 def test_a_buffer_that_failed_is_not_given_to_new_layers():
     failed = layer()
-    failed.buffer.fault[:4] = torch.tensor([PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
+    failed.buffer.fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
     refused(failed.check, "missing: rank 1", kind=mm.PeerTimeoutError)
     refused(lambda: copy.deepcopy(failed), "an earlier call failed", kind=mm.PeerTimeoutError)
     layer()(*inputs(3))
