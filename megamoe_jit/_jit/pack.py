@@ -18,6 +18,7 @@ from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
 from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
+from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
 from megamoe_jit._spec import KernelSpec
@@ -209,8 +210,6 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
 
 
 def _of_spec(spec: KernelSpec, caches: tuple[KernelCache, ...]) -> Found:
-    from megamoe_jit._jit.runtime import warmup_command
-
     entries = entries_of(spec, caches)
     usable = [each for each in entries if each.fit > Fit.NAME]
     if not usable:

@@ -227,11 +227,10 @@ def test_refused_load(run, variables, device, words):
 
 REFUSED = """
 import logging
-from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache
+from megamoe_jit._jit.registry import reset
+from megamoe_jit._jit.runtime import get_kernel, kernel_cache
 get_kernel(spec)
-forget()
-_obtain._compiled_here.clear()  # as if another process had compiled it
+reset()  # as if another process had compiled it
 logging.getLogger("megamoe_jit").addHandler(logging.StreamHandler(sys.stdout))
 """
 
