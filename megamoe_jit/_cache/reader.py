@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from megamoe_jit._cache.entry import (
@@ -140,8 +140,9 @@ class EntryReader:
         entries = sorted((info for info, _ in found if info), key=lambda info: (info.created_at, info.key))
         return entries, [place for info, place in found if info is None]
 
-    def _folders(self) -> Iterator[tuple[str, str]]:
+    def _folders(self) -> list[tuple[str, str]]:
         """Keys and directories of all entries, whole or not."""
+        folders = list[tuple[str, str]]()
         try:
             groups = [
                 each
@@ -151,11 +152,13 @@ class EntryReader:
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 self._unreadable(error)
-            return
+            return folders
         for group in groups:
             with contextlib.suppress(OSError):
-                found = (each for each in os.scandir(group.path) if each.name.startswith(group.name))
-                yield from ((each.name, each.path) for each in found if is_key(each.name))
+                for each in os.scandir(group.path):
+                    if each.name.startswith(group.name) and is_key(each.name):
+                        folders.append((each.name, each.path))
+        return folders
 
     def _unreadable(self, error: OSError) -> None:
         """Say once that the cache cannot be read; it counts as empty."""

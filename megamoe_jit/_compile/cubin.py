@@ -10,6 +10,7 @@ architecture inside the ELF flags and tells `sm_90a` from `sm_90` only in the op
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import struct
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ def cubin_arch(data: bytes) -> str:
     return f"sm_{flags & 0xFF}{'a' if flags & 0x800 else ''}"
 
 
+@functools.lru_cache(maxsize=4)  # what is verified is loaded next
 def read_cubin(data: bytes) -> CubinInfo:
     """Read architecture and kernels.
 
@@ -139,7 +141,7 @@ def _kernels(data: bytes) -> Iterator[KernelInfo]:
             symbol, number = struct.unpack_from("<II", value)
             (registers if attribute == _REGISTERS else frames)[symbol] = number
     for name, symbol in sorted(symbols.items()):
-        own = list(_attributes(data, by_name.get(f".nv.info.{name}")))
+        own = _attributes(data, by_name.get(f".nv.info.{name}"))
         shared = by_name.get(f".nv.shared.{name}")
         threads = next((value for attribute, value in own if attribute == _MAX_THREADS), b"")
         yield KernelInfo(
@@ -202,19 +204,21 @@ def _symbols(data: bytes, sections: list[_Section]) -> dict[str, int]:
     return found
 
 
-def _attributes(data: bytes, section: _Section | None) -> Iterator[tuple[int, bytes]]:
+def _attributes(data: bytes, section: _Section | None) -> list[tuple[int, bytes]]:
     """Records of an `.nv.info` section: format byte, attribute byte, two bytes of value or of length."""
+    found = list[tuple[int, bytes]]()
     if section is None:
-        return
+        return found
     position, end = section.offset, section.offset + section.size
     while position + 4 <= end:
         form, attribute, short = struct.unpack_from("<BBH", data, position)
         position += 4
         if form == 4:
-            yield attribute, data[position : position + short]
+            found.append((attribute, data[position : position + short]))
             position += short
         else:
-            yield attribute, short.to_bytes(2, "little")
+            found.append((attribute, short.to_bytes(2, "little")))
+    return found
 
 
 def _text(data: bytes, start: int) -> str:

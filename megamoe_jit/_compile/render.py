@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ __all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_li
 
 VIRTUAL_ROOT = "/megamoe_jit/kernels_src"
 
+_DIRECTIVE = re.compile(r"^[^\S\n]*#.*$", re.MULTILINE)
 _INCLUDE = re.compile(r"^\s*#\s*include\b(.*)$")
 _QUOTED = re.compile(r'^\s*"([^"]+)"\s*(//.*|/\*.*\*/\s*)?$')
 _PRAGMA_ONCE = re.compile(r"^\s*#\s*pragma\s+once\b")
@@ -206,18 +206,32 @@ class _Flattener:
             self.out.append(mark)
         if text.endswith("\n"):
             text = text[:-1]
-        depth = 0
-        for file, number, line in _positions(text, _virtual(name)):
+        file, number, depth = _virtual(name), 1, 0
+        copied = counted = 0  # up to where the text is in `out`, and its lines in `number`
+        for found in _DIRECTIVE.finditer(text):
+            line, begin = found[0], found.start()
+            number += text.count("\n", counted, begin)
+            counted = begin
+            mark_here = _LINE_MARK.match(line)
+            if mark_here:
+                file, number = mark_here[2], int(mark_here[1]) - 1
             condition = _CONDITION.match(line)
             if condition:
                 depth += -1 if condition[1] == "endif" else 1
             include = _INCLUDE.match(line)
+            if not include and not _PRAGMA_ONCE.match(line):
+                continue
+            if include and depth:
+                raise RenderError(f"{file}({number}): #include inside #if is not allowed; each file enters once")
+            if begin > copied:
+                self.out.append(text[copied : begin - 1])
+            copied = found.end() + 1
             if include:
-                if depth:
-                    raise RenderError(f"{file}({number}): #include inside #if is not allowed; each file enters once")
                 self._include(include[1], file, number)
             else:
-                self.out.append("" if _PRAGMA_ONCE.match(line) else line)
+                self.out.append("")
+        if copied <= len(text):
+            self.out.append(text[copied:])
         self.stack.pop()
 
     def _include(self, operand: str, file: str, number: int) -> None:
@@ -246,15 +260,3 @@ class _Flattener:
             raise RenderError(f'{where}: cannot include "{name}" from {self.root}: {reason}') from error
         self.enter(name, text, f'#line 1 "{_virtual(name)}"')
         self.out.append(f'#line {number + 1} "{file}"')
-
-
-def _positions(text: str, file: str) -> Iterator[tuple[str, int, str]]:
-    """Each line with the file and number that its `#line` marks give it."""
-    number = 1
-    for line in text.split("\n"):
-        yield file, number, line
-        mark = _LINE_MARK.match(line)
-        if mark:
-            file, number = mark[2], int(mark[1])
-        else:
-            number += 1

@@ -54,10 +54,10 @@ def obtain(spec: KernelSpec, force: bool, stop: threading.Event | None = None) -
     Args:
         spec: the kernel.
         force: compile it whatever the caches hold, and replace the entry.
-        stop: once it is set, another process is not waited for any more: Ctrl-C reaches the main thread alone.
+        stop: once it is set, nothing is begun any more: Ctrl-C reaches the main thread alone.
 
     Raises:
-        KeyboardInterrupt: `stop` was set while another process compiled it.
+        KeyboardInterrupt: `stop` is set.
         KernelMissingError: it would have to be compiled, which is forbidden.
         RenderError: its source cannot be rendered.
         ToolchainError: there is no compiler.
@@ -83,7 +83,7 @@ def obtain(spec: KernelSpec, force: bool, stop: threading.Event | None = None) -
     # what will not be published need not be waited for
     keeps = cache is not None and cache.writable()
     with key_lock(key, spec.entry, published) if keeps else contextlib.nullcontext():
-        if keeps and not force:
+        if keeps and published():  # by another process, while this one waited
             found = _from_disk(wanted)
             if found is not None:
                 return found
