@@ -72,14 +72,11 @@ class Fit(IntEnum):
     @property
     def reason(self) -> str:
         """Why calls do not load such an entry; empty if they do."""
-        return _REASONS[self]
-
-
-_REASONS = {
-    Fit.NAME: "another version of this package compiled it, or other options",
-    Fit.SOURCE: "the NVRTC that is found here did not compile it, and it was not imported",
-    Fit.LOADS: "",
-}
+        if self is Fit.LOADS:
+            return ""
+        if self is Fit.SOURCE:
+            return "the NVRTC that is found here did not compile it, and it was not imported"
+        return "another version of this package compiled it, or other options"
 
 
 @dataclass(frozen=True, slots=True)
