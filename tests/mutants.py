@@ -85,6 +85,13 @@ MUTANTS = (
         "jit/test_runtime_threads.py::test_child_of_a_fork_compiles_what_a_thread_of_its_parent_was_compiling",
     ),
     Mutant(
+        "device: a forked child waits for a load of its parent",
+        "megamoe_jit/_device/load.py",
+        'release the lock."""\n        self.lock = threading.Lock()',
+        'release the lock."""',
+        "cache/test_locks.py::test_child_forked_while_a_thread_holds_a_lock_can_take_it",
+    ),
+    Mutant(
         "device: tensor maps with a swizzle of 64 bytes",
         "megamoe_jit/_device/tensor_map.py",
         "_SWIZZLE_128B = 3",
