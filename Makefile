@@ -1,6 +1,6 @@
 # megamoe-jit: every target sets up what it needs in .venv; a second call starts at once.
 #
-#   make demo | test | test-nvrtc13 | test-gpu | test-multi | mutants | bench | docs | lint | format | env | clean
+#   make demo | test | test-nvrtc13 | test-gpu | test-multi | mutants | bench | docs | lint | format | abi | schemas | env | clean
 #
 #   PYTHON=python3.12   interpreter that .venv is made from (3.11 or newer)
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
@@ -36,7 +36,7 @@ torch-cu12 := torch>=2.8,<2.11
 torch-cu13 := torch>=2.11
 torch-cpu := torch==2.13.0+cpu
 
-.PHONY: help env demo test test-nvrtc13 test-gpu test-multi mutants bench docs lint format clean
+.PHONY: help env demo test test-nvrtc13 test-gpu test-multi mutants bench docs lint format abi schemas clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,7 +55,7 @@ NVRTC13 := $(VENV)/nvrtc13
 test-nvrtc13: $(call stamp,dev)
 	@test -d $(NVRTC13) || $(PY) -m pip install --quiet --no-deps --target $(NVRTC13) 'nvidia-cuda-nvrtc>=13,<14'
 	MEGAMOE_JIT_NVRTC=$$(find $(CURDIR)/$(NVRTC13) -name 'libnvrtc.so.13' | head -n 1) \
-	  $(PY) -m pytest tests/compile tests/unit/compile/test_nvrtc.py tests/unit/compile/test_cubin.py tests/unit/compile/test_other_nvrtc.py \
+	  $(PY) -m pytest tests/compile tests/unit/spec/test_abi.py tests/unit/compile/test_nvrtc.py tests/unit/compile/test_cubin.py tests/unit/compile/test_other_nvrtc.py \
 	  $(WORKERS) $(ARGS)
 
 test-gpu: $(call stamp,dev)
@@ -89,6 +89,15 @@ lint: $(call stamp,dev)
 format: $(call stamp,dev)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# What Python knows of the kernels' headers; a test says when it is out of date.
+abi: $(call stamp,dev)
+	$(PY) -m tests.abi > megamoe_jit/_spec/abi.py.new
+	mv megamoe_jit/_spec/abi.py.new megamoe_jit/_spec/abi.py
+
+# The parts of the command line's schemas that follow from variants and options; a test says when they are out of date.
+schemas: $(call stamp,dev)
+	$(PY) -m tests.schemas
 
 clean:
 	rm -rf .venv .venv-cu12 .venv-cu13 build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ from megamoe_jit._bench.measure import Layer, cases, require_hopper
 from megamoe_jit._check.scenarios import make_inputs
 from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._layer.bound_kernel import PreparedKernel
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import preset
 
 ROUNDS = 3  #: the last one is kept
@@ -32,8 +33,9 @@ def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[
     layer = Layer(case.shape, tokens, device)
     inputs = make_inputs(case, device, weights=layer.weights)
     y = torch.empty(tokens, case.shape.hidden, dtype=torch.bfloat16, device=device)
-    plan = layer.buffer.plan(tokens, variant, case.fast_math, None)
-    spec = replace(layer.buffer.spec(plan.choice.variant, case.fast_math), timeline=True)
+    numerics = Numerics(case.fast_math)
+    plan = layer.buffer.plan(tokens, variant, numerics, None)
+    spec = replace(layer.buffer.spec(plan.choice.variant, numerics), timeline=True)
     kernel = PreparedKernel(spec, layer.buffer)
     room = torch.zeros(words(plan.num_sms), dtype=torch.int64, device=device)
     kernel.params.timeline = room.data_ptr()

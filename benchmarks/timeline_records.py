@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RECORDS", "ROLES", "SPANS", "Record", "decode", "summary", "trace", "words", "write_trace"]
+from megamoe_jit._spec.abi import RECORD_WORDS, RECORDS, Role, Span
 
-RECORDS, WORDS = 512, 4  #: records of one role of one block, words of a record
-ROLES = ("head", "activations", "dispatch", "publisher")
-SPANS = (
-    *("none", "count", "count_barrier", "order", "order_barrier", "plan", "first_round"),
-    *("wait_rows", "stream_activations", "gather", "gemm1", "gemm2", "tail_barrier", "combine"),
-)
+__all__ = ["ROLES", "SPANS", "Record", "decode", "summary", "trace", "words", "write_trace"]
+
+ROLES = tuple(role.name.lower() for role in Role)  #: by their numbers, as are the spans
+SPANS = tuple(span.name.lower() for span in Span)
 WAITS = frozenset(name for name in SPANS if name.startswith("wait") or name.endswith("barrier"))  #: not busy
 
 
@@ -39,7 +37,7 @@ class Record:
 
 def words(blocks: int) -> int:
     """64-bit words to allocate, zeroed, for a launch of so many blocks."""
-    return blocks * len(ROLES) * RECORDS * WORDS
+    return blocks * len(ROLES) * RECORDS * RECORD_WORDS
 
 
 def _name(names: tuple[str, ...], number: int) -> str:
@@ -57,7 +55,7 @@ def decode(data: Any) -> list[Record]:
     """
     found = [
         Record(who >> 16, _name(ROLES, who >> 8 & 255), _name(SPANS, who & 255), index, begin, end)
-        for who, index, begin, end in data.reshape(-1, WORDS).tolist()
+        for who, index, begin, end in data.reshape(-1, RECORD_WORDS).tolist()
         if end
     ]
     return sorted(found, key=lambda record: record.begin)

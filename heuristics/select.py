@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, check_int
+from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
-AUTO = "auto"
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 MOST_SMS = 1024  #: of a launch; no GPU has as many
@@ -35,10 +35,12 @@ class Choice:
 
 def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     if tokens < threshold:
-        why = f"{tokens} tokens per rank < {shown(threshold)}, tiles of 64 rows waste less"
-        return Variant.PINGPONG, why
-    why = f"{tokens} tokens per rank >= {shown(threshold)}, one weight load serves 128 rows"
-    return Variant.COOPERATIVE, why
+        picked, sign = Variant.PINGPONG, "<"
+        why = f"tiles of {picked.block_m} rows waste less"
+    else:
+        picked, sign = Variant.COOPERATIVE, ">="
+        why = f"one weight load serves {picked.block_m} rows"
+    return picked, f"{tokens} tokens per rank {sign} {shown(threshold)}, {why}"
 
 
 def _by_measurement(table: Table, shape: MoEShape, rule: Rule) -> tuple[Variant, str]:

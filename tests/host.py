@@ -41,11 +41,3 @@ def without_comments(text: str) -> str:
 def room(name: str) -> str:
     """A room of `kernels_src/` without its comments."""
     return without_comments((KERNELS / name).read_text())
-
-
-@functools.cache
-def constant(name: str, file: str = "base/constants.cuh") -> int:
-    """An integer constant of the kernels, such as `kPoolAlign`."""
-    found = re.search(rf"\b{name} = (\d+)\b", room(file))
-    assert found, f"{file} defines no integer {name}"
-    return int(found[1])

@@ -32,7 +32,7 @@ __device__ inline void fill(const Params& p, int value) {
 }
 }
 """
-ROOMS = {"kernels/pingpong.cuh.j2": TEMPLATE, "kernels/cooperative.cuh.j2": TEMPLATE, "room/fill.cuh": ROOM}
+ROOMS = {"kernels/entry.cuh.j2": TEMPLATE, "room/fill.cuh": ROOM}
 
 
 def fake_cubin(body: bytes = b"body", entry: str | None = None) -> bytes:

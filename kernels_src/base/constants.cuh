@@ -15,6 +15,9 @@ constexpr u32 kSideWords = 5;   // a bit for each of 160 SMs
 constexpr u32 kDispatchChunk = 2048;   // bytes that dispatch moves at a time
 constexpr u32 kTileSlots = 4;      // depth of the ring in which the scheduler publishes tiles
 
+constexpr u32 kSharedLimit = 232448;   // dynamic shared memory that a block may use on SM90, bytes
+constexpr u32 kStagingBytes = 2048;    // of a math warp: 16 rows of 128 bytes
+
 constexpr u32 kWarp = 32;
 constexpr u32 kGroup = 128;                       // threads of a warpgroup
 constexpr u32 kMathGroups = 2, kMathWarps = 8;    // warpgroups 1 and 2
@@ -26,7 +29,5 @@ constexpr u32 kPairBits = 20;   // a (token, slot) pair needs 32768 * 32 values;
 
 /// Ids of the hardware's named barriers; 0 is __syncthreads.  At the tail the publisher warp meets the eight math warps.
 enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */ };
-
-enum class Variant : u32 { pingpong, cooperative };
 
 }  // namespace megamoe

@@ -5,8 +5,10 @@
 
 #if defined(__CUDACC__)
 #define MEGA_DEVICE __device__ __forceinline__
+#define MEGA_OFFSET(type, member) __INTADDR__(&static_cast<type*>(nullptr)->member)   // offsetof, of which it has no header
 #else
 #define MEGA_DEVICE inline
+#define MEGA_OFFSET(type, member) __builtin_offsetof(type, member)
 #endif
 
 namespace megamoe {

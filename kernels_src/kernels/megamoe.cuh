@@ -8,7 +8,8 @@
 //   warps 4-11             two warpgroups: WGMMA, SwiGLU, requantise, scatter         roles/math.cuh, mma/, epilogue/
 //            then          combine, once all blocks are done                          roles/combine.cuh
 //
-// Blocks are persistent and resident together (cooperative launch), one per SM.  The variants differ in `Config` alone.
+// Blocks are persistent and resident together (cooperative launch), one per SM.  The variants differ in
+// the policy that `Config` names (variants/).
 #pragma once
 #include "comm/sides.cuh"
 #include "comm/timeline.cuh"
@@ -22,7 +23,7 @@ namespace megamoe {
 
 template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>& shared) {
     if (threadIdx.x == 0) {
-        constexpr u32 kReaders = C::kVariant == Variant::pingpong ? kMathWarps / 2 : kMathWarps;   // math warps of a tile
+        constexpr u32 kReaders = kTileWarps<C>;
 #pragma unroll 1
         for (u32 s = 0; s < C::kStages; ++s) ptx::mbarrier_init(shared.full(s), 2), ptx::mbarrier_init(shared.empty(s), kReaders);
 #pragma unroll 1
@@ -97,7 +98,7 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
         }
     } else {
         ptx::registers_grow<kMathRegisters>();
-        Math<C>{p, shared, warp / (kGroup / kWarp) - 1}.run();
+        typename C::Policy::template Math<C>{p, shared, warp / (kGroup / kWarp) - 1}.run();
         Combine<C>{p, shared}.run();
     }
 }

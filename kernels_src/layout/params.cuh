@@ -1,5 +1,5 @@
-// The one kernel argument.  `megamoe_jit/_device/params.py` mirrors it field by field; a test compares the two, and the size
-// is checked again by the entry and before the launch.
+// The one kernel argument.  Python knows it by `megamoe_jit/_spec/abi.py`, which `make abi` writes from this and other headers;
+// its size is checked again before the launch.
 //
 // Symmetric memory (one allocation per rank, at p.peers[rank]; peers read or write it):
 //   x, x_scales, topk_ids, topk_weights   the rank's inputs
@@ -31,7 +31,7 @@ struct alignas(64) Params {
     u32* act2_done;        // [counters] tiles of GEMM 2 that are done; only kept when the pools are rings
     u32* slice_counts;     // [sort_blocks][experts] pairs of each expert in each block's slice
     u32* control;          // see Control
-    const u8* weight1;             // in tiles of 256 x 128 codes, swizzled: megamoe_jit/_layer/weights.py
+    const u8* weight1;             // in tiles of 256 x 128 codes, swizzled: megamoe_jit/_layer/fp8.py
     const u8* weight2;             // the same; the last tile of an expert may have 128 rows
     const float* weight1_scales;   // [local experts][2 * intermediate / 128][hidden / 128]
     const float* weight2_scales;   // [local experts][hidden / 128][intermediate / 128]
@@ -47,7 +47,6 @@ struct alignas(64) Params {
     u32 side_of_sm[kSideWords];   // a bit of each SM
     u32 unused[12];      // up to a multiple of the alignment, which Python does not add
 };
-static_assert(sizeof(Params) == 896, "Params changed: change megamoe_jit/_device/params.py with it");
 
 /// Words of `Params::control`.
 enum Control : u32 {

@@ -12,9 +12,8 @@
 namespace megamoe {
 
 template <class C> struct Shared {
-    static constexpr u32 kActBytes = C::kBlockM * kBlockK, kWeightBytes = kBlockN * kBlockK, kActScaleBytes = C::kBlockM * 4;
+    static constexpr u32 kActBytes = C::kBlockM * kBlockK, kWeightBytes = kBlockN * kBlockK * C::Weights::kBits / 8, kActScaleBytes = C::kBlockM * 4;
     static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four for the weights
-    static constexpr u32 kStagingBytes = 2048;   // 16 rows of 128 bytes
     static constexpr u32 kSlotBytes = 32;
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
@@ -32,7 +31,7 @@ template <class C> struct Shared {
     static constexpr u32 kActiveAt = kItemsAt + (C::kLocalExperts + 1) * 4;
     static constexpr u32 kSourcesAt = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
     static constexpr u32 kBytes = kSourcesAt + (C::kRanks > 1 ? C::kExperts * 8 : 0);
-    static_assert(kBytes <= 232448, "more shared memory than SM90 has (232448 bytes)");
+    static_assert(kBytes <= kSharedLimit, "more shared memory than SM90 has (232448 bytes)");
     static_assert(kActBytes % 1024 == 0 && kWeightAt % 1024 == 0 && kWeightBytes % 1024 == 0, "a stage begins within an atom of the swizzle");
     static_assert(kStagingAt >= 12 * C::kExperts, "the head's sort does not fit into the stages");
 

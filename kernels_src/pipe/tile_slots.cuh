@@ -2,9 +2,8 @@
 //
 //   tile_full    arrived by  the scheduler (weights warp), 1                  waited for by  all readers
 //   tile_empty   arrived by  the activations warp, the publisher warp,        waited for by  the scheduler
-//                            every math warp that computes the tile, 2 + 8
-//   tile_stored  arrived by  those math warps, when their rows are written, 8  waited for by  the publisher
-//   (with pingpong four math warps compute a tile: 2 + 4, and 4)
+//                            every math warp that computes the tile, 2 + 4 a group
+//   tile_stored  arrived by  those math warps, when their rows are written     waited for by  the publisher
 //
 // A slot is used again only when all readers have let it go, so no barrier can run a phase ahead of its waiter.
 #pragma once
@@ -19,17 +18,21 @@ namespace megamoe {
 struct TileView {
     u32 address;
 
-    MEGA_DEVICE u32 field(u32 i) const { return ptx::load4_shared(address + i * 4); }
-    MEGA_DEVICE u32 kind() const { return field(0); }
-    MEGA_DEVICE u32 expert() const { return field(1); }
-    MEGA_DEVICE u32 n() const { return field(2); }
-    MEGA_DEVICE u32 row() const { return field(3); }
-    MEGA_DEVICE u32 rows() const { return field(4); }
-    MEGA_DEVICE bool owes_turn() const { return field(4) != 0; }   // of a stop tile
-    MEGA_DEVICE u32 k_blocks() const { return field(5); }
-    MEGA_DEVICE u32 k_begin() const { return field(6); }
-    MEGA_DEVICE u32 pool_row() const { return field(7); }
+    MEGA_DEVICE u32 field(u32 offset) const { return ptx::load4_shared(address + offset); }
+    MEGA_DEVICE u32 kind() const { return field(MEGA_OFFSET(Tile, kind)); }
+    MEGA_DEVICE u32 expert() const { return field(MEGA_OFFSET(Tile, expert)); }
+    MEGA_DEVICE u32 n() const { return field(MEGA_OFFSET(Tile, n)); }
+    MEGA_DEVICE u32 row() const { return field(MEGA_OFFSET(Tile, row)); }
+    MEGA_DEVICE u32 rows() const { return field(MEGA_OFFSET(Tile, rows)); }
+    MEGA_DEVICE bool owes_turn() const { return rows() != 0; }   // of a stop tile
+    MEGA_DEVICE u32 k_blocks() const { return field(MEGA_OFFSET(Tile, k_blocks)); }
+    MEGA_DEVICE u32 k_begin() const { return field(MEGA_OFFSET(Tile, k_begin)); }
+    MEGA_DEVICE u32 pool_row() const { return field(MEGA_OFFSET(Tile, pool_row)); }
 };
+
+/// Math warps that compute a tile together; and parties of them that take tiles in turn.
+template <class C> constexpr u32 kTileWarps = C::Policy::kTileGroups * (kGroup / kWarp);
+template <class C> constexpr u32 kTileReaders = kMathGroups / C::Policy::kTileGroups;
 
 template <class C> struct TileSlots {
     const Params& p;

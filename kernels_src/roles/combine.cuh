@@ -18,7 +18,7 @@ template <class C> struct Combine {
     static constexpr u32 kPieceBytes = C::kTopK * kColumns * 2;
     static constexpr u32 kDepth = min_u32(8, Shared<C>::kStagingAt / (kMathWarps * kPieceBytes));   // pieces in flight
     static constexpr u32 kHeader = (C::kTopK + 1) * 4;   // their weights, and which slots are not masked
-    static_assert(kDepth >= 1 && kDepth * kHeader <= Shared<C>::kStagingBytes, "no room for a piece in flight");
+    static_assert(kDepth >= 1 && kDepth * kHeader <= kStagingBytes, "no room for a piece in flight");
 
     const Params& p;
     const Shared<C>& shared;

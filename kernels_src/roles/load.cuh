@@ -3,23 +3,24 @@
 //
 //   full[stage]    arrived by  activations lane, weights lane (2), plus their bytes    waited for by  math warps
 //                  (the weights lane also stores the four weight scales before it arrives)
-//   empty[stage]   arrived by  every math warp that reads the stage (8; 4 in pingpong)  waited for by  both lanes
+//   empty[stage]   arrived by  every math warp that reads the stage (4 of each group)   waited for by  both lanes
 //
 // The weights lane is also the scheduler: it draws tickets, one ahead, and publishes the tiles.
 #pragma once
 #include "comm/timeline.cuh"
-#include "mma/scales.cuh"
 #include "pipe/pool_ring.cuh"
 #include "pipe/tile_slots.cuh"
 #include "sched/order.cuh"
 
 namespace megamoe {
 
-constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;   // the same as in megamoe_jit/_device/tensor_map.py
+constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;   // of the boxes that Params::act1 and its kin describe
 
 constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
 
 template <class C> struct LoadWeights {
+    using Scales = typename C::Weights::template ScaleStream<C>;
+
     const Params& p;
     const Shared<C>& shared;
     const Plan plan;
@@ -35,13 +36,13 @@ template <class C> struct LoadWeights {
         return Shared<C>::kWeightBytes >> (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
     }
 
-    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (megamoe_jit/_layer/weights.py): so
+    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (megamoe_jit/_layer/fp8.py): so
     /// memory is read in runs as long as can be.  Returns the next ticket.  It is drawn a little before the end, to be there in
     /// time, but not earlier, so that blocks with nothing to do come first.
-    MEGA_DEVICE u32 stream(const Tile& tile, WeightScaleStream<C>& scales) const {
+    MEGA_DEVICE u32 stream(const Tile& tile, Scales& scales) const {
         const bool first = tile.kind == Tile::gemm1;
         const u32 row = tile.expert * (first ? 2 * C::kIntermediate : C::kHidden) + tile.n * kBlockN, bytes = block_bytes(tile);
-        const u8* from = (first ? p.weight1 : p.weight2) + u64(row) * (tile.k_blocks * kBlockK);
+        const u8* from = (first ? p.weight1 : p.weight2) + u64(row) * (tile.k_blocks * (kBlockK * C::Weights::kBits / 8));
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
         Ring<C::kStages> ring(tile.k_begin);
@@ -60,7 +61,7 @@ template <class C> struct LoadWeights {
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
         TileOrder<C> order(plan, p.lag_tiles, p.pool_rows, side);
-        WeightScaleStream<C> scales;
+        Scales scales;
         u32 index = 0, k_begin = 0;
         Tile tile;
         for (u32 next = ticket();; next = stream(tile, scales)) {
@@ -71,7 +72,7 @@ template <class C> struct LoadWeights {
             slots.publish(index++, tile);
         }
 #pragma unroll 1
-        for (u32 stops = C::kVariant == Variant::pingpong ? kMathGroups : 1; stops > 0;) {   // one for each group that reads
+        for (u32 stops = kTileReaders<C>; stops > 0;) {   // one for each
             tile.rows = --stops;   // the first has the turn
             slots.publish(index++, tile);
         }

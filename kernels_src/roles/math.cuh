@@ -1,10 +1,5 @@
-// The two math warpgroups.
-//
-// cooperative: both take every tile; each multiplies 64 of its 128 rows with the same weights.
-// pingpong:    they take tiles in turn.  While one is in its main loop the other is in its epilogue; the turn passes
-//              when a main loop ends, by two hardware barriers (kBarrierTurn + group) on which one group waits and the
-//              other arrives.  A group looks at its first stage only when it has the turn: by then the other has seen
-//              all of its own, so no stage barrier can be a phase further than its parity can tell.
+// The two math warpgroups.  Which tiles and which of their rows are a group's, and when it may begin, says the variant's
+// policy (variants/).
 #pragma once
 #include "epilogue/scatter.cuh"
 #include "epilogue/swiglu_quant.cuh"
@@ -12,14 +7,9 @@
 
 namespace megamoe {
 
-struct Turn {
-    MEGA_DEVICE static void take(u32 group) { ptx::named_sync(kBarrierTurn + group, kMathGroups * kGroup); }
-    MEGA_DEVICE static void give(u32 group) { ptx::named_arrive(kBarrierTurn + (group ^ 1), kMathGroups * kGroup); }
-};
-
 template <class C> struct Math {
-    static constexpr bool kPingpong = C::kVariant == Variant::pingpong;
-    static constexpr u32 kStep = kPingpong ? kMathGroups : 1;
+    using Policy = typename C::Policy;
+    static constexpr u32 kStep = kTileReaders<C>;
     static_assert(kTileSlots % kMathGroups == 0, "a tile slot must always belong to the same group");
 
     const Params& p;
@@ -27,7 +17,7 @@ template <class C> struct Math {
     u32 group;   // 0 or 1
 
     MEGA_DEVICE void epilogue(const TileView& tile, Result& result) const {
-        const u32 warp = ptx::warp_id() % 4, first = (kPingpong ? 0 : group * 64) + warp * 16;
+        const u32 warp = ptx::warp_id() % 4, first = Policy::first_row(group) + warp * 16;
         if (tile.rows() <= first) return;
         const u32 rows = tile.rows() - first;   // valid ones from this warp's first on
         const Staging staging{shared.staging(group * 4 + warp), ptx::thread_id_again() % kWarp};
@@ -37,21 +27,21 @@ template <class C> struct Math {
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
-        const u32 row = kPingpong ? 0 : group * 64;
-        u32 index = kPingpong ? group : 0;
+        const u32 row = Policy::first_row(group);
+        u32 index = Policy::first_tile(group);
         Result result;
-        if (kPingpong && group == 1) Turn::give(group);   // group 0 begins
+        Policy::start(group);
         while (true) {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) {
-                if (kPingpong && tile.owes_turn()) Turn::take(group);   // leaves the barrier as it was
+                Policy::finish(tile, group);
                 break;
             }
             MainLoop<C> loop(shared, tile.k_begin(), row);
-            if (kPingpong) Turn::take(group);
+            Policy::take_turn(group);
             if (row < tile.rows()) loop.run(result, tile.k_blocks());
             else loop.skip(tile.k_blocks());
-            if (kPingpong) Turn::give(group);
+            Policy::give_turn(group);
             epilogue(tile, result);
             done(slots, index);
             index += kStep;

@@ -55,8 +55,8 @@ struct Tile {
     u32 expert;
     u32 n;          // which 256 columns
     u32 row;        // first row
-    u32 rows;       // valid ones of the tile's BLOCK_M rows, the rest is padding; of a stop tile: pingpong, 1 when the group
-                    // that reads it has been given a turn that it has no tile for
+    u32 rows;       // valid ones of the tile's BLOCK_M rows, the rest is padding; of a stop tile: 1 when the group that reads
+                    // it has been given a turn that it has no tile for (variants/pingpong.cuh)
     u32 k_blocks;   // depth
     u32 k_begin;    // k-blocks this block of threads has streamed before this tile: every role derives stage and parity
                     // of the ring from it, and nobody has to follow tiles that are not its own

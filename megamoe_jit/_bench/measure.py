@@ -23,6 +23,7 @@ from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._layer.buffer import sm_count
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec.formats import FP8
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.select import AUTO, choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
@@ -197,7 +198,7 @@ def _measure(
     others = baseline_rows(case.name, shape, case.tokens, 1, [{"times": times, "baselines": facts}])
     flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
     touched = int((expert_counts(inputs.topk_idx, shape.experts) > 0).sum())
-    weight_bytes = 3.0 * touched * shape.hidden * shape.intermediate
+    weight_bytes = touched * FP8.expert_code_bytes(shape.hidden, shape.intermediate)
     rows = []
     for name, call in own.items():
         median = statistics.median(times[name])

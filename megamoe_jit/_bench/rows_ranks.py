@@ -11,6 +11,7 @@ from megamoe_jit._bench.measure import Row
 from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec.formats import FP8
 
 __all__ = ["RankRow", "merge"]
 
@@ -44,7 +45,8 @@ def merge(
     others = baseline_rows(case.name, shape, case.tokens, ranks, parts)
     rows = []
     flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
-    weight_bytes = 3.0 * max(part["touched"] for part in parts) / ranks * shape.hidden * shape.intermediate
+    touched = max(part["touched"] for part in parts) / ranks
+    weight_bytes = touched * FP8.expert_code_bytes(shape.hidden, shape.intermediate)
     for variant, kernel in kernels.items():
         name = f"ranks {variant}"
         medians = over_ranks(name, statistics.median)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -137,7 +138,11 @@ def _stage(buffer: Any, inputs: Inputs, experts: int) -> None:
 
 def function_of(api: Any, variant: str) -> Any:
     """The public function that runs `auto`, or forces a variant."""
-    return api.fp8_mega_moe if variant == AUTO else getattr(api, f"fp8_mega_moe_{Variant.parse(variant).value}")
+    if variant == AUTO:
+        return api.fp8_mega_moe
+    name = Variant.parse(variant).value
+    own = getattr(api, f"fp8_mega_moe_{name}", None)  # not every variant has one
+    return own or functools.partial(api.fp8_mega_moe, variant=name)
 
 
 def _call(

@@ -15,12 +15,13 @@ from megamoe_jit._errors import ToolchainError
 if TYPE_CHECKING:
     from megamoe_jit._jit.runtime import WarmupResult
     from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "spec_document", "status"]
 
 
 def kernel_specs(
-    shapes: Mapping[str, MoEShape], ranks: int = 1, variant: str = "auto", fast_math: bool = True
+    shapes: Mapping[str, MoEShape], ranks: int = 1, variant: str = "auto", numerics: Numerics | None = None
 ) -> list[KernelSpec]:
     """Every kernel that calls of these shapes can pick, each once.
 
@@ -28,13 +29,13 @@ def kernel_specs(
         shapes: Layers by name; `experts` counts all ranks' experts.
         ranks: Ranks that share the experts.
         variant: `auto` for all that the heuristics can choose, or the name of one.
-        fast_math: The option of the same name of a call.
+        numerics: The numeric options of the calls.
     """
     from megamoe_jit._jit.runtime import enumerate_specs
     from megamoe_jit._spec import Variant
 
     variants = None if variant == "auto" else (Variant.parse(variant),)
-    specs = per_shape(shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, fast_math))
+    specs = per_shape(shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, numerics=numerics))
     return list(dict.fromkeys(specs))
 
 

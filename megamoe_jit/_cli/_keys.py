@@ -93,7 +93,7 @@ def find_entries(text: str, *, to_remove: bool = False) -> list[Found]:
         KernelMissingError: The kernel of a SPEC is not cached; names the warmup command.
     """
     from megamoe_jit._cache.entry import Damaged
-    from megamoe_jit._cli._options import looks_like_key, parse_spec
+    from megamoe_jit._cli._names import looks_like_key, parse_spec
     from megamoe_jit._jit.kernel import warmup_command
     from megamoe_jit._jit.lookup import entries_of, find_key, first_whole
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec import MoEShape
 
 __all__ = [
     "TIMED_SHAPES",
-    "VARIANTS",
     "FullSummaries",
     "cache_dir_option",
     "complete_key",
@@ -29,14 +30,12 @@ __all__ = [
     "complete_own_key",
     "complete_shape",
     "gpu_option",
-    "looks_like_key",
     "number_list",
-    "parse_spec",
+    "numerics_options",
     "per_shape",
     "ranks_option",
     "shape_options",
     "sms_option",
-    "spec_of_argument",
     "timed_shapes_option",
     "timed_tokens_option",
     "tokens_option",
@@ -44,10 +43,6 @@ __all__ = [
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
-VARIANTS = ("auto", "pingpong", "cooperative")
-
-_KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
-_SYMBOL = re.compile(r"megamoe_([a-z]+)_h(\d+)_i(\d+)_e(\d+)_k(\d+)_r(\d+)_(fast|exact)(_timeline)?")
 
 
 class FullSummaries(click.Group):
@@ -103,7 +98,7 @@ def complete_kernel(context: click.Context, parameter: click.Parameter, incomple
 
     from megamoe_jit.heuristics.presets import preset_names
 
-    names = [f"{name}/{variant}" for name in preset_names() for variant in VARIANTS[1:]]
+    names = [f"{name}/{variant}" for name in preset_names() for variant in VARIANT_CHOICES[1:]]
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return [*found, *complete_key(context, parameter, incomplete)]
 
@@ -268,54 +263,17 @@ cache_dir_option = click.option(
 )
 
 
-def looks_like_key(text: str) -> bool:
-    """Whether a KEY|SPEC argument is (the beginning of) a cache key."""
-    return bool(_KEY.fullmatch(text))
+def numerics_options(function: _F) -> _F:
+    """A flag for each numeric option; the command gets them as one value, `numerics`."""
 
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        numerics = Numerics(**{option.name: options.pop(option.name) for option in fields(Numerics)})
+        return function(*arguments, numerics=numerics, **options)
 
-def parse_spec(text: str, keys: bool = True) -> KernelSpec:
-    """The kernel named on a command line.
-
-    Args:
-        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact]` with a shape known
-            by name, such as `v4-flash/pingpong` or `v4-pro/cooperative/r8`.
-        keys: Whether the command takes keys too; then an error names them.
-
-    Raises:
-        ConfigError: It is neither, or a part of it is not supported.
-    """
-    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-    from megamoe_jit.heuristics.presets import preset
-
-    symbol = _SYMBOL.fullmatch(text)
-    if symbol:
-        sizes = [int(symbol[i]) for i in range(2, 7)]
-        variant = Variant.parse(symbol[1])
-        return KernelSpec(MoEShape(*sizes[:4]), variant, sizes[4], symbol[7] == "fast", timeline=bool(symbol[8]))
-    name, *rest = text.split("/")
-    file = text.endswith(".toml") or ".toml/" in text
-    if file or not rest:
-        problem = "names a .toml file, which only --shapes takes" if file else "names no kernel"
-        key = ", or the beginning of a key that `cache ls` lists" if keys else ""
-        raise ConfigError(
-            f"{text!r} {problem}; allowed: SHAPE/VARIANT with a shape of `shapes ls` (v4-flash/pingpong, "
-            f"v4-pro/cooperative/r8), a kernel's name as `warmup` and `cache ls` show it{key}"
-        )
-    shape = preset(name).shape
-    ranks, fast_math = 1, True
-    seen: set[str] = set()
-    for part in rest[1:]:
-        kind = "ranks" if re.fullmatch(r"r\d+", part) else part
-        if kind not in ("ranks", "exact") or kind in seen:
-            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: r1 to r8, exact, each once")
-        seen.add(kind)
-        if kind == "ranks":
-            ranks = int(part[1:])
-        else:
-            fast_math = False
-    return KernelSpec(shape, Variant.parse(rest[0]), ranks, fast_math)
-
-
-def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec:
-    """Callback of a SPEC argument."""
-    return parse_spec(text, keys=False)
+    decorated: Callable[..., Any] = call
+    for option in reversed(fields(Numerics)):
+        flag, word = option.name.replace("_", "-"), option.metadata["words"][option.default] or "off"
+        what = f"The {option.name} of the calls.  [default: {word}]"
+        decorated = click.option(f"--{flag}/--no-{flag}", default=option.default, help=what)(decorated)
+    return cast("_F", decorated)

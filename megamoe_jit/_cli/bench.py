@@ -22,6 +22,7 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.unfused_run import BaselineRow
@@ -237,8 +238,8 @@ def finish(
     "--variant",
     "variants",
     multiple=True,
-    type=click.Choice(["auto", "pingpong", "cooperative"]),
-    help="Variant to time; may be given more than once.  [default: all three, taking turns]",
+    type=click.Choice(VARIANT_CHOICES),
+    help="Variant to time; may be given more than once.  [default: all, taking turns]",
 )
 @click.option(
     "--output",

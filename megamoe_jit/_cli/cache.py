@@ -30,7 +30,8 @@ from megamoe_jit._cli._keys import (
     place,
     say_damaged,
 )
-from megamoe_jit._cli._options import FullSummaries, cache_dir_option, complete_kernel, looks_like_key
+from megamoe_jit._cli._names import looks_like_key
+from megamoe_jit._cli._options import FullSummaries, cache_dir_option, complete_kernel
 from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
 

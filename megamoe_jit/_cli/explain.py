@@ -8,18 +8,20 @@ import click
 
 from megamoe_jit._cli._io import document, emit_json, json_option, show
 from megamoe_jit._cli._options import (
-    VARIANTS,
     cache_dir_option,
     gpu_option,
+    numerics_options,
     per_shape,
     ranks_option,
     shape_options,
     sms_option,
     tokens_option,
 )
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import MoEShape
+    from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["explain"]
 
@@ -44,10 +46,10 @@ def _text(name: str, call: dict[str, Any], gpu: str) -> str:
 @ranks_option
 @click.option(
     "--variant",
-    type=click.Choice(VARIANTS),
+    type=click.Choice(VARIANT_CHOICES),
     help="The variant argument of the call.  [default: the setting MEGAMOE_JIT_VARIANT]",
 )
-@click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the call.  [default: fast]")
+@numerics_options
 @sms_option
 @gpu_option
 @cache_dir_option
@@ -57,7 +59,7 @@ def explain(
     tokens: tuple[int, ...],
     ranks: int,
     variant: str | None,
-    fast_math: bool,
+    numerics: Numerics,
     sms: int,
     gpu: str | None,
     as_json: bool,
@@ -69,7 +71,7 @@ def explain(
 
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)
-    options: dict[str, Any] = {"ranks": ranks, "variant": variant, "fast_math": fast_math, "num_sms": sms}
+    options: dict[str, Any] = {"ranks": ranks, "variant": variant, "numerics": numerics, "num_sms": sms}
     options["gpu"] = found["gpu"]
     calls = per_shape(
         shapes, lambda name, shape: [{"name": name, **explain_call(shape, count, **options)} for count in tokens]

@@ -8,7 +8,6 @@ import click
 
 from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, show, table
 from megamoe_jit._cli._options import (
-    VARIANTS,
     gpu_option,
     per_shape,
     ranks_option,
@@ -16,6 +15,7 @@ from megamoe_jit._cli._options import (
     sms_option,
     tokens_option,
 )
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import MoEShape
@@ -63,7 +63,11 @@ def _text(name: str, plan: dict[str, Any]) -> str:
 @tokens_option("Most tokens of one rank in a call; the capacity of the buffer is the next multiple of 128.", least=1)
 @ranks_option
 @click.option(
-    "--variant", default="auto", show_default=True, type=click.Choice(VARIANTS), help="Show the kernel of one alone."
+    "--variant",
+    default="auto",
+    show_default=True,
+    type=click.Choice(VARIANT_CHOICES),
+    help="Show the kernel of one alone.",
 )
 @sms_option
 @gpu_option

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from megamoe_jit._cli._io import copy_out, document, emit_json, json_option
-from megamoe_jit._cli._options import complete_kernel, spec_of_argument
+from megamoe_jit._cli._names import spec_of_argument
+from megamoe_jit._cli._options import complete_kernel
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import KernelSpec

@@ -20,6 +20,7 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.variants import VARIANT_NAMES, Variant
 
 __all__ = ["tune"]
 
@@ -63,7 +64,7 @@ def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: b
     "--variant",
     "variants",
     multiple=True,
-    type=click.Choice(["pingpong", "cooperative"]),
+    type=click.Choice(VARIANT_NAMES),
     help="Kernel to compare; may be given more than once.  [default: all]",
 )
 @click.option(
@@ -114,7 +115,6 @@ def tune(
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
     _refuse_early(data, measure, target, write_table)
-    from megamoe_jit._spec import Variant
     from megamoe_jit.heuristics.presets import parse_shapes
     from megamoe_jit.heuristics.tables import check_choices
 

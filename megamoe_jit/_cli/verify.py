@@ -13,6 +13,7 @@ from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, pro
 from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
 from megamoe_jit._errors import ToolchainError
+from megamoe_jit._spec.variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def _figure(value: float) -> str:
 def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.device, ranks: int) -> list[KernelSpec]:
     """Every kernel that the runs will ask for, each once, in the order of the scenarios."""
     from megamoe_jit._bench.measure import kernel_of
-    from megamoe_jit._spec import KernelSpec, Variant
+    from megamoe_jit._spec import KernelSpec
 
     def picked(s: Scenario) -> Sequence[Variant]:
         if ranks > 1:  # a buffer of several ranks prepares every variant
@@ -79,8 +80,8 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
     "--variant",
     "variants",
     multiple=True,
-    type=click.Choice(["auto", "pingpong", "cooperative"]),
-    help="Variant to run; may be given more than once.  [default: pingpong and cooperative]",
+    type=click.Choice(VARIANT_CHOICES),
+    help=f"Variant to run; may be given more than once.  [default: {' and '.join(VARIANT_NAMES)}]",
 )
 @click.option("--slow", is_flag=True, help="Run the large scenarios as well.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
@@ -103,7 +104,7 @@ def verify(
 
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
-    variants = variants or ("pingpong", "cooperative")
+    variants = variants or VARIANT_NAMES
     if not only_list:
         from megamoe_jit._device.driver import refuse_without_gpu
 

@@ -16,10 +16,12 @@ from megamoe_jit._cli._kernels import (
     kernel_table,
     spec_document,
 )
-from megamoe_jit._cli._options import VARIANTS, cache_dir_option, ranks_option, shape_options
+from megamoe_jit._cli._options import cache_dir_option, numerics_options, ranks_option, shape_options
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["warmup"]
 
@@ -33,10 +35,10 @@ _STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
     "--variant",
     default="auto",
     show_default=True,
-    type=click.Choice(VARIANTS),
+    type=click.Choice(VARIANT_CHOICES),
     help="One variant alone; auto compiles all that a call can pick.",
 )
-@click.option("--fast-math/--no-fast-math", default=True, help="The fast_math of the calls.  [default: fast]")
+@numerics_options
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Kernels to compile at a time.  [default: MEGAMOE_JIT_JOBS, or CPUs]"
 )
@@ -49,7 +51,7 @@ def warmup(
     shapes: dict[str, MoEShape],
     ranks: int,
     variant: str,
-    fast_math: bool,
+    numerics: Numerics,
     jobs: int | None,
     force: bool,
     dry_run: bool,
@@ -71,7 +73,7 @@ def warmup(
     kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    specs = kernel_specs(shapes, ranks, variant, fast_math)
+    specs = kernel_specs(shapes, ranks, variant, numerics)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start

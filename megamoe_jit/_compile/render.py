@@ -17,7 +17,7 @@ from pathlib import Path
 from megamoe_jit._errors import ConfigError, RenderError, ToolchainError
 from megamoe_jit._files import read_text, stays_inside
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_lines"]
 
@@ -72,7 +72,7 @@ def kernels_dir() -> Path:
     return chosen
 
 
-def render(spec: KernelSpec) -> RenderedSource:
+def render(spec: Compilable) -> RenderedSource:
     """Render the entry of `spec` and flatten its includes.
 
     The text depends on the spec and the bytes of the files alone, not on where they lie or on the clock.
@@ -128,7 +128,7 @@ def _marked(name: str, text: str) -> tuple[str, list[int]]:
     return "\n".join(lines), numbers
 
 
-def _render_entry(root: Path, spec: KernelSpec) -> str:
+def _render_entry(root: Path, spec: Compilable) -> str:
     try:
         import jinja2
     except ModuleNotFoundError:

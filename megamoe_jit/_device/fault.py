@@ -8,37 +8,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamoe_jit._device.layout import COUNTER_ROWS
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
-from megamoe_jit._spec import MAX_RANKS
+from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, Phase, Wait
 
 __all__ = ["LOST", "WAITS", "Fault", "decode", "fault_error"]
 
-HEAD_BARRIER, PEER_SIGNAL = 1, 9
-
 #: By code: what was waited for, and who should have done it.  Rows are numbered through all experts, each of which
 #: begins at a multiple of 128.
-WAITS = {
-    HEAD_BARRIER: "all {expected} blocks of the launch to reach grid barrier {which}",
-    2: "the readers to free the slot of tile {which}",
-    3: "the scheduler to publish tile {which}",
-    4: "the math warps to free pipeline stage {which}",
-    5: "a row being copied by dispatch, of those from row {which} on",
-    6: "dispatch to bring the rows from {row} on ({seen} of {expected} arrived)",
-    7: "the first GEMM to finish the rows from {row} on ({seen} of {expected} tiles done)",
-    8: "the math warps to finish tile {which}, of the first GEMM",
-    PEER_SIGNAL: "the other ranks to have their {phase} ready in launch {expected} (missing: {ranks})",
-    10: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
-    11: "the math warps to free pipeline stage {which} for weights",
-    12: "the math warps to finish tile {which}, of the second GEMM",
-    13: "the first GEMM to read the rows from {row} on, whose place is wanted ({seen} of {expected} tiles done)",
-    14: "the second GEMM to finish the rows from {row} on, whose place is wanted ({seen} of {expected} tiles done)",
+WAITS: dict[int, str] = {
+    Wait.HEAD_BARRIER: "all {expected} blocks of the launch to reach grid barrier {which}",
+    Wait.TILE_SLOT_FREE: "the readers to free the slot of tile {which}",
+    Wait.TILE_PUBLISHED: "the scheduler to publish tile {which}",
+    Wait.STAGE_FREE: "the math warps to free pipeline stage {which}",
+    Wait.ROW_LOADED: "a row being copied by dispatch, of those from row {which} on",
+    Wait.ROWS_DISPATCHED: "dispatch to bring the rows from {row} on ({seen} of {expected} arrived)",
+    Wait.GEMM1_DONE: "the first GEMM to finish the rows from {row} on ({seen} of {expected} tiles done)",
+    Wait.GEMM1_TILE_STORED: "the math warps to finish tile {which}, of the first GEMM",
+    Wait.PEER_SIGNAL: "the other ranks to have their {phase} ready in launch {expected} (missing: {ranks})",
+    Wait.TAIL_BARRIER: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
+    Wait.WEIGHT_STAGE_FREE: "the math warps to free pipeline stage {which} for weights",
+    Wait.GEMM2_TILE_STORED: "the math warps to finish tile {which}, of the second GEMM",
+    Wait.POOL_READ: "the first GEMM to read the rows from {row} on, whose place is wanted "
+    "({seen} of {expected} tiles done)",
+    Wait.GEMM2_DONE: "the second GEMM to finish the rows from {row} on, whose place is wanted "
+    "({seen} of {expected} tiles done)",
 }
 
 LOST = "nothing"  #: what the driver said of a kernel whose end it has not noticed (`wait.py`)
 
-INPUTS = 0
-PHASES = {INPUTS: "inputs", 1: "results"}  #: of a PEER_SIGNAL
+PHASES = {phase.value: phase.name.lower() for phase in Phase}  #: of a `PEER_SIGNAL`
 
 ROLES = ("activations warp", "weights warp", "dispatch warp", "publisher warp")
 
@@ -57,13 +55,13 @@ class Fault:
     @property
     def role(self) -> str:
         """Which part of the block waited."""
-        if self.what == HEAD_BARRIER or (self.what == PEER_SIGNAL and self.which == INPUTS):
+        if self.what == Wait.HEAD_BARRIER or (self.what == Wait.PEER_SIGNAL and self.which == Phase.INPUTS):
             return "head"  # before the warps have their roles
         return ROLES[self.warp] if self.warp < len(ROLES) else f"math warp {self.warp - len(ROLES)}"
 
     def __str__(self) -> str:
         text = WAITS.get(self.what, "something unknown (code {what})")
-        ranks = ", ".join(f"rank {r}" for r in range(MAX_RANKS) if self.seen >> r & 1)  # of a PEER_SIGNAL's bit mask
+        ranks = ", ".join(f"rank {r}" for r in range(MAX_RANKS) if self.seen >> r & 1)  # of a `PEER_SIGNAL`'s bit mask
         waited = text.format(
             what=self.what,
             which=self.which,
@@ -91,7 +89,7 @@ def fault_error(fault: Fault | None, rank: int, cause: str | None) -> MegaMoeErr
             f"rank {rank}: the GPU reported an error and no MoE kernel left a fault record, so the cause may be "
             f"another kernel; the CUDA context is unusable, restart the process. The driver said: {cause}"
         )
-    kind = PeerTimeoutError if fault.what == PEER_SIGNAL else DeviceFaultError
+    kind = PeerTimeoutError if fault.what == Wait.PEER_SIGNAL else DeviceFaultError
     text = (
         f"rank {rank}: {fault}, then the kernel ended itself; the CUDA context is unusable, restart the process. "
         "The deadline is MEGAMOE_JIT_TIMEOUT_S."

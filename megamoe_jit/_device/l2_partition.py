@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from megamoe_jit._device.load import checked
-from megamoe_jit._device.params import SIDE_WORDS
 from megamoe_jit._errors import LoadError
 from megamoe_jit._fork import renew_after_fork
+from megamoe_jit._spec.abi import SIDE_WORDS
 
 __all__ = ["sides_of_sms", "split"]
 

@@ -12,11 +12,9 @@ from typing import Any, NoReturn
 
 from megamoe_jit._device.load import LoadedKernel
 from megamoe_jit._errors import DeviceFaultError, LaunchError
+from megamoe_jit._spec.abi import PARAMS_ALIGN, THREADS
 
-__all__ = ["BLOCK_THREADS", "PARAM_ALIGNMENT", "Launcher"]
-
-BLOCK_THREADS = 384
-PARAM_ALIGNMENT = 64
+__all__ = ["Launcher"]
 
 _ADVICE = {
     "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": (
@@ -64,14 +62,14 @@ class Launcher:
         size, address = ctypes.sizeof(params), ctypes.addressof(params)
         if size != loaded.param_bytes:
             raise LaunchError(f"{loaded.spec.entry} takes {loaded.param_bytes} bytes of parameters, not {size}")
-        if address % PARAM_ALIGNMENT:
-            raise LaunchError(f"parameters of {loaded.spec.entry} must be {PARAM_ALIGNMENT}-byte aligned")
+        if address % PARAMS_ALIGN:
+            raise LaunchError(f"parameters of {loaded.spec.entry} must be {PARAMS_ALIGN}-byte aligned")
         cooperative = driver.CUlaunchAttribute()
         cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
         cooperative.value.cooperative = 1
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = 1, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = BLOCK_THREADS, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
         config.sharedMemBytes = loaded.spec.shared_bytes
         config.hStream = 0
         config.attrs = [cooperative]
@@ -112,7 +110,7 @@ class Launcher:
         name = str(getattr(status, "name", status))
         spec = self._loaded.spec
         what = (
-            f"launching {spec.entry} failed with {name} (grid {self._grid}, block {BLOCK_THREADS}, "
+            f"launching {spec.entry} failed with {name} (grid {self._grid}, block {THREADS}, "
             f"{spec.shared_bytes} bytes of shared memory, device {self._loaded.device_index})"
         )
         if name in _BROKEN:

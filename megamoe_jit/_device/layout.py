@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe_jit._spec import BLOCK, MoEShape
+from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Phase
 
 __all__ = ["ALIGN", "CAPACITY_STEP", "DEFAULT_POOL_ROWS", "MAX_SORT_BLOCKS", "BufferLayout", "Section", "buffer_layout"]
 
 ALIGN = 1024  #: every section starts at a multiple of this
 CAPACITY_STEP = 128  #: token capacity is rounded up to a multiple of this
-POOL_ALIGN = 128  #: an expert's first pool row is a multiple of this
-COUNTER_ROWS = 64  #: pool rows that share a readiness counter
-CONTROL_WORDS = 64
 DEFAULT_POOL_ROWS = 65536  #: rows the pools hold at most unless the caller says otherwise
 MIN_POOL_ROWS = 4096  #: a unit of the tile order has 1024 rows, at most 1536, and a few should be under way
 MAX_SORT_BLOCKS = 128
@@ -114,7 +112,7 @@ def buffer_layout(
             ("topk_weights", pairs * 4, f"weight of each slot f32 [{tokens}, {topk}]"),
             ("expert_offsets", (shape.experts + 1) * 4, "first sorted pair of each expert u32"),
             ("sorted_pairs", pairs * 4, "(token, slot) pairs by expert u32"),
-            ("signals", 256, "launch that each rank has reached, by phase u32"),
+            ("signals", len(Phase) * MAX_RANKS * 4, "launch that each rank has reached, by phase u32"),
             ("combine", pairs * hidden * 2, f"expert outputs bf16 [{tokens}, {topk}, {hidden}]"),
         ]
     )
@@ -129,7 +127,7 @@ def buffer_layout(
             ("act2_ready", rows // COUNTER_ROWS * 4, "tiles of the first GEMM finished u32"),
             ("act2_done", rows // COUNTER_ROWS * 4, "tiles of the second GEMM finished u32"),
             ("slice_counts", MAX_SORT_BLOCKS * shape.experts * 4, "pairs of each expert by slice u32"),
-            ("control", CONTROL_WORDS * 4, "grid barrier, epoch, blocks by side, tickets u32"),
+            ("control", Control.WORDS * 4, "grid barrier, epoch, blocks by side, tickets u32"),
         ]
     )
     return BufferLayout(symmetric, local, tokens, rows, pool)

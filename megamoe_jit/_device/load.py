@@ -21,7 +21,7 @@ from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, Unsupport
 from megamoe_jit._jit.kernel import CompiledKernel, warmup_command
 from megamoe_jit._jit.registry import Life, registry
 from megamoe_jit._jit.runtime import get_kernel, replacement
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["LoadedKernel", "checked", "load_kernel"]
 
@@ -50,7 +50,7 @@ class LoadedKernel:
         library: the `CUlibrary`, kept so that it is never unloaded.
     """
 
-    spec: KernelSpec
+    spec: Compilable
     key: str
     device_index: int
     function: Any
@@ -73,7 +73,7 @@ class Loaded:
         self.lock = threading.Lock()
 
 
-def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None = None) -> LoadedKernel:
+def load_kernel(spec: Compilable, device_index: int, *, param_bytes: int | None = None) -> LoadedKernel:
     """Compile if needed, and load into the primary context of a device; once per kernel and device.
 
     Args:
@@ -104,12 +104,12 @@ def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None 
     if param_bytes is not None and param_bytes != loaded.param_bytes:
         raise LoadError(
             f"kernel {spec.entry} takes {loaded.param_bytes} bytes of parameters, but the host passes "
-            f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_device/params.py disagree"
+            f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_spec/abi.py disagree"
         )
     return loaded
 
 
-def _refuse_capture(spec: KernelSpec) -> None:
+def _refuse_capture(spec: Compilable) -> None:
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)
     if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
@@ -183,7 +183,7 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
     return LoadedKernel(spec, compiled.key, device_index, function, kernel_info.param_bytes, compiled, library)
 
 
-def _enter_context(driver: Any, device_index: int, spec: KernelSpec) -> None:
+def _enter_context(driver: Any, device_index: int, spec: Compilable) -> None:
     """Make sure the primary context of the device is current, as torch has it."""
     try:
         checked(driver, driver.cuInit(0), "cuInit")

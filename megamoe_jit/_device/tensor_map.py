@@ -12,12 +12,9 @@ from ctypes import c_uint32, c_uint64, c_void_p
 
 from megamoe_jit._device.params import TensorMap
 from megamoe_jit._errors import LaunchError, ToolchainError
+from megamoe_jit._spec.abi import BLOCK_K
 
-__all__ = ["BOX_ROWS_ACT", "BOX_ROWS_SMALL", "encode_fp8_rows"]
-
-BOX_ROWS_ACT = 64
-BOX_ROWS_SMALL = 16  #: of activations, for tiles of at most 48 rows
-_BOX_COLUMNS = 128
+__all__ = ["encode_fp8_rows"]
 
 # Values of the driver's enums (cuda.h).
 _UINT8 = 0
@@ -48,7 +45,7 @@ def encode_fp8_rows(target: TensorMap, address: int, rows: int, columns: int, bo
     """
     dims = (c_uint64 * 2)(columns, rows)
     strides = (c_uint64 * 1)(columns)
-    box = (c_uint32 * 2)(_BOX_COLUMNS, box_rows)
+    box = (c_uint32 * 2)(BLOCK_K, box_rows)
     steps = (c_uint32 * 2)(1, 1)
     status = _encode()(
         ctypes.byref(target),

@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from megamoe_jit._device.launch import BLOCK_THREADS
 from megamoe_jit._device.layout import Section, buffer_layout
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import (
-    BLOCK,
+from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape
+from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
-    MAX_TOKENS,
+    MATH_WARPS,
     SHARED_LIMIT,
     STAGING_BYTES,
+    THREADS,
+    TILE_BYTES,
     TILE_SLOTS,
-    KernelSpec,
-    MoEShape,
 )
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
@@ -74,7 +74,7 @@ def explain(
     *,
     ranks: int = 1,
     variant: str | None = None,
-    fast_math: bool = True,
+    numerics: Numerics = DEFAULT_NUMERICS,
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
 ) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def explain(
         tokens: tokens of one rank.
         ranks: ranks that share the experts.
         variant: the `variant` of the call; the settings' one if None.
-        fast_math: the `fast_math` of the call.
+        numerics: the numeric options of the call.
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
 
@@ -104,7 +104,7 @@ def explain(
         num_sms=num_sms,
         gpu=gpu,
     )
-    spec = KernelSpec(shape, choice.variant, ranks, fast_math)
+    spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics)
     return {
         "shape": asdict(shape),
         "ranks": ranks,
@@ -127,12 +127,12 @@ def shared_parts(spec: KernelSpec) -> list[dict[str, Any]]:
     stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
     parts = [
         ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
-        ("weights", stages * BLOCK_N * BLOCK, f"{stages} stages of e4m3 [{BLOCK_N}, {BLOCK}]"),
-        ("staging", STAGING_BYTES, "2 KiB for each of the eight math warps"),
+        ("weights", stages * spec.weight_stage_bytes, f"{stages} stages of {spec.weights.what} [{BLOCK_N}, {BLOCK}]"),
+        ("staging", MATH_WARPS * STAGING_BYTES, "2 KiB for each of the eight math warps"),
         ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
         ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
         ("barriers", stages * 16 + TILE_SLOTS * 24 + slots * 8, "of stages, tile slots and dispatch slots"),
-        ("tile slots", TILE_SLOTS * 32, f"ring of {TILE_SLOTS} announced tiles"),
+        ("tile slots", TILE_SLOTS * TILE_BYTES, f"ring of {TILE_SLOTS} announced tiles"),
         ("words", 64, "words shared by the warps of a block"),
         ("expert table", 4 * experts + 8 * (experts + 1) + 2 * experts, "rows, first rows, first items, ids"),
         ("source table", spec.source_table_bytes, "which pairs of each rank name each expert"),
@@ -146,12 +146,6 @@ def shared_parts(spec: KernelSpec) -> list[dict[str, Any]]:
 
 def _sections(sections: tuple[Section, ...]) -> list[dict[str, Any]]:
     return [asdict(section) for section in sections]
-
-
-def _weight_bytes(shape: MoEShape, ranks: int) -> int:
-    """Codes and scales of one rank's experts, both products."""
-    values = 3 * shape.hidden * shape.intermediate
-    return shape.experts // ranks * (values + values // (BLOCK * BLOCK) * 4)
 
 
 def plan(
@@ -205,14 +199,14 @@ def plan(
         "symmetric_bytes": layout.symmetric_bytes,
         "local_bytes": layout.local_bytes,
         "buffer_bytes": layout.total_bytes,
-        "weight_bytes": _weight_bytes(shape, ranks),
+        "weight_bytes": specs[0].weights.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
         "output_bytes": tokens * shape.hidden * 2,
         "kernels": [
             {
                 "kernel": spec.entry,
                 "variant": spec.variant.value,
                 "grid": [num_sms, 1, 1],
-                "block": [BLOCK_THREADS, 1, 1],
+                "block": [THREADS, 1, 1],
                 "stages": spec.stages,
                 "dispatch_slots": spec.dispatch_slots,
                 "shared_bytes": spec.shared_bytes,

@@ -12,7 +12,7 @@ from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.cubin import CubinError, _sections, read_cubin
 from megamoe_jit._diagnose.machine import TOOLS, find_tool, tool_command
 from megamoe_jit._errors import LoadError, ToolchainError
-from megamoe_jit._spec import SHARED_LIMIT
+from megamoe_jit._spec.abi import SHARED_LIMIT
 
 __all__ = ["ptx", "resources", "sass"]
 

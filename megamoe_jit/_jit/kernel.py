@@ -9,7 +9,7 @@ from typing import Literal
 
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["CompiledKernel", "Origin", "warmup_command"]
 
@@ -29,7 +29,7 @@ class CompiledKernel:
         seconds: how long this call took to get it.
     """
 
-    spec: KernelSpec
+    spec: Compilable
     key: str
     cubin: bytes = dataclasses.field(repr=False)
     meta: Metadata = dataclasses.field(repr=False, compare=False)
@@ -37,18 +37,8 @@ class CompiledKernel:
     seconds: float
 
 
-def warmup_command(spec: KernelSpec) -> str:
-    """The command line that compiles exactly this kernel ahead of time.
-
-    `warmup` makes no kernel with a timeline: only who measures the kernel itself asks for one.  `inspect` makes any.
-    """
-    if spec.timeline:
-        return f"megamoe-jit inspect {spec.entry}"
-    shape, settings = spec.shape, get_settings()
+def warmup_command(spec: Compilable) -> str:
+    """The command line that compiles exactly this kernel ahead of time, into the cache of this process."""
+    settings = get_settings()
     there = f" --cache-dir {shlex.quote(str(settings.cache_dir))}" if settings.source("cache_dir") == "argument" else ""
-    return (
-        f"megamoe-jit warmup --hidden {shape.hidden} --intermediate {shape.intermediate} "
-        f"--experts {shape.experts} --topk {shape.topk} --ranks {spec.ranks} --variant {spec.variant.value}"
-        + ("" if spec.fast_math else " --no-fast-math")
-        + there
-    )
+    return f"megamoe-jit {spec.command}{there}"

@@ -19,7 +19,7 @@ from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import RenderedSource, render
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
 from megamoe_jit._errors import ConfigError, ToolchainError
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._trust import check_private
 
 __all__ = ["Fit", "Found", "Wanted", "entries_of", "find_key", "first_whole", "fit_of", "lookup"]
@@ -31,7 +31,7 @@ LOG = logging.getLogger("megamoe_jit")
 class Wanted:
     """What to look for: the exact kernel if there is a compiler to say which, its source in any case."""
 
-    spec: KernelSpec
+    spec: Compilable
     source: RenderedSource
     source_id: str
     toolchain: Toolchain | None
@@ -39,7 +39,7 @@ class Wanted:
     problem: ToolchainError | None
 
     @classmethod
-    def of(cls, spec: KernelSpec) -> Wanted:
+    def of(cls, spec: Compilable) -> Wanted:
         """Renders it and identifies the compiler.
 
         Raises:
@@ -163,7 +163,7 @@ def find_key(prefix: str, caches: Sequence[KernelCache]) -> Found:
     return Found(cache, info.key, info)
 
 
-def entries_of(spec: KernelSpec, caches: Iterable[KernelCache]) -> list[Found]:
+def entries_of(spec: Compilable, caches: Iterable[KernelCache]) -> list[Found]:
     """What `lookup` has of a kernel and is there.
 
     Needs no compiler: without one, entries are found by their source and by the kernel's name.

@@ -20,7 +20,7 @@ from megamoe_jit._jit.kernel import CompiledKernel, Origin, warmup_command
 from megamoe_jit._jit.lookup import Fit, Found, Wanted, lookup
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._text import one_line
 from megamoe_jit._version import __version__
 
@@ -48,7 +48,7 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     return not registry().made(kernel.key)
 
 
-def obtain(spec: KernelSpec, force: bool, stop: threading.Event | None = None) -> CompiledKernel:
+def obtain(spec: Compilable, force: bool, stop: threading.Event | None = None) -> CompiledKernel:
     """A kernel from the first place that has it.
 
     Args:
@@ -111,7 +111,7 @@ def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache 
     return CompiledKernel(spec, key, result.cubin, meta, "compiled", 0.0)
 
 
-def _missing(spec: KernelSpec) -> KernelMissingError:
+def _missing(spec: Compilable) -> KernelMissingError:
     """It would have to be compiled, which is forbidden."""
     settings = get_settings()
     why, allow = "this process is sealed", ""
@@ -119,7 +119,7 @@ def _missing(spec: KernelSpec) -> KernelMissingError:
         why, allow = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it", "MEGAMOE_JIT_DISABLE_JIT=0 "
     places = [settings.cache_dir, *settings.readonly_cache]
     where = " or ".join(map(str, places[1:] if settings.no_cache else places)) or "(none: MEGAMOE_JIT_NO_CACHE)"
-    whose = " (kernels with a timeline are for measuring the kernel alone)" if spec.timeline else ""
+    whose = f" ({spec.remark})" if spec.remark else ""
     return KernelMissingError(
         f"kernel {spec.entry} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}{whose}"
     )

@@ -171,9 +171,10 @@ def read_pack(path: Path | str) -> PackInfo:
 
 def _path(name: str, value: object) -> Path:
     """A path that somebody has named: an empty one would mean the working directory."""
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    text = os.fsdecode(value) if isinstance(value, str | os.PathLike) else ""
+    if not text or "\0" in text:
         raise ConfigError(f"{name} = {shown(value)} is not supported; allowed: the path of a file or directory")
-    return Path(value)
+    return Path(text)
 
 
 def _without_origin(meta: Metadata) -> bytes:

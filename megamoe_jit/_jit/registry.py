@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar, cast
 from megamoe_jit._errors import KernelMissingError, LoadError, MegaMoeError
 from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["Companion", "Life", "Registry", "registry", "reset"]
 
@@ -49,7 +49,7 @@ class Life:
         refused: why a device does not take it, by the device's index, until `Registry.retry`.
     """
 
-    spec: KernelSpec
+    spec: Compilable
     kernel: CompiledKernel | None = None
     failure: MegaMoeError | None = None
     running: concurrent.futures.Future[CompiledKernel] | None = None
@@ -61,14 +61,14 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lives: dict[tuple[Settings, KernelSpec], Life] = {}
+        self._lives: dict[tuple[Settings, Compilable], Life] = {}
         self._sealed = False
         self._made: set[str] = set()  #: keys of what this process compiled
         self._distrusted: set[str] = set()  #: digests of binaries: another copy of the same kernel may be good
         self._told: set[Path] = set()
         self._companions: dict[type[Companion], Companion] = {}
 
-    def life(self, spec: KernelSpec) -> Life:
+    def life(self, spec: Compilable) -> Life:
         """What became of a kernel under the current settings."""
         job = (get_settings(), spec)
         return self._lives.get(job) or self._lives.setdefault(job, Life(spec))
@@ -119,7 +119,7 @@ class Registry:
         mine.set_result(kernel)
         return kernel
 
-    def forget(self, spec: KernelSpec | None = None) -> None:
+    def forget(self, spec: Compilable | None = None) -> None:
         """Drop binaries and failures of a kernel, or of all, whatever the settings."""
         with self._lock:
             for life in self._lives.values():

@@ -24,6 +24,8 @@ from megamoe_jit._jit.obtain import distrust, obtain
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.compilable import Compilable
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import items_of, several, shown
 
 __all__ = [
@@ -75,7 +77,7 @@ def kernel_cache() -> KernelCache:
     return user_cache()
 
 
-def kernel_key(spec: KernelSpec) -> str:
+def kernel_key(spec: Compilable) -> str:
     """The cache key of a kernel: renders it and identifies the compiler, but compiles nothing.
 
     Raises:
@@ -93,6 +95,8 @@ def enumerate_specs(
     ranks: int = 1,
     variants: Iterable[Variant] | None = None,
     fast_math: bool | None = True,
+    *,
+    numerics: Numerics | None = None,
 ) -> tuple[KernelSpec, ...]:
     """Every kernel that a call of this shape can pick, whatever its token count; what to warm up.
 
@@ -101,6 +105,7 @@ def enumerate_specs(
         ranks: ranks that share the experts.
         variants: these alone; all that the heuristics can choose if None.
         fast_math: the argument of the calls; None for both.
+        numerics: all numeric options of the calls, instead of `fast_math`.
 
     Returns:
         The kernels, each once.
@@ -117,11 +122,12 @@ def enumerate_specs(
     if given is None and variants is not None:
         raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
     wanted = all_variants(shape) if given is None else given
-    maths = (True, False) if fast_math is None else (fast_math,)
-    return tuple(dict.fromkeys(KernelSpec(shape, variant, ranks, math) for variant in wanted for math in maths))
+    flags = (True, False) if fast_math is None else (fast_math,)
+    some = [Numerics(flag) for flag in flags] if numerics is None else [numerics]
+    return tuple(dict.fromkeys(KernelSpec(shape, v, ranks, numerics=each) for v in wanted for each in some))
 
 
-def get_kernel(spec: KernelSpec) -> CompiledKernel:
+def get_kernel(spec: Compilable) -> CompiledKernel:
     """The compiled kernel of a spec; compiles it if nobody did yet.
 
     Args:
@@ -162,7 +168,7 @@ def retry() -> None:
     registry().retry()
 
 
-def forget(spec: KernelSpec | None = None) -> None:
+def forget(spec: Compilable | None = None) -> None:
     """Drop a kernel, or all of them, from memory; cached files stay."""
     registry().forget(spec)
 
@@ -287,6 +293,6 @@ def _warm_one(spec: KernelSpec, force: bool, stop: threading.Event) -> WarmupRes
     return WarmupResult(spec, kernel, failure, time.perf_counter() - begin)
 
 
-def _get(spec: KernelSpec, force: bool = False, stop: threading.Event | None = None) -> CompiledKernel:
+def _get(spec: Compilable, force: bool = False, stop: threading.Event | None = None) -> CompiledKernel:
     kernels = registry()
     return kernels.once(kernels.life(spec), lambda: obtain(spec, force, stop), force)

@@ -11,12 +11,12 @@ import torch
 
 from megamoe_jit._device.l2_partition import sides_of_sms
 from megamoe_jit._device.launch import Launcher
-from megamoe_jit._device.layout import COUNTER_ROWS
 from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import Params, aligned_params
-from megamoe_jit._device.tensor_map import BOX_ROWS_ACT, BOX_ROWS_SMALL, encode_fp8_rows
+from megamoe_jit._device.tensor_map import encode_fp8_rows
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec.abi import ACT_BOX_ROWS, COUNTER_ROWS, SMALL_BOX_ROWS
 
 if TYPE_CHECKING:
     from megamoe_jit._layer.buffer import SymmBuffer
@@ -61,10 +61,10 @@ class PreparedKernel:
         for rank, address in enumerate(buffer.handle.buffer_ptrs):
             params.peers[rank] = address
         rows = layout.pool_rows
-        encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, BOX_ROWS_ACT)
-        encode_fp8_rows(params.act2, params.act2_pool, rows, shape.intermediate, BOX_ROWS_ACT)
-        encode_fp8_rows(params.act1_small, params.act1_pool, rows, shape.hidden, BOX_ROWS_SMALL)
-        encode_fp8_rows(params.act2_small, params.act2_pool, rows, shape.intermediate, BOX_ROWS_SMALL)
+        encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, ACT_BOX_ROWS)
+        encode_fp8_rows(params.act2, params.act2_pool, rows, shape.intermediate, ACT_BOX_ROWS)
+        encode_fp8_rows(params.act1_small, params.act1_pool, rows, shape.hidden, SMALL_BOX_ROWS)
+        encode_fp8_rows(params.act2_small, params.act2_pool, rows, shape.intermediate, SMALL_BOX_ROWS)
         params.pool_rows = rows
         params.counters = layout.rows // COUNTER_ROWS
         params.rank = buffer.rank

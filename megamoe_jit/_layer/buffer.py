@@ -24,7 +24,8 @@ from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError
 from megamoe_jit._layer.group import collectively, gather, group_size, require_equal
 from megamoe_jit._layer.memory import LayerMemory
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import MoEShape, Variant, check_flag, check_int
+from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants, choose
 
@@ -111,8 +112,8 @@ class SymmBuffer(LayerMemory):
         check_int("max_tokens", max_tokens)
         check_int("max_pool_rows", max_pool_rows)
         super().__init__(shape, max_tokens, device, group, max_pool_rows)
-        self._prepared: dict[tuple[Variant, bool], PreparedKernel] = {}
-        self._plans: dict[tuple[int, str | None, bool, int | None], CallPlan] = {}
+        self._prepared: dict[tuple[Variant, Numerics], PreparedKernel] = {}
+        self._plans: dict[tuple[int, str | None, bool | Numerics, int | None], CallPlan] = {}
         self._planned_with: Settings | None = None
         self._order = _Order() if self.ranks == 1 else _orders.setdefault(device.index, _Order())
         self.lock = self._order.lock
@@ -128,22 +129,19 @@ class SymmBuffer(LayerMemory):
         if self._broken is not None:
             raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
 
-    def is_prepared(self, fast_math: bool) -> bool:
+    def is_prepared(self, numerics: Numerics | None) -> bool:
         """Whether the kernels of several ranks were prepared, which they are together."""
-        try:
-            return (Variant.COOPERATIVE, fast_math) in self._prepared
-        except TypeError:  # no bool: whatever prepares it will say so
-            return False
+        return numerics is not None and (Variant.COOPERATIVE, numerics) in self._prepared
 
-    def prepare(self, variant: Variant | str, fast_math: bool = True) -> PreparedKernel:
+    def prepare(self, variant: Variant | str, fast_math: bool | Numerics = True) -> PreparedKernel:
         """Compile, load and bind a kernel now, so that no later call has to (do this before graph capture).
 
         With several ranks this is a collective the first time: every variant is prepared on every rank, since ranks
         with different token counts may pick different ones, and all agree on the kernels before any is launched.
 
         Args:
-            variant: "pingpong" or "cooperative".
-            fast_math: the argument of the calls to come.
+            variant: the name of a `Variant`, or it.
+            fast_math: the argument of the calls to come, or all their numeric options.
 
         Returns:
             The kernel as this buffer launches it.
@@ -155,25 +153,25 @@ class SymmBuffer(LayerMemory):
             MegaMoeError: it could not be compiled or loaded; see `fp8_mega_moe`.
         """
         variant = Variant.parse(variant)
-        check_flag("fast_math", fast_math)
         self.require_usable()
-        prepared = self._prepared.get((variant, fast_math))
+        numerics = fast_math if isinstance(fast_math, Numerics) else Numerics(fast_math)
+        prepared = self._prepared.get((variant, numerics))
         if prepared is None:
             if self.ranks > 1 and torch.cuda.is_current_stream_capturing():
                 raise CaptureError(
                     "kernels of several ranks are prepared collectively and not while a CUDA graph is being captured; "
-                    f"call prepare({variant.value!r}, fast_math={fast_math}) on every rank before the capture"
+                    f"call prepare({variant.value!r}, {numerics}) on every rank before the capture"
                 )
             wanted = (variant,) if self.ranks == 1 else tuple(Variant)
-            made = collectively(self.group, "preparing the kernels", lambda: self._bind(wanted, fast_math))
+            made = collectively(self.group, "preparing the kernels", lambda: self._bind(wanted, numerics))
             if self.ranks > 1:
                 keys = {f"kernel {v.value}": kernel.loaded.key for v, kernel in made.items()}
                 require_equal(self.group, "their kernels", keys)
-            self._prepared.update({(v, fast_math): kernel for v, kernel in made.items()})
+            self._prepared.update({(v, numerics): kernel for v, kernel in made.items()})
             prepared = made[variant]
         return prepared
 
-    def prepare_all(self, fast_math: bool = True) -> None:
+    def prepare_all(self, fast_math: bool | Numerics = True) -> None:
         """Prepare every kernel that some token count can pick: before CUDA graphs of several batch sizes are captured.
 
         Args:
@@ -188,11 +186,11 @@ class SymmBuffer(LayerMemory):
         for variant in all_variants(self.shape):
             self.prepare(variant, fast_math)
 
-    def _bind(self, variants: Iterable[Variant], fast_math: bool) -> dict[Variant, PreparedKernel]:
+    def _bind(self, variants: Iterable[Variant], numerics: Numerics) -> dict[Variant, PreparedKernel]:
         from megamoe_jit._layer.bound_kernel import PreparedKernel
 
         with torch.cuda.device(self.device):
-            return {variant: PreparedKernel(self.spec(variant, fast_math), self) for variant in variants}
+            return {variant: PreparedKernel(self.spec(variant, numerics), self) for variant in variants}
 
     def choose(self, tokens: int, variant: str | None, num_sms: int | None) -> tuple[Choice, int]:
         """What such a call takes, and the blocks of its launch; raises `ConfigError` if an option is not supported."""
@@ -211,7 +209,7 @@ class SymmBuffer(LayerMemory):
         )
         return choice, blocks
 
-    def plan(self, tokens: int, variant: str | None, fast_math: bool, num_sms: int | None) -> CallPlan:
+    def plan(self, tokens: int, variant: str | None, fast_math: bool | Numerics, num_sms: int | None) -> CallPlan:
         """What a call launches; remembered for each combination, so a steady-state call only looks it up."""
         settings = get_settings()
         if settings is not self._planned_with:

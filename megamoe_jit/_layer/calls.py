@@ -26,6 +26,7 @@ from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.weights import WeightPair, by_old_names, require_pair
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit._text import first_line, shown
 
 __all__ = [
@@ -181,7 +182,7 @@ def fp8_mega_moe(
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         num_tokens_bound: most tokens of any rank in this call, as DeepGEMM wants to know; checked, and not needed here.
         num_sms: blocks of the launch, 1 to the number of SMs, to leave SMs to other streams; all SMs by default.
-        variant: "auto", "pingpong" or "cooperative"; the setting MEGAMOE_JIT_VARIANT by default.
+        variant: "auto" or the name of a `Variant`; the setting MEGAMOE_JIT_VARIANT by default.
         l1, l2: the old names of the weights.
 
     Raises:
@@ -210,17 +211,24 @@ def fp8_mega_moe(
     if l1 is not None or l2 is not None:
         l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
     stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp, num_tokens_bound)
-    first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(fast_math)
+    numeric = (fast_math,)  # the fields of `Numerics`
+    numerics: Numerics | None
+    try:
+        numerics = numerics_of(*numeric)
+    except (ConfigError, TypeError):
+        numerics = None  # refused below, with several ranks on all of them
+    first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(numerics)
     if first and not torch.cuda.is_current_stream_capturing():  # in a capture, prepare refuses
 
         def admit() -> None:
             tokens, _ = _admit(y, sym_buffer, stats, *options)
             choice, _ = sym_buffer.choose(tokens, variant, num_sms)
-            check_weights(l1_weights, l2_weights, sym_buffer.spec(choice.variant, fast_math), sym_buffer.device)
+            spec = sym_buffer.spec(choice.variant, numerics or Numerics(*numeric))
+            check_weights(l1_weights, l2_weights, spec, sym_buffer.device)
 
         collectively(sym_buffer.group, "checking the arguments of the first call", admit)
     tokens, clamp = _admit(y, sym_buffer, stats, *options)
-    plan = sym_buffer.plan(tokens, variant, fast_math, num_sms)
+    plan = sym_buffer.plan(tokens, variant, numerics or Numerics(*numeric), num_sms)
     try:
         plan.kernel.check_weights(l1_weights, l2_weights, sym_buffer.device)  # type: ignore[arg-type]
     except (TypeError, RuntimeError):  # costs nothing where they are pairs

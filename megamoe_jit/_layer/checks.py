@@ -11,7 +11,7 @@ from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.marks import require_marked
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.weights import WeightPair, require_pair
-from megamoe_jit._spec import BLOCK, KernelSpec, check_clamp
+from megamoe_jit._spec import KernelSpec, check_clamp
 from megamoe_jit._text import shown
 
 if TYPE_CHECKING:
@@ -92,10 +92,11 @@ def check_weights(
     """Raise unless both layers' weights and scales fit the kernel, and the weights are marked as transformed."""
     l1, l2 = require_pair("l1", l1), require_pair("l2", l2)
     experts, hidden, intermediate = spec.local_experts, spec.shape.hidden, spec.shape.intermediate
-    for name, (codes, scales), rows, depth in (("l1", l1, 2 * intermediate, hidden), ("l2", l2, hidden, intermediate)):
-        shape, blocks = (experts, rows, depth), (experts, rows // BLOCK, depth // BLOCK)
-        check_tensor(f"{name} weights", codes, torch.float8_e4m3fn, shape, device, remedy=_IN_A_COPY)
-        check_tensor(f"{name} scales", scales, torch.float32, blocks, device, align=4, remedy=_IN_A_COPY)
+    stored = spec.weights
+    for name, (codes, scales), size in (("l1", l1, (2 * intermediate, hidden)), ("l2", l2, (hidden, intermediate))):
+        shape, blocks = (experts, *stored.code_shape(*size)), (experts, *stored.scale_shape(*size))
+        check_tensor(f"{name} weights", codes, stored.code_dtype, shape, device, remedy=_IN_A_COPY)
+        check_tensor(f"{name} scales", scales, stored.scale_dtype, blocks, device, align=4, remedy=_IN_A_COPY)
     require_marked("l1", l1[0])
     require_marked("l2", l2[0])
 

@@ -14,7 +14,8 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import allocate_symmetric
-from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
 
@@ -57,12 +58,12 @@ class LayerMemory:
                 f"max_pool_rows = {shown(max_pool_rows)} is not supported; allowed: {MIN_POOL_ROWS} or more"
             )
         check_device(self.device)
-        self.spec(Variant.COOPERATIVE, True)
+        self.spec(Variant.COOPERATIVE, DEFAULT_NUMERICS)
         if self.ranks == 1:
             return {}
         from megamoe_jit._compile.render import render
 
-        sources = (render(self.spec(variant, True)).text for variant in Variant)
+        sources = (render(self.spec(variant, DEFAULT_NUMERICS)).text for variant in Variant)
         return {
             "num_experts": self.shape.experts,
             "num_topk": self.shape.topk,
@@ -140,6 +141,6 @@ class LayerMemory:
             self.local, "act2_scales", torch.float32, (self.intermediate_hidden // BLOCK, self.layout.pool_rows)
         )
 
-    def spec(self, variant: Variant, fast_math: bool) -> KernelSpec:
+    def spec(self, variant: Variant, numerics: Numerics) -> KernelSpec:
         """The kernel this buffer needs for a variant."""
-        return KernelSpec(self.shape, variant, self.ranks, fast_math)
+        return KernelSpec(self.shape, variant, self.ranks, numerics=numerics)

@@ -19,7 +19,8 @@ from megamoe_jit._layer.weights import (
     require_pair,
     transform_weights_for_mega_moe_sm90,
 )
-from megamoe_jit._spec import BLOCK, check_clamp, check_flag
+from megamoe_jit._spec import check_clamp, check_flag
+from megamoe_jit._spec.formats import FP8
 
 __all__ = ["MegaMoE"]
 
@@ -46,10 +47,10 @@ def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, in
         return quantize_weights(weights)
     codes, scales = weights
     if inplace:
-        check_tensor(f"{name} codes", codes, torch.float8_e4m3fn, codes.shape, device)
+        check_tensor(f"{name} codes", codes, FP8.code_dtype, codes.shape, device)
     experts, rows, depth = codes.shape
-    scales = readable_scales(scales)
-    check_tensor(f"{name} scales", scales, torch.float32, (experts, rows // BLOCK, depth // BLOCK), device, align=4)
+    scales, blocks = readable_scales(scales), (experts, *FP8.scale_shape(rows, depth))
+    check_tensor(f"{name} scales", scales, FP8.scale_dtype, blocks, device, align=4)
     require_plain(name, codes)  # a copy has no mark
     return (codes if inplace else codes.clone(memory_format=torch.contiguous_format)), scales
 

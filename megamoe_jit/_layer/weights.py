@@ -1,7 +1,7 @@
-"""Weights between the order they are quantised in and that in which the kernel reads them (`_weight_order`).
+"""Weights between the order they are quantised in and that in which the kernel reads them, which their format knows.
 
 Nothing moves from one expert to another, so a transformed tensor can be permuted by expert like the original, and both
-directions run in place with a few matrices of one expert as scratch. The memory is marked (`_marks`), expert by expert:
+directions run in place with a few matrices of one expert as scratch. The memory is marked (`marks`), expert by expert:
 what is transformed is not transformed again, what is not is not transformed back.
 """
 
@@ -18,8 +18,8 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import marks as _marks
 from megamoe_jit._layer.marks import LAYOUT, METADATA_KEY, require_marked, require_plain, spans
 from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._layer.weight_order import Order, order1, order2, restore1, restore2
 from megamoe_jit._spec import BLOCK, check_flag
+from megamoe_jit._spec.formats import FP8, WeightFormat
 from megamoe_jit._text import shown
 
 __all__ = [
@@ -39,13 +39,17 @@ WeightPair: TypeAlias = tuple[torch.Tensor, torch.Tensor]  #: codes and scales
 
 
 class _Direction(NamedTuple):
-    """Forth or back, of both matrices."""
+    """Forth or back, of both matrices, and the format that knows the order."""
 
-    orders: tuple[Order, Order]
+    weights: WeightFormat
     forth: bool
 
+    def order(self, codes: torch.Tensor, gated: bool) -> torch.Tensor:
+        """The bytes of one expert's matrix in their new order; a new tensor."""
+        return self.weights.pack(codes, gated) if self.forth else self.weights.unpack(codes, gated)
 
-_FORTH, _BACK = _Direction((order1, order2), True), _Direction((restore1, restore2), False)
+
+_FORTH, _BACK = _Direction(FP8, True), _Direction(FP8, False)
 
 
 def require_pair(name: str, pair: object) -> WeightPair:
@@ -58,34 +62,37 @@ def require_pair(name: str, pair: object) -> WeightPair:
     return pair[0], pair[1]
 
 
-def _check_pair(name: str, pair: WeightPair) -> None:
+def _check_pair(name: str, pair: WeightPair, weights: WeightFormat) -> None:
     require_pair(name, pair)
     codes, scales = pair
-    if codes.dtype is not torch.float8_e4m3fn:
-        raise ConfigError(f"{name} weights are {codes.dtype}; allowed: torch.float8_e4m3fn")
-    if scales.dtype is not torch.float32:
-        raise ConfigError(f"{name} scales are {scales.dtype}; allowed: torch.float32")
+    if codes.dtype is not weights.code_dtype:
+        raise ConfigError(f"{name} weights are {codes.dtype}; allowed: {weights.code_dtype}")
+    if scales.dtype is not weights.scale_dtype:
+        raise ConfigError(f"{name} scales are {scales.dtype}; allowed: {weights.scale_dtype}")
     if codes.ndim not in (2, 3):
         raise ConfigError(f"{name} weights have shape {tuple(codes.shape)}; allowed: [experts, N, K] or one [N, K]")
-    *lead, n, k = codes.shape
+    *lead, n, stored = codes.shape
+    k = stored * 8 // weights.bits
     if n == 0 or n % BLOCK or k == 0 or k % BLOCK:
         raise ConfigError(f"{name} weights have shape {tuple(codes.shape)}; allowed: N and K multiples of 128")
     for what, tensor in (("weights", codes), ("scales", scales)):
         if tensor.device.type == "meta":
             raise ConfigError(f"{name} {what} are on meta, which holds no values; allowed: a device with memory")
-    expected = (*lead, n // BLOCK, k // BLOCK)
+    expected = (*lead, *weights.scale_shape(n, k))
     if tuple(scales.shape) != expected:
-        raise ConfigError(f"{name} scales have shape {tuple(scales.shape)}; allowed: {expected}, one per 128 x 128")
+        block = " x ".join(map(str, weights.scale_block))
+        raise ConfigError(f"{name} scales have shape {tuple(scales.shape)}; allowed: {expected}, one per {block}")
 
 
-def check_pairs(l1: WeightPair, l2: WeightPair) -> None:
-    """Raise unless these are codes and scales of both matrices of some experts, or of one."""
-    _check_pair("l1", l1)
-    _check_pair("l2", l2)
-    *lead, rows, hidden = l1[0].shape
+def check_pairs(l1: WeightPair, l2: WeightPair, weights: WeightFormat = FP8) -> None:
+    """Raise unless these are codes and scales of both matrices of some experts, or of one, in this format."""
+    _check_pair("l1", l1, weights)
+    _check_pair("l2", l2, weights)
+    *lead, rows, stored = l1[0].shape
+    hidden = stored * 8 // weights.bits
     if rows % (2 * BLOCK):
         raise ConfigError(f"l1 weights have {rows} rows; allowed: 2 x intermediate, a multiple of 256")
-    expected = (*lead, hidden, rows // 2)
+    expected = (*lead, *weights.code_shape(hidden, rows // 2))
     if tuple(l2[0].shape) != expected:
         raise ConfigError(
             f"l2 weights have shape {tuple(l2[0].shape)}; allowed: {expected}, to fit l1 {tuple(l1[0].shape)}"
@@ -118,9 +125,7 @@ def _chosen(experts: Iterable[int] | None, codes: torch.Tensor) -> list[int]:
     return chosen
 
 
-def _apply_to(
-    name: str, codes: torch.Tensor, order: Order, forth: bool, inplace: bool, chosen: list[int]
-) -> torch.Tensor:
+def _apply_to(name: str, codes: torch.Tensor, direction: _Direction, inplace: bool, chosen: list[int]) -> torch.Tensor:
     """Codes of `l1` or `l2` with the chosen experts in their new order, and marked as being in it."""
     source = codes.view(torch.uint8).unsqueeze(0) if codes.ndim == 2 else codes.view(torch.uint8)
     given = spans(source)
@@ -134,9 +139,9 @@ def _apply_to(
     for e in set(range(len(made))).difference(chosen) if not inplace else ():
         _marks.mark(target, [made[e]], _marks.order_of(source, given[e]))
     for e in chosen:
-        target[e].copy_(order(source[e]))
-        _marks.mark(target, [made[e]], f"{LAYOUT}/{name}" if forth else None)
-    return codes if inplace else target.view(codes.shape).view(torch.float8_e4m3fn)
+        target[e].copy_(direction.order(source[e], gated=name == "l1"))
+        _marks.mark(target, [made[e]], f"{LAYOUT}/{name}" if direction.forth else None)
+    return codes if inplace else target.view(codes.shape).view(codes.dtype)
 
 
 def _require_dense(name: str, codes: torch.Tensor) -> None:
@@ -172,16 +177,14 @@ def _require_places(l1: WeightPair, l2: WeightPair) -> None:
 def _apply(
     direction: _Direction, l1: WeightPair, l2: WeightPair, inplace: bool, experts: Iterable[int] | None
 ) -> tuple[WeightPair, WeightPair]:
-    check_pairs(l1, l2)
+    check_pairs(l1, l2, direction.weights)
     check_flag("inplace", inplace)
     chosen = _chosen(experts, l1[0])
     if inplace:
         _require_places(l1, l2)
     _require_order(l1, l2, chosen, direction.forth)
-    w13, w2 = (
-        _apply_to(name, pair[0], order, direction.forth, inplace, chosen)
-        for name, pair, order in zip(("l1", "l2"), (l1, l2), direction.orders, strict=True)
-    )
+    w13 = _apply_to("l1", l1[0], direction, inplace, chosen)
+    w2 = _apply_to("l2", l2[0], direction, inplace, chosen)
     return (w13, readable_scales(l1[1])), (w2, readable_scales(l2[1]))
 
 

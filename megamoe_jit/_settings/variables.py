@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megamoe_jit._spec.variants import VARIANT_CHOICES
+
 __all__ = ["PREFIX", "VARIABLES", "Variable", "cpu_count", "default_cache_dir", "default_config_file", "parse_size"]
 
 PREFIX = "MEGAMOE_JIT_"
 
 STRICT_LEVELS = ("error", "warn", "ignore")
-VARIANT_CHOICES = ("auto", "pingpong", "cooperative")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -211,7 +212,7 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     _row(
         "VARIANT",
-        "auto | pingpong | cooperative",
+        " | ".join(VARIANT_CHOICES),
         "auto",
         _one_of(*VARIANT_CHOICES),
         "Kernel variant; auto lets the heuristics choose.",

@@ -126,7 +126,7 @@ def test_a_mistake_names_room_and_line(own_sources, room):
 
 def test_a_wrong_sum_of_shared_memory_is_refused(own_sources):
     """The entry asserts that Python and the kernel agree."""
-    path = own_sources / "kernels" / "pingpong.cuh.j2"
+    path = own_sources / "kernels" / "entry.cuh.j2"
     path.write_text(path.read_text().replace("{{ shared_bytes }}", "{{ shared_bytes + 16 }}"))
-    with pytest.raises(CompileError, match=r"pingpong\.cuh\.j2\(\d+\): error: .*disagree"):
+    with pytest.raises(CompileError, match=r"entry\.cuh\.j2\(\d+\): error: .*disagree"):
         get_kernel(KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG))

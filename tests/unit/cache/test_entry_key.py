@@ -29,7 +29,7 @@ from tests.stubs import ROOMS, child_environment, write_rooms
 
 TOOLS = Toolchain(Path("/x/libnvrtc.so.12"), (12, 9), "abcd")
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-ENTRY, INCLUDED = "kernels/pingpong.cuh.j2", "room/fill.cuh"
+ENTRY, INCLUDED = "kernels/entry.cuh.j2", "room/fill.cuh"
 WORDS = st.text(max_size=8)
 
 

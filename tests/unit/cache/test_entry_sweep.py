@@ -15,7 +15,7 @@ from tests.stubs import fake_kernel, rewrite_meta
 
 FULL = {
     "spec": {"shape": {"hidden": 256}, "variant": "pingpong", "ranks": 1, "fast_math": True, "timeline": False},
-    "files": ["kernels/pingpong.cuh.j2"],
+    "files": ["kernels/entry.cuh.j2"],
     "package_version": "0.1.0",
     "registers": 0,
     "stack_bytes": 0,

@@ -149,7 +149,9 @@ def layer(place, monkeypatch):
 
 
 def test_scenarios_compile_nothing_themselves_and_a_bad_kernel_fails_its_own(layer, compiles):
-    (layer / "kernels/cooperative.cuh.j2").write_text(TEMPLATE + "int x = nonsense;\n")
+    (layer / "kernels/entry.cuh.j2").write_text(
+        TEMPLATE + "{% if policy == 'Cooperative' %}\nint x = nonsense;\n{% endif %}\n"
+    )
     result = verify("--json", code=1)
     outcomes = checked(result.stdout)["outcomes"]
     assert [(o["variant"], o["passed"]) for o in outcomes] == [("pingpong", True), ("cooperative", False)] * 3

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cache.entry import CUBIN, IMPORTED, read_entry
 from megamoe_jit._cli import cli
-from megamoe_jit._cli._options import parse_spec
+from megamoe_jit._cli._names import parse_spec
 from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ToolchainError
@@ -207,7 +207,7 @@ def test_a_damaged_kernel_is_compiled_again_by_inspect(tmp_path: Path):
 
 
 LOAD = """
-from megamoe_jit._cli._options import parse_spec
+from megamoe_jit._cli._names import parse_spec
 from megamoe_jit._jit.runtime import get_kernel
 print(get_kernel(parse_spec("%s")).key)
 """

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from megamoe_jit import KernelSpec, MoEShape, Variant
 from megamoe_jit._cli import cli
-from megamoe_jit._cli._options import parse_spec
+from megamoe_jit._cli._names import parse_spec
 from megamoe_jit._compile.render import render
 from megamoe_jit._device.layout import buffer_layout
 from megamoe_jit._diagnose import inspect as _inspect

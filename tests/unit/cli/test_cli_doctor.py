@@ -251,7 +251,7 @@ def test_doctor_fails_where_no_kernel_can_be_rendered(tmp_path: Path, origin: st
         place = f"kernels_src in the settings file {tmp_path}/config/megamoe-jit/config.toml"
     code, checks = doctor("--no-trial", **environ)
     assert (code, checks["sources"]["status"]) == (3, "fail")
-    assert "kernel template 'kernels/pingpong.cuh.j2' does not exist" in checks["sources"]["detail"]
+    assert "kernel template 'kernels/entry.cuh.j2' does not exist" in checks["sources"]["detail"]
     assert checks["sources"]["next_step"].startswith(f"correct {place}: ")
     write_rooms(tmp_path)
     assert doctor("--no-trial", **environ)[1]["sources"]["status"] == "ok"

@@ -17,6 +17,7 @@ from megamoe_jit._check import verify as _verify
 from megamoe_jit._cli import cli
 from megamoe_jit._cli._io import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
+from tests import schemas
 from tests.commandline import (
     COOPERATIVE,
     PINGPONG,
@@ -73,6 +74,11 @@ def test_schemas_are_valid_and_name_what_they_describe(kind: str):
     assert found["properties"]["kind"] == {"const": kind}
     assert found["properties"]["schema_version"] == {"const": SCHEMA_VERSION}
     assert {"schema_version", "kind"} <= set(found["required"])
+
+
+@pytest.mark.parametrize("path", sorted(schemas.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_what_schemas_say_of_variants_and_options_is_derived(path: Path):
+    assert path.read_text(encoding="utf-8") == schemas.text(path), "run `make schemas`"
 
 
 def test_readers_must_expect_more_fields_but_none_less():

@@ -63,7 +63,7 @@ def test_what_is_kept_after_an_interruption_is_said_after_the_display(tmp_path: 
     terminal.read_until(lambda text: "working" in text)
     terminal.type("\x03")
     assert terminal.wait() == 130
-    said = terminal.output.index("kernels are ready; what was being compiled is kept")
+    said = terminal.output.index("kernels are ready and kept")
     assert "\x1b[1A" not in terminal.output[said:], "nothing climbs over the line"
     assert plain(terminal.output[said:]).rstrip().endswith("interrupted")
 

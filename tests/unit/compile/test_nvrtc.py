@@ -109,7 +109,7 @@ def test_same_bytes_twice(toolchain):
 
 def test_front_end_error_points_at_room_and_line(toolchain, tmp_path):
     for name, text in {
-        "kernels/pingpong.cuh.j2": '#include "room/file.cuh"\nextern "C" __global__ void {{ entry }}() { f(); }\n',
+        "kernels/entry.cuh.j2": '#include "room/file.cuh"\nextern "C" __global__ void {{ entry }}() { f(); }\n',
         "room/file.cuh": "#pragma once\n\n__device__ void f() { undefined_thing(); }\n",
     }.items():
         (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
 ROOT = "/megamoe_jit/kernels_src"
-ENTRY = "kernels/pingpong.cuh.j2"
+ENTRY = "kernels/entry.cuh.j2"
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_mistakes_name_file_and_line(source, files, place, what):
 
 def test_missing_entry_and_missing_directory(source, tmp_path):
     source({"a/x.cuh": ""})
-    with pytest.raises(RenderError, match=r"kernels/pingpong\.cuh\.j2"):
+    with pytest.raises(RenderError, match=r"kernels/entry\.cuh\.j2"):
         render(SPEC)
     with (
         override(kernels_src=tmp_path / "none"),
@@ -140,7 +140,8 @@ def test_missing_entry_and_missing_directory(source, tmp_path):
 @pytest.mark.parametrize("variant", list(Variant))
 def test_packaged_kernels_render(variant):
     result = render(KernelSpec(SPEC.shape, variant))
-    assert result.files[0] == f"kernels/{variant.value}.cuh.j2"
+    assert result.files[0] == "kernels/entry.cuh.j2"
+    assert [name for name in result.files if name.startswith("variants/")] == [f"variants/{variant.value}.cuh"]
     assert len(set(result.files)) == len(result.files)
     assert KernelSpec(SPEC.shape, variant).entry in result.text
     assert result.text.isascii()

@@ -16,7 +16,7 @@ from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.stubs import write_rooms
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-ENTRY = "kernels/pingpong.cuh.j2"
+ENTRY = SPEC.template
 PLACE = f"/megamoe_jit/kernels_src/{ENTRY}"
 
 
@@ -79,7 +79,7 @@ def test_what_a_template_may_not_do(rendered, text: str, said: str):
 
 def test_what_a_template_may_do(rendered):
     text = rendered(
-        "{% set wide = hidden // 128 * 2 %}{% if topk > 1 and not fast_math == 'x' %}many{% else %}one{% endif %}"
+        "{% set wide = hidden // 128 * 2 %}{% if topk > 1 and not timeline == 'x' %}many{% else %}one{% endif %}"
         " {{ wide }}"
         "{% for a, b in [(1, 2), (3, 4)] %} {{ loop.index }}:{{ a + b }}{% if not loop.last %},{% endif %}{% endfor %}"
         "{% for i in range(3) %}{{ i }}{% endfor %} {{ entry|upper|length }} {{ none_such|default(7) }}"

@@ -137,7 +137,7 @@ def test_a_refusal_that_needs_no_torch(machine: Machine, said: str | None, monke
 def test_commands_end_before_torch_is_imported(command: str):
     code = (
         "import json, sys\n"
-        "from megamoe_jit import _driver\n"
+        "from megamoe_jit._device import driver as _driver\n"
         "_driver.gpus = lambda: _driver.Machine(None, 'nothing here')\n"
         "from megamoe_jit._cli import cli\n"
         "try: cli([sys.argv[1]])\n"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from megamoe_jit._device.fault import HEAD_BARRIER, LOST, PEER_SIGNAL, ROLES, WAITS, Fault, decode, fault_error
-from megamoe_jit._device.layout import COUNTER_ROWS
+from megamoe_jit._device.fault import LOST, ROLES, WAITS, Fault, decode, fault_error
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
-from tests import host
+from megamoe_jit._spec.abi import COUNTER_ROWS, GROUP, WARP, Wait
 
-#: By name in `comm/fault.cuh`: words that the sentence must have, so that no code can change its meaning unnoticed.
+#: By name: words that the sentence must have, so that no code can change its meaning unnoticed.
 SAYS = {
     "head_barrier": "blocks of the launch to reach grid barrier",
     "tile_slot_free": "free the slot of tile",
@@ -30,54 +27,39 @@ SAYS = {
 }
 
 
-def codes() -> dict[str, int]:
-    """The enumeration `Wait` of the kernels."""
-    body = re.search(r"enum class Wait : u32 \{(.*?)\};", host.room("comm/fault.cuh"), re.DOTALL)
-    assert body, "comm/fault.cuh no longer declares `enum class Wait : u32`"
-    return {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", body[1])}
-
-
 def test_every_wait_has_its_sentence_and_the_reverse():
-    known = codes()
-    assert len(known) >= 9
-    assert set(known.values()) == set(WAITS)
-    assert len(set(known.values())) == len(known)
-    assert all(0 < code < 256 for code in known.values())  # one byte of the record
-    assert known.keys() == SAYS.keys()
-    assert [name for name, text in SAYS.items() if text not in WAITS[known[name]]] == []
-    assert known["peer_signal"] == PEER_SIGNAL
-
-
-def test_every_wait_is_used_by_a_room():
-    text = "\n".join(host.without_comments(p.read_text()) for p in sorted(host.KERNELS.rglob("*.cuh")))
-    assert {name for name in codes() if not re.search(rf"\bWait::{name}\b", text)} == set()
+    assert set(WAITS) == set(Wait)
+    assert [wait.name.lower() for wait in Wait] == list(SAYS)
+    assert [name for name, text in SAYS.items() if text not in WAITS[Wait[name.upper()]]] == []
 
 
 @pytest.mark.parametrize("code", sorted(WAITS))
 def test_sentences_are_filled_in(code):
     text = str(Fault(code, 2, 17, 5, 64, 3))
-    assert text.startswith(f"block 17, {'head' if code == HEAD_BARRIER else 'dispatch warp'}, waited in vain for ")
+    assert text.startswith(f"block 17, {'head' if code == Wait.HEAD_BARRIER else 'dispatch warp'}, waited in vain for ")
     assert "{" not in text
     assert "unknown" not in text
     assert ("rows from 320 on" if "{row}" in WAITS[code] else "5") in text.removeprefix("block 17")
 
 
 def test_missing_ranks_are_named():
-    text = str(Fault(PEER_SIGNAL, 0, 0, 1, 7, 0b1000_0110))
+    text = str(Fault(Wait.PEER_SIGNAL, 0, 0, 1, 7, 0b1000_0110))
     assert text.endswith("the other ranks to have their results ready in launch 7 (missing: rank 1, rank 2, rank 7)")
 
 
 def test_before_the_warps_have_roles_it_is_the_head():
     """Thread 0 takes the barriers of the head, and warp 0 is the activations warp only later."""
-    assert str(Fault(HEAD_BARRIER, 0, 3, 1, 132, 131)).startswith("block 3, head, waited in vain for all 132 blocks")
-    assert str(Fault(PEER_SIGNAL, 0, 3, 0, 4, 2)).startswith("block 3, head, waited in vain for the other ranks")
-    assert str(Fault(PEER_SIGNAL, 3, 3, 1, 4, 2)).startswith("block 3, publisher warp, waited")
+    assert str(Fault(Wait.HEAD_BARRIER, 0, 3, 1, 132, 131)).startswith(
+        "block 3, head, waited in vain for all 132 blocks"
+    )
+    assert str(Fault(Wait.PEER_SIGNAL, 0, 3, 0, 4, 2)).startswith("block 3, head, waited in vain for the other ranks")
+    assert str(Fault(Wait.PEER_SIGNAL, 3, 3, 1, 4, 2)).startswith("block 3, publisher warp, waited")
 
 
 def test_a_counter_is_told_as_the_rows_it_counts():
     """64 rows share one, whatever a block of rows is elsewhere."""
     assert "dispatch to bring the rows from 4864 on (3 of 64 arrived)" in str(Fault(6, 0, 0, 76, 64, 3))
-    assert host.constant("kCounterRows") == COUNTER_ROWS
+    assert COUNTER_ROWS == 64
 
 
 def test_an_unknown_code_is_said_to_be_one():
@@ -85,7 +67,7 @@ def test_an_unknown_code_is_said_to_be_one():
 
 
 def test_roles():
-    assert len(ROLES) == host.constant("kGroup") // host.constant("kWarp")
+    assert len(ROLES) == GROUP // WARP
     assert "block 1, activations warp," in str(Fault(7, 0, 1, 0, 0, 0))
     assert "block 1, publisher warp," in str(Fault(8, 3, 1, 0, 0, 0))
     assert "block 1, math warp 0," in str(Fault(8, 4, 1, 0, 0, 0))
@@ -110,7 +92,8 @@ def test_words_may_come_as_signed_integers():
 
 
 @pytest.mark.parametrize(
-    ("what", "kind"), [(code, PeerTimeoutError if code == PEER_SIGNAL else DeviceFaultError) for code in sorted(WAITS)]
+    ("what", "kind"),
+    [(code, PeerTimeoutError if code == Wait.PEER_SIGNAL else DeviceFaultError) for code in sorted(WAITS)],
 )
 def test_error_says_who_waited_for_what_and_what_to_do(what, kind):
     fault = Fault(what, 0, 3, 4, 8, 5)

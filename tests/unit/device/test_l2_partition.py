@@ -12,8 +12,8 @@ import torch
 
 from megamoe_jit._device import l2_partition as _l2
 from megamoe_jit._device.l2_partition import LINES, MOST_SMS, split
-from megamoe_jit._device.params import SIDE_WORDS
 from megamoe_jit._errors import LoadError
+from megamoe_jit._spec.abi import SIDE_WORDS
 
 SMS = 132
 

@@ -111,7 +111,7 @@ def stub(tmp_path_factory):
         check=True,
     )
     (folder / "src" / "kernels").mkdir(parents=True)
-    (folder / "src" / "kernels" / "pingpong.cuh.j2").write_text(KERNEL)
+    (folder / "src" / "kernels" / "entry.cuh.j2").write_text(KERNEL)
     return folder
 
 

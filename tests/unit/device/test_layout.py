@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._device import layout as _layout
 from megamoe_jit._device.layout import ALIGN, CAPACITY_STEP, MAX_SORT_BLOCKS, BufferLayout, buffer_layout
-from megamoe_jit._device.params import MAX_RANKS, Params
+from megamoe_jit._device.params import Params
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, MAX_TOPK, MoEShape
-from tests import host
+from megamoe_jit._spec import abi as _abi
 
 #: Parameters that are neither offsets in the symmetric buffer nor addresses in the local one.
 OTHERS = {
@@ -62,7 +61,7 @@ def indexed_bytes(shape: MoEShape, layout: BufferLayout) -> dict[str, int]:
     """What the kernels reach in each section (`layout/params.cuh` says with which indices)."""
     pairs, rows, pool = layout.capacity * shape.topk, layout.rows, layout.pool_rows
     hidden, intermediate = shape.hidden, shape.intermediate
-    counters = rows // host.constant("kCounterRows")
+    counters = rows // _abi.COUNTER_ROWS
     return {
         "x": layout.capacity * hidden,
         "x_scales": layout.capacity * (hidden // BLOCK) * 4,
@@ -70,7 +69,7 @@ def indexed_bytes(shape: MoEShape, layout: BufferLayout) -> dict[str, int]:
         "topk_weights": pairs * 4,
         "expert_offsets": (shape.experts + 1) * 4,
         "sorted_pairs": pairs * 4,
-        "signals": 2 * MAX_RANKS * 4,  # a word per phase and rank
+        "signals": 2 * _abi.MAX_RANKS * 4,  # a word per phase and rank
         "combine": pairs * hidden * 2,
         "act1_pool": pool * hidden,
         "act1_scales": (hidden // BLOCK) * pool * 4,
@@ -81,7 +80,7 @@ def indexed_bytes(shape: MoEShape, layout: BufferLayout) -> dict[str, int]:
         "act2_ready": counters * 4,
         "act2_done": counters * 4,
         "slice_counts": MAX_SORT_BLOCKS * shape.experts * 4,
-        "control": host.constant("kControlWords", "layout/params.cuh") * 4,
+        "control": _abi.Control.WORDS * 4,
     }
 
 
@@ -110,7 +109,7 @@ def test_rows_of_every_array_can_be_moved_by_sixteen_bytes(sizes, tokens, most):
     shape, ranks = sizes
     layout = buffer_layout(shape, tokens, ranks, max_pool_rows=most)
     pool, pairs = layout.pool_rows, layout.capacity * shape.topk
-    assert pool % host.constant("kPoolAlign") == 0, "a ring that ends within a block of rows"
+    assert pool % _abi.POOL_ALIGN == 0, "a ring that ends within a block of rows"
     rows = {
         "x": (layout.capacity, shape.hidden),
         "combine": (pairs, shape.hidden * 2),
@@ -128,13 +127,13 @@ def test_rows_of_every_array_can_be_moved_by_sixteen_bytes(sizes, tokens, most):
 @given(st.integers(0, MAX_TOKENS))
 def test_capacity_is_rounded_up(tokens):
     capacity = buffer_layout(MoEShape(128, 128, 8, 2), tokens).capacity
-    assert capacity % CAPACITY_STEP == 0
+    assert capacity % CAPACITY_STEP == CAPACITY_STEP % BLOCK == 0
     assert max(tokens, 1) <= capacity < max(tokens, 1) + CAPACITY_STEP
 
 
 def pool_rows_used(counts: list[int]) -> int:
     """Pool rows that experts with so many rows take."""
-    align = host.constant("kPoolAlign")
+    align = _abi.POOL_ALIGN
     return sum(-(-rows // align) * align for rows in counts)
 
 
@@ -165,7 +164,7 @@ def test_any_routing_fits_the_pool(tokens, topk, local, ranks, kind, seed):
 def test_the_worst_routing_fits_the_pool(sizes, tokens):
     """As many experts as can be with one row more than full blocks."""
     shape, ranks = sizes
-    local, align = shape.experts // ranks, host.constant("kPoolAlign")
+    local, align = shape.experts // ranks, _abi.POOL_ALIGN
     layout = buffer_layout(shape, tokens, ranks)
     received = layout.capacity * shape.topk * ranks
     active = min(local, received)
@@ -183,7 +182,7 @@ def test_pools_hold_no_more_than_asked_for_and_enough_to_go_on(sizes, tokens, mo
     layout = buffer_layout(shape, tokens, ranks, max_pool_rows=most)
     whole = buffer_layout(shape, tokens, ranks, max_pool_rows=1 << 40)
     assert whole.pool_rows == whole.rows == layout.rows
-    assert layout.pool_rows == whole.rows or layout.pool_rows >= 2 * host.constant("kUnitRows")
+    assert layout.pool_rows == whole.rows or layout.pool_rows >= 2 * _abi.UNIT_ROWS
     assert layout.pool_rows <= max(-(-most // 128) * 128, 4096)
 
 
@@ -207,15 +206,6 @@ def test_sections_are_named_like_the_parameters_they_fill():
     assert all(layout.section(name).name == name for name in sections)
     assert set(names) >= OTHERS
     assert all(s.what for s in (*layout.symmetric, *layout.local))
-
-
-def test_constants_are_those_of_the_kernels():
-    assert host.constant("kPoolAlign") == _layout.POOL_ALIGN
-    assert host.constant("kCounterRows") == _layout.COUNTER_ROWS
-    assert host.constant("kQuantBlock") == BLOCK
-    assert host.constant("kControlWords", "layout/params.cuh") == _layout.CONTROL_WORDS
-    assert 1 << host.constant("kPairBits") >= MAX_TOKENS * MAX_TOPK
-    assert CAPACITY_STEP % BLOCK == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

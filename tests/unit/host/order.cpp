@@ -7,16 +7,11 @@ using megamoe::Plan;
 using megamoe::Tile;
 using megamoe::u16;
 using megamoe::u32;
-using megamoe::Variant;
 
-/// What a kernel's entry defines (kernels/*.cuh.j2).
-template <Variant kVariant_, u32 kHidden_, u32 kIntermediate_> struct Config {
-    static constexpr Variant kVariant = kVariant_;
-    static constexpr u32 kBlockM = kVariant == Variant::pingpong ? 64 : 128;
+/// What a kernel's entry defines (kernels/entry.cuh.j2), as far as the order depends on it.
+template <u32 kBlockM_, u32 kHidden_, u32 kIntermediate_> struct Config {
+    static constexpr u32 kBlockM = kBlockM_;
     static constexpr u32 kHidden = kHidden_, kIntermediate = kIntermediate_;
-    static constexpr u32 kExperts = 16, kRanks = 1, kLocalExperts = 16, kTopK = 2;
-    static constexpr u32 kStages = 4, kDispatchSlots = 4;
-    static constexpr bool kFastMath = true;
 };
 
 struct Run {
@@ -34,9 +29,11 @@ template <class C> void walk(const Plan& plan, const Run& run, const u32* ticket
 }
 
 template <u32 kHidden, u32 kIntermediate>
-void walk(bool pingpong, const Plan& plan, const Run& run, const u32* tickets, u32 count, u32* out) {
-    if (pingpong) walk<Config<Variant::pingpong, kHidden, kIntermediate>>(plan, run, tickets, count, out);
-    else walk<Config<Variant::cooperative, kHidden, kIntermediate>>(plan, run, tickets, count, out);
+bool walk(u32 block_m, const Plan& plan, const Run& run, const u32* tickets, u32 count, u32* out) {
+    if (block_m == 64) walk<Config<64, kHidden, kIntermediate>>(plan, run, tickets, count, out);
+    else if (block_m == 128) walk<Config<128, kHidden, kIntermediate>>(plan, run, tickets, count, out);
+    else return false;
+    return true;
 }
 
 }  // namespace
@@ -44,15 +41,14 @@ void walk(bool pingpong, const Plan& plan, const Run& run, const u32* tickets, u
 extern "C" u32 even_enough(u32 blocks0, u32 blocks1) { return megamoe::even_enough(blocks0, blocks1); }
 
 /// False when these sizes are not built in.
-extern "C" bool locate(u32 hidden, u32 intermediate, bool pingpong, const u32* rows, const u32* bases, const u16* active,
+extern "C" bool locate(u32 hidden, u32 intermediate, u32 block_m, const u32* rows, const u32* bases, const u16* active,
                        u32 experts, u32 active_experts, u32 lag, u32 pool_rows, u32 two_sides, u32 side, const u32* tickets,
                        u32 count, u32* out) {
     const Plan plan{rows, bases, nullptr, active, experts, active_experts, two_sides};
     const Run run{lag, pool_rows, side};
-    if (hidden == 128 && intermediate == 128) walk<128, 128>(pingpong, plan, run, tickets, count, out);
-    else if (hidden == 256 && intermediate == 640) walk<256, 640>(pingpong, plan, run, tickets, count, out);
-    else if (hidden == 1408 && intermediate == 768) walk<1408, 768>(pingpong, plan, run, tickets, count, out);
-    else if (hidden == 2304 && intermediate == 1408) walk<2304, 1408>(pingpong, plan, run, tickets, count, out);
-    else return false;
-    return true;
+    if (hidden == 128 && intermediate == 128) return walk<128, 128>(block_m, plan, run, tickets, count, out);
+    if (hidden == 256 && intermediate == 640) return walk<256, 640>(block_m, plan, run, tickets, count, out);
+    if (hidden == 1408 && intermediate == 768) return walk<1408, 768>(block_m, plan, run, tickets, count, out);
+    if (hidden == 2304 && intermediate == 1408) return walk<2304, 1408>(block_m, plan, run, tickets, count, out);
+    return false;
 }

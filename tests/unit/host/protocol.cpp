@@ -2,7 +2,7 @@
 //
 //   protocol KEY=VALUE ...     exit code 0 and a line of counts, or 1 and what went wrong
 //
-// configs.h is made by the test: `Sizes` of the layer, and the `Config` of both entries in namespaces of their own.
+// configs.h is made by the test: the `Config` of every variant, each in a namespace of its own.
 #include "sim/engine.h"
 #include "sim/model.h"
 
@@ -21,8 +21,7 @@ void megamoe::ptx::gave_up(u32 who, u32 which, u32 expected, u32 seen) {
 
 void sim::run_kernel(Block& block) {
     const auto& launch = *static_cast<const Launch*>(block.launch);
-    if (launch.pingpong) megamoe::run<pingpong::Config>(launch.params, block.shared);
-    else megamoe::run<cooperative::Config>(launch.params, block.shared);
+    with_config(launch.variant, [&](auto config) { megamoe::run<decltype(config)>(launch.params, block.shared); });
 }
 
 int main(int count, char** arguments) {

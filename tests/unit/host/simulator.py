@@ -63,18 +63,28 @@ def changed_rooms(target: Path, changes: Sequence[Change]) -> Path:
 
 
 def configs(shape: MoEShape, ranks: int, compare_sizes: bool) -> str:
-    """The `Config` of both entries, as the Jinja2 templates have it, each in a namespace of its own."""
-    parts = ["#pragma once\n"]
-    for variant in Variant:
+    """The `Config` of every variant, as the Jinja2 entry has it, each in a namespace of its own; and all of them.
+
+    `with_config(number, call)` calls with the one of that number, `kVariants` are their names in that order.
+    """
+    parts, calls = ["#pragma once\n"], []
+    for number, variant in enumerate(Variant):
         spec = KernelSpec(shape=shape, ranks=ranks, variant=variant)
         entry = (host.KERNELS / spec.template).read_text()
         body = re.search(r"^struct Config \{.*?^\};", entry, re.MULTILINE | re.DOTALL)
         assert body, f"{spec.template} no longer declares `struct Config`"
-        filled = jinja2.Template(body[0], undefined=jinja2.StrictUndefined).render(spec.template_variables())
-        parts.append(f"namespace {variant.value} {{\n{filled}\n}}\n")
+        values = spec.template_variables()
+        filled = jinja2.Template(body[0], undefined=jinja2.StrictUndefined).render(values)
+        parts += [f'#include "{values[header]}"\n' for header in ("policy_header", "weights_header")]
+        parts.append(f"namespace variant{number} {{\n{filled}\n}}\n")
+        calls.append(f"    if (number == {number}) return call(variant{number}::Config{{}});\n")
         if compare_sizes:
-            size = f"megamoe::Shared<{variant.value}::Config>::kBytes == {spec.shared_bytes}"
+            size = f"megamoe::Shared<variant{number}::Config>::kBytes == {spec.shared_bytes}"
             parts.append(f'static_assert({size}, "KernelSpec.shared_bytes and layout/shared.cuh disagree");\n')
+    names = ", ".join(f'"{variant.value}"' for variant in Variant)
+    parts.append(f"const std::vector<std::string> kVariants = {{{names}}};\n")
+    parts.append(f"template <class Call> auto with_config(megamoe::u32 number, Call call) {{\n{''.join(calls)}")
+    parts.append('    sim::fail("no such variant");\n}\n')
     return "".join(parts)
 
 

@@ -20,7 +20,7 @@ from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache, kernel_key, retry, warmup, warmup_command
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from tests.stubs import ROOM, child_environment
+from tests.stubs import ROOM, TEMPLATE, child_environment
 
 SHAPE = MoEShape(256, 128, 8, 2)
 PING = KernelSpec(SHAPE, Variant.PINGPONG)
@@ -78,7 +78,7 @@ def test_metadata(place):
     assert {k: stored[k] for k in compiled} == compiled
     assert stored["entry"] == COOP.entry
     assert KernelSpec.from_json(stored["spec"]) == COOP
-    assert stored["files"] == ["kernels/cooperative.cuh.j2", "room/fill.cuh"]
+    assert stored["files"] == ["kernels/entry.cuh.j2", "room/fill.cuh"]
     assert stored["options"][0] == "--gpu-architecture=sm_90a"
     assert {"version", "build", "path"} == set(stored["nvrtc"])
     assert (stored["param_bytes"], stored["max_threads"], stored["spill_bytes"]) == (64, 384, 0)
@@ -223,7 +223,7 @@ def test_warmup_command():
 
 def test_a_missing_kernel_with_a_timeline_says_what_makes_it(place, compiles):
     spec = replace(COOP, timeline=True)
-    command = f"megamoe-jit inspect {spec.entry}"
+    command = f"megamoe-jit inspect {spec.entry} --cache-dir {place / 'cache'}"
     assert warmup_command(spec) == command
     with override(disable_jit=True), pytest.raises(KernelMissingError) as caught:
         get_kernel(spec)
@@ -235,7 +235,7 @@ def test_a_missing_kernel_with_a_timeline_says_what_makes_it(place, compiles):
 
 
 def test_performance_losses_are_judged_on_cached_kernels_too(place, monkeypatch, caplog):
-    template = place / "src" / "kernels" / "pingpong.cuh.j2"
+    template = place / "src" / "kernels" / "entry.cuh.j2"
     template.write_text(
         'extern "C" __global__ void {{ entry }}(int* a) {\n'
         '  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");\n  a[0] = 1;\n}\n'
@@ -257,7 +257,9 @@ def test_performance_losses_are_judged_on_cached_kernels_too(place, monkeypatch,
 
 def test_warmup_reports_each_kernel_in_order(place, compiles):
     broken = KernelSpec(SHAPE, Variant.COOPERATIVE, ranks=4)
-    (place / "src" / "kernels" / "cooperative.cuh.j2").write_text('#include "room/none.cuh"\n')
+    (place / "src" / "kernels" / "entry.cuh.j2").write_text(
+        '{% if ranks == 4 %}\n#include "room/none.cuh"\n{% endif %}\n' + TEMPLATE
+    )
     seen = []
     results = warmup([PING, broken, PING], jobs=2, progress=seen.append)
     assert [r.spec for r in results] == [PING, broken]

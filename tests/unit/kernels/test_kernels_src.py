@@ -8,10 +8,26 @@ from typing import NamedTuple
 
 import pytest
 
+from megamoe_jit._spec import Variant
+from megamoe_jit._spec.formats import FORMATS
 from tests import host
 
 #: Folders from the bottom up; a room includes only rooms of its own folder or of those before it.
-LAYERS = ("base", "ptx", "layout", "comm", "sched", "pipe", "mma", "epilogue", "dispatch", "roles", "kernels")
+LAYERS = (
+    "base",
+    "ptx",
+    "layout",
+    "comm",
+    "sched",
+    "pipe",
+    "mma",
+    "formats",
+    "epilogue",
+    "dispatch",
+    "roles",
+    "variants",
+    "kernels",
+)
 HOST_FOLDERS = ("base", "sched")  #: pure index arithmetic, also built with the host's compiler
 MAX_FILE, MAX_FUNCTION = 350, 80
 
@@ -71,8 +87,20 @@ def test_includes_go_down(name):
     allowed = HOST_FOLDERS if folder in HOST_FOLDERS else LAYERS
     allowed = allowed[: allowed.index(folder) + 1]
     for included in re.findall(r'^\s*#include\s+"([^"]+)"', (host.KERNELS / name).read_text(), re.MULTILINE):
+        if "{{" in included:  # the entry's, of its variant
+            continue
         assert included in NAMES
         assert included.split("/")[0] in allowed, f"{name} includes {included}"
+
+
+def test_variants_are_told_apart_by_their_policies_alone():
+    """So that another one is one header: no other room knows any by name."""
+    names = {word for variant in Variant for word in (variant.value, variant.value.title())}
+    assert {n.split("/")[1] for n in NAMES if n.startswith("variants/")} == {f"{v.value}.cuh" for v in Variant}
+    assert {n.split("/")[1] for n in NAMES if n.startswith("formats/")} == {f"{name}.cuh" for name in FORMATS}
+    for path, name in zip(FILES, NAMES, strict=True):
+        if not name.startswith("variants/"):
+            assert names & set(re.findall(r"\w+", code(path))) == set(), name
 
 
 @pytest.mark.parametrize("name", NAMES)

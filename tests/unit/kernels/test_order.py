@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe_jit._spec import Variant
+from megamoe_jit._spec.abi import POOL_ALIGN
 from tests import host
 
 GEMM1, GEMM2, STOP = range(3)
@@ -40,7 +41,7 @@ class Case(NamedTuple):
         """First pool row / 128 of each expert, and of the end."""
         bases = [0]
         for rows in self.rows:
-            bases.append(bases[-1] + -(-rows // host.constant("kPoolAlign")))
+            bases.append(bases[-1] + -(-rows // POOL_ALIGN))
         return bases
 
 
@@ -91,7 +92,7 @@ def locate(library: ctypes.CDLL) -> Locate:
         known = library.locate(
             ctypes.c_uint32(case.hidden),
             ctypes.c_uint32(case.intermediate),
-            ctypes.c_bool(case.variant is Variant.PINGPONG),
+            ctypes.c_uint32(case.variant.block_m),
             (ctypes.c_uint32 * len(case.rows))(*case.rows),
             (ctypes.c_uint32 * (len(case.rows) + 1))(*case.bases),
             (ctypes.c_uint16 * max(1, len(active)))(*active),
@@ -105,7 +106,7 @@ def locate(library: ctypes.CDLL) -> Locate:
             ctypes.c_uint32(len(tickets)),
             out,
         )
-        assert known, f"tests/unit/host/order.cpp has no sizes {case.hidden}, {case.intermediate}"
+        assert known, f"tests/unit/host/order.cpp has no sizes {case.hidden}, {case.intermediate}, {case.variant}"
         return [Tile(*out[i : i + 7]) for i in range(0, len(out), 7)]
 
     return call

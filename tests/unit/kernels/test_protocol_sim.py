@@ -17,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec.abi import Wait
 from tests import host
 from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
 
@@ -80,8 +81,8 @@ def build() -> Build:
 
 
 def codes(text: str, enum: str) -> dict[str, int]:
-    """Names and numbers of an enumeration."""
-    body = re.search(rf"enum (?:class )?{enum} : u32 \{{(.*?)\}};", text, re.DOTALL)
+    """Names and numbers of an enumeration of the simulator."""
+    body = re.search(rf"enum {enum} : u32 \{{(.*?)\}};", text, re.DOTALL)
     assert body, f"no enum {enum}"
     return {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", host.without_comments(body[1]))}
 
@@ -103,7 +104,7 @@ def runs(draw: st.DrawFn, ranks: int) -> dict[str, int | str]:
         "blocks": draw(st.integers(1, BLOCKS[ranks])),
         "pool_rows": draw(st.sampled_from((256, 384, 1024, 1 << 30))),  # rings of two and three blocks, and none
         "launches": draw(st.integers(1, 3)),
-        "variant": draw(st.sampled_from(("mixed", "pingpong", "cooperative"))),
+        "variant": draw(st.sampled_from(("mixed", *(v.value for v in Variant)))),
     }
 
 
@@ -153,7 +154,7 @@ def test_nothing_is_found_where_nothing_is_wrong(build: Build):
     assert find(build(2, MISTAKES), 0, tries=6) == ""
 
 
-WAITS = codes((host.KERNELS / "comm/fault.cuh").read_text(), "Wait")
+WAITS = {wait.name.lower(): wait.value for wait in Wait}
 WEAK = codes((HERE / "sim/machine.h").read_text(), "Weak")
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from megamoe_jit._device import wait as _device_wait
-from megamoe_jit._device.fault import PEER_SIGNAL
 from megamoe_jit._errors import CaptureError, ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._spec.abi import Wait
 
 GROUP = object()
-NOTHING, PEER = (0, 0, 0, 0), (PEER_SIGNAL | 2 << 8, 0, 5, 0b10)
+NOTHING, PEER = (0, 0, 0, 0), (Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10)
 
 
 @pytest.fixture

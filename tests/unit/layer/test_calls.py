@@ -19,7 +19,6 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import make_weights
-from megamoe_jit._device.fault import PEER_SIGNAL
 from megamoe_jit._device.params import Params
 from megamoe_jit._layer import bound_kernel as _prepared
 from megamoe_jit._layer import buffer as _buffer
@@ -28,6 +27,7 @@ from megamoe_jit._layer.buffer import SymmBuffer, sort_blocks
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.abi import Wait
 
 SHAPE = MoEShape(256, 128, 4, 2)
 DRAWN = make_weights(SHAPE, "cpu")
@@ -335,7 +335,7 @@ def test_a_destroyed_buffer_is_refused(cuda: Cuda, buffer: SymmBuffer):
 
 def test_a_buffer_whose_kernel_failed_is_refused_with_that_error(cuda: Cuda, buffer: SymmBuffer):
     call(buffer)
-    buffer.fault[:4] = torch.tensor([PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
+    buffer.fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
     refused(buffer.check, "missing: rank 1", kind=mm.PeerTimeoutError)
     for use in (lambda: call(buffer), lambda: call(buffer, 4), lambda: buffer.prepare("pingpong")):
         refused(use, "unusable since an earlier call failed", "missing: rank 1", kind=mm.PeerTimeoutError)

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._device.fault import PEER_SIGNAL
 from megamoe_jit._device.params import Params
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import group as _ranks
@@ -26,6 +25,7 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.abi import Wait
 from megamoe_jit.reference import moe_reference
 from tests.unit.layer.test_calls import DRAWN, GARBAGE, HERE, L1, L2, SHAPE, STATS, Cuda, call, refused, uses
 
@@ -189,7 +189,7 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
     call(shared, **own, cumulative_local_expert_recv_stats=STATS[:2])
     (launch,) = cuda.launches
     assert (launch.spec.ranks, launch.params.rank, launch.params.peers[:3]) == (2, 1, [64, 128, 0])
-    assert set(shared._prepared) == {(variant, True) for variant in Variant}
+    assert {kernel.spec.variant for kernel in shared._prepared.values()} == set(Variant)
     assert cuda.events == [uses(shared, "A")[0], ("launch", "A")], "symmetric memory is not torch's"
 
 
@@ -345,7 +345,7 @@ def test_staging_on_another_stream_waits_for_the_last_call(cuda: Cuda, monkeypat
 def test_nothing_is_staged_into_a_buffer_that_is_gone_or_failed(cuda: Cuda):
     gone, failed = layer(), layer()
     gone.destroy()
-    failed.buffer.fault[:4] = torch.tensor([PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
+    failed.buffer.fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
     refused(failed.check, "missing: rank 1", kind=mm.PeerTimeoutError)
     cuda.events.clear()
     refused(lambda: gone.stage(*inputs(3)), "this buffer was destroyed")

@@ -19,7 +19,7 @@ from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics.presets import parse_shapes
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-ENTRY = "kernels/pingpong.cuh.j2"
+ENTRY = SPEC.template
 
 
 def _socket(path: Path) -> None:
@@ -67,17 +67,17 @@ def _entry(path: Path) -> None:
 
 
 def _room(path: Path) -> None:
-    kernels = path.parents[1] / "kernels"
-    kernels.mkdir()
-    (kernels / "pingpong.cuh.j2").write_text('#include "a/room.toml"\n')
+    entry = path.parents[1] / ENTRY
+    entry.parent.mkdir()
+    entry.write_text('#include "a/room.toml"\n')
     with override(kernels_src=path.parents[1]):
         render(SPEC)
 
 
 def _included(path: Path) -> None:
-    kernels = path.parents[1] / "kernels"
-    kernels.mkdir()
-    (kernels / "pingpong.cuh.j2").write_text('{% include "a/room.toml" %}\n')
+    entry = path.parents[1] / ENTRY
+    entry.parent.mkdir()
+    entry.write_text('{% include "a/room.toml" %}\n')
     with override(kernels_src=path.parents[1]):
         render(SPEC)
 

@@ -10,7 +10,7 @@ namespace sim {
 
 struct Launch {
     megamoe::Params params;
-    bool pingpong;
+    u32 variant;   // its place in kVariants
 };
 
 struct SectionSize {
@@ -35,7 +35,7 @@ struct Run {
     std::vector<std::vector<std::vector<i64>>> ids;   // [launch][rank][token * topk + slot]
     u64 pairs = 0;
 
-    using C = pingpong::Config;   // what both variants share
+    using C = variant0::Config;   // what all variants share
 
     // ---- options
     static std::vector<SectionSize> sections_of(const std::string& text) {
@@ -230,17 +230,20 @@ struct Run {
         p.want_sides = grid > 1 && dice.chance(50);
         p.side_of_sm[0] = dice.below(4) ? dice.below(1u << 16) : 0;   // any, or all on one side
         for (u32 s = 0; s < ranks; ++s) p.peers[s] = reinterpret_cast<u64>(all[s].symmetric);
-        rank.now.pingpong = variant == "pingpong" || (variant == "mixed" && dice.chance(50));
+        rank.now.variant = variant == "mixed" ? dice.below(static_cast<u32>(kVariants.size())) : named(variant);
         rank.running = static_cast<u32>(blocks.size()) + 1;
         rank.clock.fence();   // what went before is visible to the whole launch
         for (u32 b = 0; b < grid; ++b) blocks.push_back(make_block(rank, r, b, grid));
         rank.clock.tick(rank.agent);
     }
+    static u32 named(const std::string& name) {
+        const auto found = std::find(kVariants.begin(), kVariants.end(), name);
+        return static_cast<u32>(found - kVariants.begin());
+    }
     std::unique_ptr<Block> make_block(Rank& rank, u32 r, u32 index, u32 grid) {
         auto block = std::make_unique<Block>();
         block->rank = r, block->index = index, block->grid = grid, block->launch = &rank.now;
-        block->shared_bytes = megamoe::Shared<cooperative::Config>::kBytes;
-        if (rank.now.pingpong) block->shared_bytes = megamoe::Shared<pingpong::Config>::kBytes;
+        block->shared_bytes = with_config(rank.now.variant, [](auto c) { return u32(megamoe::Shared<decltype(c)>::kBytes); });
         block->memory.reset(new u8[block->shared_bytes + 1024]);
         const u64 address = reinterpret_cast<u64>(block->memory.get());
         block->shared = block->memory.get() + (1024 - address % 1024) % 1024;

@@ -58,7 +58,7 @@ struct WeightTag {
     u32 tensor, row, column, unused;
 };
 
-/// Writes the tags of one GEMM's weights, which lie as megamoe_jit/_layer/weight_order.py orders them; nothing else in there is read.
+/// Writes the tags of one GEMM's weights, which lie as megamoe_jit/_layer/fp8.py orders them; nothing else in there is read.
 inline void fill_weights(u32 gemm, u8* base) {
     const u32 each = gemm == 1 ? 2 * sizes.intermediate : sizes.hidden, deep = gemm == 1 ? sizes.hidden : sizes.intermediate;
     for (u32 row = 0; row < each * sizes.local_experts; row += 64)

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe_jit import _spec
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MAX_EXPERTS, MAX_TOPK, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import abi as _abi
+from megamoe_jit._spec.spec import MAX_DISPATCH_SLOTS, MIN_DISPATCH_SLOTS
 from tests import host
 
 SHAPE = MoEShape(4096, 2048, 256, 6)
@@ -103,18 +104,11 @@ def test_every_size_is_in_the_name(field, value):
 
 @given(specs)
 def test_shared_memory_fits(spec):
-    assert spec.shared_bytes <= _spec.SHARED_LIMIT == 232448
+    assert spec.shared_bytes <= _abi.SHARED_LIMIT == 232448
     assert spec.shared_bytes % 8 == 0
     assert spec.stages >= 3
-    assert _spec.MIN_DISPATCH_SLOTS <= spec.dispatch_slots <= _spec.MAX_DISPATCH_SLOTS
+    assert MIN_DISPATCH_SLOTS <= spec.dispatch_slots <= MAX_DISPATCH_SLOTS
     assert spec.block_m == (64 if spec.variant is Variant.PINGPONG else 128)
-
-
-def test_constants_are_those_of_the_kernels():
-    assert host.constant("kQuantBlock") == host.constant("kBlockK") == _spec.BLOCK
-    assert host.constant("kBlockN") == _spec.BLOCK_N
-    assert host.constant("kTileSlots") == _spec.TILE_SLOTS
-    assert host.constant("kDispatchChunk") == _spec.DISPATCH_CHUNK
 
 
 #: Widest and narrowest of everything that the sum depends on.
@@ -124,10 +118,11 @@ MAPPED = [
     for experts, ranks in ((1, 1), (7, 1), (32, 1), (48, 1), (256, 8), (256, 1), (384, 1), (512, 1), (1024, 1))
 ]
 ENTRY = """
+#include "formats/fp8.cuh"
 #include "layout/shared.cuh"
 
 template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD> struct Config {
-    static constexpr megamoe::Variant kVariant = kM == 64 ? megamoe::Variant::pingpong : megamoe::Variant::cooperative;
+    using Weights = megamoe::Fp8;
     static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
     static constexpr megamoe::u32 kHidden = 256, kIntermediate = 128, kTopK = 2;
     static constexpr megamoe::u32 kExperts = kE, kRanks = kR, kLocalExperts = kExperts / kRanks;
@@ -157,7 +152,7 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
         f'{s.shared_bytes}>::kOk, "");'
         for s in MAPPED
     )
-    (tmp_path / "src" / "kernels" / "pingpong.cuh.j2").write_text(ENTRY.replace("@CHECKS@", checks))
+    (tmp_path / "src" / "kernels" / "entry.cuh.j2").write_text(ENTRY.replace("@CHECKS@", checks))
     spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
     with override(kernels_src=tmp_path / "src"):
         text = render(spec).text

@@ -1,4 +1,4 @@
-"""The order in which the kernel reads the codes of one expert, and its inverse; scales stay as they are.
+"""Weights as e4m3 codes with a float scale for 128 x 128 of them: the order in which the kernel reads them.
 
 *Gate and up rows alternate by eights* in ``w13``: ``g0..7, u0..7, g8..15, u8..15, ...``. So the first GEMM has gate and
 up of one intermediate channel in the same tile, and in the same thread.
@@ -15,19 +15,18 @@ which is the 128-byte swizzle that the tensor cores read without bank conflicts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 
-from megamoe_jit._spec import BLOCK, BLOCK_N
+from megamoe_jit._layer.quantize import dequantize_weights as dequantize
+from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.abi import BLOCK_N
 
-__all__ = ["INTERLEAVE", "Order", "order1", "order2", "restore1", "restore2"]
+__all__ = ["INTERLEAVE", "dequantize", "pack", "unpack"]
 
 INTERLEAVE = 8  #: rows of gate, then rows of up, in one group
 TILE_ROWS = BLOCK_N  #: of a tile; the last may have half
 ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES = 8, 8, 16  #: of the swizzle
-
-Order: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  #: one expert's matrix, of bytes, to a new one
 
 
 def _interleave(w: torch.Tensor) -> torch.Tensor:
@@ -60,35 +59,26 @@ def _swizzle(tiles: torch.Tensor) -> torch.Tensor:
     return tiles[..., row, row ^ chunk, :]
 
 
-def _pack(w: torch.Tensor, height: int) -> torch.Tensor:
+def _pack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:
     """Tiles of `height` rows as shared memory holds them."""
     rows, depth = w.shape
     atoms = w.reshape(-1, height // ATOM_ROWS, ATOM_ROWS, depth // BLOCK, ATOM_CHUNKS, CHUNK_BYTES)
     return _swizzle(atoms.permute(0, 3, 1, 2, 4, 5)).reshape(rows, depth)
 
 
-def _unpack(w: torch.Tensor, height: int) -> torch.Tensor:
-    """Inverse of `_pack`."""
+def _unpack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:
+    """Inverse of `_pack_tiles`."""
     rows, depth = w.shape
     atoms = w.reshape(-1, depth // BLOCK, height // ATOM_ROWS, ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES)
     return _swizzle(atoms).permute(0, 2, 3, 1, 4, 5).reshape(rows, depth)
 
 
-def order1(w13: torch.Tensor) -> torch.Tensor:
-    """``[2I, H]`` gate rows first, to the kernel's order of ``w13``."""
-    return _by_tile(_pack, _interleave(w13))
+def pack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
+    """See `WeightFormat.pack`."""
+    return _by_tile(_pack_tiles, _interleave(codes) if gated else codes)
 
 
-def order2(w2: torch.Tensor) -> torch.Tensor:
-    """``[H, I]`` to the kernel's order of ``w2``."""
-    return _by_tile(_pack, w2)
-
-
-def restore1(w13: torch.Tensor) -> torch.Tensor:
-    """Inverse of `order1`."""
-    return _deinterleave(_by_tile(_unpack, w13))
-
-
-def restore2(w2: torch.Tensor) -> torch.Tensor:
-    """Inverse of `order2`."""
-    return _by_tile(_unpack, w2)
+def unpack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
+    """See `WeightFormat.unpack`."""
+    plain = _by_tile(_unpack_tiles, codes)
+    return _deinterleave(plain) if gated else plain

@@ -1,0 +1,71 @@
+"""What a user types for kernels: the beginning of a key, a kernel's name, or SHAPE/VARIANT."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.abi import MAX_RANKS
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.variants import Variant
+
+if TYPE_CHECKING:
+    import click
+
+    from megamoe_jit._spec import KernelSpec
+
+__all__ = ["looks_like_key", "parse_spec", "spec_of_argument"]
+
+_KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
+
+
+def looks_like_key(text: str) -> bool:
+    """Whether a KEY|SPEC argument is (the beginning of) a cache key."""
+    return bool(_KEY.fullmatch(text))
+
+
+def parse_spec(text: str, keys: bool = True) -> KernelSpec:
+    """The kernel named on a command line.
+
+    Args:
+        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact]` with a shape known
+            by name, such as `v4-flash/pingpong` or `v4-pro/cooperative/r8`.
+        keys: Whether the command takes keys too; then an error names them.
+
+    Raises:
+        ConfigError: It is neither, or a part of it is not supported.
+    """
+    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit.heuristics.presets import preset
+
+    if named := KernelSpec.of_entry(text):
+        return named
+    name, *rest = text.split("/")
+    file = text.endswith(".toml") or ".toml/" in text
+    if file or not rest:
+        problem = "names a .toml file, which only --shapes takes" if file else "names no kernel"
+        key = ", or the beginning of a key that `cache ls` lists" if keys else ""
+        raise ConfigError(
+            f"{text!r} {problem}; allowed: SHAPE/VARIANT with a shape of `shapes ls` (v4-flash/pingpong, "
+            f"v4-pro/cooperative/r8), a kernel's name as `warmup` and `cache ls` show it{key}"
+        )
+    shape = preset(name).shape
+    ranks = 1
+    seen: set[str] = set()
+    words = Numerics.changes()
+    for part in rest[1:]:
+        kind = "ranks" if re.fullmatch(r"r\d+", part) else part
+        if kind not in ("ranks", *words) or kind in seen:
+            allowed = f"r1 to r{MAX_RANKS}, {', '.join(words)}, each once"
+            raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: {allowed}")
+        seen.add(kind)
+        if kind == "ranks":
+            ranks = int(part[1:])
+    numerics = Numerics.named(seen - {"ranks"})
+    return KernelSpec(shape, Variant.parse(rest[0]), ranks, numerics=numerics)
+
+
+def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec:
+    """Callback of a SPEC argument."""
+    return parse_spec(text, keys=False)

@@ -1,0 +1,42 @@
+"""What a kernel is compiled for, as values: shape, variant, numeric options, weight format; the name and the shared
+memory that follow from them; and what Python and the kernels must agree on (`abi`, written from their headers).
+
+It must not know how a kernel is rendered, compiled, kept or launched, and imports nothing of the package but errors
+and text; torch only where a weight format is asked for a dtype or to pack. A kernel of another kind than `KernelSpec`
+has its own module here.
+"""
+
+from megamoe_jit._spec.checks import check_clamp, check_flag, check_int
+from megamoe_jit._spec.formats import FP8, WeightFormat
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.spec import (
+    BLOCK,
+    DEFAULT_NUMERICS,
+    MAX_EXPERTS,
+    MAX_RANKS,
+    MAX_SIZE,
+    MAX_TOKENS,
+    MAX_TOPK,
+    KernelSpec,
+    MoEShape,
+)
+from megamoe_jit._spec.variants import Variant
+
+__all__ = [
+    "BLOCK",
+    "DEFAULT_NUMERICS",
+    "FP8",
+    "MAX_EXPERTS",
+    "MAX_RANKS",
+    "MAX_SIZE",
+    "MAX_TOKENS",
+    "MAX_TOPK",
+    "KernelSpec",
+    "MoEShape",
+    "Numerics",
+    "Variant",
+    "WeightFormat",
+    "check_clamp",
+    "check_flag",
+    "check_int",
+]

@@ -1,0 +1,134 @@
+"""Weight formats: how the weights of a layer are stored, as values.
+
+Bytes of weights are computed here and nowhere else.  A value here, the module that it names and a policy in
+`kernels_src/formats/` are a format (docs/how-to/add-a-weight-format.md).  Torch is imported
+only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import shown
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FORMATS", "FP8", "WeightFormat"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """A format.
+
+    Attributes:
+        name: for people, documents and the names of kernels.
+        what: its codes, for people.
+        bits: of a weight.
+        code_type: torch's name of the type of the tensor of codes; its last dimension is `code_shape`'s.
+        scale_type, scale_size: torch's name of the type of scales; its bytes.
+        scale_block: rows and columns of a matrix that share a scale.
+        module: has `pack`, `unpack` and `dequantize` of this format, with the arguments of the methods here.
+    """
+
+    name: str
+    what: str
+    bits: int
+    code_type: str
+    scale_type: str
+    scale_size: int
+    scale_block: tuple[int, int]
+    module: str
+
+    @classmethod
+    def parse(cls, text: str) -> WeightFormat:
+        """The format named `text`; raises `ConfigError` with the names there are."""
+        if not isinstance(text, str) or text not in FORMATS:
+            raise ConfigError(f"unknown weight format {shown(text)}; allowed: {', '.join(FORMATS)}")
+        return FORMATS[text]
+
+    @property
+    def policy(self) -> str:
+        """The policy struct in the kernel sources."""
+        return self.name.title().replace("_", "")
+
+    @property
+    def header(self) -> str:
+        """The room that defines it."""
+        return f"formats/{self.name}.cuh"
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of the tensor of codes."""
+        return _dtype(self.code_type)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the tensor of scales."""
+        return _dtype(self.scale_type)
+
+    def code_shape(self, rows: int, depth: int) -> tuple[int, int]:
+        """Of the codes of a ``[rows, depth]`` matrix; a code type has 8 bits, and may hold several weights."""
+        return rows, depth * self.bits // 8
+
+    def scale_shape(self, rows: int, depth: int) -> tuple[int, int]:
+        """Of its scales."""
+        return rows // self.scale_block[0], depth // self.scale_block[1]
+
+    def code_bytes(self, rows: int, depth: int) -> int:
+        """Bytes of its codes."""
+        return rows * depth * self.bits // 8
+
+    def scale_bytes(self, rows: int, depth: int) -> int:
+        """Bytes of its scales."""
+        height, width = self.scale_shape(rows, depth)
+        return height * width * self.scale_size
+
+    def expert_code_bytes(self, hidden: int, intermediate: int) -> int:
+        """Bytes of the codes of both matrices of an expert."""
+        return self.code_bytes(2 * intermediate, hidden) + self.code_bytes(hidden, intermediate)
+
+    def expert_bytes(self, hidden: int, intermediate: int) -> int:
+        """The same with their scales."""
+        scales = self.scale_bytes(2 * intermediate, hidden) + self.scale_bytes(hidden, intermediate)
+        return self.expert_code_bytes(hidden, intermediate) + scales
+
+    def pack(self, codes: torch.Tensor, gated: bool) -> torch.Tensor:
+        """The codes of one expert's matrix, in the order in which the kernel reads them.
+
+        Args:
+            codes: uint8 ``[rows, bytes of a row]``.
+            gated: it is the first one, gate rows then up rows.
+
+        Returns:
+            A new tensor of the same shape.
+        """
+        packed: torch.Tensor = self._ways().pack(codes, gated)
+        return packed
+
+    def unpack(self, codes: torch.Tensor, gated: bool) -> torch.Tensor:
+        """Inverse of `pack`."""
+        unpacked: torch.Tensor = self._ways().unpack(codes, gated)
+        return unpacked
+
+    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The values of codes that are not packed, float32 ``[..., rows, depth]``."""
+        values: torch.Tensor = self._ways().dequantize(codes, scales)
+        return values
+
+    def _ways(self) -> Any:
+        return importlib.import_module(self.module)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+FP8 = WeightFormat("fp8", "e4m3", 8, "float8_e4m3fn", "float32", 4, (128, 128), "megamoe_jit._layer.fp8")
+FORMATS = {each.name: each for each in (FP8,)}  #: by name

@@ -1,0 +1,302 @@
+"""What a kernel is compiled for: the shape, the variant, and the shared memory that follows from them.
+
+A kernel is specialised per (hidden, intermediate, experts, top-k, variant, ranks, numeric options).  Token count,
+capacity, SM count, timeout and clamp are run-time values, so one compiled kernel serves every batch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.abi import (
+    BLOCK_N,
+    DISPATCH_CHUNK,
+    MATH_WARPS,
+    MAX_RANKS,
+    QUANT_BLOCK,
+    SHARED_LIMIT,
+    STAGING_BYTES,
+    TILE_BYTES,
+    TILE_SLOTS,
+)
+from megamoe_jit._spec.checks import check, check_fields, check_flag, check_int
+from megamoe_jit._spec.formats import FORMATS, FP8, WeightFormat
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.variants import Variant
+
+__all__ = [
+    "BLOCK",
+    "DEFAULT_NUMERICS",
+    "MAX_EXPERTS",
+    "MAX_RANKS",
+    "MAX_SIZE",
+    "MAX_TOKENS",
+    "MAX_TOPK",
+    "KernelSpec",
+    "MoEShape",
+]
+
+MAX_TOPK = 32
+MAX_SIZE = 262144  #: of hidden and intermediate; kernels for larger ones spill
+MAX_EXPERTS = 1024
+MAX_TOKENS = 32768
+BLOCK = QUANT_BLOCK  #: quantisation block, in both directions
+TEMPLATE = "kernels/entry.cuh.j2"
+DEFAULT_NUMERICS = Numerics()
+_UNSET: Any = object()  #: what `numerics` says
+MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
+_ENTRY = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})_r(\d{1,9})((?:_[a-z0-9]+)*)")
+
+
+@dataclass(frozen=True, slots=True)
+class MoEShape:
+    """Sizes of one MoE layer.
+
+    Attributes:
+        hidden: columns of a token, a multiple of 128 up to 262144.
+        intermediate: columns between the two products, likewise.
+        experts: of all ranks, 1 to 1024.
+        topk: slots of a token, 1 to 32.
+
+    Raises:
+        ConfigError: a size is not supported.
+    """
+
+    hidden: int
+    intermediate: int
+    experts: int
+    topk: int
+
+    def __post_init__(self) -> None:
+        check_int("hidden", self.hidden)
+        check_int("intermediate", self.intermediate)
+        check_int("experts", self.experts)
+        check_int("topk", self.topk)
+        for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
+            fits = 0 < size <= MAX_SIZE and size % BLOCK == 0
+            check(fits, name, size, f"a multiple of 128 from 128 to {MAX_SIZE}")
+        check(1 <= self.experts <= MAX_EXPERTS, "experts", self.experts, f"1 to {MAX_EXPERTS}")
+        check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
+
+
+@dataclass(frozen=True, init=False)
+class KernelSpec:
+    """One kernel to compile; everything in here is a compile-time constant of it.
+
+    Attributes:
+        shape: the layer.
+        variant: how the warpgroups share the work.
+        ranks: GPUs that share the experts, 1 to 8; a divisor of their number.
+        numerics: its numeric options.
+        timeline: the kernel writes down where its time goes; for measuring the kernel alone.
+        weights: how the weights are stored.
+
+    `fast_math` may be given instead of `numerics`, or beside it, and can be read.  What follows from the rest is worked
+    out once, at its first use.
+
+    Raises:
+        ConfigError: a value is not supported.
+    """
+
+    shape: MoEShape
+    variant: Variant
+    ranks: int
+    numerics: Numerics
+    timeline: bool
+    weights: WeightFormat
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        variant: Variant,
+        ranks: int = 1,
+        fast_math: bool = _UNSET,
+        timeline: bool = False,
+        *,
+        numerics: Numerics = DEFAULT_NUMERICS,
+        weights: WeightFormat = FP8,
+    ) -> None:
+        check(isinstance(shape, MoEShape), "shape", shape, "a MoEShape")
+        check(isinstance(variant, Variant), "variant", variant, "a member of Variant")
+        check(isinstance(numerics, Numerics), "numerics", numerics, "a Numerics")
+        check(isinstance(weights, WeightFormat), "weights", weights, "a WeightFormat")
+        check_flag("timeline", timeline)
+        check_int("ranks", ranks)
+        check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
+        shared = f"a multiple of the number of ranks ({ranks})"
+        check(shape.experts % ranks == 0, "experts", shape.experts, shared)
+        if fast_math is not _UNSET:
+            numerics = replace(numerics, fast_math=fast_math)
+        vars(self).update(
+            shape=shape, variant=variant, ranks=ranks, numerics=numerics, timeline=timeline, weights=weights
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.variant, self.ranks, self.numerics, self.timeline, self.weights))
+
+    @property
+    def fast_math(self) -> bool:
+        """Of the numeric options."""
+        return self.numerics.fast_math
+
+    @cached_property
+    def local_experts(self) -> int:
+        """Experts whose weights live on one rank."""
+        return self.shape.experts // self.ranks
+
+    @cached_property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return self.variant.block_m
+
+    @cached_property
+    def stage_bytes(self) -> int:
+        """One pipeline stage: activations, weights, a float scale per activation row and four for the weights."""
+        return self.block_m * BLOCK + self.weight_stage_bytes + self.block_m * 4 + 16
+
+    @cached_property
+    def weight_stage_bytes(self) -> int:
+        """Weights of a pipeline stage."""
+        return self.weights.code_bytes(BLOCK_N, BLOCK)
+
+    @cached_property
+    def fixed_shared_bytes(self) -> int:
+        """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
+        slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
+        plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
+        return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
+
+    @cached_property
+    def source_table_bytes(self) -> int:
+        """With several ranks: which part of each rank's pairs names each local expert."""
+        return 8 * self.shape.experts if self.ranks > 1 else 0
+
+    @cached_property
+    def _ring_room(self) -> int:
+        return SHARED_LIMIT - self.fixed_shared_bytes - self.source_table_bytes - 16
+
+    @cached_property
+    def stages(self) -> int:
+        """Pipeline stages that fit, at most five."""
+        return min(5, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
+
+    @cached_property
+    def dispatch_slots(self) -> int:
+        """Chunks of rows that dispatch keeps in flight: as many as still fit, two to eight."""
+        return min(
+            MAX_DISPATCH_SLOTS, (self._ring_room - self.stages * (self.stage_bytes + 16)) // (DISPATCH_CHUNK + 8)
+        )
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        rings = self.stages * (self.stage_bytes + 16) + self.dispatch_slots * (DISPATCH_CHUNK + 8)
+        return -(-(rings + self.fixed_shared_bytes) // 16) * 16 + self.source_table_bytes
+
+    @cached_property
+    def entry(self) -> str:
+        """Symbol of the kernel."""
+        s = self.shape
+        sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
+        words = [*self.numerics.words(), *(["timeline"] if self.timeline else [])]
+        if self.weights is not FP8:
+            words.insert(0, self.weights.name)
+        return "_".join(["megamoe", self.variant.value, sizes, *words])
+
+    @classmethod
+    def of_entry(cls, entry: str) -> KernelSpec | None:
+        """The kernel with this symbol; None if it is none's.  Raises `ConfigError` if a part is not supported."""
+        found = _ENTRY.fullmatch(entry)
+        if found is None:
+            return None
+        hidden, intermediate, experts, topk, ranks = (int(number) for number in found.groups()[1:6])
+        words = found[7].split("_")[1:]
+        try:
+            numerics = Numerics.named(word for word in words if word != "timeline" and word not in FORMATS)
+        except ConfigError:
+            return None
+        weights = next((FORMATS[word] for word in words if word in FORMATS), FP8)
+        shape, variant = MoEShape(hidden, intermediate, experts, topk), Variant.parse(found[1])
+        spec = cls(shape, variant, ranks, timeline="timeline" in words, numerics=numerics, weights=weights)
+        return spec if spec.entry == entry else None
+
+    @property
+    def template(self) -> str:
+        """Path of the Jinja2 entry under `kernels_src/`, the same for all."""
+        return TEMPLATE
+
+    @property
+    def command(self) -> str:
+        """Words of the command line that compile exactly this kernel.
+
+        `warmup` makes none with a timeline, which only who measures the kernel itself asks for; `inspect` makes any.
+        """
+        if self.timeline:
+            return f"inspect {self.entry}"
+        shape = self.shape
+        words = [
+            f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
+            f"--topk {shape.topk} --ranks {self.ranks} --variant {self.variant.value}",
+        ]
+        return " ".join([*words, *self.numerics.flags()])
+
+    @property
+    def remark(self) -> str:
+        """What to say beside `command`."""
+        return "kernels with a timeline are for measuring the kernel alone" if self.timeline else ""
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the Jinja2 entry is filled with."""
+        return {
+            "entry": self.entry,
+            "policy": self.variant.policy,
+            "policy_header": self.variant.header,
+            "weights": self.weights.policy,
+            "weights_header": self.weights.header,
+            "hidden": self.shape.hidden,
+            "intermediate": self.shape.intermediate,
+            "experts": self.shape.experts,
+            "topk": self.shape.topk,
+            "ranks": self.ranks,
+            "stages": self.stages,
+            "dispatch_slots": self.dispatch_slots,
+            "shared_bytes": self.shared_bytes,
+            "numerics": self.numerics.constants(),
+            "timeline": "true" if self.timeline else "false",
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return {
+            "shape": asdict(self.shape),
+            "variant": self.variant.value,
+            "ranks": self.ranks,
+            **self.numerics.options(),
+            "timeline": self.timeline,
+            "weights": self.weights.name,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> KernelSpec:
+        """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
+        options = tuple(option.name for option in fields(Numerics))
+        given = check_fields(
+            "data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline", "weights", *options)
+        )
+        sizes = given["shape"]
+        return cls(
+            shape=MoEShape(**check_fields("shape", sizes, ("hidden", "intermediate", "experts", "topk"))),
+            variant=Variant.parse(data["variant"]),
+            ranks=data["ranks"],
+            timeline=data.get("timeline", False),
+            numerics=Numerics(**{name: data[name] for name in options if name in data}),
+            weights=WeightFormat.parse(data.get("weights", FP8.name)),
+        )

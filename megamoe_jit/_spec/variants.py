@@ -1,0 +1,60 @@
+"""The kernel variants: how the two math warpgroups of a block share the work.
+
+One line here and one policy in `kernels_src/variants/` are a variant; whatever lists variants asks `Variant`
+(docs/how-to/add-a-kernel-variant.md).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import shown
+
+__all__ = ["AUTO", "VARIANT_CHOICES", "VARIANT_NAMES", "Variant"]
+
+AUTO = "auto"  #: lets the heuristics choose
+
+
+class Variant(StrEnum):
+    """A variant by its name, with its traits.
+
+    Attributes:
+        block_m: rows of a tile; the policy's `kBlockM`.
+        what: a sentence for people.
+    """
+
+    block_m: int
+    what: str
+
+    def __new__(cls, name: str, block_m: int, what: str) -> Variant:
+        """A member is written as its name and traits, and is a string that equals the name."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.block_m, member.what = block_m, what
+        return member
+
+    PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
+    COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
+
+    @property
+    def policy(self) -> str:
+        """The policy struct in the kernel sources."""
+        return self.value.title().replace("_", "")
+
+    @property
+    def header(self) -> str:
+        """The room that defines it."""
+        return f"variants/{self.value}.cuh"
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """The variant named `text`; raises `ConfigError` with the names there are."""
+        for variant in cls:
+            if isinstance(text, str) and text == variant.value:
+                return variant
+        raise ConfigError(f"unknown kernel variant {shown(text)}; allowed: {', '.join(cls)}")
+
+
+VARIANT_NAMES = tuple(variant.value for variant in Variant)
+VARIANT_CHOICES = (AUTO, *VARIANT_NAMES)  #: what a call may ask for

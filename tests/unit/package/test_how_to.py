@@ -1,0 +1,112 @@
+"""The pages on adding a variant and a numeric option, followed to the letter in a copy of the sources."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.stubs import REPO, child_environment
+
+PAGES = REPO / "docs/how-to"
+FOLDERS = ("kernels_src", "heuristics", "megamoe_jit", "tests", "docs")
+STEP = re.compile(r"\*\*`([^`]+)`\*\*, (new|after|in place of)(?: `([^`]+)`)?:\n\n *```\w+\n(.*?)\n *```", re.DOTALL)
+USE = """
+import sys
+from megamoe_jit._compile.nvrtc import compile_source
+from megamoe_jit._compile.render import render
+from megamoe_jit._spec import KernelSpec, MoEShape
+from megamoe_jit._compile.toolchain import find_toolchain
+spec = KernelSpec.of_entry(sys.argv[1])
+assert spec is not None and KernelSpec.from_json(spec.to_json()) == spec
+text = render(spec).text
+assert sys.argv[2] in text, text[-2000:]
+compile_source(text, entry=spec.entry, toolchain=find_toolchain())
+"""
+
+
+class Step(NamedTuple):
+    file: str
+    how: str
+    anchor: str
+    text: str
+
+
+def steps(page: str) -> list[Step]:
+    """The edits that a page asks for; code is indented like the step it belongs to."""
+    found = STEP.findall((PAGES / page).read_text(encoding="utf-8"))
+    lines = [(file, how, anchor, "\n".join(line[3:] for line in text.split("\n"))) for file, how, anchor, text in found]
+    return [Step(*parts) for parts in lines]
+
+
+def follow(tree: Path, page: str) -> set[str]:
+    """Do what the page says; the source files that it touches."""
+    for step in steps(page):
+        path = tree / step.file
+        if step.how == "new":
+            assert not path.exists()
+            path.write_text(step.text + "\n")
+            continue
+        before = path.read_text()
+        assert before.count(step.anchor) == 1, (
+            f"{page}: {step.file} has {step.anchor!r} {before.count(step.anchor)} times"
+        )
+        after = step.text if step.how == "in place of" else f"{step.anchor}\n{step.text}"
+        path.write_text(before.replace(step.anchor, after))
+    return {step.file for step in steps(page)}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources."""
+    for folder in FOLDERS:
+        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def python(tree: Path, *arguments: str) -> str:
+    """What a process says that has the copy instead of these sources."""
+    environment = {**child_environment(tree), "PYTHONPATH": str(tree)}
+    del environment["MEGAMOE_JIT_KERNELS_SRC"]
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tree, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_a_variant_is_added_by_its_page(tree: Path):
+    assert len(follow(tree, "add-a-kernel-variant.md")) == 2 <= 5
+    python(tree, "-m", "tests.schemas")
+    python(tree, "-c", USE, "megamoe_shy_h256_i128_e8_k2_r2_fast", "using Policy = megamoe::Shy;")
+    assert "cooperative|shy]" in python(tree, "-m", "megamoe_jit", "tune", "--help")
+    ours = tree / "megamoe_jit/_cli/schemas/plan.json"
+    assert ours.read_text().count('"shy"') == (REPO / "megamoe_jit/_cli/schemas/plan.json").read_text().count(
+        '"pingpong"'
+    )
+
+
+def test_a_numeric_option_is_added_by_its_page(tree: Path):
+    assert len(follow(tree, "add-a-numeric-option.md")) == 3 <= 6
+    python(tree, "-m", "tests.schemas")
+    python(tree, "-c", USE, "megamoe_pingpong_h256_i128_e8_k2_r1_fast_plain", "kPlainSilu = true")
+    python(tree, "-c", USE, "megamoe_pingpong_h256_i128_e8_k2_r1_fast", "kPlainSilu = false")
+    assert "--plain-silu" in python(tree, "-m", "megamoe_jit", "warmup", "--help")
+    python(
+        tree, "-c", "import megamoe_jit, inspect; inspect.signature(megamoe_jit.fp8_mega_moe).parameters['plain_silu']"
+    )
+    assert '"plain_silu"' in (tree / "megamoe_jit/_cli/schemas/warmup.json").read_text()
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+def test_what_a_page_names_is_there(page: Path):
+    new = {step.file for step in steps(page.name) if step.how == "new"}
+    text = page.read_text(encoding="utf-8")
+    new |= set(re.findall(r"^## .*`([^`]+)`$", text, re.MULTILINE))
+    paths = set(re.findall(r"`((?:kernels_src|megamoe_jit|heuristics|tests|docs)/[\w./-]+)`", text)) - new
+    assert len(paths) > 4
+    assert [path for path in paths if not (REPO / path).exists() and "NAME" not in path] == []
