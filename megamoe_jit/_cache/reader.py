@@ -136,9 +136,15 @@ class EntryReader:
 
     def _survey(self, chosen: Callable[[str], bool] = lambda _: True) -> tuple[list[EntryInfo], list[tuple[str, str]]]:
         """What `entries` gives of the chosen keys, and keys and directories of what it leaves out."""
-        found = [(read_info(*place), place) for place in self._folders() if chosen(place[0])]
-        entries = sorted((info for info, _ in found if info), key=lambda info: (info.created_at, info.key))
-        return entries, [place for info, place in found if info is None]
+        entries, rest = list[EntryInfo](), list[tuple[str, str]]()
+        for key, folder in self._folders():
+            if chosen(key):
+                info = read_info(key, folder)
+                if info is None:
+                    rest.append((key, folder))
+                else:
+                    entries.append(info)
+        return sorted(entries, key=lambda info: (info.created_at, info.key)), rest
 
     def _folders(self) -> list[tuple[str, str]]:
         """Keys and directories of all entries, whole or not."""

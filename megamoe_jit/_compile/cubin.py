@@ -13,7 +13,7 @@ import contextlib
 import functools
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,6 +77,7 @@ class _Section(NamedTuple):
     link: int
 
 
+@functools.lru_cache(maxsize=4)  # what is verified is loaded next
 def cubin_arch(data: bytes) -> str:
     """The architecture a cubin is for, from the ELF header.
 
@@ -95,7 +96,7 @@ def cubin_arch(data: bytes) -> str:
     return f"sm_{flags & 0xFF}{'a' if flags & 0x800 else ''}"
 
 
-@functools.lru_cache(maxsize=4)  # what is verified is loaded next
+@functools.lru_cache(maxsize=4)
 def read_cubin(data: bytes) -> CubinInfo:
     """Read architecture and kernels.
 
@@ -173,7 +174,8 @@ def _product(dimensions: bytes) -> int:
     return int(x * y * z)
 
 
-def _sections(data: bytes) -> list[_Section]:
+@functools.lru_cache(maxsize=1)
+def _sections(data: bytes) -> tuple[_Section, ...]:
     programs, table = struct.unpack_from("<QQ", data, 32)
     program_size, program_count, size, count, names_index = struct.unpack_from("<HHHHH", data, 54)
     if max(programs + program_size * program_count, table + size * count) > len(data):
@@ -186,11 +188,13 @@ def _sections(data: bytes) -> list[_Section]:
     for name, kind, _, _, offset, length, link, *_ in raw:
         if kind != 8 and offset + length > len(data):  # 8: NOBITS, occupies no bytes of the file
             raise CubinError("a section lies outside the file")
-        found.append(_Section(_text(data, names + name), kind, offset, length, link))
-    return found
+        begin = names + name
+        text = data[begin : data.index(b"\0", begin)].decode()
+        found.append(tuple.__new__(_Section, (text, kind, offset, length, link)))  # of many, few are asked for
+    return tuple(found)
 
 
-def _symbols(data: bytes, sections: list[_Section]) -> dict[str, int]:
+def _symbols(data: bytes, sections: Sequence[_Section]) -> dict[str, int]:
     """Kernels by name, with their index in the symbol table."""
     found: dict[str, int] = {}
     for section in sections:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megamoe_jit._errors import ConfigError, RenderError, ToolchainError
 from megamoe_jit._files import read_text, stays_inside
@@ -88,8 +90,8 @@ def render(spec: Compilable) -> RenderedSource:
     """
     root = kernels_dir()
     flat = _Flattener(root)
-    entry = _render_entry(root, spec)
-    flat.enter(spec.template, entry, None)
+    entry = spec.template
+    flat.enter(entry, _render_entry(root, entry, spec.template_variables()), None)
     return RenderedSource("\n".join(flat.out) + "\n", tuple(flat.files))
 
 
@@ -128,7 +130,7 @@ def _marked(name: str, text: str) -> tuple[str, list[int]]:
     return "\n".join(lines), numbers
 
 
-def _render_entry(root: Path, spec: Compilable) -> str:
+def _render_entry(root: Path, entry: str, values: Mapping[str, Any]) -> str:
     try:
         import jinja2
     except ModuleNotFoundError:
@@ -151,14 +153,14 @@ def _render_entry(root: Path, spec: Compilable) -> str:
         return marked, _virtual(name)
 
     try:
-        text = render_template(load, spec.template, spec.template_variables())
+        text = render_template(load, entry, values)
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"kernel template {error.name!r} does not exist in {root}") from error
     except _REFUSED as error:
-        raise RenderError(_explained(error, spec.template, numbers)) from error
+        raise RenderError(_explained(error, entry, numbers)) from error
     except jinja2.TemplateError as error:
-        raise RenderError(_explained(error, spec.template, numbers)) from error
-    return f'#line 1 "{_virtual(spec.template)}"\n{text}'
+        raise RenderError(_explained(error, entry, numbers)) from error
+    return f'#line 1 "{_virtual(entry)}"\n{text}'
 
 
 def _explained(error: Exception, entry: str, numbers: dict[str, list[int]]) -> str:

@@ -161,7 +161,7 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
 
     spec = compiled.spec
     try:
-        (kernel_info,) = (k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry)
+        (kernel_info,) = [k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry]
     except (CubinError, ValueError):
         return _Refusal(f"the cached kernel {compiled.key[:12]} is not {spec.entry}", explained=False)
     _enter_context(driver, device_index, spec)
@@ -191,13 +191,13 @@ def _enter_context(driver: Any, device_index: int, spec: Compilable) -> None:
         raise LoadError(f"there is no NVIDIA driver (libcuda.so.1): {error}") from error
     device = checked(driver, driver.cuDeviceGet(device_index), f"cuDeviceGet({device_index})")
     kind = driver.CUdevice_attribute
-    major, minor = (
+    major, minor = [
         int(checked(driver, driver.cuDeviceGetAttribute(attribute, device), "cuDeviceGetAttribute"))
         for attribute in (
             kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
             kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
         )
-    )
+    ]
     if (major, minor) != (9, 0):
         raise UnsupportedDeviceError(
             f"device {device_index} has compute capability {major}.{minor}; {spec.entry} needs 9.0 (Hopper)"

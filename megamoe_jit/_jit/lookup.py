@@ -118,11 +118,13 @@ def lookup(wanted: Wanted, caches: Iterable[KernelCache] | None = None, least: F
         least: what fits less well is not looked for.
     """
     places = list(searched_caches() if caches is None else sorted(caches, key=lambda each: not each.read_only))
-    if wanted.key is not None:
-        yield from (Found(cache, wanted.key, None, Fit.LOADS) for cache in places)
     for cache in places:
-        handed_over = cache.of_source(wanted.source_id, wanted.major)
-        yield from (Found(cache, info.key, info, Fit.LOADS) for info in handed_over if info.key != wanted.key)
+        if wanted.key is not None:
+            yield Found(cache, wanted.key, None, Fit.LOADS)
+    for cache in places:
+        for info in cache.of_source(wanted.source_id, wanted.major):
+            if info.key != wanted.key:
+                yield Found(cache, info.key, info, Fit.LOADS)
     if least is Fit.LOADS:
         return
     rest = list[Found]()
