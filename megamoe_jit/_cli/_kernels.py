@@ -15,7 +15,7 @@ from megamoe_jit._errors import ToolchainError
 if TYPE_CHECKING:
     from megamoe_jit._jit.runtime import WarmupResult
     from megamoe_jit._spec import MoEShape
-    from megamoe_jit._spec.kinds import Spec
+    from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "spec_document", "status"]
@@ -27,7 +27,7 @@ def kernel_specs(
     variant: str = "auto",
     numerics: Numerics | None = None,
     inputs: str | None = None,
-) -> list[Spec]:
+) -> list[Compilable]:
     """Every kernel that calls of these shapes can pick, each once.
 
     Args:
@@ -41,7 +41,7 @@ def kernel_specs(
     from megamoe_jit._spec import Variant
 
     variants = None if variant == "auto" else (Variant.parse(variant),)
-    specs: list[Spec] = []
+    specs: list[Compilable] = []
     specs += per_shape(
         shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, numerics=numerics, inputs=inputs)
     )
@@ -60,7 +60,7 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def _progress(specs: Sequence[Spec], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
+def _progress(specs: Sequence[Compilable], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
     """Yields a function to call with each result: redraws a live line per kernel, or prints a plain one."""
     if not live_terminal():
         yield lambda result: say(f"{status(result):8}  {result.spec.entry}  {result.seconds:.2f} s")
@@ -77,7 +77,7 @@ def _progress(specs: Sequence[Spec], jobs: int, keep: bool) -> Iterator[Callable
 
 
 def compile_kernels(
-    specs: Sequence[Spec],
+    specs: Sequence[Compilable],
     jobs: int | None = None,
     force: bool = False,
     *,
@@ -102,7 +102,7 @@ def compile_kernels(
     from megamoe_jit._jit.runtime import warmup
     from megamoe_jit._settings.settings import get_settings
 
-    results: dict[Spec, WarmupResult] = {}
+    results: dict[Compilable, WarmupResult] = {}
     workers = min(jobs or get_settings().jobs, len(specs))
     try:
         with _progress(specs, workers, keep=as_json or not sys.stdout.isatty()) as step:
@@ -127,7 +127,7 @@ def compile_kernels(
     return found
 
 
-def spec_document(spec: Spec, status: str, meta: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def spec_document(spec: Compilable, status: str, meta: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """A kernel for a JSON document, with what its cache entry says if it has one."""
     return {
         "kernel": spec.entry,

@@ -11,7 +11,7 @@ from megamoe_jit._cli._names import spec_of_argument
 from megamoe_jit._cli._options import complete_kernel
 
 if TYPE_CHECKING:
-    from megamoe_jit._spec.kinds import Spec
+    from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["render"]
 
@@ -19,7 +19,7 @@ __all__ = ["render"]
 @click.command()
 @click.argument("spec", callback=spec_of_argument, shell_complete=complete_kernel)
 @json_option
-def render(spec: Spec, as_json: bool) -> None:
+def render(spec: Compilable, as_json: bool) -> None:
     """Print the CUDA source of a kernel, all files in one; needs neither GPU nor compiler.
 
     SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for fast_math=False (v4-flash/pingpong,

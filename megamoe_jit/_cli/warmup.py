@@ -22,7 +22,7 @@ from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._spec import MoEShape
-    from megamoe_jit._spec.kinds import Spec
+    from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["warmup"]
@@ -109,7 +109,7 @@ def warmup(
 
 
 def _compiled(
-    specs: Sequence[Spec], jobs: int | None, force: bool, fail_fast: bool, as_json: bool
+    specs: Sequence[Compilable], jobs: int | None, force: bool, fail_fast: bool, as_json: bool
 ) -> list[dict[str, Any]]:
     results = compile_kernels(specs, jobs, force, fail_fast=fail_fast, as_json=as_json)
     documents = {result.spec: kernel_document(result) for result in results}
@@ -118,7 +118,7 @@ def _compiled(
     return [documents[spec] for spec in specs if spec in documents]
 
 
-def _planned(specs: Sequence[Spec], force: bool) -> list[dict[str, Any]]:
+def _planned(specs: Sequence[Compilable], force: bool) -> list[dict[str, Any]]:
     """What a warmup would find; `missing` is what it would compile."""
     from megamoe_jit._cache.entry import read_info
     from megamoe_jit._diagnose.explain import kernel_state

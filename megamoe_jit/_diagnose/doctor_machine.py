@@ -193,16 +193,16 @@ def _trusted(cache: KernelCache) -> bool:
 def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
     """Symbol of a cached kernel, and why a call does not take it; empty if one does."""
     from megamoe_jit._cache.entry import Damaged, OtherSchema
-    from megamoe_jit._jit.obtain import Wanted
+    from megamoe_jit._jit.lookup import Fit, Wanted, fit_of
     from megamoe_jit._spec.kinds import spec_from_json
 
     other = "of another version, or of other sources or options"
     try:
         meta = cache.peek(key).meta
         spec = spec_from_json(meta["spec"])
-        wanted = Wanted.of(spec)
+        fit = fit_of(Wanted.of(spec), key, meta, cache)
         major = int(meta["nvrtc"]["version"].split(".")[0])
-        if meta.get("source_id") != wanted.source_id:
+        if fit is Fit.NAME:
             return "", other
         cache.peek(key, spec.entry)
     except OtherSchema:
@@ -211,7 +211,7 @@ def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
         return "", f"damaged: {error}"
     except (LookupError, TypeError, ValueError, MegaMoeError):
         return "", other
-    if key != wanted.key and not cache.handed_over(key):
+    if fit is Fit.SOURCE:
         return "", "compiled here by another NVRTC and not imported"
     if machine.driver_cuda is not None and major > int(machine.driver_cuda.split(".")[0]):
         return "", f"too new for this driver (CUDA {machine.driver_cuda})"

@@ -18,7 +18,7 @@ from megamoe_jit._spec.abi import (
     TILE_BYTES,
     TILE_SLOTS,
 )
-from megamoe_jit._spec.kinds import Spec
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
@@ -50,31 +50,22 @@ def gpu_asked_for(name: str | None) -> dict[str, Any]:
     return {"gpu": gpu, "measured": table_for(gpu) is not None}
 
 
-def kernel_state(spec: Spec) -> dict[str, Any]:
+def kernel_state(spec: Compilable) -> dict[str, Any]:
     """The key of a kernel and where it is cached, found as a call would find it, but not loaded.
 
     Returns:
         `kernel`, `key`, `cached`, `path` of the entry, and the `problem` if there is no compiler to give it a key.
     """
-    from megamoe_jit._cache.cache import searched_caches
-    from megamoe_jit._jit.obtain import Wanted
+    from megamoe_jit._jit.lookup import Fit, Wanted, lookup
 
-    wanted, caches = Wanted.of(spec), searched_caches()
-    key, path, problem = wanted.key, None, str(wanted.problem) if wanted.problem else None
-    if key is not None:
-        path = next((cache.entry_path(key) for cache in caches if cache.usable(key, spec.entry)), None)
-    if path is None:
-        held = ((cache, each) for cache in caches for each in cache.keys_of_source(wanted.source_id, wanted.major))
-        elsewhere = next(((cache, each) for cache, each in held if cache.usable(each, spec.entry)), None)
-        if elsewhere is not None:
-            cache, key = elsewhere
-            path, problem = cache.entry_path(key), None
+    wanted = Wanted.of(spec)
+    found = next((at for at in lookup(wanted, least=Fit.LOADS) if at.cache.usable(at.key, spec.entry)), None)
     return {
         "kernel": spec.entry,
-        "key": key,
-        "cached": path is not None,
-        "path": str(path) if path else None,
-        "problem": problem,
+        "key": found.key if found else wanted.key,
+        "cached": found is not None,
+        "path": str(found.path) if found else None,
+        "problem": str(wanted.problem) if wanted.problem and not found else None,
     }
 
 

@@ -18,10 +18,11 @@ from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
 from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
+from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
 from megamoe_jit._spec import KernelSpec
-from megamoe_jit._spec.kinds import Spec
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.stage import StageSpec
 from megamoe_jit._text import items_of, one_line, shown
 from megamoe_jit._version import __version__
@@ -68,7 +69,7 @@ class ImportReport:
 
 
 def export_pack(
-    path: Path | str, what: Iterable[str | Spec] | None = None, cache: KernelCache | None = None
+    path: Path | str, what: Iterable[str | Compilable] | None = None, cache: KernelCache | None = None
 ) -> PackInfo:
     """Write kernels of the cache into one file.
 
@@ -192,7 +193,7 @@ def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
     return (user_cache(), *readonly_caches()) if cache is None else (cache,)
 
 
-def _chosen(what: Iterable[str | Spec] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
+def _chosen(what: Iterable[str | Compilable] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
     """Key, directory and forbidden permissions of what is to be exported, each once, by key."""
     caches = _caches(cache)
     found: dict[str, tuple[Path, int]] = {}
@@ -211,9 +212,7 @@ def _chosen(what: Iterable[str | Spec] | None, cache: KernelCache | None) -> Ite
         yield (key, *found[key])
 
 
-def _of_spec(spec: Spec, caches: tuple[KernelCache, ...]) -> Found:
-    from megamoe_jit._jit.runtime import warmup_command
-
+def _of_spec(spec: Compilable, caches: tuple[KernelCache, ...]) -> Found:
     entries = entries_of(spec, caches)
     usable = [each for each in entries if each.fit > Fit.NAME]
     if not usable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
@@ -83,7 +84,7 @@ class MoEShape:
         check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, init=False)
 class KernelSpec:
     """One kernel to compile; everything in here is a compile-time constant of it.
 
@@ -96,7 +97,8 @@ class KernelSpec:
         weights: how the weights are stored.
         inputs: where a launch has its inputs from.
 
-    `fast_math` may be given instead of `numerics`, or beside it, and can be read.
+    `fast_math` may be given instead of `numerics`, or beside it, and can be read.  What follows from the rest is worked
+    out once, at its first use.
 
     Raises:
         ConfigError: a value is not supported.
@@ -134,70 +136,76 @@ class KernelSpec:
         check(shape.experts % ranks == 0, "experts", shape.experts, shared)
         if fast_math is not _UNSET:
             numerics = replace(numerics, fast_math=fast_math)
-        values = (shape, variant, ranks, numerics, timeline, weights, inputs)
-        for name, value in zip(self.__slots__, values, strict=True):
-            object.__setattr__(self, name, value)
+        sizes = {"shape": shape, "variant": variant, "ranks": ranks}
+        vars(self).update(sizes, numerics=numerics, timeline=timeline, weights=weights, inputs=inputs)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.variant, self.ranks, self.numerics, self.timeline, self.weights, self.inputs))
 
     @property
     def fast_math(self) -> bool:
         """Of the numeric options."""
         return self.numerics.fast_math
 
-    @property
+    @cached_property
     def local_experts(self) -> int:
         """Experts whose weights live on one rank."""
         return self.shape.experts // self.ranks
 
-    @property
+    @cached_property
     def block_m(self) -> int:
         """Rows of a tile."""
         return self.variant.block_m
 
-    @property
+    @cached_property
     def stage_bytes(self) -> int:
         """One pipeline stage: activations, weights, a float scale per activation row and four for the weights."""
         return self.block_m * BLOCK + self.weight_stage_bytes + self.block_m * 4 + 16
 
-    @property
+    @cached_property
     def weight_stage_bytes(self) -> int:
         """Weights of a pipeline stage."""
         return self.weights.code_bytes(BLOCK_N, BLOCK)
 
-    @property
+    @cached_property
     def fixed_shared_bytes(self) -> int:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
         return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
 
-    @property
+    @cached_property
     def source_table_bytes(self) -> int:
         """With several ranks: which part of each rank's pairs names each local expert."""
         return 8 * self.shape.experts if self.ranks > 1 else 0
 
-    @property
+    @cached_property
     def _ring_room(self) -> int:
         return SHARED_LIMIT - self.fixed_shared_bytes - self.source_table_bytes - 16
 
-    @property
+    @cached_property
     def stages(self) -> int:
         """Pipeline stages that fit, at most five."""
         return min(5, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
 
-    @property
+    @cached_property
     def dispatch_slots(self) -> int:
         """Chunks of rows that dispatch keeps in flight: as many as still fit, two to eight."""
         return min(
             MAX_DISPATCH_SLOTS, (self._ring_room - self.stages * (self.stage_bytes + 16)) // (DISPATCH_CHUNK + 8)
         )
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         rings = self.stages * (self.stage_bytes + 16) + self.dispatch_slots * (DISPATCH_CHUNK + 8)
         return -(-(rings + self.fixed_shared_bytes) // 16) * 16 + self.source_table_bytes
 
-    @property
+    @cached_property
     def entry(self) -> str:
         """Symbol of the kernel."""
         s = self.shape
@@ -234,6 +242,26 @@ class KernelSpec:
         """Path of the Jinja2 entry under `kernels_src/`, the same for all."""
         return TEMPLATE
 
+    @property
+    def command(self) -> str:
+        """Words of the command line that compile exactly this kernel.
+
+        `warmup` makes none with a timeline, which only who measures the kernel itself asks for; `inspect` makes any.
+        """
+        if self.timeline:
+            return f"inspect {self.entry}"
+        shape = self.shape
+        words = [
+            f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
+            f"--topk {shape.topk} --ranks {self.ranks} --variant {self.variant.value}",
+        ]
+        return " ".join([*words, *self.numerics.flags(), f"--inputs {self.inputs.value}"])
+
+    @property
+    def remark(self) -> str:
+        """What to say beside `command`."""
+        return "kernels with a timeline are for measuring the kernel alone" if self.timeline else ""
+
     def template_variables(self) -> dict[str, Any]:
         """What the Jinja2 entry is filled with."""
         return {
@@ -254,13 +282,6 @@ class KernelSpec:
             "timeline": "true" if self.timeline else "false",
             "inputs": self.inputs.value,
         }
-
-    def warmup_options(self) -> str:
-        """Options of `megamoe-jit warmup` that compile this kernel, and those that stage for it; empty if none do."""
-        s = self.shape
-        sizes = f"--hidden {s.hidden} --intermediate {s.intermediate} --experts {s.experts} --topk {s.topk}"
-        words = [sizes, f"--ranks {self.ranks} --variant {self.variant.value}", *self.numerics.flags()]
-        return "" if self.timeline else " ".join([*words, f"--inputs {self.inputs.value}"])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""

@@ -57,13 +57,19 @@ class StageSpec:
         """It keeps no records of its time."""
         return False
 
+    @property
+    def command(self) -> str:
+        """Words of the command line that compile it alone; `warmup` does so with the kernels of any shape."""
+        return f"inspect {self.entry}"
+
+    @property
+    def remark(self) -> str:
+        """What to say beside `command`: nothing."""
+        return ""
+
     def template_variables(self) -> dict[str, int | str]:
         """What the Jinja2 entry is filled with."""
         return {"entry": self.entry, "format": self.format.struct}
-
-    def warmup_options(self) -> str:
-        """`megamoe-jit warmup` compiles it with the kernels of a shape, none of which it belongs to."""
-        return ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""

@@ -18,10 +18,11 @@ from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._errors import CompileError, ConfigError, KernelMissingError, PerformanceLossError, ToolchainError
+from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._jit.obtain import distrust
 from megamoe_jit._jit.pack import export_pack, import_pack
+from megamoe_jit._jit.registry import reset
 from megamoe_jit._jit.runtime import (
     enumerate_specs,
     forget,
@@ -51,13 +52,10 @@ COOP = KernelSpec(SHAPE, Variant.COOPERATIVE)
 def place(tmp_path, monkeypatch):
     """A small kernel directory, a cold cache and a lock directory, in force as settings."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(_obtain, "_distrusted", set())
-    monkeypatch.setattr(_obtain, "_compiled_here", set())
-    forget()
+    reset()
     with override(kernels_src=write_rooms(tmp_path / "src"), cache_dir=tmp_path / "cache", lock_dir=tmp_path / "locks"):
         yield tmp_path
-    unseal()
-    forget()
+    reset()
 
 
 @pytest.fixture
@@ -80,17 +78,15 @@ def pack(place, compiles):
     """A directory with a ready kernel, which is in no other cache."""
     with override(cache_dir=place / "pack"):
         get_kernel(PING)
-    forget()
+    reset()  # as if another process had made it
     compiles.clear()
-    _obtain._compiled_here.clear()  # as if another process had made it
     return place / "pack"
 
 
 def another_compiler(monkeypatch, version=(12, 99), build="another"):
     real = find_toolchain()
     other = Toolchain(real.path, version, build)
-    for module in (_obtain, _runtime):
-        monkeypatch.setattr(module, "find_toolchain", lambda: other)
+    monkeypatch.setattr(_lookup, "find_toolchain", lambda: other)
     return other
 
 
@@ -98,8 +94,7 @@ def no_compiler(monkeypatch):
     def missing():
         raise ToolchainError("there is no NVRTC")
 
-    for module in (_obtain, _runtime):
-        monkeypatch.setattr(module, "find_toolchain", missing)
+    monkeypatch.setattr(_lookup, "find_toolchain", missing)
 
 
 def test_read_only_caches_come_first_and_are_never_written(pack, place, compiles):
@@ -251,8 +246,7 @@ def test_enumerated_specs():
 
 def test_distrusted_kernel_is_compiled_again_once(place, compiles):
     get_kernel(PING)
-    _obtain._compiled_here.clear()
-    forget()
+    reset()
     kernel = get_kernel(PING)
     assert kernel.origin == "disk"
     assert distrust(kernel, damaged=True) is True
@@ -275,7 +269,7 @@ def test_distrusted_read_only_kernel_stays_where_it_is(pack, compiles):
 def test_another_copy_of_a_distrusted_kernel_is_taken(place, pack, compiles):
     """A bad binary in one cache says nothing of a good one of the same kernel in another."""
     good = get_kernel(PING)
-    _obtain._compiled_here.clear()
+    reset()
     damaged = KernelCache(pack)
     damaged.remove([good.key])
     refused = good.cubin + b"refused"

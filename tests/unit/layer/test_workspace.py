@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._spec.abi import Wait
 from megamoe_jit._device.layout import buffer_layout
 from megamoe_jit._layer import workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.workspace import buffer_named
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MAX_TOKENS, Variant
+from megamoe_jit._spec.abi import Wait
 from megamoe_jit.heuristics.presets import preset
 from tests.unit.layer.test_calls import DRAWN, HERE, SHAPE, Cuda, refused
 from tests.unit.layer.test_moe import compute, cuda, expected, inputs, layer, made  # noqa: F401
