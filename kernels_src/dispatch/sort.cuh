@@ -145,7 +145,7 @@ template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>&
         if (e < C::kLocalExperts) {
             shared.expert_rows()[e] = rows, shared.expert_bases()[e] = base, shared.expert_items()[e] = item;
             if (rows > 0) shared.active_experts()[at] = static_cast<u16>(e);
-            if (p.stats != nullptr && blockIdx.x == 0) atomicAdd(p.stats + e, static_cast<i32>(rows));   // buffers may share them
+            if (p.stats != nullptr && blockIdx.x == 0 && e < kLocalRouted<C>) atomicAdd(p.stats + e, static_cast<i32>(rows));   // buffers may share them
         }
     }
     if (ptx::lane_id() == 0) {

@@ -123,12 +123,13 @@ class BoundKernel:
         stats: torch.Tensor | None,
         clamp: float,
         raw: RawInputs | None,
+        shared_weight: float,
     ) -> None:
         """Enqueue a call on a stream, given by its raw handle, with the weights that were set last."""
         params = self.params
         params.y = y.data_ptr()
         params.stats = 0 if stats is None else stats.data_ptr()
-        params.tokens, params.clamp = tokens, clamp
+        params.tokens, params.clamp, params.shared_weight = tokens, clamp, shared_weight
         params.lag_tiles, params.item_shift = plan.choice.lag_tiles, plan.choice.rows_per_item.bit_length() - 1
         params.sort_blocks, params.want_sides = plan.sort_blocks, plan.two_sides
         if raw is not None:

@@ -8,7 +8,7 @@ import torch
 
 from megamoe_jit._layer.admit import admit_first, check_ids, check_stats
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.checks import check_tensor
+from megamoe_jit._layer.checks import check_shared_weight, check_tensor
 from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._spec import check_clamp
@@ -34,6 +34,7 @@ def mega_moe_from_bf16(
     fast_math: bool = True,
     num_sms: int | None = None,
     variant: str | None = None,
+    shared_weight: float = 1.0,
 ) -> torch.Tensor:
     """`stage` and `fp8_mega_moe` in one: the layer from the inputs that a model has.
 
@@ -42,8 +43,8 @@ def mega_moe_from_bf16(
 
     Args:
         x, topk_idx, topk_weights, x_scales, routed_scaling_factor: as `stage` takes them.
-        l1_weights, l2_weights, cumulative_local_expert_recv_stats, activation_clamp, fast_math, num_sms, variant: as
-            `fp8_mega_moe` takes them.
+        l1_weights, l2_weights, cumulative_local_expert_recv_stats, activation_clamp, fast_math, num_sms, variant,
+            shared_weight: as `fp8_mega_moe` takes them.
         sym_buffer: whose views are overwritten.
         y: bf16 ``[T, hidden]`` to write; a new tensor by default.
 
@@ -60,6 +61,8 @@ def mega_moe_from_bf16(
 
     def admit() -> tuple[int, float]:
         nonlocal raw
+        if type(shared_weight) is not float or shared_weight != 1.0:
+            check_shared_weight(shared_weight, buffer.num_shared_experts)
         raw = buffer.read_inputs(x, topk_idx, topk_weights, x_scales, routed_scaling_factor)
         if y is not None:
             check_tensor("y", y, torch.bfloat16, (raw.tokens, buffer.hidden), buffer.device)
@@ -80,10 +83,11 @@ def mega_moe_from_bf16(
         check_ids(topk_idx, buffer)
     if y is None:
         y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
+    rest: Any = {"l1": weights[0], "l2": weights[1], "stats": stats, "clamp": clamp, "shared_weight": shared_weight}
     if raw.fused:
-        buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp, raw=raw)
+        buffer.launch(plan, y=y, tokens=tokens, **rest, raw=raw)
         return y
     with buffer.lock:  # another thread's inputs come after this call
         buffer.stage_inputs(raw, tokens)
-        buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
+        buffer.launch(plan, y=y, tokens=tokens, **rest)
     return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megamoe_jit._layer.buffer import SymmBuffer
@@ -23,6 +25,7 @@ def serve(
     l2: WeightPair,
     clamp: float | None,
     fast_math: bool,
+    shared_weight: float = 1.0,
     y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run a layer on a batch of any size: in chunks of the buffer's capacity, with the bits of one call.
@@ -40,7 +43,11 @@ def serve(
         fits = True
     if fits:
         return mega_moe_from_bf16(
-            *(x, topk_idx, topk_weights, l1, l2, buffer), y=y, activation_clamp=clamp, fast_math=fast_math
+            *(x, topk_idx, topk_weights, l1, l2, buffer),
+            y=y,
+            activation_clamp=clamp,
+            fast_math=fast_math,
+            shared_weight=shared_weight,
         )
     buffer.require_usable()
     tokens = RawInputs(x, topk_idx, topk_weights, buffer.hidden, buffer.num_topk, buffer.device).tokens
@@ -49,10 +56,11 @@ def serve(
     else:
         check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
     choice, _ = buffer.kernels.choose(min(tokens, MAX_TOKENS), None, None)
-    options = {"activation_clamp": clamp, "fast_math": fast_math, "variant": choice.variant.value}  # of all chunks
+    options: Any = {"activation_clamp": clamp, "fast_math": fast_math, "shared_weight": shared_weight}
+    options["variant"] = choice.variant.value  # of all chunks
     with buffer.lock:  # another thread's batch comes after this one
         for begin in range(0, tokens, capacity):
             part = slice(begin, begin + capacity)
             batch = x[part], topk_idx[part], topk_weights[part]
-            mega_moe_from_bf16(*batch, l1, l2, buffer, y=y[part], **options)  # type: ignore[arg-type]
+            mega_moe_from_bf16(*batch, l1, l2, buffer, y=y[part], **options)
     return y
