@@ -45,6 +45,10 @@ def derived(node: Any) -> Any:
         made["enum"] = [*([AUTO] if AUTO in made["enum"] else []), *NAMES]
     if set(made.get("properties", ())) == {"stage"}:
         made["properties"]["stage"]["enum"] = list(StageFormat)
+    if {"hidden", "intermediate", "experts", "topk"} <= set(made.get("properties", ())):
+        after = {name: [(name, part)] for name, part in made["properties"].items() if name != "shared"}
+        after["topk"].append(("shared", made["properties"].get("shared", made["properties"]["topk"])))
+        made["properties"] = dict(part for parts in after.values() for part in parts)
     if {"shape", "variant", "timeline"} <= set(made.get("properties", ())):
         made["properties"] = _spec(made["properties"])
     return made

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import click
 
 from megamoe_jit._cli._io import document, emit_json, json_option, show, table
@@ -22,6 +20,7 @@ def shapes() -> None:
 def ls(as_json: bool) -> None:
     """List the shapes that --shapes takes.
 
+    SHARED is how many shared experts a model has, for --shared.
     RANKS is over how many GPUs a model's experts are usually spread; `bench` and `tune` time one such share.
     """
     from megamoe_jit.heuristics.presets import preset, preset_names
@@ -29,14 +28,21 @@ def ls(as_json: bool) -> None:
     presets = [preset(name) for name in preset_names()]
     if as_json:
         rows = [
-            {"name": p.name, **asdict(p.shape), "ranks": p.ranks, "source": p.source, "config": p.config}
+            {
+                "name": p.name,
+                **p.shape.to_json(),
+                "shared": p.shared,
+                "ranks": p.ranks,
+                "source": p.source,
+                "config": p.config,
+            }
             for p in presets
         ]
         emit_json(document("shapes", shapes=rows))
         return
     rows_of_text = [
-        (p.name, p.shape.hidden, p.shape.intermediate, p.shape.experts, p.shape.topk, p.ranks, p.source)
+        (p.name, p.shape.hidden, p.shape.intermediate, p.shape.experts, p.shape.topk, p.shared, p.ranks, p.source)
         for p in presets
     ]
-    headers = ("NAME", "HIDDEN", "INTERMEDIATE", "EXPERTS", "TOPK", "RANKS", "SOURCE")
-    show(table(headers, rows_of_text, left=(0, 6)))
+    headers = ("NAME", "HIDDEN", "INTERMEDIATE", "EXPERTS", "TOPK", "SHARED", "RANKS", "SOURCE")
+    show(table(headers, rows_of_text, left=(0, 7)))

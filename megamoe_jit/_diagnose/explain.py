@@ -107,7 +107,7 @@ def explain(
     )
     spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics)
     return {
-        "shape": asdict(shape),
+        "shape": shape.to_json(),
         "ranks": ranks,
         "tokens": tokens,
         "variant": choice.variant.value,
@@ -189,7 +189,7 @@ def plan(
     variants = all_variants(shape) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks) for each in variants]
     return {
-        "shape": asdict(shape),
+        "shape": shape.to_json(),
         "ranks": ranks,
         "tokens": tokens,
         "capacity": layout.capacity,

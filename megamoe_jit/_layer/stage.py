@@ -10,7 +10,7 @@ from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.raw_inputs import RawInputs, check_rows
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
-from megamoe_jit._spec import BLOCK, MAX_TOPK
+from megamoe_jit._spec import BLOCK
 from megamoe_jit._text import shown
 
 __all__ = ["mega_moe_pre_dispatch_sm90", "require_buffer", "stage"]
@@ -87,7 +87,6 @@ def mega_moe_pre_dispatch_sm90(
     num_tokens: int,
     group_size: int = 128,
     routed_scaling_factor: float = 1.0,
-    num_shared_experts: int = 0,
 ) -> None:
     """`stage` by the name, and with the parameters, that DeepGEMM has: from plain tensors to plain tensors.
 
@@ -106,14 +105,12 @@ def mega_moe_pre_dispatch_sm90(
         num_tokens: rows that are tokens.
         group_size: columns of a scale; must be 128.
         routed_scaling_factor: router weights are multiplied with it.
-        num_shared_experts: of the buffer, 0 or more. What is staged is the same: the layer's kernel adds their slots.
 
     Raises:
         ConfigError: an argument is not supported; nothing was launched.
         CaptureError: first use of this kernel during CUDA-graph capture.
         MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
     """
-    check_rows("num_shared_experts", num_shared_experts, 0, MAX_TOPK - 1)
     if type(group_size) is not int or group_size != BLOCK:
         raise ConfigError(f"group_size = {shown(group_size)} is not supported; allowed: {BLOCK}")
     require_tensor("buf_x_sf", buf_x_sf)

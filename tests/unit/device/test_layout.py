@@ -17,6 +17,8 @@ from megamoe_jit._spec import abi as _abi
 OTHERS = {
     *(
         "act1",
+        "shared_weight",
+        "unused",
         "weight1",
         "act2",
         "weight2",
