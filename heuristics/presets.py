@@ -53,7 +53,7 @@ def _build(name: str, data: dict[str, Any], where: str) -> Preset:
             raise ConfigError(f"{where}: [{name}] {key} = {shown(value)}; allowed: {_TYPES[kind]}")
     try:
         shape, shared = MoEShape(*(data[key] for key in _SIZES)), data.get("shared", 0)
-        replace(shape, shared=shared)  # raises unless there are kernels for it
+        replace(shape, shared=shared)  # raises unless a kernel can have as many
     except ConfigError as error:
         raise ConfigError(f"{where}: [{name}] {error}") from None
     ranks: int = data.get("ranks", 1)

@@ -22,6 +22,7 @@ from megamoe_jit._spec.variants import AUTO, Variant
 
 FOLDER = Path(_cli.__file__).with_name("schemas")
 NAMES = [variant.value for variant in Variant]
+SIZES = [*MoEShape(256, 128, 8, 2).to_json()]
 
 
 def _spec(properties: dict[str, Any]) -> dict[str, Any]:
@@ -45,10 +46,8 @@ def derived(node: Any) -> Any:
         made["enum"] = [*([AUTO] if AUTO in made["enum"] else []), *NAMES]
     if set(made.get("properties", ())) == {"stage"}:
         made["properties"]["stage"]["enum"] = list(StageFormat)
-    if {"hidden", "intermediate", "experts", "topk"} <= set(made.get("properties", ())):
-        after = {name: [(name, part)] for name, part in made["properties"].items() if name != "shared"}
-        after["topk"].append(("shared", made["properties"].get("shared", made["properties"]["topk"])))
-        made["properties"] = dict(part for parts in after.values() for part in parts)
+    if [name for name in made.get("properties", ()) if name != "shared"] == SIZES:
+        made["properties"].setdefault("shared", made["properties"]["topk"])
     if {"shape", "variant", "timeline"} <= set(made.get("properties", ())):
         made["properties"] = _spec(made["properties"])
     return made
