@@ -205,7 +205,7 @@ def _measure(
         rows.append(
             Row(
                 shape=case.name,
-                **asdict(shape),
+                **shape.to_json(),
                 tokens=case.tokens,
                 variant=name,
                 kernel=kernel_of(shape, case.tokens, name, layer.device),

@@ -55,7 +55,7 @@ def merge(
         rows.append(
             RankRow(
                 shape=case.name,
-                **asdict(shape),
+                **shape.to_json(),
                 tokens=case.tokens,
                 variant=variant,
                 kernel=kernel,

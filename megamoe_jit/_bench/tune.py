@@ -181,7 +181,7 @@ def tune(
         work = cases([preset], sorted(tokens))
         shape = work[0].shape
         head = {"schema_version": SCHEMA_VERSION, "kind": "tuning", "environment": conditions, "name": preset.name}
-        base = {**head, "sources": sources(shape), "shape": asdict(shape), "num_sms": conditions["sms"]}
+        base = {**head, "sources": sources(shape), "shape": shape.to_json(), "num_sms": conditions["sms"]}
         layer = None
         try:
             for case in work:
