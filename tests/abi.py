@@ -32,7 +32,7 @@ CONSTANTS = {
 #: By name in Python: the room, the enumeration there, and what it is.
 ENUMS = {
     "Wait": ("comm/fault.cuh", "enum class Wait", "What a kernel that gave up had waited for."),
-    "Phase": ("comm/barriers.cuh", "enum class Phase", "Where all ranks meet in a launch."),
+    "Meeting": ("comm/barriers.cuh", "enum class Meeting", "Where all ranks meet in a launch."),
     "Role": ("comm/timeline.cuh", "enum class Role", "Who writes a record of the timeline."),
     "Span": ("comm/timeline.cuh", "enum class Span", "What a record of the timeline is about."),
     "Control": ("layout/params.cuh", "enum Control", "Words of the control section, and how many there are."),
@@ -40,7 +40,7 @@ ENUMS = {
 STRUCTS = {
     "PARAMS": ("layout/params.cuh", "Params"),
     "STAGE_PARAMS": ("kernels/stage.cuh", "StageParams"),
-    "TILE": ("sched/plan.cuh", "Tile"),
+    "TILE": ("sched/experts.cuh", "Tile"),
 }
 MARK = 0x6D656761_6D6F6521  #: before the table, which is not alone in its section
 KINDS = ("u32", "u64", "float", "TensorMap")

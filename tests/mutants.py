@@ -61,7 +61,7 @@ MUTANTS = (
         "megamoe_jit/_cache/evict.py",
         "(is_current(i), i.used_at, i.key)",
         "(is_current(i), -i.used_at, i.key)",
-        "cache/test_evict.py::test_plan_takes_the_least_recently_used_first_and_no_young_one",
+        "cache/test_evict.py::test_eviction_takes_the_least_recently_used_first_and_no_young_one",
     ),
     Mutant(
         "jit: failures are not remembered",

@@ -16,7 +16,7 @@ constexpr u32 kRoles = 4, kRecords = 512, kRecordWords = 4;   // records of a ro
 /// What was done.
 enum class Span : u32 {
     none = 0,
-    count, count_barrier, order, order_barrier, plan, first_round,   // head
+    count, count_barrier, order, order_barrier, expert_table, first_round,   // head
     wait_rows, stream_activations, gather, gemm1, gemm2, tail_barrier, combine,
 };
 

@@ -24,11 +24,11 @@ namespace megamoe {
 template <class C> struct Gather {
     const Params& p;
     const Shared<C>& shared;
-    const Plan plan;
+    const ExpertTable table;
     const u32 items, first_items;   // all; those whose rows are copied at the head
 
-    MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const Plan& plan_)
-        : p(p_), shared(shared_), plan(plan_), items(plan_.items[plan_.experts]),
+    MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const ExpertTable& table_)
+        : p(p_), shared(shared_), table(table_), items(table_.items[table_.experts]),
           first_items(min_u32(items_in_pool(), kWarps * gridDim.x >> p_.item_shift)) {}
 
     MEGA_DEVICE u32 item_rows() const { return 1u << p.item_shift; }
@@ -36,7 +36,7 @@ template <class C> struct Gather {
     /// Items that need not wait for room in the pool; when it is a ring, rounded down to whole experts.
     MEGA_DEVICE u32 items_in_pool() const {
         const u32 blocks = p.pool_rows / kPoolAlign;
-        return plan.blocks() <= blocks ? items : plan.items[plan.expert_at(blocks)];
+        return table.blocks() <= blocks ? items : table.items[table.expert_at(blocks)];
     }
 
     /// Where the `index`-th row of local expert `e` comes from: rank << 20 | pair.  Every rank begins with the one after
@@ -103,10 +103,10 @@ template <class C> struct Gather {
 
     /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row); writes down the origins.
     template <bool kOneRow> MEGA_DEVICE Item begin(u32 i, u32 offset = 0) const {
-        const u32 e = plan.expert_in(plan.items, i), local = ((i - plan.items[e]) << p.item_shift) + offset;
-        const u32 first_row = plan.bases[e] * kPoolAlign + local, pool_row = first_row % p.pool_rows;
-        if (kOneRow && local >= plan.rows[e]) return {first_row, pool_row, 0, 0};
-        const u32 rows = kOneRow ? 1 : min_u32(item_rows(), plan.rows[e] - local), lane = ptx::lane_id();
+        const u32 e = table.expert_in(table.items, i), local = ((i - table.items[e]) << p.item_shift) + offset;
+        const u32 first_row = table.bases[e] * kPoolAlign + local, pool_row = first_row % p.pool_rows;
+        if (kOneRow && local >= table.rows[e]) return {first_row, pool_row, 0, 0};
+        const u32 rows = kOneRow ? 1 : min_u32(item_rows(), table.rows[e] - local), lane = ptx::lane_id();
         if (!kOneRow && first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
         u32 from = 0;
         if (lane < rows) {
@@ -117,7 +117,7 @@ template <class C> struct Gather {
     }
     /// Until GEMM 1 has read the rows that lay where those of the block of `row` plus a ring shall lie.
     MEGA_DEVICE void wait_pool(u32 row) const {
-        wait_block(p, plan, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
+        wait_block(p, table, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
         ptx::fence_async_global();
     }
     /// Counts its rows as arrived.
@@ -172,7 +172,7 @@ template <class C> struct Gather {
                 const u32 slot = (sequence + load) % kSlots;
                 ptx::bulk_wait_read<1>();
                 ptx::mbarrier_expect(shared.dispatched(slot), chunk_bytes(load));
-                ptx::bulk_load(shared.dispatch(slot), row_address(from) + load % kChunks * kDispatchChunk, chunk_bytes(load),
+                ptx::bulk_load(shared.dispatch_slot(slot), row_address(from) + load % kChunks * kDispatchChunk, chunk_bytes(load),
                                shared.dispatched(slot));
                 ptx::mbarrier_arrive(shared.dispatched(slot));
             }
@@ -182,7 +182,7 @@ template <class C> struct Gather {
             wait_barrier(p, Wait::row_loaded, shared.dispatched(at.stage), at.parity, item.first_row);
             if (!one) continue;
             u8* to = p.act1_pool + u64(item.pool_row + store / kChunks) * C::kHidden + store % kChunks * kDispatchChunk;
-            ptx::bulk_store(to, shared.dispatch(at.stage), chunk_bytes(store));
+            ptx::bulk_store(to, shared.dispatch_slot(at.stage), chunk_bytes(store));
         }
         sequence += total;
         if (one) ptx::bulk_wait_all();

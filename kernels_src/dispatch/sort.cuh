@@ -5,7 +5,7 @@
 //   2. the same blocks sum the counts and write their slice's pairs to sorted_pairs, ordered by expert;
 //      block 0 publishes where each expert's pairs begin
 //   -- grid barrier, and all ranks --
-//   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/plan.cuh)
+//   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/experts.cuh)
 //
 // Pairs with a masked slot (-1, or any id that is no expert) are left out here and never seen again.  The order of an
 // expert's pairs within one slice is up to atomics; nothing depends on it, since rows never mix.
@@ -13,7 +13,7 @@
 #include "comm/barriers.cuh"
 #include "comm/sides.cuh"
 #include "layout/shared.cuh"
-#include "sched/plan.cuh"
+#include "sched/experts.cuh"
 #include "stage/inputs.cuh"
 
 namespace megamoe {
@@ -130,7 +130,7 @@ template <class C> struct Sources {
 };
 
 /// Step 3, by one warp: fills the tables of the shared memory map.
-template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>& shared) {
+template <class C> MEGA_DEVICE void build_expert_table(const Params& p, const Shared<C>& shared) {
     const Sources<C> sources{p, shared};
     const SideCounts blocks_of = counted_sides(p);
     const u32 two_sides = even_enough(blocks_of.of0, blocks_of.of1);
@@ -154,7 +154,7 @@ template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>&
     }
 }
 
-template <class C> MEGA_DEVICE Plan plan_of(const Shared<C>& shared) {
+template <class C> MEGA_DEVICE ExpertTable expert_table_of(const Shared<C>& shared) {
     return {shared.expert_rows(),    shared.expert_bases(), shared.expert_items(),
             shared.active_experts(), C::kLocalExperts,      shared.active_count(), shared.two_sides()};
 }

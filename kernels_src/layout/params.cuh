@@ -4,10 +4,10 @@
 // Symmetric memory (one allocation per rank, at p.peers[rank]; peers read or write it):
 //   x, x_scales, topk_ids, topk_weights   the rank's inputs
 //   expert_offsets, sorted_pairs          its (token, slot) pairs sorted by expert, and where each expert's begin
-//   signals                               epoch that each rank has reached, by phase and rank
+//   signals                               epoch that each rank has reached, by meeting and rank
 //   combine                               bf16 [token][slot][hidden]: what the experts' ranks send back
 // Local memory: rows sorted by expert, each expert's first row at a multiple of 128.  Origins and counters are kept for
-// every row there can be; the rows themselves live in pools of pool_rows rows that are used as rings (sched/plan.cuh).
+// every row there can be; the rows themselves live in pools of pool_rows rows that are used as rings (sched/experts.cuh).
 #pragma once
 #include "base/constants.cuh"
 #include "ptx/tma.cuh"

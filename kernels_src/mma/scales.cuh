@@ -6,7 +6,7 @@
 // one main loop serves both and spends no register on where they come from.
 #pragma once
 #include "layout/shared.cuh"
-#include "sched/plan.cuh"
+#include "sched/experts.cuh"
 
 namespace megamoe {
 

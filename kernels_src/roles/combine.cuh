@@ -30,7 +30,7 @@ template <class C> struct Combine {
         ptx::named_sync(kBarrierTail, kTailThreads);
         timeline.start();
         if (ptx::lane_id() == 0) {
-            meet<C::kRanks>(p, Phase::results, epoch);
+            meet<C::kRanks>(p, Meeting::results, epoch);
             if (C::kRanks > 1 && blockIdx.x == 0) p.control[kControlEpoch] = epoch;
             if (blockIdx.x == 0) p.control[kControlSides] = 0;
         }

@@ -23,7 +23,7 @@ template <class C> struct LoadWeights {
 
     const Params& p;
     const Shared<C>& shared;
-    const Plan plan;
+    const ExpertTable table;
     const u32 side;
 
     MEGA_DEVICE u32 ticket() const {
@@ -60,7 +60,7 @@ template <class C> struct LoadWeights {
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
-        TileOrder<C> order(plan, p.lag_tiles, p.pool_rows, side);
+        TileOrder<C> order(table, p.lag_tiles, p.pool_rows, side);
         Scales scales;
         u32 index = 0, k_begin = 0;
         Tile tile;
@@ -82,7 +82,7 @@ template <class C> struct LoadWeights {
 template <class C> struct LoadActivations {
     const Params& p;
     const Shared<C>& shared;
-    const Plan plan;
+    const ExpertTable table;
 
     /// Blocks until the tile's rows are in their pool, and there is room for what the tile makes of them.
     MEGA_DEVICE void wait_rows(const Tile& tile) const {
@@ -93,7 +93,7 @@ template <class C> struct LoadActivations {
                          first ? min_u32(kCounterRows, tile.rows - r) : TileOrder<C>::kTilesN1, counter);
         }
         if (first && tile.row >= p.pool_rows)
-            wait_block(p, plan, Wait::gemm2_done, p.act2_done, TileOrder<C>::kTilesN2, tile.row - p.pool_rows);
+            wait_block(p, table, Wait::gemm2_done, p.act2_done, TileOrder<C>::kTilesN2, tile.row - p.pool_rows);
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
     }
 

@@ -11,8 +11,8 @@
 
 namespace megamoe {
 
-template <class C> MEGA_DEVICE void publish_tiles(const Params& p, const Shared<C>& shared, const Plan& plan, Timeline<C>& timeline) {
-    const bool ring = plan.blocks() > p.pool_rows / kPoolAlign;
+template <class C> MEGA_DEVICE void publish_tiles(const Params& p, const Shared<C>& shared, const ExpertTable& table, Timeline<C>& timeline) {
+    const bool ring = table.blocks() > p.pool_rows / kPoolAlign;
     const TileSlots<C> slots{p, shared};
     for (u32 index = 0;; ++index) {
         const Tile tile = slots.read(index);

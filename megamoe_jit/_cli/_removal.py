@@ -74,7 +74,7 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     limit = user.max_bytes if max_bytes is None and older_than is None else max_bytes
     entries, current = user.entries(), _evict.current_builder()
     doomed, wanted = (
-        _evict.plan(entries, max_bytes=limit, older_than_s=older_than, current=current, grace_s=grace)
+        _evict.to_remove(entries, max_bytes=limit, older_than_s=older_than, current=current, grace_s=grace)
         for grace in (_evict.GRACE_S, 0)
     )
     recent = len({info.key for info in wanted} - {info.key for info in doomed})

@@ -82,15 +82,14 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU."""
-    from megamoe_jit._diagnose.explain import gpu_asked_for
-    from megamoe_jit._diagnose.explain import plan as plan_of
+    from megamoe_jit._diagnose.explain import gpu_asked_for, memory_plan
     from megamoe_jit._settings.settings import get_settings
 
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found["gpu"]}
     plans = per_shape(
-        shapes, lambda name, shape: [{"name": name, **plan_of(shape, count, **options)} for count in tokens]
+        shapes, lambda name, shape: [{"name": name, **memory_plan(shape, count, **options)} for count in tokens]
     )
     if as_json:
         emit_json(document("plan", **found, plans=plans))

@@ -23,7 +23,7 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
-__all__ = ["DEFAULT_SMS", "explain", "gpu_asked_for", "kernel_state", "plan", "shared_parts"]
+__all__ = ["DEFAULT_SMS", "explain", "gpu_asked_for", "kernel_state", "memory_plan", "shared_parts"]
 
 DEFAULT_SMS = 132  #: streaming multiprocessors of an H100 SXM and of an H200
 
@@ -149,7 +149,7 @@ def _sections(sections: tuple[Section, ...]) -> list[dict[str, Any]]:
     return [asdict(section) for section in sections]
 
 
-def plan(
+def memory_plan(
     shape: MoEShape,
     tokens: int,
     *,

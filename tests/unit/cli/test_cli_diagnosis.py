@@ -17,7 +17,7 @@ from megamoe_jit._compile.render import render
 from megamoe_jit._device.layout import buffer_layout
 from megamoe_jit._diagnose import inspect as _inspect
 from megamoe_jit._diagnose import machine as _machine
-from megamoe_jit._diagnose.explain import explain, plan, shared_parts
+from megamoe_jit._diagnose.explain import explain, memory_plan, shared_parts
 from megamoe_jit._errors import ConfigError, LoadError, ToolchainError
 from megamoe_jit._jit.runtime import get_kernel, kernel_key
 from megamoe_jit._settings.settings import VARIABLES, override
@@ -79,7 +79,7 @@ def test_explain_follows_arguments_and_settings(tmp_path: Path):
         assert explain(SMALL, 1, variant="auto")["variant"] == "pingpong"
     with override(cooperative_threshold=1):
         assert explain(SMALL, 1)["variant"] == "cooperative"
-        assert plan(SMALL, 1)["full_call"] == "cooperative"
+        assert memory_plan(SMALL, 1)["full_call"] == "cooperative"
     with override(cache_dir=warm_cache(tmp_path / "cache")):
         found = explain(SMALL, 1)
         assert found["cached"]
@@ -127,7 +127,7 @@ def test_the_parts_of_shared_memory_are_all_of_it(spec: KernelSpec):
 
 def test_plan_adds_up():
     shape = preset("v4-flash").shape
-    found = plan(shape, 1000, ranks=8)
+    found = memory_plan(shape, 1000, ranks=8)
     layout = buffer_layout(shape, 1000, 8)
     assert found["capacity"] == 1024
     assert found["buffer_bytes"] == layout.total_bytes == found["symmetric_bytes"] + found["local_bytes"]
@@ -136,10 +136,10 @@ def test_plan_adds_up():
     assert found["weight_bytes"] == codes + codes // 128 // 128 * 4
     assert found["output_bytes"] == 1000 * 4096 * 2
     assert [kernel["variant"] for kernel in found["kernels"]] == ["pingpong", "cooperative"]
-    assert (found["full_call"], plan(shape, 8, ranks=8)["full_call"]) == ("cooperative", "pingpong")
-    assert plan(shape, 129)["full_call"] == "cooperative", "129 tokens alone would take pingpong, but 256 fit"
+    assert (found["full_call"], memory_plan(shape, 8, ranks=8)["full_call"]) == ("cooperative", "pingpong")
+    assert memory_plan(shape, 129)["full_call"] == "cooperative", "129 tokens alone would take pingpong, but 256 fit"
     assert found["kernels"][0]["grid"] == [132, 1, 1]
-    (only,) = plan(shape, 1000, variant="cooperative", num_sms=78)["kernels"]
+    (only,) = memory_plan(shape, 1000, variant="cooperative", num_sms=78)["kernels"]
     assert (only["variant"], only["grid"]) == ("cooperative", [78, 1, 1])
 
 

@@ -78,7 +78,7 @@ def indexed_bytes(shape: MoEShape, layout: BufferLayout) -> dict[str, int]:
         "topk_weights": pairs * 4,
         "expert_offsets": (shape.experts + 1) * 4,
         "sorted_pairs": pairs * 4,
-        "signals": 2 * _abi.MAX_RANKS * 4,  # a word per phase and rank
+        "signals": 2 * _abi.MAX_RANKS * 4,  # a word per meeting and rank
         "combine": pairs * hidden * 2,
         "act1_pool": pool * hidden,
         "act1_scales": (hidden // BLOCK) * pool * 4,

@@ -136,7 +136,7 @@ template <class C, megamoe::u32 kExpected> struct Check {
     static_assert(Map::kScaleAt % 16 == 0 && Map::kScaleBytes % 16 == 0 && Map::kActScaleBytes % 16 == 0, "bulk");
     static_assert(Map::kBarrierAt % 8 == 0 && Map::kTileBarrierAt % 8 == 0, "mbarriers");
     static_assert(Map::kDispatchBarrierAt % 8 == 0, "mbarriers");
-    static_assert(Map::kSlotAt % 8 == 0 && Map::kRowsAt % 4 == 0, "words");
+    static_assert(Map::kTileSlotAt % 8 == 0 && Map::kRowsAt % 4 == 0, "words");
     static constexpr bool kOk = true;
 };
 @CHECKS@

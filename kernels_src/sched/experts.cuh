@@ -6,7 +6,7 @@
 //   dispatch writes block b      after GEMM 1 has finished block b - ring   (act2_ready of that block is complete)
 //   GEMM 1 writes block b        after GEMM 2 has finished block b - ring   (act2_done of that block is complete)
 //   the order of tiles           hands out GEMM 2 of block b - ring before GEMM 1 of block b, so the second wait is for
-//                                an earlier phase; the first is for GEMM 1 of rows that were dispatched before.
+//                                an earlier sweep; the first is for GEMM 1 of rows that were dispatched before.
 #pragma once
 #include "base/constants.cuh"
 
@@ -20,7 +20,7 @@ MEGA_DEVICE u32 even_enough(u32 blocks0, u32 blocks1) {
 }
 
 /// Tables in shared memory, built once per launch by dispatch/sort.cuh.
-struct Plan {
+struct ExpertTable {
     const u32* rows;      // [local experts]
     const u32* bases;     // [local experts + 1] first pool row / 128
     const u32* items;     // [local experts + 1] first item of dispatch (dispatch/gather.cuh)
