@@ -100,7 +100,7 @@ def compiled() -> dict[str, tuple[int, ...]]:
         wanted += [f"sizeof({declared})", f"alignof({declared})", *member_values(room, declared).values()]
     options = [f"--include-path={host.KERNELS}"]
     source = PROBE % (f"{MARK}ull", ", ".join(value if "MEMBER" in value else f"u64({value})" for value in wanted))
-    cubin = compile_source(source, entry="probe", toolchain=find_toolchain(), extra_options=options).cubin
+    cubin = compile_source(source, kernel_name="probe", toolchain=find_toolchain(), extra_options=options).cubin
     (data,) = (cubin[s.offset : s.offset + s.size] for s in _sections(cubin) if s.name == ".nv.global.init")
     mark = struct.pack("<Q", MARK)
     assert data.count(mark) == 1

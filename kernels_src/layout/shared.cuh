@@ -1,4 +1,4 @@
-// The shared-memory map.  `KernelSpec.shared_bytes` in Python is the same sum; the entry asserts that they agree.
+// The shared-memory map.  `KernelSpec.shared_bytes` in Python is the same sum; the template asserts that they agree.
 //
 //   activations [stages] | weights [stages] | staging, 2 KB per math warp | dispatch slots
 //   | scales [stages] | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots

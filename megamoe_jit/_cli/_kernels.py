@@ -63,7 +63,7 @@ class _Stop(Exception):
 def _progress(specs: Sequence[Compilable], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
     """Yields a function to call with each result: redraws a live line per kernel, or prints a plain one."""
     if not live_terminal():
-        yield lambda result: say(f"{status(result):8}  {result.spec.entry}  {result.seconds:.2f} s")
+        yield lambda result: say(f"{status(result):8}  {result.spec.kernel_name}  {result.seconds:.2f} s")
         return
     from rich.console import Console
     from rich.live import Live
@@ -73,7 +73,7 @@ def _progress(specs: Sequence[Compilable], jobs: int, keep: bool) -> Iterator[Ca
     console = Console(stderr=True, highlight=False, markup=False)
     lines = LiveKernels(specs, jobs, console)
     with Live(lines, console=console, refresh_per_second=10, transient=not keep):
-        yield lambda result: lines.finish(result.spec.entry, status(result), result.seconds)
+        yield lambda result: lines.finish(result.spec.kernel_name, status(result), result.seconds)
 
 
 def compile_kernels(
@@ -130,7 +130,7 @@ def compile_kernels(
 def spec_document(spec: Compilable, status: str, meta: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """A kernel for a JSON document, with what its cache entry says if it has one."""
     return {
-        "kernel": spec.entry,
+        "kernel": spec.kernel_name,
         "spec": spec.to_json(),
         "status": status,
         "key": None,
@@ -153,7 +153,7 @@ def _stored(result: WarmupResult) -> bool:
         return False
     if result.kernel.origin != "compiled":
         return True
-    return not get_settings().no_cache and kernel_cache().usable(result.kernel.key, result.spec.entry)
+    return not get_settings().no_cache and kernel_cache().usable(result.kernel.key, result.spec.kernel_name)
 
 
 def kernel_document(result: WarmupResult) -> dict[str, Any]:

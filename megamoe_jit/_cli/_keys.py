@@ -105,7 +105,7 @@ def find_entries(text: str, *, to_remove: bool = False) -> list[Found]:
     if not found:
         step = "`megamoe-jit cache ls` lists the kernels" if to_remove else f"run: {warmup_command(spec)}"
         places = ", ".join(str(each.path) for each in caches)
-        raise KernelMissingError(f"kernel {spec.entry} is not in the cache {places}; {step}")
+        raise KernelMissingError(f"kernel {spec.kernel_name} is not in the cache {places}; {step}")
     try:
         chosen = first_whole((each for each in found if each.fit is found[0].fit), with_source=False)
     except (Damaged, OSError):

@@ -62,7 +62,7 @@ def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[li
         show(kernel_table([kernel_document(result) for result in results]))
     for result in results:
         if result.error:
-            say(f"\n{result.spec.entry}: {result.error}")
+            say(f"\n{result.spec.kernel_name}: {result.error}")
     return [kernel_document(r) for r in results], not any(r.error for r in results)
 
 

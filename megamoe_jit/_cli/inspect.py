@@ -43,10 +43,10 @@ def _load(kernel: str) -> tuple[str, bytes, str, Metadata]:
     spec = parse_spec(kernel)
     (result,) = warmup([spec])  # in a thread: an interrupt is answered while NVRTC is at work
     if result.kernel is None:
-        raise result.error or RuntimeError(f"{spec.entry} came to nothing")
+        raise result.error or RuntimeError(f"{spec.kernel_name} came to nothing")
     found = result.kernel
     if found.origin == "compiled":
-        say(f"{spec.entry} was not cached: compiled in {found.seconds:.2f} s")
+        say(f"{spec.kernel_name} was not cached: compiled in {found.seconds:.2f} s")
     return found.key, found.cubin, render(spec).text, found.meta
 
 

@@ -30,6 +30,6 @@ def render(spec: Compilable, as_json: bool) -> None:
     source = render_source(spec)
     if as_json:
         files = list(source.files)
-        emit_json(document("render", kernel=spec.entry, spec=spec.to_json(), files=files, source=source.text))
+        emit_json(document("render", kernel=spec.kernel_name, spec=spec.to_json(), files=files, source=source.text))
     else:
         copy_out(source.text)

@@ -204,7 +204,7 @@ def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
         major = int(meta["nvrtc"]["version"].split(".")[0])
         if fit is Fit.NAME:
             return "", other
-        cache.peek(key, spec.entry)
+        cache.peek(key, spec.kernel_name)
     except OtherSchema:
         return "", other
     except (OSError, Damaged) as error:
@@ -217,7 +217,7 @@ def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
         return "", f"too new for this driver (CUDA {machine.driver_cuda})"
     if meta.get("advisories") and get_settings().strict == "error":
         return "", f"with performance losses, which {get_settings().place('strict')} refuses"
-    return spec.entry, ""
+    return spec.kernel_name, ""
 
 
 def check_trial(found: dict[str, Any]) -> Check:
@@ -231,7 +231,7 @@ def check_trial(found: dict[str, Any]) -> Check:
         return Check("trial compile", Status.FAIL, "not possible without a compiler", "see compiler above")
     begin = time.perf_counter()
     try:
-        result = compile_source(_TRIAL, entry="megamoe_trial", toolchain=find_toolchain())
+        result = compile_source(_TRIAL, kernel_name="megamoe_trial", toolchain=find_toolchain())
     except MegaMoeError as error:
         step = f"see compiler above, or {correction() or 'choose another with MEGAMOE_JIT_NVRTC'}"
         if get_settings().ptxas_options:

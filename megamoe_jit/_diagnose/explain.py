@@ -59,9 +59,9 @@ def kernel_state(spec: Compilable) -> dict[str, Any]:
     from megamoe_jit._jit.lookup import Fit, Wanted, lookup
 
     wanted = Wanted.of(spec)
-    found = next((at for at in lookup(wanted, least=Fit.LOADS) if at.cache.usable(at.key, spec.entry)), None)
+    found = next((at for at in lookup(wanted, least=Fit.LOADS) if at.cache.usable(at.key, spec.kernel_name)), None)
     return {
-        "kernel": spec.entry,
+        "kernel": spec.kernel_name,
         "key": found.key if found else wanted.key,
         "cached": found is not None,
         "path": str(found.path) if found else None,
@@ -204,7 +204,7 @@ def memory_plan(
         "output_bytes": tokens * shape.hidden * 2,
         "kernels": [
             {
-                "kernel": spec.entry,
+                "kernel": spec.kernel_name,
                 "variant": spec.variant.value,
                 "grid": [num_sms, 1, 1],
                 "block": [THREADS, 1, 1],

@@ -50,7 +50,7 @@ TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
-_ENTRY = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})_r(\d{1,9})((?:_[a-z0-9]+)*)")
+_NAME = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})_r(\d{1,9})((?:_[a-z0-9]+)*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class KernelSpec:
         return -(-(rings + self.fixed_shared_bytes) // 16) * 16 + self.source_table_bytes
 
     @cached_property
-    def entry(self) -> str:
+    def kernel_name(self) -> str:
         """Symbol of the kernel."""
         s = self.shape
         sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
@@ -218,9 +218,9 @@ class KernelSpec:
         return "_".join(["megamoe", self.variant.value, sizes, *words])
 
     @classmethod
-    def of_entry(cls, entry: str) -> KernelSpec | None:
+    def of_kernel_name(cls, name: str) -> KernelSpec | None:
         """The kernel with this symbol; None if it is none's.  Raises `ConfigError` if a part is not supported."""
-        found = _ENTRY.fullmatch(entry)
+        found = _NAME.fullmatch(name)
         if found is None:
             return None
         hidden, intermediate, experts, topk, ranks = (int(number) for number in found.groups()[1:6])
@@ -235,11 +235,11 @@ class KernelSpec:
         inputs = Inputs.RAW if Inputs.RAW.value in words else Inputs.STAGED
         options: dict[str, Any] = {"numerics": numerics, "weights": weights, "inputs": inputs}
         spec = cls(shape, variant, ranks, timeline="timeline" in words, **options)
-        return spec if spec.entry == entry else None
+        return spec if spec.kernel_name == name else None
 
     @property
     def template(self) -> str:
-        """Path of the Jinja2 entry under `kernels_src/`, the same for all."""
+        """Path of the Jinja2 template under `kernels_src/`, the same for all."""
         return TEMPLATE
 
     @property
@@ -249,7 +249,7 @@ class KernelSpec:
         `warmup` makes none with a timeline, which only who measures the kernel itself asks for; `inspect` makes any.
         """
         if self.timeline:
-            return f"inspect {self.entry}"
+            return f"inspect {self.kernel_name}"
         shape = self.shape
         words = [
             f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
@@ -263,9 +263,9 @@ class KernelSpec:
         return "kernels with a timeline are for measuring the kernel alone" if self.timeline else ""
 
     def template_variables(self) -> dict[str, Any]:
-        """What the Jinja2 entry is filled with."""
+        """What the Jinja2 template is filled with."""
         return {
-            "entry": self.entry,
+            "kernel_name": self.kernel_name,
             "policy": self.variant.policy,
             "policy_header": self.variant.header,
             "weights": self.weights.policy,

@@ -161,7 +161,7 @@ def test_scenarios_compile_nothing_themselves_and_a_bad_kernel_fails_its_own(lay
         (v.value, v is not Variant.COOPERATIVE) for v in Variant
     ] * 3
     assert all("CompileError" in o["reason"] and "nonsense" in o["reason"] for o in outcomes if not o["passed"])
-    assert sorted(compiles) == sorted(spec.entry for spec in kernels_of(NAMES))
+    assert sorted(compiles) == sorted(spec.kernel_name for spec in kernels_of(NAMES))
     lines = [line.split()[0] for line in result.stderr.splitlines()]
     compiled = [line for line in lines if line in ("compiled", "failed")]
     assert sorted(compiled) == ["compiled"] * (RUNS - 3) + ["failed"] * 3

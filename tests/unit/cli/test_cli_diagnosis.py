@@ -40,8 +40,8 @@ def invoke(*words: str):
 
 def test_kernels_are_named_by_symbol_or_shape():
     for spec in ALL_SPECS:
-        assert parse_spec(spec.entry) == spec
-        assert parse_spec(f"{spec.entry}_timeline") == replace(spec, timeline=True)
+        assert parse_spec(spec.kernel_name) == spec
+        assert parse_spec(f"{spec.kernel_name}_timeline") == replace(spec, timeline=True)
     flash, pro = preset("v4-flash").shape, preset("v4-pro").shape
     assert parse_spec("v4-flash/pingpong") == KernelSpec(flash, Variant.PINGPONG)
     assert parse_spec("v4-pro/cooperative/r8/exact") == KernelSpec(pro, Variant.COOPERATIVE, 8, False)
@@ -117,7 +117,7 @@ def test_wrong_usage(words: tuple[str, ...], says: str):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.entry)
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.kernel_name)
 def test_the_parts_of_shared_memory_are_all_of_it(spec: KernelSpec):
     parts = {part["name"]: part["bytes"] for part in shared_parts(spec)}
     assert sum(parts.values()) == spec.shared_bytes

@@ -101,7 +101,7 @@ def test_warmup_options_reach_the_kernels(requested: list[KernelSpec], tmp_path:
         KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG, inputs=Inputs.RAW),
         KernelSpec(MoEShape(7168, 3072, 384, 6), Variant.COOPERATIVE, ranks=8, fast_math=False),
     ],
-    ids=lambda spec: spec.entry,
+    ids=lambda spec: spec.kernel_name,
 )
 def test_the_advised_warmup_command_asks_for_that_kernel(requested: list[KernelSpec], spec: KernelSpec):
     program, *arguments = _runtime.warmup_command(spec).split()

@@ -8,7 +8,7 @@ using megamoe::Tile;
 using megamoe::u16;
 using megamoe::u32;
 
-/// What a kernel's entry defines (kernels/entry.cuh.j2), as far as the order depends on it.
+/// What a kernel's template defines (kernels/entry.cuh.j2), as far as the order depends on it.
 template <u32 kBlockM_, u32 kHidden_, u32 kIntermediate_> struct Config {
     static constexpr u32 kBlockM = kBlockM_;
     static constexpr u32 kHidden = kHidden_, kIntermediate = kIntermediate_;

@@ -129,10 +129,10 @@ class Cuda:
     def load(self, spec: KernelSpec, index: int | None, *, param_bytes: int) -> SimpleNamespace:
         assert (index, param_bytes) == (
             self.current,
-            ctypes.sizeof(Params if "stage" not in spec.entry else StageParams),
+            ctypes.sizeof(Params if "stage" not in spec.kernel_name else StageParams),
         )
         assert not self.capturing, "kernels are not loaded in a capture"
-        return SimpleNamespace(spec=spec, key=spec.entry)
+        return SimpleNamespace(spec=spec, key=spec.kernel_name)
 
     def launcher(self, loaded: SimpleNamespace, params: Params) -> SimpleNamespace:
         def launch(grid: int, stream: int) -> None:

@@ -22,11 +22,11 @@ from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._spec import KernelSpec, MoEShape
 from megamoe_jit._compile.toolchain import find_toolchain
-spec = KernelSpec.of_entry(sys.argv[1])
+spec = KernelSpec.of_kernel_name(sys.argv[1])
 assert spec is not None and KernelSpec.from_json(spec.to_json()) == spec
 text = render(spec).text
 assert sys.argv[2] in text, text[-2000:]
-compile_source(text, entry=spec.entry, toolchain=find_toolchain())
+compile_source(text, kernel_name=spec.kernel_name, toolchain=find_toolchain())
 """
 
 

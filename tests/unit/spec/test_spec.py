@@ -89,17 +89,17 @@ def test_json_and_back(spec):
 
 @given(st.lists(specs, min_size=2, max_size=20, unique=True))
 def test_entries_are_symbols_and_differ(several):
-    names = [spec.entry for spec in several]
+    names = [spec.kernel_name for spec in several]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-zA-Z_]\w*", name, re.ASCII) for name in names)
-    assert all(spec.template_variables()["entry"] == spec.entry for spec in several)
+    assert all(spec.template_variables()["kernel_name"] == spec.kernel_name for spec in several)
 
 
 @pytest.mark.parametrize(("field", "value"), [("hidden", 640), ("intermediate", 640), ("experts", 640), ("topk", 31)])
 def test_every_size_is_in_the_name(field, value):
     spec = KernelSpec(SHAPE, Variant.PINGPONG)
-    assert str(value) not in spec.entry
-    assert str(value) in replace(spec, shape=replace(SHAPE, **{field: value})).entry
+    assert str(value) not in spec.kernel_name
+    assert str(value) in replace(spec, shape=replace(SHAPE, **{field: value})).kernel_name
 
 
 @given(specs)
@@ -140,7 +140,7 @@ template <class C, megamoe::u32 kExpected> struct Check {
     static constexpr bool kOk = true;
 };
 @CHECKS@
-extern "C" __global__ void {{ entry }}() {}
+extern "C" __global__ void {{ kernel_name }}() {}
 """
 
 
@@ -156,4 +156,6 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
     spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
     with override(kernels_src=tmp_path / "src"):
         text = render(spec).text
-    assert compile_source(text, entry=spec.entry, toolchain=find_toolchain()).kernel.name == spec.entry
+    assert (
+        compile_source(text, kernel_name=spec.kernel_name, toolchain=find_toolchain()).kernel.name == spec.kernel_name
+    )
