@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import document, progress_line, show, table
+from megamoe_jit._cli._io import progress_line, show, table
 
 if TYPE_CHECKING:
     from megamoe_jit.heuristics.presets import Preset
@@ -49,11 +49,11 @@ def rank_count(ranks: int | None) -> int:
 def bench_document(
     presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence[str], ranks: int, baseline: bool
 ) -> dict[str, Any] | None:
-    """The document of a benchmark on several GPUs; None where torchrun runs another rank that reports."""
+    """What a benchmark on several GPUs found; None where torchrun runs another rank that reports."""
     from megamoe_jit._bench.measure_ranks import run
 
     with progress_line("bench", len(presets) * len(tokens) * len(variants)) as step:
-        found = run(
+        return run(
             presets,
             tokens,
             variants,
@@ -61,7 +61,6 @@ def bench_document(
             baseline=baseline,
             progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens  {r['variant']}: {r['median_us']:.1f} us"),
         )
-    return None if found is None else document("bench", **found)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

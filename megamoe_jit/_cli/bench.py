@@ -11,8 +11,7 @@ import click
 
 from megamoe_jit._cli._io import (
     ExitCode,
-    document,
-    emit_json,
+    emit,
     json_option,
     must_be_writable,
     progress_line,
@@ -22,10 +21,11 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
+from megamoe_jit._documents import headed
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
-    from megamoe_jit._bench.unfused_run import BaselineRow
+    from megamoe_jit._bench.documents import BaselineRow
     from megamoe_jit._check.scenarios import Scenario
 
 __all__ = ["COLUMNS", "bench", "figure", "finish", "measured", "refuse_early"]
@@ -107,7 +107,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
             baselines=others,
         )
     card.append(_bench.anchors())
-    doc = document("bench", environment=conditions, anchors=card, rows=[row.to_json() for row in rows])
+    doc: dict[str, Any] = dict(environment=conditions, anchors=card, rows=[row.to_json() for row in rows])
     if not_timed is not None:
         doc["baselines"] = [asdict(other) for other in others]
         doc["baselines_not_timed"] = {name: reason for name, reason in not_timed.items() if reason}
@@ -142,6 +142,7 @@ def measured(
     refuse_without_gpu()
     from megamoe_jit._bench import measure as _bench
     from megamoe_jit._bench.derived import add_limits, choice_quality
+    from megamoe_jit._bench.documents import Bench
 
     wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
     if several > 1:
@@ -154,7 +155,7 @@ def measured(
         work = _bench.cases(presets, tokens) if tokens else _bench.default_cases(presets)
         found = _on_one(work, wanted, bool(baseline), commit)
     rows = add_limits(found["rows"], found["environment"]["device"])
-    return {**found, "rows": rows, "summary": [], "choice": choice_quality(rows)}
+    return headed(Bench, {**found, "rows": rows, "summary": [], "choice": choice_quality(rows)})
 
 
 def refuse_early(output: Path | None, picture: Path | None) -> None:
@@ -169,8 +170,10 @@ def refuse_early(output: Path | None, picture: Path | None) -> None:
 
 
 def _print(doc: dict[str, Any], as_json: bool, columns: Columns, lines: Sequence[str]) -> None:
+    from megamoe_jit._bench.documents import Bench
+
     if as_json:
-        emit_json(doc)
+        emit(Bench.of(doc))
         return
     if doc["environment"].get("ranks", 1) > 1:
         print_bench(doc)

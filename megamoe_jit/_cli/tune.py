@@ -9,8 +9,7 @@ import click
 
 from megamoe_jit._cli._io import (
     ExitCode,
-    document,
-    emit_json,
+    emit,
     json_option,
     must_be_writable,
     progress_line,
@@ -126,6 +125,7 @@ def tune(
         refuse_without_gpu()
     from megamoe_jit._bench import tune as _tune
     from megamoe_jit._bench import tune_table as _tune_table
+    from megamoe_jit._bench.documents import Tune
 
     counts = tokens or _tune.DEFAULT_TOKENS
     measured = 0
@@ -156,7 +156,7 @@ def tune(
     wrong = sum(not time["correct"] for cell in cells for time in cell["times"])
     if as_json:
         table_path = None if written is None else str(written)
-        emit_json(document("tune", data=str(data), measured=measured, wrong=wrong, table=table_path, cells=cells))
+        emit(Tune.of(cells, str(data), measured, table_path))
     if written is not None:
         say(f"written: {written}")
     if wrong:
