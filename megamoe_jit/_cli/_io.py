@@ -112,15 +112,20 @@ def _value(value: Any) -> str:
 
 def _compact(value: Any) -> str:
     try:
-        text = json.dumps(value, default=content, allow_nan=False)
+        text = json.dumps(value, default=_plain, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), allow_nan=False)
+        text = json.dumps(_finite(value), default=_plain, allow_nan=False)
     return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
 
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: parts of documents by field, paths and the like as they are written."""
+    return content(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
 def _finite(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        value = content(value)
+    if is_dataclass(value):
+        value = _plain(value)
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

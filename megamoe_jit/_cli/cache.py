@@ -82,13 +82,13 @@ def _cells(info: EntryInfo) -> tuple[str, ...]:
 @json_option
 def ls(as_json: bool) -> None:
     """List the compiled kernels, oldest first; those of the read-only caches too, which are marked."""
-    from megamoe_jit._cache.documents import CacheListing, Entry, ListedEntry
-
     listed = [(each, *each.survey()) for each in all_caches()]
     sizes = [sum(info.disk_bytes for info in entries) for _, entries, _ in listed]
     found = [(info, each.read_only) for each, entries, _ in listed for info in entries]
     found.sort(key=lambda row: (row[0].created_at, row[0].key))
     if as_json:
+        from megamoe_jit._cache.documents import CacheListing, Entry, ListedEntry
+
         rows = tuple(ListedEntry(**Entry.known(info), read_only=read_only) for info, read_only in found)
         damaged = sum(count for _, _, count in listed)
         emit(CacheListing(str(listed[0][0].root), sizes[0], damaged, rows))

@@ -139,9 +139,9 @@ def test_plan_adds_up():
     assert [kernel.variant for kernel in found.kernels] == ["pingpong", "cooperative"]
     assert (found.full_call, plan(shape, 8, ranks=8).full_call) == ("cooperative", "pingpong")
     assert plan(shape, 129).full_call == "cooperative", "129 tokens alone would take pingpong, but 256 fit"
-    assert found.kernels[0].grid == [132, 1, 1]
+    assert found.kernels[0].grid == (132, 1, 1)
     (only,) = plan(shape, 1000, variant="cooperative", num_sms=78).kernels
-    assert (only.variant, only.grid) == ("cooperative", [78, 1, 1])
+    assert (only.variant, only.grid) == ("cooperative", (78, 1, 1))
 
 
 def test_plan_shows_every_section():
