@@ -7,7 +7,6 @@ None; every other field is always there.  The schemas of the documents are writt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -26,7 +25,7 @@ __all__ = [
     "Time",
     "content",
     "envelope",
-    "headed",
+    "plain",
     "time_of",
 ]
 
@@ -72,15 +71,21 @@ def content(part: DataclassInstance) -> dict[str, Any]:
     return {name: value for name, value, default in values if value is not None or default is not None}
 
 
-def headed(kind: type[Document], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a document behind those that every document begins with."""
-    return {"schema_version": SCHEMA_VERSION, "kind": kind.KIND, **values}
-
-
 def envelope(doc: Document) -> dict[str, Any]:
-    """A whole document, by field; its parts are still dataclasses, which `content` takes apart."""
+    """The fields of a document, behind those that every document begins with; its parts are still dataclasses."""
     assert is_dataclass(doc)
-    return headed(type(doc), content(doc))
+    return {"schema_version": SCHEMA_VERSION, "kind": doc.KIND, **content(doc)}
+
+
+def plain(value: Any) -> Any:
+    """A document, or a part of one, as JSON has it, down to the last part."""
+    if isinstance(value, Document):
+        value = envelope(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = content(value)
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def time_of(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -270,9 +270,3 @@ class Tune(Document):
     wrong: Count
     table: str | None
     cells: tuple[Cell, ...]
-
-    @classmethod
-    def of(cls, cells: Sequence[Mapping[str, Any]], data: str, measured: int, table: str | None) -> Tune:
-        """With the wrong contenders counted."""
-        wrong = sum(not time["correct"] for cell in cells for time in cell["times"])
-        return cls(data, measured, wrong, table, tuple(map(Cell.of, cells)))

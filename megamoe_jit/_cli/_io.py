@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from megamoe_jit._documents import Document, content, envelope
+from megamoe_jit._documents import Document, content, envelope, plain
 from megamoe_jit._text import human_bytes, one_line, printable
 
 __all__ = [
@@ -114,7 +114,7 @@ def _compact(value: Any) -> str:
     try:
         text = json.dumps(value, default=_plain, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), default=_plain, allow_nan=False)
+        text = json.dumps(_finite(plain(value)), default=_plain, allow_nan=False)
     return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
 
@@ -124,8 +124,6 @@ def _plain(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    if is_dataclass(value):
-        value = _plain(value)
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
