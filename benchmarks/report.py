@@ -4,8 +4,8 @@
     python -m benchmarks.report --check    # exit code 1 if their tables are not of these results; writes nothing
 
 Of each card the newest documents of `megamoe-jit bench` and of floor.py in benchmarks/results count, of each row of
-several ranks the newest there is.  Documents of shapes that have no goals are left out.  Everything in the tables and
-plots follows from the documents and benchmarks/targets.json; needs matplotlib.
+several ranks the newest there is (report_ranks.py).  Documents of shapes that have no goals are left out.  Everything
+in the tables and plots follows from the documents and benchmarks/targets.json; needs matplotlib.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals
+from benchmarks import goals, report_ranks
 from benchmarks.checkout import ROOT
+from benchmarks.markdown import put, table
 from megamoe_jit._bench.derived import choice_quality
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -153,19 +153,11 @@ def text_of(doc: Mapping[str, Any]) -> str:
         f"{env['date'][:10]}, commit {env['commit']}. "
         f"Anchors: dense FP8 {min(dense):.0f} to {max(dense):.0f} TFLOPS, read {min(read):.2f} to {max(read):.2f} TB/s."
     )
-    table = _table(HEAD, [_line(row) for row in rows if row["variant"] == variant])
-    lines = [conditions, "", *_sentences(rows, variant), "", *table]
+    lines = [conditions, "", *_sentences(rows, variant), ""]
+    lines += table(HEAD, [_line(row) for row in rows if row["variant"] == variant])
     if all(row["normalised_us"] for row in rows):  # the targets' kernels were measured on this kind of card
         lines.insert(4, _against_verified(rows, variant))  # after both geometric means
     return "\n".join(lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
 
 
 def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -185,7 +177,7 @@ def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
         left = f"{h200['median_us']:.0f}", f"{own:.0f}", f"{best:.0f}", f"{best / own:.2f}"
         own, best = h100["median_us"], h100["best_known_us"]
         cells.append((shape, str(tokens), *left, f"{own:.0f}", f"{best:.0f}", f"{best / own:.2f}"))
-    lines = _table((*head, "H100, µs", "best known", "ratio"), cells)
+    lines = table((*head, "H100, µs", "best known", "ratio"), cells)
     for card in cards:
         env, dense = docs[card]["environment"], [anchor[goals.DENSE] for anchor in docs[card]["anchors"]]
         parts = {part["basis"]: part for part in goals.summarise(docs[card]["rows"]) if part["variant"] == "auto"}
@@ -210,54 +202,7 @@ def floor_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
             found.setdefault(row["shape"], {})[row["tokens"]] = f"{row['of_slower_part']:.2f} {slower}"
         name = card_of(doc).upper()
         cells += [(name, shape, *(by_tokens.get(t, "-") for t in tokens)) for shape, by_tokens in found.items()]
-    return "\n".join(_table(("card", "layer", *map(str, tokens)), cells))
-
-
-def rank_rows(folder: Path = RESULTS, unfused: bool = False) -> list[dict[str, Any]]:
-    """The newest row of each layer, token count and number of ranks; of those beside the unfused layer alone?"""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    docs = (json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json"))
-    several = [doc for doc in docs if doc.get("kind") == "bench" and doc["environment"].get("ranks", 1) > 1]
-    for doc in sorted(several, key=lambda doc: doc["environment"]["date"]):
-        for row in doc["rows"]:
-            if row["variant"] == "auto" and (row["baseline_us"] or not unfused):
-                found[row["ranks"], row["shape"], row["tokens"]] = {**row, "commit": doc["environment"]["commit"]}
-    return [found[key] for key in sorted(found)]
-
-
-_RANKS_HEAD = ("layer", "tokens", "ranks", "all ranks, µs", "one rank, µs")
-
-
-def _ranks_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    times = f"{row['median_us']:.0f}", f"{row['one_rank_us']:.0f}"
-    return row["shape"], str(row["tokens"]), str(row["ranks"]), *times
-
-
-def rank_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Several ranks against one with the same slice of the layer."""
-    cells = []
-    for row in rows:
-        own, one = row["median_us"], row["one_rank_us"]
-        cells.append((*_ranks_cells(row), f"{own - one:+.0f}", f"{own / one:.3f}", row["commit"][:7]))
-    return "\n".join(_table((*_RANKS_HEAD, "more, µs", "ratio", "commit"), cells))
-
-
-def unfused_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The same beside the layer of public parts, which ran in turn with it."""
-    cells = []
-    for row in rows:
-        own, one, other = row["median_us"], row["one_rank_us"], row["baseline_us"]
-        ratios = f"{own / one:.2f}", f"{other:.0f}", f"{other / own:.2f}"
-        cells.append((*_ranks_cells(row), *ratios, row["commit"][:7]))
-    return "\n".join(_table((*_RANKS_HEAD, "ratio", "unfused, µs", "times faster", "commit"), cells))
-
-
-def put(text: str, name: str, body: str) -> str:
-    """`text` with `body` between the marks of `name`; raises `ValueError` if it has no such marks."""
-    begin, end = f"<!-- {name} begin: written by benchmarks/report.py -->", f"<!-- {name} end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the document needs one pair of marks: {begin} and {end}")
-    return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n{body}\n{end}", text, flags=re.DOTALL)
+    return "\n".join(table(("card", "layer", *map(str, tokens)), cells))
 
 
 def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
@@ -267,9 +212,16 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
         texts[DOCUMENT] = put(texts[DOCUMENT], card, text_of(doc))
     floors = {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest(kind="floor").items()}
     texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(floors))
-    texts[PARALLEL] = put(texts[PARALLEL], "ranks", rank_table(rank_rows()))
+    ranks, unfused = report_ranks.rank_rows(RESULTS), report_ranks.rank_rows(RESULTS, unfused=True)
+    for name, body in {
+        "conditions": report_ranks.conditions(ranks),
+        "growth": f"{report_ranks.growth_table(ranks)}\n\n{report_ranks.aims(ranks)}",
+        "ranks": report_ranks.rank_table(ranks),
+        "unfused": report_ranks.unfused_table(unfused),
+    }.items():
+        texts[PARALLEL] = put(texts[PARALLEL], name, body)
     texts[README] = put(texts[README], "one-gpu", readme_table(docs))
-    texts[README] = put(texts[README], "ranks", unfused_table(rank_rows(unfused=True)))
+    texts[README] = put(texts[README], "ranks", report_ranks.compact_table(ranks, unfused))
     return texts
 
 

@@ -29,7 +29,7 @@ from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit._jit.runtime import enumerate_specs, forget, get_kernel, kernel_cache
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit.heuristics.presets import preset, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +87,7 @@ def _median(measure: Callable[[], float], runs: int) -> float:
     return statistics.median(measure() for _ in range(runs))
 
 
-def _anew(spec: KernelSpec) -> float:
+def _anew(spec: Compilable) -> float:
     forget()
     return get_kernel(spec).seconds
 
@@ -149,6 +149,7 @@ import cuda.bindings.nvrtc, jinja2
 from pathlib import Path
 from megamoe_jit._jit.runtime import enumerate_specs, get_kernel
 from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit.heuristics.presets import preset
 spec = enumerate_specs(preset("v4-flash").shape)[0]

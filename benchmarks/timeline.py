@@ -20,7 +20,7 @@ from megamoe_jit._bench.clock import FLUSH_BYTES
 from megamoe_jit._bench.measure import Layer, cases, require_hopper
 from megamoe_jit._check.scenarios import make_inputs
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._layer.bound_kernel import PreparedKernel
+from megamoe_jit._layer.bound_kernel import BoundKernel
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import preset
 
@@ -36,9 +36,8 @@ def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[
     numerics = Numerics(case.fast_math)
     plan = layer.buffer.plan(tokens, variant, numerics, None)
     spec = replace(layer.buffer.spec(plan.choice.variant, numerics), timeline=True)
-    kernel = PreparedKernel(spec, layer.buffer)
     room = torch.zeros(words(plan.num_sms), dtype=torch.int64, device=device)
-    kernel.params.timeline = room.data_ptr()
+    kernel = BoundKernel(spec, layer.buffer.place, timeline=room.data_ptr())
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     for _ in range(ROUNDS):
         inputs.stage(layer.buffer)

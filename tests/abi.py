@@ -27,6 +27,7 @@ CONSTANTS = {
     ),
     "comm/timeline.cuh": ("kRecords", "kRecordWords"),
     "roles/load.cuh": ("kActBoxRows", "kSmallBoxRows"),
+    "kernels/stage.cuh": ("kStageThreads",),
 }
 #: By name in Python: the room, the enumeration there, and what it is.
 ENUMS = {
@@ -36,12 +37,17 @@ ENUMS = {
     "Span": ("comm/timeline.cuh", "enum class Span", "What a record of the timeline is about."),
     "Control": ("layout/params.cuh", "enum Control", "Words of the control section, and how many there are."),
 }
-STRUCTS = {"PARAMS": ("layout/params.cuh", "Params"), "TILE": ("sched/plan.cuh", "Tile")}
+STRUCTS = {
+    "PARAMS": ("layout/params.cuh", "Params"),
+    "STAGE_PARAMS": ("kernels/stage.cuh", "StageParams"),
+    "TILE": ("sched/plan.cuh", "Tile"),
+}
 MARK = 0x6D656761_6D6F6521  #: before the table, which is not alone in its section
 KINDS = ("u32", "u64", "float", "TensorMap")
 
 PROBE = """
 #include "kernels/megamoe.cuh"
+#include "kernels/stage.cuh"
 using namespace megamoe;
 using namespace megamoe::ptx;
 

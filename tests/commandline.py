@@ -31,6 +31,7 @@ from megamoe_jit._cli import cli
 from tests.zygote import Zygote
 
 SIZES = ["--hidden", "256", "--intermediate", "128", "--experts", "4", "--topk", "1"]
+STAGED = [*SIZES, "--inputs", "staged"]  #: of `warmup`: the two kernels that do not stage
 PINGPONG = "megamoe_pingpong_h256_i128_e4_k1_r1_fast"
 COOPERATIVE = "megamoe_cooperative_h256_i128_e4_k1_r1_fast"
 SCHEMAS = resources.files("megamoe_jit._cli") / "schemas"
@@ -136,13 +137,13 @@ class Terminal:
 @functools.cache
 def _warm() -> Path:
     root = Path(tempfile.mkdtemp(prefix="megamoe-jit-warm-", dir=os.environ.get("MEGAMOE_JIT_CACHE_DIR")))
-    done = run("warmup", *SIZES, "--cache-dir", str(root))
+    done = run("warmup", *STAGED, "--cache-dir", str(root))
     assert done.returncode == 0, done.stderr
     return root
 
 
 def warm_cache(target: Path) -> Path:
-    """A cache of its own with the two kernels of `SIZES`."""
+    """A cache of its own with the two kernels of `STAGED`."""
     shutil.copytree(_warm(), target)
     return target
 

@@ -26,7 +26,9 @@ from megamoe_jit import _cli
 from megamoe_jit._documents import SCHEMA_VERSION, Document, Says
 from megamoe_jit._spec import KernelSpec, MoEShape
 from megamoe_jit._spec.formats import FORMATS
+from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.stage import StageFormat
 from megamoe_jit._spec.variants import Variant
 
 FOLDER = Path(_cli.__file__).with_name("schemas")
@@ -88,14 +90,19 @@ class _Generator(GenerateJsonSchema):
 
 
 def _spec() -> dict[str, Any]:
-    """Of a `KernelSpec` as data."""
+    """Of a `KernelSpec` or a `StageSpec` as data."""
     kinds: dict[str, Any] = {name: bool for name in Numerics().options()}
     kinds |= {"shape": MoEShape, "variant": Variant, "ranks": Annotated[int, Says(minimum=1)], "timeline": bool}
     kinds["weights"] = Literal[tuple(FORMATS)]
+    kinds["inputs"] = Inputs
     example = KernelSpec(MoEShape(256, 128, 8, 2), next(iter(Variant))).to_json()
     data = dataclasses.make_dataclass("Spec", [(name, kinds[name]) for name in example])
     made = TypeAdapter(data).json_schema(schema_generator=_Generator)
-    return {**made, "description": "What a kernel is compiled for.", "required": list(_NEVER_MISSING)}
+    of_layer = {**made, "required": list(_NEVER_MISSING)}
+    parts = of_layer.pop("$defs")
+    formats = {"type": "string", "enum": [form.value for form in StageFormat]}
+    of_staging = {"type": "object", "properties": {"stage": formats}, "required": ["stage"]}
+    return {"description": "What a kernel is compiled for.", "anyOf": [of_layer, of_staging], "$defs": parts}
 
 
 def _referring(node: Any) -> Any:

@@ -32,7 +32,11 @@ __device__ inline void fill(const Params& p, int value) {
 }
 }
 """
-ROOMS = {"kernels/entry.cuh.j2": TEMPLATE, "room/fill.cuh": ROOM}
+ROOMS = {
+    "kernels/entry.cuh.j2": TEMPLATE,
+    "kernels/stage.cuh.j2": TEMPLATE.replace("{{ hidden }}", 'sizeof("{{ format }}")'),
+    "room/fill.cuh": ROOM,
+}
 
 
 def fake_cubin(body: bytes = b"body", entry: str | None = None) -> bytes:

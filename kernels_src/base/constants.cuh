@@ -30,4 +30,10 @@ constexpr u32 kPairBits = 20;   // a (token, slot) pair needs 32768 * 32 values;
 /// Ids of the hardware's named barriers; 0 is __syncthreads.  At the tail the publisher warp meets the eight math warps.
 enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */ };
 
+/// Where the inputs of a launch come from.
+enum class Inputs : u32 {
+    staged,   // from the buffer, where earlier work of the stream put them
+    raw,      // from tensors of the caller; the head of the launch stages them
+};
+
 }  // namespace megamoe

@@ -139,7 +139,8 @@ template <class C> struct Gather {
     }
 
     MEGA_DEVICE void rest() const {
-        if constexpr (C::kRanks > 1) ptx::fence_async_global();   // other ranks' rows, acquired by a thread of this block
+        // other ranks' rows, or those staged in this launch, acquired by a thread of this block
+        if constexpr (C::kRanks > 1 || C::kInputs == Inputs::raw) ptx::fence_async_global();
         Timeline<C> timeline(p, Role::dispatch);
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
         for (u32 i = first_items + blockIdx.x; i < items; i += gridDim.x) {

@@ -14,6 +14,7 @@
 #include "comm/sides.cuh"
 #include "layout/shared.cuh"
 #include "sched/plan.cuh"
+#include "stage/inputs.cuh"
 
 namespace megamoe {
 
@@ -48,7 +49,7 @@ template <class C> struct Sort {
     }
     MEGA_DEVICE bool counting() const { return blockIdx.x < p.sort_blocks; }
     MEGA_DEVICE u32 expert_of(u32 pair) const {   // kExperts or more: masked
-        const i64 id = symmetric<const i64>(p, p.rank, p.topk_ids)[pair];
+        const i64 id = input_id<C>(p, pair);
         return static_cast<u64>(id) < kExperts ? static_cast<u32>(id) : kExperts;
     }
 

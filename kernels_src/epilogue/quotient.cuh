@@ -19,4 +19,11 @@ MEGA_DEVICE float reciprocal(float x) {
     return __fmaf_rn(second, __fmaf_rn(-x, second, 1.0f), second);
 }
 
+/// 1 / x, correctly rounded where both are normal numbers: what the compiler makes of `__frcp_rn`, without its function for
+/// the others.
+MEGA_DEVICE float reciprocal_rn(float x) {
+    const float near = ptx::reciprocal_approx(x);
+    return __fmaf_rn(near, -__fmaf_rn(near, x, -1.0f), near);
+}
+
 }  // namespace megamoe

@@ -18,6 +18,7 @@
 #include "roles/load.cuh"
 #include "roles/math.cuh"
 #include "roles/publish.cuh"
+#include "stage/quantise.cuh"
 
 namespace megamoe {
 
@@ -44,6 +45,17 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         p.act1_ready[i] = 0, p.act2_ready[i] = 0, p.act2_done[i] = 0;
 }
 
+/// Quantises this rank's rows, by all warps but the first, which waits in the head's first barrier meanwhile; the second
+/// is what others read them after.  Blocks that do not sort come first.
+template <class C> MEGA_DEVICE void stage_rows(const Params& p) {
+    constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 2;   // of 128 columns in flight in each half of a warp
+    const u32 warp = ptx::warp_id();
+    if (warp == 0) return;
+    const Rows rows{p.raw_x, p.raw_x_stride, symmetric<u8>(p, p.rank, p.x), symmetric<float>(p, p.rank, p.x_scales),
+                    kBlocks, p.tokens * kBlocks, true};
+    quantise_rows<Bf16, kGroups>(rows, (warp - 1) * gridDim.x + gridDim.x - 1 - blockIdx.x, (kWarps - 1) * gridDim.x);
+}
+
 /// Leaves every block with its plan and the first rows on their way.
 template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& shared, u32 epoch) {
     Timeline<C> timeline(p, Role::head);
@@ -56,6 +68,7 @@ template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& share
     __syncthreads();
     did(Span::count);
     if (threadIdx.x == 0) grid_barrier(p, Wait::head_barrier, 0);
+    if constexpr (C::kInputs == Inputs::raw) stage_rows<C>(p);
     __syncthreads();
     did(Span::count_barrier);
     sort.order();

@@ -45,7 +45,14 @@ struct alignas(64) Params {
     float clamp;
     u32 want_sides;      // 1: each side of the L2 shall take every other column of tiles, see sched/order.cuh; 0: all take all
     u32 side_of_sm[kSideWords];   // a bit of each SM
-    u32 unused[12];      // up to a multiple of the alignment, which Python does not add
+
+    // inputs as the caller has them, for a kernel that stages them itself: stage/inputs.cuh
+    const u8* raw_x;           // bf16, rows raw_x_stride bytes apart
+    const u8* raw_ids;         // rows raw_ids_stride numbers apart
+    const u8* raw_weights;     // rows raw_weights_stride numbers apart
+    u64 raw_x_stride;
+    u32 raw_ids_stride, raw_weights_stride, raw_formats;
+    float weight_factor;       // router weights are multiplied with it
 };
 
 /// Words of `Params::control`.

@@ -15,6 +15,24 @@ MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d, float factor) {
         : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d), "f"(factor));
     return r;
 }
+MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
+    u32 r;
+    asm("{\n.reg .b16 lo, hi;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\nmov.b32 %0, {lo, hi};\n}"
+        : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
+    return r;
+}
+MEGA_DEVICE float float_of_f16(u32 bits) {
+    float r;
+    asm("{\n.reg .b16 h, unused;\nmov.b32 {h, unused}, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(r) : "r"(bits));
+    return r;
+}
+/// The larger of both low halves and of both high halves.
+MEGA_DEVICE u32 max_u16x2(u32 a, u32 b) {
+    u32 r;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
 MEGA_DEVICE u32 pack_bf16(float lo, float hi) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));

@@ -58,6 +58,7 @@ MEGA_DEVICE Vec16 load16(const void* p) {
 MEGA_DEVICE void store16(void* p, const Vec16& v) {
     asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
+MEGA_DEVICE void store8(void* p, u32 a, u32 b) { asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(a), "r"(b) : "memory"); }
 MEGA_DEVICE Vec16 load16_shared(u32 address) {
     Vec16 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -9,6 +9,7 @@
 #include "comm/timeline.cuh"
 #include "layout/shared.cuh"
 #include "ptx/convert.cuh"
+#include "stage/inputs.cuh"
 
 namespace megamoe {
 
@@ -51,8 +52,8 @@ template <class C> struct Combine {
     MEGA_DEVICE u32 look_up(u32 token, float& weight) const {
         const u32 lane = ptx::lane_id(), slot = token * C::kTopK + lane;
         const bool mine = lane < C::kTopK;
-        const i64 id = mine ? symmetric<const i64>(p, p.rank, p.topk_ids)[slot] : -1;
-        weight = mine ? symmetric<const float>(p, p.rank, p.topk_weights)[slot] : 0;
+        const i64 id = mine ? input_id<C>(p, slot) : -1;
+        weight = mine ? input_weight<C>(p, slot) : 0;
         return __ballot_sync(~0u, static_cast<u64>(id) < C::kExperts);
     }
     /// Column 8 * lane of the piece; the last of a token may be half as wide.

@@ -21,7 +21,7 @@ from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._layer.buffer import sm_count
+from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._spec.formats import FP8

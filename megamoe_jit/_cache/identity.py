@@ -102,13 +102,8 @@ def _key(source_text: str, options: Iterable[str], entry: str, arch: str, versio
 
 
 def _identity(source_text: str, options: Iterable[str], entry: str, arch: str) -> list[tuple[str, str]]:
-    return [
-        ("schema", str(SCHEMA)),
-        ("entry", entry),
-        ("source", source_text),
-        *(("option", option) for option in options),
-        ("arch", arch),
-    ]
+    given = [("option", option) for option in options]
+    return [("schema", str(SCHEMA)), ("entry", entry), ("source", source_text), *given, ("arch", arch)]
 
 
 def _digest(fields: Iterable[tuple[str, str]]) -> str:

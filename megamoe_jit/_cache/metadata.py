@@ -108,7 +108,7 @@ def _check_fields(document: dict[str, Any], signed: bool) -> None:
         check = _FIELDS.get(name)
         if check is None and not signed:
             raise MetaError(f"has a field {one_line(name)[:40]!r} that is not known")
-        if not (_is_plain(name) and (check or _is_plain)(value)):
+        if not (name.isprintable() and (check or _is_plain)(value)):
             raise MetaError(f"says {one_line(repr(value))[:40]} for {one_line(name)[:40]!r}")
     lacking = [name for name in _NEEDED if name not in document]
     if lacking:
@@ -128,30 +128,42 @@ def _is_time(value: object) -> bool:
 
 
 def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
+    try:
+        return isinstance(value, list) and "".join(value).isprintable()
+    except TypeError:  # not all are texts
+        return False
 
 
-def _is_plain(value: object, depth: int = _DEPTH) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether it can be printed, and written as JSON by whoever gets it."""
-    if isinstance(value, list | dict):
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
-    if type(value) is int:
-        return -_INTEGERS <= value < _INTEGERS
-    return (
-        value is None
-        or isinstance(value, bool)
-        or _is_text(value)
-        or (isinstance(value, float) and math.isfinite(value))
-    )
+    level = [value]
+    for deeper in reversed(range(_DEPTH + 1)):
+        below = list[object]()
+        for part in level:
+            if isinstance(part, dict):
+                below += (*part, *part.values())
+            elif isinstance(part, list):
+                below += part
+            elif isinstance(part, str):
+                if not part.isprintable():
+                    return False
+            elif isinstance(part, float):
+                if not math.isfinite(part):
+                    return False
+            elif part is not None and not (isinstance(part, int) and -_INTEGERS <= part < _INTEGERS):
+                return False
+        if not deeper and any(isinstance(part, list | dict) for part in level):
+            return False
+        level = below
+    return True
 
 
 def _is_compiler(value: object) -> bool:
-    return isinstance(value, dict) and all(_is_text(part) for pair in value.items() for part in pair)
+    return isinstance(value, dict) and _are_texts([*value, *value.values()])
 
 
 def _are_times(value: object) -> bool:
-    return isinstance(value, dict) and all(_is_text(name) and _is_time(part) for name, part in value.items())
+    return isinstance(value, dict) and _are_texts([*value]) and all(map(_is_time, value.values()))
 
 
 def _is_object(value: object) -> bool:

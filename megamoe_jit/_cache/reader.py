@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from megamoe_jit._cache.entry import (
@@ -62,7 +62,7 @@ class EntryReader:
 
     def handed_over(self, key: str) -> bool:
         """Whether an entry is taken whoever compiled it: one of a read-only cache, or an imported one."""
-        return self.read_only or (self.entry_path(key) / IMPORTED).exists()
+        return self.read_only or os.path.exists(f"{self.path}/{key[:2]}/{key}/{IMPORTED}")
 
     def peek(self, key: str, symbol: str | None = None) -> CacheEntry:
         """Read and verify an entry, without a trace: no use is noted, nothing put aside.
@@ -104,37 +104,51 @@ class EntryReader:
             self._unreadable(error)
         return None
 
-    def keys_of_source(self, source: str, major: int | None = None, but_not: Container[str] = ()) -> list[str]:
-        """The entries among which `load_source` looks, in its order, whole or not."""
-        found = (info for info in self._sources().get(source, []) if info.meta["cubin_sha256"] not in but_not)
-        return [info.key for info in by_compiler(found, major)]
+    def of_source(self, source: str, major: int | None = None) -> list[EntryInfo]:
+        """What was handed over of this source, by whatever compiler, in the order in which a call tries it.
+
+        Args:
+            source: from `source_id`.
+            major: CUDA major version to prefer, with older ones after it and newer ones last.
+        """
+        return by_compiler(self._sources().get(source, ()), major)
 
     def _sources(self) -> dict[str, list[EntryInfo]]:
-        """Entries that `load_source` may take, by source; remembered where nothing changes.
+        """What was handed over, by source; remembered where nothing changes.
 
         Several threads may ask at once, so nobody sees the table before it is whole.
         """
         known = self._by_source
         if known is None or not self.read_only:
             known = {}
-            for info in self.entries():
-                if self.handed_over(info.key):
-                    known.setdefault(info.meta.get("source_id", ""), []).append(info)
+            for info in self.entries(self.handed_over):
+                known.setdefault(info.meta.get("source_id", ""), []).append(info)
             self._by_source = known
         return known
 
-    def entries(self) -> list[EntryInfo]:
-        """Every entry whose metadata can be read, oldest first; nothing else is verified."""
-        return self._survey()[0]
+    def entries(self, chosen: Callable[[str], bool] = lambda _: True) -> list[EntryInfo]:
+        """Every entry whose metadata can be read, oldest first; nothing else is verified.
 
-    def _survey(self) -> tuple[list[EntryInfo], list[tuple[str, str]]]:
-        """What `entries` gives, and keys and directories of what it leaves out."""
-        found = [(read_info(*place), place) for place in self._folders()]
-        entries = sorted((info for info, _ in found if info), key=lambda info: (info.created_at, info.key))
-        return entries, [place for info, place in found if info is None]
+        Args:
+            chosen: whether the entry of a key is asked for.
+        """
+        return self._survey(chosen)[0]
 
-    def _folders(self) -> Iterator[tuple[str, str]]:
+    def _survey(self, chosen: Callable[[str], bool] = lambda _: True) -> tuple[list[EntryInfo], list[tuple[str, str]]]:
+        """What `entries` gives of the chosen keys, and keys and directories of what it leaves out."""
+        entries, rest = list[EntryInfo](), list[tuple[str, str]]()
+        for key, folder in self._folders():
+            if chosen(key):
+                info = read_info(key, folder)
+                if info is None:
+                    rest.append((key, folder))
+                else:
+                    entries.append(info)
+        return sorted(entries, key=lambda info: (info.created_at, info.key)), rest
+
+    def _folders(self) -> list[tuple[str, str]]:
         """Keys and directories of all entries, whole or not."""
+        folders = list[tuple[str, str]]()
         try:
             groups = [
                 each
@@ -144,11 +158,13 @@ class EntryReader:
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 self._unreadable(error)
-            return
+            return folders
         for group in groups:
             with contextlib.suppress(OSError):
-                found = (each for each in os.scandir(group.path) if each.name.startswith(group.name))
-                yield from ((each.name, each.path) for each in found if is_key(each.name))
+                for each in os.scandir(group.path):
+                    if each.name.startswith(group.name) and is_key(each.name):
+                        folders.append((each.name, each.path))
+        return folders
 
     def _unreadable(self, error: OSError) -> None:
         """Say once that the cache cannot be read; it counts as empty."""

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,23 +72,6 @@ class EntryStore(EntryReader):
         if entry is not None:
             self.touch(key)
         return entry
-
-    def load_source(
-        self, source: str, major: int | None = None, but_not: Container[str] = (), symbol: str | None = None
-    ) -> CacheEntry | None:
-        """An entry of this source by whatever compiler: any of a read-only cache, an imported one of another.
-
-        Args:
-            source: from `source_id`.
-            major: CUDA major version to prefer, with older ones after it and newer ones last.
-            but_not: digests of binaries to leave out.
-            symbol: the one kernel that it must define.
-        """
-        for key in self.keys_of_source(source, major, but_not):
-            entry = self.load(key, symbol)
-            if entry is not None:
-                return entry
-        return None
 
     def store(self, key: str, cubin: bytes, source: str, meta: Mapping[str, Any]) -> bool:
         """Publish an entry; never raises `OSError`.

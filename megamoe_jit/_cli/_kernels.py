@@ -14,15 +14,20 @@ from megamoe_jit._errors import ToolchainError
 if TYPE_CHECKING:
     from megamoe_jit._jit.documents import Kernel
     from megamoe_jit._jit.runtime import WarmupResult
-    from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec import MoEShape
+    from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["compile_kernels", "kernel_specs", "kernel_table"]
 
 
 def kernel_specs(
-    shapes: Mapping[str, MoEShape], ranks: int = 1, variant: str = "auto", numerics: Numerics | None = None
-) -> list[KernelSpec]:
+    shapes: Mapping[str, MoEShape],
+    ranks: int = 1,
+    variant: str = "auto",
+    numerics: Numerics | None = None,
+    inputs: str | None = None,
+) -> list[Compilable]:
     """Every kernel that calls of these shapes can pick, each once.
 
     Args:
@@ -30,12 +35,16 @@ def kernel_specs(
         ranks: Ranks that share the experts.
         variant: `auto` for all that the heuristics can choose, or the name of one.
         numerics: The numeric options of the calls.
+        inputs: Where the calls have their inputs from, see `enumerate_specs`.
     """
     from megamoe_jit._jit.runtime import enumerate_specs
     from megamoe_jit._spec import Variant
 
     variants = None if variant == "auto" else (Variant.parse(variant),)
-    specs = per_shape(shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, numerics=numerics))
+    specs: list[Compilable] = []
+    specs += per_shape(
+        shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, numerics=numerics, inputs=inputs)
+    )
     return list(dict.fromkeys(specs))
 
 
@@ -44,7 +53,7 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def _progress(specs: Sequence[KernelSpec], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
+def _progress(specs: Sequence[Compilable], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
     """Yields a function to call with each result: redraws a live line per kernel, or prints a plain one."""
     from megamoe_jit._jit.documents import status_of
 
@@ -63,7 +72,7 @@ def _progress(specs: Sequence[KernelSpec], jobs: int, keep: bool) -> Iterator[Ca
 
 
 def compile_kernels(
-    specs: Sequence[KernelSpec],
+    specs: Sequence[Compilable],
     jobs: int | None = None,
     force: bool = False,
     *,
@@ -89,7 +98,7 @@ def compile_kernels(
     from megamoe_jit._jit.runtime import warmup
     from megamoe_jit._settings.settings import get_settings
 
-    results: dict[KernelSpec, WarmupResult] = {}
+    results: dict[Compilable, WarmupResult] = {}
     workers = min(jobs or get_settings().jobs, len(specs))
     try:
         with _progress(specs, workers, keep=as_json or not sys.stdout.isatty()) as step:

@@ -93,8 +93,8 @@ def find_entries(text: str, *, to_remove: bool = False) -> list[Found]:
     """
     from megamoe_jit._cache.entry import Damaged
     from megamoe_jit._cli._names import looks_like_key, parse_spec
+    from megamoe_jit._jit.kernel import warmup_command
     from megamoe_jit._jit.lookup import entries_of, find_key, first_whole
-    from megamoe_jit._jit.runtime import warmup_command
 
     caches = all_caches()
     if looks_like_key(text):
@@ -132,15 +132,11 @@ def fit_note(found: Sequence[Found]) -> str:
     """What to say beside the first entry of a SPEC: whether calls load it, and which others there are."""
     from megamoe_jit._jit.lookup import Fit
 
-    reasons = {
-        Fit.NAME: "calls do not load it: another version of this package compiled it, or other options",
-        Fit.SOURCE: "calls do not load it: the NVRTC that is found here did not compile it, and it was not imported",
-        Fit.LOADS: "calls try this one first",
-    }
-    rest = others(found)
-    if not rest:
-        return "" if found[0].fit is Fit.LOADS else reasons[found[0].fit]
-    return f"{reasons[found[0].fit]}; also cached: {_listed(rest)}"
+    rest, loads = others(found), found[0].fit is Fit.LOADS
+    if loads and not rest:
+        return ""
+    note = "calls try this one first" if loads else f"calls do not load it: {found[0].fit.reason}"
+    return f"{note}; also cached: {_listed(rest)}" if rest else note
 
 
 def _listed(found: Sequence[Found]) -> str:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["LiveKernels"]
 
@@ -47,7 +47,7 @@ class LiveKernels:
         console: where to draw.
     """
 
-    def __init__(self, specs: Sequence[KernelSpec], jobs: int, console: Console) -> None:
+    def __init__(self, specs: Sequence[Compilable], jobs: int, console: Console) -> None:
         self._console = console
         self._names = [spec.entry for spec in specs]
         self._done: dict[str, tuple[str, float]] = {}

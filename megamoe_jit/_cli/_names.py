@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import click
 
     from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec.stage import StageSpec
 
 __all__ = ["looks_like_key", "parse_spec", "spec_of_argument"]
 
@@ -25,21 +26,23 @@ def looks_like_key(text: str) -> bool:
     return bool(_KEY.fullmatch(text))
 
 
-def parse_spec(text: str, keys: bool = True) -> KernelSpec:
+def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
     """The kernel named on a command line.
 
     Args:
-        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact]` with a shape known
-            by name, such as `v4-flash/pingpong` or `v4-pro/cooperative/r8`.
+        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact][/raw]` with a shape
+            known by name, such as `v4-flash/pingpong` or `v4-pro/cooperative/r8`.
         keys: Whether the command takes keys too; then an error names them.
 
     Raises:
         ConfigError: It is neither, or a part of it is not supported.
     """
     from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec.inputs import Inputs
+    from megamoe_jit._spec.kinds import spec_of_entry
     from megamoe_jit.heuristics.presets import preset
 
-    if named := KernelSpec.of_entry(text):
+    if named := spec_of_entry(text):
         return named
     name, *rest = text.split("/")
     file = text.endswith(".toml") or ".toml/" in text
@@ -53,19 +56,19 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec:
     shape = preset(name).shape
     ranks = 1
     seen: set[str] = set()
-    words = Numerics.changes()
+    words, raw = Numerics.changes(), Inputs.RAW.value
     for part in rest[1:]:
         kind = "ranks" if re.fullmatch(r"r\d+", part) else part
-        if kind not in ("ranks", *words) or kind in seen:
-            allowed = f"r1 to r{MAX_RANKS}, {', '.join(words)}, each once"
+        if kind not in ("ranks", *words, raw) or kind in seen:
+            allowed = f"r1 to r{MAX_RANKS}, {', '.join([*words, raw])}, each once"
             raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: {allowed}")
         seen.add(kind)
         if kind == "ranks":
             ranks = int(part[1:])
-    numerics = Numerics.named(seen - {"ranks"})
-    return KernelSpec(shape, Variant.parse(rest[0]), ranks, numerics=numerics)
+    numerics, inputs = Numerics.named(seen - {"ranks", raw}), Inputs.RAW if raw in seen else Inputs.STAGED
+    return KernelSpec(shape, Variant.parse(rest[0]), ranks, numerics=numerics, inputs=inputs)
 
 
-def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec:
+def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec | StageSpec:
     """Callback of a SPEC argument."""
     return parse_spec(text, keys=False)

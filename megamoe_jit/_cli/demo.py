@@ -90,7 +90,7 @@ def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[tu
     sealed = _sealed()
     doing = "Looking in the caches for" if sealed else "Compiling"
     say(f"\n{doing} the kernels of {name} for sm_90a{'' if sealed else ' with NVRTC'} ...")
-    results = compile_kernels(kernel_specs({name: shape}), None, force and not sealed, as_json=as_json)
+    results = compile_kernels(kernel_specs({name: shape}, inputs="staged"), None, force and not sealed, as_json=as_json)
     kernels = tuple(map(Kernel.of, results))
     if not as_json:
         show(kernel_table(kernels))

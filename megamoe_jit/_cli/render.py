@@ -13,7 +13,7 @@ from megamoe_jit._cli._options import complete_kernel
 from megamoe_jit._documents import Document, SpecData
 
 if TYPE_CHECKING:
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["render"]
 
@@ -38,7 +38,7 @@ class Rendered(Document):
 @click.command()
 @click.argument("spec", callback=spec_of_argument, shell_complete=complete_kernel)
 @json_option
-def render(spec: KernelSpec, as_json: bool) -> None:
+def render(spec: Compilable, as_json: bool) -> None:
     """Print the CUDA source of a kernel, all files in one; needs neither GPU nor compiler.
 
     SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for fast_math=False (v4-flash/pingpong,

@@ -16,14 +16,18 @@ from megamoe_jit._cli._kernels import (
     kernel_table,
 )
 from megamoe_jit._cli._options import cache_dir_option, numerics_options, ranks_option, shape_options
+from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._jit.documents import Kernel, KernelStatus
-    from megamoe_jit._spec import KernelSpec, MoEShape
+    from megamoe_jit._spec import MoEShape
+    from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["warmup"]
+
+ALL_INPUTS = "all"
 
 
 @click.command()
@@ -35,6 +39,13 @@ __all__ = ["warmup"]
     show_default=True,
     type=click.Choice(VARIANT_CHOICES),
     help="One variant alone; auto compiles all that a call can pick.",
+)
+@click.option(
+    "--inputs",
+    default=ALL_INPUTS,
+    show_default=True,
+    type=click.Choice((ALL_INPUTS, *(each.value for each in Inputs))),
+    help="Calls whose inputs are staged before, or those that stage themselves, as MegaMoE does.",
 )
 @numerics_options
 @click.option(
@@ -49,6 +60,7 @@ def warmup(
     shapes: dict[str, MoEShape],
     ranks: int,
     variant: str,
+    inputs: str,
     numerics: Numerics,
     jobs: int | None,
     force: bool,
@@ -72,7 +84,7 @@ def warmup(
     kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    specs = kernel_specs(shapes, ranks, variant, numerics)
+    specs = kernel_specs(shapes, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start
@@ -98,7 +110,7 @@ def warmup(
 
 
 def _compiled(
-    specs: Sequence[KernelSpec], jobs: int | None, force: bool, fail_fast: bool, as_json: bool
+    specs: Sequence[Compilable], jobs: int | None, force: bool, fail_fast: bool, as_json: bool
 ) -> tuple[Kernel, ...]:
     from megamoe_jit._jit.documents import Kernel
 
@@ -109,7 +121,7 @@ def _compiled(
     return tuple(kernels[spec] for spec in specs if spec in kernels)
 
 
-def _planned(specs: Sequence[KernelSpec], force: bool) -> tuple[Kernel, ...]:
+def _planned(specs: Sequence[Compilable], force: bool) -> tuple[Kernel, ...]:
     """What a warmup would find; `missing` is what it would compile."""
     from megamoe_jit._cache.entry import read_info
     from megamoe_jit._diagnose.explain import kernel_state

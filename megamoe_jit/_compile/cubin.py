@@ -10,9 +10,10 @@ architecture inside the ELF flags and tells `sm_90a` from `sm_90` only in the op
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,6 +77,7 @@ class _Section(NamedTuple):
     link: int
 
 
+@functools.lru_cache(maxsize=4)  # what is verified is loaded next
 def cubin_arch(data: bytes) -> str:
     """The architecture a cubin is for, from the ELF header.
 
@@ -94,6 +96,7 @@ def cubin_arch(data: bytes) -> str:
     return f"sm_{flags & 0xFF}{'a' if flags & 0x800 else ''}"
 
 
+@functools.lru_cache(maxsize=4)
 def read_cubin(data: bytes) -> CubinInfo:
     """Read architecture and kernels.
 
@@ -139,7 +142,7 @@ def _kernels(data: bytes) -> Iterator[KernelInfo]:
             symbol, number = struct.unpack_from("<II", value)
             (registers if attribute == _REGISTERS else frames)[symbol] = number
     for name, symbol in sorted(symbols.items()):
-        own = list(_attributes(data, by_name.get(f".nv.info.{name}")))
+        own = _attributes(data, by_name.get(f".nv.info.{name}"))
         shared = by_name.get(f".nv.shared.{name}")
         threads = next((value for attribute, value in own if attribute == _MAX_THREADS), b"")
         yield KernelInfo(
@@ -171,7 +174,8 @@ def _product(dimensions: bytes) -> int:
     return int(x * y * z)
 
 
-def _sections(data: bytes) -> list[_Section]:
+@functools.lru_cache(maxsize=1)
+def _sections(data: bytes) -> tuple[_Section, ...]:
     programs, table = struct.unpack_from("<QQ", data, 32)
     program_size, program_count, size, count, names_index = struct.unpack_from("<HHHHH", data, 54)
     if max(programs + program_size * program_count, table + size * count) > len(data):
@@ -184,11 +188,13 @@ def _sections(data: bytes) -> list[_Section]:
     for name, kind, _, _, offset, length, link, *_ in raw:
         if kind != 8 and offset + length > len(data):  # 8: NOBITS, occupies no bytes of the file
             raise CubinError("a section lies outside the file")
-        found.append(_Section(_text(data, names + name), kind, offset, length, link))
-    return found
+        begin = names + name
+        text = data[begin : data.index(b"\0", begin)].decode()
+        found.append(tuple.__new__(_Section, (text, kind, offset, length, link)))  # of many, few are asked for
+    return tuple(found)
 
 
-def _symbols(data: bytes, sections: list[_Section]) -> dict[str, int]:
+def _symbols(data: bytes, sections: Sequence[_Section]) -> dict[str, int]:
     """Kernels by name, with their index in the symbol table."""
     found: dict[str, int] = {}
     for section in sections:
@@ -202,19 +208,21 @@ def _symbols(data: bytes, sections: list[_Section]) -> dict[str, int]:
     return found
 
 
-def _attributes(data: bytes, section: _Section | None) -> Iterator[tuple[int, bytes]]:
+def _attributes(data: bytes, section: _Section | None) -> list[tuple[int, bytes]]:
     """Records of an `.nv.info` section: format byte, attribute byte, two bytes of value or of length."""
+    found = list[tuple[int, bytes]]()
     if section is None:
-        return
+        return found
     position, end = section.offset, section.offset + section.size
     while position + 4 <= end:
         form, attribute, short = struct.unpack_from("<BBH", data, position)
         position += 4
         if form == 4:
-            yield attribute, data[position : position + short]
+            found.append((attribute, data[position : position + short]))
             position += short
         else:
-            yield attribute, short.to_bytes(2, "little")
+            found.append((attribute, short.to_bytes(2, "little")))
+    return found
 
 
 def _text(data: bytes, start: int) -> str:

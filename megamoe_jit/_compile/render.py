@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megamoe_jit._errors import ConfigError, RenderError, ToolchainError
 from megamoe_jit._files import read_text, stays_inside
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_lines"]
 
 VIRTUAL_ROOT = "/megamoe_jit/kernels_src"
 
+_DIRECTIVE = re.compile(r"^[^\S\n]*#.*$", re.MULTILINE)
 _INCLUDE = re.compile(r"^\s*#\s*include\b(.*)$")
 _QUOTED = re.compile(r'^\s*"([^"]+)"\s*(//.*|/\*.*\*/\s*)?$')
 _PRAGMA_ONCE = re.compile(r"^\s*#\s*pragma\s+once\b")
@@ -72,7 +74,7 @@ def kernels_dir() -> Path:
     return chosen
 
 
-def render(spec: KernelSpec) -> RenderedSource:
+def render(spec: Compilable) -> RenderedSource:
     """Render the entry of `spec` and flatten its includes.
 
     The text depends on the spec and the bytes of the files alone, not on where they lie or on the clock.
@@ -88,8 +90,8 @@ def render(spec: KernelSpec) -> RenderedSource:
     """
     root = kernels_dir()
     flat = _Flattener(root)
-    entry = _render_entry(root, spec)
-    flat.enter(spec.template, entry, None)
+    entry = spec.template
+    flat.enter(entry, _render_entry(root, entry, spec.template_variables()), None)
     return RenderedSource("\n".join(flat.out) + "\n", tuple(flat.files))
 
 
@@ -128,7 +130,7 @@ def _marked(name: str, text: str) -> tuple[str, list[int]]:
     return "\n".join(lines), numbers
 
 
-def _render_entry(root: Path, spec: KernelSpec) -> str:
+def _render_entry(root: Path, entry: str, values: Mapping[str, Any]) -> str:
     try:
         import jinja2
     except ModuleNotFoundError:
@@ -151,14 +153,14 @@ def _render_entry(root: Path, spec: KernelSpec) -> str:
         return marked, _virtual(name)
 
     try:
-        text = render_template(load, spec.template, spec.template_variables())
+        text = render_template(load, entry, values)
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"kernel template {error.name!r} does not exist in {root}") from error
     except _REFUSED as error:
-        raise RenderError(_explained(error, spec.template, numbers)) from error
+        raise RenderError(_explained(error, entry, numbers)) from error
     except jinja2.TemplateError as error:
-        raise RenderError(_explained(error, spec.template, numbers)) from error
-    return f'#line 1 "{_virtual(spec.template)}"\n{text}'
+        raise RenderError(_explained(error, entry, numbers)) from error
+    return f'#line 1 "{_virtual(entry)}"\n{text}'
 
 
 def _explained(error: Exception, entry: str, numbers: dict[str, list[int]]) -> str:
@@ -206,18 +208,32 @@ class _Flattener:
             self.out.append(mark)
         if text.endswith("\n"):
             text = text[:-1]
-        depth = 0
-        for file, number, line in _positions(text, _virtual(name)):
+        file, number, depth = _virtual(name), 1, 0
+        copied = counted = 0  # up to where the text is in `out`, and its lines in `number`
+        for found in _DIRECTIVE.finditer(text):
+            line, begin = found[0], found.start()
+            number += text.count("\n", counted, begin)
+            counted = begin
+            mark_here = _LINE_MARK.match(line)
+            if mark_here:
+                file, number = mark_here[2], int(mark_here[1]) - 1
             condition = _CONDITION.match(line)
             if condition:
                 depth += -1 if condition[1] == "endif" else 1
             include = _INCLUDE.match(line)
+            if not include and not _PRAGMA_ONCE.match(line):
+                continue
+            if include and depth:
+                raise RenderError(f"{file}({number}): #include inside #if is not allowed; each file enters once")
+            if begin > copied:
+                self.out.append(text[copied : begin - 1])
+            copied = found.end() + 1
             if include:
-                if depth:
-                    raise RenderError(f"{file}({number}): #include inside #if is not allowed; each file enters once")
                 self._include(include[1], file, number)
             else:
-                self.out.append("" if _PRAGMA_ONCE.match(line) else line)
+                self.out.append("")
+        if copied <= len(text):
+            self.out.append(text[copied:])
         self.stack.pop()
 
     def _include(self, operand: str, file: str, number: int) -> None:
@@ -246,15 +262,3 @@ class _Flattener:
             raise RenderError(f'{where}: cannot include "{name}" from {self.root}: {reason}') from error
         self.enter(name, text, f'#line 1 "{_virtual(name)}"')
         self.out.append(f'#line {number + 1} "{file}"')
-
-
-def _positions(text: str, file: str) -> Iterator[tuple[str, int, str]]:
-    """Each line with the file and number that its `#line` marks give it."""
-    number = 1
-    for line in text.split("\n"):
-        yield file, number, line
-        mark = _LINE_MARK.match(line)
-        if mark:
-            file, number = mark[2], int(mark[1])
-        else:
-            number += 1

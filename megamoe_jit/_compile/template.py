@@ -91,7 +91,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         for node in list(tree.find_all(nodes.Node)):
-            _check(node, name, filename)
+            if problem := _problem(node):
+                raise jinja2.TemplateSyntaxError(problem, node.lineno or 1, name, filename)
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
         if name is not None:
@@ -148,14 +149,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return result
 
 
-def _check(node: nodes.Node, name: str | None, filename: str | None) -> None:
-    """Raise `TemplateSyntaxError` if a template may not hold this."""
-    problem = _problem(node)
-    if problem:
-        raise jinja2.TemplateSyntaxError(problem, node.lineno or 1, name, filename)
-
-
 def _problem(node: nodes.Node) -> str:
+    """Why a template may not hold this; empty if it may."""
     if not isinstance(node, _ALLOWED):
         return f"{type(node).__name__} is not allowed in a kernel's entry; allowed: values, if, set, for, include"
     if isinstance(node, nodes.For) and node.recursive:

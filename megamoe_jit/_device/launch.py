@@ -8,6 +8,8 @@ parameter block is memory of the caller: what it holds at the moment of the call
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megamoe_jit._device.load import LoadedKernel
@@ -41,6 +43,14 @@ _BROKEN = (
 )
 
 
+@functools.cache
+def _launch_function() -> Callable[[int, int, int, None], int]:
+    """`cuLaunchKernelEx` of the driver itself: through the bindings a launch costs twice as much."""
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function.argtypes, function.restype = (ctypes.c_void_p,) * 4, ctypes.c_int
+    return function
+
+
 class Launcher:
     """Launches one loaded kernel with one parameter block.
 
@@ -49,14 +59,25 @@ class Launcher:
     Args:
         loaded: the kernel; it takes one struct by value.
         params: that struct, at an address that is a multiple of 64.  It is read at every launch.
+        threads: of a block.
+        cooperative: all blocks must be resident at once.
 
     Raises:
         LaunchError: the struct has not the kernel's size, or is not aligned.
     """
 
-    __slots__ = ("_arguments", "_call", "_config", "_function", "_grid", "_keep", "_loaded", "_stream")
+    __slots__ = (
+        *("_arguments", "_call", "_config", "_function", "_grid", "_keep", "_loaded", "_stream", "_threads", "_where"),
+    )
 
-    def __init__(self, loaded: LoadedKernel, params: ctypes.Structure) -> None:
+    def __init__(
+        self,
+        loaded: LoadedKernel,
+        params: ctypes.Structure,
+        *,
+        threads: int = THREADS,
+        cooperative: bool = True,
+    ) -> None:
         from cuda.bindings import driver
 
         size, address = ctypes.sizeof(params), ctypes.addressof(params)
@@ -64,22 +85,24 @@ class Launcher:
             raise LaunchError(f"{loaded.spec.entry} takes {loaded.param_bytes} bytes of parameters, not {size}")
         if address % PARAMS_ALIGN:
             raise LaunchError(f"parameters of {loaded.spec.entry} must be {PARAMS_ALIGN}-byte aligned")
-        cooperative = driver.CUlaunchAttribute()
-        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        cooperative.value.cooperative = 1
+        attributes = []
+        if cooperative:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attributes[-1].value.cooperative = 1
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = 1, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = loaded.spec.shared_bytes
         config.hStream = 0
-        config.attrs = [cooperative]
-        config.numAttrs = 1
+        config.attrs = attributes
+        config.numAttrs = len(attributes)
         pointers = (ctypes.c_void_p * 1)(address)
-        self._keep = (params, pointers, cooperative)
-        self._loaded = loaded
+        self._keep = (params, pointers, attributes)
+        self._loaded, self._threads = loaded, threads
         self._config: Any = config
-        self._call: Any = driver.cuLaunchKernelEx
-        self._function = loaded.function
+        self._call = _launch_function()
+        self._where, self._function = int(config.getPtr()), int(loaded.function)
         self._arguments = ctypes.addressof(pointers)
         self._grid = 1
         self._stream = 0
@@ -102,15 +125,20 @@ class Launcher:
         if stream != self._stream:
             config.hStream = stream
             self._stream = stream
-        (status,) = self._call(config, self._function, self._arguments, 0)
+        status = self._call(self._where, self._function, self._arguments, None)
         if status:
             self._fail(status)
 
-    def _fail(self, status: Any) -> NoReturn:
-        name = str(getattr(status, "name", status))
+    def _fail(self, status: int) -> NoReturn:
+        from cuda.bindings import driver
+
+        try:
+            name = driver.CUresult(status).name
+        except ValueError:  # of a driver that is newer than the bindings
+            name = str(status)
         spec = self._loaded.spec
         what = (
-            f"launching {spec.entry} failed with {name} (grid {self._grid}, block {THREADS}, "
+            f"launching {spec.entry} failed with {name} (grid {self._grid}, block {self._threads}, "
             f"{spec.shared_bytes} bytes of shared memory, device {self._loaded.device_index})"
         )
         if name in _BROKEN:

@@ -18,11 +18,10 @@ from typing import Any
 from megamoe_jit._compile.cubin import CubinError, read_cubin
 from megamoe_jit._compile.wheels import wheel_command
 from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, UnsupportedDeviceError
-from megamoe_jit._fork import renew_after_fork
-from megamoe_jit._jit.obtain import distrust, known_refusal, remember_refusal
-from megamoe_jit._jit.runtime import CompiledKernel, forget, get_kernel, warmup_command
-from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._jit.kernel import CompiledKernel, warmup_command
+from megamoe_jit._jit.registry import Life, registry
+from megamoe_jit._jit.runtime import get_kernel, replacement
+from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["LoadedKernel", "checked", "load_kernel"]
 
@@ -51,7 +50,7 @@ class LoadedKernel:
         library: the `CUlibrary`, kept so that it is never unloaded.
     """
 
-    spec: KernelSpec
+    spec: Compilable
     key: str
     device_index: int
     function: Any
@@ -60,14 +59,21 @@ class LoadedKernel:
     library: Any = dataclasses.field(repr=False)
 
 
-_lock = threading.Lock()
-renew_after_fork(globals(), "_lock")
-_by_spec: dict[tuple[Settings, KernelSpec, int], LoadedKernel] = {}
-_by_key: dict[tuple[str, int], LoadedKernel] = {}
-_contexts: dict[int, Any] = {}
+class Loaded:
+    """What was loaded of the kernels of a registry, which keeps it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.of_life: dict[tuple[Life, int], LoadedKernel] = {}  #: by kernel and device
+        self.of_key: dict[tuple[str, int], LoadedKernel] = {}  #: settings may differ and the kernel be the same
+        self.contexts: dict[int, Any] = {}  #: primary ones, by device
+
+    def after_fork(self) -> None:
+        """A child has none of the threads that would release the lock."""
+        self.lock = threading.Lock()
 
 
-def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None = None) -> LoadedKernel:
+def load_kernel(spec: Compilable, device_index: int, *, param_bytes: int | None = None) -> LoadedKernel:
     """Compile if needed, and load into the primary context of a device; once per kernel and device.
 
     Args:
@@ -84,17 +90,17 @@ def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None 
         UnsupportedDeviceError: the device has not compute capability 9.0.
         LoadError: the driver refuses, or the parameter sizes differ.
     """
-    slot = (get_settings(), spec, device_index)
-    loaded = _by_spec.get(slot)
+    kernels = registry()
+    life, known = kernels.life(spec), kernels.companion(Loaded)
+    loaded = known.of_life.get((life, device_index))
     if loaded is None:
         _refuse_capture(spec)
-        problem = known_refusal(spec, device_index)
-        if problem is not None:
-            raise problem.with_traceback(None)
+        if device_index in life.refused:
+            raise life.refused[device_index].with_traceback(None)
         compiled = get_kernel(spec)
-        with _lock:
-            loaded = _by_key.get((compiled.key, device_index)) or _load_or_compile(compiled, device_index)
-            _by_key[loaded.key, device_index] = _by_spec[slot] = loaded
+        with known.lock:
+            loaded = known.of_key.get((compiled.key, device_index)) or _load_or_replace(life, compiled, device_index)
+            known.of_key[loaded.key, device_index] = known.of_life[life, device_index] = loaded
     if param_bytes is not None and param_bytes != loaded.param_bytes:
         raise LoadError(
             f"kernel {spec.entry} takes {loaded.param_bytes} bytes of parameters, but the host passes "
@@ -103,7 +109,7 @@ def load_kernel(spec: KernelSpec, device_index: int, *, param_bytes: int | None 
     return loaded
 
 
-def _refuse_capture(spec: KernelSpec) -> None:
+def _refuse_capture(spec: Compilable) -> None:
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)
     if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
@@ -126,30 +132,28 @@ class _Refusal:
     message: str
     explained: bool
 
-    def error(self, spec: KernelSpec, device_index: int) -> LoadError:
-        """The error to raise, now and at every later use until `retry`."""
-        error = LoadError(self.message)
-        remember_refusal(spec, device_index, error)
-        return error
 
+def _load_or_replace(life: Life, compiled: CompiledKernel, device_index: int) -> LoadedKernel:
+    """Load; if the driver refuses what came from a cache, another copy or what is compiled here, once.
 
-def _load_or_compile(compiled: CompiledKernel, device_index: int) -> LoadedKernel:
-    """Load; if the driver refuses what came from a cache, compile it here, once."""
-    result = _load(compiled, device_index)
-    if isinstance(result, _Refusal):
-        refusal = result
-        if not distrust(compiled, damaged=not refusal.explained):
-            raise refusal.error(compiled.spec, device_index)
-        LOG.warning("%s; taking another copy, or compiling it here", refusal.message)
-        forget(compiled.spec)
-        try:
-            again = get_kernel(compiled.spec)
-        except MegaMoeError as error:
-            raise refusal.error(compiled.spec, device_index) from error
-        result = _load(again, device_index)
-        if isinstance(result, _Refusal):
-            raise result.error(compiled.spec, device_index)
-    return result
+    Raises:
+        LoadError: it is refused for good, and again without a trial until `retry`.
+    """
+    refusal = _load(compiled, device_index)
+    if isinstance(refusal, LoadedKernel):
+        return refusal
+    cause: MegaMoeError | None = None
+    try:
+        other = replacement(compiled, refusal.message, damaged=not refusal.explained)
+    except MegaMoeError as error:
+        other, cause = None, error
+    if other is not None:
+        again = _load(other, device_index)
+        if isinstance(again, LoadedKernel):
+            return again
+        refusal = again
+    life.refused[device_index] = LoadError(refusal.message)
+    raise life.refused[device_index] from cause
 
 
 def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusal:
@@ -157,7 +161,7 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
 
     spec = compiled.spec
     try:
-        (kernel_info,) = (k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry)
+        (kernel_info,) = [k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry]
     except (CubinError, ValueError):
         return _Refusal(f"the cached kernel {compiled.key[:12]} is not {spec.entry}", explained=False)
     _enter_context(driver, device_index, spec)
@@ -179,7 +183,7 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
     return LoadedKernel(spec, compiled.key, device_index, function, kernel_info.param_bytes, compiled, library)
 
 
-def _enter_context(driver: Any, device_index: int, spec: KernelSpec) -> None:
+def _enter_context(driver: Any, device_index: int, spec: Compilable) -> None:
     """Make sure the primary context of the device is current, as torch has it."""
     try:
         checked(driver, driver.cuInit(0), "cuInit")
@@ -187,21 +191,22 @@ def _enter_context(driver: Any, device_index: int, spec: KernelSpec) -> None:
         raise LoadError(f"there is no NVIDIA driver (libcuda.so.1): {error}") from error
     device = checked(driver, driver.cuDeviceGet(device_index), f"cuDeviceGet({device_index})")
     kind = driver.CUdevice_attribute
-    major, minor = (
+    major, minor = [
         int(checked(driver, driver.cuDeviceGetAttribute(attribute, device), "cuDeviceGetAttribute"))
         for attribute in (
             kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
             kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
         )
-    )
+    ]
     if (major, minor) != (9, 0):
         raise UnsupportedDeviceError(
             f"device {device_index} has compute capability {major}.{minor}; {spec.entry} needs 9.0 (Hopper)"
         )
-    primary = _contexts.get(device_index)
+    contexts = registry().companion(Loaded).contexts
+    primary = contexts.get(device_index)
     if primary is None:
         primary = checked(driver, driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
-        _contexts[device_index] = primary
+        contexts[device_index] = primary
     current = checked(driver, driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
     if int(current) == 0:
         checked(driver, driver.cuCtxSetCurrent(primary), "cuCtxSetCurrent")

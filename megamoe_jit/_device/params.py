@@ -1,4 +1,4 @@
-"""The kernel's one argument as a ctypes structure, made from what the compiler says of it (`_abi`).
+"""The one argument of each kind of kernel as a ctypes structure, made from what the compiler says of it (`_abi`).
 
 The loader also compares its size with the parameter table inside the compiled kernel.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_uint32, c_uint64
-from typing import Any
+from typing import Any, TypeVar
 
-from megamoe_jit._spec.abi import PARAMS, PARAMS_ALIGN
+from megamoe_jit._spec.abi import PARAMS, PARAMS_ALIGN, STAGE_PARAMS
 
-__all__ = ["Params", "TensorMap", "aligned_params"]
+__all__ = ["Params", "StageParams", "TensorMap", "aligned_params", "aligned_stage_params"]
 
 
 class TensorMap(ctypes.Structure):
@@ -20,6 +20,7 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("opaque", c_uint64 * 16)]
 
 
+_T = TypeVar("_T", bound=ctypes.Structure)
 _KINDS: dict[str, Any] = {"u32": c_uint32, "u64": c_uint64, "float": c_float, "TensorMap": TensorMap}
 
 
@@ -29,8 +30,22 @@ class Params(ctypes.Structure):
     _fields_ = [(name, _KINDS[kind] * count if count > 1 else _KINDS[kind]) for name, kind, count, _ in PARAMS]
 
 
+class StageParams(ctypes.Structure):
+    """`megamoe::StageParams`, of kernels that stage.  Pointers are plain integers."""
+
+    _fields_ = [(name, _KINDS[kind] * count if count > 1 else _KINDS[kind]) for name, kind, count, _ in STAGE_PARAMS]
+
+
+def _aligned(kind: type[_T]) -> _T:
+    memory = (ctypes.c_char * (ctypes.sizeof(kind) + PARAMS_ALIGN))()
+    return kind.from_buffer(memory, -ctypes.addressof(memory) % PARAMS_ALIGN)
+
+
 def aligned_params() -> Params:
     """A zeroed `Params` at an address that is a multiple of 64, as its tensor maps need."""
-    memory = (ctypes.c_char * (ctypes.sizeof(Params) + PARAMS_ALIGN))()
-    offset = -ctypes.addressof(memory) % PARAMS_ALIGN
-    return Params.from_buffer(memory, offset)
+    return _aligned(Params)
+
+
+def aligned_stage_params() -> StageParams:
+    """A zeroed `StageParams` at an address that is a multiple of 64."""
+    return _aligned(StageParams)

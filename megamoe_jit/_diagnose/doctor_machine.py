@@ -63,9 +63,10 @@ def check_compiler(found: Compilers) -> Check:
 
 
 def check_sources() -> Check:
-    """Whether kernels can be rendered: a small one of each variant is."""
+    """Whether kernels can be rendered: a small one of each kind is."""
     from megamoe_jit._compile.render import kernels_dir, render
-    from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+    from megamoe_jit._jit.runtime import enumerate_specs
+    from megamoe_jit._spec import MoEShape, Variant
 
     settings = get_settings()
     step = "install megamoe-jit again: its kernel sources are not whole"
@@ -76,7 +77,8 @@ def check_sources() -> Check:
     try:
         root = kernels_dir()
         data["path"] = str(root)
-        files = {name for each in Variant for name in render(KernelSpec(MoEShape(256, 128, 8, 2), each)).files}
+        small = enumerate_specs(MoEShape(256, 128, 8, 2), variants=Variant)
+        files = {name for each in small for name in render(each).files}
     except ToolchainError as error:  # the message says what to install
         return Check("sources", Status.FAIL, str(error), "install what the message names", data)
     except MegaMoeError as error:
@@ -192,16 +194,16 @@ def _trusted(cache: KernelCache) -> bool:
 def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
     """Symbol of a cached kernel, and why a call does not take it; empty if one does."""
     from megamoe_jit._cache.entry import Damaged, OtherSchema
-    from megamoe_jit._jit.obtain import Wanted
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._jit.lookup import Fit, Wanted, fit_of
+    from megamoe_jit._spec.kinds import spec_from_json
 
     other = "of another version, or of other sources or options"
     try:
         meta = cache.peek(key).meta
-        spec = KernelSpec.from_json(meta["spec"])
-        wanted = Wanted.of(spec)
+        spec = spec_from_json(meta["spec"])
+        fit = fit_of(Wanted.of(spec), key, meta, cache)
         major = int(meta["nvrtc"]["version"].split(".")[0])
-        if meta.get("source_id") != wanted.source_id:
+        if fit is Fit.NAME:
             return "", other
         cache.peek(key, spec.entry)
     except OtherSchema:
@@ -210,7 +212,7 @@ def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
         return "", f"damaged: {error}"
     except (LookupError, TypeError, ValueError, MegaMoeError):
         return "", other
-    if key != wanted.key and not cache.handed_over(key):
+    if fit is Fit.SOURCE:
         return "", "compiled here by another NVRTC and not imported"
     if machine.driver_cuda is not None and major > int(machine.driver_cuda.split(".")[0]):
         return "", f"too new for this driver (CUDA {machine.driver_cuda})"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megamoe_jit._documents import Count, Digest, Document, content
 from megamoe_jit._spec import DEFAULT_NUMERICS, KernelSpec, MoEShape
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
 from megamoe_jit.heuristics.select import choose
@@ -119,22 +120,15 @@ def gpu_asked_for(name: str | None) -> AskedFor:
     return AskedFor(gpu, table_for(gpu) is not None)
 
 
-def kernel_state(spec: KernelSpec) -> KernelState:
+def kernel_state(spec: Compilable) -> KernelState:
     """The key of a kernel and where it is cached, found as a call would find it, but not loaded."""
-    from megamoe_jit._cache.cache import searched_caches
-    from megamoe_jit._jit.obtain import Wanted
+    from megamoe_jit._jit.lookup import Fit, Wanted, lookup
 
-    wanted, caches = Wanted.of(spec), searched_caches()
-    key, path, problem = wanted.key, None, str(wanted.problem) if wanted.problem else None
-    if key is not None:
-        path = next((cache.entry_path(key) for cache in caches if cache.usable(key, spec.entry)), None)
-    if path is None:
-        held = ((cache, each) for cache in caches for each in cache.keys_of_source(wanted.source_id, wanted.major))
-        elsewhere = next(((cache, each) for cache, each in held if cache.usable(each, spec.entry)), None)
-        if elsewhere is not None:
-            cache, key = elsewhere
-            path, problem = cache.entry_path(key), None
-    return KernelState(spec.entry, key, path is not None, str(path) if path else None, problem)
+    wanted = Wanted.of(spec)
+    found = next((at for at in lookup(wanted, least=Fit.LOADS) if at.cache.usable(at.key, spec.entry)), None)
+    if found is None:
+        return KernelState(spec.entry, wanted.key, False, None, str(wanted.problem) if wanted.problem else None)
+    return KernelState(spec.entry, found.key, True, str(found.path), None)
 
 
 def explain(

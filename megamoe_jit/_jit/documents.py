@@ -10,7 +10,7 @@ from megamoe_jit._documents import Count, Digest, Document, Figure, SpecData
 from megamoe_jit._jit.pack import ImportReport, PackInfo
 from megamoe_jit._jit.runtime import WarmupResult, kernel_cache
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["CacheExport", "CacheImport", "Kernel", "KernelStatus", "PackedKernel", "Warmup", "status_of", "stored"]
 
@@ -55,7 +55,7 @@ class Kernel:
     error: str | None
 
     @classmethod
-    def known(cls, spec: KernelSpec, status: KernelStatus, meta: Metadata | None = None) -> Kernel:
+    def known(cls, spec: Compilable, status: KernelStatus, meta: Metadata | None = None) -> Kernel:
         """A kernel that nothing was done about, with what its cache entry says if it has one."""
         says: Metadata = {} if meta is None else meta
         return cls(

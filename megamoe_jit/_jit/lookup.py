@@ -1,23 +1,65 @@
-"""Which entries a key or a spec means: found as a call finds them, but neither used nor put aside if damaged."""
+"""Which entries of the caches a spec or a key means: `lookup` has them in the order in which a call tries them.
+
+Calls, `explain`, `--dry-run`, `export_pack`, `cache rm` and `inspect` all take what comes first here; they differ in
+what they do with it. Nothing is used here, and nothing put aside if damaged.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from megamoe_jit._cache.cache import KernelCache, find_info
-from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info
-from megamoe_jit._errors import ConfigError
-from megamoe_jit._jit.obtain import Wanted
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._cache.cache import KernelCache, cache_key, find_info, searched_caches
+from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info, source_id
+from megamoe_jit._cache.metadata import Metadata
+from megamoe_jit._compile.nvrtc import options_for
+from megamoe_jit._compile.render import RenderedSource, render
+from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
+from megamoe_jit._errors import ConfigError, ToolchainError
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._trust import check_private
 
-__all__ = ["Fit", "Found", "entries_of", "find_key", "first_whole"]
+__all__ = ["Fit", "Found", "Wanted", "entries_of", "find_key", "first_whole", "fit_of", "lookup"]
 
 LOG = logging.getLogger("megamoe_jit")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to look for: the exact kernel if there is a compiler to say which, its source in any case."""
+
+    spec: Compilable
+    source: RenderedSource
+    source_id: str
+    toolchain: Toolchain | None
+    key: str | None
+    problem: ToolchainError | None
+
+    @classmethod
+    def of(cls, spec: Compilable) -> Wanted:
+        """Renders it and identifies the compiler.
+
+        Raises:
+            RenderError: its source cannot be rendered.
+        """
+        source = render(spec)
+        toolchain, key, problem = None, None, None
+        try:
+            toolchain = find_toolchain()
+        except ToolchainError as error:  # kernels that others compiled may do
+            problem = error
+        options = options_for(toolchain)
+        if toolchain is not None:
+            key = cache_key(source.text, options, spec.entry, ARCH, toolchain)
+        return cls(spec, source, source_id(source.text, options, spec.entry, ARCH), toolchain, key, problem)
+
+    @property
+    def major(self) -> int | None:
+        """CUDA major version of the compiler, if there is one."""
+        return self.toolchain.version[0] if self.toolchain else None
 
 
 class Fit(IntEnum):
@@ -27,6 +69,15 @@ class Fit(IntEnum):
     SOURCE = 1  #: the same source, but neither compiled by the NVRTC that is found here nor handed over
     LOADS = 2  #: a call loads it, unless it is damaged
 
+    @property
+    def reason(self) -> str:
+        """Why calls do not load such an entry; empty if they do."""
+        if self is Fit.LOADS:
+            return ""
+        if self is Fit.SOURCE:
+            return "the NVRTC that is found here did not compile it, and it was not imported"
+        return "another version of this package compiled it, or other options"
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -35,7 +86,7 @@ class Found:
     Attributes:
         cache: where it lies.
         key: its name.
-        info: what its metadata says; None if that cannot be read, for it is damaged.
+        info: what its metadata says; None if that cannot be read, for it is damaged, or was not read yet.
         fit: how well it fits the spec that it was looked up by.
     """
 
@@ -48,6 +99,51 @@ class Found:
     def path(self) -> Path:
         """Its directory."""
         return self.cache.entry_path(self.key)
+
+    @property
+    def entry(self) -> str:
+        """Symbol of its kernel; empty if that is not known."""
+        return self.info.entry if self.info else ""
+
+
+def lookup(wanted: Wanted, caches: Iterable[KernelCache] | None = None, least: Fit = Fit.NAME) -> Iterator[Found]:
+    """Every entry of a kernel, those that a call loads first, in the order in which it tries them.
+
+    The first are those of the very key, one a cache, whether they are there or not: nothing is read before they have
+    been tried.
+
+    Args:
+        wanted: the kernel.
+        caches: in any order, but read-only ones among themselves as they are searched; those of a call if None.
+        least: what fits less well is not looked for.
+    """
+    places = list(searched_caches() if caches is None else sorted(caches, key=lambda each: not each.read_only))
+    for cache in places:
+        if wanted.key is not None:
+            yield Found(cache, wanted.key, None, Fit.LOADS)
+    for cache in places:
+        for info in cache.of_source(wanted.source_id, wanted.major):
+            if info.key != wanted.key:
+                yield Found(cache, info.key, info, Fit.LOADS)
+    if least is Fit.LOADS:
+        return
+    rest = list[Found]()
+    for cache in places:
+        for info in by_compiler(cache.entries(), wanted.major):
+            rest.append(Found(cache, info.key, info, fit_of(wanted, info.key, info.meta, cache)))
+    yield from (each for each in rest if each.fit is Fit.SOURCE)
+    if least is Fit.NAME:
+        named = [each for each in rest if each.fit is Fit.NAME and each.entry == wanted.spec.entry]
+        yield from sorted(named, key=lambda each: each.info.created_at if each.info else "", reverse=True)
+
+
+def fit_of(wanted: Wanted, key: str, meta: Metadata, cache: KernelCache) -> Fit:
+    """How well an entry of a cache fits."""
+    if key == wanted.key:
+        return Fit.LOADS
+    if meta.get("source_id") != wanted.source_id:
+        return Fit.NAME
+    return Fit.LOADS if cache.handed_over(key) else Fit.SOURCE
 
 
 def find_key(prefix: str, caches: Sequence[KernelCache]) -> Found:
@@ -69,36 +165,21 @@ def find_key(prefix: str, caches: Sequence[KernelCache]) -> Found:
     return Found(cache, info.key, info)
 
 
-def entries_of(spec: KernelSpec, caches: Iterable[KernelCache]) -> list[Found]:
-    """Every entry of a kernel, those that a call loads first, in the order in which it tries them.
+def entries_of(spec: Compilable, caches: Iterable[KernelCache]) -> list[Found]:
+    """What `lookup` has of a kernel and is there.
 
     Needs no compiler: without one, entries are found by their source and by the kernel's name.
-
-    Args:
-        spec: the kernel.
-        caches: in any order, but read-only ones among themselves as they are searched.
 
     Raises:
         RenderError: its source cannot be rendered.
     """
-    wanted = Wanted.of(spec)
-    exact: list[Found] = []
-    handed_over: list[Found] = []
-    compiled: list[Found] = []
-    named: list[tuple[str, Found]] = []
-    for cache in sorted(caches, key=lambda each: not each.read_only):  # as a call searches them
-        if wanted.key is not None and cache.holds(wanted.key):
-            exact.extend(filter(None, [_at(cache, wanted.key, Fit.LOADS)]))
-        for info in by_compiler((info for info in cache.entries() if info.key != wanted.key), wanted.major):
-            if info.meta.get("source_id") != wanted.source_id:
-                if info.entry == spec.entry:
-                    named.append((info.created_at, Found(cache, info.key, info, Fit.NAME)))
-            elif cache.handed_over(info.key):
-                handed_over.append(Found(cache, info.key, info, Fit.LOADS))
-            else:
-                compiled.append(Found(cache, info.key, info, Fit.SOURCE))
-    named.sort(key=lambda row: row[0], reverse=True)
-    return [*exact, *handed_over, *compiled, *(found for _, found in named)]
+    found = []
+    for each in lookup(Wanted.of(spec), caches):
+        if each.info is not None:
+            found.append(each)
+        elif each.cache.holds(each.key):
+            found.extend(filter(None, [_at(each.cache, each.key, each.fit)]))
+    return found
 
 
 def first_whole(found: Iterable[Found], *, with_source: bool) -> Found:

@@ -7,111 +7,26 @@ for us, wait for a process that is compiling the same kernel, compile.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import logging
-import shlex
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+import threading
 
-from megamoe_jit._cache.cache import CacheEntry, KernelCache, cache_key, searched_caches, user_cache
-from megamoe_jit._cache.entry import source_id
+from megamoe_jit._cache.cache import CacheEntry, KernelCache, user_cache
 from megamoe_jit._cache.locks import key_lock
 from megamoe_jit._cache.metadata import Metadata
-from megamoe_jit._compile.nvrtc import CompileResult, compile_source, options_for
-from megamoe_jit._compile.render import RenderedSource, render
-from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
-from megamoe_jit._errors import KernelMissingError, LoadError, PerformanceLossError, ToolchainError
-from megamoe_jit._jit.interrupt import check as check_interrupted
-from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec
+from megamoe_jit._compile.nvrtc import CompileResult, compile_source
+from megamoe_jit._compile.toolchain import ARCH, Toolchain
+from megamoe_jit._errors import KernelMissingError, PerformanceLossError, ToolchainError
+from megamoe_jit._jit.kernel import CompiledKernel, Origin, warmup_command
+from megamoe_jit._jit.lookup import Fit, Found, Wanted, lookup
+from megamoe_jit._jit.registry import registry
+from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._text import one_line
 from megamoe_jit._version import __version__
 
-__all__ = [
-    "CompiledKernel",
-    "Origin",
-    "Wanted",
-    "distrust",
-    "known_refusal",
-    "obtain",
-    "remember_refusal",
-    "seal",
-    "sealed",
-    "trust_again",
-    "unseal",
-    "warmup_command",
-]
+__all__ = ["distrust", "obtain"]
 
 LOG = logging.getLogger("megamoe_jit")
-Origin = Literal["memory", "pack", "disk", "compiled"]  #: pack: a read-only cache
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledKernel:
-    """A kernel ready to be loaded.
-
-    Attributes:
-        spec: what it was compiled for.
-        key: its name in the cache.
-        cubin: the binary.
-        meta: what the cache entry says, or would say.
-        origin: where this call found it.
-        seconds: how long this call took to get it.
-    """
-
-    spec: KernelSpec
-    key: str
-    cubin: bytes = dataclasses.field(repr=False)
-    meta: Metadata = dataclasses.field(repr=False, compare=False)
-    origin: Origin
-    seconds: float
-
-
-_sealed = False
-_compiled_here: set[str] = set()
-_distrusted: set[str] = set()  #: digests of binaries: another copy of the same kernel may be good
-_shown: set[Path] = set()  #: entries whose place was logged
-_refused: dict[tuple[Settings, KernelSpec, int], LoadError] = {}
-
-
-def seal() -> None:
-    """From now on this process compiles nothing: a kernel that is not cached raises `KernelMissingError`.
-
-    Call it after warmup, so that an unforeseen kernel is an error at once and not a pause in production.  The
-    setting MEGAMOE_JIT_DISABLE_JIT does the same from the start.
-    """
-    global _sealed
-    _sealed = True
-
-
-def unseal() -> None:
-    """Take `seal` back; MEGAMOE_JIT_DISABLE_JIT stays in force."""
-    global _sealed
-    _sealed = False
-
-
-def sealed() -> bool:
-    """Whether this process may not compile, because of `seal` or of MEGAMOE_JIT_DISABLE_JIT."""
-    return _sealed or get_settings().disable_jit
-
-
-def warmup_command(spec: KernelSpec) -> str:
-    """The command line that compiles exactly this kernel ahead of time.
-
-    `warmup` makes no kernel with a timeline: only who measures the kernel itself asks for one.  `inspect` makes any.
-    """
-    if spec.timeline:
-        return f"megamoe-jit inspect {spec.entry}"
-    shape, settings = spec.shape, get_settings()
-    there = f" --cache-dir {shlex.quote(str(settings.cache_dir))}" if settings.source("cache_dir") == "argument" else ""
-    return (
-        f"megamoe-jit warmup --hidden {shape.hidden} --intermediate {shape.intermediate} "
-        f"--experts {shape.experts} --topk {shape.topk} --ranks {spec.ranks} --variant {spec.variant.value}"
-        + "".join(f" {flag}" for flag in spec.numerics.flags())
-        + there
-    )
 
 
 def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
@@ -124,68 +39,25 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     Returns:
         Whether compiling it may help; not if it was compiled by this very process.
     """
-    _distrusted.add(hashlib.sha256(kernel.cubin).hexdigest())
+    registry().distrust(kernel.cubin)
     if damaged:
         cache = user_cache()
         own = cache.load(kernel.key)  # the kernel may have come from a read-only cache, and this one be good
         if own is not None and own.cubin == kernel.cubin:
             cache.quarantine(kernel.key)
-    return kernel.key not in _compiled_here
+    return not registry().made(kernel.key)
 
 
-def remember_refusal(spec: KernelSpec, device_index: int, error: LoadError) -> None:
-    """From now on this kernel fails with this error on this device, until `trust_again`."""
-    _refused[get_settings(), spec, device_index] = error
-
-
-def known_refusal(spec: KernelSpec, device_index: int) -> LoadError | None:
-    """Why the driver does not take this kernel on this device; None if nothing is known against it."""
-    return _refused.get((get_settings(), spec, device_index))
-
-
-def trust_again() -> None:
-    """Forget what the driver refused."""
-    _distrusted.clear()
-    _refused.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to look for: the exact kernel if there is a compiler to say which, its source in any case."""
-
-    spec: KernelSpec
-    source: RenderedSource
-    source_id: str
-    toolchain: Toolchain | None
-    key: str | None
-    problem: ToolchainError | None
-
-    @classmethod
-    def of(cls, spec: KernelSpec) -> Wanted:
-        source = render(spec)
-        toolchain, key, problem = None, None, None
-        try:
-            toolchain = find_toolchain()
-            key = cache_key(source.text, options_for(toolchain), spec.entry, ARCH, toolchain)
-        except ToolchainError as error:  # kernels that others compiled may do
-            problem = error
-        identity = source_id(source.text, options_for(toolchain), spec.entry, ARCH)
-        return cls(spec, source, identity, toolchain, key, problem)
-
-    @property
-    def major(self) -> int | None:
-        """CUDA major version of the compiler, if there is one."""
-        return self.toolchain.version[0] if self.toolchain else None
-
-
-def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
+def obtain(spec: Compilable, force: bool, stop: threading.Event | None = None) -> CompiledKernel:
     """A kernel from the first place that has it.
 
     Args:
         spec: the kernel.
         force: compile it whatever the caches hold, and replace the entry.
+        stop: once it is set, nothing is begun any more: Ctrl-C reaches the main thread alone.
 
     Raises:
+        KeyboardInterrupt: `stop` is set.
         KernelMissingError: it would have to be compiled, which is forbidden.
         RenderError: its source cannot be rendered.
         ToolchainError: there is no compiler.
@@ -197,28 +69,21 @@ def obtain(spec: KernelSpec, force: bool) -> CompiledKernel:
         found = _from_disk(wanted)
         if found is not None:
             return found
-    if sealed():
-        why, allow = "this process is sealed", ""
-        if settings.disable_jit:  # usually set for the whole shell, where the command is going to be run
-            why, allow = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it", "MEGAMOE_JIT_DISABLE_JIT=0 "
-        places = [settings.cache_dir, *settings.readonly_cache]
-        where = " or ".join(map(str, places[1:] if settings.no_cache else places)) or "(none: MEGAMOE_JIT_NO_CACHE)"
-        whose = " (kernels with a timeline are for measuring the kernel alone)" if spec.timeline else ""
-        raise KernelMissingError(
-            f"kernel {spec.entry} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}{whose}"
-        )
+    if registry().sealed:
+        raise _missing(spec)
     if wanted.toolchain is None or wanted.key is None:
         raise wanted.problem or ToolchainError("no compiler")
     key, cache = wanted.key, None if settings.no_cache else user_cache()
 
     def published() -> bool:
-        check_interrupted()
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
         return not force and cache is not None and cache.holds(key)
 
     # what will not be published need not be waited for
     keeps = cache is not None and cache.writable()
     with key_lock(key, spec.entry, published) if keeps else contextlib.nullcontext():
-        if keeps and not force:
+        if keeps and published():  # by another process, while this one waited
             found = _from_disk(wanted)
             if found is not None:
                 return found
@@ -237,7 +102,7 @@ def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache 
         result.spill_bytes,
     )
     meta = _meta(wanted, result, toolchain)
-    _compiled_here.add(key)
+    registry().note_made(key)
     if cache is not None:
         if force:
             cache.remove([key])
@@ -246,21 +111,31 @@ def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache 
     return CompiledKernel(spec, key, result.cubin, meta, "compiled", 0.0)
 
 
+def _missing(spec: Compilable) -> KernelMissingError:
+    """It would have to be compiled, which is forbidden."""
+    settings = get_settings()
+    why, allow = "this process is sealed", ""
+    if settings.disable_jit:  # usually set for the whole shell, where the command is going to be run
+        why, allow = "MEGAMOE_JIT_DISABLE_JIT forbids compiling it", "MEGAMOE_JIT_DISABLE_JIT=0 "
+    places = [settings.cache_dir, *settings.readonly_cache]
+    where = " or ".join(map(str, places[1:] if settings.no_cache else places)) or "(none: MEGAMOE_JIT_NO_CACHE)"
+    whose = f" ({spec.remark})" if spec.remark else ""
+    return KernelMissingError(
+        f"kernel {spec.entry} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}{whose}"
+    )
+
+
 def _from_disk(wanted: Wanted) -> CompiledKernel | None:
     """A stored kernel: exactly the one, else one that somebody built from this source and handed to us."""
-    caches, symbol = searched_caches(), wanted.spec.entry
-    for cache in caches:
-        entry = cache.load(wanted.key, symbol) if wanted.key is not None else None
-        if entry is not None and entry.meta["cubin_sha256"] not in _distrusted:
-            return _accept(wanted.spec, entry, cache, "")
-    for cache in caches:
-        entry = cache.load_source(wanted.source_id, wanted.major, _distrusted, symbol)
-        if entry is not None:
-            return _accept(wanted.spec, entry, cache, ", built elsewhere")
+    for found in lookup(wanted, least=Fit.LOADS):
+        entry = found.cache.load(found.key, wanted.spec.entry)
+        if entry is not None and registry().trusts(entry.meta["cubin_sha256"]):
+            return _accept(wanted, found, entry)
     return None
 
 
-def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache, remark: str) -> CompiledKernel:
+def _accept(wanted: Wanted, found: Found, entry: CacheEntry) -> CompiledKernel:
+    spec = wanted.spec
     losses = entry.meta.get("advisories", [])
     strict = get_settings().strict
     if losses and strict == "error":
@@ -270,10 +145,11 @@ def _accept(spec: KernelSpec, entry: CacheEntry, cache: KernelCache, remark: str
         )
     if losses and strict == "warn":
         LOG.warning("cached kernel %s has performance losses: %s", spec.entry, "; ".join(losses))
-    if entry.path not in _shown:
-        _shown.add(entry.path)
+    if registry().first_from(entry.path):
+        remark = "" if entry.key == wanted.key else ", built elsewhere"
         LOG.info("%s: from %s%s", spec.entry, entry.path, remark)
-    return CompiledKernel(spec, entry.key, entry.cubin, entry.meta, "pack" if cache.read_only else "disk", 0.0)
+    origin: Origin = "pack" if found.cache.read_only else "disk"
+    return CompiledKernel(spec, entry.key, entry.cubin, entry.meta, origin, 0.0)
 
 
 def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metadata:

@@ -18,9 +18,12 @@ from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
 from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
+from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
 from megamoe_jit._spec import KernelSpec
+from megamoe_jit._spec.compilable import Compilable
+from megamoe_jit._spec.stage import StageSpec
 from megamoe_jit._text import items_of, one_line, shown
 from megamoe_jit._version import __version__
 
@@ -66,7 +69,7 @@ class ImportReport:
 
 
 def export_pack(
-    path: Path | str, what: Iterable[str | KernelSpec] | None = None, cache: KernelCache | None = None
+    path: Path | str, what: Iterable[str | Compilable] | None = None, cache: KernelCache | None = None
 ) -> PackInfo:
     """Write kernels of the cache into one file.
 
@@ -170,9 +173,10 @@ def read_pack(path: Path | str) -> PackInfo:
 
 def _path(name: str, value: object) -> Path:
     """A path that somebody has named: an empty one would mean the working directory."""
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    text = os.fsdecode(value) if isinstance(value, str | os.PathLike) else ""
+    if not text or "\0" in text:
         raise ConfigError(f"{name} = {shown(value)} is not supported; allowed: the path of a file or directory")
-    return Path(value)
+    return Path(text)
 
 
 def _without_origin(meta: Metadata) -> bytes:
@@ -189,7 +193,7 @@ def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
     return (user_cache(), *readonly_caches()) if cache is None else (cache,)
 
 
-def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
+def _chosen(what: Iterable[str | Compilable] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
     """Key, directory and forbidden permissions of what is to be exported, each once, by key."""
     caches = _caches(cache)
     found: dict[str, tuple[Path, int]] = {}
@@ -200,17 +204,15 @@ def _chosen(what: Iterable[str | KernelSpec] | None, cache: KernelCache | None) 
     several = items_of(what)
     given = [what] if several is None else several
     for item in given if what is not None else ():
-        if not isinstance(item, str | KernelSpec):
+        if not isinstance(item, str | KernelSpec | StageSpec):
             raise ConfigError(f"what: {shown(item)} given; allowed: keys and KernelSpecs")
-        entry = _of_spec(item, caches) if isinstance(item, KernelSpec) else find_key(item, caches)
+        entry = _of_spec(item, caches) if isinstance(item, KernelSpec | StageSpec) else find_key(item, caches)
         found[entry.key] = entry.path, entry.cache.forbidden
     for key in sorted(found):
         yield (key, *found[key])
 
 
-def _of_spec(spec: KernelSpec, caches: tuple[KernelCache, ...]) -> Found:
-    from megamoe_jit._jit.runtime import warmup_command
-
+def _of_spec(spec: Compilable, caches: tuple[KernelCache, ...]) -> Found:
     entries = entries_of(spec, caches)
     usable = [each for each in entries if each.fit > Fit.NAME]
     if not usable:

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
+import itertools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from megamoe_jit._cache.cache import KernelCache, cache_key, user_cache
-from megamoe_jit._compile.nvrtc import options_for
-from megamoe_jit._compile.render import render
-from megamoe_jit._compile.toolchain import ARCH, find_toolchain
-from megamoe_jit._errors import ConfigError, KernelMissingError, MegaMoeError
-from megamoe_jit._jit.interrupt import obey
-from megamoe_jit._jit.obtain import CompiledKernel, obtain, seal, sealed, trust_again, unseal, warmup_command
-from megamoe_jit._settings.settings import Settings, get_settings
+from megamoe_jit._cache.cache import KernelCache, user_cache
+from megamoe_jit._errors import ConfigError, MegaMoeError, ToolchainError
+from megamoe_jit._jit.kernel import CompiledKernel, warmup_command
+from megamoe_jit._jit.lookup import Wanted
+from megamoe_jit._jit.obtain import distrust, obtain
+from megamoe_jit._jit.registry import registry
+from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.compilable import Compilable
+from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._text import items_of, several, shown
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "get_kernel",
     "kernel_cache",
     "kernel_key",
+    "replacement",
     "retry",
     "seal",
     "sealed",
@@ -62,7 +64,7 @@ class WarmupResult:
         seconds: how long it took.
     """
 
-    spec: KernelSpec
+    spec: Compilable
     kernel: CompiledKernel | None
     error: Exception | None
     seconds: float
@@ -73,37 +75,22 @@ class WarmupResult:
         return self.error is None
 
 
-_Job = tuple[Settings, KernelSpec]
-_lock = threading.Lock()
-_memory: dict[_Job, CompiledKernel] = {}
-_failed: dict[_Job, MegaMoeError] = {}
-_running: dict[_Job, concurrent.futures.Future[CompiledKernel]] = {}
-
-
-def _after_fork() -> None:
-    """A child has none of the threads that would finish what was running."""
-    global _lock
-    _lock = threading.Lock()
-    _running.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
 def kernel_cache() -> KernelCache:
     """The cache of the current settings that kernels are written to."""
     return user_cache()
 
 
-def kernel_key(spec: KernelSpec) -> str:
+def kernel_key(spec: Compilable) -> str:
     """The cache key of a kernel: renders it and identifies the compiler, but compiles nothing.
 
     Raises:
         RenderError: its source cannot be rendered.
         ToolchainError: there is no compiler to identify.
     """
-    toolchain = find_toolchain()
-    return cache_key(render(spec).text, options_for(toolchain), spec.entry, ARCH, toolchain)
+    wanted = Wanted.of(spec)
+    if wanted.key is None:
+        raise wanted.problem or ToolchainError("no compiler")
+    return wanted.key
 
 
 def enumerate_specs(
@@ -113,7 +100,8 @@ def enumerate_specs(
     fast_math: bool | None = True,
     *,
     numerics: Numerics | None = None,
-) -> tuple[KernelSpec, ...]:
+    inputs: str | None = None,
+) -> tuple[KernelSpec | StageSpec, ...]:
     """Every kernel that a call of this shape can pick, whatever its token count; what to warm up.
 
     Args:
@@ -122,9 +110,11 @@ def enumerate_specs(
         variants: these alone; all that the heuristics can choose if None.
         fast_math: the argument of the calls; None for both.
         numerics: all numeric options of the calls, instead of `fast_math`.
+        inputs: "staged" for calls whose inputs are in the buffer before; "raw" for those that stage themselves, as
+            `MegaMoE` does, and for `stage`; None for all.
 
     Returns:
-        The kernels, each once.
+        The kernels, each once; those that stage in a launch of their own are `StageSpec`s, and serve all shapes.
 
     Raises:
         ConfigError: an argument is not supported.
@@ -140,10 +130,13 @@ def enumerate_specs(
     wanted = all_variants(shape) if given is None else given
     flags = (True, False) if fast_math is None else (fast_math,)
     some = [Numerics(flag) for flag in flags] if numerics is None else [numerics]
-    return tuple(dict.fromkeys(KernelSpec(shape, v, ranks, numerics=each) for v in wanted for each in some))
+    forms = tuple(Inputs) if inputs is None else (Inputs.parse(inputs),)
+    kinds = itertools.product(forms, wanted, some)
+    kernels = dict.fromkeys(KernelSpec(shape, v, ranks, numerics=each, inputs=form) for form, v, each in kinds)
+    return (*kernels, *(StageSpec(form) for form in StageFormat if Inputs.RAW in forms))
 
 
-def get_kernel(spec: KernelSpec) -> CompiledKernel:
+def get_kernel(spec: Compilable) -> CompiledKernel:
     """The compiled kernel of a spec; compiles it if nobody did yet.
 
     Args:
@@ -158,26 +151,58 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
         ToolchainError: there is no compiler to identify or compile it with.
         CompileError: it does not compile.  The same error is raised again until `retry` or `forget`.
     """
-    return _get(spec, force=False)
+    return _get(spec)
+
+
+def replacement(kernel: CompiledKernel, why: str, *, damaged: bool) -> CompiledKernel | None:
+    """Another binary of a kernel that the driver refuses: a copy of it, or made here; None if this one was made here.
+
+    Args:
+        kernel: the refused one, which is not taken from a cache again.
+        why: what to tell the user of it.
+        damaged: it should have worked; then it is moved to quarantine too, for the sake of other processes.
+
+    Raises:
+        MegaMoeError: as `get_kernel`.
+    """
+    if not distrust(kernel, damaged):
+        return None
+    LOG.warning("%s; taking another copy, or compiling it here", why)
+    forget(kernel.spec)
+    return get_kernel(kernel.spec)
 
 
 def retry() -> None:
     """Forget every failure, so that the kernels concerned are compiled, or loaded, again at their next use."""
-    with _lock:
-        _failed.clear()
-    trust_again()
+    registry().retry()
 
 
-def forget(spec: KernelSpec | None = None) -> None:
+def forget(spec: Compilable | None = None) -> None:
     """Drop a kernel, or all of them, from memory; cached files stay."""
-    with _lock:
-        for job in [j for j in (*_memory, *_failed) if spec is None or j[1] == spec]:
-            _memory.pop(job, None)
-            _failed.pop(job, None)
+    registry().forget(spec)
+
+
+def seal() -> None:
+    """From now on this process compiles nothing: a kernel that is not cached raises `KernelMissingError`.
+
+    Call it after warmup, so that an unforeseen kernel is an error at once and not a pause in production.  The
+    setting MEGAMOE_JIT_DISABLE_JIT does the same from the start.
+    """
+    registry().seal()
+
+
+def unseal() -> None:
+    """Take `seal` back; MEGAMOE_JIT_DISABLE_JIT stays in force."""
+    registry().seal(False)
+
+
+def sealed() -> bool:
+    """Whether this process may not compile, because of `seal` or of MEGAMOE_JIT_DISABLE_JIT."""
+    return registry().sealed
 
 
 def warmup(
-    specs: Iterable[KernelSpec],
+    specs: Iterable[Compilable],
     jobs: int | None = None,
     force: bool = False,
     progress: Callable[[WarmupResult], None] | None = None,
@@ -203,12 +228,10 @@ def warmup(
         raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
-    results: dict[KernelSpec, WarmupResult] = {}
+    results: dict[Compilable, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     stop = threading.Event()
-    pool = concurrent.futures.ThreadPoolExecutor(
-        workers, thread_name_prefix="megamoe-jit-warmup", initializer=obey, initargs=(stop,)
-    )
+    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
 
     def report(future: concurrent.futures.Future[WarmupResult]) -> None:
         result = future.result()
@@ -216,7 +239,7 @@ def warmup(
         if progress is not None:
             progress(result)
 
-    futures = {pool.submit(_warm_one, spec, force): spec for spec in todo}
+    futures = {pool.submit(_warm_one, spec, force, stop): spec for spec in todo}
     try:
         for future in _as_they_end(futures):
             report(future)
@@ -248,7 +271,7 @@ def _as_they_end(
         yield from ended
 
 
-def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], KernelSpec]) -> None:
+def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Compilable]) -> None:
     """Say at once what an interrupted warmup still waits for: a kernel that NVRTC has begun on cannot be left alone."""
     running = [future for future in futures if future.running()]
     _, left = concurrent.futures.wait(running, timeout=_QUICK_S)  # what waited for another process ends by itself
@@ -257,21 +280,21 @@ def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Kern
         LOG.warning("interrupted; waiting for what is being compiled, to keep it (Ctrl-C again leaves it): %s", names)
 
 
-def _distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
+def _distinct(specs: Iterable[Compilable]) -> list[Compilable]:
     """The specs, each once; raises `ConfigError` if one of them is something else."""
     given = items_of(specs)
-    odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec)]
+    odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec | StageSpec)]
     if given is None or odd:
         allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
         raise ConfigError(f"specs: {shown(odd[0])} given; allowed: {allowed}")
     return list(dict.fromkeys(given))
 
 
-def _warm_one(spec: KernelSpec, force: bool) -> WarmupResult:
+def _warm_one(spec: Compilable, force: bool, stop: threading.Event) -> WarmupResult:
     begin = time.perf_counter()
     kernel, failure = None, None
     try:
-        kernel = _get(spec, force)
+        kernel = _get(spec, force, stop)
     except Exception as error:
         failure = error
         if not isinstance(error, MegaMoeError):
@@ -279,42 +302,6 @@ def _warm_one(spec: KernelSpec, force: bool) -> WarmupResult:
     return WarmupResult(spec, kernel, failure, time.perf_counter() - begin)
 
 
-def _get(spec: KernelSpec, force: bool) -> CompiledKernel:
-    job = (get_settings(), spec)
-    if not force:
-        known = _memory.get(job)
-        if known is not None:
-            return known
-    begin = time.perf_counter()
-    with _lock:
-        if force:
-            _failed.pop(job, None)
-        elif job in _memory:
-            return _memory[job]
-        if job in _failed:
-            raise _failed[job].with_traceback(None)
-        future = _running.get(job)
-        mine = future is None
-        if future is None:
-            future = _running[job] = concurrent.futures.Future()
-    if not mine:
-        failure = future.exception()
-        if failure is not None and not isinstance(failure, Exception):  # that thread was interrupted, this one not
-            return _get(spec, force)
-        kernel = future.result()
-        return dataclasses.replace(kernel, origin="memory", seconds=time.perf_counter() - begin)
-    try:
-        kernel = obtain(spec, force)
-    except BaseException as error:
-        with _lock:
-            if isinstance(error, MegaMoeError) and not isinstance(error, KernelMissingError):
-                _failed[job] = error
-            del _running[job]
-        future.set_exception(error)
-        raise
-    kernel = dataclasses.replace(kernel, seconds=time.perf_counter() - begin)
-    with _lock:
-        _memory[job] = dataclasses.replace(kernel, origin="memory", seconds=0.0)
-        del _running[job]
-    future.set_result(kernel)
-    return kernel
+def _get(spec: Compilable, force: bool = False, stop: threading.Event | None = None) -> CompiledKernel:
+    kernels = registry()
+    return kernels.once(kernels.life(spec), lambda: obtain(spec, force, stop), force)

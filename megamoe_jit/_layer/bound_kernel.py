@@ -1,11 +1,11 @@
-"""`PreparedKernel`: one loaded kernel with the parameter block through which a buffer calls it."""
+"""`BoundKernel`: one loaded kernel, and the parameters by which calls reach it, which it alone writes."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,50 +15,69 @@ from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import Params, aligned_params
 from megamoe_jit._device.tensor_map import encode_fp8_rows
 from megamoe_jit._layer.checks import check_weights
+from megamoe_jit._layer.memory import Place
+from megamoe_jit._layer.raw_inputs import RawInputs
+from megamoe_jit._layer.weights import WeightPair, require_pair
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.abi import ACT_BOX_ROWS, COUNTER_ROWS, SMALL_BOX_ROWS
+from megamoe_jit.heuristics.select import Choice
 
-if TYPE_CHECKING:
-    from megamoe_jit._layer.buffer import SymmBuffer
-    from megamoe_jit._layer.weights import WeightPair
-    from megamoe_jit._spec import KernelSpec
-    from megamoe_jit.heuristics.select import Choice
+__all__ = ["BoundKernel", "CallPlan"]
 
-__all__ = ["CallPlan", "PreparedKernel"]
+MAX_CHECKED = 1024  #: weights that are known to be right, at a time: layers that share the memory
+_NONE = (lambda: None,) * 4
 
 
 @dataclass(frozen=True, slots=True)
 class CallPlan:
     """What a call with these tokens and options launches."""
 
-    kernel: PreparedKernel
+    kernel: BoundKernel
     choice: Choice
     num_sms: int
     sort_blocks: int
     two_sides: bool  #: each half of the L2 has columns of its own
+    debug: bool = False  #: the call looks at expert ids before
 
 
-class PreparedKernel:
-    """A kernel bound to a buffer: a call writes a few fields of `params` and launches."""
+class BoundKernel:
+    """A kernel bound to a memory: a call writes a few fields of `params` and launches.
 
-    def __init__(self, spec: KernelSpec, buffer: SymmBuffer) -> None:
-        self.spec, self._device = spec, buffer.device
+    Args:
+        spec: the kernel.
+        place: the memory.
+        timeline: address of the room for the records of a kernel that keeps some.
+
+    Attributes:
+        spec: the kernel.
+        key: its name in the cache.
+        knows_sides: whether it is known which SMs are near which half of the L2.
+    """
+
+    def __init__(self, spec: KernelSpec, place: Place, timeline: int = 0) -> None:
+        self.spec, self._device = spec, place.device
         self.params: Params = aligned_params()
-        self.loaded = load_kernel(spec, buffer.device.index, param_bytes=ctypes.sizeof(Params))
-        self.launcher = Launcher(self.loaded, self.params)
-        self._weights: tuple[int, ...] = ()
-        self._checked: tuple[weakref.ref[torch.Tensor], ...] = ()
-        self._checked_at: tuple[int, ...] = ()
-        self._fill(buffer)
+        loaded = load_kernel(spec, place.device.index, param_bytes=ctypes.sizeof(Params))
+        self.key: str = loaded.key
+        self.launcher = Launcher(loaded, self.params)
+        self._addresses: tuple[int, ...] = ()
+        self._checked: dict[tuple[int, ...], tuple[Callable[[], torch.Tensor | None], ...]] = {}  # by their addresses
+        sides = sides_of_sms(place.device) if get_settings().l2_sides else None
+        self.knows_sides = sides is not None
+        if sides is not None:
+            self.params.side_of_sm[:] = sides
+        self.params.timeline = timeline
+        self.params.timeout_ns = int(get_settings().timeout_s * 1e9)
+        self._bind(place)
 
-    def _fill(self, buffer: SymmBuffer) -> None:
-        params, layout, shape = self.params, buffer.layout, self.spec.shape
-        base = buffer.local.data_ptr()
+    def _bind(self, place: Place) -> None:
+        params, layout, shape = self.params, place.layout, self.spec.shape
         for section in layout.symmetric:
             setattr(params, section.name, section.offset)
         for section in layout.local:
-            setattr(params, section.name, base + section.offset)
-        for rank, address in enumerate(buffer.handle.buffer_ptrs):
+            setattr(params, section.name, place.local + section.offset)
+        for rank, address in enumerate(place.peers):
             params.peers[rank] = address
         rows = layout.pool_rows
         encode_fp8_rows(params.act1, params.act1_pool, rows, shape.hidden, ACT_BOX_ROWS)
@@ -67,38 +86,54 @@ class PreparedKernel:
         encode_fp8_rows(params.act2_small, params.act2_pool, rows, shape.intermediate, SMALL_BOX_ROWS)
         params.pool_rows = rows
         params.counters = layout.rows // COUNTER_ROWS
-        params.rank = buffer.rank
-        params.fault = buffer.fault.data_ptr()
-        sides = sides_of_sms(buffer.device) if get_settings().l2_sides else None
-        self.knows_sides = sides is not None
-        if sides is not None:
-            params.side_of_sm[:] = sides
-        params.timeout_ns = int(get_settings().timeout_s * 1e9)
+        params.rank = place.rank
+        params.fault = place.fault
 
-    def check_weights(self, l1: WeightPair, l2: WeightPair, device: torch.device) -> None:
-        """Raise `ConfigError` unless these are the kernel's weights; tensors that were checked last are not again."""
-        tensors = (*l1, *l2)
-        if len(tensors) == len(self._checked) and all(
-            ref() is tensor for ref, tensor in zip(self._checked, tensors, strict=True)
-        ):
-            return
-        self._checked_at = ()
-        check_weights(l1, l2, self.spec, device)
-        self._checked = tuple(weakref.ref(tensor) for tensor in tensors)
-        self._checked_at = tuple(tensor.data_ptr() for tensor in tensors)
-
-    def set_weights(self, l1: WeightPair, l2: WeightPair) -> None:
-        """Point the kernel at these tensors; cheap when they are where they were.
+    def use_weights(self, l1: WeightPair, l2: WeightPair) -> None:
+        """Point the kernel at these; the same tensors at the same addresses are checked once.
 
         Raises:
-            ConfigError: they are not the kernel's weights; the data of a checked tensor may have been replaced.
+            ConfigError: they are not the kernel's weights.
         """
-        addresses = (l1[0].data_ptr(), l1[1].data_ptr(), l2[0].data_ptr(), l2[1].data_ptr())
-        if addresses == self._weights:
-            return
-        if addresses != self._checked_at:
+        try:
+            (w1, s1), (w2, s2) = l1, l2
+            at = (w1.data_ptr(), s1.data_ptr(), w2.data_ptr(), s2.data_ptr())
+        except (TypeError, ValueError, AttributeError, RuntimeError):  # costs nothing where they are pairs of tensors
+            require_pair("l1", l1)
+            require_pair("l2", l2)
+            raise
+        known = self._checked.get(at, _NONE)
+        if not (known[0]() is w1 and known[1]() is s1 and known[2]() is w2 and known[3]() is s2):
             check_weights(l1, l2, self.spec, self._device)
-        self._weights = ()  # until all of them are set: an exception between two must not leave a mixture
+            if len(self._checked) >= MAX_CHECKED:
+                self._checked.clear()
+            self._checked[at] = (weakref.ref(w1), weakref.ref(s1), weakref.ref(w2), weakref.ref(s2))
+        if at != self._addresses:
+            self._addresses = ()  # until all of them are set: an exception between two must not leave a mixture
+            params = self.params
+            params.weight1, params.weight1_scales, params.weight2, params.weight2_scales = at
+            self._addresses = at
+
+    def launch(
+        self,
+        plan: CallPlan,
+        stream: int,
+        y: torch.Tensor,
+        tokens: int,
+        stats: torch.Tensor | None,
+        clamp: float,
+        raw: RawInputs | None,
+    ) -> None:
+        """Enqueue a call on a stream, given by its raw handle, with the weights that were set last."""
         params = self.params
-        params.weight1, params.weight1_scales, params.weight2, params.weight2_scales = addresses
-        self._weights = addresses
+        params.y = y.data_ptr()
+        params.stats = 0 if stats is None else stats.data_ptr()
+        params.tokens, params.clamp = tokens, clamp
+        params.lag_tiles, params.item_shift = plan.choice.lag_tiles, plan.choice.rows_per_item.bit_length() - 1
+        params.sort_blocks, params.want_sides = plan.sort_blocks, plan.two_sides
+        if raw is not None:
+            params.raw_x, params.raw_ids, params.raw_weights = raw.x_at, raw.ids_at, raw.weights_at
+            params.raw_x_stride, params.raw_ids_stride = raw.x_stride, raw.ids_stride
+            params.raw_weights_stride, params.raw_formats = raw.weights_stride, raw.formats
+            params.weight_factor = raw.weight_factor
+        self.launcher.launch(plan.num_sms, stream)

@@ -10,22 +10,22 @@ import torch
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
+from megamoe_jit._layer.admit import admit_first, check_ids, check_stats
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import (
     RECIPE,
     check_activation,
     check_bound,
-    check_expert_ids,
     check_neutral,
     check_recipe,
     check_tensor,
-    check_weights,
 )
 from megamoe_jit._layer.group import collectively, group_size
 from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._layer.weights import WeightPair, by_old_names, require_pair
-from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._layer.stage import require_buffer
+from megamoe_jit._layer.weights import WeightPair, by_old_names
 from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit._text import first_line, shown
 
@@ -205,49 +205,38 @@ def fp8_mega_moe(
     With several ranks this is a collective.  Until the kernels are prepared, an argument that is refused on one rank is
     refused on all; later the other ranks wait in the kernel, to its deadline.
     """
-    if not isinstance(sym_buffer, SymmBuffer):
-        given = type(sym_buffer).__name__
-        raise ConfigError(f"sym_buffer: {given} given; allowed: a SymmBuffer, of get_symm_buffer_for_mega_moe(...)")
+    buffer = sym_buffer if isinstance(sym_buffer, SymmBuffer) else require_buffer(sym_buffer)
     if l1 is not None or l2 is not None:
         l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
-    stats, options = cumulative_local_expert_recv_stats, (recipe, activation, activation_clamp, num_tokens_bound)
+    stats = cumulative_local_expert_recv_stats
     numeric = (fast_math,)  # the fields of `Numerics`
-    numerics: Numerics | None
+
+    def admit() -> tuple[int, float]:
+        tokens = _tokens_of(y, buffer)
+        check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
+        clamp = check_recipe(recipe, activation, activation_clamp)
+        if num_tokens_bound is not None:
+            check_bound(num_tokens_bound, tokens, buffer.num_max_tokens_per_rank)
+        if stats is not None:
+            check_stats(stats, buffer)
+        return tokens, clamp
+
+    weights: Any = (l1_weights, l2_weights)
+    if buffer.ranks > 1:
+        admit_first(buffer, admit, weights, variant, numeric, num_sms, Inputs.STAGED)
+    tokens, clamp = admit()
     try:
         numerics = numerics_of(*numeric)
-    except (ConfigError, TypeError):
-        numerics = None  # refused below, with several ranks on all of them
-    first = sym_buffer.ranks > 1 and not sym_buffer.is_prepared(numerics)
-    if first and not torch.cuda.is_current_stream_capturing():  # in a capture, prepare refuses
-
-        def admit() -> None:
-            tokens, _ = _admit(y, sym_buffer, stats, *options)
-            choice, _ = sym_buffer.choose(tokens, variant, num_sms)
-            spec = sym_buffer.spec(choice.variant, numerics or Numerics(*numeric))
-            check_weights(l1_weights, l2_weights, spec, sym_buffer.device)
-
-        collectively(sym_buffer.group, "checking the arguments of the first call", admit)
-    tokens, clamp = _admit(y, sym_buffer, stats, *options)
-    plan = sym_buffer.plan(tokens, variant, numerics or Numerics(*numeric), num_sms)
-    try:
-        plan.kernel.check_weights(l1_weights, l2_weights, sym_buffer.device)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # costs nothing where they are pairs
-        require_pair("l1", l1_weights)
-        require_pair("l2", l2_weights)
-        raise
-    sym_buffer.launch(plan, y=y, tokens=tokens, l1=l1_weights, l2=l2_weights, stats=stats, clamp=clamp)  # type: ignore[arg-type]
+    except TypeError:  # what cannot be hashed is no option either
+        numerics = Numerics(*numeric)
+    plan = buffer.plan(tokens, variant, numerics, num_sms)
+    if plan.debug:
+        check_ids(buffer.topk_idx[:tokens], buffer)
+    buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
 
 
-def _admit(
-    y: torch.Tensor,
-    buffer: SymmBuffer,
-    stats: torch.Tensor | None,
-    recipe: Sequence[int],
-    activation: str,
-    activation_clamp: float | None,
-    num_tokens_bound: int | None,
-) -> tuple[int, float]:
-    """Check what every call has of its own; its number of tokens and the clamp."""
+def _tokens_of(y: torch.Tensor, buffer: SymmBuffer) -> int:
+    """Rows of the output, which are the tokens of the call."""
     try:
         tokens, _ = y.shape
     except (AttributeError, RuntimeError):  # costs nothing where it is a dense tensor
@@ -258,16 +247,7 @@ def _admit(
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]") from None
     if tokens > buffer.num_max_tokens_per_rank:
         raise ConfigError(f"y has {tokens} rows; allowed: at most the buffer's {buffer.num_max_tokens_per_rank} tokens")
-    check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
-    clamp = check_recipe(recipe, activation, activation_clamp)
-    if num_tokens_bound is not None:
-        check_bound(num_tokens_bound, tokens, buffer.num_max_tokens_per_rank)
-    if stats is not None:
-        experts = (buffer.num_experts // buffer.ranks,)
-        check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, buffer.device, align=4)
-    if get_settings().debug and not torch.cuda.is_current_stream_capturing():  # it waits for the device
-        check_expert_ids(buffer.topk_idx[:tokens], buffer.num_experts)
-    return tokens, clamp
+    return tokens
 
 
 def _forcing(variant: Variant) -> Callable[..., None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from megamoe_jit._device.capture import refuse_capture
-from megamoe_jit._device.layout import MIN_POOL_ROWS, buffer_layout
+from megamoe_jit._device.layout import MIN_POOL_ROWS, BufferLayout, buffer_layout
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
@@ -19,7 +20,32 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
 
-__all__ = ["LayerMemory"]
+__all__ = ["LayerMemory", "Place"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a kernel has to know of a memory: sizes and addresses, which keep nothing alive.
+
+    Attributes:
+        shape: the layer.
+        device: the GPU.
+        rank: whose memory it is.
+        ranks: how many share the experts.
+        layout: where its sections are.
+        local: address of what this rank alone uses.
+        peers: addresses of every rank's symmetric memory.
+        fault: address of the record of a kernel that gave up.
+    """
+
+    shape: MoEShape
+    device: torch.device
+    rank: int
+    ranks: int
+    layout: BufferLayout
+    local: int
+    peers: tuple[int, ...]
+    fault: int
 
 
 class LayerMemory:
@@ -46,6 +72,16 @@ class LayerMemory:
             self.x_sf = self._view(self.buffer, "x_scales", torch.float32, (rows, shape.hidden // BLOCK))
             self.topk_idx = self._view(self.buffer, "topk_ids", torch.int64, (rows, topk))
             self.topk_weights = self._view(self.buffer, "topk_weights", torch.float32, (rows, topk))
+
+    @property
+    def place(self) -> Place:
+        """Where everything is."""
+        return Place(
+            *(self.shape, self.device, self.rank, self.ranks, self.layout),
+            local=self.local.data_ptr(),
+            peers=tuple(self.handle.buffer_ptrs),
+            fault=self.fault.data_ptr(),
+        )
 
     def _admit(self, max_tokens: int, max_pool_rows: int) -> dict[str, object]:
         """Refuse what no kernel supports, before anything is allocated; what all ranks must have in common."""

@@ -1,44 +1,36 @@
-"""`MegaMoE`: a layer that owns its buffer and its weights, for callers who want one object and bf16 in and out."""
+"""`MegaMoE`: a module of torch that holds its weights and shares its buffer: one object, bf16 in and out."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.calls import fp8_mega_moe, get_symm_buffer_for_mega_moe
+from megamoe_jit._layer import operators as _operators
+from megamoe_jit._layer import workspace as _workspaces
+from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.marks import require_plain
-from megamoe_jit._layer.quantize import quantize_activations, quantize_weights, require_tensor
+from megamoe_jit._layer.plain_weights import FLOATS, L1, L2, Matrix, check_matrix, check_same, read_matrix, write_matrix
+from megamoe_jit._layer.quantize import quantize_weights
+from megamoe_jit._layer.serving import serve
+from megamoe_jit._layer.stage import stage
 from megamoe_jit._layer.weights import (
     WeightPair,
     mark_transformed,
     readable_scales,
-    require_pair,
     transform_weights_for_mega_moe_sm90,
 )
-from megamoe_jit._spec import check_clamp, check_flag
+from megamoe_jit._spec import MoEShape, check_clamp, check_flag
 from megamoe_jit._spec.formats import FP8
 
 __all__ = ["MegaMoE"]
 
-
-_FLOATS, _FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
-_INTEGERS = torch.int64, torch.int32
-
-
-def _matrices(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
-    """The values, or the codes of a pair; raises unless there is one matrix for each expert."""
-    if not isinstance(weights, torch.Tensor):
-        require_pair(name, weights)
-        weights = weights[0]
-    elif weights.dtype not in _FLOATS:
-        raise ConfigError(f"{name} has dtype {weights.dtype}; allowed: {_FLOATING}, or a pair of codes and scales")
-    if weights.ndim != 3:
-        raise ConfigError(f"{name} has {weights.ndim} dimensions; allowed: 3")
-    return weights
+_HELD = ("l1_codes", "l1_scales", "l2_codes", "l2_scales")  #: the module's buffers
 
 
 def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, inplace: bool) -> WeightPair:
@@ -52,11 +44,13 @@ def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, in
     scales, blocks = readable_scales(scales), (experts, *FP8.scale_shape(rows, depth))
     check_tensor(f"{name} scales", scales, FP8.scale_dtype, blocks, device, align=4)
     require_plain(name, codes)  # a copy has no mark
-    return (codes if inplace else codes.clone(memory_format=torch.contiguous_format)), scales
+    if inplace:
+        return codes, scales
+    return tuple(each.clone(memory_format=torch.contiguous_format) for each in (codes, scales))  # type: ignore[return-value]
 
 
-class MegaMoE:
-    """One MoE layer on one GPU: floating-point tensors in, bf16 out.
+class MegaMoE(torch.nn.Module):
+    """One MoE layer on one GPU, as a module of torch: floating-point tensors in, bf16 out.
 
     Args:
         w13: gate rows then up rows of each expert: bf16, float16 or float32 ``[experts, 2 * intermediate, hidden]``
@@ -64,15 +58,24 @@ class MegaMoE:
             ``[experts, 2 * intermediate / 128, hidden / 128]``. Sizes are multiples of 128.
         w2: ``[experts, hidden, intermediate]``, and scales ``[experts, hidden / 128, intermediate / 128]``, likewise.
         topk: slots of a token, 1 to 32.
-        max_tokens: most tokens of a call, 1 to 32768; the capacity is rounded up to a multiple of 128.
+        max_tokens: most tokens of a launch, 1 to 32768; the capacity is rounded up to a multiple of 128. Batches with
+            more tokens are served in chunks of that size, with the bits of one call.
         clamp: bounds the gate from above and the up projection on both sides, above 0; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
-        inplace: bring the codes of pairs into the kernel's order where they are, instead of in a copy.
+        inplace: keep pairs where they are, and bring their codes into the kernel's order there, instead of in a copy.
+        workspace: "shared" for the buffer of all layers with this shape, capacity and device, as in a model whose
+            layers run one after the other; "own" for one of its own, as for layers that run at the same time: in graphs
+            that are replayed on other streams, or on branches of one graph; or a `SymmBuffer` of this shape.
 
     Attributes:
         buffer: the layer's `SymmBuffer`.
         l1: e4m3 codes of `w13` in the kernel's order, and their float32 scales.
         l2: the same of `w2`.
+
+    The weights are buffers of the module and no parameters. `state_dict` gives them in the plain order, as `w13`,
+    `w13_scales`, `w2` and `w2_scales`, in the CPU's memory; `load_state_dict` takes these, or values to quantise and no
+    scales, writes them where the weights are and needs no second copy. `to()`, `half()` and their kin leave a layer's
+    dtypes as they are, and refuse to move it.
 
     Raises:
         ConfigError: a shape, dtype or value is not supported, or the memory is not there (says the bytes).
@@ -82,6 +85,11 @@ class MegaMoE:
         >>> layer = MegaMoE(w13, w2, topk=6, max_tokens=4096)
         >>> y = layer(x, topk_idx, topk_weights)
     """
+
+    l1_codes: torch.Tensor
+    l1_scales: torch.Tensor
+    l2_codes: torch.Tensor
+    l2_scales: torch.Tensor
 
     @torch.no_grad()
     def __init__(
@@ -94,8 +102,10 @@ class MegaMoE:
         clamp: float | None = None,
         fast_math: bool = True,
         inplace: bool = False,
+        workspace: str | SymmBuffer = "shared",
     ) -> None:
-        gate_up, down = _matrices("w13", w13), _matrices("w2", w2)
+        super().__init__()
+        gate_up, down = check_matrix("w13", w13), check_matrix("w2", w2)
         experts, rows, hidden = gate_up.shape
         if rows % 2:
             raise ConfigError(f"w13 has {rows} rows; allowed: gate rows and as many up rows")
@@ -107,24 +117,42 @@ class MegaMoE:
         check_clamp("clamp", clamp)
         check_flag("fast_math", fast_math)
         check_flag("inplace", inplace)
-        self.clamp, self.fast_math = clamp, fast_math
-        self.buffer = get_symm_buffer_for_mega_moe(  # it refuses sizes and devices before weights are quantised
-            None, experts, max_tokens, topk, hidden, rows // 2, device=gate_up.device
-        )
+        self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
+        shape = MoEShape(hidden, rows // 2, experts, topk)
+        self._lease = _workspaces.lease(
+            shape, max_tokens, gate_up.device, workspace
+        )  # refuses before weights are quantised
+        self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
                 l1, l2 = (_own(name, w, gate_up.device, inplace) for name, w in (("w13", w13), ("w2", w2)))
-                self.l1, self.l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
+                l1, l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
         except BaseException:
-            self.buffer.destroy()
+            self._lease.release()
             raise
+        for name, tensor in zip(_HELD, (*l1, *l2), strict=True):
+            self.register_buffer(name, tensor, persistent=False)
 
-    @torch.no_grad()  # a copy that is recorded makes the buffer's views parts of a graph that grows with every call
+    @property
+    def buffer(self) -> SymmBuffer:
+        """The `SymmBuffer` that calls are staged in; other layers may use it too."""
+        return self._lease.buffer
+
+    @property
+    def l1(self) -> WeightPair:
+        """e4m3 codes of `w13` in the kernel's order, and their float32 scales."""
+        return self.l1_codes, self.l1_scales
+
+    @property
+    def l2(self) -> WeightPair:
+        """The same of `w2`."""
+        return self.l2_codes, self.l2_scales
+
     def stage(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> int:
         """Quantise and copy the inputs of a call into the buffer, once the last call has read its own.
 
         Args:
-            x: bf16, float16 or float32 ``[T, hidden]``.
+            x: bf16, float16 or float32 ``[T, hidden]``, T at most the capacity.
             topk_idx: int64 or int32 ``[T, topk]``, -1 for a masked slot.
             topk_weights: bf16, float16 or float32 ``[T, topk]``.
 
@@ -135,39 +163,10 @@ class MegaMoE:
             ConfigError: a shape, dtype, device or number of tokens is not supported, or the layer was destroyed.
             DeviceFaultError: an earlier call failed.
         """
-        self.buffer.require_usable()
-        require_tensor("x", x)
-        hidden, topk = self.buffer.hidden, self.buffer.num_topk
-        if x.ndim != 2:
-            raise ConfigError(f"x has shape {tuple(x.shape)}; allowed: [tokens, {hidden}]")
-        tokens = x.shape[0]
-        if tokens > self.buffer.num_max_tokens_per_rank:
-            raise ConfigError(
-                f"x has {tokens} tokens; allowed: at most {self.buffer.num_max_tokens_per_rank}, the layer's max_tokens"
-            )
-        for name, tensor, width, floating in (
-            ("x", x, hidden, True),
-            ("topk_idx", topk_idx, topk, False),
-            ("topk_weights", topk_weights, topk, True),
-        ):
-            require_tensor(name, tensor)
-            if tensor.shape != (tokens, width):
-                raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {(tokens, width)}")
-            if tensor.dtype not in (_FLOATS if floating else _INTEGERS):
-                allowed = _FLOATING if floating else "int64 or int32"
-                raise ConfigError(f"{name} has dtype {tensor.dtype}; allowed: {allowed}")
-            if tensor.device != self.buffer.device:
-                raise ConfigError(f"{name} is on {tensor.device}; allowed: {self.buffer.device}, where the layer is")
-        self.buffer.wait_for_last()
-        codes, scales = quantize_activations(x)
-        self.buffer.x[:tokens].copy_(codes)
-        self.buffer.x_sf[:tokens].copy_(scales)
-        self.buffer.topk_idx[:tokens].copy_(topk_idx)
-        self.buffer.topk_weights[:tokens].copy_(topk_weights)
-        return tokens
+        return stage(self.buffer, x, topk_idx, topk_weights)
 
-    def __call__(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """Run the layer.
+    def forward(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """Run the layer: what calling it does.
 
         Args:
             x: bf16, float16 or float32 ``[T, hidden]``.
@@ -183,45 +182,139 @@ class MegaMoE:
             DeviceFaultError: an earlier call failed.
             MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
         """
-        with self.buffer.lock:  # another thread's inputs come after this call
-            tokens = self.stage(x, topk_idx, topk_weights)
-            y = torch.empty(tokens, self.buffer.hidden, dtype=torch.bfloat16, device=x.device)
-            fp8_mega_moe(y, self.l1, self.l2, self.buffer, activation_clamp=self.clamp, fast_math=self.fast_math)
-        return y
+        if _operators.is_traced():
+            weights = self.l1_codes, self.l1_scales, self.l2_codes, self.l2_scales
+            options = self._workspace, self.clamp, self.fast_math
+            return torch.ops.megamoe_jit.moe(x, topk_idx, topk_weights, *weights, *options)  # type: ignore[no-any-return]
+        buffer, held = self._lease.held or self.buffer, self._buffers  # at once: the host's time counts here
+        l1: Any = held["l1_codes"], held["l1_scales"]
+        l2: Any = held["l2_codes"], held["l2_scales"]
+        return serve(buffer, x, topk_idx, topk_weights, l1, l2, self.clamp, self.fast_math)
+
+    def load_weights(self, w13: torch.Tensor | WeightPair, w2: torch.Tensor | WeightPair) -> None:
+        """Write other weights over the layer's: addresses stay, so that captured graphs read the new ones.
+
+        Calls that were launched before read the old weights, calls after this the new ones; replays of graphs are for
+        the caller to order. Values are quantised on the layer's device. One expert at a time is brought there.
+
+        Args:
+            w13: as the layer was made of, values or a pair, of the same shape; on any device.
+            w2: likewise.
+
+        Raises:
+            ConfigError: a shape or dtype does not fit, or the weights are transformed already; nothing was written.
+            CaptureError: the current stream is capturing a CUDA graph.
+        """
+        check_same("w13", w13, self.l1)
+        check_same("w2", w2, self.l2)
+        for matrix, given, held in ((L1, w13, self.l1), (L2, w2, self.l2)):
+            self._write(matrix, given, held)
+
+    def _write(self, matrix: Matrix, given: torch.Tensor | WeightPair, held: WeightPair) -> None:
+        refuse_capture("weights cannot be loaded", "load them before the capture")
+        with self.buffer.lock:
+            self.buffer.wait_for_last()  # a kernel on another stream may still read them
+            write_matrix(matrix, given, held)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if torch.compiler.is_exporting():  # an exported program keeps them as they are, as constants
+            return
+        refuse_capture("weights cannot be read", "read them before the capture")
+        for matrix, held in ((L1, self.l1), (L2, self.l2)):
+            codes, scales = read_matrix(matrix, held)
+            destination.update({prefix + matrix.name: codes, f"{prefix}{matrix.name}_scales": scales})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        others: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
+        for matrix, held in ((L1, self.l1), (L2, self.l2)):
+            names = [prefix + matrix.name, f"{prefix}{matrix.name}_scales"]
+            values, scales = (state_dict.get(name) for name in names)
+            if values is None:
+                missing_keys += [name for name in names if strict and name not in state_dict]
+            else:
+                plain = scales is None and isinstance(values, torch.Tensor) and values.dtype in FLOATS
+                given: Any = values if plain else (values, scales)
+                try:
+                    check_same(matrix.name, given, held)
+                    self._write(matrix, given, held)
+                except ConfigError as error:
+                    error_msgs.append(f'While loading "{names[0]}": {error}')
+            others = [name for name in others if name not in names]
+        unexpected_keys += others
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MegaMoE:
+        """What `to()`, `half()`, `cuda()`, `cpu()` and `to_empty()` do to each tensor: nothing to the weights.
+
+        Raises:
+            ConfigError: it would move them.
+        """
+        here = self.l1_codes.device
+        there = fn(torch.empty(0, dtype=torch.bfloat16, device=here)).device
+        if there != here:
+            raise ConfigError(
+                f"a MegaMoE cannot be moved from {here} to {there}: kernels, the buffer and captured graphs know its "
+                f"weights by address; allowed: {here}, or a layer made there out of this one's state_dict()"
+            )
+        held = {name: self._buffers.pop(name) for name in _HELD}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        finally:
+            self._buffers.update(held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MegaMoE:
-        """A layer with weights and a buffer of its own."""
-        buffer = self.buffer
-        buffer.require_usable()
-        shape = buffer.shape
-        made = memo[id(self)] = object.__new__(type(self))
-        more = {name: value for name, value in vars(self).items() if name not in ("l1", "l2", "buffer")}
-        made.__dict__.update(copy.deepcopy(more, memo))
-        made.buffer = get_symm_buffer_for_mega_moe(
-            *(None, shape.experts, buffer.num_max_tokens_per_rank, shape.topk, shape.hidden, shape.intermediate),
-            device=buffer.device,
-        )
+        """A layer with weights of its own, in the same workspace; with a buffer of its own if this one has one."""
+        refuse_capture("a layer cannot be copied", "copy it before the capture")
+        made = object.__new__(type(self))
+        made.__dict__["_lease"] = self._lease.again()
+        memo[id(self)] = made
         try:
-            made.l1, made.l2 = ((codes.clone(), scales.clone()) for codes, scales in (self.l1, self.l2))
+            buffers = {name: tensor for name, tensor in self._buffers.items() if name not in _HELD}
+            state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]  # without what was compiled for this one
+            more = {name: value for name, value in state.items() if name not in ("_lease", "_buffers")}
+            made.__dict__.update(copy.deepcopy({**more, "_buffers": buffers}, memo))
+            made._workspace = made._lease.name
+            made._buffers.update({name: getattr(self, name).clone() for name in _HELD})
             mark_transformed(made.l1, made.l2)
         except BaseException:
-            made.buffer.destroy()
+            made._lease.release()
             raise
         return made
 
+    def extra_repr(self) -> str:
+        """What `repr` says of the layer."""
+        lease, shape = self._lease, self._lease.shape
+        sizes = f"experts={shape.experts}, hidden={shape.hidden}, intermediate={shape.intermediate}, topk={shape.topk}"
+        options = f"clamp={self.clamp}, fast_math={self.fast_math}, device={self.l1_codes.device}"
+        return f"{sizes}, capacity={lease.capacity}, {options}, workspace={lease.kind}"
+
     def check(self) -> None:
-        """Wait for the device and raise if a kernel of this layer gave up.
+        """Wait for the device and raise if a kernel of this layer, or of another one in its workspace, gave up.
 
         Raises:
+            ConfigError: the layer was destroyed, and others still use its workspace.
             DeviceFaultError: a wait inside a kernel passed its deadline, or the CUDA context is broken.
             CaptureError: some stream is capturing, so that the device cannot be waited for; nothing is wrong.
         """
         self.buffer.check()
 
     def destroy(self) -> None:
-        """Wait for the device and give the buffer back; safe to call twice.
+        """Give the workspace up; the last of the layers in it waits for the device and gives the memory back.
+
+        Safe to call twice. A buffer that was given stays as it is.
 
         Raises:
             CaptureError: some stream is capturing, so that the device cannot be waited for; nothing was given back.
         """
-        self.buffer.destroy()
+        self._lease.release()

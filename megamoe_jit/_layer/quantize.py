@@ -68,7 +68,8 @@ def _encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _scale(amax: torch.Tensor) -> torch.Tensor:
-    return amax.clamp(min=AMAX_FLOOR) / E4M3_MAX
+    # by a tensor: on a GPU torch divides by a number by multiplying with its inverse, which is not always rounded alike
+    return amax.clamp(min=AMAX_FLOOR) / torch.full((), E4M3_MAX, dtype=torch.float32, device=amax.device)
 
 
 @torch.no_grad()  # inference alone: a graph would keep the values alive in what is returned

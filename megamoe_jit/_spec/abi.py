@@ -31,6 +31,9 @@ RECORD_WORDS = 4
 ACT_BOX_ROWS = 64
 SMALL_BOX_ROWS = 16
 
+# kernels/stage.cuh
+STAGE_THREADS = 256
+
 #: `Params` of layout/params.cuh: name, type, how many, and offset in bytes.
 PARAMS_BYTES, PARAMS_ALIGN = 896, 64
 PARAMS = (
@@ -76,7 +79,39 @@ PARAMS = (
     ("clamp", "float", 1, 820),
     ("want_sides", "u32", 1, 824),
     ("side_of_sm", "u32", 5, 828),
-    ("unused", "u32", 12, 848),
+    ("raw_x", "u64", 1, 848),
+    ("raw_ids", "u64", 1, 856),
+    ("raw_weights", "u64", 1, 864),
+    ("raw_x_stride", "u64", 1, 872),
+    ("raw_ids_stride", "u32", 1, 880),
+    ("raw_weights_stride", "u32", 1, 884),
+    ("raw_formats", "u32", 1, 888),
+    ("weight_factor", "float", 1, 892),
+)
+
+#: `StageParams` of kernels/stage.cuh: name, type, how many, and offset in bytes.
+STAGE_PARAMS_BYTES, STAGE_PARAMS_ALIGN = 128, 64
+STAGE_PARAMS = (
+    ("x", "u64", 1, 0),
+    ("ids", "u64", 1, 8),
+    ("weights", "u64", 1, 16),
+    ("x_scales", "u64", 1, 24),
+    ("out_x", "u64", 1, 32),
+    ("out_scales", "u64", 1, 40),
+    ("out_ids", "u64", 1, 48),
+    ("out_weights", "u64", 1, 56),
+    ("x_stride", "u64", 1, 64),
+    ("scales_row", "u64", 1, 72),
+    ("scales_column", "u64", 1, 80),
+    ("ids_stride", "u32", 1, 88),
+    ("weights_stride", "u32", 1, 92),
+    ("formats", "u32", 1, 96),
+    ("tokens", "u32", 1, 100),
+    ("masked", "u32", 1, 104),
+    ("hidden", "u32", 1, 108),
+    ("topk", "u32", 1, 112),
+    ("weight_factor", "float", 1, 116),
+    ("unused", "u32", 2, 120),
 )
 
 #: `Tile` of sched/plan.cuh: name, type, how many, and offset in bytes.

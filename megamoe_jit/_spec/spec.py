@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from megamoe_jit._documents import Count
@@ -25,6 +26,7 @@ from megamoe_jit._spec.abi import (
 )
 from megamoe_jit._spec.checks import check, check_fields, check_flag, check_int
 from megamoe_jit._spec.formats import FORMATS, FP8, WeightFormat
+from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
 
@@ -83,7 +85,7 @@ class MoEShape:
         check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, init=False)
 class KernelSpec:
     """One kernel to compile; everything in here is a compile-time constant of it.
 
@@ -94,8 +96,10 @@ class KernelSpec:
         numerics: its numeric options.
         timeline: the kernel writes down where its time goes; for measuring the kernel alone.
         weights: how the weights are stored.
+        inputs: where a launch has its inputs from.
 
-    `fast_math` may be given instead of `numerics`, or beside it, and can be read.
+    `fast_math` may be given instead of `numerics`, or beside it, and can be read.  What follows from the rest is worked
+    out once, at its first use.
 
     Raises:
         ConfigError: a value is not supported.
@@ -107,6 +111,7 @@ class KernelSpec:
     numerics: Numerics
     timeline: bool
     weights: WeightFormat
+    inputs: Inputs
 
     def __init__(
         self,
@@ -118,11 +123,13 @@ class KernelSpec:
         *,
         numerics: Numerics = DEFAULT_NUMERICS,
         weights: WeightFormat = FP8,
+        inputs: Inputs = Inputs.STAGED,
     ) -> None:
         check(isinstance(shape, MoEShape), "shape", shape, "a MoEShape")
         check(isinstance(variant, Variant), "variant", variant, "a member of Variant")
         check(isinstance(numerics, Numerics), "numerics", numerics, "a Numerics")
         check(isinstance(weights, WeightFormat), "weights", weights, "a WeightFormat")
+        check(isinstance(inputs, Inputs), "inputs", inputs, "a member of Inputs")
         check_flag("timeline", timeline)
         check_int("ranks", ranks)
         check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
@@ -130,74 +137,83 @@ class KernelSpec:
         check(shape.experts % ranks == 0, "experts", shape.experts, shared)
         if fast_math is not _UNSET:
             numerics = replace(numerics, fast_math=fast_math)
-        for name, value in zip(self.__slots__, (shape, variant, ranks, numerics, timeline, weights), strict=True):
-            object.__setattr__(self, name, value)
+        sizes = {"shape": shape, "variant": variant, "ranks": ranks}
+        vars(self).update(sizes, numerics=numerics, timeline=timeline, weights=weights, inputs=inputs)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.variant, self.ranks, self.numerics, self.timeline, self.weights, self.inputs))
 
     @property
     def fast_math(self) -> bool:
         """Of the numeric options."""
         return self.numerics.fast_math
 
-    @property
+    @cached_property
     def local_experts(self) -> int:
         """Experts whose weights live on one rank."""
         return self.shape.experts // self.ranks
 
-    @property
+    @cached_property
     def block_m(self) -> int:
         """Rows of a tile."""
         return self.variant.block_m
 
-    @property
+    @cached_property
     def stage_bytes(self) -> int:
         """One pipeline stage: activations, weights, a float scale per activation row and four for the weights."""
         return self.block_m * BLOCK + self.weight_stage_bytes + self.block_m * 4 + 16
 
-    @property
+    @cached_property
     def weight_stage_bytes(self) -> int:
         """Weights of a pipeline stage."""
         return self.weights.code_bytes(BLOCK_N, BLOCK)
 
-    @property
+    @cached_property
     def fixed_shared_bytes(self) -> int:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
         return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
 
-    @property
+    @cached_property
     def source_table_bytes(self) -> int:
         """With several ranks: which part of each rank's pairs names each local expert."""
         return 8 * self.shape.experts if self.ranks > 1 else 0
 
-    @property
+    @cached_property
     def _ring_room(self) -> int:
         return SHARED_LIMIT - self.fixed_shared_bytes - self.source_table_bytes - 16
 
-    @property
+    @cached_property
     def stages(self) -> int:
         """Pipeline stages that fit, at most five."""
         return min(5, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
 
-    @property
+    @cached_property
     def dispatch_slots(self) -> int:
         """Chunks of rows that dispatch keeps in flight: as many as still fit, two to eight."""
         return min(
             MAX_DISPATCH_SLOTS, (self._ring_room - self.stages * (self.stage_bytes + 16)) // (DISPATCH_CHUNK + 8)
         )
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         rings = self.stages * (self.stage_bytes + 16) + self.dispatch_slots * (DISPATCH_CHUNK + 8)
         return -(-(rings + self.fixed_shared_bytes) // 16) * 16 + self.source_table_bytes
 
-    @property
+    @cached_property
     def entry(self) -> str:
         """Symbol of the kernel."""
         s = self.shape
         sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
         words = [*self.numerics.words(), *(["timeline"] if self.timeline else [])]
+        if self.inputs is not Inputs.STAGED:
+            words.append(self.inputs.value)
         if self.weights is not FP8:
             words.insert(0, self.weights.name)
         return "_".join(["megamoe", self.variant.value, sizes, *words])
@@ -211,18 +227,41 @@ class KernelSpec:
         hidden, intermediate, experts, topk, ranks = (int(number) for number in found.groups()[1:6])
         words = found[7].split("_")[1:]
         try:
-            numerics = Numerics.named(word for word in words if word != "timeline" and word not in FORMATS)
+            others = {"timeline", Inputs.RAW.value, *FORMATS}
+            numerics = Numerics.named(word for word in words if word not in others)
         except ConfigError:
             return None
         weights = next((FORMATS[word] for word in words if word in FORMATS), FP8)
         shape, variant = MoEShape(hidden, intermediate, experts, topk), Variant.parse(found[1])
-        spec = cls(shape, variant, ranks, timeline="timeline" in words, numerics=numerics, weights=weights)
+        inputs = Inputs.RAW if Inputs.RAW.value in words else Inputs.STAGED
+        options: dict[str, Any] = {"numerics": numerics, "weights": weights, "inputs": inputs}
+        spec = cls(shape, variant, ranks, timeline="timeline" in words, **options)
         return spec if spec.entry == entry else None
 
     @property
     def template(self) -> str:
         """Path of the Jinja2 entry under `kernels_src/`, the same for all."""
         return TEMPLATE
+
+    @property
+    def command(self) -> str:
+        """Words of the command line that compile exactly this kernel.
+
+        `warmup` makes none with a timeline, which only who measures the kernel itself asks for; `inspect` makes any.
+        """
+        if self.timeline:
+            return f"inspect {self.entry}"
+        shape = self.shape
+        words = [
+            f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
+            f"--topk {shape.topk} --ranks {self.ranks} --variant {self.variant.value}",
+        ]
+        return " ".join([*words, *self.numerics.flags(), f"--inputs {self.inputs.value}"])
+
+    @property
+    def remark(self) -> str:
+        """What to say beside `command`."""
+        return "kernels with a timeline are for measuring the kernel alone" if self.timeline else ""
 
     def template_variables(self) -> dict[str, Any]:
         """What the Jinja2 entry is filled with."""
@@ -242,6 +281,7 @@ class KernelSpec:
             "shared_bytes": self.shared_bytes,
             "numerics": self.numerics.constants(),
             "timeline": "true" if self.timeline else "false",
+            "inputs": self.inputs.value,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -253,6 +293,7 @@ class KernelSpec:
             **self.numerics.options(),
             "timeline": self.timeline,
             "weights": self.weights.name,
+            "inputs": self.inputs.value,
         }
 
     @classmethod
@@ -260,7 +301,7 @@ class KernelSpec:
         """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
         options = tuple(option.name for option in fields(Numerics))
         given = check_fields(
-            "data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline", "weights", *options)
+            "data", data, ("shape", "variant", "ranks", "fast_math"), ("timeline", "weights", "inputs", *options)
         )
         sizes = given["shape"]
         return cls(
@@ -270,4 +311,5 @@ class KernelSpec:
             timeline=data.get("timeline", False),
             numerics=Numerics(**{name: data[name] for name in options if name in data}),
             weights=WeightFormat.parse(data.get("weights", FP8.name)),
+            inputs=Inputs.parse(data.get("inputs", Inputs.STAGED.value)),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,11 +12,13 @@ from megamoe_jit._compile.cubin import read_cubin
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import VIRTUAL_ROOT, kernels_dir, render
 from megamoe_jit._compile.toolchain import find_toolchain
-from megamoe_jit._device.params import Params
+from megamoe_jit._device.params import Params, StageParams
 from megamoe_jit._errors import CompileError
 from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics import preset, preset_names
 
 #: hidden, intermediate, experts, top-k: every odd value at least once, each with both variants.
@@ -55,7 +58,14 @@ def other_specs() -> dict[str, KernelSpec]:
     return specs
 
 
-SPECS = {**preset_specs(), **other_specs()}
+def raw_specs() -> dict[str, KernelSpec]:
+    """Kernels that stage their inputs: two presets over their ranks, and odd sizes."""
+    others = {name: spec for name, spec in {**preset_specs(), **other_specs()}.items() if name.startswith("odd")}
+    whole = {n: spec for n, spec in preset_specs().items() if n.startswith(("v4-flash-whole", "v4-pro-whole"))}
+    return {f"raw-{name}": replace(spec, inputs=Inputs.RAW) for name, spec in {**whole, **others}.items()}
+
+
+SPECS = {**preset_specs(), **other_specs(), **raw_specs()}
 
 
 def test_the_list_is_complete():
@@ -71,6 +81,15 @@ def test_the_list_is_complete():
     for position, values in enumerate(((128, 1408, 2304), (128, 768, 1408), (1, 8, 512, 1024), (1, 4, 12, 32))):
         assert set(values) <= {sizes[position] for sizes in kernels if sizes[-1] == 1}
     assert {1, 8} <= {sizes[-1] for sizes in kernels}
+
+
+@pytest.mark.parametrize("form", list(StageFormat))
+def test_kernels_that_stage_are_small(form: StageFormat):
+    """Six blocks of 256 threads fit an SM if a thread has 40 registers, four if it has 64."""
+    meta = get_kernel(StageSpec(form)).meta
+    assert (meta["spill_bytes"], meta["stack_bytes"], meta["advisories"]) == (0, 0, [])
+    assert meta["registers"] <= (64 if form is StageFormat.F32 else 40)
+    assert meta["param_bytes"] == ctypes.sizeof(StageParams)
 
 
 @pytest.mark.parametrize("name", list(SPECS))

@@ -28,10 +28,12 @@ from megamoe_jit._check.scenarios import SCENARIOS, Scenario, Weights, make_weig
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import group as _ranks
 from megamoe_jit._layer import memory as _memory
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
+from megamoe_jit._layer.stream_order import StreamOrder
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
 from tests.multi.harness import warm
-from tests.multi.worker import MODES, Rank, equal_bits, shape_for
+from tests.multi.worker import CLAMP, MODES, Rank, equal_bits, shape_for
 
 SIZES = (512, 512, 24, 4)
 CAPACITY = 512
@@ -87,8 +89,9 @@ class VirtualRank(Rank):
         self._group = group
         device = torch.device("cuda", torch.cuda.current_device())
         super().__init__(group.rank(), group.size(), device, shape, capacity, weights)
-        self.buffer._order = _buffer._Order()  # all ranks are on one GPU here, and must not come one after the other
-        self.buffer.lock = self.buffer._order.lock
+        # all ranks are on one GPU here, and must not come one after the other
+        self.buffer.order = StreamOrder(device, shared=False)
+        self.buffer.lock = self.buffer.order.lock
         self.buffer.prepare("pingpong", fast_math)
 
     @property
@@ -100,17 +103,20 @@ class VirtualRank(Rank):
         local = self.shape.experts // self.ranks
         return sum(gather(self._group, mine))[self.rank * local : (self.rank + 1) * local]
 
-    def call(self, tokens, **more):
-        """All ranks' launches are in their streams before anybody does anything else."""
-        more["num_sms"] = (
-            more.get("num_sms") or (torch.cuda.get_device_properties(0).multi_processor_count - FREE_SMS) // self.ranks
-        )
-        y = self.poisoned(tokens) if more.get("y") is None else more.pop("y")
+    def launched(self, tokens: int, launch: Callable[[torch.Tensor, int], Any], y: torch.Tensor | None = None):
+        """The output of a launch; those of all ranks are in their streams before anybody does anything else."""
+        sms = (torch.cuda.get_device_properties(0).multi_processor_count - FREE_SMS) // self.ranks
+        y = self.poisoned(tokens) if y is None else y
         torch.cuda.current_stream().synchronize()
         gather(self._group, None)
-        y = super().call(tokens, y=y, **more)
+        launch(y, sms)
         gather(self._group, None)
         return y
+
+    def call(self, tokens, **more):
+        y, sms = more.pop("y", None), more.pop("num_sms", None)
+        run = super().call
+        return self.launched(tokens, lambda y, share: run(tokens, y=y, num_sms=sms or share, **more), y)
 
 
 def check_scenario(scenario: Scenario, it: VirtualRank) -> str:
@@ -154,7 +160,33 @@ def check_soak(it: VirtualRank) -> str:
     return "; ".join(p for p in problems if p)
 
 
-OWN: dict[str, Callable[[VirtualRank], str]] = {"ragged": check_ragged, "soak": check_soak}
+def check_from_bf16(it: VirtualRank) -> str:
+    """Staged in the launch by all ranks, by some, by none; the same bits as where the caller stages."""
+    it.buffer.prepare_all()  # nothing is loaded while a kernel waits for its peers
+    problems = []
+    for tokens in (CAPACITY - it.rank, 33 + it.rank, 0):
+        inputs = it.some(tokens)
+        wanted = it.run(inputs)
+        it.buffer.check()
+        for name, raw in (("all", True), ("some", it.rank % 2 == 0), ("none", False)):
+            batch = (inputs.x if raw else inputs.x.float(), inputs.topk_idx, inputs.topk_weights)
+            y = it.launched(
+                tokens,
+                lambda y, sms, given=batch: mega_moe_from_bf16(
+                    *given, it.l1, it.l2, it.buffer, y=y, activation_clamp=CLAMP, num_sms=sms
+                ),
+            )
+            it.buffer.check()
+            if not equal_bits(y, wanted):
+                problems.append(f"{tokens} tokens, staged in the launch by {name}: other bits")
+    return "; ".join(problems)
+
+
+OWN: dict[str, Callable[[VirtualRank], str]] = {
+    "ragged": check_ragged,
+    "soak": check_soak,
+    "from bf16": check_from_bf16,
+}
 
 
 def names(ranks: int) -> list[str]:

@@ -10,7 +10,8 @@ import torch
 
 from megamoe_jit._check.scenarios import SCENARIOS, Inputs, Scenario
 from megamoe_jit._check.spawn import World
-from tests.multi.worker import MODES, Rank, layer, shape_for, variant_of
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
+from tests.multi.worker import CLAMP, MODES, Rank, equal_bits, layer, shape_for, variant_of
 
 CAPACITY = 512
 SIZES = (1024, 768, 16, 4)  #: hidden, intermediate, experts, top-k of the checks that are not in the table
@@ -109,6 +110,21 @@ def check_some_sms(world: World) -> str:
     return "; ".join(problems)
 
 
+def check_from_bf16(world: World) -> str:
+    """Staged in the launch by all ranks, by some, by none; the same bits as where the caller stages."""
+    it, problems = own_layer(world), []
+    for tokens in (33 + world.rank, CAPACITY - world.rank):
+        inputs = it.some(tokens)
+        wanted = it.run(inputs)
+        for name, raw in (("all", True), ("some", world.rank % 2 == 0), ("none", False)):
+            batch = (inputs.x if raw else inputs.x.float(), inputs.topk_idx, inputs.topk_weights)
+            y = mega_moe_from_bf16(*batch, it.l1, it.l2, it.buffer, activation_clamp=CLAMP)
+            it.buffer.check()
+            if not equal_bits(y, wanted):
+                problems.append(f"{tokens} tokens, staged in the launch by {name}: other bits")
+    return "; ".join(problems)
+
+
 def by_shape() -> list[Scenario]:
     """The table, equal shapes next to each other."""
     first = {s.shape: i for i, s in reversed(list(enumerate(SCENARIOS)))}
@@ -121,4 +137,5 @@ CHECKS: dict[str, Callable[[World], str]] = {
     **{f"route: {route}": partial(check_route, route) for route in (*ROUTES, *OWN_ROUTES)},
     "heuristics on both sides": check_auto,
     "different numbers of SMs": check_some_sms,
+    "from bf16": check_from_bf16,
 }

@@ -9,7 +9,7 @@ import pytest
 
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit.runtime import forget
+from megamoe_jit._jit.registry import reset
 from megamoe_jit._settings.settings import override
 from tests.stubs import write_rooms
 
@@ -36,10 +36,10 @@ def place(tmp_path, monkeypatch):
     """A small kernel directory, a cold cache and a lock directory, in force as settings."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     source = write_rooms(tmp_path / "src")
-    forget()
+    reset()
     with override(kernels_src=source, cache_dir=tmp_path / "cache", lock_dir=tmp_path / "locks", strict="error"):
         yield tmp_path
-    forget()
+    reset()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.bound_kernel import CallPlan
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit.heuristics import choose
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.tables import parse_table
@@ -40,10 +41,10 @@ class Tuned(Layer):
         buffer = super().get_symm_buffer_for_mega_moe(group, experts, capacity, topk, hidden, intermediate)
         shape = MoEShape(hidden, intermediate, experts, topk)
 
-        def plan(tokens, variant, fast_math, num_sms):
+        def plan(tokens, variant, fast_math, num_sms, inputs=Inputs.STAGED):
             return CallPlan(None, choose(shape, tokens, variant=variant), 132, 1, False)
 
-        def launch(plan, *, y, tokens, l1, l2, stats, clamp):
+        def launch(plan, *, y, tokens, l1, l2, stats, clamp, raw=None):
             variant, before = plan.choice.variant.value, Clock.now
             self.launched.append((variant, plan.choice.lag_tiles, plan.choice.rows_per_item))
             self.fp8_mega_moe(y, l1, l2, buffer, activation_clamp=clamp, fast_math=True)

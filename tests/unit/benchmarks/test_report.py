@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from benchmarks.markdown import put
 
 
 def test_the_tables_are_those_of_the_newest_results(monkeypatch):
@@ -91,43 +92,11 @@ def test_newest_tells_kinds_apart(tmp_path: Path):
 
 
 def test_a_body_goes_between_its_marks():
-    text = report.put("a\n<!-- x begin: written by benchmarks/report.py -->\nold\n<!-- x end -->\nb", "x", r"new \1")
+    text = put("a\n<!-- x begin: written by benchmarks/report.py -->\nold\n<!-- x end -->\nb", "x", r"new \1")
     assert text == "a\n<!-- x begin: written by benchmarks/report.py -->\nnew \\1\n<!-- x end -->\nb"
-    assert report.put(text, "x", r"new \1") == text
+    assert put(text, "x", r"new \1") == text
     with pytest.raises(ValueError, match="one pair of marks"):
-        report.put(text, "y", "")
-
-
-def two_ranks(folder: Path, name: str, date: str, **rows: float) -> None:
-    """A document of two ranks: median times by layer, twice as long unfused where the name ends in `unfused`."""
-    common = {"tokens": 64, "variant": "auto", "ranks": 2, "one_rank_us": 100.0}
-    found = [
-        {**common, "shape": s, "median_us": us, "baseline_us": 2 * us if "unfused" in name else None}
-        for s, us in rows.items()
-    ]
-    found.append({**found[0], "variant": "pingpong", "median_us": 1.0})
-    env = {"device": "NVIDIA H200", "date": date, "ranks": 2, "commit": "0123456789ab"}
-    (folder / name).write_text(json.dumps({"kind": "bench", "environment": env, "rows": found}))
-
-
-def test_each_row_of_several_ranks_is_the_newest(tmp_path: Path):
-    two_ranks(tmp_path, "b-unfused.json", "2026-01-01T00", flash=110.0, pro=120.0)
-    two_ranks(tmp_path, "a.json", "2026-01-02T00", flash=105.0)
-    two_ranks(tmp_path, "c-unfused.json", "2025-12-01T00", flash=150.0, mimo=160.0)
-    assert {row["shape"]: row["median_us"] for row in report.rank_rows(tmp_path)} == {
-        "flash": 105.0,
-        "mimo": 160.0,
-        "pro": 120.0,
-    }
-    unfused = report.rank_rows(tmp_path, unfused=True)
-    assert {row["shape"]: row["median_us"] for row in unfused} == {"flash": 110.0, "mimo": 160.0, "pro": 120.0}
-    assert (
-        report.rank_table(report.rank_rows(tmp_path)).splitlines()[2]
-        == "| flash | 64 | 2 | 105 | 100 | +5 | 1.050 | 0123456 |"
-    )
-    assert (
-        report.unfused_table(unfused).splitlines()[2] == "| flash | 64 | 2 | 110 | 100 | 1.10 | 220 | 2.00 | 0123456 |"
-    )
+        put(text, "y", "")
 
 
 def test_a_document_without_goals_is_not_the_newest(tmp_path: Path):

@@ -223,13 +223,8 @@ def test_kernels_handed_over_are_taken_by_cuda_major_and_the_newest_first(tmp_pa
     for number, version in enumerate(versions):
         meta = {"source_id": "one", "nvrtc": {"version": version}}
         KernelCache(tmp_path).store(f"{number:064x}", fake_cubin(version.encode()), "", meta)
-    cache, taken, digests = KernelCache(tmp_path, read_only=True), [], []
-    for _ in versions:
-        entry = cache.load_source("one", major, but_not=digests)
-        taken.append(versions[int(entry.key, 16)])
-        digests.append(entry.meta["cubin_sha256"])
-    assert taken == expected
-    assert cache.load_source("one", major, but_not=digests) is None
+    found = KernelCache(tmp_path, read_only=True).of_source("one", major)
+    assert [versions[int(info.key, 16)] for info in found] == expected
 
 
 def test_threads_that_ask_at_once_find_what_was_handed_over(tmp_path, monkeypatch):
@@ -240,18 +235,18 @@ def test_threads_that_ask_at_once_find_what_was_handed_over(tmp_path, monkeypatc
     cache = KernelCache(tmp_path, read_only=True)
     whole, asking, found = cache.entries(), [True], []
 
-    def slow_entries():
+    def slow_entries(_):
         yield whole[0]
         if asking.pop():
             asking.append(False)
-            other = threading.Thread(target=lambda: found.append(cache.load_source("two")))
+            other = threading.Thread(target=lambda: found.extend(cache.of_source("two")))
             other.start()
             other.join()
         yield whole[1]
 
     monkeypatch.setattr(cache, "entries", slow_entries)
-    assert cache.load_source("one") is not None
-    assert [entry is not None for entry in found] == [True]
+    assert cache.of_source("one") == whole[:1]
+    assert found == whole[1:]
 
 
 def test_removing_from_no_cache_makes_none(tmp_path):

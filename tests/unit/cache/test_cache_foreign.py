@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commandline import SIZES
+from tests.commandline import STAGED
 from tests.stubs import child_environment, write_rooms
 
 #: Root may enter every directory, unless it gives that up.
@@ -60,7 +60,7 @@ def test_commands_about_it_say_so_and_fail(place: Path, words: str):
 
 
 def test_warmup_says_it_once(place: Path):
-    done = python(place, "-m", "megamoe_jit", "warmup", *SIZES)
+    done = python(place, "-m", "megamoe_jit", "warmup", *STAGED)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if "kernel cache" in line]

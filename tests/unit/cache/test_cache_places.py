@@ -193,7 +193,7 @@ def test_whatever_lies_in_a_read_only_cache_is_left_there(tmp_path, place, kind,
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
     cache = KernelCache(tmp_path / "root", read_only=True)
     cache.load(KEY)
-    cache.load_source(FIRST[3]["source_id"])
+    cache.of_source(FIRST[3]["source_id"])
     cache.entries(), cache.stats(), cache.usable(KEY, "first"), cache.verify(fix=True), cache.clear()
     cache.prune(older_than_s=0)
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -18,6 +18,7 @@ from megamoe_jit._cli import cli
 from megamoe_jit._compile import nvrtc as _compiler
 from megamoe_jit._diagnose.explain import explain, kernel_state
 from megamoe_jit._errors import KernelMissingError
+from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._jit.runtime import forget, get_kernel, kernel_key
@@ -25,7 +26,20 @@ from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
 PING = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-SIZES = ["--hidden", "256", "--intermediate", "128", "--experts", "8", "--topk", "2", "--variant", "pingpong"]
+SIZES = [
+    "--hidden",
+    "256",
+    "--intermediate",
+    "128",
+    "--experts",
+    "8",
+    "--topk",
+    "2",
+    "--variant",
+    "pingpong",
+    "--inputs",
+    "staged",
+]
 
 
 @pytest.fixture
@@ -130,10 +144,10 @@ def test_a_kernel_is_kept_under_a_path_that_is_no_text(place):
 
 def test_what_metadata_say_of_this_machine_can_always_be_read(place, monkeypatch):
     """A host name or a path of the compiler need not be text, or printable."""
-    toolchain = _obtain.find_toolchain()
+    toolchain = _lookup.find_toolchain()
     odd = type(toolchain)(Path(os.fsdecode(b"/lib/\xff\n") + toolchain.path.name), toolchain.version, toolchain.build)
     compiled = _obtain.compile_source
-    monkeypatch.setattr(_obtain, "find_toolchain", lambda: odd)
+    monkeypatch.setattr(_lookup, "find_toolchain", lambda: odd)
     monkeypatch.setattr(
         _obtain, "compile_source", lambda text, **named: compiled(text, **{**named, "toolchain": toolchain})
     )

@@ -11,9 +11,9 @@ import pytest
 from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._device import load as _loader
 from megamoe_jit._errors import KernelMissingError, LoadError
-from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.obtain import distrust
-from megamoe_jit._jit.runtime import forget, get_kernel
+from megamoe_jit._jit.registry import reset
+from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.commandline import COOPERATIVE, PINGPONG, checked, keys_of, run, warm_cache
@@ -24,13 +24,10 @@ COOP = KernelSpec(MoEShape(256, 128, 8, 2), Variant.COOPERATIVE)
 
 
 @pytest.fixture
-def good(place, monkeypatch):
+def good(place):
     """A kernel of the user's cache that another process compiled."""
-    monkeypatch.setattr(_obtain, "_distrusted", set())
-    monkeypatch.setattr(_obtain, "_compiled_here", set())
     kernel = get_kernel(PING)
-    _obtain._compiled_here.clear()
-    forget()
+    reset()
     return kernel
 
 

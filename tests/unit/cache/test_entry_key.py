@@ -21,8 +21,7 @@ from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import Toolchain
 from megamoe_jit._errors import RenderError
-from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit import runtime as _runtime
+from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit.runtime import kernel_key
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -90,8 +89,7 @@ def rooms(tmp_path_factory):
 
 @pytest.fixture
 def tools(monkeypatch):
-    for module in (_runtime, _obtain):
-        monkeypatch.setattr(module, "find_toolchain", lambda: TOOLS)
+    monkeypatch.setattr(_lookup, "find_toolchain", lambda: TOOLS)
 
 
 def directive(text, position):
@@ -125,7 +123,7 @@ def test_any_changed_byte_of_any_included_file_changes_the_key(rooms, file, posi
 def test_every_room_of_the_real_kernels_counts(tmp_path, tools):
     with override(kernels_src=None):
         source = render(SPEC)
-        folder = Path(shutil.copytree(_runtime.render.__globals__["kernels_dir"](), tmp_path / "src"))
+        folder = Path(shutil.copytree(render.__globals__["kernels_dir"](), tmp_path / "src"))
         before = kernel_key(SPEC)
     with override(kernels_src=folder):
         assert kernel_key(SPEC) == before
@@ -143,7 +141,7 @@ def test_every_room_of_the_real_kernels_counts(tmp_path, tools):
 CHILD = """
 import json
 from megamoe_jit._jit.runtime import kernel_key
-from megamoe_jit._jit.obtain import Wanted
+from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
 print(json.dumps([kernel_key(spec), Wanted.of(spec).source_id]))

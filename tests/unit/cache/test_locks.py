@@ -16,7 +16,8 @@ import pytest
 
 from megamoe_jit._cache import locks as _locks
 from megamoe_jit._cache.locks import key_lock, lock_dir, try_lock
-from megamoe_jit._device import load as _loader
+from megamoe_jit._device.load import Loaded
+from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings import settings as _settings
 from megamoe_jit._settings.settings import override
 from tests.stubs import KEY, child_environment
@@ -110,17 +111,24 @@ def test_copy_of_the_handle_does_not_keep_the_lock(tmp_path):
     os.close(copy)
 
 
-@pytest.mark.parametrize("module", [_settings, _loader], ids=lambda module: module.__name__)
-def test_child_forked_while_a_thread_holds_a_lock_can_take_it(module, monkeypatch):
+LOCKS = {
+    "settings": lambda: _settings._lock,
+    "registry": lambda: registry()._lock,
+    "loaded": lambda: registry().companion(Loaded).lock,
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS.values(), ids=LOCKS)
+def test_child_forked_while_a_thread_holds_a_lock_can_take_it(lock, monkeypatch):
     """The thread that would release it is not in the child."""
     monkeypatch.setattr(_settings, "_current", None)
-    with module._lock:
+    with lock():
         pid = os.fork()
         if pid == 0:
             try:
                 signal.alarm(20)  # ends a child that waits for a thread it has not
                 _settings.get_settings()
-                with module._lock:
+                with lock():
                     os._exit(0)
             finally:
                 os._exit(1)

@@ -253,8 +253,8 @@ def test_demo_notices_a_wrong_reference(monkeypatch: pytest.MonkeyPatch):
     from megamoe_jit import reference
 
     monkeypatch.setattr(_runtime, "warmup", lambda *_, **__: [])
-    right = reference.swiglu
-    monkeypatch.setattr(reference, "swiglu", lambda gate, up, clamp: right(up, gate, clamp))
+    right = reference.activate
+    monkeypatch.setattr(reference, "activate", lambda gate, up, clamp: right(up, gate, clamp))
     result = CliRunner().invoke(cli, ["demo", "--json"])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["passed"] is False

@@ -19,7 +19,7 @@ from megamoe_jit._cli._names import parse_spec
 from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ToolchainError
-from megamoe_jit._jit import obtain as _obtain
+from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit.pack import read_pack
 from megamoe_jit._settings.settings import override
 from tests.commandline import COOPERATIVE, PINGPONG, checked, damage, keys_of, run, warm_cache
@@ -85,7 +85,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         raise ToolchainError("there is no NVRTC")
 
     if request.param == "no compiler":
-        monkeypatch.setattr(_obtain, "find_toolchain", nothing)
+        monkeypatch.setattr(_lookup, "find_toolchain", nothing)
 
 
 def fields(result: Result) -> dict[str, str]:

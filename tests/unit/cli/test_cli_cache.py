@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cli import cli
-from tests.commandline import COOPERATIVE, PINGPONG, SIZES, checked, damage, keys_of, run, warm_cache
+from tests.commandline import COOPERATIVE, PINGPONG, SIZES, STAGED, checked, damage, keys_of, run, warm_cache
 
 
 @pytest.fixture
@@ -58,7 +58,9 @@ def test_a_kernel_by_its_spec(root: Path):
     assert gone.returncode == 1
     advice = "`megamoe-jit cache ls` lists the kernels"
     assert gone.stderr == f"Error: kernel {PINGPONG} is not in the cache {root / 'v1'}; {advice}\n"
-    advice = f"run: megamoe-jit warmup {' '.join(SIZES)} --ranks 1 --variant pingpong --cache-dir {root}"
+    advice = (
+        f"run: megamoe-jit warmup {' '.join(SIZES)} --ranks 1 --variant pingpong --inputs staged --cache-dir {root}"
+    )
     absent = cache(root, "info", PINGPONG)
     assert absent.stderr == f"Error: kernel {PINGPONG} is not in the cache {root / 'v1'}; {advice}\n"
     assert set(keys_of(root)) == {COOPERATIVE}
@@ -305,7 +307,7 @@ def test_a_pack_travels(root: Path, tmp_path: Path):
     assert shown == {name: key[:12] for name, key in keys.items()}
     readonly = {"MEGAMOE_JIT_READONLY_CACHE": str(there), "MEGAMOE_JIT_DISABLE_JIT": "1"}
     elsewhere = str(tmp_path / "empty")
-    warmed = run("warmup", *SIZES, "--cache-dir", elsewhere, "--json", **readonly)
+    warmed = run("warmup", *STAGED, "--cache-dir", elsewhere, "--json", **readonly)
     assert warmed.returncode == 0, warmed.stderr
     assert checked(warmed.stdout)["cached"] == 2
     stats = checked(run("cache", "stats", "--json", "--cache-dir", elsewhere, **readonly).stdout)["caches"]

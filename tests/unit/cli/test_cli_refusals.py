@@ -26,7 +26,7 @@ from megamoe_jit._diagnose.explain import kernel_state
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics.tables import FOLDER
-from tests.commandline import SIZES, checked, run, warm_cache
+from tests.commandline import SIZES, STAGED, checked, run, warm_cache
 from tests.unit.cli.test_cli_ranks import found
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,8 +69,8 @@ def closed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["warmup", *SIZES, "--json"], 1, "2 could not be kept in"),
-        (["warmup", *SIZES, "--dry-run", "--json"], 0, "0 cached, 2 missing"),
+        (["warmup", *STAGED, "--json"], 1, "2 could not be kept in"),
+        (["warmup", *STAGED, "--dry-run", "--json"], 0, "0 cached, 2 missing"),
         (["explain", *SIZES, "--tokens", "8", "--json"], 0, ""),
     ],
     ids=["warmup", "dry run", "explain"],
@@ -242,7 +242,7 @@ def test_tuning_data_that_do_not_exist_are_an_error(tmp_path: Path):
 
 def test_a_sealed_process_uses_what_is_cached_and_forces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = run("warmup", "--shapes", "v4-flash", "--cache-dir", str(tmp_path / "kernels"))
+    done = run("warmup", "--shapes", "v4-flash", "--inputs", "staged", "--cache-dir", str(tmp_path / "kernels"))
     assert done.returncode == 0, done.stderr
     for places in (
         {"cache_dir": tmp_path / "kernels"},
@@ -266,7 +266,7 @@ def test_a_sealed_process_uses_what_is_cached_and_forces_nothing(tmp_path: Path,
     [("KERNELS_SRC", "/nonexistent/src", "is no directory"), ("STRICT", "foo", "is not allowed; allowed: error")],
 )
 @pytest.mark.parametrize(
-    "words", [["warmup", *SIZES], ["warmup", *SIZES, "--dry-run"], ["explain", *SIZES, "--tokens", "8"], ["demo"]]
+    "words", [["warmup", *STAGED], ["warmup", *STAGED, "--dry-run"], ["explain", *SIZES, "--tokens", "8"], ["demo"]]
 )
 def test_a_setting_that_is_wrong_is_no_failure_of_a_kernel_or_shape(words: list[str], name: str, value: str, says: str):
     done = run(*words, "--json", **{f"MEGAMOE_JIT_{name}": value})
@@ -282,7 +282,7 @@ def test_a_plan_with_a_setting_that_is_wrong_names_no_shape():
 
 
 def test_a_warmup_without_a_cache_names_the_setting():
-    done = run("warmup", *SIZES, "--variant", "pingpong", MEGAMOE_JIT_NO_CACHE="1")
+    done = run("warmup", *STAGED, "--variant", "pingpong", MEGAMOE_JIT_NO_CACHE="1")
     assert "1 could not be kept: MEGAMOE_JIT_NO_CACHE turns the cache off" in done.stderr
 
 
@@ -290,9 +290,9 @@ def test_a_dry_run_shows_what_the_cached_kernels_are(tmp_path: Path):
     root = str(warm_cache(tmp_path / "cache"))
     with override(cache_dir=Path(root)):
         planned, done = (
-            checked(invoke("warmup", *SIZES, *more, "--json").stdout)["kernels"] for more in (("--dry-run",), ())
+            checked(invoke("warmup", *STAGED, *more, "--json").stdout)["kernels"] for more in (("--dry-run",), ())
         )
-        forced = checked(invoke("warmup", *SIZES, "--dry-run", "--force", "--json").stdout)["kernels"]
+        forced = checked(invoke("warmup", *STAGED, "--dry-run", "--force", "--json").stdout)["kernels"]
     for name in ("registers", "spill_bytes", "nvrtc"):
         assert [kernel[name] for kernel in planned] == [kernel[name] for kernel in done]
         assert [kernel[name] for kernel in forced] == [None, None]

@@ -24,6 +24,7 @@ from tests.commandline import (
     PINGPONG,
     SCHEMAS,
     SIZES,
+    STAGED,
     checked,
     damage,
     keys_of,
@@ -143,8 +144,8 @@ def test_looking_commands(invoke: Callable[..., dict], root: Path):
     (stats,) = invoke("cache stats")["caches"]
     assert (stats["entries"], stats["bytes"]) == (2, listed["disk_bytes"])
     assert invoke("cache verify")["problems"] == []
-    assert invoke("warmup", *SIZES, "--dry-run")["cached"] == 2
-    assert invoke("warmup", *SIZES)["cached"] == 2
+    assert invoke("warmup", *STAGED, "--dry-run")["cached"] == 2
+    assert invoke("warmup", *STAGED)["cached"] == 2
     assert invoke("shapes ls")["shapes"]
     assert len(invoke("explain", *SIZES, "--tokens", "1,300")["calls"]) == 2
     assert invoke("plan", "--shapes", "v4-flash", "--tokens", "4096", "--ranks", "8")["plans"]
@@ -221,7 +222,7 @@ def test_imported_kernels(tmp_path: Path):
     assert call("cache", "prune", "--dry-run", "--older-than", "0s")["kept_recent"] == 2
     assert call("explain", *SIZES, "--tokens", "1")["calls"][0]["cached"] is True
     for words in ((), ("--dry-run",)):
-        assert call("warmup", *SIZES, *words)["cached"] == 2
+        assert call("warmup", *STAGED, *words)["cached"] == 2
     assert call("cache", "rm", PINGPONG)["removed"] == [key]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cli import cli
-from tests.commandline import SIZES, Terminal, leaf_commands, warm_cache
+from tests.commandline import SIZES, STAGED, Terminal, leaf_commands, warm_cache
 
 
 def closed(streams: str, *arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def closed(streams: str, *arguments: str, root: Path) -> subprocess.CompletedPro
 
 
 def test_commands_work_where_standard_error_is_closed(tmp_path: Path):
-    done = closed("2>&-", "warmup", *SIZES, "--json", root=tmp_path)
+    done = closed("2>&-", "warmup", *STAGED, "--json", root=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["compiled"] == 2
     wrong = closed("2>&-", "cache", "info", "--json", root=tmp_path)
@@ -52,18 +52,18 @@ def plain(text: str) -> str:
 
 def test_log_lines_stay_above_a_live_display(tmp_path: Path):
     """They go where warnings go, and not past the display, which would write over them."""
-    terminal = Terminal("warmup", *SIZES, "--cache-dir", str(tmp_path), MEGAMOE_JIT_LOG_LEVEL="info")
+    terminal = Terminal("warmup", *STAGED, "--cache-dir", str(tmp_path), MEGAMOE_JIT_LOG_LEVEL="info")
     assert terminal.wait() == 0
     before = terminal.output[: terminal.output.index("megamoe_jit INFO: ")]
     assert before.endswith(("\x1b[2K", "\x1b[1A\x1b[2K", "\r\n")), "the display was taken away first"
 
 
 def test_what_is_kept_after_an_interruption_is_said_after_the_display(tmp_path: Path):
-    terminal = Terminal("warmup", "--shapes", "all", "--jobs", "1", "--cache-dir", str(tmp_path))
+    terminal = Terminal("warmup", "--shapes", "all", "--inputs", "staged", "--jobs", "1", "--cache-dir", str(tmp_path))
     terminal.read_until(lambda text: "working" in text)
     terminal.type("\x03")
     assert terminal.wait() == 130
-    said = terminal.output.index("kernels are ready; what was being compiled is kept")
+    said = terminal.output.index("kernels are ready and kept")
     assert "\x1b[1A" not in terminal.output[said:], "nothing climbs over the line"
     assert plain(terminal.output[said:]).rstrip().endswith("interrupted")
 

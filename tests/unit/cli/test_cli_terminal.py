@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megamoe_jit._cli._live import _fitting
-from tests.commandline import COOPERATIVE, PINGPONG, SIZES, Terminal, checked, run, warm_cache
+from tests.commandline import COOPERATIVE, PINGPONG, STAGED, Terminal, checked, run, warm_cache
 
 ESCAPE = "\x1b"
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -23,7 +23,7 @@ def plain(text: str) -> str:
 
 
 def test_a_live_line_for_every_kernel(tmp_path: Path):
-    terminal = Terminal("warmup", *SIZES, "--jobs", "1", "--cache-dir", str(tmp_path))
+    terminal = Terminal("warmup", *STAGED, "--jobs", "1", "--cache-dir", str(tmp_path))
     terminal.read_until(lambda text: "waiting" in text)
     assert HIDE_CURSOR in terminal.output
     assert COLOUR.search(terminal.output)
@@ -41,7 +41,7 @@ def test_a_live_line_for_every_kernel(tmp_path: Path):
 
 def test_lines_stay_where_no_table_follows_on_the_terminal(tmp_path: Path):
     root = warm_cache(tmp_path / "cache")
-    terminal = Terminal("warmup", *SIZES, "--json", "--cache-dir", str(root), stdout=subprocess.PIPE)
+    terminal = Terminal("warmup", *STAGED, "--json", "--cache-dir", str(root), stdout=subprocess.PIPE)
     assert terminal.wait() == 0
     assert re.search(rf"cached    {COOPERATIVE} +\d+\.\d\d s\r\n", plain(terminal.output).split("2 of 2 done")[-2])
     assert terminal._process.stdout is not None
@@ -54,7 +54,7 @@ def test_lines_stay_where_no_table_follows_on_the_terminal(tmp_path: Path):
 )
 def test_terminals_that_want_less(environ: dict[str, str], lives: bool, tmp_path: Path):
     root = warm_cache(tmp_path / "cache")
-    terminal = Terminal("warmup", *SIZES, "--cache-dir", str(root), **environ)
+    terminal = Terminal("warmup", *STAGED, "--cache-dir", str(root), **environ)
     assert terminal.wait() == 0
     assert (HIDE_CURSOR in terminal.output) == lives
     if environ:
@@ -67,7 +67,9 @@ def test_terminals_that_want_less(environ: dict[str, str], lives: bool, tmp_path
 def test_more_kernels_than_lines(tmp_path: Path):
     """What does not fit is counted, and the display never scrolls."""
     terminal = Terminal(
-        "warmup", "--shapes", "all", "--cache-dir", str(tmp_path), rows=8, MEGAMOE_JIT_NVRTC="/nonexistent/libnvrtc.so"
+        *("warmup", "--shapes", "all", "--inputs", "staged", "--cache-dir", str(tmp_path)),
+        rows=8,
+        MEGAMOE_JIT_NVRTC="/nonexistent/libnvrtc.so",
     )
     assert terminal.wait() == 3
     shown = plain(terminal.output)
@@ -77,7 +79,7 @@ def test_more_kernels_than_lines(tmp_path: Path):
 
 def test_away_from_a_terminal_there_are_plain_lines(tmp_path: Path):
     root = warm_cache(tmp_path / "cache")
-    done = run("warmup", *SIZES, "--cache-dir", str(root), TERM="xterm")
+    done = run("warmup", *STAGED, "--cache-dir", str(root), TERM="xterm")
     assert done.returncode == 0
     assert ESCAPE not in done.stdout + done.stderr
     assert {line.split()[1] for line in done.stderr.splitlines()[:2]} == {PINGPONG, COOPERATIVE}
@@ -115,7 +117,17 @@ topk = 1
 def test_ctrl_c_leaves_a_whole_cache(tmp_path: Path):
     (tmp_path / "three.toml").write_text(SHAPES)
     root = tmp_path / "cache"
-    arguments = ("warmup", "--shapes", str(tmp_path / "three.toml"), "--jobs", "1", "--cache-dir", str(root))
+    arguments = (
+        "warmup",
+        "--shapes",
+        str(tmp_path / "three.toml"),
+        "--inputs",
+        "staged",
+        "--jobs",
+        "1",
+        "--cache-dir",
+        str(root),
+    )
     terminal = Terminal(*arguments)
     terminal.read_until(lambda text: "compiled" in text)
     terminal.type("\x03")

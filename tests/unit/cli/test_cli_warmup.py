@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from megamoe_jit import KernelSpec, MoEShape, Variant
 from megamoe_jit._cli import cli
 from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
-from tests.commandline import SIZES, checked, run, warm_cache
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.stage import StageFormat, StageSpec
+from tests.commandline import SIZES, STAGED, checked, run, warm_cache
 
-SMALL = SIZES
+SMALL = STAGED
 
 
 def test_warmup_compiles_then_finds_the_kernels(tmp_path: Path):
@@ -70,24 +73,32 @@ def test_warmup_options_reach_the_kernels(requested: list[KernelSpec], tmp_path:
     file.write_text("[mine]\nhidden = 256\nintermediate = 128\nexperts = 4\ntopk = 1\n")
     mine, flash = MoEShape(256, 128, 4, 1), MoEShape(4096, 2048, 256, 6)
     both = (Variant.PINGPONG, Variant.COOPERATIVE)
+    staging = [StageSpec(form) for form in StageFormat]
     for arguments, expected in (
-        (SMALL, [KernelSpec(mine, v) for v in both]),
+        (SIZES, [KernelSpec(mine, v) for v in both]),
         (["--shapes", str(file)], [KernelSpec(mine, v) for v in both]),
         (["--shapes", f"v4-flash,{file},v4-flash"], [KernelSpec(s, v) for s in (flash, mine) for v in both]),
-        ([*SMALL, "--variant", "pingpong"], [KernelSpec(mine, Variant.PINGPONG)]),
+        ([*SIZES, "--variant", "pingpong"], [KernelSpec(mine, Variant.PINGPONG)]),
         (["--shapes", "v4-flash", "--ranks", "8"], [KernelSpec(flash, v, ranks=8) for v in both]),
-        ([*SMALL, "--no-fast-math"], [KernelSpec(mine, v, fast_math=False) for v in both]),
+        ([*SIZES, "--no-fast-math"], [KernelSpec(mine, v, fast_math=False) for v in both]),
     ):
+        raw = [*(replace(spec, inputs=Inputs.RAW) for spec in expected), *staging]
+        for inputs, wanted in (("staged", expected), ("raw", raw), ("all", [*expected, *raw])):
+            requested.clear()
+            result = CliRunner().invoke(cli, ["warmup", *arguments, "--inputs", inputs])
+            assert result.exit_code == 0, result.output
+            assert len(requested) == len(wanted)
+            assert set(requested) == set(wanted), arguments
         requested.clear()
-        result = CliRunner().invoke(cli, ["warmup", *arguments])
-        assert result.exit_code == 0, result.output
-        assert requested == expected, arguments
+        assert CliRunner().invoke(cli, ["warmup", *arguments]).exit_code == 0
+        assert set(requested) == set(wanted), "all of them by default"
 
 
 @pytest.mark.parametrize(
     "spec",
     [
         KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG),
+        KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG, inputs=Inputs.RAW),
         KernelSpec(MoEShape(7168, 3072, 384, 6), Variant.COOPERATIVE, ranks=8, fast_math=False),
     ],
     ids=lambda spec: spec.entry,
@@ -97,7 +108,7 @@ def test_the_advised_warmup_command_asks_for_that_kernel(requested: list[KernelS
     assert program == "megamoe-jit"
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
-    assert requested == [spec]
+    assert requested == [spec, *(StageSpec(form) for form in StageFormat if spec.inputs is Inputs.RAW)]
 
 
 def test_fail_fast_begins_nothing_after_the_first_failure(tmp_path: Path):

@@ -227,11 +227,10 @@ def test_refused_load(run, variables, device, words):
 
 REFUSED = """
 import logging
-from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache
+from megamoe_jit._jit.registry import reset
+from megamoe_jit._jit.runtime import get_kernel, kernel_cache
 get_kernel(spec)
-forget()
-_obtain._compiled_here.clear()  # as if another process had compiled it
+reset()  # as if another process had compiled it
 logging.getLogger("megamoe_jit").addHandler(logging.StreamHandler(sys.stdout))
 """
 
@@ -330,3 +329,51 @@ def test_first_use_during_capture_touches_nothing(run):
     assert spoken[0].startswith("CaptureError: ")
     assert spoken[3] in spoken[0]
     assert spoken[1:3] == ["fine", "fine"]
+
+
+COUNT = """
+import megamoe_jit
+from collections import Counter
+from pathlib import Path
+from megamoe_jit._compile import cubin
+from megamoe_jit._jit import obtain
+from megamoe_jit._jit.registry import reset
+from megamoe_jit._jit.runtime import get_kernel, kernel_cache
+package = str(Path(megamoe_jit.__file__).parent)
+real, made = obtain.compile_source, {}
+def compile_source(text, **named):
+    if text not in made:
+        made[text] = real(text, **named)
+    return made[text]
+obtain.compile_source = compile_source
+def miss(name, spec):
+    reset()
+    calls = Counter()
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith((package, "<string>")):  # of dataclasses: <string>
+            calls[f"{code.co_filename[len(package) + 1:]} {code.co_qualname}"] += 1
+    fresh = KernelSpec(spec.shape, spec.variant)  # nothing is worked out of it yet
+    sys.setprofile(note)
+    try:
+        loaded = load_kernel(fresh, 0)
+    finally:
+        sys.setprofile(None)
+    say(name, loaded.compiled.origin, calls.total(), calls.most_common(12))
+load_kernel(spec, 0)  # what is imported and found out once a process
+other = KernelSpec(MoEShape(256, 128, 16, 2), Variant.PINGPONG)
+get_kernel(other)  # the compiler's own part is no part of this
+for known in (cubin.read_cubin, cubin.cubin_arch, cubin._sections):
+    known.cache_clear()  # as a process that has not compiled it
+miss("stored:", other)
+kernel_cache().clear()
+miss("made:", other)
+"""
+
+
+def test_a_miss_makes_few_calls(run, stub):
+    """Functions of the package that run between the first call of a kernel and its handle."""
+    out = run(COUNT, MEGAMOE_JIT_CACHE_DIR=stub / "counted")
+    lines = [line.split(" ", 3) for line in out if line.startswith(("stored:", "made:"))]
+    assert [line[:2] for line in lines] == [["stored:", "disk"], ["made:", "compiled"]]
+    assert all(int(count) < 250 for _, _, count, _ in lines), lines

@@ -42,7 +42,16 @@ OTHERS = {
         "clamp",
         "want_sides",
         "side_of_sm",
-        "unused",
+    ),
+    *(
+        "raw_x",
+        "raw_ids",
+        "raw_weights",
+        "raw_x_stride",
+        "raw_ids_stride",
+        "raw_weights_stride",
+        "raw_formats",
+        "weight_factor",
     ),
 }
 

@@ -16,7 +16,7 @@ from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose.doctor import Status
 from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
 from megamoe_jit._settings.settings import override
-from tests.commandline import COOPERATIVE, PINGPONG, SIZES, checked, damage, keys_of, run, warm_cache
+from tests.commandline import COOPERATIVE, PINGPONG, STAGED, checked, damage, keys_of, run, warm_cache
 from tests.stubs import KEY, fake_cubin, rewrite_meta
 
 H200 = Gpu(0, "NVIDIA H200", "9.0", 132, 141 << 30, True)
@@ -100,7 +100,7 @@ def sealed_verdict(**environ: str) -> tuple[str, int]:
     assert {checks[name]["status"] for name in ("compiler", "trial compile", "locks")} == {"ok"}
     assert (checks["kernels"]["status"] == "fail") == (code == 3)
     assert bool(checks["kernels"]["next_step"]) == (checks["kernels"]["status"] != "ok")
-    return checks["kernels"]["status"], run("warmup", *SIZES, **environ).returncode
+    return checks["kernels"]["status"], run("warmup", *STAGED, **environ).returncode
 
 
 def test_doctor_misses_no_compiler_where_compiling_is_forbidden(tmp_path: Path):

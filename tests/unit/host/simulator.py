@@ -13,6 +13,7 @@ import jinja2
 from megamoe_jit._device.fault import decode
 from megamoe_jit._device.layout import BufferLayout, Section, buffer_layout
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.inputs import Inputs
 from tests import host
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +39,8 @@ CHECKED = (
     Change("layout/params.cuh", "MEGA_DEVICE T* symmetric(", "MEGA_DEVICE sim::Pointer<T> symmetric("),
     Change("layout/params.cuh", "p.peers[rank] + offset", "p.peers[sim::existing(rank)] + offset"),
     Change("dispatch/sort.cuh", "u32* sorted = symmetric", "const auto sorted = symmetric"),
+    Change("stage/quantise.cuh", "    float* scales;", "    sim::Pointer<float> scales;"),
+    Change("stage/quantise.cuh", "scales[group] = by.scale", "scales[group] = sim::staged_scale(by.scale)"),
 )
 POINTER = re.compile(r"^( +)((?:const )?\w+)\* (\w+);", re.MULTILINE)
 TRAP = re.compile(r"asm volatile\(.*?\);", re.DOTALL)
@@ -62,14 +65,14 @@ def changed_rooms(target: Path, changes: Sequence[Change]) -> Path:
     return target
 
 
-def configs(shape: MoEShape, ranks: int, compare_sizes: bool) -> str:
+def configs(shape: MoEShape, ranks: int, compare_sizes: bool, inputs: Inputs) -> str:
     """The `Config` of every variant, as the Jinja2 entry has it, each in a namespace of its own; and all of them.
 
     `with_config(number, call)` calls with the one of that number, `kVariants` are their names in that order.
     """
     parts, calls = ["#pragma once\n"], []
     for number, variant in enumerate(Variant):
-        spec = KernelSpec(shape=shape, ranks=ranks, variant=variant)
+        spec = KernelSpec(shape=shape, ranks=ranks, variant=variant, inputs=inputs)
         entry = (host.KERNELS / spec.template).read_text()
         body = re.search(r"^struct Config \{.*?^\};", entry, re.MULTILINE | re.DOTALL)
         assert body, f"{spec.template} no longer declares `struct Config`"
@@ -105,9 +108,16 @@ class Simulator:
     ranks: int
 
     @classmethod
-    def build(cls, folder: Path, shape: MoEShape, ranks: int, changes: Sequence[Change] = SMALL) -> Simulator:
+    def build(
+        cls,
+        folder: Path,
+        shape: MoEShape,
+        ranks: int,
+        changes: Sequence[Change] = SMALL,
+        inputs: Inputs = Inputs.STAGED,
+    ) -> Simulator:
         rooms = changed_rooms(folder / "rooms", changes)
-        (rooms / "configs.h").write_text(configs(shape, ranks, compare_sizes=not changes))
+        (rooms / "configs.h").write_text(configs(shape, ranks, compare_sizes=not changes, inputs=inputs))
         paths = [option for path in (rooms, HERE / "shim") for option in ("-iquote", str(path))]
         options = ["-Og", "-fno-exceptions", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", *paths]
         return cls(host.build(HERE / "protocol.cpp", folder / "protocol", *options), shape, ranks)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megamoe_jit._cache.cache import KernelCache, user_cache
+from megamoe_jit._diagnose.explain import kernel_state
 from megamoe_jit._errors import KernelMissingError, PackError
+from megamoe_jit._jit.lookup import Fit, Wanted, entries_of, lookup
 from megamoe_jit._jit.pack import export_pack
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -73,3 +75,32 @@ def test_kernel_of_another_source_is_not_exported_for_a_spec(here):
     with pytest.raises(KernelMissingError, match="only as compiled from another source; run: megamoe-jit warmup"):
         export_pack(here / "k.tar", SPEC)
     assert export_pack(here / "k.tar", old[0]).kernels == (SPEC.entry,)
+
+
+def test_entries_come_as_a_call_tries_them_with_what_speaks_against_them(here):
+    """What read-only caches have comes first; nothing is read of a cache before the very key was tried everywhere."""
+    given, own = KernelCache(here / "given", read_only=True), user_cache()
+    handed_over, older = (keep_as_spec(KernelCache(given.root), version) for version in ("12.7", "12.6"))
+    own_build, foreign = keep_as_spec(own, "12.5"), fake_kernel(SPEC.entry, "old source")
+    own.store(*foreign)
+    wanted = Wanted.of(SPEC)
+    with override(readonly_cache=(given.root,)):
+        found = [(each.cache.root, each.key, each.fit) for each in lookup(wanted)]
+        taken = [each.key for each in lookup(wanted, least=Fit.LOADS)]
+        assert kernel_state(SPEC)["key"] == handed_over
+        assert [each.key for each in entries_of(SPEC, [own, given])] == [handed_over, older, own_build, foreign[0]]
+    assert found == [
+        (given.root, wanted.key, Fit.LOADS),
+        (own.root, wanted.key, Fit.LOADS),
+        (given.root, handed_over, Fit.LOADS),
+        (given.root, older, Fit.LOADS),
+        (own.root, own_build, Fit.SOURCE),
+        (own.root, foreign[0], Fit.NAME),
+    ]
+    assert taken == [wanted.key, wanted.key, handed_over, older]
+    assert [bool(fit.reason) for fit in Fit] == [True, True, False]
+
+
+def test_nothing_is_read_while_the_very_kernel_may_be_there(here, monkeypatch):
+    monkeypatch.setattr(KernelCache, "of_source", lambda *_: pytest.fail("the cache is searched"))
+    assert next(lookup(Wanted.of(SPEC))).key == Wanted.of(SPEC).key

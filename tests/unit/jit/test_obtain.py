@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._errors import CompileError, ConfigError, KernelMissingError, PerformanceLossError, ToolchainError
+from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._jit.obtain import distrust
 from megamoe_jit._jit.pack import export_pack, import_pack
+from megamoe_jit._jit.registry import reset
 from megamoe_jit._jit.runtime import (
     enumerate_specs,
     forget,
@@ -35,6 +37,8 @@ from megamoe_jit._jit.runtime import (
 )
 from megamoe_jit._settings.settings import get_settings, override
 from megamoe_jit._spec import MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics.presets import preset, preset_names
 from megamoe_jit.heuristics.select import choose
 from tests.stubs import child_environment, rewrite_meta, write_rooms
@@ -48,13 +52,10 @@ COOP = KernelSpec(SHAPE, Variant.COOPERATIVE)
 def place(tmp_path, monkeypatch):
     """A small kernel directory, a cold cache and a lock directory, in force as settings."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(_obtain, "_distrusted", set())
-    monkeypatch.setattr(_obtain, "_compiled_here", set())
-    forget()
+    reset()
     with override(kernels_src=write_rooms(tmp_path / "src"), cache_dir=tmp_path / "cache", lock_dir=tmp_path / "locks"):
         yield tmp_path
-    unseal()
-    forget()
+    reset()
 
 
 @pytest.fixture
@@ -77,17 +78,15 @@ def pack(place, compiles):
     """A directory with a ready kernel, which is in no other cache."""
     with override(cache_dir=place / "pack"):
         get_kernel(PING)
-    forget()
+    reset()  # as if another process had made it
     compiles.clear()
-    _obtain._compiled_here.clear()  # as if another process had made it
     return place / "pack"
 
 
 def another_compiler(monkeypatch, version=(12, 99), build="another"):
     real = find_toolchain()
     other = Toolchain(real.path, version, build)
-    for module in (_obtain, _runtime):
-        monkeypatch.setattr(module, "find_toolchain", lambda: other)
+    monkeypatch.setattr(_lookup, "find_toolchain", lambda: other)
     return other
 
 
@@ -95,8 +94,7 @@ def no_compiler(monkeypatch):
     def missing():
         raise ToolchainError("there is no NVRTC")
 
-    for module in (_obtain, _runtime):
-        monkeypatch.setattr(module, "find_toolchain", missing)
+    monkeypatch.setattr(_lookup, "find_toolchain", missing)
 
 
 def test_read_only_caches_come_first_and_are_never_written(pack, place, compiles):
@@ -216,9 +214,11 @@ def test_no_call_of_any_preset_misses_after_warmup_and_seal(place, compiles):
             seal()
             picked = {choose(shape, tokens, ranks=count).variant for tokens in range(MAX_TOKENS + 1)}
             for variant in picked:
-                spec = KernelSpec(shape, variant, count)
-                assert spec in specs
-                get_kernel(spec)
+                for spec in (KernelSpec(shape, variant, count, inputs=inputs) for inputs in Inputs):
+                    assert spec in specs
+                    get_kernel(spec)
+            for form in StageFormat:
+                get_kernel(StageSpec(form))
             for threshold in (0, 1, 300, MAX_TOKENS + 1):
                 for forced in ("auto", "pingpong", "cooperative"):
                     for tokens in (0, 1, 255, 256, 299, 300, MAX_TOKENS):
@@ -228,18 +228,25 @@ def test_no_call_of_any_preset_misses_after_warmup_and_seal(place, compiles):
 
 
 def test_enumerated_specs():
-    assert enumerate_specs(SHAPE) == (PING, COOP)
-    assert enumerate_specs(SHAPE, variants=[Variant.COOPERATIVE]) == (COOP,)
-    assert len(enumerate_specs(SHAPE, 2, fast_math=None)) == 4
-    assert {s.fast_math for s in enumerate_specs(SHAPE, fast_math=False)} == {False}
+    raw, staging = (
+        [replace(each, inputs=Inputs.RAW) for each in (PING, COOP)],
+        [StageSpec(form) for form in StageFormat],
+    )
+    assert enumerate_specs(SHAPE) == (PING, COOP, *raw, *staging)
+    assert enumerate_specs(SHAPE, inputs="staged") == (PING, COOP)
+    assert enumerate_specs(SHAPE, inputs="raw") == (*raw, *staging)
+    assert enumerate_specs(SHAPE, variants=[Variant.COOPERATIVE], inputs="staged") == (COOP,)
+    assert len(enumerate_specs(SHAPE, 2, fast_math=None, inputs="staged")) == 4
+    assert {s.fast_math for s in enumerate_specs(SHAPE, fast_math=False, inputs="staged")} == {False}
+    with pytest.raises(ConfigError, match="unknown inputs 'cooked'; allowed: staged, raw"):
+        enumerate_specs(SHAPE, inputs="cooked")
     with pytest.raises(ConfigError):
         enumerate_specs(SHAPE, 3)
 
 
 def test_distrusted_kernel_is_compiled_again_once(place, compiles):
     get_kernel(PING)
-    _obtain._compiled_here.clear()
-    forget()
+    reset()
     kernel = get_kernel(PING)
     assert kernel.origin == "disk"
     assert distrust(kernel, damaged=True) is True
@@ -262,7 +269,7 @@ def test_distrusted_read_only_kernel_stays_where_it_is(pack, compiles):
 def test_another_copy_of_a_distrusted_kernel_is_taken(place, pack, compiles):
     """A bad binary in one cache says nothing of a good one of the same kernel in another."""
     good = get_kernel(PING)
-    _obtain._compiled_here.clear()
+    reset()
     damaged = KernelCache(pack)
     damaged.remove([good.key])
     refused = good.cubin + b"refused"

@@ -9,7 +9,8 @@ import pytest
 
 from megamoe_jit._cache.cache import user_cache
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
-from megamoe_jit._jit import obtain as _obtain
+from megamoe_jit._jit import lookup as _lookup
+from megamoe_jit._jit.registry import reset
 from megamoe_jit._jit.runtime import forget, get_kernel, kernel_key
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -18,8 +19,8 @@ SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
 
 
 @pytest.fixture(autouse=True)
-def new_process(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(_obtain, "_shown", set())
+def new_process(caplog: pytest.LogCaptureFixture) -> None:
+    reset()
     caplog.set_level(logging.INFO, "megamoe_jit")
 
 
@@ -40,7 +41,7 @@ def test_kernel_of_another_compiler_says_so(
     key = get_kernel(SPEC).key
     real = find_toolchain()
     other = Toolchain(real.path, real.version, "another build")
-    monkeypatch.setattr(_obtain, "find_toolchain", lambda: other)
+    monkeypatch.setattr(_lookup, "find_toolchain", lambda: other)
     forget()
     caplog.clear()
     with override(readonly_cache=(place / "cache",), cache_dir=place / "empty"):

@@ -7,8 +7,9 @@ import logging
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,10 +18,11 @@ from megamoe_jit._cache import store as _store
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import CompileError, KernelMissingError, PerformanceLossError, RenderError
 from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache, kernel_key, retry, warmup, warmup_command
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.compilable import Compilable
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from tests.stubs import ROOM, TEMPLATE, child_environment
 
 SHAPE = MoEShape(256, 128, 8, 2)
@@ -31,8 +33,10 @@ COOP = KernelSpec(SHAPE, Variant.COOPERATIVE, ranks=2, fast_math=False)
 CHILD = """
 import json, sys, time
 from pathlib import Path
+from typing import Any
 from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.compilable import Compilable
 gate = sys.argv[1]
 print("ready", flush=True)
 while gate and not Path(gate).exists():
@@ -217,14 +221,16 @@ def test_forbidden_compile_names_kernel_and_command(place, compiles):
 
 def test_warmup_command():
     assert warmup_command(PING) == (
-        "megamoe-jit warmup --hidden 256 --intermediate 128 --experts 8 --topk 2 --ranks 1 --variant pingpong"
+        "megamoe-jit warmup --hidden 256 --intermediate 128 --experts 8 --topk 2 --ranks 1 --variant pingpong "
+        "--inputs staged"
     )
-    assert warmup_command(COOP).endswith("--ranks 2 --variant cooperative --no-fast-math")
+    assert warmup_command(COOP).endswith("--ranks 2 --variant cooperative --no-fast-math --inputs staged")
+    assert warmup_command(StageSpec(StageFormat.F16)) == "megamoe-jit inspect megamoe_stage_f16"
 
 
 def test_a_missing_kernel_with_a_timeline_says_what_makes_it(place, compiles):
     spec = replace(COOP, timeline=True)
-    command = f"megamoe-jit inspect {spec.entry}"
+    command = f"megamoe-jit inspect {spec.entry} --cache-dir {place / 'cache'}"
     assert warmup_command(spec) == command
     with override(disable_jit=True), pytest.raises(KernelMissingError) as caught:
         get_kernel(spec)
@@ -294,4 +300,35 @@ def test_failure_that_nobody_foresaw_is_a_result_and_is_logged(place, monkeypatc
     assert isinstance(result.error, ZeroDivisionError)
     assert "unexpected failure" in caplog.text
     monkeypatch.undo()
-    assert not _runtime._failed
+    assert get_kernel(PING).origin == "compiled"
+
+
+@dataclass(frozen=True)
+class OtherKind:
+    """A kernel that is no `KernelSpec`."""
+
+    entry: str = "other_kernel"
+    template: str = "kernels/other.cuh.j2"
+    shared_bytes: int = 0
+    command: str = "other words"
+    remark: str = "of another kind"
+
+    def template_variables(self) -> dict[str, Any]:
+        return {"entry": self.entry}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"other": True}
+
+
+def test_a_kernel_of_another_kind_lives_as_they_all_do(place, compiles):
+    spec: Compilable = OtherKind()
+    (place / "src" / "kernels" / "other.cuh.j2").write_text(
+        'extern "C" __global__ void {{ entry }}(int* a) { *a = 1; }'
+    )
+    with override(disable_jit=True), pytest.raises(KernelMissingError, match=r"megamoe-jit other words .*another kind"):
+        get_kernel(spec)
+    assert get_kernel(spec).origin == "compiled"
+    forget(spec)
+    found = get_kernel(spec)
+    assert (found.origin, found.spec, found.meta["spec"]) == ("disk", spec, {"other": True})
+    assert compiles == ["other_kernel"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit import runtime as _runtime
+from megamoe_jit._jit.registry import registry
 from megamoe_jit._jit.runtime import forget, get_kernel, retry, warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -42,12 +43,19 @@ def test_threads_share_one_compile(place, compiles):
 def test_thread_that_comes_as_the_kernel_is_done_finds_it_in_memory(place, compiles, monkeypatch):
     """Between its first look and the lock another thread finishes."""
 
-    class Memory(dict):
-        def get(self, job):
-            return None
-
     first = get_kernel(PING)
-    monkeypatch.setattr(_runtime, "_memory", Memory(_runtime._memory))
+    kernels = registry()
+    life = kernels.life(PING)
+    known, life.kernel = life.kernel, None
+
+    class Lock:
+        def __enter__(self):
+            life.kernel = known
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(kernels, "_lock", Lock())
     again = get_kernel(PING)
     assert (again.origin, again.cubin) == ("memory", first.cubin)
     assert len(compiles) == 1
@@ -68,12 +76,12 @@ def test_thread_that_waits_for_an_interrupted_one_compiles_itself(place, monkeyp
 
     monkeypatch.setattr(_obtain, "compile_source", first_is_interrupted)
 
-    class Future(_runtime.concurrent.futures.Future):
+    class Future(concurrent.futures.Future):
         def exception(self, timeout=None):
             waiting.set()
             return super().exception(timeout)
 
-    monkeypatch.setattr(_runtime.concurrent.futures, "Future", Future)
+    monkeypatch.setattr(concurrent.futures, "Future", Future)
 
     def wait():
         assert started.wait(20)
@@ -150,5 +158,5 @@ def test_interrupted_compile_is_neither_remembered_nor_left_running(place, monke
         patch.setattr(_obtain, "compile_source", interrupt)
         with pytest.raises(KeyboardInterrupt):
             get_kernel(PING)
-    assert not _runtime._running
+    assert registry().life(PING).running is None
     assert get_kernel(PING).origin == "compiled"

@@ -23,6 +23,7 @@ LAYERS = (
     "mma",
     "formats",
     "epilogue",
+    "stage",
     "dispatch",
     "roles",
     "variants",

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec.inputs import Inputs
 from tests import host
 from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
 
@@ -55,6 +56,24 @@ MISTAKES = (
         "blockIdx.x == 0 && sim::mutant != 206) p.control[kControlSides]",
     ),
 )
+#: Of launches that stage their inputs: rows that the bulk copies of dispatch read without a fence after the barrier;
+#: rows that are quantised after the barrier that the others wait at.
+RAW_MISTAKES = (
+    *SMALL,
+    Change(
+        "dispatch/gather.cuh",
+        "C::kInputs == Inputs::raw) ptx",
+        "C::kInputs == Inputs::raw) if (sim::mutant != 208) ptx",
+    ),
+    Change("kernels/megamoe.cuh", "Inputs::raw) stage_rows", "Inputs::raw) if (sim::mutant != 209) stage_rows"),
+    Change(
+        "kernels/megamoe.cuh",
+        "    Sources<C>{p, shared}.fetch();",
+        "    if constexpr (C::kInputs == Inputs::raw) if (sim::mutant == 209) stage_rows<C>(p);\n"
+        "    Sources<C>{p, shared}.fetch();",
+    ),
+)
+NO_FENCE, LATE_ROWS = 208, 209
 STALE_EPOCH, BLIND_ORDER, NO_INPUTS, NO_RESULTS, LONELY_SIDE, OLD_SIDES, OTHER_SIDE = 201, 202, 203, 204, 205, 206, 207
 
 Build = Callable[..., Simulator]
@@ -66,14 +85,14 @@ def build() -> Build:
     with tempfile.TemporaryDirectory(prefix="protocol-") as folder:
 
         @cache
-        def attempt(ranks: int, changes: tuple[Change, ...]) -> Simulator | AssertionError:
+        def attempt(ranks: int, changes: tuple[Change, ...], inputs: Inputs) -> Simulator | AssertionError:
             try:
-                return Simulator.build(Path(tempfile.mkdtemp(dir=folder)), SHAPES[ranks], ranks, changes)
+                return Simulator.build(Path(tempfile.mkdtemp(dir=folder)), SHAPES[ranks], ranks, changes, inputs)
             except AssertionError as error:  # the next test need not wait to hear the same
                 return error
 
-        def built(ranks: int, changes: tuple[Change, ...] = SMALL) -> Simulator:
-            if isinstance(result := attempt(ranks, changes), AssertionError):
+        def built(ranks: int, changes: tuple[Change, ...] = SMALL, inputs: Inputs = Inputs.STAGED) -> Simulator:
+            if isinstance(result := attempt(ranks, changes, inputs), AssertionError):
                 raise result
             return result
 
@@ -118,6 +137,25 @@ def test_any_interleaving_gives_the_right_result(build: Build, ranks: int):
         assert simulator.run(**run).problem == ""
 
     check()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_that_the_launch_itself_stages_are_the_right_ones(build: Build, ranks: int):
+    simulator = build(ranks, RAW_MISTAKES, Inputs.RAW)
+
+    @settings(max_examples=12 // ranks, database=None, suppress_health_check=list(HealthCheck))
+    @given(runs(ranks))
+    def check(run: dict[str, int | str]) -> None:
+        assert simulator.run(**run).problem == ""
+
+    check()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_that_are_staged_late_or_copied_without_a_fence_are_found(build: Build, ranks: int):
+    simulator = build(ranks, RAW_MISTAKES, Inputs.RAW)
+    assert re.search(r"race: a copy of rank \d .* without a proxy fence since the write of", find(simulator, NO_FENCE))
+    assert re.search(r"race: .* x(_scales)? of rank \d .* without waiting for the", find(simulator, LATE_ROWS))
 
 
 def test_half_a_block_that_no_tile_wrote_is_still_read(tmp_path: Path):

@@ -14,6 +14,7 @@ from megamoe_jit._device import wait as _device_wait
 from megamoe_jit._errors import CaptureError, ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.kernel_set import KernelSet
 from megamoe_jit._spec.abi import Wait
 
 GROUP = object()
@@ -37,7 +38,8 @@ def buffer(ranks: int, fault: tuple[int, ...] = NOTHING) -> SymmBuffer:
     made.buffer = made.local = torch.ones(8, dtype=torch.uint8)
     made.handle = SimpleNamespace(buffer_ptrs=[1])
     made.fault = torch.tensor([*fault, *[0] * 12], dtype=torch.int32)
-    made._prepared, made._plans = {"kernel": 1}, {"plan": 1}
+    made.kernels = KernelSet(None, None)
+    made.kernels.bound, made.kernels._plans = {"kernel": 1}, {"plan": 1}
     made._destroyed, made._broken = False, None
     made.lock = threading.RLock()
     return made
@@ -45,7 +47,7 @@ def buffer(ranks: int, fault: tuple[int, ...] = NOTHING) -> SymmBuffer:
 
 def assert_empty(it: SymmBuffer) -> None:
     assert it.buffer.numel() == it.local.numel() == it.x.numel() == it.topk_weights.numel() == 0
-    assert (it.handle.buffer_ptrs, it._prepared, it._plans) == ([], {}, {})
+    assert (it.handle.buffer_ptrs, it.kernels.bound, it.kernels._plans) == ([], {}, {})
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -9,25 +9,30 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import make_weights
-from megamoe_jit._device.params import Params
-from megamoe_jit._layer import bound_kernel as _prepared
-from megamoe_jit._layer import buffer as _buffer
+from megamoe_jit._device.params import Params, StageParams
+from megamoe_jit._layer import bound_kernel as _bound_kernel
+from megamoe_jit._layer import kernel_set as _kernel_set
 from megamoe_jit._layer import memory as _memory
-from megamoe_jit._layer.buffer import SymmBuffer, sort_blocks
+from megamoe_jit._layer import stage_kernel as _stage_kernel
+from megamoe_jit._layer import workspace as _workspace
+from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.kernel_set import sort_blocks
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec.stage import StageFormat
 
 SHAPE = MoEShape(256, 128, 4, 2)
 DRAWN = make_weights(SHAPE, "cpu")
@@ -51,7 +56,7 @@ class Launch(NamedTuple):
 
     spec: KernelSpec
     grid: int
-    params: Params
+    params: Any
 
 
 class Cuda:
@@ -60,11 +65,13 @@ class Cuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple] = []
         self.launches: list[Launch] = []
+        self.stages: list[Launch] = []
         self.a, self.b = Stream("A", 0, self.events), Stream("B", 16, self.events)
         self.stream, self.current, self.capturing = self.a, HERE.index, False
         self.free, self.reserved, self.allocated, self.out_of_memory = 1 << 40, 0, 0, False
         self.pinned, self.sides = 0, (1, 2, 3, 4, 5)
         self.kernel: Callable[[Params], None] = lambda params: None
+        self.stage: Callable[[StageParams, StageFormat], None] = lambda params, form: None
         real_empty, real_zeros = torch.empty, torch.zeros
 
         def empty(*sizes: object, **more: object) -> torch.Tensor:
@@ -98,11 +105,16 @@ class Cuda:
             (torch._C, "_cuda_getDevice", lambda: self.current),
             (torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream.cuda_stream),
             (_memory, "check_device", lambda device: None),
-            (_buffer, "sm_count", lambda device: SMS),
-            (_prepared, "sides_of_sms", lambda device: self.sides),
-            (_prepared, "load_kernel", self.load),
-            (_prepared, "Launcher", self.launcher),
-            (_prepared, "encode_fp8_rows", encode),
+            (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=SMS)),
+            (_kernel_set, "sm_count", lambda device: SMS),
+            (_bound_kernel, "sides_of_sms", lambda device: self.sides),
+            (_bound_kernel, "load_kernel", self.load),
+            (_bound_kernel, "Launcher", self.launcher),
+            (_bound_kernel, "encode_fp8_rows", encode),
+            (_stage_kernel, "load_kernel", self.load),
+            (_stage_kernel, "Launcher", self.stager),
+            (_stage_kernel, "_kernels", {}),
+            (_workspace, "_named", weakref.WeakValueDictionary()),
         ):
             monkeypatch.setattr(owner, name, stand_in, raising=False)
 
@@ -115,7 +127,10 @@ class Cuda:
             self.current = before
 
     def load(self, spec: KernelSpec, index: int | None, *, param_bytes: int) -> SimpleNamespace:
-        assert (index, param_bytes) == (self.current, ctypes.sizeof(Params))
+        assert (index, param_bytes) == (
+            self.current,
+            ctypes.sizeof(Params if "stage" not in spec.entry else StageParams),
+        )
         assert not self.capturing, "kernels are not loaded in a capture"
         return SimpleNamespace(spec=spec, key=spec.entry)
 
@@ -125,6 +140,17 @@ class Cuda:
             self.events.append(("launch", {s.cuda_stream: s.name for s in (self.a, self.b)}[stream]))
             self.launches.append(Launch(loaded.spec, grid, Params.from_buffer_copy(params)))
             self.kernel(self.launches[-1].params)
+
+        return SimpleNamespace(launch=launch)
+
+    def stager(self, loaded: SimpleNamespace, params: StageParams, **how: object) -> SimpleNamespace:
+        assert how == {"threads": 256, "cooperative": False}
+
+        def launch(grid: int, stream: int) -> None:
+            assert self.current == HERE.index, "as the driver wants it"
+            self.events.append(("stage", {s.cuda_stream: s.name for s in (self.a, self.b)}[stream]))
+            self.stages.append(Launch(loaded.spec, grid, StageParams.from_buffer_copy(params)))
+            self.stage(self.stages[-1].params, loaded.spec.format)
 
         return SimpleNamespace(launch=launch)
 
@@ -319,10 +345,10 @@ def test_a_plan_is_of_its_own_variant_mathematics_and_blocks(cuda: Cuda, buffer:
 
 
 def test_plans_that_are_remembered_have_a_limit(cuda: Cuda, buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_buffer, "MAX_PLANS", 4)
+    monkeypatch.setattr(_kernel_set, "MAX_PLANS", 4)
     for tokens in range(12):
         assert buffer.plan(tokens, None, True, None) is buffer.plan(tokens, None, True, None)
-        assert len(buffer._plans) <= 4
+        assert len(buffer.kernels._plans) <= 4
 
 
 def test_a_destroyed_buffer_is_refused(cuda: Cuda, buffer: SymmBuffer):
@@ -414,11 +440,11 @@ def test_an_interrupted_change_of_weights_is_made_again(cuda: Cuda, buffer: Symm
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as during:
-        for kernel in buffer._prepared.values():
+        for kernel in buffer.kernels.bound.values():
             during.setattr(kernel, "params", Interrupted(kernel.params))
         with pytest.raises(KeyboardInterrupt):
             call(buffer, l1=other[0], l2=other[1])
-    half_set = [kernel.params.weight1 for kernel in buffer._prepared.values()]
+    half_set = [kernel.params.weight1 for kernel in buffer.kernels.bound.values()]
     assert other[0][0].data_ptr() in half_set
     call(buffer)
     assert addresses(cuda.launches[-1].params) == [tensor.data_ptr() for tensor in (*L1, *L2)]

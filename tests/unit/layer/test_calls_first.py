@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 import megamoe_jit as mm
 from megamoe_jit._check.spawn import World, describe, run_ranks
-from megamoe_jit._layer import bound_kernel as _prepared
-from megamoe_jit._layer import buffer as _buffer
-from megamoe_jit._layer import calls as _api
+from megamoe_jit._layer import admit as _admit
+from megamoe_jit._layer import bound_kernel as _bound_kernel
+from megamoe_jit._layer import kernel_set as _kernel_set
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._spec import MoEShape
@@ -42,8 +42,8 @@ def without_a_gpu() -> None:
         torch.empty(size, dtype=torch.uint8),
         SimpleNamespace(buffer_ptrs=[0, 0]),
     )
-    _buffer.sm_count = lambda _: 132
-    _prepared.load_kernel, _prepared.encode_fp8_rows = load, lambda *_: None
+    _kernel_set.sm_count = lambda _: 132
+    _bound_kernel.load_kernel, _bound_kernel.encode_fp8_rows = load, lambda *_: None
     torch.cuda.mem_get_info = lambda *_: (1 << 40, 1 << 40)
     torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda *_: 0
     torch.cuda.synchronize = lambda *_: None
@@ -101,19 +101,19 @@ def prepared_calls(world: World) -> dict[str, str]:
     def meet(*_: object) -> None:
         raise mm.RankMismatchError("a collective")
 
-    it, collective = buffer(), _api.collectively
+    it, collective = buffer(), _admit.collectively
     call, heard = arguments(it), {}
-    _prepared.load_kernel = lambda spec, *_, **__: SimpleNamespace(key=spec.entry)
-    _prepared.Launcher = lambda *_: SimpleNamespace(launch=lambda *_: None)
-    _prepared.sides_of_sms = lambda _: None
+    _bound_kernel.load_kernel = lambda spec, *_, **__: SimpleNamespace(key=spec.entry)
+    _bound_kernel.Launcher = lambda *_: SimpleNamespace(launch=lambda *_: None)
+    _bound_kernel.sides_of_sms = lambda _: None
     it.launch = lambda plan, **_: heard.update(launched=plan.kernel.spec.entry)
-    _api.collectively = _buffer.collectively = meet
+    _admit.collectively = _kernel_set.collectively = meet
     torch.cuda.is_current_stream_capturing = lambda: True
     heard["capture"] = outcome(lambda: mm.fp8_mega_moe(**call))
     torch.cuda.is_current_stream_capturing = lambda: False
-    _api.collectively = _buffer.collectively = collective
+    _admit.collectively = _kernel_set.collectively = collective
     it.prepare("pingpong")  # and the other, on both ranks
-    _api.collectively = _buffer.collectively = meet
+    _admit.collectively = _kernel_set.collectively = meet
     if world.rank == world.ranks - 1:
         heard["prepared"] = outcome(lambda: mm.fp8_mega_moe(**call, variant="cooperative"))
         heard["exact"] = outcome(lambda: mm.fp8_mega_moe(**call, fast_math=False))

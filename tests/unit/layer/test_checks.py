@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._layer import buffer as _buffer
-from megamoe_jit._layer import moe as _layer
-from megamoe_jit._layer.bound_kernel import PreparedKernel
+from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit.heuristics import preset
+from tests.unit.layer.test_calls import HERE, Cuda, cuda  # noqa: F401
 
 SHAPE = mm.MoEShape(256, 128, 4, 2)
 SPEC = mm.KernelSpec(SHAPE, mm.Variant.PINGPONG)
@@ -26,20 +22,9 @@ CALL = {"y": Y, "l1_weights": ORDERED[0], "l2_weights": ORDERED[1]}
 
 
 @pytest.fixture
-def buffer() -> SymmBuffer:
-    """A buffer on the CPU whose launches are counted in `launched`."""
-    buffer = SymmBuffer.__new__(SymmBuffer)
-    buffer.device, buffer.shape, buffer.ranks = torch.device("cpu"), SHAPE, 1
-    buffer.num_experts, buffer.num_topk, buffer.hidden, buffer.num_max_tokens_per_rank = 4, 2, 256, 128
-    buffer.x, buffer.x_sf = torch.empty(128, 256, dtype=torch.float8_e4m3fn), torch.empty(128, 2)
-    buffer.topk_idx, buffer.topk_weights = torch.empty(128, 2, dtype=torch.int64), torch.empty(128, 2)
-    kernel = PreparedKernel.__new__(PreparedKernel)
-    kernel.spec, kernel._checked = SPEC, ()
-    buffer.plan = lambda *_: SimpleNamespace(kernel=kernel)
-    buffer.launched, buffer.lock, buffer._destroyed, buffer._broken = [], threading.RLock(), False, None
-    buffer.wait_for_last = lambda: None
-    buffer.launch = lambda plan, **given: buffer.launched.append(given)
-    return buffer
+def buffer(cuda: Cuda) -> SymmBuffer:  # noqa: F811
+    """A buffer on the CPU, whose launches `cuda` keeps account of."""
+    return SymmBuffer(SHAPE, 128, HERE)
 
 
 def refused(call, *says: str) -> None:
@@ -145,12 +130,17 @@ def test_a_call_without_a_buffer(force):
         ({"activation_clamp": [10.0]}, "activation_clamp = [10.0] is not supported"),
     ],
 )
-def test_a_call_with_one_wrong_argument_launches_nothing(buffer: SymmBuffer, wrong: dict, says: str):
+def test_a_call_with_one_wrong_argument_launches_nothing(
+    cuda: Cuda,  # noqa: F811
+    buffer: SymmBuffer,
+    wrong: dict,
+    says: str,
+):
     refused(lambda: mm.fp8_mega_moe(**{**CALL, "sym_buffer": buffer, **wrong}), says)
-    assert buffer.launched == []
+    assert cuda.launches == []
     mm.fp8_mega_moe(**CALL, sym_buffer=buffer, cumulative_local_expert_recv_stats=STATS, activation_clamp=10)
     mm.fp8_mega_moe(**CALL, sym_buffer=buffer, recipe=[128, 128, 128])
-    assert [given["clamp"] for given in buffer.launched] == [10.0, float("inf")]
+    assert [launch.params.clamp for launch in cuda.launches] == [10.0, float("inf")]
 
 
 def test_sizes_of_a_buffer():
@@ -162,7 +152,7 @@ def test_sizes_of_a_buffer():
     )
 
 
-def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatch):
+def test_a_layer_and_its_call(cuda: Cuda, buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     refused(lambda: mm.MegaMoE(None, L2, topk=2, max_tokens=3), "w13: NoneType given; allowed: a pair of tensors")
     refused(lambda: mm.MegaMoE(L1, [[1.0]], topk=2, max_tokens=3), "w2: list of 1 given; allowed: a pair of tensors")
     sizes = {"topk": 2, "max_tokens": 3}
@@ -180,7 +170,7 @@ def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatc
         ((L1, L2), {"topk": 0}, "topk = 0 is not supported"),
     ):
         refused(lambda w=(w13, w2), more=wrong: mm.MegaMoE(*w, **{**sizes, **more}), says)
-    monkeypatch.setattr(_layer, "get_symm_buffer_for_mega_moe", lambda *_, **__: buffer)
+    monkeypatch.setattr(_workspace, "get_symm_buffer_for_mega_moe", lambda *_, **__: buffer)
     destroyed = []
     monkeypatch.setattr(buffer, "destroy", lambda: destroyed.append(True))
     refused(lambda: mm.MegaMoE((L1[0], L1[1].half()), L2, **sizes), "scales has dtype torch.float16")
@@ -198,13 +188,13 @@ def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatc
         ({"topk_idx": right["topk_weights"]}, "topk_idx has dtype torch.float32; allowed: int64 or int32"),
         ({"topk_idx": right["topk_idx"].bool()}, "topk_idx has dtype torch.bool; allowed: int64 or int32"),
         ({"topk_weights": right["topk_idx"]}, "topk_weights has dtype torch.int64; allowed: bfloat16, float16 or"),
-        ({"x": right["x"].to(torch.float8_e4m3fn)}, "x has dtype torch.float8_e4m3fn; allowed: bfloat16, float16 or"),
+        ({"x": right["x"].to(torch.float8_e4m3fn)}, "x is float8_e4m3fn without x_scales; allowed: codes with"),
         ({"x": right["x"].to("meta")}, "x is on meta; allowed: cpu, where the layer is"),
         ({"topk_idx": right["topk_idx"].to("meta")}, "topk_idx is on meta; allowed: cpu"),
     ):
         refused(lambda w=wrong: layer(**{**right, **w}), says)
     assert layer(**right).shape == (3, 256)
-    assert len(buffer.launched) == 1
+    assert (len(cuda.stages), len(cuda.launches)) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -216,10 +206,7 @@ def test_a_layer_and_its_call(buffer: SymmBuffer, monkeypatch: pytest.MonkeyPatc
         ({"variant": ["pingpong"]}, "variant = ['pingpong'], fast_math"),
     ],
 )
-def test_what_a_plan_is_made_of(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, object], says: str):
-    buffer = SymmBuffer.__new__(SymmBuffer)
-    buffer.device, buffer._plans, buffer._planned_with = torch.device("cpu"), {}, None
-    monkeypatch.setattr(_buffer, "sm_count", lambda _: 132)
+def test_what_a_plan_is_made_of(buffer: SymmBuffer, wrong: dict[str, object], says: str):
     given = {"variant": None, "fast_math": True, "num_sms": None, **wrong}
     refused(lambda: buffer.plan(3, **given), says)
 

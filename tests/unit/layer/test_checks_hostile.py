@@ -17,7 +17,9 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._layer import calls as _api
+from megamoe_jit._layer import stage as _stage
 from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit.heuristics import parse_shapes, preset
 from megamoe_jit.heuristics.select import choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu
@@ -188,6 +190,7 @@ LAYER = {
     "clamp": None,
     "fast_math": True,
     "inplace": False,
+    "workspace": "shared",
 }
 TAKEN = {"x": X, "topk_idx": IDS, "topk_weights": ROUTER}
 
@@ -234,17 +237,37 @@ def test_every_argument_of_a_call(here: Cuda, buffer: SymmBuffer):  # noqa: F811
         assert attack(function, {**arguments, "sym_buffer": buffer}, (mm.ConfigError,)) == []
 
 
+def test_every_argument_of_staging_and_of_a_call_from_bf16(here: Cuda, buffer: SymmBuffer, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(_stage, "require_gpu", lambda name, device: None)
+    options = {"x_scales": None, "routed_scaling_factor": 1.0}
+    assert attack(mm.stage, {"buffer": buffer, **TAKEN, **options, "padded_tokens": None}, (mm.ConfigError,)) == []
+    buffers = {
+        "buf_x": buffer.x,
+        "buf_x_sf": buffer.x_sf,
+        "buf_topk_idx": buffer.topk_idx,
+        "buf_topk_weights": buffer.topk_weights,
+    }
+    sizes = {"num_tokens": 3, "group_size": 128, "routed_scaling_factor": 1.0}
+    assert attack(mm.mega_moe_pre_dispatch_sm90, {**TAKEN, **buffers, **sizes}, (mm.ConfigError,)) == []
+    call = {name: value for name, value in CALL.items() if name not in ("recipe", "activation", "num_tokens_bound")}
+    arguments = {**TAKEN, **call, **options, "sym_buffer": buffer}
+    assert attack(mega_moe_from_bf16, arguments, (mm.ConfigError,)) == []
+
+
 def test_every_argument_of_a_buffers_methods(here: Cuda, buffer: SymmBuffer):  # noqa: F811
     assert attack(buffer.prepare, {"variant": "pingpong", "fast_math": True}, (mm.ConfigError,)) == []
     assert attack(buffer.prepare_all, {"fast_math": True}, (mm.ConfigError,)) == []
-    assert attack(buffer.choose, {"tokens": 3, "variant": None, "num_sms": None}, (mm.ConfigError,)) == []
+    assert attack(buffer.kernels.choose, {"tokens": 3, "variant": None, "num_sms": None}, (mm.ConfigError,)) == []
     plan = {"tokens": 3, "variant": None, "fast_math": True, "num_sms": None}
     assert attack(buffer.plan, plan, (mm.ConfigError,)) == []
 
 
 def test_every_argument_of_a_layer_and_its_call(here: Cuda):
     assert attack(mm.MegaMoE, LAYER, (mm.ConfigError, mm.UnsupportedDeviceError)) == []
-    assert attack(mm.MegaMoE(**LAYER), TAKEN, (mm.ConfigError,)) == []
+    layer = mm.MegaMoE(**LAYER)
+    assert attack(layer, TAKEN, (mm.ConfigError,)) == []
+    assert attack(layer.stage, TAKEN, (mm.ConfigError,)) == []
+    assert attack(layer.load_weights, {name: LAYER[name] for name in ("w13", "w2")}, (mm.ConfigError,)) == []
 
 
 def test_a_right_call_of_each_function_is_taken(here: Cuda):

@@ -238,8 +238,9 @@ def test_matrices_that_share_memory_are_not_written_over(which: str):
     transform(*given)
 
 
-def test_a_layer_is_copied_with_weights_and_buffer_of_its_own(cuda: Cuda):  # noqa: F811
-    layer = mm.MegaMoE(DRAWN.l1, DRAWN.l2, topk=2, max_tokens=128, clamp=2.5)
+@pytest.mark.parametrize("workspace", ["shared", "own"])
+def test_a_layer_is_copied_with_weights_of_its_own_and_a_buffer_if_it_has_one(cuda: Cuda, workspace: str):  # noqa: F811
+    layer = mm.MegaMoE(DRAWN.l1, DRAWN.l2, topk=2, max_tokens=128, clamp=2.5, workspace=workspace)
     layer.note = ["mine"]
     made = copy.deepcopy({"one": layer, "same": layer})
     other = made["one"]
@@ -247,7 +248,7 @@ def test_a_layer_is_copied_with_weights_and_buffer_of_its_own(cuda: Cuda):  # no
     assert type(other) is mm.MegaMoE
     assert (other.clamp, other.fast_math, other.note) == (2.5, True, ["mine"])
     assert other.note is not layer.note
-    assert other.buffer is not layer.buffer
+    assert (other.buffer is layer.buffer) == (workspace == "shared")
     assert other.buffer.shape == layer.buffer.shape
     for ours, theirs in zip((*layer.l1, *layer.l2), (*other.l1, *other.l2), strict=True):
         assert same(ours, theirs)
@@ -255,6 +256,6 @@ def test_a_layer_is_copied_with_weights_and_buffer_of_its_own(cuda: Cuda):  # no
     layer.destroy()
     other(torch.zeros(3, 256), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2))
     assert len(cuda.launches) == 1
-    refused(lambda: copy.deepcopy(layer), "this buffer was destroyed")
+    refused(lambda: copy.deepcopy(layer), f"this {'layer' if workspace == 'shared' else 'buffer'} was destroyed")
     refused(lambda: copy.deepcopy(other.buffer), "a SymmBuffer is memory", "allowed: get_symm_buffer_for_mega_moe(...)")
     refused(lambda: copy.copy(other.buffer), "a SymmBuffer is memory")

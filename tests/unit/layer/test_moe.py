@@ -20,16 +20,21 @@ from megamoe_jit._device.params import Params
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import group as _ranks
 from megamoe_jit._layer import memory as _memory
-from megamoe_jit._layer import moe as _layer
+from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.reference import moe_reference
 from tests.unit.layer.test_calls import DRAWN, GARBAGE, HERE, L1, L2, SHAPE, STATS, Cuda, call, refused, uses
 
 FP8, F32 = torch.float8_e4m3fn, torch.float32
+#: By bits of `RawFormats` in kernels_src/stage/inputs.cuh.
+IDS = {0: torch.int32, 1: torch.int64}
+WEIGHTS = {0: F32, 2: torch.bfloat16, 4: torch.float16}
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -184,12 +189,12 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
     refused(lambda: call(shared), "l1 weights has shape (4, 256, 256); allowed: (2, 256, 256)")
     cuda.capturing = True
     refused(lambda: call(shared, **own), "prepare('pingpong', fast_math=True)", kind=mm.CaptureError)
-    assert shared._prepared == {}, "a first call that one rank refuses prepares nothing on any"
+    assert shared.kernels.bound == {}, "a first call that one rank refuses prepares nothing on any"
     cuda.capturing = False
     call(shared, **own, cumulative_local_expert_recv_stats=STATS[:2])
     (launch,) = cuda.launches
     assert (launch.spec.ranks, launch.params.rank, launch.params.peers[:3]) == (2, 1, [64, 128, 0])
-    assert {kernel.spec.variant for kernel in shared._prepared.values()} == set(Variant)
+    assert set(shared.kernels.bound) == {(variant, Numerics(), Inputs.STAGED) for variant in Variant}
     assert cuda.events == [uses(shared, "A")[0], ("launch", "A")], "symmetric memory is not torch's"
 
 
@@ -197,13 +202,13 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
 def made(monkeypatch: pytest.MonkeyPatch) -> list[SymmBuffer]:
     """The buffers of the layers so far."""
     buffers: list[SymmBuffer] = []
-    real = _layer.get_symm_buffer_for_mega_moe
+    real = _workspace.get_symm_buffer_for_mega_moe
 
     def keep(*sizes: object, **more: object) -> SymmBuffer:
         buffers.append(real(*sizes, **more))
         return buffers[-1]
 
-    monkeypatch.setattr(_layer, "get_symm_buffer_for_mega_moe", keep)
+    monkeypatch.setattr(_workspace, "get_symm_buffer_for_mega_moe", keep)
     return buffers
 
 
@@ -222,6 +227,8 @@ def expected(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, clamp: f
 
 def at(address: int, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
     """The tensor that a kernel sees there."""
+    if math.prod(sizes) == 0:
+        return torch.empty(sizes, dtype=dtype)
     assert address > 0
     memory = (ctypes.c_uint8 * (math.prod(sizes) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(sizes)
@@ -230,6 +237,8 @@ def at(address: int, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
 def compute(params: Params) -> None:
     """What the kernel does."""
     tokens, base = params.tokens, params.peers[0]
+    if params.raw_x:
+        quantise(params)
     read = (
         at(base + params.x, FP8, tokens, 256),
         at(base + params.x_scales, F32, tokens, 2),
@@ -241,6 +250,27 @@ def compute(params: Params) -> None:
     mm.mark_transformed(l1, l2)
     weights = mm.inverse_transform_weights_for_mega_moe_sm90(l1, l2)
     at(params.y, torch.bfloat16, tokens, 256).copy_(moe_reference(*read, *weights, activation_clamp=params.clamp))
+
+
+def rows(address: int, dtype: torch.dtype, tokens: int, columns: int, stride: int) -> torch.Tensor:
+    """Rows that are `stride` numbers apart."""
+    return at(address, dtype, tokens and (tokens - 1) * stride + columns).as_strided((tokens, columns), (stride, 1))
+
+
+def quantise(params: Params, hidden: int = 256, topk: int = 2) -> None:
+    """What the head of a kernel does whose inputs are the caller's."""
+    tokens, base = params.tokens, params.peers[0]
+    ids, weights = IDS[params.raw_formats & 1], WEIGHTS[params.raw_formats & 6]
+    codes, scales = mm.quantize_activations(
+        rows(params.raw_x, torch.bfloat16, tokens, hidden, params.raw_x_stride // 2)
+    )
+    at(base + params.x, FP8, tokens, hidden).copy_(codes)
+    at(base + params.x_scales, F32, tokens, hidden // 128).copy_(scales)
+    at(base + params.topk_ids, torch.int64, tokens, topk).copy_(
+        rows(params.raw_ids, ids, tokens, topk, params.raw_ids_stride)
+    )
+    routed = rows(params.raw_weights, weights, tokens, topk, params.raw_weights_stride).float() * params.weight_factor
+    at(base + params.topk_weights, F32, tokens, topk).copy_(routed)
 
 
 @pytest.mark.parametrize("clamp", [None, 0.02])
@@ -256,7 +286,7 @@ def test_a_layer_brings_all_its_inputs_and_its_clamp_to_the_kernel(cuda: Cuda, c
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_layer_takes_the_kernel_of_its_mathematics(cuda: Cuda, fast: bool):
     layer(fast_math=fast)(*inputs(3))
-    assert cuda.launches[0].spec == KernelSpec(SHAPE, Variant.PINGPONG, 1, fast)
+    assert cuda.launches[0].spec == KernelSpec(SHAPE, Variant.PINGPONG, 1, fast, inputs=Inputs.RAW)
 
 
 def test_a_layer_orders_a_pair_where_it_is_only_if_told_to(cuda: Cuda):
@@ -325,25 +355,20 @@ def test_a_layer_without_weights_keeps_no_memory(cuda: Cuda, made: list[SymmBuff
     refused(made[0].require_usable, "this buffer was destroyed")
 
 
-def test_staging_on_another_stream_waits_for_the_last_call(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
-    it, copy = layer(), torch.Tensor.copy_
-    memory = it.buffer.buffer.data_ptr()
-
-    def logged(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        if target.untyped_storage().data_ptr() == memory:
-            cuda.events.append(("copy", cuda.stream.name))
-        return copy(target, source)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", logged)
-    it(*inputs(3))
-    cuda.events.clear()
-    cuda.stream = cuda.b
-    it(*inputs(4))
-    assert cuda.events == [("wait", "B", "A"), *uses(it.buffer, "B"), *[("copy", "B")] * 4, ("launch", "B")]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_staging_on_another_stream_waits_for_the_last_call(cuda: Cuda, dtype: torch.dtype):
+    it = layer()
+    for tokens in (3, 4):
+        cuda.events.clear()
+        x, ids, weights = inputs(tokens)
+        it(x.to(dtype), ids, weights)
+        cuda.stream = cuda.b
+    launches = [("launch", "B")] if dtype is torch.bfloat16 else [("stage", "B"), ("launch", "B")]
+    assert cuda.events == [("wait", "B", "A"), *uses(it.buffer, "B"), *launches]
 
 
 def test_nothing_is_staged_into_a_buffer_that_is_gone_or_failed(cuda: Cuda):
-    gone, failed = layer(), layer()
+    gone, failed = layer(workspace="own"), layer()
     gone.destroy()
     failed.buffer.fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 2 << 8, 0, 5, 0b10])
     refused(failed.check, "missing: rank 1", kind=mm.PeerTimeoutError)
@@ -360,6 +385,7 @@ def test_no_graph_of_autograd_grows(cuda: Cuda):
     it = mm.MegaMoE(w13, w2, topk=2, max_tokens=128)
     x, weights = (torch.randn(3, n, dtype=torch.bfloat16, requires_grad=True) for n in (256, 2))
     it.stage(x, torch.zeros(3, 2, dtype=torch.int64), weights)
+    it(x, torch.zeros(3, 2, dtype=torch.int64), weights)
     views = (it.buffer.x, it.buffer.x_sf, it.buffer.topk_idx, it.buffer.topk_weights)
     for tensor in (*it.l1, *it.l2, *views, *mm.quantize_weights(w2), *mm.quantize_activations(x)):
         assert (tensor.requires_grad, tensor.grad_fn) == (False, None)

@@ -24,7 +24,7 @@ from megamoe_jit._settings.settings import VARIABLES
 from megamoe_jit.reference import expert_counts, moe_reference
 from tests.stubs import REPO, child_environment, write_rooms
 from tests.unit.layer.test_calls import Cuda
-from tests.unit.layer.test_moe import at
+from tests.unit.layer.test_moe import at, quantise
 
 EXAMPLES = REPO / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -54,6 +54,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     def compute(params) -> None:
         shape, tokens, base = it.launches[-1].spec.shape, params.tokens, params.peers[0]
         experts, hidden, inner, topk = shape.experts, shape.hidden, shape.intermediate, shape.topk
+        if params.raw_x:
+            quantise(params, hidden, topk)
         ids = at(base + params.topk_ids, I64, tokens, topk)
         l1 = (
             at(params.weight1, FP8, experts, 2 * inner, hidden),

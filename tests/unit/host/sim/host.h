@@ -22,6 +22,7 @@ struct Rank {
     Clock clock;
     u32 agent = 0, launch = 0, running = 0;   // launches begun; first block of the one that runs + 1
     u8 *symmetric = nullptr, *local = nullptr, *own = nullptr;
+    u8 *raw_x = nullptr, *raw_ids = nullptr, *raw_weights = nullptr;   // inputs of a launch that stages them itself
     megamoe::u16* y = nullptr;
     i32* stats = nullptr;
     Launch now;
@@ -36,6 +37,9 @@ struct Run {
     u64 pairs = 0;
 
     using C = variant0::Config;   // what all variants share
+
+    static constexpr bool kRaw = C::kInputs == megamoe::Inputs::raw;
+    static constexpr u64 kRawRow = C::kHidden * 2 + 32, kRawSlots = C::kTopK + 1;   // rows lie apart
 
     // ---- options
     static std::vector<SectionSize> sections_of(const std::string& text) {
@@ -95,13 +99,24 @@ struct Run {
         if (dice.chance(20)) mood.block = dice.below(max_blocks);
         if (dice.chance(30)) mood.warp = dice.below(kBlockWarps);
         const u64 own = (tokens * C::kHidden * 2 / 1024 + 1) * 1024, tables = weight_bytes() / 1024 * 1024 + 4096;
-        const u64 each = end_of(symmetric) + end_of(local) + own + tables + 4096;
+        const u64 each = end_of(symmetric) + end_of(local) + own + tables + 4096 + raw_bytes();
         memory.reserve(each * ranks);
         for (u32 r = 0; r < ranks; ++r) place_rank(r, each * r, own);
         for (u32 n = 0; n < launches; ++n) {
             ids.emplace_back();
             for (u32 r = 0; r < ranks; ++r) ids.back().push_back(route());
         }
+    }
+    u64 raw_bytes() const { return kRaw ? (tokens * (kRawRow + kRawSlots * 12) / 1024 + 4) * 1024 : 0; }
+    void place_raw(Rank& rank, u32 r, u64 base) {
+        const auto place = [&](const char* name, u64 bytes) {
+            u8* at = memory.place(name, r, true, base, bytes).base;
+            base += (bytes / 1024 + 1) * 1024;
+            return at;
+        };
+        rank.raw_x = place("raw x", tokens * kRawRow);
+        rank.raw_ids = place("raw ids", tokens * kRawSlots * 8);
+        rank.raw_weights = place("raw weights", tokens * kRawSlots * 4);
     }
     static u64 weight_bytes() {
         const u64 codes = u64(C::kLocalExperts) * 3 * C::kIntermediate * C::kHidden;
@@ -136,6 +151,7 @@ struct Run {
             base += (size / 1024 + 1) * 1024;
             fill_weights(gemm, codes[gemm - 1]);
         }
+        if (kRaw) place_raw(rank, r, base);
         megamoe::Params& p = rank.now.params;
         std::memset(static_cast<void*>(&p), 0, sizeof p);
         p.weight1 = codes[0], p.weight2 = codes[1];
@@ -200,12 +216,13 @@ struct Run {
         const u32 n = rank.launch++;
         const auto& chosen = ids[n][r];
         const u32 count = static_cast<u32>(chosen.size()) / C::kTopK, blocks_per_row = C::kHidden / 128;
-        for (u32 t = 0; t < count; ++t) {
+        if (kRaw) give_raw(n, r, count);
+        for (u32 t = 0; t < count && !kRaw; ++t) {
             fill_x(n, r, t, static_cast<u8*>(stage(r, "x", u64(t) * C::kHidden, C::kHidden)));
             float* scales = static_cast<float*>(stage(r, "x_scales", t * blocks_per_row * 4, blocks_per_row * 4));
             for (u32 b = 0; b < blocks_per_row; ++b) scales[b] = x_scale(n, r, t, b);
         }
-        const u32 slots = count * C::kTopK;
+        const u32 slots = kRaw ? 0 : count * C::kTopK;
         if (slots) std::memcpy(stage(r, "topk_ids", 0, slots * 8), chosen.data(), slots * 8);
         float* weights = static_cast<float*>(stage(r, "topk_weights", 0, slots * 4));
         for (u32 i = 0; i < slots; ++i) weights[i] = slot_weight(n, i);
@@ -218,6 +235,26 @@ struct Run {
         memory.write(rank.stats, C::kLocalExperts * 4, host(rank, r));
         std::memset(rank.stats, 0, C::kLocalExperts * 4);
         launch(r, count);
+    }
+    /// The inputs as a caller has them, ids of 32 or of 64 bits; the buffer holds what must not pass for them.
+    void give_raw(u32 n, u32 r, u32 count) {
+        Rank& rank = all[r];
+        megamoe::Params& p = rank.now.params;
+        for (const char* name : {"x", "x_scales", "topk_ids", "topk_weights"}) poison(r, name);
+        const bool wide = dice.chance(50);
+        memory.write(rank.raw_x, tokens * kRawRow, host(rank, r));
+        for (u32 t = 0; t < count; ++t) {
+            fill_raw_x(n, r, t, rank.raw_x + t * kRawRow);
+            for (u32 k = 0; k < C::kTopK; ++k) {
+                const u64 at = t * kRawSlots + k;
+                const i64 id = ids[n][r][t * C::kTopK + k];
+                const float weight = slot_weight(n, t * C::kTopK + k) / 2;
+                std::memcpy(rank.raw_ids + at * (wide ? 8 : 4), &id, wide ? 8 : 4);
+                std::memcpy(rank.raw_weights + at * 4, &weight, 4);
+            }
+        }
+        p.raw_x = rank.raw_x, p.raw_ids = rank.raw_ids, p.raw_weights = rank.raw_weights, p.raw_x_stride = kRawRow;
+        p.raw_ids_stride = p.raw_weights_stride = kRawSlots, p.raw_formats = wide, p.weight_factor = 2;
     }
     static float slot_weight(u32 n, u32 slot) { return 1 + (n + slot) % 3; }
 

@@ -1,7 +1,8 @@
 // Numbers instead of the layer's arithmetic: what the tensor cores would multiply is hashed, so that every output of the
 // launch depends on which rows, weights and scales of which launch were really in shared memory when they were read.
 //
-//   x          16 bytes hold {hash of launch, rank, token, place; scale of the 128-block; launch; the hash again}
+//   x          16 bytes hold {hash of launch, rank, token, place; scale of the 128-block; launch; the hash again}; in each
+//              128-block one byte is 255.  Raw rows hold the same as bf16 times the scale, which quantising makes of it again
 //   GEMM 1     in 32 steps of depth each, levels 0 to 255 times a factor of expert and tile: the largest, 255, in every
 //              32nd column, two hashed sums in the others.  SwiGLU keeps them, quantisation makes codes of the levels
 //   GEMM 2     hashes those codes into integers; their sum goes to the combine slot, as bf16 that holds integers
@@ -38,10 +39,22 @@ inline float x_scale(u32 launch, u32 rank, u32 token, u32 block) { return 1u << 
 inline void fill_x(u32 launch, u32 rank, u32 token, u8* row) {
     for (u32 c = 0; c < sizes.hidden / 16; ++c) {
         const u32 tag = mix(launch * 64 + rank, token, c, 5);
-        const u32 words[4] = {tag, static_cast<u32>(x_scale(launch, rank, token, c / 8)), launch, tag};
+        const u32 largest = c % 8 == 0 ? 0xFF000000 : 0;
+        const u32 words[4] = {tag, static_cast<u32>(x_scale(launch, rank, token, c / 8)), launch | largest, tag};
         std::memcpy(row + 16 * c, words, 16);
     }
 }
+/// The row as the caller has it, in bf16.
+inline void fill_raw_x(u32 launch, u32 rank, u32 token, u8* to) {
+    std::vector<u8> row(sizes.hidden);
+    fill_x(launch, rank, token, row.data());
+    for (u32 c = 0; c < sizes.hidden; ++c) {
+        const float value = row[c] * x_scale(launch, rank, token, c / 128);
+        std::memcpy(to + 2 * c, reinterpret_cast<const u8*>(&value) + 2, 2);   // exact: a code has eight bits
+    }
+}
+/// The scale that a kernel has found of a block whose largest number is 255 times it, as this model has it.
+inline float staged_scale(float scale) { return static_cast<float>(static_cast<u32>(scale * (448.0f / 255.0f) + 0.5f)); }
 inline float weight_scale(u32 gemm, u32 expert, u32 row, u32 block) { return 1u << mix(gemm, expert, row, block) % 3; }
 /// Of a tile of GEMM 1.
 inline float factor(u32 expert, u32 n) { return 1 + mix(expert, n, 0, 9) % 5; }

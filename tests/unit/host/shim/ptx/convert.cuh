@@ -10,6 +10,12 @@ inline u32 to_code(float x) { return to_integer(x * (255.0f / 448.0f), 255); }
 inline u32 pack_e4m3(float a, float b, float c, float d, float factor) {
     return to_code(a * factor) | to_code(b * factor) << 8 | to_code(c * factor) << 16 | to_code(d * factor) << 24;
 }
+inline u32 pack_e4m3(float a, float b, float c, float d) { return pack_e4m3(a, b, c, d, 1); }
+inline float float_of_f16(u32 bits) { return static_cast<float>(bits); }
+inline u32 max_u16x2(u32 a, u32 b) {
+    const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
+    return (high & 0xFFFF0000) | (low & 0xFFFF);
+}
 inline u32 pack_bf16(float lo, float hi) { return to_integer(lo, 65535) | to_integer(hi, 65535) << 16; }
 inline void add_scaled_bf16(float (&sum)[8], float w, const Vec16& v) {
     for (u32 i = 0; i < 8; ++i) sum[i] += w * static_cast<float>(v.w[i / 2] >> i % 2 * 16 & 65535);

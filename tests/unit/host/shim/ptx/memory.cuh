@@ -35,6 +35,12 @@ inline void store16(void* p, const Vec16& v) {
     sim::memory.write(p, 16, sim::actor());
     std::memcpy(p, &v, 16);
 }
+inline void store8(void* p, u32 a, u32 b) {
+    sim::maybe_leave();
+    sim::memory.write(p, 8, sim::actor());
+    std::memcpy(p, &a, 4);
+    std::memcpy(static_cast<u8*>(p) + 4, &b, 4);
+}
 inline void copy16_async(u32 dst, const void* src) { sim::maybe_leave(), sim::start_thread_load(dst, src); }
 inline void copy_async_commit() { ++sim::now->load_groups; }
 template <u32 kPending> void copy_async_wait() {

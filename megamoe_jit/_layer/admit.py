@@ -1,0 +1,58 @@
+"""What calls of the layer check alike, however their inputs come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.checks import check_expert_ids, check_tensor, check_weights
+from megamoe_jit._layer.group import collectively
+from megamoe_jit._layer.weights import WeightPair
+from megamoe_jit._spec import Variant
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.numerics import Numerics, numerics_of
+
+__all__ = ["admit_first", "check_ids", "check_stats"]
+
+
+def admit_first(
+    buffer: SymmBuffer,
+    admit: Callable[[], tuple[int, float]],
+    weights: tuple[WeightPair, WeightPair],
+    variant: str | None,
+    numeric: tuple[bool],
+    num_sms: int | None,
+    inputs: Inputs,
+) -> None:
+    """Before the kernels of several ranks are prepared: what one of them refuses is refused on all."""
+    try:
+        known = buffer.kernels.is_prepared(numerics_of(*numeric), inputs)
+    except (ConfigError, TypeError):
+        known = False  # refused below, on all ranks
+    if known or torch.cuda.is_current_stream_capturing():
+        return  # in a capture, preparing refuses
+
+    def check() -> Variant:
+        tokens, _ = admit()
+        choice, _ = buffer.kernels.choose(tokens, variant, num_sms)
+        check_weights(*weights, buffer.spec(choice.variant, Numerics(*numeric)), buffer.device)
+        return choice.variant
+
+    chosen = collectively(buffer.group, "checking the arguments of the first call", check)
+    if inputs is Inputs.RAW:  # together with the others, some of which may stage by a launch of its own
+        buffer.prepare(chosen, Numerics(*numeric), raw=True)
+
+
+def check_stats(stats: torch.Tensor, buffer: SymmBuffer) -> None:
+    """Raise `ConfigError` unless there is a counter for each local expert."""
+    experts = (buffer.num_experts // buffer.ranks,)
+    check_tensor("cumulative_local_expert_recv_stats", stats, torch.int32, experts, buffer.device, align=4)
+
+
+def check_ids(topk_idx: torch.Tensor, buffer: SymmBuffer) -> None:
+    """In debug mode: every id is an expert or -1; not in a capture, for it waits for the device."""
+    if not torch.cuda.is_current_stream_capturing():
+        check_expert_ids(topk_idx, buffer.num_experts)

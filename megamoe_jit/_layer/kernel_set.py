@@ -1,0 +1,153 @@
+"""`KernelSet`: the kernels that are bound to one memory, and which of them a call launches."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable
+
+import torch
+
+from megamoe_jit._device.layout import MAX_SORT_BLOCKS
+from megamoe_jit._errors import CaptureError, ConfigError
+from megamoe_jit._layer.bound_kernel import BoundKernel, CallPlan
+from megamoe_jit._layer.group import collectively, require_equal
+from megamoe_jit._layer.memory import Place
+from megamoe_jit._settings.settings import Settings, get_settings
+from megamoe_jit._spec import KernelSpec, Variant
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._text import shown
+from megamoe_jit.heuristics.select import Choice, choose
+
+__all__ = ["KernelSet", "sm_count", "sort_blocks"]
+
+MAX_PLANS = 1024  #: remembered at a time; each is under a kilobyte and made in some 20 us
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of the device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def sort_blocks(pairs: int) -> int:
+    """Blocks that sort so many (token, slot) pairs at the head of a launch.
+
+    Few at first, one pair for each of a block's 384 threads: a second round costs 0.6 us. Each block also sums what
+    all others counted, so beyond 16 there are more only where a block would have more than 2048 pairs.
+    """
+    return max(1, min(MAX_SORT_BLOCKS, max(min(-(-pairs // 384), 16), -(-pairs // 2048))))
+
+
+_Kind = tuple[Variant, Numerics, Inputs]  #: a kernel of one shape
+
+
+class KernelSet:
+    """Kernels of one layer shape, bound to one memory.
+
+    Args:
+        place: the memory.
+        group: of the ranks that share it, None for one.
+    """
+
+    def __init__(self, place: Place, group: object) -> None:
+        self._place, self._group = place, group
+        self.bound: dict[_Kind, BoundKernel] = {}
+        self._plans: dict[tuple[int, str | None, bool | Numerics, int | None, Inputs], CallPlan] = {}
+        self._planned_with: Settings | None = None
+
+    def spec(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> KernelSpec:
+        """The kernel of such calls."""
+        return KernelSpec(self._place.shape, variant, self._place.ranks, numerics=numerics, inputs=inputs)
+
+    def is_prepared(self, numerics: Numerics | None, inputs: Inputs) -> bool:
+        """Whether the kernels of several ranks were prepared, which they are together."""
+        return numerics is not None and (Variant.COOPERATIVE, numerics, inputs) in self.bound
+
+    def prepare(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> BoundKernel:
+        """The kernel, loaded and bound; with several ranks a collective at first, see `SymmBuffer.prepare`."""
+        kernel = self.bound.get((variant, numerics, inputs))
+        if kernel is None:
+            wanted = self._with(variant, numerics, inputs)
+            ranks = self._place.ranks
+            if ranks > 1 and torch.cuda.is_current_stream_capturing():
+                raise CaptureError(
+                    "kernels of several ranks are prepared collectively and not while a CUDA graph is being captured; "
+                    f"call prepare({variant.value!r}, {numerics}) on every rank before the capture"
+                )
+            made = collectively(self._group, "preparing the kernels", lambda: self._bind(wanted))
+            if ranks > 1:
+                keys = {f"kernel {v.value}, {i.value} inputs": kernel.key for (v, _, i), kernel in made.items()}
+                require_equal(self._group, "their kernels", keys)
+            self.bound.update(made)
+            kernel = made[variant, numerics, inputs]
+        return kernel
+
+    def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> Iterable[_Kind]:
+        """What is prepared together with a kernel: with several ranks, all that another rank may launch beside it."""
+        if self._place.ranks == 1:
+            return [(variant, numerics, inputs)]
+        forms = (inputs,) if inputs is Inputs.STAGED else tuple(Inputs)
+        return itertools.product(Variant, (numerics,), forms)
+
+    def _bind(self, wanted: Iterable[_Kind]) -> dict[_Kind, BoundKernel]:
+        with torch.cuda.device(self._place.device):
+            return {kind: self.bound.get(kind) or BoundKernel(self.spec(*kind), self._place) for kind in wanted}
+
+    def choose(self, tokens: int, variant: str | None, num_sms: int | None) -> tuple[Choice, int]:
+        """What such a call takes, and the blocks of its launch; raises `ConfigError` if an option is not supported."""
+        device, settings = self._place.device, get_settings()
+        sms = sm_count(device)
+        blocks = sms if num_sms is None else num_sms
+        if type(blocks) is not int or not 1 <= blocks <= sms:
+            raise ConfigError(f"num_sms = {shown(blocks)} is not supported; allowed: 1 to {sms}")
+        choice = choose(
+            self._place.shape,
+            tokens,
+            ranks=self._place.ranks,
+            variant=settings.variant if variant is None else variant,
+            cooperative_threshold=settings.cooperative_threshold,
+            num_sms=blocks,
+            gpu=torch.cuda.get_device_name(device),
+        )
+        return choice, blocks
+
+    def known_plan(
+        self, tokens: int, variant: str | None, numerics: bool | Numerics, num_sms: int | None, inputs: Inputs
+    ) -> CallPlan | None:
+        """The plan of such a call if there was one with these settings; raises `ConfigError` if none can be meant."""
+        settings = get_settings()
+        if settings is not self._planned_with:
+            self._plans.clear()
+            self._planned_with = settings
+        try:
+            return self._plans.get((tokens, variant, numerics, num_sms, inputs))
+        except TypeError:  # costs nothing where they are what they should be
+            given = f"variant = {shown(variant)}, fast_math = {shown(numerics)}, num_sms = {shown(num_sms)}"
+            raise ConfigError(f"{given}; allowed: a name or None, a bool, a number or None") from None
+
+    def new_plan(
+        self, tokens: int, variant: str | None, numerics: bool | Numerics, num_sms: int | None, inputs: Inputs
+    ) -> CallPlan:
+        """What such a call launches, remembered for the next one like it."""
+        choice, blocks = self.choose(tokens, variant, num_sms)
+        options = numerics if isinstance(numerics, Numerics) else Numerics(numerics)
+        kernel = self.prepare(choice.variant, options, inputs)
+        # with fewer blocks than SMs they fall unevenly on the sides
+        two_sides = kernel.knows_sides and blocks == sm_count(self._place.device)
+        sorting = min(blocks, sort_blocks(tokens * self._place.shape.topk))
+        plan = CallPlan(kernel, choice, blocks, sorting, two_sides, get_settings().debug)
+        if len(self._plans) >= MAX_PLANS:
+            self._plans.clear()
+        self._plans[tokens, variant, numerics, num_sms, inputs] = plan
+        return plan
+
+    def forget_plans(self) -> None:
+        """Have the next call plan again."""
+        self._plans.clear()
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.bound.clear()
+        self._plans.clear()

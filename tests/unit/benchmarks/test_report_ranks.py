@@ -1,0 +1,87 @@
+"""benchmarks/report_ranks.py: what rows of several ranks become in the documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks import report_ranks
+
+
+def write(folder: Path, name: str, date: str, ranks: int = 2, tokens: int = 64, **rows: float) -> None:
+    """A document: median times by layer, twice as long unfused where the name ends in `unfused`; 100 µs on one rank."""
+    common = {"tokens": tokens, "variant": "auto", "ranks": ranks, "one_rank_us": 100.0}
+    found = [
+        {**common, "shape": s, "median_us": us, "baseline_us": 2 * us if "unfused" in name else None}
+        for s, us in rows.items()
+    ]
+    found.append({**found[0], "variant": "pingpong", "median_us": 1.0})
+    env = {
+        "device": "NVIDIA H200",
+        "date": date,
+        "ranks": ranks,
+        "commit": "0123456789ab",
+        "driver": "580",
+        "nvrtc": "13.0",
+    }
+    (folder / name).write_text(json.dumps({"kind": "bench", "environment": env, "rows": found}))
+
+
+def times(folder: Path, unfused: bool = False) -> dict[str, float]:
+    return {row["shape"]: row["median_us"] for row in report_ranks.rank_rows(folder, unfused)}
+
+
+def test_each_row_is_the_newest(tmp_path: Path):
+    write(tmp_path, "b-unfused.json", "2026-01-01T00", flash=110.0, pro=120.0)
+    write(tmp_path, "a.json", "2026-01-02T00", flash=105.0)
+    write(tmp_path, "c-unfused.json", "2025-12-01T00", flash=150.0, mimo=160.0)
+    assert times(tmp_path) == {"flash": 105.0, "mimo": 160.0, "pro": 120.0}
+    assert times(tmp_path, unfused=True) == {"flash": 110.0, "mimo": 160.0, "pro": 120.0}
+
+
+def test_rows_of_a_run_without_the_unfused_layer_count_before_newer_ones_beside_it(tmp_path: Path):
+    write(tmp_path, "a.json", "2026-01-01T00", flash=105.0)
+    write(tmp_path, "b-unfused.json", "2026-01-02T00", flash=110.0)
+    assert times(tmp_path) == {"flash": 105.0}
+    assert times(tmp_path, unfused=True) == {"flash": 110.0}
+
+
+def test_tables(tmp_path: Path):
+    write(tmp_path, "a.json", "2026-01-02T00", flash=105.0, pro=112.0)
+    write(tmp_path, "b.json", "2026-01-02T00", ranks=4, flash=113.0)
+    write(tmp_path, "c.json", "2026-01-02T00", ranks=4, tokens=512, pro=106.0)
+    write(tmp_path, "d-unfused.json", "2026-01-02T00", ranks=4, flash=110.0)
+    rows, unfused = report_ranks.rank_rows(tmp_path), report_ranks.rank_rows(tmp_path, unfused=True)
+    assert report_ranks.rank_table(rows).splitlines() == [
+        "| layer | tokens | one rank, µs | 2 ranks, µs | more, µs | more, % "
+        "| one rank, µs | 4 ranks, µs | more, µs | more, % |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| flash | 64 | 100 | 105 | +5 | +5.0 | 100 | 113 | +13 | +13.0 |",
+        "| pro | 64 | 100 | 112 | +12 | +12.0 | - | - | - | - |",
+        "| pro | 512 | - | - | - | - | 100 | 106 | +6 | +6.0 |",
+    ]
+    assert report_ranks.growth_table(rows).splitlines() == [
+        "| tokens | 2 ranks, µs | 2 ranks, % | 4 ranks, µs | 4 ranks, % |",
+        "| --- | --- | --- | --- | --- |",
+        "| 64 | +5 to +12 | +5 to +12 | +13 to +13 | +13 to +13 |",
+        "| 512 | - | - | +6 to +6 | +6 to +6 |",
+    ]
+    assert report_ranks.unfused_table(unfused).splitlines()[2:] == [
+        "| flash | 64 | 4 | 100 | 110 | +10 | +10.0 | 220 | 2.00 |"
+    ]
+    assert report_ranks.compact_table(rows, unfused).splitlines() == [
+        "| layer | tokens | 2 ranks, µs | more, µs | more, % | 4 ranks, µs | more, µs | more, % | times unfused |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| flash | 64 | 105 | +5 | +5.0 | 113 | +13 | +13.0 | 2.00 |",
+    ]
+    assert report_ranks.aims(rows).endswith("2 of 2 and 0 of 0 rows on 2 ranks, 0 of 1 and 1 of 1 rows on 4 ranks.")
+
+
+def test_conditions_are_said_once(tmp_path: Path):
+    write(tmp_path, "a.json", "2026-01-02T00", flash=105.0)
+    write(tmp_path, "b.json", "2026-01-02T09", ranks=4, flash=113.0, pro=120.0)
+    write(tmp_path, "c.json", "2026-01-03T00", ranks=8, flash=120.0)
+    first, second = report_ranks.conditions(report_ranks.rank_rows(tmp_path)).splitlines()
+    assert first.startswith("2 and 4 ranks: NVIDIA H200, ")
+    assert first.endswith(", 2026-01-02, commit 0123456789ab.")
+    assert second.startswith("8 ranks: ")

@@ -1,0 +1,30 @@
+// Stand-in for ptx/convert.cuh with the arithmetic of the hardware, for one lane at a time.
+#pragma once
+#include <cmath>
+
+#include "base/types.cuh"
+
+namespace megamoe::ptx {
+
+inline float reciprocal_approx(float x) { return 1 / x; }
+inline u32 max_u16x2(u32 a, u32 b) {
+    const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
+    return (high & 0xFFFF0000) | (low & 0xFFFF);
+}
+inline float float_of_f16(u32 bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float finite = std::ldexp(float(exponent ? fraction + 1024 : fraction), (exponent ? exponent : 1) - 25);
+    return std::copysign(exponent < 31 ? finite : fraction ? NAN : INFINITY, bits >> 15 ? -1.0f : 1.0f);
+}
+/// To the nearest, ties to even; the largest is 448.  A code counts steps of the last place from 0 on.
+inline u32 e4m3(float x) {
+    if (std::isnan(x)) return 0x7F;
+    int exponent;
+    const float size = std::fmin(std::fabs(x), 448.0f);
+    std::frexp(size, &exponent);
+    const int step = size < 0x1p-6f ? -9 : exponent - 4;
+    return (std::signbit(x) ? 0x80 : 0) | (((step + 9) << 3) + static_cast<u32>(std::nearbyint(std::ldexp(size, -step))));
+}
+inline u32 pack_e4m3(float a, float b, float c, float d) { return e4m3(a) | e4m3(b) << 8 | e4m3(c) << 16 | e4m3(d) << 24; }
+
+}  // namespace megamoe::ptx

@@ -1,0 +1,17 @@
+// Stand-in for ptx/memory.cuh.
+#pragma once
+#include <cstring>
+
+#include "base/types.cuh"
+
+namespace megamoe::ptx {
+inline Vec16 load16(const void* p) {
+    Vec16 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void store8(void* p, u32 a, u32 b) {
+    std::memcpy(p, &a, 4);
+    std::memcpy(static_cast<u8*>(p) + 4, &b, 4);
+}
+}  // namespace megamoe::ptx
