@@ -98,10 +98,15 @@ def _spec() -> dict[str, Any]:
     example = KernelSpec(MoEShape(256, 128, 8, 2), next(iter(Variant))).to_json()
     data = dataclasses.make_dataclass("Spec", [(name, kinds[name]) for name in example])
     made = TypeAdapter(data).json_schema(schema_generator=_Generator)
-    of_layer = {**made, "required": list(_NEVER_MISSING)}
+    of_layer = {**made, "description": "A kernel of the layer.", "required": list(_NEVER_MISSING)}
     parts = of_layer.pop("$defs")
     formats = {"type": "string", "enum": [form.value for form in StageFormat]}
-    of_staging = {"type": "object", "properties": {"stage": formats}, "required": ["stage"]}
+    of_staging = {
+        "description": "One that stages inputs.",
+        "type": "object",
+        "properties": {"stage": formats},
+        "required": ["stage"],
+    }
     return {"description": "What a kernel is compiled for.", "anyOf": [of_layer, of_staging], "$defs": parts}
 
 
