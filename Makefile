@@ -18,10 +18,12 @@ SHELL := /bin/bash
 ifeq ($(NO_VENV),)
 VENV ?= $(if $(filter cu12,$(STACK)),.venv,.venv-$(STACK))
 PY := $(VENV)/bin/python
+CLANG_FORMAT := $(VENV)/bin/clang-format
 stamp = $(VENV)/.ready-$(1)
 WORKERS := -n auto --dist loadfile
 else
 PY := $(PYTHON)
+CLANG_FORMAT := clang-format
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 stamp =
 WORKERS :=
@@ -85,10 +87,12 @@ lint: $(call stamp,dev)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict megamoe_jit benchmarks
+	find kernels_src -name '*.cuh' | xargs $(CLANG_FORMAT) --dry-run -Werror
 
 format: $(call stamp,dev)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	find kernels_src -name '*.cuh' | xargs $(CLANG_FORMAT) -i
 
 # What Python knows of the kernels' headers; a test says when it is out of date.
 abi: $(call stamp,dev)

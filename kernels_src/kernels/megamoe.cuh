@@ -26,7 +26,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
     if (threadIdx.x == 0) {
         constexpr u32 kReaders = kTileWarps<C>;
 #pragma unroll 1
-        for (u32 s = 0; s < C::kStages; ++s) ptx::mbarrier_init(shared.full(s), 2), ptx::mbarrier_init(shared.empty(s), kReaders);
+        for (u32 s = 0; s < C::kStages; ++s)
+            ptx::mbarrier_init(shared.full(s), 2), ptx::mbarrier_init(shared.empty(s), kReaders);
 #pragma unroll 1
         for (u32 s = 0; s < kTileSlots; ++s) {
             ptx::mbarrier_init(shared.tile_full(s), 1);
@@ -36,7 +37,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
         ptx::mbarrier_init_fence();
-        for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small}) ptx::prefetch_tensor_map(map);
+        for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})
+            ptx::prefetch_tensor_map(map);
         shared.side() = count_side(p);
         if (blockIdx.x == 0)   // drawn, and counted below, after the first grid barrier
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;
@@ -48,12 +50,19 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
 /// Quantises this rank's rows, by all warps but the first, which waits in the head's first barrier meanwhile; the second
 /// is what others read them after.  Blocks that do not sort come first.
 template <class C> MEGA_DEVICE void stage_rows(const Params& p) {
-    constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 2;   // of 128 columns in flight in each half of a warp
+    // of 128 columns in flight in each half of a warp
+    constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 2;
     const u32 warp = ptx::warp_id();
     if (warp == 0) return;
-    const Rows rows{p.raw_x, p.raw_x_stride, symmetric<u8>(p, p.rank, p.x), symmetric<float>(p, p.rank, p.x_scales),
-                    kBlocks, p.tokens * kBlocks, true};
-    quantise_rows<Bf16, kGroups>(rows, (warp - 1) * gridDim.x + gridDim.x - 1 - blockIdx.x, (kWarps - 1) * gridDim.x);
+    const Rows rows{p.raw_x,
+                    p.raw_x_stride,
+                    symmetric<u8>(p, p.rank, p.x),
+                    symmetric<float>(p, p.rank, p.x_scales),
+                    kBlocks,
+                    p.tokens * kBlocks,
+                    true};
+    quantise_rows<Bf16, kGroups>(rows, (warp - 1) * gridDim.x + gridDim.x - 1 - blockIdx.x,
+                                 (kWarps - 1) * gridDim.x);
 }
 
 /// Leaves every block with its expert table and the first rows on their way.
@@ -90,7 +99,8 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
 
 template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     const Shared<C> shared(raw);
-    const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;   // block 0 writes it back when all have met
+    // block 0 writes it back when all have met
+    const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;
     const ExpertTable table = head<C>(p, shared, epoch);
     const u32 warp = ptx::warp_id();
     if (warp < kGroup / kWarp) {
@@ -116,4 +126,4 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     }
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -58,10 +58,14 @@ template <class C> struct TileSlots {
         return {shared.tile_slot_address(at.stage)};
     }
     /// One lane of each reading warp: the slot may be written again.
-    MEGA_DEVICE void release(u32 index) const { ptx::mbarrier_arrive(shared.tile_empty(index % kTileSlots)); }
+    MEGA_DEVICE void release(u32 index) const {
+        ptx::mbarrier_arrive(shared.tile_empty(index % kTileSlots));
+    }
 
     /// One lane of each math warp: its part of the tile is written.
-    MEGA_DEVICE void stored(u32 index) const { ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots)); }
+    MEGA_DEVICE void stored(u32 index) const {
+        ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots));
+    }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

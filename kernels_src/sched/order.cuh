@@ -28,9 +28,9 @@ namespace megamoe {
 
 /// Walks over the units of all experts that have rows.
 template <class C> struct UnitCursor {
-    u32 active = 0;      // position in ExpertTable::active
-    u32 row, rows;       // the unit's first row; rows of the expert from there on
-    u32 width, most;     // m-blocks of the unit; of the expert's largest
+    u32 active = 0;    // position in ExpertTable::active
+    u32 row, rows;     // the unit's first row; rows of the expert from there on
+    u32 width, most;   // m-blocks of the unit; of the expert's largest
 
     MEGA_DEVICE explicit UnitCursor(const ExpertTable& table) { enter(table); }
     MEGA_DEVICE bool done(const ExpertTable& table) const { return active == table.active_experts; }
@@ -48,38 +48,46 @@ template <class C> struct UnitCursor {
     }
     MEGA_DEVICE void advance(const ExpertTable& table) {
         const u32 taken = width * C::kBlockM;
-        if (taken < rows) row += taken, rows -= taken, width = min_u32(most, ceil_div(rows, C::kBlockM));
+        if (taken < rows)
+            row += taken, rows -= taken, width = min_u32(most, ceil_div(rows, C::kBlockM));
         else ++active, enter(table);
     }
 };
 
 template <class C> struct TileOrder {
-    static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN, kTilesN2 = ceil_div(C::kHidden, kBlockN);
+    static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN,
+                         kTilesN2 = ceil_div(C::kHidden, kBlockN);
 
     const ExpertTable& table;
-    const u32 lag, ring;                // GEMM 1 tiles; blocks of 128 rows in a pool
-    UnitCursor<C> next1, next2;         // next unit of GEMM 1 and of GEMM 2
-    u32 issued1 = 0, passed1 = 0;       // GEMM 1 tiles in sweeps so far; in units whose GEMM 2 has come
-    u32 first = 0, count = 0;           // this side's tickets of the current sweep: one unit of one GEMM
-    u32 skip1, skip2;                   // columns before this side's first of the next unit, by GEMM: 0 or 1
-    u32 skipped = 0;                    // the same of the current sweep; with one side always 0
+    const u32 lag, ring;          // GEMM 1 tiles; blocks of 128 rows in a pool
+    UnitCursor<C> next1, next2;   // next unit of GEMM 1 and of GEMM 2
+    // GEMM 1 tiles in sweeps so far; in units whose GEMM 2 has come
+    u32 issued1 = 0, passed1 = 0;
+    // this side's tickets of the current sweep: one unit of one GEMM
+    u32 first = 0, count = 0;
+    // columns before this side's first of the next unit, by GEMM: 0 or 1
+    u32 skip1, skip2;
+    u32 skipped = 0;   // the same of the current sweep; with one side always 0
     u32 kind = Tile::gemm1, expert = 0, row = 0, rows = 0, width = 0;
 
     MEGA_DEVICE TileOrder(const ExpertTable& table_, u32 lag_, u32 pool_rows, u32 side)
-        : table(table_), lag(lag_), ring(pool_rows / kPoolAlign), next1(table_), next2(next1), skip1(side), skip2(side) {}
+        : table(table_), lag(lag_), ring(pool_rows / kPoolAlign), next1(table_), next2(next1),
+          skip1(side), skip2(side) {}
 
     /// Moves to the next sweep, in which this side may have no tile; false when there is none.
     MEGA_DEVICE bool next_sweep() {
         if (next2.done(table)) return false;
         const u32 own1 = next2.width * kTilesN1;   // GEMM 1 tiles of the unit whose GEMM 2 is due
-        const bool due = next1.done(table) || issued1 >= passed1 + own1 + lag || next1.last() >= next2.first() + ring;
+        const bool due = next1.done(table) || issued1 >= passed1 + own1 + lag ||
+                         next1.last() >= next2.first() + ring;
         UnitCursor<C> unit = due ? next2 : next1;
         kind = due ? Tile::gemm2 : Tile::gemm1;
         expert = table.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
         unit.advance(table);
         // with one side all columns are this side's; with two, half of what is left from its first on, rounded up
         skipped = due ? skip2 : skip1;
-        first += count, count = width * (((due ? kTilesN2 : kTilesN1) + table.two_sides - skipped) >> table.two_sides);
+        first += count, count = width * (((due ? kTilesN2 : kTilesN1) + table.two_sides - skipped) >>
+                                         table.two_sides);
         if (due) next2 = unit, passed1 += own1, skip2 ^= kTilesN2 & table.two_sides;
         else next1 = unit, issued1 += width * kTilesN1, skip1 ^= kTilesN1 & table.two_sides;
         return true;
@@ -105,4 +113,4 @@ template <class C> struct TileOrder {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe
