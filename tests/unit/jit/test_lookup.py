@@ -87,7 +87,7 @@ def test_entries_come_as_a_call_tries_them_with_what_speaks_against_them(here):
     with override(readonly_cache=(given.root,)):
         found = [(each.cache.root, each.key, each.fit) for each in lookup(wanted)]
         taken = [each.key for each in lookup(wanted, least=Fit.LOADS)]
-        assert kernel_state(SPEC)["key"] == handed_over
+        assert kernel_state(SPEC).key == handed_over
         assert [each.key for each in entries_of(SPEC, [own, given])] == [handed_over, older, own_build, foreign[0]]
     assert found == [
         (given.root, wanted.key, Fit.LOADS),
