@@ -60,7 +60,7 @@ def adopt(model: torch.nn.Module, topk: int, max_tokens: int, make: Callable[...
         make: what makes a layer of the quantised pairs, as `MegaMoE` does.
     """
     found = [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")]
-    found = [module for module in found if module.gate_up_proj.ndim == 3]  # type: ignore[union-attr]
+    found = [module for module in found if module.gate_up_proj.ndim == 3]
     for module in found:
         projections: Any = (module.gate_up_proj, module.down_proj)
         pairs = [mm.quantize_weights(projection.data) for projection in projections]
