@@ -96,7 +96,7 @@ abi: $(call stamp,dev)
 	$(PY) -m tests.abi > megamoe_jit/_spec/abi.py.new
 	mv megamoe_jit/_spec/abi.py.new megamoe_jit/_spec/abi.py
 
-# The parts of the command line's schemas that follow from variants and options; a test says when they are out of date.
+# The schemas of the command line's documents, from the classes of these; a test says when they are out of date.
 schemas: $(call stamp,dev)
 	$(PY) -m tests.schemas
 

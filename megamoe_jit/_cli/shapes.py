@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option, show, table
+from megamoe_jit._cli._io import emit, json_option, show, table
 from megamoe_jit._cli._options import FullSummaries
+from megamoe_jit._documents import Count, Document
 
 __all__ = ["shapes"]
+
+
+@dataclass(frozen=True, slots=True)
+class NamedShape:
+    """A shape that is known by name.
+
+    Attributes:
+        experts: of all ranks
+        ranks: GPUs that the experts are usually spread over
+        config: configuration class in transformers
+    """
+
+    name: str
+    hidden: Count
+    intermediate: Count
+    experts: Count
+    topk: Count
+    ranks: Count
+    source: str
+    config: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes(Document):
+    """The shapes known by name."""
+
+    KIND = "shapes"
+
+    shapes: tuple[NamedShape, ...]
 
 
 @click.group(cls=FullSummaries)
@@ -28,11 +58,8 @@ def ls(as_json: bool) -> None:
 
     presets = [preset(name) for name in preset_names()]
     if as_json:
-        rows = [
-            {"name": p.name, **asdict(p.shape), "ranks": p.ranks, "source": p.source, "config": p.config}
-            for p in presets
-        ]
-        emit_json(document("shapes", shapes=rows))
+        rows = (NamedShape(p.name, **asdict(p.shape), ranks=p.ranks, source=p.source, config=p.config) for p in presets)
+        emit(Shapes(tuple(rows)))
         return
     rows_of_text = [
         (p.name, p.shape.hidden, p.shape.intermediate, p.shape.experts, p.shape.topk, p.ranks, p.source)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+from megamoe_jit._documents import Count
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.abi import (
     BLOCK_N,
@@ -67,10 +68,10 @@ class MoEShape:
         ConfigError: a size is not supported.
     """
 
-    hidden: int
-    intermediate: int
-    experts: int
-    topk: int
+    hidden: Count
+    intermediate: Count
+    experts: Count
+    topk: Count
 
     def __post_init__(self) -> None:
         check_int("hidden", self.hidden)

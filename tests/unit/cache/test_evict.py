@@ -16,8 +16,10 @@ from megamoe_jit._cache import entry as _entry
 from megamoe_jit._cache import evict as _evict
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._cache.documents import Entry
 from megamoe_jit._cache.entry import EntryInfo
 from megamoe_jit._cache.locks import try_lock
+from megamoe_jit._documents import time_of
 from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._settings.settings import Settings, override, parse_size
 from tests.stubs import KEY, OTHER, fake_cubin, fake_kernel, rewrite_meta
@@ -59,9 +61,12 @@ def test_entries(cache):
     assert (second.key, second.entry, second.compiler) == (OTHER, "two", "")
     assert first.disk_bytes == sum(p.stat().st_size for p in first.path.iterdir())
     assert first.created_at.endswith("Z")
-    document = first.to_json()
-    assert document["used_at"] == pytest.approx(time.time(), abs=60)
-    assert (document["path"], document["entry"]) == (str(first.path), "one")
+    assert first.used_at == pytest.approx(time.time(), abs=60)
+    document = Entry.of(first)
+    assert (document.key, document.path, document.entry, document.used_at) == (
+        *(KEY, str(first.path), "one"),
+        time_of(first.used_at),
+    )
     rewrite_meta(cache.entry_path(KEY), cubin_bytes="many")
     assert [info.key for info in cache.entries()] == [OTHER]
     rewrite_meta(cache.entry_path(OTHER), nvrtc="12.9")

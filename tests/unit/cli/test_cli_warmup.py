@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from megamoe_jit import KernelSpec, MoEShape, Variant
 from megamoe_jit._cli import cli
-from megamoe_jit._cli._io import SCHEMA_VERSION
+from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.stage import StageFormat, StageSpec
