@@ -185,7 +185,6 @@ class SymmBuffer(LayerMemory):
     def launch(
         self,
         plan: CallPlan,
-        *,
         y: torch.Tensor,
         tokens: int,
         l1: WeightPair,
@@ -201,7 +200,7 @@ class SymmBuffer(LayerMemory):
         index = self.device.index
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(self.device):
-                self.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp, raw=raw)
+                self.launch(plan, y, tokens, l1, l2, stats, clamp, raw)
             return
         stream = torch._C._cuda_getCurrentRawStream(index)
         with self.lock:

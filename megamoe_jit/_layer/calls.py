@@ -232,7 +232,7 @@ def fp8_mega_moe(
     plan = buffer.plan(tokens, variant, numerics, num_sms)
     if plan.debug:
         check_ids(buffer.topk_idx[:tokens], buffer)
-    buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
+    buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp)
 
 
 def _tokens_of(y: torch.Tensor, buffer: SymmBuffer) -> int:

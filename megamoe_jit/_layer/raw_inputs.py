@@ -56,6 +56,7 @@ class RawInputs:
         ids_stride, weights_stride: numbers from row to row.
         scales_row, scales_column: bytes from row to row, from column to column.
         weight_factor: as given.
+        topk_idx: as given, or a copy with the slots of a token side by side.
 
     Raises:
         ConfigError: one of them is not supported.
@@ -63,7 +64,7 @@ class RawInputs:
 
     __slots__ = (
         "_kept", "form", "formats", "fused", "ids_at", "ids_stride", "scales_at", "scales_column", "scales_row",
-        "tokens", "weight_factor", "weights_at", "weights_stride", "x_at", "x_stride",
+        "tokens", "topk_idx", "weight_factor", "weights_at", "weights_stride", "x_at", "x_stride",
     )  # fmt: skip
 
     def __init__(
@@ -111,7 +112,8 @@ class RawInputs:
         self.x_at, self.ids_at, self.weights_at = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
         self.x_stride, self.ids_stride, self.weights_stride = x_row * size, ids_row, weights_row
         self.fused = self.form is StageFormat.BF16 and not (self.x_at | self.x_stride) & 15
-        self._kept = x, topk_idx, topk_weights  # until it is launched: some may be copies
+        self.topk_idx = topk_idx
+        self._kept = x, topk_weights  # until it is launched: some may be copies
 
     def _take_scales(self, x_scales: torch.Tensor | None, hidden: int, device: torch.device) -> None:
         if x_scales is None:
