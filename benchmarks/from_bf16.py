@@ -81,14 +81,15 @@ def layer_of(weights: Weights, shape: MoEShape, max_tokens: int) -> Iterator[mm.
 
 def _calls(layer: mm.MegaMoE, inputs: Inputs) -> dict[str, Call]:
     """What is compared, by the names of the table."""
-    y = torch.empty_like(inputs.x)
+    y, l1, l2, buffer = torch.empty_like(inputs.x), layer.l1, layer.l2, layer.buffer
+    x, topk_idx, topk_weights = inputs.x, inputs.topk_idx, inputs.topk_weights
 
     def kernel() -> torch.Tensor:
-        mm.fp8_mega_moe(y, layer.l1, layer.l2, layer.buffer, activation_clamp=CLAMP)
+        mm.fp8_mega_moe(y, l1, l2, buffer, activation_clamp=CLAMP)
         return y
 
     def whole() -> torch.Tensor:
-        return layer(inputs.x, inputs.topk_idx, inputs.topk_weights)  # type: ignore[no-any-return]
+        return layer(x, topk_idx, topk_weights)  # type: ignore[no-any-return]
 
     return {
         "kernel": kernel,

@@ -28,9 +28,9 @@ __all__ = ["BoundKernel", "CallPlan"]
 MAX_CHECKED = 1024  #: weights that are known to be right, at a time: layers that share the memory
 _NONE = (lambda: None,) * 4
 _RAW, _RAW_AT = side_by_side(
-    *("raw_x", "raw_ids", "raw_weights", "raw_x_stride", "raw_ids_stride", "raw_weights_stride", "raw_formats"),
-    "weight_factor",
-)
+    "raw_x", "raw_ids", "raw_weights", "raw_x_stride", "raw_ids_stride",
+    "raw_weights_stride", "raw_formats", "weight_factor",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +138,9 @@ class BoundKernel:
         params.tokens, params.clamp = tokens, clamp
         if raw is not None:
             _RAW.pack_into(
-                *(params, _RAW_AT, raw.x_at, raw.ids_at, raw.weights_at, raw.x_stride, raw.ids_stride),
-                *(raw.weights_stride, raw.formats, raw.weight_factor),
-            )
+                params, _RAW_AT, raw.x_at, raw.ids_at, raw.weights_at, raw.x_stride, raw.ids_stride,
+                raw.weights_stride, raw.formats, raw.weight_factor,
+            )  # fmt: skip
         self.launcher.launch(plan.num_sms, stream)
 
     def _follow(self, plan: CallPlan) -> None:
