@@ -15,6 +15,7 @@ prefill one sequence at once.  Needs a Hopper GPU and transformers.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
 import statistics
 import sys
@@ -172,10 +173,12 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure and print; 1 if the logits are far from grouped_mm's, 3 without a Hopper GPU."""
+    """Measure and print; 1 if the logits are far from grouped_mm's, 3 without a Hopper GPU or transformers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
+    if importlib.util.find_spec("transformers") is None:
+        parser.exit(3, "Error: no transformers here; run: pip install 'transformers>=5.17,<6'\n")
     try:
         device = require_hopper()
     except UnsupportedDeviceError as error:

@@ -94,3 +94,12 @@ def test_the_document(model, monkeypatch, tmp_path: Path, capsys: pytest.Capture
     doc = json.loads(output.read_text())
     assert (doc["kind"], doc["layers"], len(doc["rows"])) == ("in_transformers", 2, 3)
     assert doc["environment"]["transformers"]
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(lab.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["in_transformers.py"])
+    with pytest.raises(SystemExit) as stop:
+        lab.main()
+    assert stop.value.code == 3
+    assert "pip install 'transformers" in capsys.readouterr().err
