@@ -18,10 +18,12 @@ SHELL := /bin/bash
 ifeq ($(NO_VENV),)
 VENV ?= $(if $(filter cu12,$(STACK)),.venv,.venv-$(STACK))
 PY := $(VENV)/bin/python
+CLANG_FORMAT := $(VENV)/bin/clang-format
 stamp = $(VENV)/.ready-$(1)
 WORKERS := -n auto --dist loadfile
 else
 PY := $(PYTHON)
+CLANG_FORMAT := clang-format
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 stamp =
 WORKERS :=
@@ -72,6 +74,7 @@ mutants: $(call stamp,dev)
 bench: $(call stamp,bench)
 	@mkdir -p bench-results
 	$(PY) -m benchmarks bench --output bench-results/latest.json $(ARGS)
+	$(PY) -m benchmarks.from_bf16 --output bench-results/from-bf16.json
 
 # The site, in build/site; whatever is wrong with a link, an anchor or a docstring is an error.  Pages keep their places of
 # the repository, so that relative links mean the same in both.
@@ -85,17 +88,19 @@ lint: $(call stamp,dev)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict megamoe_jit benchmarks
+	find kernels_src -name '*.cuh' | xargs $(CLANG_FORMAT) --dry-run -Werror
 
 format: $(call stamp,dev)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	find kernels_src -name '*.cuh' | xargs $(CLANG_FORMAT) -i
 
 # What Python knows of the kernels' headers; a test says when it is out of date.
 abi: $(call stamp,dev)
 	$(PY) -m tests.abi > megamoe_jit/_spec/abi.py.new
 	mv megamoe_jit/_spec/abi.py.new megamoe_jit/_spec/abi.py
 
-# The parts of the command line's schemas that follow from variants and options; a test says when they are out of date.
+# The schemas of the command line's documents, from the classes of these; a test says when they are out of date.
 schemas: $(call stamp,dev)
 	$(PY) -m tests.schemas
 

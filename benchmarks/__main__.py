@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ import click
 from benchmarks.checkout import commit
 from benchmarks.goals import judged
 from benchmarks.plots import draw
+from megamoe_jit._bench.documents import Bench, JudgedRow, Summary
 from megamoe_jit._cli import bench as own_bench
 from megamoe_jit._cli import tune as own_tune
 from megamoe_jit._cli.app import AnsweringGroup
+from megamoe_jit._documents import plain
 
 __all__ = ["main"]
 
 
-def _reached(row: Mapping[str, Any]) -> str:
+def _reached(row: JudgedRow) -> str:
     """The goals that the time as measured meets."""
-    met = [goal for goal in ("must", "aim") if row[f"{goal}_us"] and row["median_us"] <= row[f"{goal}_us"]]
-    return "WRONG" if not row["correct"] else met[-1] if met else "-"
+    met = [goal for goal, time in (("must", row.must_us), ("aim", row.aim_us)) if time and row.median_us <= time]
+    return "WRONG" if not row.correct else met[-1] if met else "-"
 
 
 COLUMNS = {
@@ -38,18 +40,16 @@ COLUMNS = {
 }
 
 
-def summary_lines(summary: Sequence[Mapping[str, Any]]) -> list[str]:
+def summary_lines(summary: Sequence[Summary]) -> list[str]:
     """How the rows stand, a line for each variant, as measured and normalised."""
     lines = []
     for part in summary:
-        words = [f"{part['variant']}, {part['basis']}:"]
-        if part["rows"]:
-            words.append(
-                f"{part['faster'] or 0:.3f} times as fast as the best known (geometric mean of {part['rows']}),"
-            )
-            words.append(f"must {part['must_met']} of {part['rows']}, aim {part['aim_met']} of {part['aim_rows']};")
-        if part["few_rows"]:
-            words.append(f"below the table: aim {part['few_met']} of {part['few_rows']}")
+        words = [f"{part.variant}, {part.basis}:"]
+        if part.rows:
+            words.append(f"{part.faster or 0:.3f} times as fast as the best known (geometric mean of {part.rows}),")
+            words.append(f"must {part.must_met} of {part.rows}, aim {part.aim_met} of {part.aim_rows};")
+        if part.few_rows:
+            words.append(f"below the table: aim {part.few_met} of {part.few_rows}")
         lines.append(" ".join(words).rstrip(",;"))
     return lines
 
@@ -58,8 +58,8 @@ def _bench(output: Path | None, picture: Path | None, as_json: bool, **what: Any
     own_bench.refuse_early(output, picture)
     found = own_bench.measured(**what, commit=commit())
     if found is not None:
-        doc = judged(found)
-        lines = summary_lines(doc["summary"])
+        doc = Bench.of(judged(plain(found)))
+        lines = summary_lines(doc.summary)
         own_bench.finish(doc, output, picture, as_json, columns=COLUMNS, lines=lines, draw=draw)
 
 

@@ -68,7 +68,7 @@ class ReadWeights:
     """Reads the weights of some experts; holds its module for the life of the process."""
 
     def __init__(self, device: torch.device) -> None:
-        cubin = compile_source(SOURCE, entry="read_weights", toolchain=find_toolchain()).cubin
+        cubin = compile_source(SOURCE, kernel_name="read_weights", toolchain=find_toolchain()).cubin
         module = checked(driver, driver.cuModuleLoadData(cubin), "cuModuleLoadData")
         self._kernel = checked(driver, driver.cuModuleGetFunction(module, b"read_weights"), "cuModuleGetFunction")
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count * BLOCKS_PER_SM

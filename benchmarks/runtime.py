@@ -99,7 +99,7 @@ def compile_rows(runs: int) -> Iterator[Row]:
         get_kernel(specs[0])
         times = {}
         for spec in specs:
-            times[spec.entry] = _median(functools.partial(_anew, spec), runs)
+            times[spec.kernel_name] = _median(functools.partial(_anew, spec), runs)
     name, slowest = max(times.items(), key=lambda item: item[1])
     middle = statistics.median(times.values())
     yield Row(

@@ -32,7 +32,7 @@ CONSTANTS = {
 #: By name in Python: the room, the enumeration there, and what it is.
 ENUMS = {
     "Wait": ("comm/fault.cuh", "enum class Wait", "What a kernel that gave up had waited for."),
-    "Phase": ("comm/barriers.cuh", "enum class Phase", "Where all ranks meet in a launch."),
+    "Meeting": ("comm/barriers.cuh", "enum class Meeting", "Where all ranks meet in a launch."),
     "Role": ("comm/timeline.cuh", "enum class Role", "Who writes a record of the timeline."),
     "Span": ("comm/timeline.cuh", "enum class Span", "What a record of the timeline is about."),
     "Control": ("layout/params.cuh", "enum Control", "Words of the control section, and how many there are."),
@@ -40,7 +40,7 @@ ENUMS = {
 STRUCTS = {
     "PARAMS": ("layout/params.cuh", "Params"),
     "STAGE_PARAMS": ("kernels/stage.cuh", "StageParams"),
-    "TILE": ("sched/plan.cuh", "Tile"),
+    "TILE": ("sched/experts.cuh", "Tile"),
 }
 MARK = 0x6D656761_6D6F6521  #: before the table, which is not alone in its section
 KINDS = ("u32", "u64", "float", "TensorMap")
@@ -100,7 +100,7 @@ def compiled() -> dict[str, tuple[int, ...]]:
         wanted += [f"sizeof({declared})", f"alignof({declared})", *member_values(room, declared).values()]
     options = [f"--include-path={host.KERNELS}"]
     source = PROBE % (f"{MARK}ull", ", ".join(value if "MEMBER" in value else f"u64({value})" for value in wanted))
-    cubin = compile_source(source, entry="probe", toolchain=find_toolchain(), extra_options=options).cubin
+    cubin = compile_source(source, kernel_name="probe", toolchain=find_toolchain(), extra_options=options).cubin
     (data,) = (cubin[s.offset : s.offset + s.size] for s in _sections(cubin) if s.name == ".nv.global.init")
     mark = struct.pack("<Q", MARK)
     assert data.count(mark) == 1

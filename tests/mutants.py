@@ -52,8 +52,8 @@ MUTANTS = (
     Mutant(
         "cache: the binary's digest is not compared",
         "megamoe_jit/_cache/entry.py",
-        'if hashlib.sha256(cubin).hexdigest() != meta.get("cubin_sha256"):',
-        "if False:",
+        '    _check_digest(CUBIN, cubin, meta["cubin_sha256"])\n',
+        "",
         "cache/test_store_damage.py::test_damage_is_quarantined_with_one_warning_and_heals",
     ),
     Mutant(
@@ -61,7 +61,7 @@ MUTANTS = (
         "megamoe_jit/_cache/evict.py",
         "(is_current(i), i.used_at, i.key)",
         "(is_current(i), -i.used_at, i.key)",
-        "cache/test_evict.py::test_plan_takes_the_least_recently_used_first_and_no_young_one",
+        "cache/test_evict.py::test_eviction_takes_the_least_recently_used_first_and_no_young_one",
     ),
     Mutant(
         "jit: failures are not remembered",
@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "device: a launch that is not cooperative",
         "megamoe_jit/_device/launch.py",
-        "cooperative.value.cooperative = 1",
-        "cooperative.value.cooperative = 0",
+        "attributes[-1].value.cooperative = 1",
+        "attributes[-1].value.cooperative = 0",
         "device/test_launch.py::test_launch_passes_config_and_parameters",
     ),
     Mutant(
@@ -114,26 +114,26 @@ MUTANTS = (
     ),
     Mutant(
         "layer: a call on another stream waits for nothing",
-        "megamoe_jit/_layer/buffer.py",
-        "            stream.wait_stream(order.stream)",
+        "megamoe_jit/_layer/stream_order.py",
+        "            stream.wait_stream(last.stream)",
         "            pass",
         "layer/test_calls.py::test_a_call_on_another_stream_waits_for_the_last_one",
     ),
     Mutant(
         "layer: ranks prepare only the kernel of their own call",
-        "megamoe_jit/_layer/buffer.py",
-        "wanted = (variant,) if self.ranks == 1 else tuple(Variant)",
-        "wanted = (variant,)",
+        "megamoe_jit/_layer/kernel_set.py",
+        "        if self._place.ranks == 1:",
+        "        if True:",
         "layer/test_calls_first.py::test_once_prepared_or_in_a_capture_ranks_do_not_meet",
     ),
     Mutant(
         "heuristics: a choice reads the settings behind the caller's back",
         "heuristics/select.py",
-        "    if variant != AUTO:\n",
+        "    if not isinstance(variant, str) or variant != AUTO:\n",
         "    from megamoe_jit._settings.settings import get_settings\n"
         "    if cooperative_threshold is None:\n"
         "        cooperative_threshold = get_settings().cooperative_threshold\n"
-        "    if variant != AUTO:\n",
+        "    if not isinstance(variant, str) or variant != AUTO:\n",
         "heuristics/test_select.py::test_a_choice_depends_on_nothing_but_its_arguments",
     ),
     Mutant(
@@ -145,10 +145,10 @@ MUTANTS = (
     ),
     Mutant(
         "bench: a measurement does not say that files were changed",
-        "megamoe_jit/_bench/conditions.py",
+        "benchmarks/checkout.py",
         'return f"{head}-dirty" if',
         "return head if",
-        "bench/test_measure.py::test_a_measurement_names_the_commit_it_was_made_of",
+        "benchmarks/test_bench.py::test_a_measurement_names_the_commit_it_was_made_of",
     ),
     Mutant(
         "bench: the first calls of a burst count too",

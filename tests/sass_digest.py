@@ -35,10 +35,10 @@ def specs(names: tuple[str, ...], ranks: tuple[int, ...]) -> Iterator[KernelSpec
 
 def digest(spec: KernelSpec, toolchain: Toolchain) -> str:
     """Compile a kernel, past every cache, and say what it is in one line."""
-    result = compile_source(render(spec).text, entry=spec.entry, toolchain=toolchain)
-    (code,) = (s for s in _sections(result.cubin) if s.name == f".text.{spec.entry}")
+    result = compile_source(render(spec).text, kernel_name=spec.kernel_name, toolchain=toolchain)
+    (code,) = (s for s in _sections(result.cubin) if s.name == f".text.{spec.kernel_name}")
     sha = hashlib.sha256(result.cubin[code.offset : code.offset + code.size]).hexdigest()[:24]
-    return f"{sha} {code.size:6d} B {result.registers} registers {spec.shared_bytes} B shared {spec.entry}"
+    return f"{sha} {code.size:6d} B {result.registers} registers {spec.shared_bytes} B shared {spec.kernel_name}"
 
 
 def main(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ OTHER = "cd" + "1" * 62
 REPO = Path(__file__).resolve().parents[1]
 
 TEMPLATE = """#include "room/fill.cuh"
-extern "C" __global__ void __launch_bounds__(384, 1) {{ entry }}(const __grid_constant__ mini::Params p) {
+extern "C" __global__ void __launch_bounds__(384, 1) {{ kernel_name }}(const __grid_constant__ mini::Params p) {
   mini::fill(p, {{ hidden }});
 }
 """
@@ -80,7 +80,7 @@ def fake_kernel(
 
 def kernel_of_spec(spec: Any, version: str = "12.9", body: bytes = b"") -> tuple[Any, ...]:
     """`fake_kernel` for a spec, from its source, as another compiler than the one here makes it."""
-    return fake_kernel(spec.entry, render(spec).text, body, version=version, options=list(options_for(None)))
+    return fake_kernel(spec.kernel_name, render(spec).text, body, version=version, options=list(options_for(None)))
 
 
 def write_rooms(folder: Path, rooms: dict[str, str] = ROOMS) -> Path:

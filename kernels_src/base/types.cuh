@@ -5,7 +5,8 @@
 
 #if defined(__CUDACC__)
 #define MEGA_DEVICE __device__ __forceinline__
-#define MEGA_OFFSET(type, member) __INTADDR__(&static_cast<type*>(nullptr)->member)   // offsetof, of which it has no header
+// offsetof, of which it has no header
+#define MEGA_OFFSET(type, member) __INTADDR__(&static_cast<type*>(nullptr)->member)
 #else
 #define MEGA_DEVICE inline
 #define MEGA_OFFSET(type, member) __builtin_offsetof(type, member)
@@ -31,4 +32,4 @@ struct alignas(16) Vec16 {
     u32 w[4];
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

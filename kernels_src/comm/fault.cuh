@@ -23,7 +23,7 @@ enum class Wait : u32 {
     head_barrier = 1,
     tile_slot_free = 2,
     tile_published = 3,
-    stage_free = 4,           // for activations
+    stage_free = 4,   // for activations
     row_loaded = 5,
     rows_dispatched = 6,
     gemm1_done = 7,
@@ -32,8 +32,8 @@ enum class Wait : u32 {
     tail_barrier = 10,
     weight_stage_free = 11,   // for weights, which run ahead of the activations
     gemm2_tile_stored = 12,
-    pool_read = 13,           // by GEMM 1, before dispatch may write the rows again
-    gemm2_done = 14,          // before GEMM 1 may write the rows again
+    pool_read = 13,    // by GEMM 1, before dispatch may write the rows again
+    gemm2_done = 14,   // before GEMM 1 may write the rows again
 };
 
 /// Never returns.  Words: what | warp << 8 | block << 16, which one, expected, seen; the fifth is taken by the first thread
@@ -53,7 +53,8 @@ MEGA_DEVICE void give_up(const Params& p, Wait what, u32 which, u32 expected, u3
         "@first st.volatile.global.u32 [nowhere], %1;\n"
         "sleep: nanosleep.u32 1000000;\n"
         "bra sleep;\n"
-        "}" ::"l"(p.fault), "r"(who), "r"(which), "r"(expected), "r"(seen)
+        "}" ::"l"(p.fault),
+        "r"(who), "r"(which), "r"(expected), "r"(seen)
         : "memory");
 }
 
@@ -79,7 +80,8 @@ MEGA_DEVICE constexpr u32 patience(Wait what) {
 
 /// Calls `ready()` until it is true; `which` and `expected` and `seen()` describe the wait if it never is.
 template <class Ready, class Seen>
-MEGA_DEVICE void wait_until(const Params& p, Wait what, u32 which, u32 expected, Ready ready, Seen seen) {
+MEGA_DEVICE void wait_until(const Params& p, Wait what, u32 which, u32 expected, Ready ready,
+                            Seen seen) {
     if (ready()) return;
     const u64 end = ptx::nanoseconds() + p.timeout_ns * patience(what);
     bool late = false;
@@ -91,7 +93,9 @@ MEGA_DEVICE void wait_until(const Params& p, Wait what, u32 which, u32 expected,
 
 /// Waits for a phase of an mbarrier, with the timer: for the producer warps.
 MEGA_DEVICE void wait_barrier(const Params& p, Wait what, u32 bar, u32 parity, u32 which) {
-    wait_until(p, what, which, parity, [&] { return ptx::mbarrier_try_wait(bar, parity); }, [&] { return parity ^ 1; });
+    wait_until(
+        p, what, which, parity, [&] { return ptx::mbarrier_try_wait(bar, parity); },
+        [&] { return parity ^ 1; });
 }
 
 /// The same for the math warps, over whom the publisher warp watches.
@@ -100,9 +104,11 @@ MEGA_DEVICE void wait_barrier_watched(u32 bar, u32 parity) {
 }
 
 /// Waits until a counter in global memory has the value `expected`.
-MEGA_DEVICE void wait_counter(const Params& p, Wait what, const u32* counter, u32 expected, u32 which) {
-    wait_until(p, what, which, expected, [&] { return ptx::load_acquire(counter) == expected; },
-               [&] { return ptx::load_acquire(counter); });
+MEGA_DEVICE void wait_counter(const Params& p, Wait what, const u32* counter, u32 expected,
+                              u32 which) {
+    wait_until(
+        p, what, which, expected, [&] { return ptx::load_acquire(counter) == expected; },
+        [&] { return ptx::load_acquire(counter); });
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

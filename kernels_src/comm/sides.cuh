@@ -14,11 +14,13 @@
 
 namespace megamoe {
 
-constexpr u32 kOneOfSide1 = 1 << 16;   // the word's low half counts blocks of side 0, its high half those of side 1
+// the word's low half counts blocks of side 0, its high half those of side 1
+constexpr u32 kOneOfSide1 = 1 << 16;
 
 /// Counts this block, and returns its side, 0 or 1; 0 where the host wants no sides.
 MEGA_DEVICE u32 count_side(const Params& p) {
-    const u32 sm = ptx::sm_id(), side = p.side_of_sm[min_u32(sm, 32 * kSideWords - 1) / 32] >> sm % 32 & p.want_sides;
+    const u32 sm = ptx::sm_id(),
+              side = p.side_of_sm[min_u32(sm, 32 * kSideWords - 1) / 32] >> sm % 32 & p.want_sides;
     if (p.want_sides) ptx::fetch_add_relaxed(p.control + kControlSides, side ? kOneOfSide1 : 1);
     return side;
 }
@@ -31,4 +33,4 @@ MEGA_DEVICE SideCounts counted_sides(const Params& p) {
     return {counted % kOneOfSide1, counted / kOneOfSide1};
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

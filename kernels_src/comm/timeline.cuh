@@ -11,19 +11,23 @@ namespace megamoe {
 
 /// Who writes.  The weights lane has no register left for it; it works beside the activations lane.
 enum class Role : u32 { head = 0, activations = 1, dispatch = 2, publisher = 3 };
-constexpr u32 kRoles = 4, kRecords = 512, kRecordWords = 4;   // records of a role of a block; later ones are dropped
+// records of a role of a block; later ones are dropped
+constexpr u32 kRoles = 4, kRecords = 512, kRecordWords = 4;
 
+// clang-format off
 /// What was done.
 enum class Span : u32 {
     none = 0,
-    count, count_barrier, order, order_barrier, plan, first_round,   // head
+    count, count_barrier, order, order_barrier, expert_table, first_round,   // head
     wait_rows, stream_activations, gather, gemm1, gemm2, tail_barrier, combine,
 };
+// clang-format on
 
 template <class C> struct Timeline {
     const Params& p;
     const Role role;
-    u32 records = 0, begin = 0;   // registers are dear here too: the low half of the timer, and no address
+    // registers are dear here too: the low half of the timer, and no address
+    u32 records = 0, begin = 0;
 
     MEGA_DEVICE Timeline(const Params& p_, Role role_) : p(p_), role(role_) { start(); }
 
@@ -38,7 +42,8 @@ template <class C> struct Timeline {
             const u32 own = blockIdx.x * kRoles + static_cast<u32>(role);
             u64* at = p.timeline + (u64(own) * kRecords + records) * kRecordWords;
             if (records < kRecords) {
-                at[0] = blockIdx.x << 16 | static_cast<u32>(role) << 8 | static_cast<u32>(what), at[1] = index;
+                at[0] = blockIdx.x << 16 | static_cast<u32>(role) << 8 | static_cast<u32>(what),
+                at[1] = index;
                 at[2] = end - (static_cast<u32>(end) - begin), at[3] = end;
                 ++records;
             }
@@ -47,4 +52,4 @@ template <class C> struct Timeline {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

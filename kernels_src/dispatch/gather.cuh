@@ -24,11 +24,11 @@ namespace megamoe {
 template <class C> struct Gather {
     const Params& p;
     const Shared<C>& shared;
-    const Plan plan;
+    const ExpertTable table;
     const u32 items, first_items;   // all; those whose rows are copied at the head
 
-    MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const Plan& plan_)
-        : p(p_), shared(shared_), plan(plan_), items(plan_.items[plan_.experts]),
+    MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const ExpertTable& table_)
+        : p(p_), shared(shared_), table(table_), items(table_.items[table_.experts]),
           first_items(min_u32(items_in_pool(), kWarps * gridDim.x >> p_.item_shift)) {}
 
     MEGA_DEVICE u32 item_rows() const { return 1u << p.item_shift; }
@@ -36,7 +36,7 @@ template <class C> struct Gather {
     /// Items that need not wait for room in the pool; when it is a ring, rounded down to whole experts.
     MEGA_DEVICE u32 items_in_pool() const {
         const u32 blocks = p.pool_rows / kPoolAlign;
-        return plan.blocks() <= blocks ? items : plan.items[plan.expert_at(blocks)];
+        return table.blocks() <= blocks ? items : table.items[table.expert_at(blocks)];
     }
 
     /// Where the `index`-th row of local expert `e` comes from: rank << 20 | pair.  Every rank begins with the one after
@@ -45,7 +45,9 @@ template <class C> struct Gather {
         const Sources<C> sources{p, shared};
         for (u32 i = 1; i <= C::kRanks; ++i) {
             const u32 r = (p.rank + i) % C::kRanks, rows = C::kRanks == 1 ? ~0u : sources.rows(e, r);
-            if (index < rows) return r << kPairBits | ptx::load_l2(symmetric<const u32>(p, r, p.sorted_pairs) + sources.begin(e, r) + index);
+            if (index < rows)
+                return r << kPairBits | ptx::load_l2(symmetric<const u32>(p, r, p.sorted_pairs) +
+                                                     sources.begin(e, r) + index);
             index -= rows;
         }
         return 0;   // not reached: index is below the sum of all ranks' rows
@@ -63,12 +65,14 @@ template <class C> struct Gather {
     }
     MEGA_DEVICE const float* row_scales(u32 from) const {
         const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
-        return symmetric<const float>(p, from >> kPairBits, p.x_scales) + u64(token) * (C::kHidden / kQuantBlock);
+        return symmetric<const float>(p, from >> kPairBits, p.x_scales) +
+               u64(token) * (C::kHidden / kQuantBlock);
     }
 
     /// One row and its scales, by a whole warp.
     MEGA_DEVICE void copy_row(u32 from, u32 to) const {
-        constexpr u32 kVectors = C::kHidden / 16, kInFlight = 4, kBlocks = C::kHidden / kQuantBlock, kScales = ceil_div(kBlocks, kWarp);
+        constexpr u32 kVectors = C::kHidden / 16, kInFlight = 4, kBlocks = C::kHidden / kQuantBlock,
+                      kScales = ceil_div(kBlocks, kWarp);
         const u32 lane = ptx::lane_id();
         const float* scales = row_scales(from);
         float s[kScales];
@@ -88,7 +92,8 @@ template <class C> struct Gather {
         }
 #pragma unroll
         for (u32 i = 0; i < kScales; ++i)
-            if (lane + i * kWarp < kBlocks) p.act1_scales[u64(lane + i * kWarp) * p.pool_rows + to] = s[i];
+            if (lane + i * kWarp < kBlocks)
+                p.act1_scales[u64(lane + i * kWarp) * p.pool_rows + to] = s[i];
     }
 
     /// Scales change from [token][block] to [block][row]; eight rows side by side fill a 32-byte sector.
@@ -103,10 +108,13 @@ template <class C> struct Gather {
 
     /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row); writes down the origins.
     template <bool kOneRow> MEGA_DEVICE Item begin(u32 i, u32 offset = 0) const {
-        const u32 e = plan.expert_in(plan.items, i), local = ((i - plan.items[e]) << p.item_shift) + offset;
-        const u32 first_row = plan.bases[e] * kPoolAlign + local, pool_row = first_row % p.pool_rows;
-        if (kOneRow && local >= plan.rows[e]) return {first_row, pool_row, 0, 0};
-        const u32 rows = kOneRow ? 1 : min_u32(item_rows(), plan.rows[e] - local), lane = ptx::lane_id();
+        const u32 e = table.expert_in(table.items, i),
+                  local = ((i - table.items[e]) << p.item_shift) + offset;
+        const u32 first_row = table.bases[e] * kPoolAlign + local,
+                  pool_row = first_row % p.pool_rows;
+        if (kOneRow && local >= table.rows[e]) return {first_row, pool_row, 0, 0};
+        const u32 rows = kOneRow ? 1 : min_u32(item_rows(), table.rows[e] - local),
+                  lane = ptx::lane_id();
         if (!kOneRow && first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
         u32 from = 0;
         if (lane < rows) {
@@ -117,20 +125,22 @@ template <class C> struct Gather {
     }
     /// Until GEMM 1 has read the rows that lay where those of the block of `row` plus a ring shall lie.
     MEGA_DEVICE void wait_pool(u32 row) const {
-        wait_block(p, plan, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
+        wait_block(p, table, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
         ptx::fence_async_global();
     }
     /// Counts its rows as arrived.
     MEGA_DEVICE void end(const Item& item) const {
         ptx::fence_async_global();
         __syncwarp();
-        if (ptx::lane_id() == 0) ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
+        if (ptx::lane_id() == 0)
+            ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
     }
 
     /// A row for each warp of each block, the load warps last, which have other things to do; call it everywhere, then
     /// `rest` in one warp of each block.
     MEGA_DEVICE void first_round() const {
-        const u32 i = (kWarps - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x, item = i >> p.item_shift;
+        const u32 i = (kWarps - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x,
+                  item = i >> p.item_shift;
         if (item >= first_items) return;
         const Item row = begin<true>(item, i % item_rows());
         if (row.rows == 0) return;
@@ -153,7 +163,9 @@ template <class C> struct Gather {
     }
 
     static constexpr u32 kChunks = ceil_div(C::kHidden, kDispatchChunk);   // of a row
-    MEGA_DEVICE static u32 chunk_bytes(u32 c) { return min_u32(kDispatchChunk, C::kHidden - c % kChunks * kDispatchChunk); }
+    MEGA_DEVICE static u32 chunk_bytes(u32 c) {
+        return min_u32(kDispatchChunk, C::kHidden - c % kChunks * kDispatchChunk);
+    }
 
     /// Copies an item's rows, a few chunks in flight (one, where only two slots are left); all lanes run along, lane 0 issues.
     /// Chunk c of all that this warp has copied passes through slot c % kSlots: in step c it is loaded, in step c + kLead stored.  With four slots (kLead = 2):
@@ -162,7 +174,8 @@ template <class C> struct Gather {
     ///   store             0       1       2           3
     /// so before load 4 only store 0 must have read its slot, and store 1 may still be reading: all but the last one.
     MEGA_DEVICE void copy_rows(const Item& item, u32& sequence) const {
-        constexpr u32 kSlots = C::kDispatchSlots, kLead = kSlots - 2;   // a load starts this many chunks before its store
+        // a load starts this many chunks before its store
+        constexpr u32 kSlots = C::kDispatchSlots, kLead = kSlots - 2;
         const u32 total = item.rows * kChunks;
         const bool one = ptx::lane_id() == 0;
 #pragma unroll 1
@@ -172,21 +185,24 @@ template <class C> struct Gather {
                 const u32 slot = (sequence + load) % kSlots;
                 ptx::bulk_wait_read<1>();
                 ptx::mbarrier_expect(shared.dispatched(slot), chunk_bytes(load));
-                ptx::bulk_load(shared.dispatch(slot), row_address(from) + load % kChunks * kDispatchChunk, chunk_bytes(load),
-                               shared.dispatched(slot));
+                ptx::bulk_load(shared.dispatch_slot(slot),
+                               row_address(from) + load % kChunks * kDispatchChunk,
+                               chunk_bytes(load), shared.dispatched(slot));
                 ptx::mbarrier_arrive(shared.dispatched(slot));
             }
             const u32 store = load - kLead;
             if (store >= total) continue;   // none yet: the difference is below zero
             const Ring<kSlots> at(sequence + store);
-            wait_barrier(p, Wait::row_loaded, shared.dispatched(at.stage), at.parity, item.first_row);
+            wait_barrier(p, Wait::row_loaded, shared.dispatched(at.stage), at.parity,
+                         item.first_row);
             if (!one) continue;
-            u8* to = p.act1_pool + u64(item.pool_row + store / kChunks) * C::kHidden + store % kChunks * kDispatchChunk;
-            ptx::bulk_store(to, shared.dispatch(at.stage), chunk_bytes(store));
+            u8* to = p.act1_pool + u64(item.pool_row + store / kChunks) * C::kHidden +
+                     store % kChunks * kDispatchChunk;
+            ptx::bulk_store(to, shared.dispatch_slot(at.stage), chunk_bytes(store));
         }
         sequence += total;
         if (one) ptx::bulk_wait_all();
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

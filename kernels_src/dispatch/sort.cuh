@@ -5,7 +5,7 @@
 //   2. the same blocks sum the counts and write their slice's pairs to sorted_pairs, ordered by expert;
 //      block 0 publishes where each expert's pairs begin
 //   -- grid barrier, and all ranks --
-//   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/plan.cuh)
+//   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/experts.cuh)
 //
 // Pairs with a masked slot (-1, or any id that is no expert) are left out here and never seen again.  The order of an
 // expert's pairs within one slice is up to atomics; nothing depends on it, since rows never mix.
@@ -13,7 +13,7 @@
 #include "comm/barriers.cuh"
 #include "comm/sides.cuh"
 #include "layout/shared.cuh"
-#include "sched/plan.cuh"
+#include "sched/experts.cuh"
 #include "stage/inputs.cuh"
 
 namespace megamoe {
@@ -23,7 +23,8 @@ struct WarpScan {
     u32 total = 0;
     MEGA_DEVICE u32 exclusive(u32 value) {
         u32 sum = value;
-#pragma unroll 1   // as all loops of the head: written out they take long to compile, and nothing is gained
+// as all loops of the head: written out they take long to compile, and nothing is gained
+#pragma unroll 1
         for (u32 d = 1; d < kWarp; d *= 2) {
             const u32 other = __shfl_up_sync(~0u, sum, d);
             if (ptx::lane_id() >= d) sum += other;
@@ -63,7 +64,8 @@ template <class C> struct Sort {
             if (e < kExperts) atomicAdd(&counts[e], 1u);
         }
         __syncthreads();
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) p.slice_counts[blockIdx.x * kExperts + e] = counts[e];
+        for (u32 e = threadIdx.x; e < kExperts; e += kThreads)
+            p.slice_counts[blockIdx.x * kExperts + e] = counts[e];
     }
 
     /// Step 2.
@@ -86,7 +88,8 @@ template <class C> struct Sort {
                 const u32 begin = scan.exclusive(e < kExperts ? counts[e] : 0);
                 if (e < kExperts) begins[e] = begin;
             }
-            if (blockIdx.x == 0 && threadIdx.x == 0) symmetric<u32>(p, p.rank, p.expert_offsets)[kExperts] = scan.total;
+            if (blockIdx.x == 0 && threadIdx.x == 0)
+                symmetric<u32>(p, p.rank, p.expert_offsets)[kExperts] = scan.total;
         }
         __syncthreads();
         for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
@@ -109,20 +112,23 @@ template <class C> struct Sources {
 
     /// First of rank `source`'s sorted pairs for local expert `e`; with e + 1, one past its last.
     MEGA_DEVICE u32 offset(u32 e, u32 source) const {
-        return ptx::load_l2(symmetric<const u32>(p, source, p.expert_offsets) + p.rank * C::kLocalExperts + e);
+        return ptx::load_l2(symmetric<const u32>(p, source, p.expert_offsets) +
+                            p.rank * C::kLocalExperts + e);
     }
     MEGA_DEVICE u32 begin(u32 e, u32 source) const {
         return C::kRanks == 1 ? offset(e, source) : shared.sources()[2 * (e * C::kRanks + source)];
     }
     MEGA_DEVICE u32 rows(u32 e, u32 source) const {
-        return C::kRanks == 1 ? offset(e + 1, source) - offset(e, source) : shared.sources()[2 * (e * C::kRanks + source) + 1];
+        return C::kRanks == 1 ? offset(e + 1, source) - offset(e, source)
+                              : shared.sources()[2 * (e * C::kRanks + source) + 1];
     }
     /// All threads: copies what is needed of the other ranks' tables to shared memory.
     MEGA_DEVICE void fetch() const {
         if constexpr (C::kRanks > 1) {
             for (u32 i = threadIdx.x; i < C::kLocalExperts * C::kRanks; i += kThreads) {
                 const u32 e = i / C::kRanks, source = i % C::kRanks, first = offset(e, source);
-                shared.sources()[2 * i] = first, shared.sources()[2 * i + 1] = offset(e + 1, source) - first;
+                shared.sources()[2 * i] = first;
+                shared.sources()[2 * i + 1] = offset(e + 1, source) - first;
             }
             __syncthreads();
         }
@@ -130,7 +136,7 @@ template <class C> struct Sources {
 };
 
 /// Step 3, by one warp: fills the tables of the shared memory map.
-template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>& shared) {
+template <class C> MEGA_DEVICE void build_expert_table(const Params& p, const Shared<C>& shared) {
     const Sources<C> sources{p, shared};
     const SideCounts blocks_of = counted_sides(p);
     const u32 two_sides = even_enough(blocks_of.of0, blocks_of.of1);
@@ -140,23 +146,29 @@ template <class C> MEGA_DEVICE void build_plan(const Params& p, const Shared<C>&
         u32 rows = 0;
         if (e < C::kLocalExperts)
             for (u32 r = 0; r < C::kRanks; ++r) rows += sources.rows(e, r);
-        const u32 base = blocks.exclusive(ceil_div(rows, kPoolAlign)), at = active.exclusive(rows > 0);
+        const u32 base = blocks.exclusive(ceil_div(rows, kPoolAlign)),
+                  at = active.exclusive(rows > 0);
         const u32 item = items.exclusive((rows + (1u << p.item_shift) - 1) >> p.item_shift);
         if (e < C::kLocalExperts) {
-            shared.expert_rows()[e] = rows, shared.expert_bases()[e] = base, shared.expert_items()[e] = item;
+            shared.expert_rows()[e] = rows, shared.expert_bases()[e] = base,
+            shared.expert_items()[e] = item;
             if (rows > 0) shared.active_experts()[at] = static_cast<u16>(e);
-            if (p.stats != nullptr && blockIdx.x == 0 && e < kLocalRouted<C>) atomicAdd(p.stats + e, static_cast<i32>(rows));   // buffers may share them
+            // buffers may share them
+            if (p.stats != nullptr && blockIdx.x == 0 && e < kLocalRouted<C>)
+                atomicAdd(p.stats + e, static_cast<i32>(rows));
         }
     }
     if (ptx::lane_id() == 0) {
-        shared.expert_bases()[C::kLocalExperts] = blocks.total, shared.expert_items()[C::kLocalExperts] = items.total;
+        shared.expert_bases()[C::kLocalExperts] = blocks.total,
+        shared.expert_items()[C::kLocalExperts] = items.total;
         shared.active_count() = active.total, shared.two_sides() = two_sides;
     }
 }
 
-template <class C> MEGA_DEVICE Plan plan_of(const Shared<C>& shared) {
+template <class C> MEGA_DEVICE ExpertTable expert_table_of(const Shared<C>& shared) {
     return {shared.expert_rows(),    shared.expert_bases(), shared.expert_items(),
-            shared.active_experts(), C::kLocalExperts,      shared.active_count(), shared.two_sides()};
+            shared.active_experts(), C::kLocalExperts,      shared.active_count(),
+            shared.two_sides()};
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -15,7 +15,8 @@ MEGA_DEVICE float quant_scale(float largest) {
 
 /// 1 / x: two Newton steps from the hardware's approximation, as in the compiler's own division.
 MEGA_DEVICE float reciprocal(float x) {
-    const float first = ptx::reciprocal_approx(x), second = __fmaf_rn(first, __fmaf_rn(-x, first, 1.0f), first);
+    const float first = ptx::reciprocal_approx(x),
+                second = __fmaf_rn(first, __fmaf_rn(-x, first, 1.0f), first);
     return __fmaf_rn(second, __fmaf_rn(-x, second, 1.0f), second);
 }
 
@@ -26,4 +27,4 @@ MEGA_DEVICE float reciprocal_rn(float x) {
     return __fmaf_rn(near, -__fmaf_rn(near, x, -1.0f), near);
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -13,4 +13,4 @@ template <bool kFast> MEGA_DEVICE float silu(float x) {
     return x * (x > -87.0f ? __fmaf_rn(__fmaf_rn(-d, r, 1.0f), r, r) : 0.0f);
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

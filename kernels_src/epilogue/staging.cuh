@@ -10,7 +10,9 @@ struct Staging {
     static constexpr u32 kRowBytes = 128, kPasses = 4, kRowsPerPass = 4;
     u32 address, lane;
 
-    MEGA_DEVICE u32 chunk(u32 row, u32 c) const { return address + row * kRowBytes + (c ^ row % 8) * 16; }
+    MEGA_DEVICE u32 chunk(u32 row, u32 c) const {
+        return address + row * kRowBytes + (c ^ row % 8) * 16;
+    }
 
     /// Row and chunk that this lane reads back in pass i of 4.
     MEGA_DEVICE u32 row(u32 pass) const { return pass * kRowsPerPass + lane / 8; }
@@ -22,4 +24,4 @@ struct Staging {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

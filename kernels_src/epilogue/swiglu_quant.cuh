@@ -40,12 +40,16 @@ template <class C> struct SwigluQuant {
     }
 
     /// Two groups of eight outputs of one row half: lanes pair up so that each stores four codes in a row.
-    MEGA_DEVICE void stage_codes(const float (&quarter)[32], u32 q, u32 pair, u32 half, float inverse) const {
+    MEGA_DEVICE void stage_codes(const float (&quarter)[32], u32 q, u32 pair, u32 half,
+                                 float inverse) const {
         const u32 i = pair * 16 + half * 2, lane = staging.lane;
-        const u32 own = ptx::pack_e4m3(quarter[i], quarter[i + 1], quarter[i + 8], quarter[i + 9], inverse);
+        const u32 own = ptx::pack_e4m3(quarter[i], quarter[i + 1], quarter[i + 8], quarter[i + 9],
+                                       inverse);
         const u32 other = __shfl_xor_sync(~0u, own, 1);
         const u32 codes = __byte_perm(own, other, lane % 2 == 0 ? 0x5410 : 0x3276);
-        ptx::store4_shared(staging.chunk(half * 8 + lane / 4, q * 2 + pair) + lane % 2 * 8 + lane % 4 / 2 * 4, codes);
+        ptx::store4_shared(
+            staging.chunk(half * 8 + lane / 4, q * 2 + pair) + lane % 2 * 8 + lane % 4 / 2 * 4,
+            codes);
     }
 
     MEGA_DEVICE void run(Result& result) const {
@@ -54,13 +58,16 @@ template <class C> struct SwigluQuant {
         const u32 lane = staging.lane;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            const float scale = quant_scale(fmaxf(largest[half], 1e-10f)), inverse = reciprocal(scale);
+            const float scale = quant_scale(fmaxf(largest[half], 1e-10f)),
+                        inverse = reciprocal(scale);
             const u32 row = half * 8 + lane / 4;
-            if (lane % 4 == 0 && row < rows) p.act2_scales[u64(n) * p.pool_rows + pool_row + row] = scale;
+            if (lane % 4 == 0 && row < rows)
+                p.act2_scales[u64(n) * p.pool_rows + pool_row + row] = scale;
 #pragma unroll
             for (u32 q = 0; q < 4; ++q)
 #pragma unroll
-                for (u32 pair = 0; pair < 2; ++pair) stage_codes(result.quarter[q], q, pair, half, inverse);
+                for (u32 pair = 0; pair < 2; ++pair)
+                    stage_codes(result.quarter[q], q, pair, half, inverse);
         }
         __syncwarp();
         Vec16 v[Staging::kPasses];
@@ -68,7 +75,8 @@ template <class C> struct SwigluQuant {
 #pragma unroll
         for (u32 i = 0; i < Staging::kPasses; ++i) {
             const u32 row = staging.row(i);
-            u8* target = p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock + staging.column() * 16;
+            u8* target = p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock +
+                         staging.column() * 16;
             if (row < rows) ptx::store16(target, v[i]);
         }
         ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
@@ -76,4 +84,4 @@ template <class C> struct SwigluQuant {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

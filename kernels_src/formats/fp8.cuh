@@ -11,4 +11,4 @@ struct Fp8 {
     template <class C> using ScaleStream = WeightScaleStream<C>;
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -1,6 +1,6 @@
 // One MoE layer in one launch.
 //
-//   head     all warps     sort pairs by expert, plan, first round of dispatch        dispatch/
+//   head     all warps     sort pairs by expert, expert table, first dispatch         dispatch/
 //   warp 0   1 lane        activations and their scales into the stages               roles/load.cuh
 //   warp 1   1 lane        weights into the stages; tickets, tile order               roles/load.cuh, sched/
 //   warp 2                 the rest of dispatch                                       dispatch/gather.cuh
@@ -26,7 +26,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
     if (threadIdx.x == 0) {
         constexpr u32 kReaders = kTileWarps<C>;
 #pragma unroll 1
-        for (u32 s = 0; s < C::kStages; ++s) ptx::mbarrier_init(shared.full(s), 2), ptx::mbarrier_init(shared.empty(s), kReaders);
+        for (u32 s = 0; s < C::kStages; ++s)
+            ptx::mbarrier_init(shared.full(s), 2), ptx::mbarrier_init(shared.empty(s), kReaders);
 #pragma unroll 1
         for (u32 s = 0; s < kTileSlots; ++s) {
             ptx::mbarrier_init(shared.tile_full(s), 1);
@@ -36,7 +37,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
         ptx::mbarrier_init_fence();
-        for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small}) ptx::prefetch_tensor_map(map);
+        for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})
+            ptx::prefetch_tensor_map(map);
         shared.side() = count_side(p);
         if (blockIdx.x == 0)   // drawn, and counted below, after the first grid barrier
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;
@@ -48,16 +50,23 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
 /// Quantises this rank's rows, by all warps but the first, which waits in the head's first barrier meanwhile; the second
 /// is what others read them after.  Blocks that do not sort come first.
 template <class C> MEGA_DEVICE void stage_rows(const Params& p) {
-    constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 2;   // of 128 columns in flight in each half of a warp
+    // of 128 columns in flight in each half of a warp
+    constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 2;
     const u32 warp = ptx::warp_id();
     if (warp == 0) return;
-    const Rows rows{p.raw_x, p.raw_x_stride, symmetric<u8>(p, p.rank, p.x), symmetric<float>(p, p.rank, p.x_scales),
-                    kBlocks, p.tokens * kBlocks, true};
-    quantise_rows<Bf16, kGroups>(rows, (warp - 1) * gridDim.x + gridDim.x - 1 - blockIdx.x, (kWarps - 1) * gridDim.x);
+    const Rows rows{p.raw_x,
+                    p.raw_x_stride,
+                    symmetric<u8>(p, p.rank, p.x),
+                    symmetric<float>(p, p.rank, p.x_scales),
+                    kBlocks,
+                    p.tokens * kBlocks,
+                    true};
+    quantise_rows<Bf16, kGroups>(rows, (warp - 1) * gridDim.x + gridDim.x - 1 - blockIdx.x,
+                                 (kWarps - 1) * gridDim.x);
 }
 
-/// Leaves every block with its plan and the first rows on their way.
-template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& shared, u32 epoch) {
+/// Leaves every block with its expert table and the first rows on their way.
+template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>& shared, u32 epoch) {
     Timeline<C> timeline(p, Role::head);
     const auto did = [&](Span what) {
         if (C::kTimeline && threadIdx.x == 0) timeline.done(what);
@@ -74,38 +83,39 @@ template <class C> MEGA_DEVICE Plan head(const Params& p, const Shared<C>& share
     sort.order();
     __syncthreads();
     did(Span::order);
-    if (threadIdx.x == 0) meet<C::kRanks>(p, Phase::inputs, epoch);
+    if (threadIdx.x == 0) meet<C::kRanks>(p, Meeting::inputs, epoch);
     __syncthreads();
     did(Span::order_barrier);
     Sources<C>{p, shared}.fetch();
-    if (ptx::warp_id() == 0) build_plan<C>(p, shared);
+    if (ptx::warp_id() == 0) build_expert_table<C>(p, shared);
     ptx::fence_async_shared();   // the stages held ordinary data so far; TMA writes them next
     __syncthreads();
-    did(Span::plan);
-    const Plan plan = plan_of<C>(shared);
-    Gather<C>(p, shared, plan).first_round();
+    did(Span::expert_table);
+    const ExpertTable table = expert_table_of<C>(shared);
+    Gather<C>(p, shared, table).first_round();
     did(Span::first_round);
-    return plan;
+    return table;
 }
 
 template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     const Shared<C> shared(raw);
-    const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;   // block 0 writes it back when all have met
-    const Plan plan = head<C>(p, shared, epoch);
+    // block 0 writes it back when all have met
+    const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;
+    const ExpertTable table = head<C>(p, shared, epoch);
     const u32 warp = ptx::warp_id();
     if (warp < kGroup / kWarp) {
         ptx::registers_shrink<kProducerRegisters>();
         const bool one = ptx::lane_id() == 0;
         // a chain, not four ifs: whether ptxas sees that the math warps' addresses are uniform hangs on it
         if (warp == 0) {
-            if (one) LoadActivations<C>{p, shared, plan}.run();
+            if (one) LoadActivations<C>{p, shared, table}.run();
         } else if (warp == 1) {
-            if (one) LoadWeights<C>{p, shared, plan, plan.two_sides ? shared.side() : 0}.run();
+            if (one) LoadWeights<C>{p, shared, table, table.two_sides ? shared.side() : 0}.run();
         } else if (warp == 2) {
-            Gather<C>(p, shared, plan).rest();
+            Gather<C>(p, shared, table).rest();
         } else {
             Timeline<C> timeline(p, Role::publisher);
-            if (one) publish_tiles<C>(p, shared, plan, timeline);
+            if (one) publish_tiles<C>(p, shared, table, timeline);
             __syncwarp();
             Combine<C>{p, shared}.meet_all(epoch, timeline);
         }
@@ -116,4 +126,4 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     }
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

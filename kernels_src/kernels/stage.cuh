@@ -6,20 +6,23 @@
 
 namespace megamoe {
 
-constexpr u32 kStageThreads = 256, kStageGroups = 4;   // of 128 columns in flight in each half of a warp
+// of 128 columns in flight in each half of a warp
+constexpr u32 kStageThreads = 256, kStageGroups = 4;
 
 struct alignas(64) StageParams {
     const u8* x;         // rows x_stride bytes apart
     const u8* ids;       // rows ids_stride numbers apart
     const u8* weights;   // rows weights_stride numbers apart
-    const u8* x_scales;  // of rows that are codes already: rows scales_row, columns scales_column bytes apart
-    u8* out_x;           // e4m3 [rows][hidden]
-    float* out_scales;   // [rows][hidden / 128]
-    i64* out_ids;        // [rows][topk]
-    float* out_weights;  // [rows][topk]
+    // of rows that are codes already: rows scales_row, columns scales_column bytes apart
+    const u8* x_scales;
+    u8* out_x;            // e4m3 [rows][hidden]
+    float* out_scales;    // [rows][hidden / 128]
+    i64* out_ids;         // [rows][topk]
+    float* out_weights;   // [rows][topk]
     u64 x_stride, scales_row, scales_column;
     u32 ids_stride, weights_stride, formats, tokens;
-    u32 masked;          // rows of ids and weights that are written: those from `tokens` on get -1 and 0
+    // rows of ids and weights that are written: those from `tokens` on get -1 and 0
+    u32 masked;
     u32 hidden, topk;
     float weight_factor;
     u32 unused[2];
@@ -31,7 +34,10 @@ MEGA_DEVICE void stage_pairs(const StageParams& p, u32 thread, u32 threads) {
         const u32 token = i / p.topk, slot = i - token * p.topk;
         const bool real = token < p.tokens;
         p.out_ids[i] = real ? raw_id(p.ids, u64(token) * p.ids_stride + slot, p.formats) : -1;
-        p.out_weights[i] = real ? raw_weight(p.weights, u64(token) * p.weights_stride + slot, p.formats) * p.weight_factor : 0.0f;
+        p.out_weights[i] = real ? raw_weight(p.weights, u64(token) * p.weights_stride + slot,
+                                             p.formats) *
+                                      p.weight_factor
+                                : 0.0f;
     }
 }
 
@@ -42,7 +48,8 @@ struct E4m3 {
 
 MEGA_DEVICE float raw_scale(const StageParams& p, u32 row, u32 column) {
     const u32 packed = p.formats & kRawScalesPacked ? 4 : 1;
-    const u8* at = p.x_scales + row * p.scales_row + column / packed * p.scales_column + column % packed;
+    const u8* at = p.x_scales + row * p.scales_row + column / packed * p.scales_column +
+                   column % packed;
     if (!(p.formats & kRawScalesE8m0)) return *reinterpret_cast<const float*>(at);
     const u32 exponent = *at;   // 0 is 2^-127, 255 NaN
     return __uint_as_float(exponent == 0 ? 1 << 22 : exponent == 255 ? 0x7FFFFFFF : exponent << 23);
@@ -51,9 +58,11 @@ MEGA_DEVICE void copy_rows(const StageParams& p, u32 thread, u32 threads) {
     const u32 vectors = p.hidden / 16, blocks = p.hidden / kQuantBlock;
     for (u32 i = thread; i < p.tokens * vectors; i += threads) {
         const u32 row = i / vectors;
-        ptx::store16(p.out_x + u64(i) * 16, ptx::load16(p.x + row * p.x_stride + (i - row * vectors) * 16));
+        ptx::store16(p.out_x + u64(i) * 16,
+                     ptx::load16(p.x + row * p.x_stride + (i - row * vectors) * 16));
     }
-    for (u32 i = thread; i < p.tokens * blocks; i += threads) p.out_scales[i] = raw_scale(p, i / blocks, i % blocks);
+    for (u32 i = thread; i < p.tokens * blocks; i += threads)
+        p.out_scales[i] = raw_scale(p, i / blocks, i % blocks);
 }
 
 /// Rows of numbers in format T.
@@ -63,10 +72,13 @@ template <class T> MEGA_DEVICE void stage(const StageParams& p) {
         copy_rows(p, blockIdx.x * kStageThreads + threadIdx.x, threads);
     } else {
         const u64 places = reinterpret_cast<u64>(p.x) | p.x_stride;
-        const Rows rows{p.x, p.x_stride, p.out_x, p.out_scales, blocks, p.tokens * blocks, places % 16 == 0};
-        quantise_rows<T, kStageGroups>(rows, ptx::warp_id() * gridDim.x + blockIdx.x, threads / kWarp);
+        const Rows rows{p.x,    p.x_stride,        p.out_x,         p.out_scales,
+                        blocks, p.tokens * blocks, places % 16 == 0};
+        quantise_rows<T, kStageGroups>(rows, ptx::warp_id() * gridDim.x + blockIdx.x,
+                                       threads / kWarp);
     }
-    stage_pairs(p, (gridDim.x - 1 - blockIdx.x) * kStageThreads + threadIdx.x, threads);   // blocks with no rows first
+    // blocks with no rows first
+    stage_pairs(p, (gridDim.x - 1 - blockIdx.x) * kStageThreads + threadIdx.x, threads);
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -1,4 +1,4 @@
-// The shared-memory map.  `KernelSpec.shared_bytes` in Python is the same sum; the entry asserts that they agree.
+// The shared-memory map.  `KernelSpec.shared_bytes` in Python is the same sum; the template asserts that they agree.
 //
 //   activations [stages] | weights [stages] | staging, 2 KB per math warp | dispatch slots
 //   | scales [stages] | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots
@@ -12,9 +12,11 @@
 namespace megamoe {
 
 template <class C> struct Shared {
-    static constexpr u32 kActBytes = C::kBlockM * kBlockK, kWeightBytes = kBlockN * kBlockK * C::Weights::kBits / 8, kActScaleBytes = C::kBlockM * 4;
+    static constexpr u32 kActBytes = C::kBlockM * kBlockK,
+                         kWeightBytes = kBlockN * kBlockK * C::Weights::kBits / 8,
+                         kActScaleBytes = C::kBlockM * 4;
     static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four for the weights
-    static constexpr u32 kSlotBytes = 32;
+    static constexpr u32 kTileSlotBytes = 32;
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
     static constexpr u32 kStagingAt = kWeightAt + C::kStages * kWeightBytes;
@@ -23,8 +25,8 @@ template <class C> struct Shared {
     static constexpr u32 kBarrierAt = kScaleAt + C::kStages * kScaleBytes;
     static constexpr u32 kTileBarrierAt = kBarrierAt + C::kStages * 16;
     static constexpr u32 kDispatchBarrierAt = kTileBarrierAt + kTileSlots * 24;
-    static constexpr u32 kSlotAt = kDispatchBarrierAt + C::kDispatchSlots * 8;
-    static constexpr u32 kActiveCountAt = kSlotAt + kTileSlots * kSlotBytes;
+    static constexpr u32 kTileSlotAt = kDispatchBarrierAt + C::kDispatchSlots * 8;
+    static constexpr u32 kActiveCountAt = kTileSlotAt + kTileSlots * kTileSlotBytes;
     static constexpr u32 kRowsAt = kActiveCountAt + 64;
     static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
     static constexpr u32 kItemsAt = kBasesAt + (C::kLocalExperts + 1) * 4;
@@ -32,7 +34,8 @@ template <class C> struct Shared {
     static constexpr u32 kSourcesAt = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
     static constexpr u32 kBytes = kSourcesAt + (C::kRanks > 1 ? C::kExperts * 8 : 0);
     static_assert(kBytes <= kSharedLimit, "more shared memory than SM90 has (232448 bytes)");
-    static_assert(kActBytes % 1024 == 0 && kWeightAt % 1024 == 0 && kWeightBytes % 1024 == 0, "a stage begins within an atom of the swizzle");
+    static_assert(kActBytes % 1024 == 0 && kWeightAt % 1024 == 0 && kWeightBytes % 1024 == 0,
+                  "a stage begins within an atom of the swizzle");
     static_assert(kStagingAt >= 12 * C::kExperts, "the head's sort does not fit into the stages");
 
     u8* base;
@@ -44,9 +47,13 @@ template <class C> struct Shared {
     MEGA_DEVICE u32 weights(u32 stage) const { return address + kWeightAt + stage * kWeightBytes; }
     MEGA_DEVICE u32 act_scales(u32 stage) const { return address + kScaleAt + stage * kScaleBytes; }
     MEGA_DEVICE u32 weight_scales(u32 stage) const { return act_scales(stage) + kActScaleBytes; }
-    MEGA_DEVICE u32 staging(u32 math_warp) const { return address + kStagingAt + math_warp * kStagingBytes; }
+    MEGA_DEVICE u32 staging(u32 math_warp) const {
+        return address + kStagingAt + math_warp * kStagingBytes;
+    }
 
-    MEGA_DEVICE u32 dispatch(u32 s) const { return address + kDispatchAt + s * kDispatchChunk; }
+    MEGA_DEVICE u32 dispatch_slot(u32 s) const {
+        return address + kDispatchAt + s * kDispatchChunk;
+    }
 
     MEGA_DEVICE u32 full(u32 stage) const { return address + kBarrierAt + stage * 16; }
     MEGA_DEVICE u32 empty(u32 stage) const { return full(stage) + 8; }
@@ -56,17 +63,24 @@ template <class C> struct Shared {
 
     MEGA_DEVICE u32 dispatched(u32 s) const { return address + kDispatchBarrierAt + s * 8; }
 
-    MEGA_DEVICE u8* slot(u32 s) const { return base + kSlotAt + s * kSlotBytes; }
-    MEGA_DEVICE u32 slot_address(u32 s) const { return address + kSlotAt + s * kSlotBytes; }
+    MEGA_DEVICE u8* tile_slot(u32 s) const { return base + kTileSlotAt + s * kTileSlotBytes; }
+    MEGA_DEVICE u32 tile_slot_address(u32 s) const {
+        return address + kTileSlotAt + s * kTileSlotBytes;
+    }
     MEGA_DEVICE u32& active_count() const { return *reinterpret_cast<u32*>(base + kActiveCountAt); }
-    MEGA_DEVICE u32& two_sides() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 4); }
-    MEGA_DEVICE u32& side() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 8); }   // this block's
+    MEGA_DEVICE u32& two_sides() const {
+        return *reinterpret_cast<u32*>(base + kActiveCountAt + 4);
+    }
+    // this block's
+    MEGA_DEVICE u32& side() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 8); }
     MEGA_DEVICE u32* expert_rows() const { return reinterpret_cast<u32*>(base + kRowsAt); }
     MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
     MEGA_DEVICE u32* expert_items() const { return reinterpret_cast<u32*>(base + kItemsAt); }
     MEGA_DEVICE u16* active_experts() const { return reinterpret_cast<u16*>(base + kActiveAt); }
-    MEGA_DEVICE u32* sources() const { return reinterpret_cast<u32*>(base + kSourcesAt); }   // with several ranks
-    MEGA_DEVICE u32* scratch() const { return reinterpret_cast<u32*>(base); }   // the stages, during the head
+    // with several ranks
+    MEGA_DEVICE u32* sources() const { return reinterpret_cast<u32*>(base + kSourcesAt); }
+    // the stages, during the head
+    MEGA_DEVICE u32* scratch() const { return reinterpret_cast<u32*>(base); }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -3,8 +3,8 @@
 // Each block's product goes into a fresh accumulator on the tensor cores and is then promoted into the result by an
 // FP32 FMA with its scales.  A warpgroup's 64 x 256 result is computed in four quarters of 64 columns with two fresh
 // accumulators in turn: while one quarter is promoted, the next one's WGMMA runs.  ptxas serialises everything when a
-// WGMMA is in flight across a loop's back edge, so two k-blocks are written out per turn of the loop (one where a depth has an
-// odd number of them), and the pipeline drains once per turn.
+// WGMMA is in flight across a loop's back edge, so two k-blocks are written out per iteration (one where a depth has an
+// odd number of them), and the pipeline drains once per iteration.
 //
 //   step i            0            1         2         3         4                 5 ...
 //   before            wait, load   -         -         -         wait, load        -
@@ -17,7 +17,7 @@
 // (each of these was measured, see docs/perf-log.md)
 //   - descriptors are computed before the stage is waited for, and scales are loaded before its first WGMMA is issued: both
 //     are there when the quarter before has been promoted
-//   - before it drains, a turn looks whether the next one's stage is full, so that the next need not ask
+//   - before it drains, an iteration looks whether the next one's stage is full, so that the next need not ask
 //   - promotion takes eight numbers with one scale after another: the tensor cores use the ports of the register file at
 //     the same time, and an operand that was just read need not be read again
 //
@@ -41,9 +41,13 @@ struct Result {
     float quarter[4][32];
 };
 
-/// K-blocks written out per turn: both depths are multiples of it.  Four would be 0.2 % faster than two and compile for a
+/// K-blocks written out per iteration: both depths are multiples of it.  Four would be 0.2 % faster than two and compile for a
 /// seventh longer; one is 1.7 % slower, 2 to 4 % from 8192 tokens on.
-template <class C> constexpr u32 kBlocksPerTurn = C::kHidden / kBlockK % 2 == 0 && C::kIntermediate / kBlockK % 2 == 0 ? 2 : 1;
+// clang-format off
+template <class C>
+constexpr u32 kKBlocksPerIteration =
+    C::kHidden / kBlockK % 2 == 0 && C::kIntermediate / kBlockK % 2 == 0 ? 2 : 1;
+// clang-format on
 
 /// Issues the four 32-deep steps of one quarter into a fresh accumulator.
 MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
@@ -53,10 +57,12 @@ MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
 }
 
 /// quarter q += fresh * scales.
-MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const BlockScales& s, u32 q) {
+MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const BlockScales& s,
+                                 u32 q) {
 #pragma unroll
-    for (u32 group = 0; group < 4; ++group) {   // of even groups of eight columns (gate, in GEMM 1) the rows t/4, then those
-                                                // t/4 + 8; then of odd ones (up): one scale each
+    // of even groups of eight columns (gate, in GEMM 1) the rows t/4, then those t/4 + 8; then of
+    // odd ones (up): one scale each
+    for (u32 group = 0; group < 4; ++group) {
         const u32 odd = group / 2, below = group % 2;
         const float scale = s.act[below] * s.weight[q / 2][odd];
 #pragma unroll
@@ -71,10 +77,11 @@ MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const
 template <class C> struct MainLoop {
     const Shared<C>& shared;
     Ring<C::kStages> ring;
-    u32 row;              // first row of the activation tile that this warpgroup multiplies
-    u32 thread;           // read once: the special register is slow
-    bool ready = false;   // the ring's stage has been seen full; after a tile's last turn that is a stage of another tile,
-                          // and of no use: a main loop is made anew for each
+    u32 row;      // first row of the activation tile that this warpgroup multiplies
+    u32 thread;   // read once: the special register is slow
+    // the ring's stage has been seen full; after a tile's last iteration that is a stage of
+    // another tile, and of no use: a main loop is made anew for each
+    bool ready = false;
 
     MEGA_DEVICE MainLoop(const Shared<C>& shared_, u32 k_begin, u32 row_)
         : shared(shared_), ring(k_begin), row(row_), thread(ptx::thread_id_again()) {}
@@ -85,8 +92,8 @@ template <class C> struct MainLoop {
     }
 
     /// A few k-blocks, written out; nothing is in flight before or after.
-    MEGA_DEVICE void turn(Result& result) {
-        constexpr u32 kSteps = 4 * kBlocksPerTurn<C>;
+    MEGA_DEVICE void iterate(Result& result) {
+        constexpr u32 kSteps = 4 * kKBlocksPerIteration<C>;
         const u32 my_row = row + thread / kWarp % 4 * 16 + thread % kWarp / 4;
         float fresh[2][32];
         BlockScales scales, next;
@@ -113,7 +120,8 @@ template <class C> struct MainLoop {
             }
             if (i > 0 && q == 0) release(last_stage);
             if (i > 0) promote_quarter(result, fresh[(i - 1) % 2], scales, (i - 1) % 4);
-            if (i < kSteps && q == 0) scales = next;   // what was promoted was the last quarter of the k-block before
+            // what was promoted was the last quarter of the k-block before
+            if (i < kSteps && q == 0) scales = next;
         }
     }
 
@@ -122,7 +130,8 @@ template <class C> struct MainLoop {
         for (u32 q = 0; q < 4; ++q)
 #pragma unroll
             for (u32 i = 0; i < 32; ++i) result.quarter[q][i] = 0;
-        for (; k_blocks >= kBlocksPerTurn<C>; k_blocks -= kBlocksPerTurn<C>) turn(result);
+        for (; k_blocks >= kKBlocksPerIteration<C>; k_blocks -= kKBlocksPerIteration<C>)
+            iterate(result);
     }
 
     /// Hands the stages back unread: this warpgroup's rows are all padding.
@@ -135,4 +144,4 @@ template <class C> struct MainLoop {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -6,14 +6,16 @@
 // one main loop serves both and spends no register on where they come from.
 #pragma once
 #include "layout/shared.cuh"
-#include "sched/plan.cuh"
+#include "sched/experts.cuh"
 
 namespace megamoe {
 
 /// Producer's side: walks along the two rows of weight scales of a tile, one k-block ahead.
 template <class C> struct WeightScaleStream {
-    static constexpr u32 kRows1 = 2 * C::kIntermediate / kQuantBlock, kRows2 = C::kHidden / kQuantBlock;
-    static constexpr u32 kBlocks1 = C::kHidden / kQuantBlock, kBlocks2 = C::kIntermediate / kQuantBlock;
+    static constexpr u32 kRows1 = 2 * C::kIntermediate / kQuantBlock,
+                         kRows2 = C::kHidden / kQuantBlock;
+    static constexpr u32 kBlocks1 = C::kHidden / kQuantBlock,
+                         kBlocks2 = C::kIntermediate / kQuantBlock;
 
     bool interleaved;
     const float *first, *second;
@@ -27,7 +29,8 @@ template <class C> struct WeightScaleStream {
             second = first + kRows1 / 2 * kBlocks1;
         } else {
             first = p.weight2_scales + (tile.expert * kRows2 + 2 * tile.n) * kBlocks2;
-            second = 2 * tile.n + 1 < kRows2 ? first + kBlocks2 : first;   // the last tile may be half as wide
+            // the last tile may be half as wide
+            second = 2 * tile.n + 1 < kRows2 ? first + kBlocks2 : first;
         }
         fetch(0);
     }
@@ -48,9 +51,11 @@ struct BlockScales {
 
     /// `act_scales`: address of the scale of this thread's first row; that of its second lies eight rows on.
     MEGA_DEVICE void load(u32 act_scales, u32 weight_scales) {
-        act[0] = ptx::load_float_shared(act_scales), act[1] = ptx::load_float_shared(act_scales + 32);
-        ptx::load_floats_shared(weight_scales, weight[0][0], weight[0][1], weight[1][0], weight[1][1]);
+        act[0] = ptx::load_float_shared(act_scales),
+        act[1] = ptx::load_float_shared(act_scales + 32);
+        ptx::load_floats_shared(weight_scales, weight[0][0], weight[0][1], weight[1][0],
+                                weight[1][1]);
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -14,4 +14,4 @@ template <u32 kDepth> struct Ring {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -10,7 +10,7 @@
 #include "comm/fault.cuh"
 #include "layout/shared.cuh"
 #include "pipe/ring.cuh"
-#include "sched/plan.cuh"
+#include "sched/experts.cuh"
 
 namespace megamoe {
 
@@ -42,26 +42,30 @@ template <class C> struct TileSlots {
     MEGA_DEVICE void publish(u32 index, const Tile& tile) const {
         const Ring<kTileSlots> at(index);
         wait_barrier(p, Wait::tile_slot_free, shared.tile_empty(at.stage), at.parity ^ 1, index);
-        *reinterpret_cast<Tile*>(shared.slot(at.stage)) = tile;
+        *reinterpret_cast<Tile*>(shared.tile_slot(at.stage)) = tile;
         ptx::mbarrier_arrive(shared.tile_full(at.stage));
     }
     /// Readers: waits for the `index`-th tile.
     MEGA_DEVICE Tile read(u32 index) const {
         const Ring<kTileSlots> at(index);
         wait_barrier(p, Wait::tile_published, shared.tile_full(at.stage), at.parity, index);
-        return *reinterpret_cast<const Tile*>(shared.slot(at.stage));
+        return *reinterpret_cast<const Tile*>(shared.tile_slot(at.stage));
     }
     /// The same for the math warps.
     MEGA_DEVICE TileView watched(u32 index) const {
         const Ring<kTileSlots> at(index);
         wait_barrier_watched(shared.tile_full(at.stage), at.parity);
-        return {shared.slot_address(at.stage)};
+        return {shared.tile_slot_address(at.stage)};
     }
     /// One lane of each reading warp: the slot may be written again.
-    MEGA_DEVICE void release(u32 index) const { ptx::mbarrier_arrive(shared.tile_empty(index % kTileSlots)); }
+    MEGA_DEVICE void release(u32 index) const {
+        ptx::mbarrier_arrive(shared.tile_empty(index % kTileSlots));
+    }
 
     /// One lane of each math warp: its part of the tile is written.
-    MEGA_DEVICE void stored(u32 index) const { ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots)); }
+    MEGA_DEVICE void stored(u32 index) const {
+        ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots));
+    }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -5,11 +5,19 @@
 
 namespace megamoe::ptx {
 
-template <u32 kRegisters> MEGA_DEVICE void registers_grow() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
-template <u32 kRegisters> MEGA_DEVICE void registers_shrink() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+template <u32 kRegisters> MEGA_DEVICE void registers_grow() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <u32 kRegisters> MEGA_DEVICE void registers_shrink() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
-MEGA_DEVICE void named_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-MEGA_DEVICE void named_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+MEGA_DEVICE void named_sync(u32 id, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+MEGA_DEVICE void named_arrive(u32 id, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 MEGA_DEVICE u64 nanoseconds() {
     u64 t;
@@ -38,4 +46,4 @@ MEGA_DEVICE u32 lane_id() { return threadIdx.x % 32; }
 /// Index of this warp, known to the compiler as equal in all its lanes.
 MEGA_DEVICE u32 warp_id() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
-}  // namespace megamoe::ptx
+}   // namespace megamoe::ptx

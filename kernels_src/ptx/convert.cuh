@@ -12,19 +12,23 @@ MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d, float factor) {
         "mul.f32 a, %1, %5;\nmul.f32 b, %2, %5;\nmul.f32 c, %3, %5;\nmul.f32 d, %4, %5;\n"
         "cvt.rn.satfinite.e4m3x2.f32 lo, b, a;\ncvt.rn.satfinite.e4m3x2.f32 hi, d, c;\n"
         "mov.b32 %0, {lo, hi};\n}"
-        : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d), "f"(factor));
+        : "=r"(r)
+        : "f"(a), "f"(b), "f"(c), "f"(d), "f"(factor));
     return r;
 }
 MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
     u32 r;
     asm("{\n.reg .b16 lo, hi;\n"
         "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\nmov.b32 %0, {lo, hi};\n}"
-        : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
+        : "=r"(r)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
     return r;
 }
 MEGA_DEVICE float float_of_f16(u32 bits) {
     float r;
-    asm("{\n.reg .b16 h, unused;\nmov.b32 {h, unused}, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(r) : "r"(bits));
+    asm("{\n.reg .b16 h, unused;\nmov.b32 {h, unused}, %1;\ncvt.f32.f16 %0, h;\n}"
+        : "=f"(r)
+        : "r"(bits));
     return r;
 }
 /// The larger of both low halves and of both high halves.
@@ -45,7 +49,8 @@ MEGA_DEVICE void add_scaled_bf16(float (&sum)[8], float w, const Vec16& v) {
         "shl.b32 t, %10, 16;\nfma.rn.f32 %2, %8, t, %2;\nand.b32 t, %10, 0xffff0000;\nfma.rn.f32 %3, %8, t, %3;\n"
         "shl.b32 t, %11, 16;\nfma.rn.f32 %4, %8, t, %4;\nand.b32 t, %11, 0xffff0000;\nfma.rn.f32 %5, %8, t, %5;\n"
         "shl.b32 t, %12, 16;\nfma.rn.f32 %6, %8, t, %6;\nand.b32 t, %12, 0xffff0000;\nfma.rn.f32 %7, %8, t, %7;\n}"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]), "+f"(sum[7])
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]),
+          "+f"(sum[6]), "+f"(sum[7])
         : "f"(w), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]));
 }
 /// Unlike fminf and fmaxf these give NaN when x is NaN: a broken row stays visibly broken.
@@ -57,7 +62,9 @@ MEGA_DEVICE float min_nan(float x, float limit) {
 /// x, but not above `limit` and not below -`limit`.
 MEGA_DEVICE float clamp_nan(float x, float limit) {
     float r;
-    asm("min.NaN.f32 %0, %1, %2;\nmax.NaN.f32 %0, %0, %3;" : "=&f"(r) : "f"(x), "f"(limit), "f"(-limit));
+    asm("min.NaN.f32 %0, %1, %2;\nmax.NaN.f32 %0, %0, %3;"
+        : "=&f"(r)
+        : "f"(x), "f"(limit), "f"(-limit));
     return r;
 }
 MEGA_DEVICE float reciprocal_approx(float x) {
@@ -71,8 +78,9 @@ MEGA_DEVICE float sigmoid_approx(float x) {
     asm("{\n.reg .f32 t;\n"
         "mul.f32 t, %1, 0fBFB8AA3B;\n"   // -log2(e)
         "ex2.approx.ftz.f32 t, t;\nadd.f32 t, t, 0f3F800000;\nrcp.approx.ftz.f32 %0, t;\n}"
-        : "=f"(r) : "f"(x));
+        : "=f"(r)
+        : "f"(x));
     return r;
 }
 
-}  // namespace megamoe::ptx
+}   // namespace megamoe::ptx

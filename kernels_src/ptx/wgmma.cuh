@@ -18,6 +18,7 @@ MEGA_DEVICE u64 matrix_descriptor(u32 address) {
 }
 constexpr u32 kDescriptorRows64 = 512;
 
+// clang-format off
 #define MEGA_D                                                                                              \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
     "%28,%29,%30,%31}"
@@ -47,5 +48,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
 #undef MEGA_D4
 #undef MEGA_STEP
 #undef MEGA_D
+// clang-format on
 
-}  // namespace megamoe::ptx
+}   // namespace megamoe::ptx

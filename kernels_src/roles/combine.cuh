@@ -17,8 +17,10 @@ template <class C> struct Combine {
     static constexpr u32 kColumns = kWarp * 8, kParts = ceil_div(C::kHidden, kColumns);
     static constexpr u32 kTailThreads = kWarp + kMathGroups * kGroup;
     static constexpr u32 kPieceBytes = C::kTopK * kColumns * 2;
-    static constexpr u32 kDepth = min_u32(8, Shared<C>::kStagingAt / (kMathWarps * kPieceBytes));   // pieces in flight
-    static constexpr u32 kHeader = (C::kTopK + 1) * 4;   // their weights, and which slots are not masked
+    // pieces in flight
+    static constexpr u32 kDepth = min_u32(8, Shared<C>::kStagingAt / (kMathWarps * kPieceBytes));
+    // their weights, and which slots are not masked
+    static constexpr u32 kHeader = (C::kTopK + 1) * 4;
     static_assert(kDepth >= 1 && kDepth * kHeader <= kStagingBytes, "no room for a piece in flight");
 
     const Params& p;
@@ -30,7 +32,7 @@ template <class C> struct Combine {
         ptx::named_sync(kBarrierTail, kTailThreads);
         timeline.start();
         if (ptx::lane_id() == 0) {
-            meet<C::kRanks>(p, Phase::results, epoch);
+            meet<C::kRanks>(p, Meeting::results, epoch);
             if (C::kRanks > 1 && blockIdx.x == 0) p.control[kControlEpoch] = epoch;
             if (blockIdx.x == 0) p.control[kControlSides] = 0;
         }
@@ -46,7 +48,9 @@ template <class C> struct Combine {
     MEGA_DEVICE u32 place(u32 warp, u32 piece) const {
         return shared.address + (warp * kDepth + piece % kDepth) * kPieceBytes + ptx::lane_id() * 16;
     }
-    MEGA_DEVICE u32 header(u32 warp, u32 piece) const { return shared.staging(warp) + piece % kDepth * kHeader; }
+    MEGA_DEVICE u32 header(u32 warp, u32 piece) const {
+        return shared.staging(warp) + piece % kDepth * kHeader;
+    }
 
     /// Which slots of a token are not masked; `weight` becomes that of slot `lane`.
     MEGA_DEVICE u32 look_up(u32 token, float& weight) const {
@@ -57,21 +61,27 @@ template <class C> struct Combine {
         return __ballot_sync(~0u, static_cast<u64>(id) < C::kExperts);
     }
     /// Column 8 * lane of the piece; the last of a token may be half as wide.
-    MEGA_DEVICE static u32 column(u32 piece) { return piece % kParts * kColumns + ptx::lane_id() * 8; }
+    MEGA_DEVICE static u32 column(u32 piece) {
+        return piece % kParts * kColumns + ptx::lane_id() * 8;
+    }
 
     MEGA_DEVICE void request(u32 warp, u32 piece, u32 chosen, float weight) const {
         const u32 lane = ptx::lane_id(), at = place(warp, piece);
-        if (lane < C::kTopK) ptx::store4_shared(header(warp, piece) + lane * 4, __float_as_uint(weight));
+        if (lane < C::kTopK)
+            ptx::store4_shared(header(warp, piece) + lane * 4, __float_as_uint(weight));
         if (lane == 0) ptx::store4_shared(header(warp, piece) + C::kTopK * 4, chosen);
-        const u8* rows = symmetric<const u8>(p, p.rank, p.combine) + (u64(piece / kParts) * C::kTopK * C::kHidden + column(piece)) * 2;
+        const u8* rows = symmetric<const u8>(p, p.rank, p.combine) +
+                         (u64(piece / kParts) * C::kTopK * C::kHidden + column(piece)) * 2;
         if (column(piece) >= C::kHidden) return;
 #pragma unroll 4
         for (u32 k = 0; k < C::kTopK; ++k)
-            if (chosen >> k & 1) ptx::copy16_async(at + k * (kColumns * 2), rows + k * (C::kHidden * 2));
+            if (chosen >> k & 1)
+                ptx::copy16_async(at + k * (kColumns * 2), rows + k * (C::kHidden * 2));
     }
 
     MEGA_DEVICE void add(u32 warp, u32 piece) const {
-        const u32 at = place(warp, piece), head = header(warp, piece), chosen = ptx::load4_shared(head + C::kTopK * 4);
+        const u32 at = place(warp, piece), head = header(warp, piece),
+                  chosen = ptx::load4_shared(head + C::kTopK * 4);
         if (column(piece) >= C::kHidden) return;
         float sum[8] = {};
 #pragma unroll 4
@@ -112,4 +122,4 @@ template <class C> struct Combine {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -14,16 +14,18 @@
 
 namespace megamoe {
 
-constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;   // of the boxes that Params::act1 and its kin describe
+// of the boxes that Params::act1 and its kin describe
+constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;
 
-constexpr u32 kTicketLead = 3;  // a tile's ticket is drawn so many k-blocks before the end of the one before it
+// a tile's ticket is drawn so many k-blocks before the end of the one before it
+constexpr u32 kTicketLead = 3;
 
 template <class C> struct LoadWeights {
     using Scales = typename C::Weights::template ScaleStream<C>;
 
     const Params& p;
     const Shared<C>& shared;
-    const Plan plan;
+    const ExpertTable table;
     const u32 side;
 
     MEGA_DEVICE u32 ticket() const {
@@ -33,7 +35,8 @@ template <class C> struct LoadWeights {
     /// Bytes of a k-block of the tile: half of the last tile of GEMM 2 where there are no more columns.
     MEGA_DEVICE static u32 block_bytes(const Tile& tile) {
         constexpr bool kHalf = C::kHidden % kBlockN != 0;
-        return Shared<C>::kWeightBytes >> (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
+        return Shared<C>::kWeightBytes >>
+               (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
     }
 
     /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (megamoe_jit/_layer/fp8.py): so
@@ -41,14 +44,17 @@ template <class C> struct LoadWeights {
     /// time, but not earlier, so that blocks with nothing to do come first.
     MEGA_DEVICE u32 stream(const Tile& tile, Scales& scales) const {
         const bool first = tile.kind == Tile::gemm1;
-        const u32 row = tile.expert * (first ? 2 * C::kIntermediate : C::kHidden) + tile.n * kBlockN, bytes = block_bytes(tile);
-        const u8* from = (first ? p.weight1 : p.weight2) + u64(row) * (tile.k_blocks * (kBlockK * C::Weights::kBits / 8));
+        const u32 row = tile.expert * (first ? 2 * C::kIntermediate : C::kHidden) + tile.n * kBlockN,
+                  bytes = block_bytes(tile);
+        const u8* from = (first ? p.weight1 : p.weight2) +
+                         u64(row) * (tile.k_blocks * (kBlockK * C::Weights::kBits / 8));
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, from += bytes, ring.advance()) {
             if (k == draw) next = ticket();
-            wait_barrier(p, Wait::weight_stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
+            wait_barrier(p, Wait::weight_stage_free, shared.empty(ring.stage), ring.parity ^ 1,
+                         ring.stage);
             const u32 full = shared.full(ring.stage);
             scales.put(shared.weight_scales(ring.stage), k, k + 1 < tile.k_blocks);
             ptx::mbarrier_expect(full, bytes);
@@ -60,7 +66,7 @@ template <class C> struct LoadWeights {
 
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
-        TileOrder<C> order(plan, p.lag_tiles, p.pool_rows, side);
+        TileOrder<C> order(table, p.lag_tiles, p.pool_rows, side);
         Scales scales;
         u32 index = 0, k_begin = 0;
         Tile tile;
@@ -73,7 +79,7 @@ template <class C> struct LoadWeights {
         }
 #pragma unroll 1
         for (u32 stops = kTileReaders<C>; stops > 0;) {   // one for each
-            tile.rows = --stops;   // the first has the turn
+            tile.rows = --stops;                          // the first has the turn
             slots.publish(index++, tile);
         }
     }
@@ -82,18 +88,21 @@ template <class C> struct LoadWeights {
 template <class C> struct LoadActivations {
     const Params& p;
     const Shared<C>& shared;
-    const Plan plan;
+    const ExpertTable table;
 
     /// Blocks until the tile's rows are in their pool, and there is room for what the tile makes of them.
     MEGA_DEVICE void wait_rows(const Tile& tile) const {
         const bool first = tile.kind == Tile::gemm1;
         for (u32 r = 0; r < tile.rows; r += kCounterRows) {
             const u32 counter = (tile.row + r) / kCounterRows;
-            wait_counter(p, first ? Wait::rows_dispatched : Wait::gemm1_done, (first ? p.act1_ready : p.act2_ready) + counter,
-                         first ? min_u32(kCounterRows, tile.rows - r) : TileOrder<C>::kTilesN1, counter);
+            wait_counter(p, first ? Wait::rows_dispatched : Wait::gemm1_done,
+                         (first ? p.act1_ready : p.act2_ready) + counter,
+                         first ? min_u32(kCounterRows, tile.rows - r) : TileOrder<C>::kTilesN1,
+                         counter);
         }
         if (first && tile.row >= p.pool_rows)
-            wait_block(p, plan, Wait::gemm2_done, p.act2_done, TileOrder<C>::kTilesN2, tile.row - p.pool_rows);
+            wait_block(p, table, Wait::gemm2_done, p.act2_done, TileOrder<C>::kTilesN2,
+                       tile.row - p.pool_rows);
         ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
     }
 
@@ -102,8 +111,10 @@ template <class C> struct LoadActivations {
     /// held before, maybe NaN; a row of a product depends on no other row, and these are not stored.  A half with no rows is
     /// not read either.
     MEGA_DEVICE void stream(const Tile& tile) const {
-        const bool first = tile.kind == Tile::gemm1, small = tile.rows <= kActBoxRows - kSmallBoxRows;
-        const ptx::TensorMap* map = first ? (small ? &p.act1_small : &p.act1) : (small ? &p.act2_small : &p.act2);
+        const bool first = tile.kind == Tile::gemm1,
+                   small = tile.rows <= kActBoxRows - kSmallBoxRows;
+        const ptx::TensorMap* map = first ? (small ? &p.act1_small : &p.act1)
+                                          : (small ? &p.act2_small : &p.act2);
         const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.pool_row;
         const u32 box = small ? kSmallBoxRows : kActBoxRows, boxes = ceil_div(tile.rows, box);
         const u32 scale_bytes = ceil_div(tile.rows, 4u) * 16;
@@ -112,10 +123,12 @@ template <class C> struct LoadActivations {
             wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
             const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
             ptx::mbarrier_expect(full, boxes * box * kBlockK + scale_bytes);
-            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);   // there is always one box, most often no other
+            // there is always one box, most often no other
+            ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);
 #pragma unroll 1
             for (u32 i = 1; i < boxes; ++i)
-                ptx::tma_load_2d(at + i * box * kBlockK, map, full, k * kBlockK, tile.pool_row + i * box);
+                ptx::tma_load_2d(at + i * box * kBlockK, map, full, k * kBlockK,
+                                 tile.pool_row + i * box);
             ptx::bulk_load(shared.act_scales(ring.stage), scales, scale_bytes, full);
             ptx::mbarrier_arrive(full);
         }
@@ -137,4 +150,4 @@ template <class C> struct LoadActivations {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

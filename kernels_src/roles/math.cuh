@@ -21,7 +21,8 @@ template <class C> struct Math {
         if (tile.rows() <= first) return;
         const u32 rows = tile.rows() - first;   // valid ones from this warp's first on
         const Staging staging{shared.staging(group * 4 + warp), ptx::thread_id_again() % kWarp};
-        if (tile.kind() == Tile::gemm2) Scatter<C>{p, staging, tile.row() + first, rows, tile.n()}.run(result);
+        if (tile.kind() == Tile::gemm2)
+            Scatter<C>{p, staging, tile.row() + first, rows, tile.n()}.run(result);
         else SwigluQuant<C>{p, staging, tile.pool_row() + first, rows, tile.n()}.run(result);
     }
 
@@ -54,4 +55,4 @@ template <class C> struct Math {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

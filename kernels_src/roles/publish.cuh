@@ -11,22 +11,25 @@
 
 namespace megamoe {
 
-template <class C> MEGA_DEVICE void publish_tiles(const Params& p, const Shared<C>& shared, const Plan& plan, Timeline<C>& timeline) {
-    const bool ring = plan.blocks() > p.pool_rows / kPoolAlign;
+template <class C> MEGA_DEVICE void publish_tiles(const Params& p, const Shared<C>& shared,
+                                                  const ExpertTable& table, Timeline<C>& timeline) {
+    const bool ring = table.blocks() > p.pool_rows / kPoolAlign;
     const TileSlots<C> slots{p, shared};
     for (u32 index = 0;; ++index) {
         const Tile tile = slots.read(index);
         if (tile.kind == Tile::stop) break;
         timeline.start();
         const Ring<kTileSlots> at(index);
-        const Wait what = tile.kind == Tile::gemm1 ? Wait::gemm1_tile_stored : Wait::gemm2_tile_stored;
+        const Wait what = tile.kind == Tile::gemm1 ? Wait::gemm1_tile_stored
+                                                   : Wait::gemm2_tile_stored;
         wait_barrier(p, what, shared.tile_stored(at.stage), at.parity, index);
         u32* counters = tile.kind == Tile::gemm1 ? p.act2_ready : p.act2_done;
         if (tile.kind == Tile::gemm1 || ring)
-            for (u32 r = 0; r < tile.rows; r += kCounterRows) ptx::add_release(counters + (tile.row + r) / kCounterRows, 1);
+            for (u32 r = 0; r < tile.rows; r += kCounterRows)
+                ptx::add_release(counters + (tile.row + r) / kCounterRows, 1);
         timeline.done(tile.kind == Tile::gemm1 ? Span::gemm1 : Span::gemm2, tile.row);
         slots.release(index);
     }
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -6,82 +6,90 @@
 //
 // It comes earlier when the next unit of GEMM 1 would run into rows of the ring that GEMM 2 has not used yet.
 //
-// A phase is one GEMM of one unit; a column is the tiles of a phase that have their 256 columns n, and so their weights, in
+// A sweep is one GEMM of one unit; a column is the tiles of a sweep that have their 256 columns n, and so their weights, in
 // common.  The L2 has two halves.  An SM reads through the near one, so what SMs near both read lies in both, and is copied
 // across the link between them.  With two sides, each takes every other column, by tickets of its own: a weight is then read
-// on one side only, and weights take up half as much of the L2.  Both sides walk over the same phases, so they stay together; of an odd
+// on one side only, and weights take up half as much of the L2.  Both sides walk over the same sweeps, so they stay together; of an odd
 // number of columns a side has one more in every other unit, of each GEMM for itself, since their tiles differ in depth.
 //
-//   phase       GEMM 1 of unit 0, 16 columns     GEMM 2 of unit 0, 3 columns     GEMM 1 of unit 1     GEMM 2 of unit 1
+//   sweep       GEMM 1 of unit 0, 16 columns     GEMM 2 of unit 0, 3 columns     GEMM 1 of unit 1     GEMM 2 of unit 1
 //   side 0      n = 0, 2, 4 ... 14               n = 0, 2                        n = 0, 2 ...         n = 1
 //   side 1      n = 1, 3, 5 ... 15               n = 1                           n = 1, 3 ...         n = 0, 2
 //
-// No deadlock: a tile waits only for tiles of earlier phases, each side's tickets are taken in order by resident blocks, of
-// which each side that has tiles has some (comm/sides.cuh), and the first unfinished phase waits for nothing but dispatch, which has its
-// own warps and waits for earlier phases only.
+// No deadlock: a tile waits only for tiles of earlier sweeps, each side's tickets are taken in order by resident blocks, of
+// which each side that has tiles has some (comm/sides.cuh), and the first unfinished sweep waits for nothing but dispatch, which has its
+// own warps and waits for earlier sweeps only.
 //
 // Pure index arithmetic: it also compiles with a plain C++17 compiler.
 #pragma once
-#include "sched/plan.cuh"
+#include "sched/experts.cuh"
 
 namespace megamoe {
 
 /// Walks over the units of all experts that have rows.
 template <class C> struct UnitCursor {
-    u32 active = 0;      // position in Plan::active
-    u32 row, rows;       // the unit's first row; rows of the expert from there on
-    u32 width, most;     // m-blocks of the unit; of the expert's largest
+    u32 active = 0;    // position in ExpertTable::active
+    u32 row, rows;     // the unit's first row; rows of the expert from there on
+    u32 width, most;   // m-blocks of the unit; of the expert's largest
 
-    MEGA_DEVICE explicit UnitCursor(const Plan& plan) { enter(plan); }
-    MEGA_DEVICE bool done(const Plan& plan) const { return active == plan.active_experts; }
+    MEGA_DEVICE explicit UnitCursor(const ExpertTable& table) { enter(table); }
+    MEGA_DEVICE bool done(const ExpertTable& table) const { return active == table.active_experts; }
     /// First and last block of 128 rows.
     MEGA_DEVICE u32 first() const { return row / kPoolAlign; }
     MEGA_DEVICE u32 last() const { return (row + width * C::kBlockM - 1) / kPoolAlign; }
 
     /// An expert's units are about equal: one that is left over would load all weights again for a block or two.
-    MEGA_DEVICE void enter(const Plan& plan) {
-        if (done(plan)) return;
-        const u32 expert = plan.active[active];
-        row = plan.bases[expert] * kPoolAlign, rows = plan.rows[expert];
+    MEGA_DEVICE void enter(const ExpertTable& table) {
+        if (done(table)) return;
+        const u32 expert = table.active[active];
+        row = table.bases[expert] * kPoolAlign, rows = table.rows[expert];
         const u32 units = (rows + kUnitRows / 2) / kUnitRows, blocks = ceil_div(rows, C::kBlockM);
         width = most = units > 1 ? ceil_div(blocks, units) : blocks;
     }
-    MEGA_DEVICE void advance(const Plan& plan) {
+    MEGA_DEVICE void advance(const ExpertTable& table) {
         const u32 taken = width * C::kBlockM;
-        if (taken < rows) row += taken, rows -= taken, width = min_u32(most, ceil_div(rows, C::kBlockM));
-        else ++active, enter(plan);
+        if (taken < rows)
+            row += taken, rows -= taken, width = min_u32(most, ceil_div(rows, C::kBlockM));
+        else ++active, enter(table);
     }
 };
 
 template <class C> struct TileOrder {
-    static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN, kTilesN2 = ceil_div(C::kHidden, kBlockN);
+    static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN,
+                         kTilesN2 = ceil_div(C::kHidden, kBlockN);
 
-    const Plan& plan;
-    const u32 lag, ring;                // GEMM 1 tiles; blocks of 128 rows in a pool
-    UnitCursor<C> next1, next2;         // next unit of GEMM 1 and of GEMM 2
-    u32 issued1 = 0, passed1 = 0;       // GEMM 1 tiles in phases so far; in units whose GEMM 2 has come
-    u32 first = 0, count = 0;           // this side's tickets of the current phase: one unit of one GEMM
-    u32 skip1, skip2;                   // columns before this side's first of the next unit, by GEMM: 0 or 1
-    u32 skipped = 0;                    // the same of the current phase; with one side always 0
+    const ExpertTable& table;
+    const u32 lag, ring;          // GEMM 1 tiles; blocks of 128 rows in a pool
+    UnitCursor<C> next1, next2;   // next unit of GEMM 1 and of GEMM 2
+    // GEMM 1 tiles in sweeps so far; in units whose GEMM 2 has come
+    u32 issued1 = 0, passed1 = 0;
+    // this side's tickets of the current sweep: one unit of one GEMM
+    u32 first = 0, count = 0;
+    // columns before this side's first of the next unit, by GEMM: 0 or 1
+    u32 skip1, skip2;
+    u32 skipped = 0;   // the same of the current sweep; with one side always 0
     u32 kind = Tile::gemm1, expert = 0, row = 0, rows = 0, width = 0;
 
-    MEGA_DEVICE TileOrder(const Plan& plan_, u32 lag_, u32 pool_rows, u32 side)
-        : plan(plan_), lag(lag_), ring(pool_rows / kPoolAlign), next1(plan_), next2(next1), skip1(side), skip2(side) {}
+    MEGA_DEVICE TileOrder(const ExpertTable& table_, u32 lag_, u32 pool_rows, u32 side)
+        : table(table_), lag(lag_), ring(pool_rows / kPoolAlign), next1(table_), next2(next1),
+          skip1(side), skip2(side) {}
 
-    /// Moves to the next phase, in which this side may have no tile; false when there is none.
-    MEGA_DEVICE bool next_phase() {
-        if (next2.done(plan)) return false;
+    /// Moves to the next sweep, in which this side may have no tile; false when there is none.
+    MEGA_DEVICE bool next_sweep() {
+        if (next2.done(table)) return false;
         const u32 own1 = next2.width * kTilesN1;   // GEMM 1 tiles of the unit whose GEMM 2 is due
-        const bool due = next1.done(plan) || issued1 >= passed1 + own1 + lag || next1.last() >= next2.first() + ring;
+        const bool due = next1.done(table) || issued1 >= passed1 + own1 + lag ||
+                         next1.last() >= next2.first() + ring;
         UnitCursor<C> unit = due ? next2 : next1;
         kind = due ? Tile::gemm2 : Tile::gemm1;
-        expert = plan.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
-        unit.advance(plan);
+        expert = table.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
+        unit.advance(table);
         // with one side all columns are this side's; with two, half of what is left from its first on, rounded up
         skipped = due ? skip2 : skip1;
-        first += count, count = width * (((due ? kTilesN2 : kTilesN1) + plan.two_sides - skipped) >> plan.two_sides);
-        if (due) next2 = unit, passed1 += own1, skip2 ^= kTilesN2 & plan.two_sides;
-        else next1 = unit, issued1 += width * kTilesN1, skip1 ^= kTilesN1 & plan.two_sides;
+        first += count, count = width * (((due ? kTilesN2 : kTilesN1) + table.two_sides - skipped) >>
+                                         table.two_sides);
+        if (due) next2 = unit, passed1 += own1, skip2 ^= kTilesN2 & table.two_sides;
+        else next1 = unit, issued1 += width * kTilesN1, skip1 ^= kTilesN1 & table.two_sides;
         return true;
     }
 
@@ -89,14 +97,14 @@ template <class C> struct TileOrder {
     MEGA_DEVICE Tile locate(u32 ticket) {
         Tile tile = {};
         while (ticket - first >= count)
-            if (!next_phase()) {
+            if (!next_sweep()) {
                 tile.kind = Tile::stop;
                 return tile;
             }
         const u32 block = (ticket - first) % width * C::kBlockM;
         tile.kind = kind;
         tile.expert = expert;
-        tile.n = ((ticket - first) / width << plan.two_sides) + skipped;
+        tile.n = ((ticket - first) / width << table.two_sides) + skipped;
         tile.row = row + block;
         tile.pool_row = tile.row % (ring * kPoolAlign);
         tile.rows = min_u32(C::kBlockM, rows - block);
@@ -105,4 +113,4 @@ template <class C> struct TileOrder {
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

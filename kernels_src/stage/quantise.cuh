@@ -48,7 +48,9 @@ template <class T> struct Eight {
 #pragma unroll
             for (u32 i = 0; i < 4 * kVectors; ++i) {
                 if constexpr (kOfWord == 1) v[i / 4].w[i % 4] = reinterpret_cast<const u32*>(p)[i];
-                else v[i / 4].w[i % 4] = reinterpret_cast<const u16*>(p)[2 * i] | u32(reinterpret_cast<const u16*>(p)[2 * i + 1]) << 16;
+                else
+                    v[i / 4].w[i % 4] = reinterpret_cast<const u16*>(p)[2 * i] |
+                                        u32(reinterpret_cast<const u16*>(p)[2 * i + 1]) << 16;
             }
         }
     }
@@ -66,14 +68,17 @@ template <class T> struct Eight {
 };
 
 /// The largest magnitude of the group that each half of the warp has in `in[j]`; all lanes of the warp call it.
-template <class T, u32 kCount> MEGA_DEVICE void largest_of_groups(const Eight<T> (&in)[kCount], float (&largest)[kCount]) {
+template <class T, u32 kCount> MEGA_DEVICE void largest_of_groups(const Eight<T> (&in)[kCount],
+                                                                  float (&largest)[kCount]) {
     if constexpr (T::kBytes == 2) {   // two groups at a time, one in either half of a word
 #pragma unroll
         for (u32 j = 0; j < kCount; j += 2) {
-            const u32 a = in[j].largest(), b = j + 1 < kCount ? in[j + 1 < kCount ? j + 1 : j].largest() : 0;
+            const u32 a = in[j].largest(),
+                      b = j + 1 < kCount ? in[j + 1 < kCount ? j + 1 : j].largest() : 0;
             u32 m = ptx::max_u16x2(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
 #pragma unroll
-            for (u32 d = kWarp / 4; d > 0; d /= 2) m = ptx::max_u16x2(m, __shfl_xor_sync(~0u, m, d));
+            for (u32 d = kWarp / 4; d > 0; d /= 2)
+                m = ptx::max_u16x2(m, __shfl_xor_sync(~0u, m, d));
             largest[j] = T::value(m & 0xFFFF);
             if (j + 1 < kCount) largest[j + 1] = T::value(m >> 16);
         }
@@ -97,7 +102,8 @@ struct Divisor {
 
     MEGA_DEVICE explicit Divisor(float largest) {
         const bool finite = __float_as_uint(largest) < 0x7F800000;
-        scale = finite ? quant_scale(fmaxf(largest, 1e-10f)) : largest + largest;   // infinity, or the NaN of arithmetic
+        // infinity, or the NaN of arithmetic
+        scale = finite ? quant_scale(fmaxf(largest, 1e-10f)) : largest + largest;
         inverse = finite ? reciprocal_rn(scale) : ptx::reciprocal_approx(scale);
         correct = finite ? scale : 0;   // by infinity: zero or NaN, without a correction
     }
@@ -112,12 +118,12 @@ struct Divisor {
 /// Where the rows of a call lie and where their codes and scales go, which have no gaps between rows.
 struct Rows {
     const u8* x;
-    u64 stride;      // bytes from row to row
+    u64 stride;   // bytes from row to row
     u8* codes;
     float* scales;
-    u32 per_row;     // groups of 128 columns
-    u32 groups;      // of all rows
-    bool aligned;    // rows begin at multiples of 16
+    u32 per_row;    // groups of 128 columns
+    u32 groups;     // of all rows
+    bool aligned;   // rows begin at multiples of 16
 };
 
 /// Groups `first` to `first` + 2 * kCount, of those that there are, by a warp.
@@ -149,14 +155,16 @@ template <class T, u32 kCount> MEGA_DEVICE void quantise_groups(const Rows& rows
 }
 
 /// All groups, shared out among `workers` warps of which this is number `worker`.
-template <class T, u32 kCount> MEGA_DEVICE void quantise_rows(const Rows& rows, u32 worker, u32 workers) {
+template <class T, u32 kCount> MEGA_DEVICE void quantise_rows(const Rows& rows, u32 worker,
+                                                              u32 workers) {
     if (rows.groups <= 4 * workers) {   // few: as many warps as there are, one load a lane
 #pragma unroll 1
         for (u32 g = 2 * worker; g < rows.groups; g += 2 * workers) quantise_groups<T, 1>(rows, g);
     } else {
 #pragma unroll 1
-        for (u32 g = 2 * kCount * worker; g < rows.groups; g += 2 * kCount * workers) quantise_groups<T, kCount>(rows, g);
+        for (u32 g = 2 * kCount * worker; g < rows.groups; g += 2 * kCount * workers)
+            quantise_groups<T, kCount>(rows, g);
     }
 }
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -6,7 +6,8 @@
 namespace megamoe {
 
 struct Cooperative {
-    static constexpr u32 kBlockM = 128;     // rows of a tile, half of them in the registers of each group
+    // rows of a tile, half of them in the registers of each group
+    static constexpr u32 kBlockM = 128;
     static constexpr u32 kTileGroups = 2;   // groups that compute a tile together
 
     /// What the math warpgroups run.
@@ -23,4 +24,4 @@ struct Cooperative {
     MEGA_DEVICE static void finish(const TileView&, u32) {}
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -10,7 +10,8 @@
 namespace megamoe {
 
 struct Pingpong {
-    static constexpr u32 kBlockM = 64;      // rows of a tile: all of it is in the registers of one group
+    // rows of a tile: all of it is in the registers of one group
+    static constexpr u32 kBlockM = 64;
     static constexpr u32 kTileGroups = 1;   // groups that compute a tile together
 
     /// What the math warpgroups run.
@@ -26,13 +27,17 @@ struct Pingpong {
         if (group == 1) give_turn(group);
     }
     /// Before a main loop.
-    MEGA_DEVICE static void take_turn(u32 group) { ptx::named_sync(kBarrierTurn + group, kMathGroups * kGroup); }
+    MEGA_DEVICE static void take_turn(u32 group) {
+        ptx::named_sync(kBarrierTurn + group, kMathGroups * kGroup);
+    }
     /// After it.
-    MEGA_DEVICE static void give_turn(u32 group) { ptx::named_arrive(kBarrierTurn + (group ^ 1), kMathGroups * kGroup); }
+    MEGA_DEVICE static void give_turn(u32 group) {
+        ptx::named_arrive(kBarrierTurn + (group ^ 1), kMathGroups * kGroup);
+    }
     /// At the stop tile: a turn for which there is no tile is taken too, which leaves the barrier as it was.
     MEGA_DEVICE static void finish(const TileView& stop, u32 group) {
         if (stop.owes_turn()) take_turn(group);
     }
 };
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 import megamoe_jit
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, sustained
-from megamoe_jit._bench.unfused_run import BaselineRow, add_baselines, baseline_rows, fastest
+from megamoe_jit._bench.documents import BaselineRow, Row
+from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._errors import UnsupportedDeviceError
@@ -50,37 +50,6 @@ VARIANTS = (AUTO, *(variant.value for variant in Variant))
 FEW_TOKENS = (1, 2, 4, 8, 32)
 FEW_SHAPES = ("v4-flash", "v4-pro")
 CHECKED_TOKENS = 64  #: rows compared with the reference; they reach every expert of the default shapes
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What was measured for one case and variant; times in microseconds."""
-
-    shape: str
-    hidden: int
-    intermediate: int
-    experts: int
-    topk: int
-    tokens: int
-    variant: str  #: as asked for
-    kernel: str  #: the variant that ran
-    median_us: float
-    min_us: float
-    max_us: float
-    sustained_us: float
-    staged_us: float  #: median with the copies of the inputs into the buffer
-    diff: float
-    worst_row_diff: float
-    correct: bool
-    tflops: float
-    weights_tb_s: float  #: bytes of touched weights over the median time
-    baseline: str | None  #: the fastest unfused method with the right answer, if that was timed
-    baseline_us: float | None
-    baseline_speedup: float | None  #: how many times faster than it
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def require_hopper() -> torch.device:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from megamoe_jit._bench.measure import Row
+from megamoe_jit._bench.documents import RankRow
 from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._spec.formats import FP8
 
 __all__ = ["RankRow", "merge"]
-
-
-@dataclass(frozen=True, slots=True)
-class RankRow(Row):
-    """A row of several ranks; `experts` are those of one GPU, times are the largest over ranks."""
-
-    ranks: int
-    rank_medians_us: list[float]
-    one_rank_us: float  #: the same variant on one GPU and its own experts
-    vs_one_rank: float
 
 
 def merge(

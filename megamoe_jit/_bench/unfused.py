@@ -35,7 +35,7 @@ def _combine(rows: torch.Tensor, where: torch.Tensor, weights: torch.Tensor) -> 
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Exchange:
     """Row counts, exchanged before the timing."""
 
     sent: list[int]  #: rows to each rank
@@ -45,7 +45,7 @@ class _Plan:
     first_padded: torch.Tensor  #: the same, padded
 
 
-def _make_plan(ids: torch.Tensor, experts: int, group: Any, row_step: int) -> _Plan:
+def _make_exchange(ids: torch.Tensor, experts: int, group: Any, row_step: int) -> _Exchange:
     rank, ranks = group_rank(group), group_size(group)
     local = experts // ranks
     everyone = gather(group, torch.bincount(ids.reshape(-1), minlength=experts).tolist())
@@ -53,7 +53,7 @@ def _make_plan(ids: torch.Tensor, experts: int, group: Any, row_step: int) -> _P
     mine = counts[:, rank].sum(dim=0)
     padded = -(-mine // row_step) * row_step
     ends = padded.cumsum(0)
-    return _Plan(
+    return _Exchange(
         counts[rank].sum(dim=1).tolist(),
         counts[:, rank].sum(dim=1).tolist(),
         ends.tolist(),
@@ -88,18 +88,18 @@ class Baseline:
     ) -> None:
         self.method, self.group, self.local = method, group, experts // group_size(group)
         self.rank = group_rank(group)
-        self.plan = _make_plan(inputs.topk_idx, experts, group, method.row_step)
-        self.first, self.second = method(l1, self.plan.ends), method(l2, self.plan.ends)
+        self.exchange = _make_exchange(inputs.topk_idx, experts, group, method.row_step)
+        self.first, self.second = method(l1, self.exchange.ends), method(l2, self.exchange.ends)
         exact = method.quantise is Gemm.quantise
         self.codes, self.scales = (inputs.x_q, inputs.x_sf) if exact else method.quantise(inputs.x.float())
         self.ids, self.weights = inputs.topk_idx, inputs.topk_weights
         tokens, hidden = self.codes.shape
         width = hidden + self.scales.shape[1] * 4
-        device, rows = self.codes.device, sum(self.plan.received)
+        device, rows = self.codes.device, sum(self.exchange.received)
         self.received = torch.empty(rows, width, dtype=torch.uint8, device=device)
         self.received_ids = torch.empty(rows, dtype=torch.int64, device=device)
         self.returned = torch.empty(self.ids.numel(), hidden, dtype=torch.bfloat16, device=device)
-        padded = self.plan.ends[-1]
+        padded = self.exchange.ends[-1]
         self.rows = torch.zeros(padded, hidden, dtype=torch.uint8, device=device).view(self.codes.dtype)
         self.row_scales = torch.zeros(padded, self.scales.shape[1], dtype=torch.float32, device=device)
 
@@ -110,7 +110,7 @@ class Baseline:
         self._act: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = wrap(act)
         self._combine: Callable[..., torch.Tensor] = wrap(_combine)
 
-    def _exchange(self, out: torch.Tensor, rows: torch.Tensor, into: list[int], of: list[int]) -> torch.Tensor:
+    def _all_to_all(self, out: torch.Tensor, rows: torch.Tensor, into: list[int], of: list[int]) -> torch.Tensor:
         """Rows from all ranks, in `out`; with one rank the rows themselves."""
         if group_size(self.group) == 1:
             return rows
@@ -121,22 +121,22 @@ class Baseline:
 
     def __call__(self) -> torch.Tensor:
         """Output bfloat16 ``[T, H]``."""
-        plan, hidden, topk = self.plan, self.codes.shape[1], self.ids.shape[1]
+        exchange, hidden, topk = self.exchange, self.codes.shape[1], self.ids.shape[1]
         ids, order = self.ids.reshape(-1).sort(stable=True)
         tokens = torch.cat((self.codes.view(torch.uint8), self.scales.view(torch.uint8)), dim=1)
         send = tokens[torch.div(order, topk, rounding_mode="floor")]
-        received = self._exchange(self.received, send, plan.received, plan.sent)
-        received_ids = self._exchange(self.received_ids, ids, plan.received, plan.sent)
+        received = self._all_to_all(self.received, send, exchange.received, exchange.sent)
+        received_ids = self._all_to_all(self.received_ids, ids, exchange.received, exchange.sent)
         expert, arrival = (received_ids - self.rank * self.local).sort(stable=True)
         place = torch.arange(expert.numel(), dtype=torch.int64, device=expert.device)
-        place += (plan.first_padded - plan.first)[expert]
+        place += (exchange.first_padded - exchange.first)[expert]
         sorted_rows = received[arrival]
         self.rows.view(torch.uint8)[place] = sorted_rows[:, :hidden]
         self.row_scales[place] = sorted_rows[:, hidden:].contiguous().view(torch.float32)
         results = self.second(*self._act(self.first(self.rows, self.row_scales)))
         where = torch.empty_like(place)
         where[arrival] = place
-        returned = self._exchange(self.returned, results[where], plan.sent, plan.received)
+        returned = self._all_to_all(self.returned, results[where], exchange.sent, exchange.received)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
         return self._combine(returned, back, self.weights)

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megamoe_jit._bench.clock import TimedCall
 from megamoe_jit._bench.contenders import METHODS, Contender
+from megamoe_jit._bench.documents import BaselineRow
 from megamoe_jit._bench.grouped_gemm import refusal
 from megamoe_jit._check.scenarios import Inputs, Weights
 from megamoe_jit._layer.group import gather, group_size
 from megamoe_jit._spec import MoEShape
 
 __all__ = ["BaselineRow", "add_baselines", "baseline_rows", "fastest", "label", "prepare", "unusable"]
-
-
-@dataclass(frozen=True, slots=True)
-class BaselineRow:
-    """One way to do the layer unfused; times are the largest over ranks."""
-
-    shape: str
-    experts: int
-    tokens: int
-    ranks: int
-    method: str
-    graph: bool  #: replayed as a CUDA graph
-    compiled: bool  #: element-wise steps fused by torch.compile
-    median_us: float | None
-    min_us: float | None
-    max_us: float | None
-    diff: float | None
-    bound: float  #: of `diff`
-    correct: bool
-    reason: str  #: why there is no time
 
 
 def label(method: Contender) -> str:

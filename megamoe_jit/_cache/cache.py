@@ -137,7 +137,7 @@ class KernelCache(EntryStore):
             max_bytes = self.max_bytes
         entries = self.entries()
         current = _evict.current_builder() if keep_current else None
-        doomed = _evict.plan(entries, max_bytes=max_bytes, older_than_s=older_than_s, current=current)
+        doomed = _evict.to_remove(entries, max_bytes=max_bytes, older_than_s=older_than_s, current=current)
         report = self.remove(info.key for info in doomed)
         return replace(report, bytes=report.bytes + self._empty_quarantine())
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megamoe_jit._cache.identity import cache_key, identity_problem, is_key, kernel_problem, source_id
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
@@ -101,16 +100,6 @@ class EntryInfo:
     def compiler(self) -> str:
         """Version of the NVRTC that made it."""
         return self.meta.get("nvrtc", {}).get("version", "")
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain data: the metadata and what the file system adds."""
-        return {
-            **self.meta,
-            "key": self.key,
-            "path": str(self.path),
-            "used_at": self.used_at,
-            "disk_bytes": self.disk_bytes,
-        }
 
 
 class Damaged(Exception):

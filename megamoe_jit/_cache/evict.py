@@ -15,7 +15,7 @@ from megamoe_jit._cache.store import PruneReport
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._version import __version__
 
-__all__ = ["GRACE_S", "current_builder", "evict", "plan"]
+__all__ = ["GRACE_S", "current_builder", "evict", "to_remove"]
 
 GRACE_S = 600.0  #: what was made or used within this time is kept, whatever the size
 LOW_WATER = 0.9  #: an eviction comes down to this part of the limit, so that not every publish evicts
@@ -31,7 +31,7 @@ def current_builder() -> tuple[str, str] | None:
         return None
 
 
-def plan(
+def to_remove(
     entries: Iterable[EntryInfo],
     *,
     max_bytes: int | None = None,
@@ -92,6 +92,6 @@ def evict(cache: Evictable, max_bytes: int) -> PruneReport:
         if free:
             entries = cache.entries()
             if sum(info.disk_bytes for info in entries) > max_bytes:
-                doomed = plan(entries, max_bytes=int(max_bytes * LOW_WATER), current=current_builder())
+                doomed = to_remove(entries, max_bytes=int(max_bytes * LOW_WATER), current=current_builder())
                 return cache.remove(info.key for info in doomed)
     return PruneReport((), 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from megamoe_jit._check import scenarios as _scenarios
+from megamoe_jit._check.documents import Outcome
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights
 from megamoe_jit._errors import DeviceFaultError, PeerTimeoutError
 from megamoe_jit._spec import MoEShape, Variant
@@ -48,23 +49,6 @@ class Verdict:
     zero_rows_ok: bool
     passed: bool
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Result of one scenario with one variant."""
-
-    name: str
-    variant: str
-    diff: float
-    worst_row_diff: float
-    zero_rows_ok: bool
-    passed: bool
-    reason: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; a figure that does not exist is null."""
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
 
 def judge(y: torch.Tensor, expected: torch.Tensor) -> Verdict:

@@ -8,23 +8,23 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import click
 
+from megamoe_jit._documents import Document, content, envelope, plain
 from megamoe_jit._text import human_bytes, one_line, printable
 
 __all__ = [
-    "SCHEMA_VERSION",
     "CorruptionError",
     "ExitCode",
     "colours_wanted",
     "confirm",
     "copy_out",
-    "document",
-    "emit_json",
+    "emit",
     "end",
     "human_bytes",
     "json_option",
@@ -36,8 +36,6 @@ __all__ = [
     "show",
     "table",
 ]
-
-SCHEMA_VERSION = 1  #: of every JSON document; raised when a field changes its meaning or goes away
 
 
 class ExitCode(IntEnum):
@@ -100,28 +98,29 @@ def end(code: ExitCode) -> None:
         raise click.exceptions.Exit(code)
 
 
-def document(kind: str, **fields: Any) -> dict[str, Any]:
-    """The envelope of every JSON document; sizes in bytes, times in seconds unless a name says otherwise."""
-    return {"schema_version": SCHEMA_VERSION, "kind": kind, **fields}
-
-
-def emit_json(doc: dict[str, Any]) -> None:
-    """Print `doc` on standard output, one field or list item per line; what JSON has no number for becomes null."""
-    click.echo("{\n" + ",\n".join(f" {json.dumps(key)}: {_value(value)}" for key, value in doc.items()) + "\n}")
+def emit(doc: Document) -> None:
+    """Print a document on standard output, one field or list item per line; what is no number in JSON becomes null."""
+    fields = envelope(doc).items()
+    click.echo("{\n" + ",\n".join(f" {json.dumps(name)}: {_value(value)}" for name, value in fields) + "\n}")
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, list) and value:
+    if isinstance(value, list | tuple) and value:
         return "[\n" + ",\n".join(f"  {_compact(item)}" for item in value) + "\n ]"
     return _compact(value)
 
 
 def _compact(value: Any) -> str:
     try:
-        text = json.dumps(value, default=str, allow_nan=False)
+        text = json.dumps(value, default=_plain, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), default=str, allow_nan=False)
+        text = json.dumps(_finite(plain(value)), default=_plain, allow_nan=False)
     return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: parts of documents by field, paths and the like as they are written."""
+    return content(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def _finite(value: Any) -> Any:

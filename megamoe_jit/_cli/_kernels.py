@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megamoe_jit._cli._io import live_terminal, say, table
 from megamoe_jit._cli._options import per_shape
 from megamoe_jit._errors import ToolchainError
 
 if TYPE_CHECKING:
+    from megamoe_jit._jit.documents import Kernel
     from megamoe_jit._jit.runtime import WarmupResult
     from megamoe_jit._spec import MoEShape
     from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
 
-__all__ = ["compile_kernels", "kernel_document", "kernel_specs", "kernel_table", "spec_document", "status"]
+__all__ = ["compile_kernels", "kernel_specs", "kernel_table"]
 
 
 def kernel_specs(
@@ -48,13 +48,6 @@ def kernel_specs(
     return list(dict.fromkeys(specs))
 
 
-def status(result: WarmupResult) -> str:
-    """`compiled`, `cached` or `failed`."""
-    if result.kernel is None:
-        return "failed"
-    return "compiled" if result.kernel.origin == "compiled" else "cached"
-
-
 class _Stop(Exception):
     """The first failure has come."""
 
@@ -62,8 +55,10 @@ class _Stop(Exception):
 @contextlib.contextmanager
 def _progress(specs: Sequence[Compilable], jobs: int, keep: bool) -> Iterator[Callable[[WarmupResult], None]]:
     """Yields a function to call with each result: redraws a live line per kernel, or prints a plain one."""
+    from megamoe_jit._jit.documents import status_of
+
     if not live_terminal():
-        yield lambda result: say(f"{status(result):8}  {result.spec.entry}  {result.seconds:.2f} s")
+        yield lambda result: say(f"{status_of(result):8}  {result.spec.kernel_name}  {result.seconds:.2f} s")
         return
     from rich.console import Console
     from rich.live import Live
@@ -73,7 +68,7 @@ def _progress(specs: Sequence[Compilable], jobs: int, keep: bool) -> Iterator[Ca
     console = Console(stderr=True, highlight=False, markup=False)
     lines = LiveKernels(specs, jobs, console)
     with Live(lines, console=console, refresh_per_second=10, transient=not keep):
-        yield lambda result: lines.finish(result.spec.entry, status(result), result.seconds)
+        yield lambda result: lines.finish(result.spec.kernel_name, status_of(result), result.seconds)
 
 
 def compile_kernels(
@@ -99,6 +94,7 @@ def compile_kernels(
     Raises:
         ToolchainError: There is no compiler to compile any of them with.
     """
+    from megamoe_jit._jit.documents import stored
     from megamoe_jit._jit.runtime import warmup
     from megamoe_jit._settings.settings import get_settings
 
@@ -117,7 +113,7 @@ def compile_kernels(
     except _Stop:
         pass
     except KeyboardInterrupt:  # after the display, which would wipe it out
-        kept = sum(_stored(result) for result in results.values())
+        kept = sum(stored(result) for result in results.values())
         say(f"{kept} of {len(specs)} kernels are ready and kept; of the others, none was finished")
         raise
     found = [results[spec] for spec in specs if spec in results]
@@ -127,60 +123,20 @@ def compile_kernels(
     return found
 
 
-def spec_document(spec: Compilable, status: str, meta: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """A kernel for a JSON document, with what its cache entry says if it has one."""
-    return {
-        "kernel": spec.entry,
-        "spec": spec.to_json(),
-        "status": status,
-        "key": None,
-        "registers": meta.get("registers"),
-        "spill_bytes": meta.get("spill_bytes"),
-        "shared_bytes": spec.shared_bytes,
-        "nvrtc": meta.get("nvrtc", {}).get("version"),
-        "seconds": None,
-        "stored": False,
-        "error": None,
-    }
-
-
-def _stored(result: WarmupResult) -> bool:
-    """Whether other processes will find the kernel."""
-    from megamoe_jit._jit.runtime import kernel_cache
-    from megamoe_jit._settings.settings import get_settings
-
-    if result.kernel is None:
-        return False
-    if result.kernel.origin != "compiled":
-        return True
-    return not get_settings().no_cache and kernel_cache().usable(result.kernel.key, result.spec.entry)
-
-
-def kernel_document(result: WarmupResult) -> dict[str, Any]:
-    """What came of one kernel, for a JSON document."""
-    return {
-        **spec_document(result.spec, status(result), result.kernel.meta if result.kernel else {}),
-        "key": result.kernel.key if result.kernel else None,
-        "seconds": result.seconds,
-        "stored": _stored(result),
-        "error": str(result.error) if result.error else None,
-    }
-
-
-def kernel_table(kernels: Sequence[dict[str, Any]]) -> str:
-    """One line per kernel document."""
+def kernel_table(kernels: Sequence[Kernel]) -> str:
+    """One line per kernel."""
 
     def figure(value: float | None, form: str = "d") -> str:
         return "-" if value is None else f"{value:{form}}"
 
     rows = [
         (
-            kernel["kernel"],
-            kernel["status"],
-            figure(kernel["registers"]),
-            figure(kernel["spill_bytes"]),
-            kernel["shared_bytes"],
-            figure(kernel["seconds"], ".2f"),
+            kernel.kernel,
+            kernel.status,
+            figure(kernel.registers),
+            figure(kernel.spill_bytes),
+            kernel.shared_bytes,
+            figure(kernel.seconds, ".2f"),
         )
         for kernel in kernels
     ]

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megamoe_jit._cli._io import CorruptionError, say
 from megamoe_jit._errors import ConfigError, KernelMissingError
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DAMAGE_ADVICE",
     "all_caches",
-    "entry_document",
     "entry_info",
     "find_entries",
     "fit_note",
@@ -105,7 +104,7 @@ def find_entries(text: str, *, to_remove: bool = False) -> list[Found]:
     if not found:
         step = "`megamoe-jit cache ls` lists the kernels" if to_remove else f"run: {warmup_command(spec)}"
         places = ", ".join(str(each.path) for each in caches)
-        raise KernelMissingError(f"kernel {spec.entry} is not in the cache {places}; {step}")
+        raise KernelMissingError(f"kernel {spec.kernel_name} is not in the cache {places}; {step}")
     try:
         chosen = first_whole((each for each in found if each.fit is found[0].fit), with_source=False)
     except (Damaged, OSError):
@@ -183,11 +182,3 @@ def whole_keys(texts: tuple[str, ...]) -> list[str]:
             raise ConfigError(f"{text!r} is {len(own)} times in the cache {where}; name a key: {_listed(own)}")
         keys[own[0].key] = None
     return list(keys)
-
-
-def entry_document(info: EntryInfo) -> dict[str, Any]:
-    """An entry for a JSON document."""
-    from datetime import UTC, datetime
-
-    used = datetime.fromtimestamp(info.used_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {**info.to_json(), "used_at": used}

@@ -49,7 +49,7 @@ class LiveKernels:
 
     def __init__(self, specs: Sequence[Compilable], jobs: int, console: Console) -> None:
         self._console = console
-        self._names = [spec.entry for spec in specs]
+        self._names = [spec.kernel_name for spec in specs]
         self._done: dict[str, tuple[str, float]] = {}
         self._started: dict[str, float] = {}
         self._jobs = jobs

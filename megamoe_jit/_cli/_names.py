@@ -39,10 +39,10 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
     """
     from megamoe_jit._spec import KernelSpec
     from megamoe_jit._spec.inputs import Inputs
-    from megamoe_jit._spec.kinds import spec_of_entry
+    from megamoe_jit._spec.kinds import spec_of_kernel_name
     from megamoe_jit.heuristics.presets import preset
 
-    if named := spec_of_entry(text):
+    if named := spec_of_kernel_name(text):
         return named
     name, *rest = text.split("/")
     file = text.endswith(".toml") or ".toml/" in text

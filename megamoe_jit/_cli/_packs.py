@@ -8,8 +8,7 @@ import click
 
 from megamoe_jit._cli._io import (
     CorruptionError,
-    document,
-    emit_json,
+    emit,
     human_bytes,
     json_option,
     kernel_count,
@@ -47,6 +46,7 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
     Exit code 4 if a kernel is damaged; nothing is written then, and nothing is put aside.
     """
     from megamoe_jit._cache.entry import Damaged
+    from megamoe_jit._jit.documents import CacheExport
     from megamoe_jit._jit.pack import export_pack
 
     _must_be_plain(file)
@@ -60,8 +60,7 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
             raise CorruptionError(f"{error}; {DAMAGE_ADVICE}") from error
         raise
     if as_json:
-        rows = [{"key": key, "kernel": kernel} for key, kernel in zip(pack.keys, pack.kernels, strict=True)]
-        emit_json(document("cache-export", path=str(pack.path), bytes=pack.bytes, sha256=pack.sha256, kernels=rows))
+        emit(CacheExport.of(pack))
     else:
         for key, kernel in zip(pack.keys, pack.kernels, strict=True):
             show(f"{key[:12]}  {one_line(kernel)}")
@@ -80,6 +79,7 @@ def import_command(file: Path, as_json: bool) -> None:
     everybody.  Exit code 4 if the file is damaged; nothing is imported then.
     """
     from megamoe_jit._cache.cache import user_cache
+    from megamoe_jit._jit.documents import CacheImport
     from megamoe_jit._jit.pack import import_pack, read_pack
     from megamoe_jit._settings.settings import get_settings
 
@@ -93,16 +93,7 @@ def import_command(file: Path, as_json: bool) -> None:
     settings = get_settings()
     report = import_pack(file, settings.cache_dir if settings.source("cache_dir") == "argument" else None)
     if as_json:
-        emit_json(
-            document(
-                "cache-import",
-                path=str(file),
-                root=str(report.root),
-                imported=list(report.imported),
-                present=list(report.present),
-                bytes=report.bytes,
-            )
-        )
+        emit(CacheImport.of(str(file), report))
     else:
         for key in report.imported:
             show(f"{key[:12]}  {one_line(user_cache().info(key).entry)}")

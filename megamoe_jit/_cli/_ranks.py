@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import document, progress_line, show, table
+from megamoe_jit._cli._io import progress_line, show, table
 
 if TYPE_CHECKING:
+    from megamoe_jit._bench.documents import Bench, JudgedRow
     from megamoe_jit.heuristics.presets import Preset
 
 __all__ = ["bench_document", "print_bench", "print_others", "rank_count", "run_ranks_option"]
@@ -49,11 +50,11 @@ def rank_count(ranks: int | None) -> int:
 def bench_document(
     presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence[str], ranks: int, baseline: bool
 ) -> dict[str, Any] | None:
-    """The document of a benchmark on several GPUs; None where torchrun runs another rank that reports."""
+    """What a benchmark on several GPUs found; None where torchrun runs another rank that reports."""
     from megamoe_jit._bench.measure_ranks import run
 
     with progress_line("bench", len(presets) * len(tokens) * len(variants)) as step:
-        found = run(
+        return run(
             presets,
             tokens,
             variants,
@@ -61,48 +62,47 @@ def bench_document(
             baseline=baseline,
             progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens  {r['variant']}: {r['median_us']:.1f} us"),
         )
-    return None if found is None else document("bench", **found)
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: JudgedRow) -> tuple[str, ...]:
     def figure(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    times = (f"{row[key]:.1f}" for key in ("median_us", "min_us", "max_us", "sustained_us", "one_rank_us"))
+    times = (figure(time, 1) for time in (row.median_us, row.min_us, row.max_us, row.sustained_us, row.one_rank_us))
     return (
-        row["shape"],
-        row["variant"],
-        row["kernel"],
-        str(row["tokens"]),
+        row.shape,
+        row.variant,
+        row.kernel,
+        str(row.tokens),
         *times,
-        figure(row["vs_one_rank"], 3),
-        figure(row["baseline_us"], 1),
-        figure(row["baseline_speedup"], 2),
-        f"{row['diff']:.1e}" if row["correct"] else "WRONG",
+        figure(row.vs_one_rank, 3),
+        figure(row.baseline_us, 1),
+        figure(row.baseline_speedup, 2),
+        f"{row.diff:.1e}" if row.correct else "WRONG",
     )
 
 
-def print_bench(doc: dict[str, Any]) -> None:
+def print_bench(doc: Bench) -> None:
     """The document as tables."""
-    show(table(_HEADERS, [_cells(row) for row in doc["rows"]], left=(0, 1, 2)))
+    show(table(_HEADERS, [_cells(row) for row in doc.rows], left=(0, 1, 2)))
     print_others(doc)
 
 
-def print_others(doc: dict[str, Any]) -> None:
+def print_others(doc: Bench) -> None:
     """The ways to do the layer unfused, if they were timed."""
     others = [
         (
-            b["shape"],
-            str(b["tokens"]),
-            b["method"],
-            "graph" if b["graph"] else "eager",
-            "-" if b["median_us"] is None else f"{b['median_us']:.1f}",
-            "-" if b["diff"] is None else f"{b['diff']:.1e}" + ("" if b["correct"] else " WRONG"),
+            b.shape,
+            str(b.tokens),
+            b.method,
+            "graph" if b.graph else "eager",
+            "-" if b.median_us is None else f"{b.median_us:.1f}",
+            "-" if b.diff is None else f"{b.diff:.1e}" + ("" if b.correct else " WRONG"),
         )
-        for b in doc.get("baselines", ())
+        for b in doc.baselines or ()
     ]
     if others:
         show()
         show(table(("SHAPE", "TOKENS", "UNFUSED", "LAUNCHED", "MEDIAN us", "DIFF"), others, left=(0, 2, 3)))
-    for method, reason in doc.get("baselines_not_timed", {}).items():
+    for method, reason in (doc.baselines_not_timed or {}).items():
         show(f"not timed: {method} ({reason})")

@@ -12,8 +12,7 @@ import click
 from megamoe_jit._cli._io import (
     ExitCode,
     confirm,
-    document,
-    emit_json,
+    emit,
     end,
     human_bytes,
     json_option,
@@ -69,12 +68,13 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     that were put aside go.
     """
     from megamoe_jit._cache import evict as _evict
+    from megamoe_jit._cache.documents import CachePrune
 
     user = own_cache()
     limit = user.max_bytes if max_bytes is None and older_than is None else max_bytes
     entries, current = user.entries(), _evict.current_builder()
     doomed, wanted = (
-        _evict.plan(entries, max_bytes=limit, older_than_s=older_than, current=current, grace_s=grace)
+        _evict.to_remove(entries, max_bytes=limit, older_than_s=older_than, current=current, grace_s=grace)
         for grace in (_evict.GRACE_S, 0)
     )
     recent = len({info.key for info in wanted} - {info.key for info in doomed})
@@ -94,8 +94,7 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     else:
         what = f"nothing to remove in {place(user)}"
     if as_json:
-        done = {"removed": removed, "not_removed": kept, "bytes": freed, "kept_recent": recent}
-        emit_json(document("cache-prune", path=str(user.root), dry_run=dry_run, **done))
+        emit(CachePrune(str(user.root), dry_run, tuple(removed), tuple(kept), freed, recent))
     if not (doomed or aside.quarantined):
         say(what)
     elif dry_run:
@@ -135,11 +134,13 @@ def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
 
     Nothing is removed if one of them is not there, or if the cache has a SPEC several times: then a KEY says which.
     """
+    from megamoe_jit._cache.documents import CacheRemoval
+
     user = own_cache()
     wanted = whole_keys(keys)
     report = user.remove(wanted)
     if as_json:
-        emit_json(document("cache-rm", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
+        emit(CacheRemoval(str(user.root), report.removed, report.bytes))
     else:
         for key in report.removed:
             show(key)
@@ -154,6 +155,8 @@ def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def clear_command(yes: bool, as_json: bool) -> None:
     """Remove every kernel from the cache, damaged ones too."""
+    from megamoe_jit._cache.documents import CacheClear
+
     user = own_cache()
     before = user.stats()
     size = human_bytes(before.bytes + before.quarantined_bytes)
@@ -162,7 +165,7 @@ def clear_command(yes: bool, as_json: bool) -> None:
         confirm(f"Remove all of {user.root}: {kernel_count(before.entries)}{aside}, {size}?", yes)
     report = user.clear()
     if as_json:
-        emit_json(document("cache-clear", path=str(user.root), removed=list(report.removed), bytes=report.bytes))
+        emit(CacheClear(str(user.root), report.removed, report.bytes))
     left = user.keys()
     _say_kept(user, left)
     say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")

@@ -11,8 +11,7 @@ import click
 
 from megamoe_jit._cli._io import (
     ExitCode,
-    document,
-    emit_json,
+    emit,
     json_option,
     must_be_writable,
     progress_line,
@@ -22,24 +21,24 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
+from megamoe_jit._documents import plain
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
-    from megamoe_jit._bench.unfused_run import BaselineRow
+    from megamoe_jit._bench.documents import BaselineRow, Bench, Choice, JudgedRow
     from megamoe_jit._check.scenarios import Scenario
 
 __all__ = ["COLUMNS", "bench", "figure", "finish", "measured", "refuse_early"]
 
-Row = Mapping[str, Any]
-Columns = Mapping[str, Callable[[Row], str]]
-Draw = Callable[[Row, Path], Sequence[Path]]
+Columns = Mapping[str, Callable[["JudgedRow"], str]]
+Draw = Callable[[Mapping[str, Any], Path], Sequence[Path]]
 
 
-def figure(field: str, digits: int, factor: float = 1.0) -> Callable[[Row], str]:
+def figure(field: str, digits: int, factor: float = 1.0) -> Callable[[JudgedRow], str]:
     """The cell of a number, which may be missing."""
 
-    def cell(row: Row) -> str:
-        value = row[field]
+    def cell(row: JudgedRow) -> str:
+        value = getattr(row, field)
         return "-" if value is None else f"{value * factor:.{digits}f}"
 
     return cell
@@ -47,10 +46,10 @@ def figure(field: str, digits: int, factor: float = 1.0) -> Callable[[Row], str]
 
 #: Of the table for one GPU: headers, and what each makes of a row; the first three are words.
 COLUMNS: Columns = {
-    "SHAPE": lambda row: str(row["shape"]),
-    "VARIANT": lambda row: str(row["variant"]),
-    "KERNEL": lambda row: str(row["kernel"]),
-    "TOKENS": lambda row: str(row["tokens"]),
+    "SHAPE": lambda row: str(row.shape),
+    "VARIANT": lambda row: str(row.variant),
+    "KERNEL": lambda row: str(row.kernel),
+    "TOKENS": lambda row: str(row.tokens),
     "MEDIAN us": figure("median_us", 1),
     "MIN": figure("min_us", 1),
     "MAX": figure("max_us", 1),
@@ -59,7 +58,7 @@ COLUMNS: Columns = {
     "TFLOPS": figure("tflops", 0),
     "WEIGHTS TB/s": figure("weights_tb_s", 2),
     "% OF LIMIT": figure("limit_share", 0, 100),
-    "DIFF": lambda row: f"{row['diff']:.1e}" if row["correct"] else "WRONG",
+    "DIFF": lambda row: f"{row.diff:.1e}" if row.correct else "WRONG",
 }
 
 
@@ -73,15 +72,16 @@ def _print_card(anchors: Sequence[dict[str, float]]) -> None:
         )
 
 
-def _print_choice(choice: Row | None) -> None:
+def _print_choice(choice: Choice | None) -> None:
     if choice:
         show(
-            f"automatic choice: within 3 % of the best variant on {choice['close']} of {choice['rows']} rows, "
-            f"worst {choice['worst']:.3f} times its time ({choice['shape']}, {choice['tokens']} tokens)"
+            f"automatic choice: within 3 % of the best variant on {choice.close} of {choice.rows} rows, "
+            f"worst {choice.worst:.3f} times its time ({choice.shape}, {choice.tokens} tokens)"
         )
 
 
 def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, commit: str | None) -> dict[str, Any]:
+    """The fields of the document that are measured."""
     from dataclasses import asdict
 
     from megamoe_jit._bench import conditions as _bench_report
@@ -107,7 +107,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
             baselines=others,
         )
     card.append(_bench.anchors())
-    doc = document("bench", environment=conditions, anchors=card, rows=[row.to_json() for row in rows])
+    doc = {"environment": conditions, "anchors": card, "rows": [row.to_json() for row in rows]}
     if not_timed is not None:
         doc["baselines"] = [asdict(other) for other in others]
         doc["baselines_not_timed"] = {name: reason for name, reason in not_timed.items() if reason}
@@ -121,7 +121,7 @@ def measured(
     ranks: int | None,
     baseline: bool | None,
     commit: str | None = None,
-) -> dict[str, Any] | None:
+) -> Bench | None:
     """The document of what the options of `bench` ask for, measured now.
 
     Args:
@@ -142,6 +142,7 @@ def measured(
     refuse_without_gpu()
     from megamoe_jit._bench import measure as _bench
     from megamoe_jit._bench.derived import add_limits, choice_quality
+    from megamoe_jit._bench.documents import Bench
 
     wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
     if several > 1:
@@ -154,7 +155,7 @@ def measured(
         work = _bench.cases(presets, tokens) if tokens else _bench.default_cases(presets)
         found = _on_one(work, wanted, bool(baseline), commit)
     rows = add_limits(found["rows"], found["environment"]["device"])
-    return {**found, "rows": rows, "summary": [], "choice": choice_quality(rows)}
+    return Bench.of({**found, "rows": rows, "summary": [], "choice": choice_quality(rows)})
 
 
 def refuse_early(output: Path | None, picture: Path | None) -> None:
@@ -168,37 +169,37 @@ def refuse_early(output: Path | None, picture: Path | None) -> None:
         importlib.import_module("matplotlib")
 
 
-def _print(doc: dict[str, Any], as_json: bool, columns: Columns, lines: Sequence[str]) -> None:
+def _print(doc: Bench, as_json: bool, columns: Columns, lines: Sequence[str]) -> None:
     if as_json:
-        emit_json(doc)
+        emit(doc)
         return
-    if doc["environment"].get("ranks", 1) > 1:
+    if doc.environment.get("ranks", 1) > 1:
         print_bench(doc)
     else:
-        cells = [[cell(row) for cell in columns.values()] for row in doc["rows"]]
+        cells = [[cell(row) for cell in columns.values()] for row in doc.rows]
         show(table(list(columns), cells, left=(0, 1, 2)))
         print_others(doc)
-    _print_card(doc["anchors"])
+    _print_card(doc.anchors)
     for line in lines:
         show(line)
-    _print_choice(doc["choice"])
+    _print_choice(doc.choice)
 
 
-def _keep(doc: dict[str, Any], output: Path | None, picture: Path | None, draw: Draw | None) -> None:
+def _keep(doc: Bench, output: Path | None, picture: Path | None, draw: Draw | None) -> None:
     if output is not None:
         from megamoe_jit._bench import conditions as _bench_report
 
-        _bench_report.write(doc, output)
+        _bench_report.write(plain(doc), output)
         say(f"written: {output}")
     if picture is not None:
         from megamoe_jit._bench import plot
 
-        for drawn in (draw or plot.draw)(doc, picture):
+        for drawn in (draw or plot.draw)(plain(doc), picture):
             say(f"drawn: {drawn}")
 
 
 def finish(
-    doc: dict[str, Any],
+    doc: Bench,
     output: Path | None,
     picture: Path | None,
     as_json: bool,
@@ -225,9 +226,9 @@ def finish(
         _print(doc, as_json, columns, lines)
     finally:  # what was measured is kept even if nobody reads what is printed
         _keep(doc, output, picture, draw)
-    wrong = sum(not row["correct"] for row in doc["rows"])
+    wrong = sum(not row.correct for row in doc.rows)
     if wrong:
-        say(f"{wrong} of {len(doc['rows'])} rows differ from the reference")
+        say(f"{wrong} of {len(doc.rows)} rows differ from the reference")
         raise click.exceptions.Exit(ExitCode.FAILED)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from megamoe_jit._cli._io import (
     ExitCode,
     copy_out,
-    document,
-    emit_json,
+    emit,
     end,
     human_bytes,
     json_option,
@@ -22,7 +21,6 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._keys import (
     all_caches,
-    entry_document,
     entry_info,
     find_entries,
     fit_note,
@@ -34,9 +32,11 @@ from megamoe_jit._cli._names import looks_like_key
 from megamoe_jit._cli._options import FullSummaries, cache_dir_option, complete_kernel
 from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
+from megamoe_jit._documents import content
 
 if TYPE_CHECKING:
-    from megamoe_jit._cache.cache import CacheStats, EntryInfo
+    from megamoe_jit._cache.cache import EntryInfo
+    from megamoe_jit._cache.documents import Entry, Statistics
 
 __all__ = ["cache"]
 
@@ -51,11 +51,12 @@ def cache() -> None:
 @json_option
 def path(as_json: bool) -> None:
     """Print the cache directory."""
+    from megamoe_jit._cache.documents import CachePath
     from megamoe_jit._settings.settings import get_settings
 
     root = get_settings().cache_dir
     if as_json:
-        emit_json(document("cache-path", path=str(root), exists=os.path.isdir(root)))
+        emit(CachePath(str(root), os.path.isdir(root)))
     else:
         copy_out(str(root), nl=True)
 
@@ -86,10 +87,11 @@ def ls(as_json: bool) -> None:
     found = [(info, each.read_only) for each, entries, _ in listed for info in entries]
     found.sort(key=lambda row: (row[0].created_at, row[0].key))
     if as_json:
-        rows = [{**entry_document(info), "read_only": read_only} for info, read_only in found]
+        from megamoe_jit._cache.documents import CacheListing, Entry, ListedEntry
+
+        rows = tuple(ListedEntry(**Entry.known(info), read_only=read_only) for info, read_only in found)
         damaged = sum(count for _, _, count in listed)
-        own = listed[0][0].root
-        emit_json(document("cache-ls", path=str(own), disk_bytes=sizes[0], damaged=damaged, entries=rows))
+        emit(CacheListing(str(listed[0][0].root), sizes[0], damaged, rows))
     elif found:
         marked = len(listed) > 1
         headers = ("KEY", "KERNEL", "NVRTC", "REGISTERS", "SPILL B", "SIZE", "CREATED", "CACHE")
@@ -112,23 +114,30 @@ def info(key: str, as_json: bool) -> None:
     KEY may be cut short while it is unique; SPEC is SHAPE/VARIANT, as for `inspect`, or a kernel's name.  Of several
     entries of a SPEC the one that calls load is shown, and the others are named.
     """
+    from megamoe_jit._cache.documents import CacheInfo, Entry
+
     found = find_entries(key)
-    doc = entry_document(entry_info(found[0]))
+    entry = Entry.of(entry_info(found[0]))
     if as_json:
-        emit_json(document("cache-info", entry=doc, others=[each.key for each in others(found)]))
+        emit(CacheInfo(entry, tuple(each.key for each in others(found))))
     else:
-        show(_fields(doc))
+        show(_fields(entry))
     note = "" if looks_like_key(key) else fit_note(found)
     if note:
         say(note)
 
 
-def _fields(doc: dict[str, Any]) -> str:
+def _fields(entry: Entry) -> str:
     """One line per value, what matters most first."""
+    from megamoe_jit._cache.documents import Compiler
+
+    doc = content(entry)
     first = ("key", "entry", "path", "disk_bytes", "created_at", "used_at")
     rows: list[tuple[str, object]] = []
 
     def add(name: str, value: object) -> None:
+        if isinstance(value, Compiler):
+            value = content(value)
         if isinstance(value, dict):
             for inner, part in value.items():
                 add(f"{name}.{inner}", part)
@@ -145,35 +154,15 @@ def _fields(doc: dict[str, Any]) -> str:
     return "\n".join(table(("", ""), rows, left=(0, 1)).splitlines()[1:])
 
 
-def _stats_document(stats: CacheStats, read_only: bool) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
-    def date(seconds: float | None) -> str | None:
-        return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-    return {
-        "path": str(stats.root),
-        "read_only": read_only,
-        "entries": stats.entries,
-        "damaged": stats.damaged,
-        "bytes": stats.bytes,
-        "limit_bytes": stats.limit_bytes,
-        "quarantined": stats.quarantined,
-        "quarantined_bytes": stats.quarantined_bytes,
-        "oldest_use": date(stats.oldest_use),
-        "newest_use": date(stats.newest_use),
-    }
-
-
-def _stats_block(stats: dict[str, Any], where: str) -> str:
-    limit = "" if stats["limit_bytes"] is None else f" of {human_bytes(stats['limit_bytes'])}"
+def _stats_block(stats: Statistics, where: str) -> str:
+    limit = "" if stats.limit_bytes is None else f" of {human_bytes(stats.limit_bytes)}"
     rows = [
         ("directory", where),
-        ("kernels", stats["entries"]),
-        ("size", human_bytes(stats["bytes"]) + limit),
-        ("quarantined", f"{stats['quarantined']}, {human_bytes(stats['quarantined_bytes'])}"),
-        ("last used", stats["newest_use"] or "-"),
-        ("longest unused", stats["oldest_use"] or "-"),
+        ("kernels", stats.entries),
+        ("size", human_bytes(stats.bytes) + limit),
+        ("quarantined", f"{stats.quarantined}, {human_bytes(stats.quarantined_bytes)}"),
+        ("last used", stats.newest_use or "-"),
+        ("longest unused", stats.oldest_use or "-"),
     ]
     return "\n".join(table(("", ""), rows, left=(0, 1)).splitlines()[1:])
 
@@ -183,14 +172,16 @@ def _stats_block(stats: dict[str, Any], where: str) -> str:
 @json_option
 def stats(as_json: bool) -> None:
     """Show size, limit and last use; of the read-only caches too."""
+    from megamoe_jit._cache.documents import CacheStatistics, Statistics
+
     found = all_caches()
-    caches = [_stats_document(each.stats(), each.read_only) for each in found]
+    caches = tuple(Statistics.of(each) for each in found)
     if as_json:
-        emit_json(document("cache-stats", caches=caches))
+        emit(CacheStatistics(caches))
     else:
         show("\n\n".join(map(_stats_block, caches, map(place, found))))
     for each, shown in zip(found, caches, strict=True):
-        say_damaged(each, shown["damaged"])
+        say_damaged(each, shown.damaged)
 
 
 @cache.command("verify")
@@ -206,23 +197,20 @@ def verify(fix: bool, as_json: bool) -> None:
 
     Exit code 0 if all is well or was mended, 4 if a kernel is damaged, 1 if something else is wrong.
     """
+    from megamoe_jit._cache.documents import CacheVerify, Wrong
     from megamoe_jit._diagnose.doctor import mending
 
     caches = all_caches()
     checked = sum(len(each.keys()) for each in caches)
     found = [(each, problem) for each in caches for problem in each.verify(fix=fix and not each.read_only)]
     left = [problem for _, problem in found if not problem.fixed]
-    rows = [
-        {"key": p.key or None, "path": str(p.path), "message": p.message, "fixed": p.fixed, "cache": str(each.root)}
-        for each, p in found
-    ]
+    rows = tuple(Wrong.of(problem, each) for each, problem in found)
     if as_json:
-        emit_json(document("cache-verify", entries=checked, problems=rows, unfixed=len(left)))
+        emit(CacheVerify(checked, rows, len(left)))
     else:
         for row in rows:
-            damaged = bool(row["key"])
-            word = ("put aside" if damaged else "mended") if row["fixed"] else "DAMAGED" if damaged else "WRONG"
-            show(f"{word}  {row['path']}: {row['message']}")
+            word = ("put aside" if row.key else "mended") if row.fixed else "DAMAGED" if row.key else "WRONG"
+            show(f"{word}  {row.path}: {row.message}")
     problems = "1 problem" if len(found) == 1 else f"{len(found)} problems"
     verdict = f"{problems}, {len(found) - len(left)} put right" if found else "all is well"
     say(f"{kernel_count(checked)} checked in {', '.join(map(place, caches))}: {verdict}")

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import click
 
-from megamoe_jit._cli._io import copy_out, document, emit_json, json_option
+from megamoe_jit._cli._io import copy_out, emit, json_option
+from megamoe_jit._documents import Document
 
 __all__ = ["COMPLETE_VARIABLE", "completion"]
 
 COMPLETE_VARIABLE = "_MEGAMOE_JIT_COMPLETE"
 
 
+@dataclass(frozen=True, slots=True)
+class Completion(Document):
+    """A completion script."""
+
+    KIND = "completion"
+
+    shell: Literal["bash", "zsh", "fish"]
+    script: str
+
+
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @json_option
 @click.pass_context
-def completion(context: click.Context, shell: str, as_json: bool) -> None:
+def completion(context: click.Context, shell: Literal["bash", "zsh", "fish"], as_json: bool) -> None:
     """Print a completion script for a shell.
 
     \b
@@ -29,6 +43,6 @@ def completion(context: click.Context, shell: str, as_json: bool) -> None:
     # not its source(), which runs bash to see its version: the script is the same
     script = ShellComplete.source(kind(context.find_root().command, {}, "megamoe-jit", COMPLETE_VARIABLE))
     if as_json:
-        emit_json(document("completion", shell=shell, script=script))
+        emit(Completion(shell, script))
     else:
         copy_out(script, nl=True)

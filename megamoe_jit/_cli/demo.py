@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, say, show, table
-from megamoe_jit._cli._kernels import compile_kernels, kernel_document, kernel_specs, kernel_table
+from megamoe_jit._bench.documents import Row
+from megamoe_jit._cli._io import ExitCode, emit, json_option, say, show, table
+from megamoe_jit._cli._kernels import compile_kernels, kernel_specs, kernel_table
+from megamoe_jit._documents import Document
 from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._jit.documents import Kernel
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +27,35 @@ LAYER = "qwen3-30b-a3b"  #: run where there is one: 0.6 GB of weights
 TOKENS = (16, 256, 2048)
 EXACT_LIMIT = 1e-6  #: both sides are FP32 and differ in the order of sums alone
 FP8_LIMIT = 2e-3  #: what rounding the intermediate to FP8 and each slot to bf16 may cost
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A figure that must stay within its limit."""
+
+    what: str
+    diff: float
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Demo(Document):
+    """What the demonstration found.
+
+    Attributes:
+        device: the GPU; null without one
+        rows: calls on the GPU
+        checks: of the reference, without a GPU
+    """
+
+    KIND = "demo"
+
+    passed: bool
+    device: str | None
+    kernels: tuple[Kernel, ...]
+    rows: tuple[Row, ...]
+    checks: tuple[Check, ...]
 
 
 @click.command()
@@ -42,8 +75,8 @@ def demo(as_json: bool) -> None:
     else:
         doc = _on_gpu(as_json)
     if as_json:
-        emit_json(doc)
-    if not doc["passed"]:
+        emit(doc)
+    if not doc.passed:
         raise click.exceptions.Exit(ExitCode.FAILED)
 
 
@@ -53,20 +86,21 @@ def _sealed() -> bool:
     return sealed()
 
 
-def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[list[dict[str, Any]], bool]:
+def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[tuple[Kernel, ...], bool]:
     sealed = _sealed()
     doing = "Looking in the caches for" if sealed else "Compiling"
     say(f"\n{doing} the kernels of {name} for sm_90a{'' if sealed else ' with NVRTC'} ...")
     results = compile_kernels(kernel_specs({name: shape}, inputs="staged"), None, force and not sealed, as_json=as_json)
+    kernels = tuple(map(Kernel.of, results))
     if not as_json:
-        show(kernel_table([kernel_document(result) for result in results]))
+        show(kernel_table(kernels))
     for result in results:
         if result.error:
-            say(f"\n{result.spec.entry}: {result.error}")
-    return [kernel_document(r) for r in results], not any(r.error for r in results)
+            say(f"\n{result.spec.kernel_name}: {result.error}")
+    return kernels, not any(r.error for r in results)
 
 
-def _on_gpu(as_json: bool) -> dict[str, Any]:
+def _on_gpu(as_json: bool) -> Demo:
     import torch
 
     from megamoe_jit._bench import measure as _bench
@@ -76,46 +110,46 @@ def _on_gpu(as_json: bool) -> dict[str, Any]:
     say(f"{name} found.")
     known = preset(LAYER)
     kernels, compiled = _compile(known.shape, LAYER, False, as_json)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     if compiled:
         say(f"\nOne layer of {LAYER} with random weights: run, compared with the FP32 reference, timed ...")
-        rows = [row.to_json() for row in _bench.measure(_bench.cases([known], TOKENS), ("auto",))]
+        rows = _bench.measure(_bench.cases([known], TOKENS), ("auto",))
     if rows and not as_json:
         cells = [
             (
-                r["tokens"],
-                r["kernel"],
-                f"{r['median_us']:.1f}",
-                f"{r['tflops']:.0f}",
-                f"{r['diff']:.1e}",
-                "yes" if r["correct"] else "NO",
+                r.tokens,
+                r.kernel,
+                f"{r.median_us:.1f}",
+                f"{r.tflops:.0f}",
+                f"{r.diff:.1e}",
+                "yes" if r.correct else "NO",
             )
             for r in rows
         ]
         show(table(("TOKENS", "KERNEL", "MEDIAN us", "TFLOPS", "DIFF", "CORRECT"), cells, left=(1,)))
-    passed = compiled and all(row["correct"] for row in rows)
+    passed = compiled and all(row.correct for row in rows)
     say("\nThe kernel agrees with the reference." if passed else "\nFAILED: see above.")
-    return document("demo", passed=passed, device=name, kernels=kernels, rows=rows, checks=[])
+    return Demo(passed, name, kernels, tuple(rows), ())
 
 
-def _without_gpu(as_json: bool) -> dict[str, Any]:
+def _without_gpu(as_json: bool) -> Demo:
     from megamoe_jit.heuristics.presets import preset
 
     kernels, compiled = _compile(preset(COMPILED).shape, COMPILED, True, as_json)
     say("\nRunning the FP32 reference on the CPU, and the same layer as plain matrix products ...")
     checks = _reference_checks()
     if not as_json:
-        cells = [(c["what"], f"{c['diff']:.1e}", f"{c['limit']:.0e}", "yes" if c["passed"] else "NO") for c in checks]
+        cells = [(c.what, f"{c.diff:.1e}", f"{c.limit:.0e}", "yes" if c.passed else "NO") for c in checks]
         show(table(("CHECK", "DIFF", "LIMIT", "HOLDS"), cells))
-    passed = compiled and all(check["passed"] for check in checks)
+    passed = compiled and all(check.passed for check in checks)
     if passed:
         say("\nAll fine here.  On a machine with an H100 or H200 the same command runs the kernel.")
     else:
         say("\nFAILED: see above.")
-    return document("demo", passed=passed, device=None, kernels=kernels, rows=[], checks=checks)
+    return Demo(passed, None, kernels, (), checks)
 
 
-def _reference_checks() -> list[dict[str, Any]]:
+def _reference_checks() -> tuple[Check, ...]:
     """Hold the reference against a layer written down without it."""
     import torch
 
@@ -149,7 +183,7 @@ def _reference_checks() -> list[dict[str, Any]]:
             FP8_LIMIT,
         ),
     )
-    return [{"what": what, "diff": diff, "limit": limit, "passed": diff <= limit} for what, diff, limit in found]
+    return tuple(Check(what, diff, limit, diff <= limit) for what, diff, limit in found)
 
 
 def _plain_layer(inputs: Inputs, clamp: float | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, colours_wanted, document, emit_json, end, json_option, say, show
+from megamoe_jit._cli._io import ExitCode, colours_wanted, emit, end, json_option, say, show
 
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.doctor import Check
@@ -36,7 +36,7 @@ def doctor(no_trial: bool, as_json: bool) -> None:
 
     Exit code 0 if all is well, 1 if something was warned of, 3 if something fails.
     """
-    from megamoe_jit._diagnose.doctor import Status, examine, worst
+    from megamoe_jit._diagnose.doctor import Diagnosis, Status, examine, worst
 
     checks = []
     for check in examine(trial=not no_trial):
@@ -45,7 +45,7 @@ def doctor(no_trial: bool, as_json: bool) -> None:
             _echo(check)
     verdict = worst(checks)
     if as_json:
-        emit_json(document("doctor", status=verdict.value, checks=[check.to_json() for check in checks]))
+        emit(Diagnosis.of(checks))
     counts = {status: sum(check.status is status for check in checks) for status in Status}
     say(", ".join(f"{count} {status.value}" for status, count in counts.items()))
     end({Status.OK: ExitCode.OK, Status.WARN: ExitCode.FAILED, Status.FAIL: ExitCode.ENVIRONMENT}[verdict])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import platform
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say, show, table
+from megamoe_jit._cli._io import ExitCode, emit, end, json_option, say, show, table
+
+if TYPE_CHECKING:
+    from megamoe_jit._diagnose.machine import Environment
 
 __all__ = ["env"]
 
@@ -19,28 +21,21 @@ def _shown(value: object) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _sections(doc: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    compilers, machine = doc["nvrtc"], doc["driver"]
-    chosen = compilers["chosen"]
-    nvrtc = [("chosen", f"{chosen['version']}  {chosen['path']}" if chosen else compilers["problem"])]
-    nvrtc += [("found", f"{c['version'] or c['major']}  {c['path']}  ({c['origin']})") for c in compilers["candidates"]]
-    driver = [("CUDA", machine["driver_cuda"] or f"none: {machine['problem']}")]
+def _sections(doc: Environment) -> list[tuple[str, list[tuple[str, ...]]]]:
+    chosen = doc.nvrtc.chosen
+    nvrtc = [("chosen", f"{chosen.version}  {chosen.path}" if chosen else str(doc.nvrtc.problem))]
+    nvrtc += [("found", f"{c.version or c.major}  {c.path}  ({c.origin})") for c in doc.nvrtc.candidates]
+    driver = [("CUDA", doc.driver.driver_cuda or f"none: {doc.driver.problem}")]
     driver += [
-        (
-            f"GPU {g['index']}",
-            f"{g['name']}, SM {g['compute_capability']}{'' if g['supported'] else ' (not supported)'}",
-        )
-        for g in machine["gpus"]
+        (f"GPU {g.index}", f"{g.name}, SM {g.compute_capability}{'' if g.supported else ' (not supported)'}")
+        for g in doc.driver.gpus
     ]
     return [
-        ("megamoe-jit", [("version", doc["version"]), ("python", doc["python"]), ("platform", doc["platform"])]),
-        ("packages", [(name, version or "-") for name, version in doc["packages"].items()]),
+        ("megamoe-jit", [("version", doc.version), ("python", doc.python), ("platform", doc.platform)]),
+        ("packages", [(name, version or "-") for name, version in doc.packages.items()]),
         ("NVRTC", list(nvrtc)),
         ("driver", list(driver)),
-        (
-            "settings",
-            [(s["name"], _shown(s["value"]), f"({s['source']})", s["problem"] or "") for s in doc["settings"]],
-        ),
+        ("settings", [(s.name, _shown(s.value), f"({s.source})", s.problem or "") for s in doc.settings]),
     ]
 
 
@@ -51,23 +46,13 @@ def env(as_json: bool) -> None:
 
     Exit code 2 if a setting is not allowed: it is shown with what is wrong, and counts as unset for the rest.
     """
-    from megamoe_jit._diagnose.machine import compilers, gpus, packages, settings_table
+    from megamoe_jit._diagnose.machine import examine_environment
     from megamoe_jit._settings.settings import lenient
-    from megamoe_jit._version import __version__
 
     with lenient() as faults:
-        doc = document(
-            "env",
-            version=__version__,
-            python=platform.python_version(),
-            platform=platform.platform(),
-            packages=packages(),
-            nvrtc=compilers(),
-            driver=gpus().to_json(),
-            settings=settings_table(faults),
-        )
+        doc = examine_environment(faults)
     if as_json:
-        emit_json(doc)
+        emit(doc)
     else:
         for title, rows in _sections(doc):
             show(title)

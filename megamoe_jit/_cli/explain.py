@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option, show
+from megamoe_jit._cli._io import emit, json_option, show
 from megamoe_jit._cli._options import (
     cache_dir_option,
     gpu_option,
@@ -17,25 +17,27 @@ from megamoe_jit._cli._options import (
     sms_option,
     tokens_option,
 )
+from megamoe_jit._documents import content
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
+    from megamoe_jit._diagnose.explain import Call
     from megamoe_jit._spec import MoEShape
     from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["explain"]
 
 
-def _text(name: str, call: dict[str, Any], gpu: str) -> str:
-    parameters = ", ".join(f"{key} {value}" for key, value in call["parameters"].items())
-    cached = "cached" if call["cached"] else "not cached"
+def _text(call: Call, gpu: str) -> str:
+    parameters = ", ".join(f"{key} {value}" for key, value in content(call.parameters).items())
+    cached = "cached" if call.cached else "not cached"
     lines = [
-        f"{name}, {call['tokens']} tokens, {call['ranks']} rank(s): {call['variant']}",
-        f"  kernel      {call['kernel']}",
-        f"  key         {call['key']} ({cached})" if call["key"] else f"  key         none: {call['problem']}",
+        f"{call.name}, {call.tokens} tokens, {call.ranks} rank(s): {call.variant}",
+        f"  kernel      {call.kernel}",
+        f"  key         {call.key} ({cached})" if call.key else f"  key         none: {call.problem}",
         f"  parameters  {parameters}",
         f"  GPU         {gpu}",
-        *(f"  {'reasons' if i == 0 else '':10}  {reason}" for i, reason in enumerate(call["reasons"])),
+        *(f"  {'reasons' if i == 0 else '':10}  {reason}" for i, reason in enumerate(call.reasons)),
     ]
     return "\n".join(lines)
 
@@ -66,18 +68,18 @@ def explain(
 ) -> None:
     """Show which kernel a call takes, with which parameters, why, and whether it is cached; needs no GPU."""
     from megamoe_jit._compile.render import kernels_dir
+    from megamoe_jit._diagnose.explain import Explain, gpu_asked_for
     from megamoe_jit._diagnose.explain import explain as explain_call
-    from megamoe_jit._diagnose.explain import gpu_asked_for
 
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "numerics": numerics, "num_sms": sms}
-    options["gpu"] = found["gpu"]
+    options["gpu"] = found.gpu
     calls = per_shape(
-        shapes, lambda name, shape: [{"name": name, **explain_call(shape, count, **options)} for count in tokens]
+        shapes, lambda name, shape: [explain_call(shape, count, name=name, **options) for count in tokens]
     )
     if as_json:
-        emit_json(document("explain", **found, calls=calls))
+        emit(Explain(found.gpu, found.measured, tuple(calls)))
     else:
-        where = f"{found['gpu'] or 'none'}, {'measured' if found['measured'] else 'nothing measured'}"
-        show("\n\n".join(_text(call["name"], call, where) for call in calls))
+        where = f"{found.gpu or 'none'}, {'measured' if found.measured else 'nothing measured'}"
+        show("\n\n".join(_text(call, where) for call in calls))

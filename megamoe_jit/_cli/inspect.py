@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import copy_out, document, emit_json, human_bytes, json_option, say, show, table
+from megamoe_jit._cli._io import copy_out, emit, human_bytes, json_option, say, show, table
 from megamoe_jit._cli._names import looks_like_key, parse_spec
 from megamoe_jit._cli._options import cache_dir_option, complete_kernel
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.metadata import Metadata
+    from megamoe_jit._diagnose.inspect import Resources, View
 
 __all__ = ["inspect"]
 
@@ -43,37 +44,36 @@ def _load(kernel: str) -> tuple[str, bytes, str, Metadata]:
     spec = parse_spec(kernel)
     (result,) = warmup([spec])  # in a thread: an interrupt is answered while NVRTC is at work
     if result.kernel is None:
-        raise result.error or RuntimeError(f"{spec.entry} came to nothing")
+        raise result.error or RuntimeError(f"{spec.kernel_name} came to nothing")
     found = result.kernel
     if found.origin == "compiled":
-        say(f"{spec.entry} was not cached: compiled in {found.seconds:.2f} s")
+        say(f"{spec.kernel_name} was not cached: compiled in {found.seconds:.2f} s")
     return found.key, found.cubin, render(spec).text, found.meta
 
 
-def _resources_text(facts: dict[str, Any]) -> str:
-    def figure(name: str, unit: str = "") -> str:
-        value = facts[name]
+def _resources_text(facts: Resources) -> str:
+    def figure(value: object, unit: str = "") -> str:
         return "-" if value is None else f"{value}{unit}"
 
     rows = [
-        ("kernel", facts["kernel"]),
-        ("key", facts["key"]),
-        ("architecture", f"{facts['arch']}, NVRTC {figure('nvrtc')}"),
-        ("threads", f"{facts['max_threads']} of a block"),
-        ("registers", f"{facts['registers']} a thread, {facts['block_registers']} of {facts['register_file']} a block"),
-        ("spills", figure("spill_bytes", " B")),
-        ("stack", figure("stack_bytes", " B a thread")),
+        ("kernel", facts.kernel),
+        ("key", facts.key),
+        ("architecture", f"{facts.arch}, NVRTC {figure(facts.nvrtc)}"),
+        ("threads", f"{facts.max_threads} of a block"),
+        ("registers", f"{facts.registers} a thread, {facts.block_registers} of {facts.register_file} a block"),
+        ("spills", figure(facts.spill_bytes, " B")),
+        ("stack", figure(facts.stack_bytes, " B a thread")),
         (
             "shared memory",
-            f"{figure('dynamic_shared_bytes', ' B')} dynamic, {figure('static_shared_bytes', ' B')} static, "
-            f"of {facts['shared_limit_bytes']} B",
+            f"{figure(facts.dynamic_shared_bytes, ' B')} dynamic, {figure(facts.static_shared_bytes, ' B')} static, "
+            f"of {facts.shared_limit_bytes} B",
         ),
-        ("parameters", figure("param_bytes", " B")),
-        ("code", "-" if facts["code_bytes"] is None else human_bytes(facts["code_bytes"])),
-        ("file", human_bytes(facts["cubin_bytes"])),
-        ("advisories", " ".join(facts["advisories"] or ()) or "none"),
-        ("options", " ".join(facts["options"] or ()) or "-"),
-        ("compiled in", ", ".join(f"{k} {v / 1e3:.2f} s" for k, v in (facts["compile_ms"] or {}).items()) or "-"),
+        ("parameters", figure(facts.param_bytes, " B")),
+        ("code", "-" if facts.code_bytes is None else human_bytes(facts.code_bytes)),
+        ("file", human_bytes(facts.cubin_bytes)),
+        ("advisories", " ".join(facts.advisories or ()) or "none"),
+        ("options", " ".join(facts.options or ()) or "-"),
+        ("compiled in", ", ".join(f"{k} {v / 1e3:.2f} s" for k, v in (facts.compile_ms or {}).items()) or "-"),
     ]
     return "\n".join(table(("", ""), rows, left=(0, 1)).splitlines()[1:])
 
@@ -83,7 +83,7 @@ def _resources_text(facts: dict[str, Any]) -> str:
 @_view_options
 @cache_dir_option
 @json_option
-def inspect(kernel: str, views: tuple[str, ...], as_json: bool) -> None:
+def inspect(kernel: str, views: tuple[View, ...], as_json: bool) -> None:
     """Show a compiled kernel from the inside; needs no GPU.
 
     KEY is the beginning of a key that `cache ls` lists.  SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for
@@ -93,9 +93,9 @@ def inspect(kernel: str, views: tuple[str, ...], as_json: bool) -> None:
 
     if len(set(views)) > 1:
         raise click.UsageError(f"--{views[0]} and --{views[1]} exclude each other.")
-    view = views[0] if views else "resources"
+    view: View = views[0] if views else "resources"
     key, cubin, source, meta = _load(kernel)
-    facts = {"key": key, **_inspect.resources(cubin, meta)}
+    facts = _inspect.resources(key, cubin, meta)
     text: str | None = None
     tool: str | None = None
     if view == "ptx":
@@ -105,7 +105,7 @@ def inspect(kernel: str, views: tuple[str, ...], as_json: bool) -> None:
     elif view == "source":
         text = source
     if as_json:
-        emit_json(document("inspect", view=view, resources=facts, text=text, tool=tool))
+        emit(_inspect.Inspection(view, facts, text, tool))
     elif text is None:
         show(_resources_text(facts))
     else:

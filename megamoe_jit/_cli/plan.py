@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import document, emit_json, human_bytes, json_option, show, table
+from megamoe_jit._cli._io import emit, human_bytes, json_option, show, table
 from megamoe_jit._cli._options import (
     gpu_option,
     per_shape,
@@ -18,43 +18,46 @@ from megamoe_jit._cli._options import (
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from megamoe_jit._diagnose.plan import Part, Planned, Range
     from megamoe_jit._spec import MoEShape
 
 __all__ = ["plan"]
 
 
-def _sections(title: str, sections: list[dict[str, Any]], total: int) -> str:
-    rows = [(s["name"], s["bytes"], human_bytes(s["bytes"]), s["what"]) for s in sections]
-    rows.append(("total", total, human_bytes(total), "with alignment" if "offset" in sections[0] else ""))
+def _sections(title: str, sections: Sequence[Range | Part], total: int) -> str:
+    rows = [(s.name, s.bytes, human_bytes(s.bytes), s.what) for s in sections]
+    rows.append(("total", total, human_bytes(total), "with alignment" if hasattr(sections[0], "offset") else ""))
     return table((title, "BYTES", "", "WHAT"), rows, left=(0, 3))
 
 
-def _text(name: str, plan: dict[str, Any]) -> str:
+def _text(plan: Planned) -> str:
     from megamoe_jit._device.layout import CAPACITY_STEP
+    from megamoe_jit._diagnose.plan import Part
 
-    device = [
-        ("buffer", "symmetric and local"),
-        ("weight", "e4m3 and scales of this rank's experts"),
-        ("output", "bf16 y"),
+    totals = [
+        Part("buffer", plan.buffer_bytes, "symmetric and local"),
+        Part("weight", plan.weight_bytes, "e4m3 and scales of this rank's experts"),
+        Part("output", plan.output_bytes, "bf16 y"),
     ]
-    totals = [{"name": part, "bytes": plan[f"{part}_bytes"], "what": what} for part, what in device]
-    capacity = f"{plan['capacity']} tokens"
-    if plan["capacity"] != plan["tokens"]:
-        capacity += f" ({plan['tokens']} rounded up to a multiple of {CAPACITY_STEP})"
+    capacity = f"{plan.capacity} tokens"
+    if plan.capacity != plan.tokens:
+        capacity += f" ({plan.tokens} rounded up to a multiple of {CAPACITY_STEP})"
     blocks = [
-        f"{name}, up to {capacity}, {plan['ranks']} rank(s), {plan['pool_rows']} pool rows; "
-        f"a call that fills it takes {plan['full_call']}",
-        _sections("SYMMETRIC", plan["symmetric"], plan["symmetric_bytes"]),
-        _sections("LOCAL", plan["local"], plan["local_bytes"]),
-        _sections("DEVICE MEMORY", totals, sum(part["bytes"] for part in totals)),
+        f"{plan.name}, up to {capacity}, {plan.ranks} rank(s), {plan.pool_rows} pool rows; "
+        f"a call that fills it takes {plan.full_call}",
+        _sections("SYMMETRIC", plan.symmetric, plan.symmetric_bytes),
+        _sections("LOCAL", plan.local, plan.local_bytes),
+        _sections("DEVICE MEMORY", totals, sum(part.bytes for part in totals)),
     ]
-    for kernel in plan["kernels"]:
+    for kernel in plan.kernels:
         blocks.append(
-            f"{kernel['kernel']}\n"
-            f"grid {kernel['grid'][0]} blocks of {kernel['block'][0]} threads, {kernel['stages']} stages, "
-            f"{kernel['shared_bytes']} of {kernel['shared_limit_bytes']} B of shared memory"
+            f"{kernel.kernel}\n"
+            f"grid {kernel.grid[0]} blocks of {kernel.block[0]} threads, {kernel.stages} stages, "
+            f"{kernel.shared_bytes} of {kernel.shared_limit_bytes} B of shared memory"
         )
-        blocks.append(_sections("SHARED", kernel["shared"], kernel["shared_bytes"]))
+        blocks.append(_sections("SHARED", kernel.shared, kernel.shared_bytes))
     return "\n\n".join(blocks)
 
 
@@ -83,16 +86,14 @@ def plan(
 ) -> None:
     """Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU."""
     from megamoe_jit._diagnose.explain import gpu_asked_for
-    from megamoe_jit._diagnose.explain import plan as plan_of
+    from megamoe_jit._diagnose.plan import PlanDocument, memory_plan
     from megamoe_jit._settings.settings import get_settings
 
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
-    options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found["gpu"]}
-    plans = per_shape(
-        shapes, lambda name, shape: [{"name": name, **plan_of(shape, count, **options)} for count in tokens]
-    )
+    options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found.gpu}
+    plans = per_shape(shapes, lambda name, shape: [memory_plan(shape, count, name=name, **options) for count in tokens])
     if as_json:
-        emit_json(document("plan", **found, plans=plans))
+        emit(PlanDocument(found.gpu, found.measured, tuple(plans)))
     else:
-        show("\n\n".join(_text(each["name"], each) for each in plans))
+        show("\n\n".join(map(_text, plans)))

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import copy_out, document, emit_json, json_option
+from megamoe_jit._cli._io import copy_out, emit, json_option
 from megamoe_jit._cli._names import spec_of_argument
 from megamoe_jit._cli._options import complete_kernel
+from megamoe_jit._documents import Document, SpecData
 
 if TYPE_CHECKING:
     from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["render"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered(Document):
+    """The source of a kernel.
+
+    Attributes:
+        kernel: its symbol
+        files: that the source is made of
+    """
+
+    KIND = "render"
+
+    kernel: str
+    spec: SpecData
+    files: tuple[str, ...]
+    source: str
 
 
 @click.command()
@@ -29,7 +48,6 @@ def render(spec: Compilable, as_json: bool) -> None:
 
     source = render_source(spec)
     if as_json:
-        files = list(source.files)
-        emit_json(document("render", kernel=spec.entry, spec=spec.to_json(), files=files, source=source.text))
+        emit(Rendered(spec.kernel_name, spec.to_json(), tuple(source.files), source.text))
     else:
         copy_out(source.text)

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
 
-from megamoe_jit._cli._io import document, emit_json, json_option, show, table
+from megamoe_jit._cli._io import emit, json_option, show, table
 from megamoe_jit._cli._options import FullSummaries
+from megamoe_jit._documents import Count, Document
 
 __all__ = ["shapes"]
+
+
+@dataclass(frozen=True, slots=True)
+class NamedShape:
+    """A shape that is known by name.
+
+    Attributes:
+        experts: of all ranks
+        shared: experts that the model has beside, for --shared
+        ranks: GPUs that the experts are usually spread over
+        config: configuration class in transformers
+    """
+
+    name: str
+    hidden: Count
+    intermediate: Count
+    experts: Count
+    topk: Count
+    shared: Count
+    ranks: Count
+    source: str
+    config: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes(Document):
+    """The shapes known by name."""
+
+    KIND = "shapes"
+
+    shapes: tuple[NamedShape, ...]
 
 
 @click.group(cls=FullSummaries)
@@ -27,18 +61,11 @@ def ls(as_json: bool) -> None:
 
     presets = [preset(name) for name in preset_names()]
     if as_json:
-        rows = [
-            {
-                "name": p.name,
-                **p.shape.to_json(),
-                "shared": p.shared,
-                "ranks": p.ranks,
-                "source": p.source,
-                "config": p.config,
-            }
+        rows = (
+            NamedShape(p.name, **p.shape.to_json(), shared=p.shared, ranks=p.ranks, source=p.source, config=p.config)
             for p in presets
-        ]
-        emit_json(document("shapes", shapes=rows))
+        )
+        emit(Shapes(tuple(rows)))
         return
     rows_of_text = [
         (p.name, p.shape.hidden, p.shape.intermediate, p.shape.experts, p.shape.topk, p.shared, p.ranks, p.source)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from megamoe_jit._cli._io import (
     ExitCode,
-    document,
-    emit_json,
+    emit,
     json_option,
     must_be_writable,
     progress_line,
@@ -22,27 +22,29 @@ from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_to
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.variants import VARIANT_NAMES, Variant
 
+if TYPE_CHECKING:
+    from megamoe_jit._bench.documents import Cell, Time
+
 __all__ = ["tune"]
 
 
-def _best(cell: dict[str, Any]) -> dict[str, Any] | None:
-    right = [time for time in cell["times"] if time["correct"]]
-    return min(right, key=lambda time: float(time["median_us"]), default=None)
+def _best(cell: Cell) -> Time | None:
+    return min((time for time in cell.times if time.correct), key=lambda time: time.median_us, default=None)
 
 
-def _way(time: dict[str, Any] | None) -> str:
+def _way(time: Time | None) -> str:
     if time is None:
         return "all WRONG"
-    return f"{time['variant']}, lag {time['lag']:g}, rows {time['rows_per_item']}"
+    return f"{time.variant}, lag {time.lag:g}, rows {time.rows_per_item}"
 
 
-def _row(cell: dict[str, Any]) -> tuple[str, ...]:
+def _row(cell: Cell) -> tuple[str, ...]:
     best = _best(cell)
     each = []
-    for variant in dict.fromkeys(time["variant"] for time in cell["times"]):
-        mine = [t["median_us"] for t in cell["times"] if t["variant"] == variant and t["correct"]]
+    for variant in dict.fromkeys(time.variant for time in cell.times):
+        mine = [time.median_us for time in cell.times if time.variant == variant and time.correct]
         each.append(f"{variant} {min(mine):.1f}" if mine else f"{variant} WRONG")
-    return cell["name"], str(cell["tokens"]), _way(best), f"{best['median_us']:.1f}" if best else "-", ", ".join(each)
+    return cell.name, str(cell.tokens), _way(best), f"{best.median_us:.1f}" if best else "-", ", ".join(each)
 
 
 def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: bool) -> None:
@@ -126,18 +128,20 @@ def tune(
         refuse_without_gpu()
     from megamoe_jit._bench import tune as _tune
     from megamoe_jit._bench import tune_table as _tune_table
+    from megamoe_jit._bench.documents import Cell, Tune
 
     counts = tokens or _tune.DEFAULT_TOKENS
     measured = 0
 
-    def finished(cell: dict[str, Any], now: bool) -> None:
+    def finished(data: Mapping[str, Any], now: bool) -> None:
         nonlocal measured
         measured += now
-        step(f"{cell['name']}  {cell['tokens']} tokens: {_way(_best(cell))}{'' if now else ' (measured before)'}")
+        cell = Cell.of(data)
+        step(f"{cell.name}  {cell.tokens} tokens: {_way(_best(cell))}{'' if now else ' (measured before)'}")
 
     if measure:
         with progress_line("tune", len(presets) * len(counts)) as step:
-            cells = _tune.tune(
+            found = _tune.tune(
                 presets,
                 data,
                 counts,
@@ -149,14 +153,15 @@ def tune(
                 progress=finished,
             )
     else:
-        cells = _tune.read(data)
+        found = _tune.read(data)
+    cells = tuple(map(Cell.of, found))
     if not as_json:
         show(table(("SHAPE", "TOKENS", "BEST", "us", "BY VARIANT"), [_row(c) for c in cells], left=(0, 2, 4)))
     written = _tune_table.write_table(_tune.read(data), target) if write_table else None
-    wrong = sum(not time["correct"] for cell in cells for time in cell["times"])
+    wrong = sum(not time.correct for cell in cells for time in cell.times)
     if as_json:
         table_path = None if written is None else str(written)
-        emit_json(document("tune", data=str(data), measured=measured, wrong=wrong, table=table_path, cells=cells))
+        emit(Tune(str(data), measured, wrong, table_path, cells))
     if written is not None:
         say(f"written: {written}")
     if wrong:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, json_option, progress_line, say, show, table
+from megamoe_jit._cli._io import ExitCode, emit, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
 from megamoe_jit._errors import ToolchainError
@@ -18,8 +18,8 @@ from megamoe_jit._spec.variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
 if TYPE_CHECKING:
     import torch
 
+    from megamoe_jit._check.documents import Outcome
     from megamoe_jit._check.scenarios import Scenario
-    from megamoe_jit._check.verify import Outcome
     from megamoe_jit._spec import KernelSpec
 
 __all__ = ["verify"]
@@ -109,6 +109,7 @@ def verify(
         from megamoe_jit._device.driver import refuse_without_gpu
 
         refuse_without_gpu()
+    from megamoe_jit._check.documents import Scenarios, Verify
     from megamoe_jit._check.scenarios import select
 
     several = rank_count(ranks)
@@ -118,9 +119,9 @@ def verify(
 
         chosen = _verify_ranks.chosen(pattern, several, slow=slow)
     if only_list:
-        names = [scenario.name for scenario in chosen]
+        names = tuple(scenario.name for scenario in chosen)
         if as_json:
-            emit_json(document("scenarios", scenarios=names))
+            emit(Scenarios(names))
         else:
             show("\n".join(names))
         return
@@ -145,19 +146,10 @@ def verify(
     if found is None:  # another rank of torchrun reports
         return
     outcomes = found
-    expected = len(chosen) * len(variants)
+    doc = Verify.of(outcomes, len(chosen), len(variants))
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if as_json:
-        emit_json(
-            document(
-                "verify",
-                scenarios=len(chosen),
-                run=len(outcomes),
-                not_run=expected - len(outcomes),
-                failed=len(failed),
-                outcomes=[outcome.to_json() for outcome in outcomes],
-            )
-        )
+        emit(doc)
     else:
         rows = [
             (
@@ -172,6 +164,6 @@ def verify(
         show(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
     if failed:  # together, since each went by between many that passed
         say("\n".join(["failed:", *(f"  {o.name}  {o.variant}: {o.reason}" for o in failed)]))
-    say(f"{len(outcomes) - len(failed)} passed, {len(failed)} failed, {expected - len(outcomes)} not run")
-    if failed or len(outcomes) < expected:
+    say(f"{len(outcomes) - len(failed)} passed, {len(failed)} failed, {doc.not_run} not run")
+    if failed or doc.not_run > 0:
         raise click.exceptions.Exit(ExitCode.FAILED)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, document, emit_json, end, json_option, say, show
+from megamoe_jit._cli._io import ExitCode, emit, end, json_option, say, show
 from megamoe_jit._cli._kernels import (
     compile_kernels,
-    kernel_document,
     kernel_specs,
     kernel_table,
-    spec_document,
 )
 from megamoe_jit._cli._options import cache_dir_option, numerics_options, ranks_option, shape_options
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
+    from megamoe_jit._jit.documents import Kernel, KernelStatus
     from megamoe_jit._spec import MoEShape
     from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["warmup"]
 
 ALL_INPUTS = "all"
-_STATUSES = ("compiled", "cached", "failed", "skipped", "missing")
 
 
 @click.command()
@@ -78,6 +77,7 @@ def warmup(
     """
     from megamoe_jit._compile.render import kernels_dir
     from megamoe_jit._errors import ConfigError
+    from megamoe_jit._jit.documents import Warmup
     from megamoe_jit._settings.settings import get_settings
 
     settings = get_settings()
@@ -88,50 +88,53 @@ def warmup(
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start
-    found = [kernel["status"] for kernel in kernels]
-    counts = {name: found.count(name) for name in _STATUSES}
+    doc = Warmup.of(kernels, seconds, dry_run)
     if as_json:
-        emit_json(document("warmup", dry_run=dry_run, **counts, seconds=seconds, kernels=kernels))
+        emit(doc)
     else:
         show(kernel_table(kernels))
     for kernel in kernels:
-        if kernel["error"]:
-            say(f"\n{kernel['kernel']}: {kernel['error']}")
-    shown = ("cached", "missing") if dry_run else ("compiled", "cached", "failed")
-    summary = [f"{counts[name]} {name}" for name in (*shown, *(("skipped",) if counts["skipped"] else ()))]
+        if kernel.error:
+            say(f"\n{kernel.kernel}: {kernel.error}")
+    summary = [f"{doc.compiled} compiled", f"{doc.cached} cached", f"{doc.failed} failed"]
+    summary += [f"{doc.skipped} skipped"] if doc.skipped else []
+    if dry_run:
+        summary = [f"{doc.cached} cached", f"{doc.missing} missing"]
     say(", ".join(summary) + (", nothing compiled" if dry_run else f" in {seconds:.2f} s"))
-    lost = sum(kernel["status"] == "compiled" and not kernel["stored"] for kernel in kernels)
+    lost = sum(kernel.status == "compiled" and not kernel.stored for kernel in kernels)
     if lost:
         off = "MEGAMOE_JIT_NO_CACHE turns the cache off, so"
         where = f": {off}" if settings.no_cache else f" in {settings.cache_dir}:"
         say(f"{lost} could not be kept{where} other processes will compile again")
-    end(ExitCode.FAILED if counts["failed"] or lost else ExitCode.OK)
+    end(ExitCode.FAILED if doc.failed or lost else ExitCode.OK)
 
 
 def _compiled(
     specs: Sequence[Compilable], jobs: int | None, force: bool, fail_fast: bool, as_json: bool
-) -> list[dict[str, Any]]:
+) -> tuple[Kernel, ...]:
+    from megamoe_jit._jit.documents import Kernel
+
     results = compile_kernels(specs, jobs, force, fail_fast=fail_fast, as_json=as_json)
-    documents = {result.spec: kernel_document(result) for result in results}
-    missing = [spec for spec in specs if spec not in documents] if fail_fast else []
-    documents.update({spec: spec_document(spec, "skipped") for spec in missing})
-    return [documents[spec] for spec in specs if spec in documents]
+    kernels = {result.spec: Kernel.of(result) for result in results}
+    if fail_fast:
+        kernels.update({spec: Kernel.known(spec, "skipped") for spec in specs if spec not in kernels})
+    return tuple(kernels[spec] for spec in specs if spec in kernels)
 
 
-def _planned(specs: Sequence[Compilable], force: bool) -> list[dict[str, Any]]:
+def _planned(specs: Sequence[Compilable], force: bool) -> tuple[Kernel, ...]:
     """What a warmup would find; `missing` is what it would compile."""
     from megamoe_jit._cache.entry import read_info
     from megamoe_jit._diagnose.explain import kernel_state
     from megamoe_jit._errors import ToolchainError
+    from megamoe_jit._jit.documents import Kernel
 
-    documents = []
+    kernels = []
     for spec in specs:
         state = kernel_state(spec)
-        if state["problem"]:
-            raise ToolchainError(state["problem"])
-        cached = state["cached"] and not force
-        status = "cached" if cached else "missing"
-        info = read_info(state["key"], state["path"]) if cached else None
-        known = spec_document(spec, status, info.meta if info else {})
-        documents.append({**known, "key": state["key"], "stored": state["cached"]})
-    return documents
+        if state.problem:
+            raise ToolchainError(state.problem)
+        info = read_info(state.key, state.path) if state.key and state.path and not force else None
+        status: KernelStatus = "cached" if state.cached and not force else "missing"
+        known = Kernel.known(spec, status, info.meta if info else None)
+        kernels.append(replace(known, key=state.key, stored=state.cached))
+    return tuple(kernels)

@@ -137,12 +137,14 @@ def options_for(toolchain: Toolchain | None, extra_options: Sequence[str] = ()) 
     return (*options, *extra_options)
 
 
-def compile_source(text: str, *, entry: str, toolchain: Toolchain, extra_options: Sequence[str] = ()) -> CompileResult:
+def compile_source(
+    text: str, *, kernel_name: str, toolchain: Toolchain, extra_options: Sequence[str] = ()
+) -> CompileResult:
     """Compile one source to a cubin for SM90a.
 
     Args:
         text: the flattened source.
-        entry: the one kernel it defines, `extern "C"`.
+        kernel_name: the one kernel it defines, `extern "C"`.
         toolchain: the compiler.
         extra_options: further NVRTC options.
 
@@ -158,29 +160,31 @@ def compile_source(text: str, *, entry: str, toolchain: Toolchain, extra_options
     activate(toolchain)
     loaded = time.perf_counter()
     options = options_for(toolchain, extra_options)
-    status, log, ptx, cubin = _nvrtc(text, entry, options)
+    status, log, ptx, cubin = _nvrtc(text, kernel_name, options)
     end = time.perf_counter()
     diagnostics = _diagnostics(log, ptx)
-    _dump(text, entry, log, ptx, cubin)
+    _dump(text, kernel_name, log, ptx, cubin)
     if status:
         given = " ".join(get_settings().ptxas_options)
         given = f"; {get_settings().place('ptxas_options')} adds {given!r}" if given else ""
-        what = f"NVRTC could not compile {entry} ({status}){given}"
-        raise CompileError(_report(what, text, log, ptx, entry, diagnostics))
+        what = f"NVRTC could not compile {kernel_name} ({status}){given}"
+        raise CompileError(_report(what, text, log, ptx, kernel_name, diagnostics))
     try:
-        kernel = _only_entry(read_cubin(cubin), entry)
+        kernel = _only_entry(read_cubin(cubin), kernel_name)
     except CubinError as error:
-        raise CompileError(_report(f"compiling {entry} failed: {error}", text, log, ptx, entry, diagnostics)) from None
+        raise CompileError(
+            _report(f"compiling {kernel_name} failed: {error}", text, log, ptx, kernel_name, diagnostics)
+        ) from None
     properties = _SPILL.search(log)
     stack, stores, loads = (int(n) for n in properties.groups()) if properties else (kernel.stack_bytes, 0, 0)
     ptxas = sum(float(ms) for ms in _PTXAS_TIME.findall(log)) / 1e3
     seconds = {"load": loaded - begin, "nvrtc": end - loaded, "ptxas": ptxas, "total": end - begin}
     result = CompileResult(cubin, ptx, log, seconds, options, diagnostics, kernel, stores + loads, stack)
-    _judge(result, text, entry)
+    _judge(result, text, kernel_name)
     return result
 
 
-def _judge(result: CompileResult, text: str, entry: str) -> None:
+def _judge(result: CompileResult, text: str, kernel_name: str) -> None:
     level = get_settings().strict
     losses = tuple(d for d in result.diagnostics if d.is_performance_loss)
     if level == "ignore" or not (losses or result.spill_bytes):
@@ -188,24 +192,24 @@ def _judge(result: CompileResult, text: str, entry: str) -> None:
     what = [f"{result.spill_bytes} bytes of spills"] if result.spill_bytes else []
     codes = sorted({d.code for d in losses if d.code})
     what += [f"advisories {', '.join(codes)}"] if codes else []
-    headline = f"{entry} compiled with {' and '.join(what)}"
+    headline = f"{kernel_name} compiled with {' and '.join(what)}"
     if level == "warn":
         LOG.warning("%s:\n%s", headline, "\n".join(f"  {d}" for d in losses))
         return
     headline += "; MEGAMOE_JIT_STRICT=warn accepts it"
-    raise PerformanceLossError(_report(headline, text, result.log, result.ptx, entry, losses))
+    raise PerformanceLossError(_report(headline, text, result.log, result.ptx, kernel_name, losses))
 
 
-def _only_entry(info: CubinInfo, entry: str) -> KernelInfo:
+def _only_entry(info: CubinInfo, kernel_name: str) -> KernelInfo:
     if info.arch not in (ARCH, ARCH.removesuffix("a")):  # CUDA 13 tells them apart only in a note
         raise CubinError(f"the cubin is for {info.arch}, not for {ARCH}")
     names = [kernel.name for kernel in info.entries]
-    if names != [entry]:
-        raise CubinError(f"the cubin defines {', '.join(names) or 'no kernel'} instead of exactly {entry}")
+    if names != [kernel_name]:
+        raise CubinError(f"the cubin defines {', '.join(names) or 'no kernel'} instead of exactly {kernel_name}")
     return info.entries[0]
 
 
-def _nvrtc(text: str, entry: str, options: Iterable[str]) -> tuple[str, str, str, bytes]:
+def _nvrtc(text: str, kernel_name: str, options: Iterable[str]) -> tuple[str, str, str, bytes]:
     """One compilation: (name of the failure or empty, log, PTX, cubin); releases the interpreter lock."""
     from cuda.bindings import nvrtc
 
@@ -222,7 +226,7 @@ def _nvrtc(text: str, entry: str, options: Iterable[str]) -> tuple[str, str, str
 
     encoded = [option.encode(errors="surrogateescape") for option in options]
     settle(nvrtc, encoded)
-    program = call(nvrtc.nvrtcCreateProgram(text.encode(), f"/megamoe_jit/{entry}.cu".encode(), 0, [], []))
+    program = call(nvrtc.nvrtcCreateProgram(text.encode(), f"/megamoe_jit/{kernel_name}.cu".encode(), 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         log = fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
@@ -283,9 +287,9 @@ class _PtxPositions:
         return "", 0, ""
 
 
-def _report(headline: str, text: str, log: str, ptx: str, entry: str, diagnostics: Sequence[Diagnostic]) -> str:
+def _report(headline: str, text: str, log: str, ptx: str, kernel_name: str, diagnostics: Sequence[Diagnostic]) -> str:
     """The message of an error: what, where with the source line, and where the whole source is kept."""
-    kept = _keep(text, entry, log, ptx)
+    kept = _keep(text, kernel_name, log, ptx)
     lines = source_lines(text)
     parts = [headline]
     errors = [d for d in diagnostics if d.severity == "error"] or list(diagnostics)
@@ -302,38 +306,38 @@ def _report(headline: str, text: str, log: str, ptx: str, entry: str, diagnostic
     return "\n".join(parts)
 
 
-def _keep(text: str, entry: str, log: str, ptx: str) -> str:
+def _keep(text: str, kernel_name: str, log: str, ptx: str) -> str:
     """Write what is needed to look into a failure, once per source; returns the path of the source."""
     try:
         folder = get_settings().dump_dir
         if folder is None:
             place = Path(tempfile.gettempdir()) / f"megamoe-jit-failed-{os.geteuid()}"
             folder = private_directory(place) / hashlib.sha256(text.encode()).hexdigest()[:12]
-        _write_all(folder, entry, {".cu": text.encode(), ".ptx": ptx.encode(), ".log": log.encode()})
+        _write_all(folder, kernel_name, {".cu": text.encode(), ".ptx": ptx.encode(), ".log": log.encode()})
     except OSError as error:
         return f"could not be kept ({error})"
-    return str(folder / f"{entry}.cu")
+    return str(folder / f"{kernel_name}.cu")
 
 
-def _dump(text: str, entry: str, log: str, ptx: str, cubin: bytes) -> None:
+def _dump(text: str, kernel_name: str, log: str, ptx: str, cubin: bytes) -> None:
     folder = get_settings().dump_dir
     if folder is None:
         return
     parts = {".cu": text.encode(), ".ptx": ptx.encode(), ".log": log.encode(), ".cubin": cubin}
     try:
-        _write_all(folder, entry, parts)
+        _write_all(folder, kernel_name, parts)
     except OSError as error:
         LOG.warning("cannot dump to %s: %s", folder, error)
 
 
-def _write_all(folder: Path, entry: str, parts: dict[str, bytes]) -> None:
+def _write_all(folder: Path, kernel_name: str, parts: dict[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, data in parts.items():
         if data:
-            temporary = folder / f".{entry}{suffix}.{os.getpid()}-{threading.get_ident()}"
+            temporary = folder / f".{kernel_name}{suffix}.{os.getpid()}-{threading.get_ident()}"
             try:
                 temporary.write_bytes(data)
-                temporary.replace(folder / f"{entry}{suffix}")
+                temporary.replace(folder / f"{kernel_name}{suffix}")
             except BaseException:  # a full disk keeps nothing by halves
                 with contextlib.suppress(OSError):
                     temporary.unlink()

@@ -1,6 +1,6 @@
 """From a `KernelSpec` to one self-contained CUDA source.
 
-The Jinja2 entry is rendered, then every `#include "room/file.cuh"` is replaced by that file's text, once.
+The Jinja2 template is rendered, then every `#include "room/file.cuh"` is replaced by that file's text, once.
 NVRTC therefore gets no include path and sees exactly one text: what is hashed for the cache is what was
 compiled, and a changed room can never leave a stale kernel behind. `#line` marks with fixed virtual names
 keep compiler messages, SASS listings and profilers pointing at the room and its line, wherever the
@@ -75,7 +75,7 @@ def kernels_dir() -> Path:
 
 
 def render(spec: Compilable) -> RenderedSource:
-    """Render the entry of `spec` and flatten its includes.
+    """Render the template of `spec` and flatten its includes.
 
     The text depends on the spec and the bytes of the files alone, not on where they lie or on the clock.
 
@@ -90,8 +90,8 @@ def render(spec: Compilable) -> RenderedSource:
     """
     root = kernels_dir()
     flat = _Flattener(root)
-    entry = spec.template
-    flat.enter(entry, _render_entry(root, entry, spec.template_variables()), None)
+    template = spec.template
+    flat.enter(template, _filled(root, template, spec.template_variables()), None)
     return RenderedSource("\n".join(flat.out) + "\n", tuple(flat.files))
 
 
@@ -130,7 +130,7 @@ def _marked(name: str, text: str) -> tuple[str, list[int]]:
     return "\n".join(lines), numbers
 
 
-def _render_entry(root: Path, entry: str, values: Mapping[str, Any]) -> str:
+def _filled(root: Path, template: str, values: Mapping[str, Any]) -> str:
     try:
         import jinja2
     except ModuleNotFoundError:
@@ -153,19 +153,19 @@ def _render_entry(root: Path, entry: str, values: Mapping[str, Any]) -> str:
         return marked, _virtual(name)
 
     try:
-        text = render_template(load, entry, values)
+        text = render_template(load, template, values)
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"kernel template {error.name!r} does not exist in {root}") from error
     except _REFUSED as error:
-        raise RenderError(_explained(error, entry, numbers)) from error
+        raise RenderError(_explained(error, template, numbers)) from error
     except jinja2.TemplateError as error:
-        raise RenderError(_explained(error, entry, numbers)) from error
-    return f'#line 1 "{_virtual(entry)}"\n{text}'
+        raise RenderError(_explained(error, template, numbers)) from error
+    return f'#line 1 "{_virtual(template)}"\n{text}'
 
 
-def _explained(error: Exception, entry: str, numbers: dict[str, list[int]]) -> str:
+def _explained(error: Exception, template: str, numbers: dict[str, list[int]]) -> str:
     """An error of a template with its place; `numbers` has the original numbers of each template's lines."""
-    name, line = _jinja_position(error, entry)
+    name, line = _jinja_position(error, template)
     known = numbers.get(name, [])
     line = known[line - 1] if 0 < line <= len(known) else line
     what = str(error) if not isinstance(error, RecursionError) else "it is nested too deep"

@@ -1,4 +1,4 @@
-"""The part of Jinja that a kernel's entry may use, rendered so that no template can hang or fill the memory.
+"""The part of Jinja that a kernel's template may use, rendered so that no template can hang or fill the memory.
 
 Entries are nearly plain CUDA: values, `{% if %}`, `{% set %}`, `{% for %}` over a list or `range(...)`, `{% include %}`
 of a file of the folder by its name. There are no calls but `range`, no attributes but those of `loop`, no macros and no
@@ -152,17 +152,17 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _problem(node: nodes.Node) -> str:
     """Why a template may not hold this; empty if it may."""
     if not isinstance(node, _ALLOWED):
-        return f"{type(node).__name__} is not allowed in a kernel's entry; allowed: values, if, set, for, include"
+        return f"{type(node).__name__} is not allowed in a kernel's template; allowed: values, if, set, for, include"
     if isinstance(node, nodes.For) and node.recursive:
-        return "a recursive loop is not allowed in a kernel's entry"
+        return "a recursive loop is not allowed in a kernel's template"
     if isinstance(node, nodes.Call) and not (isinstance(node.node, nodes.Name) and node.node.name == "range"):
-        return "calls are not allowed in a kernel's entry, but for range(...)"
+        return "calls are not allowed in a kernel's template, but for range(...)"
     if isinstance(node, nodes.Getattr) and not (isinstance(node.node, nodes.Name) and node.node.name == "loop"):
-        return f".{node.attr} is not allowed in a kernel's entry; allowed: attributes of loop"
+        return f".{node.attr} is not allowed in a kernel's template; allowed: attributes of loop"
     if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
-        return f"filter {node.name!r} is not allowed in a kernel's entry; allowed: {', '.join(_FILTERS)}"
+        return f"filter {node.name!r} is not allowed in a kernel's template; allowed: {', '.join(_FILTERS)}"
     if isinstance(node, nodes.List | nodes.Tuple) and any(n.ctx == "load" for n in node.find_all(nodes.Name)):
-        return "a list in a kernel's entry holds constants alone"
+        return "a list in a kernel's template holds constants alone"
     if isinstance(node, nodes.Include):
         target = node.template
         if not (isinstance(target, nodes.Const) and isinstance(target.value, str) and stays_inside(target.value)):

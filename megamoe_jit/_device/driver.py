@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from megamoe_jit._documents import Count
 from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._text import first_line
 
@@ -36,14 +37,18 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as the driver describes it."""
+    """One GPU as the driver describes it.
 
-    index: int
+    Attributes:
+        supported: compute capability 9.0
+    """
+
+    index: Count
     name: str
     compute_capability: str
-    sms: int
-    memory_bytes: int
-    supported: bool  #: compute capability 9.0
+    sms: Count
+    memory_bytes: Count
+    supported: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +66,6 @@ class Machine:
     problem: str | None
     gpus: tuple[Gpu, ...] = field(default=())
     code: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        found = {"driver_cuda": self.driver_cuda, "problem": self.problem, "code": self.code}
-        return {**found, "gpus": [asdict(gpu) for gpu in self.gpus]}
 
 
 class _Refusal(Exception):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
-from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, Phase, Wait
+from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, Meeting, Wait
 
 __all__ = ["LOST", "WAITS", "Fault", "decode", "fault_error"]
 
@@ -24,7 +24,7 @@ WAITS: dict[int, str] = {
     Wait.ROWS_DISPATCHED: "dispatch to bring the rows from {row} on ({seen} of {expected} arrived)",
     Wait.GEMM1_DONE: "the first GEMM to finish the rows from {row} on ({seen} of {expected} tiles done)",
     Wait.GEMM1_TILE_STORED: "the math warps to finish tile {which}, of the first GEMM",
-    Wait.PEER_SIGNAL: "the other ranks to have their {phase} ready in launch {expected} (missing: {ranks})",
+    Wait.PEER_SIGNAL: "the other ranks to have their {meeting} ready in launch {expected} (missing: {ranks})",
     Wait.TAIL_BARRIER: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
     Wait.WEIGHT_STAGE_FREE: "the math warps to free pipeline stage {which} for weights",
     Wait.GEMM2_TILE_STORED: "the math warps to finish tile {which}, of the second GEMM",
@@ -36,7 +36,7 @@ WAITS: dict[int, str] = {
 
 LOST = "nothing"  #: what the driver said of a kernel whose end it has not noticed (`wait.py`)
 
-PHASES = {phase.value: phase.name.lower() for phase in Phase}  #: of a `PEER_SIGNAL`
+MEETINGS = {meeting.value: meeting.name.lower() for meeting in Meeting}  #: of a `PEER_SIGNAL`
 
 ROLES = ("activations warp", "weights warp", "dispatch warp", "publisher warp")
 
@@ -55,7 +55,7 @@ class Fault:
     @property
     def role(self) -> str:
         """Which part of the block waited."""
-        if self.what == Wait.HEAD_BARRIER or (self.what == Wait.PEER_SIGNAL and self.which == Phase.INPUTS):
+        if self.what == Wait.HEAD_BARRIER or (self.what == Wait.PEER_SIGNAL and self.which == Meeting.INPUTS):
             return "head"  # before the warps have their roles
         return ROLES[self.warp] if self.warp < len(ROLES) else f"math warp {self.warp - len(ROLES)}"
 
@@ -66,7 +66,7 @@ class Fault:
             what=self.what,
             which=self.which,
             row=self.which * COUNTER_ROWS,
-            phase=PHASES.get(self.which, self.which),
+            meeting=MEETINGS.get(self.which, self.which),
             expected=self.expected,
             seen=self.seen,
             ranks=ranks,

@@ -82,9 +82,9 @@ class Launcher:
 
         size, address = ctypes.sizeof(params), ctypes.addressof(params)
         if size != loaded.param_bytes:
-            raise LaunchError(f"{loaded.spec.entry} takes {loaded.param_bytes} bytes of parameters, not {size}")
+            raise LaunchError(f"{loaded.spec.kernel_name} takes {loaded.param_bytes} bytes of parameters, not {size}")
         if address % PARAMS_ALIGN:
-            raise LaunchError(f"parameters of {loaded.spec.entry} must be {PARAMS_ALIGN}-byte aligned")
+            raise LaunchError(f"parameters of {loaded.spec.kernel_name} must be {PARAMS_ALIGN}-byte aligned")
         attributes = []
         if cooperative:
             attributes.append(driver.CUlaunchAttribute())
@@ -138,7 +138,7 @@ class Launcher:
             name = str(status)
         spec = self._loaded.spec
         what = (
-            f"launching {spec.entry} failed with {name} (grid {self._grid}, block {self._threads}, "
+            f"launching {spec.kernel_name} failed with {name} (grid {self._grid}, block {self._threads}, "
             f"{spec.shared_bytes} bytes of shared memory, device {self._loaded.device_index})"
         )
         if name in _BROKEN:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe_jit._spec import BLOCK, MoEShape
-from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Phase
+from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Meeting
 
 __all__ = ["ALIGN", "CAPACITY_STEP", "DEFAULT_POOL_ROWS", "MAX_SORT_BLOCKS", "BufferLayout", "Section", "buffer_layout"]
 
@@ -114,7 +114,7 @@ def buffer_layout(
             ("topk_weights", tokens * topk * 4, f"weight of each slot f32 [{tokens}, {topk}]"),
             ("expert_offsets", (experts + 1) * 4, "first sorted pair of each expert u32"),
             ("sorted_pairs", pairs * 4, "(token, slot) pairs by expert u32"),
-            ("signals", len(Phase) * MAX_RANKS * 4, "launch that each rank has reached, by phase u32"),
+            ("signals", len(Meeting) * MAX_RANKS * 4, "launch that each rank has reached, by meeting u32"),
             ("combine", pairs * hidden * 2, f"expert outputs bf16 [{tokens}, {slots}, {hidden}]"),
         ]
     )

@@ -103,7 +103,7 @@ def load_kernel(spec: Compilable, device_index: int, *, param_bytes: int | None 
             known.of_key[loaded.key, device_index] = known.of_life[life, device_index] = loaded
     if param_bytes is not None and param_bytes != loaded.param_bytes:
         raise LoadError(
-            f"kernel {spec.entry} takes {loaded.param_bytes} bytes of parameters, but the host passes "
+            f"kernel {spec.kernel_name} takes {loaded.param_bytes} bytes of parameters, but the host passes "
             f"{param_bytes}; kernels_src/layout/params.cuh and megamoe_jit/_spec/abi.py disagree"
         )
     return loaded
@@ -114,8 +114,8 @@ def _refuse_capture(spec: Compilable) -> None:
     cuda = getattr(torch, "cuda", None)
     if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
         raise CaptureError(
-            f"kernel {spec.entry} is used for the first time while a CUDA graph is being captured; call the buffer's "
-            f"prepare_all() before the capture, since a call loads the kernel of its own token count alone "
+            f"kernel {spec.kernel_name} is used for the first time while a CUDA graph is being captured; call the "
+            f"buffer's prepare_all() before the capture, since a call loads the kernel of its own token count alone "
             f"(to compile it ahead of time: {warmup_command(spec)})"
         )
 
@@ -161,24 +161,24 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
 
     spec = compiled.spec
     try:
-        (kernel_info,) = [k for k in read_cubin(compiled.cubin).entries if k.name == spec.entry]
+        (kernel_info,) = [k for k in read_cubin(compiled.cubin).entries if k.name == spec.kernel_name]
     except (CubinError, ValueError):
-        return _Refusal(f"the cached kernel {compiled.key[:12]} is not {spec.entry}", explained=False)
+        return _Refusal(f"the cached kernel {compiled.key[:12]} is not {spec.kernel_name}", explained=False)
     _enter_context(driver, device_index, spec)
     status, library = driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
     if _name(status) in _REFUSED:
         return _refusal(driver, compiled, _name(status))
-    checked(driver, (status,), f"cuLibraryLoadData({spec.entry})")
-    kernel = checked(driver, driver.cuLibraryGetKernel(library, spec.entry.encode()), "cuLibraryGetKernel")
+    checked(driver, (status,), f"cuLibraryLoadData({spec.kernel_name})")
+    kernel = checked(driver, driver.cuLibraryGetKernel(library, spec.kernel_name.encode()), "cuLibraryGetKernel")
     status, function = driver.cuKernelGetFunction(kernel)
     if _name(status) in _REFUSED:
         return _refusal(driver, compiled, _name(status))
-    checked(driver, (status,), f"cuKernelGetFunction({spec.entry})")
+    checked(driver, (status,), f"cuKernelGetFunction({spec.kernel_name})")
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     checked(
         driver,
         driver.cuFuncSetAttribute(function, attribute, spec.shared_bytes),
-        f"raising the shared memory of {spec.entry} to {spec.shared_bytes} bytes",
+        f"raising the shared memory of {spec.kernel_name} to {spec.shared_bytes} bytes",
     )
     return LoadedKernel(spec, compiled.key, device_index, function, kernel_info.param_bytes, compiled, library)
 
@@ -200,7 +200,7 @@ def _enter_context(driver: Any, device_index: int, spec: Compilable) -> None:
     ]
     if (major, minor) != (9, 0):
         raise UnsupportedDeviceError(
-            f"device {device_index} has compute capability {major}.{minor}; {spec.entry} needs 9.0 (Hopper)"
+            f"device {device_index} has compute capability {major}.{minor}; {spec.kernel_name} needs 9.0 (Hopper)"
         )
     contexts = registry().companion(Loaded).contexts
     primary = contexts.get(device_index)
@@ -241,7 +241,7 @@ def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> _Refusal:
     if explained:
         advice = f"install an NVRTC of CUDA {have} ({wheel_command(have)}) or a newer driver"
     return _Refusal(
-        f"the driver refuses kernel {compiled.spec.entry} ({error}): compiled by NVRTC {compiler}, "
+        f"the driver refuses kernel {compiled.spec.kernel_name} ({error}): compiled by NVRTC {compiler}, "
         f"the driver supports CUDA {version}; {advice} (key {compiled.key[:12]})",
         explained,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._device.driver_advice import advice
 from megamoe_jit._diagnose.finding import Check, Status
-from megamoe_jit._diagnose.machine import Machine
+from megamoe_jit._diagnose.machine import Compilers, Machine
 from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
 
@@ -36,7 +36,7 @@ def compiling_forbidden() -> str:
     return f"{get_settings().place('disable_jit')} forbids compiling"
 
 
-def check_compiler(found: dict[str, Any]) -> Check:
+def check_compiler(found: Compilers) -> Check:
     """The NVRTC that is used; none is missed where compiling is forbidden.
 
     Args:
@@ -45,21 +45,21 @@ def check_compiler(found: dict[str, Any]) -> Check:
     from megamoe_jit._compile.toolchain import correction, wanted_major
     from megamoe_jit._compile.wheels import wheel_command
 
-    chosen, others = found["chosen"], found["candidates"]
+    chosen, others, data = found.chosen, found.candidates, asdict(found)
     if get_settings().disable_jit:
-        what = f"NVRTC {chosen['version']} at {chosen['path']}" if chosen else "none"
-        return Check("compiler", Status.OK, f"{what}; not needed: {compiling_forbidden()}", "", found)
+        what = f"NVRTC {chosen.version} at {chosen.path}" if chosen else "none"
+        return Check("compiler", Status.OK, f"{what}; not needed: {compiling_forbidden()}", "", data)
     if chosen is None:
         step = correction() or "install NVRTC as the message says"
-        return Check("compiler", Status.FAIL, found["problem"], step, found)
+        return Check("compiler", Status.FAIL, str(found.problem), step, data)
     wanted, reason = wanted_major()
-    text = f"NVRTC {chosen['version']} at {chosen['path']}"
+    text = f"NVRTC {chosen.version} at {chosen.path}"
     if len(others) > 1:
         text += f" ({len(others)} found)"
-    if wanted is not None and int(chosen["version"].split(".")[0]) != wanted:
+    if wanted is not None and int(chosen.version.split(".")[0]) != wanted:
         step = correction() or f"{wheel_command(wanted)}, or set MEGAMOE_JIT_NVRTC"
-        return Check("compiler", Status.WARN, f"{text}, but {reason}", step, found)
-    return Check("compiler", Status.OK, f"{text}; {reason}", "", found)
+        return Check("compiler", Status.WARN, f"{text}, but {reason}", step, data)
+    return Check("compiler", Status.OK, f"{text}; {reason}", "", data)
 
 
 def check_sources() -> Check:
@@ -106,12 +106,13 @@ def check_torch(machine: Machine) -> Check:
     return Check("torch", Status.OK, f"{release}, without CUDA (enough to compile; there is no GPU here)", "", data)
 
 
-def check_driver(machine: Machine, found: dict[str, Any]) -> Check:
+def check_driver(machine: Machine, found: Compilers) -> Check:
     """The driver, and whether it loads what the NVRTC of `found` compiles."""
     from megamoe_jit._compile.toolchain import MINIMUM
     from megamoe_jit._compile.wheels import wheel_command
 
-    data = {"driver_cuda": machine.driver_cuda, "nvrtc": (found["chosen"] or {}).get("version")}
+    nvrtc = found.chosen.version if found.chosen else None
+    data: dict[str, Any] = {"driver_cuda": machine.driver_cuda, "nvrtc": nvrtc}
     if machine.code is not None:
         known = advice(machine.code)
         data |= {"problem": machine.problem, "code": machine.code}
@@ -121,12 +122,12 @@ def check_driver(machine: Machine, found: dict[str, Any]) -> Check:
         step = "to compile kernels, none is needed; to run them, install one, or run the container with GPUs"
         return Check("driver", Status.WARN, "no NVIDIA driver", step, {**data, "problem": machine.problem})
     text = f"supports CUDA {machine.driver_cuda}"
-    driver, compiler = int(machine.driver_cuda.split(".")[0]), int((data["nvrtc"] or "0").split(".")[0])
+    driver, compiler = int(machine.driver_cuda.split(".")[0]), int((nvrtc or "0").split(".")[0])
     if compiler > driver and not get_settings().disable_jit:
         step = "update the driver"
         if driver >= MINIMUM[0]:
             step = f"{wheel_command(driver)} with a torch for CUDA {driver}, or {step}"
-        return Check("driver", Status.FAIL, f"{text}: too old for kernels of NVRTC {data['nvrtc']}", step, data)
+        return Check("driver", Status.FAIL, f"{text}: too old for kernels of NVRTC {nvrtc}", step, data)
     return Check("driver", Status.OK, text, "", data)
 
 
@@ -204,7 +205,7 @@ def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
         major = int(meta["nvrtc"]["version"].split(".")[0])
         if fit is Fit.NAME:
             return "", other
-        cache.peek(key, spec.entry)
+        cache.peek(key, spec.kernel_name)
     except OtherSchema:
         return "", other
     except (OSError, Damaged) as error:
@@ -217,21 +218,21 @@ def _ready(cache: KernelCache, key: str, machine: Machine) -> tuple[str, str]:
         return "", f"too new for this driver (CUDA {machine.driver_cuda})"
     if meta.get("advisories") and get_settings().strict == "error":
         return "", f"with performance losses, which {get_settings().place('strict')} refuses"
-    return spec.entry, ""
+    return spec.kernel_name, ""
 
 
-def check_trial(found: dict[str, Any]) -> Check:
+def check_trial(found: Compilers) -> Check:
     """Whether a very small kernel compiles; not tried where compiling is forbidden."""
     from megamoe_jit._compile.nvrtc import compile_source
     from megamoe_jit._compile.toolchain import correction, find_toolchain
 
     if get_settings().disable_jit:
         return Check("trial compile", Status.OK, f"left out: {compiling_forbidden()}")
-    if found["chosen"] is None:
+    if found.chosen is None:
         return Check("trial compile", Status.FAIL, "not possible without a compiler", "see compiler above")
     begin = time.perf_counter()
     try:
-        result = compile_source(_TRIAL, entry="megamoe_trial", toolchain=find_toolchain())
+        result = compile_source(_TRIAL, kernel_name="megamoe_trial", toolchain=find_toolchain())
     except MegaMoeError as error:
         step = f"see compiler above, or {correction() or 'choose another with MEGAMOE_JIT_NVRTC'}"
         if get_settings().ptxas_options:

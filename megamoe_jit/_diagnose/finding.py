@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["Check", "Status", "worst"]
+from megamoe_jit._documents import Document
+
+__all__ = ["Check", "Diagnosis", "Finding", "Status", "worst"]
 
 
 class Status(StrEnum):
@@ -35,12 +38,46 @@ class Check:
     next_step: str = ""
     data: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "status": self.status.value, "next_step": self.next_step or None}
+    def to_part(self) -> Finding:
+        """As a part of the document."""
+        return Finding(self.name, self.status, self.detail, self.next_step or None, self.data)
 
 
-def worst(checks: list[Check]) -> Status:
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what was looked at
+        status: what came of it
+        detail: what was found
+        next_step: what to do
+        data: the facts behind it
+    """
+
+    name: str
+    status: Status
+    detail: str
+    next_step: str | None
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis(Document):
+    """What was checked, and what to do."""
+
+    KIND = "doctor"
+
+    status: Status
+    checks: tuple[Finding, ...]
+
+    @classmethod
+    def of(cls, checks: Sequence[Check]) -> Diagnosis:
+        """The document of some checks."""
+        return cls(worst(checks), tuple(check.to_part() for check in checks))
+
+
+def worst(checks: Sequence[Check]) -> Status:
     """The worst status of all."""
     order = list(Status)
     return max((check.status for check in checks), key=order.index, default=Status.OK)

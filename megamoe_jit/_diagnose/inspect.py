@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.cubin import CubinError, _sections, read_cubin
 from megamoe_jit._diagnose.machine import TOOLS, find_tool, tool_command
+from megamoe_jit._documents import Count, Digest, Document, Figure
 from megamoe_jit._errors import LoadError, ToolchainError
 from megamoe_jit._spec.abi import SHARED_LIMIT
 
-__all__ = ["ptx", "resources", "sass"]
+__all__ = ["Inspection", "Resources", "View", "ptx", "resources", "sass"]
 
 _TIMEOUT_S = 120
 _ARGUMENTS = {"nvdisasm": ("--print-code", "--print-line-info"), "cuobjdump": ("--dump-sass",)}
@@ -30,10 +32,64 @@ def _section(cubin: bytes, name: str) -> bytes | None:
     return None
 
 
-def resources(cubin: bytes, meta: Metadata) -> dict[str, Any]:
+View = Literal["resources", "ptx", "sass", "source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a kernel takes on the device, and how it was compiled.
+
+    Attributes:
+        kernel: its symbol
+        max_threads: of a block
+        register_file: 32-bit registers of a streaming multiprocessor
+        code_bytes: instructions alone
+        nvrtc: version of the compiler
+    """
+
+    key: Digest
+    kernel: str
+    arch: str
+    registers: Count
+    max_threads: Count
+    block_registers: Count
+    register_file: Count
+    stack_bytes: Count
+    spill_bytes: Count | None
+    static_shared_bytes: Count
+    dynamic_shared_bytes: Count | None
+    shared_limit_bytes: Count
+    param_bytes: Count
+    code_bytes: Count | None
+    cubin_bytes: Count
+    nvrtc: str | None
+    options: list[str] | None
+    advisories: list[str] | None
+    compile_ms: dict[str, Figure] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection(Document):
+    """A compiled kernel from the inside.
+
+    Attributes:
+        text: the listing, null for resources
+        tool: the disassembler
+    """
+
+    KIND = "inspect"
+
+    view: View
+    resources: Resources
+    text: str | None
+    tool: str | None
+
+
+def resources(key: str, cubin: bytes, meta: Metadata) -> Resources:
     """What the kernel takes on the device, and how it was compiled.
 
     Args:
+        key: of the kernel.
         cubin: the binary; it is the source of every figure that it holds.
         meta: what the cache entry says, for the others.
 
@@ -46,26 +102,27 @@ def resources(cubin: bytes, meta: Metadata) -> dict[str, Any]:
     except (CubinError, ValueError) as error:
         raise LoadError(f"not a cubin with one kernel: {error}") from error
     code = _section(cubin, f".text.{kernel.name}")
-    return {
-        "kernel": kernel.name,
-        "arch": info.arch,
-        "registers": kernel.registers,
-        "max_threads": kernel.max_threads,
-        "block_registers": kernel.registers * kernel.max_threads,
-        "register_file": REGISTER_FILE,
-        "stack_bytes": kernel.stack_bytes,
-        "spill_bytes": meta.get("spill_bytes"),
-        "static_shared_bytes": kernel.static_shared_bytes,
-        "dynamic_shared_bytes": meta.get("dynamic_shared_bytes"),
-        "shared_limit_bytes": SHARED_LIMIT,
-        "param_bytes": kernel.param_bytes,
-        "code_bytes": len(code) if code is not None else None,
-        "cubin_bytes": len(cubin),
-        "nvrtc": meta.get("nvrtc", {}).get("version"),
-        "options": meta.get("options"),
-        "advisories": meta.get("advisories"),
-        "compile_ms": meta.get("compile_ms"),
-    }
+    return Resources(
+        key=key,
+        kernel=kernel.name,
+        arch=info.arch,
+        registers=kernel.registers,
+        max_threads=kernel.max_threads,
+        block_registers=kernel.registers * kernel.max_threads,
+        register_file=REGISTER_FILE,
+        stack_bytes=kernel.stack_bytes,
+        spill_bytes=meta.get("spill_bytes"),
+        static_shared_bytes=kernel.static_shared_bytes,
+        dynamic_shared_bytes=meta.get("dynamic_shared_bytes"),
+        shared_limit_bytes=SHARED_LIMIT,
+        param_bytes=kernel.param_bytes,
+        code_bytes=len(code) if code is not None else None,
+        cubin_bytes=len(cubin),
+        nvrtc=meta.get("nvrtc", {}).get("version"),
+        options=meta.get("options"),
+        advisories=meta.get("advisories"),
+        compile_ms=meta.get("compile_ms"),
+    )
 
 
 def ptx(cubin: bytes) -> str:

@@ -11,20 +11,29 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megamoe_jit._device.driver import Gpu, Machine, gpus
+from megamoe_jit._documents import Count, Document, Says
 from megamoe_jit._errors import ToolchainError
+from megamoe_jit._version import __version__
 
 if TYPE_CHECKING:
     from megamoe_jit._settings.settings import Fault
 
 __all__ = [
     "TOOLS",
+    "ChosenCompiler",
+    "Compilers",
+    "Driver",
+    "Environment",
     "FileSystem",
+    "FoundCompiler",
     "Gpu",
     "Machine",
+    "Setting",
     "compilers",
+    "examine_environment",
     "file_system",
     "find_tool",
     "gpus",
@@ -85,32 +94,75 @@ def packages() -> dict[str, str | None]:
     return found
 
 
-def compilers() -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class FoundCompiler:
+    """An NVRTC that was found.
+
+    Attributes:
+        version: null if its file does not say more than the major one
+        origin: how it was found
+    """
+
+    path: str
+    version: str | None
+    major: Count
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenCompiler:
+    """The NVRTC that is used.
+
+    Attributes:
+        build: digest of its files
+    """
+
+    path: str
+    version: str
+    build: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compilers:
+    """Every NVRTC found, and the one that is used, or why none is."""
+
+    chosen: ChosenCompiler | None
+    problem: str | None
+    candidates: tuple[FoundCompiler, ...]
+
+
+def compilers() -> Compilers:
     """Every NVRTC found, and the one that is used, or why none is."""
     from megamoe_jit._compile.toolchain import candidates, find_toolchain
 
-    found = [
-        {
-            "path": str(c.path),
-            "version": ".".join(map(str, c.version)) if c.version else None,
-            "major": c.major,
-            "origin": c.origin,
-        }
-        for c in candidates()
-    ]
+    def text(version: Sequence[int]) -> str:
+        return ".".join(map(str, version))
+
+    found = tuple(
+        FoundCompiler(str(c.path), text(c.version) if c.version else None, c.major, c.origin) for c in candidates()
+    )
     try:
         chosen = find_toolchain()
     except ToolchainError as error:
-        return {"chosen": None, "problem": str(error), "candidates": found}
-    return {
-        "chosen": {
-            "path": str(chosen.path),
-            "version": ".".join(map(str, chosen.version)),
-            "build": chosen.build,
-        },
-        "problem": None,
-        "candidates": found,
-    }
+        return Compilers(None, str(error), found)
+    return Compilers(ChosenCompiler(str(chosen.path), text(chosen.version), chosen.build), None, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The driver and its GPUs.
+
+    Attributes:
+        driver_cuda: newest CUDA version that it supports
+        problem: why there is none
+        code: what the driver answered instead of success
+        gpus: those that this process may use
+    """
+
+    driver_cuda: str | None
+    problem: str | None
+    code: int | None
+    gpus: tuple[Gpu, ...]
 
 
 def file_system(path: Path) -> FileSystem:
@@ -163,7 +215,25 @@ def tool_command(name: str) -> str:
     return f"pip install {TOOLS[name]}"
 
 
-def settings_table(faults: Sequence[Fault] = ()) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting of this package.
+
+    Attributes:
+        name: its environment variable
+        source: default, environment, argument, or file PATH
+        problem: what is not allowed, and what is; the value is as it was written then
+    """
+
+    name: str
+    value: Annotated[Any, Says(type=["string", "number", "boolean", "array", "null"])]
+    source: str
+    problem: str | None
+    default: str
+    meaning: str
+
+
+def settings_table(faults: Sequence[Fault] = ()) -> tuple[Setting, ...]:
     """Every setting: its variable, value, where the value comes from, what is wrong with it, default and meaning.
 
     Args:
@@ -178,20 +248,48 @@ def settings_table(faults: Sequence[Fault] = ()) -> list[dict[str, Any]]:
         wrong = [fault for fault in faults if fault.field == variable.field]
         if wrong and (source == "default" or wrong[0].source == "environment"):
             value, source = wrong[0].value, wrong[0].source
-        rows.append(
-            {
-                "name": variable.name,
-                "value": _plain(value),
-                "source": source,
-                "problem": "; ".join(fault.message for fault in wrong) or None,
-                "default": variable.default,
-                "meaning": variable.meaning,
-            }
-        )
-    return rows
+        problem = "; ".join(fault.message for fault in wrong) or None
+        rows.append(Setting(variable.name, _plain(value), source, problem, variable.default, variable.meaning))
+    return tuple(rows)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
+    """A value as JSON can have it; what a file says may be anything that TOML knows."""
+    if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path | dict) else value
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment(Document):
+    """Versions, compilers, GPUs and settings."""
+
+    KIND = "env"
+
+    version: str
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    nvrtc: Compilers
+    driver: Driver
+    settings: tuple[Setting, ...]
+
+
+def examine_environment(faults: Sequence[Fault]) -> Environment:
+    """All of it, as it is now.
+
+    Args:
+        faults: from `lenient`, in which this is to be called.
+    """
+    import platform
+
+    machine = gpus()
+    return Environment(
+        version=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages=packages(),
+        nvrtc=compilers(),
+        driver=Driver(machine.driver_cuda, machine.problem, machine.code, machine.gpus),
+        settings=settings_table(faults),
+    )

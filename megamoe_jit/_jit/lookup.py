@@ -53,8 +53,8 @@ class Wanted:
             problem = error
         options = options_for(toolchain)
         if toolchain is not None:
-            key = cache_key(source.text, options, spec.entry, ARCH, toolchain)
-        return cls(spec, source, source_id(source.text, options, spec.entry, ARCH), toolchain, key, problem)
+            key = cache_key(source.text, options, spec.kernel_name, ARCH, toolchain)
+        return cls(spec, source, source_id(source.text, options, spec.kernel_name, ARCH), toolchain, key, problem)
 
     @property
     def major(self) -> int | None:
@@ -133,7 +133,7 @@ def lookup(wanted: Wanted, caches: Iterable[KernelCache] | None = None, least: F
             rest.append(Found(cache, info.key, info, fit_of(wanted, info.key, info.meta, cache)))
     yield from (each for each in rest if each.fit is Fit.SOURCE)
     if least is Fit.NAME:
-        named = [each for each in rest if each.fit is Fit.NAME and each.entry == wanted.spec.entry]
+        named = [each for each in rest if each.fit is Fit.NAME and each.entry == wanted.spec.kernel_name]
         yield from sorted(named, key=lambda each: each.info.created_at if each.info else "", reverse=True)
 
 

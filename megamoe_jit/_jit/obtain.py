@@ -82,7 +82,7 @@ def obtain(spec: Compilable, force: bool, stop: threading.Event | None = None) -
 
     # what will not be published need not be waited for
     keeps = cache is not None and cache.writable()
-    with key_lock(key, spec.entry, published) if keeps else contextlib.nullcontext():
+    with key_lock(key, spec.kernel_name, published) if keeps else contextlib.nullcontext():
         if keeps and published():  # by another process, while this one waited
             found = _from_disk(wanted)
             if found is not None:
@@ -92,11 +92,11 @@ def obtain(spec: Compilable, force: bool, stop: threading.Event | None = None) -
 
 def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache | None, force: bool) -> CompiledKernel:
     spec = wanted.spec
-    LOG.info("compiling %s with NVRTC %d.%d", spec.entry, *toolchain.version)
-    result = compile_source(wanted.source.text, entry=spec.entry, toolchain=toolchain)
+    LOG.info("compiling %s with NVRTC %d.%d", spec.kernel_name, *toolchain.version)
+    result = compile_source(wanted.source.text, kernel_name=spec.kernel_name, toolchain=toolchain)
     LOG.info(
         "compiled %s in %.2f s: %d registers, %d bytes of spills",
-        spec.entry,
+        spec.kernel_name,
         result.seconds["total"],
         result.registers,
         result.spill_bytes,
@@ -121,14 +121,14 @@ def _missing(spec: Compilable) -> KernelMissingError:
     where = " or ".join(map(str, places[1:] if settings.no_cache else places)) or "(none: MEGAMOE_JIT_NO_CACHE)"
     whose = f" ({spec.remark})" if spec.remark else ""
     return KernelMissingError(
-        f"kernel {spec.entry} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}{whose}"
+        f"kernel {spec.kernel_name} is not in the cache {where} and {why}; run: {allow}{warmup_command(spec)}{whose}"
     )
 
 
 def _from_disk(wanted: Wanted) -> CompiledKernel | None:
     """A stored kernel: exactly the one, else one that somebody built from this source and handed to us."""
     for found in lookup(wanted, least=Fit.LOADS):
-        entry = found.cache.load(found.key, wanted.spec.entry)
+        entry = found.cache.load(found.key, wanted.spec.kernel_name)
         if entry is not None and registry().trusts(entry.meta["cubin_sha256"]):
             return _accept(wanted, found, entry)
     return None
@@ -140,14 +140,14 @@ def _accept(wanted: Wanted, found: Found, entry: CacheEntry) -> CompiledKernel:
     strict = get_settings().strict
     if losses and strict == "error":
         raise PerformanceLossError(
-            f"cached kernel {spec.entry} ({entry.path}) was compiled with performance losses; "
+            f"cached kernel {spec.kernel_name} ({entry.path}) was compiled with performance losses; "
             "MEGAMOE_JIT_STRICT=warn accepts it\n" + "\n".join(f"  {loss}" for loss in losses)
         )
     if losses and strict == "warn":
-        LOG.warning("cached kernel %s has performance losses: %s", spec.entry, "; ".join(losses))
+        LOG.warning("cached kernel %s has performance losses: %s", spec.kernel_name, "; ".join(losses))
     if registry().first_from(entry.path):
         remark = "" if entry.key == wanted.key else ", built elsewhere"
-        LOG.info("%s: from %s%s", spec.entry, entry.path, remark)
+        LOG.info("%s: from %s%s", spec.kernel_name, entry.path, remark)
     origin: Origin = "pack" if found.cache.read_only else "disk"
     return CompiledKernel(spec, entry.key, entry.cubin, entry.meta, origin, 0.0)
 
@@ -155,7 +155,7 @@ def _accept(wanted: Wanted, found: Found, entry: CacheEntry) -> CompiledKernel:
 def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metadata:
     spec, kernel = wanted.spec, result.kernel
     return {
-        "entry": spec.entry,
+        "entry": spec.kernel_name,
         "spec": spec.to_json(),
         "source_id": wanted.source_id,
         "files": [one_line(name) for name in wanted.source.files],

@@ -217,7 +217,7 @@ def _of_spec(spec: Compilable, caches: tuple[KernelCache, ...]) -> Found:
     usable = [each for each in entries if each.fit > Fit.NAME]
     if not usable:
         what = "is in the cache only as compiled from another source" if entries else "is not in the cache"
-        raise KernelMissingError(f"kernel {spec.entry} {what}; run: {warmup_command(spec)}")
+        raise KernelMissingError(f"kernel {spec.kernel_name} {what}; run: {warmup_command(spec)}")
     try:
         return first_whole(usable, with_source=True)
     except (OSError, Damaged) as problem:

@@ -276,7 +276,7 @@ def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Comp
     running = [future for future in futures if future.running()]
     _, left = concurrent.futures.wait(running, timeout=_QUICK_S)  # what waited for another process ends by itself
     if left:
-        names = several((spec.entry for future, spec in futures.items() if future in left), 3)
+        names = several((spec.kernel_name for future, spec in futures.items() if future in left), 3)
         LOG.warning("interrupted; waiting for what is being compiled, to keep it (Ctrl-C again leaves it): %s", names)
 
 
@@ -298,7 +298,7 @@ def _warm_one(spec: Compilable, force: bool, stop: threading.Event) -> WarmupRes
     except Exception as error:
         failure = error
         if not isinstance(error, MegaMoeError):
-            LOG.exception("unexpected failure while compiling %s", spec.entry)
+            LOG.exception("unexpected failure while compiling %s", spec.kernel_name)
     return WarmupResult(spec, kernel, failure, time.perf_counter() - begin)
 
 

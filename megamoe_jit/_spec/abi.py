@@ -116,7 +116,7 @@ STAGE_PARAMS = (
     ("unused", "u32", 2, 120),
 )
 
-#: `Tile` of sched/plan.cuh: name, type, how many, and offset in bytes.
+#: `Tile` of sched/experts.cuh: name, type, how many, and offset in bytes.
 TILE_BYTES, TILE_ALIGN = 32, 4
 TILE = (
     ("kind", "u32", 1, 0),
@@ -149,7 +149,7 @@ class Wait(IntEnum):
     GEMM2_DONE = 14
 
 
-class Phase(IntEnum):
+class Meeting(IntEnum):
     """Where all ranks meet in a launch.  `comm/barriers.cuh`"""
 
     INPUTS = 0
@@ -173,7 +173,7 @@ class Span(IntEnum):
     COUNT_BARRIER = 2
     ORDER = 3
     ORDER_BARRIER = 4
-    PLAN = 5
+    EXPERT_TABLE = 5
     FIRST_ROUND = 6
     WAIT_ROWS = 7
     STREAM_ACTIVATIONS = 8

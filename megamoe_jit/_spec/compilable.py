@@ -12,12 +12,12 @@ class Compilable(Hashable, Protocol):
     """A kernel of any kind, as a value that can be hashed and compared; `KernelSpec` is one."""
 
     @property
-    def entry(self) -> str:
+    def kernel_name(self) -> str:
         """Symbol of the kernel."""
 
     @property
     def template(self) -> str:
-        """Path of the Jinja2 entry under `kernels_src/`."""
+        """Path of the Jinja2 template under `kernels_src/`."""
 
     @property
     def shared_bytes(self) -> int:
@@ -32,7 +32,7 @@ class Compilable(Hashable, Protocol):
         """What to say beside `command` where the kernel is missed; empty for nothing."""
 
     def template_variables(self) -> dict[str, Any]:
-        """What the Jinja2 entry is filled with."""
+        """What the Jinja2 template is filled with."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that name it."""

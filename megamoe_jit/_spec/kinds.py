@@ -7,7 +7,7 @@ from typing import Any
 from megamoe_jit._spec.spec import KernelSpec
 from megamoe_jit._spec.stage import StageSpec
 
-__all__ = ["spec_from_json", "spec_of_entry"]
+__all__ = ["spec_from_json", "spec_of_kernel_name"]
 
 
 def spec_from_json(data: dict[str, Any]) -> KernelSpec | StageSpec:
@@ -17,6 +17,6 @@ def spec_from_json(data: dict[str, Any]) -> KernelSpec | StageSpec:
     return KernelSpec.from_json(data)
 
 
-def spec_of_entry(entry: str) -> KernelSpec | StageSpec | None:
+def spec_of_kernel_name(name: str) -> KernelSpec | StageSpec | None:
     """The kernel with this symbol; None if it is none's.  Raises `ConfigError` if a part is not supported."""
-    return StageSpec.of_entry(entry) or KernelSpec.of_entry(entry)
+    return StageSpec.of_kernel_name(name) or KernelSpec.of_kernel_name(name)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+from megamoe_jit._documents import Count
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.abi import (
     BLOCK_N,
@@ -50,7 +51,7 @@ TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
-_ENTRY = re.compile(
+_NAME = re.compile(
     r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})(?:_s(\d{1,9}))?_r(\d{1,9})((?:_[a-z0-9]+)*)"
 )
 
@@ -70,11 +71,11 @@ class MoEShape:
         ConfigError: a size is not supported.
     """
 
-    hidden: int
-    intermediate: int
-    experts: int
-    topk: int
-    shared: int = 0
+    hidden: Count
+    intermediate: Count
+    experts: Count
+    topk: Count
+    shared: Count = 0
 
     def __post_init__(self) -> None:
         check_int("hidden", self.hidden)
@@ -105,7 +106,7 @@ class MoEShape:
         """Experts whose weights live on all of so many ranks: each has the shared ones."""
         return self.experts + self.shared * ranks
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """Plain data; without `shared` where there are none."""
         sizes = asdict(self)
         return sizes if self.shared else {name: size for name, size in sizes.items() if name != "shared"}
@@ -235,7 +236,7 @@ class KernelSpec:
         return -(-(rings + self.fixed_shared_bytes) // 16) * 16 + self.source_table_bytes
 
     @cached_property
-    def entry(self) -> str:
+    def kernel_name(self) -> str:
         """Symbol of the kernel."""
         s = self.shape
         shared = f"_s{s.shared}" if s.shared else ""
@@ -248,9 +249,9 @@ class KernelSpec:
         return "_".join(["megamoe", self.variant.value, sizes, *words])
 
     @classmethod
-    def of_entry(cls, entry: str) -> KernelSpec | None:
+    def of_kernel_name(cls, name: str) -> KernelSpec | None:
         """The kernel with this symbol; None if it is none's.  Raises `ConfigError` if a part is not supported."""
-        found = _ENTRY.fullmatch(entry)
+        found = _NAME.fullmatch(name)
         if found is None:
             return None
         hidden, intermediate, experts, topk, shared, ranks = (int(number or 0) for number in found.groups()[1:7])
@@ -265,11 +266,11 @@ class KernelSpec:
         inputs = Inputs.RAW if Inputs.RAW.value in words else Inputs.STAGED
         options: dict[str, Any] = {"numerics": numerics, "weights": weights, "inputs": inputs}
         spec = cls(shape, variant, ranks, timeline="timeline" in words, **options)
-        return spec if spec.entry == entry else None
+        return spec if spec.kernel_name == name else None
 
     @property
     def template(self) -> str:
-        """Path of the Jinja2 entry under `kernels_src/`, the same for all."""
+        """Path of the Jinja2 template under `kernels_src/`, the same for all."""
         return TEMPLATE
 
     @property
@@ -279,7 +280,7 @@ class KernelSpec:
         `warmup` makes none with a timeline, which only who measures the kernel itself asks for; `inspect` makes any.
         """
         if self.timeline:
-            return f"inspect {self.entry}"
+            return f"inspect {self.kernel_name}"
         shape = self.shape
         words = [
             f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
@@ -295,9 +296,9 @@ class KernelSpec:
         return "kernels with a timeline are for measuring the kernel alone" if self.timeline else ""
 
     def template_variables(self) -> dict[str, Any]:
-        """What the Jinja2 entry is filled with."""
+        """What the Jinja2 template is filled with."""
         return {
-            "entry": self.entry,
+            "kernel_name": self.kernel_name,
             "policy": self.variant.policy,
             "policy_header": self.variant.header,
             "weights": self.weights.policy,

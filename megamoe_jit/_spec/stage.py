@@ -33,18 +33,18 @@ class StageSpec:
     format: StageFormat
 
     @property
-    def entry(self) -> str:
+    def kernel_name(self) -> str:
         """Symbol of the kernel."""
         return f"megamoe_stage_{self.format.value}"
 
     @classmethod
-    def of_entry(cls, entry: str) -> StageSpec | None:
+    def of_kernel_name(cls, name: str) -> StageSpec | None:
         """The kernel with this symbol; None if it is none's."""
-        return next((spec for spec in map(cls, StageFormat) if spec.entry == entry), None)
+        return next((spec for spec in map(cls, StageFormat) if spec.kernel_name == name), None)
 
     @property
     def template(self) -> str:
-        """Path of the Jinja2 entry under `kernels_src/`."""
+        """Path of the Jinja2 template under `kernels_src/`."""
         return "kernels/stage.cuh.j2"
 
     @property
@@ -60,7 +60,7 @@ class StageSpec:
     @property
     def command(self) -> str:
         """Words of the command line that compile it alone; `warmup` does so with the kernels of any shape."""
-        return f"inspect {self.entry}"
+        return f"inspect {self.kernel_name}"
 
     @property
     def remark(self) -> str:
@@ -68,8 +68,8 @@ class StageSpec:
         return ""
 
     def template_variables(self) -> dict[str, int | str]:
-        """What the Jinja2 entry is filled with."""
-        return {"entry": self.entry, "format": self.format.struct}
+        """What the Jinja2 template is filled with."""
+        return {"kernel_name": self.kernel_name, "format": self.format.struct}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""

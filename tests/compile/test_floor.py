@@ -7,7 +7,7 @@ from megamoe_jit.heuristics import preset
 
 
 def test_the_reading_kernel_compiles_and_fits_four_times_on_an_sm():
-    result = compile_source(floor.SOURCE, entry="read_weights", toolchain=find_toolchain())
+    result = compile_source(floor.SOURCE, kernel_name="read_weights", toolchain=find_toolchain())
     assert result.registers * floor.THREADS * floor.BLOCKS_PER_SM <= 65536
     assert f"__launch_bounds__({floor.THREADS})" in floor.SOURCE
     assert floor.PIECE_BYTES == 2048 * 16

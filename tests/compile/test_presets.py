@@ -113,7 +113,7 @@ def test_compiles_without_loss(name):
     assert meta["registers"] == 168  # 65536 registers over 384 threads; setmaxnreg moves them between the warps
     assert meta["dynamic_shared_bytes"] == spec.shared_bytes <= 232448
     info = read_cubin(kernel.cubin)
-    assert [entry.name for entry in info.entries] == [spec.entry]
+    assert [entry.name for entry in info.entries] == [spec.kernel_name]
     (entry,) = info.entries
     assert (entry.registers, entry.stack_bytes, entry.static_shared_bytes) == (168, 0, 0)
     assert entry.max_threads == 384
@@ -124,7 +124,7 @@ def test_compiles_without_loss(name):
 def test_the_compiler_says_nothing_at_all(variant):
     """No advisory, no warning of the front end, no call, no local memory."""
     spec = KernelSpec(MoEShape(2304, 1408, 8, 12), variant)
-    result = compile_source(render(spec).text, entry=spec.entry, toolchain=find_toolchain())
+    result = compile_source(render(spec).text, kernel_name=spec.kernel_name, toolchain=find_toolchain())
     assert result.diagnostics == ()
     assert "C75" not in result.log
     for word in (".local ", "call.uni", "vprintf", ".extern .func"):

@@ -42,8 +42,8 @@ except mm.MegaMoeError as error:
 BROKEN = {
     "dispatch never counts its rows": (
         "dispatch/gather.cuh",
-        "if (ptx::lane_id() == 0) ptx::add_release(",
-        "if (ptx::lane_id() == 99) ptx::add_release(",
+        "if (ptx::lane_id() == 0)\n            ptx::add_release(",
+        "if (ptx::lane_id() == 99)\n            ptx::add_release(",
         "dispatch to bring the rows",
     ),
     "finished tiles are never announced": (

@@ -36,7 +36,7 @@ def test_the_others_name_a_lost_rank_and_end_in_good_order(when, victim, ranks):
         environment={rank: {"MEGAMOE_JIT_TIMEOUT_S": str(DEADLINE_S)} for rank in range(ranks)},
     )
     story = describe(ends)
-    launch, phases = EXPECTED[when]
+    launch, meetings = EXPECTED[when]
     assert ends[dead].returncode == -9, story
     for end in ends:
         if end.rank == dead:
@@ -46,7 +46,7 @@ def test_the_others_name_a_lost_rank_and_end_in_good_order(when, victim, ranks):
         assert found["error"] == "PeerTimeoutError", found
         assert found["text"].startswith(f"rank {end.rank}: "), found
         assert f"(missing: rank {dead})" in found["text"], found
-        assert any(f"to have their {phase} ready in launch {launch} " in found["text"] for phase in phases), found
+        assert any(f"to have their {meeting} ready in launch {launch} " in found["text"] for meeting in meetings), found
         assert DEADLINE_S - 0.5 < found["seconds"] < DEADLINE_S + 3, found
         assert found["later"] == "PeerTimeoutError", found
         assert "unusable" in found["later_text"], found

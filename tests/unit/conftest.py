@@ -47,9 +47,9 @@ def compiles(monkeypatch):
     """The entries compiled so far, counted around the real compiler."""
     real, seen = _obtain.compile_source, []
 
-    def count(text, *, entry, toolchain):
-        seen.append(entry)
-        return real(text, entry=entry, toolchain=toolchain)
+    def count(text, *, kernel_name, toolchain):
+        seen.append(kernel_name)
+        return real(text, kernel_name=kernel_name, toolchain=toolchain)
 
     monkeypatch.setattr(_obtain, "compile_source", count)
     return seen

@@ -42,7 +42,7 @@ class Watched(Baseline):
     def __call__(self) -> torch.Tensor:
         if Watched.capturing is not None:
             tensors = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-            held = (self, *tensors, self.plan.first, self.first.matrices, self.second.matrices)
+            held = (self, *tensors, self.exchange.first, self.first.matrices, self.second.matrices)
             Watched.capturing.needs = [weakref.ref(each) for each in held]
         return super().__call__()
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -91,11 +92,14 @@ def test_several_ranks_have_a_summary_too(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_wrong_row_reaches_nothing():
-    row = {"correct": False, "median_us": 1.0, "must_us": 2.0, "aim_us": 2.0}
-    assert lab.COLUMNS["REACHES"](row) == "WRONG"
-    assert lab.COLUMNS["REACHES"]({**row, "correct": True}) == "aim"
-    assert lab.COLUMNS["REACHES"]({**row, "correct": True, "aim_us": 0.5}) == "must"
-    assert lab.COLUMNS["REACHES"]({**row, "correct": True, "must_us": None, "aim_us": None}) == "-"
+    def reached(correct: bool, must_us: float | None, aim_us: float | None) -> str:
+        row = SimpleNamespace(correct=correct, median_us=1.0, must_us=must_us, aim_us=aim_us)
+        return lab.COLUMNS["REACHES"](row)
+
+    assert reached(False, 2.0, 2.0) == "WRONG"
+    assert reached(True, 2.0, 2.0) == "aim"
+    assert reached(True, 2.0, 0.5) == "must"
+    assert reached(True, None, None) == "-"
 
 
 def test_nothing_known_is_no_summary():

@@ -61,10 +61,10 @@ def invoke(*words):
 def test_a_damaged_kernel_is_not_cached(damaged, warnings):
     """Nor does the question put it aside, or note a use."""
     with override(disable_jit=True):
-        assert kernel_state(PING)["cached"] is False
+        assert kernel_state(PING).cached is False
         code, plan = invoke("warmup", "--dry-run")
         assert (code, plan["cached"], plan["missing"]) == (0, 0, 1)
-        assert explain(PING.shape, 8, variant="pingpong")["cached"] is False
+        assert explain(PING.shape, 8, variant="pingpong").cached is False
         assert damaged.is_dir()
         assert [str(damaged) in warning.getMessage() for warning in warnings] == [True]
         with pytest.raises(KernelMissingError):
@@ -74,7 +74,7 @@ def test_a_damaged_kernel_is_not_cached(damaged, warnings):
 def test_a_damaged_kernel_of_a_read_only_cache_is_not_cached(damaged, warnings):
     pack = user_cache().root
     with override(cache_dir=pack.parent / "own", readonly_cache=(pack,), disable_jit=True):
-        assert kernel_state(PING)["cached"] is False
+        assert kernel_state(PING).cached is False
         with pytest.raises(KernelMissingError):
             get_kernel(PING)
 

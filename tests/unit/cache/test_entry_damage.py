@@ -65,7 +65,7 @@ def test_a_binary_without_its_kernel_is_refused_before_the_driver_is_asked(good,
 
     monkeypatch.setattr(_loader, "_enter_context", asked)
     refusal = _loader._load(dataclasses.replace(good, cubin=fake_cubin()), 0)
-    assert refusal == _loader._Refusal(f"the cached kernel {good.key[:12]} is not {PING.entry}", explained=False)
+    assert refusal == _loader._Refusal(f"the cached kernel {good.key[:12]} is not {PING.kernel_name}", explained=False)
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["other bytes", "the same bytes"])

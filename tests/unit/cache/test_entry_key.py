@@ -104,7 +104,7 @@ def key_with(folder, file, text):
     (folder / file).write_bytes(text.encode())
     try:
         with override(kernels_src=folder):
-            return cache_key(render(SPEC).text, (), SPEC.entry, "sm_90a", TOOLS)
+            return cache_key(render(SPEC).text, (), SPEC.kernel_name, "sm_90a", TOOLS)
     finally:
         (folder / file).write_text(ROOMS[file])
 

@@ -16,8 +16,10 @@ from megamoe_jit._cache import entry as _entry
 from megamoe_jit._cache import evict as _evict
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._cache.documents import Entry
 from megamoe_jit._cache.entry import EntryInfo
 from megamoe_jit._cache.locks import try_lock
+from megamoe_jit._documents import time_of
 from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._settings.settings import Settings, override, parse_size
 from tests.stubs import KEY, OTHER, fake_cubin, fake_kernel, rewrite_meta
@@ -59,9 +61,12 @@ def test_entries(cache):
     assert (second.key, second.entry, second.compiler) == (OTHER, "two", "")
     assert first.disk_bytes == sum(p.stat().st_size for p in first.path.iterdir())
     assert first.created_at.endswith("Z")
-    document = first.to_json()
-    assert document["used_at"] == pytest.approx(time.time(), abs=60)
-    assert (document["path"], document["entry"]) == (str(first.path), "one")
+    assert first.used_at == pytest.approx(time.time(), abs=60)
+    document = Entry.of(first)
+    assert (document.key, document.path, document.entry, document.used_at) == (
+        *(KEY, str(first.path), "one"),
+        time_of(first.used_at),
+    )
     rewrite_meta(cache.entry_path(KEY), cubin_bytes="many")
     assert [info.key for info in cache.entries()] == [OTHER]
     rewrite_meta(cache.entry_path(OTHER), nvrtc="12.9")
@@ -109,28 +114,28 @@ def info(number, age, size=100, build="b", version="1"):
     return EntryInfo(key_of(number), Path("/x"), meta, 1e6 - age, size)
 
 
-def plan(entries, **options):
+def removed(entries, **options):
     order = {key_of(n): n for n in range(20)}
-    return [order[i.key] for i in _evict.plan(entries, now=1e6, **options)]
+    return [order[i.key] for i in _evict.to_remove(entries, now=1e6, **options)]
 
 
-def test_plan_takes_the_least_recently_used_first_and_no_young_one():
+def test_eviction_takes_the_least_recently_used_first_and_no_young_one():
     entries = [info(0, 5000), info(1, 9000), info(2, 599), info(3, 600)]
-    assert plan(entries) == []
-    assert plan(entries, max_bytes=400) == []
-    assert plan(entries, max_bytes=399) == [1]
-    assert plan(entries, max_bytes=200) == [1, 0]
-    assert plan(entries, max_bytes=0) == [1, 0, 3]
-    assert plan(entries, older_than_s=5000) == [1, 0]
-    assert plan(entries, older_than_s=0) == [1, 0, 3]
-    assert plan(entries, older_than_s=9000, max_bytes=250) == [1, 0]
+    assert removed(entries) == []
+    assert removed(entries, max_bytes=400) == []
+    assert removed(entries, max_bytes=399) == [1]
+    assert removed(entries, max_bytes=200) == [1, 0]
+    assert removed(entries, max_bytes=0) == [1, 0, 3]
+    assert removed(entries, older_than_s=5000) == [1, 0]
+    assert removed(entries, older_than_s=0) == [1, 0, 3]
+    assert removed(entries, older_than_s=9000, max_bytes=250) == [1, 0]
 
 
-def test_plan_takes_what_others_built_first():
+def test_eviction_takes_what_others_built_first():
     entries = [info(0, 9000), info(1, 700, build="c"), info(2, 800, version="0"), info(3, 8000)]
     entries.append(EntryInfo(key_of(4), Path("/x"), {}, 1e6 - 650, 100))
-    assert plan(entries, max_bytes=0, current=("1", "b")) == [2, 1, 4, 0, 3]
-    assert plan(entries, max_bytes=0) == [0, 3, 2, 1, 4]
+    assert removed(entries, max_bytes=0, current=("1", "b")) == [2, 1, 4, 0, 3]
+    assert removed(entries, max_bytes=0) == [0, 3, 2, 1, 4]
 
 
 def test_prune(cache, monkeypatch):

@@ -25,13 +25,13 @@ from megamoe_jit._compile.toolchain import find_toolchain
 rounds, seed = int(sys.argv[1]), int(sys.argv[2])
 random.seed(seed)
 spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-good = compile_source(render(spec).text, entry=spec.entry, toolchain=find_toolchain())
+good = compile_source(render(spec).text, kernel_name=spec.kernel_name, toolchain=find_toolchain())
 warned = []
 handler = logging.Handler(logging.WARNING)
 handler.emit = lambda record: warned.append(record.getMessage())
 logging.getLogger("megamoe_jit").addHandler(handler)
 
-def stub(text, *, entry, toolchain):
+def stub(text, *, kernel_name, toolchain):
     time.sleep(random.uniform(0, 0.004))
     return good
 

@@ -20,6 +20,7 @@ from tests.commandline import checked
 from tests.stubs import TEMPLATE
 
 NAMES = "L1.smoke,L4.fm0,threshold.t255"  #: two shapes, one of them with both kinds of arithmetic
+RUNS = 3 * len(Variant)
 
 
 def kernels_of(pattern, variants=tuple(Variant), ranks=1):
@@ -73,12 +74,12 @@ def verify(*words, pattern=NAMES, code=0):
 
 
 def test_all_kernels_are_asked_for_once_and_before_the_first_scenario(events):
-    assert checked(verify("--json").stdout)["run"] == 6
+    assert checked(verify("--json").stdout)["run"] == RUNS
     (what, specs, jobs), *rest = events
     assert (what, jobs) == ("warmup", None)
     assert set(specs) == kernels_of(NAMES)
-    assert len(specs) == 6  # none twice
-    assert [event[0] for event in rest] == ["run"] * 6
+    assert len(specs) == RUNS  # none twice
+    assert [event[0] for event in rest] == ["run"] * RUNS
 
 
 def test_the_whole_table_takes_one_warmup(events):
@@ -93,7 +94,7 @@ def test_only_kernels_that_a_call_takes_are_compiled(events):
     assert set(events[0][1]) == kernels_of(NAMES, (Variant.COOPERATIVE,))
     events.clear()
     verify("--variant", "auto", pattern="threshold.t255,threshold.t256")
-    assert {spec.variant for spec in events[0][1]} == set(Variant)
+    assert {spec.variant for spec in events[0][1]} == {Variant.PINGPONG, Variant.COOPERATIVE}
     events.clear()
     with override(variant="cooperative"):  # auto is what the settings say
         verify("--variant", "auto", pattern="L1.smoke")
@@ -117,7 +118,9 @@ def test_the_first_rank_of_torchrun_shows_what_is_compiled(events, monkeypatch, 
     (what, specs, jobs), *rest = events
     assert (what, jobs, rest) == ("warmup", (None, 4)[rank], [("ranks",)])
     assert set(specs) <= kernels_of("L1.smoke", ranks=2)
-    assert result.stderr.count("megamoe_") == (2, 0)[rank]  # both, though the first fails: other scenarios run
+    assert (
+        result.stderr.count("megamoe_") == (len(Variant), 0)[rank]
+    )  # each, though the first fails: other scenarios run
 
 
 @pytest.mark.parametrize(("here", "gpus"), [({}, 1), ({"RANK": "0", "WORLD_SIZE": "2"}, 4)])
@@ -133,7 +136,7 @@ def test_nothing_is_compiled_for_ranks_that_cannot_start(events, monkeypatch, he
 def test_without_a_cache_or_compiling_scenarios_run_straight_away(events, setting):
     with override(**{setting: True}):
         verify()
-    assert [event[0] for event in events] == ["run"] * 6
+    assert [event[0] for event in events] == ["run"] * RUNS
 
 
 @pytest.fixture
@@ -154,27 +157,31 @@ def test_scenarios_compile_nothing_themselves_and_a_bad_kernel_fails_its_own(lay
     )
     result = verify("--json", code=1)
     outcomes = checked(result.stdout)["outcomes"]
-    assert [(o["variant"], o["passed"]) for o in outcomes] == [("pingpong", True), ("cooperative", False)] * 3
+    assert [(o["variant"], o["passed"]) for o in outcomes] == [
+        (v.value, v is not Variant.COOPERATIVE) for v in Variant
+    ] * 3
     assert all("CompileError" in o["reason"] and "nonsense" in o["reason"] for o in outcomes if not o["passed"])
-    assert sorted(compiles) == sorted(spec.entry for spec in kernels_of(NAMES))
+    assert sorted(compiles) == sorted(spec.kernel_name for spec in kernels_of(NAMES))
     lines = [line.split()[0] for line in result.stderr.splitlines()]
     compiled = [line for line in lines if line in ("compiled", "failed")]
-    assert sorted(compiled) == ["compiled"] * 3 + ["failed"] * 3
+    assert sorted(compiled) == ["compiled"] * (RUNS - 3) + ["failed"] * 3
     assert [line for line in lines if line in ("compiled", "failed", "passed", "FAILED")] == [
         *compiled,
-        *["passed", "FAILED"] * 3,
+        *("FAILED" if v is Variant.COOPERATIVE else "passed" for _ in range(3) for v in Variant),
     ]
 
 
 def test_without_a_compiler_each_scenario_says_so(layer, tmp_path):
     with override(nvrtc=tmp_path / "libnvrtc.so"):
         outcomes = checked(verify("--json", code=1).stdout)["outcomes"]
-    assert ["ToolchainError" in o["reason"] for o in outcomes] == [True] * 6
+    assert ["ToolchainError" in o["reason"] for o in outcomes] == [True] * RUNS
 
 
 def test_on_a_terminal_the_kernels_come_before_the_count(layer, monkeypatch):
     for module in (_io, _kernels):
         monkeypatch.setattr(module, "live_terminal", lambda: True)
     result = verify("--json", pattern="L1.smoke")
-    assert checked(result.stdout)["run"] == 2
-    assert result.stderr.index("2 of 2 done") < result.stderr.index("passed  L1.smoke  pingpong")
+    assert checked(result.stdout)["run"] == len(Variant)
+    assert result.stderr.index(f"{len(Variant)} of {len(Variant)} done") < result.stderr.index(
+        "passed  L1.smoke  pingpong"
+    )

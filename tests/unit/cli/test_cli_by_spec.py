@@ -32,7 +32,7 @@ def kernel_as(version: str, remark: str = "") -> tuple[str, str, dict[str, Any]]
     """Key, source and metadata of the kernel as another NVRTC builds it, maybe from a source that is not ours."""
     spec = parse_spec(PINGPONG)
     key, _, source, meta = fake_kernel(
-        spec.entry, render(spec).text + remark, version=version, options=options_for(None)
+        spec.kernel_name, render(spec).text + remark, version=version, options=options_for(None)
     )
     return key, source, meta
 

@@ -12,8 +12,10 @@ import runpy
 import shutil
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from click.testing import CliRunner
 from megamoe_jit._bench import measure as _bench
 from megamoe_jit._cache import entry as _entry
 from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._cache.documents import Compiler, Entry
 from megamoe_jit._check import verify as _verify
 from megamoe_jit._cli import _io, _keys, app, cli
 from megamoe_jit._cli.cache import _fields
@@ -33,6 +36,7 @@ from megamoe_jit._diagnose import machine as _machine
 from megamoe_jit._diagnose.doctor import Status
 from megamoe_jit._diagnose.explain import kernel_state
 from megamoe_jit._diagnose.machine import Machine
+from megamoe_jit._documents import Document
 from megamoe_jit._errors import CompileError, ConfigError, LoadError, ToolchainError, UnsupportedDeviceError
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._jit.runtime import WarmupResult, forget, get_kernel, kernel_cache
@@ -48,9 +52,37 @@ def invoke(*words: str, **more):
     return CliRunner().invoke(cli, list(words), **more)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    figure: float
+    beside: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures(Document):
+    KIND = "figures"
+
+    one: float
+    parts: tuple[Part, ...]
+    deep: dict[str, Any]
+
+
 def test_numbers_that_json_has_not_become_null_at_any_depth(capsys):
-    _io.emit_json({"a": math.nan, "b": {"c": [1.5, (math.inf,)]}, "d": [[-math.inf]]})
-    assert json.loads(capsys.readouterr().out) == {"a": None, "b": {"c": [1.5, [None]]}, "d": [[None]]}
+    parts = (Part(math.inf), Part(1.5, 2.5))
+    _io.emit(Figures(math.nan, parts, {"c": [1.5, (math.inf, Part(-math.inf))], "d": [[True, None]]}))
+    assert json.loads(capsys.readouterr().out) == {
+        "schema_version": 1,
+        "kind": "figures",
+        "one": None,
+        "parts": [{"figure": None}, {"figure": 1.5, "beside": 2.5}],
+        "deep": {"c": [1.5, [None, {"figure": None}]], "d": [[True, None]]},
+    }
+
+
+def test_a_field_is_left_out_only_where_none_is_its_default(capsys):
+    _io.emit(Figures(1.0, (Part(1.0),), {"figure": None}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:] == [' "one": 1.0,', ' "parts": [', '  {"figure": 1.0}', " ],", ' "deep": {"figure": null}', "}"]
 
 
 def test_steps_on_a_terminal_scroll_above_a_count(capsys, monkeypatch):
@@ -131,7 +163,9 @@ def test_entry_that_cannot_be_read_just_now(cache, monkeypatch):
 
 
 def test_listing_of_an_entry_that_says_little():
-    assert _fields({"key": "k", "files": []}).split() == ["key", "k", "files", "-"]
+    entry = Entry(key="k", path="p", used_at="now", disk_bytes=1, files=[], nvrtc=Compiler("12.9", "b"))
+    said = "key k path p disk_bytes 1 used_at now files - nvrtc.version 12.9 nvrtc.build b"
+    assert " ".join(_fields(entry).split()) == said
 
 
 def test_key_is_shown_as_it_was_typed():
@@ -192,12 +226,13 @@ def test_doctor_in_colour(monkeypatch):
 
 
 def test_doctor_on_compilers(monkeypatch):
-    found = {"chosen": {"version": "12.9", "path": "/x"}, "problem": None, "candidates": [1, 2]}
+    candidates = tuple(_machine.FoundCompiler("/x", "12.9", 12, origin) for origin in ("here", "there"))
+    found = _machine.Compilers(_machine.ChosenCompiler("/x", "12.9", "b"), None, candidates)
     monkeypatch.setattr(_toolchain, "wanted_major", lambda: (13, "torch is built for CUDA 13.0"))
     other = _doctor.check_compiler(found)
     assert (other.status, "(2 found), but torch is built for CUDA 13.0" in other.detail) == ("warn", True)
     assert "pip install 'nvidia-cuda-nvrtc>=13,<14'" in other.next_step
-    missing = _doctor.check_compiler({"chosen": None, "problem": "nowhere", "candidates": []})
+    missing = _doctor.check_compiler(_machine.Compilers(None, "nowhere", ()))
     assert (missing.status, missing.detail) == ("fail", "nowhere")
 
 
@@ -286,10 +321,10 @@ def test_explain_finds_a_kernel_that_another_compiler_built(tmp_path, monkeypatc
     other = Toolchain(real.path, real.version, "another build")
     monkeypatch.setattr(_toolchain, "find_toolchain", lambda: other)
     with override(cache_dir=tmp_path / "empty"):
-        assert kernel_state(SPEC)["cached"] is False
+        assert kernel_state(SPEC).cached is False
         with override(readonly_cache=(tmp_path / "given",)):
             state = kernel_state(SPEC)
-    assert (state["cached"], state["key"], state["problem"]) == (True, kernel.key, None)
+    assert (state.cached, state.key, state.problem) == (True, kernel.key, None)
 
 
 def test_file_system_that_does_not_answer(monkeypatch, tmp_path):

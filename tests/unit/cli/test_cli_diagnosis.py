@@ -17,7 +17,8 @@ from megamoe_jit._compile.render import render
 from megamoe_jit._device.layout import buffer_layout
 from megamoe_jit._diagnose import inspect as _inspect
 from megamoe_jit._diagnose import machine as _machine
-from megamoe_jit._diagnose.explain import explain, plan, shared_parts
+from megamoe_jit._diagnose.explain import explain
+from megamoe_jit._diagnose.plan import memory_plan, shared_parts
 from megamoe_jit._errors import ConfigError, LoadError, ToolchainError
 from megamoe_jit._jit.runtime import get_kernel, kernel_key
 from megamoe_jit._settings.settings import VARIABLES, override
@@ -40,8 +41,8 @@ def invoke(*words: str):
 
 def test_kernels_are_named_by_symbol_or_shape():
     for spec in ALL_SPECS:
-        assert parse_spec(spec.entry) == spec
-        assert parse_spec(f"{spec.entry}_timeline") == replace(spec, timeline=True)
+        assert parse_spec(spec.kernel_name) == spec
+        assert parse_spec(f"{spec.kernel_name}_timeline") == replace(spec, timeline=True)
     flash, pro = preset("v4-flash").shape, preset("v4-pro").shape
     assert parse_spec("v4-flash/pingpong") == KernelSpec(flash, Variant.PINGPONG)
     assert parse_spec("v4-pro/cooperative/r8/exact") == KernelSpec(pro, Variant.COOPERATIVE, 8, False)
@@ -70,20 +71,20 @@ def test_kernels_that_are_not(text: str, says: str):
 
 def test_explain_follows_arguments_and_settings(tmp_path: Path):
     few, many = explain(SMALL, 255), explain(SMALL, 256)
-    assert (few["variant"], many["variant"]) == ("pingpong", "cooperative")
-    assert any("255 tokens" in reason for reason in few["reasons"])
-    assert few["key"] == kernel_key(KernelSpec(SMALL, Variant.PINGPONG))
+    assert (few.variant, many.variant) == ("pingpong", "cooperative")
+    assert any("255 tokens" in reason for reason in few.reasons)
+    assert few.key == kernel_key(KernelSpec(SMALL, Variant.PINGPONG))
     with override(variant="cooperative", cache_dir=tmp_path):
         forced = explain(SMALL, 1)
-        assert (forced["variant"], forced["cached"]) == ("cooperative", False)
-        assert explain(SMALL, 1, variant="auto")["variant"] == "pingpong"
+        assert (forced.variant, forced.cached) == ("cooperative", False)
+        assert explain(SMALL, 1, variant="auto").variant == "pingpong"
     with override(cooperative_threshold=1):
-        assert explain(SMALL, 1)["variant"] == "cooperative"
-        assert plan(SMALL, 1)["full_call"] == "cooperative"
+        assert explain(SMALL, 1).variant == "cooperative"
+        assert memory_plan(SMALL, 1).full_call == "cooperative"
     with override(cache_dir=warm_cache(tmp_path / "cache")):
         found = explain(SMALL, 1)
-        assert found["cached"]
-        assert Path(found["path"]).name == found["key"]
+        assert found.cached
+        assert Path(found.path).name == found.key
 
 
 def test_explain_says_what_a_call_would_do_without_a_compiler():
@@ -117,9 +118,9 @@ def test_wrong_usage(words: tuple[str, ...], says: str):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.entry)
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.kernel_name)
 def test_the_parts_of_shared_memory_are_all_of_it(spec: KernelSpec):
-    parts = {part["name"]: part["bytes"] for part in shared_parts(spec)}
+    parts = {part.name: part.bytes for part in shared_parts(spec)}
     assert sum(parts.values()) == spec.shared_bytes
     assert parts.get("padding", 0) < 16, "a part is missing from the list"
     assert all(size > 0 for size in parts.values())
@@ -127,20 +128,20 @@ def test_the_parts_of_shared_memory_are_all_of_it(spec: KernelSpec):
 
 def test_plan_adds_up():
     shape = preset("v4-flash").shape
-    found = plan(shape, 1000, ranks=8)
+    found = memory_plan(shape, 1000, ranks=8)
     layout = buffer_layout(shape, 1000, 8)
-    assert found["capacity"] == 1024
-    assert found["buffer_bytes"] == layout.total_bytes == found["symmetric_bytes"] + found["local_bytes"]
-    assert [section["name"] for section in found["local"]] == [section.name for section in layout.local]
+    assert found.capacity == 1024
+    assert found.buffer_bytes == layout.total_bytes == found.symmetric_bytes + found.local_bytes
+    assert [section.name for section in found.local] == [section.name for section in layout.local]
     codes = 32 * 3 * 4096 * 2048
-    assert found["weight_bytes"] == codes + codes // 128 // 128 * 4
-    assert found["output_bytes"] == 1000 * 4096 * 2
-    assert [kernel["variant"] for kernel in found["kernels"]] == ["pingpong", "cooperative"]
-    assert (found["full_call"], plan(shape, 8, ranks=8)["full_call"]) == ("cooperative", "pingpong")
-    assert plan(shape, 129)["full_call"] == "cooperative", "129 tokens alone would take pingpong, but 256 fit"
-    assert found["kernels"][0]["grid"] == [132, 1, 1]
-    (only,) = plan(shape, 1000, variant="cooperative", num_sms=78)["kernels"]
-    assert (only["variant"], only["grid"]) == ("cooperative", [78, 1, 1])
+    assert found.weight_bytes == codes + codes // 128 // 128 * 4
+    assert found.output_bytes == 1000 * 4096 * 2
+    assert [kernel.variant for kernel in found.kernels] == ["pingpong", "cooperative"]
+    assert (found.full_call, memory_plan(shape, 8, ranks=8).full_call) == ("cooperative", "pingpong")
+    assert memory_plan(shape, 129).full_call == "cooperative", "129 tokens alone would take pingpong, but 256 fit"
+    assert found.kernels[0].grid == (132, 1, 1)
+    (only,) = memory_plan(shape, 1000, variant="cooperative", num_sms=78).kernels
+    assert (only.variant, only.grid) == ("cooperative", (78, 1, 1))
 
 
 def test_plan_shows_every_section():
@@ -205,7 +206,7 @@ def test_sass_through_whatever_tool_there_is(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(ToolchainError, match="no good"):
         _inspect.sass(cubin)
     with pytest.raises(LoadError):
-        _inspect.resources(b"nothing", {})
+        _inspect.resources("", b"nothing", {})
 
 
 def test_tools_are_found_without_pathfinder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

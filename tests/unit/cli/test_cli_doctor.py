@@ -13,7 +13,7 @@ from megamoe_jit._cli import cli
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose import machine as _machine
 from megamoe_jit._diagnose.doctor import Status
-from megamoe_jit._diagnose.machine import Gpu, Machine
+from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
 from megamoe_jit._settings.settings import override
 from tests.commandline import checked, run
 from tests.stubs import write_rooms
@@ -25,7 +25,7 @@ def invoke(*words: str):
 
 H200 = Gpu(0, "NVIDIA H200", "9.0", 132, 141 << 30, True)
 A100 = Gpu(1, "NVIDIA A100", "8.0", 108, 80 << 30, False)
-NVRTC_13 = {"chosen": {"path": "/x/libnvrtc.so.13", "version": "13.0", "build": "b"}, "problem": None, "candidates": []}
+NVRTC_13 = Compilers(ChosenCompiler("/x/libnvrtc.so.13", "13.0", "b"), None, ())
 
 
 @pytest.mark.parametrize(

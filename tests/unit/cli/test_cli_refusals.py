@@ -89,9 +89,9 @@ def test_a_cache_that_calls_do_not_trust_has_nothing_for_explain(tmp_path: Path)
     spec = KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG)
     root = warm_cache(tmp_path / "cache")
     with override(cache_dir=root):
-        assert kernel_state(spec)["cached"] is True
+        assert kernel_state(spec).cached is True
         (root / "v1").chmod(0o777)
-        assert kernel_state(spec)["cached"] is False
+        assert kernel_state(spec).cached is False
 
 
 @pytest.mark.parametrize("words", ["render v4-flash/pingpong", "env --json", "--help"])

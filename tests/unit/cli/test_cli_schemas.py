@@ -15,8 +15,10 @@ from megamoe_jit._bench import conditions as _bench_report
 from megamoe_jit._bench import measure as _bench
 from megamoe_jit._check import verify as _verify
 from megamoe_jit._cli import cli
-from megamoe_jit._cli._io import SCHEMA_VERSION
+from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.stage import StageFormat
 from tests import schemas
 from tests.commandline import (
     COOPERATIVE,
@@ -77,9 +79,25 @@ def test_schemas_are_valid_and_name_what_they_describe(kind: str):
     assert {"schema_version", "kind"} <= set(found["required"])
 
 
-@pytest.mark.parametrize("path", sorted(schemas.FOLDER.glob("*.json")), ids=lambda path: path.stem)
-def test_what_schemas_say_of_variants_and_options_is_derived(path: Path):
-    assert path.read_text(encoding="utf-8") == schemas.text(path), "run `make schemas`"
+def test_schemas_are_what_the_classes_of_documents_say():
+    written = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in schemas.FOLDER.glob("*.json")}
+    assert written == {name: json.loads(text) for name, text in schemas.texts().items()}, "run `make schemas`"
+
+
+def test_what_is_known_of_a_value_is_in_its_schema():
+    found = schema("cache-ls")["$defs"]["ListedEntry"]
+    assert found["required"] == ["key", "path", "used_at", "disk_bytes", "read_only"]
+    assert found["properties"]["registers"] == {"minimum": 0, "type": "integer"}, "left out, but never null"
+    assert found["properties"]["read_only"]["description"] == "whether it is in a read-only cache"
+    null = {"type": "null"}
+    key = schema("explain")["$defs"]["Call"]["properties"]["key"]
+    assert key["anyOf"] == [{"pattern": "^[0-9a-f]{64}$", "type": "string"}, null]
+    assert schema("bench")["$defs"]["JudgedRow"]["properties"]["diff"]["type"] == ["number", "null"]
+    spec, staging = schema("warmup")["$defs"]["Spec"]["anyOf"]
+    assert staging["properties"]["stage"]["enum"] == [form.value for form in StageFormat]
+    assert list(spec["properties"]) == list(KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG).to_json())
+    assert spec["required"] == ["shape", "variant", "ranks", "fast_math"]
+    assert schema("warmup")["$defs"]["Variant"]["enum"] == [variant.value for variant in Variant]
 
 
 def test_readers_must_expect_more_fields_but_none_less():

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from megamoe_jit import KernelSpec, MoEShape, Variant
 from megamoe_jit._cli import cli
-from megamoe_jit._cli._io import SCHEMA_VERSION
+from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.stage import StageFormat, StageSpec
@@ -110,7 +110,7 @@ def test_shared_experts_that_no_kernel_takes_are_refused_by_the_shapes_name():
         KernelSpec(MoEShape(256, 128, 4, 1, shared=3), Variant.PINGPONG, ranks=2),
         KernelSpec(MoEShape(7168, 3072, 384, 6), Variant.COOPERATIVE, ranks=8, fast_math=False),
     ],
-    ids=lambda spec: spec.entry,
+    ids=lambda spec: spec.kernel_name,
 )
 def test_the_advised_warmup_command_asks_for_that_kernel(requested: list[KernelSpec], spec: KernelSpec):
     program, *arguments = _runtime.warmup_command(spec).split()

@@ -24,6 +24,7 @@ ITS_OWN = (
     "test_cli.py::test_the_help_lists_every_command_with_its_own_words",
     "test_cli.py::test_every_command_has_help_and_json[exists]",
     "test_cli_schemas.py::test_schemas_are_valid_and_name_what_they_describe[exists]",
+    "test_cli_schemas.py::test_schemas_are_what_the_classes_of_documents_say",
     "test_readme.py::test_command_lines_parse[megamoe-jit exists FILE]",
 )
 
@@ -62,7 +63,9 @@ def follow(root: Path, *forgotten: str) -> None:
     if "SUMMARIES" not in forgotten:
         insert(root / path_in(SUMMARY[0]), '    "shapes":', SUMMARY[1])
     if "schema" not in forgotten:
-        (root / path_in(SCHEMA[0])).write_text(SCHEMA[1], encoding="utf-8")
+        assert SCHEMA[1] == "make schemas\n"
+        done = python(root, "-m", "tests.schemas")
+        assert done.returncode == 0, done.stderr
     names = file_of(root, "test_cli.py")
     insert(file_of(root, "test_cli_schemas.py"), '    "warmup":', TEST[1])
     names.write_text(names.read_text().replace("    look = (", '    look = ("exists", '), encoding="utf-8")
@@ -105,7 +108,10 @@ def test_whoever_follows_the_page_has_a_verb(copied: Path):
     there, absent = (python(copied, "-m", "megamoe_jit", "exists", name, "--json") for name in ("README.md", "none"))
     assert (there.returncode, absent.returncode) == (0, 1)
     document = json.loads(there.stdout)
-    jsonschema.validate(document, json.loads(SCHEMA[1]))
+    schema = json.loads((copied / path_in(SCHEMA[0])).read_text())
+    jsonschema.validate(document, schema)
+    assert schema["required"] == list(document) == ["schema_version", "kind", "file", "exists"]
+    assert schema["properties"]["file"] == {"description": "as it was given", "type": "string"}
     assert (document["exists"], json.loads(absent.stdout)["exists"]) == (True, False)
 
 

@@ -76,7 +76,7 @@ def test_a_file_that_is_no_pack(data: bytes, tmp_path: Path):
 
 def test_kernels_never_look_the_same_on_a_narrow_terminal():
     shapes = [preset(name).shape for name in preset_names()] + [MoEShape(h, 2048, 256, 6) for h in (1024, 2048, 4096)]
-    names = list(dict.fromkeys(KernelSpec(shape, variant).entry for shape in shapes for variant in Variant))
+    names = list(dict.fromkeys(KernelSpec(shape, variant).kernel_name for shape in shapes for variant in Variant))
     for room in (6, 10, 19, 30, 80):
         shown = _all_fitting(names, room)
         assert len(set(shown.values())) == len(names)

@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) probe(const __grid_constant
 
 @pytest.fixture(scope="module")
 def cubin():
-    return compile_source(SOURCE, entry="probe", toolchain=find_toolchain()).cubin
+    return compile_source(SOURCE, kernel_name="probe", toolchain=find_toolchain()).cubin
 
 
 def test_real_cubin(cubin):
@@ -47,8 +47,8 @@ def test_two_kernels_are_both_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     source = 'extern "C" __global__ void b(int* p, char c, double d) { p[0] = c; }\n'
     with pytest.raises(Exception, match="instead of exactly a"):
-        compile_source(source + 'extern "C" __global__ void a() {}\n', entry="a", toolchain=find_toolchain())
-    result = compile_source(source, entry="b", toolchain=find_toolchain())
+        compile_source(source + 'extern "C" __global__ void a() {}\n', kernel_name="a", toolchain=find_toolchain())
+    result = compile_source(source, kernel_name="b", toolchain=find_toolchain())
     assert result.kernel.param_bytes == 24
     assert result.kernel.max_threads == 0
 

@@ -88,7 +88,7 @@ def test_options(version, cached):
 
 
 def test_result(toolchain, tmp_path):
-    result = compile_source(GOOD, entry="good", toolchain=toolchain)
+    result = compile_source(GOOD, kernel_name="good", toolchain=toolchain)
     assert result.cubin.startswith(b"\x7fELF")
     assert "good" in result.ptx
     assert "fence.proxy.async" in result.ptx
@@ -103,13 +103,13 @@ def test_result(toolchain, tmp_path):
 
 
 def test_same_bytes_twice(toolchain):
-    first = compile_source(GOOD, entry="good", toolchain=toolchain)
-    assert compile_source(GOOD, entry="good", toolchain=toolchain).cubin == first.cubin
+    first = compile_source(GOOD, kernel_name="good", toolchain=toolchain)
+    assert compile_source(GOOD, kernel_name="good", toolchain=toolchain).cubin == first.cubin
 
 
 def test_front_end_error_points_at_room_and_line(toolchain, tmp_path):
     for name, text in {
-        "kernels/entry.cuh.j2": '#include "room/file.cuh"\nextern "C" __global__ void {{ entry }}() { f(); }\n',
+        "kernels/entry.cuh.j2": '#include "room/file.cuh"\nextern "C" __global__ void {{ kernel_name }}() { f(); }\n',
         "room/file.cuh": "#pragma once\n\n__device__ void f() { undefined_thing(); }\n",
     }.items():
         (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def test_front_end_error_points_at_room_and_line(toolchain, tmp_path):
     with override(kernels_src=tmp_path / "src"):
         source = render(SPEC).text
     with pytest.raises(CompileError) as caught:
-        compile_source(source, entry=SPEC.entry, toolchain=toolchain)
+        compile_source(source, kernel_name=SPEC.kernel_name, toolchain=toolchain)
     message = str(caught.value)
     assert not isinstance(caught.value, PerformanceLossError)
     assert f'{ROOT}/room/file.cuh(3): error: identifier "undefined_thing" is undefined' in message
@@ -135,7 +135,7 @@ def test_assembler_error_points_at_room_and_line(toolchain):
         f'#line 40 "{ROOT}/kernels/x.cuh.j2"\nextern "C" __global__ void k(int* a) {{ bad(a[0]); }}\n'
     )
     with pytest.raises(CompileError) as caught:
-        compile_source(source, entry="k", toolchain=toolchain)
+        compile_source(source, kernel_name="k", toolchain=toolchain)
     message = str(caught.value)
     assert f"{ROOT}/ptx/bad.cuh(2): error: Not a name of any known instruction: 'bogus'" in message
     assert f"(inlined at {ROOT}/kernels/x.cuh.j2(40))" in message
@@ -145,7 +145,7 @@ def test_assembler_error_points_at_room_and_line(toolchain):
 
 def test_warnings_are_diagnostics(toolchain):
     source = f'#line 7 "{ROOT}/a/b.cuh"\nextern "C" __global__ void k(int* a) {{ int q = 3; a[0] = 1; }}\n'
-    (diagnostic,) = compile_source(source, entry="k", toolchain=toolchain).diagnostics
+    (diagnostic,) = compile_source(source, kernel_name="k", toolchain=toolchain).diagnostics
     assert (diagnostic.severity, diagnostic.code) == ("warning", "177-D")
     assert (diagnostic.file, diagnostic.line) == (f"{ROOT}/a/b.cuh", 7)
     assert not diagnostic.is_performance_loss
@@ -156,16 +156,16 @@ def test_warnings_are_diagnostics(toolchain):
 )
 def test_performance_losses_fail_warn_or_pass(toolchain, caplog, source, entry, what):
     with pytest.raises(PerformanceLossError, match=what) as caught:
-        compile_source(source, entry=entry, toolchain=toolchain)
+        compile_source(source, kernel_name=entry, toolchain=toolchain)
     assert "MEGAMOE_JIT_STRICT=warn" in str(caught.value)
     assert Path(KEPT.search(str(caught.value))[1]).read_text() == source
     with caplog.at_level(logging.WARNING, "megamoe_jit"):
         with override(strict="warn"):
-            result = compile_source(source, entry=entry, toolchain=toolchain)
+            result = compile_source(source, kernel_name=entry, toolchain=toolchain)
         assert len(caplog.records) == 1
         assert what in caplog.text
         with override(strict="ignore"):
-            compile_source(source, entry=entry, toolchain=toolchain)
+            compile_source(source, kernel_name=entry, toolchain=toolchain)
         assert len(caplog.records) == 1
     assert result.advisories
     assert (result.spill_bytes > 0) == (entry == "spills")
@@ -184,15 +184,15 @@ def test_spills_that_only_the_summary_of_ptxas_tells_are_losses(toolchain, monke
 
     monkeypatch.setattr(_compiler, "_nvrtc", spilling)
     with override(strict="ignore"):
-        result = compile_source(GOOD, entry="good", toolchain=toolchain)
+        result = compile_source(GOOD, kernel_name="good", toolchain=toolchain)
     assert (result.spill_bytes, result.advisories) == (stores + loads, ())
     with pytest.raises(PerformanceLossError, match=f"good compiled with {stores + loads} bytes of spills; MEGAMOE"):
-        compile_source(GOOD, entry="good", toolchain=toolchain)
+        compile_source(GOOD, kernel_name="good", toolchain=toolchain)
 
 
 def test_advisory_points_at_the_source(toolchain):
     with override(strict="ignore"):
-        result = compile_source(SERIAL, entry="serial", toolchain=toolchain)
+        result = compile_source(SERIAL, kernel_name="serial", toolchain=toolchain)
     placed = [d for d in result.diagnostics if d.code in ("C7517", "C7519") and d.file]
     assert placed
     assert {d.file for d in placed} == {f"{ROOT}/mma/serial.cuh"}
@@ -209,23 +209,23 @@ def test_advisory_points_at_the_source(toolchain):
 )
 def test_exactly_the_entry_is_expected(toolchain, source, what):
     with pytest.raises(CompileError, match=what):
-        compile_source(source, entry="good", toolchain=toolchain)
+        compile_source(source, kernel_name="good", toolchain=toolchain)
 
 
 def test_empty_cubin_is_refused(toolchain, monkeypatch):
     monkeypatch.setattr(_compiler, "_nvrtc", lambda *a: ("", "", "", b""))
     with pytest.raises(CompileError, match="not a 64-bit little-endian ELF"):
-        compile_source(GOOD, entry="good", toolchain=toolchain)
+        compile_source(GOOD, kernel_name="good", toolchain=toolchain)
 
 
 def test_bad_option_is_reported(toolchain):
     with pytest.raises(CompileError, match="no-such-option"):
-        compile_source(GOOD, entry="good", toolchain=toolchain, extra_options=["--no-such-option"])
+        compile_source(GOOD, kernel_name="good", toolchain=toolchain, extra_options=["--no-such-option"])
 
 
 def test_dump_directory(toolchain, tmp_path):
     with override(dump_dir=tmp_path / "dump"):
-        result = compile_source(GOOD, entry="good", toolchain=toolchain)
+        result = compile_source(GOOD, kernel_name="good", toolchain=toolchain)
     assert (tmp_path / "dump" / "good.cu").read_text() == GOOD
     assert (tmp_path / "dump" / "good.cubin").read_bytes() == result.cubin
     assert {p.suffix for p in (tmp_path / "dump").iterdir()} == {".cu", ".cubin", ".ptx", ".log"}
@@ -241,7 +241,7 @@ def test_assembler_error_outside_of_any_function_has_no_position():
 def test_many_errors_are_cut_short(toolchain):
     lines = "".join(f"int v{n} = undefined{n};" for n in range(20))
     with pytest.raises(CompileError, match=r"(?s)undefined0.*undefined7.*and \d+ more") as caught:
-        compile_source(f'extern "C" __global__ void k() {{\n{lines}\n}}', entry="k", toolchain=toolchain)
+        compile_source(f'extern "C" __global__ void k() {{\n{lines}\n}}', kernel_name="k", toolchain=toolchain)
     assert '"undefined9"' not in str(caught.value)
 
 
@@ -250,12 +250,12 @@ def test_failure_that_is_not_understood_shows_the_log(toolchain, monkeypatch, tm
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(_compiler.tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(CompileError, match=r"(?s)NVRTC_ERROR_ODD.*something new.*could not be kept"):
-        compile_source(GOOD, entry="good", toolchain=toolchain)
+        compile_source(GOOD, kernel_name="good", toolchain=toolchain)
 
 
 def test_failure_is_kept_in_the_dump_directory(toolchain, tmp_path):
     with override(dump_dir=tmp_path), pytest.raises(CompileError) as caught:
-        compile_source("int x = nothing;", entry="bad", toolchain=toolchain)
+        compile_source("int x = nothing;", kernel_name="bad", toolchain=toolchain)
     assert KEPT.search(str(caught.value))[1] == str(tmp_path / "bad.cu")
     assert (tmp_path / "bad.cu").read_text() == "int x = nothing;"
     assert "nothing" in (tmp_path / "bad.log").read_text()
@@ -264,7 +264,7 @@ def test_failure_is_kept_in_the_dump_directory(toolchain, tmp_path):
 def test_dump_directory_that_cannot_be_written_is_a_warning(toolchain, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with override(dump_dir=tmp_path / "file" / "dump"), caplog.at_level(logging.WARNING, "megamoe_jit"):
-        assert compile_source(GOOD, entry="good", toolchain=toolchain).cubin
+        assert compile_source(GOOD, kernel_name="good", toolchain=toolchain).cubin
     assert "cannot dump to" in caplog.text
 
 
@@ -272,7 +272,7 @@ def test_cubin_for_another_architecture_is_refused(toolchain, monkeypatch):
     info = CubinInfo("sm_100a", ())
     monkeypatch.setattr(_compiler, "read_cubin", lambda _: info)
     with pytest.raises(CompileError, match="the cubin is for sm_100a, not for sm_90a"):
-        compile_source(GOOD, entry="good", toolchain=toolchain)
+        compile_source(GOOD, kernel_name="good", toolchain=toolchain)
 
 
 def test_nvrtc_that_fails_by_itself_is_a_toolchain_error(toolchain, monkeypatch):
@@ -280,12 +280,12 @@ def test_nvrtc_that_fails_by_itself_is_a_toolchain_error(toolchain, monkeypatch)
 
     monkeypatch.setattr(nvrtc, "nvrtcGetPTXSize", lambda program: (nvrtc.nvrtcResult.NVRTC_ERROR_OUT_OF_MEMORY, 0))
     with pytest.raises(ToolchainError, match="NVRTC failed: NVRTC_ERROR_OUT_OF_MEMORY"):
-        compile_source(GOOD, entry="good", toolchain=toolchain)
+        compile_source(GOOD, kernel_name="good", toolchain=toolchain)
 
 
 def test_ptxas_option_that_is_unknown_says_so(toolchain):
     with override(ptxas_options=("--no-such-thing",)), pytest.raises(CompileError, match="no-such-thing"):
-        compile_source(GOOD, entry="good", toolchain=toolchain)
+        compile_source(GOOD, kernel_name="good", toolchain=toolchain)
 
 
 @pytest.mark.parametrize("text", ["-v \x1b[2J", "a\0b", "-O3\ud800"])

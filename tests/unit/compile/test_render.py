@@ -36,7 +36,7 @@ def source(tmp_path):
 def test_includes_enter_once_in_order(source):
     source(
         {
-            ENTRY: '#include "a/x.cuh"\n#include "a/y.cuh"\nint {{ entry }}_{{ hidden }};\n',
+            ENTRY: '#include "a/x.cuh"\n#include "a/y.cuh"\nint {{ kernel_name }}_{{ hidden }};\n',
             "a/x.cuh": '#pragma once\n#include "b/z.cuh"\nint x;\n',
             "a/y.cuh": '#pragma once\n#include "b/z.cuh"  // again\n#include "a/x.cuh"\nint y;\n',
             "b/z.cuh": "#pragma once\nint z;\n",
@@ -47,7 +47,7 @@ def test_includes_enter_once_in_order(source):
     assert "#include" not in result.text
     assert "#pragma" not in result.text
     code = [line for line in result.text.splitlines() if line and not line.startswith("#line")]
-    assert code == ["int z;", "int x;", "int y;", f"int {SPEC.entry}_256;"]
+    assert code == ["int z;", "int x;", "int y;", f"int {SPEC.kernel_name}_256;"]
 
 
 def test_every_line_keeps_its_position(source):
@@ -143,5 +143,5 @@ def test_packaged_kernels_render(variant):
     assert result.files[0] == "kernels/entry.cuh.j2"
     assert [name for name in result.files if name.startswith("variants/")] == [f"variants/{variant.value}.cuh"]
     assert len(set(result.files)) == len(result.files)
-    assert KernelSpec(SPEC.shape, variant).entry in result.text
+    assert KernelSpec(SPEC.shape, variant).kernel_name in result.text
     assert result.text.isascii()

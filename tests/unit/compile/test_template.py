@@ -49,7 +49,7 @@ def rendered(tmp_path: Path):
         ("{{ lipsum(1000000) }}", "calls are not allowed"),
         ("{{ range(10**9)|max }}", "Range too big"),
         ("{{ [[1]]|first|first + 1 }}{{ ''['__class__'] }}", "__class__"),
-        ("{% set a = [1] %}{% set a = [a, a] %}", "a list in a kernel's entry holds constants alone"),
+        ("{% set a = [1] %}{% set a = [a, a] %}", "a list in a kernel's template holds constants alone"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "Macro is not allowed"),
         ("{% extends 'x' %}", "Extends is not allowed"),
         ("{% block b %}{{ self.b() }}{% endblock %}", "Block is not allowed"),
@@ -82,11 +82,11 @@ def test_what_a_template_may_do(rendered):
         "{% set wide = hidden // 128 * 2 %}{% if topk > 1 and not timeline == 'x' %}many{% else %}one{% endif %}"
         " {{ wide }}"
         "{% for a, b in [(1, 2), (3, 4)] %} {{ loop.index }}:{{ a + b }}{% if not loop.last %},{% endif %}{% endfor %}"
-        "{% for i in range(3) %}{{ i }}{% endfor %} {{ entry|upper|length }} {{ none_such|default(7) }}"
+        "{% for i in range(3) %}{{ i }}{% endfor %} {{ kernel_name|upper|length }} {{ none_such|default(7) }}"
         '{# note #}{% include "a/part" %}',
         **{"a/part": " part {{ experts }}"},
     )
-    assert text.split("\n", 1)[1].startswith(f"many 4 1:3, 2:7012 {len(SPEC.entry)} 7")
+    assert text.split("\n", 1)[1].startswith(f"many 4 1:3, 2:7012 {len(SPEC.kernel_name)} 7")
     assert " part 8" in text
 
 

@@ -15,7 +15,7 @@ from megamoe_jit._compile.toolchain import candidates, find_toolchain
 from megamoe_jit._compile.wheels import wheel_command
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose import machine as _machine
-from megamoe_jit._diagnose.machine import Gpu, Machine
+from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._settings.settings import Settings, override
 from tests.commandline import run
@@ -50,7 +50,7 @@ def test_the_package_itself_is_on_no_index(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("driver", "step"), [("12.8", "nvidia-cuda-nvrtc-cu12>=12.8,<13"), ("11.4", "update")])
 def test_advice_for_an_older_driver(driver: str, step: str):
-    found = {"chosen": {"version": "13.0"}}
+    found = Compilers(ChosenCompiler("/x", "13.0", "b"), None, ())
     check = _doctor.check_driver(Machine(driver, None, (H200,)), found)
     assert check.next_step.startswith((step, f"pip install '{step}'"))
     assert "megamoe-jit[" not in check.next_step
@@ -98,7 +98,7 @@ def test_named_library_that_is_not_fit(tmp_path: Path, monkeypatch: pytest.Monke
     with override(nvrtc=tmp_path / "libnvrtc.so.12"):
         with pytest.raises(ToolchainError, match=r"12\.2 .* too old; .* Pass another nvrtc"):
             find_toolchain()
-        found = {"chosen": {"version": "12.9", "path": "/x"}, "problem": None, "candidates": []}
+        found = Compilers(ChosenCompiler("/x", "12.9", "b"), None, ())
         assert _doctor.check_compiler(found).next_step == "pass another nvrtc, or none"
 
 

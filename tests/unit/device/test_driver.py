@@ -15,13 +15,14 @@ from megamoe_jit._device.driver import Gpu, Machine, gpus, refuse_without_gpu
 from megamoe_jit._device.driver_advice import advice
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose.finding import Status
+from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers
 from megamoe_jit._errors import UnsupportedDeviceError
 from tests.commandline import run
 
 H200 = Gpu(0, "NVIDIA H200", "9.0", 132, 141 << 30, True)
 A100 = Gpu(0, "NVIDIA A100", "8.0", 108, 80 << 30, False)
 CODES = (3, 34, 46, 100, 101, 304, 802, 803, 804, 805, 999)
-COMPILER = {"chosen": {"path": "/x", "version": "12.9", "build": "b"}, "problem": None, "candidates": []}
+COMPILER = Compilers(ChosenCompiler("/x", "12.9", "b"), None, ())
 
 
 class Library:

@@ -97,7 +97,7 @@ libc = ctypes.CDLL(None)
 """
 
 KERNEL = """struct alignas(64) Params { int words[16]; };
-extern "C" __global__ void __launch_bounds__(384, 1) {{ entry }}(const __grid_constant__ Params p) {}
+extern "C" __global__ void __launch_bounds__(384, 1) {{ kernel_name }}(const __grid_constant__ Params p) {}
 """
 
 

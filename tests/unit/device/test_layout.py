@@ -85,7 +85,7 @@ def indexed_bytes(shape: MoEShape, ranks: int, layout: BufferLayout) -> dict[str
         "topk_weights": routed * 4,
         "expert_offsets": (experts + 1) * 4,
         "sorted_pairs": pairs * 4,
-        "signals": 2 * _abi.MAX_RANKS * 4,  # a word per phase and rank
+        "signals": 2 * _abi.MAX_RANKS * 4,  # a word per meeting and rank
         "combine": pairs * hidden * 2,
         "act1_pool": pool * hidden,
         "act1_scales": (hidden // BLOCK) * pool * 4,

@@ -14,7 +14,7 @@ import pytest
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose.doctor import Status
-from megamoe_jit._diagnose.machine import Gpu, Machine
+from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
 from megamoe_jit._settings.settings import override
 from tests.commandline import COOPERATIVE, PINGPONG, STAGED, checked, damage, keys_of, run, warm_cache
 from tests.stubs import KEY, fake_cubin, rewrite_meta
@@ -127,7 +127,7 @@ def test_doctor_on_ready_kernels_that_no_call_takes(tmp_path: Path):
     with override(disable_jit=True, readonly_cache=(there,), no_cache=True):
         fine = _doctor.check_ready_kernels(here)
         assert (fine.status, fine.data["usable"]) == ("ok", sorted(keys_of(there)))
-        assert _doctor.check_driver(old, {"chosen": {"version": "13.0"}}).status is Status.OK, (
+        assert _doctor.check_driver(old, Compilers(ChosenCompiler("/x", "13.0", "b"), None, ())).status is Status.OK, (
             "nothing is compiled with that NVRTC"
         )
         assert "too new for this driver (CUDA 11.8): 2" in _doctor.check_ready_kernels(old).detail

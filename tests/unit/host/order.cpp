@@ -3,12 +3,12 @@
 
 namespace {
 
-using megamoe::Plan;
+using megamoe::ExpertTable;
 using megamoe::Tile;
 using megamoe::u16;
 using megamoe::u32;
 
-/// What a kernel's entry defines (kernels/entry.cuh.j2), as far as the order depends on it.
+/// What a kernel's template defines (kernels/entry.cuh.j2), as far as the order depends on it.
 template <u32 kBlockM_, u32 kHidden_, u32 kIntermediate_> struct Config {
     static constexpr u32 kBlockM = kBlockM_;
     static constexpr u32 kHidden = kHidden_, kIntermediate = kIntermediate_;
@@ -19,8 +19,8 @@ struct Run {
 };
 
 /// One walker per call, like one block of threads per launch; seven words per ticket.
-template <class C> void walk(const Plan& plan, const Run& run, const u32* tickets, u32 count, u32* out) {
-    megamoe::TileOrder<C> order(plan, run.lag, run.pool_rows, run.side);
+template <class C> void walk(const ExpertTable& table, const Run& run, const u32* tickets, u32 count, u32* out) {
+    megamoe::TileOrder<C> order(table, run.lag, run.pool_rows, run.side);
     for (u32 i = 0; i < count; ++i) {
         const Tile tile = order.locate(tickets[i]);
         const u32 words[7] = {tile.kind, tile.expert, tile.n, tile.row, tile.rows, tile.k_blocks, tile.pool_row};
@@ -29,9 +29,9 @@ template <class C> void walk(const Plan& plan, const Run& run, const u32* ticket
 }
 
 template <u32 kHidden, u32 kIntermediate>
-bool walk(u32 block_m, const Plan& plan, const Run& run, const u32* tickets, u32 count, u32* out) {
-    if (block_m == 64) walk<Config<64, kHidden, kIntermediate>>(plan, run, tickets, count, out);
-    else if (block_m == 128) walk<Config<128, kHidden, kIntermediate>>(plan, run, tickets, count, out);
+bool walk(u32 block_m, const ExpertTable& table, const Run& run, const u32* tickets, u32 count, u32* out) {
+    if (block_m == 64) walk<Config<64, kHidden, kIntermediate>>(table, run, tickets, count, out);
+    else if (block_m == 128) walk<Config<128, kHidden, kIntermediate>>(table, run, tickets, count, out);
     else return false;
     return true;
 }
@@ -44,11 +44,11 @@ extern "C" u32 even_enough(u32 blocks0, u32 blocks1) { return megamoe::even_enou
 extern "C" bool locate(u32 hidden, u32 intermediate, u32 block_m, const u32* rows, const u32* bases, const u16* active,
                        u32 experts, u32 active_experts, u32 lag, u32 pool_rows, u32 two_sides, u32 side, const u32* tickets,
                        u32 count, u32* out) {
-    const Plan plan{rows, bases, nullptr, active, experts, active_experts, two_sides};
+    const ExpertTable table{rows, bases, nullptr, active, experts, active_experts, two_sides};
     const Run run{lag, pool_rows, side};
-    if (hidden == 128 && intermediate == 128) return walk<128, 128>(block_m, plan, run, tickets, count, out);
-    if (hidden == 256 && intermediate == 640) return walk<256, 640>(block_m, plan, run, tickets, count, out);
-    if (hidden == 1408 && intermediate == 768) return walk<1408, 768>(block_m, plan, run, tickets, count, out);
-    if (hidden == 2304 && intermediate == 1408) return walk<2304, 1408>(block_m, plan, run, tickets, count, out);
+    if (hidden == 128 && intermediate == 128) return walk<128, 128>(block_m, table, run, tickets, count, out);
+    if (hidden == 256 && intermediate == 640) return walk<256, 640>(block_m, table, run, tickets, count, out);
+    if (hidden == 1408 && intermediate == 768) return walk<1408, 768>(block_m, table, run, tickets, count, out);
+    if (hidden == 2304 && intermediate == 1408) return walk<2304, 1408>(block_m, table, run, tickets, count, out);
     return false;
 }

@@ -66,7 +66,7 @@ def changed_rooms(target: Path, changes: Sequence[Change]) -> Path:
 
 
 def configs(shape: MoEShape, ranks: int, compare_sizes: bool, inputs: Inputs) -> str:
-    """The `Config` of every variant, as the Jinja2 entry has it, each in a namespace of its own; and all of them.
+    """The `Config` of every variant, as the Jinja2 template has it, each in a namespace of its own; and all of them.
 
     `with_config(number, call)` calls with the one of that number, `kVariants` are their names in that order.
     """

@@ -52,16 +52,16 @@ def test_while_nvrtc_is_at_work(place, ctrl_c, monkeypatch, caplog):
     """It is said at once what is waited for; that is kept and reported, and the rest is not begun."""
     interrupt, said, real, begun = ctrl_c(), threading.Event(), _obtain.compile_source, []
 
-    def compile_source(text, *, entry, toolchain):
-        begun.append(entry)
+    def compile_source(text, *, kernel_name, toolchain):
+        begun.append(kernel_name)
         interrupt.set()
         assert said.wait(20), "nothing is said while the compiler is at work"
-        return real(text, entry=entry, toolchain=toolchain)
+        return real(text, kernel_name=kernel_name, toolchain=toolchain)
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "interrupted; waiting for what is being compiled" in record.getMessage():
-                assert SPECS[0].entry in record.getMessage()
+                assert SPECS[0].kernel_name in record.getMessage()
                 said.set()
 
     monkeypatch.setattr(_obtain, "compile_source", compile_source)
@@ -72,7 +72,7 @@ def test_while_nvrtc_is_at_work(place, ctrl_c, monkeypatch, caplog):
             warmup(SPECS, jobs=1, progress=results.append)
     finally:
         logging.getLogger("megamoe_jit").removeHandler(handler)
-    assert begun == [SPECS[0].entry]
+    assert begun == [SPECS[0].kernel_name]
     assert [(result.spec, result.ok) for result in results] == [(SPECS[0], True)]
     assert kernel_cache().holds(kernel_key(SPECS[0]))
     assert not kernel_cache().holds(kernel_key(SPECS[1]))

@@ -70,24 +70,24 @@ def test_spec_from_a_cache_that_others_can_write_is_not_exported(here):
 
 
 def test_kernel_of_another_source_is_not_exported_for_a_spec(here):
-    old = fake_kernel(SPEC.entry, "old source")
+    old = fake_kernel(SPEC.kernel_name, "old source")
     user_cache().store(*old)
     with pytest.raises(KernelMissingError, match="only as compiled from another source; run: megamoe-jit warmup"):
         export_pack(here / "k.tar", SPEC)
-    assert export_pack(here / "k.tar", old[0]).kernels == (SPEC.entry,)
+    assert export_pack(here / "k.tar", old[0]).kernels == (SPEC.kernel_name,)
 
 
 def test_entries_come_as_a_call_tries_them_with_what_speaks_against_them(here):
     """What read-only caches have comes first; nothing is read of a cache before the very key was tried everywhere."""
     given, own = KernelCache(here / "given", read_only=True), user_cache()
     handed_over, older = (keep_as_spec(KernelCache(given.root), version) for version in ("12.7", "12.6"))
-    own_build, foreign = keep_as_spec(own, "12.5"), fake_kernel(SPEC.entry, "old source")
+    own_build, foreign = keep_as_spec(own, "12.5"), fake_kernel(SPEC.kernel_name, "old source")
     own.store(*foreign)
     wanted = Wanted.of(SPEC)
     with override(readonly_cache=(given.root,)):
         found = [(each.cache.root, each.key, each.fit) for each in lookup(wanted)]
         taken = [each.key for each in lookup(wanted, least=Fit.LOADS)]
-        assert kernel_state(SPEC)["key"] == handed_over
+        assert kernel_state(SPEC).key == handed_over
         assert [each.key for each in entries_of(SPEC, [own, given])] == [handed_over, older, own_build, foreign[0]]
     assert found == [
         (given.root, wanted.key, Fit.LOADS),

@@ -63,10 +63,10 @@ def compiles(monkeypatch):
     """The entries compiled so far, by a compiler that needs no time once it has compiled one."""
     real, seen, results = _obtain.compile_source, [], {}
 
-    def count(text, *, entry, toolchain):
-        seen.append(entry)
+    def count(text, *, kernel_name, toolchain):
+        seen.append(kernel_name)
         if text not in results:
-            results[text] = real(text, entry=entry, toolchain=toolchain)
+            results[text] = real(text, kernel_name=kernel_name, toolchain=toolchain)
         return results[text]
 
     monkeypatch.setattr(_obtain, "compile_source", count)
@@ -105,9 +105,9 @@ def test_read_only_caches_come_first_and_are_never_written(pack, place, compiles
         assert get_kernel(COOP).origin == "compiled"
         forget()
         assert [get_kernel(spec).origin for spec in (PING, COOP)] == ["pack", "disk"]
-    assert compiles == [COOP.entry]
+    assert compiles == [COOP.kernel_name]
     assert sorted((p, p.lstat().st_mtime_ns) for p in pack.rglob("*")) == before
-    assert [i.entry for i in kernel_cache().entries()] == [COOP.entry]
+    assert [i.entry for i in kernel_cache().entries()] == [COOP.kernel_name]
 
 
 def test_bad_read_only_cache_costs_a_compile_and_a_warning(pack, compiles, caplog):
@@ -189,7 +189,7 @@ def test_sealed_process_compiles_nothing(place, compiles):
     for _ in range(2):
         with pytest.raises(KernelMissingError) as caught:
             get_kernel(COOP)
-        for words in (COOP.entry, "this process is sealed", f"run: {warmup_command(COOP)}", str(place / "cache")):
+        for words in (COOP.kernel_name, "this process is sealed", f"run: {warmup_command(COOP)}", str(place / "cache")):
             assert words in str(caught.value)
     assert isinstance(warmup([PING])[0].error, KernelMissingError)
     unseal()
@@ -197,7 +197,7 @@ def test_sealed_process_compiles_nothing(place, compiles):
     seal()
     forget()
     assert get_kernel(COOP).origin == "disk"
-    assert compiles == [COOP.entry]
+    assert compiles == [COOP.kernel_name]
     unseal()
     with override(disable_jit=True):
         assert sealed()

@@ -32,7 +32,7 @@ def test_kernels_from_disk_say_so_once(place: Path, caplog: pytest.LogCaptureFix
         forget()
         assert get_kernel(SPEC).origin == "disk"
         get_kernel(SPEC)
-    assert caplog.messages == [f"{SPEC.entry}: from {user_cache().entry_path(kernel_key(SPEC))}"]
+    assert caplog.messages == [f"{SPEC.kernel_name}: from {user_cache().entry_path(kernel_key(SPEC))}"]
 
 
 def test_kernel_of_another_compiler_says_so(
@@ -47,4 +47,4 @@ def test_kernel_of_another_compiler_says_so(
     with override(readonly_cache=(place / "cache",), cache_dir=place / "empty"):
         assert get_kernel(SPEC).origin == "pack"
     path = place / "cache" / "v1" / key[:2] / key
-    assert caplog.messages == [f"{SPEC.entry}: from {path}, built elsewhere"]
+    assert caplog.messages == [f"{SPEC.kernel_name}: from {path}, built elsewhere"]

@@ -139,7 +139,7 @@ def test_choice_of_what_to_export(here):
         export_pack(here / "k.tar", ["0" * 8])
     third = kernel_of_spec(SPEC)
     user_cache().store(*third)
-    assert export_pack(here / "k.tar", [SPEC]).kernels == (SPEC.entry,)
+    assert export_pack(here / "k.tar", [SPEC]).kernels == (SPEC.kernel_name,)
     with override(cache_dir=here / "empty", readonly_cache=(here / "cache",)):
         assert export_pack(here / "k.tar", SPEC).keys == (third[0],)
     with override(cache_dir=here / "empty"):

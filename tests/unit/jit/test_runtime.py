@@ -81,7 +81,7 @@ def test_metadata(place):
     forget()
     stored = get_kernel(COOP).meta
     assert {k: stored[k] for k in compiled} == compiled
-    assert stored["entry"] == COOP.entry
+    assert stored["entry"] == COOP.kernel_name
     assert KernelSpec.from_json(stored["spec"]) == COOP
     assert stored["files"] == ["kernels/entry.cuh.j2", "room/fill.cuh"]
     assert stored["options"][0] == "--gpu-architecture=sm_90a"
@@ -210,7 +210,7 @@ def test_forbidden_compile_names_kernel_and_command(place, compiles):
     with override(disable_jit=True):
         with pytest.raises(KernelMissingError) as caught:
             get_kernel(COOP)
-        assert COOP.entry in str(caught.value)
+        assert COOP.kernel_name in str(caught.value)
         assert warmup_command(COOP) in str(caught.value)
         with override(disable_jit=False):
             get_kernel(COOP)
@@ -230,13 +230,13 @@ def test_warmup_command():
 
 def test_a_missing_kernel_with_a_timeline_says_what_makes_it(place, compiles):
     spec = replace(COOP, timeline=True)
-    command = f"megamoe-jit inspect {spec.entry} --cache-dir {place / 'cache'}"
+    command = f"megamoe-jit inspect {spec.kernel_name} --cache-dir {place / 'cache'}"
     assert warmup_command(spec) == command
     with override(disable_jit=True), pytest.raises(KernelMissingError) as caught:
         get_kernel(spec)
     assert f"run: MEGAMOE_JIT_DISABLE_JIT=0 {command} (kernels with a timeline" in str(caught.value)
     result = CliRunner().invoke(cli, command.split()[1:])
-    assert compiles == [spec.entry], result.output
+    assert compiles == [spec.kernel_name], result.output
     with override(disable_jit=True):
         assert get_kernel(spec).spec == spec
 
@@ -244,7 +244,7 @@ def test_a_missing_kernel_with_a_timeline_says_what_makes_it(place, compiles):
 def test_performance_losses_are_judged_on_cached_kernels_too(place, monkeypatch, caplog):
     template = place / "src" / "kernels" / "entry.cuh.j2"
     template.write_text(
-        'extern "C" __global__ void {{ entry }}(int* a) {\n'
+        'extern "C" __global__ void {{ kernel_name }}(int* a) {\n'
         '  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");\n  a[0] = 1;\n}\n'
     )
     with pytest.raises(PerformanceLossError, match="C750"):
@@ -307,14 +307,14 @@ def test_failure_that_nobody_foresaw_is_a_result_and_is_logged(place, monkeypatc
 class OtherKind:
     """A kernel that is no `KernelSpec`."""
 
-    entry: str = "other_kernel"
+    kernel_name: str = "other_kernel"
     template: str = "kernels/other.cuh.j2"
     shared_bytes: int = 0
     command: str = "other words"
     remark: str = "of another kind"
 
     def template_variables(self) -> dict[str, Any]:
-        return {"entry": self.entry}
+        return {"kernel_name": self.kernel_name}
 
     def to_json(self) -> dict[str, Any]:
         return {"other": True}
@@ -323,7 +323,7 @@ class OtherKind:
 def test_a_kernel_of_another_kind_lives_as_they_all_do(place, compiles):
     spec: Compilable = OtherKind()
     (place / "src" / "kernels" / "other.cuh.j2").write_text(
-        'extern "C" __global__ void {{ entry }}(int* a) { *a = 1; }'
+        'extern "C" __global__ void {{ kernel_name }}(int* a) { *a = 1; }'
     )
     with override(disable_jit=True), pytest.raises(KernelMissingError, match=r"megamoe-jit other words .*another kind"):
         get_kernel(spec)

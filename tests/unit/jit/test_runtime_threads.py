@@ -66,10 +66,10 @@ def test_thread_that_waits_for_an_interrupted_one_compiles_itself(place, monkeyp
     real, started, waiting = _obtain.compile_source, threading.Event(), threading.Event()
     calls, found = [], []
 
-    def first_is_interrupted(text, *, entry, toolchain):
-        calls.append(entry)
+    def first_is_interrupted(text, *, kernel_name, toolchain):
+        calls.append(kernel_name)
         if len(calls) > 1:
-            return real(text, entry=entry, toolchain=toolchain)
+            return real(text, kernel_name=kernel_name, toolchain=toolchain)
         started.set()
         assert waiting.wait(20)
         raise KeyboardInterrupt
@@ -112,11 +112,11 @@ def test_child_of_a_fork_compiles_what_a_thread_of_its_parent_was_compiling(plac
     real, started, go_on = _obtain.compile_source, threading.Event(), threading.Event()
     parent = os.getpid()
 
-    def slow(text, *, entry, toolchain):
+    def slow(text, *, kernel_name, toolchain):
         if os.getpid() == parent:
             started.set()
             assert go_on.wait(20)
-        return real(text, entry=entry, toolchain=toolchain)
+        return real(text, kernel_name=kernel_name, toolchain=toolchain)
 
     monkeypatch.setattr(_obtain, "compile_source", slow)
     thread = threading.Thread(target=get_kernel, args=(PING,))

@@ -23,8 +23,8 @@ from megamoe_jit._spec.inputs import Inputs
 from tests import host
 from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
 
-#: By number of ranks.  Full and half tiles of columns, turns of the main loop of one and of two k-blocks, one and
-#: several turns per tile, rows that dispatch moves in one piece or in several.
+#: By number of ranks.  Full and half tiles of columns, iterations of the main loop of one and of two k-blocks,
+#: one and several iterations per tile, rows that dispatch moves in one piece or in several.
 SHAPES = {
     1: MoEShape(640, 384, 6, 3),
     2: MoEShape(512, 256, 8, 2),
@@ -34,8 +34,8 @@ SHAPES = {
 TOKENS = {1: 100, 2: 60, 4: 24, 8: 16}  #: most of a rank
 BLOCKS = {1: 6, 2: 4, 4: 2, 8: 2}  #: most of a launch
 
-#: A wait that is over at once, by its code; ranks that take the launch before for this one, or do not meet in one of
-#: the phases; an order of tiles that does not see that its ring is full; sides of which one has no block, or had one
+#: A wait that is over at once, by its code; ranks that take the launch before for this one, or miss one of
+#: the meetings; an order of tiles that does not see that its ring is full; sides of which one has no block, or had one
 #: in the launch before; a block that takes tiles of another side than it has counted as.  Which one is chosen when
 #: the program runs.
 MISTAKES = (
@@ -45,7 +45,7 @@ MISTAKES = (
     Change(
         "comm/barriers.cuh",
         "rank_wait<kRanks>(p,",
-        "if (sim::mutant != 203 + static_cast<u32>(phase)) rank_wait<kRanks>(p,",
+        "if (sim::mutant != 203 + static_cast<u32>(meeting)) rank_wait<kRanks>(p,",
     ),
     Change("sched/order.cuh", "next2.first() + ring", "next2.first() + (sim::mutant == 202 ? 1u << 20 : ring)"),
     Change("dispatch/sort.cuh", "= even_enough(", "= sim::mutant == 205 ? p.want_sides : even_enough("),
@@ -126,8 +126,8 @@ def codes(text: str, enum: str) -> dict[str, int]:
     return {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", host.without_comments(body[1]))}
 
 
-def test_turns_of_one_and_of_two_k_blocks_are_run():
-    """As `kBlocksPerTurn` decides in mma/block_scaled.cuh; of two, with more than one turn."""
+def test_iterations_of_one_and_of_two_k_blocks_are_run():
+    """As `kKBlocksPerIteration` decides in mma/block_scaled.cuh; of two, with more than one iteration."""
     depths = [(shape.hidden // 128, shape.intermediate // 128) for shape in SHAPES.values()]
     even = [pair for pair in depths if pair[0] % 2 == pair[1] % 2 == 0]
     assert 0 < len(even) < len(depths)

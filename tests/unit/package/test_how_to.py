@@ -1,4 +1,4 @@
-"""The pages on adding a variant and a numeric option, followed to the letter in a copy of the sources."""
+"""The pages on adding a variant, a numeric option and a weight format, followed to the letter in a copy."""
 
 from __future__ import annotations
 
@@ -22,11 +22,25 @@ from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._spec import KernelSpec, MoEShape
 from megamoe_jit._compile.toolchain import find_toolchain
-spec = KernelSpec.of_entry(sys.argv[1])
+spec = KernelSpec.of_kernel_name(sys.argv[1])
 assert spec is not None and KernelSpec.from_json(spec.to_json()) == spec
 text = render(spec).text
 assert sys.argv[2] in text, text[-2000:]
-compile_source(text, entry=spec.entry, toolchain=find_toolchain())
+compile_source(text, kernel_name=spec.kernel_name, toolchain=find_toolchain())
+"""
+
+
+FORMAT = """
+import torch
+from megamoe_jit._spec.formats import WeightFormat
+powers, fp8 = WeightFormat.parse("powers"), WeightFormat.parse("fp8")
+codes = torch.randint(0, 256, (256, 128), dtype=torch.int64).to(torch.uint8)
+assert torch.equal(powers.unpack(powers.pack(codes, True), True), codes)
+scales = torch.tensor([[0.5], [4.0]])
+codes = torch.ones(256, 128).to(powers.code_dtype)
+values = powers.dequantize(codes, scales.to(powers.scale_dtype))
+assert torch.equal(values, fp8.dequantize(codes, scales))
+assert fp8.expert_bytes(256, 128) - powers.expert_bytes(256, 128) == 3 * 2 * 3
 """
 
 
@@ -66,6 +80,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the sources."""
     for folder in FOLDERS:
         shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO / "README.md", tmp_path)
     return tmp_path
 
 
@@ -80,7 +95,7 @@ def python(tree: Path, *arguments: str) -> str:
 
 
 def test_a_variant_is_added_by_its_page(tree: Path):
-    assert len(follow(tree, "add-a-kernel-variant.md")) == 2 <= 5
+    assert len(follow(tree, "add-a-kernel-variant.md")) == 3 <= 5
     python(tree, "-m", "tests.schemas")
     python(tree, "-c", USE, "megamoe_shy_h256_i128_e8_k2_r2_fast", "using Policy = megamoe::Shy;")
     assert "cooperative|shy]" in python(tree, "-m", "megamoe_jit", "tune", "--help")
@@ -100,6 +115,14 @@ def test_a_numeric_option_is_added_by_its_page(tree: Path):
         tree, "-c", "import megamoe_jit, inspect; inspect.signature(megamoe_jit.fp8_mega_moe).parameters['plain_silu']"
     )
     assert '"plain_silu"' in (tree / "megamoe_jit/_cli/schemas/warmup.json").read_text()
+
+
+def test_a_weight_format_is_added_by_its_page(tree: Path):
+    assert len(follow(tree, "add-a-weight-format.md")) == 3 <= 10
+    python(tree, "-m", "tests.schemas")
+    python(tree, "-c", USE, "megamoe_pingpong_h256_i128_e8_k2_r1_powers_fast", "using Weights = megamoe::Powers;")
+    python(tree, "-c", FORMAT)
+    assert '"powers"' in (tree / "megamoe_jit/_cli/schemas/warmup.json").read_text()
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)

@@ -100,7 +100,7 @@ print(json.dumps({
     "carried": [sys.modules[name].__file__ for name in modules],
     "links": [str(p) for p in Path(megamoe_jit.__file__).parent.rglob("*") if p.is_symlink()],
     "source": len(render(spec).text),
-    "entry": spec.entry in render(spec).text,
+    "entry": spec.kernel_name in render(spec).text,
     "origin": kernel.origin,
     "cubin": kernel.cubin[:4].hex(),
     "registers": kernel.meta["registers"],

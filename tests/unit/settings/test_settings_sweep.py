@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megamoe_jit._diagnose.machine import settings_table
+from megamoe_jit._documents import content
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import PREFIX, VARIABLES, Settings, lenient, override
 from megamoe_jit._text import printable
@@ -81,7 +82,7 @@ def test_values_in_the_file(value: str, tmp_path: Path, monkeypatch: pytest.Monk
         assert len(text) < 600 + len(str(file)), field
         assert printable(text, keep="") == text
         with lenient() as faults:  # what `env` and `doctor` do
-            json.dumps(settings_table(faults), default=str)
+            json.dumps(settings_table(faults), default=content)
             assert all(len(fault.message) < 600 + len(str(file)) for fault in faults)
     assert refused or value == "empty text"
 

@@ -42,7 +42,7 @@ def test_a_spec_holds_its_format():
     assert spec.weights is FP8
     assert spec.to_json()["weights"] == "fp8"
     narrow = KernelSpec(shape, Variant.PINGPONG, weights=NARROW)
-    assert (narrow.entry, spec.entry) == (
+    assert (narrow.kernel_name, spec.kernel_name) == (
         "megamoe_pingpong_h256_i128_e8_k2_r1_narrow_fast",
         "megamoe_pingpong_h256_i128_e8_k2_r1_fast",
     )

@@ -20,7 +20,7 @@ EACH = (Numerics(), Numerics(fast_math=False))
 def test_a_kernel_is_found_by_its_name_and_by_its_document(numerics):
     for timeline in (False, True):
         spec = KernelSpec(SHAPE, Variant.PINGPONG, 2, timeline=timeline, numerics=numerics)
-        assert KernelSpec.of_entry(spec.entry) == KernelSpec.from_json(spec.to_json()) == spec
+        assert KernelSpec.of_kernel_name(spec.kernel_name) == KernelSpec.from_json(spec.to_json()) == spec
         assert spec.fast_math is numerics.fast_math
 
 
@@ -44,14 +44,14 @@ def test_a_spec_takes_the_option_of_a_call_or_the_whole_value():
     ],
 )
 def test_what_is_almost_a_name_is_none(name):
-    assert KernelSpec.of_entry(name) is None
+    assert KernelSpec.of_kernel_name(name) is None
 
 
 def test_the_command_line_says_what_is_not_the_default():
     assert [value.flags() for value in EACH] == [[], ["--no-fast-math"]]
-    assert Numerics.changes() == ["exact"]
+    assert "exact" in Numerics.changes()
     assert Numerics.named(["exact"]) == EACH[1]
-    with pytest.raises(ConfigError, match="'quick' is no numeric option; allowed: exact, fast"):
+    with pytest.raises(ConfigError, match="'quick' is no numeric option; allowed: exact, fast(,|$)"):
         Numerics.named(["quick"])
 
 

@@ -101,10 +101,10 @@ def test_json_and_back(spec):
 
 @given(st.lists(specs, min_size=2, max_size=20, unique=True))
 def test_entries_are_symbols_and_differ(several):
-    names = [spec.entry for spec in several]
+    names = [spec.kernel_name for spec in several]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-zA-Z_]\w*", name, re.ASCII) for name in names)
-    assert all(spec.template_variables()["entry"] == spec.entry for spec in several)
+    assert all(spec.template_variables()["kernel_name"] == spec.kernel_name for spec in several)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_entries_are_symbols_and_differ(several):
 )
 def test_every_size_is_in_the_name(field, value):
     spec = KernelSpec(SHAPE, Variant.PINGPONG)
-    assert str(value) not in spec.entry
-    assert str(value) in replace(spec, shape=replace(SHAPE, **{field: value})).entry
+    assert str(value) not in spec.kernel_name
+    assert str(value) in replace(spec, shape=replace(SHAPE, **{field: value})).kernel_name
 
 
 def test_all_ranks_shared_experts_count_as_experts():
@@ -127,9 +127,9 @@ def test_a_kernel_without_shared_experts_says_nothing_of_them():
     """So its name, its key and its documents are what they were."""
     plain, spec = (KernelSpec(replace(SHAPE, shared=n), Variant.PINGPONG, 8) for n in (0, 3))
     assert "shared" not in json.dumps(plain.to_json()["shape"])
-    assert spec.entry == plain.entry.replace("_k6_", "_k6_s3_")
-    assert [KernelSpec.of_entry(each.entry) for each in (plain, spec)] == [plain, spec]
-    assert KernelSpec.of_entry(spec.entry.replace("_s3_", "_s0_")) is None
+    assert spec.kernel_name == plain.kernel_name.replace("_k6_", "_k6_s3_")
+    assert [KernelSpec.of_kernel_name(each.kernel_name) for each in (plain, spec)] == [plain, spec]
+    assert KernelSpec.of_kernel_name(spec.kernel_name.replace("_s3_", "_s0_")) is None
 
 
 @given(specs)
@@ -166,11 +166,11 @@ template <class C, megamoe::u32 kExpected> struct Check {
     static_assert(Map::kScaleAt % 16 == 0 && Map::kScaleBytes % 16 == 0 && Map::kActScaleBytes % 16 == 0, "bulk");
     static_assert(Map::kBarrierAt % 8 == 0 && Map::kTileBarrierAt % 8 == 0, "mbarriers");
     static_assert(Map::kDispatchBarrierAt % 8 == 0, "mbarriers");
-    static_assert(Map::kSlotAt % 8 == 0 && Map::kRowsAt % 4 == 0, "words");
+    static_assert(Map::kTileSlotAt % 8 == 0 && Map::kRowsAt % 4 == 0, "words");
     static constexpr bool kOk = true;
 };
 @CHECKS@
-extern "C" __global__ void {{ entry }}() {}
+extern "C" __global__ void {{ kernel_name }}() {}
 """
 
 
@@ -186,4 +186,6 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
     spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
     with override(kernels_src=tmp_path / "src"):
         text = render(spec).text
-    assert compile_source(text, entry=spec.entry, toolchain=find_toolchain()).kernel.name == spec.entry
+    assert (
+        compile_source(text, kernel_name=spec.kernel_name, toolchain=find_toolchain()).kernel.name == spec.kernel_name
+    )

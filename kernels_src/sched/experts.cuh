@@ -6,7 +6,7 @@
 //   dispatch writes block b      after GEMM 1 has finished block b - ring   (act2_ready of that block is complete)
 //   GEMM 1 writes block b        after GEMM 2 has finished block b - ring   (act2_done of that block is complete)
 //   the order of tiles           hands out GEMM 2 of block b - ring before GEMM 1 of block b, so the second wait is for
-//                                an earlier phase; the first is for GEMM 1 of rows that were dispatched before.
+//                                an earlier sweep; the first is for GEMM 1 of rows that were dispatched before.
 #pragma once
 #include "base/constants.cuh"
 
@@ -20,13 +20,14 @@ MEGA_DEVICE u32 even_enough(u32 blocks0, u32 blocks1) {
 }
 
 /// Tables in shared memory, built once per launch by dispatch/sort.cuh.
-struct Plan {
-    const u32* rows;      // [local experts]
-    const u32* bases;     // [local experts + 1] first pool row / 128
-    const u32* items;     // [local experts + 1] first item of dispatch (dispatch/gather.cuh)
-    const u16* active;    // experts that have rows, in order
+struct ExpertTable {
+    const u32* rows;     // [local experts]
+    const u32* bases;    // [local experts + 1] first pool row / 128
+    const u32* items;    // [local experts + 1] first item of dispatch (dispatch/gather.cuh)
+    const u16* active;   // experts that have rows, in order
     u32 experts, active_experts;
-    u32 two_sides;        // 1: each side of the L2 takes every other column of tiles; 0: all take all
+    // 1: each side of the L2 takes every other column of tiles; 0: all take all
+    u32 two_sides;
 
     MEGA_DEVICE u32 blocks() const { return bases[experts]; }   // of 128 rows, all experts'
 
@@ -53,15 +54,17 @@ struct Tile {
     enum Kind : u32 { gemm1 = 0, gemm2 = 1, stop = 2 };
     u32 kind;
     u32 expert;
-    u32 n;          // which 256 columns
-    u32 row;        // first row
-    u32 rows;       // valid ones of the tile's BLOCK_M rows, the rest is padding; of a stop tile: 1 when the group that reads
-                    // it has been given a turn that it has no tile for (variants/pingpong.cuh)
+    u32 n;     // which 256 columns
+    u32 row;   // first row
+    // valid ones of the tile's BLOCK_M rows, the rest is padding; of a stop tile: 1 when the group
+    // that reads it has been given a turn that it has no tile for (variants/pingpong.cuh)
+    u32 rows;
     u32 k_blocks;   // depth
-    u32 k_begin;    // k-blocks this block of threads has streamed before this tile: every role derives stage and parity
-                    // of the ring from it, and nobody has to follow tiles that are not its own
+    // k-blocks this block of threads has streamed before this tile: every role derives stage and
+    // parity of the ring from it, and nobody has to follow tiles that are not its own
+    u32 k_begin;
     u32 pool_row;   // where the first row lies in the pools
 };
 static_assert(sizeof(Tile) == 32, "a tile slot has 32 bytes");
 
-}  // namespace megamoe
+}   // namespace megamoe

@@ -1,0 +1,75 @@
+"""What the JSON documents of `verify` say, and the outcome of one scenario."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megamoe_jit._documents import Count, Document, Measured
+
+__all__ = ["Outcome", "Scenarios", "Verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of one scenario with one variant.
+
+    Attributes:
+        name: of the scenario
+        variant: as asked for
+        diff: of all rows to the reference
+        zero_rows_ok: whether rows that must be zero are
+        reason: why it did not pass
+    """
+
+    name: str
+    variant: str
+    diff: Measured
+    worst_row_diff: Measured
+    zero_rows_ok: bool
+    passed: bool
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for another process; a figure that does not exist is null."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Verify(Document):
+    """Scenarios compared with the reference.
+
+    Attributes:
+        run: scenarios times variants
+    """
+
+    KIND = "verify"
+
+    scenarios: Count
+    run: Count
+    not_run: Count
+    failed: Count
+    outcomes: tuple[Outcome, ...]
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], scenarios: int, variants: int) -> Verify:
+        """With the outcomes counted.
+
+        Args:
+            outcomes: of what was run.
+            scenarios: that were chosen.
+            variants: with each of which each of them was to be run.
+        """
+        failed = sum(not outcome.passed for outcome in outcomes)
+        return cls(scenarios, len(outcomes), scenarios * variants - len(outcomes), failed, tuple(outcomes))
+
+
+@dataclass(frozen=True, slots=True)
+class Scenarios(Document):
+    """Scenarios that `verify` would run."""
+
+    KIND = "scenarios"
+
+    scenarios: tuple[str, ...]

@@ -1,0 +1,216 @@
+"""What the buffers and the launch of a rank take, without making them: no GPU, no torch, nothing compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamoe_jit._device.layout import Section, buffer_layout
+from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor
+from megamoe_jit._documents import Count, Document
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape
+from megamoe_jit._spec.abi import (
+    BLOCK_N,
+    DISPATCH_CHUNK,
+    MATH_WARPS,
+    SHARED_LIMIT,
+    STAGING_BYTES,
+    THREADS,
+    TILE_BYTES,
+    TILE_SLOTS,
+)
+from megamoe_jit._spec.variants import Variant
+from megamoe_jit.heuristics.select import AUTO, all_variants, choose
+
+__all__ = ["Launch", "Part", "PlanDocument", "Planned", "Range", "memory_plan", "shared_parts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A section of a buffer.
+
+    Attributes:
+        offset: where it begins, in bytes
+        what: for people
+    """
+
+    name: str
+    offset: Count
+    bytes: Count
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the shared memory of a block.
+
+    Attributes:
+        what: for people
+    """
+
+    name: str
+    bytes: Count
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The launch of one kernel, and the shared memory of a block.
+
+    Attributes:
+        kernel: its symbol
+        grid: blocks
+        block: threads
+        stages: of the pipeline of tiles
+        dispatch_slots: chunks of rows in flight
+    """
+
+    kernel: str
+    variant: Variant
+    grid: tuple[Count, ...]
+    block: tuple[Count, ...]
+    stages: Count
+    dispatch_slots: Count
+    shared_bytes: Count
+    shared_limit_bytes: Count
+    shared: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Memory and launch of one rank whose buffer holds so many tokens.
+
+    Attributes:
+        name: of the shape
+        tokens: that were asked for
+        capacity: tokens that the buffer holds
+        pool_rows: rows that the pools hold
+        full_call: the variant of a call that fills the buffer
+        symmetric: what peers may read or write
+        local: what this rank alone uses
+    """
+
+    name: str
+    shape: MoEShape
+    ranks: Count
+    tokens: Count
+    capacity: Count
+    pool_rows: Count
+    full_call: Variant
+    symmetric: tuple[Range, ...]
+    local: tuple[Range, ...]
+    symmetric_bytes: Count
+    local_bytes: Count
+    buffer_bytes: Count
+    weight_bytes: Count
+    output_bytes: Count
+    kernels: tuple[Launch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDocument(AskedFor, Document):
+    """Memory and launch of one rank."""
+
+    KIND = "plan"
+
+    plans: tuple[Planned, ...]
+
+
+def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
+    """The shared memory of a block by part, in the order of `layout/shared.cuh`; the sum is `shared_bytes`."""
+    stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
+    parts = [
+        ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
+        ("weights", stages * spec.weight_stage_bytes, f"{stages} stages of {spec.weights.what} [{BLOCK_N}, {BLOCK}]"),
+        ("staging", MATH_WARPS * STAGING_BYTES, "2 KiB for each of the eight math warps"),
+        ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
+        ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
+        ("barriers", stages * 16 + TILE_SLOTS * 24 + slots * 8, "of stages, tile slots and dispatch slots"),
+        ("tile slots", TILE_SLOTS * TILE_BYTES, f"ring of {TILE_SLOTS} announced tiles"),
+        ("words", 64, "words shared by the warps of a block"),
+        ("expert table", 4 * experts + 8 * (experts + 1) + 2 * experts, "rows, first rows, first items, ids"),
+        ("source table", spec.source_table_bytes, "which pairs of each rank name each expert"),
+    ]
+    parts = [part for part in parts if part[1]]
+    rest = spec.shared_bytes - sum(size for _, size, _ in parts)
+    if rest:
+        parts.append(("padding", rest, "to a multiple of 16 B"))
+    return tuple(Part(*part) for part in parts)
+
+
+def _ranges(sections: tuple[Section, ...]) -> tuple[Range, ...]:
+    return tuple(Range(each.name, each.offset, each.bytes, each.what) for each in sections)
+
+
+def _launch(spec: KernelSpec, num_sms: int) -> Launch:
+    return Launch(
+        kernel=spec.kernel_name,
+        variant=spec.variant,
+        grid=(num_sms, 1, 1),
+        block=(THREADS, 1, 1),
+        stages=spec.stages,
+        dispatch_slots=spec.dispatch_slots,
+        shared_bytes=spec.shared_bytes,
+        shared_limit_bytes=SHARED_LIMIT,
+        shared=shared_parts(spec),
+    )
+
+
+def memory_plan(
+    shape: MoEShape,
+    tokens: int,
+    *,
+    name: str = "",
+    ranks: int = 1,
+    variant: str = AUTO,
+    num_sms: int = DEFAULT_SMS,
+    gpu: str | None = None,
+) -> Planned:
+    """Memory and launch of one rank whose buffer holds so many tokens.
+
+    Args:
+        shape: sizes of the layer.
+        tokens: capacity of the buffer, per rank.
+        name: of the shape.
+        ranks: ranks that share the experts.
+        variant: one variant alone, or `auto` for every one that a call can pick.
+        num_sms: blocks of the launch.
+        gpu: full name of the GPU, for what was measured on it; None for none.
+
+    Raises:
+        ConfigError: a value is not supported.
+    """
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
+    from megamoe_jit._settings.settings import get_settings
+
+    settings = get_settings()
+    layout = buffer_layout(shape, tokens, ranks)
+    picked = choose(
+        shape,
+        layout.capacity,
+        ranks=ranks,
+        variant=settings.variant if variant == AUTO else variant,
+        cooperative_threshold=settings.cooperative_threshold,
+        num_sms=num_sms,
+        gpu=gpu,
+    )
+    variants = all_variants(shape) if variant == AUTO else (picked.variant,)
+    specs = [KernelSpec(shape, each, ranks) for each in variants]
+    return Planned(
+        name=name,
+        shape=shape,
+        ranks=ranks,
+        tokens=tokens,
+        capacity=layout.capacity,
+        pool_rows=layout.pool_rows,
+        full_call=picked.variant,
+        symmetric=_ranges(layout.symmetric),
+        local=_ranges(layout.local),
+        symmetric_bytes=layout.symmetric_bytes,
+        local_bytes=layout.local_bytes,
+        buffer_bytes=layout.total_bytes,
+        weight_bytes=specs[0].weights.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
+        output_bytes=tokens * shape.hidden * 2,
+        kernels=tuple(_launch(spec, num_sms) for spec in specs),
+    )
