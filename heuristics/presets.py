@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ _FILE = Path(__file__).with_name("presets.toml")
 _OR_A_FILE = ", or a .toml file"
 _SIZES = ("hidden", "intermediate", "experts", "topk")
 _TYPES = {int: "an integer", str: "a string", list: "a list of strings"}
-_OPTIONAL = {"source": str, "ranks": int, "ranks_why": str, "config": str, "differs": list, "note": str}
+_OPTIONAL = {"shared": int, "source": str, "ranks": int, "ranks_why": str, "config": str, "differs": list, "note": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Preset:
     source: str
     config: str | None = None  #: configuration class in transformers
     differs: tuple[str, ...] = ()  #: sizes in which the model is not the default of that class
+    shared: int = 0  #: shared experts of the model, of the sizes of the others; `shape` is without them
 
     @property
     def local_experts(self) -> int:
@@ -51,7 +52,8 @@ def _build(name: str, data: dict[str, Any], where: str) -> Preset:
         if type(value) is not kind or (isinstance(value, list) and not all(isinstance(part, str) for part in value)):
             raise ConfigError(f"{where}: [{name}] {key} = {shown(value)}; allowed: {_TYPES[kind]}")
     try:
-        shape = MoEShape(*(data[key] for key in _SIZES))
+        shape, shared = MoEShape(*(data[key] for key in _SIZES)), data.get("shared", 0)
+        replace(shape, shared=shared)  # raises unless a kernel can have as many
     except ConfigError as error:
         raise ConfigError(f"{where}: [{name}] {error}") from None
     ranks: int = data.get("ranks", 1)
@@ -59,7 +61,9 @@ def _build(name: str, data: dict[str, Any], where: str) -> Preset:
         raise ConfigError(
             f"{where}: [{name}] ranks = {ranks}; allowed: 1 to {MAX_RANKS}, a divisor of {shape.experts} experts"
         )
-    return Preset(name, shape, ranks, data.get("source", where), data.get("config"), tuple(data.get("differs", ())))
+    return Preset(
+        name, shape, ranks, data.get("source", where), data.get("config"), tuple(data.get("differs", ())), shared
+    )
 
 
 def _read(path: Path) -> dict[str, Preset]:

@@ -118,14 +118,14 @@ def choose(
     if not 1 <= num_sms <= MOST_SMS:
         raise ConfigError(f"num_sms = {shown(num_sms)} is not supported; allowed: 1 to {MOST_SMS}")
     table = table_for(gpu)
-    own = shape if table is None else replace(shape, experts=max(1, shape.experts // ranks))
+    own = shape if table is None else replace(shape.routed, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
     if not isinstance(variant, str) or variant != AUTO:
         picked, reason = Variant.parse(variant), "asked for, by the call or by MEGAMOE_JIT_VARIANT"
     else:
         picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, ranks)
-    rows = tokens * shape.topk
-    load = rows * ranks / shape.experts
+    rows = tokens * shape.slots
+    load = tokens * shape.topk * ranks / shape.experts
     reasons = [
         f"{picked.value}: {reason}",
         f"about {load:.1f} rows per expert in tiles of {picked.block_m} if the {ranks} rank(s) are alike",

@@ -32,7 +32,15 @@ from megamoe_jit._layer.weights import WeightPair, check_pairs
 from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
 from megamoe_jit._text import shown
 
-__all__ = ["activate", "calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu"]
+__all__ = [
+    "activate",
+    "calc_diff",
+    "expert_counts",
+    "moe_reference",
+    "row_diffs",
+    "swiglu",
+    "with_shared_experts",
+]
 
 _CHUNK = 8192  #: rows of one expert worked on at once; bounds the scratch of a hot expert
 
@@ -102,6 +110,49 @@ def expert_counts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
     _refuse_capture(topk_idx)
     flat = topk_idx.reshape(-1)
     return torch.bincount(flat[(flat >= 0) & (flat < num_experts)], minlength=num_experts).to(torch.int32)
+
+
+def with_shared_experts(
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    num_experts: int,
+    num_shared_experts: int,
+    *,
+    shared_weight: float = 1.0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A router's ids and weights with the slots of shared experts, as a layer that has none would need them.
+
+    Experts are numbered as their weights lie then: each rank's part of the routed ones, followed by the shared ones. On
+    one rank that leaves the router's numbers as they are.
+
+    Args:
+        topk_idx: int64 or int32 ``[T, K]``; what is no expert stays masked.
+        topk_weights: ``[T, K]``.
+        num_experts: Experts of the router, those of all ranks.
+        num_shared_experts: Shared experts of each rank.
+        shared_weight: Their weight.
+        rank: Whose tokens these are.
+        ranks: Ranks that share the experts.
+
+    Returns:
+        int64 and the dtype of `topk_weights`, ``[T, K + num_shared_experts]``.
+    """
+    _check_ids(topk_idx)
+    require_tensor("topk_weights", topk_weights)
+    for name, number in (("num_experts", num_experts), ("num_shared_experts", num_shared_experts)):
+        check_int(name, number)
+    if ranks < 1 or num_experts < 1 or num_experts % ranks or not 0 <= rank < ranks or num_shared_experts < 0:
+        given = f"{num_experts} experts and {num_shared_experts} shared ones, rank {rank} of {ranks}"
+        raise ConfigError(f"{given}; allowed: experts that the ranks share evenly")
+    local, real = num_experts // ranks, (topk_idx >= 0) & (topk_idx < num_experts)
+    spread = topk_idx + torch.div(topk_idx, local, rounding_mode="floor") * num_shared_experts
+    ids = torch.where(real, spread, -1).long()
+    first = rank * (local + num_shared_experts) + local
+    shared = torch.arange(first, first + num_shared_experts, dtype=torch.int64, device=ids.device)
+    weights = topk_weights.new_full((ids.shape[0], num_shared_experts), shared_weight)
+    return torch.cat((ids, shared.expand(ids.shape[0], -1)), 1), torch.cat((topk_weights, weights), 1)
 
 
 def _check_ids(topk_idx: torch.Tensor) -> None:

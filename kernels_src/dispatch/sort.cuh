@@ -154,7 +154,7 @@ template <class C> MEGA_DEVICE void build_expert_table(const Params& p, const Sh
             shared.expert_items()[e] = item;
             if (rows > 0) shared.active_experts()[at] = static_cast<u16>(e);
             // buffers may share them
-            if (p.stats != nullptr && blockIdx.x == 0)
+            if (p.stats != nullptr && blockIdx.x == 0 && e < kLocalRouted<C>)
                 atomicAdd(p.stats + e, static_cast<i32>(rows));
         }
     }

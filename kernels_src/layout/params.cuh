@@ -2,7 +2,7 @@
 // its size is checked again before the launch.
 //
 // Symmetric memory (one allocation per rank, at p.peers[rank]; peers read or write it):
-//   x, x_scales, topk_ids, topk_weights   the rank's inputs
+//   x, x_scales, topk_ids, topk_weights   the rank's inputs; ids and weights of routed slots alone, see stage/inputs.cuh
 //   expert_offsets, sorted_pairs          its (token, slot) pairs sorted by expert, and where each expert's begin
 //   signals                               epoch that each rank has reached, by meeting and rank
 //   combine                               bf16 [token][slot][hidden]: what the experts' ranks send back
@@ -38,8 +38,8 @@ struct alignas(64) Params {
     const float* weight1_scales;   // [local experts][2 * intermediate / 128][hidden / 128]
     const float* weight2_scales;   // [local experts][hidden / 128][intermediate / 128]
     u16* y;                        // bf16 [tokens][hidden]
-    i32* stats;                    // [local experts] or null: rows received, added to
-    u32* fault;                    // four words the host can read; see comm/fault.cuh
+    i32* stats;   // [local experts that are not shared] or null: rows received, added to
+    u32* fault;   // four words the host can read; see comm/fault.cuh
     // records of comm/timeline.cuh; not read unless the kernel was compiled for it
     u64* timeline;
 
@@ -59,6 +59,9 @@ struct alignas(64) Params {
     u64 raw_x_stride;
     u32 raw_ids_stride, raw_weights_stride, raw_formats;
     float weight_factor;   // router weights are multiplied with it
+
+    float shared_weight;   // of every shared expert's row
+    u32 unused[15];
 };
 
 /// Words of `Params::control`.

@@ -25,23 +25,55 @@ MEGA_DEVICE float raw_weight(const u8* weights, u64 i, u32 formats) {
     return reinterpret_cast<const float*>(weights)[i];
 }
 
-/// Expert of a (token, slot) pair of this rank, wherever the launch has its inputs from.
-template <class C> MEGA_DEVICE i64 input_id(const Params& p, u32 pair) {
+/// Slots of a token that the router fills.  Those behind them are for the shared experts of the token's own rank, of which the
+/// router knows nothing: its ids and weights come without them, and its experts are numbered without them.
+template <class C> constexpr u32 kRoutedSlots = C::kTopK - C::kShared;
+template <class C> constexpr u32
+    kLocalRouted = C::kLocalExperts -
+                   C::kShared;   // each rank's experts that are not shared, which come first
+
+/// What the router says of a pair of token and routed slot of this rank, wherever the launch has its inputs from.
+template <class C> MEGA_DEVICE i64 routed_id(const Params& p, u32 pair) {
     if constexpr (C::kInputs != Inputs::raw)
         return symmetric<const i64>(p, p.rank, p.topk_ids)[pair];
     else
-        return raw_id(p.raw_ids, u64(pair / C::kTopK) * p.raw_ids_stride + pair % C::kTopK,
+        return raw_id(p.raw_ids,
+                      u64(pair / kRoutedSlots<C>) * p.raw_ids_stride + pair % kRoutedSlots<C>,
                       p.raw_formats);
 }
-/// Its router weight.
-template <class C> MEGA_DEVICE float input_weight(const Params& p, u32 pair) {
+template <class C> MEGA_DEVICE float routed_weight(const Params& p, u32 pair) {
     if constexpr (C::kInputs != Inputs::raw)
         return symmetric<const float>(p, p.rank, p.topk_weights)[pair];
     else
-        return raw_weight(p.raw_weights,
-                          u64(pair / C::kTopK) * p.raw_weights_stride + pair % C::kTopK,
-                          p.raw_formats) *
+        return raw_weight(
+                   p.raw_weights,
+                   u64(pair / kRoutedSlots<C>) * p.raw_weights_stride + pair % kRoutedSlots<C>,
+                   p.raw_formats) *
                p.weight_factor;
+}
+
+/// Expert of a (token, slot) pair of this rank, as the kernel numbers them: each rank's shared ones follow its routed ones.
+template <class C> MEGA_DEVICE i64 input_id(const Params& p, u32 pair) {
+    if constexpr (C::kShared == 0) {
+        return routed_id<C>(p, pair);
+    } else {
+        const u32 token = pair / C::kTopK, slot = pair - token * C::kTopK;
+        if (slot >= kRoutedSlots<C>)
+            return p.rank * C::kLocalExperts + kLocalRouted<C> + slot - kRoutedSlots<C>;
+        const i64 id = routed_id<C>(p, token * kRoutedSlots<C> + slot);
+        const bool real = static_cast<u64>(id) < kLocalRouted<C> * C::kRanks;
+        return real ? id + static_cast<u32>(id) / kLocalRouted<C> * C::kShared : -1;
+    }
+}
+/// The weight of its row.
+template <class C> MEGA_DEVICE float input_weight(const Params& p, u32 pair) {
+    if constexpr (C::kShared == 0) {
+        return routed_weight<C>(p, pair);
+    } else {
+        const u32 token = pair / C::kTopK, slot = pair - token * C::kTopK;
+        return slot >= kRoutedSlots<C> ? p.shared_weight
+                                       : routed_weight<C>(p, token * kRoutedSlots<C> + slot);
+    }
 }
 
 }   // namespace megamoe

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -175,7 +174,10 @@ def _measure(
         rows.append(
             Row(
                 shape=case.name,
-                **asdict(shape),
+                hidden=shape.hidden,
+                intermediate=shape.intermediate,
+                experts=shape.experts,
+                topk=shape.topk,
                 tokens=case.tokens,
                 variant=name,
                 kernel=kernel_of(shape, case.tokens, name, layer.device),

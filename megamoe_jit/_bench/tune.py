@@ -11,7 +11,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def tune(
         work = cases([preset], sorted(tokens))
         shape = work[0].shape
         head = {"schema_version": SCHEMA_VERSION, "kind": "tuning", "environment": conditions, "name": preset.name}
-        base = {**head, "sources": sources(shape), "shape": asdict(shape), "num_sms": conditions["sms"]}
+        base = {**head, "sources": sources(shape), "shape": shape.to_json(), "num_sms": conditions["sms"]}
         layer = None
         try:
             for case in work:

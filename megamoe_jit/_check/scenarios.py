@@ -20,6 +20,7 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import quantize_activations, quantize_weights
 from megamoe_jit._spec import MoEShape
+from megamoe_jit.reference import with_shared_experts
 
 __all__ = ["SCENARIOS", "Inputs", "Scenario", "Weights", "get", "make_inputs", "make_weights", "select"]
 
@@ -62,7 +63,7 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Quantised weights of all experts, gate rows first: as a checkpoint has them."""
+    """Quantised weights of all experts, shared ones last, gate rows first: as a checkpoint has them."""
 
     l1: tuple[torch.Tensor, torch.Tensor]  #: e4m3 [E, 2I, H], float32 [E, 2I / 128, H / 128]
     l2: tuple[torch.Tensor, torch.Tensor]  #: e4m3 [E, H, I], float32 [E, H / 128, I / 128]
@@ -79,6 +80,14 @@ class Inputs:
     topk_weights: torch.Tensor  #: float32 [T, K]
     l1: tuple[torch.Tensor, torch.Tensor]
     l2: tuple[torch.Tensor, torch.Tensor]
+    shared: int = 0  #: of the experts, the last ones
+
+    @property
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and weights as the reference needs them, with the slots of shared experts."""
+        if not self.shared:
+            return self.topk_idx, self.topk_weights
+        return with_shared_experts(self.topk_idx, self.topk_weights, self.l1[0].shape[0] - self.shared, self.shared)
 
     def stage(self, buffer: Any) -> None:
         """Copy what the kernel reads into the first rows of a buffer, as a caller does before each call."""
@@ -89,10 +98,8 @@ class Inputs:
         buffer.topk_weights[:tokens].copy_(self.topk_weights)
 
 
-def _case(
-    name: str, tokens: int, sizes: tuple[int, int, int, int], capacity: int | None = None, **more: Any
-) -> Scenario:
-    """`sizes` is hidden, intermediate, experts, top-k."""
+def _case(name: str, tokens: int, sizes: tuple[int, ...], capacity: int | None = None, **more: Any) -> Scenario:
+    """`sizes` is hidden, intermediate, experts, top-k, and shared experts if there are some."""
     return Scenario(name, MoEShape(*sizes), tokens, max(tokens, 1) if capacity is None else capacity, **more)
 
 
@@ -181,6 +188,19 @@ def _own() -> Iterator[Scenario]:
     yield _case("padding.t37_of_300", 37, base, capacity=300)
     yield _case("padding.t260_of_300", 260, base, capacity=300)
     yield _case("padding.masked.t260_of_300", 260, base, capacity=300, masked_ratio=0.3)
+    shared: tuple[tuple[int, tuple[int, ...]], ...] = (
+        (0, (512, 256, 8, 2, 1)),
+        (1, (768, 512, 16, 4, 1)),
+        (130, (1408, 768, 16, 1, 1)),
+        (96, (256, 128, 8, 2, 3)),
+        (300, (640, 384, 8, 8, 24)),
+        (3000, (768, 512, 16, 4, 1)),
+    )
+    for t, layer in shared:
+        yield _case(f"shared.k{layer[3]}_s{layer[4]}.t{t}", t, layer, route="duplicate" if t == 96 else "topk")
+    for t in (37, 260):
+        yield _case(f"shared.masked.t{t}_of_300", t, (768, 512, 16, 4, 1), capacity=300, masked_ratio=0.5)
+    yield _case("shared.mask_all.t96", 96, (768, 512, 16, 4, 1), masked_ratio=1.0)
     yield _case("prod.flash.t1", 1, (4096, 2048, 32, 6))
     yield _case("prod.flash.t1024", 1024, (4096, 2048, 32, 6))
     yield _case("prod.flash.t8192", 8192, (4096, 2048, 32, 6), slow=True)
@@ -234,12 +254,13 @@ def _made(gen: torch.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def make_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -> Weights:
     """Weights 0.05 * normal, quantised; the same for the same shape, device kind and seed."""
-    gen = _generator(device, "weights", shape.hidden, shape.intermediate, shape.experts, seed)
+    experts = shape.experts_of(1)
+    gen = _generator(device, "weights", shape.hidden, shape.intermediate, experts, seed)
 
     def matrices(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.empty(shape.experts, n, k, dtype=torch.float8_e4m3fn, device=device)
-        scales = torch.empty(shape.experts, n // 128, k // 128, dtype=torch.float32, device=device)
-        for e in range(shape.experts):
+        codes = torch.empty(experts, n, k, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty(experts, n // 128, k // 128, dtype=torch.float32, device=device)
+        for e in range(experts):
             drawn = torch.randn(n, k, generator=gen, dtype=torch.float32, device=device)
             codes[e], scales[e] = quantize_weights(drawn * 0.05)
         return codes, scales
@@ -324,4 +345,4 @@ def make_inputs(
     x_q, x_sf = quantize_activations(x)
     topk_idx, topk_weights = _route(scenario, gen)
     weights = weights or make_weights(scenario.shape, device, seed)
-    return Inputs(x, x_q, x_sf, topk_idx, topk_weights, weights.l1, weights.l2)
+    return Inputs(x, x_q, x_sf, topk_idx, topk_weights, weights.l1, weights.l2, scenario.shape.shared)

@@ -101,7 +101,7 @@ class WeightCache:
 
     def get(self, shape: MoEShape, device: torch.device, seed: int, api: Any) -> _Entry:
         """Weights of `shape` on `device`, drawn and transformed unless they are the last ones."""
-        key = (MoEShape(shape.hidden, shape.intermediate, shape.experts, 1), str(device), seed)
+        key = (MoEShape(shape.hidden, shape.intermediate, shape.experts, 1, shape.shared), str(device), seed)
         if self._entry is None or key != self._key:
             self._entry = self._key = None  # frees the old ones first
             weights = _scenarios.make_weights(shape, device, seed)
@@ -118,6 +118,12 @@ def _stage(buffer: Any, inputs: Inputs, experts: int) -> None:
     buffer.topk_idx.copy_(ids.view_as(buffer.topk_idx))
     buffer.topk_weights.fill_(math.nan)
     inputs.stage(buffer)
+
+
+def sizes_of(shape: MoEShape, capacity: int) -> tuple[int, ...]:
+    """Of a buffer, in the order of the function that makes it; shared experts only where there are some."""
+    sizes = (shape.experts, capacity, shape.topk, shape.hidden, shape.intermediate)
+    return (*sizes, shape.shared) if shape.shared else sizes
 
 
 def function_of(api: Any, variant: str) -> Any:
@@ -137,7 +143,7 @@ def _call(
     run = function_of(api, variant)
     y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
     stats = torch.full((s.experts,), STATS_BEFORE, dtype=torch.int32, device=device)
-    buffer = api.get_symm_buffer_for_mega_moe(None, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate)
+    buffer = api.get_symm_buffer_for_mega_moe(None, *sizes_of(s, scenario.capacity))
     try:
         _stage(buffer, inputs, s.experts)
         run(
@@ -202,8 +208,7 @@ def run_scenario(
     expected = moe_reference(
         inputs.x_q,
         inputs.x_sf,
-        inputs.topk_idx,
-        inputs.topk_weights,
+        *inputs.slots,
         inputs.l1,
         inputs.l2,
         activation_clamp=scenario.clamp,

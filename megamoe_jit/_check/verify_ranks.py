@@ -28,12 +28,15 @@ from megamoe_jit._check.verify import (
     function_of,
     is_gone,
     judge,
+    sizes_of,
 )
 from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._layer.group import collectively
+from megamoe_jit._layer.weights import mark_transformed
+from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts, moe_reference
 
-__all__ = ["chosen", "run_on_rank", "run_ranks"]
+__all__ = ["chosen", "run_on_rank", "run_ranks", "share_of"]
 
 SEEDS_PER_RUN = 64  #: rank r of a run with seed s has inputs of seed s * 64 + r
 COLLECTIVE_S = 120.0
@@ -50,6 +53,21 @@ def chosen(pattern: str, ranks: int, *, slow: bool = False) -> tuple[Scenario, .
         raise ConfigError(f"no scenario of {pattern!r} has experts that {ranks} ranks can share evenly")
     by_shape = {s.shape: i for i, s in reversed(list(enumerate(fitting)))}
     return tuple(sorted(fitting, key=lambda s: by_shape[s.shape]))
+
+
+def share_of(
+    pair: tuple[torch.Tensor, torch.Tensor], shape: MoEShape, rank: int, ranks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's part of all experts' codes and scales: its share of the routed ones, and all that are shared."""
+    local = shape.experts // ranks
+    mine = tuple(tensor[rank * local : (rank + 1) * local] for tensor in pair)
+    if shape.shared:
+        codes, scales = (
+            torch.cat((own.view(torch.uint8), tensor[-shape.shared :].view(torch.uint8))).view(tensor.dtype)
+            for own, tensor in zip(mine, pair, strict=True)
+        )
+        mine = codes, scales
+    return mine  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +108,6 @@ class _Rank:
 
         s, api, world = scenario.shape, self._api, self.world
         device, local = world.device, s.experts // world.ranks
-        mine = slice(world.rank * local, (world.rank + 1) * local)
 
         def draw() -> tuple[Any, _scenarios.Inputs]:
             entry = self._cache.get(s, device, self._seed, api)
@@ -98,20 +115,18 @@ class _Rank:
             return entry, _scenarios.make_inputs(scenario, device, seed, entry.weights)
 
         entry, inputs = collectively(dist.group.WORLD, "drawing weights and inputs", draw)
-        l1, l2 = ((codes[mine], scales[mine]) for codes, scales in (entry.l1, entry.l2))
+        l1, l2 = (share_of(pair, s, world.rank, world.ranks) for pair in (entry.l1, entry.l2))
+        if s.shared:  # those are copies
+            mark_transformed(l1, l2)
         y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
         stats = torch.full((local,), STATS_BEFORE, dtype=torch.int32, device=device)
-        self._buffer = buffer = api.get_symm_buffer_for_mega_moe(
-            dist.group.WORLD, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate
-        )
+        self._buffer = buffer = api.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes_of(s, scenario.capacity))
         _stage(buffer, inputs, s.experts)
         options = {"activation_clamp": scenario.clamp, "fast_math": scenario.fast_math}
         function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **options)
         buffer.check()
         w, ids = entry.weights, inputs.topk_idx
-        expected = moe_reference(
-            *(inputs.x_q, inputs.x_sf, ids, inputs.topk_weights, w.l1, w.l2), activation_clamp=scenario.clamp
-        )
+        expected = moe_reference(*(inputs.x_q, inputs.x_sf, *inputs.slots, w.l1, w.l2), activation_clamp=scenario.clamp)
         verdict = judge(y[: scenario.tokens], expected)
         problems = [verdict.reason] if verdict.reason else []
         if not y[scenario.tokens :].isnan().all():

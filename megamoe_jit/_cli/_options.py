@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -115,11 +115,14 @@ _SHAPE_OPTIONS = (
     click.option("--intermediate", type=int, help="Intermediate size of one expert."),
     click.option("--experts", type=int, help="Number of experts, those of all ranks together."),
     click.option("--topk", type=int, help="Experts per token."),
+    click.option(
+        "--shared", type=int, default=0, show_default=True, help="Shared experts, that every token goes to beside."
+    ),
 )
 
 
 def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--shapes` and, as the alternative to it, the four sizes of one layer.
+    """Add `--shapes` and, as the alternative to it, the four sizes of one layer; and `--shared`, for either.
 
     The command gets `shapes`: the layers that were asked for, by the name to show them under.
     """
@@ -132,10 +135,11 @@ def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
         intermediate: int | None,
         experts: int | None,
         topk: int | None,
+        shared: int,
         **others: Any,
     ) -> Any:
         sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "topk": topk}
-        return command(shapes=_shapes(names, sizes), **others)
+        return command(shapes=_with_shared(_shapes(names, sizes), shared), **others)
 
     for option in reversed(_SHAPE_OPTIONS):
         with_shapes = option(with_shapes)
@@ -155,6 +159,14 @@ def _shapes(names: str | None, sizes: dict[str, int | None]) -> dict[str, MoESha
         raise click.UsageError("Name the shapes: --shapes NAME, or all of --hidden --intermediate --experts --topk.")
     shape = MoEShape(**given)
     return {f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}
+
+
+def _with_shared(shapes: dict[str, MoEShape], shared: int) -> dict[str, MoEShape]:
+    """The layers with so many shared experts; their names say so."""
+    if shared == 0:
+        return shapes
+    widened = per_shape(shapes, lambda name, shape: [(f"{name}+{shared}", replace(shape, shared=shared))])
+    return dict(widened)
 
 
 def per_shape(shapes: Mapping[str, MoEShape], make: Callable[[str, MoEShape], Iterable[_T]]) -> list[_T]:

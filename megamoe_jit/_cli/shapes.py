@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import click
 
@@ -19,6 +19,7 @@ class NamedShape:
 
     Attributes:
         experts: of all ranks
+        shared: experts that every token goes to beside
         ranks: GPUs that the experts are usually spread over
         config: configuration class in transformers
     """
@@ -28,6 +29,7 @@ class NamedShape:
     intermediate: Count
     experts: Count
     topk: Count
+    shared: Count
     ranks: Count
     source: str
     config: str | None
@@ -52,18 +54,23 @@ def shapes() -> None:
 def ls(as_json: bool) -> None:
     """List the shapes that --shapes takes.
 
+    SHARED is how many shared experts a model has, for --shared.
     RANKS is over how many GPUs a model's experts are usually spread; `bench` and `tune` time one such share.
     """
     from megamoe_jit.heuristics.presets import preset, preset_names
 
     presets = [preset(name) for name in preset_names()]
     if as_json:
-        rows = (NamedShape(p.name, **asdict(p.shape), ranks=p.ranks, source=p.source, config=p.config) for p in presets)
+        rows = [
+            NamedShape(p.name, s.hidden, s.intermediate, s.experts, s.topk, p.shared, p.ranks, p.source, p.config)
+            for p in presets
+            for s in (p.shape,)
+        ]
         emit(Shapes(tuple(rows)))
         return
     rows_of_text = [
-        (p.name, p.shape.hidden, p.shape.intermediate, p.shape.experts, p.shape.topk, p.ranks, p.source)
+        (p.name, p.shape.hidden, p.shape.intermediate, p.shape.experts, p.shape.topk, p.shared, p.ranks, p.source)
         for p in presets
     ]
-    headers = ("NAME", "HIDDEN", "INTERMEDIATE", "EXPERTS", "TOPK", "RANKS", "SOURCE")
-    show(table(headers, rows_of_text, left=(0, 6)))
+    headers = ("NAME", "HIDDEN", "INTERMEDIATE", "EXPERTS", "TOPK", "SHARED", "RANKS", "SOURCE")
+    show(table(headers, rows_of_text, left=(0, 7)))

@@ -98,22 +98,24 @@ def buffer_layout(
         max_pool_rows: most rows the pools may hold; rounded up to a multiple of 128.
     """
     tokens = max(_up(max_tokens, CAPACITY_STEP), CAPACITY_STEP)
-    hidden, intermediate, topk = shape.hidden, shape.intermediate, shape.topk
-    local_experts = shape.experts // ranks
-    pairs = tokens * topk
-    received = pairs * ranks  # every pair of every rank may name an expert of this one
+    hidden, intermediate, topk, slots = shape.hidden, shape.intermediate, shape.topk, shape.slots
+    experts = shape.experts_of(ranks)
+    local_experts = experts // ranks
+    pairs = tokens * slots
+    # every routed pair of every rank may name an expert of this one; shared experts have this rank's tokens alone
+    received = tokens * (topk * ranks + shape.shared)
     rows = _up(received + min(local_experts, received) * (POOL_ALIGN - 1), POOL_ALIGN)
     pool = min(rows, _up(max(max_pool_rows, MIN_POOL_ROWS), POOL_ALIGN))
     symmetric = _place(
         [
             ("x", tokens * hidden, f"input codes e4m3 [{tokens}, {hidden}]"),
             ("x_scales", tokens * hidden // BLOCK * 4, f"input scales f32 [{tokens}, {hidden // BLOCK}]"),
-            ("topk_ids", pairs * 8, f"expert of each slot i64 [{tokens}, {topk}]"),
-            ("topk_weights", pairs * 4, f"weight of each slot f32 [{tokens}, {topk}]"),
-            ("expert_offsets", (shape.experts + 1) * 4, "first sorted pair of each expert u32"),
+            ("topk_ids", tokens * topk * 8, f"expert of each slot i64 [{tokens}, {topk}]"),
+            ("topk_weights", tokens * topk * 4, f"weight of each slot f32 [{tokens}, {topk}]"),
+            ("expert_offsets", (experts + 1) * 4, "first sorted pair of each expert u32"),
             ("sorted_pairs", pairs * 4, "(token, slot) pairs by expert u32"),
             ("signals", len(Meeting) * MAX_RANKS * 4, "launch that each rank has reached, by meeting u32"),
-            ("combine", pairs * hidden * 2, f"expert outputs bf16 [{tokens}, {topk}, {hidden}]"),
+            ("combine", pairs * hidden * 2, f"expert outputs bf16 [{tokens}, {slots}, {hidden}]"),
         ]
     )
     local = _place(
@@ -126,7 +128,7 @@ def buffer_layout(
             ("act1_ready", rows // COUNTER_ROWS * 4, "rows arrived u32"),
             ("act2_ready", rows // COUNTER_ROWS * 4, "tiles of the first GEMM finished u32"),
             ("act2_done", rows // COUNTER_ROWS * 4, "tiles of the second GEMM finished u32"),
-            ("slice_counts", MAX_SORT_BLOCKS * shape.experts * 4, "pairs of each expert by slice u32"),
+            ("slice_counts", MAX_SORT_BLOCKS * experts * 4, "pairs of each expert by slice u32"),
             ("control", Control.WORDS * 4, "grid barrier, epoch, blocks by side, tickets u32"),
         ]
     )

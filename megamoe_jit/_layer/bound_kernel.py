@@ -128,6 +128,7 @@ class BoundKernel:
         stats: torch.Tensor | None,
         clamp: float,
         raw: RawInputs | None,
+        shared_weight: float,
     ) -> None:
         """Enqueue a call on a stream, given by its raw handle, with the weights that were set last."""
         params = self.params
@@ -135,7 +136,7 @@ class BoundKernel:
             self._follow(plan)
         params.y = y.data_ptr()
         params.stats = 0 if stats is None else stats.data_ptr()
-        params.tokens, params.clamp = tokens, clamp
+        params.tokens, params.clamp, params.shared_weight = tokens, clamp, shared_weight
         if raw is not None:
             _RAW.pack_into(
                 params, _RAW_AT, raw.x_at, raw.ids_at, raw.weights_at, raw.x_stride, raw.ids_stride,

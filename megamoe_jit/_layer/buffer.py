@@ -56,8 +56,9 @@ class SymmBuffer(LayerMemory):
         buffer: the symmetric memory that holds these views, uint8.
         handle: has ``buffer_ptrs``, the address of every rank's symmetric memory.
         num_max_tokens_per_rank: capacity in tokens, rounded up to a multiple of 128.
-        num_experts: experts of all ranks.
-        num_topk: slots of a token.
+        num_experts: experts of all ranks that the router chooses from.
+        num_topk: slots of a token that the router fills.
+        num_shared_experts: experts of each rank that all its tokens go to beside; they have no slots in the views.
         hidden: columns of a token.
         intermediate_hidden: columns between the two products.
         group: the process group that was given.
@@ -193,6 +194,7 @@ class SymmBuffer(LayerMemory):
         stats: torch.Tensor | None,
         clamp: float,
         raw: RawInputs | None = None,
+        shared_weight: float = 1.0,
     ) -> None:
         """Launch on the current stream; all arguments but the weights are already checked.
 
@@ -201,7 +203,7 @@ class SymmBuffer(LayerMemory):
         index = self._index
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(self.device):
-                self.launch(plan, y, tokens, l1, l2, stats, clamp, raw)
+                self.launch(plan, y, tokens, l1, l2, stats, clamp, raw, shared_weight)
             return
         stream = torch._C._cuda_getCurrentRawStream(index)
         with self.lock:
@@ -211,7 +213,7 @@ class SymmBuffer(LayerMemory):
             kernel.use_weights(l1, l2)
             if not self.order.is_next(stream):
                 self.order.enter(self._reusable())
-            kernel.launch(plan, stream, y, tokens, stats, clamp, raw)
+            kernel.launch(plan, stream, y, tokens, stats, clamp, raw, shared_weight)
 
     def _reusable(self) -> tuple[torch.Tensor, ...]:
         """Memory that torch's allocator may give away again; symmetric memory it does not."""

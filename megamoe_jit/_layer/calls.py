@@ -19,6 +19,7 @@ from megamoe_jit._layer.checks import (
     check_bound,
     check_neutral,
     check_recipe,
+    check_shared_weight,
     check_tensor,
 )
 from megamoe_jit._layer.group import collectively, group_size
@@ -59,12 +60,13 @@ def get_symm_buffer_for_mega_moe(
     Args:
         group: the process group whose ranks share the experts, one GPU each.  None or a group of one rank: plain CUDA
             memory, torch.distributed is not needed.
-        num_experts: experts of all ranks, 1 to 1024, a multiple of the number of ranks.
+        num_experts: experts of all ranks that the router chooses from, 1 to 1024, a multiple of the number of ranks.
         num_max_tokens_per_rank: most tokens of a call, 1 to 32768; rounded up to a multiple of 128.
-        num_topk: slots of a token, 1 to 32.
+        num_topk: slots of a token that the router fills, 1 to 32.
         hidden: columns of a token, a multiple of 128 up to 262144.
         intermediate_hidden: columns between the two products, likewise.
-        num_shared_experts: must be 0: there is no kernel with shared experts.
+        num_shared_experts: experts of `intermediate_hidden` columns that every token goes to beside, in the same
+            launch; each rank has all of them, behind its own of `num_experts`. At most 32 slots with `num_topk`.
         use_fp8_dispatch: must be True or None, which is the same.
         mma_type: must begin with "fp8x", as DeepGEMM wants it on SM90; weights are FP8, whatever follows.
         activation: must be "swiglu".
@@ -92,9 +94,10 @@ def get_symm_buffer_for_mega_moe(
     refuse_capture("a buffer cannot be made", "make it before the capture")  # even asking other ranks would end it
 
     def admit() -> tuple[MoEShape, torch.device]:
-        check_neutral(num_shared_experts, use_fp8_dispatch, mma_type)
+        check_neutral(use_fp8_dispatch, mma_type)
         check_activation(activation)
-        shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk)
+        check_int("num_shared_experts", num_shared_experts)
+        shape = MoEShape(hidden, intermediate_hidden, num_experts, num_topk, num_shared_experts)
         check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
         check_int("max_pool_rows", max_pool_rows)
         if not torch.cuda.is_available():
@@ -159,6 +162,7 @@ def fp8_mega_moe(
     *,
     num_sms: int | None = None,
     variant: str | None = None,
+    shared_weight: float = 1.0,
     l1: WeightPair | None = None,
     l2: WeightPair | None = None,
 ) -> None:
@@ -168,15 +172,20 @@ def fp8_mega_moe(
     ``topk_idx[t, k]``.  Masked slots (-1) add nothing; a token with all slots masked gives zeros.  Any other id that is
     no expert counts as masked too; with MEGAMOE_JIT_DEBUG it is refused.
 
+    Where the buffer has shared experts, each of the T tokens goes to those of its rank beside, with `shared_weight`,
+    one whose slots are all masked too.
+
     Args:
         y: bf16 ``[T, hidden]``, written; T is the number of tokens staged, 0 to the buffer's capacity.
         l1_weights: e4m3 ``[local experts, 2 * intermediate, hidden]``, and float32
             ``[local experts, 2 * intermediate / 128, hidden / 128]``.
         l2_weights: e4m3 ``[local experts, hidden, intermediate]``, and float32
             ``[local experts, hidden / 128, intermediate / 128]``.  Codes of both are in the order of
-            `transform_weights_for_mega_moe_sm90` and marked so, by it or by `mark_transformed`.
+            `transform_weights_for_mega_moe_sm90` and marked so, by it or by `mark_transformed`.  Shared experts are the
+            last local ones.
         sym_buffer: the inputs, staged by the caller into its views before each call.
-        cumulative_local_expert_recv_stats: int32 ``[local experts]``; rows of each expert are added to it.
+        cumulative_local_expert_recv_stats: int32 ``[local experts]``, without shared ones; rows of each expert are
+            added to it.
         recipe: quantisation blocks; must be (128, 128, 128).
         activation: must be "swiglu".
         activation_clamp: bounds the gate from above and the up projection on both sides, 0 or more; None for no bound.
@@ -184,6 +193,7 @@ def fp8_mega_moe(
         num_tokens_bound: most tokens of any rank in this call, as DeepGEMM wants to know; checked, and not needed here.
         num_sms: blocks of the launch, 1 to the number of SMs, to leave SMs to other streams; all SMs by default.
         variant: "auto" or the name of a `Variant`; the setting MEGAMOE_JIT_VARIANT by default.
+        shared_weight: of the rows of shared experts, where there are some.
         l1, l2: the old names of the weights.
 
     Raises:
@@ -212,7 +222,7 @@ def fp8_mega_moe(
     stats = cumulative_local_expert_recv_stats
     numeric = (fast_math,)  # the fields of `Numerics`
 
-    arguments = y, buffer, recipe, activation, activation_clamp, num_tokens_bound, stats
+    arguments = y, buffer, recipe, activation, activation_clamp, num_tokens_bound, stats, shared_weight
     weights: Any = (l1_weights, l2_weights)
     if buffer.ranks > 1:
         admit_first(buffer, partial(_admit, *arguments), weights, variant, numeric, num_sms, Inputs.STAGED)
@@ -224,7 +234,7 @@ def fp8_mega_moe(
     plan = buffer.plan(tokens, variant, numerics, num_sms)
     if plan.debug:
         check_ids(buffer.topk_idx[:tokens], buffer)
-    buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp)
+    buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp, None, shared_weight)
 
 
 def _admit(
@@ -235,8 +245,11 @@ def _admit(
     clamp: float | None,
     bound: int | None,
     stats: torch.Tensor | None,
+    shared_weight: float,
 ) -> tuple[int, float]:
     """The tokens of a call and its clamp as the kernel takes it, once its arguments are checked but for the weights."""
+    if type(shared_weight) is not float or shared_weight != 1.0:
+        check_shared_weight(shared_weight, buffer.num_shared_experts)
     tokens = _tokens_of(y, buffer)
     check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
     if bound is not None:
@@ -277,6 +290,7 @@ def _forcing(variant: Variant) -> Callable[..., None]:
         num_tokens_bound: int | None = None,
         *,
         num_sms: int | None = None,
+        shared_weight: float = 1.0,
         l1: WeightPair | None = None,
         l2: WeightPair | None = None,
     ) -> None:
@@ -284,7 +298,8 @@ def _forcing(variant: Variant) -> Callable[..., None]:
             l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
         stats = cumulative_local_expert_recv_stats
         options = (recipe, activation, activation_clamp, fast_math, num_tokens_bound)
-        fp8_mega_moe(y, l1_weights, l2_weights, sym_buffer, stats, *options, num_sms=num_sms, variant=variant.value)
+        more: dict[str, Any] = {"num_sms": num_sms, "variant": variant.value, "shared_weight": shared_weight}
+        fp8_mega_moe(y, l1_weights, l2_weights, sym_buffer, stats, *options, **more)
 
     call.__name__ = call.__qualname__ = f"fp8_mega_moe_{variant.value}"
     call.__doc__ = (

@@ -12,6 +12,7 @@ from megamoe_jit._layer.marks import require_marked
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.weights import WeightPair, require_pair
 from megamoe_jit._spec import KernelSpec, check_clamp
+from megamoe_jit._spec.checks import check_float32
 from megamoe_jit._text import shown
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "check_expert_ids",
     "check_neutral",
     "check_recipe",
+    "check_shared_weight",
     "check_tensor",
     "check_weights",
 ]
@@ -119,17 +121,23 @@ def check_activation(activation: str) -> None:
         raise ConfigError(f"activation = {shown(activation)} is not supported; allowed: 'swiglu'")
 
 
-def check_neutral(num_shared_experts: int, use_fp8_dispatch: bool | None, mma_type: str) -> None:
+def check_neutral(use_fp8_dispatch: bool | None, mma_type: str) -> None:
     """Raise unless what only DeepGEMM's buffers have is asked for in the form that means nothing."""
-    if type(num_shared_experts) is not int or num_shared_experts != 0:
-        given = f"num_shared_experts = {shown(num_shared_experts)}"
-        raise ConfigError(f"{given} is not supported; allowed: 0, shared experts are a layer of their own")
     if use_fp8_dispatch is not None and use_fp8_dispatch is not True:
         given = f"use_fp8_dispatch = {shown(use_fp8_dispatch)}"
         raise ConfigError(f"{given} is not supported; allowed: True or None, activations are sent in FP8")
     if not isinstance(mma_type, str) or not mma_type.startswith("fp8x"):
         given = f"mma_type = {shown(mma_type)}"
         raise ConfigError(f"{given} is not supported; allowed: 'fp8x...', activations are multiplied in FP8")
+
+
+def check_shared_weight(weight: float, shared: int) -> float:
+    """The weight of so many shared experts as a float; raises unless it is a number, which matters."""
+    weight = check_float32("shared_weight", weight)
+    if not shared and weight != 1.0:
+        given = f"shared_weight = {shown(weight)}"
+        raise ConfigError(f"{given} is not supported; allowed: 1.0, the layer has no shared experts")
+    return weight
 
 
 def check_bound(bound: int, tokens: int, capacity: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from megamoe_jit._layer.admit import admit_first, check_ids, check_stats
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.checks import check_tensor
+from megamoe_jit._layer.checks import check_shared_weight, check_tensor
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._layer.weights import WeightPair
@@ -37,6 +37,7 @@ def mega_moe_from_bf16(
     fast_math: bool = True,
     num_sms: int | None = None,
     variant: str | None = None,
+    shared_weight: float = 1.0,
 ) -> torch.Tensor:
     """`stage` and `fp8_mega_moe` in one: the layer from the inputs that a model has.
 
@@ -45,8 +46,8 @@ def mega_moe_from_bf16(
 
     Args:
         x, topk_idx, topk_weights, x_scales, routed_scaling_factor: as `stage` takes them.
-        l1_weights, l2_weights, cumulative_local_expert_recv_stats, activation_clamp, fast_math, num_sms, variant: as
-            `fp8_mega_moe` takes them.
+        l1_weights, l2_weights, cumulative_local_expert_recv_stats, activation_clamp, fast_math, num_sms, variant,
+            shared_weight: as `fp8_mega_moe` takes them.
         sym_buffer: whose views are overwritten.
         y: bf16 ``[T, hidden]`` to write; a new tensor by default.
 
@@ -63,6 +64,8 @@ def mega_moe_from_bf16(
 
     def admit() -> tuple[int, float]:
         nonlocal raw
+        if type(shared_weight) is not float or shared_weight != 1.0:
+            check_shared_weight(shared_weight, buffer.num_shared_experts)
         raw = buffer.read_inputs(x, topk_idx, topk_weights, x_scales, routed_scaling_factor)
         if y is not None:
             check_tensor("y", y, torch.bfloat16, (raw.tokens, buffer.hidden), buffer.device)
@@ -78,7 +81,7 @@ def mega_moe_from_bf16(
         numerics = numerics_of(*numeric)
     except TypeError:  # what cannot be hashed is no option either
         numerics = Numerics(*numeric)
-    return run_batch(buffer, raw, weights, clamp, numerics, y, stats, num_sms, variant)
+    return run_batch(buffer, raw, weights, clamp, numerics, y, stats, num_sms, variant, shared_weight)
 
 
 def run_batch(
@@ -91,6 +94,7 @@ def run_batch(
     stats: torch.Tensor | None = None,
     num_sms: int | None = None,
     variant: str | None = None,
+    shared_weight: float = 1.0,
 ) -> torch.Tensor:
     """What `mega_moe_from_bf16` does with what it has checked: stage and launch.
 
@@ -99,7 +103,7 @@ def run_batch(
         weights: of both products; checked at the launch.
         clamp: as the kernel takes it, infinity for none.
         y: as `raw` wants it; a new tensor by default.
-        buffer, numerics, stats, num_sms, variant: as there.
+        buffer, numerics, stats, num_sms, variant, shared_weight: as there.
 
     Returns:
         `y`; the kernel may still be running.
@@ -114,9 +118,9 @@ def run_batch(
     if y is None:
         y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
     if fused:
-        buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp, raw)
+        buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp, raw, shared_weight)
         return y
     with buffer.lock:  # another thread's inputs come after this call
         buffer.stage_inputs(raw, tokens)
-        buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp)
+        buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp, None, shared_weight)
     return y

@@ -136,7 +136,7 @@ class KernelSet:
         kernel = self.prepare(choice.variant, options, inputs)
         # with fewer blocks than SMs they fall unevenly on the sides
         two_sides = kernel.knows_sides and blocks == sm_count(self._place.device)
-        sorting = min(blocks, sort_blocks(tokens * self._place.shape.topk))
+        sorting = min(blocks, sort_blocks(tokens * self._place.shape.slots))
         plan = CallPlan(kernel, choice, blocks, sorting, two_sides, get_settings().debug)
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()

@@ -59,7 +59,7 @@ class LayerMemory:
         self.rank, self.ranks = group_rank(group), group_size(group)
         fingerprint = collectively(group, "checking the layer", lambda: self._admit(max_tokens, max_pool_rows))
         self.layout = layout = buffer_layout(shape, max_tokens, self.ranks, max_pool_rows)
-        self.num_experts, self.num_topk = shape.experts, shape.topk
+        self.num_experts, self.num_topk, self.num_shared_experts = shape.experts, shape.topk, shape.shared
         self.hidden, self.intermediate_hidden = shape.hidden, shape.intermediate
         self.num_max_tokens_per_rank = layout.capacity
         if self.ranks > 1:
@@ -103,6 +103,7 @@ class LayerMemory:
         return {
             "num_experts": self.shape.experts,
             "num_topk": self.shape.topk,
+            "num_shared_experts": self.shape.shared,
             "hidden": self.shape.hidden,
             "intermediate_hidden": self.shape.intermediate,
             "package version": __version__,

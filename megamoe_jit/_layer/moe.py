@@ -13,40 +13,30 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import operators as _operators
 from megamoe_jit._layer import workspace as _workspaces
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.checks import check_tensor
-from megamoe_jit._layer.marks import require_plain
-from megamoe_jit._layer.plain_weights import FLOATS, L1, L2, Matrix, check_matrix, check_same, read_matrix, write_matrix
-from megamoe_jit._layer.quantize import quantize_weights
+from megamoe_jit._layer.checks import check_shared_weight
+from megamoe_jit._layer.plain_weights import (
+    FLOATS,
+    Matrix,
+    check_layer,
+    check_matrix,
+    check_same,
+    own_pair,
+    parts,
+    read_matrix,
+    write_matrix,
+)
 from megamoe_jit._layer.serving import serve
 from megamoe_jit._layer.stage import stage
 from megamoe_jit._layer.weights import (
     WeightPair,
     mark_transformed,
-    readable_scales,
     transform_weights_for_mega_moe_sm90,
 )
-from megamoe_jit._spec import MoEShape, check_clamp, check_flag
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec import check_clamp, check_flag
 
 __all__ = ["MegaMoE"]
 
 _HELD = ("l1_codes", "l1_scales", "l2_codes", "l2_scales")  #: the module's buffers
-
-
-def _own(name: str, weights: torch.Tensor | WeightPair, device: torch.device, inplace: bool) -> WeightPair:
-    """Codes that may be written over, and scales; raises before that for what a call would refuse."""
-    if isinstance(weights, torch.Tensor):
-        return quantize_weights(weights)
-    codes, scales = weights
-    if inplace:
-        check_tensor(f"{name} codes", codes, FP8.code_dtype, codes.shape, device)
-    experts, rows, depth = codes.shape
-    scales, blocks = readable_scales(scales), (experts, *FP8.scale_shape(rows, depth))
-    check_tensor(f"{name} scales", scales, FP8.scale_dtype, blocks, device, align=4)
-    require_plain(name, codes)  # a copy has no mark
-    if inplace:
-        return codes, scales
-    return tuple(each.clone(memory_format=torch.contiguous_format) for each in (codes, scales))  # type: ignore[return-value]
 
 
 class MegaMoE(torch.nn.Module):
@@ -63,17 +53,24 @@ class MegaMoE(torch.nn.Module):
         clamp: bounds the gate from above and the up projection on both sides, above 0; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         inplace: keep pairs where they are, and bring their codes into the kernel's order there, instead of in a copy.
+        num_shared_experts: experts that every token goes to beside, in the same launch: those of `shared_w13` and
+            `shared_w2`, or the last ones of `w13` and `w2`, which then hold the routed experts and these.
+        shared_w13: as `w13`, ``[shared experts, 2 * intermediate, hidden]``. One that is n times as wide is n experts.
+        shared_w2: ``[shared experts, hidden, intermediate]``, likewise.
+        shared_weight: weight of what shared experts give.
         workspace: "shared" for the buffer of all layers with this shape, capacity and device, as in a model whose
             layers run one after the other; "own" for one of its own, as for layers that run at the same time: in graphs
             that are replayed on other streams, or on branches of one graph; or a `SymmBuffer` of this shape.
 
     Attributes:
         buffer: the layer's `SymmBuffer`.
-        l1: e4m3 codes of `w13` in the kernel's order, and their float32 scales.
+        l1: e4m3 codes of `w13` in the kernel's order, and their float32 scales; shared experts last.
         l2: the same of `w2`.
+        num_shared_experts: how many are shared.
 
     The weights are buffers of the module and no parameters. `state_dict` gives them in the plain order, as `w13`,
-    `w13_scales`, `w2` and `w2_scales`, in the CPU's memory; `load_state_dict` takes these, or values to quantise and no
+    `w13_scales`, `w2` and `w2_scales`, those of shared experts apart, as `shared_w13` and so
+    on, in the CPU's memory; `load_state_dict` takes these, or values to quantise and no
     scales, writes them where the weights are and needs no second copy. `to()`, `half()` and their kin leave a layer's
     dtypes as they are, and refuse to move it.
 
@@ -102,30 +99,28 @@ class MegaMoE(torch.nn.Module):
         clamp: float | None = None,
         fast_math: bool = True,
         inplace: bool = False,
+        num_shared_experts: int | None = None,
+        shared_w13: torch.Tensor | WeightPair | None = None,
+        shared_w2: torch.Tensor | WeightPair | None = None,
+        shared_weight: float = 1.0,
         workspace: str | SymmBuffer = "shared",
     ) -> None:
         super().__init__()
-        gate_up, down = check_matrix("w13", w13), check_matrix("w2", w2)
-        experts, rows, hidden = gate_up.shape
-        if rows % 2:
-            raise ConfigError(f"w13 has {rows} rows; allowed: gate rows and as many up rows")
-        if down.shape != (experts, hidden, rows // 2):
-            raise ConfigError(
-                f"w2 has shape {tuple(down.shape)}; allowed: {(experts, hidden, rows // 2)}, "
-                f"to fit w13 {tuple(gate_up.shape)}"
-            )
+        shape = check_layer(w13, w2, topk, num_shared_experts, (shared_w13, shared_w2))
+        device = check_matrix("w13", w13).device
         check_clamp("clamp", clamp)
         check_flag("fast_math", fast_math)
         check_flag("inplace", inplace)
+        if inplace and shared_w13 is not None:
+            raise ConfigError("inplace = True with shared_w13; allowed: w13 and w2 that end with the shared experts")
         self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
-        shape = MoEShape(hidden, rows // 2, experts, topk)
-        self._lease = _workspaces.lease(
-            shape, max_tokens, gate_up.device, workspace
-        )  # refuses before weights are quantised
+        self.shared_weight, self.num_shared_experts = check_shared_weight(shared_weight, shape.shared), shape.shared
+        self._lease = _workspaces.lease(shape, max_tokens, device, workspace)  # refuses before weights are quantised
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
-                l1, l2 = (_own(name, w, gate_up.device, inplace) for name, w in (("w13", w13), ("w2", w2)))
+                l1 = own_pair("w13", w13, shared_w13, device, inplace)
+                l2 = own_pair("w2", w2, shared_w2, device, inplace)
                 l1, l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
         except BaseException:
             self._lease.release()
@@ -184,31 +179,50 @@ class MegaMoE(torch.nn.Module):
         """
         if _operators.is_traced():
             weights = self.l1_codes, self.l1_scales, self.l2_codes, self.l2_scales
-            options = self._workspace, self.clamp, self.fast_math
+            options = self._workspace, self.clamp, self.fast_math, self.shared_weight
             return torch.ops.megamoe_jit.moe(x, topk_idx, topk_weights, *weights, *options)  # type: ignore[no-any-return]
         buffer, held = self._lease.held or self.buffer, self._buffers  # at once: the host's time counts here
         l1: Any = held["l1_codes"], held["l1_scales"]
         l2: Any = held["l2_codes"], held["l2_scales"]
-        return serve(buffer, x, topk_idx, topk_weights, l1, l2, self.clamp, self.fast_math)
+        return serve(buffer, x, topk_idx, topk_weights, l1, l2, self.clamp, self.fast_math, self.shared_weight)
 
-    def load_weights(self, w13: torch.Tensor | WeightPair, w2: torch.Tensor | WeightPair) -> None:
+    def load_weights(
+        self,
+        w13: torch.Tensor | WeightPair,
+        w2: torch.Tensor | WeightPair,
+        shared_w13: torch.Tensor | WeightPair | None = None,
+        shared_w2: torch.Tensor | WeightPair | None = None,
+    ) -> None:
         """Write other weights over the layer's: addresses stay, so that captured graphs read the new ones.
 
         Calls that were launched before read the old weights, calls after this the new ones; replays of graphs are for
         the caller to order. Values are quantised on the layer's device. One expert at a time is brought there.
 
         Args:
-            w13: as the layer was made of, values or a pair, of the same shape; on any device.
+            w13: as the layer was made of, values or a pair, of the same shape, without shared experts; on any device.
             w2: likewise.
+            shared_w13: the same of shared experts; None leaves them as they are.
+            shared_w2: likewise.
 
         Raises:
             ConfigError: a shape or dtype does not fit, or the weights are transformed already; nothing was written.
             CaptureError: the current stream is capturing a CUDA graph.
         """
-        check_same("w13", w13, self.l1)
-        check_same("w2", w2, self.l2)
-        for matrix, given, held in ((L1, w13, self.l1), (L2, w2, self.l2)):
-            self._write(matrix, given, held)
+        given = {"w13": w13, "w2": w2, "shared_w13": shared_w13, "shared_w2": shared_w2}
+        known = {matrix.name: (matrix, held) for matrix, held in self._parts()}
+        changed = {
+            name: weights for name, weights in given.items() if weights is not None or not name.startswith("shared")
+        }
+        for name, weights in changed.items():
+            if name not in known:
+                raise ConfigError(f"{name} was given; allowed: None, the layer has no shared experts")
+            check_same(name, weights, known[name][1])  # type: ignore[arg-type]
+        for name, weights in changed.items():
+            matrix, held = known[name]
+            self._write(matrix, weights, held)  # type: ignore[arg-type]
+
+    def _parts(self) -> list[tuple[Matrix, WeightPair]]:
+        return parts(self.l1, self.l2, self.num_shared_experts)
 
     def _write(self, matrix: Matrix, given: torch.Tensor | WeightPair, held: WeightPair) -> None:
         refuse_capture("weights cannot be loaded", "load them before the capture")
@@ -221,7 +235,7 @@ class MegaMoE(torch.nn.Module):
         if torch.compiler.is_exporting():  # an exported program keeps them as they are, as constants
             return
         refuse_capture("weights cannot be read", "read them before the capture")
-        for matrix, held in ((L1, self.l1), (L2, self.l2)):
+        for matrix, held in self._parts():
             codes, scales = read_matrix(matrix, held)
             destination.update({prefix + matrix.name: codes, f"{prefix}{matrix.name}_scales": scales})
 
@@ -237,7 +251,7 @@ class MegaMoE(torch.nn.Module):
     ) -> None:
         others: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
-        for matrix, held in ((L1, self.l1), (L2, self.l2)):
+        for matrix, held in self._parts():
             names = [prefix + matrix.name, f"{prefix}{matrix.name}_scales"]
             values, scales = (state_dict.get(name) for name in names)
             if values is None:
@@ -296,6 +310,8 @@ class MegaMoE(torch.nn.Module):
         """What `repr` says of the layer."""
         lease, shape = self._lease, self._lease.shape
         sizes = f"experts={shape.experts}, hidden={shape.hidden}, intermediate={shape.intermediate}, topk={shape.topk}"
+        if shape.shared:
+            sizes += f", num_shared_experts={shape.shared}, shared_weight={self.shared_weight}"
         options = f"clamp={self.clamp}, fast_math={self.fast_math}, device={self.l1_codes.device}"
         return f"{sizes}, capacity={lease.capacity}, {options}, workspace={lease.kind}"
 

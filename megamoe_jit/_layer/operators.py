@@ -27,7 +27,7 @@ __all__ = ["is_traced"]
 
 _ARGUMENTS = (
     "Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor l1_codes, Tensor l1_scales, Tensor l2_codes, "
-    "Tensor l2_scales, str workspace, float? clamp=None, bool fast_math=True"
+    "Tensor l2_scales, str workspace, float? clamp=None, bool fast_math=True, float shared_weight=1.0"
 )
 #: The operators live as long as this object.
 _library = torch.library.Library("megamoe_jit", "DEF")  # type: ignore[no-untyped-call]
@@ -67,10 +67,11 @@ def _moe(
     workspace: str,
     clamp: float | None = None,
     fast_math: bool = True,
+    shared_weight: float = 1.0,
 ) -> torch.Tensor:
     buffer = buffer_named(workspace)
     weights = _in_order((l1_codes, l1_scales), (l2_codes, l2_scales))
-    return serve(buffer, x, topk_idx, topk_weights, *weights, clamp, fast_math)
+    return serve(buffer, x, topk_idx, topk_weights, *weights, clamp, fast_math, shared_weight)
 
 
 def _moe_into(
@@ -85,10 +86,11 @@ def _moe_into(
     workspace: str,
     clamp: float | None = None,
     fast_math: bool = True,
+    shared_weight: float = 1.0,
 ) -> None:
     buffer = buffer_named(workspace)
     weights = _in_order((l1_codes, l1_scales), (l2_codes, l2_scales))
-    serve(buffer, x, topk_idx, topk_weights, *weights, clamp, fast_math, y)
+    serve(buffer, x, topk_idx, topk_weights, *weights, clamp, fast_math, shared_weight, y)
 
 
 def _moe_fake(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

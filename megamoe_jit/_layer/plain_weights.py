@@ -10,12 +10,27 @@ from typing import NamedTuple
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.weights import WeightPair, require_pair
+from megamoe_jit._layer.weights import WeightPair, readable_scales, require_pair
+from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._spec.formats import FP8
+from megamoe_jit._text import shown
 
-__all__ = ["FLOATS", "L1", "L2", "Matrix", "check_matrix", "check_same", "read_matrix", "write_matrix"]
+__all__ = [
+    "FLOATS",
+    "L1",
+    "L2",
+    "Matrix",
+    "check_layer",
+    "check_matrix",
+    "check_same",
+    "own_pair",
+    "parts",
+    "read_matrix",
+    "write_matrix",
+]
 
 FLOATS, FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
 
@@ -30,6 +45,64 @@ class Matrix(NamedTuple):
 L1, L2 = Matrix("w13", True), Matrix("w2", False)
 
 
+def parts(l1: WeightPair, l2: WeightPair, shared: int) -> list[tuple[Matrix, WeightPair]]:
+    """Both matrices of a layer by their names among callers, and those of shared experts, which are the last ones."""
+    whole = [(L1, l1), (L2, l2)]
+    if not shared:
+        return whole
+    routed = [(matrix, (codes[:-shared], scales[:-shared])) for matrix, (codes, scales) in whole]
+    return routed + [
+        (matrix._replace(name=f"shared_{matrix.name}"), (codes[-shared:], scales[-shared:]))
+        for matrix, (codes, scales) in whole
+    ]
+
+
+def check_layer(
+    w13: torch.Tensor | WeightPair,
+    w2: torch.Tensor | WeightPair,
+    topk: int,
+    num_shared: int | None,
+    shared: tuple[torch.Tensor | WeightPair | None, torch.Tensor | WeightPair | None],
+) -> MoEShape:
+    """The shape of the layer of these weights; raises unless they fit each other.
+
+    Args:
+        w13, w2: of the routed experts, and of the shared ones behind them if they do not come apart.
+        topk: slots of a token that the router fills.
+        num_shared: shared experts; None for those that come apart, or none.
+        shared: both matrices of shared experts, or twice None.
+    """
+    gate_up, down = check_matrix("w13", w13), check_matrix("w2", w2)
+    experts, rows, hidden = gate_up.shape
+    if rows % 2:
+        raise ConfigError(f"w13 has {rows} rows; allowed: gate rows and as many up rows")
+    _check_shape("w2", down, (experts, hidden, rows // 2), f"to fit w13 {tuple(gate_up.shape)}")
+    if num_shared is not None:
+        check_int("num_shared_experts", num_shared)
+    if shared[0] is None and shared[1] is None:
+        count = num_shared or 0
+        if not 0 <= count < max(experts, 1):
+            allowed = f"0 to {experts - 1}, the last of the {experts} experts of w13; or shared_w13 and shared_w2"
+            raise ConfigError(f"num_shared_experts = {shown(count)} is not supported; allowed: {allowed}")
+        return MoEShape(hidden, rows // 2, experts - count, topk, count)
+    if shared[0] is None or shared[1] is None:
+        raise ConfigError("one of shared_w13 and shared_w2 is missing; allowed: both or none")
+    up, out = check_matrix("shared_w13", shared[0]), check_matrix("shared_w2", shared[1])
+    count = up.shape[0] if num_shared is None else num_shared
+    why = "of the routed ones' sizes; one that is n times as wide is n of these"
+    _check_shape("shared_w13", up, (count, rows, hidden), why)
+    _check_shape("shared_w2", out, (count, hidden, rows // 2), why)
+    for name, tensor in (("shared_w13", up), ("shared_w2", out)):
+        if tensor.device != gate_up.device:
+            raise ConfigError(f"{name} is on {tensor.device}; allowed: {gate_up.device}, where w13 is")
+    return MoEShape(hidden, rows // 2, experts, topk, count)
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], why: str) -> None:
+    if tensor.shape != shape:
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}, {why}")
+
+
 def check_matrix(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
     """The values, or the codes of a pair; raises unless there is one matrix for each expert."""
     if not isinstance(weights, torch.Tensor):
@@ -40,6 +113,38 @@ def check_matrix(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
     if weights.ndim != 3:
         raise ConfigError(f"{name} has {weights.ndim} dimensions; allowed: 3")
     return weights
+
+
+def own_pair(
+    name: str,
+    weights: torch.Tensor | WeightPair,
+    shared: torch.Tensor | WeightPair | None,
+    device: torch.device,
+    inplace: bool,
+) -> WeightPair:
+    """Codes that may be written over, and scales, those of shared experts behind the others."""
+    pair = _read(name, weights, device, inplace)
+    if shared is not None:
+        more = _read(f"shared_{name}", shared, device, inplace)
+        codes = torch.cat([each[0].view(torch.uint8) for each in (pair, more)]).view(FP8.code_dtype)
+        return codes, torch.cat((pair[1], more[1]))
+    if inplace or isinstance(weights, torch.Tensor):
+        return pair
+    return tuple(each.clone(memory_format=torch.contiguous_format) for each in pair)  # type: ignore[return-value]
+
+
+def _read(name: str, weights: torch.Tensor | WeightPair, device: torch.device, inplace: bool) -> WeightPair:
+    """Codes and scales, which may still be the caller's; raises for what a call would refuse."""
+    if isinstance(weights, torch.Tensor):
+        return quantize_weights(weights)
+    codes, scales = weights
+    if inplace:
+        check_tensor(f"{name} codes", codes, FP8.code_dtype, codes.shape, device)
+    experts, rows, depth = codes.shape
+    scales, blocks = readable_scales(scales), (experts, *FP8.scale_shape(rows, depth))
+    check_tensor(f"{name} scales", scales, FP8.scale_dtype, blocks, device, align=4)
+    require_plain(name, codes)  # a copy has no mark
+    return codes, scales
 
 
 def check_same(name: str, given: torch.Tensor | WeightPair, held: WeightPair) -> None:

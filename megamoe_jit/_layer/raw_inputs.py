@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
-import numbers
 from typing import NoReturn
 
 import torch
@@ -12,6 +9,7 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.checks import check_float32
 from megamoe_jit._spec.stage import StageFormat
 from megamoe_jit._text import shown
 
@@ -95,7 +93,7 @@ class RawInputs:
         if not fits:
             _explain(x, topk_idx, topk_weights, hidden, topk, device)
         if type(weight_factor) is not float or not -_MOST <= weight_factor <= _MOST:
-            weight_factor = _check_factor(weight_factor)
+            weight_factor = check_float32("routed_scaling_factor", weight_factor)
         self.tokens, self.weight_factor, self.form, self.formats = tokens, weight_factor, form, formats
         if ids_column != 1 or ids_row > _FURTHEST:
             topk_idx, ids_row = _copy(topk_idx), topk
@@ -163,18 +161,6 @@ def _explain(
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers side by side."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _check_factor(factor: float) -> float:
-    """Raise `ConfigError` unless this is a number that float32 holds."""
-    if isinstance(factor, numbers.Real) and not isinstance(factor, bool):
-        try:
-            value = float(factor)
-            if math.isfinite(ctypes.c_float(value).value):
-                return value
-        except OverflowError:  # an integer that no float holds
-            pass
-    raise ConfigError(f"routed_scaling_factor = {shown(factor)} is not supported; allowed: a number that float32 holds")
 
 
 def check_rows(name: str, rows: object, least: int, most: int) -> None:

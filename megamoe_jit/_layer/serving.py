@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.checks import check_tensor
+from megamoe_jit._layer.checks import check_shared_weight, check_tensor
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16, run_batch
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.weights import WeightPair
@@ -24,6 +26,7 @@ def serve(
     l2: WeightPair,
     clamp: float | None,
     fast_math: bool,
+    shared_weight: float = 1.0,
     y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run a layer on a batch of any size: in chunks of the buffer's capacity, with the bits of one call.
@@ -38,21 +41,24 @@ def serve(
     tokens, capacity = raw.tokens, buffer.num_max_tokens_per_rank
     if y is not None:
         check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
+    if type(shared_weight) is not float or shared_weight != 1.0:
+        check_shared_weight(shared_weight, buffer.num_shared_experts)
     bound = check_clamp("activation_clamp", clamp)
     if tokens <= capacity:
         try:
             numerics = numerics_of(fast_math)
         except TypeError:  # what cannot be hashed is no option either
             numerics = Numerics(fast_math)
-        return run_batch(buffer, raw, (l1, l2), bound, numerics, y)
+        return run_batch(buffer, raw, (l1, l2), bound, numerics, y, shared_weight=shared_weight)
     buffer.require_usable()
     if y is None:
         y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
     choice, _ = buffer.kernels.choose(min(tokens, MAX_TOKENS), None, None)
-    options = {"activation_clamp": clamp, "fast_math": fast_math, "variant": choice.variant.value}  # of all chunks
+    options: Any = {"activation_clamp": clamp, "fast_math": fast_math, "shared_weight": shared_weight}
+    options["variant"] = choice.variant.value  # of all chunks
     with buffer.lock:  # another thread's batch comes after this one
         for begin in range(0, tokens, capacity):
             part = slice(begin, begin + capacity)
             batch = x[part], topk_idx[part], topk_weights[part]
-            mega_moe_from_bf16(*batch, l1, l2, buffer, y=y[part], **options)  # type: ignore[arg-type]
+            mega_moe_from_bf16(*batch, l1, l2, buffer, y=y[part], **options)
     return y

@@ -53,7 +53,8 @@ def stage(
         x_scales: of codes: float32 or float8_e8m0fnu ``[T, hidden / 128]``, or int32 ``[T, hidden / 512]`` of four
             exponents each, the first in the lowest byte; with any strides.
         routed_scaling_factor: router weights are multiplied with it.
-        padded_tokens: rows of the call to come, T to the capacity; those past T are masked. T by default.
+        padded_tokens: rows of the call to come, T to the capacity; those past T are masked. T by default. They
+            still go to shared experts, with whatever lies in `buffer.x`: then their rows of `y` mean nothing.
 
     Returns:
         The rows that are ready: `padded_tokens`, or T.

@@ -142,12 +142,13 @@ def lease(shape: MoEShape, max_tokens: int, device: torch.device, wanted: object
 
 def _name_of(shape: MoEShape, capacity: int, device: torch.device) -> str:
     """The same in every process of this version: what was compiled for one layer serves its equals."""
-    sizes = f"h{shape.hidden}/i{shape.intermediate}/e{shape.experts}/k{shape.topk}"
+    shared = f"/s{shape.shared}" if shape.shared else ""
+    sizes = f"h{shape.hidden}/i{shape.intermediate}/e{shape.experts}/k{shape.topk}{shared}"
     return f"{LAYOUT}/{device}/{sizes}/t{capacity}"
 
 
 def _made(name: str, kind: Kind, shape: MoEShape, max_tokens: int, device: torch.device) -> Workspace:
-    sizes = (shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate)
+    sizes = (shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate, shape.shared)
     made = Workspace(name, kind, get_symm_buffer_for_mega_moe(None, *sizes, device=device), max_tokens)
     _named[name] = made
     return made

@@ -35,7 +35,7 @@ SMALL_BOX_ROWS = 16
 STAGE_THREADS = 256
 
 #: `Params` of layout/params.cuh: name, type, how many, and offset in bytes.
-PARAMS_BYTES, PARAMS_ALIGN = 896, 64
+PARAMS_BYTES, PARAMS_ALIGN = 960, 64
 PARAMS = (
     ("act1", "TensorMap", 1, 0),
     ("act2", "TensorMap", 1, 128),
@@ -87,6 +87,8 @@ PARAMS = (
     ("raw_weights_stride", "u32", 1, 884),
     ("raw_formats", "u32", 1, 888),
     ("weight_factor", "float", 1, 892),
+    ("shared_weight", "float", 1, 896),
+    ("unused", "u32", 15, 900),
 )
 
 #: `StageParams` of kernels/stage.cuh: name, type, how many, and offset in bytes.

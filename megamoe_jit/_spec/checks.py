@@ -10,7 +10,7 @@ from typing import Any
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 
-__all__ = ["check", "check_clamp", "check_fields", "check_flag", "check_int"]
+__all__ = ["check", "check_clamp", "check_fields", "check_flag", "check_float32", "check_int"]
 
 
 def check(ok: bool, what: str, value: object, allowed: str) -> None:
@@ -39,6 +39,18 @@ def check_int(what: str, value: object) -> None:
 def check_flag(what: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is True or False."""
     check(type(value) is bool, what, value, "True or False")
+
+
+def check_float32(what: str, value: float) -> float:
+    """The value as a float; raises `ConfigError` unless it is a number that float32 holds."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if math.isfinite(ctypes.c_float(number).value):
+                return number
+        except OverflowError:  # an integer that no float holds
+            pass
+    raise ConfigError(f"{what} = {shown(value)} is not supported; allowed: a number that float32 holds")
 
 
 def check_clamp(name: str, clamp: float | None) -> float:

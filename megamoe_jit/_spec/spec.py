@@ -51,7 +51,9 @@ TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
 MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
-_NAME = re.compile(r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})_r(\d{1,9})((?:_[a-z0-9]+)*)")
+_NAME = re.compile(
+    r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})(?:_s(\d{1,9}))?_r(\d{1,9})((?:_[a-z0-9]+)*)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,9 @@ class MoEShape:
     Attributes:
         hidden: columns of a token, a multiple of 128 up to 262144.
         intermediate: columns between the two products, likewise.
-        experts: of all ranks, 1 to 1024.
-        topk: slots of a token, 1 to 32.
+        experts: that the router chooses from, those of all ranks, 1 to 1024.
+        topk: slots of a token that the router fills, 1 to 32.
+        shared: experts of the same sizes that every token goes to beside, 0 or more; each rank has all of them.
 
     Raises:
         ConfigError: a size is not supported.
@@ -72,17 +75,41 @@ class MoEShape:
     intermediate: Count
     experts: Count
     topk: Count
+    shared: Count = 0
 
     def __post_init__(self) -> None:
         check_int("hidden", self.hidden)
         check_int("intermediate", self.intermediate)
         check_int("experts", self.experts)
         check_int("topk", self.topk)
+        check_int("shared", self.shared)
         for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
             fits = 0 < size <= MAX_SIZE and size % BLOCK == 0
             check(fits, name, size, f"a multiple of 128 from 128 to {MAX_SIZE}")
         check(1 <= self.experts <= MAX_EXPERTS, "experts", self.experts, f"1 to {MAX_EXPERTS}")
         check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
+        most = min(MAX_TOPK - self.topk, MAX_EXPERTS - self.experts)
+        limits = f"{MAX_TOPK} slots and {MAX_EXPERTS} experts with those of the router"
+        check(0 <= self.shared <= most, "shared", self.shared, f"0 to {most}, for {limits}")
+
+    @property
+    def slots(self) -> int:
+        """Rows that a token is sent as: those of the router, then those of shared experts."""
+        return self.topk + self.shared
+
+    @property
+    def routed(self) -> MoEShape:
+        """The same layer without shared experts."""
+        return replace(self, shared=0) if self.shared else self
+
+    def experts_of(self, ranks: int) -> int:
+        """Experts whose weights live on all of so many ranks: each has the shared ones."""
+        return self.experts + self.shared * ranks
+
+    def to_json(self) -> dict[str, int]:
+        """Plain data; without `shared` where there are none."""
+        sizes = asdict(self)
+        return sizes if self.shared else {name: size for name, size in sizes.items() if name != "shared"}
 
 
 @dataclass(frozen=True, init=False)
@@ -133,8 +160,10 @@ class KernelSpec:
         check_flag("timeline", timeline)
         check_int("ranks", ranks)
         check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
-        shared = f"a multiple of the number of ranks ({ranks})"
-        check(shape.experts % ranks == 0, "experts", shape.experts, shared)
+        evenly = f"a multiple of the number of ranks ({ranks})"
+        check(shape.experts % ranks == 0, "experts", shape.experts, evenly)
+        most = (MAX_EXPERTS - shape.experts) // ranks
+        check(shape.shared <= most, "shared", shape.shared, f"0 to {most}, for {MAX_EXPERTS} experts on {ranks} ranks")
         if fast_math is not _UNSET:
             numerics = replace(numerics, fast_math=fast_math)
         sizes = {"shape": shape, "variant": variant, "ranks": ranks}
@@ -154,8 +183,8 @@ class KernelSpec:
 
     @cached_property
     def local_experts(self) -> int:
-        """Experts whose weights live on one rank."""
-        return self.shape.experts // self.ranks
+        """Experts whose weights live on one rank, the shared ones behind the others."""
+        return self.shape.experts_of(self.ranks) // self.ranks
 
     @cached_property
     def block_m(self) -> int:
@@ -182,7 +211,7 @@ class KernelSpec:
     @cached_property
     def source_table_bytes(self) -> int:
         """With several ranks: which part of each rank's pairs names each local expert."""
-        return 8 * self.shape.experts if self.ranks > 1 else 0
+        return 8 * self.shape.experts_of(self.ranks) if self.ranks > 1 else 0
 
     @cached_property
     def _ring_room(self) -> int:
@@ -210,7 +239,8 @@ class KernelSpec:
     def kernel_name(self) -> str:
         """Symbol of the kernel."""
         s = self.shape
-        sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}_r{self.ranks}"
+        shared = f"_s{s.shared}" if s.shared else ""
+        sizes = f"h{s.hidden}_i{s.intermediate}_e{s.experts}_k{s.topk}{shared}_r{self.ranks}"
         words = [*self.numerics.words(), *(["timeline"] if self.timeline else [])]
         if self.inputs is not Inputs.STAGED:
             words.append(self.inputs.value)
@@ -224,15 +254,15 @@ class KernelSpec:
         found = _NAME.fullmatch(name)
         if found is None:
             return None
-        hidden, intermediate, experts, topk, ranks = (int(number) for number in found.groups()[1:6])
-        words = found[7].split("_")[1:]
+        hidden, intermediate, experts, topk, shared, ranks = (int(number or 0) for number in found.groups()[1:7])
+        words = found[8].split("_")[1:]
         try:
             others = {"timeline", Inputs.RAW.value, *FORMATS}
             numerics = Numerics.named(word for word in words if word not in others)
         except ConfigError:
             return None
         weights = next((FORMATS[word] for word in words if word in FORMATS), FP8)
-        shape, variant = MoEShape(hidden, intermediate, experts, topk), Variant.parse(found[1])
+        shape, variant = MoEShape(hidden, intermediate, experts, topk, shared), Variant.parse(found[1])
         inputs = Inputs.RAW if Inputs.RAW.value in words else Inputs.STAGED
         options: dict[str, Any] = {"numerics": numerics, "weights": weights, "inputs": inputs}
         spec = cls(shape, variant, ranks, timeline="timeline" in words, **options)
@@ -256,6 +286,8 @@ class KernelSpec:
             f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
             f"--topk {shape.topk} --ranks {self.ranks} --variant {self.variant.value}",
         ]
+        if shape.shared:
+            words.append(f"--shared {shape.shared}")
         return " ".join([*words, *self.numerics.flags(), f"--inputs {self.inputs.value}"])
 
     @property
@@ -273,8 +305,9 @@ class KernelSpec:
             "weights_header": self.weights.header,
             "hidden": self.shape.hidden,
             "intermediate": self.shape.intermediate,
-            "experts": self.shape.experts,
-            "topk": self.shape.topk,
+            "experts": self.shape.experts_of(self.ranks),
+            "topk": self.shape.slots,
+            "shared": self.shape.shared,
             "ranks": self.ranks,
             "stages": self.stages,
             "dispatch_slots": self.dispatch_slots,
@@ -287,7 +320,7 @@ class KernelSpec:
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
         return {
-            "shape": asdict(self.shape),
+            "shape": self.shape.to_json(),
             "variant": self.variant.value,
             "ranks": self.ranks,
             **self.numerics.options(),
@@ -305,7 +338,7 @@ class KernelSpec:
         )
         sizes = given["shape"]
         return cls(
-            shape=MoEShape(**check_fields("shape", sizes, ("hidden", "intermediate", "experts", "topk"))),
+            shape=MoEShape(**check_fields("shape", sizes, ("hidden", "intermediate", "experts", "topk"), ("shared",))),
             variant=Variant.parse(data["variant"]),
             ranks=data["ranks"],
             timeline=data.get("timeline", False),

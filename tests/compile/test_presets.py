@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 from dataclasses import replace
 
@@ -65,7 +66,17 @@ def raw_specs() -> dict[str, KernelSpec]:
     return {f"raw-{name}": replace(spec, inputs=Inputs.RAW) for name, spec in {**whole, **others}.items()}
 
 
-SPECS = {**preset_specs(), **other_specs(), **raw_specs()}
+def shared_specs() -> dict[str, KernelSpec]:
+    """With shared experts, as two models have them over their ranks, and as many as there can be."""
+    shapes = {
+        f"{e.name}-shared": (replace(e.shape, shared=1), e.ranks) for e in map(preset, ("v4-flash", "deepseek-v3"))
+    }
+    shapes["odd-shared"] = MoEShape(1408, 768, 1000, 8, 24), 1
+    kinds = itertools.product(shapes.items(), Variant, Inputs)
+    return {f"{n}-{v.value}-{i.value}": KernelSpec(shape, v, ranks, inputs=i) for (n, (shape, ranks)), v, i in kinds}
+
+
+SPECS = {**preset_specs(), **other_specs(), **raw_specs(), **shared_specs()}
 
 
 def test_the_list_is_complete():

@@ -47,7 +47,7 @@ class Layer:
     def buffer(self, capacity: int, **more: Any) -> Iterator[Any]:
         """A buffer for `capacity` tokens, destroyed at the end; `more` goes to the call that makes it."""
         s = self.shape
-        sizes = (s.experts, capacity, s.topk, s.hidden, s.intermediate)
+        sizes = (s.experts, capacity, s.topk, s.hidden, s.intermediate, s.shared)
         buffer = mm.get_symm_buffer_for_mega_moe(None, *sizes, device=self.device, **more)
         try:
             yield buffer
@@ -78,8 +78,7 @@ class Layer:
         expected = moe_reference(
             i.x_q,
             i.x_sf,
-            i.topk_idx,
-            i.topk_weights,
+            *i.slots,
             *(self.weights.l1, self.weights.l2),
             activation_clamp=clamp,
         )

@@ -17,7 +17,7 @@ from tests.gpu.harness import CLAMP, VARIANTS, Layer, equal_bits
 SHAPE = mm.MoEShape(1024, 512, 16, 4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ODD = (0.0, -0.0, 1e-40, 6e-5, 1e-10, 3e38, -3e38, math.inf, -math.inf, math.nan, 448.0)
-FAMILIES = ("tokens", "route", "mask", "data", "padding")
+FAMILIES = ("tokens", "route", "mask", "data", "padding", "shared")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_scenarios_from_bf16(device: torch.device, weights: WeightCache, scenari
     inputs = make_inputs(scenario, device, weights=drawn.weights)
     s = scenario.shape
     with mm.get_symm_buffer_for_mega_moe(
-        None, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate, device=device
+        None, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate, s.shared, device=device
     ) as it:
         for variant in VARIANTS:
             options = {"activation_clamp": scenario.clamp, "fast_math": scenario.fast_math, "variant": variant}

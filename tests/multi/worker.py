@@ -16,6 +16,7 @@ import megamoe_jit as mm
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
+from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts, moe_reference
 
@@ -54,9 +55,8 @@ class Rank:
     def __post_init__(self) -> None:
         if self.weights is None:
             self.weights = make_weights(self.shape, self.device)
-        local = self.shape.experts // self.ranks
-        mine = slice(self.rank * local, (self.rank + 1) * local)
-        pairs = [tuple(t[mine].clone() for t in pair) for pair in (self.weights.l1, self.weights.l2)]
+        drawn = (self.weights.l1, self.weights.l2)
+        pairs = [tuple(t.clone() for t in share_of(pair, self.shape, self.rank, self.ranks)) for pair in drawn]
         self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(*pairs)
         self.buffer = self.make_buffer()
 
@@ -69,7 +69,7 @@ class Rank:
         """A buffer of this layer; collective."""
         s, capacity = self.shape, self.capacity if capacity is None else capacity
         return mm.get_symm_buffer_for_mega_moe(
-            self.group, s.experts, capacity, s.topk, s.hidden, s.intermediate, device=self.device, **more
+            self.group, s.experts, capacity, s.topk, s.hidden, s.intermediate, s.shared, device=self.device, **more
         )
 
     def inputs(self, scenario: Scenario, seed: int = 0) -> Inputs:
@@ -120,8 +120,7 @@ class Rank:
         return moe_reference(
             inputs.x_q,
             inputs.x_sf,
-            inputs.topk_idx,
-            inputs.topk_weights,
+            *inputs.slots,
             self.weights.l1,
             self.weights.l2,
             activation_clamp=clamp,

@@ -44,7 +44,7 @@ class Tuned(Layer):
         def plan(tokens, variant, fast_math, num_sms, inputs=Inputs.STAGED):
             return CallPlan(None, choose(shape, tokens, variant=variant), 132, 1, False)
 
-        def launch(plan, *, y, tokens, l1, l2, stats, clamp, raw=None):
+        def launch(plan, *, y, tokens, l1, l2, stats, clamp, raw=None, shared_weight=1.0):
             variant, before = plan.choice.variant.value, Clock.now
             self.launched.append((variant, plan.choice.lag_tiles, plan.choice.rows_per_item))
             self.fp8_mega_moe(y, l1, l2, buffer, activation_clamp=clamp, fast_math=True)

@@ -12,7 +12,7 @@ from megamoe_jit._layer.weights import (
     inverse_transform_weights_for_mega_moe_sm90,
     transform_weights_for_mega_moe_sm90,
 )
-from megamoe_jit.reference import expert_counts, moe_reference
+from megamoe_jit.reference import expert_counts, moe_reference, with_shared_experts
 
 
 class Layer:
@@ -26,7 +26,7 @@ class Layer:
         self.alive = 0
         self._transformed = None
 
-    def get_symm_buffer_for_mega_moe(self, group, experts, capacity, topk, hidden, intermediate):
+    def get_symm_buffer_for_mega_moe(self, group, experts, capacity, topk, hidden, intermediate, shared=0):
         assert group is None
         self.alive += 1
 
@@ -40,6 +40,7 @@ class Layer:
             topk_weights=torch.zeros(capacity, topk),
             check=lambda: None,
             destroy=destroy,
+            shared=shared,
         )
 
     def _run(self, name, y, l1, l2, buffer, stats, *, activation_clamp, fast_math):
@@ -50,7 +51,8 @@ class Layer:
         if self._transformed is None or self._transformed[0][0] is not l1[0]:  # scenarios of one shape share them
             self._transformed, self._weights = (l1, l2), inverse_transform_weights_for_mega_moe_sm90(l1, l2)
         l1, l2 = self._weights
-        y.copy_(moe_reference(*views, l1, l2, activation_clamp=activation_clamp))
+        slots = with_shared_experts(*views[2:], stats.numel(), buffer.shared)
+        y.copy_(moe_reference(*views[:2], *slots, l1, l2, activation_clamp=activation_clamp))
         stats += expert_counts(views[2], stats.numel())
         if self.mistake is not None:
             self.mistake(y, stats, buffer, t)
@@ -67,6 +69,7 @@ class Layer:
 
 SMALL = (
     "L1,L4,tokens.t[0-7]_of_256,padding.t37_of_300",
+    "shared.*.t0,shared.*.t1,shared.*.t96,shared.*.t37_of_300",
     "route.lognormal.t96,route.powerlaw*.t96,route.balanced.t96,route.tile_edges",
     "route.hot.t96,route.single.t96,route.duplicate.t96,mask.*.t96",
     "data.*.t96",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megamoe_jit._check import scenarios as _scenarios
@@ -80,3 +81,15 @@ def test_merging_keeps_a_figure_that_does_not_exist():
     merged = _verify_ranks._merged(ends)
     assert (merged.diff, merged.zero_rows_ok, merged.passed, merged.reason) == (2e-5, False, False, "rank 1: bad")
     assert math.isnan(merged.worst_row_diff)
+
+
+def test_each_rank_gets_its_share_and_all_that_are_shared():
+    shape = MoEShape(256, 128, 4, 2, shared=2)
+    codes = torch.arange(6, dtype=torch.uint8)[:, None, None].expand(6, 2, 3).contiguous()
+    pair = codes.view(torch.float8_e4m3fn), codes.float()
+    for rank, own in enumerate(([0, 1, 4, 5], [2, 3, 4, 5])):
+        mine, scales = _verify_ranks.share_of(pair, shape, rank, 2)
+        assert (mine.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float32)
+        assert mine.view(torch.uint8)[:, 0, 0].tolist() == scales[:, 1, 2].tolist() == own
+    plain = _verify_ranks.share_of(pair, MoEShape(256, 128, 6, 2), 1, 3)
+    assert plain[1].data_ptr() == pair[1][2:].data_ptr(), "a view, which keeps the mark"

@@ -80,6 +80,8 @@ def test_warmup_options_reach_the_kernels(requested: list[KernelSpec], tmp_path:
         (["--shapes", f"v4-flash,{file},v4-flash"], [KernelSpec(s, v) for s in (flash, mine) for v in both]),
         ([*SIZES, "--variant", "pingpong"], [KernelSpec(mine, Variant.PINGPONG)]),
         (["--shapes", "v4-flash", "--ranks", "8"], [KernelSpec(flash, v, ranks=8) for v in both]),
+        ([*SIZES, "--shared", "2"], [KernelSpec(replace(mine, shared=2), v) for v in both]),
+        (["--shapes", "v4-flash", "--shared", "1"], [KernelSpec(replace(flash, shared=1), v) for v in both]),
         ([*SIZES, "--no-fast-math"], [KernelSpec(mine, v, fast_math=False) for v in both]),
     ):
         raw = [*(replace(spec, inputs=Inputs.RAW) for spec in expected), *staging]
@@ -94,11 +96,18 @@ def test_warmup_options_reach_the_kernels(requested: list[KernelSpec], tmp_path:
         assert set(requested) == set(wanted), "all of them by default"
 
 
+def test_shared_experts_that_no_kernel_takes_are_refused_by_the_shapes_name():
+    result = CliRunner().invoke(cli, ["warmup", "--shapes", "v4-flash,qwen3-30b-a3b", "--shared", "25", "--dry-run"])
+    assert result.exit_code == 2
+    assert "qwen3-30b-a3b: shared = 25 is not supported; allowed: 0 to 24" in result.output
+
+
 @pytest.mark.parametrize(
     "spec",
     [
         KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG),
         KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG, inputs=Inputs.RAW),
+        KernelSpec(MoEShape(256, 128, 4, 1, shared=3), Variant.PINGPONG, ranks=2),
         KernelSpec(MoEShape(7168, 3072, 384, 6), Variant.COOPERATIVE, ranks=8, fast_math=False),
     ],
     ids=lambda spec: spec.kernel_name,

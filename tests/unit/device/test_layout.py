@@ -17,6 +17,8 @@ from megamoe_jit._spec import abi as _abi
 OTHERS = {
     *(
         "act1",
+        "shared_weight",
+        "unused",
         "weight1",
         "act2",
         "weight2",
@@ -56,27 +58,32 @@ OTHERS = {
 }
 
 shapes = st.builds(
-    lambda h, i, local, ranks, k: (MoEShape(128 * h, 128 * i, local * ranks, k), ranks),
+    lambda h, i, local, ranks, k, shared: (
+        MoEShape(128 * h, 128 * i, local * ranks, k, min(shared, MAX_TOPK - k, 1024 - local * ranks)),
+        ranks,
+    ),
     st.integers(1, 64),
     st.integers(1, 32),
     st.integers(1, 128),
     st.sampled_from((1, 2, 4, 8)),
     st.integers(1, MAX_TOPK),
+    st.sampled_from((0, 0, 1, 3)),
 )
 token_counts = st.sampled_from((1, 127, 128, 129, 255, 8192, MAX_TOKENS)) | st.integers(1, MAX_TOKENS)
 
 
-def indexed_bytes(shape: MoEShape, layout: BufferLayout) -> dict[str, int]:
+def indexed_bytes(shape: MoEShape, ranks: int, layout: BufferLayout) -> dict[str, int]:
     """What the kernels reach in each section (`layout/params.cuh` says with which indices)."""
-    pairs, rows, pool = layout.capacity * shape.topk, layout.rows, layout.pool_rows
+    routed, pairs = layout.capacity * shape.topk, layout.capacity * (shape.topk + shape.shared)
+    experts, rows, pool = shape.experts + ranks * shape.shared, layout.rows, layout.pool_rows
     hidden, intermediate = shape.hidden, shape.intermediate
     counters = rows // _abi.COUNTER_ROWS
     return {
         "x": layout.capacity * hidden,
         "x_scales": layout.capacity * (hidden // BLOCK) * 4,
-        "topk_ids": pairs * 8,
-        "topk_weights": pairs * 4,
-        "expert_offsets": (shape.experts + 1) * 4,
+        "topk_ids": routed * 8,
+        "topk_weights": routed * 4,
+        "expert_offsets": (experts + 1) * 4,
         "sorted_pairs": pairs * 4,
         "signals": 2 * _abi.MAX_RANKS * 4,  # a word per meeting and rank
         "combine": pairs * hidden * 2,
@@ -88,7 +95,7 @@ def indexed_bytes(shape: MoEShape, layout: BufferLayout) -> dict[str, int]:
         "act1_ready": counters * 4,
         "act2_ready": counters * 4,
         "act2_done": counters * 4,
-        "slice_counts": MAX_SORT_BLOCKS * shape.experts * 4,
+        "slice_counts": MAX_SORT_BLOCKS * experts * 4,
         "control": _abi.Control.WORDS * 4,
     }
 
@@ -97,7 +104,7 @@ def indexed_bytes(shape: MoEShape, layout: BufferLayout) -> dict[str, int]:
 def test_sections_are_apart_aligned_and_large_enough(sizes, tokens):
     shape, ranks = sizes
     layout = buffer_layout(shape, tokens, ranks)
-    needed = indexed_bytes(shape, layout)
+    needed = indexed_bytes(shape, ranks, layout)
     assert {s.name for s in (*layout.symmetric, *layout.local)} == set(needed)
     for sections, total in ((layout.symmetric, layout.symmetric_bytes), (layout.local, layout.local_bytes)):
         ends = [s.offset + s.bytes for s in sections]
@@ -117,7 +124,7 @@ def test_rows_of_every_array_can_be_moved_by_sixteen_bytes(sizes, tokens, most):
     """What TMA, bulk copies and 16-byte accesses walk over: where it begins, and from row to row."""
     shape, ranks = sizes
     layout = buffer_layout(shape, tokens, ranks, max_pool_rows=most)
-    pool, pairs = layout.pool_rows, layout.capacity * shape.topk
+    pool, pairs = layout.pool_rows, layout.capacity * shape.slots
     assert pool % _abi.POOL_ALIGN == 0, "a ring that ends within a block of rows"
     rows = {
         "x": (layout.capacity, shape.hidden),
@@ -182,7 +189,8 @@ def test_the_worst_routing_fits_the_pool(sizes, tokens):
     counts[0] += blocks * align
     counts[-1] += rest
     assert sum(counts) == received
-    assert pool_rows_used(counts) <= layout.rows
+    shared = [layout.capacity] * shape.shared  # of this rank's tokens, whatever the routing
+    assert pool_rows_used([*counts, *shared]) <= layout.rows
 
 
 @given(shapes, token_counts, st.integers(1, 200_000))

@@ -64,6 +64,20 @@ def test_every_preset_can_be_specified_for_its_ranks(name, variant):
     assert entry.source
 
 
+SHARED = ("n_shared_experts", "num_shared_experts")  # of the same width as the others, in all these models
+
+
+@pytest.mark.parametrize("name", list(ISSUED))
+def test_shared_experts_are_those_of_the_configuration_class(name):
+    transformers = pytest.importorskip("transformers")
+    entry = preset(name)
+    if not hasattr(transformers, entry.config):
+        pytest.skip(f"transformers {transformers.__version__} has no {entry.config}")
+    config = getattr(transformers, entry.config)()
+    assert entry.shared == next((n for a in SHARED if (n := getattr(config, a, None))), 0)
+    assert entry.shape.shared == 0, "they are compiled where they are asked for"
+
+
 def test_parse_names_in_order_and_once():
     shapes = parse_shapes(" v4-pro, v4-flash,v4-pro ")
     assert [p.name for p in shapes] == ["v4-pro", "v4-flash"]
@@ -109,6 +123,8 @@ def test_parse_a_file(tmp_path):
         ("[a]\nhidden = 256\nintermediate = 128\nexperts = 9\ntopk = 2\nranks = '2'\n", "ranks = '2'"),
         ("a = 1\n", "a = 1"),
         (f"[a]\n{SIZES}ranks = '2'\n", "ranks = '2'; allowed: an integer$"),
+        (f"[a]\n{SIZES}shared = true\n", "shared = True; allowed: an integer$"),
+        (f"[a]\n{SIZES}shared = 31\n", r"\[a\] shared = 31 is not supported; allowed: 0 to 30"),
         (f"[a]\n{SIZES}note = 1\n", "note = 1; allowed: a string$"),
         (f"[a]\n{SIZES}differs = 'hidden'\n", "differs = 'hidden'; allowed: a list of strings$"),
         (f"[a]\n{SIZES}differs = [1]\n", r"differs = \[1\]; allowed: a list of strings$"),

@@ -119,7 +119,7 @@ def test_a_buffer_by_either_order_and_with_neutral_values(made: list[tuple], mor
 @pytest.mark.parametrize(
     ("more", "named", "says"),
     [
-        ((1,), {}, "num_shared_experts = 1 is not supported; allowed: 0, shared experts are"),
+        ((-1,), {}, "shared = -1 is not supported; allowed: 0 to"),
         ((0, False), {}, "use_fp8_dispatch = False is not supported; allowed: True or None"),
         ((False,), {}, "use_fp8_dispatch = False"),
         ((True, "gelu"), {}, "activation = 'gelu' is not supported; allowed: 'swiglu'"),

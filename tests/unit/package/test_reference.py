@@ -7,6 +7,7 @@ import torch
 
 from megamoe_jit import reference
 from megamoe_jit._check.scenarios import make_weights
+from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import (
     dequantize_activations,
     dequantize_weights,
@@ -14,7 +15,7 @@ from megamoe_jit._layer.quantize import (
     quantize_weights,
 )
 from megamoe_jit._spec import MoEShape
-from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu
+from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu, with_shared_experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOPK = 256, 384, 6, 3
 
@@ -185,3 +186,35 @@ def test_any_id_that_is_no_expert_is_masked(odd, dtype):
     assert y.isfinite().all()
     assert (y[2] == 0).all()
     assert expert_counts(ids, 4).tolist() == [1, 1, 0, 1]
+
+
+def spread(pair, shared, ranks):
+    """Weights of all ranks' experts as they lie: each rank's routed ones, then the shared ones, which all have."""
+
+    def part(tensor):
+        tensor, more = tensor.view(torch.uint8)[:EXPERTS], tensor.view(torch.uint8)[EXPERTS:][:shared]
+        return torch.cat([each for own in tensor.chunk(ranks) for each in (own, more)])
+
+    return tuple(part(tensor).view(tensor.dtype) for tensor in pair)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_slots_of_shared_experts_add_a_layer_of_theirs(ranks):
+    x, x_sf, idx, weights, l1, l2 = make(experts=EXPERTS + 2)
+    idx = torch.where(idx % 5 == 3, idx - 4, idx)  # -1, and two that are no experts of the router
+    everyone, ones = torch.tensor([[6, 7]]).expand(9, 2), torch.full((9, 2), 0.75)
+    routed = torch.where(idx < EXPERTS, idx, -1)
+    wanted = moe_reference(x, x_sf, torch.cat((routed, everyone), 1), torch.cat((weights, ones), 1), l1, l2)
+    for rank in range(ranks):
+        slots = with_shared_experts(idx, weights, EXPERTS, 2, shared_weight=0.75, rank=rank, ranks=ranks)
+        assert (slots[0].dtype, slots[0].shape, slots[1].dtype) == (torch.int64, (9, TOPK + 2), weights.dtype)
+        y = moe_reference(x, x_sf, *slots, spread(l1, 2, ranks), spread(l2, 2, ranks))
+        assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("wrong", [{"ranks": 4}, {"ranks": 0}, {"rank": 1}, {"rank": -1}])
+def test_shares_that_are_uneven_or_nobodys_are_refused(wrong):
+    _, _, idx, weights, _, _ = make()
+    with pytest.raises(ConfigError, match="allowed: experts that the ranks share evenly"):
+        with_shared_experts(idx, weights, EXPERTS, 2, **wrong)
+    assert with_shared_experts(idx, weights, EXPERTS, 0)[0].shape == idx.shape

@@ -24,8 +24,9 @@ from tests import host
 SHAPE = MoEShape(4096, 2048, 256, 6)
 
 specs = st.builds(
-    lambda h, i, local, ranks, k, variant, fast: KernelSpec(
-        MoEShape(128 * h, 128 * i, min(local, MAX_EXPERTS // ranks) * ranks, k), variant, ranks, fast
+    lambda h, i, local, ranks, k, variant, fast, shared: KernelSpec(
+        MoEShape(*(128 * h, 128 * i, min(local, MAX_EXPERTS // ranks - shared) * ranks, k, min(shared, MAX_TOPK - k))),
+        *(variant, ranks, fast),
     ),
     st.integers(1, 128),
     st.integers(1, 64),
@@ -34,6 +35,7 @@ specs = st.builds(
     st.integers(1, MAX_TOPK),
     st.sampled_from(Variant),
     st.booleans(),
+    st.sampled_from((0, 0, 1, 2, 5)),
 )
 
 
@@ -49,6 +51,16 @@ specs = st.builds(
         ("topk", 33, "topk = 33 is not supported; allowed: 1 to 32"),
         ("experts", 0, "experts = 0 is not supported; allowed: 1 to 1024"),
         ("experts", 1025, "experts = 1025 is not supported; allowed: 1 to 1024"),
+        (
+            "shared",
+            -1,
+            "shared = -1 is not supported; allowed: 0 to 26, for 32 slots and 1024 experts with those of the router",
+        ),
+        (
+            "shared",
+            27,
+            "shared = 27 is not supported; allowed: 0 to 26, for 32 slots and 1024 experts with those of the router",
+        ),
     ],
 )
 def test_sizes_out_of_range_are_refused_with_value_and_range(field, value, message):
@@ -95,11 +107,29 @@ def test_entries_are_symbols_and_differ(several):
     assert all(spec.template_variables()["kernel_name"] == spec.kernel_name for spec in several)
 
 
-@pytest.mark.parametrize(("field", "value"), [("hidden", 640), ("intermediate", 640), ("experts", 640), ("topk", 31)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden", 640), ("intermediate", 640), ("experts", 640), ("topk", 31), ("shared", 19)]
+)
 def test_every_size_is_in_the_name(field, value):
     spec = KernelSpec(SHAPE, Variant.PINGPONG)
     assert str(value) not in spec.kernel_name
     assert str(value) in replace(spec, shape=replace(SHAPE, **{field: value})).kernel_name
+
+
+def test_all_ranks_shared_experts_count_as_experts():
+    shape = replace(SHAPE, experts=1016, shared=2)
+    assert KernelSpec(shape, Variant.PINGPONG, 4).local_experts == 256
+    with pytest.raises(ConfigError, match="shared = 2 is not supported; allowed: 0 to 1, for 1024 experts on 8 ranks"):
+        KernelSpec(shape, Variant.PINGPONG, 8)
+
+
+def test_a_kernel_without_shared_experts_says_nothing_of_them():
+    """So its name, its key and its documents are what they were."""
+    plain, spec = (KernelSpec(replace(SHAPE, shared=n), Variant.PINGPONG, 8) for n in (0, 3))
+    assert "shared" not in json.dumps(plain.to_json()["shape"])
+    assert spec.entry == plain.entry.replace("_k6_", "_k6_s3_")
+    assert [KernelSpec.of_entry(each.entry) for each in (plain, spec)] == [plain, spec]
+    assert KernelSpec.of_entry(spec.entry.replace("_s3_", "_s0_")) is None
 
 
 @given(specs)

@@ -33,13 +33,15 @@ struct Run {
     std::string variant = "mixed";
     std::vector<SectionSize> symmetric, local;
     std::vector<Rank> all;
-    std::vector<std::vector<std::vector<i64>>> ids;   // [launch][rank][token * topk + slot]
+    std::vector<std::vector<std::vector<i64>>> ids;   // [launch][rank][token * routed slots + slot]
     u64 pairs = 0;
 
     using C = variant0::Config;   // what all variants share
 
     static constexpr bool kRaw = C::kInputs == megamoe::Inputs::raw;
-    static constexpr u64 kRawRow = C::kHidden * 2 + 32, kRawSlots = C::kTopK + 1;   // rows lie apart
+    static constexpr u32 kRouted = C::kTopK - C::kShared, kLocalRouted = C::kLocalExperts - C::kShared;   // as the router knows them
+    static constexpr u32 kRoutedExperts = kLocalRouted * C::kRanks;
+    static constexpr u64 kRawRow = C::kHidden * 2 + 32, kRawSlots = kRouted + 1;   // rows lie apart
 
     // ---- options
     static std::vector<SectionSize> sections_of(const std::string& text) {
@@ -134,7 +136,7 @@ struct Run {
         rank.y = reinterpret_cast<megamoe::u16*>(memory.place("y", r, true, base, tokens * C::kHidden * 2).base);
         base += own;
         rank.stats = reinterpret_cast<i32*>(memory.place("stats", r, true, base, C::kLocalExperts * 4).base);
-        base += (C::kLocalExperts * 4 / 1024 + 1) * 1024;
+        base += (C::kLocalExperts * 4 / 1024 + 1) * 1024;   // a shared expert has no counter, and must leave its place alone
         float* scales[2];
         u8* codes[2];
         for (u32 gemm = 1; gemm <= 2; ++gemm) {
@@ -174,7 +176,7 @@ struct Run {
                                 {kAct2, pool2, pool_rows, C::kIntermediate, megamoe::kSmallBoxRows}};
         megamoe::ptx::TensorMap* to[4] = {&p.act1, &p.act2, &p.act1_small, &p.act2_small};
         for (u32 i = 0; i < 4; ++i) std::memcpy(to[i]->opaque, maps[i], sizeof maps[i]);
-        p.timeout_ns = 1, p.rank = r, p.pool_rows = pool_rows, p.clamp = 1e30f;
+        p.timeout_ns = 1, p.rank = r, p.pool_rows = pool_rows, p.clamp = 1e30f, p.shared_weight = kSharedWeight;
         p.counters = rows / megamoe::kCounterRows;
     }
 
@@ -183,18 +185,24 @@ struct Run {
     std::vector<i64> route() const {
         const u32 kind = dice.below(5), count = dice.chance(15) ? 0 : dice.chance(50) ? tokens : dice.below(tokens + 1);
         std::vector<i64> out;
-        const u32 hot = dice.below(C::kExperts);
-        for (u32 i = 0; i < count * C::kTopK; ++i) {
-            i64 e = dice.below(C::kExperts);
+        const u32 hot = dice.below(kRoutedExperts);
+        for (u32 i = 0; i < count * kRouted; ++i) {
+            i64 e = dice.below(kRoutedExperts);
             if (kind == 1 && dice.chance(90)) e = hot;
             if (kind == 2) e = hot;
-            if (kind == 3 && dice.chance(50)) e = dice.chance(50) ? -1 : C::kExperts + 7;
-            if (kind == 4) e = i % C::kExperts;
+            if (kind == 3 && dice.chance(50)) e = dice.chance(50) ? -1 : kRoutedExperts + dice.below(2) * 7;
+            if (kind == 4) e = i % kRoutedExperts;
             out.push_back(e);
         }
         return out;
     }
-    static bool real(i64 e) { return e >= 0 && e < C::kExperts; }
+    static bool real(i64 e) { return e >= 0 && e < kRoutedExperts; }
+    /// Where the weights of a slot's expert lie, counted through all ranks; `id` is the router's, if it has filled the slot.
+    static u32 expert_of(u32 r, u32 slot, i64 id) {
+        if (slot >= kRouted) return r * C::kLocalExperts + kLocalRouted + slot - kRouted;
+        const u32 e = static_cast<u32>(id);
+        return e / kLocalRouted * C::kLocalExperts + e % kLocalRouted;
+    }
     Actor host(Rank& rank, u32 r) { return {&rank.clock, {rank.agent, rank.clock.now(rank.agent)}, false, r}; }
     void* stage(u32 r, const std::string& name, u64 offset, u64 bytes) {
         u8* to = all[r].symmetric + section(name).offset + offset;
@@ -215,14 +223,14 @@ struct Run {
         Rank& rank = all[r];
         const u32 n = rank.launch++;
         const auto& chosen = ids[n][r];
-        const u32 count = static_cast<u32>(chosen.size()) / C::kTopK, blocks_per_row = C::kHidden / 128;
+        const u32 count = static_cast<u32>(chosen.size()) / kRouted, blocks_per_row = C::kHidden / 128;
         if (kRaw) give_raw(n, r, count);
         for (u32 t = 0; t < count && !kRaw; ++t) {
             fill_x(n, r, t, static_cast<u8*>(stage(r, "x", u64(t) * C::kHidden, C::kHidden)));
             float* scales = static_cast<float*>(stage(r, "x_scales", t * blocks_per_row * 4, blocks_per_row * 4));
             for (u32 b = 0; b < blocks_per_row; ++b) scales[b] = x_scale(n, r, t, b);
         }
-        const u32 slots = kRaw ? 0 : count * C::kTopK;
+        const u32 slots = kRaw ? 0 : count * kRouted;
         if (slots) std::memcpy(stage(r, "topk_ids", 0, slots * 8), chosen.data(), slots * 8);
         float* weights = static_cast<float*>(stage(r, "topk_weights", 0, slots * 4));
         for (u32 i = 0; i < slots; ++i) weights[i] = slot_weight(n, i);
@@ -245,10 +253,10 @@ struct Run {
         memory.write(rank.raw_x, tokens * kRawRow, host(rank, r));
         for (u32 t = 0; t < count; ++t) {
             fill_raw_x(n, r, t, rank.raw_x + t * kRawRow);
-            for (u32 k = 0; k < C::kTopK; ++k) {
+            for (u32 k = 0; k < kRouted; ++k) {
                 const u64 at = t * kRawSlots + k;
-                const i64 id = ids[n][r][t * C::kTopK + k];
-                const float weight = slot_weight(n, t * C::kTopK + k) / 2;
+                const i64 id = ids[n][r][t * kRouted + k];
+                const float weight = slot_weight(n, t * kRouted + k) / 2;
                 std::memcpy(rank.raw_ids + at * (wide ? 8 : 4), &id, wide ? 8 : 4);
                 std::memcpy(rank.raw_weights + at * 4, &weight, 4);
             }
@@ -257,6 +265,7 @@ struct Run {
         p.raw_ids_stride = p.raw_weights_stride = kRawSlots, p.raw_formats = wide, p.weight_factor = 2;
     }
     static float slot_weight(u32 n, u32 slot) { return 1 + (n + slot) % 3; }
+    static constexpr u32 kSharedWeight = 2;
 
     void launch(u32 r, u32 count) {
         Rank& rank = all[r];
@@ -328,15 +337,18 @@ struct Run {
         const std::string where = " of rank " + std::to_string(r) + " in launch " + std::to_string(n);
         std::vector<u8> row(C::kHidden);
         const Section& slots = memory.find(all[r].symmetric + section("combine").offset, 1, "check");
-        for (u32 t = 0; t < chosen.size() / C::kTopK; ++t) {
+        for (u32 t = 0; t < chosen.size() / kRouted; ++t) {
             fill_x(n, r, t, row.data());
             std::vector<u32> sums(C::kHidden / 64);
             for (u32 k = 0; k < C::kTopK; ++k) {
-                const u32 slot = t * C::kTopK + k;
-                check_slot(slots, slot, real(chosen[slot]), where);
-                if (!real(chosen[slot])) continue;
-                const auto values = expected_slot(row.data(), static_cast<u32>(chosen[slot]));
-                for (u32 g = 0; g < sums.size(); ++g) sums[g] += values[g] * static_cast<u32>(slot_weight(n, slot));
+                const bool shared = k >= kRouted;
+                const u32 given = t * kRouted + k;   // where the router's id and weight are, if it has any
+                const i64 id = shared ? 0 : chosen[given];
+                check_slot(slots, t * C::kTopK + k, real(id), where);
+                if (!real(id)) continue;
+                const auto values = expected_slot(row.data(), expert_of(r, k, id));
+                const u32 weight = shared ? kSharedWeight : static_cast<u32>(slot_weight(n, given));
+                for (u32 g = 0; g < sums.size(); ++g) sums[g] += values[g] * weight;
                 ++pairs;
             }
             memory.read(all[r].y + u64(t) * C::kHidden, C::kHidden * 2, host(all[r], r));
@@ -348,7 +360,7 @@ struct Run {
         for (u32 e = 0; e < C::kLocalExperts; ++e) {
             i32 count = 0;
             for (const auto& from : ids[n])
-                for (const i64 id : from) count += id == i64(r * C::kLocalExperts + e);
+                for (const i64 id : from) count += e < kLocalRouted && id == i64(r * kLocalRouted + e);
             if (all[r].stats[e] != count) fail("wrong count of rows of local expert " + std::to_string(e) + where);
         }
     }
