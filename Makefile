@@ -74,6 +74,7 @@ mutants: $(call stamp,dev)
 bench: $(call stamp,bench)
 	@mkdir -p bench-results
 	$(PY) -m benchmarks bench --output bench-results/latest.json $(ARGS)
+	$(PY) -m benchmarks.from_bf16 --output bench-results/from-bf16.json
 
 # The site, in build/site; whatever is wrong with a link, an anchor or a docstring is an error.  Pages keep their places of
 # the repository, so that relative links mean the same in both.

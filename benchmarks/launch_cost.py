@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -25,17 +25,24 @@ from megamoe_jit._spec import MoEShape
 ROUNDS, BATCH = 200, 10
 
 
-def median_us(call: Callable[[], object]) -> float:
-    """Median host microseconds of `call`, ten of them between synchronisations."""
-    times = []
-    for _ in range(ROUNDS):
-        torch.cuda.synchronize()
-        for _ in range(BATCH):
-            begin = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - begin) * 1e6)
+def medians_us(calls: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median host microseconds of each call, ten of one between synchronisations, the calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            for _ in range(BATCH):
+                begin = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - begin) * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(times[len(times) // 4 :])
+    return {name: statistics.median(found[len(found) // 4 :]) for name, found in times.items()}
+
+
+def empty_op(device: torch.device | str) -> Callable[[], object]:
+    """What any operation of torch costs the host at least: one on no elements."""
+    nothing = torch.empty(0, dtype=torch.float32, device=device)
+    return lambda: nothing.add_(1)
 
 
 def measure() -> dict[str, float]:
@@ -50,13 +57,14 @@ def measure() -> dict[str, float]:
     launcher = buffer.plan(1, None, True, None).kernel.launcher
     stream = torch.cuda.current_stream().cuda_stream
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
-    empty = torch.empty(0, device="cuda")
-    result = {
-        "launch_us": median_us(lambda: launcher.launch(sms, stream)),
-        "public_us": median_us(lambda: mm.fp8_mega_moe(y, l1, l2, buffer)),
-        "empty_torch_op_us": median_us(lambda: empty.add_(1)),
-        "one_element_torch_op_us": median_us(lambda: y[:1, :1].zero_()),
-    }
+    result = medians_us(
+        {
+            "launch_us": lambda: launcher.launch(sms, stream),
+            "public_us": lambda: mm.fp8_mega_moe(y, l1, l2, buffer),
+            "empty_torch_op_us": empty_op("cuda"),
+            "one_element_torch_op_us": lambda: y[:1, :1].zero_(),
+        }
+    )
     buffer.check()
     buffer.destroy()
     return result

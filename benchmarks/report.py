@@ -3,9 +3,10 @@
     python -m benchmarks.report            # writes docs/performance.md, docs/expert-parallel.md, README.md
     python -m benchmarks.report --check    # exit code 1 if their tables are not of these results; writes nothing
 
-Of each card the newest documents of `megamoe-jit bench` and of floor.py in benchmarks/results count, of each row of
-several ranks the newest there is (report_ranks.py).  Documents of shapes that have no goals are left out.  Everything
-in the tables and plots follows from the documents and benchmarks/targets.json; needs matplotlib.
+Of each card the newest documents of `megamoe-jit bench`, floor.py, from_bf16.py and in_transformers.py (report_bf16.py)
+in benchmarks/results count, of each row of several ranks the newest there is (report_ranks.py).  Documents of shapes
+that have no goals are left out.  Everything in the tables and plots follows from the documents and
+benchmarks/targets.json; needs matplotlib.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, report_ranks
+from benchmarks import goals, report_bf16, report_ranks
 from benchmarks.checkout import ROOT
 from benchmarks.markdown import put, table
 from megamoe_jit._bench.derived import choice_quality
@@ -205,13 +206,20 @@ def floor_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(table(("card", "layer", *map(str, tokens)), cells))
 
 
+def _newest_documents(kind: str) -> dict[str, dict[str, Any]]:
+    return {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest(kind=kind).items()}
+
+
 def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     """What each document should be."""
     texts = {path: path.read_text(encoding="utf-8") for path in (DOCUMENT, PARALLEL, README)}
     for card, doc in docs.items():
         texts[DOCUMENT] = put(texts[DOCUMENT], card, text_of(doc))
-    floors = {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest(kind="floor").items()}
-    texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(floors))
+    texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(_newest_documents("floor")))
+    called, models = (_newest_documents(kind) for kind in ("from_bf16", "in_transformers"))
+    if called or models:
+        texts[DOCUMENT] = put(texts[DOCUMENT], "from-bf16", report_bf16.full(called, models))
+        texts[README] = put(texts[README], "from-bf16", report_bf16.compact(called))
     ranks, unfused = report_ranks.rank_rows(RESULTS), report_ranks.rank_rows(RESULTS, unfused=True)
     for name, body in {
         "conditions": report_ranks.conditions(ranks),
@@ -230,7 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    docs = {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest().items()}
+    docs = _newest_documents("bench")
     texts = documents(docs)
     if options.check:
         return int(any(text != path.read_text(encoding="utf-8") for path, text in texts.items()))

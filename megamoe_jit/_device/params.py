@@ -6,12 +6,13 @@ The loader also compares its size with the parameter table inside the compiled k
 from __future__ import annotations
 
 import ctypes
+import struct
 from ctypes import c_float, c_uint32, c_uint64
 from typing import Any, TypeVar
 
 from megamoe_jit._spec.abi import PARAMS, PARAMS_ALIGN, STAGE_PARAMS
 
-__all__ = ["Params", "StageParams", "TensorMap", "aligned_params", "aligned_stage_params"]
+__all__ = ["Params", "StageParams", "TensorMap", "aligned_params", "aligned_stage_params", "side_by_side"]
 
 
 class TensorMap(ctypes.Structure):
@@ -22,6 +23,7 @@ class TensorMap(ctypes.Structure):
 
 _T = TypeVar("_T", bound=ctypes.Structure)
 _KINDS: dict[str, Any] = {"u32": c_uint32, "u64": c_uint64, "float": c_float, "TensorMap": TensorMap}
+_PACKED = {"u32": "I", "u64": "Q", "float": "f"}  #: as the module `struct` names them
 
 
 class Params(ctypes.Structure):
@@ -34,6 +36,20 @@ class StageParams(ctypes.Structure):
     """`megamoe::StageParams`, of kernels that stage.  Pointers are plain integers."""
 
     _fields_ = [(name, _KINDS[kind] * count if count > 1 else _KINDS[kind]) for name, kind, count, _ in STAGE_PARAMS]
+
+
+def side_by_side(*names: str) -> tuple[struct.Struct, int]:
+    """What packs these fields of `Params` at once, and where: a call has no time to set them one by one.
+
+    Raises:
+        ValueError: they do not follow each other in this order, without room between.
+    """
+    fields = [getattr(Params, name) for name in names]
+    packer = struct.Struct("<" + "".join(_PACKED[kind] for name, kind, _, _ in PARAMS if name in names))
+    ends = [field.offset + field.size for field in fields]
+    if [field.offset for field in fields[1:]] != ends[:-1] or packer.size != ends[-1] - fields[0].offset:
+        raise ValueError(f"{', '.join(names)} are not side by side in Params")
+    return packer, fields[0].offset
 
 
 def _aligned(kind: type[_T]) -> _T:

@@ -12,7 +12,7 @@ import torch
 from megamoe_jit._device.l2_partition import sides_of_sms
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
-from megamoe_jit._device.params import Params, aligned_params
+from megamoe_jit._device.params import Params, aligned_params, side_by_side
 from megamoe_jit._device.tensor_map import encode_fp8_rows
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._layer.memory import Place
@@ -27,6 +27,10 @@ __all__ = ["BoundKernel", "CallPlan"]
 
 MAX_CHECKED = 1024  #: weights that are known to be right, at a time: layers that share the memory
 _NONE = (lambda: None,) * 4
+_RAW, _RAW_AT = side_by_side(
+    "raw_x", "raw_ids", "raw_weights", "raw_x_stride", "raw_ids_stride",
+    "raw_weights_stride", "raw_formats", "weight_factor",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class BoundKernel:
         self.key: str = loaded.key
         self.launcher = Launcher(loaded, self.params)
         self._addresses: tuple[int, ...] = ()
+        self._planned: CallPlan | None = None  #: whose values `params` has
         self._checked: dict[tuple[int, ...], tuple[Callable[[], torch.Tensor | None], ...]] = {}  # by their addresses
         sides = sides_of_sms(place.device) if get_settings().l2_sides else None
         self.knows_sides = sides is not None
@@ -126,14 +131,22 @@ class BoundKernel:
     ) -> None:
         """Enqueue a call on a stream, given by its raw handle, with the weights that were set last."""
         params = self.params
+        if plan is not self._planned:
+            self._follow(plan)
         params.y = y.data_ptr()
         params.stats = 0 if stats is None else stats.data_ptr()
         params.tokens, params.clamp = tokens, clamp
-        params.lag_tiles, params.item_shift = plan.choice.lag_tiles, plan.choice.rows_per_item.bit_length() - 1
-        params.sort_blocks, params.want_sides = plan.sort_blocks, plan.two_sides
         if raw is not None:
-            params.raw_x, params.raw_ids, params.raw_weights = raw.x_at, raw.ids_at, raw.weights_at
-            params.raw_x_stride, params.raw_ids_stride = raw.x_stride, raw.ids_stride
-            params.raw_weights_stride, params.raw_formats = raw.weights_stride, raw.formats
-            params.weight_factor = raw.weight_factor
+            _RAW.pack_into(
+                params, _RAW_AT, raw.x_at, raw.ids_at, raw.weights_at, raw.x_stride, raw.ids_stride,
+                raw.weights_stride, raw.formats, raw.weight_factor,
+            )  # fmt: skip
         self.launcher.launch(plan.num_sms, stream)
+
+    def _follow(self, plan: CallPlan) -> None:
+        """Set what calls of one plan have in common."""
+        self._planned = None  # until all of it is set: an exception between two must not leave a mixture
+        params, choice = self.params, plan.choice
+        params.lag_tiles, params.item_shift = choice.lag_tiles, choice.rows_per_item.bit_length() - 1
+        params.sort_blocks, params.want_sides = plan.sort_blocks, plan.two_sides
+        self._planned = plan

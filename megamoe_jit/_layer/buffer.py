@@ -86,6 +86,7 @@ class SymmBuffer(LayerMemory):
         self.order = StreamOrder(device, shared=self.ranks > 1)
         self.lock = self.order.lock
         self._outputs = Outputs(self.x, self.x_sf, self.topk_idx, self.topk_weights)
+        self._index = device.index
         self._destroyed = False
         self._broken: MegaMoeError | None = None
         be_ready()
@@ -185,7 +186,6 @@ class SymmBuffer(LayerMemory):
     def launch(
         self,
         plan: CallPlan,
-        *,
         y: torch.Tensor,
         tokens: int,
         l1: WeightPair,
@@ -198,19 +198,20 @@ class SymmBuffer(LayerMemory):
 
         Two launches on one buffer must not overlap: when the stream changes, the new one waits for the old one.
         """
-        index = self.device.index
+        index = self._index
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(self.device):
-                self.launch(plan, y=y, tokens=tokens, l1=l1, l2=l2, stats=stats, clamp=clamp, raw=raw)
+                self.launch(plan, y, tokens, l1, l2, stats, clamp, raw)
             return
         stream = torch._C._cuda_getCurrentRawStream(index)
         with self.lock:
             if self._destroyed:  # meanwhile, by another thread
                 self.require_usable()
-            plan.kernel.use_weights(l1, l2)
+            kernel = plan.kernel
+            kernel.use_weights(l1, l2)
             if not self.order.is_next(stream):
                 self.order.enter(self._reusable())
-            plan.kernel.launch(plan, stream, y, tokens, stats, clamp, raw)
+            kernel.launch(plan, stream, y, tokens, stats, clamp, raw)
 
     def _reusable(self) -> tuple[torch.Tensor, ...]:
         """Memory that torch's allocator may give away again; symmetric memory it does not."""
@@ -222,7 +223,7 @@ class SymmBuffer(LayerMemory):
         A call orders itself after the last one, but not what was staged before it: that would change the inputs of a
         kernel that is still running on the other stream.
         """
-        index = self.device.index
+        index = self._index
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(self.device):
                 self.wait_for_last()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,20 +212,11 @@ def fp8_mega_moe(
     stats = cumulative_local_expert_recv_stats
     numeric = (fast_math,)  # the fields of `Numerics`
 
-    def admit() -> tuple[int, float]:
-        tokens = _tokens_of(y, buffer)
-        check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
-        clamp = check_recipe(recipe, activation, activation_clamp)
-        if num_tokens_bound is not None:
-            check_bound(num_tokens_bound, tokens, buffer.num_max_tokens_per_rank)
-        if stats is not None:
-            check_stats(stats, buffer)
-        return tokens, clamp
-
+    arguments = y, buffer, recipe, activation, activation_clamp, num_tokens_bound, stats
     weights: Any = (l1_weights, l2_weights)
     if buffer.ranks > 1:
-        admit_first(buffer, admit, weights, variant, numeric, num_sms, Inputs.STAGED)
-    tokens, clamp = admit()
+        admit_first(buffer, partial(_admit, *arguments), weights, variant, numeric, num_sms, Inputs.STAGED)
+    tokens, clamp = _admit(*arguments)
     try:
         numerics = numerics_of(*numeric)
     except TypeError:  # what cannot be hashed is no option either
@@ -232,7 +224,26 @@ def fp8_mega_moe(
     plan = buffer.plan(tokens, variant, numerics, num_sms)
     if plan.debug:
         check_ids(buffer.topk_idx[:tokens], buffer)
-    buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
+    buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp)
+
+
+def _admit(
+    y: torch.Tensor,
+    buffer: SymmBuffer,
+    recipe: Sequence[int],
+    activation: str,
+    clamp: float | None,
+    bound: int | None,
+    stats: torch.Tensor | None,
+) -> tuple[int, float]:
+    """The tokens of a call and its clamp as the kernel takes it, once its arguments are checked but for the weights."""
+    tokens = _tokens_of(y, buffer)
+    check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
+    if bound is not None:
+        check_bound(bound, tokens, buffer.num_max_tokens_per_rank)
+    if stats is not None:
+        check_stats(stats, buffer)
+    return tokens, check_recipe(recipe, activation, clamp)
 
 
 def _tokens_of(y: torch.Tensor, buffer: SymmBuffer) -> int:

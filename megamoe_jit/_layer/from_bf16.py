@@ -9,13 +9,16 @@ import torch
 from megamoe_jit._layer.admit import admit_first, check_ids, check_stats
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_tensor
+from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._spec import check_clamp
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
 
-__all__ = ["mega_moe_from_bf16"]
+__all__ = ["mega_moe_from_bf16", "run_batch"]
+
+_RAW, _STAGED = Inputs.RAW, Inputs.STAGED  # a look-up less for each call
 
 
 def mega_moe_from_bf16(
@@ -70,20 +73,50 @@ def mega_moe_from_bf16(
     weights = (l1_weights, l2_weights)
     if buffer.ranks > 1:
         admit_first(buffer, admit, weights, variant, numeric, num_sms, Inputs.RAW)
-    tokens, clamp = admit()
+    _, clamp = admit()
     try:
         numerics = numerics_of(*numeric)
     except TypeError:  # what cannot be hashed is no option either
         numerics = Numerics(*numeric)
-    plan = buffer.plan(tokens, variant, numerics, num_sms, Inputs.RAW if raw.fused else Inputs.STAGED)
+    return run_batch(buffer, raw, weights, clamp, numerics, y, stats, num_sms, variant)
+
+
+def run_batch(
+    buffer: SymmBuffer,
+    raw: RawInputs,
+    weights: tuple[WeightPair, WeightPair],
+    clamp: float,
+    numerics: Numerics,
+    y: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
+    num_sms: int | None = None,
+    variant: str | None = None,
+) -> torch.Tensor:
+    """What `mega_moe_from_bf16` does with what it has checked: stage and launch.
+
+    Args:
+        raw: the batch, for which the buffer has room.
+        weights: of both products; checked at the launch.
+        clamp: as the kernel takes it, infinity for none.
+        y: as `raw` wants it; a new tensor by default.
+        buffer, numerics, stats, num_sms, variant: as there.
+
+    Returns:
+        `y`; the kernel may still be running.
+
+    Raises:
+        MegaMoeError: as there.
+    """
+    tokens, fused = raw.tokens, raw.fused
+    plan = buffer.plan(tokens, variant, numerics, num_sms, _RAW if fused else _STAGED)
     if plan.debug:
-        check_ids(topk_idx, buffer)
+        check_ids(raw.topk_idx, buffer)
     if y is None:
         y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
-    if raw.fused:
-        buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp, raw=raw)
+    if fused:
+        buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp, raw)
         return y
     with buffer.lock:  # another thread's inputs come after this call
         buffer.stage_inputs(raw, tokens)
-        buffer.launch(plan, y=y, tokens=tokens, l1=weights[0], l2=weights[1], stats=stats, clamp=clamp)
+        buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp)
     return y

@@ -17,11 +17,12 @@ from megamoe_jit._text import shown
 
 __all__ = ["RawInputs", "check_rows"]
 
-_FORMATS = {
-    torch.bfloat16: StageFormat.BF16,
-    torch.float16: StageFormat.F16,
-    torch.float32: StageFormat.F32,
-    torch.float8_e4m3fn: StageFormat.E4M3,
+_BF16 = StageFormat.BF16
+_FORMATS = {  #: and bytes of a number
+    torch.bfloat16: (_BF16, 2),
+    torch.float16: (StageFormat.F16, 2),
+    torch.float32: (StageFormat.F32, 4),
+    torch.float8_e4m3fn: (StageFormat.E4M3, 1),
 }
 #: Bits of `RawFormats` in kernels_src/stage/inputs.cuh.
 _IDS = {torch.int32: 0, torch.int64: 1}
@@ -56,6 +57,7 @@ class RawInputs:
         ids_stride, weights_stride: numbers from row to row.
         scales_row, scales_column: bytes from row to row, from column to column.
         weight_factor: as given.
+        topk_idx: as given, or a copy with the slots of a token side by side.
 
     Raises:
         ConfigError: one of them is not supported.
@@ -63,7 +65,7 @@ class RawInputs:
 
     __slots__ = (
         "_kept", "form", "formats", "fused", "ids_at", "ids_stride", "scales_at", "scales_column", "scales_row",
-        "tokens", "weight_factor", "weights_at", "weights_stride", "x_at", "x_stride",
+        "tokens", "topk_idx", "weight_factor", "weights_at", "weights_stride", "x_at", "x_stride",
     )  # fmt: skip
 
     def __init__(
@@ -78,11 +80,11 @@ class RawInputs:
         weight_factor: float = 1.0,
     ) -> None:
         try:
-            self.form = _FORMATS[x.dtype]
-            self.formats = _IDS[topk_idx.dtype] | _WEIGHTS[topk_weights.dtype]
+            form, size = _FORMATS[x.dtype]
+            formats = _IDS[topk_idx.dtype] | _WEIGHTS[topk_weights.dtype]
             tokens, columns = x.shape
             pairs = (tokens, topk)
-            fits = columns == hidden and topk_idx.shape == pairs and topk_weights.shape == pairs
+            fits = columns == hidden and topk_idx.shape == pairs == topk_weights.shape
             fits = fits and x.layout is topk_idx.layout is topk_weights.layout is torch.strided
             fits = fits and x.device == topk_idx.device == topk_weights.device == device
             x_row, x_column = x.stride()
@@ -94,12 +96,11 @@ class RawInputs:
             _explain(x, topk_idx, topk_weights, hidden, topk, device)
         if type(weight_factor) is not float or not -_MOST <= weight_factor <= _MOST:
             weight_factor = _check_factor(weight_factor)
-        self.tokens, self.weight_factor = tokens, weight_factor
+        self.tokens, self.weight_factor, self.form, self.formats = tokens, weight_factor, form, formats
         if ids_column != 1 or ids_row > _FURTHEST:
             topk_idx, ids_row = _copy(topk_idx), topk
         if weights_column != 1 or weights_row > _FURTHEST or topk_weights.is_neg():
             topk_weights, weights_row = _copy(topk_weights), topk
-        size = x.itemsize
         if x_column != 1 or x.is_neg():
             x, x_row = _copy(x), hidden
         if size == 1:
@@ -108,10 +109,11 @@ class RawInputs:
             self._take_scales(x_scales, hidden, device)
         elif x_scales is not None:
             raise ConfigError(f"x is {x.dtype} with x_scales; allowed: float8_e4m3fn with its scales")
-        self.x_at, self.ids_at, self.weights_at = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
-        self.x_stride, self.ids_stride, self.weights_stride = x_row * size, ids_row, weights_row
-        self.fused = self.form is StageFormat.BF16 and not (self.x_at | self.x_stride) & 15
-        self._kept = x, topk_idx, topk_weights  # until it is launched: some may be copies
+        at, step = x.data_ptr(), x_row * size
+        self.x_at, self.ids_at, self.weights_at = at, topk_idx.data_ptr(), topk_weights.data_ptr()
+        self.x_stride, self.ids_stride, self.weights_stride = step, ids_row, weights_row
+        self.fused = form is _BF16 and not (at | step) & 15
+        self.topk_idx, self._kept = topk_idx, (x, topk_weights)  # until it is launched: some may be copies
 
     def _take_scales(self, x_scales: torch.Tensor | None, hidden: int, device: torch.device) -> None:
         if x_scales is None:

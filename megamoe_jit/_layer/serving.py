@@ -6,10 +6,11 @@ import torch
 
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_tensor
-from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16, run_batch
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.weights import WeightPair
-from megamoe_jit._spec import MAX_TOKENS
+from megamoe_jit._spec import MAX_TOKENS, check_clamp
+from megamoe_jit._spec.numerics import Numerics, numerics_of
 
 __all__ = ["serve"]
 
@@ -33,21 +34,20 @@ def serve(
     Raises:
         MegaMoeError: as `MegaMoE.forward`.
     """
-    capacity = buffer.num_max_tokens_per_rank
-    try:
-        fits = not (x.ndim == 2 and x.shape[0] > capacity)
-    except (AttributeError, RuntimeError):  # it is no dense tensor, and is refused for that
-        fits = True
-    if fits:
-        return mega_moe_from_bf16(
-            *(x, topk_idx, topk_weights, l1, l2, buffer), y=y, activation_clamp=clamp, fast_math=fast_math
-        )
+    raw = RawInputs(x, topk_idx, topk_weights, buffer.hidden, buffer.num_topk, buffer.device)
+    tokens, capacity = raw.tokens, buffer.num_max_tokens_per_rank
+    if y is not None:
+        check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
+    bound = check_clamp("activation_clamp", clamp)
+    if tokens <= capacity:
+        try:
+            numerics = numerics_of(fast_math)
+        except TypeError:  # what cannot be hashed is no option either
+            numerics = Numerics(fast_math)
+        return run_batch(buffer, raw, (l1, l2), bound, numerics, y)
     buffer.require_usable()
-    tokens = RawInputs(x, topk_idx, topk_weights, buffer.hidden, buffer.num_topk, buffer.device).tokens
     if y is None:
         y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
-    else:
-        check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
     choice, _ = buffer.kernels.choose(min(tokens, MAX_TOKENS), None, None)
     options = {"activation_clamp": clamp, "fast_math": fast_math, "variant": choice.variant.value}  # of all chunks
     with buffer.lock:  # another thread's batch comes after this one

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from megamoe_jit._device.params import Params, TensorMap, aligned_params
+from megamoe_jit._device.params import Params, TensorMap, aligned_params, side_by_side
 from megamoe_jit._spec.abi import PARAMS, PARAMS_ALIGN, PARAMS_BYTES
 
 
@@ -28,3 +28,20 @@ def test_the_block_is_aligned_and_zero(_: int):
     maps = [name for name, kind in Params._fields_ if kind is TensorMap]
     assert len(maps) == 4
     assert all(getattr(Params, name).offset % 64 == 0 for name in maps)
+
+
+def test_fields_that_are_side_by_side_are_packed_at_once():
+    params, (packer, at) = (
+        aligned_params(),
+        side_by_side("raw_ids_stride", "raw_weights_stride", "raw_formats", "weight_factor"),
+    )
+    packer.pack_into(params, at, 1, 2**32 - 1, 3, 2.5)
+    found = params.raw_ids_stride, params.raw_weights_stride, params.raw_formats, params.weight_factor
+    assert found == (1, 2**32 - 1, 3, 2.5)
+    assert (params.raw_x_stride, packer.size) == (0, 16)
+
+
+@pytest.mark.parametrize("names", [("raw_x", "raw_weights"), ("raw_ids", "raw_x"), ("y", "tokens")])
+def test_fields_that_are_not_side_by_side_are_not(names: tuple[str, ...]):
+    with pytest.raises(ValueError, match="not side by side"):
+        side_by_side(*names)

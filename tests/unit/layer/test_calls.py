@@ -233,6 +233,44 @@ def test_every_call_brings_its_own_values(cuda: Cuda):
     assert (two.params.lag_tiles, two.params.item_shift, two.params.sort_blocks) == (264, 0, 1)
 
 
+def plan_of(params: Params) -> tuple[int, ...]:
+    """What calls of one plan have in common."""
+    return params.lag_tiles, params.item_shift, params.sort_blocks, params.want_sides
+
+
+def test_calls_of_several_plans_in_turns_bring_their_own(cuda: Cuda):
+    it = SymmBuffer(SHAPE, 4096, HERE)
+    for tokens in (4096, 5, 4096, 4096, 5):
+        call(it, tokens, variant="pingpong")
+    one, two, *again = [plan_of(launch.params) for launch in cuda.launches]
+    assert one != two
+    assert again == [one, one, two]
+
+
+def test_an_interrupted_change_of_plans_is_made_again(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
+    it = SymmBuffer(SHAPE, 4096, HERE)
+    for tokens in (4096, 5, 4096):
+        call(it, tokens, variant="pingpong")
+    one = plan_of(cuda.launches[0].params)
+    (kernel,) = it.kernels.bound.values()
+
+    class Interrupted:
+        """Parameters of which only the first can be set."""
+
+        def __setattr__(self, name: str, value: int) -> None:
+            setattr(params, name, value)
+            raise KeyboardInterrupt
+
+    params = kernel.params
+    with monkeypatch.context() as during:
+        during.setattr(kernel, "params", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            call(it, 5, variant="pingpong", num_sms=60)
+    assert plan_of(params) != one
+    call(it, 4096, variant="pingpong")
+    assert plan_of(cuda.launches[-1].params) == one
+
+
 def test_pairs_are_sorted_by_as_many_blocks_as_they_fill(cuda: Cuda):
     it = SymmBuffer(SHAPE, 4096, HERE)
     cases = ((0, None), (192, None), (193, None), (3073, None), (4096, 3))

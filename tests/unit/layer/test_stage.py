@@ -318,22 +318,21 @@ def python_calls(action: Callable[[], object]) -> list[str]:
     return seen[1:]
 
 
-#: For each launch; those of the stand-ins for torch and the driver among them, which are 7 and more, and the five of a
-#: module: torch's own two, two that ask whether somebody traces, and the one that asks whether a batch fits.
-MOST_CALLS = 25
+STAND_INS = ("test_", "<string>")  #: files of what stands for torch and the driver
 
 
 def test_steady_calls_take_few_functions(cuda: Cuda, buffer: SymmBuffer):  # noqa: F811
+    """A module's five more are torch's own two, two that ask whether somebody traces, and `forward`."""
     y, made, batch = torch.empty(3, 256, dtype=torch.bfloat16), layer(), inputs(3)
     slow = (batch[0].float(), *batch[1:])
-    for launches, steady in (
-        (1, lambda: mm.fp8_mega_moe(y, L1, L2, buffer)),
-        (1, lambda: made(*batch)),
-        (2, lambda: run(buffer, *slow)),
+    for most, steady in (
+        (13, lambda: mm.fp8_mega_moe(y, L1, L2, buffer)),
+        (17, lambda: made(*batch)),
+        (21, lambda: run(buffer, *slow)),  # two launches
     ):
         steady()
-        calls = python_calls(steady)
-        assert len(calls) <= launches * MOST_CALLS, calls
+        calls = [name for name in python_calls(steady) if not name.startswith(STAND_INS)]
+        assert len(calls) <= most, calls
 
 
 def test_weights_of_layers_that_share_a_buffer_are_checked_once(cuda: Cuda, it: SymmBuffer):  # noqa: F811

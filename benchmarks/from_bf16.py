@@ -1,0 +1,291 @@
+"""The layer as a model calls it, from bf16 to bf16, beside its kernel alone.
+
+    python -m benchmarks.from_bf16 --shapes v4-flash --tokens 1,64,8192 [--output from-bf16.json]
+
+In turns within the same rounds, after every output was compared with the reference:
+
+    kernel        `fp8_mega_moe` on inputs that are quantised and staged before
+    kernel graph  the same as a CUDA graph of one node
+    layer graph   `MegaMoE`, staging and all, as a CUDA graph
+    layer eager   `MegaMoE` called, its host time hidden: the GPU is busy with something else meanwhile
+
+and beside them the host's time of a call of each, and of an operation of torch on no elements.  Then, once:
+
+    chain         eight small layers one after the other, called and as one CUDA graph, by the clock on the wall
+    memory        43 layers of v4-flash that serve 8192 tokens: what they take beside their weights
+
+Needs a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megamoe_jit as mm
+from benchmarks.checkout import commit
+from benchmarks.launch_cost import empty_op, medians_us
+from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
+from megamoe_jit._bench.conditions import environment, write
+from megamoe_jit._bench.measure import cases, kernel_of, require_hopper, some_rows
+from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.verify import judge
+from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._spec import MoEShape
+from megamoe_jit.heuristics.presets import preset
+
+__all__ = ["TOKENS", "captured", "chain", "measure", "memory"]
+
+SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
+TOKENS = (1, 8, 64, 512, 1024, 8192)
+CLAMP = 10.0
+HOST_ROUNDS = 20
+CHAIN_LAYERS, CHAIN_SHAPE, CHAIN_TOKENS, CHAIN_ROUNDS = 8, MoEShape(2048, 768, 16, 8), 8, 30
+MEMORY_LAYERS, MEMORY_SHAPE, MEMORY_TOKENS = 43, "v4-flash", 8192
+
+Call = Callable[[], torch.Tensor]  #: gives bf16 ``[T, hidden]``
+
+
+def captured(call: Call) -> Call:
+    """A replay of `call` as a CUDA graph; it gives the tensor that every replay writes."""
+    call()  # whatever is made on first use
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return y
+
+    return replay
+
+
+@contextmanager
+def layer_of(weights: Weights, shape: MoEShape, max_tokens: int) -> Iterator[mm.MegaMoE]:
+    """A layer with these weights, gone at the end."""
+    layer = mm.MegaMoE(weights.l1, weights.l2, topk=shape.topk, max_tokens=max_tokens, clamp=CLAMP)
+    try:
+        yield layer
+    finally:
+        layer.destroy()
+
+
+def _calls(layer: mm.MegaMoE, inputs: Inputs) -> dict[str, Call]:
+    """What is compared, by the names of the table."""
+    y, l1, l2, buffer = torch.empty_like(inputs.x), layer.l1, layer.l2, layer.buffer
+    x, topk_idx, topk_weights = inputs.x, inputs.topk_idx, inputs.topk_weights
+
+    def kernel() -> torch.Tensor:
+        mm.fp8_mega_moe(y, l1, l2, buffer, activation_clamp=CLAMP)
+        return y
+
+    def whole() -> torch.Tensor:
+        return layer(x, topk_idx, topk_weights)  # type: ignore[no-any-return]
+
+    return {
+        "kernel": kernel,
+        "kernel_graph": captured(kernel),
+        "layer_graph": captured(whole),
+        "layer_eager": whole,
+    }
+
+
+def measure(case: Scenario, layer: mm.MegaMoE, weights: Weights, flush: torch.Tensor) -> dict[str, Any]:
+    """One row; times are medians in microseconds."""
+    device, buffer = flush.device, layer.buffer
+    inputs = make_inputs(case, device, weights=weights)
+    where, expected = some_rows(case, inputs, weights)
+    inputs.stage(buffer)
+    calls = _calls(layer, inputs)
+
+    def stage() -> None:
+        inputs.stage(buffer)
+
+    verdicts = []
+    for name, call in calls.items():
+        stage() if name.startswith("kernel") else buffer.topk_idx.fill_(-1)  # a layer stages for itself
+        verdicts.append(judge(call()[where], expected))
+    times = burst({name: TimedCall(call, stage) for name, call in calls.items()}, flush)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    host = medians_us(
+        {"layer": calls["layer_eager"], "kernel": calls["kernel"], "empty": empty_op(device)}, HOST_ROUNDS
+    )
+    buffer.check()
+    more = medians["layer_graph"] - medians["kernel_graph"]
+    return {
+        "shape": case.name,
+        "tokens": case.tokens,
+        "kernel": kernel_of(case.shape, case.tokens, "auto", device),
+        **{f"{name}_us": round(value, 2) for name, value in medians.items()},
+        "more_us": round(more, 2),
+        "more_percent": round(100 * more / medians["kernel_graph"], 2),
+        "host_layer_us": round(host["layer"], 2),
+        "host_kernel_us": round(host["kernel"], 2),
+        "host_empty_op_us": round(host["empty"], 2),
+        "correct": all(verdict.passed for verdict in verdicts),
+        "diff": max(verdict.diff for verdict in verdicts),
+        "worst_row_diff": max(verdict.worst_row_diff for verdict in verdicts),
+    }
+
+
+def wall_us(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median microseconds from the start of each call to the end of its work on the GPU, the calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - begin) * 1e6)
+    return {name: statistics.median(found[len(found) // 4 :]) for name, found in times.items()}
+
+
+def chain(device: torch.device) -> dict[str, Any]:
+    """Small layers one after the other, called and as one CUDA graph."""
+    case = Scenario("chain", CHAIN_SHAPE, CHAIN_TOKENS, CHAIN_TOKENS, clamp=CLAMP)
+    inputs = make_inputs(case, device)
+    weights = Weights(inputs.l1, inputs.l2)
+    options = {"topk": CHAIN_SHAPE.topk, "max_tokens": CHAIN_TOKENS, "clamp": CLAMP}
+    layers = [mm.MegaMoE(weights.l1, weights.l2, **options) for _ in range(CHAIN_LAYERS)]  # type: ignore[arg-type]
+
+    def eager() -> torch.Tensor:
+        x = inputs.x
+        for layer in layers:
+            x = layer(x, inputs.topk_idx, inputs.topk_weights)
+        return x
+
+    graph = captured(eager)
+    right = torch.equal(eager(), graph()) and bool(eager().isfinite().all())
+    times = wall_us({"eager": eager, "graph": graph}, CHAIN_ROUNDS)
+    for layer in layers:
+        layer.destroy()
+    return {
+        "layers": CHAIN_LAYERS,
+        "hidden": CHAIN_SHAPE.hidden,
+        "intermediate": CHAIN_SHAPE.intermediate,
+        "experts": CHAIN_SHAPE.experts,
+        "topk": CHAIN_SHAPE.topk,
+        "tokens": CHAIN_TOKENS,
+        **{f"{name}_us": round(value / CHAIN_LAYERS, 2) for name, value in times.items()},  # of one layer
+        "eager_over_graph": round(times["eager"] / times["graph"], 3),
+        "correct": right,
+    }
+
+
+def memory(device: torch.device, count: int, tokens: int) -> dict[str, Any]:
+    """What the layers of a model take beside their weights, at the most, while they serve a batch one by one."""
+    case = cases([preset(MEMORY_SHAPE)], [tokens])[0]
+    drawn = make_weights(case.shape, device)
+    inputs = make_inputs(case, device, weights=drawn)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    options = {"topk": case.shape.topk, "max_tokens": tokens, "clamp": CLAMP}
+    layers = [mm.MegaMoE(drawn.l1, drawn.l2, **options) for _ in range(count)]  # type: ignore[arg-type]
+    own = sum(tensor.nbytes for layer in layers for tensor in (*layer.l1, *layer.l2))
+    torch.cuda.reset_peak_memory_stats(device)
+    for layer in layers:
+        layer(inputs.x, inputs.topk_idx, inputs.topk_weights)
+    torch.cuda.synchronize()
+    beside = torch.cuda.max_memory_allocated(device) - before - own
+    for layer in layers:
+        layer.destroy()
+    return {
+        "shape": case.name,
+        "layers": count,
+        "tokens": tokens,
+        "weights_gib": round(own / 2**30, 2),
+        "beside_gib": round(beside / 2**30, 3),
+    }
+
+
+#: Columns of the printed table: head, field, width, digits.
+COLUMNS = (
+    ("kernel", "kernel_us", 8, 1),
+    ("in graph", "kernel_graph_us", 9, 1),
+    ("layer graph", "layer_graph_us", 12, 1),
+    ("eager", "layer_eager_us", 8, 1),
+    ("more us", "more_us", 8, 1),
+    ("more %", "more_percent", 7, 1),
+    ("host layer", "host_layer_us", 11, 1),
+    ("kernel", "host_kernel_us", 7, 1),
+    ("empty op", "host_empty_op_us", 9, 2),
+)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    figures = "".join(f"{row[field]:{width}.{digits}f}" for _, field, width, digits in COLUMNS)
+    return f"{row['shape']:14}{row['tokens']:7}{figures}{'' if row['correct'] else '  WRONG'}"
+
+
+def rows_of(shapes: list[str], tokens: list[int], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows of the table, shape by shape."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    for name in shapes:
+        work = cases([preset(name)], tokens)
+        shape = work[0].shape
+        weights = make_weights(shape, device)
+        with layer_of(weights, shape, max(tokens)) as layer:
+            for case in work:
+                yield measure(case, layer, weights, flush)
+        del layer, weights
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    """Measure and print; 1 if an output is wrong, 3 without a Hopper GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--output", type=Path, help="write the rows as JSON")
+    options = parser.parse_args()
+    shapes = options.shapes.split(",")
+    try:
+        for name in shapes:
+            preset(name)
+        tokens = sorted(int(count) for count in options.tokens.split(","))
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        device = require_hopper()
+    except UnsupportedDeviceError as error:
+        parser.exit(3, f"Error: {error}\n")
+    before = anchors()
+    _say(f"{'layer, us':14}{'tokens':>7}" + "".join(f"{head:>{width}}" for head, _, width, _ in COLUMNS))
+    rows = []
+    for row in rows_of(shapes, tokens, device):
+        rows.append(row)
+        _say(_line(row))
+    small = chain(device)
+    _say(
+        f"chain of {small['layers']} small layers: {small['eager_us']:.1f} us a layer eager, {small['graph_us']:.1f} "
+        f"in a graph: {small['eager_over_graph']:.2f} times{'' if small['correct'] else '  WRONG'}"
+    )
+    held = memory(device, MEMORY_LAYERS, MEMORY_TOKENS)
+    _say(
+        f"{held['layers']} layers of {held['shape']}, {held['tokens']} tokens: {held['beside_gib']:.2f} GiB beside "
+        f"{held['weights_gib']:.1f} GiB of weights"
+    )
+    if options.output:
+        document = {"schema_version": 1, "kind": "from_bf16", "environment": environment(commit())}
+        parts = {"anchors": [before, anchors()], "chain": small, "memory": held}
+        write({**document, **parts, "rows": rows}, options.output)
+    return int(not (small["correct"] and all(row["correct"] for row in rows)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""Tables of the layer from bf16 to bf16 and inside a model, for report.py: the documents of from_bf16.py and
+in_transformers.py, by card.  Where there are none there is no section either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.markdown import table
+
+__all__ = ["compact", "full"]
+
+Documents = Mapping[str, Mapping[str, Any]]  #: by card
+
+#: Rows of the compact table for each layer: what, and its field.
+COMPACT = (
+    ("kernel alone", "kernel_us"),
+    ("layer in a CUDA graph", "layer_graph_us"),
+    ("layer, called", "layer_eager_us"),
+)
+FULL = (
+    ("kernel, called", "kernel_us"),
+    ("kernel in a graph", "kernel_graph_us"),
+    ("layer in a graph", "layer_graph_us"),
+    ("layer, called", "layer_eager_us"),
+    ("more, µs", "more_us"),
+    ("more, %", "more_percent"),
+    ("host: layer", "host_layer_us"),
+    ("host: kernel", "host_kernel_us"),
+    ("host: empty operation", "host_empty_op_us"),
+)
+
+
+def _conditions(doc: Mapping[str, Any], *more: str) -> str:
+    env = doc["environment"]
+    stack = f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}"
+    return ", ".join([env["device"], stack, *more, env["date"][:10], f"commit {env['commit']}"]) + "."
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], field: str) -> str:
+    found = sorted(row[field] for row in rows)
+    return f"{found[0]:.1f} to {found[-1]:.1f}"
+
+
+def _host(rows: Sequence[Mapping[str, Any]]) -> str:
+    layer, kernel, empty = (_spread(rows, f"host_{what}_us") for what in ("layer", "kernel", "empty_op"))
+    return (
+        f"Host time of a call: {layer} µs for the layer, {kernel} for the kernel alone, where an operation of torch on "
+        f"no elements takes {empty}."
+    )
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    return "right" if row["correct"] else "wrong"
+
+
+def _once(doc: Mapping[str, Any]) -> str:
+    chain, held = doc["chain"], doc["memory"]
+    sizes = f"{chain['hidden']} / {chain['intermediate']}, {chain['topk']} of {chain['experts']} experts"
+    return (
+        f"{chain['layers']} layers of {sizes}, {chain['tokens']} tokens, one after the other: "
+        f"{chain['eager_us']:.0f} µs each where they are called, {chain['graph_us']:.0f} as one graph, "
+        f"{chain['eager_over_graph']:.2f} times as long. {held['layers']} layers of {held['shape']} that serve "
+        f"{held['tokens']} tokens hold {held['beside_gib']:.2f} GiB beside {held['weights_gib']:.1f} GiB of weights."
+    )
+
+
+def _model_table(doc: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for row in doc["rows"]:
+        ours, grouped, eager = (row[f"{name}_ms"] for name in ("megamoe", "grouped_mm", "eager"))
+        times = (f"{value:.2f}" for value in (ours, grouped, eager))
+        cells.append((row["step"], str(row["tokens"]), *times, f"{grouped / ours:.2f}"))
+    return table(("step", "tokens", "MegaMoE, ms", "grouped_mm, ms", "eager, ms", "times grouped_mm"), cells)
+
+
+def compact(docs: Documents) -> str:
+    """For the README: of each layer the kernel, and the layer in a graph and called; tokens side by side."""
+    lines: list[str] = []
+    for doc in docs.values():
+        tokens = sorted({row["tokens"] for row in doc["rows"]})
+        by_shape: dict[str, dict[int, Mapping[str, Any]]] = {}
+        for row in doc["rows"]:
+            by_shape.setdefault(row["shape"], {})[row["tokens"]] = row
+        cells = [
+            (shape, what, *(f"{rows[count][field]:.0f}" if count in rows else "-" for count in tokens))
+            for shape, rows in by_shape.items()
+            for what, field in COMPACT
+        ]
+        intro = "From bf16 to bf16, as a model calls the layer, staging in the same launch; µs by tokens:"
+        lines += [intro, "", *table(("layer", "µs of", *map(str, tokens)), cells)]
+        lines += ["", _host(doc["rows"]), _conditions(doc), ""]
+    return "\n".join(lines[:-1])
+
+
+def full(docs: Documents, models: Documents) -> str:
+    """For docs/performance.md: every row, what was measured once, and the layer inside a model."""
+    lines = ["## From bf16 to bf16", ""]
+    for doc in docs.values():
+        rows = doc["rows"]
+        head = ("layer", "tokens", *(name for name, _ in FULL), "output")
+        cells = [
+            (row["shape"], str(row["tokens"]), *(f"{row[field]:.1f}" for _, field in FULL), _said(row)) for row in rows
+        ]
+        lines += [_conditions(doc), _host(rows), _once(doc), "", *table(head, cells), ""]
+    for doc in models.values():
+        lines += [
+            _conditions(doc, f"transformers {doc['environment']['transformers']}"),
+            f"{doc['layers']} layers of {doc['model']} in transformers, eager: milliseconds of a step. The logits "
+            f"differ from those of grouped_mm by {doc['logits_diff']['megamoe']:.4f} (`calc_diff`).",
+            "",
+            *_model_table(doc),
+            "",
+        ]
+    return "\n".join(lines[:-1])
