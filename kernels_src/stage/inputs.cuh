@@ -25,15 +25,14 @@ MEGA_DEVICE float raw_weight(const u8* weights, u64 i, u32 formats) {
     return reinterpret_cast<const float*>(weights)[i];
 }
 
-/// Slots of a token that the router fills.  Those behind them are for the shared experts of the
-/// token's own rank, of which the router knows nothing: its ids and weights come without them, and
-/// its experts are numbered without them.
+/// Slots of a token that the router fills.  Those behind them are for the shared experts of the token's own rank, of which the
+/// router knows nothing: its ids and weights come without them, and its experts are numbered without them.
 template <class C> constexpr u32 kRoutedSlots = C::kTopK - C::kShared;
-/// Each rank's experts that are not shared; they come first.
-template <class C> constexpr u32 kLocalRouted = C::kLocalExperts - C::kShared;
+template <class C> constexpr u32
+    kLocalRouted = C::kLocalExperts -
+                   C::kShared;   // each rank's experts that are not shared, which come first
 
-/// What the router says of a pair of token and routed slot of this rank, wherever the launch has its
-/// inputs from.
+/// What the router says of a pair of token and routed slot of this rank, wherever the launch has its inputs from.
 template <class C> MEGA_DEVICE i64 routed_id(const Params& p, u32 pair) {
     if constexpr (C::kInputs != Inputs::raw)
         return symmetric<const i64>(p, p.rank, p.topk_ids)[pair];

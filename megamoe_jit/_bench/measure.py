@@ -174,7 +174,10 @@ def _measure(
         rows.append(
             Row(
                 shape=case.name,
-                **shape.to_json(),
+                hidden=shape.hidden,
+                intermediate=shape.intermediate,
+                experts=shape.experts,
+                topk=shape.topk,
                 tokens=case.tokens,
                 variant=name,
                 kernel=kernel_of(shape, case.tokens, name, layer.device),

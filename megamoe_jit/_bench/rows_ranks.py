@@ -45,7 +45,10 @@ def merge(
         rows.append(
             RankRow(
                 shape=case.name,
-                **shape.to_json(),
+                hidden=shape.hidden,
+                intermediate=shape.intermediate,
+                experts=shape.experts,
+                topk=shape.topk,
                 tokens=case.tokens,
                 variant=variant,
                 kernel=kernel,

@@ -19,7 +19,7 @@ class NamedShape:
 
     Attributes:
         experts: of all ranks
-        shared: experts that the model has beside, for --shared
+        shared: experts that every token goes to beside
         ranks: GPUs that the experts are usually spread over
         config: configuration class in transformers
     """
@@ -61,10 +61,11 @@ def ls(as_json: bool) -> None:
 
     presets = [preset(name) for name in preset_names()]
     if as_json:
-        rows = (
-            NamedShape(p.name, **p.shape.to_json(), shared=p.shared, ranks=p.ranks, source=p.source, config=p.config)
+        rows = [
+            NamedShape(p.name, s.hidden, s.intermediate, s.experts, s.topk, p.shared, p.ranks, p.source, p.config)
             for p in presets
-        )
+            for s in (p.shape,)
+        ]
         emit(Shapes(tuple(rows)))
         return
     rows_of_text = [

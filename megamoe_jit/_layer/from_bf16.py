@@ -103,8 +103,7 @@ def run_batch(
         weights: of both products; checked at the launch.
         clamp: as the kernel takes it, infinity for none.
         y: as `raw` wants it; a new tensor by default.
-        shared_weight: checked.
-        buffer, numerics, stats, num_sms, variant: as there.
+        buffer, numerics, stats, num_sms, variant, shared_weight: as there.
 
     Returns:
         `y`; the kernel may still be running.

@@ -41,6 +41,8 @@ def serve(
     tokens, capacity = raw.tokens, buffer.num_max_tokens_per_rank
     if y is not None:
         check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
+    if type(shared_weight) is not float or shared_weight != 1.0:
+        check_shared_weight(shared_weight, buffer.num_shared_experts)
     bound = check_clamp("activation_clamp", clamp)
     if shared_weight != 1.0:
         check_shared_weight(shared_weight, buffer.num_shared_experts)

@@ -78,7 +78,7 @@ def changed(get: Callable[[], object], put: Callable[[object], object], value: o
 
 
 STATES: dict[str, Callable[[], AbstractContextManager]] = {
-    "default device": lambda: changed(torch.get_default_device, torch.set_default_device, "meta"),
+    "default device": lambda: changed(lambda: None, torch.set_default_device, "meta"),  # None: no mode is left on
     "device context": lambda: torch.device("meta"),
     "default bfloat16": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
     "default float64": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
