@@ -44,8 +44,6 @@ def serve(
     if type(shared_weight) is not float or shared_weight != 1.0:
         check_shared_weight(shared_weight, buffer.num_shared_experts)
     bound = check_clamp("activation_clamp", clamp)
-    if shared_weight != 1.0:
-        check_shared_weight(shared_weight, buffer.num_shared_experts)
     if tokens <= capacity:
         try:
             numerics = numerics_of(fast_math)
