@@ -128,8 +128,8 @@ def test_a_kernel_without_shared_experts_says_nothing_of_them():
     plain, spec = (KernelSpec(replace(SHAPE, shared=n), Variant.PINGPONG, 8) for n in (0, 3))
     assert "shared" not in json.dumps(plain.to_json()["shape"])
     assert spec.kernel_name == plain.kernel_name.replace("_k6_", "_k6_s3_")
-    assert [KernelSpec.of_entry(each.kernel_name) for each in (plain, spec)] == [plain, spec]
-    assert KernelSpec.of_entry(spec.kernel_name.replace("_s3_", "_s0_")) is None
+    assert [KernelSpec.of_kernel_name(each.kernel_name) for each in (plain, spec)] == [plain, spec]
+    assert KernelSpec.of_kernel_name(spec.kernel_name.replace("_s3_", "_s0_")) is None
 
 
 @given(specs)
