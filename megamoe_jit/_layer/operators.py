@@ -14,6 +14,7 @@ The operators exist from the import of this module on, which is that of `megamoe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -68,29 +69,16 @@ def _moe(
     clamp: float | None = None,
     fast_math: bool = True,
     shared_weight: float = 1.0,
+    *,
+    y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     buffer = buffer_named(workspace)
     weights = _in_order((l1_codes, l1_scales), (l2_codes, l2_scales))
-    return serve(buffer, x, topk_idx, topk_weights, *weights, clamp, fast_math, shared_weight)
+    return serve(buffer, x, topk_idx, topk_weights, *weights, clamp, fast_math, shared_weight, y)
 
 
-def _moe_into(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    topk_idx: torch.Tensor,
-    topk_weights: torch.Tensor,
-    l1_codes: torch.Tensor,
-    l1_scales: torch.Tensor,
-    l2_codes: torch.Tensor,
-    l2_scales: torch.Tensor,
-    workspace: str,
-    clamp: float | None = None,
-    fast_math: bool = True,
-    shared_weight: float = 1.0,
-) -> None:
-    buffer = buffer_named(workspace)
-    weights = _in_order((l1_codes, l1_scales), (l2_codes, l2_scales))
-    serve(buffer, x, topk_idx, topk_weights, *weights, clamp, fast_math, shared_weight, y)
+def _moe_into(y: torch.Tensor, *arguments: Any, **options: Any) -> None:
+    _moe(*arguments, **options, y=y)
 
 
 def _moe_fake(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
