@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -38,7 +38,6 @@ SMALL = (
 CHECKED = (
     Change("layout/params.cuh", "MEGA_DEVICE T* symmetric(", "MEGA_DEVICE sim::Pointer<T> symmetric("),
     Change("layout/params.cuh", "p.peers[rank] + offset", "p.peers[sim::existing(rank)] + offset"),
-    Change("dispatch/sort.cuh", "u32* sorted = symmetric", "const auto sorted = symmetric"),
     Change("stage/quantise.cuh", "    float* scales;", "    sim::Pointer<float> scales;"),
     Change("stage/quantise.cuh", "scales[group] = by.scale", "scales[group] = sim::staged_scale(by.scale)"),
 )
@@ -145,6 +144,7 @@ class Simulator:
             "launches": launches,
             "pool_rows": layout.pool_rows,
             "rows": layout.rows,
+            "most_pairs": layout.most_pairs,
             "mutant": mutant,
         }
         options = [f"{name}={value}" for name, value in numbers.items()]
@@ -164,7 +164,7 @@ def _with_pools(layout: BufferLayout, shape: MoEShape, pool_rows: int) -> Buffer
     local = [
         Section(s.name, s.offset, pool_rows * bytes_per_row.get(s.name, 0) or s.bytes, s.what) for s in layout.local
     ]
-    return BufferLayout(layout.symmetric, tuple(local), layout.capacity, layout.rows, pool_rows)
+    return replace(layout, local=tuple(local), pool_rows=pool_rows)
 
 
 def _sentence(line: str) -> str:
