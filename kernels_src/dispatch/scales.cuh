@@ -56,7 +56,7 @@ template <class C> struct Scales {
     MEGA_DEVICE void load(u32 first) {
 #pragma unroll
         for (u32 i = 0; i < kHeld; ++i)
-            if (from != nullptr && vector(first, i) < kVectors)
+            if (from != nullptr && vector(first, i) * 4 < kBlocks + skew)
                 v[i] = ptx::load16(from + vector(first, i) * 16);
     }
     /// Stores all of them, the row of lane l at `pool_row` + l % rows.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
@@ -95,7 +95,7 @@ class Outcome:
     """What a run said; `problem` is empty when nothing was wrong."""
 
     problem: str
-    pairs: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  #: pairs, and what `sim/memory.h` counts between ranks
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Simulator:
         command = [str(self.program), *options, f"variant={variant}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         if done.returncode == 0:
-            return Outcome("", int(done.stdout.split()[0]))
+            return Outcome("", {name: int(n) for name, n in (word.split("=") for word in done.stdout.split())})
         return Outcome("\n".join(map(_sentence, done.stdout.splitlines())) or f"ended with code {done.returncode}")
 
 

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._spec import MoEShape, Variant
-from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.abi import Meeting, Wait
 from megamoe_jit._spec.inputs import Inputs
 from tests import host
 from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
@@ -195,6 +195,25 @@ def test_a_mistake_with_shared_experts_is_found(build: Build, mistake: int):
     assert find(build(2, SHARED_MISTAKES, Inputs.RAW, SHARED), mistake) != ""
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_what_goes_from_rank_to_rank_is_what_must(build: Build, ranks: int):
+    """Each row and its scales once for a pair, in pieces of 16 bytes or more; no table is read; one round of signals."""
+    shape, launches, deepest, simulator = SHAPES[ranks], 2, 0, build(ranks)
+    for seed in range(1, 7):
+        run = simulator.run(seed, tokens=TOKENS[ranks], blocks=1, launches=launches, variant="cooperative")
+        assert run.problem == ""
+        counts, peers = run.counts, launches * ranks * (ranks - 1)
+        pairs = counts["remote_pairs"]
+        assert counts["small_loads"] == 0
+        assert counts["loaded_bytes"] == pairs * (shape.hidden + 16)  # up to four scales
+        assert counts["stores"] == pairs * shape.hidden * 2 // 16
+        assert counts["small_stores"] == pairs + peers * (shape.experts // ranks + 1)
+        assert counts["signals"] == peers * len(Meeting)
+        assert counts["signals_of_a_lane"] == 1
+        deepest = max(deepest, counts["copies_in_flight"])
+    assert deepest == KernelSpec(shape, Variant.COOPERATIVE, ranks).dispatch_slots - 1 == 7
+
+
 def test_half_a_block_that_no_tile_wrote_is_still_read(tmp_path: Path):
     """Rings, tiles of 64 rows: the block between two users of a half may have had no tile there to wait."""
     simulator = Simulator.build(tmp_path, MoEShape(128, 128, 8, 3), 1)
@@ -208,7 +227,7 @@ def test_a_run_is_what_its_seed_says(build: Build):
     first, again, other = (build(2).run(seed, tokens=12, blocks=2) for seed in (5, 5, 6))
     assert first == again
     assert (first.problem, other.problem) == ("", "")
-    assert first.pairs != other.pairs
+    assert first.counts["pairs"] != other.counts["pairs"]
 
 
 def test_the_kernels_own_units_and_chunks(build: Build):

@@ -34,7 +34,7 @@ struct Run {
     std::vector<SectionSize> symmetric, local;
     std::vector<Rank> all;
     std::vector<std::vector<std::vector<i64>>> ids;   // [launch][rank][token * routed slots + slot]
-    u64 pairs = 0;
+    u64 pairs = 0, remote_pairs = 0;
 
     using C = variant0::Config;   // what all variants share
 
@@ -351,7 +351,7 @@ struct Run {
                 const auto values = expected_slot(row.data(), expert_of(r, k, id));
                 const u32 weight = shared ? kSharedWeight : static_cast<u32>(slot_weight(n, given));
                 for (u32 g = 0; g < sums.size(); ++g) sums[g] += values[g] * weight;
-                ++pairs;
+                ++pairs, remote_pairs += expert_of(r, k, id) / C::kLocalExperts != r;
             }
             memory.read(all[r].y + u64(t) * C::kHidden, C::kHidden * 2, host(all[r], r));
             for (u32 c = 0; c < C::kHidden; ++c)
@@ -388,7 +388,11 @@ struct Run {
         report_deadlock();
     }
     void finish() {
-        std::printf("%llu pairs, %zu blocks\n", pairs, blocks.size());
+        const Traffic& t = traffic;
+        std::printf("pairs=%llu remote_pairs=%llu small_loads=%llu loads=%llu loaded_bytes=%llu small_stores=%llu stores=%llu ",
+                    pairs, remote_pairs, t.small_loads, t.loads, t.loaded_bytes, t.small_stores, t.stores);
+        std::printf("signals=%llu signals_of_a_lane=%llu copies_in_flight=%llu\n", t.signals, t.signals_of_a_lane,
+                    t.copies_in_flight);
     }
 };
 

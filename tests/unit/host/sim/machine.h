@@ -190,6 +190,8 @@ inline void word_store(u32* p, u32 value) {
     Memory::Word& word = memory.word(p, true, actor());
     if (static_cast<i32>(value - *p) <= 0) fail("a signal goes from " + std::to_string(*p) + " to " + std::to_string(value));
     if (mutant != kSystemStoreRelaxed) now->warp->release_to(word.clock);
+    if (memory.find(p, 4, "signal").rank != now->warp->block->rank) ++traffic.signals;
+    traffic.signals_of_a_lane = std::max<u64>(traffic.signals_of_a_lane, ++now->signals);
     *p = value;
     changed(word);
 }
