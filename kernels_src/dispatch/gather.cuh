@@ -30,7 +30,8 @@ template <class C> struct Gather {
 
     MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const ExpertTable& table_)
         : p(p_), shared(shared_), table(table_), items(table_.items[table_.experts]),
-          first_items(min_u32(items_in_pool(), kWarps * gridDim.x >> p_.item_shift)) {}
+          first_items(min_u32(min_u32(items_in_pool(), items_of_first_tiles()),
+                              kWarps * gridDim.x >> p_.item_shift)) {}
 
     MEGA_DEVICE u32 item_rows() const { return 1u << p.item_shift; }
 
@@ -38,6 +39,15 @@ template <class C> struct Gather {
     MEGA_DEVICE u32 items_in_pool() const {
         const u32 blocks = p.pool_rows / kPoolAlign;
         return table.blocks() <= blocks ? items : table.items[table.expert_at(blocks)];
+    }
+
+    /// Items that the blocks' first tiles need, rounded up to blocks of 128 rows.  Rows of other ranks that nobody waits for
+    /// yet would hold up those that all wait for, as NVLink has a tenth of the memory's bandwidth.
+    MEGA_DEVICE u32 items_of_first_tiles() const {
+        const u32 blocks = ceil_div(gridDim.x, TileOrder<C>::kTilesN1);
+        if (C::kRanks == 1 || blocks >= table.blocks()) return items;
+        const u32 e = table.expert_at(blocks);
+        return min_u32(table.items[e + 1], table.items[e] + ((blocks - table.bases[e]) * kPoolAlign >> p.item_shift));
     }
 
     /// An item's rows: the first, where it lies in the pool, how many, in lane r < rows the origin of row r.

@@ -1,7 +1,9 @@
 """Scenarios on several ranks: each rank has inputs of its own and judges its own tokens.
 
-Each may be run several times, on the same buffer with inputs of each time, and each rank may be made late for each launch
-by a time of chance, since ranks that always come together hide what is wrong with waiting for each other. Every rank draws all experts' weights from one seed, so the oracle needs nothing from the code that is judged.
+Each may be run several times on one buffer, with inputs of each time, and each rank may be late for each launch by a
+time of chance: ranks that always come together hide what is wrong with how they wait for each other.
+
+Every rank draws all experts' weights from one seed, so the oracle needs nothing from the code that is judged.
 """
 
 from __future__ import annotations

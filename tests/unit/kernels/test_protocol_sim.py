@@ -197,7 +197,7 @@ def test_a_mistake_with_shared_experts_is_found(build: Build, mistake: int):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_what_goes_from_rank_to_rank_is_what_must(build: Build, ranks: int):
-    """Each row and its scales once for a pair, in pieces of 16 bytes or more; no table is read; one round of signals."""
+    """Each row and its scales once for a pair, by 16 bytes or more; no table is read; one round of signals."""
     shape, launches, deepest, simulator = SHAPES[ranks], 2, 0, build(ranks)
     for seed in range(1, 7):
         run = simulator.run(seed, tokens=TOKENS[ranks], blocks=1, launches=launches, variant="cooperative")

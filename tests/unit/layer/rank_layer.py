@@ -1,7 +1,7 @@
 """The package's interface over the reference, for runners of several ranks on the CPU.
 
-The variable RANK_LAYER_FAILS says where the last rank fails for how many tokens: "3:call,8:after"; RANK_LAYER_LOG names a
-file that gets a line for each buffer and each call, with the rank and a sum of the inputs.
+The variable RANK_LAYER_FAILS says where the last rank fails for how many tokens: "3:call,8:after"; RANK_LAYER_LOG
+names a file that gets a line for each buffer and each call, with the rank and a sum of the inputs.
 """
 
 import os
