@@ -15,12 +15,13 @@
 
 namespace megamoe {
 
-/// What this block adds to the word.
-MEGA_DEVICE u32 grid_step() { return blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1; }
+/// What a block adds to the word.
+MEGA_DEVICE u32 grid_step(u32 block, u32 blocks) {
+    return block == 0 ? 0x80000000u - (blocks - 1) : 1;
+}
 
-/// Until all blocks have added, given what the word was before this one did.
-MEGA_DEVICE void grid_wait(const Params& p, Wait what, u32 which, u32 old) {
-    const u32* word = p.control + kControlGridBarrier;
+/// Until all blocks have added to the word, given what it was before this one did.
+MEGA_DEVICE void grid_wait(const Params& p, Wait what, u32 which, const u32* word, u32 old) {
     wait_until(
         p, what, which, gridDim.x, [&] { return (ptx::load_acquire(word) ^ old) >> 31 != 0; },
         [&] { return ptx::load_acquire(word) & 0x7FFFFFFFu; });
@@ -29,8 +30,8 @@ MEGA_DEVICE void grid_wait(const Params& p, Wait what, u32 which, u32 old) {
 /// Called by one thread of each block, after the block's own barrier; orders what the blocks wrote before it.  `which` is
 /// for the report: the launch's first, second or third.
 MEGA_DEVICE void grid_barrier(const Params& p, Wait what, u32 which) {
-    grid_wait(p, what, which,
-              ptx::fetch_add_release(p.control + kControlGridBarrier, grid_step()));
+    u32* word = p.control + kControlGridBarrier;
+    grid_wait(p, what, which, word, ptx::fetch_add_release(word, grid_step(blockIdx.x, gridDim.x)));
 }
 
 /// Where all ranks meet in a launch.
@@ -78,14 +79,15 @@ template <u32 kRanks> MEGA_DEVICE void meet(const Params& p, Meeting meeting, u3
     if constexpr (kRanks == 1) {
         grid_barrier(p, what, which);
     } else {
+        u32* word = p.control + kControlGridBarrier;
+        const u32 step = grid_step(blockIdx.x, gridDim.x);
         u32 old = 0;
         // releases what this block wrote for other ranks, and acquires it for them if it is the last to come
-        if (ptx::lane_id() == 0)
-            old = ptx::fetch_add_acq_rel_system(p.control + kControlGridBarrier, grid_step());
+        if (ptx::lane_id() == 0) old = ptx::fetch_add_acq_rel_system(word, step);
         old = __shfl_sync(~0u, old, 0);
         __syncwarp();   // as a shuffle orders no memory
-        if (((old + grid_step()) ^ old) >> 31) rank_arrive<kRanks>(p, meeting, epoch);
-        else if (ptx::lane_id() == 0) grid_wait(p, what, which, old);
+        if (((old + step) ^ old) >> 31) rank_arrive<kRanks>(p, meeting, epoch);
+        else if (ptx::lane_id() == 0) grid_wait(p, what, which, word, old);
         __syncwarp();
         rank_wait<kRanks>(p, meeting, epoch);
     }

@@ -30,8 +30,7 @@ template <class C> struct Gather {
 
     MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const ExpertTable& table_)
         : p(p_), shared(shared_), table(table_), items(table_.items[table_.experts]),
-          first_items(min_u32(min_u32(items_in_pool(), items_of_first_tiles()),
-                              kWarps * gridDim.x >> p_.item_shift)) {}
+          first_items(items_at_head()) {}
 
     MEGA_DEVICE u32 item_rows() const { return 1u << p.item_shift; }
 
@@ -41,13 +40,16 @@ template <class C> struct Gather {
         return table.blocks() <= blocks ? items : table.items[table.expert_at(blocks)];
     }
 
-    /// Items that the blocks' first tiles need, rounded up to blocks of 128 rows.  Rows of other ranks that nobody waits for
-    /// yet would hold up those that all wait for, as NVLink has a tenth of the memory's bandwidth.
-    MEGA_DEVICE u32 items_of_first_tiles() const {
+    /// Items of which each warp copies a row at the head.  With several ranks no more than the blocks' first tiles need, rounded up
+    /// to blocks of 128 rows: NVLink has a tenth of the memory's bandwidth, and rows that nobody waits for yet would hold up
+    /// those that all blocks wait for.
+    MEGA_DEVICE u32 items_at_head() const {
+        const u32 most = min_u32(items_in_pool(), kWarps * gridDim.x >> p.item_shift);
         const u32 blocks = ceil_div(gridDim.x, TileOrder<C>::kTilesN1);
-        if (C::kRanks == 1 || blocks >= table.blocks()) return items;
-        const u32 e = table.expert_at(blocks);
-        return min_u32(table.items[e + 1], table.items[e] + ((blocks - table.bases[e]) * kPoolAlign >> p.item_shift));
+        if (C::kRanks == 1 || blocks >= table.blocks()) return most;
+        const u32 e = table.expert_at(blocks),
+                  item = table.items[e] + ((blocks - table.bases[e]) * kPoolAlign >> p.item_shift);
+        return min_u32(most, min_u32(item, table.items[e + 1]));
     }
 
     /// An item's rows: the first, where it lies in the pool, how many, in lane r < rows the origin of row r.
@@ -97,7 +99,8 @@ template <class C> struct Gather {
                 p.act1_scales[u64(b) * p.pool_rows + item.pool_row + row] = ptx::load_l2(source + b);
     }
 
-    /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row).
+    /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row).  Writes down the origins for scatter,
+    /// except of an item of several ranks, which is looked up before its rows may be written: dispatch/pull.cuh.
     template <bool kOneRow> MEGA_DEVICE Item find(u32 i, u32 offset = 0) const {
         const u32 e = table.expert_in(table.items, i),
                   local = ((i - table.items[e]) << p.item_shift) + offset;
@@ -106,12 +109,14 @@ template <class C> struct Gather {
         if (kOneRow && local >= table.rows[e]) return {first_row, pool_row, 0, 0};
         const u32 rows = kOneRow ? 1 : min_u32(item_rows(), table.rows[e] - local),
                   lane = ptx::lane_id();
-        if (C::kRanks == 1 && !kOneRow) wait_room(first_row);
-        return {first_row, pool_row, rows, PairLists<C>{p}.origin(e, local + lane, lane < rows)};
-    }
-    /// Writes down where its rows come from, for scatter.
-    MEGA_DEVICE void note(const Item& item) const {
-        if (ptx::lane_id() < item.rows) p.row_pairs[item.first_row + ptx::lane_id()] = item.origin;
+        constexpr bool kAhead = C::kRanks > 1 && !kOneRow;
+        if (!kOneRow && !kAhead) wait_room(first_row);
+        u32 from = 0;
+        if (C::kRanks > 1 || lane < rows) {
+            from = PairLists<C>{p}.origin(e, lane < rows ? local + lane : PairLists<C>::kNoRow);
+            if (!kAhead && lane < rows) p.row_pairs[first_row + lane] = from;
+        }
+        return {first_row, pool_row, rows, from};
     }
     /// Until rows that lie here may be written, if the pools are rings.
     MEGA_DEVICE void wait_room(u32 first_row) const {
@@ -138,7 +143,6 @@ template <class C> struct Gather {
         if (item >= first_items) return;
         const Item row = find<true>(item, i % item_rows());
         if (row.rows == 0) return;
-        note(row);
         copy_row(__shfl_sync(~0u, row.origin, 0), row.pool_row);
         end(row);
     }
@@ -148,7 +152,6 @@ template <class C> struct Gather {
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
         for (u32 i = first_items + blockIdx.x; i < items; i += gridDim.x) {
             const Item item = find<false>(i);
-            note(item);
             copy_scales(item);
             copy_rows(item, chunks);
             end(item);

@@ -38,12 +38,12 @@ template <class C> struct PairLists {
             if (local == C::kLocalExperts - 1) table[p.rank * kTable + local + 1] = begin + pairs;
         }
     }
-    MEGA_DEVICE void put_pair(u32 e, u32 at, u32 pair) const {
-        if constexpr (C::kRanks == 1)
-            symmetric<u32>(p, p.rank, p.sorted_pairs)[at] = pair;
+    /// `own` is where this rank's lists are: where there is no other rank, nothing else is looked up for a pair.
+    template <class List> MEGA_DEVICE void put_pair(List own, u32 e, u32 at, u32 pair) const {
+        if constexpr (C::kRanks == 1) own[at] = pair;
         else
-            symmetric<u32>(p, e / C::kLocalExperts, p.sorted_pairs)[p.rank * p.most_pairs + at] =
-                p.rank << kPairBits | pair;
+            symmetric<u32>(p, e / C::kLocalExperts,
+                           p.sorted_pairs)[p.rank * p.most_pairs + at] = p.rank << kPairBits | pair;
     }
 
     /// First pair of local expert `e` in the list from rank `source`; with e + 1, one past its last.
@@ -55,23 +55,28 @@ template <class C> struct PairLists {
             return ptx::load_l2(symmetric<const u32>(p, p.rank, p.expert_offsets) +
                                 source * kTable + e);
     }
-    MEGA_DEVICE u32 rows(u32 e, u32 source) const { return offset(e + 1, source) - offset(e, source); }
+    MEGA_DEVICE u32 rows(u32 e, u32 source) const {
+        return offset(e + 1, source) - offset(e, source);
+    }
 
-    /// Where row `index` of local expert `e` comes from, rank << 20 | pair; each lane of a warp asks for one, and `wanted`
-    /// says whether there is such a row.  The lists come in turn, every rank's own last, so that not all pull from the same
-    /// rank at the same time.
-    MEGA_DEVICE u32 origin(u32 e, u32 index, bool wanted) const {
+    // the index of a row that there is not
+    static constexpr u32 kNoRow = ~0u;
+    /// Where row `index` of local expert `e` comes from, rank << 20 | pair; with several ranks each lane of a warp asks for
+    /// one.  The lists come in turn, every rank's own last, so that not all pull from the same rank at the same time.
+    MEGA_DEVICE u32 origin(u32 e, u32 index) const {
         if constexpr (C::kRanks == 1) {
-            if (!wanted) return 0;
+            if (index == kNoRow) return 0;
             return ptx::load_l2(symmetric<const u32>(p, 0, p.sorted_pairs) + offset(e, 0) + index);
         } else {
+            const bool wanted = index != kNoRow;
             const u32 lane = ptx::lane_id(), source = (p.rank + 1 + lane) % C::kRanks;
-            u32 begin = 0, count = 0, at = 0;
+            u32 begin = 0, count = 0, at = 0;   // lane i has the i-th list
             if (lane < C::kRanks) begin = offset(e, source), count = offset(e + 1, source) - begin;
             const u32 list = source * p.most_pairs + begin;
 #pragma unroll
             for (u32 i = 0; i < C::kRanks; ++i) {
-                const u32 its_count = __shfl_sync(~0u, count, i), its_list = __shfl_sync(~0u, list, i);
+                const u32 its_count = __shfl_sync(~0u, count, i),
+                          its_list = __shfl_sync(~0u, list, i);
                 if (index < its_count) at = its_list + index;
                 index -= its_count;   // once it is below zero it is larger than every count
             }

@@ -23,11 +23,11 @@ template <class C> struct Pull {
     const Shared<C>& shared;
     const Gather<C> gather;
     Item now, next;   // whose rows are stored; whose rows follow
-    u32 loaded = 0, stored = 0, end = 0;   // chunks of all items so far; those up to the end of `now`
-    const u32 in_flight;                   // chunks, at most
+    u32 loaded = 0, stored = 0,
+        end = 0;   // chunks of all items so far; those up to the end of `now`
 
     MEGA_DEVICE Pull(const Params& p_, const Shared<C>& shared_, const ExpertTable& table)
-        : p(p_), shared(shared_), gather(p_, shared_, table), in_flight(kSlots - 1) {}
+        : p(p_), shared(shared_), gather(p_, shared_, table) {}
 
     /// The item with this number, one without rows if there is none.
     MEGA_DEVICE Item find(u32 i) const {
@@ -38,10 +38,14 @@ template <class C> struct Pull {
                   from = __shfl_sync(~0u, item.origin, row);
         scales.ask(row < item.rows ? gather.row_scales(from) : nullptr);
     }
+    /// Writes down where its rows come from, for scatter.
+    MEGA_DEVICE void note() const {
+        if (ptx::lane_id() < now.rows) p.row_pairs[now.first_row + ptx::lane_id()] = now.origin;
+    }
     /// Starts copies of `now`, then of `next`, into all slots but one.  The slot of chunk c held chunk c - kSlots before, so
     /// that its store must have read it; the last store may still be reading.
     MEGA_DEVICE void load() {
-        const u32 most = min_u32(end + next.rows * kChunks, stored + in_flight);
+        const u32 most = min_u32(end + next.rows * kChunks, stored + kSlots - 1);
 #pragma unroll 1
         for (; loaded < most; ++loaded) {
             const bool ahead = loaded >= end;
@@ -83,7 +87,7 @@ template <class C> struct Pull {
             end += now.rows * kChunks;
             load();
             gather.wait_room(now.first_row);
-            gather.note(now);
+            note();
             scales.store(p, now.pool_row);
             ask(scales, next);
             store();

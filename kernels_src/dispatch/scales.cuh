@@ -30,10 +30,12 @@ template <class C> struct OwnRowScales {
 /// needed.  Lane l has row l % rows.
 template <class C> struct Scales {
     static constexpr u32 kBlocks = C::kHidden / kQuantBlock;
-    static constexpr bool kAligned = kBlocks % 4 == 0;   // else a row begins in the middle of a vector
-    static constexpr u32 kVectors = kAligned ? kBlocks / 4 : (kBlocks + 6) / 4;   // that a row may touch
+    static constexpr bool kAligned = kBlocks % 4 ==
+                                     0;   // else a row begins in the middle of a vector
+    static constexpr u32 kVectors = kAligned ? kBlocks / 4
+                                             : (kBlocks + 6) / 4;   // that a row may touch
     static constexpr u32 kMostRows = 8;
-    static constexpr u32 kHeld = min_u32(4, ceil_div(kVectors * kMostRows, kWarp));
+    static constexpr u32 kHeld = min_u32(4, ceil_div(kVectors* kMostRows, kWarp));
 
     u32 shift, skew = 0;        // scales of the row before this one in its first vector
     const u8* from = nullptr;   // that vector; null: no such row

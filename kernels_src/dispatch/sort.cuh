@@ -72,7 +72,6 @@ template <class C> struct Sort {
     /// Step 2.
     MEGA_DEVICE void order() const {
         if (!counting()) return;
-        const PairLists<C> lists{p};
         for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
             u32 all = 0, before = 0;
             for (u32 b = 0; b < p.sort_blocks; ++b) {
@@ -94,15 +93,17 @@ template <class C> struct Sort {
                 symmetric<u32>(p, p.rank, p.expert_offsets)[kExperts] = scan.total;
         }
         __syncthreads();
+        const PairLists<C> lists{p};
         for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
             const u32 begin = PairLists<C>::begin_of(begins, e);
             cursors[e] += begin;
             if (blockIdx.x == 0) lists.put_begin(e, begin, counts[e]);
         }
         __syncthreads();
+        const auto own = symmetric<u32>(p, p.rank, p.sorted_pairs);
         for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kThreads) {
             const u32 e = expert_of(i);
-            if (e < kExperts) lists.put_pair(e, atomicAdd(&cursors[e], 1u), i);
+            if (e < kExperts) lists.put_pair(own, e, atomicAdd(&cursors[e], 1u), i);
         }
     }
 };
