@@ -23,11 +23,12 @@ template <class C> struct Pull {
     const Shared<C>& shared;
     const Gather<C> gather;
     Item now, next;   // whose rows are stored; whose rows follow
-    u32 loaded = 0, stored = 0,
-        end = 0;   // chunks of all items so far; those up to the end of `now`
+    // chunks of all items so far; those up to the end of `now`
+    u32 loaded = 0, stored = 0, end = 0;
+    const u32 in_flight;   // chunks, at most
 
     MEGA_DEVICE Pull(const Params& p_, const Shared<C>& shared_, const ExpertTable& table)
-        : p(p_), shared(shared_), gather(p_, shared_, table) {}
+        : p(p_), shared(shared_), gather(p_, shared_, table), in_flight(kSlots - 1) {}
 
     /// The item with this number, one without rows if there is none.
     MEGA_DEVICE Item find(u32 i) const {
@@ -45,7 +46,7 @@ template <class C> struct Pull {
     /// Starts copies of `now`, then of `next`, into all slots but one.  The slot of chunk c held chunk c - kSlots before, so
     /// that its store must have read it; the last store may still be reading.
     MEGA_DEVICE void load() {
-        const u32 most = min_u32(end + next.rows * kChunks, stored + kSlots - 1);
+        const u32 most = min_u32(end + next.rows * kChunks, stored + in_flight);
 #pragma unroll 1
         for (; loaded < most; ++loaded) {
             const bool ahead = loaded >= end;
