@@ -25,10 +25,12 @@ template <class C> struct Pull {
     Item now, next;   // whose rows are stored; whose rows follow
     // chunks of all items so far; those up to the end of `now`
     u32 loaded = 0, stored = 0, end = 0;
-    const u32 in_flight;   // chunks, at most
+    // chunks, at most: two of large items keep pace with the matrix work, and more would take NVLink away from its results
+    const u32 in_flight;
 
     MEGA_DEVICE Pull(const Params& p_, const Shared<C>& shared_, const ExpertTable& table)
-        : p(p_), shared(shared_), gather(p_, shared_, table), in_flight(kSlots - 1) {}
+        : p(p_), shared(shared_), gather(p_, shared_, table),
+          in_flight(p_.item_shift > 1 ? min_u32(2, kSlots - 1) : kSlots - 1) {}
 
     /// The item with this number, one without rows if there is none.
     MEGA_DEVICE Item find(u32 i) const {
@@ -43,8 +45,8 @@ template <class C> struct Pull {
     MEGA_DEVICE void note() const {
         if (ptx::lane_id() < now.rows) p.row_pairs[now.first_row + ptx::lane_id()] = now.origin;
     }
-    /// Starts copies of `now`, then of `next`, into all slots but one.  The slot of chunk c held chunk c - kSlots before, so
-    /// that its store must have read it; the last store may still be reading.
+    /// Starts copies of `now`, then of `next`, into all slots but one at most.  The slot of chunk c held chunk c - kSlots
+    /// before, so that its store must have read it; the last store may still be reading.
     MEGA_DEVICE void load() {
         const u32 most = min_u32(end + next.rows * kChunks, stored + in_flight);
 #pragma unroll 1

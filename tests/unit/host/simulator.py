@@ -29,10 +29,11 @@ class Change:
     new: str
 
 
+CHUNK = 256  #: bytes that dispatch moves at a time there
 #: Small units and chunks, so that small batches wrap the pools and rows are moved in several pieces.
 SMALL = (
     Change("base/constants.cuh", "kUnitRows = 1024", "kUnitRows = 128"),
-    Change("base/constants.cuh", "kDispatchChunk = 2048", "kDispatchChunk = 256"),
+    Change("base/constants.cuh", "kDispatchChunk = 2048", f"kDispatchChunk = {CHUNK}"),
 )
 #: The virtual ranks' memory is seen through pointers that check every access.
 CHECKED = (
