@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -45,6 +44,8 @@ def delete(path: Path) -> bool:
     with contextlib.suppress(OSError):
         if is_directory(path):
             unlock(path)  # what cannot be written cannot be emptied
+            import shutil  # which a listing does without
+
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.unlink(path)
@@ -98,6 +99,8 @@ def tree_bytes(folder: Path) -> int:
 
 def _copy_files(source: Path, target: Path) -> None:
     """The regular files of a directory; what else is in it is left behind."""
+    import shutil
+
     os.mkdir(target, 0o700)
     for item in os.scandir(source):
         if item.is_file(follow_symlinks=False):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import socket
 import stat
+import tempfile
 import time
 
 import pytest
@@ -370,7 +372,7 @@ def test_a_copy_that_fails_leaves_the_entry_where_it_is(layered, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_trees.shutil, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     assert layered.quarantine(KEY) is False
     assert layered.load(KEY) is not None
     assert list((layered.path / "quarantine").iterdir()) == []
@@ -425,7 +427,7 @@ def test_lock_files_find_a_place_without_a_temporary_directory(tmp_path, monkeyp
     def none():
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
-    monkeypatch.setattr(_locks.tempfile, "gettempdir", none)
+    monkeypatch.setattr(tempfile, "gettempdir", none)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
     assert _locks.lock_dir().parent == _locks.Path("/dev/shm")
     monkeypatch.setattr(_locks.Path, "is_dir", lambda _: False)
