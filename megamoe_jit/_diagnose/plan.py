@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamoe_jit._device.layout import Section, buffer_layout
-from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor
-from megamoe_jit._documents import Count, Document
+from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor, Case, choice_for
+from megamoe_jit._documents import Count, Document, content
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape
 from megamoe_jit._spec.abi import (
@@ -20,7 +20,7 @@ from megamoe_jit._spec.abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._spec.variants import Variant
-from megamoe_jit.heuristics.select import AUTO, all_variants, choose
+from megamoe_jit.heuristics.select import AUTO, all_variants
 
 __all__ = ["Launch", "Part", "PlanDocument", "Planned", "Range", "memory_plan", "shared_parts"]
 
@@ -77,12 +77,10 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(Case):
     """Memory and launch of one rank whose buffer holds so many tokens.
 
     Attributes:
-        name: of the shape
-        tokens: that were asked for
         capacity: tokens that the buffer holds
         pool_rows: rows that the pools hold
         full_call: the variant of a call that fills the buffer
@@ -90,10 +88,6 @@ class Planned:
         local: what this rank alone uses
     """
 
-    name: str
-    shape: MoEShape
-    ranks: Count
-    tokens: Count
     capacity: Count
     pool_rows: Count
     full_call: Variant
@@ -181,26 +175,13 @@ def memory_plan(
     """
     if not 1 <= tokens <= MAX_TOKENS:
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
-    from megamoe_jit._settings.settings import get_settings
-
-    settings = get_settings()
     layout = buffer_layout(shape, tokens, ranks)
-    picked = choose(
-        shape,
-        layout.capacity,
-        ranks=ranks,
-        variant=settings.variant if variant == AUTO else variant,
-        cooperative_threshold=settings.cooperative_threshold,
-        num_sms=num_sms,
-        gpu=gpu,
-    )
+    full = Case(name, shape, ranks, layout.capacity)
+    picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu)
     variants = all_variants(shape) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks) for each in variants]
     return Planned(
-        name=name,
-        shape=shape,
-        ranks=ranks,
-        tokens=tokens,
+        **content(replace(full, tokens=tokens)),
         capacity=layout.capacity,
         pool_rows=layout.pool_rows,
         full_call=picked.variant,
