@@ -79,15 +79,15 @@ template <u32 kRanks> MEGA_DEVICE void meet(const Params& p, Meeting meeting, u3
     if constexpr (kRanks == 1) {
         grid_barrier(p, what, which);
     } else {
-        u32* word = p.control + kControlGridBarrier;
+        u32* arrived = p.control + kControlGridBarrier;
         const u32 step = grid_step(blockIdx.x, gridDim.x);
         u32 old = 0;
-        // releases what this block wrote for other ranks, and acquires it for them if it is the last to come
-        if (ptx::lane_id() == 0) old = ptx::fetch_add_acq_rel_system(word, step);
+        // releases what this block wrote, for other ranks too; who comes last acquires it of all
+        if (ptx::lane_id() == 0) old = ptx::fetch_add_acq_rel_system(arrived, step);
         old = __shfl_sync(~0u, old, 0);
         __syncwarp();   // as a shuffle orders no memory
         if (((old + step) ^ old) >> 31) rank_arrive<kRanks>(p, meeting, epoch);
-        else if (ptx::lane_id() == 0) grid_wait(p, what, which, word, old);
+        else if (ptx::lane_id() == 0) grid_wait(p, what, which, arrived, old);
         __syncwarp();
         rank_wait<kRanks>(p, meeting, epoch);
     }
