@@ -4,8 +4,8 @@
 // The unit of work is an item: up to 1 << `item_shift` (1 to 8, as the host chooses) consecutive rows of one expert.
 // At the head of the launch, when no warp has anything else to do, each copies one row through registers; that is what
 // the first tiles need.  The dispatch warp of each block goes on with the rest while the matrix work runs, through a few
-// slots of shared memory and the bulk copy engine, which needs hardly any registers.  Items come in the order in which
-// tiles need them.
+// slots of shared memory and the bulk copy engine, which needs hardly any registers; with several ranks as in
+// dispatch/pull.cuh.  Items come in the order in which tiles need them.
 //
 //   dispatched[slot]   arrived by the copy into the slot    waited for by the dispatch warp, which then copies it out
 //
@@ -14,6 +14,7 @@
 // and fences likewise.
 #pragma once
 #include "comm/timeline.cuh"
+#include "dispatch/scales.cuh"
 #include "dispatch/sort.cuh"
 #include "pipe/pool_ring.cuh"
 #include "pipe/ring.cuh"
@@ -29,7 +30,7 @@ template <class C> struct Gather {
 
     MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const ExpertTable& table_)
         : p(p_), shared(shared_), table(table_), items(table_.items[table_.experts]),
-          first_items(min_u32(items_in_pool(), kWarps * gridDim.x >> p_.item_shift)) {}
+          first_items(items_at_head()) {}
 
     MEGA_DEVICE u32 item_rows() const { return 1u << p.item_shift; }
 
@@ -39,18 +40,16 @@ template <class C> struct Gather {
         return table.blocks() <= blocks ? items : table.items[table.expert_at(blocks)];
     }
 
-    /// Where the `index`-th row of local expert `e` comes from: rank << 20 | pair.  Every rank begins with the one after
-    /// itself, so that not all pull from the same one at the same time.
-    MEGA_DEVICE u32 origin(u32 e, u32 index) const {
-        const Sources<C> sources{p, shared};
-        for (u32 i = 1; i <= C::kRanks; ++i) {
-            const u32 r = (p.rank + i) % C::kRanks, rows = C::kRanks == 1 ? ~0u : sources.rows(e, r);
-            if (index < rows)
-                return r << kPairBits | ptx::load_l2(symmetric<const u32>(p, r, p.sorted_pairs) +
-                                                     sources.begin(e, r) + index);
-            index -= rows;
-        }
-        return 0;   // not reached: index is below the sum of all ranks' rows
+    /// Items of which each warp copies a row at the head.  With several ranks no more than the blocks' first tiles need, rounded up
+    /// to blocks of 128 rows: NVLink has a tenth of the memory's bandwidth, and rows that nobody waits for yet would hold up
+    /// those that all blocks wait for.
+    MEGA_DEVICE u32 items_at_head() const {
+        const u32 most = min_u32(items_in_pool(), kWarps * gridDim.x >> p.item_shift);
+        const u32 blocks = ceil_div(gridDim.x, TileOrder<C>::kTilesN1);
+        if (C::kRanks == 1 || blocks >= table.blocks()) return most;
+        const u32 e = table.expert_at(blocks),
+                  item = table.items[e] + ((blocks - table.bases[e]) * kPoolAlign >> p.item_shift);
+        return min_u32(most, min_u32(item, table.items[e + 1]));
     }
 
     /// An item's rows: the first, where it lies in the pool, how many, in lane r < rows the origin of row r.
@@ -71,14 +70,11 @@ template <class C> struct Gather {
 
     /// One row and its scales, by a whole warp.
     MEGA_DEVICE void copy_row(u32 from, u32 to) const {
-        constexpr u32 kVectors = C::kHidden / 16, kInFlight = 4, kBlocks = C::kHidden / kQuantBlock,
-                      kScales = ceil_div(kBlocks, kWarp);
+        // a whole row of another rank if registers allow it
+        constexpr u32 kVectors = C::kHidden / 16,
+                      kInFlight = C::kRanks == 1 ? 4 : min_u32(16, ceil_div(kVectors, kWarp));
         const u32 lane = ptx::lane_id();
-        const float* scales = row_scales(from);
-        float s[kScales];
-#pragma unroll
-        for (u32 i = 0; i < kScales; ++i)
-            if (lane + i * kWarp < kBlocks) s[i] = ptx::load_l2(scales + lane + i * kWarp);
+        RowScales<C> scales(row_scales(from));
         const u8* source = row_address(from);
         u8* target = p.act1_pool + u64(to) * C::kHidden;
         for (u32 c = lane; c < kVectors; c += kWarp * kInFlight) {
@@ -90,10 +86,7 @@ template <class C> struct Gather {
             for (u32 i = 0; i < kInFlight; ++i)
                 if (c + i * kWarp < kVectors) ptx::store16(target + (c + i * kWarp) * 16, v[i]);
         }
-#pragma unroll
-        for (u32 i = 0; i < kScales; ++i)
-            if (lane + i * kWarp < kBlocks)
-                p.act1_scales[u64(lane + i * kWarp) * p.pool_rows + to] = s[i];
+        scales.store(p, to);
     }
 
     /// Scales change from [token][block] to [block][row]; eight rows side by side fill a 32-byte sector.
@@ -106,8 +99,9 @@ template <class C> struct Gather {
                 p.act1_scales[u64(b) * p.pool_rows + item.pool_row + row] = ptx::load_l2(source + b);
     }
 
-    /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row); writes down the origins.
-    template <bool kOneRow> MEGA_DEVICE Item begin(u32 i, u32 offset = 0) const {
+    /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row).  Writes down the origins for scatter,
+    /// except of an item of several ranks, which is looked up before its rows may be written: dispatch/pull.cuh.
+    template <bool kOneRow> MEGA_DEVICE Item find(u32 i, u32 offset = 0) const {
         const u32 e = table.expert_in(table.items, i),
                   local = ((i - table.items[e]) << p.item_shift) + offset;
         const u32 first_row = table.bases[e] * kPoolAlign + local,
@@ -115,13 +109,18 @@ template <class C> struct Gather {
         if (kOneRow && local >= table.rows[e]) return {first_row, pool_row, 0, 0};
         const u32 rows = kOneRow ? 1 : min_u32(item_rows(), table.rows[e] - local),
                   lane = ptx::lane_id();
-        if (!kOneRow && first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
+        constexpr bool kAhead = C::kRanks > 1 && !kOneRow;
+        if (!kOneRow && !kAhead) wait_room(first_row);
         u32 from = 0;
-        if (lane < rows) {
-            from = origin(e, local + lane);
-            p.row_pairs[first_row + lane] = from;
+        if (C::kRanks > 1 || lane < rows) {
+            from = PairLists<C>{p}.origin(e, lane < rows ? local + lane : PairLists<C>::kNoRow);
+            if (!kAhead && lane < rows) p.row_pairs[first_row + lane] = from;
         }
         return {first_row, pool_row, rows, from};
+    }
+    /// Until rows that lie here may be written, if the pools are rings.
+    MEGA_DEVICE void wait_room(u32 first_row) const {
+        if (first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
     }
     /// Until GEMM 1 has read the rows that lay where those of the block of `row` plus a ring shall lie.
     MEGA_DEVICE void wait_pool(u32 row) const {
@@ -137,24 +136,22 @@ template <class C> struct Gather {
     }
 
     /// A row for each warp of each block, the load warps last, which have other things to do; call it everywhere, then
-    /// `rest` in one warp of each block.
+    /// `dispatch_rest` in one warp of each block.
     MEGA_DEVICE void first_round() const {
         const u32 i = (kWarps - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x,
                   item = i >> p.item_shift;
         if (item >= first_items) return;
-        const Item row = begin<true>(item, i % item_rows());
+        const Item row = find<true>(item, i % item_rows());
         if (row.rows == 0) return;
         copy_row(__shfl_sync(~0u, row.origin, 0), row.pool_row);
         end(row);
     }
 
     MEGA_DEVICE void rest() const {
-        // other ranks' rows, or those staged in this launch, acquired by a thread of this block
-        if constexpr (C::kRanks > 1 || C::kInputs == Inputs::raw) ptx::fence_async_global();
         Timeline<C> timeline(p, Role::dispatch);
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
         for (u32 i = first_items + blockIdx.x; i < items; i += gridDim.x) {
-            const Item item = begin<false>(i);
+            const Item item = find<false>(i);
             copy_scales(item);
             copy_rows(item, chunks);
             end(item);

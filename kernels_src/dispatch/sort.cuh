@@ -2,8 +2,8 @@
 //
 //   1. blocks 0 .. sort_blocks-1 each count the experts in their slice of the rank's (token, slot) pairs
 //   -- grid barrier --
-//   2. the same blocks sum the counts and write their slice's pairs to sorted_pairs, ordered by expert;
-//      block 0 publishes where each expert's pairs begin
+//   2. the same blocks sum the counts and store their slice's pairs, ordered by expert, at the ranks that have the experts;
+//      block 0 does so with where each expert's pairs begin (dispatch/pairs.cuh)
 //   -- grid barrier, and all ranks --
 //   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/experts.cuh)
 //
@@ -12,6 +12,7 @@
 #pragma once
 #include "comm/barriers.cuh"
 #include "comm/sides.cuh"
+#include "dispatch/pairs.cuh"
 #include "layout/shared.cuh"
 #include "sched/experts.cuh"
 #include "stage/inputs.cuh"
@@ -88,56 +89,28 @@ template <class C> struct Sort {
                 const u32 begin = scan.exclusive(e < kExperts ? counts[e] : 0);
                 if (e < kExperts) begins[e] = begin;
             }
-            if (blockIdx.x == 0 && threadIdx.x == 0)
+            if (C::kRanks == 1 && blockIdx.x == 0 && threadIdx.x == 0)
                 symmetric<u32>(p, p.rank, p.expert_offsets)[kExperts] = scan.total;
         }
         __syncthreads();
+        const PairLists<C> lists{p};
         for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
-            cursors[e] += begins[e];
-            if (blockIdx.x == 0) symmetric<u32>(p, p.rank, p.expert_offsets)[e] = begins[e];
+            const u32 begin = PairLists<C>::begin_of(begins, e);
+            cursors[e] += begin;
+            if (blockIdx.x == 0) lists.put_begin(e, begin, counts[e]);
         }
         __syncthreads();
-        u32* sorted = symmetric<u32>(p, p.rank, p.sorted_pairs);
+        const auto own = symmetric<u32>(p, p.rank, p.sorted_pairs);
         for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kThreads) {
             const u32 e = expert_of(i);
-            if (e < kExperts) sorted[atomicAdd(&cursors[e], 1u)] = i;
-        }
-    }
-};
-
-/// Where the rows of each local expert come from: the part of each rank's sorted pairs that names it.
-template <class C> struct Sources {
-    const Params& p;
-    const Shared<C>& shared;
-
-    /// First of rank `source`'s sorted pairs for local expert `e`; with e + 1, one past its last.
-    MEGA_DEVICE u32 offset(u32 e, u32 source) const {
-        return ptx::load_l2(symmetric<const u32>(p, source, p.expert_offsets) +
-                            p.rank * C::kLocalExperts + e);
-    }
-    MEGA_DEVICE u32 begin(u32 e, u32 source) const {
-        return C::kRanks == 1 ? offset(e, source) : shared.sources()[2 * (e * C::kRanks + source)];
-    }
-    MEGA_DEVICE u32 rows(u32 e, u32 source) const {
-        return C::kRanks == 1 ? offset(e + 1, source) - offset(e, source)
-                              : shared.sources()[2 * (e * C::kRanks + source) + 1];
-    }
-    /// All threads: copies what is needed of the other ranks' tables to shared memory.
-    MEGA_DEVICE void fetch() const {
-        if constexpr (C::kRanks > 1) {
-            for (u32 i = threadIdx.x; i < C::kLocalExperts * C::kRanks; i += kThreads) {
-                const u32 e = i / C::kRanks, source = i % C::kRanks, first = offset(e, source);
-                shared.sources()[2 * i] = first;
-                shared.sources()[2 * i + 1] = offset(e + 1, source) - first;
-            }
-            __syncthreads();
+            if (e < kExperts) lists.put_pair(own, e, atomicAdd(&cursors[e], 1u), i);
         }
     }
 };
 
 /// Step 3, by one warp: fills the tables of the shared memory map.
 template <class C> MEGA_DEVICE void build_expert_table(const Params& p, const Shared<C>& shared) {
-    const Sources<C> sources{p, shared};
+    const PairLists<C> lists{p};
     const SideCounts blocks_of = counted_sides(p);
     const u32 two_sides = even_enough(blocks_of.of0, blocks_of.of1);
     WarpScan blocks, items, active;
@@ -145,7 +118,7 @@ template <class C> MEGA_DEVICE void build_expert_table(const Params& p, const Sh
     for (u32 e = ptx::lane_id(); e < ceil_div(C::kLocalExperts, kWarp) * kWarp; e += kWarp) {
         u32 rows = 0;
         if (e < C::kLocalExperts)
-            for (u32 r = 0; r < C::kRanks; ++r) rows += sources.rows(e, r);
+            for (u32 r = 0; r < C::kRanks; ++r) rows += lists.rows(e, r);
         const u32 base = blocks.exclusive(ceil_div(rows, kPoolAlign)),
                   at = active.exclusive(rows > 0);
         const u32 item = items.exclusive((rows + (1u << p.item_shift) - 1) >> p.item_shift);

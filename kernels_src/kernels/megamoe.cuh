@@ -3,7 +3,7 @@
 //   head     all warps     sort pairs by expert, expert table, first dispatch         dispatch/
 //   warp 0   1 lane        activations and their scales into the stages               roles/load.cuh
 //   warp 1   1 lane        weights into the stages; tickets, tile order               roles/load.cuh, sched/
-//   warp 2                 the rest of dispatch                                       dispatch/gather.cuh
+//   warp 2                 the rest of dispatch                                       dispatch/pull.cuh
 //   warp 3   1 lane        announces finished tiles, watches the math warps; tail     roles/publish.cuh
 //   warps 4-11             two warpgroups: WGMMA, SwiGLU, requantise, scatter         roles/math.cuh, mma/, epilogue/
 //            then          combine, once all blocks are done                          roles/combine.cuh
@@ -13,7 +13,7 @@
 #pragma once
 #include "comm/sides.cuh"
 #include "comm/timeline.cuh"
-#include "dispatch/gather.cuh"
+#include "dispatch/pull.cuh"
 #include "roles/combine.cuh"
 #include "roles/load.cuh"
 #include "roles/math.cuh"
@@ -83,10 +83,9 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     sort.order();
     __syncthreads();
     did(Span::order);
-    if (threadIdx.x == 0) meet<C::kRanks>(p, Meeting::inputs, epoch);
+    if (threadIdx.x < kMeetingThreads<C::kRanks>) meet<C::kRanks>(p, Meeting::inputs, epoch);
     __syncthreads();
     did(Span::order_barrier);
-    Sources<C>{p, shared}.fetch();
     if (ptx::warp_id() == 0) build_expert_table<C>(p, shared);
     ptx::fence_async_shared();   // the stages held ordinary data so far; TMA writes them next
     __syncthreads();
@@ -112,7 +111,7 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
         } else if (warp == 1) {
             if (one) LoadWeights<C>{p, shared, table, table.two_sides ? shared.side() : 0}.run();
         } else if (warp == 2) {
-            Gather<C>(p, shared, table).rest();
+            dispatch_rest<C>(p, shared, table);
         } else {
             Timeline<C> timeline(p, Role::publisher);
             if (one) publish_tiles<C>(p, shared, table, timeline);

@@ -3,7 +3,8 @@
 //
 // Symmetric memory (one allocation per rank, at p.peers[rank]; peers read or write it):
 //   x, x_scales, topk_ids, topk_weights   the rank's inputs; ids and weights of routed slots alone, see stage/inputs.cuh
-//   expert_offsets, sorted_pairs          its (token, slot) pairs sorted by expert, and where each expert's begin
+//   expert_offsets, sorted_pairs          (token, slot) pairs of each rank that name its experts, sorted by expert, and where
+//                                         each expert's begin: dispatch/pairs.cuh
 //   signals                               epoch that each rank has reached, by meeting and rank
 //   combine                               bf16 [token][slot][hidden]: what the experts' ranks send back
 // Local memory: rows sorted by expert, each expert's first row at a multiple of 128.  Origins and counters are kept for
@@ -61,7 +62,8 @@ struct alignas(64) Params {
     float weight_factor;   // router weights are multiplied with it
 
     float shared_weight;   // of every shared expert's row
-    u32 unused[15];
+    u32 most_pairs;        // of a rank: how far apart two ranks' lists of sorted pairs begin
+    u32 unused[14];
 };
 
 /// Words of `Params::control`.

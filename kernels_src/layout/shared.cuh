@@ -2,7 +2,7 @@
 //
 //   activations [stages] | weights [stages] | staging, 2 KB per math warp | dispatch slots
 //   | scales [stages] | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots
-//   | tile slots [4] | expert table | with several ranks, their parts of each expert
+//   | tile slots [4] | expert table
 //
 // The head of the kernel sorts pairs in the stage area before the first copy is issued into it.
 #pragma once
@@ -31,8 +31,7 @@ template <class C> struct Shared {
     static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
     static constexpr u32 kItemsAt = kBasesAt + (C::kLocalExperts + 1) * 4;
     static constexpr u32 kActiveAt = kItemsAt + (C::kLocalExperts + 1) * 4;
-    static constexpr u32 kSourcesAt = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
-    static constexpr u32 kBytes = kSourcesAt + (C::kRanks > 1 ? C::kExperts * 8 : 0);
+    static constexpr u32 kBytes = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
     static_assert(kBytes <= kSharedLimit, "more shared memory than SM90 has (232448 bytes)");
     static_assert(kActBytes % 1024 == 0 && kWeightAt % 1024 == 0 && kWeightBytes % 1024 == 0,
                   "a stage begins within an atom of the swizzle");
@@ -77,8 +76,6 @@ template <class C> struct Shared {
     MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
     MEGA_DEVICE u32* expert_items() const { return reinterpret_cast<u32*>(base + kItemsAt); }
     MEGA_DEVICE u16* active_experts() const { return reinterpret_cast<u16*>(base + kActiveAt); }
-    // with several ranks
-    MEGA_DEVICE u32* sources() const { return reinterpret_cast<u32*>(base + kSourcesAt); }
     // the stages, during the head
     MEGA_DEVICE u32* scratch() const { return reinterpret_cast<u32*>(base); }
 };

@@ -34,6 +34,14 @@ MEGA_DEVICE u32 fetch_add_release(u32* p, u32 v) {
                  : "memory");
     return old;
 }
+MEGA_DEVICE u32 fetch_add_acq_rel_system(u32* p, u32 v) {
+    u32 old;
+    asm volatile("atom.acq_rel.sys.global.add.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(p), "r"(v)
+                 : "memory");
+    return old;
+}
 MEGA_DEVICE u32 fetch_add_relaxed(u32* p, u32 v) {
     u32 old;
     asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
@@ -42,7 +50,6 @@ MEGA_DEVICE u32 fetch_add_relaxed(u32* p, u32 v) {
                  : "memory");
     return old;
 }
-MEGA_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 /// Orders this thread's ordinary accesses to global memory with copies of the async proxy (TMA), both ways.
 MEGA_DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

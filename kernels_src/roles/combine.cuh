@@ -31,7 +31,7 @@ template <class C> struct Combine {
     MEGA_DEVICE void meet_all(u32 epoch, Timeline<C>& timeline) const {
         ptx::named_sync(kBarrierTail, kTailThreads);
         timeline.start();
-        if (ptx::lane_id() == 0) {
+        if (ptx::lane_id() < kMeetingThreads<C::kRanks>) {
             meet<C::kRanks>(p, Meeting::results, epoch);
             if (C::kRanks > 1 && blockIdx.x == 0) p.control[kControlEpoch] = epoch;
             if (blockIdx.x == 0) p.control[kControlSides] = 0;

@@ -42,28 +42,37 @@ class Verify(Document):
     """Scenarios compared with the reference.
 
     Attributes:
+        rounds: times that each was run, with inputs of each time
+        skew_us: microseconds that a rank was late for a launch at most
         run: scenarios times variants
     """
 
     KIND = "verify"
 
     scenarios: Count
+    rounds: Count
+    skew_us: Count
     run: Count
     not_run: Count
     failed: Count
     outcomes: tuple[Outcome, ...]
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], scenarios: int, variants: int) -> Verify:
+    def of(
+        cls, outcomes: Sequence[Outcome], scenarios: int, variants: int, rounds: int = 1, skew_us: int = 0
+    ) -> Verify:
         """With the outcomes counted.
 
         Args:
             outcomes: of what was run.
             scenarios: that were chosen.
             variants: with each of which each of them was to be run.
+            rounds: how often.
+            skew_us: how late a rank may have been for a launch.
         """
         failed = sum(not outcome.passed for outcome in outcomes)
-        return cls(scenarios, len(outcomes), scenarios * variants - len(outcomes), failed, tuple(outcomes))
+        left = scenarios * variants - len(outcomes)
+        return cls(scenarios, rounds, skew_us, len(outcomes), left, failed, tuple(outcomes))
 
 
 @dataclass(frozen=True, slots=True)

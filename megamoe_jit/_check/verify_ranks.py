@@ -1,11 +1,16 @@
 """Scenarios on several ranks: each rank has inputs of its own and judges its own tokens.
 
+Each may be run several times on one buffer, with inputs of each time, and each rank may be late for each launch by a
+time of chance: ranks that always come together hide what is wrong with how they wait for each other.
+
 Every rank draws all experts' weights from one seed, so the oracle needs nothing from the code that is judged.
 """
 
 from __future__ import annotations
 
 import math
+import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -38,7 +43,8 @@ from megamoe_jit.reference import expert_counts, moe_reference
 
 __all__ = ["chosen", "run_on_rank", "run_ranks", "share_of"]
 
-SEEDS_PER_RUN = 64  #: rank r of a run with seed s has inputs of seed s * 64 + r
+SEEDS_PER_RUN = 64  #: rank r of a run with seed s has inputs of seed s * 64 + r, and in round n of n * 2 ** 32 more
+CYCLES_PER_US = 1800  #: of the SMs, about
 COLLECTIVE_S = 120.0
 
 
@@ -84,14 +90,15 @@ class _Said:
 class _Rank:
     """One rank's runs; the ranks meet before and after each, so one that fails between keeps no other waiting."""
 
-    def __init__(self, world: World, seed: int, api: Any) -> None:
+    def __init__(self, world: World, seed: int, api: Any, skew_us: int = 0) -> None:
         self.world, self._seed, self._api, self._cache = world, seed, api, WeightCache()
+        self._skew_us = skew_us
         self._buffer: Any = None
 
-    def run(self, scenario: Scenario, variant: str) -> _Said:
-        """Run and judge; whatever it raises is what it says. The buffer stays until `destroy`."""
+    def run(self, scenario: Scenario, variant: str, number: int = 0) -> _Said:
+        """Run a round and judge; whatever it raises is what it says. The buffer stays until `destroy`."""
         try:
-            return self._run(scenario, variant)
+            return self._run(scenario, variant, number)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             outcome = Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason)
@@ -103,7 +110,15 @@ class _Rank:
         if buffer is not None:
             buffer.destroy()
 
-    def _run(self, scenario: Scenario, variant: str) -> _Said:
+    def _come_late(self, *what: object) -> None:
+        """Let the stream rest, for a time of chance that is another one on each rank."""
+        late_us = random.Random(f"{self._seed} {self.world.rank} {what}").uniform(0, self._skew_us)
+        if self.world.device.type == "cuda":
+            vars(torch.cuda)["_sleep"](int(late_us * CYCLES_PER_US))
+        else:
+            time.sleep(late_us * 1e-6)
+
+    def _run(self, scenario: Scenario, variant: str, number: int) -> _Said:
         import torch.distributed as dist
 
         s, api, world = scenario.shape, self._api, self.world
@@ -111,7 +126,7 @@ class _Rank:
 
         def draw() -> tuple[Any, _scenarios.Inputs]:
             entry = self._cache.get(s, device, self._seed, api)
-            seed = self._seed * SEEDS_PER_RUN + world.rank
+            seed = self._seed * SEEDS_PER_RUN + world.rank + (number << 32)
             return entry, _scenarios.make_inputs(scenario, device, seed, entry.weights)
 
         entry, inputs = collectively(dist.group.WORLD, "drawing weights and inputs", draw)
@@ -120,8 +135,11 @@ class _Rank:
             mark_transformed(l1, l2)
         y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
         stats = torch.full((local,), STATS_BEFORE, dtype=torch.int32, device=device)
-        self._buffer = buffer = api.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes_of(s, scenario.capacity))
+        if number == 0:
+            self._buffer = api.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes_of(s, scenario.capacity))
+        buffer = self._buffer
         _stage(buffer, inputs, s.experts)
+        self._come_late(scenario.name, variant, number)
         options = {"activation_clamp": scenario.clamp, "fast_math": scenario.fast_math}
         function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **options)
         buffer.check()
@@ -152,8 +170,8 @@ def _counted(everyone: Sequence[_Said]) -> list[Outcome]:
     return outcomes
 
 
-def _merged(outcomes: Sequence[Outcome]) -> Outcome:
-    """All ranks' outcomes of one scenario and variant as one: the worst of each figure."""
+def _merged(outcomes: Sequence[Outcome], each: str = "rank") -> Outcome:
+    """The outcomes of one scenario and variant, of all ranks or of all rounds, as one: the worst of each figure."""
     first = outcomes[0]
 
     def worst(values: list[float]) -> float:
@@ -166,14 +184,21 @@ def _merged(outcomes: Sequence[Outcome]) -> Outcome:
         worst([o.worst_row_diff for o in outcomes]),
         all(o.zero_rows_ok for o in outcomes),
         all(o.passed for o in outcomes),
-        "; ".join(f"rank {rank}: {o.reason}" for rank, o in enumerate(outcomes) if o.reason),
+        "; ".join(f"{each} {number}: {o.reason}" for number, o in enumerate(outcomes) if o.reason),
     )
 
 
 def run_on_rank(
-    world: World, pattern: str, variants: list[str], slow: bool, seed: int, api: str = "megamoe_jit"
+    world: World,
+    pattern: str,
+    variants: list[str],
+    slow: bool,
+    seed: int,
+    api: str = "megamoe_jit",
+    rounds: int = 1,
+    skew_us: int = 0,
 ) -> int:
-    """What each rank does; rank 0 reports every merged outcome as it comes.
+    """What each rank does; rank 0 reports every merged outcome as it comes. A round that fails is its scenario's last.
 
     Returns:
         How many outcomes there were. One that fails does not keep the others from being run, but a rank that has lost
@@ -185,14 +210,17 @@ def run_on_rank(
 
     # a rank that raised in the middle of a collective meets the others here
     control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * COLLECTIVE_S))
-    rank, count = _Rank(world, seed, import_module(api)), 0
+    rank, count = _Rank(world, seed, import_module(api), skew_us), 0
     for scenario in chosen(pattern, world.ranks, slow=slow):
         for variant in variants:
+            outcomes: list[Outcome] = []
             everyone: list[Any] = [None] * world.ranks
-            dist.all_gather_object(everyone, rank.run(scenario, variant), group=control)
+            while len(outcomes) < rounds and all(o.passed for o in outcomes):
+                dist.all_gather_object(everyone, rank.run(scenario, variant, len(outcomes)), group=control)
+                outcomes.append(_merged(_counted(everyone)))
             count += 1
             if world.rank == 0:
-                world.report(_merged(_counted(everyone)).to_json())
+                world.report((_merged(outcomes, "round") if rounds > 1 else outcomes[0]).to_json())
             if any(said.gone for said in everyone):
                 return count
             if all(said.has_buffer for said in everyone):
@@ -215,6 +243,8 @@ def run_ranks(
     seed: int = 0,
     device: str = "cuda",
     api: str = "megamoe_jit",
+    rounds: int = 1,
+    skew_us: int = 0,
 ) -> list[Outcome] | None:
     """Run every scenario that fits on all ranks: those of torchrun if there is one, else started here.
 
@@ -227,9 +257,11 @@ def run_ranks(
         seed: of weights and inputs.
         device: `cuda`, or `cpu` in tests of this runner.
         api: module that stands in for the package in tests of this runner.
+        rounds: times that each scenario is run on its buffer.
+        skew_us: microseconds that a rank is late for a launch at most.
 
     Returns:
-        Outcomes, each the worst over ranks; None on the ranks of torchrun that have nothing to say.
+        Outcomes, each the worst over ranks and rounds; None on the ranks of torchrun that have nothing to say.
 
     Raises:
         ConfigError: no scenario fits, or there are fewer GPUs.
@@ -244,6 +276,7 @@ def run_ranks(
             progress(outcomes[-1])
 
     arguments = {"pattern": pattern, "variants": list(variants), "slow": slow, "seed": seed, "api": api}
+    arguments |= {"rounds": rounds, "skew_us": skew_us}
     target = "megamoe_jit._check.verify_ranks:run_on_rank"
     try:
         done = collect(target, ranks, arguments, device=device, on_report=note, group_timeout_s=COLLECTIVE_S)

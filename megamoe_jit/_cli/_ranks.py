@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ from megamoe_jit._cli._io import progress_line, show, table
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Bench, JudgedRow
+    from megamoe_jit._check.documents import Outcome, Verify
     from megamoe_jit.heuristics.presets import Preset
 
-__all__ = ["bench_document", "print_bench", "print_others", "rank_count", "run_ranks_option"]
+__all__ = ["bench_document", "print_bench", "print_others", "print_verify", "rank_count", "run_ranks_option"]
 
 _HEADERS = (
     "SHAPE",
@@ -62,6 +64,26 @@ def bench_document(
             baseline=baseline,
             progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens  {r['variant']}: {r['median_us']:.1f} us"),
         )
+
+
+def print_verify(doc: Verify, ranks: int) -> None:
+    """The outcomes in one table, a line for each family of scenarios and one for all."""
+    families: dict[str, list[Outcome]] = {}
+    for outcome in doc.outcomes:
+        families.setdefault(outcome.name.partition(".")[0], []).append(outcome)
+    rows = []
+    for family, outcomes in [*families.items(), ("all", list(doc.outcomes))]:
+        failed = sum(not o.passed for o in outcomes)
+        worst = (
+            max((v for v in values if not math.isnan(v)), default=math.nan)
+            for values in ([o.diff for o in outcomes], [o.worst_row_diff for o in outcomes])
+        )
+        figures = ("-" if math.isnan(v) else f"{v:.1e}" for v in worst)
+        names = len({o.name for o in outcomes})
+        rows.append((family, names, len(outcomes), len(outcomes) - failed, failed, *figures))
+    late = f", each up to {doc.skew_us} us late for each launch" if doc.skew_us else ""
+    show(f"{ranks} ranks, {doc.rounds} round{'s' if doc.rounds > 1 else ''} of each scenario and variant{late}")
+    show(table(("FAMILY", "SCENARIOS", "RUN", "PASSED", "FAILED", "WORST DIFF", "WORST ROW"), rows))
 
 
 def _cells(row: JudgedRow) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import click
 
 from megamoe_jit._cli._io import ExitCode, emit, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
-from megamoe_jit._cli._ranks import rank_count, run_ranks_option
+from megamoe_jit._cli._ranks import print_verify, rank_count, run_ranks_option
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._spec.variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
 
@@ -85,6 +85,21 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
 )
 @click.option("--slow", is_flag=True, help="Run the large scenarios as well.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="With several ranks: times that each scenario is run on its buffer, with inputs of each time.",
+)
+@click.option(
+    "--skew",
+    "skew_us",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    metavar="MICROSECONDS",
+    help="With several ranks: each is late for each launch by a time of chance up to this.",
+)
 @click.option("--list", "only_list", is_flag=True, help="Print the scenarios that would run; needs no GPU.")
 @run_ranks_option
 @json_option
@@ -93,6 +108,8 @@ def verify(
     variants: tuple[str, ...],
     slow: bool,
     seed: int,
+    rounds: int,
+    skew_us: int,
     only_list: bool,
     ranks: int | None,
     as_json: bool,
@@ -113,6 +130,8 @@ def verify(
     from megamoe_jit._check.scenarios import select
 
     several = rank_count(ranks)
+    if several == 1 and (rounds > 1 or skew_us > 0):
+        raise click.UsageError("--rounds and --skew are about several ranks; give --ranks 2 or more with them")
     chosen = select(pattern, slow=slow)
     if several > 1:
         from megamoe_jit._check import verify_ranks as _verify_ranks
@@ -139,17 +158,21 @@ def verify(
             step(_line(outcome))
 
         found = (
-            _verify_ranks.run_ranks(several, pattern, variants, note, slow=slow, seed=seed)
+            _verify_ranks.run_ranks(
+                several, pattern, variants, note, slow=slow, seed=seed, rounds=rounds, skew_us=skew_us
+            )
             if several > 1
             else run_all(pattern, variants, device, note, slow=slow, seed=seed)
         )
     if found is None:  # another rank of torchrun reports
         return
     outcomes = found
-    doc = Verify.of(outcomes, len(chosen), len(variants))
+    doc = Verify.of(outcomes, len(chosen), len(variants), rounds, skew_us)
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if as_json:
         emit(doc)
+    elif several > 1:
+        print_verify(doc, several)
     else:
         rows = [
             (

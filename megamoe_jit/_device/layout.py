@@ -41,6 +41,7 @@ class BufferLayout:
         rows: rows this rank can receive, the worst case over all routings, each expert's padded to 128.
         pool_rows: rows the pools hold; fewer than `rows` makes them rings, which drop nothing: dispatch then waits
             for the matrix work.
+        most_pairs: (token, slot) pairs of one rank.
     """
 
     symmetric: tuple[Section, ...]
@@ -48,6 +49,7 @@ class BufferLayout:
     capacity: int
     rows: int
     pool_rows: int
+    most_pairs: int
 
     @property
     def symmetric_bytes(self) -> int:
@@ -112,8 +114,8 @@ def buffer_layout(
             ("x_scales", tokens * hidden // BLOCK * 4, f"input scales f32 [{tokens}, {hidden // BLOCK}]"),
             ("topk_ids", tokens * topk * 8, f"expert of each slot i64 [{tokens}, {topk}]"),
             ("topk_weights", tokens * topk * 4, f"weight of each slot f32 [{tokens}, {topk}]"),
-            ("expert_offsets", (experts + 1) * 4, "first sorted pair of each expert u32"),
-            ("sorted_pairs", pairs * 4, "(token, slot) pairs by expert u32"),
+            ("expert_offsets", ranks * _up(local_experts + 1, 4) * 4, "first pair of each expert, by source rank u32"),
+            ("sorted_pairs", ranks * pairs * 4, "(token, slot) pairs by source rank and expert u32"),
             ("signals", len(Meeting) * MAX_RANKS * 4, "launch that each rank has reached, by meeting u32"),
             ("combine", pairs * hidden * 2, f"expert outputs bf16 [{tokens}, {slots}, {hidden}]"),
         ]
@@ -132,4 +134,4 @@ def buffer_layout(
             ("control", Control.WORDS * 4, "grid barrier, epoch, blocks by side, tickets u32"),
         ]
     )
-    return BufferLayout(symmetric, local, tokens, rows, pool)
+    return BufferLayout(symmetric, local, tokens, rows, pool, pairs)

@@ -123,7 +123,6 @@ def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
         ("tile slots", TILE_SLOTS * TILE_BYTES, f"ring of {TILE_SLOTS} announced tiles"),
         ("words", 64, "words shared by the warps of a block"),
         ("expert table", 4 * experts + 8 * (experts + 1) + 2 * experts, "rows, first rows, first items, ids"),
-        ("source table", spec.source_table_bytes, "which pairs of each rank name each expert"),
     ]
     parts = [part for part in parts if part[1]]
     rest = spec.shared_bytes - sum(size for _, size, _ in parts)

@@ -91,7 +91,7 @@ class BoundKernel:
         encode_fp8_rows(params.act2_small, params.act2_pool, rows, shape.intermediate, SMALL_BOX_ROWS)
         params.pool_rows = rows
         params.counters = layout.rows // COUNTER_ROWS
-        params.rank = place.rank
+        params.rank, params.most_pairs = place.rank, layout.most_pairs
         params.fault = place.fault
 
     def use_weights(self, l1: WeightPair, l2: WeightPair) -> None:

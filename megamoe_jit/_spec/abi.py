@@ -88,7 +88,8 @@ PARAMS = (
     ("raw_formats", "u32", 1, 888),
     ("weight_factor", "float", 1, 892),
     ("shared_weight", "float", 1, 896),
-    ("unused", "u32", 15, 900),
+    ("most_pairs", "u32", 1, 900),
+    ("unused", "u32", 14, 904),
 )
 
 #: `StageParams` of kernels/stage.cuh: name, type, how many, and offset in bytes.

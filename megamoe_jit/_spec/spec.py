@@ -209,13 +209,8 @@ class KernelSpec:
         return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
 
     @cached_property
-    def source_table_bytes(self) -> int:
-        """With several ranks: which part of each rank's pairs names each local expert."""
-        return 8 * self.shape.experts_of(self.ranks) if self.ranks > 1 else 0
-
-    @cached_property
     def _ring_room(self) -> int:
-        return SHARED_LIMIT - self.fixed_shared_bytes - self.source_table_bytes - 16
+        return SHARED_LIMIT - self.fixed_shared_bytes - 16
 
     @cached_property
     def stages(self) -> int:
@@ -233,7 +228,7 @@ class KernelSpec:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         rings = self.stages * (self.stage_bytes + 16) + self.dispatch_slots * (DISPATCH_CHUNK + 8)
-        return -(-(rings + self.fixed_shared_bytes) // 16) * 16 + self.source_table_bytes
+        return -(-(rings + self.fixed_shared_bytes) // 16) * 16
 
     @cached_property
     def kernel_name(self) -> str:

@@ -50,6 +50,24 @@ def test_outcomes_are_the_worst_over_ranks(run):
     assert wrong.diff > 0.01
 
 
+def test_rounds_have_inputs_of_their_own_and_the_first_that_fails_is_the_last(run, monkeypatch, tmp_path):
+    """Each rank late by a time of chance; the buffer is one for all rounds."""
+    seeds = []
+    monkeypatch.setenv("RANK_LAYER_LOG", str(log := tmp_path / "log"))
+    right, wrong = run(pattern="small.t5", variants=["pingpong", "cooperative"], rounds=3, skew_us=2000)
+    assert (right.passed, right.reason) == (True, "")
+    assert wrong.reason.startswith("round 0: rank 1: diff ")
+    seen = [line.split() for line in log.read_text().splitlines()]
+    for rank in ("0", "1"):
+        lines = [line for line in seen if line[0] == rank]
+        assert [line[1] for line in lines] == ["buffer", "call", "call", "call", "buffer", "call"]
+        inputs = [line[2] for line in lines if line[1] == "call"]
+        assert len(set(inputs[:3])) == 3
+        assert inputs[3] == inputs[0]
+        seeds += inputs[:3]
+    assert len(set(seeds)) == 6
+
+
 def test_a_fault_of_one_rank_ends_the_run_on_all(run):
     outcomes = run(variants=["cooperative"])
     assert [(o.name, o.passed) for o in outcomes] == [("small.t5", False), ("small.t3", False)]

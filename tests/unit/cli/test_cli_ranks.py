@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from click.testing import CliRunner
@@ -88,6 +89,40 @@ def test_verify_over_ranks(monkeypatch):
     listed = CliRunner().invoke(cli, ["verify", "--list", "--ranks", "3"])
     assert "L1.smoke" not in listed.output
     assert "shape.h640_i384_e33_k3" in listed.output
+
+
+def test_verify_over_ranks_ends_with_one_table(monkeypatch):
+    outcomes = [
+        Outcome("L1.smoke", "pingpong", 1e-5, 1e-4, True, True, ""),
+        Outcome("L1.smoke", "cooperative", math.nan, math.nan, True, False, "round 2: rank 1: lost"),
+        Outcome("route.hot.t96", "pingpong", 3e-5, 2e-4, True, True, ""),
+    ]
+    asked = {}
+    monkeypatch.setattr(_bench, "require_hopper", lambda: None)
+    monkeypatch.setattr(_verify_ranks, "run_ranks", lambda *_, **named: asked.update(named) or outcomes)
+    words = ["verify", "--filter", "L1.smoke,route.hot.t96", "--ranks", "2", "--rounds", "3", "--skew", "500"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 1
+    assert (asked["rounds"], asked["skew_us"]) == (3, 500)
+    head, *table = done.stdout.splitlines()
+    assert head == "2 ranks, 3 rounds of each scenario and variant, each up to 500 us late for each launch"
+    assert [line.split() for line in table] == [
+        ["FAMILY", "SCENARIOS", "RUN", "PASSED", "FAILED", "WORST", "DIFF", "WORST", "ROW"],
+        ["L1", "1", "2", "1", "1", "1.0e-05", "1.0e-04"],
+        ["route", "1", "1", "1", "0", "3.0e-05", "2.0e-04"],
+        ["all", "2", "3", "2", "1", "3.0e-05", "2.0e-04"],
+    ]
+    assert "  L1.smoke  cooperative: round 2: rank 1: lost" in done.stderr
+    doc = checked(CliRunner().invoke(cli, [*words, "--json"]).stdout)
+    assert (doc["rounds"], doc["skew_us"], doc["run"], doc["not_run"]) == (3, 500, 3, 1)
+
+
+@pytest.mark.parametrize("option", [("--rounds", "2"), ("--skew", "1")])
+def test_rounds_and_skew_are_about_several_ranks(monkeypatch, option):
+    monkeypatch.setattr(_bench, "require_hopper", lambda: None)
+    done = CliRunner().invoke(cli, ["verify", "--list", *option])
+    assert done.exit_code == 2
+    assert "give --ranks 2 or more with them" in done.stderr
 
 
 def test_other_ranks_of_torchrun_say_nothing(monkeypatch):

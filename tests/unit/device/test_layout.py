@@ -17,6 +17,7 @@ from megamoe_jit._spec import abi as _abi
 OTHERS = {
     *(
         "act1",
+        "most_pairs",
         "shared_weight",
         "unused",
         "weight1",
@@ -83,8 +84,8 @@ def indexed_bytes(shape: MoEShape, ranks: int, layout: BufferLayout) -> dict[str
         "x_scales": layout.capacity * (hidden // BLOCK) * 4,
         "topk_ids": routed * 8,
         "topk_weights": routed * 4,
-        "expert_offsets": (experts + 1) * 4,
-        "sorted_pairs": pairs * 4,
+        "expert_offsets": ranks * -(-(experts // ranks + 1) // 4) * 16,
+        "sorted_pairs": ranks * pairs * 4,
         "signals": 2 * _abi.MAX_RANKS * 4,  # a word per meeting and rank
         "combine": pairs * hidden * 2,
         "act1_pool": pool * hidden,

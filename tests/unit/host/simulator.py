@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
@@ -29,16 +29,16 @@ class Change:
     new: str
 
 
+CHUNK = 256  #: bytes that dispatch moves at a time there
 #: Small units and chunks, so that small batches wrap the pools and rows are moved in several pieces.
 SMALL = (
     Change("base/constants.cuh", "kUnitRows = 1024", "kUnitRows = 128"),
-    Change("base/constants.cuh", "kDispatchChunk = 2048", "kDispatchChunk = 256"),
+    Change("base/constants.cuh", "kDispatchChunk = 2048", f"kDispatchChunk = {CHUNK}"),
 )
 #: The virtual ranks' memory is seen through pointers that check every access.
 CHECKED = (
     Change("layout/params.cuh", "MEGA_DEVICE T* symmetric(", "MEGA_DEVICE sim::Pointer<T> symmetric("),
     Change("layout/params.cuh", "p.peers[rank] + offset", "p.peers[sim::existing(rank)] + offset"),
-    Change("dispatch/sort.cuh", "u32* sorted = symmetric", "const auto sorted = symmetric"),
     Change("stage/quantise.cuh", "    float* scales;", "    sim::Pointer<float> scales;"),
     Change("stage/quantise.cuh", "scales[group] = by.scale", "scales[group] = sim::staged_scale(by.scale)"),
 )
@@ -96,7 +96,7 @@ class Outcome:
     """What a run said; `problem` is empty when nothing was wrong."""
 
     problem: str
-    pairs: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  #: pairs, and what `sim/memory.h` counts between ranks
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ class Simulator:
             "launches": launches,
             "pool_rows": layout.pool_rows,
             "rows": layout.rows,
+            "most_pairs": layout.most_pairs,
             "mutant": mutant,
         }
         options = [f"{name}={value}" for name, value in numbers.items()]
@@ -153,7 +154,7 @@ class Simulator:
         command = [str(self.program), *options, f"variant={variant}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         if done.returncode == 0:
-            return Outcome("", int(done.stdout.split()[0]))
+            return Outcome("", {name: int(n) for name, n in (word.split("=") for word in done.stdout.split())})
         return Outcome("\n".join(map(_sentence, done.stdout.splitlines())) or f"ended with code {done.returncode}")
 
 
@@ -164,7 +165,7 @@ def _with_pools(layout: BufferLayout, shape: MoEShape, pool_rows: int) -> Buffer
     local = [
         Section(s.name, s.offset, pool_rows * bytes_per_row.get(s.name, 0) or s.bytes, s.what) for s in layout.local
     ]
-    return BufferLayout(layout.symmetric, tuple(local), layout.capacity, layout.rows, pool_rows)
+    return replace(layout, local=tuple(local), pool_rows=pool_rows)
 
 
 def _sentence(line: str) -> str:

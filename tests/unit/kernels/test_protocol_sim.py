@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._spec import MoEShape, Variant
-from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.abi import Meeting, Wait
 from megamoe_jit._spec.inputs import Inputs
 from tests import host
-from tests.unit.host.simulator import HERE, SMALL, Change, Simulator, changed_rooms
+from tests.unit.host.simulator import CHUNK, HERE, SMALL, Change, Simulator, changed_rooms
 
 #: By number of ranks.  Full and half tiles of columns, iterations of the main loop of one and of two k-blocks,
 #: one and several iterations per tile, rows that dispatch moves in one piece or in several.
@@ -61,16 +61,16 @@ MISTAKES = (
 RAW_MISTAKES = (
     *SMALL,
     Change(
-        "dispatch/gather.cuh",
+        "dispatch/pull.cuh",
         "C::kInputs == Inputs::raw) ptx",
         "C::kInputs == Inputs::raw) if (sim::mutant != 208) ptx",
     ),
     Change("kernels/megamoe.cuh", "Inputs::raw) stage_rows", "Inputs::raw) if (sim::mutant != 209) stage_rows"),
     Change(
         "kernels/megamoe.cuh",
-        "    Sources<C>{p, shared}.fetch();",
+        "    if (ptx::warp_id() == 0) build_expert_table",
         "    if constexpr (C::kInputs == Inputs::raw) if (sim::mutant == 209) stage_rows<C>(p);\n"
-        "    Sources<C>{p, shared}.fetch();",
+        "    if (ptx::warp_id() == 0) build_expert_table",
     ),
 )
 NO_FENCE, LATE_ROWS = 208, 209
@@ -195,6 +195,26 @@ def test_a_mistake_with_shared_experts_is_found(build: Build, mistake: int):
     assert find(build(2, SHARED_MISTAKES, Inputs.RAW, SHARED), mistake) != ""
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_what_goes_from_rank_to_rank_is_what_must(build: Build, ranks: int):
+    """Each row and its scales once for a pair, by 16 bytes or more; no table is read; one round of signals."""
+    shape, launches, deepest, simulator = SHAPES[ranks], 2, 0, build(ranks)
+    for seed in range(1, 7):
+        run = simulator.run(seed, tokens=TOKENS[ranks], blocks=1, launches=launches, variant="cooperative")
+        assert run.problem == ""
+        counts, peers = run.counts, launches * ranks * (ranks - 1)
+        pairs = counts["remote_pairs"]
+        assert counts["small_loads"] == 0
+        assert counts["loaded_bytes"] == pairs * (shape.hidden + 16)  # up to four scales
+        assert counts["stores"] == pairs * shape.hidden * 2 // 16
+        assert counts["small_stores"] == pairs + peers * (shape.experts // ranks + 1)
+        assert counts["signals"] == peers * len(Meeting)
+        assert counts["signals_of_a_lane"] == 1
+        deepest = max(deepest, counts["copies_in_flight"])
+    chunks = 2 * -(-shape.hidden // CHUNK)  # of two items of one row; of larger items two
+    assert deepest == max(2, min(KernelSpec(shape, Variant.COOPERATIVE, ranks).dispatch_slots - 1, chunks))
+
+
 def test_half_a_block_that_no_tile_wrote_is_still_read(tmp_path: Path):
     """Rings, tiles of 64 rows: the block between two users of a half may have had no tile there to wait."""
     simulator = Simulator.build(tmp_path, MoEShape(128, 128, 8, 3), 1)
@@ -208,7 +228,7 @@ def test_a_run_is_what_its_seed_says(build: Build):
     first, again, other = (build(2).run(seed, tokens=12, blocks=2) for seed in (5, 5, 6))
     assert first == again
     assert (first.problem, other.problem) == ("", "")
-    assert first.pairs != other.pairs
+    assert first.counts["pairs"] != other.counts["pairs"]
 
 
 def test_the_kernels_own_units_and_chunks(build: Build):
@@ -235,7 +255,8 @@ WEAK = codes((HERE / "sim/machine.h").read_text(), "Weak")
 
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_wait_that_is_left_out_is_found(build: Build, wait: str):
-    assert find(build(2, MISTAKES), WAITS[wait]) != ""
+    """Of the tail's barrier with one rank: who waits for all ranks waits for the last block of its own too."""
+    assert find(build(1 if wait == "tail_barrier" else 2, MISTAKES), WAITS[wait]) != ""
 
 
 @pytest.mark.parametrize("weak", [name for name, code in WEAK.items() if code])

@@ -1,6 +1,7 @@
 """The package's interface over the reference, for runners of several ranks on the CPU.
 
-The variable RANK_LAYER_FAILS says where the last rank fails for how many tokens: "3:call,8:after".
+The variable RANK_LAYER_FAILS says where the last rank fails for how many tokens: "3:call,8:after"; RANK_LAYER_LOG
+names a file that gets a line for each buffer and each call, with the rank and a sum of the inputs.
 """
 
 import os
@@ -35,6 +36,13 @@ class Buffer:
         dist.barrier()
 
 
+def note(*what):
+    """Write a line to the file, if there is one."""
+    if "RANK_LAYER_LOG" in os.environ:
+        with open(os.environ["RANK_LAYER_LOG"], "a", encoding="utf-8") as log:
+            log.write(" ".join(map(str, (dist.get_rank(), *what))) + "\n")
+
+
 def fails(where, tokens):
     """Whether this rank is to fail here."""
     last = dist.get_rank() == dist.get_world_size() - 1
@@ -48,12 +56,14 @@ def refuse():
 def get_symm_buffer_for_mega_moe(group, experts, capacity, topk, hidden, intermediate):
     assert group is dist.group.WORLD
     tokens = capacity - 5  # as in the table of the test
+    note("buffer")
     collectively(group, "making a buffer", refuse if fails("buffer", tokens) else lambda: None)
     return Buffer(MoEShape(hidden, intermediate, experts, topk), capacity)
 
 
 def fp8_mega_moe_pingpong(y, l1, l2, buffer, stats, *, activation_clamp, fast_math):
-    views = (v[: y.shape[0]] for v in (buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights))
+    views = [v[: y.shape[0]] for v in (buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights)]
+    note("call", views[1].double().sum().item())
     weights = make_weights(buffer.shape, "cpu")
     y.copy_(moe_reference(*views, weights.l1, weights.l2, activation_clamp=activation_clamp))
     counts = expert_counts(buffer.topk_idx[: y.shape[0]], buffer.shape.experts).to(torch.int64)

@@ -35,15 +35,15 @@ def test_the_program_uses_what_there_is():
 
 
 def test_what_a_call_moves_is_what_its_formulas_say():
-    shape, tokens, blocks = preset("v4-flash").shape, 512, 132
+    shape, tokens = preset("v4-flash").shape, 512
     local = shape.experts // 8
     assert (local, shape.hidden) == (32, 4096)
     rows = re.findall(r"^\| [^|]+ \| ([^|]+) \|((?: [\d.]+ \|){4})$", TEXT, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for formula, cells in rows:
         expression = formula.replace("local experts", "local")
         for ranks, cell in zip((1, 2, 4, 8), cells.strip("| ").split(" | "), strict=True):
-            names = {"R": ranks, "hidden": shape.hidden, "local": local, "blocks": blocks}
+            names = {"R": ranks, "hidden": shape.hidden, "local": local}
             names["pairs"] = tokens * shape.topk * (ranks - 1) / ranks
             value = 0 if ranks == 1 else eval(expression, {"__builtins__": {}}, names)
             assert cell == (f"{value / 1e6:.1f}" if "." in cell else f"{value:.0f}"), (formula, ranks)

@@ -174,6 +174,20 @@ extern "C" __global__ void {{ kernel_name }}() {}
 """
 
 
+@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("local", [32, 48, 96])
+def test_shared_memory_does_not_shrink_with_the_ranks(variant: Variant, local: int):
+    """Of so many experts on each: as many stages, and copies of rows in flight, on eight ranks as on one."""
+    alone, *others = (KernelSpec(MoEShape(4096, 2048, ranks * local, 6), variant, ranks) for ranks in (1, 2, 4, 8))
+    for spec in others:
+        assert (spec.stages, spec.dispatch_slots, spec.shared_bytes) == (
+            alone.stages,
+            alone.dispatch_slots,
+            alone.shared_bytes,
+        )
+    assert alone.dispatch_slots >= (4 if local <= 48 else 3)
+
+
 def test_the_kernels_count_the_same_shared_memory(tmp_path):
     """Also asserted in every kernel; here for many expert counts in one compilation, with the alignments."""
     shutil.copytree(host.KERNELS, tmp_path / "src")

@@ -29,12 +29,12 @@ struct Rank {
 };
 
 struct Run {
-    u32 seed = 1, launches = 3, tokens = 8, pool_rows = 4096, rows = 0;
+    u32 seed = 1, launches = 3, tokens = 8, pool_rows = 4096, rows = 0, most_pairs = 0;
     std::string variant = "mixed";
     std::vector<SectionSize> symmetric, local;
     std::vector<Rank> all;
     std::vector<std::vector<std::vector<i64>>> ids;   // [launch][rank][token * routed slots + slot]
-    u64 pairs = 0;
+    u64 pairs = 0, remote_pairs = 0;
 
     using C = variant0::Config;   // what all variants share
 
@@ -71,6 +71,7 @@ struct Run {
         else if (key == "tokens") tokens = value;
         else if (key == "pool_rows") pool_rows = value;
         else if (key == "rows") rows = value;
+        else if (key == "most_pairs") most_pairs = value;
         else if (key == "blocks") max_blocks = value;
         else if (key == "mutant") mutant = value;
         else fail("unknown option " + key);
@@ -177,7 +178,7 @@ struct Run {
         megamoe::ptx::TensorMap* to[4] = {&p.act1, &p.act2, &p.act1_small, &p.act2_small};
         for (u32 i = 0; i < 4; ++i) std::memcpy(to[i]->opaque, maps[i], sizeof maps[i]);
         p.timeout_ns = 1, p.rank = r, p.pool_rows = pool_rows, p.clamp = 1e30f, p.shared_weight = kSharedWeight;
-        p.counters = rows / megamoe::kCounterRows;
+        p.counters = rows / megamoe::kCounterRows, p.most_pairs = most_pairs;
     }
 
     // ---- inputs
@@ -234,7 +235,8 @@ struct Run {
         if (slots) std::memcpy(stage(r, "topk_ids", 0, slots * 8), chosen.data(), slots * 8);
         float* weights = static_cast<float*>(stage(r, "topk_weights", 0, slots * 4));
         for (u32 i = 0; i < slots; ++i) weights[i] = slot_weight(n, i);
-        for (const char* name : {"combine", "sorted_pairs", "expert_offsets"}) poison(r, name);
+        for (const char* name : {"combine", "sorted_pairs", "expert_offsets"})
+            if (ranks == 1 || name[0] == 'c') poison(r, name);   // other ranks may have stored their lists of this launch
         for (const char* name : {"slice_counts", "row_pairs", "act1_scales", "act2_scales"}) poison(r, name);
         if (count) {
             memory.write(rank.y, count * C::kHidden * 2, host(rank, r));
@@ -349,7 +351,7 @@ struct Run {
                 const auto values = expected_slot(row.data(), expert_of(r, k, id));
                 const u32 weight = shared ? kSharedWeight : static_cast<u32>(slot_weight(n, given));
                 for (u32 g = 0; g < sums.size(); ++g) sums[g] += values[g] * weight;
-                ++pairs;
+                ++pairs, remote_pairs += expert_of(r, k, id) / C::kLocalExperts != r;
             }
             memory.read(all[r].y + u64(t) * C::kHidden, C::kHidden * 2, host(all[r], r));
             for (u32 c = 0; c < C::kHidden; ++c)
@@ -386,7 +388,11 @@ struct Run {
         report_deadlock();
     }
     void finish() {
-        std::printf("%llu pairs, %zu blocks\n", pairs, blocks.size());
+        const Traffic& t = traffic;
+        std::printf("pairs=%llu remote_pairs=%llu small_loads=%llu loads=%llu loaded_bytes=%llu small_stores=%llu stores=%llu ",
+                    pairs, remote_pairs, t.small_loads, t.loads, t.loaded_bytes, t.small_stores, t.stores);
+        std::printf("signals=%llu signals_of_a_lane=%llu copies_in_flight=%llu\n", t.signals, t.signals_of_a_lane,
+                    t.copies_in_flight);
     }
 };
 

@@ -68,6 +68,8 @@ enum Weak : u32 {
     kNoWaitForProducts = 111,
     kNoWaitForThreadLoads = 112,
     kLookSaysYes = 113,
+    kMeetingAddAcquires = 114,   // and does not release
+    kMeetingAddReleases = 115,
 };
 inline u32 mutant = kNothing;
 
@@ -173,9 +175,10 @@ inline u32 word_load(const u32* p, bool system) {
     now->polled.emplace_back(p, word.version);
     return *p;
 }
-inline u32 word_add(u32* p, u32 value, bool release) {
+inline u32 word_add(u32* p, u32 value, bool release, bool acquire = false) {
     maybe_leave();
     Memory::Word& word = memory.word(p, false, actor());
+    if (acquire) now->warp->acquire(word.clock);
     if (release) now->warp->release_to(word.clock);
     const u32 old = *p;
     *p = old + value;
@@ -187,6 +190,8 @@ inline void word_store(u32* p, u32 value) {
     Memory::Word& word = memory.word(p, true, actor());
     if (static_cast<i32>(value - *p) <= 0) fail("a signal goes from " + std::to_string(*p) + " to " + std::to_string(value));
     if (mutant != kSystemStoreRelaxed) now->warp->release_to(word.clock);
+    if (memory.find(p, 4, "signal").rank != now->warp->block->rank) ++traffic.signals;
+    traffic.signals_of_a_lane = std::max<u64>(traffic.signals_of_a_lane, ++now->signals);
     *p = value;
     changed(word);
 }

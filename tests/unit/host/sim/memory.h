@@ -36,6 +36,13 @@ struct Actor {
     u32 rank;
 };
 
+/// What went from rank to rank in a run.  Loads and stores are counted lane by lane, bulk copies one by one.
+struct Traffic {
+    u64 small_loads, loads, loaded_bytes, small_stores, stores, signals;   // small: of less than 16 bytes
+    u64 signals_of_a_lane, copies_in_flight;   // the most signals of one lane in a launch, copies of one warp at a time
+};
+inline Traffic traffic = {};
+
 struct Memory {
     static constexpr u64 kPage = 1024;   // sections begin at multiples of it
     u8* arena = nullptr;
@@ -61,6 +68,7 @@ struct Memory {
     void read(const void* p, u64 size, const Actor& by) {
         Section& s = find(p, size, "read");
         if (s.local && s.rank != by.rank) fail("rank " + std::to_string(by.rank) + " reads " + s.name + " of another rank");
+        if (s.rank != by.rank) ++(size < 16 ? traffic.small_loads : traffic.loads), traffic.loaded_bytes += size;
         for (u64 i = at(s, p), end = at(s, static_cast<const u8*>(p) + size - 1); i <= end; ++i) {
             Cell& cell = s.cells[i];
             if (!by.clock->knows(cell.writer)) race(s, i, "reads", by.stamp, "without waiting for the write of", cell.writer);
@@ -72,6 +80,7 @@ struct Memory {
     void write(void* p, u64 size, const Actor& by) {
         Section& s = find(p, size, "write");
         if (s.local && s.rank != by.rank) fail("rank " + std::to_string(by.rank) + " writes " + s.name + " of another rank");
+        if (s.rank != by.rank) ++(size < 16 ? traffic.small_stores : traffic.stores);
         for (u64 i = at(s, p), end = at(s, static_cast<u8*>(p) + size - 1); i <= end; ++i) {
             Cell& cell = s.cells[i];
             if (!by.clock->knows(cell.writer)) race(s, i, "writes", by.stamp, "without waiting for the write of", cell.writer);

@@ -35,6 +35,7 @@ struct Lane {
     struct Product { float* to; u32 count; u64 a, b; u32 accumulate, group; };
     std::vector<Product> products;   // matrix products in flight
     u32 groups = 0;                  // of them, committed so far
+    u32 signals = 0;                 // stored for other ranks and its own
 };
 
 struct Warp {
@@ -42,6 +43,7 @@ struct Warp {
     u32 index = 0, agent = 0;
     Clock clock;
     u32 copies = 0;             // started so far
+    u32 remote_copies = 0;      // from other ranks, in flight
     u32 live = 0, ready = 0;    // lanes, as bit masks
     bool queued = false;
     u32 version = 1;            // of the clock

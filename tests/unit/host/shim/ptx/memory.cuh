@@ -12,8 +12,10 @@ inline u32 load_acquire_system(const u32* p) { return sim::word_load(p, true); }
 inline void add_release(u32* p, u32 v) { sim::word_add(p, v, sim::mutant != sim::kAddRelaxed); }
 inline void store_release_system(u32* p, u32 v) { sim::word_store(p, v); }
 inline u32 fetch_add_release(u32* p, u32 v) { return sim::word_add(p, v, sim::mutant != sim::kBarrierAddRelaxed); }
+inline u32 fetch_add_acq_rel_system(u32* p, u32 v) {
+    return sim::word_add(p, v, sim::mutant != sim::kMeetingAddAcquires, sim::mutant != sim::kMeetingAddReleases);
+}
 inline u32 fetch_add_relaxed(u32* p, u32 v) { return sim::word_add(p, v, false); }
-inline void fence_system() {}   // all releases and acquires name their scope, and order whatever was ordered before them
 inline void fence_async_global() {
     if (sim::mutant != sim::kNoProxyFence) sim::now->warp->fence();
 }

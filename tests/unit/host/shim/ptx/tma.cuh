@@ -18,7 +18,11 @@ inline void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
     if (bytes % 16 != 0 || reinterpret_cast<u64>(src) % 16 != 0) sim::fail("a bulk load of odd size or address");
     sim::memory.read(src, bytes, sim::copy_actor());
     sim::u8* to = sim::now->warp->block->at(dst, bytes, 16);
-    sim::start_load(bar, bytes, [=] { std::memcpy(to, src, bytes); });
+    sim::Warp* warp = sim::now->warp;
+    const u32 remote = sim::memory.find(src, bytes, "read").rank != warp->block->rank;
+    warp->remote_copies += remote;
+    sim::traffic.copies_in_flight = std::max<u64>(sim::traffic.copies_in_flight, warp->remote_copies);
+    sim::start_load(bar, bytes, [=] { std::memcpy(to, src, bytes), warp->remote_copies -= remote; });
 }
 inline void bulk_store(void* dst, u32 src, u32 bytes) {
     sim::maybe_leave();

@@ -1,0 +1,88 @@
+// Where sorted pairs lie: in the memory of the rank whose experts they name.
+//
+// Each rank sorts its own (token, slot) pairs by expert and stores them, before the ranks meet, where they are needed: every
+// rank has a list from each rank, of the pairs that name its experts, and a table of where each expert's begin in that
+// list.  So nobody reads another rank's tables, which would take a trip over NVLink for each, one after the other.
+//
+//   expert_offsets   [source rank][local experts + 1], each source's table at a multiple of four words
+//   sorted_pairs     [source rank][Params::most_pairs]   source rank << 20 | token * topk + slot
+//
+// Of one rank: expert_offsets [experts + 1], sorted_pairs [pairs].
+#pragma once
+#include "base/constants.cuh"
+#include "layout/params.cuh"
+#include "ptx/memory.cuh"
+
+namespace megamoe {
+
+/// To write this rank's pairs, where `begins[e]` says how many of them name an expert before `e`; and to read those that
+/// name its experts.
+template <class C> struct PairLists {
+    // words from one source's table to the next
+    static constexpr u32 kTable = ceil_div(C::kLocalExperts + 1, 4u) * 4;
+
+    const Params& p;
+
+    /// Place of the first pair of expert `e` in the list of its rank.
+    MEGA_DEVICE static u32 begin_of(const u32* begins, u32 e) {
+        return C::kRanks == 1 ? begins[e]
+                              : begins[e] - begins[e / C::kLocalExperts * C::kLocalExperts];
+    }
+    MEGA_DEVICE void put_begin(u32 e, u32 begin, u32 pairs) const {
+        if constexpr (C::kRanks == 1) {
+            symmetric<u32>(p, p.rank, p.expert_offsets)[e] = begin;
+        } else {
+            const u32 to = e / C::kLocalExperts, local = e % C::kLocalExperts;
+            const auto table = symmetric<u32>(p, to, p.expert_offsets);
+            table[p.rank * kTable + local] = begin;
+            if (local == C::kLocalExperts - 1) table[p.rank * kTable + local + 1] = begin + pairs;
+        }
+    }
+    /// `own` is where this rank's lists are: where there is no other rank, nothing else is looked up for a pair.
+    template <class List> MEGA_DEVICE void put_pair(List own, u32 e, u32 at, u32 pair) const {
+        if constexpr (C::kRanks == 1) own[at] = pair;
+        else
+            symmetric<u32>(p, e / C::kLocalExperts,
+                           p.sorted_pairs)[p.rank * p.most_pairs + at] = p.rank << kPairBits | pair;
+    }
+
+    /// First pair of local expert `e` in the list from rank `source`; with e + 1, one past its last.
+    MEGA_DEVICE u32 offset(u32 e, u32 source) const {
+        if constexpr (C::kRanks == 1)
+            return ptx::load_l2(symmetric<const u32>(p, source, p.expert_offsets) +
+                                p.rank * C::kLocalExperts + e);
+        else
+            return ptx::load_l2(symmetric<const u32>(p, p.rank, p.expert_offsets) +
+                                source * kTable + e);
+    }
+    MEGA_DEVICE u32 rows(u32 e, u32 source) const {
+        return offset(e + 1, source) - offset(e, source);
+    }
+
+    // the index of a row that there is not
+    static constexpr u32 kNoRow = ~0u;
+    /// Where row `index` of local expert `e` comes from, rank << 20 | pair; with several ranks each lane of a warp asks for
+    /// one.  The lists come in turn, every rank's own last, so that not all pull from the same rank at the same time.
+    MEGA_DEVICE u32 origin(u32 e, u32 index) const {
+        if constexpr (C::kRanks == 1) {
+            if (index == kNoRow) return 0;
+            return ptx::load_l2(symmetric<const u32>(p, 0, p.sorted_pairs) + offset(e, 0) + index);
+        } else {
+            const bool wanted = index != kNoRow;
+            const u32 lane = ptx::lane_id(), source = (p.rank + 1 + lane) % C::kRanks;
+            u32 begin = 0, count = 0, at = 0;   // lane i has the i-th list
+            if (lane < C::kRanks) begin = offset(e, source), count = offset(e + 1, source) - begin;
+            const u32 list = source * p.most_pairs + begin;
+#pragma unroll
+            for (u32 i = 0; i < C::kRanks; ++i) {
+                const u32 its_count = __shfl_sync(~0u, count, i),
+                          its_list = __shfl_sync(~0u, list, i);
+                if (index < its_count) at = its_list + index;
+                index -= its_count;   // once it is below zero it is larger than every count
+            }
+            return wanted ? ptx::load_l2(symmetric<const u32>(p, p.rank, p.sorted_pairs) + at) : 0;
+        }
+    }
+};
+
+}   // namespace megamoe

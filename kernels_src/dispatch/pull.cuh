@@ -1,0 +1,115 @@
+// Dispatch of the rows that are left after the head, by one warp of each block while the matrix work runs.
+//
+// With several ranks most of them come over NVLink, and each answer takes a microsecond or two.  So nothing is asked for
+// when it is needed: the copies of an item's rows and the loads of its scales begin while the item before it is stored, and
+// the item after that is looked up meanwhile.
+//
+//   step        item i                        item i + 1                       item i + 2
+//   1           scales, origins are stored    scales are asked for
+//   2           rows are stored               rows are loaded as slots allow
+//   3                                                                          is looked up: where its rows come from
+//   4           is counted as arrived
+#pragma once
+#include "dispatch/gather.cuh"
+#include "dispatch/scales.cuh"
+
+namespace megamoe {
+
+template <class C> struct Pull {
+    using Item = typename Gather<C>::Item;
+    static constexpr u32 kSlots = C::kDispatchSlots, kChunks = Gather<C>::kChunks;
+
+    const Params& p;
+    const Shared<C>& shared;
+    const Gather<C> gather;
+    Item now, next;   // whose rows are stored; whose rows follow
+    // chunks of all items so far; those up to the end of `now`
+    u32 loaded = 0, stored = 0, end = 0;
+    // chunks, at most: two of large items keep pace with the matrix work, and more would take NVLink away from its results
+    const u32 in_flight;
+
+    MEGA_DEVICE Pull(const Params& p_, const Shared<C>& shared_, const ExpertTable& table)
+        : p(p_), shared(shared_), gather(p_, shared_, table),
+          in_flight(p_.item_shift > 1 ? min_u32(2, kSlots - 1) : kSlots - 1) {}
+
+    /// The item with this number, one without rows if there is none.
+    MEGA_DEVICE Item find(u32 i) const {
+        return i < gather.items ? gather.template find<false>(i) : Item{};
+    }
+    MEGA_DEVICE void ask(Scales<C>& scales, const Item& item) const {
+        const u32 row = ptx::lane_id() % gather.item_rows(),
+                  from = __shfl_sync(~0u, item.origin, row);
+        scales.ask(row < item.rows ? gather.row_scales(from) : nullptr);
+    }
+    /// Writes down where its rows come from, for scatter.
+    MEGA_DEVICE void note() const {
+        if (ptx::lane_id() < now.rows) p.row_pairs[now.first_row + ptx::lane_id()] = now.origin;
+    }
+    /// Starts copies of `now`, then of `next`, into all slots but one at most.  The slot of chunk c held chunk c - kSlots
+    /// before, so that its store must have read it; the last store may still be reading.
+    MEGA_DEVICE void load() {
+        const u32 most = min_u32(end + next.rows * kChunks, stored + in_flight);
+#pragma unroll 1
+        for (; loaded < most; ++loaded) {
+            const bool ahead = loaded >= end;
+            const u32 chunk = ahead ? loaded - end : loaded - (end - now.rows * kChunks);
+            const u32 from = __shfl_sync(~0u, ahead ? next.origin : now.origin, chunk / kChunks);
+            if (ptx::lane_id() != 0) continue;
+            const u32 slot = loaded % kSlots, bytes = Gather<C>::chunk_bytes(chunk);
+            ptx::bulk_wait_read<1>();
+            ptx::mbarrier_expect(shared.dispatched(slot), bytes);
+            ptx::bulk_load(shared.dispatch_slot(slot),
+                           gather.row_address(from) + chunk % kChunks * kDispatchChunk, bytes,
+                           shared.dispatched(slot));
+            ptx::mbarrier_arrive(shared.dispatched(slot));
+        }
+    }
+    /// Stores the rows of `now`, each chunk when it has come.
+    MEGA_DEVICE void store() {
+#pragma unroll 1
+        for (u32 chunk = 0; stored < end; ++chunk) {
+            const Ring<kSlots> at(stored);
+            wait_barrier(p, Wait::row_loaded, shared.dispatched(at.stage), at.parity, now.first_row);
+            u8* to = p.act1_pool + u64(now.pool_row + chunk / kChunks) * C::kHidden +
+                     chunk % kChunks * kDispatchChunk;
+            if (ptx::lane_id() == 0)
+                ptx::bulk_store(to, shared.dispatch_slot(at.stage), Gather<C>::chunk_bytes(chunk));
+            ++stored;
+            load();
+        }
+    }
+
+    MEGA_DEVICE void run() {
+        Timeline<C> timeline(p, Role::dispatch);
+        const u32 step = gridDim.x;
+        u32 i = gather.first_items + blockIdx.x;
+        Scales<C> scales(p.item_shift);
+        now = find(i), next = find(i + step);
+        ask(scales, now);
+        for (; i < gather.items; i += step) {
+            end += now.rows * kChunks;
+            load();
+            gather.wait_room(now.first_row);
+            note();
+            scales.store(p, now.pool_row);
+            ask(scales, next);
+            store();
+            const Item after = find(i + 2 * step);
+            if (ptx::lane_id() == 0) ptx::bulk_wait_all();
+            gather.end(now);
+            now = next, next = after;
+        }
+        if (ptx::lane_id() == 0) timeline.done(Span::gather);
+    }
+};
+
+/// In one warp of each block, after `Gather::first_round`.
+template <class C> MEGA_DEVICE void dispatch_rest(const Params& p, const Shared<C>& shared,
+                                                  const ExpertTable& table) {
+    // other ranks' rows, or those staged in this launch, acquired by a thread of this block
+    if constexpr (C::kRanks > 1 || C::kInputs == Inputs::raw) ptx::fence_async_global();
+    if constexpr (C::kRanks == 1) Gather<C>(p, shared, table).rest();
+    else Pull<C>(p, shared, table).run();
+}
+
+}   // namespace megamoe
