@@ -36,6 +36,7 @@ class Variant(StrEnum):
 
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
+    DECODE = "decode", 64, "Operands swapped, for few rows: tokens are columns, and weights of four bits come from registers."
 
     @property
     def policy(self) -> str:
