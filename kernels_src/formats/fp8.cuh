@@ -5,7 +5,8 @@
 namespace megamoe {
 
 struct Fp8 {
-    static constexpr u32 kBits = 8;   // of a weight, in memory and in the stages
+    static constexpr u32 kBits = 8;    // of a weight, in memory and in the stages
+    static constexpr u32 kGroup = 0;   // weights along K that share an exponent; 0: there are none
 
     /// How a tile's scales come into its stages.
     template <class C> using ScaleStream = WeightScaleStream<C>;
