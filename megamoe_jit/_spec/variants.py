@@ -39,6 +39,7 @@ class Variant(StrEnum):
 
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
+    DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
 
     @property
     def policy(self) -> str:
