@@ -27,8 +27,8 @@ from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer import stage_kernel as _stage_kernel
 from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.kernel_set import sort_blocks
 from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.kernel_set import sort_blocks
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
