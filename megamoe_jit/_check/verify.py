@@ -33,7 +33,7 @@ __all__ = [
     "run_scenario",
 ]
 
-VARIANTS = tuple(variant.value for variant in Variant)
+VARIANTS = tuple(variant.value for variant in Variant)  #: each scenario runs with those that multiply its weights
 MAX_DIFF = 2e-4  #: `calc_diff` over all finite rows
 MAX_ROW_DIFF = 2e-3  #: `calc_diff` of any one row
 GUARD_ROWS = 8  #: rows of the output past the token count, which must stay as they were
