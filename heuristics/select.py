@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, check_int
+from megamoe_jit._spec import FP8, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
@@ -18,6 +18,7 @@ from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
+DECODE_ROWS = 72  #: rows per expert up to which packed weights are best multiplied with operands swapped, on an H200
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 MOST_SMS = 1024  #: of a launch; no GPU has as many
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
@@ -78,6 +79,24 @@ def _pick(
     return variant, why if table is None else f"{_unmeasured(table, shape, ranks)}; {why}"
 
 
+def _reading(weights: WeightFormat, tokens: int, load: float, threshold: int | None) -> tuple[Variant, str]:
+    """What `auto` takes for weights of another format than the tables were measured with; `load` is rows per expert."""
+    readers = sorted(Variant.reading(weights), key=lambda variant: variant.block_m)
+    if not readers:
+        raise ConfigError(f"no variant multiplies weights in {weights.name} yet; allowed: {FP8.name}")
+    if len(readers) == 1:
+        return readers[0], f"the one that multiplies weights in {weights.name}"
+    if Variant.DECODE in readers and threshold is None:
+        few = load <= DECODE_ROWS
+        picked = Variant.DECODE if few else readers[-1]
+        return picked, f"{load:.1f} rows per expert {'<=' if few else '>'} {DECODE_ROWS}, weights in {weights.name}"
+    limit = COOPERATIVE_THRESHOLD if threshold is None else threshold
+    few = tokens < limit
+    return readers[
+        0 if few else -1
+    ], f"{tokens} tokens per rank {'<' if few else '>='} {limit}, weights in {weights.name}"
+
+
 def choose(
     shape: MoEShape,
     tokens: int,
@@ -87,6 +106,7 @@ def choose(
     cooperative_threshold: int | None = None,
     num_sms: int = 132,
     gpu: str | None = None,
+    weights: WeightFormat = FP8,
 ) -> Choice:
     """Pick the kernel for one call.
 
@@ -99,6 +119,7 @@ def choose(
             None for what was measured on `gpu`, else 256.
         num_sms: Blocks of the launch.
         gpu: Name of the GPU, as CUDA gives it, for what was measured on it; None for none.
+        weights: How the weights are stored; the tables are of FP8.
 
     Raises:
         ConfigError: The token count or the variant is not supported.
@@ -117,15 +138,17 @@ def choose(
         raise ConfigError(f"ranks = {shown(ranks)} is not supported; allowed: 1 to {MAX_EXPERTS}")
     if not 1 <= num_sms <= MOST_SMS:
         raise ConfigError(f"num_sms = {shown(num_sms)} is not supported; allowed: 1 to {MOST_SMS}")
-    table = table_for(gpu)
+    table = table_for(gpu) if weights is FP8 else None
     own = shape if table is None else replace(shape.routed, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
+    load = tokens * shape.topk * ranks / shape.experts
     if not isinstance(variant, str) or variant != AUTO:
         picked, reason = Variant.parse(variant), "asked for, by the call or by MEGAMOE_JIT_VARIANT"
+    elif weights is not FP8:
+        picked, reason = _reading(weights, tokens, load, cooperative_threshold)
     else:
         picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, ranks)
     rows = tokens * shape.slots
-    load = tokens * shape.topk * ranks / shape.experts
     reasons = [
         f"{picked.value}: {reason}",
         f"about {load:.1f} rows per expert in tiles of {picked.block_m} if the {ranks} rank(s) are alike",
@@ -142,8 +165,10 @@ def choose(
     return Choice(picked, tuple(reasons), lag_tiles, rows_per_item)
 
 
-def all_variants(shape: MoEShape) -> tuple[Variant, ...]:
+def all_variants(shape: MoEShape, weights: WeightFormat = FP8) -> tuple[Variant, ...]:
     """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles."""
+    if weights is not FP8:
+        return tuple(dict.fromkeys(choose(shape, tokens, weights=weights).variant for tokens in (0, MAX_TOKENS)))
     wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
     for table in tables():
         wanted.update(rule.variant for rules in table.rules.values() for rule in rules)

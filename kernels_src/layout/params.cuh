@@ -63,7 +63,11 @@ struct alignas(64) Params {
 
     float shared_weight;   // of every shared expert's row
     u32 most_pairs;        // of a rank: how far apart two ranks' lists of sorted pairs begin
-    u32 unused[14];
+    u32 unused[10];
+
+    // an exponent for each of a format's groups, in tiles as its codes (megamoe_jit/_layer/mxfp4.py); null without groups
+    const u8* weight1_exponents;
+    const u8* weight2_exponents;
 };
 
 /// Words of `Params::control`.

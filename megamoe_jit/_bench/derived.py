@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megamoe_jit._spec import FP8, WeightFormat
+
 __all__ = ["COMPARED", "Card", "add_limits", "card_of", "choice_quality", "expected_experts", "limit", "ratio"]
 
 CLOSE = 1.03  #: the automatic choice counts as good within this factor of the best forced variant
@@ -47,9 +49,10 @@ def expected_experts(experts: int, topk: int, tokens: int) -> float:
 
 def limit(row: Mapping[str, Any], card: Card) -> tuple[str, float]:
     """What bounds a row on a card, "weights" or "flops", and the least time in microseconds."""
-    size, ranks = row["hidden"] * row["intermediate"], row.get("ranks") or 1
+    ranks, stored = row.get("ranks") or 1, WeightFormat.parse(row.get("weights", FP8.name))
     touched = expected_experts(ranks * row["experts"], row["topk"], ranks * row["tokens"]) / ranks
-    weights_us = 3.0 * touched * size * 1e-6 / card.weights_tb_s
+    weights_us = touched * stored.expert_code_bytes(row["hidden"], row["intermediate"]) * 1e-6 / card.weights_tb_s
+    size = row["hidden"] * row["intermediate"]
     flops_us = 6.0 * row["tokens"] * row["topk"] * size * 1e-6 / card.main_loop_tflops
     return ("weights", weights_us) if weights_us >= flops_us else ("flops", flops_us)
 
@@ -81,7 +84,7 @@ def choice_quality(rows: Sequence[Mapping[str, Any]], auto: str = "auto") -> dic
         `rows` compared, how many are `close` (within 3 %), and the `worst` ratio with its `shape` and `tokens`.
     """
     cells: dict[tuple[str, int], dict[str, float]] = {}
-    for row in rows:
+    for row in rows:  # of one format of weights
         cells.setdefault((row["shape"], row["tokens"]), {})[row["variant"]] = row["median_us"]
     ratios = [
         (times[auto] / min(time for name, time in times.items() if name != auto), where)

@@ -9,8 +9,7 @@ from typing import Any
 from megamoe_jit._bench.documents import BaselineRow, RankRow, Row
 from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
-from megamoe_jit._spec import MoEShape
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec import MoEShape, WeightFormat
 
 __all__ = ["rows_of"]
 
@@ -33,7 +32,7 @@ def rows_of(case: Scenario, kernels: Mapping[str, str], parts: Sequence[Part]) -
     others = baseline_rows(case.name, own, case.tokens, ranks, parts)
     rows: list[Row] = []
     for variant, kernel in kernels.items():
-        found = {**_figures(own, case.tokens, variant, parts), "shape": case.name, "kernel": kernel}
+        found = {**_figures(own, case, variant, parts), "shape": case.name, "kernel": kernel}
         found |= fastest(others, found["median_us"])
         rows.append(Row(**found) if ranks == 1 else RankRow(**found, **_beside_one(variant, parts)))
     return rows, others
@@ -44,19 +43,21 @@ def _largest(parts: Sequence[Part], name: str, figure: Callable[[Sequence[float]
     return max(figure(part["times"][name]) for part in parts)
 
 
-def _figures(own: MoEShape, tokens: int, variant: str, parts: Sequence[Part]) -> dict[str, Any]:
+def _figures(own: MoEShape, case: Scenario, variant: str, parts: Sequence[Part]) -> dict[str, Any]:
     """What rows of one rank and of several have in common; `own` has one rank's experts."""
     median = _largest(parts, variant, statistics.median)
     verdicts = [verdict for part in parts for verdict in part["verdicts"][variant]]
-    flops = 6.0 * tokens * own.topk * own.hidden * own.intermediate
-    weight_bytes = _touched(own.experts, parts) * FP8.expert_code_bytes(own.hidden, own.intermediate)
+    flops = 6.0 * case.tokens * own.topk * own.hidden * own.intermediate
+    stored = WeightFormat.parse(case.weights)
+    weight_bytes = _touched(own.experts, parts) * stored.expert_code_bytes(own.hidden, own.intermediate)
     return {
         "hidden": own.hidden,
         "intermediate": own.intermediate,
         "experts": own.experts,
         "topk": own.topk,
-        "tokens": tokens,
+        "tokens": case.tokens,
         "variant": variant,
+        "weights": case.weights,
         "median_us": median,
         "min_us": _largest(parts, variant, min),
         "max_us": _largest(parts, variant, max),

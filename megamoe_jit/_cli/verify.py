@@ -11,8 +11,9 @@ import click
 
 from megamoe_jit._cli._io import ExitCode, emit, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
+from megamoe_jit._cli._options import weight_format_option
 from megamoe_jit._cli._ranks import print_verify, rank_count, run_ranks_option
-from megamoe_jit._errors import ToolchainError
+from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._spec.variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
 
 if TYPE_CHECKING:
@@ -38,14 +39,21 @@ def _figure(value: float) -> str:
 def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.device, ranks: int) -> list[KernelSpec]:
     """Every kernel that the runs will ask for, each once, in the order of the scenarios."""
     from megamoe_jit._bench.measure import kernel_of
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec import KernelSpec, WeightFormat
 
     def picked(s: Scenario) -> Sequence[Variant]:
         if ranks > 1:  # a buffer of several ranks prepares every variant
-            return tuple(Variant)
-        return [Variant.parse(kernel_of(s.shape, s.tokens, variant, device)) for variant in variants]
+            return Variant.reading(WeightFormat.parse(s.weights))
+        wanted = s.runs(variants)
+        return [Variant.parse(kernel_of(s.shape, s.tokens, variant, device, weights=s.weights)) for variant in wanted]
 
-    return list(dict.fromkeys(KernelSpec(s.shape, v, ranks, s.fast_math) for s in chosen for v in picked(s)))
+    return list(
+        dict.fromkeys(
+            KernelSpec(s.shape, v, ranks, s.fast_math, weights=WeightFormat.parse(s.weights))
+            for s in chosen
+            for v in picked(s)
+        )
+    )
 
 
 def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> None:
@@ -100,6 +108,7 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
     metavar="MICROSECONDS",
     help="With several ranks: each is late for each launch by a time of chance up to this.",
 )
+@weight_format_option("Run all with weights of one format.  [default: the scenarios' own, mostly fp8]", default=None)
 @click.option("--list", "only_list", is_flag=True, help="Print the scenarios that would run; needs no GPU.")
 @run_ranks_option
 @json_option
@@ -110,6 +119,7 @@ def verify(
     seed: int,
     rounds: int,
     skew_us: int,
+    weights: str | None,
     only_list: bool,
     ranks: int | None,
     as_json: bool,
@@ -132,11 +142,14 @@ def verify(
     several = rank_count(ranks)
     if several == 1 and (rounds > 1 or skew_us > 0):
         raise click.UsageError("--rounds and --skew are about several ranks; give --ranks 2 or more with them")
-    chosen = select(pattern, slow=slow)
+    chosen = select(pattern, slow=slow, weights=weights)
     if several > 1:
         from megamoe_jit._check import verify_ranks as _verify_ranks
 
-        chosen = _verify_ranks.chosen(pattern, several, slow=slow)
+        chosen = _verify_ranks.chosen(pattern, several, slow=slow, weights=weights)
+    runs = sum(len(scenario.runs(variants)) for scenario in chosen)
+    if not runs:
+        raise ConfigError(f"{', '.join(variants)} multiplies no weights of these scenarios; allowed: another --variant")
     if only_list:
         names = tuple(scenario.name for scenario in chosen)
         if as_json:
@@ -152,22 +165,30 @@ def verify(
     device = require_hopper()
     if several == 1 or not refusal(several):  # else run_ranks refuses, at once
         _compile_ahead(_kernels(chosen, variants, device, several), several, as_json)
-    with progress_line("verify", len(chosen) * len(variants)) as step:
+    with progress_line("verify", runs) as step:
 
         def note(outcome: Outcome) -> None:
             step(_line(outcome))
 
         found = (
             _verify_ranks.run_ranks(
-                several, pattern, variants, note, slow=slow, seed=seed, rounds=rounds, skew_us=skew_us
+                several,
+                pattern,
+                variants,
+                note,
+                slow=slow,
+                seed=seed,
+                weights=weights,
+                rounds=rounds,
+                skew_us=skew_us,
             )
             if several > 1
-            else run_all(pattern, variants, device, note, slow=slow, seed=seed)
+            else run_all(pattern, variants, device, note, slow=slow, seed=seed, weights=weights)
         )
     if found is None:  # another rank of torchrun reports
         return
     outcomes = found
-    doc = Verify.of(outcomes, len(chosen), len(variants), rounds, skew_us)
+    doc = Verify.of(outcomes, len(chosen), runs, rounds, skew_us)
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if as_json:
         emit(doc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe_jit._documents import Count, Digest, Document, content
-from megamoe_jit._spec import DEFAULT_NUMERICS, KernelSpec, MoEShape
+from megamoe_jit._spec import DEFAULT_NUMERICS, FP8, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
@@ -49,12 +49,14 @@ class Case:
         name: of the shape
         ranks: that share the experts
         tokens: of one rank
+        weights: the format that they are stored in
     """
 
     name: str
     shape: MoEShape
     ranks: Count
     tokens: Count
+    weights: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ def choice_for(case: Case, variant: str | None, num_sms: int, gpu: str | None) -
         cooperative_threshold=settings.cooperative_threshold,
         num_sms=num_sms,
         gpu=gpu,
+        weights=WeightFormat.parse(case.weights),
     )
 
 
@@ -166,6 +169,7 @@ def explain(
     numerics: Numerics = DEFAULT_NUMERICS,
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
+    weights: str = FP8.name,
 ) -> Call:
     """Which kernel a call with so many tokens takes, with which parameters, and why.
 
@@ -178,13 +182,15 @@ def explain(
         numerics: the numeric options of the call.
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
+        weights: the format of the weights.
 
     Raises:
         ConfigError: a value is not supported.
     """
-    case = Case(name, shape, ranks, tokens)
+    case = Case(name, shape, ranks, tokens, weights)
     choice = choice_for(case, variant, num_sms, gpu)
-    spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics)
+    stored = WeightFormat.parse(weights)
+    spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics, weights=stored)
     parameters = Parameters(num_sms, spec.block_m, spec.stages, choice.lag_tiles, choice.rows_per_item)
     return Call(
         **content(case),

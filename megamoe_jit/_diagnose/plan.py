@@ -8,7 +8,7 @@ from megamoe_jit._device.layout import Section, buffer_layout
 from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor, Case, choice_for
 from megamoe_jit._documents import Count, Document, content
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape
+from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
@@ -115,7 +115,12 @@ def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
     stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
     parts = [
         ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
-        ("weights", stages * spec.weight_stage_bytes, f"{stages} stages of {spec.weights.what} [{BLOCK_N}, {BLOCK}]"),
+        (
+            "weights",
+            stages * spec.weights.code_bytes(BLOCK_N, BLOCK),
+            f"{stages} stages of {spec.weights.what} [{BLOCK_N}, {BLOCK}]",
+        ),
+        ("exponents", stages * spec.weights.exponent_bytes(BLOCK_N, BLOCK), f"{stages} stages, of groups of weights"),
         ("staging", MATH_WARPS * STAGING_BYTES, "2 KiB for each of the eight math warps"),
         ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
         ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
@@ -158,6 +163,7 @@ def memory_plan(
     variant: str = AUTO,
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
+    weights: str = FP8.name,
 ) -> Planned:
     """Memory and launch of one rank whose buffer holds so many tokens.
 
@@ -169,17 +175,18 @@ def memory_plan(
         variant: one variant alone, or `auto` for every one that a call can pick.
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
+        weights: the format of the weights.
 
     Raises:
         ConfigError: a value is not supported.
     """
     if not 1 <= tokens <= MAX_TOKENS:
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
-    layout = buffer_layout(shape, tokens, ranks)
-    full = Case(name, shape, ranks, layout.capacity)
+    layout, stored = buffer_layout(shape, tokens, ranks), WeightFormat.parse(weights)
+    full = Case(name, shape, ranks, layout.capacity, weights)
     picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu)
-    variants = all_variants(shape) if variant == AUTO else (picked.variant,)
-    specs = [KernelSpec(shape, each, ranks) for each in variants]
+    variants = all_variants(shape, stored) if variant == AUTO else (picked.variant,)
+    specs = [KernelSpec(shape, each, ranks, weights=stored) for each in variants]
     return Planned(
         **content(replace(full, tokens=tokens)),
         capacity=layout.capacity,
@@ -190,7 +197,7 @@ def memory_plan(
         symmetric_bytes=layout.symmetric_bytes,
         local_bytes=layout.local_bytes,
         buffer_bytes=layout.total_bytes,
-        weight_bytes=specs[0].weights.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
+        weight_bytes=stored.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
         output_bytes=tokens * shape.hidden * 2,
         kernels=tuple(_launch(spec, num_sms) for spec in specs),
     )

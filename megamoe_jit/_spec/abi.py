@@ -89,7 +89,9 @@ PARAMS = (
     ("weight_factor", "float", 1, 892),
     ("shared_weight", "float", 1, 896),
     ("most_pairs", "u32", 1, 900),
-    ("unused", "u32", 14, 904),
+    ("unused", "u32", 10, 904),
+    ("weight1_exponents", "u64", 1, 944),
+    ("weight2_exponents", "u64", 1, 952),
 )
 
 #: `StageParams` of kernels/stage.cuh: name, type, how many, and offset in bytes.
