@@ -31,14 +31,15 @@ def count(texts: list[str], *beginnings: str) -> int:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_fences_and_stores_of_a_meeting_do_not_grow_with_the_ranks(ranks: int, tmp_path: Path):
-    """Each block's release at the grid barrier, and the last one's before its signals, which are one instruction.
+    """One with each block's addition to the grid barrier, one before the last one's signals, which are one instruction.
 
-    Whoever gives up (`comm/fault.cuh`) stores its record and fences once, and is not counted here.
+    The compiler may write the addition of block 0 apart from that of others. Whoever gives up (`comm/fault.cuh`) stores
+    its record and fences once, and is not counted here.
     """
     texts = instructions(KernelSpec(SHAPE, Variant.PINGPONG, ranks), tmp_path)
-    gave_up = count(texts, "ATOMG.E.EXCH")
+    gave_up, additions = count(texts, "ATOMG.E.EXCH"), count(texts, "ATOMG.E.ADD.STRONG.SYS")
     meetings = 0 if ranks == 1 else len(Meeting)
     assert gave_up > 5
-    assert count(texts, "MEMBAR.ALL.SYS", "MEMBAR.SC.SYS") - gave_up == 2 * meetings
+    assert additions in (meetings, 2 * meetings)
+    assert count(texts, "MEMBAR.ALL.SYS", "MEMBAR.SC.SYS") - gave_up - additions == meetings
     assert count(texts, "STG.E.STRONG.SYS") - gave_up == meetings
-    assert count(texts, "ATOMG.E.ADD.STRONG.SYS") == meetings
