@@ -20,6 +20,7 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import make_weights
+from megamoe_jit._check.verify import function_of
 from megamoe_jit._device.params import Params, StageParams
 from megamoe_jit._layer import bound_kernel as _bound_kernel
 from megamoe_jit._layer import kernel_set as _kernel_set
@@ -31,7 +32,7 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.kernel_set import sort_blocks
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
 from megamoe_jit._spec.stage import StageFormat
 
@@ -297,10 +298,10 @@ def test_without_known_sides_there_are_none(cuda: Cuda, wanted: bool):
     assert ([*cuda.launches[0].params.side_of_sm], cuda.launches[0].params.want_sides) == ([0] * 5, 0)
 
 
-@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("variant", Variant.reading(FP8))
 def test_forcing_a_variant_passes_everything_on(cuda: Cuda, buffer: SymmBuffer, variant: Variant):
     stats = {"cumulative_local_expert_recv_stats": STATS}
-    force = getattr(mm, f"fp8_mega_moe_{variant.value}")
+    force = function_of(mm, variant.value)
     for fast in (False, True):
         y = call(buffer, function=force, **stats, activation_clamp=2.5, fast_math=fast, num_sms=60)
         spec, grid, params = cuda.launches[-1]
