@@ -1,4 +1,4 @@
-// Warpgroup matrix multiply, FP8 e4m3, both operands in shared memory, K-major under the 128-byte swizzle.
+// Warpgroup matrix multiply, FP8, both operands in shared memory, K-major under the 128-byte swizzle.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions
 #pragma once
 #include "base/types.cuh"
@@ -18,25 +18,32 @@ MEGA_DEVICE u64 matrix_descriptor(u32 address) {
 }
 constexpr u32 kDescriptorRows64 = 512;
 
+/// What the codes of an operand are.
+enum class Codes : u32 { e4m3, e5m2 };
+
 // clang-format off
 #define MEGA_D                                                                                              \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
     "%28,%29,%30,%31}"
-#define MEGA_STEP(k, accumulate)                                                                            \
-    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 " MEGA_D ", a" #k ", b" #k ", " accumulate ", 1, 1;\n"
+#define MEGA_STEP(b_codes, k, accumulate)                                                                   \
+    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3." b_codes " " MEGA_D ", a" #k ", b" #k ", " accumulate ", 1, 1;\n"
 #define MEGA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MEGA_PRODUCT(b_codes)                                                                               \
+    asm volatile(                                                                                           \
+        "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"                                               \
+        "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"                                               \
+        "mov.b64 a0, %32;\nadd.s64 a1, %32, 2;\nadd.s64 a2, %32, 4;\nadd.s64 a3, %32, 6;\n"                 \
+        "mov.b64 b0, %33;\nadd.s64 b1, %33, 2;\nadd.s64 b2, %33, 4;\nadd.s64 b3, %33, 6;\n"                 \
+        MEGA_STEP(b_codes, 0, "fresh") MEGA_STEP(b_codes, 1, "more")                                        \
+        MEGA_STEP(b_codes, 2, "more") MEGA_STEP(b_codes, 3, "more") "}\n"                                   \
+        : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28) \
+        : "l"(a), "l"(b)                                                                                    \
+        : "memory")
 /// d = A . B^T: 64 rows of A, 64 rows of B, 128 deep, in four steps, of which the first forgets what was in d.  One
 /// statement, since the optimiser carries 32 numbers into and out of each.
-MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
-    asm volatile(
-        "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"
-        "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"
-        "mov.b64 a0, %32;\nadd.s64 a1, %32, 2;\nadd.s64 a2, %32, 4;\nadd.s64 a3, %32, 6;\n"
-        "mov.b64 b0, %33;\nadd.s64 b1, %33, 2;\nadd.s64 b2, %33, 4;\nadd.s64 b3, %33, 6;\n"
-        MEGA_STEP(0, "fresh") MEGA_STEP(1, "more") MEGA_STEP(2, "more") MEGA_STEP(3, "more") "}\n"
-        : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
-        : "l"(a), "l"(b)
-        : "memory");
+template <Codes kB> MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
+    if constexpr (kB == Codes::e4m3) MEGA_PRODUCT("e4m3");
+    else MEGA_PRODUCT("e5m2");
 }
 /// Waits until at most kPending committed groups are still running; `d` is of one that is not.
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
@@ -45,6 +52,7 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
                  : "n"(kPending)
                  : "memory");
 }
+#undef MEGA_PRODUCT
 #undef MEGA_D4
 #undef MEGA_STEP
 #undef MEGA_D

@@ -22,7 +22,8 @@ inline u64 matrix_descriptor(u32 address) {
 }
 constexpr u32 kDescriptorRows64 = 512;
 
-inline void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
+enum class Codes : u32 { e4m3, e5m2 };
+template <Codes kB> void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
     for (u64 step = 0; step < 4; ++step)
         sim::now->products.push_back({d, 32, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups});
 }
