@@ -45,6 +45,10 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
     }
     for (u32 i = blockIdx.x * kThreads + threadIdx.x; i < p.counters; i += gridDim.x * kThreads)
         p.act1_ready[i] = 0, p.act2_ready[i] = 0, p.act2_done[i] = 0;
+    if constexpr (C::Policy::kExpands)
+        for (u32 i = blockIdx.x * kThreads + threadIdx.x;
+             i < C::kLocalExperts * Expansion<C>::kColumns; i += gridDim.x * kThreads)
+            p.expanded[i] = 0;
 }
 
 /// Quantises this rank's rows, by all warps but the first, which waits in the head's first barrier meanwhile; the second
@@ -94,6 +98,10 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     const ExpertTable table = expert_table_of<C>(shared);
     Gather<C>(p, shared, table).first_round();
     did(Span::first_round);
+    if constexpr (C::Policy::kExpands) {
+        Expansion<C>{p, shared, table}.all();
+        __syncthreads();   // the stages are free again
+    }
     return table;
 }
 

@@ -8,6 +8,7 @@
 // The weights lane is also the scheduler: it draws tickets, one ahead, and publishes the tiles.
 #pragma once
 #include "comm/timeline.cuh"
+#include "expand/ahead.cuh"
 #include "pipe/pool_ring.cuh"
 #include "pipe/tile_slots.cuh"
 #include "sched/order.cuh"
@@ -50,6 +51,7 @@ template <class C> struct LoadWeights {
                          u64(row) * (tile.k_blocks * (kBlockK * C::Weights::kBits / 8));
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
+        if constexpr (C::Policy::kExpands) Expansion<C>::wait(p, tile);
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, from += bytes, ring.advance()) {
             if (k == draw) next = ticket();

@@ -13,6 +13,7 @@ struct Pingpong {
     // rows of a tile: all of it is in the registers of one group
     static constexpr u32 kBlockM = 64;
     static constexpr u32 kTileGroups = 1;   // groups that compute a tile together
+    static constexpr bool kExpands = false;   // weights in memory, before it reads them (expand/)
 
     /// What the math warpgroups run.
     template <class C> using Math = megamoe::Math<C>;

@@ -88,7 +88,12 @@ PARAMS = (
     ("raw_formats", "u32", 1, 888),
     ("weight_factor", "float", 1, 892),
     ("shared_weight", "float", 1, 896),
-    ("unused", "u32", 11, 900),
+    ("unused", "u32", 1, 900),
+    ("packed1", "u64", 1, 904),
+    ("packed2", "u64", 1, 912),
+    ("expanded1", "u64", 1, 920),
+    ("expanded2", "u64", 1, 928),
+    ("expanded", "u64", 1, 936),
     ("weight1_exponents", "u64", 1, 944),
     ("weight2_exponents", "u64", 1, 952),
 )
@@ -149,6 +154,7 @@ class Wait(IntEnum):
     GEMM2_TILE_STORED = 12
     POOL_READ = 13
     GEMM2_DONE = 14
+    WEIGHTS_EXPANDED = 15
 
 
 class Meeting(IntEnum):

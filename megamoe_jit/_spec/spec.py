@@ -25,7 +25,7 @@ from megamoe_jit._spec.abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._spec.checks import check, check_fields, check_flag, check_int
-from megamoe_jit._spec.formats import FORMATS, FP8, WeightFormat
+from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
@@ -199,10 +199,15 @@ class KernelSpec:
         """One pipeline stage: activations, weights, a float scale per activation row and four for the weights."""
         return self.block_m * BLOCK + self.weight_stage_bytes + self.block_m * 4 + 16
 
+    @property
+    def staged(self) -> WeightFormat:
+        """The format of weights in the pipeline stages."""
+        return FP8_E5M2 if self.variant.expands else self.weights
+
     @cached_property
     def weight_stage_bytes(self) -> int:
         """Weights of a pipeline stage, with the exponents of their groups."""
-        return self.weights.stream_bytes(BLOCK_N, BLOCK)
+        return self.staged.stream_bytes(BLOCK_N, BLOCK)
 
     @cached_property
     def fixed_shared_bytes(self) -> int:
@@ -306,8 +311,8 @@ class KernelSpec:
             "kernel_name": self.kernel_name,
             "policy": self.variant.policy,
             "policy_header": self.variant.header,
-            "weights": self.weights.policy,
-            "weights_header": self.weights.header,
+            "weights": self.staged.policy,
+            "weights_header": self.staged.header,
             "hidden": self.shape.hidden,
             "intermediate": self.shape.intermediate,
             "experts": self.shape.experts_of(self.ranks),

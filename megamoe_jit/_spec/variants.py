@@ -37,8 +37,17 @@ class Variant(StrEnum):
         member.block_m, member.what, member.codes = block_m, what, codes
         return member
 
-    PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
-    COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
+    PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase.", ("e4m3", "e5m2")
+    COOPERATIVE = (
+        *("cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."),
+        ("e4m3", "e5m2"),
+    )
+    PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
+
+    @property
+    def expands(self) -> bool:
+        """Whether it expands weights in memory before it multiplies them."""
+        return self is Variant.PREFILL
 
     @property
     def policy(self) -> str:

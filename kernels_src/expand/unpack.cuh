@@ -1,0 +1,48 @@
+// From packed weights to a tile of e5m2 codes in shared memory, as the tensor cores read it.
+//
+// A thread's sixteen bytes hold, of rows r and r + 8, four times eight codes (formats/mxfp4.cuh).  Each eight become four
+// bytes in either of two chunks of sixteen; the swizzle puts those of eight rows into different banks, so plain stores of
+// four bytes are as fast as shared memory.
+#pragma once
+#include "base/constants.cuh"
+#include "ptx/memory.cuh"
+
+namespace megamoe {
+
+/// The eight magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 times 2^(exponent - 16), as e5m2; of which the exponent is what a group has.
+struct PowerTable {
+    u32 low, high;
+
+    MEGA_DEVICE explicit PowerTable(u32 exponent)
+        : low(exponent * 0x04040400u + (0x3E3C3800u - 16 * 0x04040400u)),
+          high(exponent * 0x04040404u + (0x46444240u - 16 * 0x04040404u)) {}
+
+    /// Eight codes: magnitudes in bits 4i to 4i + 2, signs of the first four in bits 8i + 7, of the others in bits 8(i - 4) + 3.
+    MEGA_DEVICE void expand(u32 codes, u32& first, u32& second) const {
+        const u32 select = codes & 0x77777777u;
+        first = __byte_perm(low, high, select) | (codes & 0x80808080u);
+        second = __byte_perm(low, high, select >> 16) | (codes << 4 & 0x80808080u);
+    }
+};
+
+/// Where a thread's bytes of chunk 0 of row r lie: `lane` of the warp that has the sixteen rows which begin at `rows`.  Those of chunk
+/// c lie at this ^ 16c, those of row r + 8 another 1024 on.
+MEGA_DEVICE u32 unpacked_place(u32 rows, u32 lane) {
+    return rows + lane / 4 * (kBlockK + 16) + lane % 4 * 4;
+}
+
+/// One half of a k-block, of rows r and r + 8, whose groups have these exponents.
+template <u32 kHalf>
+MEGA_DEVICE void unpack_half(u32 place, const Vec16& codes, const u32 (&exponents)[2]) {
+#pragma unroll
+    for (u32 j = 0; j < 4; ++j) {
+        const u32 group = 2 * kHalf + j / 2, below = j % 2;
+        const PowerTable table(__byte_perm(exponents[below], 0, 0x4440 + group));
+        u32 first, second;
+        table.expand(codes.w[j], first, second);
+        ptx::store4_shared((place ^ 32 * group) + below * (8 * kBlockK), first);
+        ptx::store4_shared((place ^ (32 * group + 16)) + below * (8 * kBlockK), second);
+    }
+}
+
+}   // namespace megamoe
