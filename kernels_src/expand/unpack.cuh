@@ -5,6 +5,7 @@
 // four bytes are as fast as shared memory.
 #pragma once
 #include "base/constants.cuh"
+#include "ptx/control.cuh"
 #include "ptx/memory.cuh"
 
 namespace megamoe {
@@ -44,5 +45,32 @@ MEGA_DEVICE void unpack_half(u32 place, const Vec16& codes, const u32 (&exponent
         ptx::store4_shared((place ^ (32 * group + 16)) + below * (8 * kBlockK), second);
     }
 }
+
+/// What a warp has of a piece in registers, on its way.
+struct PackedPiece {
+    static constexpr u32 kRows = 64, kCodeBytes = kRows * kBlockK / 2, kExponentBytes = kRows * kBlockK / 32,
+                         kBytes = kRows * kBlockK;
+    Vec16 codes[4][2];   // sixteen rows, half of the k-block
+    u32 exponents[4][2];
+
+    MEGA_DEVICE void load(const u8* from, const u8* from_exponents) {
+        const u32 lane = ptx::lane_id();
+#pragma unroll
+        for (u32 w = 0; w < 4; ++w) {
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h)
+                codes[w][h] = ptx::load16(from + (h * kGroup + w * kWarp + lane) * 16);
+            ptx::load8(from_exponents + w * 64 + lane / 4 * 8, exponents[w][0], exponents[w][1]);
+        }
+    }
+    MEGA_DEVICE void unpack(u32 tile) const {
+        const u32 place = unpacked_place(tile, ptx::lane_id());
+#pragma unroll
+        for (u32 w = 0; w < 4; ++w) {
+            unpack_half<0>(place + w * 16 * kBlockK, codes[w][0], exponents[w]);
+            unpack_half<1>(place + w * 16 * kBlockK, codes[w][1], exponents[w]);
+        }
+    }
+};
 
 }   // namespace megamoe
