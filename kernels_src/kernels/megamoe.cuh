@@ -36,6 +36,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         }
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
+        for (u32 i = 0; i < C::Policy::kUnpacked; ++i)
+            ptx::mbarrier_init(shared.unpacked_full(i), kReaders);
         ptx::mbarrier_init_fence();
         for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})
             ptx::prefetch_tensor_map(map);

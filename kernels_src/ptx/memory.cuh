@@ -91,6 +91,17 @@ MEGA_DEVICE Vec16 load16_shared(u32 address) {
                  : "memory");
     return v;
 }
+MEGA_DEVICE void load8_shared(u32 address, u32& a, u32& b) {
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address) : "memory");
+}
+/// Four matrices of eight rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8, and gets of each the four
+/// bytes 4(l % 4) of row l / 4.
+MEGA_DEVICE void load_matrix4(u32 address, u32 (&v)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address)
+                 : "memory");
+}
 /// Sixteen bytes from global to shared memory without a register; complete when the thread has waited for their group.
 MEGA_DEVICE void copy16_async(u32 dst, const void* src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");

@@ -45,6 +45,24 @@ template <Codes kB> MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64
     if constexpr (kB == Codes::e4m3) MEGA_PRODUCT("e4m3");
     else MEGA_PRODUCT("e5m2");
 }
+#define MEGA_STEP_REGISTERS(k, a, accumulate)                                                               \
+    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e5m2 " MEGA_D ", {" a "}, b" #k ", " accumulate ", 1, 1;\n"
+#define MEGA_A4(k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
+/// The same with A in registers, and e5m2 in B.  Of each 32 of the depth a thread holds four words of A: rows t/4 and t/4 + 8 at
+/// columns 4(t%4) to 4(t%4) + 3, then both rows 16 columns further.
+MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], const u32 (&a)[4][4], u64 b) {
+    asm volatile(
+        "{\n.reg .pred fresh, more;\n.reg .b64 b<4>;\n"
+        "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"
+        "mov.b64 b0, %48;\nadd.s64 b1, %48, 2;\nadd.s64 b2, %48, 4;\nadd.s64 b3, %48, 6;\n"
+        MEGA_STEP_REGISTERS(0, "%32,%33,%34,%35", "fresh") MEGA_STEP_REGISTERS(1, "%36,%37,%38,%39", "more")
+        MEGA_STEP_REGISTERS(2, "%40,%41,%42,%43", "more") MEGA_STEP_REGISTERS(3, "%44,%45,%46,%47", "more") "}\n"
+        : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
+        : MEGA_A4(0), MEGA_A4(1), MEGA_A4(2), MEGA_A4(3), "l"(b)
+        : "memory");
+}
+#undef MEGA_A4
+#undef MEGA_STEP_REGISTERS
 /// Waits until at most kPending committed groups are still running; `d` is of one that is not.
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
     asm volatile("wgmma.wait_group.sync.aligned %32;"

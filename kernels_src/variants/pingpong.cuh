@@ -14,9 +14,10 @@ struct Pingpong {
     static constexpr u32 kBlockM = 64;
     static constexpr u32 kTileGroups = 1;   // groups that compute a tile together
     static constexpr bool kExpands = false;   // weights in memory, before it reads them (expand/)
+    static constexpr u32 kUnpacked = 0;       // k-blocks of unpacked weights in shared memory beside the stages
 
     /// What the math warpgroups run.
-    template <class C> using Math = megamoe::Math<C>;
+    template <class C> using Math = megamoe::Math<C, MainLoop<C>>;
 
     /// The group's first tile, of those of its block of threads.
     MEGA_DEVICE static u32 first_tile(u32 group) { return group; }

@@ -214,7 +214,8 @@ class KernelSpec:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
-        return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
+        unpacked = self.variant.unpacked * (FP8_E5M2.code_bytes(BLOCK_N, BLOCK) + 8)
+        return MATH_WARPS * STAGING_BYTES + unpacked + slots + 64 + plan
 
     @cached_property
     def source_table_bytes(self) -> int:

@@ -24,17 +24,21 @@ class Variant(StrEnum):
         block_m: rows of a tile; the policy's `kBlockM`.
         what: a sentence for people.
         codes: of weights that its `Math` multiplies, as `WeightFormat.what` calls them.
+        unpacked: k-blocks of unpacked weights that it has in shared memory beside the stages; the policy's `kUnpacked`.
     """
 
     block_m: int
     what: str
     codes: tuple[str, ...]
+    unpacked: int
 
-    def __new__(cls, name: str, block_m: int, what: str, codes: tuple[str, ...] = ("e4m3",)) -> Variant:
+    def __new__(
+        cls, name: str, block_m: int, what: str, codes: tuple[str, ...] = ("e4m3",), unpacked: int = 0
+    ) -> Variant:
         """A member is written as its name and traits, and is a string that equals the name."""
         member = str.__new__(cls, name)
         member._value_ = name
-        member.block_m, member.what, member.codes = block_m, what, codes
+        member.block_m, member.what, member.codes, member.unpacked = block_m, what, codes, unpacked
         return member
 
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase.", ("e4m3", "e5m2")
@@ -42,6 +46,7 @@ class Variant(StrEnum):
         *("cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."),
         ("e4m3", "e5m2"),
     )
+    UNPACK = "unpack", 128, "As cooperative, and unpacks the next weights beside the products of these.", ("e2m1",), 3
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
 
     @property
