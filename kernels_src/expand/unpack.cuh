@@ -46,30 +46,39 @@ MEGA_DEVICE void unpack_half(u32 place, const Vec16& codes, const u32 (&exponent
     }
 }
 
-/// What a warp has of a piece in registers, on its way.
+/// What a warp has in registers of sixteen rows of a piece, on their way.
+struct PackedRows {
+    Vec16 codes[2];   // of either half of the k-block
+    u32 exponents[2];
+
+    /// `w`: which sixteen.
+    MEGA_DEVICE void load(const u8* piece, const u8* piece_exponents, u32 w) {
+        const u32 lane = ptx::lane_id();
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+            codes[h] = ptx::load16(piece + (h * kGroup + w * kWarp + lane) * 16);
+        ptx::load8(piece_exponents + w * 64 + lane / 4 * 8, exponents[0], exponents[1]);
+    }
+    MEGA_DEVICE void unpack(u32 tile, u32 w) const {
+        const u32 place = unpacked_place(tile + w * 16 * kBlockK, ptx::lane_id());
+        unpack_half<0>(place, codes[0], exponents);
+        unpack_half<1>(place, codes[1], exponents);
+    }
+};
+
+/// 64 rows of a k-block.
 struct PackedPiece {
     static constexpr u32 kRows = 64, kCodeBytes = kRows * kBlockK / 2, kExponentBytes = kRows * kBlockK / 32,
                          kBytes = kRows * kBlockK;
-    Vec16 codes[4][2];   // sixteen rows, half of the k-block
-    u32 exponents[4][2];
+    PackedRows rows[4];
 
     MEGA_DEVICE void load(const u8* from, const u8* from_exponents) {
-        const u32 lane = ptx::lane_id();
 #pragma unroll
-        for (u32 w = 0; w < 4; ++w) {
-#pragma unroll
-            for (u32 h = 0; h < 2; ++h)
-                codes[w][h] = ptx::load16(from + (h * kGroup + w * kWarp + lane) * 16);
-            ptx::load8(from_exponents + w * 64 + lane / 4 * 8, exponents[w][0], exponents[w][1]);
-        }
+        for (u32 w = 0; w < 4; ++w) rows[w].load(from, from_exponents, w);
     }
     MEGA_DEVICE void unpack(u32 tile) const {
-        const u32 place = unpacked_place(tile, ptx::lane_id());
 #pragma unroll
-        for (u32 w = 0; w < 4; ++w) {
-            unpack_half<0>(place + w * 16 * kBlockK, codes[w][0], exponents[w]);
-            unpack_half<1>(place + w * 16 * kBlockK, codes[w][1], exponents[w]);
-        }
+        for (u32 w = 0; w < 4; ++w) rows[w].unpack(tile, w);
     }
 };
 

@@ -36,8 +36,9 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         }
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
-        for (u32 i = 0; i < C::Policy::kUnpacked; ++i)
-            ptx::mbarrier_init(shared.unpacked_full(i), kReaders);
+        if constexpr (C::Policy::kUnpacked > 0)
+            for (u32 i = 0; i < C::Policy::kUnpacked; ++i)
+                ptx::mbarrier_init(shared.unpacked_full(i), kReaders);
         ptx::mbarrier_init_fence();
         for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})
             ptx::prefetch_tensor_map(map);
@@ -101,7 +102,7 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     Gather<C>(p, shared, table).first_round();
     did(Span::first_round);
     if constexpr (C::Policy::kExpands) {
-        Expansion<C>{p, shared, table}.all();
+        Expansion<C>{p, shared, table}.head();
         __syncthreads();   // the stages are free again
     }
     return table;
@@ -122,7 +123,11 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
         } else if (warp == 1) {
             if (one) LoadWeights<C>{p, shared, table, table.two_sides ? shared.side() : 0}.run();
         } else if (warp == 2) {
-            Gather<C>(p, shared, table).rest();
+            if constexpr (C::Policy::kExpands) {
+                Gather<C>(p, shared, table).rest(ExpandBeside<C>(Expansion<C>{p, shared, table}));
+            } else {
+                Gather<C>(p, shared, table).rest([](u32) {});
+            }
         } else {
             Timeline<C> timeline(p, Role::publisher);
             if (one) publish_tiles<C>(p, shared, table, timeline);
