@@ -5,26 +5,11 @@
 // four bytes are as fast as shared memory.
 #pragma once
 #include "base/constants.cuh"
+#include "mma/magnitudes.cuh"
 #include "ptx/control.cuh"
 #include "ptx/memory.cuh"
 
 namespace megamoe {
-
-/// The eight magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 times 2^(exponent - 16), as e5m2; of which the exponent is what a group has.
-struct PowerTable {
-    u32 low, high;
-
-    MEGA_DEVICE explicit PowerTable(u32 exponent)
-        : low(exponent * 0x04040400u + (0x3E3C3800u - 16 * 0x04040400u)),
-          high(exponent * 0x04040404u + (0x46444240u - 16 * 0x04040404u)) {}
-
-    /// Eight codes: magnitudes in bits 4i to 4i + 2, signs of the first four in bits 8i + 7, of the others in bits 8(i - 4) + 3.
-    MEGA_DEVICE void expand(u32 codes, u32& first, u32& second) const {
-        const u32 select = codes & 0x77777777u;
-        first = __byte_perm(low, high, select) | (codes & 0x80808080u);
-        second = __byte_perm(low, high, select >> 16) | (codes << 4 & 0x80808080u);
-    }
-};
 
 /// Where a thread's bytes of chunk 0 of row r lie: `lane` of the warp that has the sixteen rows which begin at `rows`.  Those of chunk
 /// c lie at this ^ 16c, those of row r + 8 another 1024 on.
@@ -38,7 +23,7 @@ MEGA_DEVICE void unpack_half(u32 place, const Vec16& codes, const u32 (&exponent
 #pragma unroll
     for (u32 j = 0; j < 4; ++j) {
         const u32 group = 2 * kHalf + j / 2, below = j % 2;
-        const PowerTable table(__byte_perm(exponents[below], 0, 0x4440 + group));
+        const Magnitudes table(ptx::choose_bytes(exponents[below], 0, 0x4440 + group));
         u32 first, second;
         table.expand(codes.w[j], first, second);
         ptx::store4_shared((place ^ 32 * group) + below * (8 * kBlockK), first);

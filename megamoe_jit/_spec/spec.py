@@ -50,7 +50,7 @@ BLOCK = QUANT_BLOCK  #: quantisation block, in both directions
 TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
-MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
+MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS, MAX_STAGES = 2, 8, 8
 _NAME = re.compile(
     r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})(?:_s(\d{1,9}))?_r(\d{1,9})((?:_[a-z0-9]+)*)"
 )
@@ -228,8 +228,8 @@ class KernelSpec:
 
     @cached_property
     def stages(self) -> int:
-        """Pipeline stages that fit, at most five."""
-        return min(5, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
+        """Pipeline stages that fit, at most eight."""
+        return min(MAX_STAGES, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
 
     @cached_property
     def dispatch_slots(self) -> int:

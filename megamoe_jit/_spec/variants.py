@@ -46,6 +46,7 @@ class Variant(StrEnum):
         *("cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."),
         ("e4m3", "e5m2"),
     )
+    DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
     UNPACK = "unpack", 128, "As cooperative, and unpacks the next weights beside the products of these.", ("e2m1",), 3
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
 

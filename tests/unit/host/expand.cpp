@@ -5,15 +5,6 @@
 
 #include "base/types.cuh"
 
-static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-    unsigned result = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned from = selector >> 4 * i & 7;
-        result |= ((from < 4 ? a >> 8 * from : b >> 8 * (from - 4)) & 0xFF) << 8 * i;
-    }
-    return result;
-}
-
 #include "expand/unpack.cuh"
 
 using namespace megamoe;
