@@ -7,7 +7,7 @@
 
 namespace megamoe {
 
-template <class C, class Loop> struct Math {
+template <class C, class Loop = MainLoop<C>> struct Math {
     using Policy = typename C::Policy;
     static constexpr u32 kStep = kTileReaders<C>;
     static_assert(kTileSlots % kMathGroups == 0, "a tile slot must always belong to the same group");

@@ -13,7 +13,7 @@ struct Cooperative {
     static constexpr u32 kUnpacked = 0;       // k-blocks of unpacked weights in shared memory beside the stages
 
     /// What the math warpgroups run.
-    template <class C> using Math = megamoe::Math<C, MainLoop<C>>;
+    template <class C> using Math = megamoe::Math<C>;
 
     /// The group's first tile, of those of its block of threads.
     MEGA_DEVICE static u32 first_tile(u32) { return 0; }
