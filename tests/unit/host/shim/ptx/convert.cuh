@@ -25,5 +25,13 @@ inline float clamp_nan(float x, float limit) { return x < -limit ? -limit : min_
 /// With this silu(x) = x.
 inline float sigmoid_approx(float) { return 1; }
 inline float reciprocal_approx(float x) { return 1 / x; }
+inline u32 choose_bytes(u32 low, u32 high, u32 select) {
+    u32 result = 0;
+    for (u32 i = 0; i < 4; ++i) {
+        const u32 which = select >> 4 * i & 7;
+        result |= ((which < 4 ? low : high) >> which % 4 * 8 & 255) << 8 * i;
+    }
+    return result;
+}
 
 }  // namespace megamoe::ptx
