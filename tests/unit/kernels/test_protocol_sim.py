@@ -102,6 +102,24 @@ PACKED_MISTAKES = (
 )
 LATE_EXPONENTS, MEETINGS = 213, range(214, 220)
 
+#: With packed weights that are unpacked in shared memory, or expanded in memory: unpacked weights are not waited for; those
+#: of the next k-block are put where this one's lie; a stage is given back before its weights were unpacked; a piece counts as
+#: expanded before it is written; its place in shared memory is written again before it was read; the matrix work does not wait.
+EXPAND_MISTAKES = (
+    *SMALL,
+    Change(
+        "expand/beside.cuh",
+        "        wait_barrier_watched(shared.unpacked_full(from), place.parity);",
+        "        if (sim::mutant != 220) wait_barrier_watched(shared.unpacked_full(from), place.parity);",
+    ),
+    Change("expand/beside.cuh", "unpack<kQuarter>(ring.stage, to)", "unpack<kQuarter>(ring.stage, sim::mutant == 221 ? (to + 2) % 3 : to)"),
+    Change("expand/beside.cuh", "if (more) wait_barrier_watched", "if (more && sim::mutant != 222) wait_barrier_watched"),
+    Change("expand/ahead.cuh", "ptx::bulk_wait<2>(), at", "sim::mutant == 223 ? void() : ptx::bulk_wait<2>(), at"),
+    Change("expand/ahead.cuh", "if (one) ptx::bulk_wait_read<1>();", "if (one && sim::mutant != 224) ptx::bulk_wait_read<1>();"),
+    Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
+)
+BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222), (223, 224, Wait.WEIGHTS_EXPANDED.value)
+
 Build = Callable[..., Simulator]
 
 
@@ -231,6 +249,17 @@ def test_a_mistake_with_packed_weights_is_found(build: Build, mistake: int):
     assert any(problems)
 
 
+@pytest.mark.parametrize(
+    ("variant", "mistake"),
+    [*(("unpack", each) for each in BESIDE_MISTAKES), *(("prefill", each) for each in AHEAD_MISTAKES)],
+)
+def test_a_mistake_where_packed_weights_are_expanded_is_found(build: Build, variant: str, mistake: int):
+    simulator = build(1, EXPAND_MISTAKES, weights=MXFP4)
+    assert simulator.run(1, 100, 3, variant=variant).problem == ""
+    problems = (simulator.run(seed, 100, 3, variant=variant, mutant=mistake).problem for seed in range(1, 41))
+    assert any(problems)
+
+
 def test_half_a_block_that_no_tile_wrote_is_still_read(tmp_path: Path):
     """Rings, tiles of 64 rows: the block between two users of a half may have had no tile there to wait."""
     simulator = Simulator.build(tmp_path, MoEShape(128, 128, 8, 3), 1)
@@ -269,7 +298,7 @@ WAITS = {wait.name.lower(): wait.value for wait in Wait}
 WEAK = codes((HERE / "sim/machine.h").read_text(), "Weak")
 
 
-@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("wait", [wait for wait in WAITS if wait != Wait.WEIGHTS_EXPANDED.name.lower()])
 def test_a_wait_that_is_left_out_is_found(build: Build, wait: str):
     assert find(build(2, MISTAKES), WAITS[wait]) != ""
 
