@@ -148,13 +148,13 @@ template <class C> struct Gather {
         end(row);
     }
 
-    /// `before(i)` is called before each item, when the slots are free, and once more with the first one that is not there.
-    template <class Before> MEGA_DEVICE void rest(Before&& before) const {
+    /// By this block, one of so many that take part.
+    MEGA_DEVICE void rest(u32 index, u32 takers) const {
         // other ranks' rows, or those staged in this launch, acquired by a thread of this block
         if constexpr (C::kRanks > 1 || C::kInputs == Inputs::raw) ptx::fence_async_global();
         Timeline<C> timeline(p, Role::dispatch);
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
-        for (u32 i = first_items + blockIdx.x; before(i), i < items; i += gridDim.x) {
+        for (u32 i = first_items + index; i < items; i += takers) {
             const Item item = begin<false>(i);
             copy_scales(item);
             copy_rows(item, chunks);

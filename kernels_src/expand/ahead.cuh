@@ -6,8 +6,7 @@
 //
 //   expanded[expert][column]   released here, once per piece     acquired by the weights lane of any block (roles/load.cuh)
 //
-// Nobody waits here for anything but memory.  Only experts that have rows are expanded, in the order in which tiles need them: some
-// at the head, by all warps; the others by the dispatch warp of each block, an expert ahead of the rows that it brings.
+// Nobody waits here for anything but memory.  Only experts that have rows are expanded, in the order in which tiles need them.
 #pragma once
 #include "comm/fault.cuh"
 #include "expand/unpack.cuh"
@@ -16,6 +15,24 @@
 #include "sched/order.cuh"
 
 namespace megamoe {
+
+/// Who expands: some blocks, with all their warps, before they do anything else.  A few are as fast as the memory, and the others
+/// begin on the first experts meanwhile; they alone go on with dispatch, which must not wait for them.
+struct ExpandShare {
+    u32 expander, expanders;   // which of them this block is, if it is one; how many there are
+    u32 taker, takers;         // the same of blocks that dispatch
+
+    MEGA_DEVICE explicit ExpandShare(const Params& p) {
+        const u32 every = p.expand_every, block = blockIdx.x, all = gridDim.x;
+        expanders = all / every, takers = all - expanders;
+        const bool one = block % every == every - 1;
+        expander = one ? block / every : expanders, taker = one ? takers : block - block / every;
+        if (expanders == 0 || takers == 0)   // all do both
+            expander = taker = block, expanders = takers = all;
+    }
+    MEGA_DEVICE bool expands() const { return expander < expanders; }
+    MEGA_DEVICE bool dispatches() const { return taker < takers; }
+};
 
 template <class C> struct Expansion {
     static constexpr u32 kColumnPieces1 = kBlockN / PackedPiece::kRows * (C::kHidden / kBlockK),
@@ -63,21 +80,15 @@ template <class C> struct Expansion {
         return {p, first, expert * (first ? kPieces1 : kPieces2) + inside, expert * kColumns + column};
     }
 
-    /// Pieces that are expanded at the head, by all warps: what the first tiles need.  The dispatch warps do the others
-    /// beside the matrix work (`Beside`), unless they may have to wait for it, when the pools are rings.
-    MEGA_DEVICE u32 at_the_head() const {
-        const bool ring = table.blocks() > p.pool_rows / kPoolAlign;
-        return ring || !kBeside ? pieces() : min_u32(pieces(), kPieces1);
-    }
-    static constexpr bool kBeside = C::kDispatchSlots * kDispatchChunk >= PackedPiece::kBytes;
-
-    /// They are expanded in the stages, which nobody else uses yet.
-    MEGA_DEVICE void head() const {
-        const u32 warp = ptx::warp_id(), workers = kWarps * gridDim.x, end = at_the_head();
-        const bool one = ptx::lane_id() == 0;
+    /// This block's share of all pieces, by all its warps, in the stages, which nobody else uses yet.
+    MEGA_DEVICE void run() const {
+        const ExpandShare share(p);
+        if (!share.expands()) return;
+        const u32 warp = ptx::warp_id(), workers = kWarps * share.expanders, end = pieces();
+        const u32 begin = warp * share.expanders + share.expander;
         const u32 room = shared.address + warp * (kSlots * PackedPiece::kBytes);
+        const bool one = ptx::lane_id() == 0;
         PackedPiece next;
-        const u32 begin = warp * gridDim.x + blockIdx.x;
         if (begin < end) load(next, begin);
         u32 slot = 0;
 #pragma unroll 1
@@ -106,40 +117,6 @@ template <class C> struct Expansion {
         piece.load(from.codes(), from.exponents());
     }
 
-    /// Pieces `next`, `next` + blocks, ... below `end`, by the dispatch warp, in its slots, half a piece in each half; returns the first
-    /// that is left.  While half a piece is unpacked, the next half is on its way.
-    MEGA_DEVICE u32 beside(u32 next, u32 end) const {
-        constexpr u32 kHalf = PackedPiece::kBytes / 2;
-        if (next >= end) return next;
-        const bool one = ptx::lane_id() == 0;
-        PackedRows upper, lower;   // of half a piece
-        load(upper, next, 0), load(lower, next, 1);
-        bool first = true;
-#pragma unroll 1
-        for (u32 half = 0; next < end; half ^= 1) {
-            if (one) ptx::bulk_wait_read<1>();
-            __syncwarp();
-            const u32 room = shared.dispatch_slot(0) + half * kHalf;
-            u32 then = half == 0 ? next : next + gridDim.x;
-            if (then >= end) then = next;   // once more, in vain
-            upper.unpack(room, 0), load(upper, then, 2 - 2 * half);
-            lower.unpack(room, 1), load(lower, then, 3 - 2 * half);
-            ptx::fence_async_shared();
-            __syncwarp();
-            if (one) ptx::bulk_store(at(next).to() + half * kHalf, room, kHalf);
-            if (half == 0) continue;
-            if (one && !first) ptx::bulk_wait<2>(), at(next - gridDim.x).done();
-            first = false, next += gridDim.x;
-        }
-        if (one) ptx::bulk_wait_all(), at(next - gridDim.x).done();
-        __syncwarp();   // the slots are free
-        return next;
-    }
-    MEGA_DEVICE void load(PackedRows& rows, u32 i, u32 w) const {
-        const Piece from = at(i);
-        rows.load(from.codes(), from.exponents(), w);
-    }
-
     /// The weights lane: until the tile's weights are there.
     MEGA_DEVICE static void wait(const Params& p, const Tile& tile) {
         const bool first = tile.kind == Tile::gemm1,
@@ -148,29 +125,6 @@ template <class C> struct Expansion {
         wait_counter(p, Wait::weights_expanded, p.expanded + column,
                      (first ? kColumnPieces1 : kColumnPieces2) >> half, column);
         ptx::fence_async_global();
-    }
-};
-
-/// What the dispatch warp does between its items.
-template <class C> struct ExpandBeside {
-    const Expansion<C> expansion;
-    u32 next;         // piece of this block
-    u32 active = 0;   // of the experts that have rows, the one whose rows are dispatched
-
-    MEGA_DEVICE explicit ExpandBeside(const Expansion<C>& expansion_)
-        : expansion(expansion_), next(expansion_.at_the_head() + blockIdx.x) {}
-
-    /// Before an item of dispatch: the weights of its expert, but for those of the first, whose rows are wanted at once.  After the
-    /// last one: all weights that are left.
-    MEGA_DEVICE void operator()(u32 item) {
-        const ExpertTable& table = expansion.table;
-        u32 end = expansion.pieces();
-        if (item < table.items[table.experts]) {
-            const u32 expert = table.expert_in(table.items, item);
-            while (table.active[active] != expert) ++active;
-            end = active == 0 ? 0 : (active + 1) * Expansion<C>::kPieces;
-        }
-        next = expansion.beside(next, end);
     }
 };
 

@@ -102,7 +102,7 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     Gather<C>(p, shared, table).first_round();
     did(Span::first_round);
     if constexpr (C::Policy::kExpands) {
-        Expansion<C>{p, shared, table}.head();
+        Expansion<C>{p, shared, table}.run();
         __syncthreads();   // the stages are free again
     }
     return table;
@@ -124,9 +124,10 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
             if (one) LoadWeights<C>{p, shared, table, table.two_sides ? shared.side() : 0}.run();
         } else if (warp == 2) {
             if constexpr (C::Policy::kExpands) {
-                Gather<C>(p, shared, table).rest(ExpandBeside<C>(Expansion<C>{p, shared, table}));
+                const ExpandShare share(p);
+                if (share.dispatches()) Gather<C>(p, shared, table).rest(share.taker, share.takers);
             } else {
-                Gather<C>(p, shared, table).rest([](u32) {});
+                Gather<C>(p, shared, table).rest(blockIdx.x, gridDim.x);
             }
         } else {
             Timeline<C> timeline(p, Role::publisher);

@@ -88,7 +88,7 @@ PARAMS = (
     ("raw_formats", "u32", 1, 888),
     ("weight_factor", "float", 1, 892),
     ("shared_weight", "float", 1, 896),
-    ("unused", "u32", 1, 900),
+    ("expand_every", "u32", 1, 900),
     ("packed1", "u64", 1, 904),
     ("packed2", "u64", 1, 912),
     ("expanded1", "u64", 1, 920),

@@ -114,8 +114,9 @@ EXPAND_MISTAKES = (
     ),
     Change("expand/beside.cuh", "unpack<kQuarter>(ring.stage, to)", "unpack<kQuarter>(ring.stage, sim::mutant == 221 ? (to + 2) % 3 : to)"),
     Change("expand/beside.cuh", "if (more) wait_barrier_watched", "if (more && sim::mutant != 222) wait_barrier_watched"),
-    Change("expand/ahead.cuh", "ptx::bulk_wait<2>(), at", "sim::mutant == 223 ? void() : ptx::bulk_wait<2>(), at"),
-    Change("expand/ahead.cuh", "if (one) ptx::bulk_wait_read<1>();", "if (one && sim::mutant != 224) ptx::bulk_wait_read<1>();"),
+    Change("expand/ahead.cuh", "                ptx::bulk_wait<kSlots - 1>();", "if (sim::mutant != 223) ptx::bulk_wait<kSlots - 1>();"),
+    Change("expand/ahead.cuh", "share.dispatches()", "(sim::mutant == 224 || share.dispatches())") if False else
+    Change("kernels/megamoe.cuh", "if (share.dispatches())", "if (sim::mutant != 224 && share.dispatches())"),
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
 )
 BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222), (223, 224, Wait.WEIGHTS_EXPANDED.value)

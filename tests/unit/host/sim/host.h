@@ -313,7 +313,7 @@ struct Run {
         p.side_of_sm[0] = dice.below(4) ? dice.below(1u << 16) : 0;   // any, or all on one side
         for (u32 s = 0; s < ranks; ++s) p.peers[s] = reinterpret_cast<u64>(all[s].symmetric);
         rank.now.variant = variant == "mixed" ? dice.below(static_cast<u32>(kVariants.size())) : named(variant);
-        p.weight1 = p.packed1, p.weight2 = p.packed2;
+        p.weight1 = p.packed1, p.weight2 = p.packed2, p.expand_every = 1 + dice.below(4);
         if (with_config(rank.now.variant, [](auto c) { return decltype(c)::Policy::kExpands; })) poison_expanded(p, r);
         rank.running = static_cast<u32>(blocks.size()) + 1;
         rank.clock.fence();   // what went before is visible to the whole launch
