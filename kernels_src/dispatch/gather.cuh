@@ -29,7 +29,7 @@ template <class C> struct Gather {
 
     MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const ExpertTable& table_)
         : p(p_), shared(shared_), table(table_), items(table_.items[table_.experts]),
-          first_items(min_u32(items_in_pool(), kWarps * gridDim.x >> p_.item_shift)) {}
+          first_items(min_u32(items_in_pool(), kBlockWarps<C> * gridDim.x >> p_.item_shift)) {}
 
     MEGA_DEVICE u32 item_rows() const { return 1u << p.item_shift; }
 
@@ -139,7 +139,7 @@ template <class C> struct Gather {
     /// A row for each warp of each block, the load warps last, which have other things to do; call it everywhere, then
     /// `rest` in one warp of each block.
     MEGA_DEVICE void first_round() const {
-        const u32 i = (kWarps - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x,
+        const u32 i = (kBlockWarps<C> - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x,
                   item = i >> p.item_shift;
         if (item >= first_items) return;
         const Item row = begin<true>(item, i % item_rows());

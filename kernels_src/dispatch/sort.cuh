@@ -57,21 +57,21 @@ template <class C> struct Sort {
     /// Step 1.
     MEGA_DEVICE void count() const {
         if (!counting()) return;
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) counts[e] = 0;
+        for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>) counts[e] = 0;
         __syncthreads();
-        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kThreads) {
+        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kBlockThreads<C>) {
             const u32 e = expert_of(i);
             if (e < kExperts) atomicAdd(&counts[e], 1u);
         }
         __syncthreads();
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads)
+        for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>)
             p.slice_counts[blockIdx.x * kExperts + e] = counts[e];
     }
 
     /// Step 2.
     MEGA_DEVICE void order() const {
         if (!counting()) return;
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
+        for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>) {
             u32 all = 0, before = 0;
             for (u32 b = 0; b < p.sort_blocks; ++b) {
                 const u32 n = ptx::load_l2(p.slice_counts + b * kExperts + e);
@@ -92,13 +92,13 @@ template <class C> struct Sort {
                 symmetric<u32>(p, p.rank, p.expert_offsets)[kExperts] = scan.total;
         }
         __syncthreads();
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
+        for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>) {
             cursors[e] += begins[e];
             if (blockIdx.x == 0) symmetric<u32>(p, p.rank, p.expert_offsets)[e] = begins[e];
         }
         __syncthreads();
         u32* sorted = symmetric<u32>(p, p.rank, p.sorted_pairs);
-        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kThreads) {
+        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kBlockThreads<C>) {
             const u32 e = expert_of(i);
             if (e < kExperts) sorted[atomicAdd(&cursors[e], 1u)] = i;
         }
@@ -125,7 +125,7 @@ template <class C> struct Sources {
     /// All threads: copies what is needed of the other ranks' tables to shared memory.
     MEGA_DEVICE void fetch() const {
         if constexpr (C::kRanks > 1) {
-            for (u32 i = threadIdx.x; i < C::kLocalExperts * C::kRanks; i += kThreads) {
+            for (u32 i = threadIdx.x; i < C::kLocalExperts * C::kRanks; i += kBlockThreads<C>) {
                 const u32 e = i / C::kRanks, source = i % C::kRanks, first = offset(e, source);
                 shared.sources()[2 * i] = first;
                 shared.sources()[2 * i + 1] = offset(e + 1, source) - first;

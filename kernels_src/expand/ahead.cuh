@@ -42,7 +42,7 @@ template <class C> struct Expansion {
                          kPieces = kPieces1 + kPieces2;   // of an expert
     static constexpr u32 kColumns = TileOrder<C>::kTilesN1 + TileOrder<C>::kTilesN2;
     // pieces that a warp has in shared memory at the head, where the stages will be
-    static constexpr u32 kSlots = min_u32(2, Shared<C>::kStagingAt / (kWarps * PackedPiece::kBytes));
+    static constexpr u32 kSlots = min_u32(2, Shared<C>::kStagingAt / (kBlockWarps<C> * PackedPiece::kBytes));
     static_assert(kSlots > 0, "no room to expand weights in");
 
     const Params& p;
@@ -84,7 +84,7 @@ template <class C> struct Expansion {
     MEGA_DEVICE void run() const {
         const ExpandShare share(p);
         if (!share.expands()) return;
-        const u32 warp = ptx::warp_id(), workers = kWarps * share.expanders, end = pieces();
+        const u32 warp = ptx::warp_id(), workers = kBlockWarps<C> * share.expanders, end = pieces();
         const u32 begin = warp * share.expanders + share.expander;
         const u32 room = shared.address + warp * (kSlots * PackedPiece::kBytes);
         const bool one = ptx::lane_id() == 0;

@@ -1,4 +1,4 @@
-// unpack: as cooperative, for weights of four bits: the math warps unpack the next k-block's beside the products of this one.
+// unpack: as cooperative, for weights of four bits: a warpgroup of helpers unpacks the next k-blocks' weights beside the products.
 #pragma once
 #include "expand/beside.cuh"
 #include "variants/cooperative.cuh"
@@ -6,9 +6,11 @@
 namespace megamoe {
 
 struct Unpack : Cooperative {
-    static constexpr u32 kUnpacked = 3;   // k-blocks of unpacked weights in shared memory beside the stages
+    static constexpr u32 kPacked = 3;    // k-blocks of packed weights beside the stages
+    static constexpr u32 kHelpers = 1;   // warpgroups behind the math warpgroups
 
-    template <class C> using Math = megamoe::Math<C, UnpackingLoop<C>>;
+    template <class C> using Math = megamoe::Math<C, NarrowLoop<C>>;
+    template <class C> using Helper = Unpacker<C>;
 };
 
 }   // namespace megamoe

@@ -64,7 +64,7 @@ class BoundKernel:
         self.params: Params = aligned_params()
         loaded = load_kernel(spec, place.device.index, param_bytes=ctypes.sizeof(Params))
         self.key: str = loaded.key
-        self.launcher = Launcher(loaded, self.params)
+        self.launcher = Launcher(loaded, self.params, threads=spec.threads)
         self._addresses: tuple[int, ...] = ()
         self._planned: CallPlan | None = None  #: whose values `params` has
         self._checked: dict[tuple[int, ...], tuple[Callable[[], torch.Tensor | None], ...]] = {}  # by their addresses

@@ -16,11 +16,13 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
+    GROUP,
     MATH_WARPS,
     MAX_RANKS,
     QUANT_BLOCK,
     SHARED_LIMIT,
     STAGING_BYTES,
+    THREADS,
     TILE_BYTES,
     TILE_SLOTS,
 )
@@ -202,7 +204,12 @@ class KernelSpec:
     @property
     def staged(self) -> WeightFormat:
         """The format of weights in the pipeline stages."""
-        return FP8_E5M2 if self.variant.expands else self.weights
+        return FP8_E5M2 if self.variant.expands or self.variant.packed else self.weights
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return THREADS + GROUP * self.variant.helpers
 
     @cached_property
     def weight_stage_bytes(self) -> int:
@@ -214,8 +221,8 @@ class KernelSpec:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
-        unpacked = self.variant.unpacked * (FP8_E5M2.code_bytes(BLOCK_N, BLOCK) + 8)
-        return MATH_WARPS * STAGING_BYTES + unpacked + slots + 64 + plan
+        packed = self.variant.packed * (self.weights.stream_bytes(BLOCK_N, BLOCK) + 16 + 16)
+        return MATH_WARPS * STAGING_BYTES + packed + slots + 64 + plan
 
     @cached_property
     def source_table_bytes(self) -> int:

@@ -24,21 +24,24 @@ class Variant(StrEnum):
         block_m: rows of a tile; the policy's `kBlockM`.
         what: a sentence for people.
         codes: of weights that its `Math` multiplies, as `WeightFormat.what` calls them.
-        unpacked: k-blocks of unpacked weights that it has in shared memory beside the stages; the policy's `kUnpacked`.
+        packed: k-blocks of packed weights that it has in shared memory beside the stages; the policy's `kPacked`.
+        helpers: its warpgroups behind the math warpgroups; the policy's `kHelpers`.
     """
 
     block_m: int
     what: str
     codes: tuple[str, ...]
-    unpacked: int
+    packed: int
+    helpers: int
 
     def __new__(
-        cls, name: str, block_m: int, what: str, codes: tuple[str, ...] = ("e4m3",), unpacked: int = 0
+        cls, name: str, block_m: int, what: str, codes: tuple[str, ...] = ("e4m3",), packed: int = 0, helpers: int = 0
     ) -> Variant:
         """A member is written as its name and traits, and is a string that equals the name."""
         member = str.__new__(cls, name)
         member._value_ = name
-        member.block_m, member.what, member.codes, member.unpacked = block_m, what, codes, unpacked
+        member.block_m, member.what, member.codes = block_m, what, codes
+        member.packed, member.helpers = packed, helpers
         return member
 
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase.", ("e4m3", "e5m2")
@@ -47,7 +50,7 @@ class Variant(StrEnum):
         ("e4m3", "e5m2"),
     )
     DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
-    UNPACK = "unpack", 128, "As cooperative, and unpacks the next weights beside the products of these.", ("e2m1",), 3
+    UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 3, 1
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
 
     @property

@@ -102,21 +102,16 @@ PACKED_MISTAKES = (
 )
 LATE_EXPONENTS, MEETINGS = 213, range(214, 220)
 
-#: With packed weights that are unpacked in shared memory, or expanded in memory: unpacked weights are not waited for; those
-#: of the next k-block are put where this one's lie; a stage is given back before its weights were unpacked; a piece counts as
-#: expanded before it is written; its place in shared memory is written again before it was read; the matrix work does not wait.
+#: With packed weights that are unpacked in shared memory, or expanded in memory: packed weights, or a free stage, are not waited
+#: for; a stage is full without them; a piece counts as expanded before it is written; a block that expands dispatches
+#: nothing, and its rows are left; the matrix work does not wait.
 EXPAND_MISTAKES = (
     *SMALL,
-    Change(
-        "expand/beside.cuh",
-        "        wait_barrier_watched(shared.unpacked_full(from), place.parity);",
-        "        if (sim::mutant != 220) wait_barrier_watched(shared.unpacked_full(from), place.parity);",
-    ),
-    Change("expand/beside.cuh", "unpack<kQuarter>(ring.stage, to)", "unpack<kQuarter>(ring.stage, sim::mutant == 221 ? (to + 2) % 3 : to)"),
-    Change("expand/beside.cuh", "if (more) wait_barrier_watched", "if (more && sim::mutant != 222) wait_barrier_watched"),
+    Change("expand/beside.cuh", "wait_barrier_watched(shared.packed_full", "if (sim::mutant != 220) wait_barrier_watched(shared.packed_full"),
+    Change("expand/beside.cuh", "wait_barrier_watched(shared.empty", "if (sim::mutant != 221) wait_barrier_watched(shared.empty"),
+    Change("expand/beside.cuh", "        PackedRows rows[2]; ", "        if (sim::mutant == 222 && thread < kWarp) return;\n        PackedRows rows[2]; "),
     Change("expand/ahead.cuh", "                ptx::bulk_wait<kSlots - 1>();", "if (sim::mutant != 223) ptx::bulk_wait<kSlots - 1>();"),
-    Change("expand/ahead.cuh", "share.dispatches()", "(sim::mutant == 224 || share.dispatches())") if False else
-    Change("kernels/megamoe.cuh", "if (share.dispatches())", "if (sim::mutant != 224 && share.dispatches())"),
+    Change("kernels/megamoe.cuh", "rest(share.taker, share.takers)", "rest(sim::mutant == 224 ? blockIdx.x : share.taker, share.takers)"),
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
 )
 BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222), (223, 224, Wait.WEIGHTS_EXPANDED.value)

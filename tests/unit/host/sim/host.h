@@ -332,13 +332,14 @@ struct Run {
         const u64 address = reinterpret_cast<u64>(block->memory.get());
         block->shared = block->memory.get() + (1024 - address % 1024) % 1024;
         std::memset(block->shared, 0xDD, block->shared_bytes);
-        block->live = kBlockWarps * kLanes;
+        block->threads = block->live = with_config(rank.now.variant, [](auto c) { return megamoe::kBlockThreads<decltype(c)>; });
         for (u32 w = 0; w < kBlockWarps; ++w) {
             Warp& warp = block->warps[w];
             warp.block = block.get(), warp.index = w, warp.agent = 2 * ((r * max_blocks + index) * kBlockWarps + w);
             warp.clock = rank.clock;
             warp.copies = warp.clock.now(warp.copy_agent());
             warp.clock.tick(warp.agent);
+            if (w >= block->threads / kLanes) continue;   // of other variants
             warp.live = ~0u;
             for (u32 l = 0; l < kLanes; ++l) {
                 warp.lanes[l].warp = &warp, warp.lanes[l].index = l;
@@ -363,7 +364,8 @@ struct Run {
             for (Warp& warp : block.warps) {
                 rank.clock.join(warp.clock);
                 rank.clock.learn({warp.copy_agent(), warp.copies});
-                for (Lane& lane : warp.lanes) give_stack(lane.stack);
+                for (Lane& lane : warp.lanes)
+                    if (lane.started) give_stack(lane.stack);
             }
             block.memory.reset();
         }

@@ -23,7 +23,7 @@ struct Block {
     Warp warps[kBlockWarps];
     NamedBarrier barriers[16];
     std::unordered_map<u32, PhaseBarrier> phases;   // mbarriers by address
-    u32 live = 0;                                   // threads
+    u32 threads = 0, live = 0;                      // all; those that have not ended
     u32 copies = 0;                                 // in flight
     const void* launch = nullptr;
 

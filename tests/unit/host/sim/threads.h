@@ -13,7 +13,7 @@
 
 namespace sim {
 
-constexpr u32 kLanes = 32, kBlockWarps = 12;
+constexpr u32 kLanes = 32, kBlockWarps = BLOCK_WARPS;   // most of a block, of all variants
 
 struct Block;
 struct Warp;
