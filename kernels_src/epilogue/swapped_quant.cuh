@@ -68,7 +68,7 @@ template <class C, u32 kN> struct SwappedQuant {
 #pragma unroll
             for (u32 b = 0; b < 2; ++b) {
                 float& gate = result.block[b][i / 2 * 4 + i % 2];
-                gate = swiglu<C::kFastMath>(gate, result.block[b][i / 2 * 4 + 2 + i % 2], p.clamp);
+                gate = swiglu<C>(gate, result.block[b][i / 2 * 4 + 2 + i % 2], p.clamp);
                 largest[i] = fmaxf(largest[i], fabsf(gate));
             }
         }

@@ -7,6 +7,7 @@
 #include "base/constants.cuh"
 #include "mma/magnitudes.cuh"
 #include "ptx/control.cuh"
+#include "ptx/convert.cuh"
 #include "ptx/memory.cuh"
 
 namespace megamoe {
@@ -25,7 +26,7 @@ MEGA_DEVICE void unpack_half(u32 place, const Vec16& codes, const u32 (&exponent
         const u32 group = 2 * kHalf + j / 2, below = j % 2;
         const Magnitudes table(ptx::choose_bytes(exponents[below], 0, 0x4440 + group));
         u32 first, second;
-        table.expand(codes.w[j], first, second);
+        ptx::expand_e2m1(codes.w[j], table.low, table.high, first, second);
         ptx::store4_shared((place ^ 32 * group) + below * (8 * kBlockK), first);
         ptx::store4_shared((place ^ (32 * group + 16)) + below * (8 * kBlockK), second);
     }

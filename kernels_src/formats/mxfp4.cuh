@@ -55,7 +55,8 @@ struct Mxfp4 {
 #pragma unroll
                 for (u32 row = 0; row < 2; ++row) {
                     const Magnitudes table(ptx::choose_bytes(powers[row], 0, 0x4440 + k));
-                    table.expand(halves[k / 2].w[k % 2 * 2 + row], a[k][row], a[k][row + 2]);
+                    ptx::expand_e2m1(halves[k / 2].w[k % 2 * 2 + row], table.low, table.high,
+                                     a[k][row], a[k][row + 2]);
                 }
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {

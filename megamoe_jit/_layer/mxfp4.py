@@ -1,20 +1,24 @@
 """Weights as e2m1 codes, two to a byte, with an exponent for 32 of a row: the order in which the kernel reads them.
 
-A code is ``s mmm``: the sign above the index of 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Callers bring the low nibble of a byte for
-the even column, and e8m0 exponents, which are ``2 ** (byte - 127)``. The kernel multiplies e5m2 numbers, so it wants each
-exponent relative to a scale ``2 ** s`` that 128 x 128 weights share: a byte that is ``e - s + 16``, modulo 256. It makes of
-it a table of the eight magnitudes, which is right for what e5m2 has as a normal number (`exact` decides that); the entry of zero
-is right for any byte, so that groups of zeros keep their exponent too, and the way back loses nothing.
+A code is ``s mmm``: the sign above the index of 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Callers bring the low nibble of a byte
+for the even column, and e8m0 exponents, which are ``2 ** (byte - 127)``.
+
+The kernel multiplies e5m2 numbers, so it takes each exponent e relative to a scale ``2 ** s`` that 128 x 128 weights
+share: a byte that is ``e - s + 16``, modulo 256. It makes a table of the eight magnitudes of it, whose entries are
+right where e5m2 has them as normal numbers, and only those are looked up (`binades` finds such an s). The entry of zero
+is right for any byte, so groups of zeros keep their exponent too: the way back loses nothing.
 
 Rows go by `tiles`, codes and exponents alike. Codes of 128 columns of a tile of R rows lie one after the other as
 
     [m64 R/64][half of the columns 2][thread 128][word 4][byte 4]
 
-Thread t, lane l of warp w, has in word j eight codes of row ``64 m + 16 w + l / 4 + 8 (j % 2)`` at columns
-``64 half + 32 (j / 2) + 4 (l % 4)`` and the next three, then the same 16 columns on: what it holds of two 64 x 32 operands of the
-tensor cores. Nibble i of a word has the magnitude of code i in its low bits. Signs of codes 0 to 3 are the top bits of the
-odd nibbles, where the expanded codes need them, those of 4 to 7 the top bits of the even nibbles, four below that.
-Exponents of the same 128 columns lie as ``[m64 R/64][warp 4][l / 4: 8][row, row + 8: 2][group 4]``.
+Thread t, which is lane l of warp w, has in word j eight codes of row ``64 m + 16 w + l / 4 + 8 (j % 2)``: at columns
+``64 half + 32 (j / 2) + 4 (l % 4)`` and the next three, then the same 16 columns on. That is what it holds of two
+64 x 32 operands of the tensor cores. Nibble i of a word has the magnitude of code i in its low bits. Signs of codes 0
+to 3 are the top bits of the odd nibbles, where expanded codes need them, those of 4 to 7 the top bits of the even
+nibbles, four below that. Exponents of the same 128 columns lie as
+
+    [m64 R/64][warp 4][l / 4: 8][row, row + 8: 2][group 4]
 """
 
 from __future__ import annotations
@@ -25,9 +29,20 @@ from megamoe_jit._layer.tiles import by_tile, deinterleave, interleave
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.formats import MXFP4
 
-__all__ = ["MAGNITUDES", "dequantize", "pack", "pack_exponents", "unpack", "unpack_exponents"]
+__all__ = [
+    "MAGNITUDES",
+    "byte_values",
+    "dequantize",
+    "absolute_exponents",
+    "pack",
+    "pack_exponents",
+    "relative_exponents",
+    "unpack",
+    "unpack_exponents",
+]
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  #: of codes 0 to 7; eight more is the negative
+OFFSET = 16  #: of the kernel's exponent of a group that has its block's
 BLOCK_BYTES = BLOCK // 2  #: codes of a row of a k-block
 BLOCK_GROUPS = BLOCK // MXFP4.group  #: exponents of it
 #: m64 n, warp, row and row + 8, lane / 4 | half, k32 of it, 16 columns of that, lane % 4, bytes
@@ -98,6 +113,22 @@ def _unpack_groups(w: torch.Tensor, height: int) -> torch.Tensor:
     return parts.permute(0, 2, 3, 5, 4, 1, 6).reshape(rows, width)
 
 
+def relative_exponents(e8m0: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Exponents of a matrix uint8 ``[rows, groups]`` relative to float32 scales that are powers of two."""
+    return e8m0 + OFFSET - _biased(scales)
+
+
+def absolute_exponents(exponents: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Inverse of `relative_exponents`."""
+    return exponents - OFFSET + _biased(scales)
+
+
+def _biased(scales: torch.Tensor) -> torch.Tensor:
+    """The exponents of floats as their bits have them, modulo 256, for each group; biased like e8m0."""
+    bits = (scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+    return bits.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK_GROUPS, 1)
+
+
 def pack_exponents(exponents: torch.Tensor, gated: bool) -> torch.Tensor:
     """See `WeightFormat.pack_exponents`."""
     return by_tile(_pack_groups, interleave(exponents) if gated else exponents)
@@ -109,12 +140,16 @@ def unpack_exponents(exponents: torch.Tensor, gated: bool) -> torch.Tensor:
     return deinterleave(plain) if gated else plain
 
 
+def byte_values(device: torch.device) -> torch.Tensor:
+    """The two values of each byte of codes, that of the low nibble first; float32 ``[256, 2]``."""
+    values = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float32, device=device)
+    return torch.cartesian_prod(values, values).flip(-1)
+
+
 def dequantize(codes: torch.Tensor, e8m0: torch.Tensor) -> torch.Tensor:
-    """See `WeightFormat.dequantize`: of codes ``[..., rows, depth / 2]`` and exponents as bytes ``[..., rows, depth / 32]``."""
+    """See `WeightFormat.dequantize`: codes ``[..., rows, depth / 2]`` and exponents ``[..., rows, depth / 32]``."""
     codes, e8m0 = codes.view(torch.uint8), e8m0.view(torch.uint8)
-    signed = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float32, device=codes.device)
-    pairs = torch.cartesian_prod(signed, signed).flip(-1)  # of a byte: the low nibble's value, then the high one's
-    groups = pairs[codes.int()].reshape(*e8m0.shape, MXFP4.group)
+    groups = byte_values(codes.device)[codes.int()].reshape(*e8m0.shape, MXFP4.group)
     return (groups * _powers(e8m0).unsqueeze(-1)).reshape(*codes.shape[:-1], codes.shape[-1] * 2)
 
 

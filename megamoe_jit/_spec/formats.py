@@ -8,7 +8,7 @@ only when it is asked for.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megamoe_jit._errors import ConfigError
@@ -58,6 +58,15 @@ class WeightFormat:
     scale_block: tuple[int, int]
     module: str
     group: int = 0
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # each call looks plans up by it
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Copies, and those of other processes, are the same object: formats are compared by `is`."""
+        if FORMATS.get(self.name) is self:
+            return WeightFormat.parse, (self.name,)
+        return WeightFormat, astuple(self)
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:

@@ -24,7 +24,7 @@ from megamoe_jit._layer.weights import (
     transform_weights_for_mega_moe_sm90,
 )
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec import FP8, MoEShape, Variant
 from megamoe_jit.heuristics.presets import Preset, preset
 from megamoe_jit.heuristics.select import Choice
 from megamoe_jit.reference import moe_reference
@@ -265,7 +265,8 @@ def test_the_kernel_that_is_named_is_the_one_that_the_device_takes(monkeypatch: 
     assert _bench.kernel_of(shape, 5, "auto", torch.device("cuda", 0), 2) == "pingpong"
     with override(variant="cooperative", cooperative_threshold=7):
         _bench.kernel_of(shape, 5, "auto", torch.device("cpu"))
+    common = {"weights": FP8}
     assert asked == [
-        {"ranks": 2, "variant": "auto", "cooperative_threshold": None, "gpu": "NVIDIA H20", "num_sms": 78},
-        {"ranks": 1, "variant": "cooperative", "cooperative_threshold": 7},
+        {"ranks": 2, "variant": "auto", "cooperative_threshold": None, "gpu": "NVIDIA H20", "num_sms": 78, **common},
+        {"ranks": 1, "variant": "cooperative", "cooperative_threshold": 7, **common},
     ]

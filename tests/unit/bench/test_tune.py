@@ -16,7 +16,7 @@ from megamoe_jit._bench import tune_table as _tune_table
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.bound_kernel import CallPlan
-from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec import FP8, MoEShape, Variant
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit.heuristics import choose
 from megamoe_jit.heuristics.presets import Preset
@@ -41,7 +41,7 @@ class Tuned(Layer):
         buffer = super().get_symm_buffer_for_mega_moe(group, experts, capacity, topk, hidden, intermediate)
         shape = MoEShape(hidden, intermediate, experts, topk)
 
-        def plan(tokens, variant, fast_math, num_sms, inputs=Inputs.STAGED):
+        def plan(tokens, variant, fast_math, num_sms, inputs=Inputs.STAGED, weights=FP8):
             return CallPlan(None, choose(shape, tokens, variant=variant), 132, 1, False)
 
         def launch(plan, *, y, tokens, l1, l2, stats, clamp, raw=None, shared_weight=1.0):

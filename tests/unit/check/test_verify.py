@@ -252,4 +252,5 @@ def test_outcome_is_plain_data():
         "zero_rows_ok": True,
         "passed": True,
         "reason": "",
+        "weights": "fp8",
     }

@@ -33,5 +33,10 @@ inline u32 choose_bytes(u32 low, u32 high, u32 select) {
     }
     return result;
 }
+inline void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
+    const u32 select = codes & 0x77777777;
+    first = choose_bytes(low, high, select) | (codes & 0x80808080);
+    second = choose_bytes(low, high, select >> 16) | (codes << 4 & 0x80808080);
+}
 
 }  // namespace megamoe::ptx
