@@ -46,7 +46,8 @@ struct Mxfp4 {
         MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
             constexpr u32 kHalfBytes = megamoe::kGroup * 16;   // a warpgroup's
             const u32 from = weights + m * (2 * kHalfBytes) + thread * 16;
-            const Vec16 halves[2] = {ptx::load16_shared(from), ptx::load16_shared(from + kHalfBytes)};
+            const Vec16 halves[2] = {ptx::load16_shared(from),
+                                     ptx::load16_shared(from + kHalfBytes)};
             u32 powers[2];
             ptx::load8_shared(exponents + m * (64 * kBlockK / kGroup) + thread / 4 * 8, powers[0],
                               powers[1]);

@@ -53,7 +53,7 @@ template <u32 kN> struct ColumnScales {
 template <class C, u32 kN> struct SwappedLoop {
     const Shared<C>& shared;
     u32 group, thread;   // which warpgroup; thread of it
-    bool half;           // the tile has 128 rows, and a warpgroup one block, which it multiplies twice
+    bool half;   // the tile has 128 rows, and a warpgroup one block, which it multiplies twice
 
     MEGA_DEVICE u32 block(u32 which) const { return half ? group : group * 2 + which; }
 
@@ -82,7 +82,8 @@ template <class C, u32 kN> struct SwappedLoop {
             issue(fresh[0], rows[0], stage);
             load(rows[1], stage, 1);
             issue(fresh[1], rows[1], stage);
-            scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8, thread % kWarp);
+            scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8,
+                        thread % kWarp);
             ptx::wgmma_wait<1>(fresh[0]);
             scales.promote(result.block[0], fresh[0]);
             ring.advance();

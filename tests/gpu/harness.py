@@ -12,11 +12,11 @@ import torch
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape, Variant
 from megamoe_jit.reference import moe_reference
 
 CLAMP = 10.0
-VARIANTS = ("pingpong", "cooperative")
+VARIANTS = tuple(variant.value for variant in Variant.reading(FP8))
 
 
 def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""From a matrix of four-bit weights to what the tensor cores multiply: the packer's order, read by the kernel's own code."""
+"""From a matrix of four-bit weights to what the tensor cores multiply: packed, then read by the kernel's own code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def multiplied(program: Path, codes: torch.Tensor, exponents: torch.Tensor) -> t
     parts, at = [], 0
     for height in (min(TILE, rows - first) for first in range(0, rows, TILE)):
         blocks = depth // DEPTH
-        bytes_of = [t.reshape(-1)[at * w : (at + height) * w].reshape(blocks, -1) for t, w in ((codes, depth // 2), (exponents, depth // 32))]
+        bytes_of = [
+            t.reshape(-1)[at * w : (at + height) * w].reshape(blocks, -1)
+            for t, w in ((codes, depth // 2), (exponents, depth // 32))
+        ]
         stages = torch.cat(bytes_of, 1).contiguous().numpy().tobytes()
         done = subprocess.run([program, str(height)], input=stages, capture_output=True, check=True, timeout=60)
         read = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)

@@ -123,11 +123,15 @@ inline void multiply(const Lane::Product& product) {
     if (product.tag) tag = *product.tag;
     else if (product.unpacked) tag = *unpacked_tag(product.b);
     else std::memcpy(&tag, block.shared + (product.swapped ? product.a : product.b), sizeof tag);
+    const u8* known[2] = {};   // activations, and their hashes: those of a row or of two columns come again
+    u32 keys[2] = {};
     for (u32 i = 0; i < product.count; ++i) {
         const u32 row = now->warp->index % 4 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         const u8* a = product.rows ? product.rows->data() + i / 2 % 2 * 32
                                    : block.shared + (product.swapped ? product.b + column * 128 : product.a + row * 128);
-        const float value = term(tag, product.swapped ? row : column, a, fold(a));
+        const u32 slot = product.swapped ? i % 2 : i / 2 % 2;
+        if (a != known[slot]) known[slot] = a, keys[slot] = fold(a);
+        const float value = term(tag, product.swapped ? row : column, a, keys[slot]);
         product.to[i] = (product.accumulate ? product.to[i] : 0) + value;
     }
 }
