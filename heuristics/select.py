@@ -19,6 +19,8 @@ __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 DECODE_ROWS = 72  #: rows per expert up to which packed weights are best multiplied with operands swapped, on an H200
+UNPACK_ROWS = 256  #: and up to which they are best unpacked beside the products; beyond, expanded in memory first
+EXPAND_EVERY = 4  #: of so many blocks one expands weights first, while the others begin
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 MOST_SMS = 1024  #: of a launch; no GPU has as many
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
@@ -32,6 +34,7 @@ class Choice:
     reasons: tuple[str, ...]
     lag_tiles: int  #: tiles of the first GEMM that are handed out before the first tile of the second
     rows_per_item: int  #: rows that one item of dispatch covers
+    expand_every: int = 0  #: of so many blocks one expands packed weights first; 0 where nobody does
 
 
 def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
@@ -87,14 +90,20 @@ def _reading(weights: WeightFormat, tokens: int, load: float, threshold: int | N
     if len(readers) == 1:
         return readers[0], f"the one that multiplies weights in {weights.name}"
     if Variant.DECODE in readers and threshold is None:
-        few = load <= DECODE_ROWS
-        picked = Variant.DECODE if few else readers[-1]
-        return picked, f"{load:.1f} rows per expert {'<=' if few else '>'} {DECODE_ROWS}, weights in {weights.name}"
+        return _packed(load, weights)
     limit = COOPERATIVE_THRESHOLD if threshold is None else threshold
     few = tokens < limit
     return readers[
         0 if few else -1
     ], f"{tokens} tokens per rank {'<' if few else '>='} {limit}, weights in {weights.name}"
+
+
+def _packed(load: float, weights: WeightFormat) -> tuple[Variant, str]:
+    """Of weights that are expanded on their way; the more rows share them, the further from the product."""
+    for picked, most in ((Variant.DECODE, DECODE_ROWS), (Variant.UNPACK, UNPACK_ROWS)):
+        if load <= most:
+            return picked, f"{load:.1f} rows per expert <= {most}, weights in {weights.name}"
+    return Variant.PREFILL, f"{load:.1f} rows per expert > {UNPACK_ROWS}, weights in {weights.name}"
 
 
 def choose(
@@ -162,13 +171,18 @@ def choose(
     rows_per_item = 1 if rows < FEW_ROWS else 8
     sign = "<" if rows < FEW_ROWS else ">="
     reasons.append(f"rows_per_item {rows_per_item}: {rows} token-slots {sign} {FEW_ROWS}")
-    return Choice(picked, tuple(reasons), lag_tiles, rows_per_item)
+    every = EXPAND_EVERY if picked.expands else 0
+    if every:
+        reasons.append(f"expand_every {every}: {num_sms // every} of {num_sms} blocks expand weights first")
+    return Choice(picked, tuple(reasons), lag_tiles, rows_per_item, every)
 
 
 def all_variants(shape: MoEShape, weights: WeightFormat = FP8) -> tuple[Variant, ...]:
     """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles."""
     if weights is not FP8:
-        return tuple(dict.fromkeys(choose(shape, tokens, weights=weights).variant for tokens in (0, MAX_TOKENS)))
+        counts = (0, *(1 << i for i in range(MAX_TOKENS.bit_length())))
+        picked = {choose(shape, tokens, weights=weights).variant for tokens in counts}
+        return tuple(variant for variant in Variant if variant in picked)
     wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
     for table in tables():
         wanted.update(rule.variant for rules in table.rules.values() for rule in rules)

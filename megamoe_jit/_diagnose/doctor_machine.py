@@ -13,6 +13,7 @@ from megamoe_jit._diagnose.finding import Check, Status
 from megamoe_jit._diagnose.machine import Compilers, Machine
 from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
@@ -77,7 +78,7 @@ def check_sources() -> Check:
     try:
         root = kernels_dir()
         data["path"] = str(root)
-        small = enumerate_specs(MoEShape(256, 128, 8, 2), variants=Variant)
+        small = enumerate_specs(MoEShape(256, 128, 8, 2), variants=Variant.reading(FP8))
         files = {name for each in small for name in render(each).files}
     except ToolchainError as error:  # the message says what to install
         return Check("sources", Status.FAIL, str(error), "install what the message names", data)

@@ -12,6 +12,7 @@ import torch
 from megamoe_jit._device.layout import MAX_SORT_BLOCKS
 from megamoe_jit._errors import CaptureError, ConfigError
 from megamoe_jit._layer.bound_kernel import BoundKernel, CallPlan
+from megamoe_jit._layer.expansion import ExpandedWeights
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._settings.settings import Settings, get_settings
@@ -58,6 +59,7 @@ class KernelSet:
         self.bound: dict[_Kind, BoundKernel] = {}
         self._plans: dict[_Call, CallPlan] = {}
         self._planned_with: Settings | None = None
+        self._expanded: ExpandedWeights | None = None  #: once a kernel needs it
 
     def spec(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> KernelSpec:
         """The kernel of such calls."""
@@ -89,6 +91,10 @@ class KernelSet:
                 require_equal(self._group, "their kernels", keys)
             self.bound.update(made)
             kernel = made[variant, numerics, inputs, weights]
+        if variant.expands:
+            if self._expanded is None:
+                self._expanded = ExpandedWeights(self._place, kernel.spec.local_experts)
+            kernel.expand_in(self._expanded)
         return kernel
 
     def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> Iterable[_Kind]:
@@ -173,3 +179,4 @@ class KernelSet:
         """Let go of everything."""
         self.bound.clear()
         self._plans.clear()
+        self._expanded = None

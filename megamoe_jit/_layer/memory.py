@@ -99,7 +99,7 @@ class LayerMemory:
             return {}
         from megamoe_jit._compile.render import render
 
-        sources = (render(self.spec(variant, DEFAULT_NUMERICS)).text for variant in Variant)
+        sources = (render(self.spec(variant, DEFAULT_NUMERICS)).text for variant in Variant.reading(FP8))
         return {
             "num_experts": self.shape.experts,
             "num_topk": self.shape.topk,

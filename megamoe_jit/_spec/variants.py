@@ -35,7 +35,13 @@ class Variant(StrEnum):
     helpers: int
 
     def __new__(
-        cls, name: str, block_m: int, what: str, codes: tuple[str, ...] = ("e4m3",), packed: int = 0, helpers: int = 0
+        cls,
+        name: str,
+        block_m: int,
+        what: str,
+        codes: tuple[str, ...] = ("e4m3", "e5m2"),
+        packed: int = 0,
+        helpers: int = 0,
     ) -> Variant:
         """A member is written as its name and traits, and is a string that equals the name."""
         member = str.__new__(cls, name)
@@ -44,11 +50,8 @@ class Variant(StrEnum):
         member.packed, member.helpers = packed, helpers
         return member
 
-    PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase.", ("e4m3", "e5m2")
-    COOPERATIVE = (
-        *("cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."),
-        ("e4m3", "e5m2"),
-    )
+    PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
+    COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
     DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
     UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 3, 1
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)

@@ -9,6 +9,7 @@ import torch
 from megamoe_jit._check import scenarios as table
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import KernelSpec, Variant
+from megamoe_jit._spec.formats import FP8
 from megamoe_jit.reference import expert_counts
 
 NAMES = [s.name for s in table.SCENARIOS]
@@ -33,7 +34,7 @@ def test_names_are_unique_and_sound():
     for s in table.SCENARIOS:
         assert 0 <= s.tokens <= s.capacity
         assert s.capacity >= 1
-        for variant in Variant:
+        for variant in Variant.reading(FP8):
             assert KernelSpec(s.shape, variant).stages >= 3, s.name
 
 

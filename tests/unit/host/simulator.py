@@ -123,7 +123,14 @@ class Simulator:
         (rooms / "configs.h").write_text(configs(shape, ranks, not changes, inputs, weights))
         paths = [option for path in (rooms, HERE / "shim") for option in ("-iquote", str(path))]
         warps = max(KernelSpec(shape, v, ranks, weights=weights).threads for v in Variant.reading(weights)) // WARP
-        options = [f"-DBLOCK_WARPS={warps}", "-Og", "-fno-exceptions", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", *paths]
+        options = [
+            f"-DBLOCK_WARPS={warps}",
+            "-Og",
+            "-fno-exceptions",
+            "-Wno-unknown-pragmas",
+            "-U_FORTIFY_SOURCE",
+            *paths,
+        ]
         return cls(host.build(HERE / "protocol.cpp", folder / "protocol", *options), shape, ranks)
 
     def layout(self, tokens: int, pool_rows: int) -> BufferLayout:

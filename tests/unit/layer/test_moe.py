@@ -26,6 +26,7 @@ from megamoe_jit._layer.checks import check_device
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec.formats import FP8 as FP8_FORMAT
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.reference import moe_reference
@@ -194,7 +195,9 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
     call(shared, **own, cumulative_local_expert_recv_stats=STATS[:2])
     (launch,) = cuda.launches
     assert (launch.spec.ranks, launch.params.rank, launch.params.peers[:3]) == (2, 1, [64, 128, 0])
-    assert set(shared.kernels.bound) == {(variant, Numerics(), Inputs.STAGED) for variant in Variant}
+    assert set(shared.kernels.bound) == {
+        (variant, Numerics(), Inputs.STAGED, FP8_FORMAT) for variant in Variant.reading(FP8_FORMAT)
+    }
     assert cuda.events == [uses(shared, "A")[0], ("launch", "A")], "symmetric memory is not torch's"
 
 
