@@ -100,7 +100,7 @@ template <class C> struct Expansion {
                 if (i >= begin + kSlots * workers) at(i - kSlots * workers).done();
             }
             __syncwarp();
-            piece.unpack(room + slot * PackedPiece::kBytes);
+            piece.expand(room + slot * PackedPiece::kBytes);
             ptx::fence_async_shared();
             __syncwarp();
             if (one)

@@ -45,7 +45,7 @@ struct PackedRows {
             codes[h] = ptx::load16(piece + (h * kGroup + w * kWarp + lane) * 16);
         ptx::load8(piece_exponents + w * 64 + lane / 4 * 8, exponents[0], exponents[1]);
     }
-    MEGA_DEVICE void unpack(u32 tile, u32 w) const {
+    MEGA_DEVICE void expand(u32 tile, u32 w) const {
         const u32 place = unpacked_place(tile + w * 16 * kBlockK, ptx::lane_id());
         unpack_half<0>(place, codes[0], exponents);
         unpack_half<1>(place, codes[1], exponents);
@@ -62,9 +62,9 @@ struct PackedPiece {
 #pragma unroll
         for (u32 w = 0; w < 4; ++w) rows[w].load(from, from_exponents, w);
     }
-    MEGA_DEVICE void unpack(u32 tile) const {
+    MEGA_DEVICE void expand(u32 tile) const {
 #pragma unroll
-        for (u32 w = 0; w < 4; ++w) rows[w].unpack(tile, w);
+        for (u32 w = 0; w < 4; ++w) rows[w].expand(tile, w);
     }
 };
 

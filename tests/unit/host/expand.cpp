@@ -15,7 +15,7 @@ int main() {
         for (ptx::current_lane = 0; ptx::current_lane < kWarp; ++ptx::current_lane) {
             PackedPiece piece;
             piece.load(given, given + PackedPiece::kCodeBytes);
-            piece.unpack(1024);
+            piece.expand(1024);
         }
         std::fwrite(ptx::shared_memory + 1024, 1, PackedPiece::kBytes, stdout);
     }
