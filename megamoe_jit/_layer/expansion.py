@@ -34,7 +34,7 @@ class ExpandedWeights:
         shape = place.shape
         refuse_capture(
             "the memory that packed weights are expanded in cannot be made",
-            'call the buffer\'s prepare("prefill", weights="mxfp4") before the capture',
+            'call the buffer\'s prepare("prefill", weight_format="mxfp4") before the capture',
         )
         first = experts * FP8_E5M2.code_bytes(2 * shape.intermediate, shape.hidden)
         second = experts * FP8_E5M2.code_bytes(shape.hidden, shape.intermediate)

@@ -135,7 +135,9 @@ class Cuda:
         assert not self.capturing, "kernels are not loaded in a capture"
         return SimpleNamespace(spec=spec, key=spec.kernel_name)
 
-    def launcher(self, loaded: SimpleNamespace, params: Params) -> SimpleNamespace:
+    def launcher(self, loaded: SimpleNamespace, params: Params, *, threads: int) -> SimpleNamespace:
+        assert threads == loaded.spec.threads
+
         def launch(grid: int, stream: int) -> None:
             assert self.current == HERE.index, "as the driver wants it"
             self.events.append(("launch", {s.cuda_stream: s.name for s in (self.a, self.b)}[stream]))
