@@ -129,8 +129,8 @@ EXPAND_MISTAKES = (
     ),
     Change(
         "kernels/megamoe.cuh",
-        "rest(share.taker, share.takers)",
-        "rest(sim::mutant == 224 ? blockIdx.x : share.taker, share.takers)",
+        "rest(shared.taker(), shared.takers())",
+        "rest(sim::mutant == 224 ? blockIdx.x : shared.taker(), shared.takers())",
     ),
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
 )

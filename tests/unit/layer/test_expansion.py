@@ -1,8 +1,9 @@
-"""Packed weights that are expanded in memory, on the host: where the kernel is told to read and write, and when that is made."""
+"""Packed weights that are expanded in memory, on the host: where the kernel reads and writes, and when that is made."""
 
 from __future__ import annotations
 
 import pytest
+
 import megamoe_jit as mm
 from megamoe_jit._check.weights import make_weights
 from megamoe_jit._device.params import Params
