@@ -109,13 +109,18 @@ EXPAND_MISTAKES = (
     *SMALL,
     Change(
         "expand/beside.cuh",
-        "wait_barrier_watched(shared.packed_full",
-        "if (sim::mutant != 220) wait_barrier_watched(shared.packed_full",
+        "wait_barrier_watched(shared.packed_full(ring.stage)",
+        "if (sim::mutant != 220) wait_barrier_watched(shared.packed_full(ring.stage)",
     ),
     Change(
         "expand/beside.cuh",
-        "wait_barrier_watched(shared.empty",
-        "if (sim::mutant != 221) wait_barrier_watched(shared.empty",
+        "wait_barrier_watched(shared.empty(stage), parity",
+        "if (sim::mutant != 221) wait_barrier_watched(shared.empty(stage), parity",
+    ),
+    Change(
+        "expand/beside.cuh",
+        "wait_barrier_watched(shared.packed_full(stage)",
+        "if (sim::mutant != 225) wait_barrier_watched(shared.packed_full(stage)",
     ),
     Change(
         "expand/beside.cuh",
@@ -124,8 +129,8 @@ EXPAND_MISTAKES = (
     ),
     Change(
         "expand/ahead.cuh",
-        "                ptx::bulk_wait<kSlots - 1>();",
-        "if (sim::mutant != 223) ptx::bulk_wait<kSlots - 1>();",
+        "            ptx::bulk_wait<2>();",
+        "            if (sim::mutant != 223) ptx::bulk_wait<2>();",
     ),
     Change(
         "kernels/megamoe.cuh",
@@ -134,7 +139,7 @@ EXPAND_MISTAKES = (
     ),
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
 )
-BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222), (223, 224, Wait.WEIGHTS_EXPANDED.value)
+BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222, 225), (223, 224, Wait.WEIGHTS_EXPANDED.value)
 
 Build = Callable[..., Simulator]
 
