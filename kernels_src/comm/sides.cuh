@@ -17,17 +17,11 @@ namespace megamoe {
 // the word's low half counts blocks of side 0, its high half those of side 1
 constexpr u32 kOneOfSide1 = 1 << 16;
 
-/// Counts this block, and returns its side, 0 or 1; 0 where the host wants no sides.  `rank`: which block of its side it is;
-/// without sides, of all.
-MEGA_DEVICE u32 count_side(const Params& p, u32& rank) {
+/// Counts this block, and returns its side, 0 or 1; 0 where the host wants no sides.
+MEGA_DEVICE u32 count_side(const Params& p) {
     const u32 sm = ptx::sm_id(),
               side = p.side_of_sm[min_u32(sm, 32 * kSideWords - 1) / 32] >> sm % 32 & p.want_sides;
-    rank = blockIdx.x;
-    if (p.want_sides) {
-        const u32 before = ptx::fetch_add_relaxed(p.control + kControlSides,
-                                                  side ? kOneOfSide1 : 1);
-        rank = side ? before / kOneOfSide1 : before % kOneOfSide1;
-    }
+    if (p.want_sides) ptx::fetch_add_relaxed(p.control + kControlSides, side ? kOneOfSide1 : 1);
     return side;
 }
 /// Blocks of either side.

@@ -9,35 +9,29 @@
 // Nobody waits here for anything but memory.  Only experts that have rows are expanded, in the order in which tiles need them.
 #pragma once
 #include "comm/fault.cuh"
-#include "comm/sides.cuh"
 #include "expand/unpack.cuh"
 #include "layout/shared.cuh"
-#include "pipe/ring.cuh"
 #include "ptx/tma.cuh"
 #include "sched/order.cuh"
 
 namespace megamoe {
 
-/// Who expands: some blocks, with all their warps, before they do anything else.  A few are nearly as fast as the memory, and the
-/// others begin on the first experts meanwhile; they alone go on with dispatch, which must not wait for them.  Each side of the L2
-/// has its share, since each has half of the tiles to do.
+/// Who expands: some blocks, with all their warps, before they do anything else.  A few are as fast as the memory, and the others
+/// begin on the first experts meanwhile; they alone go on with dispatch, which must not wait for them.
 struct ExpandShare {
     u32 expander, expanders;   // which of them this block is, if it is one; how many there are
     u32 taker, takers;         // the same of blocks that dispatch
 
-    /// `rank`: which block of its side this is.
-    MEGA_DEVICE ExpandShare(const Params& p, u32 side, u32 rank) {
-        const u32 every = p.expand_every, all = gridDim.x;
-        const SideCounts counted = counted_sides(p);
-        const u32 of0 = p.want_sides ? counted.of0 : all, expanders0 = of0 / every;
-        expanders = expanders0 + (all - of0) / every, takers = all - expanders;
-        const bool one = rank % every == every - 1;
-        expander = one ? rank / every + (side ? expanders0 : 0) : expanders;
-        taker = one ? takers : rank - rank / every + (side ? of0 - expanders0 : 0);
+    MEGA_DEVICE explicit ExpandShare(const Params& p) {
+        const u32 every = p.expand_every, block = blockIdx.x, all = gridDim.x;
+        expanders = all / every, takers = all - expanders;
+        const bool one = block % every == every - 1;
+        expander = one ? block / every : expanders, taker = one ? takers : block - block / every;
         if (expanders == 0 || takers == 0)   // all do both
-            expander = taker = blockIdx.x, expanders = takers = all;
+            expander = taker = block, expanders = takers = all;
     }
     MEGA_DEVICE bool expands() const { return expander < expanders; }
+    MEGA_DEVICE bool dispatches() const { return taker < takers; }
 };
 
 template <class C> struct Expansion {
@@ -47,12 +41,9 @@ template <class C> struct Expansion {
                          kPieces2 = C::kHidden / PackedPiece::kRows * (C::kIntermediate / kBlockK),
                          kPieces = kPieces1 + kPieces2;   // of an expert
     static constexpr u32 kColumns = TileOrder<C>::kTilesN1 + TileOrder<C>::kTilesN2;
-    // a warp's room at the head, where the stages will be: packed pieces on their way, with their barriers, and an expanded one
-    static constexpr u32 kPackedBytes = PackedPiece::kCodeBytes + PackedPiece::kExponentBytes,
-                         kInFlight = 3, kBarriersAt = PackedPiece::kBytes + kInFlight * kPackedBytes,
-                         kRoom = ceil_div(kBarriersAt + kInFlight * 8, 1024u) * 1024,
-                         kExpandWarps = min_u32(kBlockWarps<C>, Shared<C>::kStagingAt / kRoom);
-    static_assert(kExpandWarps > 0, "no room to expand weights in");
+    // pieces that a warp has in shared memory at the head, where the stages will be
+    static constexpr u32 kSlots = min_u32(2, Shared<C>::kStagingAt / (kBlockWarps<C> * PackedPiece::kBytes));
+    static_assert(kSlots > 0, "no room to expand weights in");
 
     const Params& p;
     const Shared<C>& shared;
@@ -78,7 +69,10 @@ template <class C> struct Expansion {
         MEGA_DEVICE u8* to() const {
             return (first ? p.expanded1 : p.expanded2) + u64(place) * PackedPiece::kBytes;
         }
-        MEGA_DEVICE void done() const { ptx::add_release(p.expanded + column, 1); }
+        MEGA_DEVICE void done() const {
+            ptx::fence_async_global();   // its bulk store, which has been waited for
+            ptx::add_release(p.expanded + column, 1);
+        }
     };
     MEGA_DEVICE Piece at(u32 i) const {
         const u32 expert = table.active[i / kPieces], own = i % kPieces;
@@ -89,59 +83,41 @@ template <class C> struct Expansion {
         return {p, first, expert * (first ? kPieces1 : kPieces2) + inside, expert * kColumns + column};
     }
 
-    /// This block's share of all pieces, by as many of its warps as have room in the stages, which nobody else uses yet.
-    MEGA_DEVICE void run(const ExpandShare& share) const {
-        const u32 warp = ptx::warp_id();
-        if (!share.expands() || warp >= kExpandWarps) return;
-        const u32 workers = kExpandWarps * share.expanders, end = pieces(), room = shared.address + warp * kRoom;
+    /// This block's share of all pieces, by all its warps, in the stages, which nobody else uses yet.
+    MEGA_DEVICE void run() const {
+        const ExpandShare share(p);
+        if (!share.expands()) return;
+        const u32 warp = ptx::warp_id(), workers = kBlockWarps<C> * share.expanders, end = pieces();
         const u32 begin = warp * share.expanders + share.expander;
+        const u32 room = shared.address + warp * (kSlots * PackedPiece::kBytes);
         const bool one = ptx::lane_id() == 0;
-        if (one) {
+        PackedPiece next;
+        if (begin < end) load(next, begin);
+        u32 slot = 0;
 #pragma unroll 1
-            for (u32 s = 0; s < kInFlight; ++s) ptx::mbarrier_init(room + kBarriersAt + s * 8, 1);
-            ptx::mbarrier_init_fence();
-#pragma unroll 1
-            for (u32 s = 0; s < kInFlight; ++s) fetch(room, s, begin + s * workers, end);
-        }
-        __syncwarp();
-        Ring<kInFlight> from;
-#pragma unroll 1
-        for (u32 i = begin; i < end; i += workers, from.advance()) {
-            while (!ptx::mbarrier_try_wait(room + kBarriersAt + from.stage * 8, from.parity)) {}
-            const u32 packed = room + PackedPiece::kBytes + from.stage * kPackedBytes;
-#pragma unroll
-            for (u32 half = 0; half < 2; ++half) {   // of the piece's rows
-                PackedRows rows[2];
-#pragma unroll
-                for (u32 w = 0; w < 2; ++w)
-                    rows[w].load(packed, packed + PackedPiece::kCodeBytes, half * 2 + w);
-                if (one) ptx::bulk_wait_read<1>();   // the half that lay there before
-                __syncwarp();
-                rows[0].expand(room, half * 2), rows[1].expand(room, half * 2 + 1);
-                ptx::fence_async_shared();
-                __syncwarp();
-                constexpr u32 kHalf = PackedPiece::kBytes / 2;
-                if (one) ptx::bulk_store(at(i).to() + half * kHalf, room + half * kHalf, kHalf);
+        for (u32 i = begin; i < end; i += workers, slot = (slot + 1) % kSlots) {
+            const PackedPiece piece = next;
+            if (i + workers < end) load(next, i + workers);
+            if (one) {
+                ptx::bulk_wait<kSlots - 1>();
+                if (i >= begin + kSlots * workers) at(i - kSlots * workers).done();
             }
-            if (!one) continue;
-            fetch(room, from.stage, i + kInFlight * workers, end);
-            if (i == begin) continue;
-            ptx::bulk_wait<2>();   // all but this piece's
-            at(i - workers).done();
+            __syncwarp();
+            piece.expand(room + slot * PackedPiece::kBytes);
+            ptx::fence_async_shared();
+            __syncwarp();
+            if (one)
+                ptx::bulk_store(at(i).to(), room + slot * PackedPiece::kBytes, PackedPiece::kBytes);
         }
-        if (!one || begin >= end) return;
+        if (!one) return;
         ptx::bulk_wait_all();
-        at(begin + (end - 1 - begin) / workers * workers).done();
+        const u32 count = begin < end ? ceil_div(end - begin, workers) : 0;
+        for (u32 i = count > kSlots ? count - kSlots : 0; i < count; ++i)
+            at(begin + i * workers).done();
     }
-    /// Starts the copies of a piece, if there is one.
-    MEGA_DEVICE void fetch(u32 room, u32 slot, u32 i, u32 end) const {
-        if (i >= end) return;
+    MEGA_DEVICE void load(PackedPiece& piece, u32 i) const {
         const Piece from = at(i);
-        const u32 bar = room + kBarriersAt + slot * 8, to = room + PackedPiece::kBytes + slot * kPackedBytes;
-        ptx::mbarrier_expect(bar, kPackedBytes);
-        ptx::bulk_load(to, from.codes(), PackedPiece::kCodeBytes, bar);
-        ptx::bulk_load(to + PackedPiece::kCodeBytes, from.exponents(), PackedPiece::kExponentBytes, bar);
-        ptx::mbarrier_arrive(bar);
+        piece.load(from.codes(), from.exponents());
     }
 
     /// The weights lane: until the tile's weights are there.

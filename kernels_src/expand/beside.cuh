@@ -37,18 +37,20 @@ template <class C> struct PackedStream {
     }
 };
 
-// of the four blocks of 64 rows of a k-block, those that the helpers unpack; the math warps unpack the last one
-constexpr u32 kHelperBlocks = 3;
-
-/// The helper warps: each unpacks sixteen rows of 64.
+/// The helper warps: each unpacks sixteen rows of every 64.
 template <class C> struct Unpacker {
     const Params& p;
     const Shared<C>& shared;
 
+    /// Of 64 rows of a packed k-block, what this thread unpacks.
     MEGA_DEVICE void load(PackedRows& rows, u32 packed, u32 m, u32 thread) const {
-        rows.load(packed + m * PackedPiece::kCodeBytes,
-                  packed + Shared<C>::kPackedCodes + m * PackedPiece::kExponentBytes, thread / kWarp);
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+            rows.codes[h] = ptx::load16_shared(packed + ((m * 2 + h) * kGroup + thread) * 16);
+        ptx::load8_shared(packed + Shared<C>::kPackedCodes + m * 256 + thread / 4 * 8,
+                          rows.exponents[0], rows.exponents[1]);
     }
+
     MEGA_DEVICE void block(u32 packed, u32 stage, u32 parity, u32 scales, u32 thread) const {
         PackedRows rows[2];   // a load is not put before an earlier store
         load(rows[0], packed, 0, thread);
@@ -60,8 +62,8 @@ template <class C> struct Unpacker {
         }
         const u32 tile = shared.weights(stage) + thread / kWarp * (16 * kBlockK);
 #pragma unroll
-        for (u32 m = 0; m < kHelperBlocks; ++m) {
-            if (m < kHelperBlocks - 1) load(rows[(m + 1) % 2], packed, m + 1, thread);
+        for (u32 m = 0; m < 4; ++m) {
+            if (m < 3) load(rows[(m + 1) % 2], packed, m + 1, thread);
             const u32 place = unpacked_place(tile + m * 64 * kBlockK, thread % kWarp);
             unpack_half<0>(place, rows[m % 2].codes[0], rows[m % 2].exponents);
             unpack_half<1>(place, rows[m % 2].codes[1], rows[m % 2].exponents);
@@ -72,7 +74,8 @@ template <class C> struct Unpacker {
         const TileSlots<C> slots{p, shared};
         const u32 thread = threadIdx.x % kGroup;
         const bool one = thread % kWarp == 0;
-        Ring<C::kStages> ring;   // of stages and of packed k-blocks
+        Ring<C::kStages> ring;
+        Ring<C::Policy::kPacked> from;
         for (u32 index = 0;; ++index) {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) break;
@@ -80,15 +83,15 @@ template <class C> struct Unpacker {
             __syncwarp();
             if (one) slots.release(index);
 #pragma unroll 1
-            for (u32 k = 0; k < k_blocks; ++k, ring.advance()) {
-                wait_barrier_watched(shared.packed_full(ring.stage), ring.parity);
-                block(shared.packed(ring.stage), ring.stage, ring.parity,
-                      shared.packed_scales(ring.stage), thread);
+            for (u32 k = 0; k < k_blocks; ++k, ring.advance(), from.advance()) {
+                wait_barrier_watched(shared.packed_full(from.stage), from.parity);
+                block(shared.packed(from.stage), ring.stage, ring.parity,
+                      shared.packed_scales(from.stage), thread);
                 ptx::fence_async_shared();   // the tensor cores read the stage
                 __syncwarp();
                 if (one) {
                     ptx::mbarrier_arrive(shared.full(ring.stage));
-                    ptx::mbarrier_arrive(shared.packed_empty(ring.stage));
+                    ptx::mbarrier_arrive(shared.packed_empty(from.stage));
                 }
             }
         }
@@ -111,45 +114,25 @@ struct ActivationRows {
 /// The main loop of mma/block_scaled.cuh in fewer registers of accumulators, and with activations in registers.
 template <class C> struct NarrowLoop {
     const Shared<C>& shared;
-    Ring<C::kStages> ring;   // of stages and of packed k-blocks
-    u32 thread;              // read once: the special register is slow
+    Ring<C::kStages> ring;
+    u32 row;      // first row of the activation tile that this warpgroup multiplies
+    u32 thread;   // read once: the special register is slow
 
-    MEGA_DEVICE NarrowLoop(const Shared<C>& shared_, u32 k_begin, u32)
-        : shared(shared_), ring(k_begin), thread(ptx::thread_id_again()) {}
+    MEGA_DEVICE NarrowLoop(const Shared<C>& shared_, u32 k_begin, u32 row_)
+        : shared(shared_), ring(k_begin), row(row_), thread(ptx::thread_id_again()) {}
 
     MEGA_DEVICE void release(u32 stage) const {
         __syncwarp();
         if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
     }
 
-    /// This warp's part of the k-block whose stage is `ring`: sixteen of the last 64 rows, half of the depth.
-    MEGA_DEVICE void unpack_part() const {
-        const u32 stage = ring.stage, packed = shared.packed(stage);
-        wait_barrier_watched(shared.packed_full(stage), ring.parity);
-        wait_barrier_watched(shared.empty(stage), ring.parity ^ 1);
-        const u32 half = thread / kGroup - 1, inside = thread % kGroup;
-        const Vec16 codes = ptx::load16_shared(packed + ((kHelperBlocks * 2 + half) * kGroup + inside) * 16);
-        u32 exponents[2];
-        ptx::load8_shared(packed + Shared<C>::kPackedCodes + kHelperBlocks * 256 + inside / 4 * 8,
-                          exponents[0], exponents[1]);
-        exponents[0] >>= 16 * half, exponents[1] >>= 16 * half;
-        const u32 rows = shared.weights(stage) + (kHelperBlocks * 64 + inside / kWarp * 16) * kBlockK;
-        unpack_half<0>(unpacked_place(rows, inside % kWarp) ^ 64 * half, codes, exponents);
-        ptx::fence_async_shared();   // the tensor cores read the stage
-        __syncwarp();
-        if (inside % kWarp == 0) {
-            ptx::mbarrier_arrive(shared.full(stage));
-            ptx::mbarrier_arrive(shared.packed_empty(stage));
-        }
-    }
-
-    MEGA_DEVICE void block(Result& result, bool more) {
-        const u32 stage = ring.stage, warp_rows = (thread - kGroup) / kWarp * 16;   // of the tile
+    MEGA_DEVICE void block(Result& result) {
+        const u32 stage = ring.stage, warp_rows = row + thread / kWarp % 4 * 16;
         ActivationRows rows;
         BlockScales scales;
         wait_barrier_watched(shared.full(stage), ring.parity);
         ring.advance();
-        const u64 acts = ptx::matrix_descriptor(shared.acts(stage) + (thread - kGroup) / kGroup * (64 * kBlockK));
+        rows.load(shared.acts(stage) + warp_rows * kBlockK, thread % kWarp);
         scales.load(shared.act_scales(stage) + (warp_rows + thread % kWarp / 4) * 4,
                     shared.weight_scales(stage));
         const u64 weights = ptx::matrix_descriptor(shared.weights(stage));
@@ -157,9 +140,8 @@ template <class C> struct NarrowLoop {
         for (u32 q = 0; q < 4; ++q) {
             float fresh[32];
             ptx::wgmma_fence();
-            ptx::wgmma_m64n64k128<ptx::Codes::e5m2>(fresh, acts, weights + q * ptx::kDescriptorRows64);
+            ptx::wgmma_m64n64k128(fresh, rows.a, weights + q * ptx::kDescriptorRows64);
             ptx::wgmma_commit();
-            if (q == 0 && more) unpack_part();
             ptx::wgmma_wait<0>(fresh);
             if (q == 3) release(stage);
             promote_quarter(result, fresh, scales, q);
@@ -171,18 +153,15 @@ template <class C> struct NarrowLoop {
         for (u32 q = 0; q < 4; ++q)
 #pragma unroll
             for (u32 i = 0; i < 32; ++i) result.quarter[q][i] = 0;
-        unpack_part();
-        for (; k_blocks > 0; --k_blocks) block(result, k_blocks > 1);
+        for (; k_blocks > 0; --k_blocks) block(result);
     }
 
-    /// This warpgroup's rows are all padding: it only unpacks its part, and hands the stages back unread.
+    /// Hands the stages back unread: this warpgroup's rows are all padding.
     MEGA_DEVICE void skip(u32 k_blocks) {
-        unpack_part();
         for (; k_blocks > 0; --k_blocks) {
             wait_barrier_watched(shared.full(ring.stage), ring.parity);
             release(ring.stage);
             ring.advance();
-            if (k_blocks > 1) unpack_part();
         }
     }
 };

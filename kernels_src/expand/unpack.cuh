@@ -32,18 +32,18 @@ MEGA_DEVICE void unpack_half(u32 place, const Vec16& codes, const u32 (&exponent
     }
 }
 
-/// What a warp has in registers of sixteen rows of a packed piece, on their way.
+/// What a warp has in registers of sixteen rows of a piece, on their way.
 struct PackedRows {
     Vec16 codes[2];   // of either half of the k-block
     u32 exponents[2];
 
-    /// From codes and exponents of 64 rows in shared memory; `w`: which sixteen.
-    MEGA_DEVICE void load(u32 piece, u32 piece_exponents, u32 w) {
+    /// `w`: which sixteen.
+    MEGA_DEVICE void load(const u8* piece, const u8* piece_exponents, u32 w) {
         const u32 lane = ptx::lane_id();
 #pragma unroll
         for (u32 h = 0; h < 2; ++h)
-            codes[h] = ptx::load16_shared(piece + (h * kGroup + w * kWarp + lane) * 16);
-        ptx::load8_shared(piece_exponents + w * 64 + lane / 4 * 8, exponents[0], exponents[1]);
+            codes[h] = ptx::load16(piece + (h * kGroup + w * kWarp + lane) * 16);
+        ptx::load8(piece_exponents + w * 64 + lane / 4 * 8, exponents[0], exponents[1]);
     }
     MEGA_DEVICE void expand(u32 tile, u32 w) const {
         const u32 place = unpacked_place(tile + w * 16 * kBlockK, ptx::lane_id());
@@ -56,6 +56,16 @@ struct PackedRows {
 struct PackedPiece {
     static constexpr u32 kRows = 64, kCodeBytes = kRows * kBlockK / 2, kExponentBytes = kRows * kBlockK / 32,
                          kBytes = kRows * kBlockK;
+    PackedRows rows[4];
+
+    MEGA_DEVICE void load(const u8* from, const u8* from_exponents) {
+#pragma unroll
+        for (u32 w = 0; w < 4; ++w) rows[w].load(from, from_exponents, w);
+    }
+    MEGA_DEVICE void expand(u32 tile) const {
+#pragma unroll
+        for (u32 w = 0; w < 4; ++w) rows[w].expand(tile, w);
+    }
 };
 
 }   // namespace megamoe

@@ -28,7 +28,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         constexpr u32 kReaders = kTileWarps<C>;
 #pragma unroll 1
         for (u32 s = 0; s < C::kStages; ++s)
-            ptx::mbarrier_init(shared.full(s), C::Policy::kPacked ? 1 + kHelperWarps<C> + kReaders : 2),
+            ptx::mbarrier_init(shared.full(s), C::Policy::kPacked > 0 ? 1 + kHelperWarps<C> : 2),
                 ptx::mbarrier_init(shared.empty(s), kReaders);
 #pragma unroll 1
         for (u32 s = 0; s < kTileSlots; ++s) {
@@ -38,17 +38,15 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         }
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
-        if constexpr (C::Policy::kPacked)
-            for (u32 i = 0; i < C::kStages; ++i) {
+        if constexpr (C::Policy::kPacked > 0)
+            for (u32 i = 0; i < C::Policy::kPacked; ++i) {
                 ptx::mbarrier_init(shared.packed_full(i), 1);
-                ptx::mbarrier_init(shared.packed_empty(i), kHelperWarps<C> + kReaders);
+                ptx::mbarrier_init(shared.packed_empty(i), kHelperWarps<C>);
             }
         ptx::mbarrier_init_fence();
         for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})
             ptx::prefetch_tensor_map(map);
-        u32 rank;
-        shared.side() = count_side(p, rank);
-        if constexpr (C::Policy::kExpands) shared.side_rank() = rank;
+        shared.side() = count_side(p);
         if (blockIdx.x == 0)   // drawn, and counted below, after the first grid barrier
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;
     }
@@ -108,9 +106,7 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     Gather<C>(p, shared, table).first_round();
     did(Span::first_round);
     if constexpr (C::Policy::kExpands) {
-        const ExpandShare share(p, shared.side(), shared.side_rank());
-        if (threadIdx.x == 0) shared.taker() = share.taker, shared.takers() = share.takers;
-        Expansion<C>{p, shared, table}.run(share);
+        Expansion<C>{p, shared, table}.run();
         __syncthreads();   // the stages are free again
     }
     return table;
@@ -132,8 +128,8 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
             if (one) LoadWeights<C>{p, shared, table, table.two_sides ? shared.side() : 0}.run();
         } else if (warp == 2) {
             if constexpr (C::Policy::kExpands) {
-                if (shared.taker() < shared.takers())
-                    Gather<C>(p, shared, table).rest(shared.taker(), shared.takers());
+                const ExpandShare share(p);
+                if (share.dispatches()) Gather<C>(p, shared, table).rest(share.taker, share.takers);
             } else {
                 Gather<C>(p, shared, table).rest(blockIdx.x, gridDim.x);
             }

@@ -26,19 +26,18 @@ template <class C> struct Shared {
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
     static constexpr u32 kExponentAt = kWeightAt + C::kStages * kWeightBytes;
-    static constexpr u32 kPackedPlaces = C::Policy::kPacked ? C::kStages : 0;
     static constexpr u32 kPackedAt = kExponentAt + C::kStages * kExponentBytes;
     static constexpr u32 kPackedCodes = kBlockN * kBlockK / 2, kPackedExponents = kBlockN * kBlockK / 32,
                          kPackedBytes = kPackedCodes + kPackedExponents;
-    static constexpr u32 kStagingAt = kPackedAt + kPackedPlaces * kPackedBytes;
+    static constexpr u32 kStagingAt = kPackedAt + C::Policy::kPacked * kPackedBytes;
     static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStagingBytes;
     static constexpr u32 kScaleAt = kDispatchAt + C::kDispatchSlots * kDispatchChunk;
     static constexpr u32 kPackedScaleAt = kScaleAt + C::kStages * kScaleBytes;
-    static constexpr u32 kBarrierAt = kPackedScaleAt + kPackedPlaces * 16;
+    static constexpr u32 kBarrierAt = kPackedScaleAt + C::Policy::kPacked * 16;
     static constexpr u32 kTileBarrierAt = kBarrierAt + C::kStages * 16;
     static constexpr u32 kDispatchBarrierAt = kTileBarrierAt + kTileSlots * 24;
     static constexpr u32 kPackedBarrierAt = kDispatchBarrierAt + C::kDispatchSlots * 8;
-    static constexpr u32 kTileSlotAt = kPackedBarrierAt + kPackedPlaces * 16;
+    static constexpr u32 kTileSlotAt = kPackedBarrierAt + C::Policy::kPacked * 16;
     static constexpr u32 kActiveCountAt = kTileSlotAt + kTileSlots * kTileSlotBytes;
     static constexpr u32 kRowsAt = kActiveCountAt + 64;
     static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
@@ -93,10 +92,6 @@ template <class C> struct Shared {
     }
     // this block's
     MEGA_DEVICE u32& side() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 8); }
-    // which of its side's blocks this one is; which of those that dispatch, of how many
-    MEGA_DEVICE u32& side_rank() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 12); }
-    MEGA_DEVICE u32& taker() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 16); }
-    MEGA_DEVICE u32& takers() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 20); }
     MEGA_DEVICE u32* expert_rows() const { return reinterpret_cast<u32*>(base + kRowsAt); }
     MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
     MEGA_DEVICE u32* expert_items() const { return reinterpret_cast<u32*>(base + kItemsAt); }

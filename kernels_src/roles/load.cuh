@@ -25,12 +25,14 @@ constexpr u32 kTicketLead = 3;
 /// Where the weights lane puts k-blocks: into the stages, or into the ring of packed ones.
 template <class C, bool kPacked> struct WeightPlaces {
     using Codes = typename C::Weights::template CodeStream<C>;
+    static constexpr u32 kDepth = C::kStages;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.full(i); }
     MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.empty(i); }
     MEGA_DEVICE static u32 scales(const Shared<C>& s, u32 i) { return s.weight_scales(i); }
 };
 template <class C> struct WeightPlaces<C, true> {
     using Codes = PackedStream<C>;
+    static constexpr u32 kDepth = C::Policy::kPacked;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.packed_full(i); }
     MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.packed_empty(i); }
     MEGA_DEVICE static u32 scales(const Shared<C>& s, u32 i) { return s.packed_scales(i); }
@@ -38,7 +40,7 @@ template <class C> struct WeightPlaces<C, true> {
 
 template <class C> struct LoadWeights {
     using Scales = typename C::Weights::template ScaleStream<C>;
-    using Places = WeightPlaces<C, C::Policy::kPacked>;
+    using Places = WeightPlaces<C, (C::Policy::kPacked > 0)>;
     using Codes = typename Places::Codes;
 
     const Params& p;
@@ -58,7 +60,7 @@ template <class C> struct LoadWeights {
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
         if constexpr (C::Policy::kExpands) Expansion<C>::wait(p, tile);
-        Ring<C::kStages> ring(tile.k_begin);
+        Ring<Places::kDepth> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, codes.advance(), ring.advance()) {
             if (k == draw) next = ticket();
             wait_barrier(p, Wait::weight_stage_free, Places::empty(shared, ring.stage),

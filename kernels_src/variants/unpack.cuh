@@ -6,8 +6,8 @@
 namespace megamoe {
 
 struct Unpack : Cooperative {
-    static constexpr bool kPacked = true;   // packed weights beside the stages, as many k-blocks
-    static constexpr u32 kHelpers = 1;      // warpgroups behind the math warpgroups
+    static constexpr u32 kPacked = 3;    // k-blocks of packed weights beside the stages
+    static constexpr u32 kHelpers = 1;   // warpgroups behind the math warpgroups
 
     template <class C> using Math = megamoe::Math<C, NarrowLoop<C>>;
     template <class C> using Helper = Unpacker<C>;

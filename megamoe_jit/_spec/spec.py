@@ -199,8 +199,7 @@ class KernelSpec:
     @cached_property
     def stage_bytes(self) -> int:
         """One pipeline stage: activations, weights, a float scale per activation row and four for the weights."""
-        packed = self.weights.stream_bytes(BLOCK_N, BLOCK) + 16 + 16 if self.variant.packed else 0
-        return self.block_m * BLOCK + self.weight_stage_bytes + self.block_m * 4 + 16 + packed
+        return self.block_m * BLOCK + self.weight_stage_bytes + self.block_m * 4 + 16
 
     @property
     def staged(self) -> WeightFormat:
@@ -222,7 +221,8 @@ class KernelSpec:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
-        return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
+        packed = self.variant.packed * (self.weights.stream_bytes(BLOCK_N, BLOCK) + 16 + 16)
+        return MATH_WARPS * STAGING_BYTES + packed + slots + 64 + plan
 
     @cached_property
     def source_table_bytes(self) -> int:

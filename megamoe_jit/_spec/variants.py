@@ -24,14 +24,14 @@ class Variant(StrEnum):
         block_m: rows of a tile; the policy's `kBlockM`.
         what: a sentence for people.
         codes: of weights that its `Math` multiplies, as `WeightFormat.what` calls them.
-        packed: it has packed weights in shared memory beside the stages, as many k-blocks; the policy's `kPacked`.
+        packed: k-blocks of packed weights that it has in shared memory beside the stages; the policy's `kPacked`.
         helpers: its warpgroups behind the math warpgroups; the policy's `kHelpers`.
     """
 
     block_m: int
     what: str
     codes: tuple[str, ...]
-    packed: bool
+    packed: int
     helpers: int
 
     def __new__(
@@ -40,7 +40,7 @@ class Variant(StrEnum):
         block_m: int,
         what: str,
         codes: tuple[str, ...] = ("e4m3", "e5m2"),
-        packed: bool = False,
+        packed: int = 0,
         helpers: int = 0,
     ) -> Variant:
         """A member is written as its name and traits, and is a string that equals the name."""
@@ -53,7 +53,7 @@ class Variant(StrEnum):
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
     DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
-    UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), True, 1
+    UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 3, 1
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
 
     @property

@@ -10,15 +10,13 @@
 using namespace megamoe;
 
 int main() {
-    constexpr u32 kPiece = 1024, kTile = 8192, kSize = PackedPiece::kCodeBytes + PackedPiece::kExponentBytes;
-    while (std::fread(ptx::shared_memory + kPiece, 1, kSize, stdin) == kSize) {
+    static u8 given[PackedPiece::kCodeBytes + PackedPiece::kExponentBytes];
+    while (std::fread(given, 1, sizeof given, stdin) == sizeof given) {
         for (ptx::current_lane = 0; ptx::current_lane < kWarp; ++ptx::current_lane) {
-            for (u32 w = 0; w < 4; ++w) {
-                PackedRows rows;
-                rows.load(kPiece, kPiece + PackedPiece::kCodeBytes, w);
-                rows.expand(kTile, w);
-            }
+            PackedPiece piece;
+            piece.load(given, given + PackedPiece::kCodeBytes);
+            piece.expand(1024);
         }
-        std::fwrite(ptx::shared_memory + kTile, 1, PackedPiece::kBytes, stdout);
+        std::fwrite(ptx::shared_memory + 1024, 1, PackedPiece::kBytes, stdout);
     }
 }

@@ -109,18 +109,13 @@ EXPAND_MISTAKES = (
     *SMALL,
     Change(
         "expand/beside.cuh",
-        "wait_barrier_watched(shared.packed_full(ring.stage)",
-        "if (sim::mutant != 220) wait_barrier_watched(shared.packed_full(ring.stage)",
+        "wait_barrier_watched(shared.packed_full",
+        "if (sim::mutant != 220) wait_barrier_watched(shared.packed_full",
     ),
     Change(
         "expand/beside.cuh",
-        "wait_barrier_watched(shared.empty(stage), parity",
-        "if (sim::mutant != 221) wait_barrier_watched(shared.empty(stage), parity",
-    ),
-    Change(
-        "expand/beside.cuh",
-        "wait_barrier_watched(shared.packed_full(stage)",
-        "if (sim::mutant != 225) wait_barrier_watched(shared.packed_full(stage)",
+        "wait_barrier_watched(shared.empty",
+        "if (sim::mutant != 221) wait_barrier_watched(shared.empty",
     ),
     Change(
         "expand/beside.cuh",
@@ -129,17 +124,17 @@ EXPAND_MISTAKES = (
     ),
     Change(
         "expand/ahead.cuh",
-        "            ptx::bulk_wait<2>();",
-        "            if (sim::mutant != 223) ptx::bulk_wait<2>();",
+        "                ptx::bulk_wait<kSlots - 1>();",
+        "if (sim::mutant != 223) ptx::bulk_wait<kSlots - 1>();",
     ),
     Change(
         "kernels/megamoe.cuh",
-        "rest(shared.taker(), shared.takers())",
-        "rest(sim::mutant == 224 ? blockIdx.x : shared.taker(), shared.takers())",
+        "rest(share.taker, share.takers)",
+        "rest(sim::mutant == 224 ? blockIdx.x : share.taker, share.takers)",
     ),
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
 )
-BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222, 225), (223, 224, Wait.WEIGHTS_EXPANDED.value)
+BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222), (223, 224, Wait.WEIGHTS_EXPANDED.value)
 
 Build = Callable[..., Simulator]
 

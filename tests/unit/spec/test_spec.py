@@ -152,10 +152,10 @@ ENTRY = """
 #include "formats/fp8.cuh"
 #include "layout/shared.cuh"
 
-template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD, bool kP>
+template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD, megamoe::u32 kP>
 struct Config {
     struct Policy {
-        static constexpr bool kPacked = kP;
+        static constexpr megamoe::u32 kPacked = kP;
     };
     using Weights = megamoe::Fp8;
     static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
@@ -185,7 +185,7 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
     shutil.copytree(host.KERNELS, tmp_path / "src")
     checks = "\n".join(
         f"static_assert(Check<Config<{s.block_m}, {s.shape.experts}, {s.ranks}, {s.stages}, {s.dispatch_slots}, "
-        f"{int(s.variant.packed)}>, "
+        f"{s.variant.packed}>, "
         f'{s.shared_bytes}>::kOk, "");'
         for s in MAPPED
     )

@@ -30,6 +30,7 @@ template <class T> T load_global(const void* p) {
 inline u32 load_l2(const u32* p) { return load_global<u32>(p); }
 inline float load_l2(const float* p) { return load_global<float>(p); }
 inline Vec16 load16(const void* p) { return load_global<Vec16>(p); }
+inline void load8(const void* p, u32& a, u32& b) { a = load_global<u32>(p), b = load_global<u32>(static_cast<const u8*>(p) + 4); }
 inline void store16(void* p, const Vec16& v) {
     sim::maybe_leave();
     sim::memory.write(p, 16, sim::actor());
