@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 DEFAULT_TOKENS = (16, 64, 256, 512, 1024, 4096, 8192)
-VARIANTS = (AUTO, *(variant.value for variant in Variant.reading(FP8)))
+VARIANTS = (AUTO, *(variant.value for variant in Variant))
 
 #: Token counts below the table, and the shapes that are timed with them by default.
 FEW_TOKENS = (1, 2, 4, 8, 32)

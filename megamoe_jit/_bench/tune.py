@@ -24,8 +24,7 @@ from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._files import read_plain
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.tables import check_choices

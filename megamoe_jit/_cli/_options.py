@@ -14,7 +14,7 @@ import click
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._spec.variants import Variant
 from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def complete_kernel(context: click.Context, parameter: click.Parameter, incomple
 
     from megamoe_jit.heuristics.presets import preset_names
 
-    names = [f"{name}/{variant}" for name in preset_names() for variant in VARIANT_CHOICES[1:]]
+    readers = {stored: Variant.reading(stored) for stored in FORMATS.values()}
+    kinds = [v.value + ("" if stored is FP8 else f"/{stored.name}") for stored in readers for v in readers[stored]]
+    names = [f"{name}/{kind}" for name in preset_names() for kind in kinds]
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return [*found, *complete_key(context, parameter, incomplete)]
 

@@ -67,7 +67,7 @@ def check_sources() -> Check:
     """Whether kernels can be rendered: a small one of each kind is."""
     from megamoe_jit._compile.render import kernels_dir, render
     from megamoe_jit._jit.runtime import enumerate_specs
-    from megamoe_jit._spec import MoEShape, Variant
+    from megamoe_jit._spec import FP8, MoEShape, Variant
 
     settings = get_settings()
     step = "install megamoe-jit again: its kernel sources are not whole"

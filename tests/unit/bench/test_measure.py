@@ -118,14 +118,13 @@ def test_rows(layer: Layer):
     seen: list[_bench.Row] = []
     rows = _bench.measure(_bench.cases([SMALL], [5, 300]), progress=seen.append)
     assert rows == seen
+    forced = [(variant.value, variant.value) for variant in Variant.reading(FP8)]
     assert [(r.tokens, r.variant, r.kernel) for r in rows] == [
-        (5, "auto", "pingpong"),
-        (5, "pingpong", "pingpong"),
-        (5, "cooperative", "cooperative"),
-        (300, "auto", "cooperative"),
-        (300, "pingpong", "pingpong"),
-        (300, "cooperative", "cooperative"),
+        (tokens, *kind)
+        for tokens, automatic in ((5, "pingpong"), (300, "cooperative"))
+        for kind in (("auto", automatic), *forced)
     ]
+    assert {row.weights for row in rows} == {"fp8"}
     for row in rows:
         assert row.correct
         assert row.median_us == pytest.approx(100)
@@ -135,8 +134,9 @@ def test_rows(layer: Layer):
         assert row.tflops == pytest.approx(6 * row.tokens * 2 * 256 * 128 / 100e-6 * 1e-12)
     assert rows[-1].weights_tb_s == pytest.approx(4 * 3 * 256 * 128 / 100e-6 * 1e-12)
     assert (layer.capacities, layer.alive) == ([300], 0)
-    timed = [name for name, tokens in layer.calls if tokens == 5][3 : 3 + 6 * (_timing.WARMUP + _timing.TIMED)]
-    turn = ["fp8_mega_moe", "fp8_mega_moe_pingpong", "fp8_mega_moe_cooperative"]
+    timed = [name for name, tokens in layer.calls if tokens == 5]
+    turn = ["fp8_mega_moe", *(f"fp8_mega_moe_{variant}" for variant, _ in forced)]
+    timed = timed[len(turn) :][: 2 * len(turn) * (_timing.WARMUP + _timing.TIMED)]
     assert timed == [*turn, *turn] * 18, "they take turns, first without and then with the staging"
 
 

@@ -24,7 +24,7 @@ from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FORMATS, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
 from megamoe_jit._spec.formats import FP8 as FP8_FORMAT
 from megamoe_jit._spec.inputs import Inputs
@@ -195,9 +195,8 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
     call(shared, **own, cumulative_local_expert_recv_stats=STATS[:2])
     (launch,) = cuda.launches
     assert (launch.spec.ranks, launch.params.rank, launch.params.peers[:3]) == (2, 1, [64, 128, 0])
-    assert set(shared.kernels.bound) == {
-        (variant, Numerics(), Inputs.STAGED, FP8_FORMAT) for variant in Variant.reading(FP8_FORMAT)
-    }
+    readers, stored = Variant.reading(FORMATS["fp8"]), FORMATS["fp8"]
+    assert set(shared.kernels.bound) == {(variant, Numerics(), Inputs.STAGED, stored) for variant in readers}
     assert cuda.events == [uses(shared, "A")[0], ("launch", "A")], "symmetric memory is not torch's"
 
 
