@@ -23,7 +23,7 @@ struct ExpandShare {
     u32 taker, takers;         // the same of blocks that dispatch
 
     MEGA_DEVICE explicit ExpandShare(const Params& p) {
-        const u32 every = p.expand_every, block = blockIdx.x, all = gridDim.x;
+        const u32 block = blockIdx.x, all = gridDim.x, every = p.expand_every > 0 ? p.expand_every : all;
         expanders = all / every, takers = all - expanders;
         const bool one = block % every == every - 1;
         expander = one ? block / every : expanders, taker = one ? takers : block - block / every;

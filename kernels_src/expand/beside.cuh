@@ -26,7 +26,7 @@ template <class C> struct PackedStream {
         : bytes(block_bytes<C>(tile, Shared<C>::kPackedCodes)) {
         const bool first = tile.kind == Tile::gemm1;
         const u64 blocks = u64(first_weight_row<C>(tile)) * tile.k_blocks;   // of one row
-        codes = (first ? p.packed1 : p.packed2) + blocks * (kBlockK / 2);
+        codes = (first ? p.weight1 : p.weight2) + blocks * (kBlockK / 2);
         exponents = (first ? p.weight1_exponents : p.weight2_exponents) + blocks * (kBlockK / 32);
     }
     MEGA_DEVICE void advance() { codes += bytes, exponents += bytes / 16; }

@@ -108,6 +108,7 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     if constexpr (C::Policy::kExpands) {
         Expansion<C>{p, shared, table}.run();
         __syncthreads();   // the stages are free again
+        did(Span::expand);
     }
     return table;
 }

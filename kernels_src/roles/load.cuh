@@ -2,6 +2,7 @@
 // barrier, but the weights do not wait for the activations: they depend on nothing and run ahead.
 //
 //   full[stage]    arrived by  activations lane, weights lane (2), plus their bytes    waited for by  math warps
+//                  (with helpers, by them instead of the weights lane, which fills a ring of packed weights: expand/beside.cuh)
 //                  (the weights lane also stores the four weight scales before it arrives)
 //   empty[stage]   arrived by  every math warp that reads the stage (4 of each group)   waited for by  both lanes
 //

@@ -13,7 +13,6 @@ from megamoe_jit._diagnose.finding import Check, Status
 from megamoe_jit._diagnose.machine import Compilers, Machine
 from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache

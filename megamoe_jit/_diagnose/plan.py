@@ -15,7 +15,6 @@ from megamoe_jit._spec.abi import (
     MATH_WARPS,
     SHARED_LIMIT,
     STAGING_BYTES,
-    THREADS,
     TILE_BYTES,
     TILE_SLOTS,
 )
@@ -154,7 +153,7 @@ def _launch(spec: KernelSpec, num_sms: int) -> Launch:
         kernel=spec.kernel_name,
         variant=spec.variant,
         grid=(num_sms, 1, 1),
-        block=(THREADS, 1, 1),
+        block=(spec.threads, 1, 1),
         stages=spec.stages,
         dispatch_slots=spec.dispatch_slots,
         shared_bytes=spec.shared_bytes,
@@ -205,7 +204,7 @@ def memory_plan(
         gpu=gpu,
         weights=stored,
     )
-    variants = all_variants(shape, stored) if variant == AUTO else (picked.variant,)
+    variants = all_variants(shape, stored, ranks=ranks) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks, weights=stored) for each in variants]
     return Planned(
         name=name,

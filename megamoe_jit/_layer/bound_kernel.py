@@ -37,7 +37,7 @@ _RAW, _RAW_AT = side_by_side(
 
 def _fields(spec: KernelSpec) -> list[str]:
     """The fields of `Params` with the addresses of both matrices' parts."""
-    codes = "packed{}" if spec.staged is not spec.weights else "weight{}"
+    codes = "packed{}" if spec.variant.expands else "weight{}"
     names = {part: f"weight{{}}_{part}" for part in spec.weights.part_names} | {"codes": codes}
     return [names[part].format(matrix) for matrix in (1, 2) for part in spec.weights.part_names]
 

@@ -42,17 +42,18 @@ class ExpandedWeights:
         wanted = first + second + experts * columns * 4
         try:
             with torch.inference_mode(False):
-                self._memory = torch.empty(wanted, dtype=torch.uint8, device=place.device)
+                self.memory = torch.empty(wanted, dtype=torch.uint8, device=place.device)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{experts} experts of {shape} need {wanted} bytes to expand their weights in: {first_line(error)}; "
                 'allowed: as much memory, or variant = "unpack", which needs none'
             ) from None
+        torch.cuda.synchronize(place.device)  # who had it before is done, whatever stream comes first
         self._parts = first, first + second
 
     def show(self, params: Params) -> None:
         """Write its addresses where the kernel looks for them."""
-        base = self._memory.data_ptr()
+        base = self.memory.data_ptr()
         params.weight1 = params.expanded1 = base
         params.weight2 = params.expanded2 = base + self._parts[0]
         params.expanded = base + self._parts[1]

@@ -190,6 +190,7 @@ class Span(IntEnum):
     GEMM2 = 11
     TAIL_BARRIER = 12
     COMBINE = 13
+    EXPAND = 14
 
 
 class Control(IntEnum):

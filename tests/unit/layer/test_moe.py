@@ -26,7 +26,6 @@ from megamoe_jit._layer.checks import check_device
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FORMATS, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
-from megamoe_jit._spec.formats import FP8 as FP8_FORMAT
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.reference import moe_reference
