@@ -23,8 +23,8 @@ constexpr u32 kSharedLimit = 232448;   // dynamic shared memory that a block may
 constexpr u32 kStagingBytes = 2048;    // of a math warp: 16 rows of 128 bytes
 
 constexpr u32 kWarp = 32;
-constexpr u32 kGroup = 128;                      // threads of a warpgroup
-constexpr u32 kMathGroups = 2, kMathWarps = 8;   // warpgroups 1 and 2
+constexpr u32 kGroup = 128;                            // threads of a warpgroup
+constexpr u32 kMathGroups = 2, kMathWarps = 8;         // warpgroups 1 and 2
 constexpr u32 kThreads = kGroup * (1 + kMathGroups);   // without helpers
 /// Of a block: a variant may have warpgroups of helpers behind the math warpgroups.
 template <class C> constexpr u32 kBlockThreads = kThreads + C::Policy::kHelpers * kGroup;

@@ -23,7 +23,8 @@ struct ExpandShare {
     u32 taker, takers;         // the same of blocks that dispatch
 
     MEGA_DEVICE explicit ExpandShare(const Params& p) {
-        const u32 block = blockIdx.x, all = gridDim.x, every = p.expand_every > 0 ? p.expand_every : all;
+        const u32 block = blockIdx.x, all = gridDim.x,
+                  every = p.expand_every > 0 ? p.expand_every : all;
         expanders = all / every, takers = all - expanders;
         const bool one = block % every == every - 1;
         expander = one ? block / every : expanders, taker = one ? takers : block - block / every;
@@ -36,13 +37,16 @@ struct ExpandShare {
 
 template <class C> struct Expansion {
     static constexpr u32 kColumnPieces1 = kBlockN / PackedPiece::kRows * (C::kHidden / kBlockK),
-                         kColumnPieces2 = kBlockN / PackedPiece::kRows * (C::kIntermediate / kBlockK);
-    static constexpr u32 kPieces1 = 2 * C::kIntermediate / PackedPiece::kRows * (C::kHidden / kBlockK),
+                         kColumnPieces2 = kBlockN / PackedPiece::kRows *
+                                          (C::kIntermediate / kBlockK);
+    static constexpr u32 kPieces1 = 2 * C::kIntermediate / PackedPiece::kRows *
+                                    (C::kHidden / kBlockK),
                          kPieces2 = C::kHidden / PackedPiece::kRows * (C::kIntermediate / kBlockK),
                          kPieces = kPieces1 + kPieces2;   // of an expert
     static constexpr u32 kColumns = TileOrder<C>::kTilesN1 + TileOrder<C>::kTilesN2;
     // pieces that a warp has in shared memory at the head, where the stages will be
-    static constexpr u32 kSlots = min_u32(2, Shared<C>::kStagingAt / (kBlockWarps<C> * PackedPiece::kBytes));
+    static constexpr u32 kSlots = min_u32(
+        2, Shared<C>::kStagingAt / (kBlockWarps<C> * PackedPiece::kBytes));
     static_assert(kSlots > 0, "no room to expand weights in");
 
     const Params& p;
@@ -80,7 +84,8 @@ template <class C> struct Expansion {
         const u32 inside = first ? own : own - kPieces1;
         const u32 column = first ? inside / kColumnPieces1
                                  : TileOrder<C>::kTilesN1 + inside / kColumnPieces2;
-        return {p, first, expert * (first ? kPieces1 : kPieces2) + inside, expert * kColumns + column};
+        return {p, first, expert * (first ? kPieces1 : kPieces2) + inside,
+                expert * kColumns + column};
     }
 
     /// This block's share of all pieces, by all its warps, in the stages, which nobody else uses yet.
@@ -122,8 +127,8 @@ template <class C> struct Expansion {
 
     /// The weights lane: until the tile's weights are there.
     MEGA_DEVICE static void wait(const Params& p, const Tile& tile) {
-        const bool first = tile.kind == Tile::gemm1,
-                   half = !first && C::kHidden % kBlockN != 0 && tile.n == TileOrder<C>::kTilesN2 - 1;
+        const bool first = tile.kind == Tile::gemm1, half = !first && C::kHidden % kBlockN != 0 &&
+                                                            tile.n == TileOrder<C>::kTilesN2 - 1;
         const u32 column = tile.expert * kColumns + (first ? 0 : TileOrder<C>::kTilesN1) + tile.n;
         wait_counter(p, Wait::weights_expanded, p.expanded + column,
                      (first ? kColumnPieces1 : kColumnPieces2) >> half, column);

@@ -54,8 +54,8 @@ struct PackedRows {
 
 /// 64 rows of a k-block.
 struct PackedPiece {
-    static constexpr u32 kRows = 64, kCodeBytes = kRows * kBlockK / 2, kExponentBytes = kRows * kBlockK / 32,
-                         kBytes = kRows * kBlockK;
+    static constexpr u32 kRows = 64, kCodeBytes = kRows * kBlockK / 2,
+                         kExponentBytes = kRows * kBlockK / 32, kBytes = kRows * kBlockK;
     PackedRows rows[4];
 
     MEGA_DEVICE void load(const u8* from, const u8* from_exponents) {

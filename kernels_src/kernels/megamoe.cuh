@@ -50,7 +50,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         if (blockIdx.x == 0)   // drawn, and counted below, after the first grid barrier
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;
     }
-    for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x; i < p.counters; i += gridDim.x * kBlockThreads<C>)
+    for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x; i < p.counters;
+         i += gridDim.x * kBlockThreads<C>)
         p.act1_ready[i] = 0, p.act2_ready[i] = 0, p.act2_done[i] = 0;
     if constexpr (C::Policy::kExpands)
         for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x;

@@ -61,7 +61,7 @@ struct alignas(64) Params {
     float weight_factor;   // router weights are multiplied with it
 
     float shared_weight;   // of every shared expert's row
-    u32 expand_every;   // of so many blocks one expands weights, before it does anything else
+    u32 expand_every;      // of so many blocks one expands weights, before it does anything else
 
     // of a kernel that expands weights in memory (expand/): the packed ones, of which it makes those at weight1 and weight2
     const u8* packed1;

@@ -27,7 +27,8 @@ template <class C> struct Shared {
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
     static constexpr u32 kExponentAt = kWeightAt + C::kStages * kWeightBytes;
     static constexpr u32 kPackedAt = kExponentAt + C::kStages * kExponentBytes;
-    static constexpr u32 kPackedCodes = kBlockN * kBlockK / 2, kPackedExponents = kBlockN * kBlockK / 32,
+    static constexpr u32 kPackedCodes = kBlockN * kBlockK / 2,
+                         kPackedExponents = kBlockN * kBlockK / 32,
                          kPackedBytes = kPackedCodes + kPackedExponents;
     static constexpr u32 kStagingAt = kPackedAt + C::Policy::kPacked * kPackedBytes;
     static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStagingBytes;

@@ -73,7 +73,10 @@ MEGA_DEVICE Vec16 load16(const void* p) {
 }
 /// Eight bytes that nobody writes.
 MEGA_DEVICE void load8(const void* p, u32& a, u32& b) {
-    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "l"(p) : "memory");
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(a), "=r"(b)
+                 : "l"(p)
+                 : "memory");
 }
 MEGA_DEVICE void store16(void* p, const Vec16& v) {
     asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]),

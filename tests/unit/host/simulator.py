@@ -67,7 +67,7 @@ def changed_rooms(target: Path, changes: Sequence[Change]) -> Path:
 
 
 def configs(shape: MoEShape, ranks: int, compare_sizes: bool, inputs: Inputs, weights: WeightFormat) -> str:
-    """The `Config` of every variant that reads these weights, as the Jinja2 template has it, each in a namespace of its own; and all of them.
+    """The `Config` of every variant that reads these weights, as the template has it, each in a namespace of its own.
 
     `with_config(number, call)` calls with the one of that number, `kVariants` are their names in that order.
     """
