@@ -103,24 +103,21 @@ class KernelSet:
             self._other_memory()
         kernel.expand_in(self.expanded)
 
-    def _reachable(self, variant: Variant, weights: WeightFormat) -> bool:
-        """Whether a call within the capacity can take this variant of itself."""
-        most = self._place.layout.capacity
-        return variant in all_variants(self._place.shape, weights, ranks=self._place.ranks, most=most)
-
     def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> Iterable[_Kind]:
-        """What is prepared together with a kernel: with several ranks, all that another rank may launch beside it."""
+        """What is prepared together with a kernel: with several ranks, all that `auto` may take on another one beside it."""
         if self._place.ranks == 1:
             return [(variant, numerics, inputs, weights)]
         forms = (inputs,) if inputs is Inputs.STAGED else tuple(Inputs)
-        return itertools.product(Variant.reading(weights), (numerics,), forms, (weights,))
+        limits = {"ranks": self._place.ranks, "most": self._place.layout.capacity}
+        variants = dict.fromkeys((*all_variants(self._place.shape, weights, **limits), variant))
+        return itertools.product(variants, (numerics,), forms, (weights,))
 
     def _bind(self, wanted: Iterable[_Kind]) -> dict[_Kind, BoundKernel]:
         with torch.cuda.device(self._place.device):
             made = {kind: self.bound.get(kind) or BoundKernel(self.spec(*kind), self._place) for kind in wanted}
             # together, so that a rank without the memory is missed before any kernel waits for it
-            for (variant, _, _, weights), kernel in made.items():
-                if variant.expands and self._place.ranks > 1 and self._reachable(variant, weights):
+            for (variant, *_), kernel in made.items():
+                if variant.expands and self._place.ranks > 1:
                     self._expand(kernel)
             return made
 
