@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import FP8, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
+from megamoe_jit._spec import FP8, FP8_E5M2, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
@@ -19,6 +19,8 @@ __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 DECODE_ROWS = 72  #: rows per expert up to which packed weights are best multiplied with operands swapped, on an H200
+UNPACK_ROWS = 320  #: and up to which they are best unpacked beside the products; beyond, expanded in memory first
+EXPAND_EVERY = 3  #: of so many blocks one expands weights first, while the others begin
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 MOST_SMS = 1024  #: of a launch; no GPU has as many
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
@@ -32,6 +34,7 @@ class Choice:
     reasons: tuple[str, ...]
     lag_tiles: int  #: tiles of the first GEMM that are handed out before the first tile of the second
     rows_per_item: int  #: rows that one item of dispatch covers
+    expand_every: int = 0  #: of so many blocks one expands packed weights first; 0 where nobody does
 
 
 def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
@@ -86,15 +89,23 @@ def _reading(weights: WeightFormat, tokens: int, load: float, threshold: int | N
         raise ConfigError(f"no variant multiplies weights in {weights.name} yet; allowed: {FP8.name}")
     if len(readers) == 1:
         return readers[0], f"the one that multiplies weights in {weights.name}"
-    if Variant.DECODE in readers and threshold is None:
-        few = load <= DECODE_ROWS
-        picked = Variant.DECODE if few else readers[-1]
-        return picked, f"{load:.1f} rows per expert {'<=' if few else '>'} {DECODE_ROWS}, weights in {weights.name}"
+    if Variant.DECODE in readers:
+        return _packed(weights, tokens, load, threshold)
     limit = COOPERATIVE_THRESHOLD if threshold is None else threshold
     few = tokens < limit
     return readers[
         0 if few else -1
     ], f"{tokens} tokens per rank {'<' if few else '>='} {limit}, weights in {weights.name}"
+
+
+def _packed(weights: WeightFormat, tokens: int, load: float, threshold: int | None) -> tuple[Variant, str]:
+    """Of weights that are expanded on their way: the more rows share one, the further from the product."""
+    if threshold is not None and tokens < threshold:
+        return Variant.DECODE, f"{tokens} tokens per rank < {threshold}, weights in {weights.name}"
+    for picked, most in ((Variant.DECODE, DECODE_ROWS), (Variant.UNPACK, UNPACK_ROWS)):
+        if load <= most and not (threshold is not None and picked is Variant.DECODE):
+            return picked, f"{load:.1f} rows per expert <= {most}, weights in {weights.name}"
+    return Variant.PREFILL, f"{load:.1f} rows per expert > {UNPACK_ROWS}, weights in {weights.name}"
 
 
 def choose(
@@ -162,13 +173,29 @@ def choose(
     rows_per_item = 1 if rows < FEW_ROWS else 8
     sign = "<" if rows < FEW_ROWS else ">="
     reasons.append(f"rows_per_item {rows_per_item}: {rows} token-slots {sign} {FEW_ROWS}")
-    return Choice(picked, tuple(reasons), lag_tiles, rows_per_item)
+    every = EXPAND_EVERY if picked.expands else 0
+    if every:
+        room = shape.experts_of(ranks) // ranks * FP8_E5M2.expert_code_bytes(shape.hidden, shape.intermediate)
+        reasons.append(f"expand_every {every}: {num_sms // every} of {num_sms} blocks expand weights first")
+        reasons.append(f"they are expanded to {room} bytes of memory, which the layers of a buffer share")
+    return Choice(picked, tuple(reasons), lag_tiles, rows_per_item, every)
 
 
-def all_variants(shape: MoEShape, weights: WeightFormat = FP8) -> tuple[Variant, ...]:
-    """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles."""
+def all_variants(
+    shape: MoEShape, weights: WeightFormat = FP8, *, ranks: int = 1, most: int = MAX_TOKENS
+) -> tuple[Variant, ...]:
+    """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles.
+
+    Args:
+        shape: Sizes of the layer.
+        weights: How the weights are stored.
+        ranks: Ranks that share the experts; of packed weights alone.
+        most: Tokens of a rank, at most; of packed weights alone.
+    """
     if weights is not FP8:
-        return tuple(dict.fromkeys(choose(shape, tokens, weights=weights).variant for tokens in (0, MAX_TOKENS)))
+        counts = (0, most, *(1 << i for i in range(most.bit_length())))
+        picked = {choose(shape, tokens, weights=weights, ranks=ranks).variant for tokens in counts}
+        return tuple(variant for variant in Variant if variant in picked)
     wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
     for table in tables():
         wanted.update(rule.variant for rules in table.rules.values() for rule in rules)

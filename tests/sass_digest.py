@@ -18,7 +18,7 @@ from megamoe_jit._compile.cubin import _sections
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
-from megamoe_jit._spec import KernelSpec, Variant
+from megamoe_jit._spec import FP8, KernelSpec, Variant
 from megamoe_jit.heuristics import preset, preset_names
 
 RANKS = (1, 2, 4, 8)
@@ -29,8 +29,8 @@ def specs(names: tuple[str, ...], ranks: tuple[int, ...]) -> Iterator[KernelSpec
     for name in names:
         shape = preset(name).shape
         for count in (n for n in ranks if shape.experts % n == 0):
-            yield from (KernelSpec(shape, variant, count) for variant in Variant)
-        yield from (KernelSpec(shape, variant, ranks[0], fast_math=False) for variant in Variant)
+            yield from (KernelSpec(shape, variant, count) for variant in Variant.reading(FP8))
+        yield from (KernelSpec(shape, variant, ranks[0], fast_math=False) for variant in Variant.reading(FP8))
 
 
 def digest(spec: KernelSpec, toolchain: Toolchain) -> str:

@@ -25,7 +25,7 @@ import megamoe_jit
 from megamoe_jit import _cli
 from megamoe_jit._documents import SCHEMA_VERSION, Document, Says
 from megamoe_jit._spec import KernelSpec, MoEShape
-from megamoe_jit._spec.formats import FORMATS
+from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat
@@ -95,7 +95,7 @@ def _spec() -> dict[str, Any]:
     kinds |= {"shape": MoEShape, "variant": Variant, "ranks": Annotated[int, Says(minimum=1)], "timeline": bool}
     kinds["weights"] = Literal[tuple(FORMATS)]
     kinds["inputs"] = Inputs
-    example = KernelSpec(MoEShape(256, 128, 8, 2), next(iter(Variant))).to_json()
+    example = KernelSpec(MoEShape(256, 128, 8, 2), next(iter(Variant.reading(FP8)))).to_json()
     data = dataclasses.make_dataclass("Spec", [(name, kinds[name]) for name in example])
     made = TypeAdapter(data).json_schema(schema_generator=_Generator)
     of_layer = {**made, "description": "A kernel of the layer.", "required": list(_NEVER_MISSING)}

@@ -23,11 +23,15 @@ constexpr u32 kSharedLimit = 232448;   // dynamic shared memory that a block may
 constexpr u32 kStagingBytes = 2048;    // of a math warp: 16 rows of 128 bytes
 
 constexpr u32 kWarp = 32;
-constexpr u32 kGroup = 128;                      // threads of a warpgroup
-constexpr u32 kMathGroups = 2, kMathWarps = 8;   // warpgroups 1 and 2
-constexpr u32 kThreads = kGroup * (1 + kMathGroups);
-constexpr u32 kWarps = kThreads / kWarp;
-constexpr u32 kProducerRegisters = 72, kMathRegisters = 216;   // 128 * 72 + 256 * 216 <= 384 * 168
+constexpr u32 kGroup = 128;                            // threads of a warpgroup
+constexpr u32 kMathGroups = 2, kMathWarps = 8;         // warpgroups 1 and 2
+constexpr u32 kThreads = kGroup * (1 + kMathGroups);   // without helpers
+/// Of a block: a variant may have warpgroups of helpers behind the math warpgroups.
+template <class C> constexpr u32 kBlockThreads = kThreads + C::Policy::kHelpers * kGroup;
+template <class C> constexpr u32 kBlockWarps = kBlockThreads<C> / kWarp;
+// 128 * 72 + 256 * 216 <= 384 * 168; with helpers 128 * 72 + 256 * 200 + 128 * 40 = 512 * 128
+constexpr u32 kProducerRegisters = 72, kHelperRegisters = 40;
+template <class C> constexpr u32 kMathRegisters = C::Policy::kHelpers == 0 ? 216 : 200;
 
 // a (token, slot) pair needs 32768 * 32 values; the rank sits above them
 constexpr u32 kPairBits = 20;

@@ -34,6 +34,7 @@ enum class Wait : u32 {
     gemm2_tile_stored = 12,
     pool_read = 13,    // by GEMM 1, before dispatch may write the rows again
     gemm2_done = 14,   // before GEMM 1 may write the rows again
+    weights_expanded = 15,
 };
 
 /// Never returns.  Words: what | warp << 8 | block << 16, which one, expected, seen; the fifth is taken by the first thread

@@ -20,6 +20,7 @@ enum class Span : u32 {
     none = 0,
     count, count_barrier, order, order_barrier, expert_table, first_round,   // head
     wait_rows, stream_activations, gather, gemm1, gemm2, tail_barrier, combine,
+    expand,   // at the head, in blocks that do
 };
 // clang-format on
 

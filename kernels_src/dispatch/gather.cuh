@@ -44,7 +44,7 @@ template <class C> struct Gather {
     /// to blocks of 128 rows: NVLink has a tenth of the memory's bandwidth, and rows that nobody waits for yet would hold up
     /// those that all blocks wait for.
     MEGA_DEVICE u32 items_at_head() const {
-        const u32 most = min_u32(items_in_pool(), kWarps * gridDim.x >> p.item_shift);
+        const u32 most = min_u32(items_in_pool(), kBlockWarps<C> * gridDim.x >> p.item_shift);
         const u32 blocks = ceil_div(gridDim.x, TileOrder<C>::kTilesN1);
         if (C::kRanks == 1 || blocks >= table.blocks()) return most;
         const u32 e = table.expert_at(blocks),
@@ -138,7 +138,7 @@ template <class C> struct Gather {
     /// A row for each warp of each block, the load warps last, which have other things to do; call it everywhere, then
     /// `dispatch_rest` in one warp of each block.
     MEGA_DEVICE void first_round() const {
-        const u32 i = (kWarps - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x,
+        const u32 i = (kBlockWarps<C> - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x,
                   item = i >> p.item_shift;
         if (item >= first_items) return;
         const Item row = find<true>(item, i % item_rows());
@@ -147,10 +147,11 @@ template <class C> struct Gather {
         end(row);
     }
 
-    MEGA_DEVICE void rest() const {
+    /// By this block, one of so many that take part.
+    MEGA_DEVICE void rest(u32 index, u32 takers) const {
         Timeline<C> timeline(p, Role::dispatch);
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
-        for (u32 i = first_items + blockIdx.x; i < items; i += gridDim.x) {
+        for (u32 i = first_items + index; i < items; i += takers) {
             const Item item = find<false>(i);
             copy_scales(item);
             copy_rows(item, chunks);

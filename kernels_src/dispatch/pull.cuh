@@ -79,10 +79,10 @@ template <class C> struct Pull {
         }
     }
 
-    MEGA_DEVICE void run() {
+    /// By this block, one of so many that take part.
+    MEGA_DEVICE void run(u32 index, u32 step) {
         Timeline<C> timeline(p, Role::dispatch);
-        const u32 step = gridDim.x;
-        u32 i = gather.first_items + blockIdx.x;
+        u32 i = gather.first_items + index;
         Scales<C> scales(p.item_shift);
         now = find(i), next = find(i + step);
         ask(scales, now);
@@ -103,13 +103,14 @@ template <class C> struct Pull {
     }
 };
 
-/// In one warp of each block, after `Gather::first_round`.
-template <class C> MEGA_DEVICE void dispatch_rest(const Params& p, const Shared<C>& shared,
-                                                  const ExpertTable& table) {
+/// In one warp of each block that takes part, after `Gather::first_round`: this one is the `index`-th of `takers`.
+template <class C>
+MEGA_DEVICE void dispatch_rest(const Params& p, const Shared<C>& shared, const ExpertTable& table,
+                               u32 index, u32 takers) {
     // other ranks' rows, or those staged in this launch, acquired by a thread of this block
     if constexpr (C::kRanks > 1 || C::kInputs == Inputs::raw) ptx::fence_async_global();
-    if constexpr (C::kRanks == 1) Gather<C>(p, shared, table).rest();
-    else Pull<C>(p, shared, table).run();
+    if constexpr (C::kRanks == 1) Gather<C>(p, shared, table).rest(index, takers);
+    else Pull<C>(p, shared, table).run(index, takers);
 }
 
 }   // namespace megamoe

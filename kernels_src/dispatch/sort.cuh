@@ -58,21 +58,21 @@ template <class C> struct Sort {
     /// Step 1.
     MEGA_DEVICE void count() const {
         if (!counting()) return;
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) counts[e] = 0;
+        for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>) counts[e] = 0;
         __syncthreads();
-        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kThreads) {
+        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kBlockThreads<C>) {
             const u32 e = expert_of(i);
             if (e < kExperts) atomicAdd(&counts[e], 1u);
         }
         __syncthreads();
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads)
+        for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>)
             p.slice_counts[blockIdx.x * kExperts + e] = counts[e];
     }
 
     /// Step 2.
     MEGA_DEVICE void order() const {
         if (!counting()) return;
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
+        for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>) {
             u32 all = 0, before = 0;
             for (u32 b = 0; b < p.sort_blocks; ++b) {
                 const u32 n = ptx::load_l2(p.slice_counts + b * kExperts + e);
@@ -94,14 +94,14 @@ template <class C> struct Sort {
         }
         __syncthreads();
         const PairLists<C> lists{p};
-        for (u32 e = threadIdx.x; e < kExperts; e += kThreads) {
+        for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>) {
             const u32 begin = PairLists<C>::begin_of(begins, e);
             cursors[e] += begin;
             if (blockIdx.x == 0) lists.put_begin(e, begin, counts[e]);
         }
         __syncthreads();
         const auto own = symmetric<u32>(p, p.rank, p.sorted_pairs);
-        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kThreads) {
+        for (u32 i = slice_begin + threadIdx.x; i < slice_end; i += kBlockThreads<C>) {
             const u32 e = expert_of(i);
             if (e < kExperts) lists.put_pair(own, e, atomicAdd(&cursors[e], 1u), i);
         }

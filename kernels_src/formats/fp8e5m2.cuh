@@ -4,6 +4,9 @@
 
 namespace megamoe {
 
-struct Fp8E5M2 : Fp8 {};
+struct Fp8E5M2 : Fp8 {
+    static constexpr ptx::Codes kCodes = ptx::Codes::e5m2;
+    struct Rows;   // none: products with operands swapped are of e4m3 codes, or of e5m2 in registers
+};
 
 }   // namespace megamoe

@@ -7,21 +7,11 @@
 //   exponents   [64 rows][warp][lane / 4][row, row + 8][32 of the depth]         a byte each: 16 + what the code is times 2 to
 #pragma once
 #include "mma/code_stream.cuh"
+#include "mma/magnitudes.cuh"
 #include "mma/scales.cuh"
-#include "ptx/convert.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace megamoe {
-
-/// The e5m2 bytes of the eight magnitudes times a power of two: 0, 0.5, 1, 1.5 and 2, 3, 4, 6.
-struct Magnitudes {
-    u32 low, high;
-
-    /// `exponent`: 16 more than that of the power; 3 to 29.  A step of it is 4 in the byte of every magnitude but zero.
-    MEGA_DEVICE explicit Magnitudes(u32 exponent)
-        : low(exponent * 0x04040400u + (0x3E3C3800u - 16 * 0x04040400u)),
-          high(exponent * 0x04040404u + (0x46444240u - 16 * 0x04040404u)) {}
-};
 
 struct Mxfp4 {
     static constexpr u32 kBits = 4;     // of a weight's code, in memory and in the stages
@@ -69,6 +59,7 @@ struct Mxfp4 {
                     ptx::expand_e2m1(halves[k / 2].w[k % 2 * 2 + row], table.low, table.high,
                                      a[k][row], a[k][row + 2]);
                 }
+            ptx::pin(a);
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
             ptx::wgmma_weights_registers<kN>(d, a, tokens);

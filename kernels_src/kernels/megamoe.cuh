@@ -7,6 +7,7 @@
 //   warp 3   1 lane        announces finished tiles, watches the math warps; tail     roles/publish.cuh
 //   warps 4-11             two warpgroups: WGMMA, SwiGLU, requantise, scatter         roles/math.cuh, mma/, epilogue/
 //            then          combine, once all blocks are done                          roles/combine.cuh
+//   warps 12-15            of some variants: helpers of the math warps                 expand/beside.cuh
 //
 // Blocks are persistent and resident together (cooperative launch), one per SM.  The variants differ in
 // the policy that `Config` names (variants/).
@@ -27,15 +28,21 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         constexpr u32 kReaders = kTileWarps<C>;
 #pragma unroll 1
         for (u32 s = 0; s < C::kStages; ++s)
-            ptx::mbarrier_init(shared.full(s), 2), ptx::mbarrier_init(shared.empty(s), kReaders);
+            ptx::mbarrier_init(shared.full(s), C::Policy::kPacked > 0 ? 1 + kHelperWarps<C> : 2),
+                ptx::mbarrier_init(shared.empty(s), kReaders);
 #pragma unroll 1
         for (u32 s = 0; s < kTileSlots; ++s) {
             ptx::mbarrier_init(shared.tile_full(s), 1);
-            ptx::mbarrier_init(shared.tile_empty(s), kReaders + 2);
+            ptx::mbarrier_init(shared.tile_empty(s), kReaders + 2 + kHelperWarps<C>);
             ptx::mbarrier_init(shared.tile_stored(s), kReaders);
         }
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
+        if constexpr (C::Policy::kPacked > 0)
+            for (u32 i = 0; i < C::Policy::kPacked; ++i) {
+                ptx::mbarrier_init(shared.packed_full(i), 1);
+                ptx::mbarrier_init(shared.packed_empty(i), kHelperWarps<C>);
+            }
         ptx::mbarrier_init_fence();
         for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})
             ptx::prefetch_tensor_map(map);
@@ -43,8 +50,13 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         if (blockIdx.x == 0)   // drawn, and counted below, after the first grid barrier
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;
     }
-    for (u32 i = blockIdx.x * kThreads + threadIdx.x; i < p.counters; i += gridDim.x * kThreads)
+    for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x; i < p.counters;
+         i += gridDim.x * kBlockThreads<C>)
         p.act1_ready[i] = 0, p.act2_ready[i] = 0, p.act2_done[i] = 0;
+    if constexpr (C::Policy::kExpands)
+        for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x;
+             i < C::kLocalExperts * Expansion<C>::kColumns; i += gridDim.x * kBlockThreads<C>)
+            p.expanded[i] = 0;
 }
 
 /// Quantises this rank's rows, by all warps but the first, which waits in the head's first barrier meanwhile; the second
@@ -62,7 +74,7 @@ template <class C> MEGA_DEVICE void stage_rows(const Params& p) {
                     p.tokens * kBlocks,
                     true};
     quantise_rows<Bf16, kGroups>(rows, (warp - 1) * gridDim.x + gridDim.x - 1 - blockIdx.x,
-                                 (kWarps - 1) * gridDim.x);
+                                 (kBlockWarps<C> - 1) * gridDim.x);
 }
 
 /// Leaves every block with its expert table and the first rows on their way.
@@ -93,6 +105,11 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     const ExpertTable table = expert_table_of<C>(shared);
     Gather<C>(p, shared, table).first_round();
     did(Span::first_round);
+    if constexpr (C::Policy::kExpands) {
+        Expansion<C>{p, shared, table}.run();
+        __syncthreads();   // the stages are free again
+        did(Span::expand);
+    }
     return table;
 }
 
@@ -111,15 +128,26 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
         } else if (warp == 1) {
             if (one) LoadWeights<C>{p, shared, table, table.two_sides ? shared.side() : 0}.run();
         } else if (warp == 2) {
-            dispatch_rest<C>(p, shared, table);
+            if constexpr (C::Policy::kExpands) {
+                const ExpandShare share(p);
+                if (share.dispatches())
+                    dispatch_rest<C>(p, shared, table, share.taker, share.takers);
+            } else {
+                dispatch_rest<C>(p, shared, table, blockIdx.x, gridDim.x);
+            }
         } else {
             Timeline<C> timeline(p, Role::publisher);
             if (one) publish_tiles<C>(p, shared, table, timeline);
             __syncwarp();
             Combine<C>{p, shared}.meet_all(epoch, timeline);
         }
+    } else if (C::Policy::kHelpers > 0 && warp >= kThreads / kWarp) {
+        if constexpr (C::Policy::kHelpers > 0) {
+            ptx::registers_shrink<kHelperRegisters>();
+            typename C::Policy::template Helper<C>{p, shared}.run();
+        }
     } else {
-        ptx::registers_grow<kMathRegisters>();
+        ptx::registers_grow<kMathRegisters<C>>();
         typename C::Policy::template Math<C>{p, shared, warp / (kGroup / kWarp) - 1}.run();
         Combine<C>{p, shared}.run();
     }

@@ -63,7 +63,15 @@ struct alignas(64) Params {
 
     float shared_weight;   // of every shared expert's row
     u32 most_pairs;        // of a rank: how far apart two ranks' lists of sorted pairs begin
-    u32 unused[10];
+    u32 expand_every;      // of so many blocks one expands weights, before it does anything else
+    u32 unused[1];
+
+    // of a kernel that expands weights in memory (expand/): the packed ones, of which it makes those at weight1 and weight2
+    const u8* packed1;
+    const u8* packed2;
+    u8* expanded1;
+    u8* expanded2;
+    u32* expanded;   // [local experts][tiles of columns of both products] pieces that are done
 
     // an exponent for each of a format's groups, in tiles as its codes (megamoe_jit/_layer/mxfp4.py); null without groups
     const u8* weight1_exponents;

@@ -1,7 +1,9 @@
 // The shared-memory map.  `KernelSpec.shared_bytes` in Python is the same sum; the template asserts that they agree.
 //
-//   activations [stages] | weights [stages] | exponents of their groups [stages] | staging, 2 KB per math warp | dispatch slots
-//   | scales [stages] | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots
+//   activations [stages] | weights [stages] | exponents of their groups [stages] | packed weights of some k-blocks
+//   | staging, 2 KB per math warp | dispatch slots
+//   | scales [stages], of packed weights | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots; packed
+//     weights full, empty
 //   | tile slots [4] | expert table
 //
 // The head of the kernel sorts pairs in the stage area before the first copy is issued into it.
@@ -24,13 +26,19 @@ template <class C> struct Shared {
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
     static constexpr u32 kExponentAt = kWeightAt + C::kStages * kWeightBytes;
-    static constexpr u32 kStagingAt = kExponentAt + C::kStages * kExponentBytes;
+    static constexpr u32 kPackedAt = kExponentAt + C::kStages * kExponentBytes;
+    static constexpr u32 kPackedCodes = kBlockN * kBlockK / 2,
+                         kPackedExponents = kBlockN * kBlockK / 32,
+                         kPackedBytes = kPackedCodes + kPackedExponents;
+    static constexpr u32 kStagingAt = kPackedAt + C::Policy::kPacked * kPackedBytes;
     static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStagingBytes;
     static constexpr u32 kScaleAt = kDispatchAt + C::kDispatchSlots * kDispatchChunk;
-    static constexpr u32 kBarrierAt = kScaleAt + C::kStages * kScaleBytes;
+    static constexpr u32 kPackedScaleAt = kScaleAt + C::kStages * kScaleBytes;
+    static constexpr u32 kBarrierAt = kPackedScaleAt + C::Policy::kPacked * 16;
     static constexpr u32 kTileBarrierAt = kBarrierAt + C::kStages * 16;
     static constexpr u32 kDispatchBarrierAt = kTileBarrierAt + kTileSlots * 24;
-    static constexpr u32 kTileSlotAt = kDispatchBarrierAt + C::kDispatchSlots * 8;
+    static constexpr u32 kPackedBarrierAt = kDispatchBarrierAt + C::kDispatchSlots * 8;
+    static constexpr u32 kTileSlotAt = kPackedBarrierAt + C::Policy::kPacked * 16;
     static constexpr u32 kActiveCountAt = kTileSlotAt + kTileSlots * kTileSlotBytes;
     static constexpr u32 kRowsAt = kActiveCountAt + 64;
     static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
@@ -52,6 +60,8 @@ template <class C> struct Shared {
     MEGA_DEVICE u32 exponents(u32 stage) const {
         return address + kExponentAt + stage * kExponentBytes;
     }
+    MEGA_DEVICE u32 packed(u32 i) const { return address + kPackedAt + i * kPackedBytes; }
+    MEGA_DEVICE u32 packed_scales(u32 i) const { return address + kPackedScaleAt + i * 16; }
     MEGA_DEVICE u32 act_scales(u32 stage) const { return address + kScaleAt + stage * kScaleBytes; }
     MEGA_DEVICE u32 weight_scales(u32 stage) const { return act_scales(stage) + kActScaleBytes; }
     MEGA_DEVICE u32 staging(u32 math_warp) const {
@@ -68,6 +78,8 @@ template <class C> struct Shared {
     MEGA_DEVICE u32 tile_empty(u32 slot) const { return tile_full(slot) + 8; }
     MEGA_DEVICE u32 tile_stored(u32 slot) const { return tile_full(slot) + 16; }
 
+    MEGA_DEVICE u32 packed_full(u32 i) const { return address + kPackedBarrierAt + i * 16; }
+    MEGA_DEVICE u32 packed_empty(u32 i) const { return packed_full(i) + 8; }
     MEGA_DEVICE u32 dispatched(u32 s) const { return address + kDispatchBarrierAt + s * 8; }
 
     MEGA_DEVICE u8* tile_slot(u32 s) const { return base + kTileSlotAt + s * kTileSlotBytes; }

@@ -50,9 +50,10 @@ constexpr u32 kKBlocksPerIteration =
 // clang-format on
 
 /// Issues the four 32-deep steps of one quarter into a fresh accumulator.
+template <ptx::Codes kWeights>
 MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
     ptx::wgmma_fence();
-    ptx::wgmma_m64n64k128(fresh, a, b + q * ptx::kDescriptorRows64);
+    ptx::wgmma_m64n64k128<kWeights>(fresh, a, b + q * ptx::kDescriptorRows64);
     ptx::wgmma_commit();
 }
 
@@ -112,7 +113,7 @@ template <class C> struct MainLoop {
                     ring.advance();
                     next.load(shared.act_scales(stage) + my_row * 4, shared.weight_scales(stage));
                 }
-                issue_quarter(fresh[i % 2], a, b, q);
+                issue_quarter<C::Weights::kCodes>(fresh[i % 2], a, b, q);
                 if (i > 0) ptx::wgmma_wait<1>(fresh[(i - 1) % 2]);
             } else {
                 ready = ptx::mbarrier_test(shared.full(ring.stage), ring.parity);

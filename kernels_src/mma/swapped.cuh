@@ -51,6 +51,7 @@ template <u32 kN> struct ColumnScales {
 };
 
 template <class C, u32 kN> struct SwappedLoop {
+    static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
     // both blocks of the next k-block are loaded at once; two k-blocks are written out then
     static constexpr bool kAtOnce = kN <= 32 && C::kHidden / kBlockK % 2 == 0 &&
@@ -62,8 +63,7 @@ template <class C, u32 kN> struct SwappedLoop {
 
     MEGA_DEVICE u32 block(u32 which) const { return half ? group : group * 2 + which; }
 
-    MEGA_DEVICE void issue(float (&fresh)[kN / 2], const Rows& rows,
-                           u32 stage) const {
+    MEGA_DEVICE void issue(float (&fresh)[kN / 2], const Rows& rows, u32 stage) const {
         ptx::wgmma_fence();
         rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();

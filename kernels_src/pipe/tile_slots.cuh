@@ -2,7 +2,7 @@
 //
 //   tile_full    arrived by  the scheduler (weights warp), 1                  waited for by  all readers
 //   tile_empty   arrived by  the activations warp, the publisher warp,        waited for by  the scheduler
-//                            every math warp that computes the tile, 2 + 4 a group
+//                            every math warp that computes the tile, 2 + 4 a group; helpers
 //   tile_stored  arrived by  those math warps, when their rows are written     waited for by  the publisher
 //
 // A slot is used again only when all readers have let it go, so no barrier can run a phase ahead of its waiter.
@@ -32,6 +32,7 @@ struct TileView {
 
 /// Math warps that compute a tile together; and parties of them that take tiles in turn.
 template <class C> constexpr u32 kTileWarps = C::Policy::kTileGroups * (kGroup / kWarp);
+template <class C> constexpr u32 kHelperWarps = C::Policy::kHelpers * (kGroup / kWarp);
 template <class C> constexpr u32 kTileReaders = kMathGroups / C::Policy::kTileGroups;
 
 template <class C> struct TileSlots {

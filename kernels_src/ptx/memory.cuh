@@ -78,6 +78,13 @@ MEGA_DEVICE Vec16 load16(const void* p) {
                  : "memory");
     return v;
 }
+/// Eight bytes that nobody writes.
+MEGA_DEVICE void load8(const void* p, u32& a, u32& b) {
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(a), "=r"(b)
+                 : "l"(p)
+                 : "memory");
+}
 MEGA_DEVICE void store16(void* p, const Vec16& v) {
     asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]),
                  "r"(v.w[2]), "r"(v.w[3])
@@ -93,6 +100,14 @@ MEGA_DEVICE Vec16 load16_shared(u32 address) {
                  : "r"(address)
                  : "memory");
     return v;
+}
+/// Four matrices of eight rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8, and gets of each the four
+/// bytes 4(l % 4) of row l / 4.
+MEGA_DEVICE void load_matrix4(u32 address, u32 (&v)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address)
+                 : "memory");
 }
 /// Sixteen bytes from global to shared memory without a register; complete when the thread has waited for their group.
 MEGA_DEVICE void copy16_async(u32 dst, const void* src) {

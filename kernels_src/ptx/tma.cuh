@@ -38,8 +38,11 @@ MEGA_DEVICE void bulk_store(void* dst, u32 src, u32 bytes) {
 template <u32 kPending> MEGA_DEVICE void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-/// All groups are complete: their writes are done.
-MEGA_DEVICE void bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/// All but the last kPending groups are complete: their writes are done.
+template <u32 kPending> MEGA_DEVICE void bulk_wait() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+MEGA_DEVICE void bulk_wait_all() { bulk_wait<0>(); }
 
 MEGA_DEVICE void prefetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

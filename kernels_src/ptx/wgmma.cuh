@@ -1,5 +1,5 @@
-// Warpgroup matrix multiply of FP8, K-major under the 128-byte swizzle: activations by weights, both e4m3 in shared memory;
-// and with operands swapped, weights by activations, where weights may be e5m2 in registers.
+// Warpgroup matrix multiply of FP8, K-major under the 128-byte swizzle: activations, in shared memory or registers, by weights, which
+// may be e5m2; and with operands swapped, weights by activations, where weights may be e5m2 in registers.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions
 #pragma once
 #include "base/types.cuh"
@@ -11,6 +11,15 @@ MEGA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;
 /// Has two descriptors computed here and not where they are first used.  Emits nothing.
 MEGA_DEVICE void pin(u64& a, u64& b) { asm volatile("" : "+l"(a), "+l"(b)); }
 
+/// The same of a left operand in registers, which must not be written after the fence of its product.
+MEGA_DEVICE void pin(u32 (&a)[4][4]) {
+    asm volatile(""
+                 : "+r"(a[0][0]), "+r"(a[0][1]), "+r"(a[0][2]), "+r"(a[0][3]), "+r"(a[1][0]),
+                   "+r"(a[1][1]), "+r"(a[1][2]), "+r"(a[1][3]), "+r"(a[2][0]), "+r"(a[2][1]),
+                   "+r"(a[2][2]), "+r"(a[2][3]), "+r"(a[3][0]), "+r"(a[3][1]), "+r"(a[3][2]),
+                   "+r"(a[3][3]));
+}
+
 /// Matrix descriptor of a tile of 128-byte rows in atoms of 8 rows, 128-byte swizzle, 1024-byte aligned:
 ///   bits 0-13 address / 16 | 16-29 leading offset (unused, 1) | 32-45 1024 B between atoms / 16 | 62-63 swizzle 128 B
 /// 32 elements further along K adds 2; 8 rows further adds 64.
@@ -19,26 +28,51 @@ MEGA_DEVICE u64 matrix_descriptor(u32 address) {
 }
 constexpr u32 kDescriptorRows64 = 512;
 
+/// What the codes of an operand are.
+enum class Codes : u32 { e4m3, e5m2 };
+
 // clang-format off
 #define MEGA_D                                                                                              \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
     "%28,%29,%30,%31}"
-#define MEGA_STEP(k, accumulate)                                                                            \
-    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 " MEGA_D ", a" #k ", b" #k ", " accumulate ", 1, 1;\n"
+#define MEGA_STEP(b_codes, k, accumulate)                                                                   \
+    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3." b_codes " " MEGA_D ", a" #k ", b" #k ", " accumulate ", 1, 1;\n"
 #define MEGA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MEGA_PRODUCT(b_codes)                                                                               \
+    asm volatile(                                                                                           \
+        "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"                                               \
+        "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"                                               \
+        "mov.b64 a0, %32;\nadd.s64 a1, %32, 2;\nadd.s64 a2, %32, 4;\nadd.s64 a3, %32, 6;\n"                 \
+        "mov.b64 b0, %33;\nadd.s64 b1, %33, 2;\nadd.s64 b2, %33, 4;\nadd.s64 b3, %33, 6;\n"                 \
+        MEGA_STEP(b_codes, 0, "fresh") MEGA_STEP(b_codes, 1, "more")                                        \
+        MEGA_STEP(b_codes, 2, "more") MEGA_STEP(b_codes, 3, "more") "}\n"                                   \
+        : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28) \
+        : "l"(a), "l"(b)                                                                                    \
+        : "memory")
 /// d = A . B^T: 64 rows of A, 64 rows of B, 128 deep, in four steps, of which the first forgets what was in d.  One
 /// statement, since the optimiser carries 32 numbers into and out of each.
-MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
+template <Codes kB> MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
+    if constexpr (kB == Codes::e4m3) MEGA_PRODUCT("e4m3");
+    else MEGA_PRODUCT("e5m2");
+}
+#define MEGA_STEP_REGISTERS(k, a, accumulate)                                                               \
+    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e5m2 " MEGA_D ", {" a "}, b" #k ", " accumulate ", 1, 1;\n"
+#define MEGA_A4(k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
+/// The same with A in registers, and e5m2 in B.  Of each 32 of the depth a thread holds four words of A: rows t/4 and t/4 + 8 at
+/// columns 4(t%4) to 4(t%4) + 3, then both rows 16 columns further.
+MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], const u32 (&a)[4][4], u64 b) {
     asm volatile(
-        "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"
+        "{\n.reg .pred fresh, more;\n.reg .b64 b<4>;\n"
         "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"
-        "mov.b64 a0, %32;\nadd.s64 a1, %32, 2;\nadd.s64 a2, %32, 4;\nadd.s64 a3, %32, 6;\n"
-        "mov.b64 b0, %33;\nadd.s64 b1, %33, 2;\nadd.s64 b2, %33, 4;\nadd.s64 b3, %33, 6;\n"
-        MEGA_STEP(0, "fresh") MEGA_STEP(1, "more") MEGA_STEP(2, "more") MEGA_STEP(3, "more") "}\n"
+        "mov.b64 b0, %48;\nadd.s64 b1, %48, 2;\nadd.s64 b2, %48, 4;\nadd.s64 b3, %48, 6;\n"
+        MEGA_STEP_REGISTERS(0, "%32,%33,%34,%35", "fresh") MEGA_STEP_REGISTERS(1, "%36,%37,%38,%39", "more")
+        MEGA_STEP_REGISTERS(2, "%40,%41,%42,%43", "more") MEGA_STEP_REGISTERS(3, "%44,%45,%46,%47", "more") "}\n"
         : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
-        : "l"(a), "l"(b)
+        : MEGA_A4(0), MEGA_A4(1), MEGA_A4(2), MEGA_A4(3), "l"(b)
         : "memory");
 }
+#undef MEGA_A4
+#undef MEGA_STEP_REGISTERS
 /// Waits until at most kPending committed groups are still running; `d` is of one that is not.
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
     asm volatile("wgmma.wait_group.sync.aligned %32;"
@@ -46,6 +80,7 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
                  : "n"(kPending)
                  : "memory");
 }
+#undef MEGA_PRODUCT
 #define MEGA_R4 "{%0,%1,%2,%3}"
 #define MEGA_R8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
 #define MEGA_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
@@ -109,16 +144,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[8]) {
 }
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[16]) {
     asm volatile("wgmma.wait_group.sync.aligned %16;" : MEGA_D16(0) : "n"(kPending) : "memory");
-}
-/// Until none is running; of two.
-MEGA_DEVICE void wgmma_wait_both(float (&d)[4], float (&e)[4]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]) : : "memory");
-}
-MEGA_DEVICE void wgmma_wait_both(float (&d)[8], float (&e)[8]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]), "+f"(e[4]), "+f"(e[5]), "+f"(e[6]), "+f"(e[7]) : : "memory");
-}
-MEGA_DEVICE void wgmma_wait_both(float (&d)[16], float (&e)[16]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]), "+f"(e[4]), "+f"(e[5]), "+f"(e[6]), "+f"(e[7]), "+f"(e[8]), "+f"(e[9]), "+f"(e[10]), "+f"(e[11]), "+f"(e[12]), "+f"(e[13]), "+f"(e[14]), "+f"(e[15]) : : "memory");
 }
 #undef MEGA_D32
 #undef MEGA_N16

@@ -2,12 +2,15 @@
 // barrier, but the weights do not wait for the activations: they depend on nothing and run ahead.
 //
 //   full[stage]    arrived by  activations lane, weights lane (2), plus their bytes    waited for by  math warps
+//                  (with helpers, by them instead of the weights lane, which fills a ring of packed weights: expand/beside.cuh)
 //                  (the weights lane also stores the four weight scales before it arrives)
 //   empty[stage]   arrived by  every math warp that reads the stage (4 of each group)   waited for by  both lanes
 //
 // The weights lane is also the scheduler: it draws tickets, one ahead, and publishes the tiles.
 #pragma once
 #include "comm/timeline.cuh"
+#include "expand/ahead.cuh"
+#include "expand/beside.cuh"
 #include "pipe/pool_ring.cuh"
 #include "pipe/tile_slots.cuh"
 #include "sched/order.cuh"
@@ -20,9 +23,26 @@ constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;
 // a tile's ticket is drawn so many k-blocks before the end of the one before it
 constexpr u32 kTicketLead = 3;
 
+/// Where the weights lane puts k-blocks: into the stages, or into the ring of packed ones.
+template <class C, bool kPacked> struct WeightPlaces {
+    using Codes = typename C::Weights::template CodeStream<C>;
+    static constexpr u32 kDepth = C::kStages;
+    MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.full(i); }
+    MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.empty(i); }
+    MEGA_DEVICE static u32 scales(const Shared<C>& s, u32 i) { return s.weight_scales(i); }
+};
+template <class C> struct WeightPlaces<C, true> {
+    using Codes = PackedStream<C>;
+    static constexpr u32 kDepth = C::Policy::kPacked;
+    MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.packed_full(i); }
+    MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.packed_empty(i); }
+    MEGA_DEVICE static u32 scales(const Shared<C>& s, u32 i) { return s.packed_scales(i); }
+};
+
 template <class C> struct LoadWeights {
     using Scales = typename C::Weights::template ScaleStream<C>;
-    using Codes = typename C::Weights::template CodeStream<C>;
+    using Places = WeightPlaces<C, (C::Policy::kPacked > 0)>;
+    using Codes = typename Places::Codes;
 
     const Params& p;
     const Shared<C>& shared;
@@ -40,13 +60,14 @@ template <class C> struct LoadWeights {
         Codes codes(p, tile);
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
-        Ring<C::kStages> ring(tile.k_begin);
+        if constexpr (C::Policy::kExpands) Expansion<C>::wait(p, tile);
+        Ring<Places::kDepth> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, codes.advance(), ring.advance()) {
             if (k == draw) next = ticket();
-            wait_barrier(p, Wait::weight_stage_free, shared.empty(ring.stage), ring.parity ^ 1,
-                         ring.stage);
-            const u32 full = shared.full(ring.stage);
-            scales.put(shared.weight_scales(ring.stage), k, k + 1 < tile.k_blocks);
+            wait_barrier(p, Wait::weight_stage_free, Places::empty(shared, ring.stage),
+                         ring.parity ^ 1, ring.stage);
+            const u32 full = Places::full(shared, ring.stage);
+            scales.put(Places::scales(shared, ring.stage), k, k + 1 < tile.k_blocks);
             codes.load(shared, ring.stage, full);
             ptx::mbarrier_arrive(full);
         }

@@ -7,7 +7,7 @@
 
 namespace megamoe {
 
-template <class C> struct Math {
+template <class C, class Loop = MainLoop<C>> struct Math {
     using Policy = typename C::Policy;
     static constexpr u32 kStep = kTileReaders<C>;
     static_assert(kTileSlots % kMathGroups == 0, "a tile slot must always belong to the same group");
@@ -38,7 +38,7 @@ template <class C> struct Math {
                 Policy::finish(tile, group);
                 break;
             }
-            MainLoop<C> loop(shared, tile.k_begin(), row);
+            Loop loop(shared, tile.k_begin(), row);
             Policy::take_turn(group);
             if (row < tile.rows()) loop.run(result, tile.k_blocks());
             else loop.skip(tile.k_blocks());

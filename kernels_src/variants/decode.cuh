@@ -8,6 +8,9 @@ namespace megamoe {
 struct Decode {
     static constexpr u32 kBlockM = 64;      // rows of a tile
     static constexpr u32 kTileGroups = 2;   // groups that compute a tile together
+    static constexpr bool kExpands = false;   // weights in memory, before it reads them (expand/ahead.cuh)
+    static constexpr u32 kPacked = 0;   // k-blocks of packed weights beside the stages (expand/beside.cuh)
+    static constexpr u32 kHelpers = 0;   // warpgroups behind the math warpgroups
 
     /// What the math warpgroups run.
     template <class C> using Math = SwappedMath<C>;

@@ -32,6 +32,7 @@ WAITS: dict[int, str] = {
     "({seen} of {expected} tiles done)",
     Wait.GEMM2_DONE: "the second GEMM to finish the rows from {row} on, whose place is wanted "
     "({seen} of {expected} tiles done)",
+    Wait.WEIGHTS_EXPANDED: "packed weights of column {which} to be expanded ({seen} of {expected} pieces done)",
 }
 
 LOST = "nothing"  #: what the driver said of a kernel whose end it has not noticed (`wait.py`)

@@ -15,7 +15,6 @@ from megamoe_jit._spec.abi import (
     MATH_WARPS,
     SHARED_LIMIT,
     STAGING_BYTES,
-    THREADS,
     TILE_BYTES,
     TILE_SLOTS,
 )
@@ -145,7 +144,7 @@ def _launch(spec: KernelSpec, num_sms: int) -> Launch:
         kernel=spec.kernel_name,
         variant=spec.variant,
         grid=(num_sms, 1, 1),
-        block=(THREADS, 1, 1),
+        block=(spec.threads, 1, 1),
         stages=spec.stages,
         dispatch_slots=spec.dispatch_slots,
         shared_bytes=spec.shared_bytes,
@@ -185,7 +184,7 @@ def memory_plan(
     layout, stored = buffer_layout(shape, tokens, ranks), WeightFormat.parse(weights)
     full = Case(name, shape, ranks, layout.capacity, weights)
     picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu)
-    variants = all_variants(shape, stored) if variant == AUTO else (picked.variant,)
+    variants = all_variants(shape, stored, ranks=ranks) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks, weights=stored) for each in variants]
     return Planned(
         **content(replace(full, tokens=tokens)),

@@ -130,7 +130,7 @@ def enumerate_specs(
     if given is None and variants is not None:
         raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
     stored = WeightFormat.parse(weights)
-    wanted = all_variants(shape, stored) if given is None else given
+    wanted = all_variants(shape, stored, ranks=ranks) if given is None else given
     flags = (True, False) if fast_math is None else (fast_math,)
     some = [Numerics(flag) for flag in flags] if numerics is None else [numerics]
     forms = tuple(Inputs) if inputs is None else (Inputs.parse(inputs),)

@@ -16,6 +16,7 @@ from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import Params, aligned_params, side_by_side
 from megamoe_jit._device.tensor_map import encode_fp8_rows
 from megamoe_jit._layer.checks import check_weights
+from megamoe_jit._layer.expansion import ExpandedWeights
 from megamoe_jit._layer.given_weights import WeightTensors, require_tensors
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._layer.raw_inputs import RawInputs
@@ -34,9 +35,11 @@ _RAW, _RAW_AT = side_by_side(
 )  # fmt: skip
 
 
-def _field(matrix: int, part: str) -> str:
-    """The field of `Params` with the address of a part of the first or second matrix."""
-    return f"weight{matrix}" if part == "codes" else f"weight{matrix}_{part}"
+def _fields(spec: KernelSpec) -> list[str]:
+    """The fields of `Params` with the addresses of both matrices' parts."""
+    codes = "packed{}" if spec.variant.expands else "weight{}"
+    names = {part: f"weight{{}}_{part}" for part in spec.weights.part_names} | {"codes": codes}
+    return [names[part].format(matrix) for matrix in (1, 2) for part in spec.weights.part_names]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +73,10 @@ class BoundKernel:
         self.params: Params = aligned_params()
         loaded = load_kernel(spec, place.device.index, param_bytes=ctypes.sizeof(Params))
         self.key: str = loaded.key
-        self.launcher = Launcher(loaded, self.params)
+        self.launcher = Launcher(loaded, self.params, threads=spec.threads)
         self._addresses: tuple[int, ...] = ()
-        self._weight_fields = [_field(matrix, part) for matrix in (1, 2) for part in spec.weights.part_names]
+        self._weight_fields = _fields(spec)
+        self._expanded: ExpandedWeights | None = None
         self._planned: CallPlan | None = None  #: whose values `params` has
         self._checked: dict[tuple[int, ...], tuple[Callable[[], torch.Tensor | None], ...]] = {}  # by their addresses
         sides = sides_of_sms(place.device) if get_settings().l2_sides else None
@@ -100,6 +104,12 @@ class BoundKernel:
         params.counters = layout.rows // COUNTER_ROWS
         params.rank, params.most_pairs = place.rank, layout.most_pairs
         params.fault = place.fault
+
+    def expand_in(self, room: ExpandedWeights) -> None:
+        """Have a kernel that expands its weights do so there."""
+        if room is not self._expanded:
+            room.show(self.params)
+            self._expanded = room
 
     def use_weights(self, l1: WeightTensors, l2: WeightTensors) -> None:
         """Point the kernel at these; the same tensors at the same addresses are checked once.
@@ -157,4 +167,5 @@ class BoundKernel:
         params, choice = self.params, plan.choice
         params.lag_tiles, params.item_shift = choice.lag_tiles, choice.rows_per_item.bit_length() - 1
         params.sort_blocks, params.want_sides = plan.sort_blocks, plan.two_sides
+        params.expand_every = choice.expand_every
         self._planned = plan

@@ -83,7 +83,7 @@ class SymmBuffer(LayerMemory):
         check_int("max_tokens", max_tokens)
         check_int("max_pool_rows", max_pool_rows)
         super().__init__(shape, max_tokens, device, group, max_pool_rows)
-        self.kernels = KernelSet(self.place, group)
+        self.kernels = KernelSet(self.place, group, lambda: self.order.forget())
         self.order = StreamOrder(device, shared=self.ranks > 1)
         self.lock = self.order.lock
         self._outputs = Outputs(self.x, self.x_sf, self.topk_idx, self.topk_weights)
@@ -145,7 +145,8 @@ class SymmBuffer(LayerMemory):
             RankMismatchError: the ranks have different kernels.
             MegaMoeError: one could not be compiled or loaded; see `fp8_mega_moe`.
         """
-        for variant in all_variants(self.shape, WeightFormat.parse(weight_format)):
+        limits = {"ranks": self.ranks, "most": self.num_max_tokens_per_rank}
+        for variant in all_variants(self.shape, WeightFormat.parse(weight_format), **limits):
             for raw in (False, True):
                 self.prepare(variant, fast_math, raw=raw, weight_format=weight_format)
 
@@ -227,7 +228,9 @@ class SymmBuffer(LayerMemory):
 
     def _reusable(self) -> tuple[torch.Tensor, ...]:
         """Memory that torch's allocator may give away again; symmetric memory it does not."""
-        return (self.local, self.buffer) if self.ranks == 1 else (self.local,)
+        own = (self.local, self.buffer) if self.ranks == 1 else (self.local,)
+        expanded = self.kernels.expanded
+        return own if expanded is None else (*own, expanded.memory)
 
     def wait_for_last(self) -> None:
         """Make the current stream wait for the last call, if that was on another: before inputs are staged there.

@@ -68,8 +68,8 @@ def get_symm_buffer_for_mega_moe(
         num_shared_experts: experts of `intermediate_hidden` columns that every token goes to beside, in the same
             launch; each rank has all of them, behind its own of `num_experts`. At most 32 slots with `num_topk`.
         use_fp8_dispatch: must be True or None, which is the same.
-        mma_type: must begin with "fp8x", as DeepGEMM wants it on SM90. Whatever follows, a call takes the format of its
-            weights.
+        mma_type: must begin with "fp8x", as DeepGEMM wants it on SM90. Whatever follows, a call takes the weights as
+            they are, FP8 or MXFP4.
         activation: must be "swiglu".
         device: where; the current CUDA device by default.
         max_pool_rows: rows that the local pools hold at most, 4096 or more.  A batch with more of them is served

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from megamoe_jit._device.layout import MAX_SORT_BLOCKS
 from megamoe_jit._errors import CaptureError, ConfigError
 from megamoe_jit._layer.bound_kernel import BoundKernel, CallPlan
+from megamoe_jit._layer.expansion import ExpandedWeights
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._settings.settings import Settings, get_settings
@@ -19,7 +20,7 @@ from megamoe_jit._spec import FP8, KernelSpec, Variant, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import shown
-from megamoe_jit.heuristics.select import Choice, choose
+from megamoe_jit.heuristics.select import Choice, all_variants, choose
 
 __all__ = ["KernelSet", "sm_count", "sort_blocks"]
 
@@ -51,13 +52,15 @@ class KernelSet:
     Args:
         place: the memory.
         group: of the ranks that share it, None for one.
+        other_memory: called when there is more memory that kernels use.
     """
 
-    def __init__(self, place: Place, group: object) -> None:
-        self._place, self._group = place, group
+    def __init__(self, place: Place, group: object, other_memory: Callable[[], None]) -> None:
+        self._place, self._group, self._other_memory = place, group, other_memory
         self.bound: dict[_Kind, BoundKernel] = {}
         self._plans: dict[_Call, CallPlan] = {}
         self._planned_with: Settings | None = None
+        self.expanded: ExpandedWeights | None = None  #: once a kernel needs it
 
     def spec(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> KernelSpec:
         """The kernel of such calls."""
@@ -89,18 +92,34 @@ class KernelSet:
                 require_equal(self._group, "their kernels", keys)
             self.bound.update(made)
             kernel = made[variant, numerics, inputs, weights]
+        if variant.expands:
+            self._expand(kernel)
         return kernel
 
+    def _expand(self, kernel: BoundKernel) -> None:
+        """Have a kernel expand its weights in the memory that all such kernels here share."""
+        if self.expanded is None:
+            self.expanded = ExpandedWeights(self._place, kernel.spec.local_experts)
+            self._other_memory()
+        kernel.expand_in(self.expanded)
+
     def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> Iterable[_Kind]:
-        """What is prepared together with a kernel: with several ranks, all that another rank may launch beside it."""
+        """What is prepared with a kernel: with several ranks, all that `auto` may take on another one beside it."""
         if self._place.ranks == 1:
             return [(variant, numerics, inputs, weights)]
         forms = (inputs,) if inputs is Inputs.STAGED else tuple(Inputs)
-        return itertools.product(Variant.reading(weights), (numerics,), forms, (weights,))
+        limits = {"ranks": self._place.ranks, "most": self._place.layout.capacity}
+        variants = dict.fromkeys((*all_variants(self._place.shape, weights, **limits), variant))
+        return itertools.product(variants, (numerics,), forms, (weights,))
 
     def _bind(self, wanted: Iterable[_Kind]) -> dict[_Kind, BoundKernel]:
         with torch.cuda.device(self._place.device):
-            return {kind: self.bound.get(kind) or BoundKernel(self.spec(*kind), self._place) for kind in wanted}
+            made = {kind: self.bound.get(kind) or BoundKernel(self.spec(*kind), self._place) for kind in wanted}
+            # together, so that a rank without the memory is missed before any kernel waits for it
+            for (variant, *_), kernel in made.items():
+                if variant.expands and self._place.ranks > 1:
+                    self._expand(kernel)
+            return made
 
     def choose(
         self, tokens: int, variant: str | None, num_sms: int | None, weights: WeightFormat = FP8
@@ -173,3 +192,4 @@ class KernelSet:
         """Let go of everything."""
         self.bound.clear()
         self._plans.clear()
+        self.expanded = None

@@ -49,6 +49,10 @@ class StreamOrder:
         """Whether a launch on this stream (its raw handle) needs no further word to come after the last one."""
         return stream == self._last.handle and stream in self._known
 
+    def forget(self) -> None:
+        """There is other memory than before: the allocator has to hear of each stream again."""
+        self._known.clear()
+
     def enter(self, memories: Iterable[torch.Tensor]) -> None:
         """Make the current stream wait for that of the last launch, and the reuse of the memories for both.
 

@@ -150,6 +150,7 @@ class Wait(IntEnum):
     GEMM2_TILE_STORED = 12
     POOL_READ = 13
     GEMM2_DONE = 14
+    WEIGHTS_EXPANDED = 15
 
 
 class Meeting(IntEnum):
@@ -185,6 +186,7 @@ class Span(IntEnum):
     GEMM2 = 11
     TAIL_BARRIER = 12
     COMBINE = 13
+    EXPAND = 14
 
 
 class Control(IntEnum):

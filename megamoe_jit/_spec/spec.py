@@ -16,16 +16,18 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
+    GROUP,
     MATH_WARPS,
     MAX_RANKS,
     QUANT_BLOCK,
     SHARED_LIMIT,
     STAGING_BYTES,
+    THREADS,
     TILE_BYTES,
     TILE_SLOTS,
 )
 from megamoe_jit._spec.checks import check, check_fields, check_flag, check_int
-from megamoe_jit._spec.formats import FORMATS, FP8, WeightFormat
+from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
@@ -199,17 +201,28 @@ class KernelSpec:
         """One pipeline stage: activations, weights, a float scale per activation row and four for the weights."""
         return self.block_m * BLOCK + self.weight_stage_bytes + self.block_m * 4 + 16
 
+    @property
+    def staged(self) -> WeightFormat:
+        """The format of weights in the pipeline stages."""
+        return FP8_E5M2 if self.variant.expands or self.variant.packed else self.weights
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return THREADS + GROUP * self.variant.helpers
+
     @cached_property
     def weight_stage_bytes(self) -> int:
         """Weights of a pipeline stage, with the exponents of their groups."""
-        return self.weights.stream_bytes(BLOCK_N, BLOCK)
+        return self.staged.stream_bytes(BLOCK_N, BLOCK)
 
     @cached_property
     def fixed_shared_bytes(self) -> int:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
-        return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
+        packed = self.variant.packed * (self.weights.stream_bytes(BLOCK_N, BLOCK) + 16 + 16)
+        return MATH_WARPS * STAGING_BYTES + packed + slots + 64 + plan
 
     @cached_property
     def _ring_room(self) -> int:
@@ -301,8 +314,8 @@ class KernelSpec:
             "kernel_name": self.kernel_name,
             "policy": self.variant.policy,
             "policy_header": self.variant.header,
-            "weights": self.weights.policy,
-            "weights_header": self.weights.header,
+            "weights": self.staged.policy,
+            "weights_header": self.staged.header,
             "hidden": self.shape.hidden,
             "intermediate": self.shape.intermediate,
             "experts": self.shape.experts_of(self.ranks),

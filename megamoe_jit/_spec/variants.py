@@ -24,22 +24,42 @@ class Variant(StrEnum):
         block_m: rows of a tile; the policy's `kBlockM`.
         what: a sentence for people.
         codes: of weights that its `Math` multiplies, as `WeightFormat.what` calls them.
+        packed: k-blocks of packed weights that it has in shared memory beside the stages; the policy's `kPacked`.
+        helpers: its warpgroups behind the math warpgroups; the policy's `kHelpers`.
     """
 
     block_m: int
     what: str
     codes: tuple[str, ...]
+    packed: int
+    helpers: int
 
-    def __new__(cls, name: str, block_m: int, what: str, codes: tuple[str, ...] = ("e4m3",)) -> Variant:
+    def __new__(
+        cls,
+        name: str,
+        block_m: int,
+        what: str,
+        codes: tuple[str, ...] = ("e4m3", "e5m2"),
+        packed: int = 0,
+        helpers: int = 0,
+    ) -> Variant:
         """A member is written as its name and traits, and is a string that equals the name."""
         member = str.__new__(cls, name)
         member._value_ = name
         member.block_m, member.what, member.codes = block_m, what, codes
+        member.packed, member.helpers = packed, helpers
         return member
 
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
     DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
+    UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 3, 1
+    PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
+
+    @property
+    def expands(self) -> bool:
+        """Whether it expands weights in memory before it multiplies them."""
+        return self is Variant.PREFILL
 
     @property
     def policy(self) -> str:

@@ -1,4 +1,4 @@
-"""MXFP4 weights with operands swapped: sizes that fill no tile, and experts with any number of rows."""
+"""MXFP4 weights with every variant: sizes that fill no tile, and experts with any number of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import megamoe_jit as mm
 from megamoe_jit._check.verify import judge
 from megamoe_jit._layer.quantize import quantize_activations
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import MXFP4, MoEShape, Variant
 from megamoe_jit.reference import expert_counts, moe_reference
 from tests.gpu.harness import CLAMP, equal_bits, poisoned
 
@@ -31,7 +31,10 @@ def matrix(experts: int, rows: int, depth: int, gen: torch.Generator) -> tuple[t
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("hot", [False, True])
-def test_packed_weights_give_what_the_reference_says(shape: MoEShape, hot: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("variant", [variant.value for variant in Variant.reading(MXFP4)])
+def test_packed_weights_give_what_the_reference_says(
+    shape: MoEShape, hot: bool, variant: str, device: torch.device
+) -> None:
     gen = torch.Generator(device).manual_seed(shape.hidden)
     plain = (
         matrix(shape.experts, 2 * shape.intermediate, shape.hidden, gen),
@@ -54,7 +57,7 @@ def test_packed_weights_give_what_the_reference_says(shape: MoEShape, hot: bool,
                 ):
                     to[:tokens].copy_(given)
                 y, stats = poisoned(tokens, shape.hidden, device), torch.zeros_like(expert_counts(ids, shape.experts))
-                mm.fp8_mega_moe(y, l1, l2, buffer, stats, activation_clamp=CLAMP, variant="decode")
+                mm.fp8_mega_moe(y, l1, l2, buffer, stats, activation_clamp=CLAMP, variant=variant)
                 buffer.check()
                 assert torch.equal(stats, expert_counts(ids, shape.experts))
                 outputs.append(y)

@@ -24,6 +24,7 @@ SAYS = {
     "gemm2_tile_stored": "of the second GEMM",
     "pool_read": "the first GEMM to read",
     "gemm2_done": "the second GEMM to finish the rows",
+    "weights_expanded": "to be expanded",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import MAX_TOKENS, MXFP4, MoEShape, Variant
+from megamoe_jit._spec import FP8, MAX_TOKENS, MXFP4, MoEShape, Variant
 from megamoe_jit.heuristics import all_variants, choose
 
 SHAPE = MoEShape(4096, 2048, 256, 6)
@@ -38,7 +38,7 @@ def test_the_boundary_can_be_moved():
     assert choose(SHAPE, 255, cooperative_threshold=256) == choose(SHAPE, 255)
 
 
-@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("variant", Variant.reading(FP8))
 @pytest.mark.parametrize("tokens", [0, 255, 256, 8192])
 def test_a_forced_variant_is_honoured(variant, tokens):
     choice = choose(SHAPE, tokens, variant=variant.value)
@@ -103,3 +103,25 @@ def test_refusals():
 def test_choosing_does_not_import_torch():
     code = "import sys, megamoe_jit.heuristics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_packed_weights_go_further_from_the_product_the_more_rows_share_them():
+    shape = MoEShape(4096, 2048, 32, 6)
+    picked = {tokens: choose(shape, tokens, weights=MXFP4).variant for tokens in (1, 256, 512, 1024, 2048, 8192)}
+    assert list(picked.values()) == [Variant.DECODE] * 2 + [Variant.UNPACK] * 2 + [Variant.PREFILL] * 2
+    forced = (
+        choose(shape, 512, weights=MXFP4, cooperative_threshold=256),
+        choose(shape, 200, weights=MXFP4, cooperative_threshold=256),
+    )
+    assert [choice.variant for choice in forced] == [Variant.UNPACK, Variant.DECODE]
+    many = choose(shape, 8192, weights=MXFP4)
+    assert (many.expand_every, forced[0].expand_every) == (3, 0)
+    assert f"{32 * 3 * 4096 * 2048} bytes" in " ".join(many.reasons)
+
+
+def test_a_buffer_for_few_tokens_prepares_no_variant_that_needs_memory():
+    shape = MoEShape(4096, 2048, 32, 6)
+    assert all_variants(shape, MXFP4, most=64) == (Variant.DECODE,)
+    assert all_variants(shape, MXFP4) == (Variant.DECODE, Variant.UNPACK, Variant.PREFILL)
+    assert Variant.PREFILL in all_variants(MoEShape(4096, 2048, 256, 6), MXFP4, ranks=8, most=8192)
+    assert Variant.UNPACK in all_variants(MoEShape(256, 128, 1024, 1), MXFP4, ranks=8)

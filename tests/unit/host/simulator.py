@@ -13,6 +13,7 @@ import jinja2
 from megamoe_jit._device.fault import decode
 from megamoe_jit._device.layout import BufferLayout, Section, buffer_layout
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat
+from megamoe_jit._spec.abi import WARP
 from megamoe_jit._spec.inputs import Inputs
 from tests import host
 
@@ -122,7 +123,15 @@ class Simulator:
         rooms = changed_rooms(folder / "rooms", changes)
         (rooms / "configs.h").write_text(configs(shape, ranks, not changes, inputs, weights))
         paths = [option for path in (rooms, HERE / "shim") for option in ("-iquote", str(path))]
-        options = ["-Og", "-fno-exceptions", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", *paths]
+        warps = max(KernelSpec(shape, v, ranks, weights=weights).threads for v in Variant.reading(weights)) // WARP
+        options = [
+            f"-DBLOCK_WARPS={warps}",
+            "-Og",
+            "-fno-exceptions",
+            "-Wno-unknown-pragmas",
+            "-U_FORTIFY_SOURCE",
+            *paths,
+        ]
         return cls(host.build(HERE / "protocol.cpp", folder / "protocol", *options), shape, ranks)
 
     def layout(self, tokens: int, pool_rows: int) -> BufferLayout:

@@ -16,9 +16,10 @@ from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.runtime import kernel_cache, kernel_key, warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.formats import FP8
 from tests.stubs import REPO
 
-SPECS = [KernelSpec(MoEShape(256, 128, 8, 2), variant) for variant in Variant]
+SPECS = [KernelSpec(MoEShape(256, 128, 8, 2), variant) for variant in Variant.reading(FP8)]
 
 
 @pytest.fixture(autouse=True)

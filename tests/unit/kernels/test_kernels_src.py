@@ -25,6 +25,7 @@ LAYERS = (
     "epilogue",
     "stage",
     "dispatch",
+    "expand",
     "roles",
     "variants",
     "kernels",

@@ -20,7 +20,7 @@ TILE, DEPTH = 256, 128  #: of a k-block
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("operands") / "operands"
     paths = ("-iquote", str(host.SOURCES), "-iquote", str(host.SOURCES / "shim"))
-    return host.build(host.SOURCES / "operands.cpp", target, "-Wno-unknown-pragmas", *paths)
+    return host.build(host.SOURCES / "operands.cpp", target, "-DBLOCK_WARPS=12", "-Wno-unknown-pragmas", *paths)
 
 
 def multiplied(program: Path, codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:

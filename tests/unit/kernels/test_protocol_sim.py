@@ -102,6 +102,40 @@ PACKED_MISTAKES = (
 )
 LATE_EXPONENTS, MEETINGS = 213, range(214, 220)
 
+#: With packed weights that are unpacked in shared memory, or expanded in memory: packed weights, or a free stage, are
+#: not waited for; a stage is full without them; a piece counts as expanded before it is written; blocks that dispatch
+#: take each other's rows; the matrix work does not wait.
+EXPAND_MISTAKES = (
+    *SMALL,
+    Change(
+        "expand/beside.cuh",
+        "wait_barrier_watched(shared.packed_full",
+        "if (sim::mutant != 220) wait_barrier_watched(shared.packed_full",
+    ),
+    Change(
+        "expand/beside.cuh",
+        "wait_barrier_watched(shared.empty",
+        "if (sim::mutant != 221) wait_barrier_watched(shared.empty",
+    ),
+    Change(
+        "expand/beside.cuh",
+        "        PackedRows rows[2]; ",
+        "        if (sim::mutant == 222 && thread < kWarp) return;\n        PackedRows rows[2]; ",
+    ),
+    Change(
+        "expand/ahead.cuh",
+        "                ptx::bulk_wait<kSlots - 1>();",
+        "if (sim::mutant != 223) ptx::bulk_wait<kSlots - 1>();",
+    ),
+    Change(
+        "kernels/megamoe.cuh",
+        "rest(share.taker, share.takers)",
+        "rest(sim::mutant == 224 ? blockIdx.x : share.taker, share.takers)",
+    ),
+    Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
+)
+BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222), (223, 224, Wait.WEIGHTS_EXPANDED.value)
+
 Build = Callable[..., Simulator]
 
 
@@ -158,7 +192,7 @@ def runs(draw: st.DrawFn, ranks: int) -> dict[str, int | str]:
         "blocks": draw(st.integers(1, BLOCKS[ranks])),
         "pool_rows": draw(st.sampled_from((256, 384, 1024, 1 << 30))),  # rings of two and three blocks, and none
         "launches": draw(st.integers(1, 3)),
-        "variant": draw(st.sampled_from(("mixed", *(v.value for v in Variant)))),
+        "variant": draw(st.sampled_from(("mixed", *(v.value for v in Variant.reading(FP8))))),
     }
 
 
@@ -251,6 +285,17 @@ def test_a_mistake_with_packed_weights_is_found(build: Build, mistake: int):
     assert any(problems)
 
 
+@pytest.mark.parametrize(
+    ("variant", "mistake"),
+    [*(("unpack", each) for each in BESIDE_MISTAKES), *(("prefill", each) for each in AHEAD_MISTAKES)],
+)
+def test_a_mistake_where_packed_weights_are_expanded_is_found(build: Build, variant: str, mistake: int):
+    simulator = build(1, EXPAND_MISTAKES, weights=MXFP4)
+    assert simulator.run(1, 100, 3, variant=variant).problem == ""
+    problems = (simulator.run(seed, 100, 3, variant=variant, mutant=mistake).problem for seed in range(1, 41))
+    assert any(problems)
+
+
 def test_half_a_block_that_no_tile_wrote_is_still_read(tmp_path: Path):
     """Rings, tiles of 64 rows: the block between two users of a half may have had no tile there to wait."""
     simulator = Simulator.build(tmp_path, MoEShape(128, 128, 8, 3), 1)
@@ -289,7 +334,7 @@ WAITS = {wait.name.lower(): wait.value for wait in Wait}
 WEAK = codes((HERE / "sim/machine.h").read_text(), "Weak")
 
 
-@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("wait", [wait for wait in WAITS if wait != Wait.WEIGHTS_EXPANDED.name.lower()])
 def test_a_wait_that_is_left_out_is_found(build: Build, wait: str):
     """Of the tail's barrier with one rank: who waits for all ranks waits for the last block of its own too."""
     assert find(build(1 if wait == "tail_barrier" else 2, MISTAKES), WAITS[wait]) != ""

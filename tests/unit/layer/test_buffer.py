@@ -38,7 +38,7 @@ def buffer(ranks: int, fault: tuple[int, ...] = NOTHING) -> SymmBuffer:
     made.buffer = made.local = torch.ones(8, dtype=torch.uint8)
     made.handle = SimpleNamespace(buffer_ptrs=[1])
     made.fault = torch.tensor([*fault, *[0] * 12], dtype=torch.int32)
-    made.kernels = KernelSet(None, None)
+    made.kernels = KernelSet(None, None, lambda: None)
     made.kernels.bound, made.kernels._plans = {"kernel": 1}, {"plan": 1}
     made._destroyed, made._broken = False, None
     made.lock = threading.RLock()

@@ -32,8 +32,9 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.kernel_set import sort_blocks
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.stage import StageFormat
 
 SHAPE = MoEShape(256, 128, 4, 2)
@@ -138,7 +139,9 @@ class Cuda:
         assert not self.capturing, "kernels are not loaded in a capture"
         return SimpleNamespace(spec=spec, key=spec.kernel_name)
 
-    def launcher(self, loaded: SimpleNamespace, params: Params) -> SimpleNamespace:
+    def launcher(self, loaded: SimpleNamespace, params: Params, *, threads: int) -> SimpleNamespace:
+        assert threads == loaded.spec.threads
+
         def launch(grid: int, stream: int) -> None:
             assert self.current == HERE.index, "as the driver wants it"
             self.events.append(("launch", {s.cuda_stream: s.name for s in (self.a, self.b)}[stream]))
@@ -298,7 +301,7 @@ def test_without_known_sides_there_are_none(cuda: Cuda, wanted: bool):
     assert ([*cuda.launches[0].params.side_of_sm], cuda.launches[0].params.want_sides) == ([0] * 5, 0)
 
 
-@pytest.mark.parametrize("variant", Variant.reading(FP8))
+@pytest.mark.parametrize("variant", [Variant.PINGPONG, Variant.COOPERATIVE])
 def test_forcing_a_variant_passes_everything_on(cuda: Cuda, buffer: SymmBuffer, variant: Variant):
     stats = {"cumulative_local_expert_recv_stats": STATS}
     force = function_of(mm, variant.value)
@@ -381,7 +384,7 @@ def test_other_settings_mean_other_plans(cuda: Cuda, buffer: SymmBuffer):
 
 
 def test_a_plan_is_of_its_own_variant_mathematics_and_blocks(cuda: Cuda, buffer: SymmBuffer):
-    for variant, fast, sms in itertools.product(Variant, (True, False), (SMS, 60)):
+    for variant, fast, sms in itertools.product(Variant.reading(FP8), (True, False), (SMS, 60)):
         plan = buffer.plan(3, variant.value, fast, sms)
         assert (plan.kernel.spec, plan.num_sms) == (KernelSpec(SHAPE, variant, 1, fast), sms)
 

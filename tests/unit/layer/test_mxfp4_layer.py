@@ -40,6 +40,7 @@ def compute(params: Params, routed: int = 4, shared: int = 0) -> None:
     matrices = []
     for matrix, rows, depth in ((1, 256, 256), (2, 256, 128)):
         addresses = [getattr(params, f"weight{matrix}{part}") for part in ("", "_exponents", "_scales")]
+        addresses[0] = getattr(params, f"packed{matrix}") or addresses[0]  # of a kernel that expands them
         parts = MXFP4.parts(rows, depth)
         matrices.append(
             tuple(at(a, part.dtype, experts, *part.shape) for a, part in zip(addresses, parts, strict=True))

@@ -18,6 +18,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MAX_EXPERTS, MAX_TOPK, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec import abi as _abi
+from megamoe_jit._spec.formats import FP8, MXFP4
 from megamoe_jit._spec.spec import MAX_DISPATCH_SLOTS, MIN_DISPATCH_SLOTS
 from tests import host
 
@@ -33,7 +34,7 @@ specs = st.builds(
     st.integers(1, MAX_EXPERTS),
     st.integers(1, 8),
     st.integers(1, MAX_TOPK),
-    st.sampled_from(Variant),
+    st.sampled_from(Variant.reading(FP8)),
     st.booleans(),
     st.sampled_from((0, 0, 1, 2, 5)),
 )
@@ -143,15 +144,19 @@ def test_shared_memory_fits(spec):
 
 #: Widest and narrowest of everything that the sum depends on.
 MAPPED = [
-    KernelSpec(MoEShape(256, 128, experts, 2), variant, ranks)
-    for variant in Variant
+    KernelSpec(MoEShape(256, 128, experts, 2), variant, ranks, weights=weights)
+    for variant, weights in (*((variant, FP8) for variant in Variant.reading(FP8)), (Variant.UNPACK, MXFP4))
     for experts, ranks in ((1, 1), (7, 1), (32, 1), (48, 1), (256, 8), (256, 1), (384, 1), (512, 1), (1024, 1))
 ]
 ENTRY = """
 #include "formats/fp8.cuh"
 #include "layout/shared.cuh"
 
-template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD> struct Config {
+template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD, megamoe::u32 kP>
+struct Config {
+    struct Policy {
+        static constexpr megamoe::u32 kPacked = kP;
+    };
     using Weights = megamoe::Fp8;
     static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
     static constexpr megamoe::u32 kHidden = 256, kIntermediate = 128, kTopK = 2;
@@ -165,7 +170,8 @@ template <class C, megamoe::u32 kExpected> struct Check {
     static_assert(Map::kStagingAt % 128 == 0 && Map::kDispatchAt % 16 == 0, "16-byte accesses, bulk copies");
     static_assert(Map::kScaleAt % 16 == 0 && Map::kScaleBytes % 16 == 0 && Map::kActScaleBytes % 16 == 0, "bulk");
     static_assert(Map::kBarrierAt % 8 == 0 && Map::kTileBarrierAt % 8 == 0, "mbarriers");
-    static_assert(Map::kDispatchBarrierAt % 8 == 0, "mbarriers");
+    static_assert(Map::kDispatchBarrierAt % 8 == 0 && Map::kPackedBarrierAt % 8 == 0, "mbarriers");
+    static_assert(Map::kPackedAt % 128 == 0 && Map::kPackedScaleAt % 16 == 0, "bulk copies, scales as one");
     static_assert(Map::kTileSlotAt % 8 == 0 && Map::kRowsAt % 4 == 0, "words");
     static constexpr bool kOk = true;
 };
@@ -192,7 +198,8 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
     """Also asserted in every kernel; here for many expert counts in one compilation, with the alignments."""
     shutil.copytree(host.KERNELS, tmp_path / "src")
     checks = "\n".join(
-        f"static_assert(Check<Config<{s.block_m}, {s.shape.experts}, {s.ranks}, {s.stages}, {s.dispatch_slots}>, "
+        f"static_assert(Check<Config<{s.block_m}, {s.shape.experts}, {s.ranks}, {s.stages}, {s.dispatch_slots}, "
+        f"{s.variant.packed}>, "
         f'{s.shared_bytes}>::kOk, "");'
         for s in MAPPED
     )

@@ -11,7 +11,7 @@ struct SimIndex {
 #define blockIdx (SimIndex{::sim::now->warp->block->index})
 #define gridDim (SimIndex{::sim::now->warp->block->grid})
 
-inline void __syncthreads() { sim::named_arrive(0, sim::kBlockWarps * sim::kLanes, true); }
+inline void __syncthreads() { sim::named_arrive(0, sim::now->warp->block->threads, true); }
 inline void __syncwarp() {
     if (sim::mutant != sim::kNoWarpBarrier) sim::meet_warp("__syncwarp", 0);
 }

@@ -45,7 +45,8 @@ inline void Memory::reserve(u64 size) {
 inline Section& Memory::place(const std::string& name, u32 rank, bool local, u64 offset, u64 size) {
     Section s;
     s.name = name, s.rank = rank, s.local = local, s.base = arena + offset, s.bytes = size;
-    const bool wide = name == "x" || name == "combine" || name == "act1_pool" || name == "act2_pool";
+    const bool wide = name == "x" || name == "combine" || name == "act1_pool" || name == "act2_pool" ||
+                      name == "expanded weights";
     s.cell_bytes = wide ? 16 : name == "y" ? 8 : 4;
     s.cells = static_cast<Cell*>(map_pages((size / s.cell_bytes + 1) * sizeof(Cell)));
     sections.push_back(s);

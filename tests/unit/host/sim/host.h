@@ -124,8 +124,11 @@ struct Run {
     static constexpr u32 kGroup = C::Weights::kGroup;   // columns that share an exponent; 0 for weights that have none
     static u64 weight_bytes() {
         const u64 codes = u64(C::kLocalExperts) * 3 * C::kIntermediate * C::kHidden;
-        return 6 * 1024 + codes * C::Weights::kBits / 8 + codes / (128 * 128) * 4 + (kGroup ? codes / kGroup : 0);
+        const u64 expanded = kGroup ? codes + codes / kGroup : 0;
+        return 10 * 1024 + codes * C::Weights::kBits / 8 + codes / (128 * 128) * 4 + expanded + expanded_words() * 4;
     }
+    /// Counters of variants that expand weights in memory.
+    static u64 expanded_words() { return u64(C::kLocalExperts) * (2 * C::kIntermediate / 256 + (C::kHidden + 255) / 256); }
     void place_rank(u32 r, u64 base, u64 own) {
         all.emplace_back();
         Rank& rank = all.back();
@@ -161,13 +164,38 @@ struct Run {
             base += (weights / (kGroup + !kGroup) / 1024 + 1) * 1024;
             fill_packed(gemm, codes[gemm - 1], exponents[gemm - 1]);
         }
-        if (kRaw) place_raw(rank, r, base);
         megamoe::Params& p = rank.now.params;
         std::memset(static_cast<void*>(&p), 0, sizeof p);
+        if (kGroup != 0) base = place_expanded(p, r, base);
+        if (kRaw) place_raw(rank, r, base);
+        p.packed1 = codes[0], p.packed2 = codes[1];
         p.weight1 = codes[0], p.weight2 = codes[1];
         p.weight1_exponents = exponents[0], p.weight2_exponents = exponents[1];
         p.weight1_scales = scales[0], p.weight2_scales = scales[1], p.y = rank.y, p.stats = rank.stats;
         fill(p, r);
+    }
+    static constexpr u64 kExpandedBytes[2] = {u64(C::kLocalExperts) * 2 * C::kIntermediate * C::kHidden,
+                                              u64(C::kLocalExperts) * C::kIntermediate * C::kHidden};
+    /// Where weights are expanded to.
+    u64 place_expanded(megamoe::Params& p, u32 r, u64 base) {
+        const auto place = [&](const char* name, u64 bytes) {
+            u8* at = memory.place(name, r, true, base, bytes).base;
+            base += (bytes / 1024 + 1) * 1024;
+            return at;
+        };
+        p.expanded1 = place("expanded weights", kExpandedBytes[0]);
+        p.expanded2 = place("expanded weights", kExpandedBytes[1]);
+        p.expanded = reinterpret_cast<u32*>(place("expanded pieces", expanded_words() * 4));
+        return base;
+    }
+    /// Those of the last launch must not pass for this one's.
+    void poison_expanded(megamoe::Params& p, u32 r) {
+        u8* const matrices[2] = {p.expanded1, p.expanded2};
+        for (u32 i = 0; i < 2; ++i) {
+            memory.write(matrices[i], kExpandedBytes[i], host(all[r], r));
+            std::memset(matrices[i], 0xDD, kExpandedBytes[i]);
+        }
+        p.weight1 = +p.expanded1, p.weight2 = +p.expanded2;
     }
     void fill(megamoe::Params& p, u32 r) {
         u8* base = all[r].local;
@@ -287,6 +315,8 @@ struct Run {
         p.side_of_sm[0] = dice.below(4) ? dice.below(1u << 16) : 0;   // any, or all on one side
         for (u32 s = 0; s < ranks; ++s) p.peers[s] = reinterpret_cast<u64>(all[s].symmetric);
         rank.now.variant = variant == "mixed" ? dice.below(static_cast<u32>(kVariants.size())) : named(variant);
+        p.weight1 = p.packed1, p.weight2 = p.packed2, p.expand_every = 1 + dice.below(4);
+        if (with_config(rank.now.variant, [](auto c) { return decltype(c)::Policy::kExpands; })) poison_expanded(p, r);
         rank.running = static_cast<u32>(blocks.size()) + 1;
         rank.clock.fence();   // what went before is visible to the whole launch
         for (u32 b = 0; b < grid; ++b) blocks.push_back(make_block(rank, r, b, grid));
@@ -304,13 +334,14 @@ struct Run {
         const u64 address = reinterpret_cast<u64>(block->memory.get());
         block->shared = block->memory.get() + (1024 - address % 1024) % 1024;
         std::memset(block->shared, 0xDD, block->shared_bytes);
-        block->live = kBlockWarps * kLanes;
+        block->threads = block->live = with_config(rank.now.variant, [](auto c) { return megamoe::kBlockThreads<decltype(c)>; });
         for (u32 w = 0; w < kBlockWarps; ++w) {
             Warp& warp = block->warps[w];
             warp.block = block.get(), warp.index = w, warp.agent = 2 * ((r * max_blocks + index) * kBlockWarps + w);
             warp.clock = rank.clock;
             warp.copies = warp.clock.now(warp.copy_agent());
             warp.clock.tick(warp.agent);
+            if (w >= block->threads / kLanes) continue;   // of other variants
             warp.live = ~0u;
             for (u32 l = 0; l < kLanes; ++l) {
                 warp.lanes[l].warp = &warp, warp.lanes[l].index = l;
@@ -335,7 +366,8 @@ struct Run {
             for (Warp& warp : block.warps) {
                 rank.clock.join(warp.clock);
                 rank.clock.learn({warp.copy_agent(), warp.copies});
-                for (Lane& lane : warp.lanes) give_stack(lane.stack);
+                for (Lane& lane : warp.lanes)
+                    if (lane.started) give_stack(lane.stack);
             }
             block.memory.reset();
         }

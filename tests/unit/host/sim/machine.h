@@ -23,7 +23,7 @@ struct Block {
     Warp warps[kBlockWarps];
     NamedBarrier barriers[16];
     std::unordered_map<u32, PhaseBarrier> phases;   // mbarriers by address
-    u32 live = 0;                                   // threads
+    u32 threads = 0, live = 0;                      // all; those that have not ended
     u32 copies = 0;                                 // in flight
     const void* launch = nullptr;
 
@@ -40,7 +40,7 @@ struct Block {
 
 /// A copy that its thread waits for; `state` 0: issued, 1: its source has been read, 2: written.
 struct Store {
-    u32 state = 0, group = 0;
+    u32 state = 0, group = 0, number = 0;   // `number`: among its warp's copies
     Lane* waiting = nullptr;
 };
 
@@ -233,6 +233,7 @@ inline void start_store(u8* to, u32 from, u32 bytes) {
     Block* block = now->warp->block;
     const u8* source = block->at(from, bytes, 16);
     auto store = std::make_shared<Store>();
+    store->number = now->warp->copies + 1;
     now->stores.push_back(store);
     start_copy([=, held = std::vector<u8>()]() mutable {
         if (++store->state == 1) held.assign(source, source + bytes);
@@ -251,8 +252,11 @@ inline void wait_stores(u32 pending, u32 state) {
             sleep("a bulk store", i);
         }
     if (state < 2) return;
-    stores.erase(stores.begin(), stores.end() - pending);
     if (pending == 0) now->warp->clock.learn({now->warp->copy_agent(), now->warp->copies}), ++now->warp->version;
+    if (stores.size() <= pending) return;
+    const u32 last = stores[stores.size() - pending - 1]->number;   // that is complete
+    now->warp->clock.learn({now->warp->copy_agent(), last}), ++now->warp->version;
+    stores.erase(stores.begin(), stores.end() - pending);
 }
 /// 16 bytes to shared memory that only this thread waits for.
 inline void start_thread_load(u32 to, const void* from) {

@@ -111,6 +111,9 @@ inline float term(const WeightTag& tag, u32 row, const u8* a, u32 key) {
     const float by = act2_scale(expert, step / 4) * weight_scale(2, expert, inside / 128, step / 4);
     return slot_value(key, expert, inside / 64, step) / by;
 }
+/// Where e5m2 weights come from that were packed: decoded from this thread's part of 64 rows of a swizzled tile (sim/packed.h).
+std::shared_ptr<WeightTag> unpacked_tag(u32 address);
+
 /// This thread's part of a product of 64 rows and 8 columns for every four registers, 32 deep.  Rows are activations, or
 /// weights where operands are swapped.
 inline void multiply(const Lane::Product& product) {
@@ -118,13 +121,15 @@ inline void multiply(const Lane::Product& product) {
     const u32 lane = now->index;
     WeightTag tag;
     if (product.tag) tag = *product.tag;
+    else if (product.unpacked) tag = *unpacked_tag(product.b);
     else std::memcpy(&tag, block.shared + (product.swapped ? product.a : product.b), sizeof tag);
     const u8* known[2] = {};   // activations, and their hashes: those of a row or of two columns come again
     u32 keys[2] = {};
     for (u32 i = 0; i < product.count; ++i) {
         const u32 row = now->warp->index % 4 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-        const u8* a = block.shared + (product.swapped ? product.b + column * 128 : product.a + row * 128);
-        const u32 slot = product.swapped ? i % 2 : 0;
+        const u8* a = product.rows ? product.rows->data() + i / 2 % 2 * 32
+                                   : block.shared + (product.swapped ? product.b + column * 128 : product.a + row * 128);
+        const u32 slot = product.swapped ? i % 2 : i / 2 % 2;
         if (a != known[slot]) known[slot] = a, keys[slot] = fold(a);
         const float value = term(tag, product.swapped ? row : column, a, keys[slot]);
         product.to[i] = (product.accumulate ? product.to[i] : 0) + value;

@@ -52,8 +52,8 @@ inline void fill_packed(u32 gemm, u8* codes, u8* exponents) {
         }
 }
 
-/// Where the weights in this thread's four registers of a product come from.
-inline std::shared_ptr<WeightTag> packed_tag(const u32 (&a)[4]) {
+/// Where the weights in this thread's four registers of a product come from; null if that is no one place.
+inline std::shared_ptr<WeightTag> decoded_tag(const u32 (&a)[4]) {
     const u32 thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4;
     for (u32 exponent = kLeastExponent; exponent < kLeastExponent + 3; ++exponent) {
         u32 word, second;
@@ -62,8 +62,22 @@ inline std::shared_ptr<WeightTag> packed_tag(const u32 (&a)[4]) {
         const u32 tensor = word >> 31 ? kWeight1 : kWeight2;
         return std::make_shared<WeightTag>(WeightTag{tensor, (word >> 16 & 0x7FFF) * 64, (word & 0xFFFF) * 32, 0});
     }
-    fail("weights in registers that are not those of any one place, in " + name_of(now));
     return nullptr;
+}
+inline std::shared_ptr<WeightTag> packed_tag(const u32 (&a)[4]) {
+    auto tag = decoded_tag(a);
+    if (!tag) fail("weights in registers that are not those of any one place, in " + name_of(now));
+    return tag;
+}
+
+/// A tile may end after 128 rows: what lies behind is nobody's, and its products, which are no good then, are stored nowhere.
+inline std::shared_ptr<WeightTag> unpacked_tag(u32 address) {
+    const u32 thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4, inside = address % 128;
+    u32 a[4];
+    for (u32 i = 0; i < 4; ++i)
+        std::memcpy(a + i, now->warp->block->shared + address - inside + (row + i % 2 * 8) * 128 + ((inside + i / 2 * 16) ^ row % 8 * 16) + thread % 4 * 4, 4);
+    auto tag = decoded_tag(a);
+    return tag ? tag : std::make_shared<WeightTag>(WeightTag{kWeight2, ~0u, ~0u, 0});
 }
 
 }  // namespace sim

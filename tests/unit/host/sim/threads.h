@@ -3,6 +3,7 @@
 // A lane runs until it has to wait, or until the dice interrupt it at an access that others can see.  Warps are chosen
 // by chance; a run may starve a rank, a block or a role, so that rare orders become common.
 #pragma once
+#include <array>
 #include <csetjmp>
 #include <ucontext.h>
 #include <memory>
@@ -12,7 +13,7 @@
 
 namespace sim {
 
-constexpr u32 kLanes = 32, kBlockWarps = 12;
+constexpr u32 kLanes = 32, kBlockWarps = BLOCK_WARPS;   // most of a block, of all variants
 
 struct Block;
 struct Warp;
@@ -37,8 +38,22 @@ struct Lane {
     std::vector<std::shared_ptr<Store>> stores;         // bulk stores in flight, oldest first
     std::vector<std::shared_ptr<Store>> loads;          // its own copies to shared memory, oldest first
     u32 load_groups = 0;                                // of them, committed so far
-    /// `tag`: of weights that came through registers (sim/model.h); null where both operands are in shared memory.
-    struct Product { float* to; u32 count; u64 a, b; u32 accumulate, group; bool swapped = false; std::shared_ptr<WeightTag> tag = nullptr; };
+    /// Two rows of activations, 32 deep, as they were when they came into registers.
+    using Rows = std::array<u8, 64>;
+    /// `tag`, `rows`: of weights, of activations that came through registers (sim/model.h); null for an operand in shared memory.
+    /// `unpacked`: weights there are e5m2 codes that were once packed.
+    struct Product {
+        float* to;
+        u32 count;
+        u64 a, b;
+        u32 accumulate, group;
+        bool swapped = false;
+        std::shared_ptr<WeightTag> tag = nullptr;
+        bool unpacked = false;
+        std::shared_ptr<Rows> rows = nullptr;
+    };
+    std::shared_ptr<Rows> rows[16];   // those read last
+    u32 rows_read = 0;
     std::vector<Product> products;   // matrix products in flight
     u32 groups = 0;                  // of them, committed so far
     u32 signals = 0;                 // stored for other ranks and its own

@@ -7,6 +7,19 @@
 namespace megamoe::ptx {
 
 inline float reciprocal_approx(float x) { return 1 / x; }
+inline u32 choose_bytes(u32 low, u32 high, u32 select) {
+    u32 result = 0;
+    for (u32 i = 0; i < 4; ++i) {
+        const u32 from = select >> 4 * i & 7;
+        result |= ((from < 4 ? low >> 8 * from : high >> 8 * (from - 4)) & 0xFF) << 8 * i;
+    }
+    return result;
+}
+inline void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
+    const u32 select = codes & 0x77777777u;
+    first = choose_bytes(low, high, select) | (codes & 0x80808080u);
+    second = choose_bytes(low, high, select >> 16) | (codes << 4 & 0x80808080u);
+}
 inline u32 max_u16x2(u32 a, u32 b) {
     const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
     return (high & 0xFFFF0000) | (low & 0xFFFF);

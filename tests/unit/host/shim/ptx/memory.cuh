@@ -32,6 +32,7 @@ template <class T> T load_global(const void* p) {
 inline u32 load_l2(const u32* p) { return load_global<u32>(p); }
 inline float load_l2(const float* p) { return load_global<float>(p); }
 inline Vec16 load16(const void* p) { return load_global<Vec16>(p); }
+inline void load8(const void* p, u32& a, u32& b) { a = load_global<u32>(p), b = load_global<u32>(static_cast<const u8*>(p) + 4); }
 inline void store16(void* p, const Vec16& v) {
     sim::maybe_leave();
     sim::memory.write(p, 16, sim::actor());
@@ -82,6 +83,22 @@ inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float 
     const u64* addresses = sim::meet_warp("stmatrix", address);
     const u32 lane = sim::now->index, values[4] = {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)};
     for (u32 i = 0; i < 4; ++i) store4_shared(static_cast<u32>(addresses[i * 8 + lane / 4]) + lane % 4 * 4, values[i]);
+}
+/// Keeps 32 bytes of rows l/4 and l/4 + 8 of lane l, and gives where.  Tiles of activations are not swizzled here, but the
+/// addresses are.
+inline void load_matrix4(u32 address, u32 (&v)[4]) {
+    const u64* addresses = sim::meet_warp("ldmatrix", address);
+    sim::Lane& lane = *sim::now;
+    for (u32 i = 0; i < 16; ++i)
+        for (u32 half = 0; half < 2; ++half)
+            if ((addresses[i + 16 * half] ^ i % 8 * 16) != addresses[0] + i * 128 + half * 16)
+                sim::fail("ldmatrix of other rows than those of a swizzled tile, in " + sim::name_of(&lane));
+    const u32 place = lane.rows_read++ % 16;
+    lane.rows[place] = std::make_shared<sim::Lane::Rows>();
+    for (u32 below = 0; below < 2; ++below)
+        std::memcpy(lane.rows[place]->data() + 32 * below,
+                    lane.warp->block->at(static_cast<u32>(addresses[0]) + (lane.index / 4 + 8 * below) * 128, 32, 16), 32);
+    v[0] = v[1] = v[2] = v[3] = place;
 }
 /// Lane l's numbers are those of columns 2(l%4) and the next of row l/4; the addresses are those of columns.
 inline void store_matrix4_bf16_turned(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {

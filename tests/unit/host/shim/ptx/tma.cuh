@@ -33,9 +33,10 @@ inline void bulk_store(void* dst, u32 src, u32 bytes) {
 template <u32 kPending> void bulk_wait_read() {
     if (sim::mutant != sim::kNoWaitForStoresRead) sim::wait_stores(kPending, 1);
 }
-inline void bulk_wait_all() {
-    if (sim::mutant != sim::kNoWaitForStores) sim::wait_stores(0, 2);
+template <u32 kPending> void bulk_wait() {
+    if (sim::mutant != sim::kNoWaitForStores) sim::wait_stores(kPending, 2);
 }
+inline void bulk_wait_all() { bulk_wait<0>(); }
 inline void prefetch_tensor_map(const TensorMap*) {}
 
 }  // namespace megamoe::ptx

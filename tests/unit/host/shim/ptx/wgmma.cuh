@@ -14,6 +14,7 @@ template <u32 kPending, std::size_t kNumbers> void wgmma_wait(float (&)[kNumbers
     products.erase(products.begin(), products.begin() + due);
 }
 inline void pin(u64&, u64&) {}
+inline void pin(u32 (&)[4][4]) {}
 
 /// Shared addresses of the first rows instead of descriptors, in units of 16 bytes as theirs.
 inline u64 matrix_descriptor(u32 address) {
@@ -22,9 +23,17 @@ inline u64 matrix_descriptor(u32 address) {
 }
 constexpr u32 kDescriptorRows64 = 512;
 
-inline void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
+enum class Codes : u32 { e4m3, e5m2 };
+template <Codes kB> void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
     for (u64 step = 0; step < 4; ++step)
-        sim::now->products.push_back({d, 32, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups});
+        sim::now->products.push_back({d, 32, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups, false, nullptr,
+                                      kB == Codes::e5m2});
+}
+/// What `load_matrix4` gave in place of numbers says where they are.
+inline void wgmma_m64n64k128(float (&d)[32], const u32 (&a)[4][4], u64 b) {
+    for (u64 step = 0; step < 4; ++step)
+        sim::now->products.push_back({d, 32, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, false, nullptr, true,
+                                      sim::now->rows[a[step][0]]});
 }
 
 // With operands swapped; registers are read when the product is issued.

@@ -1,0 +1,17 @@
+// What codes of four bits stand for, as e5m2.
+#pragma once
+#include "base/types.cuh"
+
+namespace megamoe {
+
+/// The e5m2 bytes of the eight magnitudes times a power of two: 0, 0.5, 1, 1.5 and 2, 3, 4, 6.
+struct Magnitudes {
+    u32 low, high;
+
+    /// `exponent`: 16 more than that of the power; 3 to 29.  A step of it is 4 in the byte of every magnitude but zero.
+    MEGA_DEVICE explicit Magnitudes(u32 exponent)
+        : low(exponent * 0x04040400u + (0x3E3C3800u - 16 * 0x04040400u)),
+          high(exponent * 0x04040404u + (0x46444240u - 16 * 0x04040404u)) {}
+};
+
+}   // namespace megamoe

@@ -1,0 +1,22 @@
+// Expands pieces of packed weights by the code of the kernels, one lane after the other.  Standard input: for each its codes, then
+// its exponents.  Standard output: its tile.
+#include <cstdio>
+#include <cstring>
+
+#include "base/types.cuh"
+
+#include "expand/unpack.cuh"
+
+using namespace megamoe;
+
+int main() {
+    static u8 given[PackedPiece::kCodeBytes + PackedPiece::kExponentBytes];
+    while (std::fread(given, 1, sizeof given, stdin) == sizeof given) {
+        for (ptx::current_lane = 0; ptx::current_lane < kWarp; ++ptx::current_lane) {
+            PackedPiece piece;
+            piece.load(given, given + PackedPiece::kCodeBytes);
+            piece.expand(1024);
+        }
+        std::fwrite(ptx::shared_memory + 1024, 1, PackedPiece::kBytes, stdout);
+    }
+}
