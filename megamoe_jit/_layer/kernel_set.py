@@ -92,7 +92,7 @@ class KernelSet:
         return kernel
 
     def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> Iterable[_Kind]:
-        """What is prepared together with a kernel: with several ranks, all that `auto` may take on another one beside it."""
+        """What is prepared together with a kernel: with several ranks, all that `auto` may take on another one."""
         if self._place.ranks == 1:
             return [(variant, numerics, inputs, weights)]
         forms = (inputs,) if inputs is Inputs.STAGED else tuple(Inputs)
