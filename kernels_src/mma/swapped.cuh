@@ -3,12 +3,15 @@
 // What block_scaled.cuh multiplies as 64 tokens by 256 weights, mostly by padding where an expert has few tokens, is here 64
 // weights by kN tokens, 8 or more.  A tile's 256 weight rows are four blocks of 64, two for each math warpgroup.  How a
 // block's weights become the left operand knows their format: from shared memory as they are, or through registers, where
-// they become what the tensor cores multiply.  That costs instructions, so the two blocks take turns:
+// they become what the tensor cores multiply.  That takes longer than the product, so it is done while another one runs.
+// With 64 columns the two blocks take turns:
 //
 //   issue         0 of A         1 of A                      0 of B         1 of B
 //   load                1 of A               0 of B               1 of B               0 of C
 //   wait for                           0 of A        1 of A                      0 of B
 //   promote                            0 of A        1 of A, release A           0 of B
+//
+// With fewer there are registers to load both of the next k-block while both of this one are multiplied (`at_once`).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //

@@ -35,7 +35,7 @@ SMALL_BOX_ROWS = 16
 STAGE_THREADS = 256
 
 #: `Params` of layout/params.cuh: name, type, how many, and offset in bytes.
-PARAMS_BYTES, PARAMS_ALIGN = 960, 64
+PARAMS_BYTES, PARAMS_ALIGN = 1024, 64
 PARAMS = (
     ("act1", "TensorMap", 1, 0),
     ("act2", "TensorMap", 1, 128),
@@ -89,9 +89,15 @@ PARAMS = (
     ("weight_factor", "float", 1, 892),
     ("shared_weight", "float", 1, 896),
     ("most_pairs", "u32", 1, 900),
-    ("unused", "u32", 10, 904),
-    ("weight1_exponents", "u64", 1, 944),
-    ("weight2_exponents", "u64", 1, 952),
+    ("expand_every", "u32", 1, 904),
+    ("unused", "u32", 15, 908),
+    ("packed1", "u64", 1, 968),
+    ("packed2", "u64", 1, 976),
+    ("expanded1", "u64", 1, 984),
+    ("expanded2", "u64", 1, 992),
+    ("expanded", "u64", 1, 1000),
+    ("weight1_exponents", "u64", 1, 1008),
+    ("weight2_exponents", "u64", 1, 1016),
 )
 
 #: `StageParams` of kernels/stage.cuh: name, type, how many, and offset in bytes.
