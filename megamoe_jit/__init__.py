@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         get_symm_buffer_for_mega_moe,
         get_symm_buffer_for_sm90_mega_moe,
     )
+    from megamoe_jit._layer.local_experts import mega_moe_local_experts
     from megamoe_jit._layer.moe import MegaMoE
     from megamoe_jit._layer.quantize import (
         dequantize_activations,
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
         transform_weights_for_mega_moe_sm90,
         weights_metadata,
     )
+    from megamoe_jit._nodes.buffer import MultiNodeBuffer
+    from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
+    from megamoe_jit._nodes.topology import NodeTopology
     from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
 #: Where each name lives; its module is imported when it is asked for.
@@ -81,6 +85,8 @@ _LAZY = {
     ),
     **dict.fromkeys(("KernelSpec", "MoEShape", "Variant"), "_spec"),
     "MegaMoE": "_layer.moe",
+    "MultiNodeBuffer": "_nodes.buffer",
+    "NodeTopology": "_nodes.topology",
     "SymmBuffer": "_layer.buffer",
     "dequantize_activations": "_layer.quantize",
     "dequantize_weights": "_layer.quantize",
@@ -88,13 +94,16 @@ _LAZY = {
     "export_pack": "_jit.pack",
     "fp8_mega_moe": "_layer.calls",
     "fp8_mega_moe_cooperative": "_layer.calls",
+    "fp8_mega_moe_multinode": "_nodes.calls",
     "fp8_mega_moe_pingpong": "_layer.calls",
+    "get_multinode_buffer_for_mega_moe": "_nodes.calls",
     "get_symm_buffer_for_mega_moe": "_layer.calls",
     "get_symm_buffer_for_sm90_mega_moe": "_layer.calls",
     "import_pack": "_jit.pack",
     "inverse_transform_weights_for_mega_moe_sm90": "_layer.weights",
     "is_transformed": "_layer.weights",
     "mark_transformed": "_layer.weights",
+    "mega_moe_local_experts": "_layer.local_experts",
     "mega_moe_pre_dispatch_sm90": "_layer.stage",
     "quantize_activations": "_layer.quantize",
     "quantize_weights": "_layer.quantize",
@@ -120,6 +129,8 @@ __all__ = [
     "MegaMoE",
     "MegaMoeError",
     "MoEShape",
+    "MultiNodeBuffer",
+    "NodeTopology",
     "PackError",
     "PeerTimeoutError",
     "PerformanceLossError",
@@ -136,13 +147,16 @@ __all__ = [
     "export_pack",
     "fp8_mega_moe",
     "fp8_mega_moe_cooperative",
+    "fp8_mega_moe_multinode",
     "fp8_mega_moe_pingpong",
+    "get_multinode_buffer_for_mega_moe",
     "get_symm_buffer_for_mega_moe",
     "get_symm_buffer_for_sm90_mega_moe",
     "import_pack",
     "inverse_transform_weights_for_mega_moe_sm90",
     "is_transformed",
     "mark_transformed",
+    "mega_moe_local_experts",
     "mega_moe_pre_dispatch_sm90",
     "quantize_activations",
     "quantize_weights",

@@ -38,6 +38,7 @@ class Numerics(metaclass=_Once):
     """Numeric options, each a compile-time constant of a kernel: `fast_math` is `Config::kFastMath`."""
 
     fast_math: bool = _option(True, off="exact", on="fast", what="approximate exponential and reciprocal in SwiGLU")
+    float32_out: bool = _option(False, off="", on="f32out", what="y in float32, not rounded to bf16")
 
     def __post_init__(self) -> None:
         for option in fields(self):
