@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     )
     from megamoe_jit._nodes.buffer import MultiNodeBuffer
     from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
+    from megamoe_jit._nodes.deep_ep import DeepEpExchange
+    from megamoe_jit._nodes.exchange import Exchange
+    from megamoe_jit._nodes.nccl_ep import NcclEpExchange
     from megamoe_jit._nodes.topology import NodeTopology
     from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
@@ -84,8 +87,11 @@ _LAZY = {
         "_errors",
     ),
     **dict.fromkeys(("KernelSpec", "MoEShape", "Variant"), "_spec"),
+    "DeepEpExchange": "_nodes.deep_ep",
+    "Exchange": "_nodes.exchange",
     "MegaMoE": "_layer.moe",
     "MultiNodeBuffer": "_nodes.buffer",
+    "NcclEpExchange": "_nodes.nccl_ep",
     "NodeTopology": "_nodes.topology",
     "SymmBuffer": "_layer.buffer",
     "dequantize_activations": "_layer.quantize",
@@ -121,7 +127,9 @@ __all__ = [
     "CaptureError",
     "CompileError",
     "ConfigError",
+    "DeepEpExchange",
     "DeviceFaultError",
+    "Exchange",
     "KernelMissingError",
     "KernelSpec",
     "LaunchError",
@@ -130,6 +138,7 @@ __all__ = [
     "MegaMoeError",
     "MoEShape",
     "MultiNodeBuffer",
+    "NcclEpExchange",
     "NodeTopology",
     "PackError",
     "PeerTimeoutError",

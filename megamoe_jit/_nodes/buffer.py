@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial as partial_call
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         topology: the `NodeTopology`.
         chunks: parts that a call is cut into, so that one's rows travel while another is computed.
         device: the GPU.
+        lock: of staging and calls together, for threads that share the buffer.
     """
 
     def stage(
@@ -163,6 +165,12 @@ class MultiNodeBuffer(MultiNodeMemory):
         self, y: torch.Tensor, l1: WeightPair, l2: WeightPair, padded_tokens: int | None, options: CallOptions
     ) -> None:
         """A whole call; what `fp8_mega_moe_multinode` does with what it has checked, but for the rows."""
+        with self.lock:
+            self._run(y, l1, l2, padded_tokens, options)
+
+    def _run(
+        self, y: torch.Tensor, l1: WeightPair, l2: WeightPair, padded_tokens: int | None, options: CallOptions
+    ) -> None:
         tokens = y.shape[0]
         rows = self._admit_rows(tokens, padded_tokens)
         if options.fast_math not in self._prepared:
@@ -180,8 +188,7 @@ class MultiNodeBuffer(MultiNodeMemory):
             self._experts.compute(Arrived(tokens, None, batch), y, l1, l2, options)
             return
         self._begin(tokens, rows)
-        for lane in self._lanes:
-            lane.experts.ready()
+        self.wait_for_last()
         exchange = self._exchange(rows)
         if self.chunks == 1:
             one = self._dispatch(0, rows, tokens, exchange)
@@ -260,4 +267,5 @@ class MultiNodeBuffer(MultiNodeMemory):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise self._lost(f"{what} did not get through: {first_line(error)}") from error
+            said = re.sub(r"^\[[^\]]*\] *", "", first_line(error))  # without the place in the sources of a library
+            raise self._lost(f"{what} did not get through: {said}") from error

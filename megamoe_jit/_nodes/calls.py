@@ -23,7 +23,7 @@ from megamoe_jit._nodes.exchange import Exchange
 from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.model import chunks_for
-from megamoe_jit._nodes.topology import NodeTopology
+from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._spec import MoEShape, check_clamp, check_flag, check_int
 from megamoe_jit._spec.checks import check
 from megamoe_jit._text import shown
@@ -36,7 +36,7 @@ MOST_CHUNKS, MOST_CTAS = 64, 64
 
 
 def get_multinode_buffer_for_mega_moe(
-    topology: NodeTopology,
+    topology: NodeRanks,
     num_experts: int,
     num_max_tokens_per_rank: int,
     num_topk: int,
@@ -76,7 +76,7 @@ def get_multinode_buffer_for_mega_moe(
         RankMismatchError: the ranks ask for different layers.
         MegaMoeError: as `get_symm_buffer_for_mega_moe`.
     """
-    if not isinstance(topology, NodeTopology):
+    if not isinstance(topology, NodeRanks):
         raise ConfigError(f"topology: {type(topology).__name__} given; allowed: a NodeTopology")
     refuse_capture("a buffer cannot be made", "make it before the capture")
     sizes = (hidden, intermediate_hidden, num_experts, num_topk, num_shared_experts)
@@ -99,6 +99,8 @@ def get_multinode_buffer_for_mega_moe(
 
     shape, where, parts = collectively(topology.group, "checking the layer", admit)
     name = exchange if isinstance(exchange, str) else exchange.name
+    if not isinstance(exchange, str) and not exchange.float32 and partial == "fp32":
+        raise ConfigError(f"partial = 'fp32' with exchange {name}; allowed: 'bf16', it carries nothing else back")
     asked = {"sizes": sizes, "tokens": num_max_tokens_per_rank, "exchange": name, "partial": partial, "chunks": parts}
     if topology.world_size > 1:
         require_equal(topology.group, "the layer", {**asked, "comm_ctas": comm_ctas, "max_pool_rows": max_pool_rows})

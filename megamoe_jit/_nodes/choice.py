@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megamoe_jit._errors import CaptureError
 from megamoe_jit._nodes.exchange import Exchange
 from megamoe_jit._nodes.model import cost
 from megamoe_jit._nodes.rail import TorchRail
@@ -45,9 +46,14 @@ class Choices:
 
     def pick(self, rows: int, capturing: bool) -> Exchange:
         """That of a call with so many rows on each rank, which all ranks have alike."""
-        if len(self.exchanges) == 1:
-            return next(iter(self.exchanges.values()))
-        return self.exchanges[self._by_rule(rows, capturing)]
+        if len(self.exchanges) > 1:
+            return self.exchanges[self._by_rule(rows, capturing)]
+        (one,) = self.exchanges.values()
+        if capturing and not one.capturable:
+            raise CaptureError(
+                f"exchange {one.name} cannot be captured in a CUDA graph; use 'gather' or 'auto' for calls that are"
+            )
+        return one
 
     def _rule(self, rows: int, capturing: bool) -> str:
         assert self.rail is not None

@@ -11,18 +11,19 @@ from megamoe_jit._errors import PeerTimeoutError
 
 if TYPE_CHECKING:
     from megamoe_jit._nodes.choice import Choices
-    from megamoe_jit._nodes.topology import NodeTopology
+    from megamoe_jit._nodes.ranks import NodeRanks
 
 __all__ = ["Watch", "loss"]
 
 
-def loss(topology: NodeTopology, said: str) -> PeerTimeoutError:
+def loss(topology: NodeRanks, said: str) -> PeerTimeoutError:
     """The error of a call that did not get through, which names who is missing. Takes a few seconds to ask.
 
     Args:
         topology: whose ranks are called.
         said: what was noticed.
     """
+    topology.roll_call.give_notice()
     missing = topology.roll_call.missing()
     if missing is None:
         who = "nobody can be asked: the store of the process group is gone, and with it the process that kept it"
@@ -47,7 +48,7 @@ class Watch:
         timeout_s: after which the ranks are called; a device that is only busy goes on.
     """
 
-    def __init__(self, topology: NodeTopology, choices: Choices, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, topology: NodeRanks, choices: Choices, device: torch.device, timeout_s: float) -> None:
         self._topology, self._choices, self._device, self._timeout_s = topology, choices, device, timeout_s
         self._deadline = time.monotonic() + timeout_s
 

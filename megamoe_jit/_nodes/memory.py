@@ -16,7 +16,7 @@ from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.experts import Experts
 from megamoe_jit._nodes.lanes import Lane, staging
 from megamoe_jit._nodes.loss import Watch, loss
-from megamoe_jit._nodes.topology import NodeTopology
+from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._spec import MAX_TOKENS, MoEShape
 
 __all__ = ["MultiNodeMemory", "capturing"]
@@ -29,7 +29,7 @@ class MultiNodeMemory:
 
     def __init__(
         self,
-        topology: NodeTopology,
+        topology: NodeRanks,
         shape: MoEShape,
         max_tokens: int,
         device: torch.device,
@@ -46,6 +46,7 @@ class MultiNodeMemory:
         self.hidden, self.intermediate_hidden = shape.hidden, shape.intermediate
         self.chunks, self.comm_ctas, self.timeout_s = chunks, comm_ctas, timeout_s
         self.choices = choices
+        self.lock = threading.RLock()
         self._destroyed = False
         self._broken: MegaMoeError | None = None
         self._prepared: set[bool] = set()
@@ -89,6 +90,11 @@ class MultiNodeMemory:
             raise ConfigError("this buffer was destroyed; allowed: calls before destroy()")
         if self._broken is not None:
             raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
+
+    def wait_for_last(self) -> None:
+        """Make the current stream wait for the last call, if that was on another."""
+        for experts in self._all_experts():
+            experts.ready()
 
     def _all_experts(self) -> list[Experts]:
         return [lane.experts for lane in self._lanes] or [self._experts]

@@ -47,6 +47,12 @@ class RollCall:
             threading.Thread(target=_beat, args=arguments, name="megamoe-jit roll call", daemon=True).start()
         weakref.finalize(self, self._over.set)
 
+    def give_notice(self) -> None:
+        """Tell the others that this rank has found a loss: when it ends because of that, it is not the one they miss."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                self._store.set(f"notice/{self.rank}", "")
+
     def missing(self) -> dict[int, str] | None:
         """Ranks that are not where this one is, and why; None if that cannot be told. Takes `LISTEN_S`."""
         if self._store is None:
@@ -55,11 +61,12 @@ class RollCall:
             before = [_read(self._store, rank) for rank in range(self.ranks)]
             time.sleep(LISTEN_S)
             after = [_read(self._store, rank) for rank in range(self.ranks)]
+            noticed = [self._store.check([f"notice/{rank}"]) for rank in range(self.ranks)]
         except RuntimeError:  # the store is gone, with the process that had it
             return None
         found = {}
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
-            if rank == self.rank:
+            if rank == self.rank or noticed[rank]:
                 continue
             if old[0] == new[0]:
                 found[rank] = "its process is gone or stands still"

@@ -49,8 +49,9 @@ class Numerics(metaclass=_Once):
         return Numerics, self.values()
 
     def __str__(self) -> str:
-        """As the arguments of a call."""
-        return ", ".join(f"{name}={flag}" for name, flag in self.options().items())
+        """As the arguments of a call, without those that are not in the name of a kernel."""
+        words = {option.name: option.metadata["words"] for option in fields(self)}
+        return ", ".join(f"{name}={flag}" for name, flag in self.options().items() if words[name][flag])
 
     def values(self) -> tuple[Any, ...]:
         """Options in the order of the fields."""

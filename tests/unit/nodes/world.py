@@ -218,7 +218,7 @@ def thread_world(nodes: int, ranks_per_node: int, action: Callable[[Any, ThreadR
         node, local = divmod(rank, ranks_per_node)
         topology = SimpleNamespace(
             group=None, node_group=None, nodes=nodes, node=node, ranks_per_node=ranks_per_node, local_rank=local,
-            world_size=world, rank=rank, roll_call=SimpleNamespace(calls=0, missing=dict),
+            world_size=world, rank=rank, roll_call=SimpleNamespace(calls=0, missing=dict, give_notice=lambda: None),
             place_of=lambda r: f"node {r // ranks_per_node} (rank {r})",
         )  # fmt: skip
         try:
