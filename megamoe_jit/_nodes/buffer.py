@@ -267,5 +267,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if any(experts.has_fault() for experts in self._all_experts()):
+                self.check()  # a kernel gave up before, and says why
             said = re.sub(r"^\[[^\]]*\] *", "", first_line(error))  # without the place in the sources of a library
             raise self._lost(f"{what} did not get through: {said}") from error

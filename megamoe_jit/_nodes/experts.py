@@ -128,6 +128,10 @@ class Experts:
         wait_for_device(self.buffer.device, lambda: bool(self.buffer.fault[0]), asked)
         return told[0] if told else None
 
+    def has_fault(self) -> bool:
+        """Whether a kernel has left a record of why it gave up."""
+        return bool(self.buffer.fault[0])
+
     def check(self) -> None:
         """As `SymmBuffer.check`."""
         self.buffer.check()

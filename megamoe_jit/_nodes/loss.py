@@ -13,18 +13,23 @@ if TYPE_CHECKING:
     from megamoe_jit._nodes.choice import Choices
     from megamoe_jit._nodes.ranks import NodeRanks
 
-__all__ = ["Watch", "loss"]
+__all__ = ["UNASKED", "Watch", "loss"]
 
 
-def loss(topology: NodeRanks, said: str) -> PeerTimeoutError:
-    """The error of a call that did not get through, which names who is missing. Takes a few seconds to ask.
+UNASKED: dict[int, str] = {}  #: stands for what nobody has found out yet
+
+
+def loss(topology: NodeRanks, said: str, missing: dict[int, str] | None = UNASKED) -> PeerTimeoutError:
+    """The error of a call that did not get through, which names who is missing.
 
     Args:
-        topology: whose ranks are called.
+        topology: whose ranks are called, which takes a few seconds.
         said: what was noticed.
+        missing: as `RollCall.missing` gave it, where that was asked already.
     """
     topology.roll_call.give_notice()
-    missing = topology.roll_call.missing()
+    if missing is UNASKED:
+        missing = topology.roll_call.missing()
     if missing is None:
         who = "nobody can be asked: the store of the process group is gone, and with it the process that kept it"
     elif missing:
@@ -51,6 +56,7 @@ class Watch:
     def __init__(self, topology: NodeRanks, choices: Choices, device: torch.device, timeout_s: float) -> None:
         self._topology, self._choices, self._device, self._timeout_s = topology, choices, device, timeout_s
         self._deadline = time.monotonic() + timeout_s
+        self.missing: dict[int, str] | None = UNASKED  #: who is, once that was asked
 
     def __call__(self) -> str | None:
         """What was noticed, None while all is well."""
@@ -59,7 +65,9 @@ class Watch:
             return f"NCCL reports {said}"
         if time.monotonic() < self._deadline:
             return None
-        if self._topology.roll_call.missing() == {}:
+        found = self._topology.roll_call.missing()
+        if found == {}:
             self._deadline = time.monotonic() + self._timeout_s
             return None
+        self.missing = found
         return f"nothing came for {self._timeout_s:g} s"

@@ -15,7 +15,7 @@ from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.experts import Experts
 from megamoe_jit._nodes.lanes import Lane, staging
-from megamoe_jit._nodes.loss import Watch, loss
+from megamoe_jit._nodes.loss import UNASKED, Watch, loss
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._spec import MAX_TOKENS, MoEShape
 
@@ -99,9 +99,9 @@ class MultiNodeMemory:
     def _all_experts(self) -> list[Experts]:
         return [lane.experts for lane in self._lanes] or [self._experts]
 
-    def _lost(self, said: str) -> PeerTimeoutError:
-        """Find out who is missing, and make the buffer unusable."""
-        error = loss(self.topology, said)
+    def _lost(self, said: str, missing: dict[int, str] | None = UNASKED) -> PeerTimeoutError:
+        """Find out who is missing, unless that is known, and make the buffer unusable."""
+        error = loss(self.topology, said, missing)
         self._poison(error)
         return error
 
@@ -125,10 +125,12 @@ class MultiNodeMemory:
             raise type(self._broken)(str(self._broken))
         if self.device.type != "cuda":
             return
-        if not self._alone and not capturing():
-            lost = self._experts.wait(Watch(self.topology, self.choices, self.device, self.timeout_s))
+        faults = any(experts.has_fault() for experts in self._all_experts())
+        if not self._alone and not faults and not capturing():
+            watch = Watch(self.topology, self.choices, self.device, self.timeout_s)
+            lost = self._experts.wait(watch)
             if lost is not None:
-                raise self._lost(lost)
+                raise self._lost(lost, watch.missing)
         for experts in self._all_experts():
             try:
                 experts.check()

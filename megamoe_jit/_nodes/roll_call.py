@@ -48,7 +48,7 @@ class RollCall:
         weakref.finalize(self, self._over.set)
 
     def give_notice(self) -> None:
-        """Tell the others that this rank has found a loss: when it ends because of that, it is not the one they miss."""
+        """Tell the others that this rank has found a loss; if it ends because of that, it is not the one they miss."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):  # the store is gone
                 self._store.set(f"notice/{self.rank}", "")

@@ -53,7 +53,7 @@ class Echo:
 def buffer_of(nodes: int, exchange=GatherExchange, **more) -> mm.MultiNodeBuffer:
     topology = SimpleNamespace(
         group=None, node_group=None, nodes=nodes, node=0, ranks_per_node=1, local_rank=0, world_size=nodes, rank=0,
-        roll_call=SimpleNamespace(calls=0, give_notice=lambda: None, missing=lambda: {1: "its process is gone or stands still"}),
+        roll_call=SimpleNamespace(calls=0, give_notice=lambda: None, missing=lambda: {1: "its process is gone"}),
         place_of=lambda rank: f"node {rank} (rank {rank})",
     )  # fmt: skip
     shape = mm.MoEShape(SHAPE.hidden, SHAPE.intermediate, SHAPE.experts * nodes, SHAPE.topk)
@@ -125,7 +125,7 @@ def test_a_loss_names_node_and_rank_poisons_and_destroy_asks_nobody(cuda: Cuda, 
     says = "node 0 (rank 0): in call 2 between nodes, results did not get through: Connection closed by peer (missing: "
     with pytest.raises(PeerTimeoutError) as caught:
         mm.fp8_mega_moe_multinode(y, L1, L2, buffer)
-    assert says + "node 1 (rank 1): its process is gone or stands still)" in str(caught.value)
+    assert says + "node 1 (rank 1): its process is gone)" in str(caught.value)
     launched = len(cuda.launches)
     for action in (lambda: mm.fp8_mega_moe_multinode(y, L1, L2, buffer), lambda: buffer.dispatch(3)):
         refused(action, "this buffer is unusable since an earlier call failed", kind=PeerTimeoutError)

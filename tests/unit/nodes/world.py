@@ -73,6 +73,9 @@ class ReferenceExperts:
         clamp = None if options.clamp == float("inf") else options.clamp
         partial.copy_(by_row(rows, l1, l2, clamp, partial.dtype))
 
+    def has_fault(self) -> bool:
+        return False
+
     def check(self) -> None:
         if self.broken is not None:
             raise self.broken

@@ -1,0 +1,67 @@
+"""What ranks do in a test where one of two nodes is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megamoe_jit as mm
+from megamoe_jit._check.spawn import World
+from megamoe_jit._layer.group import gather
+from tests.multi.checks_nodes import CLAMP, NodeRank
+
+TIMEOUT_S = 5.0
+
+
+def run(world: World, how: str, replayed: bool) -> dict[str, Any] | None:
+    """Some good calls, then the last rank is lost; what the first one sees of it.
+
+    Args:
+        world: this rank.
+        how: `killed` or `stopped`.
+        replayed: calls are replays of a graph, which nobody but `check` watches.
+    """
+    it, last = NodeRank(world), world.ranks - 1
+    processes = gather(dist.group.WORLD, os.getpid())
+    buffer, inputs = it.buffer("gather", timeout_s=TIMEOUT_S), it.inputs(64)
+    it.run(buffer, inputs, 64)
+    y = torch.empty(64, it.shape.hidden, dtype=torch.bfloat16, device=it.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        mm.fp8_mega_moe_multinode(y, it.l1, it.l2, buffer, 64, CLAMP)
+
+    def call() -> None:
+        if replayed:
+            graph.replay()
+        else:
+            mm.fp8_mega_moe_multinode(y, it.l1, it.l2, buffer, 64, CLAMP)
+
+    call()
+    buffer.check()
+    gather(dist.group.WORLD, None)
+    if world.rank == last:
+        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    time.sleep(1.0)
+    found: dict[str, Any] = {"error": None, "text": "", "later": None}
+    begin = time.perf_counter()
+    try:
+        call()
+        buffer.check()
+    except mm.MegaMoeError as error:
+        found |= {"error": type(error).__name__, "text": str(error)}
+    found["seconds"] = time.perf_counter() - begin
+    try:
+        mm.fp8_mega_moe_multinode(y, it.l1, it.l2, buffer, 64, CLAMP)
+    except mm.MegaMoeError as error:
+        found["later"] = type(error).__name__
+    begin = time.perf_counter()
+    buffer.destroy()
+    found["destroy_seconds"] = time.perf_counter() - begin
+    if how == "stopped":
+        os.kill(processes[last], signal.SIGKILL)
+    return found
