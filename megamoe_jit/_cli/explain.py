@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import emit, json_option, show
+from megamoe_jit._cli._nodes import lines_between, nodes_options, ways_of
 from megamoe_jit._cli._options import (
     cache_dir_option,
     gpu_option,
@@ -31,12 +32,14 @@ __all__ = ["explain"]
 def _text(call: Call, gpu: str) -> str:
     parameters = ", ".join(f"{key} {value}" for key, value in content(call.parameters).items())
     cached = "cached" if call.cached else "not cached"
+    between = lines_between(call.between) if call.between is not None else []
     lines = [
         f"{call.name}, {call.tokens} tokens, {call.ranks} rank(s): {call.variant}",
         f"  kernel      {call.kernel}",
         f"  key         {call.key} ({cached})" if call.key else f"  key         none: {call.problem}",
         f"  parameters  {parameters}",
         f"  GPU         {gpu}",
+        *(f"  {'nodes' if i == 0 else '':10}  {line}" for i, line in enumerate(between)),
         *(f"  {'reasons' if i == 0 else '':10}  {reason}" for i, reason in enumerate(call.reasons)),
     ]
     return "\n".join(lines)
@@ -51,6 +54,7 @@ def _text(call: Call, gpu: str) -> str:
     type=click.Choice(VARIANT_CHOICES),
     help="The variant argument of the call.  [default: the setting MEGAMOE_JIT_VARIANT]",
 )
+@nodes_options
 @numerics_options
 @sms_option
 @gpu_option
@@ -62,6 +66,10 @@ def explain(
     ranks: int,
     variant: str | None,
     numerics: Numerics,
+    nodes: int,
+    exchange: str,
+    partial: str,
+    chunks: int | None,
     sms: int,
     gpu: str | None,
     as_json: bool,
@@ -74,7 +82,7 @@ def explain(
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "numerics": numerics, "num_sms": sms}
-    options["gpu"] = found.gpu
+    options |= {"gpu": found.gpu, "ways": ways_of(nodes, exchange, partial, chunks)}
     calls = per_shape(
         shapes, lambda name, shape: [explain_call(shape, count, name=name, **options) for count in tokens]
     )

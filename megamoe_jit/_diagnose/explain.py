@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from megamoe_jit._diagnose.between import Between, Ways, between
 from megamoe_jit._documents import Count, Digest, Document, content
 from megamoe_jit._spec import DEFAULT_NUMERICS, KernelSpec, MoEShape
 from megamoe_jit._spec.compilable import Compilable
@@ -76,6 +78,7 @@ class Call:
         key: null without a compiler to give it one
         path: of its entry
         problem: why there is no compiler to give it a key
+        between: with several nodes, how rows travel; the shape is that of a node then
     """
 
     name: str
@@ -90,6 +93,7 @@ class Call:
     cached: bool
     path: str | None
     problem: str | None
+    between: Between | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,7 @@ def explain(
     numerics: Numerics = DEFAULT_NUMERICS,
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
+    ways: Ways | None = None,
 ) -> Call:
     """Which kernel a call with so many tokens takes, with which parameters, and why.
 
@@ -153,6 +158,7 @@ def explain(
         numerics: the numeric options of the call.
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
+        ways: how the call goes over several nodes, which share the experts of `shape`; None for one node.
 
     Raises:
         ConfigError: a value is not supported.
@@ -160,17 +166,17 @@ def explain(
     from megamoe_jit._settings.settings import get_settings
 
     settings = get_settings()
-    choice = choose(
-        shape,
-        tokens,
-        ranks=ranks,
-        variant=variant or settings.variant,
-        cooperative_threshold=settings.cooperative_threshold,
-        num_sms=num_sms,
-        gpu=gpu,
-    )
+    beyond = None
+    if ways is not None and ways.nodes > 1:
+        shape, beyond = between(shape, tokens, ranks, ways)
+        numerics = replace(numerics, float32_out=beyond.partial == "fp32")
+    chosen: dict[str, Any] = {"ranks": ranks, "num_sms": num_sms, "gpu": gpu}
+    chosen["cooperative_threshold"] = settings.cooperative_threshold
+    choice = taken = choose(shape, tokens, variant=variant or settings.variant, **chosen)
+    if beyond is not None:  # the variant is that of the rank's own tokens, the rest follows from rows
+        taken = choose(shape, beyond.launch_rows, variant=choice.variant.value, **chosen)
     spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics)
-    parameters = Parameters(num_sms, spec.block_m, spec.stages, choice.lag_tiles, choice.rows_per_item)
+    parameters = Parameters(num_sms, spec.block_m, spec.stages, taken.lag_tiles, taken.rows_per_item)
     return Call(
         name=name,
         shape=shape,
@@ -180,4 +186,5 @@ def explain(
         parameters=parameters,
         reasons=choice.reasons,
         **content(kernel_state(spec)),
+        between=beyond,
     )

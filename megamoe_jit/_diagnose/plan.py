@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe_jit._device.layout import Section, buffer_layout
+from megamoe_jit._diagnose.between import Between, Ways, between
 from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor
 from megamoe_jit._documents import Count, Document
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape
+from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape
 from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
@@ -19,6 +20,7 @@ from megamoe_jit._spec.abi import (
     TILE_BYTES,
     TILE_SLOTS,
 )
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
 from megamoe_jit.heuristics.select import AUTO, all_variants, choose
 
@@ -88,6 +90,7 @@ class Planned:
         full_call: the variant of a call that fills the buffer
         symmetric: what peers may read or write
         local: what this rank alone uses
+        between: with several nodes, how rows travel; shape and buffer are those of a node then, one for each lane
     """
 
     name: str
@@ -105,6 +108,7 @@ class Planned:
     weight_bytes: Count
     output_bytes: Count
     kernels: tuple[Launch, ...]
+    between: Between | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,7 @@ def memory_plan(
     variant: str = AUTO,
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
+    ways: Ways | None = None,
 ) -> Planned:
     """Memory and launch of one rank whose buffer holds so many tokens.
 
@@ -176,6 +181,7 @@ def memory_plan(
         variant: one variant alone, or `auto` for every one that a call can pick.
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
+        ways: how calls go over several nodes, which share the experts of `shape`; None for one node.
 
     Raises:
         ConfigError: a value is not supported.
@@ -184,8 +190,11 @@ def memory_plan(
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
     from megamoe_jit._settings.settings import get_settings
 
-    settings = get_settings()
-    layout = buffer_layout(shape, tokens, ranks)
+    settings, numerics, room, beyond = get_settings(), DEFAULT_NUMERICS, tokens, None
+    if ways is not None and ways.nodes > 1:
+        shape, beyond = between(shape, tokens, ranks, ways)
+        room, numerics = beyond.most_rows, Numerics(float32_out=beyond.partial == "fp32")
+    layout = buffer_layout(shape, room, ranks)
     picked = choose(
         shape,
         layout.capacity,
@@ -196,7 +205,7 @@ def memory_plan(
         gpu=gpu,
     )
     variants = all_variants(shape) if variant == AUTO else (picked.variant,)
-    specs = [KernelSpec(shape, each, ranks) for each in variants]
+    specs = [KernelSpec(shape, each, ranks, numerics=numerics) for each in variants]
     return Planned(
         name=name,
         shape=shape,
@@ -213,4 +222,5 @@ def memory_plan(
         weight_bytes=specs[0].weights.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
         output_bytes=tokens * shape.hidden * 2,
         kernels=tuple(_launch(spec, num_sms) for spec in specs),
+        between=beyond,
     )

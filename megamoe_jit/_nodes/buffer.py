@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial as partial_call
 from typing import Any, TypeVar
 
@@ -141,8 +142,9 @@ class MultiNodeBuffer(MultiNodeMemory):
         """
         self.require_usable()
         self.prepare(fast_math)
-        clamp = check_clamp("activation_clamp", activation_clamp)
-        self._compute(dispatched, l1, l2, CallOptions(clamp, fast_math, variant, num_sms))
+        options = CallOptions(check_clamp("activation_clamp", activation_clamp), fast_math, variant, num_sms)
+        variant = self._experts.variant_for(len(dispatched.arrived.batch.rows), options)
+        self._compute(dispatched, l1, l2, replace(options, variant=variant))
 
     def combine(self, dispatched: Dispatched, y: torch.Tensor) -> None:
         """Bring results back and sum them, on the current stream.
@@ -189,15 +191,16 @@ class MultiNodeBuffer(MultiNodeMemory):
             return
         self._begin(tokens, rows)
         self.wait_for_last()
+        # by the rows of a rank: as many pairs of token and slot are for its experts, in whatever form they come
+        options = replace(options, variant=self._experts.variant_for(rows, options))
         exchange = self._exchange(rows)
         if self.chunks == 1:
             one = self._dispatch(0, rows, tokens, exchange)
             self._compute(one, l1, l2, options)
             self._combine(one, y)
             return
-        whole = self._experts.variant_for(exchange.most_rows(rows), options)
         sms = options.num_sms or self._experts.sms_beside(self.comm_ctas)
-        shared = CallOptions(options.clamp, options.fast_math, whole, sms)
+        options = replace(options, num_sms=sms)
         step = -(-rows // self.chunks)
         parts = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
         under_way: dict[int, Dispatched] = {}
@@ -207,7 +210,7 @@ class MultiNodeBuffer(MultiNodeMemory):
             under_way[i] = self._dispatch(begin, end, min(tokens, end), exchange)
 
         def launch(i: int) -> None:
-            self._compute(under_way[i], l1, l2, shared)
+            self._compute(under_way[i], l1, l2, options)
 
         def finish(i: int) -> None:
             begin, end = parts[i]

@@ -87,7 +87,7 @@ class Experts:
         return {(variant, numerics) for variant, numerics, _ in self.buffer.kernels.bound}
 
     def variant_for(self, rows: int, options: CallOptions) -> str:
-        """The variant of a call with so many rows, which all its chunks then take."""
+        """The variant of a call where each rank has so many rows, which all its launches then take."""
         choice, _ = self.buffer.kernels.choose(min(rows, MAX_TOKENS), options.variant, None)
         return str(choice.variant.value)
 
