@@ -1,13 +1,14 @@
-"""What the JSON document of `bench --nodes` says, and its rows."""
+"""Rows of `bench --nodes`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from megamoe_jit._documents import Count, Document, Figure, Measured, Says
+from megamoe_jit._documents import Count, Figure, Measured, Says
 
-__all__ = ["BenchNodes", "NodesRow"]
+__all__ = ["NodesRow"]
 
 OneOrMore = Annotated[int, Says(minimum=1)]
 
@@ -56,25 +57,7 @@ class NodesRow:
     baseline_us: float | None
     baseline_speedup: float | None
 
-
-@dataclass(frozen=True, slots=True)
-class BenchNodes(Document):
-    """Times of the layer over several nodes.
-
-    Attributes:
-        environment: card, driver, versions
-        rows: of the cases, in the order in which they were measured
-    """
-
-    KIND: ClassVar[str] = "bench-nodes"
-
-    environment: dict[str, Any]
-    rows: tuple[NodesRow, ...]
-
     @classmethod
-    def of(cls, found: dict[str, Any]) -> BenchNodes:
-        """The document of what `measure_nodes.run` gave."""
-        names = [field.name for field in fields(NodesRow)]
-        return cls(
-            found["environment"], tuple(NodesRow(**{name: row[name] for name in names}) for row in found["rows"])
-        )
+    def of(cls, row: Mapping[str, Any]) -> NodesRow:
+        """A row as a process has sent it."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
