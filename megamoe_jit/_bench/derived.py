@@ -47,8 +47,8 @@ def expected_experts(experts: int, topk: int, tokens: int) -> float:
 
 def limit(row: Mapping[str, Any], card: Card) -> tuple[str, float]:
     """What bounds a row on a card, "weights" or "flops", and the least time in microseconds."""
-    size = row["hidden"] * row["intermediate"]
-    touched = expected_experts(row["experts"], row["topk"], row["tokens"])
+    size, ranks = row["hidden"] * row["intermediate"], row.get("ranks") or 1
+    touched = expected_experts(ranks * row["experts"], row["topk"], ranks * row["tokens"]) / ranks
     weights_us = 3.0 * touched * size * 1e-6 / card.weights_tb_s
     flops_us = 6.0 * row["tokens"] * row["topk"] * size * 1e-6 / card.main_loop_tflops
     return ("weights", weights_us) if weights_us >= flops_us else ("flops", flops_us)

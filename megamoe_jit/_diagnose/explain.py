@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from megamoe_jit._diagnose.between import Between, Ways, between
 from megamoe_jit._documents import Count, Digest, Document, content
@@ -11,10 +10,21 @@ from megamoe_jit._spec import DEFAULT_NUMERICS, KernelSpec, MoEShape
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
-from megamoe_jit.heuristics.select import choose
+from megamoe_jit.heuristics.select import Choice, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
-__all__ = ["DEFAULT_SMS", "AskedFor", "Call", "Explain", "KernelState", "explain", "gpu_asked_for", "kernel_state"]
+__all__ = [
+    "DEFAULT_SMS",
+    "AskedFor",
+    "Call",
+    "Case",
+    "Explain",
+    "KernelState",
+    "choice_for",
+    "explain",
+    "gpu_asked_for",
+    "kernel_state",
+]
 
 DEFAULT_SMS = 132  #: streaming multiprocessors of an H100 SXM and of an H200
 
@@ -30,6 +40,22 @@ class AskedFor:
 
     gpu: str | None
     measured: bool
+
+
+@dataclass(frozen=True)  # without slots, which a class takes from one of its bases alone
+class Case:
+    """What was asked about.
+
+    Attributes:
+        name: of the shape
+        ranks: that share the experts
+        tokens: of one rank
+    """
+
+    name: str
+    shape: MoEShape
+    ranks: Count
+    tokens: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +94,16 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(KernelState, Case):
     """Which kernel a call takes.
 
     Attributes:
-        name: of the shape
-        tokens: of one rank
-        kernel: its symbol
-        key: null without a compiler to give it one
-        path: of its entry
-        problem: why there is no compiler to give it a key
         between: with several nodes, how rows travel; the shape is that of a node then
     """
 
-    name: str
-    shape: MoEShape
-    ranks: Count
-    tokens: Count
     variant: Variant
     parameters: Parameters
     reasons: tuple[str, ...]
-    kernel: str
-    key: Digest | None
-    cached: bool
-    path: str | None
-    problem: str | None
     between: Between | None = None
 
 
@@ -135,6 +146,22 @@ def kernel_state(spec: Compilable) -> KernelState:
     return KernelState(spec.kernel_name, found.key, True, str(found.path), None)
 
 
+def choice_for(case: Case, variant: str | None, num_sms: int, gpu: str | None) -> Choice:
+    """What such a call takes, by the settings and by what was measured; without `variant`, what the settings say."""
+    from megamoe_jit._settings.settings import get_settings
+
+    settings = get_settings()
+    return choose(
+        case.shape,
+        case.tokens,
+        ranks=case.ranks,
+        variant=variant or settings.variant,
+        cooperative_threshold=settings.cooperative_threshold,
+        num_sms=num_sms,
+        gpu=gpu,
+    )
+
+
 def explain(
     shape: MoEShape,
     tokens: int,
@@ -163,25 +190,18 @@ def explain(
     Raises:
         ConfigError: a value is not supported.
     """
-    from megamoe_jit._settings.settings import get_settings
-
-    settings = get_settings()
     beyond = None
     if ways is not None and ways.nodes > 1:
         shape, beyond = between(shape, tokens, ranks, ways)
         numerics = replace(numerics, float32_out=beyond.partial == "fp32")
-    chosen: dict[str, Any] = {"ranks": ranks, "num_sms": num_sms, "gpu": gpu}
-    chosen["cooperative_threshold"] = settings.cooperative_threshold
-    choice = taken = choose(shape, tokens, variant=variant or settings.variant, **chosen)
+    case = Case(name, shape, ranks, tokens)
+    choice = taken = choice_for(case, variant, num_sms, gpu)
     if beyond is not None:  # the variant is that of the rank's own tokens, the rest follows from rows
-        taken = choose(shape, beyond.launch_rows, variant=choice.variant.value, **chosen)
+        taken = choice_for(replace(case, tokens=beyond.launch_rows), choice.variant.value, num_sms, gpu)
     spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics)
     parameters = Parameters(num_sms, spec.block_m, spec.stages, taken.lag_tiles, taken.rows_per_item)
     return Call(
-        name=name,
-        shape=shape,
-        ranks=ranks,
-        tokens=tokens,
+        **content(case),
         variant=choice.variant,
         parameters=parameters,
         reasons=choice.reasons,

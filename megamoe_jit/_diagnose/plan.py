@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamoe_jit._device.layout import Section, buffer_layout
 from megamoe_jit._diagnose.between import Between, Ways, between
-from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor
-from megamoe_jit._documents import Count, Document
+from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor, Case, choice_for
+from megamoe_jit._documents import Count, Document, content
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape
 from megamoe_jit._spec.abi import (
@@ -22,7 +22,7 @@ from megamoe_jit._spec.abi import (
 )
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
-from megamoe_jit.heuristics.select import AUTO, all_variants, choose
+from megamoe_jit.heuristics.select import AUTO, all_variants
 
 __all__ = ["Launch", "Part", "PlanDocument", "Planned", "Range", "memory_plan", "shared_parts"]
 
@@ -79,12 +79,10 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(Case):
     """Memory and launch of one rank whose buffer holds so many tokens.
 
     Attributes:
-        name: of the shape
-        tokens: that were asked for
         capacity: tokens that the buffer holds
         pool_rows: rows that the pools hold
         full_call: the variant of a call that fills the buffer
@@ -93,10 +91,6 @@ class Planned:
         between: with several nodes, how rows travel; shape and buffer are those of a node then, one for each lane
     """
 
-    name: str
-    shape: MoEShape
-    ranks: Count
-    tokens: Count
     capacity: Count
     pool_rows: Count
     full_call: Variant
@@ -188,29 +182,17 @@ def memory_plan(
     """
     if not 1 <= tokens <= MAX_TOKENS:
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
-    from megamoe_jit._settings.settings import get_settings
-
-    settings, numerics, room, beyond = get_settings(), DEFAULT_NUMERICS, tokens, None
+    numerics, room, beyond = DEFAULT_NUMERICS, tokens, None
     if ways is not None and ways.nodes > 1:
         shape, beyond = between(shape, tokens, ranks, ways)
         room, numerics = beyond.most_rows, Numerics(float32_out=beyond.partial == "fp32")
     layout = buffer_layout(shape, room, ranks)
-    picked = choose(
-        shape,
-        layout.capacity,
-        ranks=ranks,
-        variant=settings.variant if variant == AUTO else variant,
-        cooperative_threshold=settings.cooperative_threshold,
-        num_sms=num_sms,
-        gpu=gpu,
-    )
+    full = Case(name, shape, ranks, layout.capacity if beyond is None else tokens)
+    picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu)
     variants = all_variants(shape) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks, numerics=numerics) for each in variants]
     return Planned(
-        name=name,
-        shape=shape,
-        ranks=ranks,
-        tokens=tokens,
+        **content(replace(full, tokens=tokens)),
         capacity=layout.capacity,
         pool_rows=layout.pool_rows,
         full_call=picked.variant,

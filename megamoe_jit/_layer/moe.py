@@ -61,9 +61,9 @@ class MegaMoE(torch.nn.Module):
         topology: a `NodeTopology`, where the experts are on the ranks of several nodes: then `w13` and `w2` are this
             rank's, ids count all ranks' experts, and a call is a collective of all ranks.
         workspace: "shared" for the buffer of all layers with this shape, capacity and device, as in a model whose
-            layers run one after the other; "own" for one of its own, as for layers that run at the same time: in graphs
-            that are replayed on other streams, or on branches of one graph; or a `SymmBuffer` of this shape; with a
-            topology, a `MultiNodeBuffer`.
+            layers run one after the other, on branches of a captured graph too; "own" for one of its own, as for layers
+            that run at the same time: in graphs that are replayed on other streams; or a `SymmBuffer` of this shape;
+            with a topology, a `MultiNodeBuffer`.
 
     Attributes:
         buffer: the layer's `SymmBuffer`.
