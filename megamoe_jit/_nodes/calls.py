@@ -24,6 +24,7 @@ from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.model import chunks_for
 from megamoe_jit._nodes.ranks import NodeRanks
+from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, check_clamp, check_flag, check_int
 from megamoe_jit._spec.checks import check
 from megamoe_jit._text import shown
@@ -33,6 +34,7 @@ __all__ = ["fp8_mega_moe_multinode", "get_multinode_buffer_for_mega_moe"]
 PARTIALS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BY_NAME = ("auto", "gather", "exact")
 MOST_CHUNKS, MOST_CTAS = 64, 64
+PATIENCE_S, PATIENCE = 60.0, 0.6  #: seconds, and of the deadline of kernels where that is shorter
 
 
 def get_multinode_buffer_for_mega_moe(
@@ -48,7 +50,7 @@ def get_multinode_buffer_for_mega_moe(
     partial: str = "bf16",
     chunks: int | str = 1,
     comm_ctas: int = 8,
-    timeout_s: float = 60.0,
+    timeout_s: float | None = None,
     device: torch.device | str | int | None = None,
     max_pool_rows: int = DEFAULT_POOL_ROWS,
 ) -> MultiNodeBuffer:
@@ -66,7 +68,7 @@ def get_multinode_buffer_for_mega_moe(
         chunks: parts of a call, so that rows of one travel while another is computed; "auto" by the rule.
         comm_ctas: blocks that NCCL may take; kernels leave it so many SMs while rows travel.
         timeout_s: after which a rank that does not come is lost. Shorter than a kernel's own (MEGAMOE_JIT_TIMEOUT_S),
-            so that it is the rail that says who is missing.
+            so that it is the rail that says who is missing; by default 60, or six tenths of that.
 
     Returns:
         The buffer, all of whose slots are masked.
@@ -80,13 +82,16 @@ def get_multinode_buffer_for_mega_moe(
         raise ConfigError(f"topology: {type(topology).__name__} given; allowed: a NodeTopology")
     refuse_capture("a buffer cannot be made", "make it before the capture")
     sizes = (hidden, intermediate_hidden, num_experts, num_topk, num_shared_experts)
+    deadline = get_settings().timeout_s
+    patience: Any = min(PATIENCE_S, PATIENCE * deadline) if timeout_s is None else timeout_s
 
     def admit() -> tuple[MoEShape, torch.device, int]:
         shape = MoEShape(*sizes)
         check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
         check_int("max_pool_rows", max_pool_rows)
         check(num_max_tokens_per_rank > 0, "num_max_tokens_per_rank", num_max_tokens_per_rank, "1 or more")
-        _check_ways(exchange, partial, chunks, comm_ctas, timeout_s)
+        _check_ways(exchange, partial, chunks, comm_ctas, patience)
+        check(patience < deadline, "timeout_s", patience, f"less than a kernel's deadline, {deadline:g} s")
         ranks = topology.world_size
         check(num_experts % ranks == 0, "num_experts", num_experts, f"a multiple of {ranks}, the ranks")
         if num_shared_experts and topology.nodes > 1:
@@ -105,13 +110,13 @@ def get_multinode_buffer_for_mega_moe(
     if topology.world_size > 1:
         require_equal(topology.group, "the layer", {**asked, "comm_ctas": comm_ctas, "max_pool_rows": max_pool_rows})
     dtype = PARTIALS[partial]
-    rail = topology.rail(comm_ctas, float(timeout_s)) if isinstance(exchange, str) else None
+    rail = topology.rail(comm_ctas, float(patience)) if isinstance(exchange, str) else None
     its: list[Exchange] = [exchange] if not isinstance(exchange, str) else []
     if rail is not None:
         made: dict[str, Exchange] = {"gather": GatherExchange(rail), "exact": ExactExchange(rail)}
         its = list(made.values()) if exchange == "auto" else [made[str(exchange)]]
     choices = Choices(its, rail, shape, topology.ranks_per_node, dtype.itemsize)
-    more: dict[str, Any] = {"partial": dtype, "chunks": parts, "comm_ctas": comm_ctas, "timeout_s": float(timeout_s)}
+    more: dict[str, Any] = {"partial": dtype, "chunks": parts, "comm_ctas": comm_ctas, "timeout_s": float(patience)}
     more["max_pool_rows"] = max_pool_rows
     return MultiNodeBuffer(topology, shape, num_max_tokens_per_rank, where, choices, **more)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -15,7 +16,9 @@ from megamoe_jit._check.spawn import World
 from megamoe_jit._layer.group import gather
 from tests.multi.checks_nodes import CLAMP, NodeRank
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 3.0
+TORN_DOWN_LATE = 7  #: exit code
+TEARDOWN_S = 8.0  #: how long torch may take to take NCCL down after a loss, before the process ends itself
 
 
 def run(world: World, how: str, replayed: bool) -> dict[str, Any] | None:
@@ -26,6 +29,11 @@ def run(world: World, how: str, replayed: bool) -> dict[str, Any] | None:
         how: `killed` or `stopped`.
         replayed: calls are replays of a graph, which nobody but `check` watches.
     """
+    begun = time.perf_counter()
+
+    def say(*what: Any) -> None:
+        world.report([f"{time.perf_counter() - begun:.1f} s", *what])
+
     it, last = NodeRank(world), world.ranks - 1
     processes = gather(dist.group.WORLD, os.getpid())
     buffer, inputs = it.buffer("gather", timeout_s=TIMEOUT_S), it.inputs(64)
@@ -44,6 +52,7 @@ def run(world: World, how: str, replayed: bool) -> dict[str, Any] | None:
     call()
     buffer.check()
     gather(dist.group.WORLD, None)
+    say("lost now" if world.rank == last else "ready")
     if world.rank == last:
         os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     time.sleep(1.0)
@@ -62,6 +71,11 @@ def run(world: World, how: str, replayed: bool) -> dict[str, Any] | None:
     begin = time.perf_counter()
     buffer.destroy()
     found["destroy_seconds"] = time.perf_counter() - begin
+    say("told", found["seconds"])
+    world.report(["found", found])
     if how == "stopped":
         os.kill(processes[last], signal.SIGKILL)
+    guard = threading.Timer(TEARDOWN_S, os._exit, [TORN_DOWN_LATE])
+    guard.daemon = True
+    guard.start()
     return found

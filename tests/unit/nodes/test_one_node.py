@@ -12,6 +12,8 @@ from megamoe_jit._errors import PeerTimeoutError
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.gather import GatherExchange
+from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import Variant
 from megamoe_jit._spec.numerics import Numerics
 from tests.unit.layer.test_calls import DRAWN, HERE, L1, L2, SHAPE, Cuda, refused
 from tests.unit.layer.test_moe import compute, expected, inputs
@@ -102,6 +104,33 @@ def test_two_nodes_with_the_real_buffer(cuda: Cuda, exchange):
     assert torch.equal(y, expected(*given, None))
     assert [launch.params.tokens for launch in cuda.launches] == [14 if exchange is GatherExchange else 5]
     assert (buffer.topk_idx[5:7] == -1).all()
+
+
+@pytest.mark.parametrize("exchange", [GatherExchange, ExactExchange])
+@pytest.mark.parametrize(("padded", "variant"), [(9, Variant.PINGPONG), (10, Variant.COOPERATIVE)])
+def test_the_variant_is_that_of_a_ranks_rows_in_every_form(cuda: Cuda, exchange, padded: int, variant: Variant):
+    """Not of those that arrive, which differ from form to form and from rank to rank."""
+    cuda.kernel = lambda params: None
+    buffer = buffer_of(2, exchange)
+    with override(cooperative_threshold=10):
+        stage(buffer, inputs(5))
+        mm.fp8_mega_moe_multinode(torch.empty(5, 256, dtype=torch.bfloat16), L1, L2, buffer, padded)
+        under_way = buffer.dispatch(5, padded)
+        buffer.compute(under_way, L1, L2)
+    assert [launch.spec.variant for launch in cuda.launches] == [variant] * 2
+
+
+def test_a_rail_gives_up_before_a_kernel_does(cuda: Cuda):
+    def ask(**more: object) -> mm.MultiNodeBuffer:
+        sizes = (4, 8, 2, 256, 128)
+        return mm.get_multinode_buffer_for_mega_moe(mm.NodeTopology(None), *sizes, device="cpu", **more)
+
+    with override(timeout_s=5.0):
+        assert ask().timeout_s == 3.0
+        refused(
+            lambda: ask(timeout_s=5.0), "timeout_s = 5.0 is not supported; allowed: less than a kernel's deadline, 5 s"
+        )
+    assert ask().timeout_s == 60.0
 
 
 def test_partials_in_float32_are_another_kernel(cuda: Cuda):

@@ -162,7 +162,7 @@ class Meeting:
 
     def __init__(self, ranks: int) -> None:
         self.slots: list[Any] = [None] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.barrier = threading.Barrier(ranks, timeout=30)
 
     def exchange(self, place: int, value: Any) -> list[Any]:
         self.slots[place] = value
