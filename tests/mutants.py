@@ -211,7 +211,7 @@ MUTANTS = (
         "megamoe_jit/_nodes/combine.py",
         "    parts = partials[:, : y.shape[0]]",
         "    parts = partials[:, : y.shape[0]].flip(0)",
-        "nodes/test_layer.py::test_every_route_has_the_bits_that_the_definition_says",
+        "nodes/test_layer.py::test_nodes_are_summed_in_order_in_fp32_and_rounded_once",
     ),
     Mutant(
         "nodes: nodes are summed in bf16",

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from megamoe_jit._cli._io import ExitCode, emit, human_bytes, progress_line, say, show, table
+from megamoe_jit._cli._options import per_shape
 from megamoe_jit._documents import plain
+from megamoe_jit._errors import ConfigError
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents_nodes import NodesRow
     from megamoe_jit._diagnose.between import Between, Ways
+    from megamoe_jit._spec import MoEShape
 
-__all__ = ["bench_nodes", "lines_between", "nodes_option", "nodes_options", "refuse_with_nodes", "ways_of"]
+__all__ = [
+    "bench_nodes",
+    "lines_between",
+    "nodes_option",
+    "nodes_options",
+    "refuse_with_nodes",
+    "shapes_of_a_node",
+    "ways_of",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,6 +67,23 @@ def nodes_options(command: F) -> F:
     for option in (*reversed(_WAYS), nodes_option):
         command = option(command)
     return command
+
+
+def shapes_of_a_node(shapes: Mapping[str, MoEShape], nodes: int, ranks: int) -> dict[str, MoEShape]:
+    """What the kernels of a node are compiled for: its part of the routed experts, alone.
+
+    Raises:
+        ConfigError: the ranks of all nodes do not share them evenly; says of which shape.
+    """
+    if nodes == 1:
+        return dict(shapes)
+
+    def part(shape: MoEShape) -> MoEShape:
+        if shape.experts % (nodes * ranks):
+            raise ConfigError(f"{shape.experts} experts on {nodes} nodes of {ranks} ranks; allowed: evenly")
+        return replace(shape, experts=shape.experts // nodes, shared=0)
+
+    return dict(zip(shapes, per_shape(shapes, lambda _, shape: [part(shape)]), strict=True))
 
 
 def ways_of(nodes: int, exchange: str, partial: str, chunks: int | None) -> Ways:

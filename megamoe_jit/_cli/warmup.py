@@ -15,6 +15,7 @@ from megamoe_jit._cli._kernels import (
     kernel_specs,
     kernel_table,
 )
+from megamoe_jit._cli._nodes import nodes_option, shapes_of_a_node
 from megamoe_jit._cli._options import cache_dir_option, numerics_options, ranks_option, shape_options
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.variants import VARIANT_CHOICES
@@ -33,6 +34,7 @@ ALL_INPUTS = "all"
 @click.command()
 @shape_options
 @ranks_option
+@nodes_option
 @click.option(
     "--variant",
     default="auto",
@@ -59,6 +61,7 @@ ALL_INPUTS = "all"
 def warmup(
     shapes: dict[str, MoEShape],
     ranks: int,
+    nodes: int,
     variant: str,
     inputs: str,
     numerics: Numerics,
@@ -70,7 +73,8 @@ def warmup(
 ) -> None:
     """Compile the kernels of some shapes into the cache; needs no GPU.
 
-    A kernel serves every token count, so these are all that calls of these shapes will ever need.
+    A kernel serves every token count, so these are all that calls of these shapes will ever need. With --nodes they
+    are those of one node, which has its part of the experts; --float32-out for results that travel in float32.
 
     Exit code 0, 1 if a kernel failed or could not be kept, 2 for --force where compiling is forbidden, 3 without a
     compiler, 130 when interrupted; what was compiled until then stays.
@@ -84,7 +88,9 @@ def warmup(
     kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    specs = kernel_specs(shapes, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs)
+    specs = kernel_specs(
+        shapes_of_a_node(shapes, nodes, ranks), ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs
+    )
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
+from megamoe_jit._nodes.combine import sum_nodes
 from megamoe_jit._nodes.model import sent_bytes
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
@@ -58,6 +59,24 @@ def test_every_route_has_the_bits_that_the_definition_says(nodes, ranks_per_node
         return wrong
 
     assert thread_world(nodes, ranks_per_node, action) == [[]] * (nodes * ranks_per_node)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("parts", "total"),
+    [
+        ([2.0**24, 1.0, -(2.0**24)], 0.0),  # 1 is lost in the first sum of FP32
+        ([-(2.0**24), 2.0**24, 1.0], 1.0),
+        ([256.0, 1.0, 1.0], 258.0),  # in bf16 each 1 would be lost
+        ([256.0, 1.0, -256.0, 0.5], 1.5),
+        ([256.0, 1.0], 256.0),  # rounded once, at the end
+    ],
+)
+def test_nodes_are_summed_in_order_in_fp32_and_rounded_once(dtype: torch.dtype, parts: list[float], total: float):
+    partials = torch.tensor(parts).to(dtype)[:, None, None].expand(-1, 3, 128).contiguous()
+    y = torch.empty(2, 128, dtype=torch.bfloat16)
+    sum_nodes(partials, y)
+    assert (y == total).all()
 
 
 def test_how_far_it_is_from_one_domain():
