@@ -46,6 +46,8 @@ class Choices:
 
     def pick(self, rows: int, capturing: bool) -> Exchange:
         """That of a call with so many rows on each rank, which all ranks have alike."""
+        if capturing and self.rail is not None:
+            self.rail.captured = True
         if len(self.exchanges) > 1:
             return self.exchanges[self._by_rule(rows, capturing)]
         (one,) = self.exchanges.values()

@@ -52,10 +52,14 @@ class TorchRail:
         group: the process group of the rail, None where there is one node.
         nodes, node: its ranks, and which one this is.
         timeout_s: after which it gives up.
+
+    Attributes:
+        captured: a CUDA graph has collectives of it.
     """
 
     def __init__(self, group: Any, nodes: int, node: int, timeout_s: float) -> None:
         self.group, self.nodes, self.node, self.timeout_s = group, nodes, node, timeout_s
+        self.captured = False
 
     def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         to, of = [_bytes(tensor) for tensor in outputs], [_bytes(tensor) for tensor in inputs]
@@ -88,8 +92,12 @@ class TorchRail:
         return None if found is None or "SUCCESS" in str(found) else str(found).rpartition(".")[2].lower()
 
     def abort(self, device: torch.device) -> None:
-        """End what is under way, here alone; nothing can be sent after it."""
-        if self.group is not None and device.type == "cuda":
+        """End what is under way, here alone; nothing can be sent after it.
+
+        Not where a graph has collectives of this rail: NCCL would wait until nobody has the graph any more, and torch
+        with it. Then the end of the process ends what is under way.
+        """
+        if self.group is not None and device.type == "cuda" and not self.captured:
             abort = getattr(self.group._get_backend(device), "abort", None)
             if abort is not None:
                 abort()

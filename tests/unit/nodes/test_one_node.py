@@ -12,6 +12,7 @@ from megamoe_jit._errors import PeerTimeoutError
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.gather import GatherExchange
+from megamoe_jit._nodes.rail import TorchRail
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import Variant
 from megamoe_jit._spec.numerics import Numerics
@@ -224,3 +225,18 @@ def test_a_module_of_a_topology_goes_its_own_way(cuda: Cuda):
     plain = mm.MegaMoE(DRAWN.l1, DRAWN.l2, topk=2, max_tokens=128)
     refused(lambda: plain(x, ids, weights, 9), "padded_tokens = 9 without a topology; allowed: None")
     refused(lambda: mm.MegaMoE(DRAWN.l1, DRAWN.l2, topk=2, max_tokens=128, topology=3), "topology: int given")
+
+
+def test_a_rail_that_a_graph_has_is_not_aborted():
+    """NCCL would wait for the end of the graph, and torch for NCCL."""
+    calls = []
+    backend = SimpleNamespace(abort=lambda: calls.append("abort"), get_error=lambda: "ErrorType.REMOTE_ERROR")
+    group = SimpleNamespace(_get_backend=lambda device: backend)
+    rails = [TorchRail(group, 2, 0, 60.0) for _ in range(2)]
+    Choices([GatherExchange(rails[1])], rails[1], SHAPE, 1, 2).pick(4, True)
+    for rail in rails:
+        rail.abort(torch.device("cuda", 0))
+    assert calls == ["abort"]
+    assert rails[0].error(torch.device("cuda", 0)) == "remote_error"
+    backend.get_error = lambda: "ErrorType.SUCCESS"
+    assert rails[0].error(torch.device("cuda", 0)) is None
