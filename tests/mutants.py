@@ -337,7 +337,7 @@ MUTANTS = (
         "megamoe_jit/_nodes/roll_call.py",
         "if rank == self.rank or noticed[rank]:",
         "if rank == self.rank:",
-        "nodes/test_loss.py::test_every_other_rank_says_in_time_which_node_and_rank_is_lost",
+        "nodes/test_gloo.py::test_who_has_given_notice_is_not_missed",
     ),
     Mutant(
         "nodes: ranks mean different calls in debug mode",
@@ -351,7 +351,7 @@ MUTANTS = (
         "megamoe_jit/_nodes/ranks.py",
         "places[i] != places[i - i % size]",
         "places[i] != places[i]",
-        "nodes/test_gloo.py::test_ranks_know_their_places",
+        "nodes/test_ranks.py::test_nodes_of_different_sizes_and_other_orders_are_refused",
     ),
 )
 

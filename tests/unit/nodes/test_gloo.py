@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._nodes import calls as _calls
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
+from megamoe_jit._nodes.roll_call import BEAT_S
 from megamoe_jit._nodes.topology import NodeTopology
 from megamoe_jit._settings.settings import override
 from tests.unit.nodes.world import ROUTES, SHAPE, batch, expected, of_node, on_cpu, stage, whole_weights
@@ -92,6 +95,14 @@ def on_each_rank(world: World) -> dict[str, object]:
         dist.barrier()
         seen["missing"] = roll.missing()
         dist.barrier()
+        if world.rank == 3:
+            roll.give_notice()
+        if world.rank >= 2:
+            roll._over.set()  # as if the process had ended, of one that has found a loss and of one that has not
+        dist.barrier()
+        time.sleep(BEAT_S)
+        seen["missing then"] = roll.missing()
+        dist.barrier()
     return seen
 
 
@@ -140,6 +151,11 @@ def test_what_one_rank_does_wrong_is_refused_on_all(seen):
         assert "allowed: a divisor of 4" in each["odd split"]
         assert "wrong rail" in each
         assert "rail_group has ranks" in each["wrong rail"] or "checking the rails failed" in each["wrong rail"]
+
+
+def test_who_has_given_notice_is_not_missed(seen):
+    gone = {"2": "its process is gone or stands still"}
+    assert [each["missing then"] for each in seen[:2]] == [{"1": "it has made 7 calls of 9", **gone}, gone]
 
 
 def test_the_roll_call_tells_who_is_behind(seen):
