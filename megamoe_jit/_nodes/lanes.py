@@ -50,7 +50,7 @@ def staging(shape: MoEShape, rows: int, device: torch.device) -> Rows:
     with torch.inference_mode(False):
         return Rows(
             torch.zeros(rows, shape.hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn),
-            torch.zeros(rows, shape.hidden // BLOCK, device=device),
+            torch.zeros(rows, shape.hidden // BLOCK, dtype=torch.float32, device=device),
             torch.full((rows, shape.topk), -1, dtype=torch.int64, device=device),
-            torch.zeros(rows, shape.topk, device=device),
+            torch.zeros(rows, shape.topk, dtype=torch.float32, device=device),
         )
