@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         get_symm_buffer_for_sm90_mega_moe,
     )
     from megamoe_jit._layer.from_mxfp4 import Mxfp4Spread, fp8_from_mxfp4, mxfp4_spread
+    from megamoe_jit._layer.local_experts import mega_moe_local_experts
     from megamoe_jit._layer.moe import MegaMoE
     from megamoe_jit._layer.quantize import (
         dequantize_activations,
@@ -56,6 +57,12 @@ if TYPE_CHECKING:
         transform_weights_for_mega_moe_sm90,
         weights_metadata,
     )
+    from megamoe_jit._nodes.buffer import MultiNodeBuffer
+    from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
+    from megamoe_jit._nodes.deep_ep import DeepEpExchange
+    from megamoe_jit._nodes.exchange import Exchange
+    from megamoe_jit._nodes.nccl_ep import NcclEpExchange
+    from megamoe_jit._nodes.topology import NodeTopology
     from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
 #: Where each name lives; its module is imported when it is asked for.
@@ -81,8 +88,13 @@ _LAZY = {
         "_errors",
     ),
     **dict.fromkeys(("KernelSpec", "MoEShape", "Variant"), "_spec"),
+    "DeepEpExchange": "_nodes.deep_ep",
+    "Exchange": "_nodes.exchange",
     "MegaMoE": "_layer.moe",
+    "MultiNodeBuffer": "_nodes.buffer",
     "Mxfp4Spread": "_layer.from_mxfp4",
+    "NcclEpExchange": "_nodes.nccl_ep",
+    "NodeTopology": "_nodes.topology",
     "SymmBuffer": "_layer.buffer",
     "dequantize_activations": "_layer.quantize",
     "dequantize_weights": "_layer.quantize",
@@ -91,13 +103,16 @@ _LAZY = {
     "fp8_from_mxfp4": "_layer.from_mxfp4",
     "fp8_mega_moe": "_layer.calls",
     "fp8_mega_moe_cooperative": "_layer.calls",
+    "fp8_mega_moe_multinode": "_nodes.calls",
     "fp8_mega_moe_pingpong": "_layer.calls",
+    "get_multinode_buffer_for_mega_moe": "_nodes.calls",
     "get_symm_buffer_for_mega_moe": "_layer.calls",
     "get_symm_buffer_for_sm90_mega_moe": "_layer.calls",
     "import_pack": "_jit.pack",
     "inverse_transform_weights_for_mega_moe_sm90": "_layer.weights",
     "is_transformed": "_layer.weights",
     "mark_transformed": "_layer.weights",
+    "mega_moe_local_experts": "_layer.local_experts",
     "mega_moe_pre_dispatch_sm90": "_layer.stage",
     "mxfp4_spread": "_layer.from_mxfp4",
     "quantize_activations": "_layer.quantize",
@@ -116,7 +131,9 @@ __all__ = [
     "CaptureError",
     "CompileError",
     "ConfigError",
+    "DeepEpExchange",
     "DeviceFaultError",
+    "Exchange",
     "KernelMissingError",
     "KernelSpec",
     "LaunchError",
@@ -124,7 +141,10 @@ __all__ = [
     "MegaMoE",
     "MegaMoeError",
     "MoEShape",
+    "MultiNodeBuffer",
     "Mxfp4Spread",
+    "NcclEpExchange",
+    "NodeTopology",
     "PackError",
     "PeerTimeoutError",
     "PerformanceLossError",
@@ -142,13 +162,16 @@ __all__ = [
     "fp8_from_mxfp4",
     "fp8_mega_moe",
     "fp8_mega_moe_cooperative",
+    "fp8_mega_moe_multinode",
     "fp8_mega_moe_pingpong",
+    "get_multinode_buffer_for_mega_moe",
     "get_symm_buffer_for_mega_moe",
     "get_symm_buffer_for_sm90_mega_moe",
     "import_pack",
     "inverse_transform_weights_for_mega_moe_sm90",
     "is_transformed",
     "mark_transformed",
+    "mega_moe_local_experts",
     "mega_moe_pre_dispatch_sm90",
     "mxfp4_spread",
     "quantize_activations",

@@ -91,10 +91,22 @@ template <class C> struct Combine {
             const Vec16 v = ptx::load16_shared(at + k * (kColumns * 2));
             ptx::add_scaled_bf16(sum, w, v);
         }
-        Vec16 out;
+        const u64 first = u64(piece / kParts) * C::kHidden + column(piece);   // of y
+        if constexpr (C::kFloat32Out) {
+            float* y = reinterpret_cast<float*>(p.y) + first;
 #pragma unroll
-        for (u32 j = 0; j < 4; ++j) out.w[j] = ptx::pack_bf16(sum[2 * j], sum[2 * j + 1]);
-        ptx::store16(p.y + u64(piece / kParts) * C::kHidden + column(piece), out);
+            for (u32 i = 0; i < 8; i += 4) {
+                Vec16 out;
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j) out.w[j] = __float_as_uint(sum[i + j]);
+                ptx::store16(y + i, out);
+            }
+        } else {
+            Vec16 out;
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) out.w[j] = ptx::pack_bf16(sum[2 * j], sum[2 * j + 1]);
+            ptx::store16(p.y + first, out);
+        }
     }
 
     /// The math warps.

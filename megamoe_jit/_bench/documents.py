@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
+from megamoe_jit._bench.documents_nodes import NodesRow
 from megamoe_jit._documents import Count, Document, Figure, Measured, Says
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._spec.variants import VARIANT_NAMES
@@ -186,6 +187,7 @@ class Bench(Document):
         summary: how the rows stand, for each variant, as measured and normalised; empty unless they were compared with
             other kernels
         choice: the automatic choice against the best forced variant; null if not both were timed
+        nodes: calls over several nodes; then there are no other rows
     """
 
     KIND = "bench"
@@ -197,6 +199,7 @@ class Bench(Document):
     baselines_not_timed: dict[str, str] | None = None
     summary: tuple[Summary, ...]
     choice: Choice | None
+    nodes: tuple[NodesRow, ...] | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Bench:

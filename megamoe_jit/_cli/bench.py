@@ -19,6 +19,7 @@ from megamoe_jit._cli._io import (
     show,
     table,
 )
+from megamoe_jit._cli._nodes import bench_nodes, nodes_options, refuse_with_nodes
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
 from megamoe_jit._documents import plain
@@ -260,6 +261,7 @@ def finish(
 )
 @weight_format_option("The format of the weights.")
 @run_ranks_option
+@nodes_options
 @click.option(
     "--baseline/--no-baseline",
     default=None,
@@ -267,12 +269,30 @@ def finish(
     "[default: with several ranks only]",
 )
 @json_option
-def bench(output: Path | None, picture: Path | None, as_json: bool, **what: Any) -> None:
+def bench(
+    output: Path | None,
+    picture: Path | None,
+    as_json: bool,
+    nodes: int,
+    exchange: str,
+    partial: str,
+    chunks: int | None,
+    **what: Any,
+) -> None:
     """Time the layer on this GPU, output checked first.
 
-    Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
+    With --nodes: the whole call and its parts on nodes of --ranks GPUs each, the slowest rank of all; GPUs of this host
+    play them, unless torchrun has started ranks on several. Exit code 0, 1 if an output is wrong, 3 without a Hopper
+    GPU.
     """
     refuse_early(output, picture)
+    if nodes > 1:
+        refuse_with_nodes(picture, what["variants"])
+        del what["variants"]
+        bench_nodes(
+            nodes, {"exchange": exchange, "partial": partial, "chunks": chunks or "auto"}, output, as_json, **what
+        )
+        return
     doc = measured(**what)
     if doc is not None:
         finish(doc, output, picture, as_json)

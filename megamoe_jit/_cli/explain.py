@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import emit, json_option, show
+from megamoe_jit._cli._nodes import lines_between, nodes_options, ways_of
 from megamoe_jit._cli._options import (
     cache_dir_option,
     gpu_option,
@@ -32,12 +33,14 @@ __all__ = ["explain"]
 def _text(call: Call, gpu: str) -> str:
     parameters = ", ".join(f"{key} {value}" for key, value in content(call.parameters).items())
     cached = "cached" if call.cached else "not cached"
+    between = lines_between(call.between) if call.between is not None else []
     lines = [
         f"{call.name}, {call.tokens} tokens, {call.ranks} rank(s): {call.variant}",
         f"  kernel      {call.kernel}",
         f"  key         {call.key} ({cached})" if call.key else f"  key         none: {call.problem}",
         f"  parameters  {parameters}",
         f"  GPU         {gpu}",
+        *(f"  {'nodes' if i == 0 else '':10}  {line}" for i, line in enumerate(between)),
         *(f"  {'reasons' if i == 0 else '':10}  {reason}" for i, reason in enumerate(call.reasons)),
     ]
     return "\n".join(lines)
@@ -53,6 +56,7 @@ def _text(call: Call, gpu: str) -> str:
     help="The variant argument of the call.  [default: the setting MEGAMOE_JIT_VARIANT]",
 )
 @weight_format_option("The format of the weights of the call.")
+@nodes_options
 @numerics_options
 @sms_option
 @gpu_option
@@ -65,6 +69,10 @@ def explain(
     variant: str | None,
     weights: str,
     numerics: Numerics,
+    nodes: int,
+    exchange: str,
+    partial: str,
+    chunks: int | None,
     sms: int,
     gpu: str | None,
     as_json: bool,
@@ -77,7 +85,7 @@ def explain(
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "numerics": numerics, "num_sms": sms}
-    options |= {"gpu": found.gpu, "weights": weights}
+    options |= {"gpu": found.gpu, "weights": weights, "ways": ways_of(nodes, exchange, partial, chunks)}
     calls = per_shape(
         shapes, lambda name, shape: [explain_call(shape, count, name=name, **options) for count in tokens]
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import emit, human_bytes, json_option, show, table
+from megamoe_jit._cli._nodes import lines_between, nodes_options, ways_of
 from megamoe_jit._cli._options import (
     gpu_option,
     per_shape,
@@ -37,17 +38,23 @@ def _text(plan: Planned) -> str:
     from megamoe_jit._device.layout import CAPACITY_STEP
     from megamoe_jit._diagnose.plan import Part
 
+    lanes = 1 if plan.between is None else min(plan.between.chunks, 2)
     totals = [
-        Part("buffer", plan.buffer_bytes, "symmetric and local"),
+        Part("buffer", lanes * plan.buffer_bytes, "symmetric and local" + (", two of them" if lanes > 1 else "")),
         Part("weight", plan.weight_bytes, f"{plan.weights}, this rank's experts"),
         Part("output", plan.output_bytes, "bf16 y"),
     ]
+    if plan.between is not None:
+        totals.insert(1, Part("between", plan.between.staging_bytes, "this rank's tokens, results under way"))
     capacity = f"{plan.capacity} tokens"
-    if plan.capacity != plan.tokens:
+    if plan.between is not None:
+        capacity = f"{plan.tokens} tokens of each rank, a buffer of {plan.capacity} rows for each chunk under way"
+    elif plan.capacity != plan.tokens:
         capacity += f" ({plan.tokens} rounded up to a multiple of {CAPACITY_STEP})"
     blocks = [
         f"{plan.name}, up to {capacity}, {plan.ranks} rank(s), {plan.pool_rows} pool rows; "
         f"a call that fills it takes {plan.full_call}",
+        *(["\n".join(lines_between(plan.between))] if plan.between is not None else []),
         _sections("SYMMETRIC", plan.symmetric, plan.symmetric_bytes),
         _sections("LOCAL", plan.local, plan.local_bytes),
         _sections("DEVICE MEMORY", totals, sum(part.bytes for part in totals)),
@@ -66,6 +73,7 @@ def _text(plan: Planned) -> str:
 @shape_options
 @tokens_option("Most tokens of one rank in a call; the capacity of the buffer is the next multiple of 128.", least=1)
 @ranks_option
+@nodes_options
 @click.option(
     "--variant",
     default="auto",
@@ -81,6 +89,10 @@ def plan(
     shapes: dict[str, MoEShape],
     tokens: tuple[int, ...],
     ranks: int,
+    nodes: int,
+    exchange: str,
+    partial: str,
+    chunks: int | None,
     variant: str,
     weights: str,
     sms: int,
@@ -95,7 +107,7 @@ def plan(
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found.gpu}
-    options["weights"] = weights
+    options |= {"weights": weights, "ways": ways_of(nodes, exchange, partial, chunks)}
     plans = per_shape(shapes, lambda name, shape: [memory_plan(shape, count, name=name, **options) for count in tokens])
     if as_json:
         emit(PlanDocument(found.gpu, found.measured, tuple(plans)))

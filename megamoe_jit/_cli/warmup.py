@@ -15,6 +15,7 @@ from megamoe_jit._cli._kernels import (
     kernel_specs,
     kernel_table,
 )
+from megamoe_jit._cli._nodes import nodes_option, shapes_of_a_node
 from megamoe_jit._cli._options import (
     cache_dir_option,
     numerics_options,
@@ -39,6 +40,7 @@ ALL_INPUTS = "all"
 @click.command()
 @shape_options
 @ranks_option
+@nodes_option
 @click.option(
     "--variant",
     default="auto",
@@ -66,6 +68,7 @@ ALL_INPUTS = "all"
 def warmup(
     shapes: dict[str, MoEShape],
     ranks: int,
+    nodes: int,
     variant: str,
     inputs: str,
     weights: str,
@@ -78,7 +81,8 @@ def warmup(
 ) -> None:
     """Compile the kernels of some shapes into the cache; needs no GPU.
 
-    A kernel serves every token count, so these are all that calls of these shapes will ever need.
+    A kernel serves every token count, so these are all that calls of these shapes will ever need. With --nodes they
+    are those of one node, which has its part of the experts; --float32-out for results that travel in float32.
 
     Exit code 0, 1 if a kernel failed or could not be kept, 2 for --force where compiling is forbidden, 3 without a
     compiler, 130 when interrupted; what was compiled until then stays.
@@ -92,7 +96,8 @@ def warmup(
     kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    specs = kernel_specs(shapes, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs, weights)
+    wanted = shapes_of_a_node(shapes, nodes, ranks)
+    specs = kernel_specs(wanted, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs, weights)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start

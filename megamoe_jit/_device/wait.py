@@ -84,13 +84,19 @@ def _begin(device: torch.device) -> _Wait:
     return wait
 
 
-def wait_for_device(device: torch.device, has_record: Callable[[], bool]) -> str | None:
+def wait_for_device(
+    device: torch.device, has_record: Callable[[], bool], give_up: Callable[[], str | None] | None = None
+) -> str | None:
     """Wait for all work on the device; the first line of the driver's error, or None if there is none.
 
-    Where a record appears and the driver has reported nothing after `GRACE_S`, return `LOST`.
+    Where a record appears and the driver has reported nothing after `GRACE_S`, return `LOST`. What `give_up` says ends
+    the wait as well, and is returned.
     """
     wait = _begin(device)
     while not wait.over.wait(LOOK_S):
+        said = give_up() if give_up is not None else None
+        if said is not None:
+            return said
         if has_record() and not wait.over.wait(GRACE_S):
             return LOST
     if wait.error is not None and not isinstance(wait.error, RuntimeError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megamoe_jit._diagnose.between import Between, Ways, between
 from megamoe_jit._documents import Count, Digest, Document, content
 from megamoe_jit._spec import DEFAULT_NUMERICS, FP8, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.compilable import Compilable
@@ -96,11 +97,16 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(KernelState, Case):
-    """Which kernel a call takes."""
+    """Which kernel a call takes.
+
+    Attributes:
+        between: with several nodes, how rows travel; the shape is that of a node then
+    """
 
     variant: Variant
     parameters: Parameters
     reasons: tuple[str, ...]
+    between: Between | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +176,7 @@ def explain(
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
     weights: str = FP8.name,
+    ways: Ways | None = None,
 ) -> Call:
     """Which kernel a call with so many tokens takes, with which parameters, and why.
 
@@ -183,19 +190,26 @@ def explain(
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
         weights: the format of the weights.
+        ways: how the call goes over several nodes, which share the experts of `shape`; None for one node.
 
     Raises:
         ConfigError: a value is not supported.
     """
+    beyond = None
+    if ways is not None and ways.nodes > 1:
+        shape, beyond = between(shape, tokens, ranks, ways)
+        numerics = replace(numerics, float32_out=beyond.partial == "fp32")
     case = Case(name, shape, ranks, tokens, weights)
-    choice = choice_for(case, variant, num_sms, gpu)
-    stored = WeightFormat.parse(weights)
-    spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics, weights=stored)
-    parameters = Parameters(num_sms, spec.block_m, spec.stages, choice.lag_tiles, choice.rows_per_item)
+    choice = taken = choice_for(case, variant, num_sms, gpu)
+    if beyond is not None:  # the variant is that of the rank's own tokens, the rest follows from rows
+        taken = choice_for(replace(case, tokens=beyond.launch_rows), choice.variant.value, num_sms, gpu)
+    spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics, weights=WeightFormat.parse(weights))
+    parameters = Parameters(num_sms, spec.block_m, spec.stages, taken.lag_tiles, taken.rows_per_item)
     return Call(
         **content(case),
         variant=choice.variant,
         parameters=parameters,
         reasons=choice.reasons,
         **content(kernel_state(spec)),
+        between=beyond,
     )

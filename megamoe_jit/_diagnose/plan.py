@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._device.layout import Section, buffer_layout
+from megamoe_jit._diagnose.between import Between, Ways, between
 from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor, Case, choice_for
 from megamoe_jit._documents import Count, Document, content
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, KernelSpec, MoEShape, WeightFormat
+from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, FP8, MAX_TOKENS, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
@@ -18,6 +19,7 @@ from megamoe_jit._spec.abi import (
     TILE_BYTES,
     TILE_SLOTS,
 )
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
 from megamoe_jit.heuristics.select import AUTO, all_variants
 
@@ -85,6 +87,7 @@ class Planned(Case):
         full_call: the variant of a call that fills the buffer
         symmetric: what peers may read or write
         local: what this rank alone uses
+        between: with several nodes, how rows travel; shape and buffer are those of a node then, one for each lane
     """
 
     capacity: Count
@@ -98,6 +101,7 @@ class Planned(Case):
     weight_bytes: Count
     output_bytes: Count
     kernels: tuple[Launch, ...]
+    between: Between | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,7 @@ def memory_plan(
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
     weights: str = FP8.name,
+    ways: Ways | None = None,
 ) -> Planned:
     """Memory and launch of one rank whose buffer holds so many tokens.
 
@@ -175,17 +180,23 @@ def memory_plan(
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
         weights: the format of the weights.
+        ways: how calls go over several nodes, which share the experts of `shape`; None for one node.
 
     Raises:
         ConfigError: a value is not supported.
     """
     if not 1 <= tokens <= MAX_TOKENS:
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
-    layout, stored = buffer_layout(shape, tokens, ranks), WeightFormat.parse(weights)
-    full = Case(name, shape, ranks, layout.capacity, weights)
+    stored = WeightFormat.parse(weights)
+    numerics, room, beyond = DEFAULT_NUMERICS, tokens, None
+    if ways is not None and ways.nodes > 1:
+        shape, beyond = between(shape, tokens, ranks, ways)
+        room, numerics = beyond.most_rows, Numerics(float32_out=beyond.partial == "fp32")
+    layout = buffer_layout(shape, room, ranks)
+    full = Case(name, shape, ranks, layout.capacity if beyond is None else tokens, weights)
     picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu)
     variants = all_variants(shape, stored, ranks=ranks) if variant == AUTO else (picked.variant,)
-    specs = [KernelSpec(shape, each, ranks, weights=stored) for each in variants]
+    specs = [KernelSpec(shape, each, ranks, numerics=numerics, weights=stored) for each in variants]
     return Planned(
         **content(replace(full, tokens=tokens)),
         capacity=layout.capacity,
@@ -199,4 +210,5 @@ def memory_plan(
         weight_bytes=stored.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
         output_bytes=tokens * shape.hidden * 2,
         kernels=tuple(_launch(spec, num_sms) for spec in specs),
+        between=beyond,
     )

@@ -270,6 +270,11 @@ class SymmBuffer(LayerMemory):
             self.kernels.forget_plans()
             raise self._broken
 
+    def poison(self, error: MegaMoeError) -> None:
+        """Have later calls raise this error of another part of the call, and `destroy` wait for nobody."""
+        self._broken = error
+        self.kernels.forget_plans()
+
     def destroy(self) -> None:
         """Wait for the device and give the memory back; safe to call twice.
 

@@ -37,6 +37,7 @@ __all__ = [
     "fp8_mega_moe_pingpong",
     "get_symm_buffer_for_mega_moe",
     "get_symm_buffer_for_sm90_mega_moe",
+    "place_of",
 ]
 
 
@@ -103,13 +104,13 @@ def get_symm_buffer_for_mega_moe(
         check_int("max_pool_rows", max_pool_rows)
         if not torch.cuda.is_available():
             raise UnsupportedDeviceError("no CUDA device is available; these kernels need a Hopper GPU and its driver")
-        return shape, _place(device)
+        return shape, place_of(device)
 
     shape, where = collectively(ranks, "checking the layer", admit)
     return SymmBuffer(shape, num_max_tokens_per_rank, where, ranks, max_pool_rows)
 
 
-def _place(device: torch.device | str | int | None) -> torch.device:
+def place_of(device: torch.device | str | int | None) -> torch.device:
     """The device that is meant, with its index."""
     if isinstance(device, bool) or not isinstance(device, torch.device | str | int | None):
         raise ConfigError(f"device = {shown(device)} is not supported; allowed: a CUDA device, its number or name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,7 @@ __all__ = [
     "check_shared_weight",
     "check_tensor",
     "check_weights",
+    "require_topology",
 ]
 
 RECIPE = (128, 128, 128)
@@ -144,6 +145,13 @@ def check_neutral(use_fp8_dispatch: bool | None, mma_type: str) -> None:
     if not isinstance(mma_type, str) or not mma_type.startswith("fp8x"):
         given = f"mma_type = {shown(mma_type)}"
         raise ConfigError(f"{given} is not supported; allowed: 'fp8x...', activations are multiplied in FP8")
+
+
+def require_topology(topology: Any) -> Any:
+    """The topology; raises `ConfigError` if it is none."""
+    if not callable(getattr(topology, "lease", None)):
+        raise ConfigError(f"topology: {type(topology).__name__} given; allowed: None, or a NodeTopology")
+    return topology
 
 
 def check_shared_weight(weight: float, shared: int) -> float:

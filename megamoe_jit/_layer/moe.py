@@ -13,7 +13,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import operators as _operators
 from megamoe_jit._layer import workspace as _workspaces
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._layer.checks import check_shared_weight
+from megamoe_jit._layer.checks import check_shared_weight, require_topology
 from megamoe_jit._layer.from_mxfp4 import check_rounding
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.plain_weights import (
@@ -29,7 +29,7 @@ from megamoe_jit._layer.plain_weights import (
     read_matrix,
     write_matrix,
 )
-from megamoe_jit._layer.serving import serve
+from megamoe_jit._layer.serving import serve, serve_spread
 from megamoe_jit._layer.stage import stage
 from megamoe_jit._layer.weights import mark_transformed, transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import FP8, WeightFormat, check_clamp, check_flag
@@ -67,9 +67,12 @@ class MegaMoE(torch.nn.Module):
         shared_w13: as `w13`, ``[shared experts, 2 * intermediate, hidden]``. One that is n times as wide is n experts.
         shared_w2: ``[shared experts, hidden, intermediate]``, likewise.
         shared_weight: weight of what shared experts give.
+        topology: a `NodeTopology`, where the experts are on the ranks of several nodes: then `w13` and `w2` are this
+            rank's, ids count all ranks' experts, and a call is a collective of all ranks.
         workspace: "shared" for the buffer of all layers with this shape, capacity and device, as in a model whose
             layers run one after the other, on branches of a captured graph too; "own" for one of its own, as for layers
-            that run at the same time: in graphs that are replayed on other streams; or a `SymmBuffer` of this shape.
+            that run at the same time: in graphs that are replayed on other streams; or a `SymmBuffer` of this shape;
+            with a topology, a `MultiNodeBuffer`.
 
     Attributes:
         buffer: the layer's `SymmBuffer`.
@@ -94,6 +97,7 @@ class MegaMoE(torch.nn.Module):
         >>> y = layer(x, topk_idx, topk_weights)
     """
 
+    _lease: Any
     l1_codes: torch.Tensor
     l2_codes: torch.Tensor
 
@@ -112,7 +116,8 @@ class MegaMoE(torch.nn.Module):
         shared_w13: torch.Tensor | WeightTensors | None = None,
         shared_w2: torch.Tensor | WeightTensors | None = None,
         shared_weight: float = 1.0,
-        workspace: str | SymmBuffer = "shared",
+        topology: Any = None,
+        workspace: Any = "shared",
         weight_format: str | None = None,
         rounding: str | None = None,
     ) -> None:
@@ -130,7 +135,9 @@ class MegaMoE(torch.nn.Module):
             raise ConfigError("inplace = True with shared_w13; allowed: w13 and w2 that end with the shared experts")
         self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
         self.shared_weight, self.num_shared_experts = check_shared_weight(shared_weight, shape.shared), shape.shared
-        self._lease = _workspaces.lease(shape, max_tokens, device, workspace)  # refuses before weights are quantised
+        self._spread = topology is not None
+        leased = _workspaces.lease if topology is None else require_topology(topology).lease
+        self._lease = leased(shape, max_tokens, device, workspace)  # refuses before weights are quantised
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
@@ -145,8 +152,8 @@ class MegaMoE(torch.nn.Module):
 
     @property
     def buffer(self) -> SymmBuffer:
-        """The `SymmBuffer` that calls are staged in; other layers may use it too."""
-        return self._lease.buffer
+        """What calls are staged in, which other layers may use too: a `SymmBuffer`, or a `MultiNodeBuffer`."""
+        return self._lease.buffer  # type: ignore[no-any-return]
 
     @property
     def _held(self) -> tuple[str, ...]:
@@ -178,15 +185,25 @@ class MegaMoE(torch.nn.Module):
             ConfigError: a shape, dtype, device or number of tokens is not supported, or the layer was destroyed.
             DeviceFaultError: an earlier call failed.
         """
+        if self._spread:
+            return int(self._lease.buffer.stage(x, topk_idx, topk_weights))
         return stage(self.buffer, x, topk_idx, topk_weights)
 
-    def forward(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        padded_tokens: int | None = None,
+    ) -> torch.Tensor:
         """Run the layer: what calling it does.
 
         Args:
             x: bf16, float16 or float32 ``[T, hidden]``.
             topk_idx: int64 or int32 ``[T, topk]``, -1 for a masked slot.
             topk_weights: bf16, float16 or float32 ``[T, topk]``.
+            padded_tokens: with a topology: rows of each rank in this call, the same on all ranks, T to `max_tokens`,
+                which it is by default.
 
         Returns:
             bf16 ``[T, hidden]``, a new tensor; the kernel may still be running.
@@ -197,6 +214,9 @@ class MegaMoE(torch.nn.Module):
             DeviceFaultError: an earlier call failed.
             MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
         """
+        if self._spread or padded_tokens is not None:
+            lease, how = self._lease if self._spread else None, (self.clamp, self.fast_math, _operators.is_traced())
+            return serve_spread(lease, (x, topk_idx, topk_weights), padded_tokens, self.l1, self.l2, *how)
         if _operators.is_traced():
             options = self._workspace, self.clamp, self.fast_math, self.shared_weight
             weights, exponents = _operators.as_arguments(self.l1, self.l2)

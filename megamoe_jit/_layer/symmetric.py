@@ -22,7 +22,7 @@ from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.group import collectively, gather, group_rank
 from megamoe_jit._text import first_line
 
-__all__ = ["allocate_symmetric"]
+__all__ = ["allocate_symmetric", "host_id"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  #: in the order in which torch looks at them
@@ -43,12 +43,16 @@ class Place:
     index: int  #: of that GPU among those the process sees
 
 
-def _here(device: torch.device) -> Place:
-    name = socket.gethostname()
+def host_id() -> str:
+    """The boot id of this host, its name where that cannot be read."""
     try:
-        host = _BOOT_ID.read_text(encoding="ascii").strip() or name
+        return _BOOT_ID.read_text(encoding="ascii").strip() or socket.gethostname()
     except (OSError, ValueError):
-        host = name
+        return socket.gethostname()
+
+
+def _here(device: torch.device) -> Place:
+    name, host = socket.gethostname(), host_id()
     directory = next((os.environ[key] for key in _TEMPORARY if key in os.environ), "/tmp")
     try:
         found = os.stat(directory)

@@ -38,6 +38,7 @@ class Numerics(metaclass=_Once):
     """Numeric options, each a compile-time constant of a kernel: `fast_math` is `Config::kFastMath`."""
 
     fast_math: bool = _option(True, off="exact", on="fast", what="approximate exponential and reciprocal in SwiGLU")
+    float32_out: bool = _option(False, off="", on="f32out", what="y in float32, not rounded to bf16")
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -48,8 +49,9 @@ class Numerics(metaclass=_Once):
         return Numerics, self.values()
 
     def __str__(self) -> str:
-        """As the arguments of a call."""
-        return ", ".join(f"{name}={flag}" for name, flag in self.options().items())
+        """As the arguments of a call, without those that are not in the name of a kernel."""
+        words = {option.name: option.metadata["words"] for option in fields(self)}
+        return ", ".join(f"{name}={flag}" for name, flag in self.options().items() if words[name][flag])
 
     def values(self) -> tuple[Any, ...]:
         """Options in the order of the fields."""

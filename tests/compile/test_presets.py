@@ -19,6 +19,7 @@ from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FORMATS, FP8, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics import preset, preset_names
 
@@ -49,12 +50,13 @@ def preset_specs() -> dict[str, KernelSpec]:
 
 
 def other_specs() -> dict[str, KernelSpec]:
-    """Exact math, odd sizes."""
+    """Exact math, output in float32, odd sizes."""
     flash = preset("v4-flash")
     slice_ = MoEShape(flash.shape.hidden, flash.shape.intermediate, flash.local_experts, flash.shape.topk)
     specs = {}
     for variant in READING[FP8.name]:
         specs[f"exact-{variant.value}"] = KernelSpec(slice_, variant, fast_math=False)
+        specs[f"float32-{variant.value}"] = KernelSpec(slice_, variant, numerics=Numerics(float32_out=True))
         for sizes in ODD:
             specs[f"odd-h{sizes[0]}-i{sizes[1]}-e{sizes[2]}-k{sizes[3]}-{variant.value}"] = KernelSpec(
                 MoEShape(*sizes), variant

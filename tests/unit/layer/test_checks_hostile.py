@@ -213,12 +213,12 @@ def attack(function: Callable[..., Any], arguments: dict[str, Any], refusals: tu
 
 @pytest.fixture
 def here(cuda: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cuda:  # noqa: F811
-    monkeypatch.setattr(_api, "_place", real_place_of_cpu)
+    monkeypatch.setattr(_api, "place_of", real_place_of_cpu)
     monkeypatch.chdir(tmp_path)
     return cuda
 
 
-PLACE = _api._place
+PLACE = _api.place_of
 
 
 def real_place_of_cpu(device: Any) -> torch.device:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 def test_it_runs_unchanged(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "deep_gemm", mm)
     monkeypatch.delitem(sys.modules, "tests.upstream_program", raising=False)
-    monkeypatch.setattr(_api, "_place", lambda device: HERE)
+    monkeypatch.setattr(_api, "place_of", lambda device: HERE)
     program = importlib.import_module("tests.upstream_program")
     experts, topk, hidden, intermediate = program.EXPERTS, program.TOPK, program.HIDDEN, program.INTERMEDIATE
 

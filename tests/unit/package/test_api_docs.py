@@ -21,6 +21,7 @@ METHODS = {
     for owner, names in (
         ("MegaMoE", ("forward", "stage", "load_weights", "check", "destroy")),
         ("SymmBuffer", ("prepare", "prepare_all", "wait_for_last", "check", "destroy")),
+        ("MultiNodeBuffer", ("stage", "prepare", "dispatch", "compute", "combine", "check", "destroy")),
     )
     for name in names
 }

@@ -1,0 +1,276 @@
+"""`MultiNodeBuffer`: the memory of one rank's layer over several nodes, and a call in its three parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial as partial_call
+from typing import Any, TypeVar
+
+import torch
+
+from megamoe_jit._device.capture import refuse_capture
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.checks import check_expert_ids, check_tensor
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.group import collectively, require_equal
+from megamoe_jit._layer.raw_inputs import RawInputs, check_rows
+from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
+from megamoe_jit._nodes.exchange import Arrived, Batch, Exchange
+from megamoe_jit._nodes.experts import CallOptions
+from megamoe_jit._nodes.lanes import Dispatched
+from megamoe_jit._nodes.memory import MultiNodeMemory, capturing
+from megamoe_jit._nodes.overlap import overlapped
+from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._spec import check_clamp
+from megamoe_jit._text import first_line
+
+__all__ = ["MultiNodeBuffer"]
+
+T = TypeVar("T")
+
+
+class MultiNodeBuffer(MultiNodeMemory):
+    """A layer's memory on one rank of several nodes; `get_multinode_buffer_for_mega_moe` makes one.
+
+    Stage a batch into the first T rows of the views, or by `stage`, before each call. Rows past T never matter. Threads
+    that share it take turns themselves. At the end of a `with` it is destroyed.
+
+    Attributes:
+        x, x_sf, topk_idx, topk_weights: views as those of a `SymmBuffer`, of this rank's tokens. Ids count all ranks'
+            experts.
+        num_max_tokens_per_rank: capacity in tokens.
+        num_experts, num_topk, hidden, intermediate_hidden: sizes of the layer.
+        topology: the `NodeTopology`.
+        chunks: parts that a call is cut into, so that one's rows travel while another is computed.
+        device: the GPU.
+        lock: of staging and calls together, for threads that share the buffer.
+    """
+
+    def stage(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        x_scales: torch.Tensor | None = None,
+        routed_scaling_factor: float = 1.0,
+        padded_tokens: int | None = None,
+    ) -> int:
+        """Quantise a batch into the views, as `stage` of the package does for a `SymmBuffer`.
+
+        Args:
+            x, topk_idx, topk_weights, x_scales, routed_scaling_factor: as there.
+            padded_tokens: rows of the call to come, on all ranks alike; those past T are masked at once.
+
+        Returns:
+            T, the number of tokens.
+
+        Raises:
+            MegaMoeError: as there.
+        """
+        self.require_usable()
+        more = (self.hidden, self.num_topk, self.device, x_scales, routed_scaling_factor)
+        raw = RawInputs(x, topk_idx, topk_weights, *more)
+        rows = raw.tokens if padded_tokens is None else padded_tokens
+        check_rows("padded_tokens", rows, raw.tokens, self.num_max_tokens_per_rank)
+        if self._alone:
+            self._experts.ready()
+        launch_stage(raw, Outputs(*self._staged.tensors), rows)
+        return raw.tokens
+
+    def prepare(self, fast_math: bool = True) -> None:
+        """Compile, load and bind every kernel, and connect the nodes: before a graph is captured; a collective.
+
+        Args:
+            fast_math: of the calls to come.
+
+        Raises:
+            MegaMoeError: as `SymmBuffer.prepare`; on every rank.
+        """
+        self.require_usable()
+        if fast_math in self._prepared:
+            return
+        refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
+        for experts in self._all_experts():
+            collectively(self.topology.group, "preparing the kernels", partial_call(experts.prepare, fast_math))
+        if not self._alone:
+            self.choices.connect(self.device)
+        self._prepared.add(fast_math)
+
+    def dispatch(self, tokens: int, padded_tokens: int | None = None) -> Dispatched:
+        """Bring the rows that are staged to the nodes that have their experts, on the current stream.
+
+        Args:
+            tokens: T, those of this rank, 0 to `padded_tokens`.
+            padded_tokens: rows of each rank in this call, the same on all; the capacity by default.
+
+        Returns:
+            What `compute` takes next.
+
+        Raises:
+            ConfigError: a number is not supported, or what was dispatched before was not computed.
+            PeerTimeoutError: a rank is lost.
+        """
+        rows = self._admit_rows(tokens, padded_tokens)
+        if self._alone:
+            raise ConfigError("dispatch on one node; allowed: fp8_mega_moe_multinode, nothing travels between nodes")
+        self._begin(tokens, rows)
+        return self._dispatch(0, rows, tokens, self._exchange(rows))
+
+    def compute(
+        self,
+        dispatched: Dispatched,
+        l1: WeightTensors,
+        l2: WeightTensors,
+        *,
+        activation_clamp: float | None = None,
+        fast_math: bool = True,
+        variant: str | None = None,
+        num_sms: int | None = None,
+    ) -> None:
+        """Run this node's experts on what has arrived, in one launch on the current stream.
+
+        Args:
+            dispatched: as `dispatch` gave it.
+            l1, l2, activation_clamp, fast_math, variant, num_sms: as `fp8_mega_moe` takes them. Where rows travel
+                meanwhile, `num_sms` and the buffer's `comm_ctas` together are at most the GPU's SMs.
+
+        Raises:
+            MegaMoeError: as `fp8_mega_moe`.
+        """
+        self.require_usable()
+        self.prepare(fast_math)
+        options = CallOptions(check_clamp("activation_clamp", activation_clamp), fast_math, variant, num_sms)
+        variant = self._experts.variant_for(len(dispatched.arrived.batch.rows), options)
+        self._compute(dispatched, l1, l2, replace(options, variant=variant))
+
+    def combine(self, dispatched: Dispatched, y: torch.Tensor) -> None:
+        """Bring results back and sum them, on the current stream.
+
+        Args:
+            dispatched: after `compute`.
+            y: bf16 ``[T, hidden]``, written.
+
+        Raises:
+            ConfigError: `y` does not fit, or nothing was computed.
+            PeerTimeoutError: a rank is lost.
+        """
+        self.require_usable()
+        if dispatched.lane.busy:
+            raise ConfigError("combine before compute; allowed: dispatch, compute, combine, in this order")
+        check_tensor("y", y, torch.bfloat16, (dispatched.arrived.batch.tokens, self.hidden), self.device)
+        self._combine(dispatched, y)
+
+    def run(
+        self, y: torch.Tensor, l1: WeightTensors, l2: WeightTensors, padded_tokens: int | None, options: CallOptions
+    ) -> None:
+        """A whole call; what `fp8_mega_moe_multinode` does with what it has checked, but for the rows."""
+        with self.lock:
+            self._run(y, l1, l2, padded_tokens, options)
+
+    def _run(
+        self, y: torch.Tensor, l1: WeightTensors, l2: WeightTensors, padded_tokens: int | None, options: CallOptions
+    ) -> None:
+        tokens = y.shape[0]
+        rows = self._admit_rows(tokens, padded_tokens)
+        if options.fast_math not in self._prepared:
+
+            def admit() -> None:
+                check_tensor("y", y, torch.bfloat16, (tokens, self.hidden), self.device)
+                self._experts.check_call(rows, l1, l2, options)
+
+            refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
+            collectively(self.topology.group, "checking the arguments of the first call", admit)
+            self.prepare(options.fast_math)
+        if self._alone:
+            self._begin(tokens, tokens)
+            batch = Batch(self._staged[:tokens], tokens)
+            self._experts.compute(Arrived(tokens, None, batch), y, l1, l2, options)
+            return
+        self._begin(tokens, rows)
+        self.wait_for_last()
+        # by the rows of a rank: as many pairs of token and slot are for its experts, in whatever form they come
+        options = replace(options, variant=self._experts.variant_for(rows, options))
+        exchange = self._exchange(rows)
+        if self.chunks == 1:
+            one = self._dispatch(0, rows, tokens, exchange)
+            self._compute(one, l1, l2, options)
+            self._combine(one, y)
+            return
+        sms = options.num_sms or self._experts.sms_beside(self.comm_ctas)
+        options = replace(options, num_sms=sms)
+        step = -(-rows // self.chunks)
+        parts = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+        under_way: dict[int, Dispatched] = {}
+
+        def bring(i: int) -> None:
+            begin, end = parts[i]
+            under_way[i] = self._dispatch(begin, end, min(tokens, end), exchange)
+
+        def launch(i: int) -> None:
+            self._compute(under_way[i], l1, l2, options)
+
+        def finish(i: int) -> None:
+            begin, end = parts[i]
+            self._combine(under_way.pop(i), y[min(begin, tokens) : min(end, tokens)])
+
+        overlapped(len(parts), bring, launch, finish, self._comm_stream())
+
+    def _exchange(self, rows: int) -> Exchange:
+        """That of a call."""
+        return self.choices.pick(rows, self.device.type == "cuda" and capturing())
+
+    def _comm_stream(self) -> Any:
+        if self._stream is None and self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self._stream
+
+    def _admit_rows(self, tokens: int, padded_tokens: int | None) -> int:
+        self.require_usable()
+        most = self.num_max_tokens_per_rank
+        rows = most if padded_tokens is None else padded_tokens
+        check_rows("padded_tokens", rows, 1, most)
+        check_rows("tokens", tokens, 0, rows)
+        return rows
+
+    def _begin(self, tokens: int, rows: int) -> None:
+        """Note the call, mask rows past the tokens, and in debug mode look whether all ranks mean the same call."""
+        self.topology.roll_call.calls += 1
+        if rows > tokens:
+            self.topk_idx[tokens:rows].fill_(-1)
+        if get_settings().debug and not (self.device.type == "cuda" and capturing()):
+            require_equal(self.topology.group, "the rows of a call", {"padded_tokens": rows if not self._alone else 0})
+            check_expert_ids(self.topk_idx[:tokens], self.num_experts)
+
+    def _dispatch(self, begin: int, end: int, tokens_end: int, exchange: Exchange) -> Dispatched:
+        lane = self._lanes[self._next]
+        if lane.busy:
+            raise ConfigError("dispatch before what was dispatched last was computed; allowed: compute it first")
+        self._next = (self._next + 1) % len(self._lanes)
+        batch = Batch(self._staged[begin:end], max(0, tokens_end - begin))
+        what = lambda: exchange.dispatch(batch, lane.experts.rows, self.first_expert, self.local_experts)  # noqa: E731
+        arrived = self._exchanging("rows", what)
+        lane.busy = True
+        return Dispatched(exchange, arrived, lane)
+
+    def _compute(self, dispatched: Dispatched, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
+        lane, arrived = dispatched.lane, dispatched.arrived
+        lane.experts.compute(arrived, lane.partial[: arrived.rows], l1, l2, options)
+        lane.busy = False
+
+    def _combine(self, dispatched: Dispatched, y: torch.Tensor) -> None:
+        partial = dispatched.lane.partial[: dispatched.arrived.rows]
+        self._exchanging("results", lambda: dispatched.exchange.combine(dispatched.arrived, partial, y))
+
+    def _exchanging(self, what: str, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if any(experts.has_fault() for experts in self._all_experts()):
+                self.check()  # a kernel gave up before, and says why
+            said = re.sub(r"^\[[^\]]*\] *", "", first_line(error))  # without the place in the sources of a library
+            raise self._lost(f"{what} did not get through: {said}") from error

@@ -1,0 +1,150 @@
+"""The experts that one kernel launch spans, in a buffer that rows of other nodes arrive in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megamoe_jit._device.wait import wait_for_device
+from megamoe_jit._errors import ConfigError, MegaMoeError
+from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.checks import check_weights
+from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
+from megamoe_jit._layer.kernel_set import sm_count
+from megamoe_jit._layer.local_experts import mask_rows
+from megamoe_jit._nodes.exchange import Arrived, Rows
+from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, Variant
+from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit.heuristics.select import all_variants
+
+__all__ = ["CallOptions", "Experts"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """What a call computes and how, checked.
+
+    Attributes:
+        clamp: as the kernel takes it, infinity for none.
+        fast_math: as of `fp8_mega_moe`.
+        variant: the name of one, or None for that of the rule.
+        num_sms: blocks of the launch, None for all SMs.
+    """
+
+    clamp: float
+    fast_math: bool = True
+    variant: str | None = None
+    num_sms: int | None = None
+
+
+class Experts:
+    """The kernel of a node, or of one rank, and its buffer; a collective of the ranks that it spans.
+
+    Args:
+        shape: with the experts of the node, or of the rank.
+        max_rows: most rows of a launch.
+        device: the GPU.
+        group: of the node, None for one rank.
+        max_pool_rows: as of `get_symm_buffer_for_mega_moe`.
+        dtype: of what it gives, bfloat16 or float32.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        max_rows: int,
+        device: torch.device,
+        group: Any,
+        max_pool_rows: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.buffer = buffer = SymmBuffer(shape, max_rows, device, group, max_pool_rows)
+        self.rows = Rows(buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights)
+        self.float32_out = dtype is torch.float32
+
+    def numerics(self, fast_math: bool) -> Numerics:
+        """Those of its kernels."""
+        return Numerics(fast_math, self.float32_out)
+
+    def check_call(self, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
+        """Raise `ConfigError` unless such a call can be launched."""
+        stored = format_of_call(l1)
+        if stored is not FP8:
+            raise ConfigError(f"{stored.name} weights on several nodes; allowed: fp8 (`fp8_from_mxfp4` makes them)")
+        choice, _ = self.buffer.kernels.choose(rows, options.variant, options.num_sms)
+        spec = self.buffer.spec(choice.variant, self.numerics(options.fast_math))
+        check_weights(l1, l2, spec, self.buffer.device)
+
+    def prepare(self, fast_math: bool) -> None:
+        """Compile, load and bind its kernels; a collective of the ranks that it spans, at first."""
+        for variant in self._variants():
+            self.buffer.prepare(variant, self.numerics(fast_math))
+
+    def is_prepared(self, fast_math: bool) -> bool:
+        """Whether a call needs nothing of that any more."""
+        bound = {(variant, numerics) for variant, numerics, _, stored in self.buffer.kernels.bound if stored is FP8}
+        return all((variant, self.numerics(fast_math)) in bound for variant in self._variants())
+
+    def _variants(self) -> tuple[Variant, ...]:
+        return all_variants(self.buffer.shape, FP8, ranks=self.buffer.ranks)
+
+    def variant_for(self, rows: int, options: CallOptions) -> str:
+        """The variant of a call where each rank has so many rows, which all its launches then take."""
+        choice, _ = self.buffer.kernels.choose(min(rows, MAX_TOKENS), options.variant, None)
+        return str(choice.variant.value)
+
+    def sms_beside(self, comm_ctas: int) -> int:
+        """Blocks of a launch that leaves room for so many of another kernel."""
+        return max(1, sm_count(self.buffer.device) - comm_ctas)
+
+    def ready(self) -> None:
+        """Have the current stream wait until its rows may be overwritten."""
+        self.buffer.wait_for_last()
+
+    def compute(
+        self, arrived: Arrived, partial: torch.Tensor, l1: WeightTensors, l2: WeightTensors, options: CallOptions
+    ) -> None:
+        """Launch on what has arrived.
+
+        Args:
+            arrived: into `rows`.
+            partial: ``[arrived.rows, hidden]``, written; zeros where no slot of a row is for these experts.
+            l1, l2: weights of this rank.
+            options: of the call.
+        """
+        if arrived.num_rows is not None:
+            mask_rows(self.rows.topk_idx[: arrived.rows], arrived.num_rows)
+        numerics = self.numerics(options.fast_math)
+        plan = self.buffer.plan(arrived.rows, options.variant, numerics, options.num_sms)
+        self.buffer.launch(plan, partial, arrived.rows, l1, l2, None, options.clamp)
+
+    def wait(self, give_up: Callable[[], str | None]) -> str | None:
+        """Wait for the device until it is idle or a kernel has left a record; or until `give_up` says what it gives."""
+        told: list[str] = []
+
+        def asked() -> str | None:
+            said = give_up()
+            told.extend([said] if said is not None else [])
+            return said
+
+        wait_for_device(self.buffer.device, lambda: bool(self.buffer.fault[0]), asked)
+        return told[0] if told else None
+
+    def has_fault(self) -> bool:
+        """Whether a kernel has left a record of why it gave up."""
+        return bool(self.buffer.fault[0])
+
+    def check(self) -> None:
+        """As `SymmBuffer.check`."""
+        self.buffer.check()
+
+    def poison(self, error: MegaMoeError) -> None:
+        """Have every later call raise this, and `destroy` ask nobody."""
+        self.buffer.poison(error)
+
+    def destroy(self) -> None:
+        """As `SymmBuffer.destroy`."""
+        self.buffer.destroy()

@@ -1,0 +1,43 @@
+"""The gather form: every node gets every row. Static, so that it fits into a CUDA graph; for few tokens and nodes."""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe_jit._nodes.combine import sum_nodes
+from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
+from megamoe_jit._nodes.rail import Rail
+
+__all__ = ["GatherExchange"]
+
+
+class GatherExchange:
+    """All rows of a rail into the experts' buffer as they are, in one collective; results back in another.
+
+    Rows of node m are rows ``m * rows`` to ``(m + 1) * rows`` there. A node masks what is not for its experts by
+    subtracting the first of them: to a kernel, an id that is no expert is masked.
+    """
+
+    name = "gather"
+    whole_node = True
+    capturable = True
+    float32 = True
+
+    def __init__(self, rail: Rail) -> None:
+        self.rail = rail
+
+    def most_rows(self, tokens: int) -> int:
+        return self.rail.nodes * tokens
+
+    def dispatch(self, batch: Batch, into: Rows, first_expert: int, experts: int) -> Arrived:
+        rows = self.rail.nodes * len(batch.rows)
+        arriving = into[:rows]
+        self.rail.gather(arriving.tensors, batch.rows.tensors)
+        if first_expert:
+            arriving.topk_idx.sub_(first_expert)
+        return Arrived(rows, None, batch)
+
+    def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:
+        back = torch.empty_like(partial)
+        self.rail.swap(back, partial)
+        sum_nodes(back.view(self.rail.nodes, len(arrived.batch.rows), -1), y)

@@ -1,0 +1,186 @@
+"""The memory of one rank's layer over several nodes, and its life: usable, lost, destroyed."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any, Self
+
+import torch
+
+from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
+from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError, PeerTimeoutError
+from megamoe_jit._layer.group import collectively
+from megamoe_jit._nodes.choice import Choices
+from megamoe_jit._nodes.exchange import Rows
+from megamoe_jit._nodes.experts import Experts
+from megamoe_jit._nodes.lanes import Lane, staging
+from megamoe_jit._nodes.loss import UNASKED, Watch, loss
+from megamoe_jit._nodes.ranks import NodeRanks
+from megamoe_jit._spec import MAX_TOKENS, MoEShape
+
+__all__ = ["MultiNodeMemory", "capturing"]
+
+ABORT_S = 3.0  #: for NCCL to end what is under way, after a loss
+
+
+class MultiNodeMemory:
+    """What a layer over several nodes has on one rank: memory, experts, and a life that ends with the first loss."""
+
+    def __init__(
+        self,
+        topology: NodeRanks,
+        shape: MoEShape,
+        max_tokens: int,
+        device: torch.device,
+        choices: Choices,
+        *,
+        partial: torch.dtype = torch.bfloat16,
+        chunks: int = 1,
+        comm_ctas: int = 8,
+        timeout_s: float = 60.0,
+        max_pool_rows: int = DEFAULT_POOL_ROWS,
+    ) -> None:
+        self.topology, self.shape, self.device = topology, shape, device
+        self.num_experts, self.num_topk, self.num_shared_experts = shape.experts, shape.topk, shape.shared
+        self.hidden, self.intermediate_hidden = shape.hidden, shape.intermediate
+        self.chunks, self.comm_ctas, self.timeout_s = chunks, comm_ctas, timeout_s
+        self.choices = choices
+        self.lock = threading.RLock()
+        self._destroyed = False
+        self._broken: MegaMoeError | None = None
+        self._prepared: set[bool] = set()
+        self._stream: Any = None
+        whole = choices.whole_node
+        parts = topology.nodes if whole else topology.world_size
+        self.local_experts = shape.experts // parts
+        self.first_expert = self.local_experts * (topology.node if whole else topology.rank)
+        self._alone = topology.nodes == 1 and whole
+        inner = MoEShape(shape.hidden, shape.intermediate, self.local_experts, shape.topk, shape.shared)
+        group = topology.node_group if whole else None
+        step = -(-max_tokens // chunks)
+        rows = max_tokens if self._alone else choices.most_rows(step)
+
+        def admit() -> None:
+            if rows > MAX_TOKENS:
+                given = (
+                    f"{max_tokens} tokens on {topology.nodes} nodes in {chunks} chunk(s) are {rows} rows of a launch"
+                )
+                raise ConfigError(f"{given}; allowed: at most {MAX_TOKENS} (more chunks have fewer each)")
+
+        collectively(topology.group, "checking the rows of a launch", admit)
+        lanes = 1 if self._alone or chunks == 1 else 2
+        dtype = torch.bfloat16 if self._alone else partial
+        made = [Experts(inner, rows, device, group, max_pool_rows, dtype) for _ in range(lanes)]
+        self._experts = made[0]
+        if self._alone:  # the node's buffer is the caller's: nothing comes between
+            self._lanes: list[Lane] = []
+            self.num_max_tokens_per_rank = len(made[0].rows)
+            self._staged = made[0].rows
+        else:
+            self._lanes = [Lane(experts, partial) for experts in made]
+            self.num_max_tokens_per_rank = max_tokens
+            self._staged = staging(shape, max_tokens, device)
+        self.x, self.x_sf, self.topk_idx, self.topk_weights = self._staged.tensors
+        self._next = 0
+
+    def require_usable(self) -> None:
+        """Raise if it was destroyed (`ConfigError`), or a call of it has failed (that call's error)."""
+        if self._destroyed:
+            raise ConfigError("this buffer was destroyed; allowed: calls before destroy()")
+        if self._broken is not None:
+            raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
+
+    def wait_for_last(self) -> None:
+        """Make the current stream wait for the last call, if that was on another."""
+        for experts in self._all_experts():
+            experts.ready()
+
+    def _all_experts(self) -> list[Experts]:
+        return [lane.experts for lane in self._lanes] or [self._experts]
+
+    def _lost(self, said: str, missing: dict[int, str] | None = UNASKED) -> PeerTimeoutError:
+        """Find out who is missing, unless that is known, and make the buffer unusable."""
+        error = loss(self.topology, said, missing)
+        self._poison(error)
+        return error
+
+    def _poison(self, error: MegaMoeError) -> None:
+        self._broken = error
+        for experts in self._all_experts():
+            experts.poison(error)
+        ending = threading.Thread(target=self.choices.abort, args=(self.device,), daemon=True)
+        ending.start()
+        ending.join(ABORT_S)
+
+    def check(self) -> None:
+        """Wait for the device, at most as long as the deadlines say, and raise if a call of this buffer failed.
+
+        Raises:
+            PeerTimeoutError: a rank is lost; says which, and its node.
+            DeviceFaultError: a wait inside a kernel passed its deadline, or the CUDA context is broken.
+            CaptureError: some stream is capturing, so that the device cannot be waited for; nothing is wrong.
+        """
+        if self._broken is not None:
+            raise type(self._broken)(str(self._broken))
+        if self.device.type != "cuda":
+            return
+        faults = any(experts.has_fault() for experts in self._all_experts())
+        if not self._alone and not faults and not capturing():
+            watch = Watch(self.topology, self.choices, self.device, self.timeout_s)
+            lost = self._experts.wait(watch)
+            if lost is not None:
+                raise self._lost(lost, watch.missing)
+        for experts in self._all_experts():
+            try:
+                experts.check()
+            except MegaMoeError as error:
+                if not isinstance(error, CaptureError):
+                    self._broken = error
+                raise
+
+    def destroy(self) -> None:
+        """Wait for the device and give the memory back; safe to call twice; a collective unless a rank is lost.
+
+        A failure that nobody has asked for yet is warned about, not raised.
+
+        Raises:
+            CaptureError: some stream is capturing, so that the device cannot be waited for; nothing was given back.
+        """
+        if self._destroyed:
+            return
+        news = self._broken is None
+        try:
+            self.check()
+        except CaptureError:
+            raise
+        except MegaMoeError as error:
+            if news:
+                warnings.warn(f"while a MultiNodeBuffer was destroyed: {error}", RuntimeWarning, stacklevel=2)
+        self._destroyed = True
+        for experts in self._all_experts():
+            experts.destroy()
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
+        self._staged = Rows(empty, empty, empty, empty)
+        self._lanes = []
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a MultiNodeBuffer is memory that its process and its peers know by address, and cannot be copied or sent; "
+            "allowed: get_multinode_buffer_for_mega_moe(...) where another one is needed"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
+
+
+def capturing() -> bool:
+    """Whether the current stream is capturing; a context that is broken is not."""
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # the context is broken already
+        return False

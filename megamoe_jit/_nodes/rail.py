@@ -1,0 +1,133 @@
+"""A rail: the ranks with one number on every node, and the few collectives that rows travel by.
+
+`TorchRail` does them by torch.distributed, whatever its backend: NCCL between GPUs, gloo on a CPU. What travels is
+bytes, so that no backend has to know a format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["Rail", "TorchRail", "rail_options"]
+
+_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+
+class Rail(Protocol):
+    """What an exchange asks of the ranks of a rail; every one of them calls the same, in the same order.
+
+    Attributes:
+        nodes, node: how many ranks it has, and which one this is.
+    """
+
+    nodes: int
+    node: int
+
+    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        """Each of `inputs`, ``[rows, ...]``, of every node into its place of `outputs`, ``[nodes * rows, ...]``."""
+
+    def swap(
+        self,
+        output: torch.Tensor,
+        given: torch.Tensor,
+        arriving: Sequence[int] | None = None,
+        leaving: Sequence[int] | None = None,
+    ) -> None:
+        """Rows of `given`, so many for each node (evenly without `leaving`), to the nodes; theirs into `output`."""
+
+    def counts(self, mine: torch.Tensor) -> list[list[int]]:
+        """int64 ``[nodes]`` of every node, on the host: what node a has for node b is at ``[a][b]``."""
+
+
+class TorchRail:
+    """A `Rail` of torch.distributed.
+
+    Args:
+        group: the process group of the rail, None where there is one node.
+        nodes, node: its ranks, and which one this is.
+        timeout_s: after which it gives up.
+
+    Attributes:
+        captured: a CUDA graph has collectives of it.
+    """
+
+    def __init__(self, group: Any, nodes: int, node: int, timeout_s: float) -> None:
+        self.group, self.nodes, self.node, self.timeout_s = group, nodes, node, timeout_s
+        self.captured = False
+
+    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        to, of = [_bytes(tensor) for tensor in outputs], [_bytes(tensor) for tensor in inputs]
+        self.group.allgather_into_tensor_coalesced(to, of).wait()
+
+    def swap(
+        self,
+        output: torch.Tensor,
+        given: torch.Tensor,
+        arriving: Sequence[int] | None = None,
+        leaving: Sequence[int] | None = None,
+    ) -> None:
+        import torch.distributed as dist
+
+        come, go = (None if rows is None else list(rows) for rows in (arriving, leaving))
+        dist.all_to_all_single(_bytes(output), _bytes(given), come, go, group=self.group)
+
+    def counts(self, mine: torch.Tensor) -> list[list[int]]:
+        everyone = torch.empty(self.nodes * self.nodes, dtype=mine.dtype, device=mine.device)
+        self.gather([everyone], [mine])
+        listed: list[list[int]] = everyone.view(self.nodes, self.nodes).tolist()
+        return listed
+
+    def error(self, device: torch.device) -> str | None:
+        """What NCCL has noticed itself, such as a connection that is gone; None while it has nothing to say."""
+        if self.group is None or device.type != "cuda":
+            return None
+        get_error = getattr(self.group._get_backend(device), "get_error", None)
+        found = None if get_error is None else get_error()
+        return None if found is None or "SUCCESS" in str(found) else str(found).rpartition(".")[2].lower()
+
+    def abort(self, device: torch.device) -> None:
+        """End what is under way, here alone; nothing can be sent after it.
+
+        Not where a graph has collectives of this rail: NCCL would wait until nobody has the graph any more, and torch
+        with it. Then the end of the process ends what is under way.
+        """
+        if self.group is not None and device.type == "cuda" and not self.captured:
+            abort = getattr(self.group._get_backend(device), "abort", None)
+            if abort is not None:
+                abort()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as uint8, rows as they are."""
+    return tensor.view(torch.uint8)
+
+
+@contextmanager
+def rail_options(comm_ctas: int, timeout_s: float) -> Iterator[Any]:
+    """Options of a process group for a rail: NCCL with few blocks, whose errors are ours to raise.
+
+    By default a thread of torch's ends the process when NCCL fails. Here `check()` is to say which node is lost, so
+    that thread is told to leave it alone; torch reads how from the environment when a group is made.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_nccl_available() and "nccl" in str(dist.get_backend_config())):
+        yield None
+        return
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = comm_ctas
+    options._timeout = timedelta(seconds=timeout_s)
+    before = os.environ.get(_HANDLING)
+    os.environ[_HANDLING] = "0"
+    try:
+        yield options
+    finally:
+        del os.environ[_HANDLING]
+        if before is not None:
+            os.environ[_HANDLING] = before

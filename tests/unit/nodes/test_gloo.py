@@ -1,0 +1,163 @@
+"""Real processes over gloo: 2 x 2, 4 x 1 and 1 x 4 nodes out of the same four ranks, many cases in each."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamoe_jit._check.spawn import World, describe, run_ranks
+from megamoe_jit._errors import MegaMoeError
+from megamoe_jit._nodes import calls as _calls
+from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
+from megamoe_jit._nodes.roll_call import BEAT_S
+from megamoe_jit._nodes.topology import NodeTopology
+from megamoe_jit._settings.settings import override
+from tests.unit.nodes.world import ROUTES, SHAPE, batch, expected, of_node, on_cpu, stage, whole_weights
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+TOKENS = (0, 1, 5, 8)
+WAYS = (("gather", "bf16", 1), ("exact", "bf16", 3), ("exact", "fp32", 1), ("gather", "fp32", 2))
+
+
+def said(action) -> str:
+    """What an action raises."""
+    try:
+        return f"returned {action()}"
+    except MegaMoeError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def buffer_of(topology, capacity=8, **more):
+    """A buffer of the layer that all tests have."""
+    sizes = SHAPE.experts, capacity, SHAPE.topk, SHAPE.hidden, SHAPE.intermediate
+    return get_multinode_buffer_for_mega_moe(topology, *sizes, device="cpu", **more)
+
+
+def layer(topology: NodeTopology, weights) -> list[str]:
+    """Which cases are wrong on these nodes."""
+    wrong = []
+    for exchange, partial, chunks in WAYS:
+        with buffer_of(topology, exchange=exchange, partial=partial, chunks=chunks) as buffer:
+            l1, l2 = of_node(weights, buffer.first_expert, buffer.local_experts)
+            for number, route in enumerate(ROUTES):
+                rows = batch(TOKENS[(topology.rank + number) % 4], route, seed=topology.rank, nodes=topology.nodes)
+                stage(buffer, rows)
+                y = torch.full((len(rows), SHAPE.hidden), float("nan"), dtype=torch.bfloat16)
+                fp8_mega_moe_multinode(y, l1, l2, buffer)
+                dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[partial]
+                if not torch.equal(y, expected(rows, weights, topology.nodes, dtype)):
+                    wrong.append(f"{exchange} {partial} {chunks} {route}")
+            buffer.check()
+    return wrong
+
+
+def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
+    """What one rank alone does wrong before anything is sent."""
+    seen = {
+        "sizes": said(lambda: buffer_of(topology, capacity=8 + (rank == 3))),
+        "exchange": said(lambda: buffer_of(topology, exchange="gather" if rank else "smoke")),
+        "chunks": said(lambda: buffer_of(topology, chunks=0 if rank == 2 else 1)),
+    }
+    with buffer_of(topology) as buffer:
+        weights = whole_weights()
+        l1, l2 = of_node(weights, buffer.first_expert, buffer.local_experts)
+        y = torch.empty(2, SHAPE.hidden, dtype=torch.bfloat16)
+        with override(debug=True):  # ranks that mean different calls would wait for ever otherwise
+            stage(buffer, batch(2, "spread", seed=rank))
+            fp8_mega_moe_multinode(y, l1, l2, buffer, 4)
+            seen["rows"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer, 4 + (rank == 1)))
+        seen["too many"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer, 1))
+    seen["destroyed"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer))
+    return seen
+
+
+def on_each_rank(world: World) -> dict[str, object]:
+    """Everything that is looked at, in one spawn."""
+    group, weights, seen = dist.group.WORLD, whole_weights(), {}
+    _calls.place_of = torch.device
+    with on_cpu():
+        for split in (2, 1, 4):
+            topology = NodeTopology(group, ranks_per_node=split)
+            seen[f"{4 // split} x {split}"] = layer(topology, weights)
+            seen[f"places of {split}"] = [topology.node, topology.local_rank, topology.place_of(world.rank)]
+        two = NodeTopology(group, ranks_per_node=2)
+        seen["refusals"] = refusals(two, world.rank)
+        again = NodeTopology(group, two.node_group, two.rail(8, 60.0).group)
+        seen["given groups"] = [again.nodes, again.ranks_per_node, layer(again, weights)]
+        seen["one host"] = NodeTopology(group).nodes
+        seen["odd split"] = said(lambda: NodeTopology(group, ranks_per_node=3))
+        seen["wrong rail"] = said(lambda: NodeTopology(group, two.node_group, two.node_group))
+        roll = two.roll_call
+        roll.calls = 7 if world.rank else 9
+        dist.barrier()
+        seen["missing"] = roll.missing()
+        dist.barrier()
+        if world.rank == 3:
+            roll.give_notice()
+        if world.rank >= 2:
+            roll._over.set()  # as if the process had ended, of one that has found a loss and of one that has not
+        dist.barrier()
+        time.sleep(BEAT_S)
+        seen["missing then"] = roll.missing()
+        dist.barrier()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What each of four ranks saw."""
+    target = "tests.unit.nodes.test_gloo:on_each_rank"
+    ends = run_ranks(
+        target,
+        4,
+        device="cpu",
+        timeout_s=120,
+        group_timeout_s=30,
+        environment={r: {"OMP_NUM_THREADS": "1"} for r in range(4)},
+    )
+    assert all(end.ok for end in ends), describe(ends)
+    return [end.result for end in ends]
+
+
+@pytest.mark.parametrize("nodes", ["2 x 2", "4 x 1", "1 x 4"])
+def test_every_route_in_every_way_has_the_right_bits(seen, nodes: str):
+    assert [each[nodes] for each in seen] == [[]] * 4
+
+
+def test_ranks_know_their_places(seen):
+    assert [each["places of 2"] for each in seen] == [
+        [0, 0, "node 0 (rank 0)"],
+        [0, 1, "node 0 (rank 1)"],
+        [1, 0, "node 1 (rank 2)"],
+        [1, 1, "node 1 (rank 3)"],
+    ]
+    assert [each["given groups"] for each in seen] == [[2, 2, []]] * 4
+    assert [each["one host"] for each in seen] == [1] * 4
+
+
+def test_what_one_rank_does_wrong_is_refused_on_all(seen):
+    for rank, each in enumerate(seen):
+        it = each["refusals"]
+        assert it["sizes"].startswith("RankMismatchError: ranks disagree on the layer: tokens (rank 0: 8, rank 1: 8")
+        failed = "rank 0" if rank else "exchange = 'smoke' is not supported; allowed: auto, gather, exact"
+        assert failed in it["exchange"]
+        assert ("chunks = 0 is not supported" if rank == 2 else "rank 2") in it["chunks"]
+        assert it["rows"].startswith("RankMismatchError: ranks disagree on the rows of a call: padded_tokens")
+        assert it["too many"] == "ConfigError: tokens = 2 is not supported; allowed: 0 to 1"
+        assert it["destroyed"] == "ConfigError: this buffer was destroyed; allowed: calls before destroy()"
+        assert "allowed: a divisor of 4" in each["odd split"]
+        assert "wrong rail" in each
+        assert "rail_group has ranks" in each["wrong rail"] or "checking the rails failed" in each["wrong rail"]
+
+
+def test_who_has_given_notice_is_not_missed(seen):
+    gone = {"2": "its process is gone or stands still"}
+    assert [each["missing then"] for each in seen[:2]] == [{"1": "it has made 7 calls of 9", **gone}, gone]
+
+
+def test_the_roll_call_tells_who_is_behind(seen):
+    assert seen[0]["missing"] == {str(rank): "it has made 7 calls of 9" for rank in (1, 2, 3)}
+    assert [each["missing"] for each in seen[1:]] == [{}] * 3

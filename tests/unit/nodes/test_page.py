@@ -1,0 +1,32 @@
+"""The figures and the programs in docs/multi-node.md."""
+
+import ast
+import re
+
+import megamoe_jit
+from megamoe_jit._nodes.model import cost
+from megamoe_jit.heuristics.presets import preset
+from tests.stubs import REPO
+
+TEXT = (REPO / "docs" / "multi-node.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_what_the_model_says():
+    rows = re.findall(r"^\| (v4-\w+) \| (\d) \| (\d+) \| (.*) \|$", TEXT, re.MULTILINE)
+    assert len(rows) == 18
+    for name, nodes, tokens, cells in rows:
+        it = cost(preset(name).shape.routed, int(nodes), 8, int(tokens))
+        times = (f"{time:.0f}" for time in (it.kernel_us, it.exchange_us, it.total_us))
+        expected = (it.exchange, str(it.chunks), f"{it.sent_bytes / 1e6:.1f}", *times)
+        assert tuple(cells.split(" | ")) == expected, (name, nodes, tokens)
+
+
+def test_the_programs_use_what_there_is():
+    programs = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    used = set()
+    for program in programs:
+        for node in ast.walk(ast.parse(program)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mm":
+                used.add(node.attr)
+    assert used >= {"NodeTopology", "MegaMoE", "get_multinode_buffer_for_mega_moe", "fp8_mega_moe_multinode"}
+    assert all(hasattr(megamoe_jit, name) for name in used)
