@@ -14,11 +14,9 @@ prefill one sequence at once.  Needs a Hopper GPU and transformers.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import inspect
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,9 +26,8 @@ import torch
 
 import megamoe_jit as mm
 from benchmarks.checkout import commit
+from benchmarks.frame import hopper, parser, say
 from megamoe_jit._bench.conditions import environment, write
-from megamoe_jit._bench.measure import require_hopper
-from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit.heuristics.presets import preset
 from megamoe_jit.reference import calc_diff
 
@@ -174,28 +171,24 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Measure and print; 1 if the logits are far from grouped_mm's, 3 without a Hopper GPU or transformers."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--output", type=Path, help="write the rows as JSON")
+    options = arguments.parse_args()
     if importlib.util.find_spec("transformers") is None:
-        parser.exit(3, "Error: no transformers here; run: pip install 'transformers>=5.17,<6'\n")
-    try:
-        device = require_hopper()
-    except UnsupportedDeviceError as error:
-        parser.exit(3, f"Error: {error}\n")
+        arguments.exit(3, "Error: no transformers here; run: pip install 'transformers>=5.17,<6'\n")
+    device = hopper(arguments)
     import transformers
 
     model = make_model(device)
     layers = adopt(model, preset(MODEL).shape.topk, max(PREFILL, PROMPT * max(BATCHES)))
     diffs = differences(model, max(BATCHES))
     names = "".join(f"{name:>12}" for name in IMPLEMENTATIONS)
-    sys.stdout.write(f"{layers} layers of {MODEL}, transformers {transformers.__version__}, logits differ by {diffs}\n")
-    sys.stdout.write(f"{'ms':10}{'tokens':>7}{names}{'times grouped_mm':>18}\n")
+    say(f"{layers} layers of {MODEL}, transformers {transformers.__version__}, logits differ by {diffs}")
+    say(f"{'ms':10}{'tokens':>7}{names}{'times grouped_mm':>18}")
     rows = []
     for row in measure(model):
         rows.append(row)
-        sys.stdout.write(_line(row) + "\n")
-        sys.stdout.flush()
+        say(_line(row))
     if options.output:
         conditions = {**environment(commit()), "transformers": transformers.__version__}
         head = {"schema_version": 1, "kind": "in_transformers", "environment": conditions, "model": MODEL}

@@ -80,7 +80,7 @@ def test_all_have_the_same_weights_and_take_turns(model: torch.nn.Module, monkey
 @pytest.mark.parametrize("most", [1.0, 0.0])
 def test_the_document(model, monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture, most: float):
     for name, value in (
-        ("require_hopper", lambda: torch.device("cpu")),
+        ("hopper", lambda _: torch.device("cpu")),
         ("make_model", lambda device: model),
         ("adopt", lambda *_: 2),
         ("environment", lambda commit: {**CONDITIONS, "commit": commit}),

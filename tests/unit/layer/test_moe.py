@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -224,6 +224,15 @@ def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def expected(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, clamp: float | None) -> torch.Tensor:
     return moe_reference(*mm.quantize_activations(x), ids, weights, DRAWN.l1, DRAWN.l2, activation_clamp=clamp)
+
+
+def in_chunks(function: Callable[..., torch.Tensor], *batch: torch.Tensor, size: int = 128) -> torch.Tensor:
+    """What `function` gives for each `size` tokens of a batch, as a layer of that capacity serves it.
+
+    For a stand-in this is not the same as one call: a product on the CPU has other bits where an expert has one row, or
+    few, than where these are among many. The kernel computes each row alike.
+    """
+    return torch.cat([function(*rows) for rows in zip(*(each.split(size) for each in batch), strict=True)])
 
 
 def at(address: int, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
