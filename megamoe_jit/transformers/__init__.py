@@ -1,0 +1,8 @@
+"""The layer as an experts implementation of transformers: `import megamoe_jit.transformers`, then
+`from_pretrained(..., experts_implementation="megamoe")`.
+
+This room knows modules of transformers and what their weights are called. It must not know of files, nor of other
+engines; a release of transformers that it does not fit gets one warning and stays as it is.
+"""
+
+from __future__ import annotations
