@@ -80,7 +80,7 @@ def examine_engine(probe: EngineProbe) -> Iterator[Check]:
         yield Check(probe.name, Status.OK, version, "", data)
     else:
         detail = f"{version}, with which the plug-in was never run; {tested}"
-        yield Check(probe.name, Status.WARN, detail, f"it works if the hooks are as expected", data)
+        yield Check(probe.name, Status.WARN, detail, "it works if the hooks are as expected", data)
     yield _check_hooks(probe)
     typed = "\n".join(probe.typed)
     yield Check("to type", Status.OK, typed, "", {"lines": list(probe.typed), "page": probe.page})
