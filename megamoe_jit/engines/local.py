@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from megamoe_jit._layer import from_bf16, serving
+from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._layer.workspace import Lease, lease
 from megamoe_jit._spec import MoEShape
-from megamoe_jit.engines.held import HeldExperts
 
 __all__ = ["CAPACITY", "LocalExperts"]
 
@@ -15,26 +15,30 @@ CAPACITY = 8192  #: tokens of a launch; larger batches are served in chunks, wit
 
 
 class LocalExperts:
-    """The experts of one layer that are on this rank, and the buffer that its layers share.
+    """Runs the experts of a layer that are on this rank, in the buffer that layers of its sizes share.
 
     Args:
-        held: the experts.
-        topk: slots of a token.
+        shape: of the experts on this rank; its `topk` is the slots of a token.
+        device: where they are.
         capacity: tokens of a launch.
 
+    Attributes:
+        shape: as given.
+
     Raises:
-        ConfigError: there is no kernel of these sizes, or no memory.
+        ConfigError: there is no memory.
         UnsupportedDeviceError: there is no Hopper GPU.
     """
 
-    def __init__(self, held: HeldExperts, topk: int, capacity: int = CAPACITY) -> None:
-        self.held, self.topk = held, topk
-        shape = MoEShape(held.hidden, held.intermediate, held.experts, topk)
-        self._lease: Lease = lease(shape, capacity, held.l1[0].device)
+    def __init__(self, shape: MoEShape, device: torch.device, capacity: int = CAPACITY) -> None:
+        self.shape = shape
+        self._lease: Lease = lease(shape, capacity, device)
         self._lease.buffer.prepare_all()  # none is compiled in a capture
 
     def __call__(
         self,
+        l1: WeightPair,
+        l2: WeightPair,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
@@ -42,9 +46,10 @@ class LocalExperts:
         factor: float = 1.0,
         y: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The weighted sum of a token's experts on this rank.
+        """The weighted sum of each token's experts on this rank.
 
         Args:
+            l1, l2: codes in the kernel's order, and scales.
             x: bf16, float16 or float32 ``[T, hidden]``.
             topk_idx: int32 or int64 ``[T, topk]``, numbers on this rank; -1 for experts of others.
             topk_weights: ``[T, topk]``.
@@ -58,7 +63,7 @@ class LocalExperts:
         Raises:
             MegaMoeError: as `mega_moe_from_bf16`.
         """
-        buffer, (l1, l2) = self._lease.buffer, (self.held.l1, self.held.l2)
+        buffer = self._lease.buffer
         if x.shape[0] > self._lease.capacity:
             weights = topk_weights if factor == 1.0 else topk_weights * factor
             return serving.serve(buffer, x, topk_idx, weights, l1, l2, clamp, True, y=y)

@@ -1,4 +1,4 @@
-"""Releases of engines as sources alone: `python -m tests.engines.fetch FOLDER` fetches wheels and keeps their Python files."""
+"""Releases of engines as sources: `python -m tests.engines.fetch FOLDER` keeps the Python files of their wheels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     for distribution, versions in RELEASES.items():
         for version in versions if given.only in (None, distribution) else ():
-            print(f"{distribution} {version}", file=sys.stderr)
+            sys.stderr.write(f"{distribution} {version}\n")
             fetch(distribution, version, given.folder)
 
 

@@ -117,13 +117,13 @@ class SglangWorld:
 @contextmanager
 def sglang_world(root: Path) -> Iterator[SglangWorld]:
     """SGLang from the folder that has its package, for as long as this is entered."""
-    from megamoe_jit.engines import aside, sglang
+    from megamoe_jit.engines import across, aside, sglang
     from megamoe_jit.engines.sglang import mega
 
     with RealSources(root, "sglang", REAL, STAND_INS):
         sglang._registered = False
         aside._warned.clear()
-        mega._buffers.clear()
+        across._buffers.clear()
         mega._sizes.clear()
         mega._all_in_place.cache_clear()
         world = SglangWorld()

@@ -1,4 +1,4 @@
-"""An engine's real sources without what they need: chosen modules are loaded from its package, all others are stand-ins.
+"""An engine's real sources without what they need: chosen modules come from its package, all others are stand-ins.
 
 Engines import native libraries, GPUs and whole frameworks at the top of their files. The modules that a plug-in meets
 are loaded as they are; whatever else they import is a stand-in that takes any use and does nothing.

@@ -1,4 +1,4 @@
-"""The kernel's place taken by the reference, for engines that run on a CPU: buffers without a GPU, calls that compute."""
+"""The reference in the kernel's place, for engines that run on a CPU: buffers without a GPU, calls that compute."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _make_buffer(
     return Buffer(group, MoEShape(hidden, intermediate, experts, topk, shared), capacity)
 
 
-def _run(x, ids, weights, l1, l2, buffer, *, y=None, routed_scaling_factor=1.0, activation_clamp=None, **_):  # noqa: ANN
+def _run(x, ids, weights, l1, l2, buffer, *, y=None, routed_scaling_factor=1.0, activation_clamp=None, **_):
     require_marked("l1", l1[0])
     require_marked("l2", l2[0])
     assert ids.shape == weights.shape == (x.shape[0], buffer.shape.topk)

@@ -115,7 +115,7 @@ class TestMegaMoE:
             gate=lambda *_, **__: None, topk=lambda *_, **__: SimpleNamespace(topk_ids=of.ids, topk_weights=of.weights),
         )  # fmt: skip
         mega = world.module("layers.moe.mega_moe")
-        monkeypatch.setattr(mega, "should_use_mega_gate", lambda *_: False)
+        monkeypatch.setattr(mega, "should_use_mega_gate", lambda *_: False, raising=False)
         layer.moe_runner_config.swiglu_limit = 1.0
         found = mega.forward_mega_moe(moe, of.x)
         assert torch.equal(found, expected(of, l1, l2, 1.0, 2.5) + beside)
@@ -134,7 +134,7 @@ class TestMegaMoE:
         main, side = Stream("main"), Stream("side")
         mega = world.module("layers.moe.mega_moe")
         monkeypatch.setattr(mega, "get_is_capture_mode", lambda: True)
-        monkeypatch.setattr(mega, "should_use_mega_gate", lambda *_: False)
+        monkeypatch.setattr(mega, "should_use_mega_gate", lambda *_: False, raising=False)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
         moe = SimpleNamespace(
@@ -222,6 +222,7 @@ class TestWithoutAllToAll:
         world.parallel.moe_ep_size, world.parallel.moe_ep_rank = 2, rank
         layer, l1, l2 = loaded(world)
         of = batch(9, MoEShape(256, 128, 8, 2))
+        of.ids.clamp_(min=0)  # 0.5.22 takes -1 for the last expert; where it pads, nobody reads the result
         found = self.forward(world, layer, of)
         local = torch.where((of.ids >= 4 * rank) & (of.ids < 4 * rank + 4), of.ids - 4 * rank, -1)
         of.ids = local

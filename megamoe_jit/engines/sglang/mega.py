@@ -7,16 +7,14 @@ where all four are, since DeepGEMM reads another order of weights.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._fork import renew_after_fork
-from megamoe_jit._layer import calls, from_bf16
-from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer import from_bf16
+from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.sglang import weights
 from megamoe_jit.engines.sglang.hooks import PROBE, around, unreached
@@ -26,9 +24,6 @@ __all__ = ["hook"]
 _SM90 = "sglang.srt.layers.moe.mega_moe_sm90"
 _MEGA = "sglang.srt.layers.moe.mega_moe"
 
-_lock = threading.Lock()
-renew_after_fork(globals(), "_lock")
-_buffers: dict[tuple[Any, ...], tuple[SymmBuffer, Any]] = {}  #: with the group, whose id is in the key
 _sizes: set[tuple[int, int]] = set()  #: hidden and intermediate of layers that were taken over
 
 
@@ -104,14 +99,8 @@ def _buffer(
             f"num_shared_experts = {num_shared_experts} with SGLang's megamoe backend; allowed: 0, shared experts run "
             "beside the kernel or as routed ones"
         )
-    key = (id(group), *sizes, torch.cuda.current_device() if torch.cuda.is_available() else None)
-    with _lock:
-        if key not in _buffers:
-            named = {"activation": options.get("activation", "swiglu")}  # its weights say in which format they are
-            made = calls.get_symm_buffer_for_mega_moe(group, *sizes, **named)
-            made.prepare_all()  # none is compiled in a capture, or by one rank alone
-            _buffers[key] = made, group
-        return _buffers[key][0]
+    activation = options.get("activation", "swiglu")  # `mma_type` says nothing: weights tell their own format
+    return buffer_across(group, *sizes[:-1], activation=activation)
 
 
 def _run(

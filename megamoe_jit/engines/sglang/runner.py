@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MoEShape
+from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.local import LocalExperts
 from megamoe_jit.engines.sglang import weights
 from megamoe_jit.engines.sglang.hooks import around
@@ -19,7 +21,14 @@ __all__ = ["BACKEND", "hook"]
 
 BACKEND = "megamoe_jit"
 _FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
-_LOCAL = "_megamoe_jit_local"  #: of a layer
+_READY = "_megamoe_jit_ready"  #: of a layer
+
+
+class _Ready(NamedTuple):
+    """What a layer needs to run."""
+
+    held: HeldExperts
+    run: LocalExperts
 
 
 def hook() -> None:
@@ -52,17 +61,16 @@ def _core_class() -> Any:
         def run_from_dispatch(
             self, dispatch_output: Any, quant_info: Any, runner_config: Any, hooks: Any = None
         ) -> Any:
-            if not isinstance(quant_info, LocalExperts) or hooks is not None:
+            if not isinstance(quant_info, _Ready) or hooks is not None:
                 given = "LoRA" if hooks is not None else type(quant_info).__name__
                 raise ConfigError(
                     f"--moe-runner-backend {BACKEND} with {given}; allowed: experts in FP8 with blocks of 128 x 128"
                 )
             x = dispatch_output.hidden_states
             topk_weights, topk_ids, *_ = dispatch_output.topk_output
-            factor = runner_config.routed_scaling_factor
-            y = quant_info(
-                x, topk_ids, topk_weights, runner_config.swiglu_limit, 1.0 if factor is None else float(factor)
-            )
+            factor = 1.0 if runner_config.routed_scaling_factor is None else float(runner_config.routed_scaling_factor)
+            held, run = quant_info
+            y = run(held.l1, held.l2, x, topk_ids, topk_weights, runner_config.swiglu_limit, factor)
             return combined(hidden_states=y if x.dtype == y.dtype else y.to(x.dtype))
 
     return MegaMoeRunnerCore
@@ -119,20 +127,25 @@ def _process(original: Callable[..., Any], method: Any, layer: Any, *args: Any, 
     if held is not None:
         held.to_plain()  # what follows a load begins with what was loaded
     result = original(method, layer, *args, **kwargs)
-    held = weights.take(layer)
-    local = getattr(layer, _LOCAL, None)
-    if local is None or local.held is not held:
-        topk = layer.moe_runner_config.top_k
-        setattr(layer, _LOCAL, LocalExperts(held, topk if isinstance(topk, int) else layer.top_k))
+    topk = layer.moe_runner_config.top_k
+    _prepare(layer, layer.top_k if topk is None else topk)
     return result
+
+
+def _prepare(layer: Any, topk: int) -> _Ready:
+    """Take a layer over, and make the buffer for so many slots of a token."""
+    held = weights.take(layer)
+    shape = MoEShape(held.hidden, held.intermediate, held.experts, topk)
+    ready = _Ready(held, LocalExperts(shape, held.l1[0].device))
+    setattr(layer, _READY, ready)
+    return ready
 
 
 def _apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any, *args: Any, **kw: Any) -> Any:
     if not _is_ours(method):
         return original(method, layer, dispatch_output, *args, **kw)
-    local: LocalExperts = getattr(layer, _LOCAL)
+    ready: _Ready = getattr(layer, _READY)
     slots = dispatch_output.topk_output[1].shape[1]
-    if slots != local.topk:  # shared experts in slots of their own
-        local = LocalExperts(local.held, slots)
-        setattr(layer, _LOCAL, local)
-    return method.runner.run(dispatch_output, local)
+    if slots != ready.run.shape.topk:  # shared experts in slots of their own
+        ready = _prepare(layer, slots)
+    return method.runner.run(dispatch_output, ready)
