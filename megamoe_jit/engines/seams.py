@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -131,14 +131,14 @@ def _said(names: list[str], wanted: tuple[str, ...], verb: str) -> str:
     return f"its parameters are ({', '.join(names)}); they were to {verb} ({', '.join(wanted)})"
 
 
-def asked(seams: Iterable[Seam], engine: str) -> Callable[[], Iterator[tuple[str, str]]]:
-    """For `doctor`: each seam by name, with its problem in the engine that is installed."""
+def asked(seams: Iterable[Seam], engine: str) -> Iterator[tuple[str, str]]:
+    """Each seam by name, with its problem in the engine that is installed; empty if there is none.
 
-    def ask() -> Iterator[tuple[str, str]]:
-        root = root_of(engine)
-        if root is None:
-            raise ImportError(f"there is no package {engine}")
-        for seam in seams:
-            yield str(seam), problem_of(seam, root)
-
-    return ask
+    Raises:
+        ImportError: there is no such package.
+    """
+    root = root_of(engine)
+    if root is None:
+        raise ImportError(f"there is no package {engine}")
+    for seam in seams:
+        yield str(seam), problem_of(seam, root)

@@ -10,8 +10,9 @@ import zipfile
 from pathlib import Path
 
 from megamoe_jit.engines.sglang import seams as sglang
+from megamoe_jit.engines.vllm import seams as vllm
 
-RELEASES = {"sglang": sglang.TESTED}
+RELEASES = {"sglang": sglang.TESTED, "vllm": vllm.TESTED}
 
 
 def fetch(distribution: str, version: str, folder: Path) -> None:

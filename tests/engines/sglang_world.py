@@ -35,7 +35,7 @@ REAL = (
     "sglang.srt.plugins.hook_registry",
 )
 STAND_INS = ("triton", "deep_gemm", "sgl_kernel", "flashinfer", "compressed_tensors", "aiter", "msgspec")
-ENTRY = EntryPoint("megamoe", "megamoe_jit.engines.sglang:register", "sglang.srt.plugins")
+ENTRY = EntryPoint("megamoe_jit", "megamoe_jit.engines.sglang:register", "sglang.srt.plugins")
 
 
 class SglangWorld:

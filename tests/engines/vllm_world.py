@@ -35,7 +35,7 @@ REAL = (
     f"{_LAYERS}.quantization.utils.quant_utils",
 )
 STAND_INS = ("triton", "deep_gemm", "flashinfer", "compressed_tensors", "aiter", "msgspec")
-ENTRY = EntryPoint("megamoe", "megamoe_jit.engines.vllm:register", "vllm.general_plugins")
+ENTRY = EntryPoint("megamoe_jit", "megamoe_jit.engines.vllm:register", "vllm.general_plugins")
 
 
 class VllmWorld:
@@ -56,7 +56,8 @@ class VllmWorld:
         platform = SimpleNamespace(
             **{name: lambda: False for name in no}, is_cuda=lambda: True, is_cuda_alike=lambda: True,
             is_device_capability=lambda capability: capability == 90, is_device_capability_family=lambda _: False,
-            fp8_dtype=lambda: torch.float8_e4m3fn, supported_quantization=None, device_name="stand-in", simple_compile_backend="eager",
+            fp8_dtype=lambda: torch.float8_e4m3fn, supported_quantization=None, device_name="stand-in",
+            simple_compile_backend="eager",
         )  # fmt: skip
         platform.is_cpu = lambda: cpu  # then no workspace manager is asked
         self.module("platforms").current_platform = platform
@@ -122,7 +123,8 @@ class VllmWorld:
         table = torch.full((experts,), -1, dtype=torch.int32)
         table[local.start : local.stop] = torch.arange(len(local), dtype=torch.int32)
         manager = SimpleNamespace(
-            expert_map=table.to(self.device) if parallel.ep_size > 1 else None, expert_mask=None, use_ep=parallel.use_ep,
+            expert_map=table.to(self.device) if parallel.ep_size > 1 else None, expert_mask=None,
+            use_ep=parallel.use_ep,
             placement_strategy="linear", routing_tables=None, local_num_experts=len(local),
             map_global_to_local=lambda e: e - local.start if e in local else -1, tp_size=parallel.tp_size,
             tp_rank=parallel.tp_rank, ep_size=parallel.ep_size, ep_rank=parallel.ep_rank,
