@@ -10,7 +10,7 @@ import torch
 from megamoe_jit._device.layout import CAPACITY_STEP
 from megamoe_jit._layer import calls, from_bf16, serving, workspace
 from megamoe_jit._layer.marks import require_marked
-from megamoe_jit._layer.quantize import quantize_activations, quantize_weights
+from megamoe_jit._layer.quantize import dequantize_activations, quantize_activations, quantize_weights
 from megamoe_jit._layer.weights import WeightPair, inverse_transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import moe_reference
@@ -27,9 +27,19 @@ class Buffer:
     num_max_tokens_per_rank: int
     prepared: int = 0
     calls: list[int] = field(default_factory=list)  #: tokens of each
+    staged: Any = None  #: x, ids and weights
+    destroyed: bool = False
+    device = torch.device("cpu")
+
+    @property
+    def hidden(self) -> int:
+        return self.shape.hidden
 
     def prepare_all(self, *_: Any) -> None:
         self.prepared += 1
+
+    def destroy(self) -> None:
+        self.destroyed = True
 
 
 @dataclass
@@ -84,7 +94,17 @@ def kernels_by_reference(patch: Any) -> list[Buffer]:
         found = torch.cat([_run(x[p], ids[p], weights[p], l1, l2, buffer, activation_clamp=clamp) for p in parts])
         return found if y is None else y.copy_(found)
 
+    def stage(buffer: Buffer, x: Any, ids: Any, weights: Any, *, x_scales: Any = None) -> int:
+        buffer.staged = (x if x_scales is None else dequantize_activations(x, x_scales), ids, weights)
+        return int(x.shape[0])
+
+    def launch(y: Any, l1: Any, l2: Any, buffer: Buffer, *, activation_clamp: float | None = None) -> None:
+        assert y.shape == buffer.staged[0].shape
+        _run(*buffer.staged, l1, l2, buffer, y=y, activation_clamp=activation_clamp)
+
     patch.setattr(calls, "get_symm_buffer_for_mega_moe", buffer)
+    patch.setattr(calls, "fp8_mega_moe", launch)
+    patch.setattr("megamoe_jit._layer.stage.stage", stage)
     patch.setattr(from_bf16, "mega_moe_from_bf16", _run)
     patch.setattr(serving, "serve", serve)
     patch.setattr(workspace, "lease", lease)
