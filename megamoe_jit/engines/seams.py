@@ -106,7 +106,7 @@ def _defined(tree: ast.AST, path: list[str]) -> ast.AST | None:
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
         yield node
-        if isinstance(node, ast.If | ast.Try | ast.With):
+        if isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
             yield from _statements(node)
 
 

@@ -62,7 +62,10 @@ def write_package(records: Records, place: Path) -> Path:
                 break
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "__init__.py").touch()
-        file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        package = any(other.startswith(f"{module}.") for other in records)
+        if package:
+            file.mkdir(exist_ok=True)
+        file = file / "__init__.py" if package else file.with_suffix(".py")
         file.write_text("\n".join(_definitions(names)) + "\n", encoding="utf-8")
     return place / next(iter(records)).partition(".")[0]
 
