@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from megamoe_jit._layer.plain_weights import (
     check_layer,
     check_matrix,
     check_same,
+    in_order,
     own_pair,
     parts,
     read_matrix,
@@ -45,7 +48,8 @@ class MegaMoE(torch.nn.Module):
     Args:
         w13: gate rows then up rows of each expert: bf16, float16 or float32 ``[experts, 2 * intermediate, hidden]``
             on a CUDA device, which is then the layer's; or a pair of e4m3 codes of that shape and float32 scales
-            ``[experts, 2 * intermediate / 128, hidden / 128]``. Sizes are multiples of 128.
+            ``[experts, 2 * intermediate / 128, hidden / 128]``. Sizes are multiples of 128. Pairs that are
+            marked as being in the kernel's order stay in it.
         w2: ``[experts, hidden, intermediate]``, and scales ``[experts, hidden / 128, intermediate / 128]``, likewise.
         topk: slots of a token, 1 to 32.
         max_tokens: most tokens of a launch, 1 to 32768; the capacity is rounded up to a multiple of 128. Batches with
@@ -119,14 +123,37 @@ class MegaMoE(torch.nn.Module):
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
-                l1 = own_pair("w13", w13, shared_w13, device, inplace)
-                l2 = own_pair("w2", w2, shared_w2, device, inplace)
-                l1, l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
+                pairs = in_order(w13, w2, shared_w13, inplace)
+                if pairs is None:
+                    l1 = own_pair("w13", w13, shared_w13, device, inplace)
+                    l2 = own_pair("w2", w2, shared_w2, device, inplace)
+                    pairs = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
         except BaseException:
             self._lease.release()
             raise
-        for name, tensor in zip(_HELD, (*l1, *l2), strict=True):
+        for name, tensor in zip(_HELD, (*pairs[0], *pairs[1]), strict=True):
             self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], layer: int, **options: Any) -> MegaMoE:
+        """A layer with the experts of one layer of a model, from its safetensors files.
+
+        Args:
+            path: a folder, an index or a file.
+            layer: its number in the names of tensors.
+            options: of `megamoe_jit.checkpoints.layer_from_checkpoint`, of which `max_tokens` must be there.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ConfigError: the experts cannot be this layer; says why.
+            CheckpointError: a file is not there, damaged, or does not hold what the index says.
+            ToolchainError: the package safetensors is not installed.
+        """
+        above: Any = importlib.import_module("megamoe_jit.checkpoints")  # by its name: rooms below must not need it
+        made: MegaMoE = above.layer_from_checkpoint(path, layer, **options)
+        return made
 
     @property
     def buffer(self) -> SymmBuffer:

@@ -11,9 +11,15 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_tensor
-from megamoe_jit._layer.marks import require_plain
+from megamoe_jit._layer.marks import require_marked, require_plain, spans
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.weights import WeightPair, readable_scales, require_pair
+from megamoe_jit._layer.weights import (
+    WeightPair,
+    check_pairs,
+    mark_transformed,
+    readable_scales,
+    require_pair,
+)
 from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._text import shown
@@ -26,6 +32,7 @@ __all__ = [
     "check_layer",
     "check_matrix",
     "check_same",
+    "in_order",
     "own_pair",
     "parts",
     "read_matrix",
@@ -131,6 +138,26 @@ def own_pair(
     if inplace or isinstance(weights, torch.Tensor):
         return pair
     return tuple(each.clone(memory_format=torch.contiguous_format) for each in pair)  # type: ignore[return-value]
+
+
+def in_order(
+    w13: torch.Tensor | WeightPair, w2: torch.Tensor | WeightPair, shared: object, inplace: bool
+) -> tuple[WeightPair, WeightPair] | None:
+    """Both pairs if they are marked as being in the kernel's order: themselves, or copies; None if they are plain."""
+    if isinstance(w13, torch.Tensor) or isinstance(w2, torch.Tensor):
+        return None
+    try:
+        for name, (codes, _) in (("l1", w13), ("l2", w2)):
+            require_marked(name, codes, spans(codes))
+    except ConfigError:
+        return None
+    check_pairs(w13, w2)
+    if shared is not None:
+        raise ConfigError("w13 and w2 are in the kernel's order already; allowed with shared_w13: plain weights")
+    if not inplace:
+        w13, w2 = ((codes.contiguous().clone(), scales.clone()) for codes, scales in (w13, w2))
+        mark_transformed(w13, w2)
+    return (w13[0], readable_scales(w13[1])), (w2[0], readable_scales(w2[1]))
 
 
 def _read(name: str, weights: torch.Tensor | WeightPair, device: torch.device, inplace: bool) -> WeightPair:
