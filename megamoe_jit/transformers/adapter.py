@@ -1,9 +1,9 @@
 """A layer in place of an experts module: made at the first call, undone when somebody else wants the weights.
 
-FP8 codes are brought into the kernel's order where they are, since a model's experts have no place twice. Until they are
-brought back the module has parameters without values, on meta, in their place, so that nobody takes them for what they
-were. They come back by themselves when the module is called with another implementation, when its state is saved, and
-before another one is loaded. Values stay where they are, and the layer has FP8 of them beside.
+FP8 codes are brought into the kernel's order where they are, since a model's experts have no place twice. Until they
+are brought back the module has parameters without values, on meta, in their place, so that nobody takes them for what
+they were. They come back by themselves when the module is called with another implementation, when its state is saved,
+and before another one is loaded. Values stay where they are, and the layer has FP8 of them beside.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,8 +98,7 @@ class Adapter:
         return Adapter(layer, self.topk, self.device, taken)
 
 
-@torch._dynamo.disable  # type: ignore[misc]  # weights are moved: not a part of any graph
-def adapter_of(module: Any, topk: int, device: torch.device) -> Adapter:
+def _adapter_of(module: Any, topk: int, device: torch.device) -> Adapter:
     """The layer of a module for calls with `topk` slots, made unless it is there.
 
     Raises:
@@ -110,7 +110,7 @@ def adapter_of(module: Any, topk: int, device: torch.device) -> Adapter:
         if found is not None and found.device == device and topk <= found.topk:
             return found
         if found is not None:
-            release_module(module)
+            _release(module)
         made = _on_cpu(module, topk) if device.type == "cpu" else _on_gpu(module, topk, device)
         setattr(module, ATTRIBUTE, made)
         _hook(module)
@@ -138,7 +138,7 @@ def _on_gpu(module: Any, topk: int, device: torch.device) -> Adapter:
     return Adapter(layer, topk, device, taken)
 
 
-def release_module(module: Any) -> bool:
+def _release(module: Any) -> bool:
     """Give a module its weights back, in the order in which it had them; whether it had a layer."""
     with _lock:
         found: Adapter | None = module.__dict__.pop(ATTRIBUTE, None)
@@ -167,12 +167,13 @@ def _hook(module: Any) -> None:
 
 def _before_forward(module: Any, _: object) -> None:
     if module.config._experts_implementation != NAME and hasattr(module, ATTRIBUTE):
-        _release_outside_of_graphs(module)
+        release_module(module)
 
 
-@torch._dynamo.disable  # type: ignore[misc]
-def _release_outside_of_graphs(module: Any) -> None:
-    release_module(module)
+#: Weights are moved and made, which is no part of any graph.
+_outside_of_graphs: Any = torch._dynamo.disable
+adapter_of: Callable[[Any, int, torch.device], Adapter] = _outside_of_graphs(_adapter_of)
+release_module: Callable[[Any], bool] = _outside_of_graphs(_release)
 
 
 def _before_state(module: Any, *_: object) -> None:
