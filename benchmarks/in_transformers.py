@@ -68,8 +68,9 @@ def adopt(model: torch.nn.Module) -> int:
     found = [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")]
     found = [module for module in found if module.gate_up_proj.ndim == 3]
     for module in found:
-        for weights in (module.gate_up_proj, module.down_proj):
-            for expert in weights.data:
+        projections: Any = (module.gate_up_proj, module.down_proj)
+        for projection in projections:
+            for expert in projection.data:
                 expert.copy_(mm.dequantize_weights(*mm.quantize_weights(expert)))
     return len(found)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.moe import MegaMoE
-from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
@@ -106,7 +106,7 @@ def load_shared_experts(
     weight_format: str = "auto",
     scheme: str | None = None,
     lossy: bool = False,
-) -> tuple[WeightPair, WeightPair] | None:
+) -> tuple[WeightTensors, WeightTensors] | None:
     """Read the shared experts of a layer: one that is n times as wide as the routed ones becomes n of their sizes.
 
     Args:
@@ -129,7 +129,7 @@ def load_shared_experts(
     if rest or shared.hidden != routed.hidden:
         sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {routed.hidden} and {routed.intermediate}"
         raise ConfigError(f"sizes of the shared expert of layer {layer} are {sizes}; allowed: a multiple in width")
-    target = target_of("fp8" if weight_format == "auto" else weight_format, shared.kind, lossy)
+    target = target_of(weight_format, shared.kind, lossy)
     w13, w2 = read_experts(shared, range(1), target, torch.device(device))
     return _split(w13, count, 1), _split(w2, count, 2)
 
@@ -183,6 +183,16 @@ def layer_from_checkpoint(
     w13, w2 = load_experts(path, layer, **how, progress=progress)
     shared = load_shared_experts(path, layer, **how) if shared_experts else None
     if shared is not None:
+        _check_one_format(w13, shared[0], layer)
         options |= {"shared_w13": shared[0], "shared_w2": shared[1]}
-    bound = clamp_of(config) if clamp == "auto" else clamp
-    return MegaMoE(w13, w2, topk=slots, max_tokens=max_tokens, clamp=bound, inplace=shared is None, **options)  # type: ignore[arg-type]
+    bound: Any = clamp_of(config) if clamp == "auto" else clamp
+    keep = shared is None and not isinstance(w13, torch.Tensor)
+    return MegaMoE(w13, w2, topk=slots, max_tokens=max_tokens, clamp=bound, inplace=keep, **options)
+
+
+def _check_one_format(routed: Any, shared: Any, layer: int) -> None:
+    """Raise where routed and shared experts are not in one format, as DeepSeek-V4's are not in its files."""
+    if routed[0].dtype is not shared[0].dtype:
+        given = f"routed experts of layer {layer} are {routed[0].dtype}, its shared one {shared[0].dtype}"
+        allowed = "weight_format='fp8', which keeps all values, or shared_experts=False and that one beside the layer"
+        raise ConfigError(f"{given}, and a layer has one format; allowed: {allowed}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from megamoe_jit._errors import CheckpointError, ConfigError
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.marks import check_metadata
-from megamoe_jit._layer.weights import WeightPair, mark_transformed
+from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import ModelNames
@@ -21,7 +22,7 @@ __all__ = ["load_ready"]
 
 def load_ready(
     files: Files, model: ModelNames, layer: int, device: torch.device, rank: int, ranks: int, weight_format: str
-) -> tuple[WeightPair, WeightPair]:
+) -> tuple[WeightTensors, WeightTensors]:
     """Both pairs of a rank's experts, in the kernel's order and marked so.
 
     Raises:
@@ -42,5 +43,5 @@ def load_ready(
         chosen = experts_of_rank(files.entry(kinds["weight"]).shape[0], rank, ranks)
         pairs.append(tuple(files.read_range(kinds[kind], chosen).to(device) for kind in ("weight", "scale")))
     l1, l2 = pairs
-    mark_transformed(l1, l2)  # type: ignore[arg-type]
-    return l1, l2  # type: ignore[return-value]
+    mark_transformed(l1, l2)
+    return l1, l2

@@ -19,9 +19,10 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.moe import MegaMoE
 from megamoe_jit._layer.quantize import quantize_activations, quantize_weights
-from megamoe_jit._layer.weights import WeightPair, inverse_transform_weights_for_mega_moe_sm90
+from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90
 from megamoe_jit.reference import moe_reference
 from megamoe_jit.transformers.experts import Held, look_at
 from megamoe_jit.transformers.fit import NAME
@@ -147,7 +148,7 @@ def _release(module: Any) -> bool:
         if found.taken:
             layer = found.layer
             layer.buffer.wait_for_last()
-            l1: WeightPair = layer.l1
+            l1: WeightTensors = layer.l1
             inverse_transform_weights_for_mega_moe_sm90(l1, layer.l2, inplace=True)
             module._parameters.update(found.taken)
         if isinstance(found.layer, MegaMoE):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.weights import WeightPair
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._text import shown
 from megamoe_jit.reference import activate
@@ -42,8 +42,8 @@ class Held:
         clamp: bound of SwiGLU; None for none.
     """
 
-    w13: torch.Tensor | WeightPair
-    w2: torch.Tensor | WeightPair
+    w13: torch.Tensor | WeightTensors
+    w2: torch.Tensor | WeightTensors
     in_place: bool
     clamp: float | None
 

@@ -161,3 +161,41 @@ def test_nothing_is_read_that_nobody_asks_for(written):
     files = Files(written("deepseek-v3")[1])
     assert len(files) > 50
     assert files._opened == {}
+
+
+def test_mxfp4_stays_as_it_is_by_default(written):
+    source, folder = written("deepseek-v4")
+    w13, w2 = load_experts(folder, 1, device=CPU)
+    assert (w13[0].dtype, w13[1].dtype) == (torch.uint8, torch.float8_e8m0fnu)
+    for expert in range(source.experts):
+        base = f"layers.1.ffn.experts.{expert}."
+        for found, parts in ((w13, ("w1", "w3")), (w2, ("w2",))):
+            codes = b"".join(source.tensors[f"{base}{part}.weight"].data for part in parts)
+            exponents = b"".join(source.tensors[f"{base}{part}.scale"].data for part in parts)
+            assert found[0][expert].numpy().tobytes() == codes
+            assert found[1][expert].view(torch.uint8).numpy().tobytes() == exponents
+
+
+def test_values_as_mxfp4_are_the_nearest_there_are(tmp_path: Path):
+    from megamoe_jit._layer import mxfp4
+
+    source = model("qwen3-moe-bf16")
+    w13, _ = load_experts(source.write(tmp_path), 1, device=CPU, weight_format="mxfp4")
+    found, wanted = mxfp4.dequantize(w13[0][0], w13[1][0]).numpy(), source.expert(1, 0)[0]
+    groups, made = wanted.reshape(-1, 32), found.reshape(-1, 32)
+    largest = np.abs(groups).max(1, keepdims=True)
+    step = np.exp2(np.floor(np.log2(largest)) - 2)  # the exponent of a group, and what its codes are counted in
+    grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+    nearest = np.abs(np.abs(groups)[..., None] - grid * step[..., None]).min(-1)
+    assert np.allclose(np.abs(groups - made), np.maximum(nearest, np.abs(groups) - 6 * step))
+    assert np.all((np.sign(made) == np.sign(groups)) | (made == 0))
+
+
+def test_mxfp4_of_a_quantised_model_needs_a_word(written):
+    with pytest.raises(mm.ConfigError, match="half the bits.*lossy=True"):
+        load_experts(written("deepseek-v3")[1], 1, device=CPU, weight_format="mxfp4")
+
+
+def test_a_layer_has_one_format(written, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(mm.ConfigError, match="a layer has one format.*weight_format='fp8'"):
+        mm.MegaMoE.from_checkpoint(written("deepseek-v4")[1], 1, max_tokens=128, device=CPU, shared_experts=True)

@@ -1,4 +1,4 @@
-"""A published checkpoint to logits: FP8 and MXFP4 experts from files, through transformers and through `load_experts`."""
+"""A published checkpoint to logits: FP8 and MXFP4 experts through transformers and through `load_experts`."""
 
 from __future__ import annotations
 
