@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, check_int
+from megamoe_jit._spec import FP8, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
@@ -78,6 +78,20 @@ def _pick(
     return variant, why if table is None else f"{_unmeasured(table, shape, ranks)}; {why}"
 
 
+def _reading(weights: WeightFormat, tokens: int, threshold: int | None) -> tuple[Variant, str]:
+    """What `auto` takes for weights of another format than the tables were measured with."""
+    readers = sorted(Variant.reading(weights), key=lambda variant: variant.block_m)
+    if not readers:
+        raise ConfigError(f"no variant multiplies weights in {weights.name} yet; allowed: {FP8.name}")
+    if len(readers) == 1:
+        return readers[0], f"the one that multiplies weights in {weights.name}"
+    limit = COOPERATIVE_THRESHOLD if threshold is None else threshold
+    few = tokens < limit
+    return readers[
+        0 if few else -1
+    ], f"{tokens} tokens per rank {'<' if few else '>='} {limit}, weights in {weights.name}"
+
+
 def choose(
     shape: MoEShape,
     tokens: int,
@@ -87,6 +101,7 @@ def choose(
     cooperative_threshold: int | None = None,
     num_sms: int = 132,
     gpu: str | None = None,
+    weights: WeightFormat = FP8,
 ) -> Choice:
     """Pick the kernel for one call.
 
@@ -99,6 +114,7 @@ def choose(
             None for what was measured on `gpu`, else 256.
         num_sms: Blocks of the launch.
         gpu: Name of the GPU, as CUDA gives it, for what was measured on it; None for none.
+        weights: How the weights are stored; the tables are of FP8.
 
     Raises:
         ConfigError: The token count or the variant is not supported.
@@ -117,11 +133,13 @@ def choose(
         raise ConfigError(f"ranks = {shown(ranks)} is not supported; allowed: 1 to {MAX_EXPERTS}")
     if not 1 <= num_sms <= MOST_SMS:
         raise ConfigError(f"num_sms = {shown(num_sms)} is not supported; allowed: 1 to {MOST_SMS}")
-    table = table_for(gpu)
+    table = table_for(gpu) if weights is FP8 else None
     own = shape if table is None else replace(shape.routed, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
     if not isinstance(variant, str) or variant != AUTO:
         picked, reason = Variant.parse(variant), "asked for, by the call or by MEGAMOE_JIT_VARIANT"
+    elif weights is not FP8:
+        picked, reason = _reading(weights, tokens, cooperative_threshold)
     else:
         picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, ranks)
     rows = tokens * shape.slots
@@ -142,8 +160,10 @@ def choose(
     return Choice(picked, tuple(reasons), lag_tiles, rows_per_item)
 
 
-def all_variants(shape: MoEShape) -> tuple[Variant, ...]:
+def all_variants(shape: MoEShape, weights: WeightFormat = FP8) -> tuple[Variant, ...]:
     """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles."""
+    if weights is not FP8:
+        return tuple(dict.fromkeys(choose(shape, tokens, weights=weights).variant for tokens in (0, MAX_TOKENS)))
     wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
     for table in tables():
         wanted.update(rule.variant for rules in table.rules.values() for rule in rules)

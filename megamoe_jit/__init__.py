@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from megamoe_jit._errors import (
         CaptureError,
+        CheckpointError,
         CompileError,
         ConfigError,
         DeviceFaultError,
@@ -62,6 +63,7 @@ _LAZY = {
     **dict.fromkeys(
         (
             "CaptureError",
+            "CheckpointError",
             "CompileError",
             "ConfigError",
             "DeviceFaultError",
@@ -110,6 +112,7 @@ _LAZY = {
 
 __all__ = [
     "CaptureError",
+    "CheckpointError",
     "CompileError",
     "ConfigError",
     "DeviceFaultError",

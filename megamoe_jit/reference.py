@@ -21,14 +21,13 @@ import torch
 
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_of, written_parts
 from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import (
     dequantize_activations,
-    dequantize_weights,
     quantize_activations,
     require_tensor,
 )
-from megamoe_jit._layer.weights import WeightPair, check_pairs
 from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
 from megamoe_jit._text import shown
 
@@ -162,17 +161,18 @@ def _check_ids(topk_idx: torch.Tensor) -> None:
 
 
 def _check(
-    x: torch.Tensor, x_sf: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, l1: WeightPair, l2: WeightPair
+    x: torch.Tensor, x_sf: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, l1: WeightTensors, l2: WeightTensors
 ) -> None:
     """Raise `ConfigError` unless the arguments of `moe_reference` fit together."""
-    check_pairs(l1, l2)
-    for name, (codes, _) in (("l1", l1), ("l2", l2)):
-        require_plain(name, codes)
+    stored = check_pairs(l1, l2, ordered=False)
+    for matrix, tensors in (("l1", l1), ("l2", l2)):
+        for what, each in zip(("weights", "exponents"), written_parts(tensors, stored), strict=False):
+            require_plain(matrix, each, what=what)
     if l1[0].ndim != 3:
         raise ConfigError(f"l1 weights have shape {tuple(l1[0].shape)}; allowed: [experts, 2I, H]")
     _check_ids(ids)
     require_tensor("x", x)
-    hidden, rows = l1[0].shape[2], x.shape[:1]
+    hidden, rows = l2[0].shape[1], x.shape[:1]
     for name, tensor, shape in (
         ("x", x, (*rows, hidden)),
         ("x_sf", x_sf, (*rows, hidden // BLOCK)),
@@ -190,11 +190,12 @@ def _check(
 
 
 def _expert(
-    x: torch.Tensor, l1: WeightPair, l2: WeightPair, expert: int, clamp: float | None, requantize: bool
+    x: torch.Tensor, l1: WeightTensors, l2: WeightTensors, expert: int, clamp: float | None, requantize: bool
 ) -> torch.Tensor:
     """Output float32 ``[n, H]`` of one expert for rows float32 ``[n, H]``."""
-    w13 = dequantize_weights(l1[0][expert], l1[1][expert])
-    w2 = dequantize_weights(l2[0][expert], l2[1][expert])
+    w13, w2 = (
+        format_of(name, given).dequantize(*(each[expert] for each in given)) for name, given in (("l1", l1), ("l2", l2))
+    )
     out = torch.empty_like(x)
     for begin in range(0, x.shape[0], _CHUNK):
         gate, up = (x[begin : begin + _CHUNK] @ w13.T).chunk(2, dim=-1)
@@ -211,8 +212,8 @@ def moe_reference(
     x_sf: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
-    l1: WeightPair,
-    l2: WeightPair,
+    l1: WeightTensors,
+    l2: WeightTensors,
     *,
     activation_clamp: float | None = None,
     requantize: bool = True,
@@ -226,8 +227,8 @@ def moe_reference(
         topk_idx: int64 ``[T, K]``; -1, or any other id that is no expert, for a masked slot.
         topk_weights: float32 ``[T, K]``.
         l1: ``w13`` float8_e4m3fn ``[E, 2I, H]``, gate rows first (*not* transformed), and scales float32
-            ``[E, 2I / 128, H / 128]``.
-        l2: ``w2`` float8_e4m3fn ``[E, H, I]`` and scales float32 ``[E, H / 128, I / 128]``.
+            ``[E, 2I / 128, H / 128]``; or MXFP4 codes uint8 ``[E, 2I, H / 2]`` and e8m0 exponents ``[E, 2I, H / 32]``.
+        l2: ``w2`` float8_e4m3fn ``[E, H, I]`` and scales float32 ``[E, H / 128, I / 128]``; or likewise.
         activation_clamp: Bound of gate (from above) and of up (both sides); None for no bound.
         requantize: False leaves out both roundings inside the layer, that of the intermediate to e4m3 and
             that of each slot to bf16: the layer in exact FP32 on the same inputs.

@@ -32,8 +32,14 @@ constexpr u32 kProducerRegisters = 72, kMathRegisters = 216;   // 128 * 72 + 256
 // a (token, slot) pair needs 32768 * 32 values; the rank sits above them
 constexpr u32 kPairBits = 20;
 
-/// Ids of the hardware's named barriers; 0 is __syncthreads.  At the tail the publisher warp meets the eight math warps.
-enum Barrier : u32 { kBarrierTail = 1, kBarrierTurn = 2 /* and 3 */ };
+/// Ids of the hardware's named barriers; 0 is __syncthreads.  At the tail the publisher warp meets the eight math warps; those
+/// meet each other, or one warpgroup of them, where they exchange results of a tile (epilogue/).
+enum Barrier : u32 {
+    kBarrierTail = 1,
+    kBarrierTurn = 2,    // and 3
+    kBarrierMath = 4,
+    kBarrierGroup = 5,   // and 6
+};
 
 /// Where the inputs of a launch come from.
 enum class Inputs : u32 {

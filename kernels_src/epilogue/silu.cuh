@@ -1,4 +1,4 @@
-// x / (1 + e^-x), fast and exact.
+// x / (1 + e^-x), fast and exact; and SwiGLU, which limits gate and up first.
 #pragma once
 #include "ptx/convert.cuh"
 
@@ -11,6 +11,11 @@ template <bool kFast> MEGA_DEVICE float silu(float x) {
     if constexpr (kFast) return x * ptx::sigmoid_approx(x);
     const float d = 1.0f + expf(-fmaxf(x, -87.0f)), r = ptx::reciprocal_approx(d);
     return x * (x > -87.0f ? __fmaf_rn(__fmaf_rn(-d, r, 1.0f), r, r) : 0.0f);
+}
+
+template <bool kFast> MEGA_DEVICE float swiglu(float gate, float up, float clamp) {
+    const float limited = ptx::clamp_nan(up, clamp);
+    return silu<kFast>(ptx::min_nan(gate, clamp)) * limited;
 }
 
 }   // namespace megamoe

@@ -1,14 +1,31 @@
 // fp8: e4m3 codes, and a float scale for every 128 x 128 of them.
 #pragma once
+#include "mma/code_stream.cuh"
 #include "mma/scales.cuh"
+#include "ptx/wgmma.cuh"
 
 namespace megamoe {
 
 struct Fp8 {
-    static constexpr u32 kBits = 8;   // of a weight, in memory and in the stages
+    static constexpr u32 kBits = 8;    // of a weight, in memory and in the stages
+    static constexpr u32 kGroup = 0;   // weights along K that share an exponent; 0: there are none
 
-    /// How a tile's scales come into its stages.
+    /// How a tile's codes, and their scales, come into its stages.
+    template <class C> using CodeStream = CodesAlone<C>;
     template <class C> using ScaleStream = WeightScaleStream<C>;
+
+    /// 64 rows of a k-block as the left operand of a product (mma/swapped.cuh): they stay where they are.
+    struct Rows {
+        u64 descriptor;
+
+        /// `weights` and exponents of the stage; `m`: which 64 rows; thread of the warpgroup.
+        MEGA_DEVICE void load(u32 weights, u32, u32 m, u32) {
+            descriptor = ptx::matrix_descriptor(weights + m * (64 * kBlockK));
+        }
+        template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
+            ptx::wgmma_weights_shared<kN>(d, descriptor, tokens);
+        }
+    };
 };
 
 }   // namespace megamoe

@@ -61,7 +61,11 @@ struct alignas(64) Params {
     float weight_factor;   // router weights are multiplied with it
 
     float shared_weight;   // of every shared expert's row
-    u32 unused[15];
+    u32 unused[11];
+
+    // an exponent for each of a format's groups, in tiles as its codes (megamoe_jit/_layer/mxfp4.py); null without groups
+    const u8* weight1_exponents;
+    const u8* weight2_exponents;
 };
 
 /// Words of `Params::control`.

@@ -1,6 +1,6 @@
 // The shared-memory map.  `KernelSpec.shared_bytes` in Python is the same sum; the template asserts that they agree.
 //
-//   activations [stages] | weights [stages] | staging, 2 KB per math warp | dispatch slots
+//   activations [stages] | weights [stages] | exponents of their groups [stages] | staging, 2 KB per math warp | dispatch slots
 //   | scales [stages] | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots
 //   | tile slots [4] | expert table | with several ranks, their parts of each expert
 //
@@ -11,15 +11,20 @@
 
 namespace megamoe {
 
+/// Exponents of a stage: a byte for each group of so many weights along K; 0 for a format that has no groups.
+constexpr u32 group_bytes(u32 group) { return group == 0 ? 0 : kBlockN * kBlockK / group; }
+
 template <class C> struct Shared {
     static constexpr u32 kActBytes = C::kBlockM * kBlockK,
                          kWeightBytes = kBlockN * kBlockK * C::Weights::kBits / 8,
+                         kExponentBytes = group_bytes(C::Weights::kGroup),
                          kActScaleBytes = C::kBlockM * 4;
     static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four for the weights
     static constexpr u32 kTileSlotBytes = 32;
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
-    static constexpr u32 kStagingAt = kWeightAt + C::kStages * kWeightBytes;
+    static constexpr u32 kExponentAt = kWeightAt + C::kStages * kWeightBytes;
+    static constexpr u32 kStagingAt = kExponentAt + C::kStages * kExponentBytes;
     static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStagingBytes;
     static constexpr u32 kScaleAt = kDispatchAt + C::kDispatchSlots * kDispatchChunk;
     static constexpr u32 kBarrierAt = kScaleAt + C::kStages * kScaleBytes;
@@ -45,6 +50,9 @@ template <class C> struct Shared {
 
     MEGA_DEVICE u32 acts(u32 stage) const { return address + stage * kActBytes; }
     MEGA_DEVICE u32 weights(u32 stage) const { return address + kWeightAt + stage * kWeightBytes; }
+    MEGA_DEVICE u32 exponents(u32 stage) const {
+        return address + kExponentAt + stage * kExponentBytes;
+    }
     MEGA_DEVICE u32 act_scales(u32 stage) const { return address + kScaleAt + stage * kScaleBytes; }
     MEGA_DEVICE u32 weight_scales(u32 stage) const { return act_scales(stage) + kActScaleBytes; }
     MEGA_DEVICE u32 staging(u32 math_warp) const {

@@ -1,4 +1,4 @@
-// Number formats: FP8 e4m3, bf16, and the NaN-propagating clamps.
+// Number formats: FP8 e4m3, bf16, bytes of tables, and the NaN-propagating clamps.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
 #pragma once
 #include "base/types.cuh"
@@ -80,6 +80,12 @@ MEGA_DEVICE float sigmoid_approx(float x) {
         "ex2.approx.ftz.f32 t, t;\nadd.f32 t, t, 0f3F800000;\nrcp.approx.ftz.f32 %0, t;\n}"
         : "=f"(r)
         : "f"(x));
+    return r;
+}
+/// Bytes of `low` (0 to 3) and `high` (4 to 7), chosen by the four lower nibbles of `select`, which must be below 8.
+MEGA_DEVICE u32 choose_bytes(u32 low, u32 high, u32 select) {
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(select));
     return r;
 }
 

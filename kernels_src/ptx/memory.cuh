@@ -109,6 +109,12 @@ MEGA_DEVICE float load_float_shared(u32 address) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
     return v;
 }
+MEGA_DEVICE void load_floats_shared(u32 address, float& a, float& b) {
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(a), "=f"(b) : "r"(address) : "memory");
+}
+MEGA_DEVICE void load8_shared(u32 address, u32& a, u32& b) {
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address) : "memory");
+}
 MEGA_DEVICE void load_floats_shared(u32 address, float& a, float& b, float& c, float& d) {
     asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
                  : "=f"(a), "=f"(b), "=f"(c), "=f"(d)
@@ -127,6 +133,16 @@ MEGA_DEVICE void store_matrix4_bf16(u32 address, float a0, float a1, float b0, f
         "{\n.reg .b32 a, b, c, d;\n"
         "cvt.rn.bf16x2.f32 a, %2, %1;\ncvt.rn.bf16x2.f32 b, %4, %3;\ncvt.rn.bf16x2.f32 c, %6, %5;\ncvt.rn.bf16x2.f32 d, %8, %7;\n"
         "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {a, b, c, d};\n}" ::"r"(address),
+        "f"(a0), "f"(a1), "f"(b0), "f"(b1), "f"(c0), "f"(c1), "f"(d0), "f"(d1)
+        : "memory");
+}
+/// The same of matrices whose columns are to be rows in memory: the lane's address is that of a column.
+MEGA_DEVICE void store_matrix4_bf16_turned(u32 address, float a0, float a1, float b0, float b1,
+                                           float c0, float c1, float d0, float d1) {
+    asm volatile(
+        "{\n.reg .b32 a, b, c, d;\n"
+        "cvt.rn.bf16x2.f32 a, %2, %1;\ncvt.rn.bf16x2.f32 b, %4, %3;\ncvt.rn.bf16x2.f32 c, %6, %5;\ncvt.rn.bf16x2.f32 d, %8, %7;\n"
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {a, b, c, d};\n}" ::"r"(address),
         "f"(a0), "f"(a1), "f"(b0), "f"(b1), "f"(c0), "f"(c1), "f"(d0), "f"(d1)
         : "memory");
 }

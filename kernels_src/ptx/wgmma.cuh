@@ -1,4 +1,5 @@
-// Warpgroup matrix multiply, FP8 e4m3, both operands in shared memory, K-major under the 128-byte swizzle.
+// Warpgroup matrix multiply of FP8, K-major under the 128-byte swizzle: activations by weights, both e4m3 in shared memory;
+// and with operands swapped, weights by activations, where weights may be e5m2 in registers.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions
 #pragma once
 #include "base/types.cuh"
@@ -45,6 +46,79 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
                  : "n"(kPending)
                  : "memory");
 }
+#define MEGA_R4 "{%0,%1,%2,%3}"
+#define MEGA_R8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
+#define MEGA_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define MEGA_BEGIN(b)                                                                                       \
+    "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"                                                    \
+    "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"                                                   \
+    "mov.b64 b0, " b ";\nadd.s64 b1, " b ", 2;\nadd.s64 b2, " b ", 4;\nadd.s64 b3, " b ", 6;\n"
+#define MEGA_COLUMNS(n, types, d, a, k, accumulate)                                                         \
+    "wgmma.mma_async.sync.aligned.m64n" n "k32.f32." types " " d ", " a ", b" #k ", " accumulate ", 1, 1;\n"
+#define MEGA_SHARED(n, d, a, b)                                                                             \
+    MEGA_BEGIN(b) "mov.b64 a0, " a ";\nadd.s64 a1, " a ", 2;\nadd.s64 a2, " a ", 4;\nadd.s64 a3, " a ", 6;\n" \
+    MEGA_COLUMNS(n, "e4m3.e4m3", d, "a0", 0, "fresh") MEGA_COLUMNS(n, "e4m3.e4m3", d, "a1", 1, "more")      \
+    MEGA_COLUMNS(n, "e4m3.e4m3", d, "a2", 2, "more") MEGA_COLUMNS(n, "e4m3.e4m3", d, "a3", 3, "more") "}\n"
+#define MEGA_REGISTERS(n, d, a0, a1, a2, a3, b)                                                             \
+    MEGA_BEGIN(b)                                                                                           \
+    MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a0 "}", 0, "fresh") MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a1 "}", 1, "more") \
+    MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a2 "}", 2, "more") MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a3 "}", 3, "more") "}\n"
+#define MEGA_A4(k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
+#define MEGA_A16 MEGA_A4(0), MEGA_A4(1), MEGA_A4(2), MEGA_A4(3)
+#define MEGA_D8(i) MEGA_D4(i), MEGA_D4(i + 4)
+#define MEGA_D16(i) MEGA_D8(i), MEGA_D8(i + 8)
+#define MEGA_D32 MEGA_D16(0), MEGA_D16(16)
+/// d = A . B^T with 64 rows of A, weights, and kN of B, activations: thread t of a warp holds, of every 8 columns, those of
+/// 2(t%4) and the next, of rows t/4 (registers 4i, 4i+1) and t/4 + 8 (4i+2, 4i+3).  128 deep, as above.
+template <u32 kN> MEGA_DEVICE void wgmma_weights_shared(float (&d)[kN / 2], u64 a, u64 b) {
+    static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64, "columns of a product");
+    if constexpr (kN == 8)
+        asm volatile(MEGA_SHARED("8", MEGA_R4, "%4", "%5") : MEGA_D4(0) : "l"(a), "l"(b) : "memory");
+    else if constexpr (kN == 16)
+        asm volatile(MEGA_SHARED("16", MEGA_R8, "%8", "%9") : MEGA_D8(0) : "l"(a), "l"(b) : "memory");
+    else if constexpr (kN == 32)
+        asm volatile(MEGA_SHARED("32", MEGA_R16, "%16", "%17") : MEGA_D16(0) : "l"(a), "l"(b) : "memory");
+    else if constexpr (kN == 64)
+        asm volatile(MEGA_SHARED("64", MEGA_D, "%32", "%33") : MEGA_D32 : "l"(a), "l"(b) : "memory");
+}
+/// The same of e5m2 weights in registers: of each 32 of the depth, a thread holds four words, rows t/4 and t/4 + 8 of columns
+/// 4(t%4) to 4(t%4) + 3, then both rows 16 columns further.
+template <u32 kN> MEGA_DEVICE void wgmma_weights_registers(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
+    static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64, "columns of a product");
+    if constexpr (kN == 8)
+        asm volatile(MEGA_REGISTERS("8", MEGA_R4, "%4,%5,%6,%7", "%8,%9,%10,%11", "%12,%13,%14,%15", "%16,%17,%18,%19", "%20")
+                     : MEGA_D4(0) : MEGA_A16, "l"(b) : "memory");
+    else if constexpr (kN == 16)
+        asm volatile(MEGA_REGISTERS("16", MEGA_R8, "%8,%9,%10,%11", "%12,%13,%14,%15", "%16,%17,%18,%19", "%20,%21,%22,%23", "%24")
+                     : MEGA_D8(0) : MEGA_A16, "l"(b) : "memory");
+    else if constexpr (kN == 32)
+        asm volatile(MEGA_REGISTERS("32", MEGA_R16, "%16,%17,%18,%19", "%20,%21,%22,%23", "%24,%25,%26,%27", "%28,%29,%30,%31", "%32")
+                     : MEGA_D16(0) : MEGA_A16, "l"(b) : "memory");
+    else if constexpr (kN == 64)
+        asm volatile(MEGA_REGISTERS("64", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43", "%44,%45,%46,%47", "%48")
+                     : MEGA_D32 : MEGA_A16, "l"(b) : "memory");
+}
+template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %4;" : MEGA_D4(0) : "n"(kPending) : "memory");
+}
+template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[8]) {
+    asm volatile("wgmma.wait_group.sync.aligned %8;" : MEGA_D8(0) : "n"(kPending) : "memory");
+}
+template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[16]) {
+    asm volatile("wgmma.wait_group.sync.aligned %16;" : MEGA_D16(0) : "n"(kPending) : "memory");
+}
+#undef MEGA_D32
+#undef MEGA_D16
+#undef MEGA_D8
+#undef MEGA_A16
+#undef MEGA_A4
+#undef MEGA_REGISTERS
+#undef MEGA_SHARED
+#undef MEGA_COLUMNS
+#undef MEGA_BEGIN
+#undef MEGA_R16
+#undef MEGA_R8
+#undef MEGA_R4
 #undef MEGA_D4
 #undef MEGA_STEP
 #undef MEGA_D

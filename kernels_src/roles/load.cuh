@@ -22,6 +22,7 @@ constexpr u32 kTicketLead = 3;
 
 template <class C> struct LoadWeights {
     using Scales = typename C::Weights::template ScaleStream<C>;
+    using Codes = typename C::Weights::template CodeStream<C>;
 
     const Params& p;
     const Shared<C>& shared;
@@ -32,33 +33,21 @@ template <class C> struct LoadWeights {
         return ptx::fetch_add_relaxed(p.control + kControlTicket + side * kControlTicketStride, 1);
     }
 
-    /// Bytes of a k-block of the tile: half of the last tile of GEMM 2 where there are no more columns.
-    MEGA_DEVICE static u32 block_bytes(const Tile& tile) {
-        constexpr bool kHalf = C::kHidden % kBlockN != 0;
-        return Shared<C>::kWeightBytes >>
-               (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
-    }
-
-    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (megamoe_jit/_layer/fp8.py): so
+    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (formats/): so
     /// memory is read in runs as long as can be.  Returns the next ticket.  It is drawn a little before the end, to be there in
     /// time, but not earlier, so that blocks with nothing to do come first.
     MEGA_DEVICE u32 stream(const Tile& tile, Scales& scales) const {
-        const bool first = tile.kind == Tile::gemm1;
-        const u32 row = tile.expert * (first ? 2 * C::kIntermediate : C::kHidden) + tile.n * kBlockN,
-                  bytes = block_bytes(tile);
-        const u8* from = (first ? p.weight1 : p.weight2) +
-                         u64(row) * (tile.k_blocks * (kBlockK * C::Weights::kBits / 8));
+        Codes codes(p, tile);
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
         Ring<C::kStages> ring(tile.k_begin);
-        for (u32 k = 0; k < tile.k_blocks; ++k, from += bytes, ring.advance()) {
+        for (u32 k = 0; k < tile.k_blocks; ++k, codes.advance(), ring.advance()) {
             if (k == draw) next = ticket();
             wait_barrier(p, Wait::weight_stage_free, shared.empty(ring.stage), ring.parity ^ 1,
                          ring.stage);
             const u32 full = shared.full(ring.stage);
             scales.put(shared.weight_scales(ring.stage), k, k + 1 < tile.k_blocks);
-            ptx::mbarrier_expect(full, bytes);
-            ptx::bulk_load(shared.weights(ring.stage), from, bytes, full);
+            codes.load(shared, ring.stage, full);
             ptx::mbarrier_arrive(full);
         }
         return next;

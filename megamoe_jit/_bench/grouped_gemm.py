@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.quantize import (
     AMAX_FLOOR,
     E4M3_MAX,
@@ -15,7 +16,6 @@ from megamoe_jit._layer.quantize import (
     dequantize_weights,
     quantize_activations,
 )
-from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._text import first_line
 
@@ -37,7 +37,7 @@ class Gemm:
     bound = 0.0  #: `calc_diff` to the FP32 reference that its numerics allow
     row_step = 16  #: an expert's rows are padded to a multiple of this
 
-    def __init__(self, weights: WeightPair, ends: Sequence[int]) -> None:
+    def __init__(self, weights: WeightTensors, ends: Sequence[int]) -> None:
         """Take weights ``[E, N, K]`` with 128 x 128 scales; expert e has rows ``ends[e - 1]`` to ``ends[e]``."""
         self.begins, self.ends = [0, *ends[:-1]], list(ends)
 
@@ -58,7 +58,7 @@ class DeepGemmGrouped(Gemm):
     bound = 1e-3
     row_step = 128
 
-    def __init__(self, weights: WeightPair, ends: Sequence[int]) -> None:
+    def __init__(self, weights: WeightTensors, ends: Sequence[int]) -> None:
         super().__init__(weights, ends)
         self.weights = weights
         rows = [end - begin for begin, end in zip(self.begins, self.ends, strict=True)]
@@ -80,7 +80,7 @@ class GroupedRowwise(Gemm):
     name = "scaled_grouped_mm, row-wise scales"
     bound = 1e-2  #: weights and inputs are quantised a second time, with coarser scales
 
-    def __init__(self, weights: WeightPair, ends: Sequence[int]) -> None:
+    def __init__(self, weights: WeightTensors, ends: Sequence[int]) -> None:
         super().__init__(weights, ends)
         codes, scales = weights
         self.codes = torch.empty_like(codes)
@@ -113,7 +113,7 @@ class BlockwiseEach(Gemm):
     name = "scaled_mm per expert, block scales"
     bound = 1e-3
 
-    def __init__(self, weights: WeightPair, ends: Sequence[int]) -> None:
+    def __init__(self, weights: WeightTensors, ends: Sequence[int]) -> None:
         super().__init__(weights, ends)
         self.codes, scales = weights
         blocks = scales.shape[2]
@@ -153,7 +153,7 @@ class Dequantised(Gemm):
     name = "bf16 matmul per expert, weights dequantised"
     bound = 1e-3
 
-    def __init__(self, weights: WeightPair, ends: Sequence[int]) -> None:
+    def __init__(self, weights: WeightTensors, ends: Sequence[int]) -> None:
         super().__init__(weights, ends)
         codes, scales = weights
         self.matrices = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)

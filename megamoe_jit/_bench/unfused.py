@@ -16,8 +16,8 @@ import torch
 
 from megamoe_jit._bench.grouped_gemm import Gemm
 from megamoe_jit._check.scenarios import Inputs
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.group import gather, group_rank, group_size
-from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit.reference import activate
 
 __all__ = ["Baseline"]
@@ -79,8 +79,8 @@ class Baseline:
         self,
         method: type[Gemm],
         inputs: Inputs,
-        l1: WeightPair,
-        l2: WeightPair,
+        l1: WeightTensors,
+        l2: WeightTensors,
         experts: int,
         clamp: float | None,
         group: Any,

@@ -9,8 +9,8 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_expert_ids, check_tensor, check_weights
+from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.group import collectively
-from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._spec import Variant
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
@@ -21,7 +21,7 @@ __all__ = ["admit_first", "check_ids", "check_stats"]
 def admit_first(
     buffer: SymmBuffer,
     admit: Callable[[], tuple[int, float]],
-    weights: tuple[WeightPair, WeightPair],
+    weights: tuple[WeightTensors, WeightTensors],
     variant: str | None,
     numeric: tuple[bool],
     num_sms: int | None,
@@ -29,7 +29,7 @@ def admit_first(
 ) -> None:
     """Before the kernels of several ranks are prepared: what one of them refuses is refused on all."""
     try:
-        known = buffer.kernels.is_prepared(numerics_of(*numeric), inputs)
+        known = buffer.kernels.is_prepared(numerics_of(*numeric), inputs, format_of_call(weights[0]))
     except (ConfigError, TypeError):
         known = False  # refused below, on all ranks
     if known or torch.cuda.is_current_stream_capturing():
@@ -37,13 +37,15 @@ def admit_first(
 
     def check() -> Variant:
         tokens, _ = admit()
-        choice, _ = buffer.kernels.choose(tokens, variant, num_sms)
-        check_weights(*weights, buffer.spec(choice.variant, Numerics(*numeric)), buffer.device)
+        stored = format_of_call(weights[0])
+        choice, _ = buffer.kernels.choose(tokens, variant, num_sms, stored)
+        check_weights(*weights, buffer.spec(choice.variant, Numerics(*numeric), stored), buffer.device)
         return choice.variant
 
     chosen = collectively(buffer.group, "checking the arguments of the first call", check)
     if inputs is Inputs.RAW:  # together with the others, some of which may stage by a launch of its own
-        buffer.prepare(chosen, Numerics(*numeric), raw=True)
+        name = format_of_call(weights[0]).name
+        buffer.prepare(chosen, Numerics(*numeric), raw=True, weight_format=name)
 
 
 def check_stats(stats: torch.Tensor, buffer: SymmBuffer) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import call, is_
 
 import torch
 
@@ -15,9 +16,9 @@ from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import Params, aligned_params, side_by_side
 from megamoe_jit._device.tensor_map import encode_fp8_rows
 from megamoe_jit._layer.checks import check_weights
+from megamoe_jit._layer.given_weights import WeightTensors, require_tensors
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._layer.raw_inputs import RawInputs
-from megamoe_jit._layer.weights import WeightPair, require_pair
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.abi import ACT_BOX_ROWS, COUNTER_ROWS, SMALL_BOX_ROWS
@@ -26,11 +27,16 @@ from megamoe_jit.heuristics.select import Choice
 __all__ = ["BoundKernel", "CallPlan"]
 
 MAX_CHECKED = 1024  #: weights that are known to be right, at a time: layers that share the memory
-_NONE = (lambda: None,) * 4
+_ADDRESS = torch.Tensor.data_ptr
 _RAW, _RAW_AT = side_by_side(
     "raw_x", "raw_ids", "raw_weights", "raw_x_stride", "raw_ids_stride",
     "raw_weights_stride", "raw_formats", "weight_factor",
 )  # fmt: skip
+
+
+def _field(matrix: int, part: str) -> str:
+    """The field of `Params` with the address of a part of the first or second matrix."""
+    return f"weight{matrix}" if part == "codes" else f"weight{matrix}_{part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,7 @@ class BoundKernel:
         self.key: str = loaded.key
         self.launcher = Launcher(loaded, self.params)
         self._addresses: tuple[int, ...] = ()
+        self._weight_fields = [_field(matrix, part) for matrix in (1, 2) for part in spec.weights.part_names]
         self._planned: CallPlan | None = None  #: whose values `params` has
         self._checked: dict[tuple[int, ...], tuple[Callable[[], torch.Tensor | None], ...]] = {}  # by their addresses
         sides = sides_of_sms(place.device) if get_settings().l2_sides else None
@@ -94,29 +101,29 @@ class BoundKernel:
         params.rank = place.rank
         params.fault = place.fault
 
-    def use_weights(self, l1: WeightPair, l2: WeightPair) -> None:
+    def use_weights(self, l1: WeightTensors, l2: WeightTensors) -> None:
         """Point the kernel at these; the same tensors at the same addresses are checked once.
 
         Raises:
             ConfigError: they are not the kernel's weights.
         """
         try:
-            (w1, s1), (w2, s2) = l1, l2
-            at = (w1.data_ptr(), s1.data_ptr(), w2.data_ptr(), s2.data_ptr())
-        except (TypeError, ValueError, AttributeError, RuntimeError):  # costs nothing where they are pairs of tensors
-            require_pair("l1", l1)
-            require_pair("l2", l2)
+            held = (*l1, *l2)
+            at = tuple(map(_ADDRESS, held))
+        except (TypeError, RuntimeError):  # costs nothing where they are tensors
+            require_tensors("l1", l1)
+            require_tensors("l2", l2)
             raise
-        known = self._checked.get(at, _NONE)
-        if not (known[0]() is w1 and known[1]() is s1 and known[2]() is w2 and known[3]() is s2):
+        known = self._checked.get(at)
+        if known is None or not all(map(is_, map(call, known), held)):
             check_weights(l1, l2, self.spec, self._device)
             if len(self._checked) >= MAX_CHECKED:
                 self._checked.clear()
-            self._checked[at] = (weakref.ref(w1), weakref.ref(s1), weakref.ref(w2), weakref.ref(s2))
+            self._checked[at] = tuple(map(weakref.ref, held))
         if at != self._addresses:
             self._addresses = ()  # until all of them are set: an exception between two must not leave a mixture
-            params = self.params
-            params.weight1, params.weight1_scales, params.weight2, params.weight2_scales = at
+            for name, address in zip(self._weight_fields, at, strict=True):
+                setattr(self.params, name, address)
             self._addresses = at
 
     def launch(

@@ -26,7 +26,7 @@ from megamoe_jit._layer.memory import LayerMemory
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage, stage_kernel
 from megamoe_jit._layer.stream_order import StreamOrder
-from megamoe_jit._spec import MoEShape, Variant, check_int
+from megamoe_jit._spec import FP8, MoEShape, Variant, WeightFormat, check_int
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat
@@ -34,7 +34,7 @@ from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants
 
 if TYPE_CHECKING:
-    from megamoe_jit._layer.weights import WeightPair
+    from megamoe_jit._layer.given_weights import WeightTensors
 
 __all__ = ["SymmBuffer"]
 
@@ -99,7 +99,14 @@ class SymmBuffer(LayerMemory):
         if self._broken is not None:
             raise type(self._broken)(f"this buffer is unusable since an earlier call failed: {self._broken}")
 
-    def prepare(self, variant: Variant | str, fast_math: bool | Numerics = True, *, raw: bool = False) -> BoundKernel:
+    def prepare(
+        self,
+        variant: Variant | str,
+        fast_math: bool | Numerics = True,
+        *,
+        raw: bool = False,
+        weight_format: str = FP8.name,
+    ) -> BoundKernel:
         """Compile, load and bind a kernel now, so that no later call has to (do this before graph capture).
 
         With several ranks this is a collective the first time: every variant is prepared on every rank, since ranks
@@ -109,36 +116,38 @@ class SymmBuffer(LayerMemory):
             variant: the name of a `Variant`, or it.
             fast_math: the argument of the calls to come, or all their numeric options.
             raw: the kernel that stages bf16 inputs itself, as `MegaMoE` launches it.
+            weight_format: of the weights of the calls to come, "fp8" or "mxfp4".
 
         Returns:
             The kernel as this buffer launches it.
 
         Raises:
-            ConfigError: there is no such variant, or the buffer was destroyed.
+            ConfigError: there is no such variant or format, or not both together, or the buffer was destroyed.
             CaptureError: the current stream is capturing and the kernel is not loaded yet.
             RankMismatchError: the ranks have different kernels.
             MegaMoeError: it could not be compiled or loaded; see `fp8_mega_moe`.
         """
-        variant = Variant.parse(variant)
+        variant, weights = Variant.parse(variant), WeightFormat.parse(weight_format)
         self.require_usable()
         numerics = fast_math if isinstance(fast_math, Numerics) else Numerics(fast_math)
-        return self.kernels.prepare(variant, numerics, Inputs.RAW if raw else Inputs.STAGED)
+        return self.kernels.prepare(variant, numerics, Inputs.RAW if raw else Inputs.STAGED, weights)
 
-    def prepare_all(self, fast_math: bool | Numerics = True) -> None:
+    def prepare_all(self, fast_math: bool | Numerics = True, *, weight_format: str = FP8.name) -> None:
         """Prepare every kernel that some token count can pick: before CUDA graphs of several batch sizes are captured.
 
         Args:
             fast_math: the argument of the calls to come.
+            weight_format: of their weights, "fp8" or "mxfp4".
 
         Raises:
-            ConfigError: the buffer was destroyed.
+            ConfigError: the buffer was destroyed, or there is no such format.
             CaptureError: the current stream is capturing and a kernel is not loaded yet.
             RankMismatchError: the ranks have different kernels.
             MegaMoeError: one could not be compiled or loaded; see `fp8_mega_moe`.
         """
-        for variant in all_variants(self.shape):
+        for variant in all_variants(self.shape, WeightFormat.parse(weight_format)):
             for raw in (False, True):
-                self.prepare(variant, fast_math, raw=raw)
+                self.prepare(variant, fast_math, raw=raw, weight_format=weight_format)
 
         def load() -> None:
             for form in StageFormat:
@@ -153,12 +162,13 @@ class SymmBuffer(LayerMemory):
         fast_math: bool | Numerics,
         num_sms: int | None,
         inputs: Inputs = Inputs.STAGED,
+        weights: WeightFormat = FP8,
     ) -> CallPlan:
         """What a call launches; remembered for each combination, so a steady-state call only looks it up."""
-        plan = self.kernels.known_plan(tokens, variant, fast_math, num_sms, inputs)
+        plan = self.kernels.known_plan(tokens, variant, fast_math, num_sms, inputs, weights)
         if plan is None:
             self.require_usable()
-            plan = self.kernels.new_plan(tokens, variant, fast_math, num_sms, inputs)
+            plan = self.kernels.new_plan(tokens, variant, fast_math, num_sms, inputs, weights)
         return plan
 
     def read_inputs(
@@ -189,8 +199,8 @@ class SymmBuffer(LayerMemory):
         plan: CallPlan,
         y: torch.Tensor,
         tokens: int,
-        l1: WeightPair,
-        l2: WeightPair,
+        l1: WeightTensors,
+        l2: WeightTensors,
         stats: torch.Tensor | None,
         clamp: float,
         raw: RawInputs | None = None,

@@ -22,10 +22,10 @@ from megamoe_jit._layer.checks import (
     check_shared_weight,
     check_tensor,
 )
+from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, format_of_call
 from megamoe_jit._layer.group import collectively, group_size
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.stage import require_buffer
-from megamoe_jit._layer.weights import WeightPair, by_old_names
 from megamoe_jit._spec import MoEShape, Variant, check_int
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
@@ -150,8 +150,8 @@ def get_symm_buffer_for_sm90_mega_moe(
 
 def fp8_mega_moe(
     y: torch.Tensor,
-    l1_weights: WeightPair | None = None,
-    l2_weights: WeightPair | None = None,
+    l1_weights: WeightTensors | None = None,
+    l2_weights: WeightTensors | None = None,
     sym_buffer: SymmBuffer | None = None,
     cumulative_local_expert_recv_stats: torch.Tensor | None = None,
     recipe: Sequence[int] = RECIPE,
@@ -163,8 +163,8 @@ def fp8_mega_moe(
     num_sms: int | None = None,
     variant: str | None = None,
     shared_weight: float = 1.0,
-    l1: WeightPair | None = None,
-    l2: WeightPair | None = None,
+    l1: WeightTensors | None = None,
+    l2: WeightTensors | None = None,
 ) -> None:
     """Run one MoE layer on the tokens staged in `sym_buffer`, in one kernel launch on the current stream.
 
@@ -180,7 +180,8 @@ def fp8_mega_moe(
         l1_weights: e4m3 ``[local experts, 2 * intermediate, hidden]``, and float32
             ``[local experts, 2 * intermediate / 128, hidden / 128]``.
         l2_weights: e4m3 ``[local experts, hidden, intermediate]``, and float32
-            ``[local experts, hidden / 128, intermediate / 128]``.  Codes of both are in the order of
+            ``[local experts, hidden / 128, intermediate / 128]``; or MXFP4, both in three parts: codes uint8, two to a
+            byte, exponents uint8, one for 32 columns, and float32 scales as those of FP8.  All are in the order of
             `transform_weights_for_mega_moe_sm90` and marked so, by it or by `mark_transformed`.  Shared experts are the
             last local ones.
         sym_buffer: the inputs, staged by the caller into its views before each call.
@@ -231,7 +232,7 @@ def fp8_mega_moe(
         numerics = numerics_of(*numeric)
     except TypeError:  # what cannot be hashed is no option either
         numerics = Numerics(*numeric)
-    plan = buffer.plan(tokens, variant, numerics, num_sms)
+    plan = buffer.plan(tokens, variant, numerics, num_sms, Inputs.STAGED, format_of_call(l1_weights))
     if plan.debug:
         check_ids(buffer.topk_idx[:tokens], buffer)
     buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp, None, shared_weight)
@@ -279,8 +280,8 @@ def _forcing(variant: Variant) -> Callable[..., None]:
 
     def call(
         y: torch.Tensor,
-        l1_weights: WeightPair | None = None,
-        l2_weights: WeightPair | None = None,
+        l1_weights: WeightTensors | None = None,
+        l2_weights: WeightTensors | None = None,
         sym_buffer: SymmBuffer | None = None,
         cumulative_local_expert_recv_stats: torch.Tensor | None = None,
         recipe: Sequence[int] = RECIPE,
@@ -291,8 +292,8 @@ def _forcing(variant: Variant) -> Callable[..., None]:
         *,
         num_sms: int | None = None,
         shared_weight: float = 1.0,
-        l1: WeightPair | None = None,
-        l2: WeightPair | None = None,
+        l1: WeightTensors | None = None,
+        l2: WeightTensors | None = None,
     ) -> None:
         if l1 is not None or l2 is not None:
             l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
+from megamoe_jit._layer.given_weights import WeightTensors, require_tensors, written_parts
 from megamoe_jit._layer.marks import require_marked
 from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._layer.weights import WeightPair, require_pair
 from megamoe_jit._spec import KernelSpec, check_clamp
 from megamoe_jit._spec.checks import check_float32
 from megamoe_jit._text import shown
@@ -87,21 +87,36 @@ def check_tensor(
 
 
 def check_weights(
-    l1: WeightPair | None,
-    l2: WeightPair | None,
+    l1: WeightTensors | None,
+    l2: WeightTensors | None,
     spec: KernelSpec,
     device: torch.device,
 ) -> None:
-    """Raise unless both layers' weights and scales fit the kernel, and the weights are marked as transformed."""
-    l1, l2 = require_pair("l1", l1), require_pair("l2", l2)
-    experts, hidden, intermediate = spec.local_experts, spec.shape.hidden, spec.shape.intermediate
-    stored = spec.weights
-    for name, (codes, scales), size in (("l1", l1, (2 * intermediate, hidden)), ("l2", l2, (hidden, intermediate))):
-        shape, blocks = (experts, *stored.code_shape(*size)), (experts, *stored.scale_shape(*size))
-        check_tensor(f"{name} weights", codes, stored.code_dtype, shape, device, remedy=_IN_A_COPY)
-        check_tensor(f"{name} scales", scales, stored.scale_dtype, blocks, device, align=4, remedy=_IN_A_COPY)
-    require_marked("l1", l1[0])
-    require_marked("l2", l2[0])
+    """Raise unless the tensors of both matrices fit the kernel, and are marked as transformed."""
+    hidden, intermediate = spec.shape.hidden, spec.shape.intermediate
+    sizes = {"l1": (2 * intermediate, hidden), "l2": (hidden, intermediate)}
+    both = [(name, require_tensors(name, given), sizes[name]) for name, given in (("l1", l1), ("l2", l2))]
+    for name, tensors, size in both:
+        _check_parts(name, tensors, spec, size, device)
+    for name, tensors, _ in both:
+        for what, tensor in zip(("weights", "exponents"), written_parts(tensors, spec.weights), strict=False):
+            require_marked(name, tensor, weights=spec.weights, what=what)
+
+
+def _check_parts(
+    name: str, tensors: WeightTensors, spec: KernelSpec, size: tuple[int, int], device: torch.device
+) -> None:
+    """Raise unless these are a kernel's matrix of so many rows and columns, of each expert."""
+    parts, stored = spec.weights.parts(*size), spec.weights
+    if len(tensors) != len(parts):
+        way = ", as the transform makes them of codes and exponents" if stored.group else ""
+        raise ConfigError(f"{name}: {len(tensors)} tensors given; allowed: {', '.join(stored.part_names)}{way}")
+    for part, tensor in zip(parts, tensors, strict=True):
+        what = f"{name} weights" if part.name == "codes" else f"{name} {part.name}"
+        align = 4 if part.name == "scales" else 16
+        check_tensor(
+            what, tensor, part.dtype, (spec.local_experts, *part.shape), device, align=align, remedy=_IN_A_COPY
+        )
 
 
 def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) -> float:

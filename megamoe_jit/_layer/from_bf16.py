@@ -9,9 +9,9 @@ import torch
 from megamoe_jit._layer.admit import admit_first, check_ids, check_stats
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_shared_weight, check_tensor
+from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage import require_buffer
-from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._spec import check_clamp
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
@@ -25,8 +25,8 @@ def mega_moe_from_bf16(
     x: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
-    l1_weights: WeightPair,
-    l2_weights: WeightPair,
+    l1_weights: WeightTensors,
+    l2_weights: WeightTensors,
     sym_buffer: SymmBuffer,
     *,
     y: torch.Tensor | None = None,
@@ -87,7 +87,7 @@ def mega_moe_from_bf16(
 def run_batch(
     buffer: SymmBuffer,
     raw: RawInputs,
-    weights: tuple[WeightPair, WeightPair],
+    weights: tuple[WeightTensors, WeightTensors],
     clamp: float,
     numerics: Numerics,
     y: torch.Tensor | None = None,
@@ -112,7 +112,7 @@ def run_batch(
         MegaMoeError: as there.
     """
     tokens, fused = raw.tokens, raw.fused
-    plan = buffer.plan(tokens, variant, numerics, num_sms, _RAW if fused else _STAGED)
+    plan = buffer.plan(tokens, variant, numerics, num_sms, _RAW if fused else _STAGED, format_of_call(weights[0]))
     if plan.debug:
         check_ids(raw.topk_idx, buffer)
     if y is None:

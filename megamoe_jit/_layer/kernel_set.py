@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from megamoe_jit._layer.bound_kernel import BoundKernel, CallPlan
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import KernelSpec, Variant
+from megamoe_jit._spec import FP8, KernelSpec, Variant, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import shown
@@ -40,7 +41,8 @@ def sort_blocks(pairs: int) -> int:
     return max(1, min(MAX_SORT_BLOCKS, max(min(-(-pairs // 384), 16), -(-pairs // 2048))))
 
 
-_Kind = tuple[Variant, Numerics, Inputs]  #: a kernel of one shape
+_Kind = tuple[Variant, Numerics, Inputs, WeightFormat]  #: a kernel of one shape
+_Call = tuple[int, str | None, bool | Numerics, int | None, Inputs, WeightFormat]  #: what a plan depends on
 
 
 class KernelSet:
@@ -54,22 +56,25 @@ class KernelSet:
     def __init__(self, place: Place, group: object) -> None:
         self._place, self._group = place, group
         self.bound: dict[_Kind, BoundKernel] = {}
-        self._plans: dict[tuple[int, str | None, bool | Numerics, int | None, Inputs], CallPlan] = {}
+        self._plans: dict[_Call, CallPlan] = {}
         self._planned_with: Settings | None = None
 
-    def spec(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> KernelSpec:
+    def spec(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> KernelSpec:
         """The kernel of such calls."""
-        return KernelSpec(self._place.shape, variant, self._place.ranks, numerics=numerics, inputs=inputs)
+        options: Any = {"numerics": numerics, "weights": weights, "inputs": inputs}
+        return KernelSpec(self._place.shape, variant, self._place.ranks, **options)
 
-    def is_prepared(self, numerics: Numerics | None, inputs: Inputs) -> bool:
+    def is_prepared(self, numerics: Numerics | None, inputs: Inputs, weights: WeightFormat) -> bool:
         """Whether the kernels of several ranks were prepared, which they are together."""
-        return numerics is not None and (Variant.COOPERATIVE, numerics, inputs) in self.bound
+        readers = Variant.reading(weights)
+        return numerics is not None and bool(readers) and (readers[0], numerics, inputs, weights) in self.bound
 
-    def prepare(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> BoundKernel:
+    def prepare(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> BoundKernel:
         """The kernel, loaded and bound; with several ranks a collective at first, see `SymmBuffer.prepare`."""
-        kernel = self.bound.get((variant, numerics, inputs))
+        kernel = self.bound.get((variant, numerics, inputs, weights))
         if kernel is None:
-            wanted = self._with(variant, numerics, inputs)
+            self.spec(variant, numerics, inputs, weights)  # raises if there is none
+            wanted = self._with(variant, numerics, inputs, weights)
             ranks = self._place.ranks
             if ranks > 1 and torch.cuda.is_current_stream_capturing():
                 raise CaptureError(
@@ -78,24 +83,28 @@ class KernelSet:
                 )
             made = collectively(self._group, "preparing the kernels", lambda: self._bind(wanted))
             if ranks > 1:
-                keys = {f"kernel {v.value}, {i.value} inputs": kernel.key for (v, _, i), kernel in made.items()}
+                keys = {
+                    f"kernel {v.value}, {i.value} inputs, {w.name}": kernel.key for (v, _, i, w), kernel in made.items()
+                }
                 require_equal(self._group, "their kernels", keys)
             self.bound.update(made)
-            kernel = made[variant, numerics, inputs]
+            kernel = made[variant, numerics, inputs, weights]
         return kernel
 
-    def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs) -> Iterable[_Kind]:
+    def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> Iterable[_Kind]:
         """What is prepared together with a kernel: with several ranks, all that another rank may launch beside it."""
         if self._place.ranks == 1:
-            return [(variant, numerics, inputs)]
+            return [(variant, numerics, inputs, weights)]
         forms = (inputs,) if inputs is Inputs.STAGED else tuple(Inputs)
-        return itertools.product(Variant, (numerics,), forms)
+        return itertools.product(Variant.reading(weights), (numerics,), forms, (weights,))
 
     def _bind(self, wanted: Iterable[_Kind]) -> dict[_Kind, BoundKernel]:
         with torch.cuda.device(self._place.device):
             return {kind: self.bound.get(kind) or BoundKernel(self.spec(*kind), self._place) for kind in wanted}
 
-    def choose(self, tokens: int, variant: str | None, num_sms: int | None) -> tuple[Choice, int]:
+    def choose(
+        self, tokens: int, variant: str | None, num_sms: int | None, weights: WeightFormat = FP8
+    ) -> tuple[Choice, int]:
         """What such a call takes, and the blocks of its launch; raises `ConfigError` if an option is not supported."""
         device, settings = self._place.device, get_settings()
         sms = sm_count(device)
@@ -110,11 +119,18 @@ class KernelSet:
             cooperative_threshold=settings.cooperative_threshold,
             num_sms=blocks,
             gpu=torch.cuda.get_device_name(device),
+            weights=weights,
         )
         return choice, blocks
 
     def known_plan(
-        self, tokens: int, variant: str | None, numerics: bool | Numerics, num_sms: int | None, inputs: Inputs
+        self,
+        tokens: int,
+        variant: str | None,
+        numerics: bool | Numerics,
+        num_sms: int | None,
+        inputs: Inputs,
+        weights: WeightFormat,
     ) -> CallPlan | None:
         """The plan of such a call if there was one with these settings; raises `ConfigError` if none can be meant."""
         settings = get_settings()
@@ -122,25 +138,31 @@ class KernelSet:
             self._plans.clear()
             self._planned_with = settings
         try:
-            return self._plans.get((tokens, variant, numerics, num_sms, inputs))
+            return self._plans.get((tokens, variant, numerics, num_sms, inputs, weights))
         except TypeError:  # costs nothing where they are what they should be
             given = f"variant = {shown(variant)}, fast_math = {shown(numerics)}, num_sms = {shown(num_sms)}"
             raise ConfigError(f"{given}; allowed: a name or None, a bool, a number or None") from None
 
     def new_plan(
-        self, tokens: int, variant: str | None, numerics: bool | Numerics, num_sms: int | None, inputs: Inputs
+        self,
+        tokens: int,
+        variant: str | None,
+        numerics: bool | Numerics,
+        num_sms: int | None,
+        inputs: Inputs,
+        weights: WeightFormat,
     ) -> CallPlan:
         """What such a call launches, remembered for the next one like it."""
-        choice, blocks = self.choose(tokens, variant, num_sms)
+        choice, blocks = self.choose(tokens, variant, num_sms, weights)
         options = numerics if isinstance(numerics, Numerics) else Numerics(numerics)
-        kernel = self.prepare(choice.variant, options, inputs)
+        kernel = self.prepare(choice.variant, options, inputs, weights)
         # with fewer blocks than SMs they fall unevenly on the sides
         two_sides = kernel.knows_sides and blocks == sm_count(self._place.device)
         sorting = min(blocks, sort_blocks(tokens * self._place.shape.slots))
         plan = CallPlan(kernel, choice, blocks, sorting, two_sides, get_settings().debug)
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
-        self._plans[tokens, variant, numerics, num_sms, inputs] = plan
+        self._plans[tokens, variant, numerics, num_sms, inputs, weights] = plan
         return plan
 
     def forget_plans(self) -> None:

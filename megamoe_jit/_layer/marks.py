@@ -25,9 +25,20 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
+from megamoe_jit._spec.formats import FP8, WeightFormat
 from megamoe_jit._text import shown
 
-__all__ = ["LAYOUT", "METADATA_KEY", "Span", "check_metadata", "mark", "require_marked", "require_plain", "spans"]
+__all__ = [
+    "LAYOUT",
+    "METADATA_KEY",
+    "Span",
+    "check_metadata",
+    "layout_of",
+    "mark",
+    "require_marked",
+    "require_plain",
+    "spans",
+]
 
 LAYOUT = "megamoe-sm90-2"  #: the order that this version's kernels read; another number for another order
 METADATA_KEY = "megamoe_jit.layout"  #: of safetensors' metadata
@@ -41,7 +52,7 @@ renew_after_fork(globals(), "_lock")
 
 
 def spans(codes: torch.Tensor) -> list[Span]:
-    """The bytes of each expert's matrix in the storage; of one-byte codes ``[experts, N, K]`` or one ``[N, K]``."""
+    """The bytes of each expert's matrix in the storage; of one-byte elements ``[experts, N, K]`` or one ``[N, K]``."""
     experts, *matrix = codes.shape if codes.ndim == 3 else (1, *codes.shape)
     *step, row, column = codes.stride()
     size = 1 + (matrix[0] - 1) * row + (matrix[1] - 1) * column
@@ -90,20 +101,34 @@ def order_of(codes: torch.Tensor, span: Span) -> str | None:
     return order if len(touched) == 1 and begin <= span[0] and span[1] <= end else "mixed"
 
 
-def require_marked(name: str, codes: torch.Tensor, where: Iterable[Span] | None = None) -> None:
+def layout_of(weights: WeightFormat) -> str:
+    """The order in which this version's kernels read weights of a format."""
+    return LAYOUT if weights is FP8 else f"{LAYOUT}-{weights.name}"
+
+
+def require_marked(
+    name: str,
+    codes: torch.Tensor,
+    where: Iterable[Span] | None = None,
+    *,
+    weights: WeightFormat = FP8,
+    what: str = "weights",
+) -> None:
     """Raise `ConfigError` unless all codes of `name` (l1 or l2), or those at `where`, are in the kernel's order.
 
     Args:
         name: l1 or l2, whose orders differ.
-        codes: contiguous where `where` is None.
+        codes: contiguous where `where` is None; or exponents.
         where: some experts' bytes; all of the tensor if None.
+        weights: the format.
+        what: the tensor, for people.
     """
-    wanted = f"{LAYOUT}/{name}"
+    wanted = f"{layout_of(weights)}/{name}"
     begin = int(codes.storage_offset())
     for span in [(begin, begin + codes.numel())] if where is None else where:
         found = order_of(codes, span)
         if found != wanted and span[0] < span[1]:
-            raise ConfigError(f"{name} weights {_said(found, wanted)}")
+            raise ConfigError(f"{name} {what} {_said(found, wanted)}")
 
 
 def _said(found: str | None, wanted: str) -> str:
@@ -119,22 +144,24 @@ def _said(found: str | None, wanted: str) -> str:
     )
 
 
-def require_plain(name: str, codes: torch.Tensor, where: Iterable[Span] | None = None) -> None:
+def require_plain(
+    name: str, codes: torch.Tensor, where: Iterable[Span] | None = None, *, what: str = "weights"
+) -> None:
     """Raise `ConfigError` if codes of `name`, or those at `where`, are marked as being in an order of a kernel."""
     for span in spans(codes) if where is None else where:
         found = order_of(codes, span)
         if found is not None:
             raise ConfigError(
-                f"{name} weights are transformed already ({found}); allowed: rows as they were quantised. If other "
+                f"{name} {what} are transformed already ({found}); allowed: rows as they were quantised. If other "
                 "values were written over them since, say so: mark_transformed(..., transformed=False)"
             )
 
 
-def check_metadata(metadata: Mapping[str, str] | None) -> None:
-    """Raise `ConfigError` unless a file's metadata say that its weights are in this version's order."""
-    found = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None
-    if found != LAYOUT:
+def check_metadata(metadata: Mapping[str, str] | None, weights: WeightFormat = FP8) -> None:
+    """Raise `ConfigError` unless a file's metadata say that its weights are in this version's order of their format."""
+    found, wanted = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None, layout_of(weights)
+    if found != wanted:
         raise ConfigError(
-            f"metadata: {METADATA_KEY} is {shown(found)}; allowed: {LAYOUT!r}, the order of this version. Weights of "
+            f"metadata: {METADATA_KEY} is {shown(found)}; allowed: {wanted!r}, the order of this version. Weights of "
             "another one must be quantised and transformed again"
         )

@@ -15,7 +15,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import allocate_symmetric
-from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, FP8, MAX_TOKENS, KernelSpec, MoEShape, Variant, WeightFormat
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
@@ -178,6 +178,6 @@ class LayerMemory:
             self.local, "act2_scales", torch.float32, (self.intermediate_hidden // BLOCK, self.layout.pool_rows)
         )
 
-    def spec(self, variant: Variant, numerics: Numerics) -> KernelSpec:
+    def spec(self, variant: Variant, numerics: Numerics, weights: WeightFormat = FP8) -> KernelSpec:
         """The kernel this buffer needs for a variant."""
-        return KernelSpec(self.shape, variant, self.ranks, numerics=numerics)
+        return KernelSpec(self.shape, variant, self.ranks, numerics=numerics, weights=weights)

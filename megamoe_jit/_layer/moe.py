@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +16,17 @@ from megamoe_jit._layer import operators as _operators
 from megamoe_jit._layer import workspace as _workspaces
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_shared_weight
+from megamoe_jit._layer.from_mxfp4 import check_rounding
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.plain_weights import (
     FLOATS,
     Matrix,
+    check_format,
     check_layer,
     check_matrix,
     check_same,
+    format_given,
+    in_order,
     own_pair,
     parts,
     read_matrix,
@@ -27,16 +34,16 @@ from megamoe_jit._layer.plain_weights import (
 )
 from megamoe_jit._layer.serving import serve
 from megamoe_jit._layer.stage import stage
-from megamoe_jit._layer.weights import (
-    WeightPair,
-    mark_transformed,
-    transform_weights_for_mega_moe_sm90,
-)
-from megamoe_jit._spec import check_clamp, check_flag
+from megamoe_jit._layer.weights import mark_transformed, transform_weights_for_mega_moe_sm90
+from megamoe_jit._spec import FP8, WeightFormat, check_clamp, check_flag
 
 __all__ = ["MegaMoE"]
 
-_HELD = ("l1_codes", "l1_scales", "l2_codes", "l2_scales")  #: the module's buffers
+
+def _held_names(weights: WeightFormat) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the module's buffers: those of both matrices."""
+    first, second = (tuple(f"{matrix}_{part}" for part in weights.part_names) for matrix in ("l1", "l2"))
+    return first, second
 
 
 class MegaMoE(torch.nn.Module):
@@ -45,7 +52,10 @@ class MegaMoE(torch.nn.Module):
     Args:
         w13: gate rows then up rows of each expert: bf16, float16 or float32 ``[experts, 2 * intermediate, hidden]``
             on a CUDA device, which is then the layer's; or a pair of e4m3 codes of that shape and float32 scales
-            ``[experts, 2 * intermediate / 128, hidden / 128]``. Sizes are multiples of 128.
+            ``[experts, 2 * intermediate / 128, hidden / 128]``; or MXFP4 codes, two to a byte, low nibble first, uint8,
+            int8 or float4_e2m1fn_x2 ``[experts, 2 * intermediate, hidden / 2]`` and e8m0 exponents, float8_e8m0fnu or
+            uint8 ``[experts, 2 * intermediate, hidden / 32]``. Sizes are multiples of 128. What is marked as being in
+            the kernel's order stays in it.
         w2: ``[experts, hidden, intermediate]``, and scales ``[experts, hidden / 128, intermediate / 128]``, likewise.
         topk: slots of a token, 1 to 32.
         max_tokens: most tokens of a launch, 1 to 32768; the capacity is rounded up to a multiple of 128. Batches with
@@ -53,6 +63,9 @@ class MegaMoE(torch.nn.Module):
         clamp: bounds the gate from above and the up projection on both sides, above 0; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         inplace: keep pairs where they are, and bring their codes into the kernel's order there, instead of in a copy.
+        weight_format: "fp8" or "mxfp4", to be sure that the weights are that; None for what they are.
+        rounding: "nearest" rounds MXFP4 values that are too small beside others of their block of 128 x 128, which None
+            refuses; see `transform_weights_for_mega_moe_sm90`.
         num_shared_experts: experts that every token goes to beside, in the same launch: those of `shared_w13` and
             `shared_w2`, or the last ones of `w13` and `w2`, which then hold the routed experts and these.
         shared_w13: as `w13`, ``[shared experts, 2 * intermediate, hidden]``. One that is n times as wide is n experts.
@@ -64,15 +77,17 @@ class MegaMoE(torch.nn.Module):
 
     Attributes:
         buffer: the layer's `SymmBuffer`.
-        l1: e4m3 codes of `w13` in the kernel's order, and their float32 scales; shared experts last.
+        l1: e4m3 codes of `w13` in the kernel's order, and their float32 scales; of MXFP4, codes, exponents and scales.
+            Shared experts are last.
         l2: the same of `w2`.
         num_shared_experts: how many are shared.
+        weight_format: the name of the format that the weights are in.
 
     The weights are buffers of the module and no parameters. `state_dict` gives them in the plain order, as `w13`,
-    `w13_scales`, `w2` and `w2_scales`, those of shared experts apart, as `shared_w13` and so
-    on, in the CPU's memory; `load_state_dict` takes these, or values to quantise and no
-    scales, writes them where the weights are and needs no second copy. `to()`, `half()` and their kin leave a layer's
-    dtypes as they are, and refuse to move it.
+    `w13_scales`, `w2` and `w2_scales`, those of shared experts apart, as `shared_w13` and so on, in the CPU's memory;
+    of MXFP4 as the codes and e8m0 exponents that were given, `w13`, `w13_exponents` and so on. `load_state_dict` takes
+    these, or for a layer in FP8 values to quantise and no scales, writes them where the weights are and needs no second
+    copy. `to()`, `half()` and their kin leave a layer's dtypes as they are, and refuse to move it.
 
     Raises:
         ConfigError: a shape, dtype or value is not supported, or the memory is not there (says the bytes).
@@ -84,15 +99,13 @@ class MegaMoE(torch.nn.Module):
     """
 
     l1_codes: torch.Tensor
-    l1_scales: torch.Tensor
     l2_codes: torch.Tensor
-    l2_scales: torch.Tensor
 
     @torch.no_grad()
     def __init__(
         self,
-        w13: torch.Tensor | WeightPair,
-        w2: torch.Tensor | WeightPair,
+        w13: torch.Tensor | WeightTensors,
+        w2: torch.Tensor | WeightTensors,
         *,
         topk: int,
         max_tokens: int,
@@ -100,17 +113,23 @@ class MegaMoE(torch.nn.Module):
         fast_math: bool = True,
         inplace: bool = False,
         num_shared_experts: int | None = None,
-        shared_w13: torch.Tensor | WeightPair | None = None,
-        shared_w2: torch.Tensor | WeightPair | None = None,
+        shared_w13: torch.Tensor | WeightTensors | None = None,
+        shared_w2: torch.Tensor | WeightTensors | None = None,
         shared_weight: float = 1.0,
         workspace: str | SymmBuffer = "shared",
+        weight_format: str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__()
         shape = check_layer(w13, w2, topk, num_shared_experts, (shared_w13, shared_w2))
-        device = check_matrix("w13", w13).device
+        device = check_matrix("w13", w13, 3).device
         check_clamp("clamp", clamp)
         check_flag("fast_math", fast_math)
         check_flag("inplace", inplace)
+        stored = format_given("w13", w13)
+        if weight_format is not None:
+            check_format("w13", w13, WeightFormat.parse(weight_format))
+        self.weight_format, self._names, self._rounded = stored.name, _held_names(stored), check_rounding(rounding)
         if inplace and shared_w13 is not None:
             raise ConfigError("inplace = True with shared_w13; allowed: w13 and w2 that end with the shared experts")
         self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
@@ -119,14 +138,37 @@ class MegaMoE(torch.nn.Module):
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
-                l1 = own_pair("w13", w13, shared_w13, device, inplace)
-                l2 = own_pair("w2", w2, shared_w2, device, inplace)
-                l1, l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True)
+                pairs = in_order(w13, w2, shared_w13, inplace)
+                if pairs is None:
+                    l1 = own_pair("w13", w13, shared_w13, device, inplace)
+                    l2 = own_pair("w2", w2, shared_w2, device, inplace)
+                    pairs = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True, rounding=rounding)
         except BaseException:
             self._lease.release()
             raise
-        for name, tensor in zip(_HELD, (*l1, *l2), strict=True):
+        for name, tensor in zip(self._held, (*pairs[0], *pairs[1]), strict=True):
             self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], layer: int, **options: Any) -> MegaMoE:
+        """A layer with the experts of one layer of a model, from its safetensors files.
+
+        Args:
+            path: a folder, an index or a file.
+            layer: its number in the names of tensors.
+            options: of `megamoe_jit.checkpoints.layer_from_checkpoint`, of which `max_tokens` must be there.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ConfigError: the experts cannot be this layer; says why.
+            CheckpointError: a file is not there, damaged, or does not hold what the index says.
+            ToolchainError: the package safetensors is not installed.
+        """
+        above: Any = importlib.import_module("megamoe_jit.checkpoints")  # by its name: rooms below must not need it
+        made: MegaMoE = above.layer_from_checkpoint(path, layer, **options)
+        return made
 
     @property
     def buffer(self) -> SymmBuffer:
@@ -134,14 +176,19 @@ class MegaMoE(torch.nn.Module):
         return self._lease.buffer
 
     @property
-    def l1(self) -> WeightPair:
-        """e4m3 codes of `w13` in the kernel's order, and their float32 scales."""
-        return self.l1_codes, self.l1_scales
+    def _held(self) -> tuple[str, ...]:
+        """The names of the buffers that hold the weights."""
+        return self._names[0] + self._names[1]
 
     @property
-    def l2(self) -> WeightPair:
+    def l1(self) -> WeightTensors:
+        """The tensors of `w13` in the kernel's order: codes and scales; of MXFP4 codes, exponents and scales."""
+        return tuple(getattr(self, name) for name in self._names[0])
+
+    @property
+    def l2(self) -> WeightTensors:
         """The same of `w2`."""
-        return self.l2_codes, self.l2_scales
+        return tuple(getattr(self, name) for name in self._names[1])
 
     def stage(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> int:
         """Quantise and copy the inputs of a call into the buffer, once the last call has read its own.
@@ -178,20 +225,21 @@ class MegaMoE(torch.nn.Module):
             MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
         """
         if _operators.is_traced():
-            weights = self.l1_codes, self.l1_scales, self.l2_codes, self.l2_scales
             options = self._workspace, self.clamp, self.fast_math, self.shared_weight
-            return torch.ops.megamoe_jit.moe(x, topk_idx, topk_weights, *weights, *options)  # type: ignore[no-any-return]
-        buffer, held = self._lease.held or self.buffer, self._buffers  # at once: the host's time counts here
-        l1: Any = held["l1_codes"], held["l1_scales"]
-        l2: Any = held["l2_codes"], held["l2_scales"]
+            weights, exponents = _operators.as_arguments(self.l1, self.l2)
+            made: torch.Tensor = torch.ops.megamoe_jit.moe(x, topk_idx, topk_weights, *weights, *options, *exponents)
+            return made
+        buffer, held = self._lease.held or self.buffer, self._buffers.__getitem__  # at once: the host's time counts
+        l1: Any = tuple(map(held, self._names[0]))
+        l2: Any = tuple(map(held, self._names[1]))
         return serve(buffer, x, topk_idx, topk_weights, l1, l2, self.clamp, self.fast_math, self.shared_weight)
 
     def load_weights(
         self,
-        w13: torch.Tensor | WeightPair,
-        w2: torch.Tensor | WeightPair,
-        shared_w13: torch.Tensor | WeightPair | None = None,
-        shared_w2: torch.Tensor | WeightPair | None = None,
+        w13: torch.Tensor | WeightTensors,
+        w2: torch.Tensor | WeightTensors,
+        shared_w13: torch.Tensor | WeightTensors | None = None,
+        shared_w2: torch.Tensor | WeightTensors | None = None,
     ) -> None:
         """Write other weights over the layer's: addresses stay, so that captured graphs read the new ones.
 
@@ -216,19 +264,19 @@ class MegaMoE(torch.nn.Module):
         for name, weights in changed.items():
             if name not in known:
                 raise ConfigError(f"{name} was given; allowed: None, the layer has no shared experts")
-            check_same(name, weights, known[name][1])  # type: ignore[arg-type]
+            check_same(name, weights, known[name][1], self._rounded)  # type: ignore[arg-type]
         for name, weights in changed.items():
             matrix, held = known[name]
             self._write(matrix, weights, held)  # type: ignore[arg-type]
 
-    def _parts(self) -> list[tuple[Matrix, WeightPair]]:
+    def _parts(self) -> list[tuple[Matrix, WeightTensors]]:
         return parts(self.l1, self.l2, self.num_shared_experts)
 
-    def _write(self, matrix: Matrix, given: torch.Tensor | WeightPair, held: WeightPair) -> None:
+    def _write(self, matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors) -> None:
         refuse_capture("weights cannot be loaded", "load them before the capture")
         with self.buffer.lock:
             self.buffer.wait_for_last()  # a kernel on another stream may still read them
-            write_matrix(matrix, given, held)
+            write_matrix(matrix, given, held, self._rounded)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -236,8 +284,11 @@ class MegaMoE(torch.nn.Module):
             return
         refuse_capture("weights cannot be read", "read them before the capture")
         for matrix, held in self._parts():
-            codes, scales = read_matrix(matrix, held)
-            destination.update({prefix + matrix.name: codes, f"{prefix}{matrix.name}_scales": scales})
+            destination.update(zip(self._keys(prefix, matrix), read_matrix(matrix, held), strict=True))
+
+    def _keys(self, prefix: str, matrix: Matrix) -> tuple[str, str]:
+        """Under which a matrix in the plain order stands in a state dict: codes, and what they are multiplied with."""
+        return prefix + matrix.name, f"{prefix}{matrix.name}_{WeightFormat.parse(self.weight_format).part_names[1]}"
 
     def _load_from_state_dict(
         self,
@@ -252,15 +303,15 @@ class MegaMoE(torch.nn.Module):
         others: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
         for matrix, held in self._parts():
-            names = [prefix + matrix.name, f"{prefix}{matrix.name}_scales"]
-            values, scales = (state_dict.get(name) for name in names)
+            names = self._keys(prefix, matrix)
+            values, factors = (state_dict.get(name) for name in names)
             if values is None:
                 missing_keys += [name for name in names if strict and name not in state_dict]
             else:
-                plain = scales is None and isinstance(values, torch.Tensor) and values.dtype in FLOATS
-                given: Any = values if plain else (values, scales)
+                plain = factors is None and isinstance(values, torch.Tensor) and values.dtype in FLOATS
+                given: Any = values if plain else (values, factors)
                 try:
-                    check_same(matrix.name, given, held)
+                    check_same(matrix.name, given, held, self._rounded)
                     self._write(matrix, given, held)
                 except ConfigError as error:
                     error_msgs.append(f'While loading "{names[0]}": {error}')
@@ -280,7 +331,7 @@ class MegaMoE(torch.nn.Module):
                 f"a MegaMoE cannot be moved from {here} to {there}: kernels, the buffer and captured graphs know its "
                 f"weights by address; allowed: {here}, or a layer made there out of this one's state_dict()"
             )
-        held = {name: self._buffers.pop(name) for name in _HELD}
+        held = {name: self._buffers.pop(name) for name in self._held}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
@@ -294,12 +345,12 @@ class MegaMoE(torch.nn.Module):
         made.__dict__["_lease"] = self._lease.again()
         memo[id(self)] = made
         try:
-            buffers = {name: tensor for name, tensor in self._buffers.items() if name not in _HELD}
+            buffers = {name: tensor for name, tensor in self._buffers.items() if name not in self._held}
             state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]  # without what was compiled for this one
             more = {name: value for name, value in state.items() if name not in ("_lease", "_buffers")}
             made.__dict__.update(copy.deepcopy({**more, "_buffers": buffers}, memo))
             made._workspace = made._lease.name
-            made._buffers.update({name: getattr(self, name).clone() for name in _HELD})
+            made._buffers.update({name: getattr(self, name).clone() for name in self._held})
             mark_transformed(made.l1, made.l2)
         except BaseException:
             made._lease.release()
@@ -310,6 +361,8 @@ class MegaMoE(torch.nn.Module):
         """What `repr` says of the layer."""
         lease, shape = self._lease, self._lease.shape
         sizes = f"experts={shape.experts}, hidden={shape.hidden}, intermediate={shape.intermediate}, topk={shape.topk}"
+        if self.weight_format != FP8.name:
+            sizes += f", weight_format={self.weight_format}"
         if shape.shared:
             sizes += f", num_shared_experts={shape.shared}, shared_weight={self.shared_weight}"
         options = f"clamp={self.clamp}, fast_math={self.fast_math}, device={self.l1_codes.device}"

@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.marks import require_marked
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.serving import serve
-from megamoe_jit._layer.weights import WeightPair, mark_transformed
+from megamoe_jit._layer.weights import is_transformed, mark_transformed
 from megamoe_jit._layer.workspace import buffer_named
 
-__all__ = ["is_traced"]
+__all__ = ["as_arguments", "is_traced"]
 
 _ARGUMENTS = (
     "Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor l1_codes, Tensor l1_scales, Tensor l2_codes, "
-    "Tensor l2_scales, str workspace, float? clamp=None, bool fast_math=True, float shared_weight=1.0"
+    "Tensor l2_scales, str workspace, float? clamp=None, bool fast_math=True, float shared_weight=1.0, "
+    "Tensor? l1_exponents=None, Tensor? l2_exponents=None"
 )
 #: The operators live as long as this object.
 _library = torch.library.Library("megamoe_jit", "DEF")  # type: ignore[no-untyped-call]
@@ -39,20 +40,25 @@ def is_traced() -> bool:
     return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _e4m3(codes: torch.Tensor) -> torch.Tensor:
-    return codes.view(torch.float8_e4m3fn) if codes.dtype is torch.uint8 else codes
+def as_arguments(l1: WeightTensors, l2: WeightTensors) -> tuple[WeightTensors, WeightTensors]:
+    """The weights of a layer as the operators take them: codes and scales of both matrices, and exponents of both."""
+    return (l1[0], l1[-1], l2[0], l2[-1]), (*l1[1:-1], *l2[1:-1])
 
 
-def _in_order(l1: WeightPair, l2: WeightPair) -> tuple[WeightPair, WeightPair]:
-    """The weights, marked as being in the order that the name of their workspace says.
+def _matrix(codes: torch.Tensor, exponents: torch.Tensor | None, scales: torch.Tensor) -> WeightTensors:
+    """The tensors of a matrix.
 
-    Codes may come as bytes: torch's own check of an operator, and other tools, cannot compare FP8 numbers.
+    FP8 codes may come as bytes: torch's own check of an operator, and other tools, cannot compare FP8 numbers. Codes
+    with exponents are bytes anyhow.
     """
-    l1, l2 = ((_e4m3(codes), scales) for codes, scales in (l1, l2))
-    try:
-        require_marked("l1", l1[0])
-        require_marked("l2", l2[0])
-    except ConfigError:
+    if exponents is not None:
+        return codes, exponents, scales
+    return codes.view(torch.float8_e4m3fn) if codes.dtype is torch.uint8 else codes, scales
+
+
+def _in_order(l1: WeightTensors, l2: WeightTensors) -> tuple[WeightTensors, WeightTensors]:
+    """The weights, marked as being in the order that the name of their workspace says."""
+    if not is_transformed(l1, l2):
         mark_transformed(l1, l2)
     return l1, l2
 
@@ -69,11 +75,13 @@ def _moe(
     clamp: float | None = None,
     fast_math: bool = True,
     shared_weight: float = 1.0,
+    l1_exponents: torch.Tensor | None = None,
+    l2_exponents: torch.Tensor | None = None,
     *,
     y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     buffer = buffer_named(workspace)
-    weights = _in_order((l1_codes, l1_scales), (l2_codes, l2_scales))
+    weights = _in_order(_matrix(l1_codes, l1_exponents, l1_scales), _matrix(l2_codes, l2_exponents, l2_scales))
     return serve(buffer, x, topk_idx, topk_weights, *weights, clamp, fast_math, shared_weight, y)
 
 

@@ -10,12 +10,25 @@ from typing import NamedTuple
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.binades import NORMAL, refuse_inexact
 from megamoe_jit._layer.checks import check_tensor
-from megamoe_jit._layer.marks import require_plain
+from megamoe_jit._layer.from_mxfp4 import block_bounds
+from megamoe_jit._layer.given_weights import (
+    WeightTensors,
+    as_bytes,
+    check_exponents,
+    check_pairs,
+    format_of,
+    readable_scales,
+    refuse_nan,
+    require_tensors,
+)
+from megamoe_jit._layer.marks import require_marked, require_plain, spans
+from megamoe_jit._layer.mxfp4 import absolute_exponents
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.weights import WeightPair, readable_scales, require_pair
+from megamoe_jit._layer.weights import mark_transformed, order_groups
 from megamoe_jit._spec import MoEShape, check_int
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 
 __all__ = [
@@ -23,9 +36,12 @@ __all__ = [
     "L1",
     "L2",
     "Matrix",
+    "check_format",
     "check_layer",
     "check_matrix",
     "check_same",
+    "format_given",
+    "in_order",
     "own_pair",
     "parts",
     "read_matrix",
@@ -45,24 +61,24 @@ class Matrix(NamedTuple):
 L1, L2 = Matrix("w13", True), Matrix("w2", False)
 
 
-def parts(l1: WeightPair, l2: WeightPair, shared: int) -> list[tuple[Matrix, WeightPair]]:
+def parts(l1: WeightTensors, l2: WeightTensors, shared: int) -> list[tuple[Matrix, WeightTensors]]:
     """Both matrices of a layer by their names among callers, and those of shared experts, which are the last ones."""
     whole = [(L1, l1), (L2, l2)]
     if not shared:
         return whole
-    routed = [(matrix, (codes[:-shared], scales[:-shared])) for matrix, (codes, scales) in whole]
+    routed = [(matrix, tuple(each[:-shared] for each in held)) for matrix, held in whole]
     return routed + [
-        (matrix._replace(name=f"shared_{matrix.name}"), (codes[-shared:], scales[-shared:]))
-        for matrix, (codes, scales) in whole
+        (matrix._replace(name=f"shared_{matrix.name}"), tuple(each[-shared:] for each in held))
+        for matrix, held in whole
     ]
 
 
 def check_layer(
-    w13: torch.Tensor | WeightPair,
-    w2: torch.Tensor | WeightPair,
+    w13: torch.Tensor | WeightTensors,
+    w2: torch.Tensor | WeightTensors,
     topk: int,
     num_shared: int | None,
-    shared: tuple[torch.Tensor | WeightPair | None, torch.Tensor | WeightPair | None],
+    shared: tuple[torch.Tensor | WeightTensors | None, torch.Tensor | WeightTensors | None],
 ) -> MoEShape:
     """The shape of the layer of these weights; raises unless they fit each other.
 
@@ -72,11 +88,14 @@ def check_layer(
         num_shared: shared experts; None for those that come apart, or none.
         shared: both matrices of shared experts, or twice None.
     """
-    gate_up, down = check_matrix("w13", w13), check_matrix("w2", w2)
-    experts, rows, hidden = gate_up.shape
+    gate_up, down = check_matrix("w13", w13, 3), check_matrix("w2", w2, 3)
+    stored = check_format("w2", w2, format_given("w13", w13))
+    experts, rows, width = gate_up.shape
+    hidden = width * 8 // stored.bits
     if rows % 2:
         raise ConfigError(f"w13 has {rows} rows; allowed: gate rows and as many up rows")
-    _check_shape("w2", down, (experts, hidden, rows // 2), f"to fit w13 {tuple(gate_up.shape)}")
+    second = (experts, *stored.code_shape(hidden, rows // 2))
+    _check_shape("w2", down, second, f"to fit w13 {tuple(gate_up.shape)}")
     if num_shared is not None:
         check_int("num_shared_experts", num_shared)
     if shared[0] is None and shared[1] is None:
@@ -88,10 +107,12 @@ def check_layer(
     if shared[0] is None or shared[1] is None:
         raise ConfigError("one of shared_w13 and shared_w2 is missing; allowed: both or none")
     up, out = check_matrix("shared_w13", shared[0]), check_matrix("shared_w2", shared[1])
+    for name, given in (("shared_w13", shared[0]), ("shared_w2", shared[1])):
+        check_format(name, given, stored)
     count = up.shape[0] if num_shared is None else num_shared
     why = "of the routed ones' sizes; one that is n times as wide is n of these"
-    _check_shape("shared_w13", up, (count, rows, hidden), why)
-    _check_shape("shared_w2", out, (count, hidden, rows // 2), why)
+    _check_shape("shared_w13", up, (count, rows, width), why)
+    _check_shape("shared_w2", out, (count, *second[1:]), why)
     for name, tensor in (("shared_w13", up), ("shared_w2", out)):
         if tensor.device != gate_up.device:
             raise ConfigError(f"{name} is on {tensor.device}; allowed: {gate_up.device}, where w13 is")
@@ -103,11 +124,26 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], why: s
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}, {why}")
 
 
-def check_matrix(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
+def format_given(name: str, weights: torch.Tensor | WeightTensors) -> WeightFormat:
+    """The format that a layer holds these in: values are quantised to FP8."""
+    return FP8 if isinstance(weights, torch.Tensor) else format_of(name, weights)
+
+
+def check_format(name: str, weights: torch.Tensor | WeightTensors, wanted: WeightFormat) -> WeightFormat:
+    """The format of a layer; raises `ConfigError` unless these weights are of it as well."""
+    found = format_given(name, weights)
+    if found is not wanted:
+        what = "values" if isinstance(weights, torch.Tensor) else "codes"
+        given = f"{name} {what} are {(weights if isinstance(weights, torch.Tensor) else weights[0]).dtype}"
+        way = "; fp8_from_mxfp4 makes FP8 weights of MXFP4 ones" if found is MXFP4 else ""
+        raise ConfigError(f"{given}, which a layer holds in {found.name}; allowed: what it holds in {wanted.name}{way}")
+    return found
+
+
+def check_matrix(name: str, weights: torch.Tensor | WeightTensors, most: int = 2) -> torch.Tensor:
     """The values, or the codes of a pair; raises unless there is one matrix for each expert."""
     if not isinstance(weights, torch.Tensor):
-        require_pair(name, weights)
-        weights = weights[0]
+        weights = require_tensors(name, weights, most)[0]
     elif weights.dtype not in FLOATS:
         raise ConfigError(f"{name} has dtype {weights.dtype}; allowed: {FLOATING}, or a pair of codes and scales")
     if weights.ndim != 3:
@@ -117,69 +153,131 @@ def check_matrix(name: str, weights: torch.Tensor | WeightPair) -> torch.Tensor:
 
 def own_pair(
     name: str,
-    weights: torch.Tensor | WeightPair,
-    shared: torch.Tensor | WeightPair | None,
+    weights: torch.Tensor | WeightTensors,
+    shared: torch.Tensor | WeightTensors | None,
     device: torch.device,
     inplace: bool,
-) -> WeightPair:
+) -> WeightTensors:
     """Codes that may be written over, and scales, those of shared experts behind the others."""
     pair = _read(name, weights, device, inplace)
     if shared is not None:
         more = _read(f"shared_{name}", shared, device, inplace)
-        codes = torch.cat([each[0].view(torch.uint8) for each in (pair, more)]).view(FP8.code_dtype)
-        return codes, torch.cat((pair[1], more[1]))
+        return tuple(_joined(*each) for each in zip(pair, more, strict=True))
     if inplace or isinstance(weights, torch.Tensor):
         return pair
-    return tuple(each.clone(memory_format=torch.contiguous_format) for each in pair)  # type: ignore[return-value]
+    return tuple(each.clone(memory_format=torch.contiguous_format) for each in pair)
 
 
-def _read(name: str, weights: torch.Tensor | WeightPair, device: torch.device, inplace: bool) -> WeightPair:
-    """Codes and scales, which may still be the caller's; raises for what a call would refuse."""
+def in_order(
+    w13: torch.Tensor | WeightTensors, w2: torch.Tensor | WeightTensors, shared: object, inplace: bool
+) -> tuple[WeightTensors, WeightTensors] | None:
+    """Both matrices if they are marked as being in the kernel's order: themselves, or copies; None if plain."""
+    if isinstance(w13, torch.Tensor) or isinstance(w2, torch.Tensor):
+        return None
+    weights = format_of("w13", w13)
+    try:
+        for name, given in (("l1", w13), ("l2", w2)):
+            require_marked(name, given[0], spans(given[0]), weights=weights)
+    except ConfigError:
+        return None
+    check_pairs(w13, w2, ordered=True)
+    if shared is not None:
+        raise ConfigError("w13 and w2 are in the kernel's order already; allowed with shared_w13: plain weights")
+    if not inplace:
+        w13, w2 = (tuple(each.clone(memory_format=torch.contiguous_format) for each in given) for given in (w13, w2))
+        mark_transformed(w13, w2)
+    return (*w13[:-1], readable_scales(w13[-1])), (*w2[:-1], readable_scales(w2[-1]))
+
+
+def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """One behind the other; torch cannot join all types of codes."""
+    if first.itemsize > 1:
+        return torch.cat((first, second))
+    return torch.cat((as_bytes(first), as_bytes(second))).view(first.dtype)
+
+
+def _read(name: str, weights: torch.Tensor | WeightTensors, device: torch.device, inplace: bool) -> WeightTensors:
+    """Codes and what belongs to them, which may still be the caller's; raises for what a call would refuse."""
     if isinstance(weights, torch.Tensor):
         return quantize_weights(weights)
-    codes, scales = weights
+    codes, factors = require_tensors(name, weights, 2)
+    stored = format_of(name, weights)
     if inplace:
-        check_tensor(f"{name} codes", codes, FP8.code_dtype, codes.shape, device)
-    experts, rows, depth = codes.shape
-    scales, blocks = readable_scales(scales), (experts, *FP8.scale_shape(rows, depth))
-    check_tensor(f"{name} scales", scales, FP8.scale_dtype, blocks, device, align=4)
-    require_plain(name, codes)  # a copy has no mark
-    return codes, scales
+        check_tensor(f"{name} codes", codes, codes.dtype, codes.shape, device)
+    experts, rows, width = codes.shape
+    part = stored.parts(rows, width * 8 // stored.bits)[1]
+    shape, what = (experts, *part.shape), f"{name} {part.name}"
+    if stored.group:
+        check_exponents(what, factors)
+        factors = factors if inplace else readable_scales(factors)
+        check_tensor(what, as_bytes(factors), part.dtype, shape, device, align=16 if inplace else 1)
+        require_plain(name, as_bytes(factors), what=part.name)
+    else:
+        factors = readable_scales(factors)
+        check_tensor(what, factors, part.dtype, shape, device, align=4)
+    require_plain(name, as_bytes(codes))  # a copy has no mark
+    return codes, factors
 
 
-def check_same(name: str, given: torch.Tensor | WeightPair, held: WeightPair) -> None:
-    """Raise `ConfigError` unless `given` are plain weights for the place of `held`; they may be on another device."""
-    matrix = check_matrix(name, given)
+def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool = False) -> None:
+    """Raise `ConfigError` unless `given` are plain weights for the place of `held`; they may be on another device.
+
+    `rounded` says that values that the format of the layer does not keep are to be rounded, not refused.
+    """
+    matrix, stored = check_matrix(name, given), format_of(name, held)
     if matrix.device.type == "meta":
         raise ConfigError(f"{name} is on meta, which holds no values; allowed: a device with memory")
+    check_format(name, given, stored)
     if matrix.shape != held[0].shape:
         raise ConfigError(f"{name} has shape {tuple(matrix.shape)}; allowed: {tuple(held[0].shape)}, the layer's")
     if isinstance(given, torch.Tensor):
         return
-    for what, tensor, there in zip(("codes", "scales"), given, held, strict=True):
-        if tensor.dtype is not there.dtype or tensor.shape != there.shape:
-            found, allowed = (f"{each.dtype} {tuple(each.shape)}" for each in (tensor, there))
-            raise ConfigError(f"{name} {what} are {found}; allowed: {allowed}")
-    require_plain(name, given[0])
+    factors, there, what = given[1], held[1], stored.part_names[1]
+    if stored.group:
+        check_exponents(f"{name} {what}", factors)
+    if (factors.dtype is not there.dtype and not stored.group) or factors.shape != there.shape:
+        found, allowed = (f"{each.dtype} {tuple(each.shape)}" for each in (factors, there))
+        raise ConfigError(f"{name} {what} are {found}; allowed: {allowed}")
+    require_plain(name, as_bytes(given[0]))
+    if stored.group:
+        require_plain(name, as_bytes(factors), what=what)
+        refuse_nan(name, factors)
+        if not rounded:
+            matrices = zip(given[0], factors, strict=True)
+            refuse_inexact(name, block_bounds(matrices, NORMAL), NORMAL, "", range(len(factors)))
 
 
 @torch.no_grad()
-def write_matrix(matrix: Matrix, given: torch.Tensor | WeightPair, held: WeightPair) -> None:
+def write_matrix(
+    matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool = False
+) -> None:
     """Write checked plain weights over a layer's; values are quantised on the layer's device, expert by expert."""
-    codes, scales = held[0].view(torch.uint8), held[1]
-    for e in range(codes.shape[0]):
+    stored, device = format_of(matrix.name, held), held[0].device
+    for e, places in enumerate(zip(*held, strict=True)):
         if isinstance(given, torch.Tensor):
-            new, factors = quantize_weights(given[e].to(codes.device))
+            new, factors = quantize_weights(given[e].to(device))
         else:
-            new, factors = given[0][e].to(codes.device), given[1][e]
-        codes[e].copy_(FP8.pack(new.view(torch.uint8), matrix.gated))
-        scales[e].copy_(factors)
+            new, factors = given[0][e].to(device), given[1][e].to(device)
+        if stored.group:
+            found = block_bounds([(new, factors)], NORMAL)
+            codes_and_exponents = as_bytes(new), as_bytes(factors)
+            made = order_groups(*codes_and_exponents, found.of(0), stored, gated=matrix.gated, rounded=rounded)
+        else:
+            made = stored.pack(as_bytes(new), matrix.gated), factors
+        for place, part in zip(places, made, strict=True):
+            (as_bytes(place) if part.itemsize == 1 else place).copy_(part)
 
 
 @torch.no_grad()
-def read_matrix(matrix: Matrix, held: WeightPair) -> WeightPair:
+def read_matrix(matrix: Matrix, held: WeightTensors) -> WeightTensors:
     """A layer's weights in the plain order, in the CPU's memory: a GPU full of weights has no place for a copy."""
+    stored = format_of(matrix.name, held)
     codes = torch.empty(held[0].shape, dtype=held[0].dtype, device="cpu")
-    for target, source in zip(codes.view(torch.uint8), held[0].view(torch.uint8), strict=True):
-        target.copy_(FP8.unpack(source, matrix.gated))
-    return codes, held[1].detach().to("cpu", copy=True)
+    for target, source in zip(as_bytes(codes), as_bytes(held[0]), strict=True):
+        target.copy_(stored.unpack(source, matrix.gated))
+    if not stored.group:
+        return codes, held[1].detach().to("cpu", copy=True)
+    e8m0 = torch.empty(held[1].shape, dtype=torch.uint8, device="cpu")
+    for target, exponents, scales in zip(e8m0, *held[1:], strict=True):
+        target.copy_(absolute_exponents(stored.unpack_exponents(exponents, matrix.gated), scales))
+    return codes, e8m0.view(torch.float8_e8m0fnu)

@@ -36,13 +36,21 @@ def _require_values(name: str, tensor: torch.Tensor) -> None:
     _require(fits, f"{name} are {tensor.dtype}; allowed: bfloat16 or wider; codes go with their scales, as a pair")
 
 
-def _require_pair(name: str, codes: torch.Tensor, scales: torch.Tensor, ndim: str, block: tuple[int, int]) -> None:
+def _require_pair(
+    name: str,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    ndim: str,
+    block: tuple[int, int],
+    types: tuple[torch.dtype, ...] = (torch.float8_e4m3fn,),
+) -> None:
     """What quantisers give: codes, and a scale for each block of the last two dimensions."""
     require_tensor(f"codes of {name}", codes)
     require_tensor(f"scales of {name}", scales)
     _require(
-        codes.dtype is torch.float8_e4m3fn and scales.dtype is torch.float32,
-        f"codes of {name} are {codes.dtype}, scales {scales.dtype}; allowed: float8_e4m3fn and float32",
+        codes.dtype in types and scales.dtype is torch.float32,
+        f"codes of {name} are {codes.dtype}, scales {scales.dtype}; "
+        f"allowed: {' or '.join(str(each).removeprefix('torch.') for each in types)} and float32",
     )
     *lead, rows, columns = codes.shape if codes.ndim >= 2 else (-1, -1)
     expected = (*lead, rows // block[0], columns // block[1])
@@ -151,7 +159,7 @@ def dequantize_weights(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
     """Inverse of `quantize_weights` up to rounding.
 
     Args:
-        codes: float8_e4m3fn ``[..., N, K]``.
+        codes: float8_e4m3fn or float8_e5m2 ``[..., N, K]``.
         scales: float32 ``[..., N / 128, K / 128]``.
 
     Returns:
@@ -160,7 +168,8 @@ def dequantize_weights(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
     Raises:
         ConfigError: a shape or a dtype is not supported, or the two do not fit.
     """
-    _require_pair("weights", codes, scales, "[..., N, K]", (BLOCK, BLOCK))
+    types = torch.float8_e4m3fn, torch.float8_e5m2
+    _require_pair("weights", codes, scales, "[..., N, K]", (BLOCK, BLOCK), types)
     *lead, n, k = codes.shape
     blocks = codes.float().reshape(*lead, n // BLOCK, BLOCK, k // BLOCK, BLOCK)
     return (blocks * scales.float()[..., :, None, :, None]).reshape(*lead, n, k)

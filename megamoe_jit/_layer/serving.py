@@ -9,8 +9,8 @@ import torch
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_shared_weight, check_tensor
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16, run_batch
+from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.raw_inputs import RawInputs
-from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._spec import MAX_TOKENS, check_clamp
 from megamoe_jit._spec.numerics import Numerics, numerics_of
 
@@ -22,8 +22,8 @@ def serve(
     x: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
-    l1: WeightPair,
-    l2: WeightPair,
+    l1: WeightTensors,
+    l2: WeightTensors,
     clamp: float | None,
     fast_math: bool,
     shared_weight: float = 1.0,
@@ -53,7 +53,7 @@ def serve(
     buffer.require_usable()
     if y is None:
         y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
-    choice, _ = buffer.kernels.choose(min(tokens, MAX_TOKENS), None, None)
+    choice, _ = buffer.kernels.choose(min(tokens, MAX_TOKENS), None, None, format_of_call(l1))
     options: Any = {"activation_clamp": clamp, "fast_math": fast_math, "shared_weight": shared_weight}
     options["variant"] = choice.variant.value  # of all chunks
     with buffer.lock:  # another thread's batch comes after this one

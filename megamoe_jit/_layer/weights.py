@@ -7,276 +7,252 @@ what is transformed is not transformed again, what is not is not transformed bac
 
 from __future__ import annotations
 
-import operator
-import warnings
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import marks as _marks
-from megamoe_jit._layer.marks import LAYOUT, METADATA_KEY, require_marked, require_plain, spans
-from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._spec import BLOCK, check_flag
-from megamoe_jit._spec.formats import FP8, WeightFormat
-from megamoe_jit._text import shown
+from megamoe_jit._layer.binades import NORMAL, Bounds, power_of_two, refuse_inexact
+from megamoe_jit._layer.from_mxfp4 import block_bounds, check_rounding, round_groups
+from megamoe_jit._layer.given_weights import (
+    WeightTensors,
+    by_old_names,
+    check_pairs,
+    chosen_experts,
+    readable_scales,
+    refuse_nan,
+    stacked,
+    written_parts,
+)
+from megamoe_jit._layer.marks import METADATA_KEY, layout_of, require_marked, require_plain, spans
+from megamoe_jit._layer.mxfp4 import absolute_exponents, relative_exponents
+from megamoe_jit._layer.places import require_dense, require_places
+from megamoe_jit._spec import check_flag
+from megamoe_jit._spec.formats import WeightFormat
 
 __all__ = [
-    "WeightPair",
-    "by_old_names",
-    "check_pairs",
     "inverse_transform_weights_for_mega_moe_sm90",
     "is_transformed",
     "mark_transformed",
-    "readable_scales",
-    "require_pair",
     "transform_weights_for_mega_moe_sm90",
     "weights_metadata",
 ]
 
-WeightPair: TypeAlias = tuple[torch.Tensor, torch.Tensor]  #: codes and scales
+_NEXT = "fp8_from_mxfp4 makes FP8 of them, in e5m2 of up to 32 binades; "
 
 
-class _Direction(NamedTuple):
-    """Forth or back, of both matrices, and the format that knows the order."""
+def order_groups(
+    codes: torch.Tensor, e8m0: torch.Tensor, found: Bounds, weights: WeightFormat, *, gated: bool, rounded: bool
+) -> WeightTensors:
+    """The tensors of one matrix as the kernel reads them, of a format with groups; new ones.
+
+    Args:
+        codes: uint8 ``[rows, bytes of a row]``.
+        e8m0: uint8 ``[rows, groups of a row]``.
+        found: bounds of its blocks.
+        weights: the format.
+        gated: it is the first matrix.
+        rounded: some blocks may not be exact, and are rounded.
+    """
+    scales = power_of_two(found.chosen)
+    if rounded:
+        codes, e8m0 = round_groups(codes, e8m0, found)
+    return weights.pack(codes, gated), weights.pack_exponents(relative_exponents(e8m0, scales), gated), scales
+
+
+class _Job(NamedTuple):
+    """What becomes of one matrix of the chosen experts, once it is known that it can."""
 
     weights: WeightFormat
+    name: str  #: l1 or l2
     forth: bool
+    chosen: list[int]
+    scales: torch.Tensor  #: of all experts
+    found: Bounds | None = None  #: of the chosen experts' blocks, where scales are to be made
+    rounded: bool = False  #: blocks that are not exact
 
-    def order(self, codes: torch.Tensor, gated: bool) -> torch.Tensor:
-        """The bytes of one expert's matrix in their new order; a new tensor."""
-        return self.weights.pack(codes, gated) if self.forth else self.weights.unpack(codes, gated)
+    @property
+    def mark(self) -> str | None:
+        """Of what is written."""
+        return f"{layout_of(self.weights)}/{self.name}" if self.forth else None
 
-
-_FORTH, _BACK = _Direction(FP8, True), _Direction(FP8, False)
-
-
-def require_pair(name: str, pair: object) -> WeightPair:
-    """The pair; raises `ConfigError` unless it is two tensors."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        given = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, tuple | list) else type(pair).__name__
-        raise ConfigError(f"{name}: {given} given; allowed: a pair of tensors, codes and scales")
-    require_tensor(f"{name} weights", pair[0])
-    require_tensor(f"{name} scales", pair[1])
-    return pair[0], pair[1]
-
-
-def _check_pair(name: str, pair: WeightPair, weights: WeightFormat) -> None:
-    require_pair(name, pair)
-    codes, scales = pair
-    if codes.dtype is not weights.code_dtype:
-        raise ConfigError(f"{name} weights are {codes.dtype}; allowed: {weights.code_dtype}")
-    if scales.dtype is not weights.scale_dtype:
-        raise ConfigError(f"{name} scales are {scales.dtype}; allowed: {weights.scale_dtype}")
-    if codes.ndim not in (2, 3):
-        raise ConfigError(f"{name} weights have shape {tuple(codes.shape)}; allowed: [experts, N, K] or one [N, K]")
-    *lead, n, stored = codes.shape
-    k = stored * 8 // weights.bits
-    if n == 0 or n % BLOCK or k == 0 or k % BLOCK:
-        raise ConfigError(f"{name} weights have shape {tuple(codes.shape)}; allowed: N and K multiples of 128")
-    for what, tensor in (("weights", codes), ("scales", scales)):
-        if tensor.device.type == "meta":
-            raise ConfigError(f"{name} {what} are on meta, which holds no values; allowed: a device with memory")
-    expected = (*lead, *weights.scale_shape(n, k))
-    if tuple(scales.shape) != expected:
-        block = " x ".join(map(str, weights.scale_block))
-        raise ConfigError(f"{name} scales have shape {tuple(scales.shape)}; allowed: {expected}, one per {block}")
+    def ordered(self, place: int, codes: torch.Tensor, exponents: torch.Tensor | None = None) -> WeightTensors:
+        """The tensors of a matrix in their new order, of the expert that is chosen in this place; new ones."""
+        weights, gated = self.weights, self.name == "l1"
+        if exponents is None:
+            return (weights.pack(codes, gated) if self.forth else weights.unpack(codes, gated),)
+        if self.found is not None:
+            blocks = self.found.of(place)
+            return order_groups(codes, exponents, blocks, weights, gated=gated, rounded=self.rounded)
+        unpacked, scales = weights.unpack_exponents(exponents, gated), stacked(self.scales)[self.chosen[place]]
+        return weights.unpack(codes, gated), absolute_exponents(unpacked, scales)
 
 
-def check_pairs(l1: WeightPair, l2: WeightPair, weights: WeightFormat = FP8) -> None:
-    """Raise unless these are codes and scales of both matrices of some experts, or of one, in this format."""
-    _check_pair("l1", l1, weights)
-    _check_pair("l2", l2, weights)
-    *lead, rows, stored = l1[0].shape
-    hidden = stored * 8 // weights.bits
-    if rows % (2 * BLOCK):
-        raise ConfigError(f"l1 weights have {rows} rows; allowed: 2 x intermediate, a multiple of 256")
-    expected = (*lead, *weights.code_shape(hidden, rows // 2))
-    if tuple(l2[0].shape) != expected:
-        raise ConfigError(
-            f"l2 weights have shape {tuple(l2[0].shape)}; allowed: {expected}, to fit l1 {tuple(l1[0].shape)}"
-        )
-
-
-def readable_scales(scales: torch.Tensor) -> torch.Tensor:
-    """The scales as the kernel reads them, float by float: rows one after the other, at a multiple of four bytes.
-
-    These themselves where they are so already, as a slice of experts is; otherwise a copy.
-    """
-    fits = scales.is_contiguous() and scales.data_ptr() % scales.itemsize == 0
-    return scales if fits else scales.clone(memory_format=torch.contiguous_format)
-
-
-def _chosen(experts: Iterable[int] | None, codes: torch.Tensor) -> list[int]:
-    if codes.ndim == 2:
-        if experts is not None:
-            raise ConfigError("experts was given with one [2I, H] matrix; allowed: only with [experts, 2I, H]")
-        return [0]
-    count = codes.shape[0]
-    try:
-        chosen = list(range(count)) if experts is None else [operator.index(e) for e in experts]
-    except (TypeError, RuntimeError):
-        raise ConfigError(
-            f"experts = {shown(experts)}; allowed: distinct local experts from 0 to {count - 1}"
-        ) from None
-    if len(set(chosen)) != len(chosen) or any(not 0 <= e < count for e in chosen):
-        raise ConfigError(f"experts = {shown(chosen)}; allowed: distinct local experts from 0 to {count - 1}")
-    return chosen
-
-
-def _apply_to(name: str, codes: torch.Tensor, direction: _Direction, inplace: bool, chosen: list[int]) -> torch.Tensor:
-    """Codes of `l1` or `l2` with the chosen experts in their new order, and marked as being in it."""
-    source = codes.view(torch.uint8).unsqueeze(0) if codes.ndim == 2 else codes.view(torch.uint8)
-    given = spans(source)
-    if inplace:
-        target = source
-    elif len(chosen) == source.shape[0]:
-        target = torch.empty_like(source, memory_format=torch.contiguous_format)
-    else:
-        target = source.clone(memory_format=torch.contiguous_format)
-    made = given if inplace else spans(target)
-    for e in set(range(len(made))).difference(chosen) if not inplace else ():
-        _marks.mark(target, [made[e]], _marks.order_of(source, given[e]))
+def _plan(
+    weights: WeightFormat, name: str, given: WeightTensors, forth: bool, chosen: list[int], inplace: bool, rounded: bool
+) -> _Job:
+    """What is to be done with a matrix; raises `ConfigError` if its values cannot be kept."""
+    if not weights.group or not forth:
+        return _Job(weights, name, forth, chosen, readable_scales(given[-1]))
+    codes, e8m0 = written_parts(given, weights)
     for e in chosen:
-        target[e].copy_(direction.order(source[e], gated=name == "l1"))
-        _marks.mark(target, [made[e]], f"{LAYOUT}/{name}" if direction.forth else None)
-    return codes if inplace else target.view(codes.shape).view(codes.dtype)
+        refuse_nan(f"{name} expert {e}", e8m0[e])
+    if len(given) == 3:
+        scales = given[2] if inplace else given[2].clone(memory_format=torch.contiguous_format)
+    else:
+        *lead, rows, stored = given[0].shape
+        shape = (*lead, *weights.scale_shape(rows, stored * 8 // weights.bits))
+        scales = torch.ones(shape, dtype=weights.scale_dtype, device=codes.device)
+    found = block_bounds([(codes[e], e8m0[e]) for e in chosen], NORMAL) if chosen else None
+    if found is not None and not rounded:
+        refuse_inexact(f"{name} weights", found, NORMAL, _NEXT, chosen)
+    return _Job(weights, name, forth, chosen, scales, found, rounded)
 
 
-def _require_dense(name: str, codes: torch.Tensor) -> None:
-    """Raise unless each expert's rows follow each other."""
-    experts = codes.unsqueeze(0) if codes.ndim == 2 else codes
-    if not experts[:1].squeeze(0).is_contiguous():
-        raise ConfigError(
-            f"{name} weights have strides {codes.stride()}; allowed in place: each expert's rows one after the other, "
-            "as the kernel reads them"
-        )
+def _apply_to(given: WeightTensors, job: _Job, inplace: bool) -> WeightTensors:
+    """The tensors of a matrix with the chosen experts in their new order, and marked as being in it."""
+    sources = written_parts(given, job.weights)
+    if inplace:
+        targets = sources
+    elif len(job.chosen) == sources[0].shape[0]:
+        targets = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
+    else:
+        targets = [source.clone(memory_format=torch.contiguous_format) for source in sources]
+    places = [spans(target) for target in targets]
+    for source, target, where in zip(sources, targets, places, strict=True) if not inplace else ():
+        for e in set(range(len(where))).difference(job.chosen):
+            _marks.mark(target, [where[e]], _marks.order_of(source, spans(source)[e]))
+    for place, e in enumerate(job.chosen):
+        made = job.ordered(place, *(source[e] for source in sources))
+        for target, part in zip((*targets, stacked(job.scales)), made, strict=False):
+            target[e].copy_(part)
+        for target, where in zip(targets, places, strict=True):
+            _marks.mark(target, [where[e]], job.mark)
+    return _as_given(given, targets, job, inplace)
 
 
-def _require_places(l1: WeightPair, l2: WeightPair) -> None:
-    """Raise unless every code of both can be written without another code, or a scale, being changed."""
-    taken: list[tuple[int, int, str, str]] = []
-    for name, (codes, scales) in (("l1", l1), ("l2", l2)):
-        _require_dense(name, codes)
-        start = codes.data_ptr() - int(codes.storage_offset())
-        taken += [(start + begin, start + end, name, "weights") for begin, end in spans(codes)]
-        extent = sum((n - 1) * int(step) for n, step in zip(scales.shape, scales.stride(), strict=True)) + 1
-        taken.append((scales.data_ptr(), scales.data_ptr() + scales.itemsize * extent, name, "scales"))
-    furthest = {"weights": (0, ""), "scales": (0, "")}
-    for begin, end, name, kind in sorted(taken):
-        rivals = ("weights", "scales") if kind == "weights" else ("weights",)  # scales are not written
-        for other, (reach, whose) in ((rival, furthest[rival]) for rival in rivals):
-            if begin < reach and begin < end:
-                what = f"elements of {name} {kind} are elements of {whose} {other} too"
-                raise ConfigError(f"{what}; allowed with inplace=True: each element in a place of its own")
-        furthest[kind] = max(furthest[kind], (end, name))
+def _as_given(given: WeightTensors, targets: list[torch.Tensor], job: _Job, inplace: bool) -> WeightTensors:
+    """What a transform returns: tensors shaped like those that were given, and a format's third one or not."""
+    if not job.weights.group:
+        codes = given[0] if inplace else targets[0].view(given[0].shape).view(given[0].dtype)
+        return codes, job.scales
+    codes, exponents = (target.view(part.shape) for target, part in zip(targets, given, strict=False))
+    if not job.forth and len(job.chosen) == targets[0].shape[0]:
+        return codes, exponents.view(torch.float8_e8m0fnu)
+    return codes, exponents, job.scales
 
 
 @torch.no_grad()
 def _apply(
-    direction: _Direction, l1: WeightPair, l2: WeightPair, inplace: bool, experts: Iterable[int] | None
-) -> tuple[WeightPair, WeightPair]:
-    check_pairs(l1, l2, direction.weights)
+    forth: bool,
+    l1: WeightTensors,
+    l2: WeightTensors,
+    inplace: bool,
+    experts: Iterable[int] | None,
+    rounding: str | None = None,
+) -> tuple[WeightTensors, WeightTensors]:
+    weights = check_pairs(l1, l2, ordered=None if forth else True)
     check_flag("inplace", inplace)
-    chosen = _chosen(experts, l1[0])
+    rounded = check_rounding(rounding)
+    chosen = chosen_experts(experts, l1[0])
     if inplace:
-        _require_places(l1, l2)
-    _require_order(l1, l2, chosen, direction.forth)
-    w13 = _apply_to("l1", l1[0], direction, inplace, chosen)
-    w2 = _apply_to("l2", l2[0], direction, inplace, chosen)
-    return (w13, readable_scales(l1[1])), (w2, readable_scales(l2[1]))
+        require_places(l1, l2, weights, forth)
+    _require_order(l1, l2, weights, chosen, forth)
+    both = [("l1", l1), ("l2", l2)]
+    jobs = [_plan(weights, name, given, forth, chosen, inplace, rounded) for name, given in both]
+    w13, w2 = (_apply_to(given, job, inplace) for (_, given), job in zip(both, jobs, strict=True))
+    return w13, w2
 
 
-def _require_order(l1: WeightPair, l2: WeightPair, chosen: list[int], plain: bool) -> None:
-    for name, (codes, _) in (("l1", l1), ("l2", l2)):
-        where = [spans(codes)[e] for e in chosen]
-        (require_plain if plain else require_marked)(name, codes, where)
-
-
-def by_old_names(
-    l1_weights: WeightPair | None, l2_weights: WeightPair | None, l1: WeightPair | None, l2: WeightPair | None
-) -> tuple[WeightPair, WeightPair]:
-    """Both pairs, of a caller who may have given them by the old names `l1` and `l2`.
-
-    Raises:
-        ConfigError: one is missing, or given twice.
-    """
-    pairs = []
-    for name, new, old in (("l1", l1_weights, l1), ("l2", l2_weights, l2)):
-        if new is not None and old is not None:
-            raise ConfigError(f"{name}_weights and {name} were given; allowed: {name}_weights alone")
-        pairs.append(require_pair(name, new if new is not None else old))
-    if l1 is not None or l2 is not None:
-        new_names = "l1 and l2 are now named l1_weights and l2_weights; the old names will go"
-        warnings.warn(new_names, DeprecationWarning, stacklevel=3)
-    return pairs[0], pairs[1]
+def _require_order(l1: WeightTensors, l2: WeightTensors, weights: WeightFormat, chosen: list[int], plain: bool) -> None:
+    for name, given in (("l1", l1), ("l2", l2)):
+        for what, tensor in zip(("weights", "exponents"), written_parts(given, weights), strict=False):
+            where = [spans(tensor)[e] for e in chosen]
+            if plain:
+                require_plain(name, tensor, where, what=what)
+            else:
+                require_marked(name, tensor, where, weights=weights, what=what)
 
 
 def transform_weights_for_mega_moe_sm90(
-    l1_weights: WeightPair | None = None,
-    l2_weights: WeightPair | None = None,
+    l1_weights: WeightTensors | None = None,
+    l2_weights: WeightTensors | None = None,
     *,
     inplace: bool = False,
     experts: Iterable[int] | None = None,
-    l1: WeightPair | None = None,
-    l2: WeightPair | None = None,
-) -> tuple[WeightPair, WeightPair]:
+    rounding: str | None = None,
+    l1: WeightTensors | None = None,
+    l2: WeightTensors | None = None,
+) -> tuple[WeightTensors, WeightTensors]:
     """Bring quantised weights into the order the kernel reads, and mark them as being in it.
 
     Args:
         l1_weights: ``w13`` float8_e4m3fn ``[E_local, 2I, H]``, gate rows first, then up rows, and its scales float32
-            ``[E_local, 2I / 128, H / 128]``; or one expert, without the first dimension.
-        l2_weights: ``w2`` float8_e4m3fn ``[E_local, H, I]`` and its scales float32 ``[E_local, H / 128, I / 128]``.
-        inplace: Permute the codes where they are and return them, with a few matrices of one expert as scratch.
+            ``[E_local, 2I / 128, H / 128]``; or one expert, without the first dimension. Of MXFP4: two codes to a byte,
+            uint8, int8 or float4_e2m1fn_x2 ``[E_local, 2I, H / 2]``, low nibble first, and exponents float8_e8m0fnu or
+            uint8 ``[E_local, 2I, H / 32]``; and where other experts are transformed already, the scales of the result.
+        l2_weights: ``w2`` float8_e4m3fn ``[E_local, H, I]`` and its scales float32 ``[E_local, H / 128, I / 128]``, or
+            MXFP4 ``[E_local, H, I / 2]`` and ``[E_local, H, I / 32]``.
+        inplace: Permute codes, and exponents, where they are and return them, with a few matrices of one expert as
+            scratch.
         experts: Only these local experts; the others keep their order.
+        rounding: What to do with MXFP4 values that no scale of their block of 128 x 128 keeps, as they span more than
+            30 binades: refuse them (None), or round the smallest of them ("nearest").
         l1, l2: The old names of the first two.
 
     Returns:
         Both pairs with codes of the same shape, in the kernel's order, and the scales that were given. Codes that are
         not in place start at a multiple of 16 bytes, as the kernel needs it; scales are copied where their rows do not
-        follow each other or they do not start at a multiple of 4.
+        follow each other or they do not start at a multiple of 4. Of MXFP4: codes and exponents as uint8 of the same
+        shapes, and new scales float32 ``[E_local, 2I / 128, H / 128]`` and ``[E_local, H / 128, I / 128]``, which are
+        1 for experts that were not chosen.
 
     Raises:
-        ConfigError: A dtype, shape or expert number is not supported, an expert is transformed already, or codes that
-            are to be permuted in place share memory. Nothing was written.
+        ConfigError: A dtype, shape or expert number is not supported, an expert is transformed already, codes that
+            are to be permuted in place share memory, or values cannot be kept. Nothing was written.
     """
     l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
-    return _apply(_FORTH, l1_weights, l2_weights, inplace, experts)
+    return _apply(True, l1_weights, l2_weights, inplace, experts, rounding)
 
 
 def inverse_transform_weights_for_mega_moe_sm90(
-    l1_weights: WeightPair | None = None,
-    l2_weights: WeightPair | None = None,
+    l1_weights: WeightTensors | None = None,
+    l2_weights: WeightTensors | None = None,
     *,
     inplace: bool = False,
     experts: Iterable[int] | None = None,
-    l1: WeightPair | None = None,
-    l2: WeightPair | None = None,
-) -> tuple[WeightPair, WeightPair]:
+    l1: WeightTensors | None = None,
+    l2: WeightTensors | None = None,
+) -> tuple[WeightTensors, WeightTensors]:
     """Undo `transform_weights_for_mega_moe_sm90`, of weights that are marked.
 
     Args:
         l1_weights: as that function returns it: codes float8_e4m3fn ``[E_local, 2I, H]`` and scales float32
-            ``[E_local, 2I / 128, H / 128]``; or one expert, without the first dimension.
-        l2_weights: codes float8_e4m3fn ``[E_local, H, I]`` and scales float32 ``[E_local, H / 128, I / 128]``.
-        inplace: Permute the codes where they are and return them, with a few matrices of one expert as scratch.
+            ``[E_local, 2I / 128, H / 128]``; or codes, exponents and scales of MXFP4; or one expert, without the first
+            dimension.
+        l2_weights: likewise; codes float8_e4m3fn ``[E_local, H, I]``, scales float32 ``[E_local, H / 128, I / 128]``.
+        inplace: Permute codes, and exponents, where they are and return them, with a few matrices of one expert as
+            scratch.
         experts: Only these local experts; the others keep their order.
         l1, l2: The old names of the first two.
 
     Returns:
-        `l1_weights` with gate rows first, then up rows, and `l2_weights`, both with rows of consecutive bytes.
+        `l1_weights` with gate rows first, then up rows, and `l2_weights`, both with rows of consecutive bytes. Of
+        MXFP4: codes uint8 and exponents float8_e8m0fnu, bit by bit those that were given unless they were rounded; with
+        the scales, and uint8 exponents, where not all experts were chosen.
 
     Raises:
         ConfigError: A dtype, shape or expert number is not supported, or the weights are not marked as transformed.
     """
     l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
-    return _apply(_BACK, l1_weights, l2_weights, inplace, experts)
+    return _apply(False, l1_weights, l2_weights, inplace, experts)
 
 
 def mark_transformed(
-    l1_weights: WeightPair,
-    l2_weights: WeightPair,
+    l1_weights: WeightTensors,
+    l2_weights: WeightTensors,
     *,
     experts: Iterable[int] | None = None,
     transformed: bool = True,
@@ -296,18 +272,20 @@ def mark_transformed(
     Raises:
         ConfigError: these are no weights, or the metadata name no order or that of another version.
     """
-    check_pairs(l1_weights, l2_weights)
     check_flag("transformed", transformed)
-    chosen = _chosen(experts, l1_weights[0])
+    weights = check_pairs(l1_weights, l2_weights, ordered=True if transformed else None)
+    chosen = chosen_experts(experts, l1_weights[0])
     if metadata is not None:
-        _marks.check_metadata(metadata)
-    for name, (codes, _) in (("l1", l1_weights), ("l2", l2_weights)):
-        _require_dense(name, codes)
-        where = spans(codes)
-        _marks.mark(codes, [where[e] for e in chosen], f"{LAYOUT}/{name}" if transformed else None)
+        _marks.check_metadata(metadata, weights)
+    for name, given in (("l1", l1_weights), ("l2", l2_weights)):
+        for what, tensor in zip(("weights", "exponents"), written_parts(given, weights), strict=False):
+            require_dense(name, tensor, what)
+            where = spans(tensor)
+            order = f"{layout_of(weights)}/{name}" if transformed else None
+            _marks.mark(tensor, [where[e] for e in chosen], order)
 
 
-def is_transformed(l1_weights: WeightPair, l2_weights: WeightPair) -> bool:
+def is_transformed(l1_weights: WeightTensors, l2_weights: WeightTensors) -> bool:
     """Whether all experts' weights are marked as being in the order this version's kernels read.
 
     Args:
@@ -319,15 +297,15 @@ def is_transformed(l1_weights: WeightPair, l2_weights: WeightPair) -> bool:
     Raises:
         ConfigError: these are no weights.
     """
-    check_pairs(l1_weights, l2_weights)
+    weights = check_pairs(l1_weights, l2_weights)
     try:
-        _require_order(l1_weights, l2_weights, _chosen(None, l1_weights[0]), plain=False)
+        _require_order(l1_weights, l2_weights, weights, chosen_experts(None, l1_weights[0]), plain=False)
     except ConfigError:
         return False
     return True
 
 
-def weights_metadata(l1_weights: WeightPair, l2_weights: WeightPair) -> dict[str, str]:
+def weights_metadata(l1_weights: WeightTensors, l2_weights: WeightTensors) -> dict[str, str]:
     """What to write into a file beside transformed weights (safetensors' `metadata`), for `mark_transformed` to read.
 
     Args:
@@ -339,6 +317,6 @@ def weights_metadata(l1_weights: WeightPair, l2_weights: WeightPair) -> dict[str
     Raises:
         ConfigError: they are not marked as transformed.
     """
-    check_pairs(l1_weights, l2_weights)
-    _require_order(l1_weights, l2_weights, _chosen(None, l1_weights[0]), plain=False)
-    return {METADATA_KEY: LAYOUT}
+    weights = check_pairs(l1_weights, l2_weights)
+    _require_order(l1_weights, l2_weights, weights, chosen_experts(None, l1_weights[0]), plain=False)
+    return {METADATA_KEY: layout_of(weights)}

@@ -7,7 +7,7 @@ has its own module here.
 """
 
 from megamoe_jit._spec.checks import check_clamp, check_flag, check_int
-from megamoe_jit._spec.formats import FP8, WeightFormat
+from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, MXFP4, WeightFormat
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.spec import (
     BLOCK,
@@ -25,12 +25,15 @@ from megamoe_jit._spec.variants import Variant
 __all__ = [
     "BLOCK",
     "DEFAULT_NUMERICS",
+    "FORMATS",
     "FP8",
+    "FP8_E5M2",
     "MAX_EXPERTS",
     "MAX_RANKS",
     "MAX_SIZE",
     "MAX_TOKENS",
     "MAX_TOPK",
+    "MXFP4",
     "KernelSpec",
     "MoEShape",
     "Numerics",

@@ -88,7 +88,9 @@ PARAMS = (
     ("raw_formats", "u32", 1, 888),
     ("weight_factor", "float", 1, 892),
     ("shared_weight", "float", 1, 896),
-    ("unused", "u32", 15, 900),
+    ("unused", "u32", 11, 900),
+    ("weight1_exponents", "u64", 1, 944),
+    ("weight2_exponents", "u64", 1, 952),
 )
 
 #: `StageParams` of kernels/stage.cuh: name, type, how many, and offset in bytes.

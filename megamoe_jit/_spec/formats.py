@@ -8,8 +8,8 @@ only when it is asked for.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
@@ -17,7 +17,20 @@ from megamoe_jit._text import shown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FORMATS", "FP8", "WeightFormat"]
+__all__ = ["FORMATS", "FP8", "FP8_E5M2", "MXFP4", "Part", "WeightFormat"]
+
+
+class Part(NamedTuple):
+    """One of the tensors that a matrix is stored as."""
+
+    name: str  #: for people, and in the names of a layer's buffers
+    type: str  #: torch's name of its dtype
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return _dtype(self.type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +39,14 @@ class WeightFormat:
 
     Attributes:
         name: for people, documents and the names of kernels.
-        what: its codes, for people.
+        what: its codes, for people and for the variants that read them (`Variant.codes`).
         bits: of a weight.
         code_type: torch's name of the type of the tensor of codes; its last dimension is `code_shape`'s.
         scale_type, scale_size: torch's name of the type of scales; its bytes.
         scale_block: rows and columns of a matrix that share a scale.
         module: has `pack`, `unpack` and `dequantize` of this format, with the arguments of the methods here.
+        group: columns of a row that share an exponent, a byte in a tensor between codes and scales; 0 for no such
+            tensor. Callers bring codes and exponents then, and the transform works out the scales.
     """
 
     name: str
@@ -42,6 +57,16 @@ class WeightFormat:
     scale_size: int
     scale_block: tuple[int, int]
     module: str
+    group: int = 0
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # each call looks plans up by it
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Copies, and those of other processes, are the same object: formats are compared by `is`."""
+        if FORMATS.get(self.name) is self:
+            return WeightFormat.parse, (self.name,)
+        return WeightFormat, astuple(self)
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
@@ -78,6 +103,23 @@ class WeightFormat:
         """Of its scales."""
         return rows // self.scale_block[0], depth // self.scale_block[1]
 
+    def exponent_shape(self, rows: int, depth: int) -> tuple[int, int]:
+        """Of its exponents; nothing where there are none."""
+        return rows, depth // self.group if self.group else 0
+
+    def parts(self, rows: int, depth: int) -> tuple[Part, ...]:
+        """The tensors of a ``[rows, depth]`` matrix as the kernel reads them, in their order among callers."""
+        codes = Part("codes", self.code_type, self.code_shape(rows, depth))
+        scales = Part("scales", self.scale_type, self.scale_shape(rows, depth))
+        if not self.group:
+            return codes, scales
+        return codes, Part("exponents", "uint8", self.exponent_shape(rows, depth)), scales
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Of `parts`."""
+        return ("codes", "exponents", "scales") if self.group else ("codes", "scales")
+
     def code_bytes(self, rows: int, depth: int) -> int:
         """Bytes of its codes."""
         return rows * depth * self.bits // 8
@@ -87,9 +129,17 @@ class WeightFormat:
         height, width = self.scale_shape(rows, depth)
         return height * width * self.scale_size
 
+    def exponent_bytes(self, rows: int, depth: int) -> int:
+        """Bytes of its exponents, one each."""
+        return rows * depth // self.group if self.group else 0
+
+    def stream_bytes(self, rows: int, depth: int) -> int:
+        """Bytes that come into the stages by bulk copies: its codes and exponents."""
+        return self.code_bytes(rows, depth) + self.exponent_bytes(rows, depth)
+
     def expert_code_bytes(self, hidden: int, intermediate: int) -> int:
-        """Bytes of the codes of both matrices of an expert."""
-        return self.code_bytes(2 * intermediate, hidden) + self.code_bytes(hidden, intermediate)
+        """Bytes of the codes, and exponents, of both matrices of an expert."""
+        return self.stream_bytes(2 * intermediate, hidden) + self.stream_bytes(hidden, intermediate)
 
     def expert_bytes(self, hidden: int, intermediate: int) -> int:
         """The same with their scales."""
@@ -114,9 +164,24 @@ class WeightFormat:
         unpacked: torch.Tensor = self._ways().unpack(codes, gated)
         return unpacked
 
-    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The values of codes that are not packed, float32 ``[..., rows, depth]``."""
-        values: torch.Tensor = self._ways().dequantize(codes, scales)
+    def pack_exponents(self, exponents: torch.Tensor, gated: bool) -> torch.Tensor:
+        """As `pack`, of exponents uint8 ``[rows, groups of a row]``, for a format that has groups."""
+        packed: torch.Tensor = self._ways().pack_exponents(exponents, gated)
+        return packed
+
+    def unpack_exponents(self, exponents: torch.Tensor, gated: bool) -> torch.Tensor:
+        """Inverse of `pack_exponents`."""
+        unpacked: torch.Tensor = self._ways().unpack_exponents(exponents, gated)
+        return unpacked
+
+    def dequantize(self, codes: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """The values of codes that are not packed, float32 ``[..., rows, depth]``.
+
+        Args:
+            codes: as callers bring them.
+            factors: scales; exponents for a format that has groups, as callers bring them.
+        """
+        values: torch.Tensor = self._ways().dequantize(codes, factors)
         return values
 
     def _ways(self) -> Any:
@@ -131,4 +196,6 @@ def _dtype(name: str) -> torch.dtype:
 
 
 FP8 = WeightFormat("fp8", "e4m3", 8, "float8_e4m3fn", "float32", 4, (128, 128), "megamoe_jit._layer.fp8")
-FORMATS = {each.name: each for each in (FP8,)}  #: by name
+FP8_E5M2 = WeightFormat("fp8e5m2", "e5m2", 8, "float8_e5m2", "float32", 4, (128, 128), "megamoe_jit._layer.fp8")
+MXFP4 = WeightFormat("mxfp4", "e2m1", 4, "uint8", "float32", 4, (128, 128), "megamoe_jit._layer.mxfp4", 32)
+FORMATS = {each.name: each for each in (FP8, FP8_E5M2, MXFP4)}  #: by name

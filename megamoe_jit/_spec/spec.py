@@ -50,7 +50,7 @@ BLOCK = QUANT_BLOCK  #: quantisation block, in both directions
 TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
-MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
+MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS, MAX_STAGES = 2, 8, 8
 _NAME = re.compile(
     r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})(?:_s(\d{1,9}))?_r(\d{1,9})((?:_[a-z0-9]+)*)"
 )
@@ -157,6 +157,9 @@ class KernelSpec:
         check(isinstance(numerics, Numerics), "numerics", numerics, "a Numerics")
         check(isinstance(weights, WeightFormat), "weights", weights, "a WeightFormat")
         check(isinstance(inputs, Inputs), "inputs", inputs, "a member of Inputs")
+        readers = Variant.reading(weights)
+        among = f"{', '.join(readers) or 'none yet'}, for weights in {weights.name}"
+        check(variant in readers, "variant", variant.value, among)
         check_flag("timeline", timeline)
         check_int("ranks", ranks)
         check(1 <= ranks <= MAX_RANKS, "ranks", ranks, f"1 to {MAX_RANKS}")
@@ -198,8 +201,8 @@ class KernelSpec:
 
     @cached_property
     def weight_stage_bytes(self) -> int:
-        """Weights of a pipeline stage."""
-        return self.weights.code_bytes(BLOCK_N, BLOCK)
+        """Weights of a pipeline stage, with the exponents of their groups."""
+        return self.weights.stream_bytes(BLOCK_N, BLOCK)
 
     @cached_property
     def fixed_shared_bytes(self) -> int:
@@ -219,8 +222,8 @@ class KernelSpec:
 
     @cached_property
     def stages(self) -> int:
-        """Pipeline stages that fit, at most five."""
-        return min(5, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
+        """Pipeline stages that fit, at most eight."""
+        return min(MAX_STAGES, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
 
     @cached_property
     def dispatch_slots(self) -> int:
@@ -288,6 +291,8 @@ class KernelSpec:
         ]
         if shape.shared:
             words.append(f"--shared {shape.shared}")
+        if self.weights is not FP8:
+            words.append(f"--weight-format {self.weights.name}")
         return " ".join([*words, *self.numerics.flags(), f"--inputs {self.inputs.value}"])
 
     @property

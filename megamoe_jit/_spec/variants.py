@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.formats import WeightFormat
 from megamoe_jit._text import shown
 
 __all__ = ["AUTO", "VARIANT_CHOICES", "VARIANT_NAMES", "Variant"]
@@ -22,20 +23,23 @@ class Variant(StrEnum):
     Attributes:
         block_m: rows of a tile; the policy's `kBlockM`.
         what: a sentence for people.
+        codes: of weights that its `Math` multiplies, as `WeightFormat.what` calls them.
     """
 
     block_m: int
     what: str
+    codes: tuple[str, ...]
 
-    def __new__(cls, name: str, block_m: int, what: str) -> Variant:
+    def __new__(cls, name: str, block_m: int, what: str, codes: tuple[str, ...] = ("e4m3",)) -> Variant:
         """A member is written as its name and traits, and is a string that equals the name."""
         member = str.__new__(cls, name)
         member._value_ = name
-        member.block_m, member.what = block_m, what
+        member.block_m, member.what, member.codes = block_m, what, codes
         return member
 
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
+    DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
 
     @property
     def policy(self) -> str:
@@ -46,6 +50,11 @@ class Variant(StrEnum):
     def header(self) -> str:
         """The room that defines it."""
         return f"variants/{self.value}.cuh"
+
+    @classmethod
+    def reading(cls, weights: WeightFormat) -> tuple[Variant, ...]:
+        """The variants that multiply weights of this format."""
+        return tuple(variant for variant in cls if weights.what in variant.codes)
 
     @classmethod
     def parse(cls, text: str) -> Variant:

@@ -27,8 +27,8 @@ from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer import stage_kernel as _stage_kernel
 from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.kernel_set import sort_blocks
-from megamoe_jit._layer.weights import WeightPair
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
@@ -329,7 +329,7 @@ def test_a_slice_of_the_experts_of_a_bigger_tensor_is_taken(cuda: Cuda, buffer: 
     call(buffer, l1=before[0], l2=before[1])  # cut after the transform
 
 
-def whole_of(experts: int) -> tuple[WeightPair, WeightPair]:
+def whole_of(experts: int) -> tuple[WeightTensors, WeightTensors]:
     weights = make_weights(MoEShape(256, 128, experts, 2), "cpu")
     return weights.l1, weights.l2
 

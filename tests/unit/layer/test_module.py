@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._layer.weights import WeightPair
+from megamoe_jit._layer.given_weights import WeightTensors
 from tests.unit.layer.test_calls import DRAWN, Cuda, refused, uses
 from tests.unit.layer.test_moe import compute, cuda, expected, inputs, layer, same  # noqa: F401
 
@@ -52,7 +52,7 @@ def places(it: mm.MegaMoE) -> list[int]:
     return [tensor.data_ptr() for tensor in (*it.l1, *it.l2)]
 
 
-def ordered(l1: WeightPair, l2: WeightPair) -> list[torch.Tensor]:
+def ordered(l1: WeightTensors, l2: WeightTensors) -> list[torch.Tensor]:
     """As the kernel reads them."""
     w13, w2 = mm.transform_weights_for_mega_moe_sm90(l1, l2)
     return [*w13, *w2]

@@ -1,0 +1,143 @@
+// Epilogue of GEMM 1 with operands swapped: the numbers of epilogue/swiglu_quant.cuh, found elsewhere.
+//
+// Gate and up of an output sit in the same thread here too, but the 128 outputs of a token are spread over the lanes t/4 and
+// all eight math warps.  So they meet three times: when each warp's largest magnitudes lie in shared memory, when each
+// token's scale has been made of them, and when the codes lie there as rows.
+#pragma once
+#include "epilogue/quotient.cuh"
+#include "epilogue/silu.cuh"
+#include "epilogue/staging.cuh"
+#include "mma/swapped.cuh"
+#include "ptx/convert.cuh"
+
+namespace megamoe {
+
+/// For each of n numbers of a thread the largest in the lanes with the same t%4.  Each step leaves a lane with half of them, if
+/// there are several: `numbers[0]` is then the largest of number `first`, and so on, `left` of them.
+template <u32 n> struct LargestOfLanes {
+    static constexpr u32 left = n > 8 ? n / 8 : 1;
+    u32 first = 0;
+
+    MEGA_DEVICE explicit LargestOfLanes(float (&numbers)[n], u32 lane) {
+        u32 count = n;
+#pragma unroll
+        for (u32 step = 0; step < 3; ++step) {
+            const u32 mask = 16 >> step;
+            const bool upper = lane & mask;
+            if (count == 1) {
+                numbers[0] = fmaxf(numbers[0], __shfl_xor_sync(~0u, numbers[0], mask));
+                continue;
+            }
+            count /= 2;
+#pragma unroll
+            for (u32 i = 0; i < n / 2; ++i) {
+                if (i >= count) break;
+                const float kept = upper ? numbers[i + count] : numbers[i],
+                            sent = upper ? numbers[i] : numbers[i + count];
+                numbers[i] = fmaxf(kept, __shfl_xor_sync(~0u, sent, mask));
+            }
+            first += upper ? count : 0;
+        }
+    }
+};
+
+template <class C, u32 kN> struct SwappedQuant {
+    static constexpr u32 kThreads = kMathWarps * kWarp, kCodesBytes = kN * Staging::kRowBytes;
+    static_assert(kCodesBytes + (kMathWarps + 1) * kN * 4 <= kMathWarps * kStagingBytes,
+                  "no room to exchange");
+
+    const Params& p;
+    const u32 address;   // of all math warps' staging: codes, each warp's largest magnitudes, reciprocal scales
+    u32 thread;          // of the 256
+    u32 pool_row;        // the tile's first row in the pool
+    u32 rows;            // valid ones
+    u32 n;
+
+    MEGA_DEVICE u32 largest_at(u32 warp, u32 token) const {
+        return address + kCodesBytes + (warp * kN + token) * 4;
+    }
+    MEGA_DEVICE u32 inverse_at(u32 token) const { return largest_at(kMathWarps, token); }
+
+    /// Writes silu(gate) * up over the gate's registers, and the largest magnitudes of this warp to shared memory.
+    MEGA_DEVICE void activate(Columns<kN>& result) const {
+        float largest[kN / 4];   // tokens 2i and 2i + 1 of this thread's
+        const u32 lane = thread % kWarp;
+#pragma unroll
+        for (u32 i = 0; i < kN / 4; ++i) {
+            largest[i] = 0;
+#pragma unroll
+            for (u32 b = 0; b < 2; ++b) {
+                float& gate = result.block[b][i / 2 * 4 + i % 2];
+                gate = swiglu<C::kFastMath>(gate, result.block[b][i / 2 * 4 + 2 + i % 2], p.clamp);
+                largest[i] = fmaxf(largest[i], fabsf(gate));
+            }
+        }
+        const LargestOfLanes<kN / 4> found(largest, lane);
+#pragma unroll
+        for (u32 i = 0; i < found.left; ++i) {
+            const u32 number = found.first + i, token = number / 2 * 8 + lane % 4 * 2 + number % 2;
+            ptx::store4_shared(largest_at(thread / kWarp, token), __float_as_uint(largest[i]));
+        }
+    }
+
+    /// A thread for each token.
+    MEGA_DEVICE void make_scale() const {
+        if (thread >= kN) return;
+        float largest = 1e-10f;
+#pragma unroll
+        for (u32 warp = 0; warp < kMathWarps; ++warp)
+            largest = fmaxf(largest, ptx::load_float_shared(largest_at(warp, thread)));
+        const float scale = quant_scale(largest);
+        ptx::store4_shared(inverse_at(thread), __float_as_uint(reciprocal(scale)));
+        if (thread < rows) p.act2_scales[u64(n) * p.pool_rows + pool_row + thread] = scale;
+    }
+
+    /// Codes of four outputs of one token at a time: lanes exchange tokens for outputs, then blocks for outputs.
+    MEGA_DEVICE void stage_codes(const Columns<kN>& result) const {
+        const u32 lane = thread % kWarp, group = thread / kGroup, warp = thread / kWarp % 4;
+        const bool odd_token = lane & 4, odd_block = lane & 8;
+        const Staging staging{address, lane};
+#pragma unroll
+        for (u32 i = 0; i < kN / 8; ++i) {
+            float inverse[2];
+            ptx::load_floats_shared(inverse_at(i * 8 + lane % 4 * 2), inverse[0], inverse[1]);
+            const float(&a)[kN / 2] = result.block[0], (&b)[kN / 2] = result.block[1];
+            u32 own = ptx::pack_e4m3(a[4 * i] * inverse[0], a[4 * i + 1] * inverse[1],
+                                     b[4 * i] * inverse[0], b[4 * i + 1] * inverse[1]);
+            u32 other = __shfl_xor_sync(~0u, own, 4);
+            own = ptx::choose_bytes(own, other, odd_token ? 0x3715 : 0x6240);
+            other = __shfl_xor_sync(~0u, own, 8);
+            own = ptx::choose_bytes(own, other, odd_block ? 0x3276 : 0x5410);
+            // output: a block of 64 rows has 32, of which a warp has 8
+            const u32 token = i * 8 + lane % 4 * 2 + odd_token,
+                      output = (group * 2 + odd_block) * 32 + warp * 8 + lane / 16 * 4;
+            ptx::store4_shared(staging.chunk(token, output / 16) + output % 16, own);
+        }
+    }
+
+    MEGA_DEVICE void store_rows() const {
+        const Staging staging{address, thread % kWarp};
+        constexpr u32 kPieces = kN * 8;
+#pragma unroll
+        for (u32 i = 0; i < ceil_div(kPieces, kThreads); ++i) {
+            const u32 row = i * (kThreads / 8) + thread / 8, column = thread % 8;
+            if (row < rows)
+                ptx::store16(p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock +
+                                 column * 16,
+                             ptx::load16_shared(staging.chunk(row, column)));
+        }
+    }
+
+    MEGA_DEVICE void run(Columns<kN>& result) const {
+        activate(result);
+        ptx::named_sync(kBarrierMath, kThreads);
+        make_scale();
+        ptx::named_sync(kBarrierMath, kThreads);
+        stage_codes(result);
+        ptx::named_sync(kBarrierMath, kThreads);
+        store_rows();
+        ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
+    }
+};
+
+}   // namespace megamoe

@@ -1,0 +1,85 @@
+// mxfp4: e2m1 codes, an exponent for every 32 of a row, and a float scale for every 128 x 128 (megamoe_jit/_layer/mxfp4.py).
+//
+// A code times the power of two that its exponent stands for is exact in e5m2, so weights become e5m2 on their way into the
+// tensor cores, in registers.  A k-block of a tile has its codes and then its exponents:
+//
+//   codes       [64 rows][half of the depth][thread of a warpgroup][16 bytes]    what the thread makes 2 x 8 registers of
+//   exponents   [64 rows][warp][lane / 4][row, row + 8][32 of the depth]         a byte each: 16 + what the code is times 2 to
+#pragma once
+#include "mma/code_stream.cuh"
+#include "mma/scales.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace megamoe {
+
+/// The e5m2 bytes of the eight magnitudes times a power of two: 0, 0.5, 1, 1.5 and 2, 3, 4, 6.
+struct Magnitudes {
+    u32 low, high;
+
+    /// `exponent`: 16 more than that of the power; 3 to 29.  A step of it is 4 in the byte of every magnitude but zero.
+    MEGA_DEVICE explicit Magnitudes(u32 exponent)
+        : low(exponent * 0x04040400u + (0x3E3C3800u - 16 * 0x04040400u)),
+          high(exponent * 0x04040404u + (0x46444240u - 16 * 0x04040404u)) {}
+
+    /// Eight codes to e5m2.  The magnitude of code i is in bits 4i to 4i + 2; the signs of the first four are in bits 8i + 7, of the
+    /// others in bits 8(i - 4) + 3.
+    MEGA_DEVICE void expand(u32 codes, u32& first, u32& second) const {
+        const u32 select = codes & 0x77777777u;
+        first = ptx::choose_bytes(low, high, select) | (codes & 0x80808080u);
+        second = ptx::choose_bytes(low, high, select >> 16) | (codes << 4 & 0x80808080u);
+    }
+};
+
+struct Mxfp4 {
+    static constexpr u32 kBits = 4;     // of a weight's code, in memory and in the stages
+    static constexpr u32 kGroup = 32;   // weights along K that share an exponent
+
+    template <class C> struct CodeStream {
+        static constexpr u32 kCodesPerExponent = kGroup * kBits / 8;   // bytes
+        u32 bytes;                                                     // of codes
+        const u8 *codes, *exponents;
+
+        MEGA_DEVICE CodeStream(const Params& p, const Tile& tile)
+            : bytes(block_bytes<C>(tile, Shared<C>::kWeightBytes)) {
+            const bool first = tile.kind == Tile::gemm1;
+            const u64 blocks = u64(first_weight_row<C>(tile)) * tile.k_blocks;   // of one row
+            codes = (first ? p.weight1 : p.weight2) + blocks * (kBlockK * kBits / 8);
+            exponents = (first ? p.weight1_exponents : p.weight2_exponents) +
+                        blocks * (kBlockK / kGroup);
+        }
+        MEGA_DEVICE void advance() { codes += bytes, exponents += bytes / kCodesPerExponent; }
+        MEGA_DEVICE void load(const Shared<C>& shared, u32 stage, u32 full) const {
+            ptx::mbarrier_expect(full, bytes + bytes / kCodesPerExponent);
+            ptx::bulk_load(shared.weights(stage), codes, bytes, full);
+            ptx::bulk_load(shared.exponents(stage), exponents, bytes / kCodesPerExponent, full);
+        }
+    };
+    template <class C> using ScaleStream = WeightScaleStream<C>;
+
+    /// 64 rows of a k-block as the left operand of a product: in registers, as e5m2.
+    struct Rows {
+        u32 a[4][4];   // 32 of the depth; see ptx::wgmma_weights_registers
+
+        MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
+            constexpr u32 kHalfBytes = megamoe::kGroup * 16;   // a warpgroup's
+            const u32 from = weights + m * (2 * kHalfBytes) + thread * 16;
+            const Vec16 halves[2] = {ptx::load16_shared(from), ptx::load16_shared(from + kHalfBytes)};
+            u32 powers[2];
+            ptx::load8_shared(exponents + m * (64 * kBlockK / kGroup) + thread / 4 * 8, powers[0],
+                              powers[1]);
+#pragma unroll
+            for (u32 k = 0; k < 4; ++k)
+#pragma unroll
+                for (u32 row = 0; row < 2; ++row) {
+                    const Magnitudes table(ptx::choose_bytes(powers[row], 0, 0x4440 + k));
+                    table.expand(halves[k / 2].w[k % 2 * 2 + row], a[k][row], a[k][row + 2]);
+                }
+        }
+        template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
+            ptx::wgmma_weights_registers<kN>(d, a, tokens);
+        }
+    };
+};
+
+}   // namespace megamoe

@@ -1,0 +1,42 @@
+// Where the codes of a tile lie in memory: tiles of 256 rows (the last of an expert may have 128), in each the k-blocks
+// one after the other, just as the stages hold them.
+#pragma once
+#include "layout/shared.cuh"
+#include "ptx/mbarrier.cuh"
+#include "sched/order.cuh"
+
+namespace megamoe {
+
+/// First row of the tile among those of all experts' matrices.
+template <class C> MEGA_DEVICE u32 first_weight_row(const Tile& tile) {
+    return tile.expert * (tile.kind == Tile::gemm1 ? 2 * C::kIntermediate : C::kHidden) +
+           tile.n * kBlockN;
+}
+/// Bytes of a k-block of the tile, of which a whole one has `bytes`: half in the last tile of GEMM 2 where there are no more
+/// columns.
+template <class C> MEGA_DEVICE u32 block_bytes(const Tile& tile, u32 bytes) {
+    constexpr bool kHalf = C::kHidden % kBlockN != 0;
+    return bytes >> (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
+}
+
+/// Of a format whose codes are all there is in a k-block.
+template <class C> struct CodesAlone {
+    u32 bytes;
+    const u8* from;
+
+    MEGA_DEVICE CodesAlone(const Params& p, const Tile& tile) {
+        const bool first = tile.kind == Tile::gemm1;
+        const u32 row = first_weight_row<C>(tile);
+        bytes = block_bytes<C>(tile, Shared<C>::kWeightBytes);
+        from = (first ? p.weight1 : p.weight2) +
+               u64(row) * (tile.k_blocks * (kBlockK * C::Weights::kBits / 8));
+    }
+    MEGA_DEVICE void advance() { from += bytes; }
+    /// Announces and starts the copies of this k-block.
+    MEGA_DEVICE void load(const Shared<C>& shared, u32 stage, u32 full) const {
+        ptx::mbarrier_expect(full, bytes);
+        ptx::bulk_load(shared.weights(stage), from, bytes, full);
+    }
+};
+
+}   // namespace megamoe

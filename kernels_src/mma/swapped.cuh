@@ -1,0 +1,102 @@
+// The main loop with operands swapped: D[n, m], weights by tokens.
+//
+// What block_scaled.cuh multiplies as 64 tokens by 256 weights, mostly by padding where an expert has few tokens, is here 64
+// weights by kN tokens, 8 or more.  A tile's 256 weight rows are four blocks of 64, two for each math warpgroup.  How a
+// block's weights become the left operand knows their format: from shared memory as they are, or through registers, where
+// they become what the tensor cores multiply.  That costs instructions, so the two blocks take turns:
+//
+//   issue         0 of A         1 of A                      0 of B         1 of B
+//   load                1 of A               0 of B               1 of B               0 of C
+//   wait for                           0 of A        1 of A                      0 of B
+//   promote                            0 of A        1 of A, release A           0 of B
+//
+// Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
+//
+//   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
+//   empty[stage]   arrived here, one lane per warp, when both products of the stage are done
+#pragma once
+#include "comm/fault.cuh"
+#include "layout/shared.cuh"
+#include "pipe/ring.cuh"
+#include "ptx/control.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace megamoe {
+
+/// Of the two blocks of a warpgroup.  Thread t of warp w holds, of every 8 tokens, those of 2(t%4) and the next, of rows
+/// 16w + t/4 (registers 4i, 4i+1) and 16w + t/4 + 8 (4i+2, 4i+3).  Of GEMM 1 these are gate and up of the same output.
+template <u32 kN> struct Columns {
+    float block[2][kN / 2];
+};
+
+/// Scales of a k-block for a thread's numbers.
+template <u32 kN> struct ColumnScales {
+    float act[kN / 4];   // of its tokens
+    float weight[2];     // of its rows
+
+    /// Addresses of the first token's scale, and of those of the warpgroup's rows (mma/scales.cuh): both its blocks lie in the
+    /// same 128 rows.
+    MEGA_DEVICE void load(u32 act_scales, u32 weight_scales, u32 lane) {
+#pragma unroll
+        for (u32 i = 0; i < kN / 8; ++i)
+            ptx::load_floats_shared(act_scales + i * 32 + lane % 4 * 8, act[2 * i], act[2 * i + 1]);
+        ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
+    }
+    /// result += fresh * scales.
+    MEGA_DEVICE void promote(float (&result)[kN / 2], const float (&fresh)[kN / 2]) const {
+#pragma unroll
+        for (u32 i = 0; i < kN / 2; ++i)
+            result[i] = __fmaf_rn(fresh[i], act[i / 4 * 2 + i % 2] * weight[i / 2 % 2], result[i]);
+    }
+};
+
+template <class C, u32 kN> struct SwappedLoop {
+    const Shared<C>& shared;
+    u32 group, thread;   // which warpgroup; thread of it
+    bool half;           // the tile has 128 rows, and a warpgroup one block, which it multiplies twice
+
+    MEGA_DEVICE u32 block(u32 which) const { return half ? group : group * 2 + which; }
+
+    MEGA_DEVICE void issue(float (&fresh)[kN / 2], const typename C::Weights::Rows& rows,
+                           u32 stage) const {
+        ptx::wgmma_fence();
+        rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
+        ptx::wgmma_commit();
+    }
+    MEGA_DEVICE void load(typename C::Weights::Rows& rows, u32 stage, u32 which) const {
+        rows.load(shared.weights(stage), shared.exponents(stage), block(which), thread);
+    }
+
+    MEGA_DEVICE void run(Columns<kN>& result, u32 k_begin, u32 k_blocks) const {
+        Ring<C::kStages> ring(k_begin);
+        typename C::Weights::Rows rows[2];
+        float fresh[2][kN / 2];
+        ColumnScales<kN> scales;
+#pragma unroll
+        for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
+        wait_barrier_watched(shared.full(ring.stage), ring.parity);
+        load(rows[0], ring.stage, 0);
+#pragma unroll 1
+        while (true) {
+            const u32 stage = ring.stage;
+            issue(fresh[0], rows[0], stage);
+            load(rows[1], stage, 1);
+            issue(fresh[1], rows[1], stage);
+            scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8, thread % kWarp);
+            ptx::wgmma_wait<1>(fresh[0]);
+            scales.promote(result.block[0], fresh[0]);
+            ring.advance();
+            if (--k_blocks != 0) {
+                wait_barrier_watched(shared.full(ring.stage), ring.parity);
+                load(rows[0], ring.stage, 0);
+            }
+            ptx::wgmma_wait<0>(fresh[1]);
+            scales.promote(result.block[1], fresh[1]);
+            __syncwarp();   // all lanes have read their weights and scales
+            if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
+            if (k_blocks == 0) break;
+        }
+    }
+};
+
+}   // namespace megamoe

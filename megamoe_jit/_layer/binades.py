@@ -1,0 +1,165 @@
+"""Which power of two can be the scale of a block of MXFP4 weights, so that every value stays what it is.
+
+A weight is ``v * 2 ** e``, v of e2m1 and e of its group of 32. What reads it multiplies codes of eight bits with one
+scale ``2 ** s`` for 128 x 128 of them, so every ``v * 2 ** (e - s)`` must be a number of those codes. As each v has two
+significant bits, and each code at least as many, binades decide that: that of a block's largest magnitude bounds s from
+below, that of its smallest from above. Where the bounds leave a choice, s is the one nearest to 0: most scales are 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.formats import MXFP4
+
+__all__ = [
+    "E4M3",
+    "E5M2",
+    "E8M0_BIAS",
+    "GROUP_BYTES",
+    "NORMAL",
+    "Bounds",
+    "Target",
+    "binades",
+    "bounds",
+    "power_of_two",
+    "refuse_inexact",
+]
+
+E8M0_BIAS = 127
+GROUP_BYTES = MXFP4.group // 2  #: of codes
+_NEVER = 1000  #: what a group of zeros asks for bounds nothing
+
+
+class Target(NamedTuple):
+    """The numbers that values become, relative to the scale of their block.
+
+    Attributes:
+        name: for people.
+        top: binade of the largest power of two; one and a half times it is a number as well.
+        least: binade of the smallest: of the lowest set bit with subnormal numbers, else of the smallest number.
+        subnormal: whether they are used.
+    """
+
+    name: str
+    top: int
+    least: int
+    subnormal: bool
+
+    @property
+    def binades(self) -> int:
+        """That values of a block may span."""
+        return self.top - self.least + 1
+
+    @property
+    def rounding_error(self) -> int:
+        """Binade, relative to that of a block's largest value, of the most that rounding changes a value by."""
+        return self.least - 1 - self.top
+
+
+E4M3 = Target("e4m3", 8, -9, True)
+E5M2 = Target("e5m2", 15, -16, True)
+NORMAL = Target("e5m2 without subnormal numbers", 15, -14, False)  #: what the kernel expands packed codes to
+
+
+class Bounds(NamedTuple):
+    """The s of each block that are exact, int16 ``[rows / 128, depth / 128]``: none where `least` is above `most`."""
+
+    least: torch.Tensor
+    most: torch.Tensor
+
+    def of(self, matrix: int) -> Bounds:
+        """Those of one of several matrices."""
+        return Bounds(*(each[matrix] for each in self))
+
+    @property
+    def exact(self) -> torch.Tensor:
+        """Where there is one."""
+        return self.least <= self.most
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """The one nearest to 0; where none is exact the least, which holds the largest values."""
+        return torch.maximum(self.least, self.most.clamp(max=0))
+
+
+def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """``2 ** exponent`` as float32, of integers from -126 to 127."""
+    return (exponents.to(torch.int32) + 127 << 23).view(torch.float32)
+
+
+def _fold(pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`pick` of all elements of the last dimension, whose length is a power of two."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = pick(x[..., :half], x[..., half:])
+    return x.squeeze(-1)
+
+
+def _twice(magnitude: torch.Tensor) -> torch.Tensor:
+    """Twice the value of a magnitude's index, an integer: 0, 1, 2, 3, 4, 6, 8 or 12."""
+    return torch.where(magnitude < 4, magnitude, (magnitude & 1 | 2) << (magnitude >> 1) - 1)
+
+
+def binades(codes: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each group ``[rows, groups]``: binade of its largest value, that of its smallest, whether it has any."""
+    groups = codes.reshape(codes.shape[0], -1, GROUP_BYTES)
+    low, high = groups & 7, groups >> 4 & 7
+    largest = _fold(torch.maximum, torch.maximum(low, high))
+    if target.subnormal:
+        bits = _fold(torch.bitwise_or, _twice(low) | _twice(high)).to(torch.int16)
+        bit = bits & -bits  # the lowest one: 1, 2, 4 or 8
+        smallest = (bit >> 1) - (bit >> 3) - 1
+    else:
+        index = _fold(torch.minimum, torch.minimum(low - 1, high - 1)) + 1  # 0 - 1 is 255
+        smallest = (index >> 1).to(torch.int16) - 1
+    return (largest >> 1).to(torch.int16) - 1, smallest, largest > 0
+
+
+def bounds(codes: torch.Tensor, e8m0: torch.Tensor, target: Target) -> Bounds:
+    """What s may be in each block of a matrix.
+
+    Args:
+        codes: uint8 ``[rows, depth / 2]``.
+        e8m0: uint8 ``[rows, depth / 32]``.
+        target: what the values become.
+    """
+    largest, smallest, any_value = binades(codes, target)
+    exponents = e8m0.to(torch.int16) - E8M0_BIAS
+    blocks = (codes.shape[0] // BLOCK, BLOCK, -1, BLOCK // MXFP4.group)
+    least = torch.where(any_value, exponents + largest - target.top, -_NEVER)
+    most = torch.where(any_value, exponents + smallest - target.least, _NEVER)
+    return Bounds(least.reshape(blocks).amax((1, 3)), most.reshape(blocks).amin((1, 3)))
+
+
+def refuse_inexact(
+    name: str, found: Bounds, target: Target, next_step: str, experts: Sequence[int] | None = None
+) -> None:
+    """Raise `ConfigError` unless all blocks are exact.
+
+    Args:
+        name: of the weights.
+        found: of some matrices, int16 ``[matrices, rows / 128, depth / 128]``.
+        target: what it is of.
+        next_step: what else can be done, beside rounding.
+        experts: whose matrices they are; None for one that is no expert's.
+    """
+    inexact = ~found.exact
+    if not bool(inexact.any()):
+        return
+    matrix, row, column = (int(at) for at in inexact.nonzero()[0])
+    least, most = (int(each[matrix, row, column]) for each in found)
+    highest, lowest = least + target.top, most + target.least
+    where = f"rows {row * BLOCK} to {row * BLOCK + BLOCK - 1}, columns {column * BLOCK} to {column * BLOCK + BLOCK - 1}"
+    where = where if experts is None else f"expert {experts[matrix]}, {where}"
+    raise ConfigError(
+        f"{name}: {int(inexact.sum())} of {inexact.numel()} blocks of 128 x 128 are not exact in {target.name}, first "
+        f"{where}, whose values span {highest - lowest + 1} binades (2^{lowest} to 2^{highest}); allowed: "
+        f"{target.binades}. {next_step}rounding='nearest' rounds the smallest values of such blocks, by at most "
+        f"2^{target.rounding_error} of the block's largest"
+    )

@@ -1,0 +1,159 @@
+"""Weights as e2m1 codes, two to a byte, with an exponent for 32 of a row: the order in which the kernel reads them.
+
+A code is ``s mmm``: the sign above the index of 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Callers bring the low nibble of a byte
+for the even column, and e8m0 exponents, which are ``2 ** (byte - 127)``.
+
+The kernel multiplies e5m2 numbers, so it takes each exponent e relative to a scale ``2 ** s`` that 128 x 128 weights
+share: a byte that is ``e - s + 16``, modulo 256. It makes a table of the eight magnitudes of it, whose entries are
+right where e5m2 has them as normal numbers, and only those are looked up (`binades` finds such an s). The entry of zero
+is right for any byte, so groups of zeros keep their exponent too: the way back loses nothing.
+
+Rows go by `tiles`, codes and exponents alike. Codes of 128 columns of a tile of R rows lie one after the other as
+
+    [m64 R/64][half of the columns 2][thread 128][word 4][byte 4]
+
+Thread t, which is lane l of warp w, has in word j eight codes of row ``64 m + 16 w + l / 4 + 8 (j % 2)``: at columns
+``64 half + 32 (j / 2) + 4 (l % 4)`` and the next three, then the same 16 columns on. That is what it holds of two
+64 x 32 operands of the tensor cores. Nibble i of a word has the magnitude of code i in its low bits. Signs of codes 0
+to 3 are the top bits of the odd nibbles, where expanded codes need them, those of 4 to 7 the top bits of the even
+nibbles, four below that. Exponents of the same 128 columns lie as
+
+    [m64 R/64][warp 4][l / 4: 8][row, row + 8: 2][group 4]
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe_jit._layer.tiles import by_tile, deinterleave, interleave
+from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.formats import MXFP4
+
+__all__ = [
+    "MAGNITUDES",
+    "byte_values",
+    "dequantize",
+    "absolute_exponents",
+    "pack",
+    "pack_exponents",
+    "relative_exponents",
+    "unpack",
+    "unpack_exponents",
+]
+
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  #: of codes 0 to 7; eight more is the negative
+OFFSET = 16  #: of the kernel's exponent of a group that has its block's
+BLOCK_BYTES = BLOCK // 2  #: codes of a row of a k-block
+BLOCK_GROUPS = BLOCK // MXFP4.group  #: exponents of it
+#: m64 n, warp, row and row + 8, lane / 4 | half, k32 of it, 16 columns of that, lane % 4, bytes
+_ROWS, _BYTES = (-1, 4, 2, 8), (2, 2, 2, 4, 2)
+
+
+def _signs_to_bytes(words: torch.Tensor) -> torch.Tensor:
+    """Signs from above their magnitudes to where the expansion wants them; int32, in place."""
+    signs = words & -0x77777778
+    words &= 0x77777777
+    for code in range(8):
+        bit = (signs >> (4 * code + 3)) & 1
+        words |= bit << (8 * code + 7 if code < 4 else 8 * (code - 4) + 3)
+    return words
+
+
+def _signs_from_bytes(words: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_signs_to_bytes`."""
+    signs = words & -0x77777778
+    words &= 0x77777777
+    for code in range(8):
+        bit = (signs >> (8 * code + 7 if code < 4 else 8 * (code - 4) + 3)) & 1
+        words |= bit << (4 * code + 3)
+    return words
+
+
+def _pack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:
+    """Codes of tiles of `height` rows as threads hold them; signs are where they were."""
+    rows, width = w.shape
+    parts = w.reshape(-1, height // 64, *_ROWS[1:], width // BLOCK_BYTES, *_BYTES)
+    # tile, m, warp, below, lane / 4, k-block, half, k32, sixteen, lane % 4, byte
+    return parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10).reshape(rows, width)
+
+
+def _unpack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:
+    """Inverse of `_pack_tiles`."""
+    rows, width = w.shape
+    parts = w.reshape(-1, width // BLOCK_BYTES, height // 64, 2, 4, 8, 4, 2, 2, 2, 2)
+    # tile, k-block, m, half, warp, lane / 4, lane % 4, k32, below, sixteen, byte
+    return parts.permute(0, 2, 4, 8, 5, 1, 3, 7, 9, 6, 10).reshape(rows, width)
+
+
+def pack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
+    """See `WeightFormat.pack`."""
+    packed = by_tile(_pack_tiles, interleave(codes) if gated else codes)
+    _signs_to_bytes(packed.view(torch.int32))
+    return packed
+
+
+def unpack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
+    """See `WeightFormat.unpack`."""
+    words = codes.clone(memory_format=torch.contiguous_format).view(torch.int32)
+    plain = by_tile(_unpack_tiles, _signs_from_bytes(words).view(torch.uint8))
+    return deinterleave(plain) if gated else plain
+
+
+def _pack_groups(w: torch.Tensor, height: int) -> torch.Tensor:
+    """Exponents of tiles of `height` rows as threads hold them."""
+    rows, width = w.shape
+    parts = w.reshape(-1, height // 64, *_ROWS[1:], width // BLOCK_GROUPS, BLOCK_GROUPS)
+    return parts.permute(0, 5, 1, 2, 4, 3, 6).reshape(rows, width)
+
+
+def _unpack_groups(w: torch.Tensor, height: int) -> torch.Tensor:
+    """Inverse of `_pack_groups`."""
+    rows, width = w.shape
+    parts = w.reshape(-1, width // BLOCK_GROUPS, height // 64, 4, 8, 2, BLOCK_GROUPS)
+    return parts.permute(0, 2, 3, 5, 4, 1, 6).reshape(rows, width)
+
+
+def relative_exponents(e8m0: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Exponents of a matrix uint8 ``[rows, groups]`` relative to float32 scales that are powers of two."""
+    return e8m0 + OFFSET - _biased(scales)
+
+
+def absolute_exponents(exponents: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Inverse of `relative_exponents`."""
+    return exponents - OFFSET + _biased(scales)
+
+
+def _biased(scales: torch.Tensor) -> torch.Tensor:
+    """The exponents of floats as their bits have them, modulo 256, for each group; biased like e8m0."""
+    bits = (scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+    return bits.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK_GROUPS, 1)
+
+
+def pack_exponents(exponents: torch.Tensor, gated: bool) -> torch.Tensor:
+    """See `WeightFormat.pack_exponents`."""
+    return by_tile(_pack_groups, interleave(exponents) if gated else exponents)
+
+
+def unpack_exponents(exponents: torch.Tensor, gated: bool) -> torch.Tensor:
+    """See `WeightFormat.unpack_exponents`."""
+    plain = by_tile(_unpack_groups, exponents)
+    return deinterleave(plain) if gated else plain
+
+
+def byte_values(device: torch.device) -> torch.Tensor:
+    """The two values of each byte of codes, that of the low nibble first; float32 ``[256, 2]``."""
+    values = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float32, device=device)
+    return torch.cartesian_prod(values, values).flip(-1)
+
+
+def dequantize(codes: torch.Tensor, e8m0: torch.Tensor) -> torch.Tensor:
+    """See `WeightFormat.dequantize`: codes ``[..., rows, depth / 2]`` and exponents ``[..., rows, depth / 32]``."""
+    codes, e8m0 = codes.view(torch.uint8), e8m0.view(torch.uint8)
+    groups = byte_values(codes.device)[codes.int()].reshape(*e8m0.shape, MXFP4.group)
+    return (groups * _powers(e8m0).unsqueeze(-1)).reshape(*codes.shape[:-1], codes.shape[-1] * 2)
+
+
+def _powers(e8m0: torch.Tensor) -> torch.Tensor:
+    """``2 ** (byte - 127)``, float32, where the least is subnormal; NaN for 255."""
+    wide = e8m0.to(torch.int32)
+    return ((wide << 23).clamp(min=1 << 22) | (wide == 255).int() << 22).view(torch.float32)
