@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from megamoe_jit._layer import from_bf16, serving
-from megamoe_jit._layer.weights import WeightPair
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.workspace import Lease, lease
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 
 __all__ = ["CAPACITY", "LocalExperts"]
 
@@ -21,6 +21,7 @@ class LocalExperts:
         shape: of the experts on this rank; its `topk` is the slots of a token.
         device: where they are.
         capacity: tokens of a launch.
+        weights: the format of the weights of calls to come.
 
     Attributes:
         shape: as given.
@@ -30,15 +31,17 @@ class LocalExperts:
         UnsupportedDeviceError: there is no Hopper GPU.
     """
 
-    def __init__(self, shape: MoEShape, device: torch.device, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self, shape: MoEShape, device: torch.device, capacity: int = CAPACITY, weights: WeightFormat = FP8
+    ) -> None:
         self.shape = shape
         self._lease: Lease = lease(shape, capacity, device)
-        self._lease.buffer.prepare_all()  # none is compiled in a capture
+        self._lease.buffer.prepare_all(weight_format=weights.name)  # none is compiled in a capture
 
     def __call__(
         self,
-        l1: WeightPair,
-        l2: WeightPair,
+        l1: WeightTensors,
+        l2: WeightTensors,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
@@ -49,7 +52,7 @@ class LocalExperts:
         """The weighted sum of each token's experts on this rank.
 
         Args:
-            l1, l2: codes in the kernel's order, and scales.
+            l1, l2: codes in the kernel's order, and what belongs to them.
             x: bf16, float16 or float32 ``[T, hidden]``.
             topk_idx: int32 or int64 ``[T, topk]``, numbers on this rank; -1 for experts of others.
             topk_weights: ``[T, topk]``.

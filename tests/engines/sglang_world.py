@@ -83,10 +83,10 @@ class SglangWorld:
         self.moe.a2a_backend = utils.MoeA2ABackend(a2a)
         self.moe.runner_backend = utils.resolve_moe_runner_backend(runner)
 
-    def layer(self, shape: Any, **options: Any) -> Any:
-        """A real `FusedMoE` with FP8 blocks, its weights not yet loaded; `shape.intermediate` is of one rank."""
+    def layer(self, shape: Any, *, fp4: bool = False, **options: Any) -> Any:
+        """A real `FusedMoE` with FP8 blocks or MXFP4, not yet loaded; `shape.intermediate` is of one rank."""
         fp8 = self.module("layers.quantization.fp8")
-        config = fp8.Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128])
+        config = fp8.Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128], is_fp4_experts=fp4)
         options.setdefault("quant_method", fp8.Fp8MoEMethod(config))
         return self.module("layers.moe.fused_moe_triton.layer").FusedMoE(
             num_experts=shape.experts * self.parallel.moe_ep_size,
@@ -102,11 +102,8 @@ class SglangWorld:
         """Read plain experts in as a checkpoint's tensors, by SGLang's own loader, and process them."""
         first = self.parallel.moe_ep_rank * layer.num_local_experts
         for e in range(layer.num_local_experts) if experts is None else experts:
-            half = l1[0].shape[1] // 2
-            for what, (w13, w2), rows in (
-                ("weight", (l1[0], l2[0]), half),
-                ("weight_scale_inv", (l1[1], l2[1]), half // 128),
-            ):
+            for what, w13, w2 in (("weight", l1[0], l2[0]), ("weight_scale_inv", l1[1], l2[1])):
+                rows = w13.shape[1] // 2
                 parts = {"w1": ("w13", w13[e, :rows]), "w3": ("w13", w13[e, rows:]), "w2": ("w2", w2[e])}
                 for shard, (name, tensor) in parts.items():
                     parameter = getattr(layer, f"{name}_{what}")
@@ -124,7 +121,7 @@ def sglang_world(root: Path) -> Iterator[SglangWorld]:
         sglang._registered = False
         aside._warned.clear()
         across._buffers.clear()
-        mega._sizes.clear()
+        mega._formats.clear()
         mega._all_in_place.cache_clear()
         world = SglangWorld()
         world.stand_in()

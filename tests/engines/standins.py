@@ -9,13 +9,13 @@ import torch
 
 from megamoe_jit._device.layout import CAPACITY_STEP
 from megamoe_jit._layer import calls, from_bf16, serving, workspace
-from megamoe_jit._layer.marks import require_marked
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.quantize import dequantize_activations, quantize_activations, quantize_weights
-from megamoe_jit._layer.weights import WeightPair, inverse_transform_weights_for_mega_moe_sm90
+from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90, is_transformed
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import moe_reference
 
-__all__ = ["Batch", "Buffer", "batch", "expected", "experts", "kernels_by_reference"]
+__all__ = ["Batch", "Buffer", "batch", "expected", "experts", "kernels_by_reference", "packed_experts"]
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Buffer:
     num_max_tokens_per_rank: int
     prepared: int = 0
     calls: list[int] = field(default_factory=list)  #: tokens of each
+    formats: list[str] = field(default_factory=list)  #: that were prepared
     staged: Any = None  #: x, ids and weights
     destroyed: bool = False
     device = torch.device("cpu")
@@ -35,8 +36,9 @@ class Buffer:
     def hidden(self) -> int:
         return self.shape.hidden
 
-    def prepare_all(self, *_: Any) -> None:
+    def prepare_all(self, *_: Any, weight_format: str = "fp8") -> None:
         self.prepared += 1
+        self.formats.append(weight_format)
 
     def destroy(self) -> None:
         self.destroyed = True
@@ -63,8 +65,7 @@ def _make_buffer(
 
 
 def _run(x, ids, weights, l1, l2, buffer, *, y=None, routed_scaling_factor=1.0, activation_clamp=None, **_):
-    require_marked("l1", l1[0])
-    require_marked("l2", l2[0])
+    assert is_transformed(l1, l2)
     assert ids.shape == weights.shape == (x.shape[0], buffer.shape.topk)
     assert x.shape[0] <= buffer.num_max_tokens_per_rank
     buffer.calls.append(x.shape[0])
@@ -131,7 +132,7 @@ def batch(tokens: int, shape: MoEShape, seed: int = 0, device: str = "cpu") -> B
     return Batch(x.to(device), ids.to(device), weights.float().to(device))
 
 
-def experts(shape: MoEShape, seed: int = 0, device: str = "cpu") -> tuple[WeightPair, WeightPair]:
+def experts(shape: MoEShape, seed: int = 0, device: str = "cpu") -> tuple[WeightTensors, WeightTensors]:
     """Plain FP8 weights of both matrices."""
     torch.manual_seed(seed)
     w13 = 0.05 * torch.randn(shape.experts, 2 * shape.intermediate, shape.hidden)
@@ -140,8 +141,20 @@ def experts(shape: MoEShape, seed: int = 0, device: str = "cpu") -> tuple[Weight
     return tuple(tuple(each.to(device) for each in pair) for pair in pairs)  # type: ignore[return-value]
 
 
+def packed_experts(shape: MoEShape, seed: int = 0, device: str = "cpu") -> tuple[WeightTensors, WeightTensors]:
+    """Plain MXFP4 weights of both matrices: bytes of two codes, and e8m0 exponents."""
+    torch.manual_seed(seed)
+
+    def matrix(rows: int, depth: int) -> WeightTensors:
+        codes = torch.randint(0, 256, (shape.experts, rows, depth // 2), dtype=torch.uint8)
+        exponents = torch.randint(118, 123, (shape.experts, rows, depth // 32), dtype=torch.uint8)
+        return codes.to(device), exponents.view(torch.float8_e8m0fnu).to(device)
+
+    return matrix(2 * shape.intermediate, shape.hidden), matrix(shape.hidden, shape.intermediate)
+
+
 def expected(
-    of: Batch, l1: WeightPair, l2: WeightPair, clamp: float | None = None, factor: float = 1.0
+    of: Batch, l1: WeightTensors, l2: WeightTensors, clamp: float | None = None, factor: float = 1.0
 ) -> torch.Tensor:
     """The reference's answer."""
     codes, scales = quantize_activations(of.x)

@@ -16,7 +16,7 @@ from megamoe_jit.engines.seams import misfits
 from megamoe_jit.engines.sglang import seams
 from megamoe_jit.engines.sglang.weights import held_by
 from tests.engines.sglang_world import SglangWorld, sglang_world
-from tests.engines.standins import Buffer, batch, expected, experts, kernels_by_reference
+from tests.engines.standins import Buffer, batch, expected, experts, kernels_by_reference, packed_experts
 
 SHAPE = MoEShape(256, 128, 4, 2)
 
@@ -46,6 +46,17 @@ def routed(world: SglangWorld, layer, of, shape=SHAPE, **options):
 def loaded(world: SglangWorld, shape=SHAPE, seed=0, **options):
     layer, (l1, l2) = world.layer(shape, **options), experts(shape, seed)
     world.load(layer, l1, l2)
+    return layer, l1, l2
+
+
+def from_disk(pairs):
+    """MXFP4 as checkpoints have it: int8, and e8m0."""
+    return tuple((codes.view(torch.int8), exponents) for codes, exponents in pairs)
+
+
+def loaded_packed(world: SglangWorld, seed=0, **options):
+    layer, (l1, l2) = world.layer(SHAPE, fp4=True, **options), packed_experts(SHAPE, seed)
+    world.load(layer, *from_disk((l1, l2)))
     return layer, l1, l2
 
 
@@ -199,6 +210,52 @@ class TestMegaMoE:
         assert "leaves experts of this model to SGLang" in caplog.text
 
 
+class TestPackedExperts:
+    """DeepSeek V4's MXFP4 as it is, by `--moe-a2a-backend megamoe`."""
+
+    @pytest.fixture(autouse=True)
+    def _started(self, world, buffers):
+        world.start(a2a="megamoe")
+
+    def test_they_run_without_conversion(self, world, buffers):
+        layer, l1, l2 = loaded_packed(world)
+        assert world.module("layers.moe.mega_moe").is_mega_moe_experts_ready(layer)
+        assert layer.w13_weight.nbytes == l1[0].nbytes
+        of = batch(9, SHAPE)
+        assert torch.equal(routed(world, layer, of, activation_clamp=10.0), expected(of, l1, l2, 10.0))
+        assert buffers[0].formats == ["mxfp4"]
+
+    @pytest.mark.parametrize("changed", [None, [1]])
+    def test_weights_are_updated_where_graphs_know_them(self, world, changed):
+        layer, l1, l2 = loaded_packed(world)
+        places = [each.data_ptr() for each in (*layer.mega_l1_weights, *layer.mega_l2_weights)]
+        new1, new2 = packed_experts(SHAPE, seed=1)
+        world.load(layer, *from_disk((new1, new2)), changed)
+        which = range(4) if changed is None else changed
+        for old, new in zip((*l1, *l2), (*new1, *new2), strict=True):
+            old.view(torch.uint8)[list(which)] = new.view(torch.uint8)[list(which)]
+        of = batch(9, SHAPE)
+        assert torch.equal(routed(world, layer, of), expected(of, l1, l2))
+        assert [each.data_ptr() for each in (*layer.mega_l1_weights, *layer.mega_l2_weights)] == places
+
+    def test_experts_that_are_moved_as_slices_of_parameters(self, world):
+        layer, l1, l2 = loaded_packed(world)
+        order = torch.tensor([2, 0, 3, 1])
+        for parameter in layer.parameters():
+            parameter.data.view(torch.uint8)[:] = parameter.data.view(torch.uint8)[order]
+        of = batch(9, SHAPE)
+        moved = [tuple(each.view(torch.uint8)[order].view(each.dtype) for each in pair) for pair in (l1, l2)]
+        assert torch.equal(routed(world, layer, of), expected(of, *moved))
+
+    def test_scales_that_are_no_powers_of_two_stay_with_sglang(self, world, caplog):
+        layer, l1, l2 = world.layer(SHAPE, fp4=True), *packed_experts(SHAPE)
+        caplog.set_level(logging.WARNING, "megamoe_jit")
+        with pytest.raises(ValueError, match="DeepGEMM MegaMoE"):  # SGLang's own builder, for sizes of other GPUs
+            world.load(layer, *from_disk(((l1[0], l1[1].float() * 1.5), (l2[0], l2[1].float()))))
+        assert held_by(layer) is None
+        assert "powers of two" in caplog.text
+
+
 class TestWithoutAllToAll:
     """`--moe-runner-backend megamoe_jit`."""
 
@@ -246,6 +303,17 @@ class TestWithoutAllToAll:
         of = batch(300, SHAPE)
         assert torch.equal(self.forward(world, layer, of), expected(of, l1, l2, factor=2.0))
         assert buffers[0].calls == [128, 128, 44]
+
+    def test_packed_experts(self, world, buffers):
+        world.parallel.moe_ep_size, world.parallel.moe_ep_rank = 2, 1
+        layer, l1, l2 = loaded_packed(world, swiglu_limit=10.0)
+        world.load(layer, *from_disk((l1, l2)))  # once more, as an update does
+        of = batch(9, MoEShape(256, 128, 8, 2))
+        of.ids.clamp_(min=0)
+        found = self.forward(world, layer, of)
+        of.ids = torch.where(of.ids >= 4, of.ids - 4, -1)
+        assert torch.equal(found, expected(of, l1, l2, 10.0))
+        assert set(buffers[0].formats) == {"mxfp4"}
 
     def test_no_tokens(self, world):
         layer, *_ = loaded(world)

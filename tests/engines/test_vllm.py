@@ -13,7 +13,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.engines.seams import misfits
 from megamoe_jit.engines.vllm import seams
-from tests.engines.standins import Buffer, batch, expected, experts, kernels_by_reference
+from tests.engines.standins import Buffer, batch, expected, experts, kernels_by_reference, packed_experts
 from tests.engines.vllm_world import VllmWorld, vllm_world
 
 SHAPE = MoEShape(256, 128, 4, 2)
@@ -163,6 +163,61 @@ class TestManyRanks:
         world.module("distributed.eplb.eplb_utils").override_envs_for_eplb(parallel, "auto")
         assert ("NCCL_MAX_CTAS" in os.environ) is bounded
         monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
+
+
+class TestPackedExperts:
+    """DeepSeek V4 on Hopper: MXFP4 as it is."""
+
+    def packed(self, world, seed=0, **parallel):
+        quantization = world.chosen(NAME, FP8, "deepseek_v4")
+        layer = world.layer(quantization, world.moe_config(SHAPE, swiglu_limit=10.0, **parallel), swiglu_limit=10.0)
+        l1, l2 = packed_experts(SHAPE, seed)
+        world.load(layer, *((codes.view(torch.int8), exponents) for codes, exponents in (l1, l2)))
+        return layer, l1, l2
+
+    def test_they_run_without_conversion(self, world, buffers):
+        layer, l1, l2 = self.packed(world)
+        assert layer.w13_weight.nbytes == l1[0].nbytes
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2, 10.0))
+        assert buffers[0].formats == ["mxfp4"]
+
+    def test_expert_parallel(self, world):
+        layer, l1, l2 = self.packed(world, ranks=2, rank=1, ep=True)
+        of = batch(9, MoEShape(256, 128, 8, 2))
+        found = run(layer, of)
+        of.ids = local_ids(of.ids, 1)
+        assert torch.equal(found, expected(of, l1, l2, 10.0))
+
+    def test_data_and_expert_parallel_prepares_kernels_of_the_format(self, world, buffers):
+        self.packed(world, ranks=2, dp=2, ep=True)
+        assert (buffers[0].group, buffers[0].formats) == (world.group, ["mxfp4"])
+
+    def test_experts_that_eplb_moves(self, world):
+        layer, l1, l2 = self.packed(world)
+        order = torch.tensor([2, 0, 3, 1])
+        for weights in layer.get_expert_weights():
+            weights.view(torch.uint8)[:] = weights.view(torch.uint8)[order]
+        of = batch(9, SHAPE)
+        moved = [tuple(each.view(torch.uint8)[order].view(each.dtype) for each in pair) for pair in (l1, l2)]
+        assert torch.equal(run(layer, of), expected(of, *moved, 10.0))
+
+    def test_weights_that_are_processed_elsewhere_and_copied_over(self, world):
+        layer, *_ = self.packed(world)
+        fresh, l1, l2 = self.packed(world, seed=1)
+        for mine, new in zip(layer.parameters(), fresh.parameters(), strict=True):
+            mine.data.view(torch.uint8).copy_(new.data.view(torch.uint8))
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2, 10.0))
+
+    def test_its_fp8_experts_too(self, world):
+        quantization = world.chosen(NAME, FP8, "deepseek_v41")
+        world.config.model_config.hf_config.expert_dtype = "fp8"
+        layer = world.layer(quantization, world.moe_config(SHAPE))
+        l1, l2 = experts(SHAPE)
+        world.load(layer, l1, l2)
+        of = batch(3, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2))
 
 
 class TestChoice:

@@ -22,16 +22,21 @@ REAL = (
     "vllm.distributed.eplb.eplb_utils",
     "vllm.model_executor.custom_op",
     "vllm.model_executor.utils",
+    "vllm.models.deepseek_v4.quant_config",
+    "vllm.models.deepseek_v41.quant_config",
     "vllm.plugins",
+    "vllm.utils.math_utils",
     *(
         f"{_MOE}.{name}"
         for name in ("activation", "all2all_utils", "config", "expert_map_manager", "fused_moe_method_base")
-        + ("modular_kernel", "moe_output", "oracle.fp8", "prepare_finalize.no_dp_ep", "routed_experts")
+        + ("modular_kernel", "moe_output", "oracle.fp8", "oracle.mxfp4", "prepare_finalize.no_dp_ep", "routed_experts")
         + ("topk_weight_and_reduce", "utils")
     ),
     f"{_LAYERS}.quantization",
     f"{_LAYERS}.quantization.base_config",
     f"{_LAYERS}.quantization.fp8",
+    f"{_LAYERS}.quantization.mxfp4",
+    f"{_LAYERS}.quantization.utils.ocp_mx_utils",
     f"{_LAYERS}.quantization.utils.quant_utils",
 )
 STAND_INS = ("triton", "deep_gemm", "flashinfer", "compressed_tensors", "aiter", "msgspec")
@@ -44,7 +49,7 @@ class VllmWorld:
     def __init__(self, device: str) -> None:
         self.device = device
         self.group: Any = SimpleNamespace(size=lambda: 1)
-        self.config = SimpleNamespace(model_config=SimpleNamespace(quantization=None))
+        self.config = SimpleNamespace(model_config=SimpleNamespace(quantization=None, dtype=torch.bfloat16))
 
     def module(self, name: str) -> Any:
         return importlib.import_module(f"vllm.{name}")
@@ -66,6 +71,7 @@ class VllmWorld:
         manager = SimpleNamespace(get_simultaneous=self._allocated)
         self.module("v1.worker.workspace").current_workspace_manager = lambda: manager
         self.module("config").get_current_vllm_config_or_none = lambda: self.config
+        self.module("config").get_current_vllm_config = lambda: self.config
         self.module("distributed.parallel_state").get_ep_group = lambda: SimpleNamespace(device_group=self.group)
         self.module("model_executor.models.utils")
         for name in ("has_deep_ep", "has_deep_ep_v2", "has_mori", "has_nixl_ep", "has_moonep"):
@@ -86,13 +92,16 @@ class VllmWorld:
         finally:
             patched.entry_points = original
 
-    def chosen(self, user: str | None, checkpoint: dict[str, Any]) -> Any:
+    def chosen(self, user: str | None, checkpoint: dict[str, Any], model_type: str | None = None) -> Any:
         """The quantisation of a checkpoint, as `ModelConfig` finds it; an object, or None for vLLM's own choice."""
         package = self.module("model_executor.layers.quantization")
-        for name, config in package._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.items():
-            if config.override_quantization_method(checkpoint, user, hf_config=None) == name:
+        hf_config = SimpleNamespace(model_type=model_type, expert_dtype="fp4", quantization_config=checkpoint)
+        self.config.model_config.hf_config = hf_config
+        for config in package._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.values():
+            name = config.override_quantization_method(checkpoint, user, hf_config=hf_config)
+            if name is not None:
                 self.config.model_config.quantization = name
-                return config.from_config(checkpoint)
+                return package._CUSTOMIZED_METHOD_TO_QUANT_CONFIG[name].from_config(checkpoint)
         return None
 
     def moe_config(
@@ -136,13 +145,14 @@ class VllmWorld:
     def load(self, layer: Any, l1: Any, l2: Any) -> None:
         """Read this rank's plain experts in as a checkpoint's tensors, by vLLM's own loader, and process them."""
         first = layer.moe_config.moe_parallel_config.ep_rank * layer.local_num_experts
+        scales = "weight_scale_inv" if hasattr(layer, "w13_weight_scale_inv") else "weight_scale"
         for e in range(layer.local_num_experts):
-            for what, w13, w2 in (("weight", l1[0], l2[0]), ("weight_scale_inv", l1[1], l2[1])):
+            for what, w13, w2 in (("weight", l1[0], l2[0]), (scales, l1[1], l2[1])):
                 half = w13.shape[1] // 2
                 parts = {"w1": ("w13", w13[e, :half]), "w3": ("w13", w13[e, half:]), "w2": ("w2", w2[e])}
                 for shard, (name, tensor) in parts.items():
                     parameter = getattr(layer, f"{name}_{what}")
-                    layer.weight_loader(parameter, tensor, f"experts.{name}_{what}", shard, first + e)
+                    parameter.weight_loader(parameter, tensor, f"experts.{name}_{what}", shard, first + e)
         layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -150,16 +160,22 @@ class VllmWorld:
 def vllm_world(root: Path, device: str = "cpu") -> Iterator[VllmWorld]:
     """vLLM from the folder that has its package, for as long as this is entered."""
     from megamoe_jit.engines import across, aside
-    from megamoe_jit.engines.vllm import experts, method
+    from megamoe_jit.engines.vllm import experts, method, quantization
 
     with RealSources(root, "vllm", REAL, STAND_INS):
         aside._warned.clear()
         across._buffers.clear()
-        for cached in (experts.experts_class, experts._pass_through_class, method.method_class):
+        for cached in (
+            experts.experts_class, experts._pass_through_class, method.fp8_method_class, method.mxfp4_method_class,
+            quantization._v4_config_class,
+        ):  # fmt: skip
             cached.cache_clear()
         world = VllmWorld(device)
         world.stand_in()
         backends = world.module("model_executor.layers.fused_moe.oracle.fp8").Fp8MoeBackend
         fp8 = world.module("model_executor.layers.quantization.fp8")
         fp8.select_fp8_moe_backend = lambda **_: (backends.TRITON, None)
+        backends4 = world.module("model_executor.layers.fused_moe.oracle.mxfp4").Mxfp4MoeBackend
+        mxfp4 = world.module("model_executor.layers.quantization.mxfp4")
+        mxfp4.select_deepseek_v4_mxfp4_moe_backend = lambda *_: (backends4.MARLIN, None)
         yield world

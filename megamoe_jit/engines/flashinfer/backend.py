@@ -10,8 +10,9 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import calls
 from megamoe_jit._layer import stage as staging
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.weights import WeightPair, transform_weights_for_mega_moe_sm90
+from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
 
@@ -45,7 +46,7 @@ def _backend_class() -> Any:
             config = self._config
             return MoEShape(fleet.token_hidden_size, config.intermediate_size, fleet.num_experts, config.top_k)
 
-        def preprocess_weights(self, weights: Any, fleet_params: Any) -> tuple[WeightPair, WeightPair]:
+        def preprocess_weights(self, weights: Any, fleet_params: Any) -> tuple[WeightTensors, WeightTensors]:
             pairs = _pair(weights.w13, weights.w13_scale), _pair(weights.w2, weights.w2_scale)
             return transform_weights_for_mega_moe_sm90(*pairs, inplace=weights.w13_scale is None)
 
@@ -79,6 +80,6 @@ def _backend_class() -> Any:
     return MegaMoeBackend
 
 
-def _pair(values: torch.Tensor, scales: torch.Tensor | None) -> WeightPair:
+def _pair(values: torch.Tensor, scales: torch.Tensor | None) -> WeightTensors:
     """Codes and scales: those of a pack that has scales, else quantised."""
     return quantize_weights(values) if scales is None else (values, scales)

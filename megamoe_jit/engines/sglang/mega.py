@@ -7,6 +7,7 @@ where all four are, since DeepGEMM reads another order of weights.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import from_bf16
+from megamoe_jit._spec import WeightFormat
 from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.sglang import weights
@@ -24,13 +26,14 @@ __all__ = ["hook"]
 _SM90 = "sglang.srt.layers.moe.mega_moe_sm90"
 _MEGA = "sglang.srt.layers.moe.mega_moe"
 
-_sizes: set[tuple[int, int]] = set()  #: hidden and intermediate of layers that were taken over
+_formats: dict[tuple[int, int], WeightFormat] = {}  #: of layers that were taken over, by hidden and intermediate
 
 
 def hook() -> None:
     """Register the hooks; SGLang applies them."""
     weights.hook()
     around(f"{_SM90}.build_sm90_mega_moe_experts_weights", _build)
+    around(f"{_MEGA}.build_mega_moe_experts_weights", _build_packed)
     around(f"{_SM90}.is_sm90_fp8_mega_moe_available", _is_available)
     around(f"{_SM90}.run_sm90_mega_routed", _run)
     around(f"{_MEGA}._get_mega_moe_symm_buffer", _buffer)
@@ -43,6 +46,7 @@ def _all_in_place() -> bool:
     missing = unreached(
         [
             (f"{_SM90}.build_sm90_mega_moe_experts_weights", 0),
+            (f"{_MEGA}.build_mega_moe_experts_weights", 0),
             (f"{_MEGA}.is_sm90_fp8_mega_moe_available", 0),
             (f"{_MEGA}.run_sm90_mega_routed", 0),
             (f"{_MEGA}._get_mega_moe_symm_buffer", 0),
@@ -65,10 +69,18 @@ def _build(original: Callable[..., None], experts: Any) -> Any:
     held = weights.try_to_take(experts) if _all_in_place() else None
     if held is None:
         return original(experts)
-    _sizes.add((held.hidden, held.intermediate))
+    _formats[held.hidden, held.intermediate] = held.weights
     experts.mega_l1_weights, experts.mega_l2_weights = held.l1, held.l2
     experts._mega_moe_sm90_fp8_weights = experts._mega_moe_weights_built = True
     return None
+
+
+def _build_packed(original: Callable[..., None], experts: Any) -> Any:
+    """The same of MXFP4 experts, for which SGLang has a kernel on other GPUs alone."""
+    if experts is PROBE:
+        return PROBE
+    here = getattr(importlib.import_module(_SM90), "_device_sm", None) == 90
+    return _build(original, experts) if here else original(experts)
 
 
 def _is_available(original: Callable[..., bool], experts: Any) -> Any:
@@ -92,7 +104,8 @@ def _buffer(
     if group is PROBE:
         return PROBE
     sizes = (num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden, num_shared_experts)
-    if (hidden, intermediate_hidden) not in _sizes:
+    stored = _formats.get((hidden, intermediate_hidden))
+    if stored is None:
         return original(group, *sizes, **options)
     if num_shared_experts:
         raise ConfigError(
@@ -100,7 +113,7 @@ def _buffer(
             "beside the kernel or as routed ones"
         )
     activation = options.get("activation", "swiglu")  # `mma_type` says nothing: weights tell their own format
-    return buffer_across(group, *sizes[:-1], activation=activation)
+    return buffer_across(group, *sizes[:-1], activation=activation, weights=stored)
 
 
 def _run(

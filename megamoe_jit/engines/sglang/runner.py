@@ -1,4 +1,4 @@
-"""`--moe-runner-backend megamoe_jit`: FP8 experts under tensor or expert parallelism of any size, without all-to-all.
+"""`--moe-runner-backend megamoe_jit`: experts under tensor or expert parallelism of any size, without all-to-all.
 
 SGLang gathers tokens and sums results itself; a rank has its experts, or its part of each, and ids of its own. What
 there is no kernel for is refused while the model is built, since it was asked for by name.
@@ -63,9 +63,8 @@ def _core_class() -> Any:
         ) -> Any:
             if not isinstance(quant_info, _Ready) or hooks is not None:
                 given = "LoRA" if hooks is not None else type(quant_info).__name__
-                raise ConfigError(
-                    f"--moe-runner-backend {BACKEND} with {given}; allowed: experts in FP8 with blocks of 128 x 128"
-                )
+                allowed = "experts in MXFP4, or FP8 with blocks of 128 x 128"
+                raise ConfigError(f"--moe-runner-backend {BACKEND} with {given}; allowed: {allowed}")
             x = dispatch_output.hidden_states
             topk_weights, topk_ids, *_ = dispatch_output.topk_output
             factor = 1.0 if runner_config.routed_scaling_factor is None else float(runner_config.routed_scaling_factor)
@@ -98,14 +97,12 @@ def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_r
 
 def _refusals(method: Any, config: Any) -> list[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
-    fp4 = method.is_fp4_expert and not method.dequant_fp4_to_fp8
     a2a = _module("layers.moe.utils").get_moe_a2a_backend()
     checks = (
         (not a2a.is_none(), f"--moe-a2a-backend {a2a.value}; allowed: none"),
-        (fp4, "experts in FP4; allowed: FP8, also made of FP4 at load"),
-        (method.use_mxfp8, "experts in MXFP8; allowed: FP8 with blocks of 128 x 128"),
+        (method.use_mxfp8, "experts in MXFP8; allowed: MXFP4, or FP8 with blocks of 128 x 128"),
         (
-            not fp4 and list(method.weight_block_size or ()) != [128, 128],
+            not method.is_fp4_expert and list(method.weight_block_size or ()) != [128, 128],
             f"blocks of {method.weight_block_size}; allowed: [128, 128]",
         ),
         (config.activation != "silu" or not config.is_gated, f"activation {config.activation}; allowed: gated silu"),
@@ -123,9 +120,7 @@ def _refusals(method: Any, config: Any) -> list[str]:
 def _process(original: Callable[..., Any], method: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
     if not _is_ours(method):
         return original(method, layer, *args, **kwargs)
-    held = weights.held_by(layer)
-    if held is not None:
-        held.to_plain()  # what follows a load begins with what was loaded
+    weights.give_back(layer)  # what follows a load begins with what was loaded
     result = original(method, layer, *args, **kwargs)
     topk = layer.moe_runner_config.top_k
     _prepare(layer, layer.top_k if topk is None else topk)
@@ -136,7 +131,7 @@ def _prepare(layer: Any, topk: int) -> _Ready:
     """Take a layer over, and make the buffer for so many slots of a token."""
     held = weights.take(layer)
     shape = MoEShape(held.hidden, held.intermediate, held.experts, topk)
-    ready = _Ready(held, LocalExperts(shape, held.l1[0].device))
+    ready = _Ready(held, LocalExperts(shape, held.l1[0].device, weights=held.weights))
     setattr(layer, _READY, ready)
     return ready
 

@@ -42,6 +42,7 @@ MEGA = (
         + ("num_shared_experts", "mma_type"),
         ("activation",),
     ),
+    Seam(f"{_MOE}.mega_moe", "build_mega_moe_experts_weights", "replaced", ("experts",)),
     Seam(f"{_MOE}.mega_moe", "run_mega_routed_experts"),
     Seam(f"{_MOE}.mega_moe", "is_mega_moe_experts_ready"),
 )

@@ -14,7 +14,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import from_bf16
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import MoEShape, WeightFormat
 from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.local import CAPACITY, LocalExperts
 
@@ -84,7 +84,8 @@ def experts_class() -> Any:
 
         @staticmethod
         def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-            return (weight_key, activation_key) == (keys.kFp8Static128BlockSym, keys.kFp8Dynamic128Sym)
+            fp8 = (keys.kFp8Static128BlockSym, keys.kFp8Dynamic128Sym)
+            return weight_key == keys.kMxfp4Static or (weight_key, activation_key) == fp8
 
         @staticmethod
         def _supports_activation(activation: Any) -> bool:
@@ -122,14 +123,19 @@ def experts_class() -> Any:
         ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
             return _NO_SCRATCH, _NO_SCRATCH, (M, K)
 
-        def bind(self, layer: Any) -> None:
+        def bind(self, layer: Any, weights: WeightFormat, names: Any) -> None:
             """Make the buffer of a layer whose weights are loaded; with several ranks a collective.
+
+            Args:
+                layer: whose parameters are read at each call, since a reload may exchange them.
+                weights: their format.
+                names: of the parameters of both matrices.
 
             Raises:
                 MegaMoeError: there is no kernel of these sizes, or no memory.
             """
-            self._run = _runner_of(self.moe_config, layer)
-            self._scales = layer.w13_weight_scale_inv, layer.w2_weight_scale_inv
+            self._run = _runner_of(self.moe_config, layer, weights)
+            self._layer, (self._l1, self._l2) = layer, names
 
         def apply(
             self,
@@ -149,7 +155,8 @@ def experts_class() -> Any:
             expert_tokens_meta: Any,
             apply_router_weight_on_input: bool,
         ) -> None:
-            l1, l2 = (w1, self._scales[0]), (w2, self._scales[1])
+            held = self._layer._parameters
+            l1, l2 = (tuple(held[name] for name in names) for names in (self._l1, self._l2))
             clamp = self.quant_config.gemm1_clamp_limit
             y = output if output.dtype is torch.bfloat16 else None
             found = self._run(l1, l2, hidden_states, topk_ids, topk_weights, expert_map, clamp, y)
@@ -159,16 +166,17 @@ def experts_class() -> Any:
     return MegaMoeExperts
 
 
-def _runner_of(moe: Any, layer: Any) -> Any:
+def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Any:
     """What runs a batch: over all ranks of the EP group, or on this one."""
     hidden, intermediate = moe.hidden_dim, moe.intermediate_size_per_partition
     parallel, topk = moe.moe_parallel_config, moe.experts_per_token
     if not is_across_ranks(parallel):
-        shape = MoEShape(hidden, intermediate, layer.w13_weight.shape[0], topk)
-        return _OnThisRank(LocalExperts(shape, layer.w13_weight.device, min(CAPACITY, max(moe.max_num_tokens, 128))))
+        shape, device = MoEShape(hidden, intermediate, layer.w13_weight.shape[0], topk), layer.w13_weight.device
+        return _OnThisRank(LocalExperts(shape, device, min(CAPACITY, max(moe.max_num_tokens, 128)), weights))
     _require_in_order(layer.expert_map, parallel)
     group = importlib.import_module("vllm.distributed.parallel_state").get_ep_group().device_group
-    return _AcrossRanks(buffer_across(group, moe.num_experts, moe.max_num_tokens, topk, hidden, intermediate))
+    sizes = (moe.num_experts, moe.max_num_tokens, topk, hidden, intermediate)
+    return _AcrossRanks(buffer_across(group, *sizes, weights=weights))
 
 
 def _require_in_order(expert_map: torch.Tensor | None, parallel: Any) -> None:

@@ -1,4 +1,4 @@
-"""The method of routed experts: vLLM's for FP8 loads them; then weights in the kernel's order, and our experts."""
+"""Methods of routed experts: vLLM's own load them; then weights in the kernel's order, and our experts."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import functools
 import importlib
 from typing import Any
 
+import torch
+
 from megamoe_jit._errors import ConfigError
 from megamoe_jit.engines.aside import LOG
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.vllm import experts
 
-__all__ = ["method_class"]
+__all__ = ["fp8_method_class", "mxfp4_method_class"]
 
 _MOE = "vllm.model_executor.layers.fused_moe"
+_QUANT = "vllm.model_executor.layers.quantization"
+_HELD = "_megamoe_jit_held"  #: of a layer
+_BLOCKS = "weight_block_scale"  #: what the kernel reads of MXFP4 besides codes and exponents
 
 
 @functools.cache
-def method_class() -> Any:
-    """The class, a subclass of vLLM's, which is imported only here."""
-    base: Any = importlib.import_module("vllm.model_executor.layers.quantization.fp8").Fp8MoEMethod
+def fp8_method_class() -> Any:
+    """The class for FP8, a subclass of vLLM's, which is imported only here."""
+    base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8MoEMethod
     backends = importlib.import_module(f"{_MOE}.oracle.fp8").Fp8MoeBackend
 
     class MegaMoeFp8MoEMethod(base):  # type: ignore[misc]
@@ -29,29 +34,48 @@ def method_class() -> Any:
 
         def __init__(self, quant_config: Any, layer: Any) -> None:
             super().__init__(quant_config, layer)
-            self.experts_cls = experts.experts_class()
             self.fp8_backend = backends.TRITON  # for the scales as the checkpoint has them
-            reasons = _refusals(self.moe, layer)
-            if reasons:
-                raise ConfigError(
-                    f"--quantization megamoe_jit cannot run this model: {'; '.join(reasons)}. "
-                    "Next: without --quantization"
-                )
+            _choose(self, layer)
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            names = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")
-            HeldExperts(*(getattr(layer, name).data for name in names)).to_kernel()
-            self._init_moe_kernel(layer)
-
-        def _init_moe_kernel(self, layer: Any) -> None:
-            self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-            ours = self.experts_cls(moe_config=self.moe, quant_config=self.moe_quant_config)
-            ours.bind(layer)
-            kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
-            self.moe_kernel = kernel(experts.prepare_finalize(self.moe, self.moe_quant_config), ours)
-            LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))
+            _run_as_one_kernel(self, layer, ("weight", "weight_scale_inv"))
 
     return MegaMoeFp8MoEMethod
+
+
+@functools.cache
+def mxfp4_method_class() -> Any:
+    """The class for MXFP4, likewise."""
+    base: Any = importlib.import_module(f"{_QUANT}.mxfp4").Mxfp4MoEMethod
+    backends = importlib.import_module(f"{_MOE}.oracle.mxfp4").Mxfp4MoeBackend
+
+    class MegaMoeMxfp4MoEMethod(base):  # type: ignore[misc]
+        """Loads as vLLM's MXFP4 method, runs as this layer."""
+
+        supports_pre_processed_weights = False
+
+        def __init__(self, moe: Any, layer: Any, **options: Any) -> None:
+            super().__init__(moe, **options)
+            self.mxfp4_backend = backends.EMULATION  # sizes and scales as the checkpoint has them
+            _choose(self, layer)
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            _run_as_one_kernel(self, layer, ("weight", "weight_scale"))
+
+    return MegaMoeMxfp4MoEMethod
+
+
+def _choose(method: Any, layer: Any) -> None:
+    """Have a method run our experts.
+
+    Raises:
+        ConfigError: there is no kernel for the layer; says each reason.
+    """
+    method.experts_cls = experts.experts_class()
+    reasons = _refusals(method.moe, layer)
+    if reasons:
+        given = "; ".join(reasons)
+        raise ConfigError(f"--quantization megamoe_jit cannot run this model: {given}. Next: without --quantization")
 
 
 def _refusals(moe: Any, layer: Any) -> list[str]:
@@ -77,3 +101,31 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
         ),
     )
     return [reason for found, reason in checks if found]
+
+
+def _run_as_one_kernel(method: Any, layer: Any, parts: tuple[str, str]) -> None:
+    """Bring a layer's experts into the kernel's order where they are, and build the kernel that runs them."""
+    held = _take(layer, parts)
+    names = (*parts, _BLOCKS) if held.weights.group else parts
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    ours = method.experts_cls(moe_config=method.moe, quant_config=method.moe_quant_config)
+    ours.bind(layer, held.weights, tuple(tuple(f"{matrix}_{name}" for name in names) for matrix in ("w13", "w2")))
+    kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
+    method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config), ours)
+    LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))
+
+
+def _take(layer: Any, parts: tuple[str, str]) -> HeldExperts:
+    tensors = [getattr(layer, f"{matrix}_{name}").data for matrix in ("w13", "w2") for name in parts]
+    held: HeldExperts | None = getattr(layer, _HELD, None)
+    if held is None or not held.keeps(*tensors):
+        held = HeldExperts((tensors[0], tensors[1]), (tensors[2], tensors[3]))
+        setattr(layer, _HELD, held)
+    held.to_kernel()
+    if held.weights.group:
+        for matrix, given in (
+            ("w13", held.l1),
+            ("w2", held.l2),
+        ):  # parameters, since vLLM moves experts as slices of them
+            layer.register_parameter(f"{matrix}_{_BLOCKS}", torch.nn.Parameter(given[2], requires_grad=False))
+    return held

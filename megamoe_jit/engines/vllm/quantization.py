@@ -1,11 +1,12 @@
-"""`--quantization megamoe_jit`: vLLM's FP8, with another method for routed experts.
+"""`--quantization megamoe_jit`: vLLM's own quantisations, with another method for routed experts.
 
 vLLM asks each quantisation that a plug-in has added whether it takes a checkpoint; this one does where it was named.
-Whatever it is not asked for, or that no kernel is there for, is vLLM's own FP8.
+Linear layers, attention, and whatever a checkpoint leaves unquantised are vLLM's.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -13,21 +14,24 @@ from megamoe_jit._errors import ConfigError
 
 __all__ = ["NAME", "NAMES", "add"]
 
-NAME = "megamoe_jit"
-NAMES = (NAME,)
+NAME = "megamoe_jit"  #: what is typed
+_NAME_V4 = "megamoe_jit_deepseek_v4"  #: what it means for DeepSeek V4, whose checkpoints vLLM has a quantisation for
+NAMES = (NAME, _NAME_V4)
 _QUANT = "vllm.model_executor.layers.quantization"
+_V4 = ("deepseek_v4", "deepseek_v41")
 
 
 def add() -> None:
     """Register the quantisation; a second time changes nothing."""
     package = importlib.import_module(_QUANT)
     if NAME not in package.QUANTIZATION_METHODS:
-        package.register_quantization_config(NAME)(_config_class())
+        plain, v4 = _config_classes()
+        package.register_quantization_config(NAME)(plain)
+        package.register_quantization_config(_NAME_V4)(v4)
 
 
-def _config_class() -> Any:
+def _config_classes() -> tuple[Any, Any]:
     base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8Config
-    routed = importlib.import_module("vllm.model_executor.layers.fused_moe").RoutedExperts
 
     class MegaMoeFp8Config(base):  # type: ignore[misc]
         """FP8 checkpoints with blocks of 128 x 128, their routed experts in this layer."""
@@ -40,23 +44,64 @@ def _config_class() -> Any:
         def override_quantization_method(
             cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
         ) -> str | None:
-            if user_quant != NAME:
-                return None
-            found = hf_quant_cfg.get("quant_method"), hf_quant_cfg.get("weight_block_size")
-            if found[0] != "fp8" or list(found[1] or ()) != [128, 128]:
-                raise ConfigError(
-                    f"--quantization {NAME} with a checkpoint of quant_method {found[0]!r} and weight_block_size "
-                    f"{found[1]}; allowed: 'fp8' with [128, 128]. Next: without --quantization"
-                )
-            return NAME
+            return _chosen(hf_quant_cfg, hf_config) if user_quant in NAMES else None
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
-            chosen = super().get_quant_method(layer, prefix)
-            fp8 = importlib.import_module(f"{_QUANT}.fp8")
-            if isinstance(layer, routed) and type(chosen) is fp8.Fp8MoEMethod:
-                from megamoe_jit.engines.vllm.method import method_class
+            return _replaced(super().get_quant_method(layer, prefix), self, layer)
 
-                return method_class()(self, layer)
-            return chosen
+    class MegaMoeV4Config(base):  # type: ignore[misc]
+        """Stands for the class of DeepSeek V4, which is imported with the model."""
 
-    return MegaMoeFp8Config
+        @classmethod
+        def get_name(cls) -> str:
+            return _NAME_V4
+
+        @classmethod
+        def override_quantization_method(cls, *_: Any, **__: Any) -> None:
+            return None
+
+        @classmethod
+        def from_config(cls, config: Any) -> Any:
+            return _v4_config_class().from_config(config)
+
+    return MegaMoeFp8Config, MegaMoeV4Config
+
+
+@functools.cache
+def _v4_config_class() -> Any:
+    base: Any = importlib.import_module("vllm.models.deepseek_v41").DeepseekV4FP8Config
+
+    class MegaMoeDeepseekV4Config(base):  # type: ignore[misc]
+        """DeepSeek V4 and V4.1: FP8 as vLLM has it, experts in MXFP4 or FP8 in this layer."""
+
+        def get_quant_method(self, layer: Any, prefix: str) -> Any:
+            return _replaced(super().get_quant_method(layer, prefix), self, layer)
+
+    return MegaMoeDeepseekV4Config
+
+
+def _chosen(checkpoint: Any, hf_config: Any) -> str:
+    """The quantisation for a checkpoint; raises `ConfigError` if there is none."""
+    found = checkpoint.get("quant_method"), checkpoint.get("weight_block_size")
+    if found[0] in ("fp8", "deepseek_v4_fp8"):
+        if getattr(hf_config, "model_type", None) in _V4:
+            return _NAME_V4
+        if list(found[1] or ()) == [128, 128]:
+            return NAME
+    raise ConfigError(
+        f"--quantization {NAME} with a checkpoint of quant_method {found[0]!r} and weight_block_size {found[1]}; "
+        "allowed: 'fp8' with [128, 128], or DeepSeek V4. Next: without --quantization"
+    )
+
+
+def _replaced(chosen: Any, config: Any, layer: Any) -> Any:
+    """Our method in place of vLLM's for routed experts in FP8 or MXFP4; any other as it is."""
+    from megamoe_jit.engines.vllm import method
+
+    name = f"{type(chosen).__module__}.{type(chosen).__name__}"
+    if name == f"{_QUANT}.fp8.Fp8MoEMethod":
+        return method.fp8_method_class()(config, layer)
+    if name == f"{_QUANT}.mxfp4.Mxfp4MoEMethod":
+        options = {key: getattr(chosen, key) for key in ("activation_key",) if hasattr(chosen, key)}
+        return method.mxfp4_method_class()(layer.moe_config, layer, **options)
+    return chosen

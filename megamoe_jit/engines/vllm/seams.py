@@ -14,6 +14,7 @@ _QUANT = "vllm.model_executor.layers.quantization"
 _MK = f"{_MOE}.modular_kernel"
 _EXPERTS = "FusedMoEExpertsModular"
 _METHOD = "Fp8MoEMethod"
+_ASKED = ("self", "layer", "prefix")
 
 #: Methods of the experts that vLLM calls, and with what.
 _OURS = (
@@ -86,6 +87,13 @@ SEAMS = (
     Seam(f"{_QUANT}.fp8", f"{_METHOD}.process_weights_after_loading", "replaced", ("self", "layer")),
     Seam(f"{_QUANT}.fp8", f"{_METHOD}.get_fused_moe_quant_config", "called", ("layer",)),
     Seam(f"{_QUANT}.fp8", f"{_METHOD}.apply", "read"),
+    Seam(f"{_QUANT}.mxfp4", "Mxfp4MoEMethod.__init__", "called", ("moe",)),
+    Seam(f"{_QUANT}.mxfp4", "Mxfp4MoEMethod.process_weights_after_loading", "replaced", ("self", "layer")),
+    Seam(f"{_QUANT}.mxfp4", "Mxfp4MoEMethod.get_fused_moe_quant_config", "called", ("layer",)),
+    Seam(f"{_QUANT}.mxfp4", "Mxfp4MoEMethod.apply"),
+    Seam(f"{_MOE}.oracle.mxfp4", "Mxfp4MoeBackend.EMULATION"),
+    Seam(f"{_QUANT}.utils.quant_utils", "kMxfp4Static"),
+    Seam("vllm.models.deepseek_v41.quant_config", "DeepseekV4FP8Config.get_quant_method", "replaced", _ASKED),
     Seam(f"{_QUANT}.fp8", "Fp8Config.get_quant_method", "replaced", ("self", "layer", "prefix")),
     Seam(f"{_QUANT}.fp8", "Fp8Config.get_name", "replaced", ("cls",)),
     Seam(
