@@ -21,7 +21,7 @@ SIZES = {"num_experts": 4, "num_max_tokens_per_rank": 100, "num_topk": 2, "hidde
 @pytest.fixture
 def buffers(monkeypatch):
     monkeypatch.setattr(mega, "_all_in_place", lambda: True)
-    monkeypatch.setattr(mega, "_sizes", set())
+    monkeypatch.setattr(mega, "_formats", {})
     _buffers.clear()
     yield kernels_by_reference(monkeypatch)
     _buffers.clear()
@@ -118,7 +118,7 @@ def test_memory_that_was_exchanged_is_taken_over_anew(buffers):
 
 
 def test_every_hook_answers_a_probe():
-    hooks = (mega._build, mega._is_available, mega._buffer, mega._run, weights._load)
+    hooks = (mega._build, mega._build_packed, mega._is_available, mega._buffer, mega._run, weights._load)
     assert all(hook(original, PROBE) is PROBE for hook in hooks)
     assert weights._restore(original, None, PROBE) is PROBE
 
