@@ -2,8 +2,8 @@
 
 Run:   torchrun --nproc-per-node 2 examples/engines/flashinfer_layer.py
 Seen:  from each rank the shape of its output, and exit code 0.
-Needs: FlashInfer and a Hopper GPU for each rank; without FlashInfer one sentence, and exit code 3. Where the kernel does
-       not fit, `megamoe-jit doctor --engine flashinfer` says why.
+Needs: FlashInfer and a Hopper GPU for each rank; without FlashInfer one sentence, and exit code 3. Where the kernel
+       does not fit, `megamoe-jit doctor --engine flashinfer` says why.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Run:   python examples/engines/sglang_generate.py MODEL --gpus 8
 Seen:  the text that the model goes on with, and exit code 0. `MEGAMOE_JIT_LOG_LEVEL=info` shows the kernels meanwhile.
-Needs: SGLang, Hopper GPUs that hold the model, and a model with experts in FP8 with blocks of 128 x 128, or DeepSeek V4;
-       without SGLang one sentence, and exit code 3. Where the plug-in does not fit, `megamoe-jit doctor --engine sglang`
-       says why.
+Needs: SGLang, Hopper GPUs that hold the model, and one with experts in FP8 with blocks of 128 x 128, or DeepSeek V4;
+       without SGLang one sentence, and exit code 3. Where the plug-in does not fit,
+       `megamoe-jit doctor --engine sglang` says why.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Run:   python examples/engines/vllm_generate.py MODEL --gpus 8
 Seen:  the text that the model goes on with, and exit code 0. `MEGAMOE_JIT_LOG_LEVEL=info` shows the kernels meanwhile.
-Needs: vLLM, Hopper GPUs that hold the model, and a model with experts in FP8 with blocks of 128 x 128, or DeepSeek V4;
+Needs: vLLM, Hopper GPUs that hold the model, and one with experts in FP8 with blocks of 128 x 128, or DeepSeek V4;
        without vLLM one sentence, and exit code 3. Where the plug-in does not fit, `megamoe-jit doctor --engine vllm`
        says why.
 """

@@ -33,12 +33,12 @@ class _Ready(NamedTuple):
 
 def hook() -> None:
     """Make the backend one that can be chosen, and have `Fp8MoEMethod` know it."""
-    _module("arg_groups.choices").add_moe_runner_backend_choices([BACKEND])
     core = _core_class()
     _module("layers.moe.moe_runner.runner").register_moe_runner_core(BACKEND, core)
     around(f"{_FP8}.create_moe_runner", _create_runner)
     around(f"{_FP8}.process_weights_after_loading", _process)
     around(f"{_FP8}.apply", _apply)
+    _module("arg_groups.choices").add_moe_runner_backend_choices([BACKEND])  # last: then it works
 
 
 def _module(name: str) -> Any:

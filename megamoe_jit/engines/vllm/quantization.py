@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from megamoe_jit._errors import ConfigError
 
@@ -25,46 +28,60 @@ def add() -> None:
     """Register the quantisation; a second time changes nothing."""
     package = importlib.import_module(_QUANT)
     if NAME not in package.QUANTIZATION_METHODS:
-        plain, v4 = _config_classes()
-        package.register_quantization_config(NAME)(plain)
-        package.register_quantization_config(_NAME_V4)(v4)
+        package.register_quantization_config(NAME)(_standing_for(NAME, _fp8_config_class))
+        package.register_quantization_config(_NAME_V4)(_standing_for(_NAME_V4, _v4_config_class))
 
 
-def _config_classes() -> tuple[Any, Any]:
-    base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8Config
+def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
+    """A class that is registered in place of a whole one, which is imported when a model is built: with CUDA set up."""
+    base: Any = importlib.import_module(f"{_QUANT}.base_config").QuantizationConfig
 
-    class MegaMoeFp8Config(base):  # type: ignore[misc]
-        """FP8 checkpoints with blocks of 128 x 128, their routed experts in this layer."""
+    class MegaMoeConfig(base):  # type: ignore[misc]
+        """What vLLM asks of a quantisation before there is a model."""
 
         @classmethod
         def get_name(cls) -> str:
-            return NAME
+            return name
+
+        @classmethod
+        def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 90
+
+        @classmethod
+        def get_config_filenames(cls) -> list[str]:
+            return []
 
         @classmethod
         def override_quantization_method(
             cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
         ) -> str | None:
-            return _chosen(hf_quant_cfg, hf_config) if user_quant in NAMES else None
+            return _chosen(hf_quant_cfg, hf_config) if name == NAME and user_quant in NAMES else None
+
+        @classmethod
+        def from_config(cls, config: Any) -> Any:
+            return whole().from_config(config)
+
+        def get_quant_method(self, layer: Any, prefix: str) -> Any:
+            raise NotImplementedError(f"{name} is made by from_config()")
+
+    return MegaMoeConfig
+
+
+@functools.cache
+def _fp8_config_class() -> Any:
+    base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8Config
+
+    class MegaMoeFp8Config(base):  # type: ignore[misc]
+        """FP8 checkpoints with blocks of 128 x 128, their routed experts in this layer."""
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
             return _replaced(super().get_quant_method(layer, prefix), self, layer)
 
-    class MegaMoeV4Config(base):  # type: ignore[misc]
-        """Stands for the class of DeepSeek V4, which is imported with the model."""
-
-        @classmethod
-        def get_name(cls) -> str:
-            return _NAME_V4
-
-        @classmethod
-        def override_quantization_method(cls, *_: Any, **__: Any) -> None:
-            return None
-
-        @classmethod
-        def from_config(cls, config: Any) -> Any:
-            return _v4_config_class().from_config(config)
-
-    return MegaMoeFp8Config, MegaMoeV4Config
+    return MegaMoeFp8Config
 
 
 @functools.cache

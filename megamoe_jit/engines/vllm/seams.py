@@ -95,7 +95,18 @@ SEAMS = (
     Seam(f"{_QUANT}.utils.quant_utils", "kMxfp4Static"),
     Seam("vllm.models.deepseek_v41.quant_config", "DeepseekV4FP8Config.get_quant_method", "replaced", _ASKED),
     Seam(f"{_QUANT}.fp8", "Fp8Config.get_quant_method", "replaced", ("self", "layer", "prefix")),
-    Seam(f"{_QUANT}.fp8", "Fp8Config.get_name", "replaced", ("cls",)),
+    *(
+        Seam(f"{_QUANT}.base_config", f"QuantizationConfig.{name}", "replaced", takes)
+        for name, takes in (
+            ("get_name", ("self",)),
+            ("get_supported_act_dtypes", ("self",)),
+            ("get_min_capability", ("cls",)),
+            ("get_config_filenames", ()),
+            ("from_config", ("cls", "config")),
+            ("get_quant_method", ("self", "layer", "prefix")),
+        )
+    ),
+    Seam(f"{_QUANT}.fp8", "Fp8Config.from_config", "called", ("config",)),
     Seam(
         f"{_QUANT}.base_config",
         "QuantizationConfig.override_quantization_method",
