@@ -51,6 +51,7 @@ demo: $(call stamp,run)
 
 test: $(call stamp,dev)
 	$(PY) -m pytest tests/unit tests/compile $(WORKERS) $(ARGS)
+	@echo "not run: plug-ins in the sources of engines (make test-engines, 1.5 GB of wheels), GPUs (make test-gpu test-multi)"
 
 # The kernels and the runtime's compiler tests once more, with the NVRTC of CUDA 13 in place of CUDA 12's.
 NVRTC13 := $(VENV)/nvrtc13

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape
 from megamoe_jit.engines.seams import misfits
 from megamoe_jit.engines.sglang import seams
 from megamoe_jit.engines.sglang.weights import held_by
@@ -47,6 +47,19 @@ def loaded(world: SglangWorld, shape=SHAPE, seed=0, **options):
     layer, (l1, l2) = world.layer(shape, **options), experts(shape, seed)
     world.load(layer, l1, l2)
     return layer, l1, l2
+
+
+def moe_block(layer, of, **more):
+    """What `forward_mega_moe` asks of a model's MoE block."""
+    given = {
+        "experts": layer, "mega_shared_l1_weights": None, "mega_shared_l2_weights": None, "alt_stream": None,
+        "num_fused_shared_experts": 0, "n_shared_experts": 1, "layer_id": 0, "is_hash": False,
+        "routed_scaling_factor_fused_in_topk": False, "routed_scaling_factor": 2.5,
+        "config": SimpleNamespace(hidden_size=256, moe_intermediate_size=128, num_experts_per_tok=2),
+        "gate": lambda *_, **__: None,
+        "topk": lambda *_, **__: SimpleNamespace(topk_ids=of.ids, topk_weights=of.weights),
+    }  # fmt: skip
+    return SimpleNamespace(**{**given, **more})
 
 
 def from_disk(pairs):
@@ -118,13 +131,7 @@ class TestMegaMoE:
         layer, l1, l2 = loaded(world)
         of = batch(4, SHAPE)
         beside = torch.randn(4, SHAPE.hidden, dtype=torch.bfloat16)
-        moe = SimpleNamespace(
-            experts=layer, mega_shared_l1_weights=None, mega_shared_l2_weights=None, alt_stream=None,
-            num_fused_shared_experts=0, n_shared_experts=1, is_hash=False, routed_scaling_factor_fused_in_topk=False,
-            routed_scaling_factor=2.5, _forward_shared_experts=lambda _: beside,
-            config=SimpleNamespace(hidden_size=256, moe_intermediate_size=128, num_experts_per_tok=2),
-            gate=lambda *_, **__: None, topk=lambda *_, **__: SimpleNamespace(topk_ids=of.ids, topk_weights=of.weights),
-        )  # fmt: skip
+        moe = moe_block(layer, of, _forward_shared_experts=lambda _: beside)
         mega = world.module("layers.moe.mega_moe")
         monkeypatch.setattr(mega, "should_use_mega_gate", lambda *_: False, raising=False)
         layer.moe_runner_config.swiglu_limit = 1.0
@@ -148,14 +155,8 @@ class TestMegaMoE:
         monkeypatch.setattr(mega, "should_use_mega_gate", lambda *_: False, raising=False)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-        moe = SimpleNamespace(
-            experts=layer, mega_shared_l1_weights=None, mega_shared_l2_weights=None, alt_stream=side,
-            num_fused_shared_experts=0, n_shared_experts=1, is_hash=False, routed_scaling_factor_fused_in_topk=True,
-            _forward_shared_experts=lambda _: None,
-            config=SimpleNamespace(hidden_size=256, moe_intermediate_size=128, num_experts_per_tok=2),
-            gate=lambda *_, **__: None, topk=lambda *_, **__: SimpleNamespace(topk_ids=of.ids, topk_weights=of.weights),
-        )  # fmt: skip
-        assert torch.equal(mega.forward_mega_moe(moe, of.x), expected(of, l1, l2))
+        moe = moe_block(layer, of, alt_stream=side, _forward_shared_experts=lambda _: None)
+        assert torch.equal(mega.forward_mega_moe(moe, of.x), expected(of, l1, l2, factor=2.5))
         assert order == [("side", "main"), ("main", "side")]
 
     def test_weights_are_updated_where_they_are(self, world):
@@ -298,7 +299,7 @@ class TestWithoutAllToAll:
         assert torch.equal(self.forward(world, layer, of), expected(of, l1, l2))
 
     def test_batches_beyond_the_capacity(self, world, buffers, monkeypatch):
-        monkeypatch.setattr("megamoe_jit.engines.local.LocalExperts.__init__.__defaults__", (128,))
+        monkeypatch.setattr("megamoe_jit.engines.local.LocalExperts.__init__.__defaults__", (128, FP8))
         layer, l1, l2 = loaded(world, routed_scaling_factor=2.0)
         of = batch(300, SHAPE)
         assert torch.equal(self.forward(world, layer, of), expected(of, l1, l2, factor=2.0))

@@ -210,6 +210,12 @@ class TestPackedExperts:
         of = batch(9, SHAPE)
         assert torch.equal(run(layer, of), expected(of, l1, l2, 10.0))
 
+    def test_a_second_processing_changes_nothing(self, world):
+        layer, l1, l2 = self.packed(world)
+        layer.quant_method.process_weights_after_loading(layer)
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2, 10.0))
+
     def test_its_fp8_experts_too(self, world):
         quantization = world.chosen(NAME, FP8, "deepseek_v41")
         world.config.model_config.hf_config.expert_dtype = "fp8"

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.given_weights import format_of
+from megamoe_jit._layer.weights import is_transformed
+from megamoe_jit._spec import WeightFormat
 from megamoe_jit.engines.aside import LOG
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.vllm import experts
@@ -17,7 +20,6 @@ __all__ = ["fp8_method_class", "mxfp4_method_class"]
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 _QUANT = "vllm.model_executor.layers.quantization"
-_HELD = "_megamoe_jit_held"  #: of a layer
 _BLOCKS = "weight_block_scale"  #: what the kernel reads of MXFP4 besides codes and exponents
 
 
@@ -105,27 +107,27 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
 
 def _run_as_one_kernel(method: Any, layer: Any, parts: tuple[str, str]) -> None:
     """Bring a layer's experts into the kernel's order where they are, and build the kernel that runs them."""
-    held = _take(layer, parts)
-    names = (*parts, _BLOCKS) if held.weights.group else parts
+    weights = _take(layer, parts)
+    names = (*parts, _BLOCKS) if weights.group else parts
     method.moe_quant_config = method.get_fused_moe_quant_config(layer)
     ours = method.experts_cls(moe_config=method.moe, quant_config=method.moe_quant_config)
-    ours.bind(layer, held.weights, tuple(tuple(f"{matrix}_{name}" for name in names) for matrix in ("w13", "w2")))
+    ours.bind(layer, weights, tuple(tuple(f"{matrix}_{name}" for name in names) for matrix in ("w13", "w2")))
     kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
     method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config), ours)
     LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))
 
 
-def _take(layer: Any, parts: tuple[str, str]) -> HeldExperts:
-    tensors = [getattr(layer, f"{matrix}_{name}").data for matrix in ("w13", "w2") for name in parts]
-    held: HeldExperts | None = getattr(layer, _HELD, None)
-    if held is None or not held.keeps(*tensors):
-        held = HeldExperts((tensors[0], tensors[1]), (tensors[2], tensors[3]))
-        setattr(layer, _HELD, held)
+def _take(layer: Any, parts: tuple[str, str]) -> WeightFormat:
+    """Bring a layer's experts into the kernel's order, unless they are; their format.
+
+    Nothing is kept of them: a reload processes tensors that are given up when they were copied over the layer's own.
+    """
+    w13, w2 = (tuple(getattr(layer, f"{matrix}_{name}").data for name in parts) for matrix in ("w13", "w2"))
+    if is_transformed(w13, w2):
+        return format_of("w13", w13)
+    held = HeldExperts(w13, w2)
     held.to_kernel()
     if held.weights.group:
-        for matrix, given in (
-            ("w13", held.l1),
-            ("w2", held.l2),
-        ):  # parameters, since vLLM moves experts as slices of them
+        for matrix, given in (("w13", held.l1), ("w2", held.l2)):  # vLLM moves experts as slices of parameters
             layer.register_parameter(f"{matrix}_{_BLOCKS}", torch.nn.Parameter(given[2], requires_grad=False))
-    return held
+    return held.weights
