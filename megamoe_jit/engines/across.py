@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,9 +15,16 @@ from megamoe_jit._spec import FP8, WeightFormat
 
 __all__ = ["buffer_across"]
 
+
+class _Made(NamedTuple):
+    buffer: SymmBuffer
+    group: Any  #: kept, since its id is in the key
+    formats: set[str]  #: that kernels were prepared for
+
+
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock")
-_buffers: dict[tuple[Any, ...], tuple[SymmBuffer, Any]] = {}  #: with the group, whose id is in the key
+_buffers: dict[tuple[Any, ...], _Made] = {}
 
 
 def buffer_across(
@@ -28,31 +36,29 @@ def buffer_across(
     intermediate: int,
     *,
     activation: str = "swiglu",
-    weights: WeightFormat = FP8,
+    weights: Collection[WeightFormat] = (FP8,),
 ) -> SymmBuffer:
-    """The buffer of a group's layers of these sizes, with all its kernels; a collective the first time.
+    """The buffer of a group's layers of these sizes, with all its kernels; a collective where some are to be made.
 
     Args:
         group: the process group of the ranks that share the experts.
         experts: of all ranks.
         tokens: most tokens of a rank in one call.
         topk, hidden, intermediate, activation: as `get_symm_buffer_for_mega_moe` takes them.
-        weights: the format of the weights of calls to come.
+        weights: the formats of the weights of calls to come.
 
     Raises:
         MegaMoeError: as there.
     """
     sizes = (experts, tokens, topk, hidden, intermediate)
-    key = (
-        id(group),
-        *sizes,
-        activation,
-        weights.name,
-        torch.cuda.current_device() if torch.cuda.is_available() else None,
-    )
+    key = (id(group), *sizes, activation, torch.cuda.current_device() if torch.cuda.is_available() else None)
     with _lock:
         if key not in _buffers:
             made = calls.get_symm_buffer_for_mega_moe(group, *sizes, activation=activation)
-            made.prepare_all(weight_format=weights.name)  # none is compiled in a capture, or by one rank alone
-            _buffers[key] = made, group
-        return _buffers[key][0]
+            _buffers[key] = _Made(made, group, set())
+        found = _buffers[key]
+        for each in weights:
+            if each.name not in found.formats:
+                found.buffer.prepare_all(weight_format=each.name)  # none is compiled in a capture, or by one rank alone
+                found.formats.add(each.name)
+        return found.buffer

@@ -26,7 +26,7 @@ __all__ = ["hook"]
 _SM90 = "sglang.srt.layers.moe.mega_moe_sm90"
 _MEGA = "sglang.srt.layers.moe.mega_moe"
 
-_formats: dict[tuple[int, int], WeightFormat] = {}  #: of layers that were taken over, by hidden and intermediate
+_formats: dict[tuple[int, int], tuple[WeightFormat, ...]] = {}  #: of layers that were taken over, by their sizes
 
 
 def hook() -> None:
@@ -69,7 +69,9 @@ def _build(original: Callable[..., None], experts: Any) -> Any:
     held = weights.try_to_take(experts) if _all_in_place() else None
     if held is None:
         return original(experts)
-    _formats[held.hidden, held.intermediate] = held.weights
+    sizes = held.hidden, held.intermediate
+    known = _formats.get(sizes, ())
+    _formats[sizes] = known if held.weights in known else (*known, held.weights)
     experts.mega_l1_weights, experts.mega_l2_weights = held.l1, held.l2
     experts._mega_moe_sm90_fp8_weights = experts._mega_moe_weights_built = True
     return None

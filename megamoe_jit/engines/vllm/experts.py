@@ -176,7 +176,7 @@ def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Any:
     _require_in_order(layer.expert_map, parallel)
     group = importlib.import_module("vllm.distributed.parallel_state").get_ep_group().device_group
     sizes = (moe.num_experts, moe.max_num_tokens, topk, hidden, intermediate)
-    return _AcrossRanks(buffer_across(group, *sizes, weights=weights))
+    return _AcrossRanks(buffer_across(group, *sizes, weights=(weights,)))
 
 
 def _require_in_order(expert_map: torch.Tensor | None, parallel: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.weights import is_transformed
-from megamoe_jit._spec import MXFP4, MoEShape
+from megamoe_jit._spec import FP8, MXFP4, MoEShape
 from megamoe_jit.engines.across import _buffers, buffer_across
 from megamoe_jit.engines.held import HeldExperts, e8m0_of
 from megamoe_jit.engines.local import LocalExperts
@@ -156,7 +156,8 @@ def test_one_buffer_for_a_group_and_its_sizes(buffers):
     assert buffer_across(one, *sizes) is buffer_across(one, *sizes)
     buffer_across(other, *sizes)
     buffer_across(one, *sizes[:4], 256)
-    assert buffer_across(one, *sizes, weights=MXFP4).formats == ["mxfp4"]
-    del buffers[-1]
+    both = buffer_across(one, *sizes, weights=(FP8, MXFP4))
+    assert both is buffers[0]
+    assert both.formats == ["fp8", "mxfp4"]
     assert [(each.group, each.shape.intermediate) for each in buffers] == [(one, 128), (other, 128), (one, 256)]
-    assert all(each.prepared == 1 for each in buffers)
+    assert [each.prepared for each in buffers] == [2, 1, 1]
