@@ -14,14 +14,19 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import from_bf16
+from megamoe_jit._layer.given_weights import format_of
+from megamoe_jit._layer.weights import is_transformed
 from megamoe_jit._spec import MoEShape, WeightFormat
 from megamoe_jit.engines.across import buffer_across
+from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.local import CAPACITY, LocalExperts
 
 __all__ = ["experts_class", "is_across_ranks", "prepare_finalize"]
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 _NO_SCRATCH = (0,)
+_PARTS = ("weight", "weight_scale_inv"), ("weight", "weight_scale")  #: of FP8, and of MXFP4
+_BLOCKS = "weight_block_scale"  #: what the kernel reads of MXFP4 besides codes and exponents
 
 
 def is_across_ranks(parallel: Any) -> bool:
@@ -123,17 +128,15 @@ def experts_class() -> Any:
         ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
             return _NO_SCRATCH, _NO_SCRATCH, (M, K)
 
-        def bind(self, layer: Any, weights: WeightFormat, names: Any) -> None:
-            """Make the buffer of a layer whose weights are loaded; with several ranks a collective.
+        def process_weights_after_loading(self, layer: Any) -> None:
+            """Take a layer over, in place, and make its buffer; with several ranks a collective.
 
-            Args:
-                layer: whose parameters are read at each call, since a reload may exchange them.
-                weights: their format.
-                names: of the parameters of both matrices.
+            Its parameters are read at each call, since a reload may exchange them.
 
             Raises:
                 MegaMoeError: there is no kernel of these sizes, or no memory.
             """
+            weights, names = _take(layer)
             self._run = _runner_of(self.moe_config, layer, weights)
             self._layer, (self._l1, self._l2) = layer, names
 
@@ -164,6 +167,32 @@ def experts_class() -> Any:
                 output.copy_(found)
 
     return MegaMoeExperts
+
+
+def _take(layer: Any) -> tuple[WeightFormat, list[tuple[str, ...]]]:
+    """Bring a layer's experts into the kernel's order where they are, unless they are in it.
+
+    Nothing is kept of them: a reload processes tensors that are given up when they were copied over the layer's own.
+
+    Returns:
+        Their format, and the names of the parameters that a call takes, of both matrices.
+    """
+    parts = next((pair for pair in _PARTS if hasattr(layer, f"w13_{pair[1]}")), _PARTS[0])
+    names = [tuple(f"{matrix}_{part}" for part in parts) for matrix in ("w13", "w2")]
+    w13, w2 = (tuple(getattr(layer, name).data for name in each) for each in names)
+    if is_transformed(w13, w2):
+        weights = format_of("w13", w13)
+    else:
+        held = HeldExperts(w13, w2)
+        held.to_kernel()
+        weights = held.weights
+        for matrix, given in (("w13", held.l1), ("w2", held.l2)):
+            if weights.group:  # a parameter, since vLLM moves experts as slices of those
+                blocks = torch.nn.Parameter(given[2], requires_grad=False)
+                layer.register_parameter(f"{matrix}_{_BLOCKS}", blocks)
+    if weights.group:
+        names = [(*each, f"{each[0].partition('_')[0]}_{_BLOCKS}") for each in names]
+    return weights, names
 
 
 def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Any:

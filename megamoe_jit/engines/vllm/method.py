@@ -6,21 +6,14 @@ import functools
 import importlib
 from typing import Any
 
-import torch
-
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.given_weights import format_of
-from megamoe_jit._layer.weights import is_transformed
-from megamoe_jit._spec import WeightFormat
 from megamoe_jit.engines.aside import LOG
-from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.vllm import experts
 
 __all__ = ["fp8_method_class", "mxfp4_method_class"]
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 _QUANT = "vllm.model_executor.layers.quantization"
-_BLOCKS = "weight_block_scale"  #: what the kernel reads of MXFP4 besides codes and exponents
 
 
 @functools.cache
@@ -40,7 +33,7 @@ def fp8_method_class() -> Any:
             _choose(self, layer)
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            _run_as_one_kernel(self, layer, ("weight", "weight_scale_inv"))
+            _run_as_one_kernel(self, layer)
 
     return MegaMoeFp8MoEMethod
 
@@ -62,7 +55,7 @@ def mxfp4_method_class() -> Any:
             _choose(self, layer)
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            _run_as_one_kernel(self, layer, ("weight", "weight_scale"))
+            _run_as_one_kernel(self, layer)
 
     return MegaMoeMxfp4MoEMethod
 
@@ -105,29 +98,11 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
     return [reason for found, reason in checks if found]
 
 
-def _run_as_one_kernel(method: Any, layer: Any, parts: tuple[str, str]) -> None:
-    """Bring a layer's experts into the kernel's order where they are, and build the kernel that runs them."""
-    weights = _take(layer, parts)
-    names = (*parts, _BLOCKS) if weights.group else parts
+def _run_as_one_kernel(method: Any, layer: Any) -> None:
+    """Have our experts take a layer over, and build the kernel that runs them."""
     method.moe_quant_config = method.get_fused_moe_quant_config(layer)
     ours = method.experts_cls(moe_config=method.moe, quant_config=method.moe_quant_config)
-    ours.bind(layer, weights, tuple(tuple(f"{matrix}_{name}" for name in names) for matrix in ("w13", "w2")))
+    ours.process_weights_after_loading(layer)
     kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
     method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config), ours)
     LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))
-
-
-def _take(layer: Any, parts: tuple[str, str]) -> WeightFormat:
-    """Bring a layer's experts into the kernel's order, unless they are; their format.
-
-    Nothing is kept of them: a reload processes tensors that are given up when they were copied over the layer's own.
-    """
-    w13, w2 = (tuple(getattr(layer, f"{matrix}_{name}").data for name in parts) for matrix in ("w13", "w2"))
-    if is_transformed(w13, w2):
-        return format_of("w13", w13)
-    held = HeldExperts(w13, w2)
-    held.to_kernel()
-    if held.weights.group:
-        for matrix, given in (("w13", held.l1), ("w2", held.l2)):  # vLLM moves experts as slices of parameters
-            layer.register_parameter(f"{matrix}_{_BLOCKS}", torch.nn.Parameter(given[2], requires_grad=False))
-    return held.weights

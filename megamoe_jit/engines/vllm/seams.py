@@ -28,6 +28,7 @@ _OURS = (
     Seam(_MK, "FusedMoEExperts._supports_parallel_config", "replaced", ("moe_parallel_config",)),
     Seam(_MK, "FusedMoEExperts._supports_shape", "replaced", ("hidden_dim",)),
     Seam(_MK, "FusedMoEExperts.expects_unquantized_inputs", "replaced", ("self",)),
+    Seam(_MK, "FusedMoEExperts.process_weights_after_loading", "replaced", ("self", "layer")),
     Seam(_MK, f"{_EXPERTS}.finalize_weight_and_reduce_impl", "replaced", ("self",)),
     Seam(
         _MK,
