@@ -1,15 +1,15 @@
-"""The layer inside a model of transformers, called as it is, beside the experts that transformers has.
+"""The layer inside models of transformers, called as they are, beside the experts that transformers has.
 
-    python -m benchmarks.in_transformers [--output in-transformers.json]
+    python -m benchmarks.in_transformers [--model qwen3-30b-a3b] [--batch 16] [--prefill] [--output models.json]
 
-Four layers of Qwen3-30B-A3B in their real sizes with random weights, eager, no graphs, nothing compiled.  In turns:
+Four layers of a model in their real sizes with random weights, eager, no graphs, nothing compiled.  In turns:
 
-    megamoe     this package, registered as an experts implementation of transformers
+    megamoe     this package, as `import megamoe_jit.transformers` enters it
     grouped_mm  its default: sorted tokens, torch's grouped products in bf16
     eager       its loop over the experts
 
 The others' weights are those of megamoe, dequantised.  A decode step is one token of every sequence after a prompt; a
-prefill one sequence at once.  Needs a Hopper GPU and transformers.
+prefill one sequence at once.  Needs a Hopper GPU and transformers; `--layers` where its memory does not hold four.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import importlib.util
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,63 +31,66 @@ from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit.heuristics.presets import preset
 from megamoe_jit.reference import calc_diff
 
-__all__ = ["IMPLEMENTATIONS", "adopt", "make_model", "measure", "megamoe_experts"]
+__all__ = ["IMPLEMENTATIONS", "MODELS", "Steps", "adopt", "make_model", "measure"]
 
-MODEL, LAYERS = "qwen3-30b-a3b", 4
+LAYERS = 4
 IMPLEMENTATIONS = ("megamoe", "grouped_mm", "eager")
 BATCHES, PROMPT, STEPS = (1, 16, 64), 32, 8  #: of decoding: sequences, their tokens before, tokens that are timed
 PREFILL = 2048
 ROUNDS, SKIPPED = 7, 1
 MOST_DIFF = 0.02  #: of logits: FP8 activations, and tokens that the next router sends elsewhere for them
 
+#: By preset: the class of the configuration, and what it needs to have experts in every layer.  Sizes that are not
+#: named are the defaults of the class, which are those of the model.
+MODELS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "qwen3-30b-a3b": (
+        "Qwen3MoeConfig",
+        lambda layers: {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True},
+    ),
+    "glm-4-moe": ("Glm4MoeConfig", lambda layers: {"first_k_dense_replace": 0}),
+    "v4-flash": ("DeepseekV4Config", lambda layers: {"mlp_layer_types": ["moe"] * layers}),
+    "deepseek-v3": ("DeepseekV3Config", lambda layers: {"first_k_dense_replace": 0}),
+}
 
-def megamoe_experts(
-    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The forward pass of an experts module that `adopt` has seen, as transformers' interface wants it."""
-    return experts.megamoe(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
 
-
-def adopt(model: torch.nn.Module, topk: int, max_tokens: int, make: Callable[..., Any] = mm.MegaMoE) -> int:
-    """Give every experts module of a model a layer of ours, and the others its weights; how many there are.
+def adopt(model: torch.nn.Module) -> int:
+    """Round the weights of every experts module to those that FP8 has, so that all implementations have the same.
 
     Args:
         model: of transformers; its experts hold ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``.
-        topk: experts of a token.
-        max_tokens: of a launch.
-        make: what makes a layer of the quantised pairs, as `MegaMoE` does.
+
+    Returns:
+        How many modules there are.
     """
     found = [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")]
     found = [module for module in found if module.gate_up_proj.ndim == 3]
     for module in found:
         projections: Any = (module.gate_up_proj, module.down_proj)
-        pairs = [mm.quantize_weights(projection.data) for projection in projections]
-        for projection, pair in zip(projections, pairs, strict=True):
-            projection.data.copy_(mm.dequantize_weights(*pair))
-        module.megamoe = make(*pairs, topk=topk, max_tokens=max_tokens)
+        for projection in projections:
+            for expert in projection.data:
+                expert.copy_(mm.dequantize_weights(*mm.quantize_weights(expert)))
     return len(found)
 
 
-def make_model(device: torch.device, **sizes: int) -> Any:
+def make_model(name: str, device: torch.device, layers: int = LAYERS, **sizes: Any) -> Any:
     """A causal model with random weights in bf16; `sizes` of its configuration other than those of the real one."""
     import transformers
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     library: Any = transformers
-    shape = preset(MODEL).shape
+    kind, more = MODELS[name]
+    shape = preset(name).shape
     real = {
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "hidden_size": shape.hidden,
         "moe_intermediate_size": shape.intermediate,
         "num_experts": shape.experts,
+        "n_routed_experts": shape.experts,
         "num_experts_per_tok": shape.topk,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "vocab_size": 151936,
+        **more(layers),
     }
-    config = library.Qwen3MoeConfig(**{**real, **sizes}, norm_topk_prob=True)
-    ALL_EXPERTS_FUNCTIONS.register("megamoe", megamoe_experts)
+    config_class = getattr(library, kind)
+    known = inspect.signature(config_class).parameters
+    config = config_class(**{name: value for name, value in {**real, **sizes}.items() if name in known})
     torch.manual_seed(21)
     with device:
         model = library.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -134,7 +137,8 @@ def prefill_ms(model: Any, tokens: int) -> float:
     return 1e3 * _seconds(lambda: _forward(model, prompt, use_cache=False))
 
 
-def _in_turns(model: Any, work: Callable[[], float]) -> dict[str, float]:
+def _in_turns(model: Any, tokens: int, work: Callable[[], float]) -> dict[str, float]:
+    """Median times of all, and tokens per second at them."""
     times: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for turn in range(SKIPPED + ROUNDS):
         for name in IMPLEMENTATIONS:
@@ -142,7 +146,9 @@ def _in_turns(model: Any, work: Callable[[], float]) -> dict[str, float]:
             took = work()
             if turn >= SKIPPED:
                 times[name].append(took)
-    return {f"{name}_ms": round(statistics.median(found), 3) for name, found in times.items()}
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    rounded = {f"{name}_ms": round(median, 3) for name, median in medians.items()}
+    return rounded | {f"{name}_tokens_per_s": round(1e3 * tokens / median, 1) for name, median in medians.items()}
 
 
 @torch.no_grad()
@@ -156,44 +162,80 @@ def differences(model: Any, tokens: int) -> dict[str, float]:
     return {name: round(float(calc_diff(logits[name], logits["grouped_mm"])), 6) for name in ("megamoe", "eager")}
 
 
+class Steps:
+    """What is timed.
+
+    Args:
+        batches: of decoding.
+        prefill: whether a prefill is timed.
+    """
+
+    def __init__(self, batches: Sequence[int] = BATCHES, prefill: bool = True) -> None:
+        self.batches, self.prefill = batches, prefill
+
+
 @torch.no_grad()
-def measure(model: Any) -> Iterator[dict[str, Any]]:
+def measure(model: Any, steps: Steps) -> Iterator[dict[str, Any]]:
     """The rows; times are medians in milliseconds."""
-    for batch in BATCHES:
-        yield {"step": "decode", "tokens": batch, **_in_turns(model, lambda: decode_ms(model, batch))}  # noqa: B023
-    yield {"step": "prefill", "tokens": PREFILL, **_in_turns(model, lambda: prefill_ms(model, PREFILL))}
+    for batch in steps.batches:
+        times = _in_turns(model, batch, lambda: decode_ms(model, batch))  # noqa: B023
+        yield {"step": "decode", "tokens": batch, **times}
+    if steps.prefill:
+        yield {"step": "prefill", "tokens": PREFILL, **_in_turns(model, PREFILL, lambda: prefill_ms(model, PREFILL))}
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    times = "".join(f"{row[f'{name}_ms']:12.2f}" for name in IMPLEMENTATIONS)
+    times = "".join(f"{row[f'{name}_ms']:12.2f}{row[f'{name}_tokens_per_s']:10.0f}" for name in IMPLEMENTATIONS)
     return f"{row['step']:10}{row['tokens']:7}{times}{row['grouped_mm_ms'] / row['megamoe_ms']:18.2f}"
+
+
+def _of_model(name: str, layers: int, steps: Steps, device: torch.device) -> dict[str, Any]:
+    """Measure a model and print; what is known of it then."""
+    import transformers
+
+    import megamoe_jit.transformers as plugin
+
+    plugin.options.max_tokens = max(PREFILL, PROMPT * max(BATCHES))
+    model = make_model(name, device, layers)
+    count = adopt(model)
+    diffs = differences(model, max(BATCHES))
+    names = "".join(f"{each:>12}  tokens/s" for each in IMPLEMENTATIONS)
+    say(f"{count} layers of {name}, transformers {transformers.__version__}, logits differ by {diffs}")
+    say(f"{'ms':10}{'tokens':>7}{names}{'times grouped_mm':>18}")
+    rows = []
+    for row in measure(model, steps):
+        rows.append(row)
+        say(_line(row))
+    return {"model": name, "layers": count, "logits_diff": diffs, "rows": rows}
 
 
 def main() -> int:
     """Measure and print; 1 if the logits are far from grouped_mm's, 3 without a Hopper GPU or transformers."""
     arguments = parser(__doc__)
+    arguments.add_argument("--model", action="append", choices=tuple(MODELS), help="this one; all by default")
+    arguments.add_argument("--layers", type=int, default=LAYERS, help="of a model")
+    arguments.add_argument("--batch", action="append", type=int, choices=BATCHES, help="decode these alone")
+    arguments.add_argument(
+        "--prefill", action="store_true", help="with --batch: time a prefill too; alone: nothing else"
+    )
     arguments.add_argument("--output", type=Path, help="write the rows as JSON")
     options = arguments.parse_args()
     if importlib.util.find_spec("transformers") is None:
-        arguments.exit(3, "Error: no transformers here; run: pip install 'transformers>=5.17,<6'\n")
+        arguments.exit(3, "Error: no transformers here; run: pip install 'megamoe-jit[transformers]'\n")
     device = hopper(arguments)
     import transformers
 
-    model = make_model(device)
-    layers = adopt(model, preset(MODEL).shape.topk, max(PREFILL, PROMPT * max(BATCHES)))
-    diffs = differences(model, max(BATCHES))
-    names = "".join(f"{name:>12}" for name in IMPLEMENTATIONS)
-    say(f"{layers} layers of {MODEL}, transformers {transformers.__version__}, logits differ by {diffs}")
-    say(f"{'ms':10}{'tokens':>7}{names}{'times grouped_mm':>18}")
-    rows = []
-    for row in measure(model):
-        rows.append(row)
-        say(_line(row))
+    chosen = options.batch or (() if options.prefill else BATCHES)
+    steps = Steps(chosen, options.prefill or not options.batch)
+    found = []
+    for name in options.model or MODELS:
+        found.append(_of_model(name, options.layers, steps, device))
+        torch.cuda.empty_cache()
     if options.output:
         conditions = {**environment(commit()), "transformers": transformers.__version__}
-        head = {"schema_version": 1, "kind": "in_transformers", "environment": conditions, "model": MODEL}
-        write({**head, "layers": layers, "logits_diff": diffs, "rows": rows}, options.output)
-    return int(not diffs["megamoe"] <= MOST_DIFF)
+        head = {"schema_version": 2, "kind": "in_transformers", "environment": conditions}
+        write({**head, "models": found}, options.output)
+    return int(not all(each["logits_diff"]["megamoe"] <= MOST_DIFF for each in found))
 
 
 if __name__ == "__main__":

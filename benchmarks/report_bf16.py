@@ -104,12 +104,13 @@ def full(docs: Documents, models: Documents) -> str:
         ]
         lines += [_conditions(doc), _host(rows), _once(doc), "", *table(head, cells), ""]
     for doc in models.values():
-        lines += [
-            _conditions(doc, f"transformers {doc['environment']['transformers']}"),
-            f"{doc['layers']} layers of {doc['model']} in transformers, eager: milliseconds of a step. The logits "
-            f"differ from those of grouped_mm by {doc['logits_diff']['megamoe']:.4f} (`calc_diff`).",
-            "",
-            *_model_table(doc),
-            "",
-        ]
+        lines += [_conditions(doc, f"transformers {doc['environment']['transformers']}"), ""]
+        for each in doc["models"]:
+            lines += [
+                f"{each['layers']} layers of {each['model']} in transformers, eager: milliseconds of a step. Logits "
+                f"differ from those of grouped_mm by {each['logits_diff']['megamoe']:.4f} (`calc_diff`).",
+                "",
+                *_model_table(each),
+                "",
+            ]
     return "\n".join(lines[:-1])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from megamoe_jit._errors import (
         CaptureError,
+        CheckpointError,
         CompileError,
         ConfigError,
         DeviceFaultError,
@@ -70,6 +71,7 @@ _LAZY = {
     **dict.fromkeys(
         (
             "CaptureError",
+            "CheckpointError",
             "CompileError",
             "ConfigError",
             "DeviceFaultError",
@@ -129,6 +131,7 @@ _LAZY = {
 
 __all__ = [
     "CaptureError",
+    "CheckpointError",
     "CompileError",
     "ConfigError",
     "DeepEpExchange",

@@ -11,6 +11,7 @@
     │   └── PerformanceLossError           it compiled, but with spills or serialised WGMMA
     ├── KernelMissingError                 the kernel is not cached and compiling is forbidden
     ├── PackError                          a pack of kernels is damaged, foreign or not to be trusted
+    ├── CheckpointError                    a model's files are not there, damaged, or not what their index says
     ├── LoadError                          the driver refused the compiled kernel
     ├── LaunchError                        the driver refused the launch
     ├── CaptureError                       not possible while a CUDA graph is being captured
@@ -27,6 +28,7 @@ from megamoe_jit._text import printable
 
 __all__ = [
     "CaptureError",
+    "CheckpointError",
     "CompileError",
     "ConfigError",
     "DeviceFaultError",
@@ -84,6 +86,10 @@ class KernelMissingError(MegaMoeError):
 
 class PackError(MegaMoeError):
     """A pack of kernels is damaged, was made by another version, or holds what no pack should hold."""
+
+
+class CheckpointError(MegaMoeError):
+    """A file of a model's checkpoint is not there, is damaged, or does not hold what its index says."""
 
 
 class LoadError(MegaMoeError):

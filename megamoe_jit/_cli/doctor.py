@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from megamoe_jit._cli._io import ExitCode, colours_wanted, emit, end, json_option, say, show
+from megamoe_jit._diagnose.engines import ENGINES
 
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.doctor import Check
@@ -30,8 +31,9 @@ def _echo(check: Check) -> None:
 
 @click.command()
 @click.option("--no-trial", is_flag=True, help="Leave out the trial compile.")
+@click.option("--engine", type=click.Choice(ENGINES), help="Also whether the plug-in takes in this engine, and how.")
 @json_option
-def doctor(no_trial: bool, as_json: bool) -> None:
+def doctor(no_trial: bool, engine: str | None, as_json: bool) -> None:
     """Check compiler, torch, driver, GPU, cache, locks and tools, with a trial compile; says what to do.
 
     Exit code 0 if all is well, 1 if something was warned of, 3 if something fails.
@@ -39,7 +41,7 @@ def doctor(no_trial: bool, as_json: bool) -> None:
     from megamoe_jit._diagnose.doctor import Diagnosis, Status, examine, worst
 
     checks = []
-    for check in examine(trial=not no_trial):
+    for check in examine(not no_trial, engine):
         checks.append(check)
         if not as_json:
             _echo(check)

@@ -25,6 +25,7 @@ from megamoe_jit._diagnose.doctor_machine import (
     check_trial,
     compiling_forbidden,
 )
+from megamoe_jit._diagnose.engines import examine_engine, probe_of
 from megamoe_jit._diagnose.finding import Check, Diagnosis, Status, worst
 from megamoe_jit._diagnose.machine import TOOLS, FileSystem, compilers, file_system, find_tool, gpus, tool_command
 from megamoe_jit._settings.settings import PREFIX, VARIABLES, default_config_file, get_settings, lenient, listed
@@ -38,7 +39,7 @@ __all__ = ["Check", "Diagnosis", "Status", "examine", "worst"]
 LOW_SPACE = 256 << 20  #: free bytes below which a cache gets a warning
 
 
-def examine(trial: bool = True) -> Iterator[Check]:
+def examine(trial: bool = True, engine: str | None = None) -> Iterator[Check]:
     """Run every check in turn.
 
     That of the kernel sources is left out where the packaged ones are used and are whole, that of the ready kernels
@@ -46,6 +47,7 @@ def examine(trial: bool = True) -> Iterator[Check]:
 
     Args:
         trial: whether to compile a small kernel as well.
+        engine: one of `ENGINES` that is looked at last.
     """
     settings = _guarded("settings", _settings)
     yield settings
@@ -72,6 +74,8 @@ def examine(trial: bool = True) -> Iterator[Check]:
         steps.append(("trial compile", lambda: check_trial(found)))
     for name, step in steps:
         yield _guarded(name, step)
+    if engine is not None:
+        yield from examine_engine(probe_of(engine))
 
 
 def _guarded(name: str, step: Callable[[], Check]) -> Check:

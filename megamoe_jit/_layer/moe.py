@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from megamoe_jit._layer.plain_weights import (
     check_matrix,
     check_same,
     format_given,
+    in_order,
     own_pair,
     parts,
     read_matrix,
@@ -51,7 +54,8 @@ class MegaMoE(torch.nn.Module):
             on a CUDA device, which is then the layer's; or a pair of e4m3 codes of that shape and float32 scales
             ``[experts, 2 * intermediate / 128, hidden / 128]``; or MXFP4 codes, two to a byte, low nibble first, uint8,
             int8 or float4_e2m1fn_x2 ``[experts, 2 * intermediate, hidden / 2]`` and e8m0 exponents, float8_e8m0fnu or
-            uint8 ``[experts, 2 * intermediate, hidden / 32]``. Sizes are multiples of 128.
+            uint8 ``[experts, 2 * intermediate, hidden / 32]``. Sizes are multiples of 128. What is marked as being in
+            the kernel's order stays in it.
         w2: ``[experts, hidden, intermediate]``, and scales ``[experts, hidden / 128, intermediate / 128]``, likewise.
         topk: slots of a token, 1 to 32.
         max_tokens: most tokens of a launch, 1 to 32768; the capacity is rounded up to a multiple of 128. Batches with
@@ -123,7 +127,7 @@ class MegaMoE(torch.nn.Module):
     ) -> None:
         super().__init__()
         shape = check_layer(w13, w2, topk, num_shared_experts, (shared_w13, shared_w2))
-        device = check_matrix("w13", w13).device
+        device = check_matrix("w13", w13, 3).device
         check_clamp("clamp", clamp)
         check_flag("fast_math", fast_math)
         check_flag("inplace", inplace)
@@ -141,14 +145,37 @@ class MegaMoE(torch.nn.Module):
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
-                l1 = own_pair("w13", w13, shared_w13, device, inplace)
-                l2 = own_pair("w2", w2, shared_w2, device, inplace)
-                l1, l2 = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True, rounding=rounding)
+                pairs = in_order(w13, w2, shared_w13, inplace)
+                if pairs is None:
+                    l1 = own_pair("w13", w13, shared_w13, device, inplace)
+                    l2 = own_pair("w2", w2, shared_w2, device, inplace)
+                    pairs = transform_weights_for_mega_moe_sm90(l1, l2, inplace=True, rounding=rounding)
         except BaseException:
             self._lease.release()
             raise
-        for name, tensor in zip(self._held, (*l1, *l2), strict=True):
+        for name, tensor in zip(self._held, (*pairs[0], *pairs[1]), strict=True):
             self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], layer: int, **options: Any) -> MegaMoE:
+        """A layer with the experts of one layer of a model, from its safetensors files.
+
+        Args:
+            path: a folder, an index or a file.
+            layer: its number in the names of tensors.
+            options: of `megamoe_jit.checkpoints.layer_from_checkpoint`, of which `max_tokens` must be there.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ConfigError: the experts cannot be this layer; says why.
+            CheckpointError: a file is not there, damaged, or does not hold what the index says.
+            ToolchainError: the package safetensors is not installed.
+        """
+        above: Any = importlib.import_module("megamoe_jit.checkpoints")  # by its name: rooms below must not need it
+        made: MegaMoE = above.layer_from_checkpoint(path, layer, **options)
+        return made
 
     @property
     def buffer(self) -> SymmBuffer:

@@ -17,15 +17,16 @@ from megamoe_jit._layer.given_weights import (
     WeightTensors,
     as_bytes,
     check_exponents,
+    check_pairs,
     format_of,
     readable_scales,
     refuse_nan,
     require_tensors,
 )
-from megamoe_jit._layer.marks import require_plain
+from megamoe_jit._layer.marks import require_marked, require_plain, spans
 from megamoe_jit._layer.mxfp4 import absolute_exponents
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.weights import order_groups
+from megamoe_jit._layer.weights import mark_transformed, order_groups
 from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
@@ -40,6 +41,7 @@ __all__ = [
     "check_matrix",
     "check_same",
     "format_given",
+    "in_order",
     "own_pair",
     "parts",
     "read_matrix",
@@ -86,7 +88,7 @@ def check_layer(
         num_shared: shared experts; None for those that come apart, or none.
         shared: both matrices of shared experts, or twice None.
     """
-    gate_up, down = check_matrix("w13", w13), check_matrix("w2", w2)
+    gate_up, down = check_matrix("w13", w13, 3), check_matrix("w2", w2, 3)
     stored = check_format("w2", w2, format_given("w13", w13))
     experts, rows, width = gate_up.shape
     hidden = width * 8 // stored.bits
@@ -138,10 +140,10 @@ def check_format(name: str, weights: torch.Tensor | WeightTensors, wanted: Weigh
     return found
 
 
-def check_matrix(name: str, weights: torch.Tensor | WeightTensors) -> torch.Tensor:
+def check_matrix(name: str, weights: torch.Tensor | WeightTensors, most: int = 2) -> torch.Tensor:
     """The values, or the codes of a pair; raises unless there is one matrix for each expert."""
     if not isinstance(weights, torch.Tensor):
-        weights = require_tensors(name, weights, 2)[0]
+        weights = require_tensors(name, weights, most)[0]
     elif weights.dtype not in FLOATS:
         raise ConfigError(f"{name} has dtype {weights.dtype}; allowed: {FLOATING}, or a pair of codes and scales")
     if weights.ndim != 3:
@@ -166,6 +168,27 @@ def own_pair(
     return tuple(each.clone(memory_format=torch.contiguous_format) for each in pair)
 
 
+def in_order(
+    w13: torch.Tensor | WeightTensors, w2: torch.Tensor | WeightTensors, shared: object, inplace: bool
+) -> tuple[WeightTensors, WeightTensors] | None:
+    """Both matrices if they are marked as being in the kernel's order: themselves, or copies; None if plain."""
+    if isinstance(w13, torch.Tensor) or isinstance(w2, torch.Tensor):
+        return None
+    weights = format_of("w13", w13)
+    try:
+        for name, given in (("l1", w13), ("l2", w2)):
+            require_marked(name, given[0], spans(given[0]), weights=weights)
+    except ConfigError:
+        return None
+    check_pairs(w13, w2, ordered=True)
+    if shared is not None:
+        raise ConfigError("w13 and w2 are in the kernel's order already; allowed with shared_w13: plain weights")
+    if not inplace:
+        w13, w2 = (tuple(each.clone(memory_format=torch.contiguous_format) for each in given) for given in (w13, w2))
+        mark_transformed(w13, w2)
+    return (*w13[:-1], readable_scales(w13[-1])), (*w2[:-1], readable_scales(w2[-1]))
+
+
 def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """One behind the other; torch cannot join all types of codes."""
     if first.itemsize > 1:
@@ -177,7 +200,7 @@ def _read(name: str, weights: torch.Tensor | WeightTensors, device: torch.device
     """Codes and what belongs to them, which may still be the caller's; raises for what a call would refuse."""
     if isinstance(weights, torch.Tensor):
         return quantize_weights(weights)
-    codes, factors = weights
+    codes, factors = require_tensors(name, weights, 2)
     stored = format_of(name, weights)
     if inplace:
         check_tensor(f"{name} codes", codes, codes.dtype, codes.shape, device)

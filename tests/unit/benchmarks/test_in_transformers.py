@@ -1,4 +1,4 @@
-"""benchmarks/in_transformers.py: a tiny model of transformers on the CPU, with the reference in the layer's place."""
+"""benchmarks/in_transformers.py: tiny models of transformers on the CPU, with the plug-in by the reference."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-import megamoe_jit as mm
+import megamoe_jit.transformers as plugin
 from benchmarks import in_transformers as lab
-from megamoe_jit.reference import moe_reference
+from megamoe_jit.heuristics.presets import preset
+from megamoe_jit.transformers.adapter import Adapter
 from tests.unit.bench.test_measure import CONDITIONS
 
+pytestmark = pytest.mark.filterwarnings("ignore:experts_implementation=.megamoe. on a CPU")
 SIZES = {
-    "num_hidden_layers": 2,
     "hidden_size": 128,
     "moe_intermediate_size": 128,
     "num_experts": 4,
@@ -27,27 +28,19 @@ SIZES = {
     "head_dim": 32,
     "vocab_size": 64,
 }
-
-
-class Layer(torch.nn.Module):
-    """`MegaMoE` by the reference; its outputs are multiplied with `factor`."""
-
-    factor = 1.0
-    tokens: list[int] = []  # noqa: RUF012  of all calls
-
-    def __init__(self, l1, l2, *, topk, max_tokens):
-        super().__init__()
-        self.weights, self.topk, self.max_tokens = (l1, l2), topk, max_tokens
-
-    def forward(self, x, topk_idx, topk_weights):
-        assert topk_idx.shape == (x.shape[0], self.topk)
-        assert x.shape[0] <= self.max_tokens
-        self.tokens.append(x.shape[0])
-        return moe_reference(*mm.quantize_activations(x), topk_idx, topk_weights.float(), *self.weights) * self.factor
+QWEN = "qwen3-30b-a3b"
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Short measurements; tokens of all calls of layers."""
+    seen: list[int] = []
+    real = Adapter.__call__
+
+    def call(self, x, *more):
+        seen.append(x.shape[0])
+        return real(self, x, *more)
+
     for owner, name, value in (
         (lab, "BATCHES", (1, 3)),
         (lab, "PROMPT", 2),
@@ -55,44 +48,62 @@ def model(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
         (lab, "PREFILL", 5),
         (lab, "ROUNDS", 1),
         (lab, "SKIPPED", 0),
-        (Layer, "tokens", []),
+        (Adapter, "__call__", call),
+        (plugin.options, "max_tokens", plugin.options.max_tokens),
         (torch.cuda, "synchronize", lambda: None),
     ):
         monkeypatch.setattr(owner, name, value)
-    made = lab.make_model(torch.device("cpu"), **SIZES)
-    assert lab.adopt(made, 2, 8, Layer) == 2
+    return seen
+
+
+@pytest.fixture
+def model(calls: list[int]) -> torch.nn.Module:
+    made = lab.make_model(QWEN, torch.device("cpu"), 2, **SIZES)
+    assert lab.adopt(made) == 2
     return made
 
 
-def test_all_have_the_same_weights_and_take_turns(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch):
+def test_all_have_the_same_weights_and_take_turns(model: torch.nn.Module, calls: list[int]):
     found = lab.differences(model, 3)
     assert 0 < found["megamoe"] < 1e-3
     assert found["eager"] < 1e-5
-    Layer.tokens.clear()
-    rows = list(lab.measure(model))
+    calls.clear()
+    rows = list(lab.measure(model, lab.Steps((1, 3))))
     assert [(row["step"], row["tokens"]) for row in rows] == [("decode", 1), ("decode", 3), ("prefill", 5)]
-    assert Layer.tokens == [count for calls in ((2, 1, 1), (6, 3, 3), (5,)) for count in calls for _ in range(2)]
-    assert all(row[f"{name}_ms"] > 0 for row in rows for name in lab.IMPLEMENTATIONS)
-    monkeypatch.setattr(Layer, "factor", 2.0)
-    assert lab.differences(model, 3)["megamoe"] > found["megamoe"]
+    assert calls == [count for calls in ((2, 1, 1), (6, 3, 3), (5,)) for count in calls for _ in range(2)]
+    for row in rows:
+        for name in lab.IMPLEMENTATIONS:
+            assert row[f"{name}_tokens_per_s"] == pytest.approx(1e3 * row["tokens"] / row[f"{name}_ms"], rel=0.1)
+    assert list(lab.measure(model, lab.Steps((), prefill=False))) == []
+
+
+@pytest.mark.parametrize("name", lab.MODELS)
+def test_a_model_is_the_one_of_its_preset_with_experts_in_every_layer(name: str):
+    model = lab.make_model(name, torch.device("meta"), 4)
+    found = [module for module in model.modules() if getattr(getattr(module, "gate_up_proj", None), "ndim", 0) == 3]
+    shape = preset(name).shape
+    experts = (shape.experts, 2 * shape.intermediate, shape.hidden)
+    assert [tuple(module.gate_up_proj.shape) for module in found] == [experts] * 4
+    assert model.config.num_experts_per_tok == shape.topk
 
 
 @pytest.mark.parametrize("most", [1.0, 0.0])
 def test_the_document(model, monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture, most: float):
     for name, value in (
         ("hopper", lambda _: torch.device("cpu")),
-        ("make_model", lambda device: model),
-        ("adopt", lambda *_: 2),
+        ("make_model", lambda *_: model),
         ("environment", lambda commit: {**CONDITIONS, "commit": commit}),
         ("MOST_DIFF", most),
     ):
         monkeypatch.setattr(lab, name, value)
     output = tmp_path / "rows.json"
-    monkeypatch.setattr(sys, "argv", ["in_transformers.py", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["in_transformers.py", "--model", QWEN, "--batch", "3", "--output", str(output)])
     assert lab.main() == (most == 0.0), "logits that are too far"
-    assert capsys.readouterr().out.splitlines()[-1].startswith("prefill")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("decode")
     doc = json.loads(output.read_text())
-    assert (doc["kind"], doc["layers"], len(doc["rows"])) == ("in_transformers", 2, 3)
+    (found,) = doc["models"]
+    assert (doc["kind"], found["model"], found["layers"]) == ("in_transformers", QWEN, 2)
+    assert [row["tokens"] for row in found["rows"]] == [3]
     assert doc["environment"]["transformers"]
 
 
@@ -102,4 +113,4 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, capsys: pytes
     with pytest.raises(SystemExit) as stop:
         lab.main()
     assert stop.value.code == 3
-    assert "pip install 'transformers" in capsys.readouterr().err
+    assert "pip install 'megamoe-jit[transformers]'" in capsys.readouterr().err

@@ -48,10 +48,14 @@ def called(*rows: dict[str, Any]) -> dict[str, Any]:
 MODEL = {
     "kind": "in_transformers",
     "environment": {**ENV, "transformers": "5.17.0"},
-    "model": "qwen3-30b-a3b",
-    "layers": 4,
-    "logits_diff": {"megamoe": 0.0012},
-    "rows": [{"step": "decode", "tokens": 16, "megamoe_ms": 4.0, "grouped_mm_ms": 6.0, "eager_ms": 30.0}],
+    "models": [
+        {
+            "model": "qwen3-30b-a3b",
+            "layers": 4,
+            "logits_diff": {"megamoe": 0.0012},
+            "rows": [{"step": "decode", "tokens": 16, "megamoe_ms": 4.0, "grouped_mm_ms": 6.0, "eager_ms": 30.0}],
+        }
+    ],
 }
 
 

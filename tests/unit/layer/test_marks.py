@@ -196,8 +196,22 @@ def test_safetensors_round_trip(tmp_path):
     assert all(same(a[0], b[0]) for a, b in zip(inverse(*pairs), inverse(l1, l2), strict=True))
 
 
-def test_layer_and_reference_take_plain_weights_alone(cuda: Cuda):  # noqa: F811
-    refused(lambda: mm.MegaMoE(L1, L2, topk=2, max_tokens=128), "w13 weights are transformed already")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_layer_takes_what_is_transformed_as_it_is(cuda: Cuda, inplace: bool):  # noqa: F811
+    layer = mm.MegaMoE(L1, L2, topk=2, max_tokens=128, inplace=inplace)
+    assert same(layer.l1[0], L1[0])
+    assert same(layer.l2[0], L2[0])
+    assert (layer.l1[0].data_ptr() == L1[0].data_ptr()) == inplace
+    assert mm.is_transformed(layer.l1, layer.l2)
+    plain = mm.inverse_transform_weights_for_mega_moe_sm90(L1, L2)
+    refused(lambda: mm.MegaMoE(L1, plain[1], topk=2, max_tokens=128), "w13 weights are transformed already")
+    refused(
+        lambda: mm.MegaMoE(L1, L2, shared_w13=plain[0], shared_w2=plain[1], topk=2, max_tokens=128),
+        "in the kernel's order already",
+    )
+
+
+def test_reference_takes_plain_weights_alone():
     x, sf = mm.quantize_activations(torch.ones(3, 256))
     ids, weights = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
     refused(lambda: moe_reference(x, sf, ids, weights, L1, L2), "l1 weights are transformed already")

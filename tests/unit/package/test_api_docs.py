@@ -19,7 +19,7 @@ FORMS = ("fp8_mega_moe_pingpong", "fp8_mega_moe_cooperative")  #: which point at
 METHODS = {
     f"{owner}.{name}": getattr(getattr(mm, owner), name)
     for owner, names in (
-        ("MegaMoE", ("forward", "stage", "load_weights", "check", "destroy")),
+        ("MegaMoE", ("from_checkpoint", "forward", "stage", "load_weights", "check", "destroy")),
         ("SymmBuffer", ("prepare", "prepare_all", "wait_for_last", "check", "destroy")),
         ("MultiNodeBuffer", ("stage", "prepare", "dispatch", "compute", "combine", "check", "destroy")),
     )

@@ -1,0 +1,101 @@
+"""Whether a plug-in would take in an engine that is installed here, and what to type: one probe for each engine.
+
+A probe starts no engine. It is a module `engine_NAME` of this room whose `PROBE` is an `EngineProbe`; `ENGINES` names
+it. What it asks of the installed package is what the plug-in itself relies on, so both say the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megamoe_jit._diagnose.finding import Check, Status
+
+__all__ = ["ENGINES", "EngineProbe", "Hook", "examine_engine", "probe_of"]
+
+ENGINES = ("flashinfer", "sglang", "transformers", "vllm")  #: what `doctor --engine` takes
+
+
+class Hook(NamedTuple):
+    """Something of the engine that the plug-in relies on.
+
+    Attributes:
+        name: as the engine calls it.
+        problem: how it differs from what the plug-in was written for; empty if it does not.
+    """
+
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class EngineProbe:
+    """What can be told of an engine without starting it.
+
+    Attributes:
+        name: of the engine, for `--engine`.
+        distribution: its package, as pip knows it.
+        wanted: the releases that the plug-in is written for, as pip writes it; those of the extra.
+        tested: the releases it was run with.
+        hooks: asks the installed package for each thing that the plug-in relies on; called where it is installed.
+        typed: what to type so that the engine takes the plug-in, a line each.
+        page: what says more, in the documentation.
+    """
+
+    name: str
+    distribution: str
+    wanted: str
+    tested: tuple[str, ...]
+    hooks: Callable[[], Iterable[Hook]]
+    typed: tuple[str, ...]
+    page: str
+
+    def installed(self) -> str | None:
+        """The version that is installed; None without one."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return None
+
+
+def probe_of(name: str) -> EngineProbe:
+    """The probe of an engine of `ENGINES`."""
+    probe: EngineProbe = importlib.import_module(f"megamoe_jit._diagnose.engine_{name}").PROBE
+    return probe
+
+
+def examine_engine(probe: EngineProbe) -> Iterator[Check]:
+    """Look at an engine: its version, what the plug-in relies on, and what to type."""
+    version = probe.installed()
+    tested = f"tested: {', '.join(probe.tested)}"
+    data = {"engine": probe.name, "version": version, "tested": list(probe.tested), "wanted": probe.wanted}
+    if version is None:
+        yield Check(probe.name, Status.FAIL, f"not installed; {tested}", f"pip install '{probe.wanted}'", data)
+        return
+    if version in probe.tested:
+        yield Check(probe.name, Status.OK, version, "", data)
+    else:
+        detail = f"{version}, with which the plug-in was never run; {tested}"
+        yield Check(probe.name, Status.WARN, detail, "it works if the hooks are as expected", data)
+    yield _check_hooks(probe)
+    typed = "\n".join(probe.typed)
+    yield Check("to type", Status.OK, typed, "", {"lines": list(probe.typed), "page": probe.page})
+
+
+def _check_hooks(probe: EngineProbe) -> Check:
+    try:
+        hooks = list(probe.hooks())
+    except Exception as error:  # an engine that cannot be imported is a finding
+        detail = f"{probe.name} cannot be imported: {type(error).__name__}: {error}"
+        return Check("hooks", Status.FAIL, detail, f"mend that installation; {probe.page}")
+    broken = [hook for hook in hooks if hook.problem]
+    data = {"hooks": [hook._asdict() for hook in hooks]}
+    if broken:
+        detail = "\n".join(f"{hook.name}: {hook.problem}" for hook in broken)
+        step = f"the plug-in steps aside here; pip install '{probe.wanted}'"
+        return Check("hooks", Status.FAIL, detail, step, data)
+    return Check("hooks", Status.OK, f"all {len(hooks)} as expected", "", data)

@@ -1,0 +1,47 @@
+"""Checkpoints in the kernel's order, which `convert --format megamoe` writes: mapped from their files, and not changed.
+
+All experts of a layer are one tensor, `layers.L.mlp.experts.w13` and `w2` with `_scale` for their scales. The files'
+metadata name the order, and a version that reads another one refuses them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe_jit._errors import CheckpointError, ConfigError
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.marks import check_metadata
+from megamoe_jit._layer.weights import mark_transformed
+from megamoe_jit._text import shown
+from megamoe_jit.checkpoints.files import Files
+from megamoe_jit.checkpoints.names import ModelNames
+from megamoe_jit.checkpoints.stored import experts_of_rank
+
+__all__ = ["load_ready"]
+
+
+def load_ready(
+    files: Files, model: ModelNames, layer: int, device: torch.device, rank: int, ranks: int, weight_format: str
+) -> tuple[WeightTensors, WeightTensors]:
+    """Both pairs of a rank's experts, in the kernel's order and marked so.
+
+    Raises:
+        ConfigError: they are in the order of another version, or another format was asked for.
+        CheckpointError: a tensor is not there.
+    """
+    names = model.layers.get(layer)
+    if names is None:
+        raise ConfigError(f"layer {shown(layer)} has no experts in this checkpoint; allowed: {sorted(model.layers)}")
+    if weight_format not in ("auto", "fp8"):
+        raise ConfigError(f"weight_format = {shown(weight_format)}; allowed: auto or fp8, which this checkpoint holds")
+    pairs = []
+    for part in ("w13", "w2"):
+        kinds = names.whole.get(part, {})
+        if set(kinds) != {"weight", "scale"}:
+            raise CheckpointError(f"layer {layer}: {part} and its scales are not there")
+        check_metadata(files.metadata(files.file_of(kinds["weight"])))
+        chosen = experts_of_rank(files.entry(kinds["weight"]).shape[0], rank, ranks)
+        pairs.append(tuple(files.read_range(kinds[kind], chosen).to(device) for kind in ("weight", "scale")))
+    l1, l2 = pairs
+    mark_transformed(l1, l2)
+    return l1, l2

@@ -1,0 +1,194 @@
+"""A layer in place of an experts module: made at the first call, undone when somebody else wants the weights.
+
+FP8 codes are brought into the kernel's order where they are, since a model's experts have no place twice. Until they
+are brought back the module has parameters without values, on meta, in their place, so that nobody takes them for what
+they were. They come back by themselves when the module is called with another implementation, when its state is saved,
+and before another one is loaded. Values stay where they are, and the layer has FP8 of them beside.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._fork import renew_after_fork
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.moe import MegaMoE
+from megamoe_jit._layer.quantize import quantize_activations, quantize_weights
+from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90
+from megamoe_jit.reference import moe_reference
+from megamoe_jit.transformers.experts import Held, look_at
+from megamoe_jit.transformers.fit import NAME
+
+__all__ = ["ATTRIBUTE", "Options", "adapter_of", "options", "release_module"]
+
+ATTRIBUTE = "_megamoe_jit"  #: of a module that has a layer
+_HOOKED = "_megamoe_jit_hooked"
+_CODES = ("gate_up_proj", "down_proj")
+
+_lock = threading.RLock()
+renew_after_fork(globals(), "_lock")
+
+
+@dataclass
+class Options:
+    """How layers are made from now on.
+
+    Attributes:
+        max_tokens: most tokens of a launch; larger batches are served in parts. Layers of a model share one workspace
+            of this size.
+        fast_math: as `MegaMoE`.
+    """
+
+    max_tokens: int = 4096
+    fast_math: bool = True
+
+
+options = Options()
+
+
+class _OnCpu:
+    """The layer by its reference, for tests and small trials."""
+
+    def __init__(self, held: Held) -> None:
+        self.weights = [pair if isinstance(pair, tuple) else quantize_weights(pair) for pair in (held.w13, held.w2)]
+        self.clamp = held.clamp
+
+    def __call__(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        inputs = *quantize_activations(x), topk_idx, topk_weights.float()
+        return moe_reference(*inputs, *self.weights, activation_clamp=self.clamp)
+
+
+class Adapter:
+    """The layer of one module.
+
+    Attributes:
+        layer: `MegaMoE`, or the reference on a CPU.
+        topk: most slots of a token.
+        device: where the layer is.
+        taken: parameters whose memory is the layer's, by name.
+    """
+
+    def __init__(self, layer: Any, topk: int, device: torch.device, taken: dict[str, torch.nn.Parameter]) -> None:
+        self.layer, self.topk, self.device, self.taken = layer, topk, device, taken
+
+    def __call__(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 0:
+            return torch.zeros_like(x)
+        missing = self.topk - topk_idx.shape[1]
+        if missing:
+            topk_idx = torch.nn.functional.pad(topk_idx, (0, missing), value=-1)
+            topk_weights = torch.nn.functional.pad(topk_weights, (0, missing))
+        y: torch.Tensor = self.layer(x, topk_idx, topk_weights)
+        return y.to(x.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        layer = copy.deepcopy(self.layer, memo)
+        taken = {
+            name: torch.nn.Parameter(codes, requires_grad=False)
+            for name, codes in zip(_CODES, (layer.l1_codes, layer.l2_codes), strict=True)
+            if name in self.taken
+        } if self.taken else {}  # fmt: skip
+        return Adapter(layer, self.topk, self.device, taken)
+
+
+def _adapter_of(module: Any, topk: int, device: torch.device) -> Adapter:
+    """The layer of a module for calls with `topk` slots, made unless it is there.
+
+    Raises:
+        ConfigError: the module cannot be this layer; says why.
+        MegaMoeError: the layer cannot be made here.
+    """
+    with _lock:
+        found: Adapter | None = getattr(module, ATTRIBUTE, None)
+        if found is not None and found.device == device and topk <= found.topk:
+            return found
+        if found is not None:
+            _release(module)
+        made = _on_cpu(module, topk) if device.type == "cpu" else _on_gpu(module, topk, device)
+        setattr(module, ATTRIBUTE, made)
+        _hook(module)
+        return made
+
+
+def _on_cpu(module: Any, topk: int) -> Adapter:
+    warnings.warn(
+        f'experts_implementation="{NAME}" on a CPU computes by the reference, which is slow and for trials alone',
+        stacklevel=2,
+    )
+    return Adapter(_OnCpu(look_at(module)), topk, torch.device("cpu"), {})
+
+
+def _on_gpu(module: Any, topk: int, device: torch.device) -> Adapter:
+    held = look_at(module)
+    how: dict[str, Any] = {"topk": topk, "max_tokens": options.max_tokens, "fast_math": options.fast_math}
+    layer = MegaMoE(held.w13, held.w2, clamp=held.clamp, inplace=held.in_place, **how)
+    taken: dict[str, torch.nn.Parameter] = {}
+    if held.in_place:
+        for name in _CODES:
+            taken[name] = module._parameters[name]
+            empty = torch.empty(taken[name].shape, dtype=taken[name].dtype, device="meta")
+            module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+    return Adapter(layer, topk, device, taken)
+
+
+def _release(module: Any) -> bool:
+    """Give a module its weights back, in the order in which it had them; whether it had a layer."""
+    with _lock:
+        found: Adapter | None = module.__dict__.pop(ATTRIBUTE, None)
+        if found is None:
+            return False
+        if found.taken:
+            layer = found.layer
+            layer.buffer.wait_for_last()
+            l1: WeightTensors = layer.l1
+            inverse_transform_weights_for_mega_moe_sm90(l1, layer.l2, inplace=True)
+            module._parameters.update(found.taken)
+        if isinstance(found.layer, MegaMoE):
+            found.layer.destroy()
+        return True
+
+
+def _hook(module: Any) -> None:
+    """Have the weights come back before somebody else sees them; once for each module."""
+    if module.__dict__.get(_HOOKED):
+        return
+    module.__dict__[_HOOKED] = True
+    module.register_forward_pre_hook(_before_forward)
+    module.register_state_dict_pre_hook(_before_state)
+    module.register_load_state_dict_pre_hook(_before_load)
+
+
+def _before_forward(module: Any, _: object) -> None:
+    if module.config._experts_implementation != NAME and hasattr(module, ATTRIBUTE):
+        release_module(module)
+
+
+#: Weights are moved and made, which is no part of any graph.
+_outside_of_graphs: Any = torch._dynamo.disable
+adapter_of: Callable[[Any, int, torch.device], Adapter] = _outside_of_graphs(_adapter_of)
+release_module: Callable[[Any], bool] = _outside_of_graphs(_release)
+
+
+def _before_state(module: Any, *_: object) -> None:
+    release_module(module)
+
+
+def _before_load(module: Any, *_: object) -> None:
+    release_module(module)
+
+
+def refuse_gradients(x: torch.Tensor) -> None:
+    """Raise where a backward pass would be missing."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ConfigError(
+            f'experts_implementation="{NAME}" has no backward pass; allowed: calls under torch.no_grad() or '
+            "torch.inference_mode(), as generate() does"
+        )

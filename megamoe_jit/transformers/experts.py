@@ -1,0 +1,115 @@
+"""What an experts module of transformers holds and computes, in this layer's terms; or why it cannot be this layer.
+
+What a module computes between its two products is asked of the module itself: its `_apply_gate` gets some numbers, and
+they must come back as the layer would give them. So a model with another activation is refused, whatever it calls it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._spec import BLOCK
+from megamoe_jit._text import shown
+from megamoe_jit.reference import activate
+
+__all__ = ["Held", "look_at"]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_TOLERANCE = 2.0**-16
+#: Attributes that modules have where they compute something else, with the value that means nothing.
+_PLAIN = {
+    "has_gate": True,
+    "is_concatenated": True,
+    "is_transposed": False,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+}
+_NOTHING_ELSE = ("swiglu_alpha", "alpha", "gate_softcap", "up_softcap")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The experts of a module.
+
+    Attributes:
+        w13, w2: values, or codes and float32 scales; the tensors of the module themselves where they can be.
+        in_place: the codes are the module's own memory, and may be brought into the kernel's order there.
+        clamp: bound of SwiGLU; None for none.
+    """
+
+    w13: torch.Tensor | WeightTensors
+    w2: torch.Tensor | WeightTensors
+    in_place: bool
+    clamp: float | None
+
+
+def look_at(module: Any) -> Held:
+    """What a module holds.
+
+    Raises:
+        ConfigError: it cannot be this layer; says why.
+    """
+    what = type(module).__name__
+    for name, plain in _PLAIN.items():
+        found = getattr(module, name, plain)
+        if found is not plain:
+            raise ConfigError(f'{what} has {name} = {shown(found)}; allowed with "megamoe": {plain}')
+    for name in _NOTHING_ELSE:
+        if getattr(module, name, None) is not None:
+            given = f"{what} has {name} = {shown(getattr(module, name))}"
+            raise ConfigError(f'{given}; allowed with "megamoe": none, the layer computes silu(gate) * up and a clamp')
+    hook = getattr(module, "_hf_hook", None)
+    if getattr(hook, "offload", False):
+        raise ConfigError(f'{what} is offloaded; allowed with "megamoe": weights that stay on their device')
+    clamp = _clamp_of(module, what)
+    gate_up, down = module.gate_up_proj, module.down_proj
+    if gate_up.device.type == "meta":
+        raise ConfigError(f"weights of {what} are on meta, which holds no values; load the model first")
+    if gate_up.dtype in _FLOATS:
+        return Held(gate_up.detach(), down.detach(), False, clamp)
+    block = getattr(module, "block_size", None)
+    if gate_up.dtype is torch.float8_e4m3fn:
+        if block is None or tuple(block) != (BLOCK, BLOCK):
+            raise ConfigError(f'{what} has block_size {shown(block)}; allowed with "megamoe": ({BLOCK}, {BLOCK})')
+        if getattr(module, "activation_scheme", "dynamic") != "dynamic":
+            raise ConfigError(f'{what} has static scales of activations; allowed with "megamoe": "dynamic"')
+        pairs = [(codes.detach(), _scales(module, name)) for name, codes in _codes(module)]
+        return Held(pairs[0], pairs[1], True, clamp)
+    raise ConfigError(
+        f'{what} has weights of {gate_up.dtype}; allowed with "megamoe": bfloat16, float16, float32 or float8_e4m3fn'
+    )
+
+
+def _codes(module: Any) -> list[tuple[str, torch.Tensor]]:
+    return [(name, getattr(module, name)) for name in ("gate_up_proj", "down_proj")]
+
+
+def _scales(module: Any, name: str) -> torch.Tensor:
+    scales: torch.Tensor = getattr(module, f"{name}_scale_inv").detach()
+    return scales if scales.dtype is torch.float32 else scales.float()
+
+
+@torch.no_grad()
+def _clamp_of(module: Any, what: str) -> float | None:
+    """The bound with which the layer computes what the module's gate does."""
+    said = [getattr(module, "limit", None), getattr(getattr(module, "config", None), "swiglu_limit", None)]
+    bounds: list[float | None] = [None, *(float(each) for each in said if isinstance(each, int | float) and each > 0)]
+    reach = 4.0 * max(4.0, *(bound or 0.0 for bound in bounds))
+    gate = torch.linspace(-reach, reach, 61).repeat_interleave(5).unsqueeze(0)
+    up = torch.linspace(-reach, reach, 5).repeat(61).unsqueeze(0)
+    try:
+        found = module._apply_gate(torch.cat((gate, up), dim=-1))
+        for bound in bounds:
+            wanted = activate(gate, up, bound)
+            if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE):
+                return bound
+    except Exception as error:
+        raise ConfigError(f"the gate of {what} cannot be asked what it computes: {error}") from error
+    raise ConfigError(
+        f'the gate of {what} computes something else than silu(gate) * up; "megamoe" has that and a clamp'
+    )
