@@ -1,9 +1,9 @@
 """A layer in place of an experts module: made at the first call, undone when somebody else wants the weights.
 
-FP8 and MXFP4 are brought into the kernel's order where they are, since a model's experts have no place twice. Until they
-are brought back the module has parameters without values, on meta, in their place, so that nobody takes them for what
-they were. They come back by themselves when the module is called with another implementation, when its state is saved,
-and before another one is loaded. Values stay where they are, and the layer has FP8 of them beside.
+FP8 and MXFP4 are brought into the kernel's order where they are, since a model's experts have no place twice. Until
+they are brought back the module has parameters without values, on meta, in their place, so that nobody takes them for
+what they were. They come back by themselves when the module is called with another implementation, when its state is
+saved, and before another one is loaded. Values stay where they are, and the layer has FP8 of them beside.
 """
 
 from __future__ import annotations
