@@ -18,6 +18,7 @@ from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
+DECODE_ROWS = 72  #: rows per expert up to which packed weights are best multiplied with operands swapped, on an H200
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 MOST_SMS = 1024  #: of a launch; no GPU has as many
 LAG = 2.0  #: tiles of the first GEMM for each block, where no table says more
@@ -78,13 +79,17 @@ def _pick(
     return variant, why if table is None else f"{_unmeasured(table, shape, ranks)}; {why}"
 
 
-def _reading(weights: WeightFormat, tokens: int, threshold: int | None) -> tuple[Variant, str]:
-    """What `auto` takes for weights of another format than the tables were measured with."""
+def _reading(weights: WeightFormat, tokens: int, load: float, threshold: int | None) -> tuple[Variant, str]:
+    """What `auto` takes for weights of another format than the tables were measured with; `load` is rows per expert."""
     readers = sorted(Variant.reading(weights), key=lambda variant: variant.block_m)
     if not readers:
         raise ConfigError(f"no variant multiplies weights in {weights.name} yet; allowed: {FP8.name}")
     if len(readers) == 1:
         return readers[0], f"the one that multiplies weights in {weights.name}"
+    if Variant.DECODE in readers and threshold is None:
+        few = load <= DECODE_ROWS
+        picked = Variant.DECODE if few else readers[-1]
+        return picked, f"{load:.1f} rows per expert {'<=' if few else '>'} {DECODE_ROWS}, weights in {weights.name}"
     limit = COOPERATIVE_THRESHOLD if threshold is None else threshold
     few = tokens < limit
     return readers[
@@ -136,14 +141,14 @@ def choose(
     table = table_for(gpu) if weights is FP8 else None
     own = shape if table is None else replace(shape.routed, experts=max(1, shape.experts // ranks))
     rule = None if table is None else table.rule(own, tokens)
+    load = tokens * shape.topk * ranks / shape.experts
     if not isinstance(variant, str) or variant != AUTO:
         picked, reason = Variant.parse(variant), "asked for, by the call or by MEGAMOE_JIT_VARIANT"
     elif weights is not FP8:
-        picked, reason = _reading(weights, tokens, cooperative_threshold)
+        picked, reason = _reading(weights, tokens, load, cooperative_threshold)
     else:
         picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, ranks)
     rows = tokens * shape.slots
-    load = tokens * shape.topk * ranks / shape.experts
     reasons = [
         f"{picked.value}: {reason}",
         f"about {load:.1f} rows per expert in tiles of {picked.block_m} if the {ranks} rank(s) are alike",

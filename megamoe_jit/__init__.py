@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         get_symm_buffer_for_mega_moe,
         get_symm_buffer_for_sm90_mega_moe,
     )
+    from megamoe_jit._layer.from_mxfp4 import Mxfp4Spread, fp8_from_mxfp4, mxfp4_spread
     from megamoe_jit._layer.moe import MegaMoE
     from megamoe_jit._layer.quantize import (
         dequantize_activations,
@@ -83,11 +84,13 @@ _LAZY = {
     ),
     **dict.fromkeys(("KernelSpec", "MoEShape", "Variant"), "_spec"),
     "MegaMoE": "_layer.moe",
+    "Mxfp4Spread": "_layer.from_mxfp4",
     "SymmBuffer": "_layer.buffer",
     "dequantize_activations": "_layer.quantize",
     "dequantize_weights": "_layer.quantize",
     "enumerate_specs": "_jit.runtime",
     "export_pack": "_jit.pack",
+    "fp8_from_mxfp4": "_layer.from_mxfp4",
     "fp8_mega_moe": "_layer.calls",
     "fp8_mega_moe_cooperative": "_layer.calls",
     "fp8_mega_moe_pingpong": "_layer.calls",
@@ -98,6 +101,7 @@ _LAZY = {
     "is_transformed": "_layer.weights",
     "mark_transformed": "_layer.weights",
     "mega_moe_pre_dispatch_sm90": "_layer.stage",
+    "mxfp4_spread": "_layer.from_mxfp4",
     "quantize_activations": "_layer.quantize",
     "quantize_weights": "_layer.quantize",
     "retry": "_jit.runtime",
@@ -123,6 +127,7 @@ __all__ = [
     "MegaMoE",
     "MegaMoeError",
     "MoEShape",
+    "Mxfp4Spread",
     "PackError",
     "PeerTimeoutError",
     "PerformanceLossError",
@@ -137,6 +142,7 @@ __all__ = [
     "dequantize_weights",
     "enumerate_specs",
     "export_pack",
+    "fp8_from_mxfp4",
     "fp8_mega_moe",
     "fp8_mega_moe_cooperative",
     "fp8_mega_moe_pingpong",
@@ -147,6 +153,7 @@ __all__ = [
     "is_transformed",
     "mark_transformed",
     "mega_moe_pre_dispatch_sm90",
+    "mxfp4_spread",
     "quantize_activations",
     "quantize_weights",
     "retry",

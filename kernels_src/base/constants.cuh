@@ -36,7 +36,7 @@ constexpr u32 kPairBits = 20;
 /// meet each other, or one warpgroup of them, where they exchange results of a tile (epilogue/).
 enum Barrier : u32 {
     kBarrierTail = 1,
-    kBarrierTurn = 2,    // and 3
+    kBarrierTurn = 2,   // and 3
     kBarrierMath = 4,
     kBarrierGroup = 5,   // and 6
 };

@@ -27,8 +27,7 @@ template <class C> struct Scatter {
     /// never null: whether there is a row is asked of `rows` each time, since ptxas (CUDA 13.0) was seen to schedule the
     /// comparison of a pointer that is null or computed one cycle too early.
     MEGA_DEVICE u8* slot(u32 pass) const {
-        return combine_row<C>(p, p.row_pairs + first_row +
-                                     min_u32(staging.row(pass), rows - 1));
+        return combine_row<C>(p, p.row_pairs + first_row + min_u32(staging.row(pass), rows - 1));
     }
 
     MEGA_DEVICE void stage_quarter(const float (&d)[32]) const {

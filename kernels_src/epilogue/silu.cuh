@@ -13,9 +13,9 @@ template <bool kFast> MEGA_DEVICE float silu(float x) {
     return x * (x > -87.0f ? __fmaf_rn(__fmaf_rn(-d, r, 1.0f), r, r) : 0.0f);
 }
 
-template <bool kFast> MEGA_DEVICE float swiglu(float gate, float up, float clamp) {
+template <class C> MEGA_DEVICE float swiglu(float gate, float up, float clamp) {
     const float limited = ptx::clamp_nan(up, clamp);
-    return silu<kFast>(ptx::min_nan(gate, clamp)) * limited;
+    return silu<C::kFastMath>(ptx::min_nan(gate, clamp)) * limited;
 }
 
 }   // namespace megamoe

@@ -48,9 +48,9 @@ template <class C, u32 kN> struct SwappedQuant {
 
     const Params& p;
     const u32 address;   // of all math warps' staging: codes, each warp's largest magnitudes, reciprocal scales
-    u32 thread;          // of the 256
-    u32 pool_row;        // the tile's first row in the pool
-    u32 rows;            // valid ones
+    u32 thread;     // of the 256
+    u32 pool_row;   // the tile's first row in the pool
+    u32 rows;       // valid ones
     u32 n;
 
     MEGA_DEVICE u32 largest_at(u32 warp, u32 token) const {
@@ -68,7 +68,7 @@ template <class C, u32 kN> struct SwappedQuant {
 #pragma unroll
             for (u32 b = 0; b < 2; ++b) {
                 float& gate = result.block[b][i / 2 * 4 + i % 2];
-                gate = swiglu<C::kFastMath>(gate, result.block[b][i / 2 * 4 + 2 + i % 2], p.clamp);
+                gate = swiglu<C>(gate, result.block[b][i / 2 * 4 + 2 + i % 2], p.clamp);
                 largest[i] = fmaxf(largest[i], fabsf(gate));
             }
         }
@@ -101,7 +101,7 @@ template <class C, u32 kN> struct SwappedQuant {
         for (u32 i = 0; i < kN / 8; ++i) {
             float inverse[2];
             ptx::load_floats_shared(inverse_at(i * 8 + lane % 4 * 2), inverse[0], inverse[1]);
-            const float(&a)[kN / 2] = result.block[0], (&b)[kN / 2] = result.block[1];
+            const float (&a)[kN / 2] = result.block[0], (&b)[kN / 2] = result.block[1];
             u32 own = ptx::pack_e4m3(a[4 * i] * inverse[0], a[4 * i + 1] * inverse[1],
                                      b[4 * i] * inverse[0], b[4 * i + 1] * inverse[1]);
             u32 other = __shfl_xor_sync(~0u, own, 4);
@@ -122,8 +122,8 @@ template <class C, u32 kN> struct SwappedQuant {
         for (u32 i = 0; i < ceil_div(kPieces, kThreads); ++i) {
             const u32 row = i * (kThreads / 8) + thread / 8, column = thread % 8;
             if (row < rows)
-                ptx::store16(p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock +
-                                 column * 16,
+                ptx::store16(p.act2_pool + u64(pool_row + row) * C::kIntermediate +
+                                 n * kQuantBlock + column * 16,
                              ptx::load16_shared(staging.chunk(row, column)));
         }
     }

@@ -14,11 +14,11 @@ template <class C, u32 kN> struct SwappedScatter {
     static_assert(kRows % 16 == 0 && kRows * Staging::kRowBytes <= 4 * kStagingBytes);
 
     const Params& p;
-    const u32 address;      // of the group's staging
-    u32 group, thread;      // which warpgroup; thread of it
-    u32 first_row, rows;    // of the tile; valid ones
+    const u32 address;     // of the group's staging
+    u32 group, thread;     // which warpgroup; thread of it
+    u32 first_row, rows;   // of the tile; valid ones
     u32 n;
-    bool half;              // the tile has 128 columns, and each group one block
+    bool half;   // the tile has 128 columns, and each group one block
 
     MEGA_DEVICE u32 row(u32 pass) const { return pass * 16 + thread / 8; }
     MEGA_DEVICE u32 token(u32 pass) const { return row(pass) % kN; }
@@ -35,7 +35,8 @@ template <class C, u32 kN> struct SwappedScatter {
             };
             ptx::store_matrix4_bf16_turned(
                 staging.chunk((i + lane / 16) * 8 + lane % 8, 2 * warp + lane / 8 % 2), at(i, 0),
-                at(i, 1), at(i, 2), at(i, 3), at(i + 1, 0), at(i + 1, 1), at(i + 1, 2), at(i + 1, 3));
+                at(i, 1), at(i, 2), at(i, 3), at(i + 1, 0), at(i + 1, 1), at(i + 1, 2),
+                at(i + 1, 3));
         }
     }
 
@@ -47,7 +48,8 @@ template <class C, u32 kN> struct SwappedScatter {
             const u32 which = first_block + row(i) / kN;
             const u32 column = n * kBlockN + (half ? group : group * 2 + which) * 64 + chunk * 8;
             if (token(i) < rows && !(half && which != 0))
-                ptx::store16(slots[i] + column * 2, ptx::load16_shared(staging.chunk(row(i), chunk)));
+                ptx::store16(slots[i] + column * 2,
+                             ptx::load16_shared(staging.chunk(row(i), chunk)));
         }
     }
 

@@ -28,7 +28,7 @@ template <class C> struct SwigluQuant {
             for (u32 i = 0; i < 16; ++i) {
                 float& gate = result.quarter[q][i / 4 * 8 + i % 4];
                 const float up = result.quarter[q][i / 4 * 8 + 4 + i % 4];
-                gate = swiglu<C::kFastMath>(gate, up, p.clamp);
+                gate = swiglu<C>(gate, up, p.clamp);
                 largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fabsf(gate));
             }
 #pragma unroll

@@ -21,14 +21,6 @@ struct Magnitudes {
     MEGA_DEVICE explicit Magnitudes(u32 exponent)
         : low(exponent * 0x04040400u + (0x3E3C3800u - 16 * 0x04040400u)),
           high(exponent * 0x04040404u + (0x46444240u - 16 * 0x04040404u)) {}
-
-    /// Eight codes to e5m2.  The magnitude of code i is in bits 4i to 4i + 2; the signs of the first four are in bits 8i + 7, of the
-    /// others in bits 8(i - 4) + 3.
-    MEGA_DEVICE void expand(u32 codes, u32& first, u32& second) const {
-        const u32 select = codes & 0x77777777u;
-        first = ptx::choose_bytes(low, high, select) | (codes & 0x80808080u);
-        second = ptx::choose_bytes(low, high, select >> 16) | (codes << 4 & 0x80808080u);
-    }
 };
 
 struct Mxfp4 {
@@ -64,7 +56,8 @@ struct Mxfp4 {
         MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
             constexpr u32 kHalfBytes = megamoe::kGroup * 16;   // a warpgroup's
             const u32 from = weights + m * (2 * kHalfBytes) + thread * 16;
-            const Vec16 halves[2] = {ptx::load16_shared(from), ptx::load16_shared(from + kHalfBytes)};
+            const Vec16 halves[2] = {ptx::load16_shared(from),
+                                     ptx::load16_shared(from + kHalfBytes)};
             u32 powers[2];
             ptx::load8_shared(exponents + m * (64 * kBlockK / kGroup) + thread / 4 * 8, powers[0],
                               powers[1]);
@@ -73,7 +66,8 @@ struct Mxfp4 {
 #pragma unroll
                 for (u32 row = 0; row < 2; ++row) {
                     const Magnitudes table(ptx::choose_bytes(powers[row], 0, 0x4440 + k));
-                    table.expand(halves[k / 2].w[k % 2 * 2 + row], a[k][row], a[k][row + 2]);
+                    ptx::expand_e2m1(halves[k / 2].w[k % 2 * 2 + row], table.low, table.high,
+                                     a[k][row], a[k][row + 2]);
                 }
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {

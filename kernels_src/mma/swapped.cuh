@@ -51,50 +51,96 @@ template <u32 kN> struct ColumnScales {
 };
 
 template <class C, u32 kN> struct SwappedLoop {
+    using Rows = typename C::Weights::Rows;
+    // both blocks of the next k-block are loaded at once; two k-blocks are written out then
+    static constexpr bool kAtOnce = kN <= 32 && C::kHidden / kBlockK % 2 == 0 &&
+                                    C::kIntermediate / kBlockK % 2 == 0;
+
     const Shared<C>& shared;
     u32 group, thread;   // which warpgroup; thread of it
-    bool half;           // the tile has 128 rows, and a warpgroup one block, which it multiplies twice
+    bool half;   // the tile has 128 rows, and a warpgroup one block, which it multiplies twice
 
     MEGA_DEVICE u32 block(u32 which) const { return half ? group : group * 2 + which; }
 
-    MEGA_DEVICE void issue(float (&fresh)[kN / 2], const typename C::Weights::Rows& rows,
+    MEGA_DEVICE void issue(float (&fresh)[kN / 2], const Rows& rows,
                            u32 stage) const {
         ptx::wgmma_fence();
         rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();
     }
-    MEGA_DEVICE void load(typename C::Weights::Rows& rows, u32 stage, u32 which) const {
+    MEGA_DEVICE void load(Rows& rows, u32 stage, u32 which) const {
         rows.load(shared.weights(stage), shared.exponents(stage), block(which), thread);
+    }
+
+    MEGA_DEVICE ColumnScales<kN> scales(u32 stage) const {
+        ColumnScales<kN> scales;
+        scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8,
+                    thread % kWarp);
+        return scales;
+    }
+    MEGA_DEVICE void release(u32 stage) const {
+        __syncwarp();   // all lanes have read their weights and scales
+        if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
+    }
+
+    /// One k-block, whose block 0 has been loaded; loads that of the next one.
+    MEGA_DEVICE void in_turn(Columns<kN>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
+                             bool more) const {
+        float fresh[2][kN / 2];
+        const u32 stage = ring.stage;
+        issue(fresh[0], rows[0], stage);
+        load(rows[1], stage, 1);
+        issue(fresh[1], rows[1], stage);
+        const ColumnScales<kN> by = scales(stage);
+        ptx::wgmma_wait<1>(fresh[0]);
+        by.promote(result.block[0], fresh[0]);
+        ring.advance();
+        if (more) {
+            wait_barrier_watched(shared.full(ring.stage), ring.parity);
+            load(rows[0], ring.stage, 0);
+        }
+        ptx::wgmma_wait<0>(fresh[1]);
+        by.promote(result.block[1], fresh[1]);
+        release(stage);
+    }
+
+    /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
+    MEGA_DEVICE void at_once(Columns<kN>& result, const Rows (&rows)[2], Rows (&next)[2],
+                             Ring<C::kStages>& ring, bool more) const {
+        float fresh[2][kN / 2];
+        const u32 stage = ring.stage;
+        issue(fresh[0], rows[0], stage);
+        issue(fresh[1], rows[1], stage);
+        const ColumnScales<kN> by = scales(stage);
+        ring.advance();
+        if (more) wait_barrier_watched(shared.full(ring.stage), ring.parity);
+        const u32 ahead = more ? ring.stage : stage;
+        load(next[0], ahead, 0), load(next[1], ahead, 1);
+        ptx::wgmma_wait<1>(fresh[0]);
+        by.promote(result.block[0], fresh[0]);
+        ptx::wgmma_wait<0>(fresh[1]);
+        by.promote(result.block[1], fresh[1]);
+        release(stage);
     }
 
     MEGA_DEVICE void run(Columns<kN>& result, u32 k_begin, u32 k_blocks) const {
         Ring<C::kStages> ring(k_begin);
-        typename C::Weights::Rows rows[2];
-        float fresh[2][kN / 2];
-        ColumnScales<kN> scales;
+        Rows rows[2];
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
         wait_barrier_watched(shared.full(ring.stage), ring.parity);
         load(rows[0], ring.stage, 0);
+        if constexpr (kAtOnce) {
+            Rows next[2];
+            load(rows[1], ring.stage, 1);
 #pragma unroll 1
-        while (true) {
-            const u32 stage = ring.stage;
-            issue(fresh[0], rows[0], stage);
-            load(rows[1], stage, 1);
-            issue(fresh[1], rows[1], stage);
-            scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8, thread % kWarp);
-            ptx::wgmma_wait<1>(fresh[0]);
-            scales.promote(result.block[0], fresh[0]);
-            ring.advance();
-            if (--k_blocks != 0) {
-                wait_barrier_watched(shared.full(ring.stage), ring.parity);
-                load(rows[0], ring.stage, 0);
+            for (; k_blocks != 0; k_blocks -= 2) {
+                at_once(result, rows, next, ring, true);
+                at_once(result, next, rows, ring, k_blocks != 2);
             }
-            ptx::wgmma_wait<0>(fresh[1]);
-            scales.promote(result.block[1], fresh[1]);
-            __syncwarp();   // all lanes have read their weights and scales
-            if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
-            if (k_blocks == 0) break;
+        } else {
+#pragma unroll 1
+            for (; k_blocks != 0; --k_blocks) in_turn(result, rows, ring, k_blocks != 1);
         }
     }
 };

@@ -88,5 +88,14 @@ MEGA_DEVICE u32 choose_bytes(u32 low, u32 high, u32 select) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(select));
     return r;
 }
+/// Eight codes of e2m1 to bytes: their magnitudes, in bits 4i to 4i + 2, choose among those of `low` and `high`; signs of the first
+/// four are in bits 8i + 7, of the others in bits 8(i - 4) + 3.
+MEGA_DEVICE void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
+    asm("{\n.reg .b32 s, a, b, m;\n"
+        "and.b32 s, %2, 0x77777777;\nprmt.b32 a, %3, %4, s;\nand.b32 m, %2, 0x80808080;\nor.b32 %0, a, m;\n"
+        "shr.u32 s, s, 16;\nprmt.b32 b, %3, %4, s;\nshl.b32 m, %2, 4;\nand.b32 m, m, 0x80808080;\nor.b32 %1, b, m;\n}"
+        : "=&r"(first), "=r"(second)
+        : "r"(codes), "r"(low), "r"(high));
+}
 
 }   // namespace megamoe::ptx

@@ -65,6 +65,9 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
     MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a2 "}", 2, "more") MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a3 "}", 3, "more") "}\n"
 #define MEGA_A4(k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
 #define MEGA_A16 MEGA_A4(0), MEGA_A4(1), MEGA_A4(2), MEGA_A4(3)
+#define MEGA_N4(i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
+#define MEGA_N8(i) MEGA_N4(i), MEGA_N4(i + 4)
+#define MEGA_N16(i) MEGA_N8(i), MEGA_N8(i + 8)
 #define MEGA_D8(i) MEGA_D4(i), MEGA_D4(i + 4)
 #define MEGA_D16(i) MEGA_D8(i), MEGA_D8(i + 8)
 #define MEGA_D32 MEGA_D16(0), MEGA_D16(16)
@@ -73,13 +76,13 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
 template <u32 kN> MEGA_DEVICE void wgmma_weights_shared(float (&d)[kN / 2], u64 a, u64 b) {
     static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64, "columns of a product");
     if constexpr (kN == 8)
-        asm volatile(MEGA_SHARED("8", MEGA_R4, "%4", "%5") : MEGA_D4(0) : "l"(a), "l"(b) : "memory");
+        asm volatile(MEGA_SHARED("8", MEGA_R4, "%4", "%5") : MEGA_N4(0) : "l"(a), "l"(b) : "memory");
     else if constexpr (kN == 16)
-        asm volatile(MEGA_SHARED("16", MEGA_R8, "%8", "%9") : MEGA_D8(0) : "l"(a), "l"(b) : "memory");
+        asm volatile(MEGA_SHARED("16", MEGA_R8, "%8", "%9") : MEGA_N8(0) : "l"(a), "l"(b) : "memory");
     else if constexpr (kN == 32)
-        asm volatile(MEGA_SHARED("32", MEGA_R16, "%16", "%17") : MEGA_D16(0) : "l"(a), "l"(b) : "memory");
+        asm volatile(MEGA_SHARED("32", MEGA_R16, "%16", "%17") : MEGA_N16(0) : "l"(a), "l"(b) : "memory");
     else if constexpr (kN == 64)
-        asm volatile(MEGA_SHARED("64", MEGA_D, "%32", "%33") : MEGA_D32 : "l"(a), "l"(b) : "memory");
+        asm volatile(MEGA_SHARED("64", MEGA_D, "%32", "%33") : MEGA_N16(0), MEGA_N16(16) : "l"(a), "l"(b) : "memory");
 }
 /// The same of e5m2 weights in registers: of each 32 of the depth, a thread holds four words, rows t/4 and t/4 + 8 of columns
 /// 4(t%4) to 4(t%4) + 3, then both rows 16 columns further.
@@ -87,16 +90,16 @@ template <u32 kN> MEGA_DEVICE void wgmma_weights_registers(float (&d)[kN / 2], c
     static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64, "columns of a product");
     if constexpr (kN == 8)
         asm volatile(MEGA_REGISTERS("8", MEGA_R4, "%4,%5,%6,%7", "%8,%9,%10,%11", "%12,%13,%14,%15", "%16,%17,%18,%19", "%20")
-                     : MEGA_D4(0) : MEGA_A16, "l"(b) : "memory");
+                     : MEGA_N4(0) : MEGA_A16, "l"(b) : "memory");
     else if constexpr (kN == 16)
         asm volatile(MEGA_REGISTERS("16", MEGA_R8, "%8,%9,%10,%11", "%12,%13,%14,%15", "%16,%17,%18,%19", "%20,%21,%22,%23", "%24")
-                     : MEGA_D8(0) : MEGA_A16, "l"(b) : "memory");
+                     : MEGA_N8(0) : MEGA_A16, "l"(b) : "memory");
     else if constexpr (kN == 32)
         asm volatile(MEGA_REGISTERS("32", MEGA_R16, "%16,%17,%18,%19", "%20,%21,%22,%23", "%24,%25,%26,%27", "%28,%29,%30,%31", "%32")
-                     : MEGA_D16(0) : MEGA_A16, "l"(b) : "memory");
+                     : MEGA_N16(0) : MEGA_A16, "l"(b) : "memory");
     else if constexpr (kN == 64)
         asm volatile(MEGA_REGISTERS("64", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43", "%44,%45,%46,%47", "%48")
-                     : MEGA_D32 : MEGA_A16, "l"(b) : "memory");
+                     : MEGA_N16(0), MEGA_N16(16) : MEGA_A16, "l"(b) : "memory");
 }
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[4]) {
     asm volatile("wgmma.wait_group.sync.aligned %4;" : MEGA_D4(0) : "n"(kPending) : "memory");
@@ -107,7 +110,20 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[8]) {
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[16]) {
     asm volatile("wgmma.wait_group.sync.aligned %16;" : MEGA_D16(0) : "n"(kPending) : "memory");
 }
+/// Until none is running; of two.
+MEGA_DEVICE void wgmma_wait_both(float (&d)[4], float (&e)[4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]) : : "memory");
+}
+MEGA_DEVICE void wgmma_wait_both(float (&d)[8], float (&e)[8]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]), "+f"(e[4]), "+f"(e[5]), "+f"(e[6]), "+f"(e[7]) : : "memory");
+}
+MEGA_DEVICE void wgmma_wait_both(float (&d)[16], float (&e)[16]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]), "+f"(e[4]), "+f"(e[5]), "+f"(e[6]), "+f"(e[7]), "+f"(e[8]), "+f"(e[9]), "+f"(e[10]), "+f"(e[11]), "+f"(e[12]), "+f"(e[13]), "+f"(e[14]), "+f"(e[15]) : : "memory");
+}
 #undef MEGA_D32
+#undef MEGA_N16
+#undef MEGA_N8
+#undef MEGA_N4
 #undef MEGA_D16
 #undef MEGA_D8
 #undef MEGA_A16

@@ -22,12 +22,14 @@ template <class C> struct SwappedMath {
         // nobody reads the staging of the tile before any more
         ptx::named_sync(kBarrierMath, kMathGroups * kGroup);
         if (second)
-            SwappedScatter<C, kN>{p,      shared.staging(group * 4), group,    thread,
-                                  tile.row(), tile.rows(),           tile.n(), half}
+            SwappedScatter<C, kN>{
+                p,   shared.staging(group * 4), group, thread, tile.row(), tile.rows(), tile.n(),
+                half}
                 .run(result);
         else
-            SwappedQuant<C, kN>{p,           shared.staging(0), group * kGroup + thread, tile.pool_row(),
-                                tile.rows(), tile.n()}
+            SwappedQuant<C, kN>{
+                p,           shared.staging(0), group * kGroup + thread, tile.pool_row(),
+                tile.rows(), tile.n()}
                 .run(result);
     }
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megamoe_jit._spec import FP8, WeightFormat
+
 __all__ = ["COMPARED", "Card", "add_limits", "card_of", "choice_quality", "expected_experts", "limit", "ratio"]
 
 CLOSE = 1.03  #: the automatic choice counts as good within this factor of the best forced variant
@@ -49,7 +51,9 @@ def limit(row: Mapping[str, Any], card: Card) -> tuple[str, float]:
     """What bounds a row on a card, "weights" or "flops", and the least time in microseconds."""
     size = row["hidden"] * row["intermediate"]
     touched = expected_experts(row["experts"], row["topk"], row["tokens"])
-    weights_us = 3.0 * touched * size * 1e-6 / card.weights_tb_s
+    stored = WeightFormat.parse(row.get("weights", FP8.name))
+    bytes_ = touched * stored.expert_code_bytes(row["hidden"], row["intermediate"])
+    weights_us = bytes_ * 1e-6 / card.weights_tb_s
     flops_us = 6.0 * row["tokens"] * row["topk"] * size * 1e-6 / card.main_loop_tflops
     return ("weights", weights_us) if weights_us >= flops_us else ("flops", flops_us)
 
@@ -81,7 +85,7 @@ def choice_quality(rows: Sequence[Mapping[str, Any]], auto: str = "auto") -> dic
         `rows` compared, how many are `close` (within 3 %), and the `worst` ratio with its `shape` and `tokens`.
     """
     cells: dict[tuple[str, int], dict[str, float]] = {}
-    for row in rows:
+    for row in rows:  # of one format of weights
         cells.setdefault((row["shape"], row["tokens"]), {})[row["variant"]] = row["median_us"]
     ratios = [
         (times[auto] / min(time for name, time in times.items() if name != auto), where)

@@ -29,6 +29,7 @@ class Row:
         weights_tb_s: bytes of touched weights over the median time
         baseline: the fastest unfused method with the right answer, if that was timed
         baseline_speedup: how many times faster than it
+        weights: the format that they are stored in
     """
 
     shape: str
@@ -39,6 +40,7 @@ class Row:
     tokens: Count
     variant: str
     kernel: KernelName
+    weights: str
     median_us: Figure
     min_us: Figure
     max_us: Figure

@@ -20,10 +20,10 @@ from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
 from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import MoEShape, Variant
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec import FP8, MoEShape, Variant, WeightFormat
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.select import AUTO, choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
@@ -67,7 +67,7 @@ def require_hopper() -> torch.device:
     return device
 
 
-def cases(presets: Iterable[Preset], tokens: Sequence[int]) -> list[Scenario]:
+def cases(presets: Iterable[Preset], tokens: Sequence[int], weights: str = FP8.name) -> list[Scenario]:
     """One GPU's slice of every preset (its experts over its ranks) at every token count."""
     return [
         Scenario(
@@ -75,22 +75,25 @@ def cases(presets: Iterable[Preset], tokens: Sequence[int]) -> list[Scenario]:
             shape=MoEShape(p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk),
             tokens=count,
             capacity=count,
+            weights=weights,
         )
         for p in presets
         for count in tokens
     ]
 
 
-def default_cases(presets: Iterable[Preset]) -> list[Scenario]:
+def default_cases(presets: Iterable[Preset], weights: str = FP8.name) -> list[Scenario]:
     """The table's token counts for every preset, and the few ones below it for those that have a goal there."""
     return [
         case
         for p in presets
-        for case in cases([p], sorted((*DEFAULT_TOKENS, *(FEW_TOKENS if p.name in FEW_SHAPES else ()))))
+        for case in cases([p], sorted((*DEFAULT_TOKENS, *(FEW_TOKENS if p.name in FEW_SHAPES else ()))), weights)
     ]
 
 
-def kernel_of(shape: MoEShape, tokens: int, variant: str, device: torch.device, ranks: int = 1) -> str:
+def kernel_of(
+    shape: MoEShape, tokens: int, variant: str, device: torch.device, ranks: int = 1, weights: str = FP8.name
+) -> str:
     """The variant that runs a call of one of `VARIANTS` on a device, by the settings and what was measured."""
     settings = get_settings()
     own: dict[str, Any] = {}
@@ -102,6 +105,7 @@ def kernel_of(shape: MoEShape, tokens: int, variant: str, device: torch.device, 
         ranks=ranks,
         variant=settings.variant if variant == AUTO else variant,
         cooperative_threshold=settings.cooperative_threshold,
+        weights=WeightFormat.parse(weights),
         **own,
     ).variant.value
 
@@ -121,13 +125,20 @@ def some_rows(case: Scenario, inputs: Inputs, weights: Weights) -> tuple[torch.T
     )
 
 
+def as_fp8(weights: Weights) -> Weights:
+    """The same values for layers of public parts, which multiply FP8."""
+    if weights.l1[0].dtype is not torch.uint8:
+        return weights
+    return Weights(fp8_from_mxfp4(*weights.l1), fp8_from_mxfp4(*weights.l2))
+
+
 class Layer:
     """Weights and buffer of one shape on the device, and what is done with them."""
 
-    def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device) -> None:
+    def __init__(self, shape: MoEShape, max_tokens: int, device: torch.device, weights: WeightFormat = FP8) -> None:
         self.shape = shape
         self.device = device
-        self.weights = make_weights(shape, device)
+        self.weights = make_weights(shape, device, 0, weights)
         self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.weights.l1, self.weights.l2)
         self.buffer = megamoe_jit.get_symm_buffer_for_mega_moe(
             None, shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate
@@ -162,12 +173,12 @@ def _measure(
     facts = {}
     if not_timed is not None:
         experts, diff = shape.experts, lambda out: calc_diff(out[where], expected)
-        facts = add_baselines(calls, not_timed, inputs, layer.weights, experts, case.clamp, diff)
+        facts = add_baselines(calls, not_timed, inputs, as_fp8(layer.weights), experts, case.clamp, diff)
     times = burst(calls, flush)
     others = baseline_rows(case.name, shape, case.tokens, 1, [{"times": times, "baselines": facts}])
     flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
     touched = int((expert_counts(inputs.topk_idx, shape.experts) > 0).sum())
-    weight_bytes = touched * FP8.expert_code_bytes(shape.hidden, shape.intermediate)
+    weight_bytes = touched * WeightFormat.parse(case.weights).expert_code_bytes(shape.hidden, shape.intermediate)
     rows = []
     for name, call in own.items():
         median = statistics.median(times[name])
@@ -180,7 +191,8 @@ def _measure(
                 topk=shape.topk,
                 tokens=case.tokens,
                 variant=name,
-                kernel=kernel_of(shape, case.tokens, name, layer.device),
+                kernel=kernel_of(shape, case.tokens, name, layer.device, weights=case.weights),
+                weights=case.weights,
                 median_us=median,
                 min_us=min(times[name]),
                 max_us=max(times[name]),
@@ -222,15 +234,16 @@ def measure(
     device = require_hopper()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     rows: list[Row] = []
-    for number, (name, shape) in enumerate(dict.fromkeys((case.name, case.shape) for case in work)):
-        group = [case for case in work if (case.name, case.shape) == (name, shape)]
+    layers = dict.fromkeys((case.name, case.shape, case.weights) for case in work)
+    for number, (name, shape, weights) in enumerate(layers):
+        group = [case for case in work if (case.name, case.shape, case.weights) == (name, shape, weights)]
         torch.cuda.empty_cache()
         if number and between is not None:
             between()
-        layer = Layer(shape, max(case.capacity for case in group), device)
+        layer = Layer(shape, max(case.capacity for case in group), device, WeightFormat.parse(weights))
         try:
             for case in group:
-                found, others = _measure(layer, case, variants, flush, not_timed)
+                found, others = _measure(layer, case, case.runs(variants), flush, not_timed)
                 if baselines is not None:
                     baselines.extend(others)
                 for row in found:

@@ -20,7 +20,7 @@ from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall
 from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.contenders import METHODS
-from megamoe_jit._bench.measure import anchors, kernel_of, require_hopper, some_rows
+from megamoe_jit._bench.measure import anchors, as_fp8, kernel_of, require_hopper, some_rows
 from megamoe_jit._bench.rows_ranks import merge
 from megamoe_jit._bench.unfused_run import add_baselines, unusable
 from megamoe_jit._check.collect import collect
@@ -29,7 +29,7 @@ from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
-from megamoe_jit._spec import MAX_RANKS, MoEShape
+from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape, WeightFormat
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.reference import calc_diff, expert_counts
 
@@ -41,15 +41,15 @@ MAX_SUSTAINED = 2000  #: calls
 class _Layer:
     """One shape on this rank: weights, a buffer of all ranks and one of this rank alone."""
 
-    def __init__(self, world: World, shape: MoEShape, max_tokens: int) -> None:
+    def __init__(self, world: World, shape: MoEShape, max_tokens: int, weights: str) -> None:
         import torch.distributed as dist
 
         self.world, self.shape, self.device = world, shape, world.device
-        self.weights = make_weights(shape, world.device)
+        self.weights = make_weights(shape, world.device, 0, WeightFormat.parse(weights))
         local = shape.experts // world.ranks
         mine = slice(world.rank * local, (world.rank + 1) * local)
-        own = [(codes[mine], scales[mine]) for codes, scales in (self.weights.l1, self.weights.l2)]
-        self.own = Weights(own[0], own[1])
+        first, second = (tuple(each[mine] for each in given) for given in (self.weights.l1, self.weights.l2))
+        self.own = Weights(first, second)
         self.own_shape = MoEShape(shape.hidden, shape.intermediate, local, shape.topk)
         self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.own.l1, self.own.l2)
 
@@ -80,7 +80,7 @@ def _measure(
     import torch.distributed as dist
 
     inputs = make_inputs(case, layer.device, world.rank, layer.weights)
-    own_case = Scenario(case.name, layer.own_shape, case.tokens, case.tokens)
+    own_case = Scenario(case.name, layer.own_shape, case.tokens, case.tokens, weights=case.weights)
     own_inputs = make_inputs(own_case, layer.device, world.rank, layer.own)
     y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
     where, expected = some_rows(case, inputs, layer.weights)
@@ -102,7 +102,7 @@ def _measure(
         calls[f"ranks {variant} staged"] = calls[f"ranks {variant}"].staged()
         add(f"one {variant}", layer.own_buffer, own_inputs, own_where, own_expected, variant)
     experts, diff = case.shape.experts, lambda out: calc_diff(out[where], expected)
-    baselines = add_baselines(calls, methods, inputs, layer.own, experts, case.clamp, diff, dist.group.WORLD)
+    baselines = add_baselines(calls, methods, inputs, as_fp8(layer.own), experts, case.clamp, diff, dist.group.WORLD)
     times = timer.burst(calls)
     sustained = {}
     for variant in variants:
@@ -120,10 +120,10 @@ def _measure(
     }
 
 
-def _cases(world: World, shapes: Sequence[Sequence[Any]], tokens: Sequence[int]) -> list[list[Scenario]]:
+def _cases(world: World, shapes: Sequence[Sequence[Any]], tokens: Sequence[int], weights: str) -> list[list[Scenario]]:
     return [
         [
-            Scenario(name, MoEShape(hidden, intermediate, local * world.ranks, topk), count, count)
+            Scenario(name, MoEShape(hidden, intermediate, local * world.ranks, topk), count, count, weights=weights)
             for count in sorted(tokens)
         ]
         for name, hidden, intermediate, local, topk in shapes
@@ -131,7 +131,12 @@ def _cases(world: World, shapes: Sequence[Sequence[Any]], tokens: Sequence[int])
 
 
 def measure_on_rank(
-    world: World, shapes: list[list[Any]], tokens: list[int], variants: list[str], baseline: bool
+    world: World,
+    shapes: list[list[Any]],
+    tokens: list[int],
+    variants: list[str],
+    baseline: bool,
+    weights: str = FP8.name,
 ) -> dict[str, Any]:
     """What each rank does: all cases, in the same order; rank 0 reports each when all ranks have it."""
     import torch.distributed as dist
@@ -143,13 +148,15 @@ def measure_on_rank(
     methods = {method.name: "not wanted" for method in METHODS}
     if baseline:
         methods = unusable(world.device, dist.group.WORLD)
-    for group in _cases(world, shapes, tokens):
+    for group in _cases(world, shapes, tokens, weights):
         torch.cuda.empty_cache()
-        layer = _Layer(world, group[0].shape, group[-1].tokens)
+        layer = _Layer(world, group[0].shape, group[-1].tokens, weights)
         for case in group:
-            parts = gather(dist.group.WORLD, _measure(world, layer, timer, case, variants, methods))
+            wanted = case.runs(variants)
+            parts = gather(dist.group.WORLD, _measure(world, layer, timer, case, wanted, methods))
             if world.rank == 0:
-                kernels = {v: kernel_of(case.shape, case.tokens, v, world.device, world.ranks) for v in variants}
+                where = world.device, world.ranks, weights
+                kernels = {v: kernel_of(case.shape, case.tokens, v, *where) for v in wanted}
                 world.report(merge(case, world.ranks, kernels, parts))
         layer.destroy()
         del layer
@@ -164,6 +171,7 @@ def run(
     ranks: int,
     *,
     baseline: bool = True,
+    weights: str = FP8.name,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any] | None:
     """Measure on several GPUs: those of torchrun if there is one, else with ranks started here.
@@ -174,6 +182,7 @@ def run(
         variants: names from `measure.VARIANTS`.
         ranks: how many GPUs.
         baseline: time the unfused layer too.
+        weights: the format of the weights.
         progress: called with each row as it is measured.
 
     Returns:
@@ -200,7 +209,8 @@ def run(
             if progress is not None:
                 progress(row)
 
-    arguments = {"shapes": shapes, "tokens": list(tokens), "variants": list(variants), "baseline": baseline}
+    arguments: dict[str, Any] = {"shapes": shapes, "tokens": list(tokens), "variants": list(variants)}
+    arguments |= {"baseline": baseline, "weights": weights}
     ends = collect("megamoe_jit._bench.measure_ranks:measure_on_rank", ranks, arguments, on_report=note)
     if ends is None:
         return None

@@ -10,8 +10,7 @@ from typing import Any
 from megamoe_jit._bench.documents import RankRow
 from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
-from megamoe_jit._spec import MoEShape
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec import MoEShape, WeightFormat
 
 __all__ = ["RankRow", "merge"]
 
@@ -36,7 +35,7 @@ def merge(
     rows = []
     flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
     touched = max(part["touched"] for part in parts) / ranks
-    weight_bytes = touched * FP8.expert_code_bytes(shape.hidden, shape.intermediate)
+    weight_bytes = touched * WeightFormat.parse(case.weights).expert_code_bytes(shape.hidden, shape.intermediate)
     for variant, kernel in kernels.items():
         name = f"ranks {variant}"
         medians = over_ranks(name, statistics.median)
@@ -52,6 +51,7 @@ def merge(
                 tokens=case.tokens,
                 variant=variant,
                 kernel=kernel,
+                weights=case.weights,
                 median_us=median,
                 min_us=max(over_ranks(name, min)),
                 max_us=max(over_ranks(name, max)),

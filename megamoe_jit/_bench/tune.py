@@ -24,7 +24,7 @@ from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._files import read_plain
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.tables import check_choices
@@ -53,7 +53,7 @@ class Contender:
 
 def sources(shape: MoEShape) -> str:
     """A digest of the CUDA sources of all variants of a shape: measurements of other sources are not taken over."""
-    texts = "".join(render(KernelSpec(shape, variant)).text for variant in Variant)
+    texts = "".join(render(KernelSpec(shape, variant)).text for variant in Variant.reading(FP8))
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
@@ -141,7 +141,7 @@ def tune(
     path: Path,
     tokens: Sequence[int] = DEFAULT_TOKENS,
     *,
-    variants: Sequence[Variant] = tuple(Variant),
+    variants: Sequence[Variant] = Variant.reading(FP8),
     lags: Sequence[float] = DEFAULT_LAGS,
     rows_per_item: Sequence[int] = DEFAULT_ROWS,
     force: bool = False,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megamoe_jit._documents import Count, Document, Measured
+from megamoe_jit._spec import FP8
 
 __all__ = ["Outcome", "Scenarios", "Verify"]
 
@@ -22,6 +23,7 @@ class Outcome:
         diff: of all rows to the reference
         zero_rows_ok: whether rows that must be zero are
         reason: why it did not pass
+        weights: the format that they are stored in
     """
 
     name: str
@@ -31,6 +33,7 @@ class Outcome:
     zero_rows_ok: bool
     passed: bool
     reason: str
+    weights: str = FP8.name
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for another process; a figure that does not exist is null."""
@@ -42,7 +45,7 @@ class Verify(Document):
     """Scenarios compared with the reference.
 
     Attributes:
-        run: scenarios times variants
+        run: scenarios with the variants that multiply their weights
     """
 
     KIND = "verify"
@@ -54,16 +57,16 @@ class Verify(Document):
     outcomes: tuple[Outcome, ...]
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], scenarios: int, variants: int) -> Verify:
+    def of(cls, outcomes: Sequence[Outcome], scenarios: int, wanted: int) -> Verify:
         """With the outcomes counted.
 
         Args:
             outcomes: of what was run.
             scenarios: that were chosen.
-            variants: with each of which each of them was to be run.
+            wanted: runs of these with variants.
         """
         failed = sum(not outcome.passed for outcome in outcomes)
-        return cls(scenarios, len(outcomes), scenarios * variants - len(outcomes), failed, tuple(outcomes))
+        return cls(scenarios, len(outcomes), wanted - len(outcomes), failed, tuple(outcomes))
 
 
 @dataclass(frozen=True, slots=True)

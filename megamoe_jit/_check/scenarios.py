@@ -10,16 +10,18 @@ from __future__ import annotations
 import fnmatch
 import math
 import random
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from megamoe_jit._check.weights import Weights, generator, made, make_weights
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.quantize import quantize_activations, quantize_weights
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.quantize import quantize_activations
+from megamoe_jit._spec import FP8, MXFP4, MoEShape, Variant, WeightFormat
+from megamoe_jit._spec.variants import AUTO
 from megamoe_jit.reference import with_shared_experts
 
 __all__ = ["SCENARIOS", "Inputs", "Scenario", "Weights", "get", "make_inputs", "make_weights", "select"]
@@ -54,19 +56,17 @@ class Scenario:
     route: str = "topk"
     data: str = "normal"
     slow: bool = False
+    weights: str = FP8.name  #: the format that they are stored in
 
     @property
     def family(self) -> str:
         """Name up to the first dot."""
         return self.name.partition(".")[0]
 
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Quantised weights of all experts, shared ones last, gate rows first: as a checkpoint has them."""
-
-    l1: tuple[torch.Tensor, torch.Tensor]  #: e4m3 [E, 2I, H], float32 [E, 2I / 128, H / 128]
-    l2: tuple[torch.Tensor, torch.Tensor]  #: e4m3 [E, H, I], float32 [E, H / 128, I / 128]
+    def runs(self, variants: Iterable[str]) -> tuple[str, ...]:
+        """Those of some variants, ``auto`` among them, that multiply its weights."""
+        readers = Variant.reading(WeightFormat.parse(self.weights))
+        return tuple(variant for variant in variants if variant == AUTO or variant in readers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class Inputs:
     x_sf: torch.Tensor  #: float32 [T, H / 128]
     topk_idx: torch.Tensor  #: int64 [T, K]
     topk_weights: torch.Tensor  #: float32 [T, K]
-    l1: tuple[torch.Tensor, torch.Tensor]
-    l2: tuple[torch.Tensor, torch.Tensor]
+    l1: WeightTensors
+    l2: WeightTensors
     shared: int = 0  #: of the experts, the last ones
 
     @property
@@ -201,6 +201,12 @@ def _own() -> Iterator[Scenario]:
     for t in (37, 260):
         yield _case(f"shared.masked.t{t}_of_300", t, (768, 512, 16, 4, 1), capacity=300, masked_ratio=0.5)
     yield _case("shared.mask_all.t96", 96, (768, 512, 16, 4, 1), masked_ratio=1.0)
+    for t, layer in ((1, (512, 256, 8, 2)), (7, base), (64, (1408, 768, 16, 1)), (100, (2304, 1408, 64, 12))):
+        yield _case(f"mxfp4.h{layer[0]}_i{layer[1]}.t{t}", t, layer, weights=MXFP4.name)
+    for t, layer in ((130, (768, 2304, 8, 6)), (300, (5120, 2304, 8, 6)), (600, base), (3000, (768, 512, 16, 4))):
+        yield _case(f"mxfp4.h{layer[0]}_i{layer[1]}.t{t}", t, layer, weights=MXFP4.name)
+    yield _case("mxfp4.shared.t37_of_300", 37, (768, 512, 16, 4, 1), capacity=300, weights=MXFP4.name)
+    yield _case("mxfp4.masked.t96", 96, base, masked_ratio=0.5, weights=MXFP4.name)
     yield _case("prod.flash.t1", 1, (4096, 2048, 32, 6))
     yield _case("prod.flash.t1024", 1024, (4096, 2048, 32, 6))
     yield _case("prod.flash.t8192", 8192, (4096, 2048, 32, 6), slow=True)
@@ -219,15 +225,16 @@ def get(name: str) -> Scenario:
     raise ConfigError(f"unknown scenario {name!r}; allowed: the {len(SCENARIOS)} names of the table")
 
 
-def select(pattern: str = "*", *, slow: bool = False) -> tuple[Scenario, ...]:
+def select(pattern: str = "*", *, slow: bool = False, weights: str | None = None) -> tuple[Scenario, ...]:
     """Scenarios in table order.
 
     Args:
         pattern: Comma-separated names, globs, or beginnings of names up to a dot (``L4``, ``route.hot``).
         slow: Take slow ones as well; one that is named in full is always taken.
+        weights: The format of all their weights, instead of their own.
 
     Raises:
-        ConfigError: A part of the pattern fits no scenario.
+        ConfigError: A part of the pattern fits no scenario, or there is no such format.
     """
     parts = [part.strip() for part in pattern.split(",") if part.strip()] or ["*"]
 
@@ -238,40 +245,13 @@ def select(pattern: str = "*", *, slow: bool = False) -> tuple[Scenario, ...]:
         if not any(fits(scenario, part) for scenario in SCENARIOS):
             families = ", ".join(dict.fromkeys(scenario.family for scenario in SCENARIOS))
             raise ConfigError(f"no scenario fits {part!r}; allowed: names, globs or families ({families})")
-    return tuple(
-        s for s in SCENARIOS if any(fits(s, part) for part in parts) and (slow or not s.slow or s.name in parts)
-    )
-
-
-def _generator(device: torch.device | str, *key: object) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(zlib.crc32(repr(key).encode()))
-
-
-def _made(gen: torch.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How tensors of numbers and of indices are made: where the generator is, whatever the program's defaults are."""
-    return {"dtype": torch.float32, "device": gen.device}, {"dtype": torch.int64, "device": gen.device}
-
-
-def make_weights(shape: MoEShape, device: torch.device | str, seed: int = 0) -> Weights:
-    """Weights 0.05 * normal, quantised; the same for the same shape, device kind and seed."""
-    experts = shape.experts_of(1)
-    gen = _generator(device, "weights", shape.hidden, shape.intermediate, experts, seed)
-
-    def matrices(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.empty(experts, n, k, dtype=torch.float8_e4m3fn, device=device)
-        scales = torch.empty(experts, n // 128, k // 128, dtype=torch.float32, device=device)
-        for e in range(experts):
-            drawn = torch.randn(n, k, generator=gen, dtype=torch.float32, device=device)
-            codes[e], scales[e] = quantize_weights(drawn * 0.05)
-        return codes, scales
-
-    l1 = matrices(2 * shape.intermediate, shape.hidden)
-    return Weights(l1, matrices(shape.hidden, shape.intermediate))
+    chosen = [s for s in SCENARIOS if any(fits(s, part) for part in parts) and (slow or not s.slow or s.name in parts)]
+    return tuple(chosen if weights is None else (replace(s, weights=WeightFormat.parse(weights).name) for s in chosen))
 
 
 def _activations(s: Scenario, gen: torch.Generator) -> torch.Tensor:
     t, hidden = s.tokens, s.shape.hidden
-    floats, integers = _made(gen)
+    floats, integers = made(gen)
     x = torch.randn(t, hidden, generator=gen, **floats)
     row = torch.arange(t, **integers)
     if s.data == "outliers":
@@ -298,7 +278,7 @@ def _activations(s: Scenario, gen: torch.Generator) -> torch.Tensor:
 def _skewed(s: Scenario, gen: torch.Generator) -> torch.Tensor:
     """Distinct experts per token, drawn by an unequal popularity; int64 ``[T, K]``."""
     t, e, k = s.tokens, s.shape.experts, s.shape.topk
-    floats, integers = _made(gen)
+    floats, integers = made(gen)
     if s.route == "lognormal":
         logits = torch.randn(e, generator=gen, **floats)
     else:
@@ -310,7 +290,7 @@ def _skewed(s: Scenario, gen: torch.Generator) -> torch.Tensor:
 
 def _route(s: Scenario, gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     t, e, k = s.tokens, s.shape.experts, s.shape.topk
-    floats, integers = _made(gen)
+    floats, integers = made(gen)
     weights, idx = torch.randn(t, e, generator=gen, **floats).topk(k, dim=-1, sorted=False)
     if s.route != "topk":
         weights = torch.rand(t, k, generator=gen, **floats) + 0.1
@@ -340,9 +320,9 @@ def make_inputs(
     scenario: Scenario, device: torch.device | str, seed: int = 0, weights: Weights | None = None
 ) -> Inputs:
     """Draw the inputs of one scenario on `device`; `weights` of its shape spare drawing those."""
-    gen = _generator(device, "inputs", scenario.name, seed)
+    gen = generator(device, "inputs", scenario.name, seed)
     x = _activations(scenario, gen)
     x_q, x_sf = quantize_activations(x)
     topk_idx, topk_weights = _route(scenario, gen)
-    weights = weights or make_weights(scenario.shape, device, seed)
+    weights = weights or make_weights(scenario.shape, device, seed, WeightFormat.parse(scenario.weights))
     return Inputs(x, x_q, x_sf, topk_idx, topk_weights, weights.l1, weights.l2, scenario.shape.shared)

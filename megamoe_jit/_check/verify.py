@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +15,8 @@ from megamoe_jit._check import scenarios as _scenarios
 from megamoe_jit._check.documents import Outcome
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights
 from megamoe_jit._errors import DeviceFaultError, PeerTimeoutError
-from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._spec import MoEShape, Variant, WeightFormat
 from megamoe_jit.heuristics.select import AUTO
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs
 
@@ -32,7 +33,7 @@ __all__ = [
     "run_scenario",
 ]
 
-VARIANTS = tuple(variant.value for variant in Variant)
+VARIANTS = tuple(variant.value for variant in Variant)  #: each scenario runs with those that multiply its weights
 MAX_DIFF = 2e-4  #: `calc_diff` over all finite rows
 MAX_ROW_DIFF = 2e-3  #: `calc_diff` of any one row
 GUARD_ROWS = 8  #: rows of the output past the token count, which must stay as they were
@@ -88,23 +89,24 @@ def judge(y: torch.Tensor, expected: torch.Tensor) -> Verdict:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     weights: Weights
-    l1: tuple[torch.Tensor, torch.Tensor]
-    l2: tuple[torch.Tensor, torch.Tensor]
+    l1: WeightTensors
+    l2: WeightTensors
 
 
 class WeightCache:
-    """Keeps the weights of the last shape, as drawn and as the kernel reads them."""
+    """Keeps the weights of the last shape and format, as drawn and as the kernel reads them."""
 
     def __init__(self) -> None:
-        self._key: tuple[MoEShape, str, int] | None = None
+        self._key: tuple[MoEShape, str, int, str] | None = None
         self._entry: _Entry | None = None
 
-    def get(self, shape: MoEShape, device: torch.device, seed: int, api: Any) -> _Entry:
-        """Weights of `shape` on `device`, drawn and transformed unless they are the last ones."""
-        key = (MoEShape(shape.hidden, shape.intermediate, shape.experts, 1, shape.shared), str(device), seed)
+    def get(self, scenario: Scenario, device: torch.device, seed: int, api: Any) -> _Entry:
+        """Weights of a scenario on `device`, drawn and transformed unless they are the last ones."""
+        shape, stored = scenario.shape, scenario.weights
+        key = (replace(shape, topk=1), str(device), seed, stored)
         if self._entry is None or key != self._key:
             self._entry = self._key = None  # frees the old ones first
-            weights = _scenarios.make_weights(shape, device, seed)
+            weights = _scenarios.make_weights(shape, device, seed, WeightFormat.parse(stored))
             self._entry = _Entry(weights, *api.transform_weights_for_mega_moe_sm90(weights.l1, weights.l2))
             self._key = key
         return self._entry
@@ -202,7 +204,7 @@ def run_scenario(
     """
     api = api or import_module("megamoe_jit")
     device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
-    entry = (cache or WeightCache()).get(scenario.shape, device, seed, api)
+    entry = (cache or WeightCache()).get(scenario, device, seed, api)
     inputs = _scenarios.make_inputs(scenario, device, seed, entry.weights)
     y, stats = _call(api, scenario, variant, inputs, entry)
     expected = moe_reference(
@@ -229,6 +231,7 @@ def run_scenario(
         verdict.zero_rows_ok,
         not problems,
         "; ".join(problems),
+        scenario.weights,
     )
 
 
@@ -240,9 +243,10 @@ def run_all(
     *,
     slow: bool = False,
     seed: int = 0,
+    weights: str | None = None,
     api: Any = None,
 ) -> list[Outcome]:
-    """Run every scenario that fits `pattern` with every variant.
+    """Run every scenario that fits `pattern` with every variant that multiplies its weights.
 
     An error fails its scenario, whatever it is, and the run goes on, but a fault of the device ends it: the CUDA
     context is gone, and what was left does not count as run.
@@ -254,22 +258,24 @@ def run_all(
         progress: Called with each outcome as it comes.
         slow: Slow scenarios as well.
         seed: Of weights and inputs.
+        weights: The format of all weights, instead of the scenarios' own.
         api: Stands in for the package in tests of this runner.
     """
     variants = tuple(variants)
-    chosen = _scenarios.select(pattern, slow=slow)
-    by_shape = {s.shape: i for i, s in reversed(list(enumerate(chosen)))}  # equal shapes next to each other
+    chosen = _scenarios.select(pattern, slow=slow, weights=weights)
+    by_shape = {(s.shape, s.weights): i for i, s in reversed(list(enumerate(chosen)))}  # equal ones next to each other
     outcomes: list[Outcome] = []
     cache, where = WeightCache(), torch.device(device)
-    for scenario in sorted(chosen, key=lambda s: by_shape[s.shape]):
-        for variant in variants:
+    for scenario in sorted(chosen, key=lambda s: by_shape[s.shape, s.weights]):
+        for variant in scenario.runs(variants):
             fault = False
             try:
                 outcome = run_scenario(scenario, variant, device, seed=seed, cache=cache, api=api)
             except Exception as error:
                 fault = is_gone(error, where)
                 reason = f"{type(error).__name__}: {error}"
-                outcome = Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason)
+                figures = (math.nan, math.nan, False, False)
+                outcome = Outcome(scenario.name, variant, *figures, reason, scenario.weights)
             outcomes.append(outcome)
             if progress is not None:
                 progress(outcome)

@@ -31,6 +31,7 @@ from megamoe_jit._check.verify import (
     sizes_of,
 )
 from megamoe_jit._errors import ConfigError, MegaMoeError
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.group import collectively
 from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._spec import MoEShape
@@ -42,32 +43,29 @@ SEEDS_PER_RUN = 64  #: rank r of a run with seed s has inputs of seed s * 64 + r
 COLLECTIVE_S = 120.0
 
 
-def chosen(pattern: str, ranks: int, *, slow: bool = False) -> tuple[Scenario, ...]:
+def chosen(pattern: str, ranks: int, *, slow: bool = False, weights: str | None = None) -> tuple[Scenario, ...]:
     """Scenarios that fit the pattern and whose experts the ranks can share evenly, by shape.
 
     Raises:
         ConfigError: there is none.
     """
-    fitting = [s for s in _scenarios.select(pattern, slow=slow) if s.shape.experts % ranks == 0]
+    fitting = [s for s in _scenarios.select(pattern, slow=slow, weights=weights) if s.shape.experts % ranks == 0]
     if not fitting:
         raise ConfigError(f"no scenario of {pattern!r} has experts that {ranks} ranks can share evenly")
-    by_shape = {s.shape: i for i, s in reversed(list(enumerate(fitting)))}
-    return tuple(sorted(fitting, key=lambda s: by_shape[s.shape]))
+    by_shape = {(s.shape, s.weights): i for i, s in reversed(list(enumerate(fitting)))}
+    return tuple(sorted(fitting, key=lambda s: by_shape[s.shape, s.weights]))
 
 
-def share_of(
-    pair: tuple[torch.Tensor, torch.Tensor], shape: MoEShape, rank: int, ranks: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def share_of(given: WeightTensors, shape: MoEShape, rank: int, ranks: int) -> WeightTensors:
     """A rank's part of all experts' codes and scales: its share of the routed ones, and all that are shared."""
     local = shape.experts // ranks
-    mine = tuple(tensor[rank * local : (rank + 1) * local] for tensor in pair)
-    if shape.shared:
-        codes, scales = (
-            torch.cat((own.view(torch.uint8), tensor[-shape.shared :].view(torch.uint8))).view(tensor.dtype)
-            for own, tensor in zip(mine, pair, strict=True)
-        )
-        mine = codes, scales
-    return mine  # type: ignore[return-value]
+    mine = tuple(tensor[rank * local : (rank + 1) * local] for tensor in given)
+    if not shape.shared:
+        return mine
+    return tuple(
+        torch.cat((own.view(torch.uint8), tensor[-shape.shared :].view(torch.uint8))).view(tensor.dtype)
+        for own, tensor in zip(mine, given, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,8 @@ class _Rank:
             return self._run(scenario, variant)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            outcome = Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason)
+            figures = (math.nan, math.nan, False, False)
+            outcome = Outcome(scenario.name, variant, *figures, reason, scenario.weights)
             return _Said(outcome, is_gone(error, self.world.device), self._buffer is not None, [], [])
 
     def destroy(self) -> None:
@@ -110,7 +109,7 @@ class _Rank:
         device, local = world.device, s.experts // world.ranks
 
         def draw() -> tuple[Any, _scenarios.Inputs]:
-            entry = self._cache.get(s, device, self._seed, api)
+            entry = self._cache.get(scenario, device, self._seed, api)
             seed = self._seed * SEEDS_PER_RUN + world.rank
             return entry, _scenarios.make_inputs(scenario, device, seed, entry.weights)
 
@@ -132,7 +131,7 @@ class _Rank:
         if not y[scenario.tokens :].isnan().all():
             problems.append("rows past the token count were written")
         figures = (verdict.diff, verdict.worst_row_diff, verdict.zero_rows_ok)
-        outcome = Outcome(scenario.name, variant, *figures, not problems, "; ".join(problems))
+        outcome = Outcome(scenario.name, variant, *figures, not problems, "; ".join(problems), scenario.weights)
         return _Said(outcome, False, True, expert_counts(ids, s.experts).tolist(), stats.tolist())
 
 
@@ -167,11 +166,18 @@ def _merged(outcomes: Sequence[Outcome]) -> Outcome:
         all(o.zero_rows_ok for o in outcomes),
         all(o.passed for o in outcomes),
         "; ".join(f"rank {rank}: {o.reason}" for rank, o in enumerate(outcomes) if o.reason),
+        first.weights,
     )
 
 
 def run_on_rank(
-    world: World, pattern: str, variants: list[str], slow: bool, seed: int, api: str = "megamoe_jit"
+    world: World,
+    pattern: str,
+    variants: list[str],
+    slow: bool,
+    seed: int,
+    api: str = "megamoe_jit",
+    weights: str | None = None,
 ) -> int:
     """What each rank does; rank 0 reports every merged outcome as it comes.
 
@@ -186,8 +192,8 @@ def run_on_rank(
     # a rank that raised in the middle of a collective meets the others here
     control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * COLLECTIVE_S))
     rank, count = _Rank(world, seed, import_module(api)), 0
-    for scenario in chosen(pattern, world.ranks, slow=slow):
-        for variant in variants:
+    for scenario in chosen(pattern, world.ranks, slow=slow, weights=weights):
+        for variant in scenario.runs(variants):
             everyone: list[Any] = [None] * world.ranks
             dist.all_gather_object(everyone, rank.run(scenario, variant), group=control)
             count += 1
@@ -213,6 +219,7 @@ def run_ranks(
     *,
     slow: bool = False,
     seed: int = 0,
+    weights: str | None = None,
     device: str = "cuda",
     api: str = "megamoe_jit",
 ) -> list[Outcome] | None:
@@ -225,6 +232,7 @@ def run_ranks(
         progress: called with each outcome as it comes.
         slow: slow scenarios as well.
         seed: of weights and inputs.
+        weights: the format of all weights, instead of the scenarios' own.
         device: `cuda`, or `cpu` in tests of this runner.
         api: module that stands in for the package in tests of this runner.
 
@@ -235,7 +243,7 @@ def run_ranks(
         ConfigError: no scenario fits, or there are fewer GPUs.
         MegaMoeError: a rank ended without saying why.
     """
-    chosen(pattern, ranks, slow=slow)  # refuses before anything is started
+    chosen(pattern, ranks, slow=slow, weights=weights)  # refuses before anything is started
     outcomes: list[Outcome] = []
 
     def note(_: int, report: Any) -> None:
@@ -243,7 +251,8 @@ def run_ranks(
         if progress is not None:
             progress(outcomes[-1])
 
-    arguments = {"pattern": pattern, "variants": list(variants), "slow": slow, "seed": seed, "api": api}
+    arguments: dict[str, Any] = {"pattern": pattern, "variants": list(variants), "slow": slow, "seed": seed}
+    arguments |= {"api": api, "weights": weights}
     target = "megamoe_jit._check.verify_ranks:run_on_rank"
     try:
         done = collect(target, ranks, arguments, device=device, on_report=note, group_timeout_s=COLLECTIVE_S)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._cli._io import live_terminal, say, table
 from megamoe_jit._cli._options import per_shape
 from megamoe_jit._errors import ToolchainError
+from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
     from megamoe_jit._jit.documents import Kernel
@@ -27,6 +28,7 @@ def kernel_specs(
     variant: str = "auto",
     numerics: Numerics | None = None,
     inputs: str | None = None,
+    weights: str = FP8.name,
 ) -> list[Compilable]:
     """Every kernel that calls of these shapes can pick, each once.
 
@@ -36,15 +38,15 @@ def kernel_specs(
         variant: `auto` for all that the heuristics can choose, or the name of one.
         numerics: The numeric options of the calls.
         inputs: Where the calls have their inputs from, see `enumerate_specs`.
+        weights: The format of their weights.
     """
     from megamoe_jit._jit.runtime import enumerate_specs
     from megamoe_jit._spec import Variant
 
     variants = None if variant == "auto" else (Variant.parse(variant),)
     specs: list[Compilable] = []
-    specs += per_shape(
-        shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, numerics=numerics, inputs=inputs)
-    )
+    options: dict[str, Any] = {"numerics": numerics, "inputs": inputs, "weights": weights}
+    specs += per_shape(shapes, lambda _, shape: enumerate_specs(shape, ranks, variants, **options))
     return list(dict.fromkeys(specs))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.abi import MAX_RANKS
+from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
 
@@ -30,7 +31,7 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
     """The kernel named on a command line.
 
     Args:
-        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact][/raw]` with a shape
+        text: A kernel's symbol, as the listings show it, or `SHAPE/VARIANT[/rRANKS][/exact][/raw][/mxfp4]` with a shape
             known by name, such as `v4-flash/pingpong` or `v4-pro/cooperative/r8`.
         keys: Whether the command takes keys too; then an error names them.
 
@@ -57,16 +58,18 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
     ranks = 1
     seen: set[str] = set()
     words, raw = Numerics.changes(), Inputs.RAW.value
+    formats = [name for name in FORMATS if name != FP8.name]
     for part in rest[1:]:
-        kind = "ranks" if re.fullmatch(r"r\d+", part) else part
-        if kind not in ("ranks", *words, raw) or kind in seen:
-            allowed = f"r1 to r{MAX_RANKS}, {', '.join([*words, raw])}, each once"
+        kind = "ranks" if re.fullmatch(r"r\d+", part) else "format" if part in formats else part
+        if kind not in ("ranks", *words, raw, "format") or kind in seen:
+            allowed = f"r1 to r{MAX_RANKS}, {', '.join([*words, raw, *formats])}, each once"
             raise ConfigError(f"{part!r} in {text!r} is not understood; allowed: {allowed}")
         seen.add(kind)
         if kind == "ranks":
             ranks = int(part[1:])
-    numerics, inputs = Numerics.named(seen - {"ranks", raw}), Inputs.RAW if raw in seen else Inputs.STAGED
-    return KernelSpec(shape, Variant.parse(rest[0]), ranks, numerics=numerics, inputs=inputs)
+    weights = next((FORMATS[part] for part in rest[1:] if part in formats), FP8)
+    numerics, inputs = Numerics.named(seen - {"ranks", raw, "format"}), Inputs.RAW if raw in seen else Inputs.STAGED
+    return KernelSpec(shape, Variant.parse(rest[0]), ranks, numerics=numerics, weights=weights, inputs=inputs)
 
 
 def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec | StageSpec:

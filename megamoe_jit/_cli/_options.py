@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._spec.variants import Variant
 from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "timed_shapes_option",
     "timed_tokens_option",
     "tokens_option",
+    "weight_format_option",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -98,7 +100,9 @@ def complete_kernel(context: click.Context, parameter: click.Parameter, incomple
 
     from megamoe_jit.heuristics.presets import preset_names
 
-    names = [f"{name}/{variant}" for name in preset_names() for variant in VARIANT_CHOICES[1:]]
+    readers = {stored: Variant.reading(stored) for stored in FORMATS.values()}
+    kinds = [v.value + ("" if stored is FP8 else f"/{stored.name}") for stored in readers for v in readers[stored]]
+    names = [f"{name}/{kind}" for name in preset_names() for kind in kinds]
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return [*found, *complete_key(context, parameter, incomplete)]
 
@@ -206,6 +210,20 @@ ranks_option = click.option(
     show_default=True,
     help="GPUs that share the experts of one layer.",
 )
+
+
+def weight_format_option(meaning: str, default: str | None = FP8.name) -> Callable[[_F], _F]:
+    """Add `--weight-format`, one of those there are."""
+    return click.option(
+        "--weight-format",
+        "weights",
+        type=click.Choice(tuple(FORMATS)),
+        default=default,
+        show_default=True,
+        help=meaning,
+    )
+
+
 sms_option = click.option(
     "--sms",
     type=click.IntRange(min=1, max=144),

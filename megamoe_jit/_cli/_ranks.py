@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import progress_line, show, table
+from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Bench, JudgedRow
@@ -48,7 +49,12 @@ def rank_count(ranks: int | None) -> int:
 
 
 def bench_document(
-    presets: Sequence[Preset], tokens: Sequence[int], variants: Sequence[str], ranks: int, baseline: bool
+    presets: Sequence[Preset],
+    tokens: Sequence[int],
+    variants: Sequence[str],
+    ranks: int,
+    baseline: bool,
+    weights: str = FP8.name,
 ) -> dict[str, Any] | None:
     """What a benchmark on several GPUs found; None where torchrun runs another rank that reports."""
     from megamoe_jit._bench.measure_ranks import run
@@ -60,6 +66,7 @@ def bench_document(
             variants,
             ranks,
             baseline=baseline,
+            weights=weights,
             progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens  {r['variant']}: {r['median_us']:.1f} us"),
         )
 

@@ -19,9 +19,10 @@ from megamoe_jit._cli._io import (
     show,
     table,
 )
-from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option
+from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
 from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
 from megamoe_jit._documents import plain
+from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def figure(field: str, digits: int, factor: float = 1.0) -> Callable[[JudgedRow]
 
 #: Of the table for one GPU: headers, and what each makes of a row; the first three are words.
 COLUMNS: Columns = {
-    "SHAPE": lambda row: str(row.shape),
+    "SHAPE": lambda row: str(row.shape) if row.weights == FP8.name else f"{row.shape} {row.weights}",
     "VARIANT": lambda row: str(row.variant),
     "KERNEL": lambda row: str(row.kernel),
     "TOKENS": lambda row: str(row.tokens),
@@ -97,7 +98,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
 
         say("trying other ways to do the layer; a library that compiles its kernels on first use may take minutes")
         not_timed = unusable(device)
-    with progress_line("bench", len(work) * len(variants)) as step:
+    with progress_line("bench", sum(len(case.runs(variants)) for case in work)) as step:
         rows = _bench.measure(
             work,
             variants,
@@ -121,6 +122,7 @@ def measured(
     ranks: int | None,
     baseline: bool | None,
     commit: str | None = None,
+    weights: str = FP8.name,
 ) -> Bench | None:
     """The document of what the options of `bench` ask for, measured now.
 
@@ -131,6 +133,7 @@ def measured(
         ranks: GPUs; None for torchrun's number, else one.
         baseline: time the layer unfused too; None for with several ranks only.
         commit: of the sources that are measured, where somebody knows it.
+        weights: the format of the weights.
 
     Returns:
         With its rows held against the card's limit; None where torchrun runs another rank that reports.
@@ -146,13 +149,15 @@ def measured(
 
     wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
     if several > 1:
-        found = bench_document(presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False)
+        found = bench_document(
+            presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False, weights
+        )
         if found is None:
             return None
         if commit is not None:
             found["environment"]["commit"] = commit
     else:
-        work = _bench.cases(presets, tokens) if tokens else _bench.default_cases(presets)
+        work = _bench.cases(presets, tokens, weights) if tokens else _bench.default_cases(presets, weights)
         found = _on_one(work, wanted, bool(baseline), commit)
     rows = add_limits(found["rows"], found["environment"]["device"])
     return Bench.of({**found, "rows": rows, "summary": [], "choice": choice_quality(rows)})
@@ -253,6 +258,7 @@ def finish(
     type=click.Path(file_okay=False, path_type=Path),
     help="Also draw time and share of the limit over tokens into a directory; needs the [bench] extra.",
 )
+@weight_format_option("The format of the weights.")
 @run_ranks_option
 @click.option(
     "--baseline/--no-baseline",

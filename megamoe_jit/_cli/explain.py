@@ -16,6 +16,7 @@ from megamoe_jit._cli._options import (
     shape_options,
     sms_option,
     tokens_option,
+    weight_format_option,
 )
 from megamoe_jit._documents import content
 from megamoe_jit._spec.variants import VARIANT_CHOICES
@@ -51,6 +52,7 @@ def _text(call: Call, gpu: str) -> str:
     type=click.Choice(VARIANT_CHOICES),
     help="The variant argument of the call.  [default: the setting MEGAMOE_JIT_VARIANT]",
 )
+@weight_format_option("The format of the weights of the call.")
 @numerics_options
 @sms_option
 @gpu_option
@@ -61,6 +63,7 @@ def explain(
     tokens: tuple[int, ...],
     ranks: int,
     variant: str | None,
+    weights: str,
     numerics: Numerics,
     sms: int,
     gpu: str | None,
@@ -74,7 +77,7 @@ def explain(
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "numerics": numerics, "num_sms": sms}
-    options["gpu"] = found.gpu
+    options |= {"gpu": found.gpu, "weights": weights}
     calls = per_shape(
         shapes, lambda name, shape: [explain_call(shape, count, name=name, **options) for count in tokens]
     )

@@ -14,6 +14,7 @@ from megamoe_jit._cli._options import (
     shape_options,
     sms_option,
     tokens_option,
+    weight_format_option,
 )
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
@@ -38,7 +39,7 @@ def _text(plan: Planned) -> str:
 
     totals = [
         Part("buffer", plan.buffer_bytes, "symmetric and local"),
-        Part("weight", plan.weight_bytes, "e4m3 and scales of this rank's experts"),
+        Part("weight", plan.weight_bytes, f"{plan.weights}, this rank's experts"),
         Part("output", plan.output_bytes, "bf16 y"),
     ]
     capacity = f"{plan.capacity} tokens"
@@ -72,6 +73,7 @@ def _text(plan: Planned) -> str:
     type=click.Choice(VARIANT_CHOICES),
     help="Show the kernel of one alone.",
 )
+@weight_format_option("The format of the weights.")
 @sms_option
 @gpu_option
 @json_option
@@ -80,6 +82,7 @@ def plan(
     tokens: tuple[int, ...],
     ranks: int,
     variant: str,
+    weights: str,
     sms: int,
     gpu: str | None,
     as_json: bool,
@@ -92,6 +95,7 @@ def plan(
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found.gpu}
+    options["weights"] = weights
     plans = per_shape(shapes, lambda name, shape: [memory_plan(shape, count, name=name, **options) for count in tokens])
     if as_json:
         emit(PlanDocument(found.gpu, found.measured, tuple(plans)))

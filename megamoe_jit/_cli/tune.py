@@ -20,7 +20,8 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec.variants import VARIANT_NAMES, Variant
+from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec.variants import Variant
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Cell, Time
@@ -66,7 +67,7 @@ def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: b
     "--variant",
     "variants",
     multiple=True,
-    type=click.Choice(VARIANT_NAMES),
+    type=click.Choice([variant.value for variant in Variant.reading(FP8)]),
     help="Kernel to compare; may be given more than once.  [default: all]",
 )
 @click.option(
@@ -145,7 +146,7 @@ def tune(
                 presets,
                 data,
                 counts,
-                variants=[Variant.parse(name) for name in variants] or tuple(Variant),
+                variants=[Variant.parse(name) for name in variants] or Variant.reading(FP8),
                 lags=lags or _tune.DEFAULT_LAGS,
                 rows_per_item=rows or _tune.DEFAULT_ROWS,
                 force=force,

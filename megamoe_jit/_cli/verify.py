@@ -11,8 +11,9 @@ import click
 
 from megamoe_jit._cli._io import ExitCode, emit, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
+from megamoe_jit._cli._options import weight_format_option
 from megamoe_jit._cli._ranks import rank_count, run_ranks_option
-from megamoe_jit._errors import ToolchainError
+from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._spec.variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
 
 if TYPE_CHECKING:
@@ -38,14 +39,21 @@ def _figure(value: float) -> str:
 def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.device, ranks: int) -> list[KernelSpec]:
     """Every kernel that the runs will ask for, each once, in the order of the scenarios."""
     from megamoe_jit._bench.measure import kernel_of
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec import KernelSpec, WeightFormat
 
     def picked(s: Scenario) -> Sequence[Variant]:
         if ranks > 1:  # a buffer of several ranks prepares every variant
-            return tuple(Variant)
-        return [Variant.parse(kernel_of(s.shape, s.tokens, variant, device)) for variant in variants]
+            return Variant.reading(WeightFormat.parse(s.weights))
+        wanted = s.runs(variants)
+        return [Variant.parse(kernel_of(s.shape, s.tokens, variant, device, weights=s.weights)) for variant in wanted]
 
-    return list(dict.fromkeys(KernelSpec(s.shape, v, ranks, s.fast_math) for s in chosen for v in picked(s)))
+    return list(
+        dict.fromkeys(
+            KernelSpec(s.shape, v, ranks, s.fast_math, weights=WeightFormat.parse(s.weights))
+            for s in chosen
+            for v in picked(s)
+        )
+    )
 
 
 def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> None:
@@ -85,6 +93,7 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
 )
 @click.option("--slow", is_flag=True, help="Run the large scenarios as well.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
+@weight_format_option("Run all with weights of one format.  [default: the scenarios' own, mostly fp8]", default=None)
 @click.option("--list", "only_list", is_flag=True, help="Print the scenarios that would run; needs no GPU.")
 @run_ranks_option
 @json_option
@@ -93,6 +102,7 @@ def verify(
     variants: tuple[str, ...],
     slow: bool,
     seed: int,
+    weights: str | None,
     only_list: bool,
     ranks: int | None,
     as_json: bool,
@@ -113,11 +123,14 @@ def verify(
     from megamoe_jit._check.scenarios import select
 
     several = rank_count(ranks)
-    chosen = select(pattern, slow=slow)
+    chosen = select(pattern, slow=slow, weights=weights)
     if several > 1:
         from megamoe_jit._check import verify_ranks as _verify_ranks
 
-        chosen = _verify_ranks.chosen(pattern, several, slow=slow)
+        chosen = _verify_ranks.chosen(pattern, several, slow=slow, weights=weights)
+    runs = sum(len(scenario.runs(variants)) for scenario in chosen)
+    if not runs:
+        raise ConfigError(f"{', '.join(variants)} multiplies no weights of these scenarios; allowed: another --variant")
     if only_list:
         names = tuple(scenario.name for scenario in chosen)
         if as_json:
@@ -133,20 +146,20 @@ def verify(
     device = require_hopper()
     if several == 1 or not refusal(several):  # else run_ranks refuses, at once
         _compile_ahead(_kernels(chosen, variants, device, several), several, as_json)
-    with progress_line("verify", len(chosen) * len(variants)) as step:
+    with progress_line("verify", runs) as step:
 
         def note(outcome: Outcome) -> None:
             step(_line(outcome))
 
         found = (
-            _verify_ranks.run_ranks(several, pattern, variants, note, slow=slow, seed=seed)
+            _verify_ranks.run_ranks(several, pattern, variants, note, slow=slow, seed=seed, weights=weights)
             if several > 1
-            else run_all(pattern, variants, device, note, slow=slow, seed=seed)
+            else run_all(pattern, variants, device, note, slow=slow, seed=seed, weights=weights)
         )
     if found is None:  # another rank of torchrun reports
         return
     outcomes = found
-    doc = Verify.of(outcomes, len(chosen), len(variants))
+    doc = Verify.of(outcomes, len(chosen), runs)
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if as_json:
         emit(doc)

@@ -15,7 +15,13 @@ from megamoe_jit._cli._kernels import (
     kernel_specs,
     kernel_table,
 )
-from megamoe_jit._cli._options import cache_dir_option, numerics_options, ranks_option, shape_options
+from megamoe_jit._cli._options import (
+    cache_dir_option,
+    numerics_options,
+    ranks_option,
+    shape_options,
+    weight_format_option,
+)
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
@@ -47,6 +53,7 @@ ALL_INPUTS = "all"
     type=click.Choice((ALL_INPUTS, *(each.value for each in Inputs))),
     help="Calls whose inputs are staged before, or those that stage themselves, as MegaMoE does.",
 )
+@weight_format_option("The format of the weights of the calls.")
 @numerics_options
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Kernels to compile at a time.  [default: MEGAMOE_JIT_JOBS, or CPUs]"
@@ -61,6 +68,7 @@ def warmup(
     ranks: int,
     variant: str,
     inputs: str,
+    weights: str,
     numerics: Numerics,
     jobs: int | None,
     force: bool,
@@ -84,7 +92,7 @@ def warmup(
     kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    specs = kernel_specs(shapes, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs)
+    specs = kernel_specs(shapes, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs, weights)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe_jit._documents import Count, Digest, Document, content
-from megamoe_jit._spec import DEFAULT_NUMERICS, KernelSpec, MoEShape
+from megamoe_jit._spec import DEFAULT_NUMERICS, FP8, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
@@ -72,6 +72,7 @@ class Call:
     Attributes:
         name: of the shape
         tokens: of one rank
+        weights: the format that they are stored in
         kernel: its symbol
         key: null without a compiler to give it one
         path: of its entry
@@ -83,6 +84,7 @@ class Call:
     ranks: Count
     tokens: Count
     variant: Variant
+    weights: str
     parameters: Parameters
     reasons: tuple[str, ...]
     kernel: str
@@ -141,6 +143,7 @@ def explain(
     numerics: Numerics = DEFAULT_NUMERICS,
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
+    weights: str = FP8.name,
 ) -> Call:
     """Which kernel a call with so many tokens takes, with which parameters, and why.
 
@@ -153,13 +156,14 @@ def explain(
         numerics: the numeric options of the call.
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
+        weights: the format of the weights.
 
     Raises:
         ConfigError: a value is not supported.
     """
     from megamoe_jit._settings.settings import get_settings
 
-    settings = get_settings()
+    settings, stored = get_settings(), WeightFormat.parse(weights)
     choice = choose(
         shape,
         tokens,
@@ -168,8 +172,9 @@ def explain(
         cooperative_threshold=settings.cooperative_threshold,
         num_sms=num_sms,
         gpu=gpu,
+        weights=stored,
     )
-    spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics)
+    spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics, weights=stored)
     parameters = Parameters(num_sms, spec.block_m, spec.stages, choice.lag_tiles, choice.rows_per_item)
     return Call(
         name=name,
@@ -177,6 +182,7 @@ def explain(
         ranks=ranks,
         tokens=tokens,
         variant=choice.variant,
+        weights=weights,
         parameters=parameters,
         reasons=choice.reasons,
         **content(kernel_state(spec)),

@@ -8,7 +8,7 @@ from megamoe_jit._device.layout import Section, buffer_layout
 from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor
 from megamoe_jit._documents import Count, Document
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape
+from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.abi import (
     BLOCK_N,
     DISPATCH_CHUNK,
@@ -88,6 +88,7 @@ class Planned:
         full_call: the variant of a call that fills the buffer
         symmetric: what peers may read or write
         local: what this rank alone uses
+        weights: the format that they are stored in
     """
 
     name: str
@@ -97,6 +98,7 @@ class Planned:
     capacity: Count
     pool_rows: Count
     full_call: Variant
+    weights: str
     symmetric: tuple[Range, ...]
     local: tuple[Range, ...]
     symmetric_bytes: Count
@@ -121,7 +123,12 @@ def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
     stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
     parts = [
         ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
-        ("weights", stages * spec.weight_stage_bytes, f"{stages} stages of {spec.weights.what} [{BLOCK_N}, {BLOCK}]"),
+        (
+            "weights",
+            stages * spec.weights.code_bytes(BLOCK_N, BLOCK),
+            f"{stages} stages of {spec.weights.what} [{BLOCK_N}, {BLOCK}]",
+        ),
+        ("exponents", stages * spec.weights.exponent_bytes(BLOCK_N, BLOCK), f"{stages} stages, of groups of weights"),
         ("staging", MATH_WARPS * STAGING_BYTES, "2 KiB for each of the eight math warps"),
         ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
         ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
@@ -165,6 +172,7 @@ def memory_plan(
     variant: str = AUTO,
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
+    weights: str = FP8.name,
 ) -> Planned:
     """Memory and launch of one rank whose buffer holds so many tokens.
 
@@ -176,6 +184,7 @@ def memory_plan(
         variant: one variant alone, or `auto` for every one that a call can pick.
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
+        weights: the format of the weights.
 
     Raises:
         ConfigError: a value is not supported.
@@ -184,7 +193,7 @@ def memory_plan(
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
     from megamoe_jit._settings.settings import get_settings
 
-    settings = get_settings()
+    settings, stored = get_settings(), WeightFormat.parse(weights)
     layout = buffer_layout(shape, tokens, ranks)
     picked = choose(
         shape,
@@ -194,9 +203,10 @@ def memory_plan(
         cooperative_threshold=settings.cooperative_threshold,
         num_sms=num_sms,
         gpu=gpu,
+        weights=stored,
     )
-    variants = all_variants(shape) if variant == AUTO else (picked.variant,)
-    specs = [KernelSpec(shape, each, ranks) for each in variants]
+    variants = all_variants(shape, stored) if variant == AUTO else (picked.variant,)
+    specs = [KernelSpec(shape, each, ranks, weights=stored) for each in variants]
     return Planned(
         name=name,
         shape=shape,
@@ -205,12 +215,13 @@ def memory_plan(
         capacity=layout.capacity,
         pool_rows=layout.pool_rows,
         full_call=picked.variant,
+        weights=weights,
         symmetric=_ranges(layout.symmetric),
         local=_ranges(layout.local),
         symmetric_bytes=layout.symmetric_bytes,
         local_bytes=layout.local_bytes,
         buffer_bytes=layout.total_bytes,
-        weight_bytes=specs[0].weights.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
+        weight_bytes=stored.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
         output_bytes=tokens * shape.hidden * 2,
         kernels=tuple(_launch(spec, num_sms) for spec in specs),
     )

@@ -24,7 +24,7 @@ from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._jit.obtain import distrust, obtain
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
@@ -101,6 +101,7 @@ def enumerate_specs(
     *,
     numerics: Numerics | None = None,
     inputs: str | None = None,
+    weights: str = FP8.name,
 ) -> tuple[KernelSpec | StageSpec, ...]:
     """Every kernel that a call of this shape can pick, whatever its token count; what to warm up.
 
@@ -112,6 +113,7 @@ def enumerate_specs(
         numerics: all numeric options of the calls, instead of `fast_math`.
         inputs: "staged" for calls whose inputs are in the buffer before; "raw" for those that stage themselves, as
             `MegaMoE` does, and for `stage`; None for all.
+        weights: the format of the weights of the calls, "fp8" or "mxfp4".
 
     Returns:
         The kernels, each once; those that stage in a launch of their own are `StageSpec`s, and serve all shapes.
@@ -127,12 +129,15 @@ def enumerate_specs(
     given = None if variants is None else items_of(variants)
     if given is None and variants is not None:
         raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
-    wanted = all_variants(shape) if given is None else given
+    stored = WeightFormat.parse(weights)
+    wanted = all_variants(shape, stored) if given is None else given
     flags = (True, False) if fast_math is None else (fast_math,)
     some = [Numerics(flag) for flag in flags] if numerics is None else [numerics]
     forms = tuple(Inputs) if inputs is None else (Inputs.parse(inputs),)
     kinds = itertools.product(forms, wanted, some)
-    kernels = dict.fromkeys(KernelSpec(shape, v, ranks, numerics=each, inputs=form) for form, v, each in kinds)
+    kernels = dict.fromkeys(
+        KernelSpec(shape, v, ranks, numerics=each, weights=stored, inputs=form) for form, v, each in kinds
+    )
     return (*kernels, *(StageSpec(form) for form in StageFormat if Inputs.RAW in forms))
 
 

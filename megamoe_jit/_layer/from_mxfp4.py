@@ -188,6 +188,9 @@ def mxfp4_spread(codes: torch.Tensor, e8m0: torch.Tensor) -> Mxfp4Spread:
     Args:
         codes, e8m0: as `fp8_from_mxfp4` takes them.
 
+    Returns:
+        What all blocks of all matrices have in common: how many, how wide the widest is, and how many are exact.
+
     Raises:
         ConfigError: a dtype or shape is not supported, or an exponent is NaN (255).
     """

@@ -52,13 +52,12 @@ def require_tensors(name: str, given: object, most: int = 3) -> WeightTensors:
         found = f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
         more = "; of MXFP4 in the kernel's order codes, exponents and scales" if most > 2 else ""
         raise ConfigError(f"{name}: {found} given; allowed: a pair of tensors, codes and scales{more}")
-    for what, tensor in zip(_part_names(len(given)), given, strict=True):
+    packed = getattr(given[0], "dtype", None) in PACKED_TYPES
+    for what, tensor in zip(
+        ("weights", "exponents", "scales") if packed else ("weights", "scales"), given, strict=False
+    ):
         require_tensor(f"{name} {what}", tensor)
     return tuple(given)
-
-
-def _part_names(count: int) -> tuple[str, ...]:
-    return ("weights", "scales") if count == 2 else ("weights", "exponents", "scales")
 
 
 def format_of(name: str, given: WeightTensors) -> WeightFormat:

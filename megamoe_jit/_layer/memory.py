@@ -15,7 +15,17 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import allocate_symmetric
-from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, FP8, MAX_TOKENS, KernelSpec, MoEShape, Variant, WeightFormat
+from megamoe_jit._spec import (
+    BLOCK,
+    DEFAULT_NUMERICS,
+    FORMATS,
+    FP8,
+    MAX_TOKENS,
+    KernelSpec,
+    MoEShape,
+    Variant,
+    WeightFormat,
+)
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
@@ -99,7 +109,8 @@ class LayerMemory:
             return {}
         from megamoe_jit._compile.render import render
 
-        sources = (render(self.spec(variant, DEFAULT_NUMERICS)).text for variant in Variant)
+        kinds = [(variant, stored) for stored in FORMATS.values() for variant in Variant.reading(stored)]
+        sources = (render(self.spec(variant, DEFAULT_NUMERICS, stored)).text for variant, stored in kinds)
         return {
             "num_experts": self.shape.experts,
             "num_topk": self.shape.topk,

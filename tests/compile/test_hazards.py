@@ -4,7 +4,7 @@ import pytest
 
 from megamoe_jit._diagnose.inspect import find_tool
 from megamoe_jit._jit.runtime import get_kernel
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics import preset, preset_names
 from tests.sass import disassemble, early_reads, parse
 
@@ -26,7 +26,12 @@ def specs() -> dict[str, KernelSpec]:
     """Each preset over its ranks, and the shape that was hit."""
     shapes = {name: (preset(name).shape, preset(name).ranks) for name in preset_names()}
     shapes["the shape that was hit"] = (MoEShape(2304, 768, 512, 12), 2)
-    return {f"{n}-{v.value}": KernelSpec(shape, v, ranks) for n, (shape, ranks) in shapes.items() for v in Variant}
+    return {
+        f"{n}-{v.value}-{weights.name}": KernelSpec(shape, v, ranks, weights=weights)
+        for n, (shape, ranks) in shapes.items()
+        for weights in (FP8, MXFP4)
+        for v in Variant.reading(weights)
+    }
 
 
 SPECS = specs()

@@ -17,10 +17,13 @@ from megamoe_jit._device.params import Params, StageParams
 from megamoe_jit._errors import CompileError
 from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FORMATS, FP8, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics import preset, preset_names
+
+#: The variants that read the weights of a format, by its name.
+READING = {weights.name: Variant.reading(weights) for weights in FORMATS.values()}
 
 #: hidden, intermediate, experts, top-k: every odd value at least once, each with both variants.
 ODD = (
@@ -39,7 +42,7 @@ def preset_specs() -> dict[str, KernelSpec]:
         entry = preset(name)
         shape = entry.shape
         for label, experts, ranks in (("slice", entry.local_experts, 1), ("whole", shape.experts, entry.ranks)):
-            for variant in Variant:
+            for variant in READING[FP8.name]:
                 spec = KernelSpec(MoEShape(shape.hidden, shape.intermediate, experts, shape.topk), variant, ranks)
                 specs[f"{name}-{label}-{variant.value}"] = spec
     return {name: spec for i, (name, spec) in enumerate(specs.items()) if spec not in list(specs.values())[:i]}
@@ -50,7 +53,7 @@ def other_specs() -> dict[str, KernelSpec]:
     flash = preset("v4-flash")
     slice_ = MoEShape(flash.shape.hidden, flash.shape.intermediate, flash.local_experts, flash.shape.topk)
     specs = {}
-    for variant in Variant:
+    for variant in READING[FP8.name]:
         specs[f"exact-{variant.value}"] = KernelSpec(slice_, variant, fast_math=False)
         for sizes in ODD:
             specs[f"odd-h{sizes[0]}-i{sizes[1]}-e{sizes[2]}-k{sizes[3]}-{variant.value}"] = KernelSpec(
@@ -72,11 +75,28 @@ def shared_specs() -> dict[str, KernelSpec]:
         f"{e.name}-shared": (replace(e.shape, shared=1), e.ranks) for e in map(preset, ("v4-flash", "deepseek-v3"))
     }
     shapes["odd-shared"] = MoEShape(1408, 768, 1000, 8, 24), 1
-    kinds = itertools.product(shapes.items(), Variant, Inputs)
+    kinds = itertools.product(shapes.items(), READING[FP8.name], Inputs)
     return {f"{n}-{v.value}-{i.value}": KernelSpec(shape, v, ranks, inputs=i) for (n, (shape, ranks)), v, i in kinds}
 
 
-SPECS = {**preset_specs(), **other_specs(), **raw_specs(), **shared_specs()}
+def packed_specs() -> dict[str, KernelSpec]:
+    """With weights of four bits: each preset over its ranks and as a slice, exact math, odd sizes, inputs it stages itself."""
+    raw = {name: spec for name, spec in raw_specs().items() if name.startswith("raw-v4")}
+    others = {**preset_specs(), **other_specs(), **raw}
+    named = {name.removesuffix(f"-{spec.variant.value}"): spec for name, spec in others.items()}
+    return {
+        f"mxfp4-{name}-{variant.value}": replace_weights(spec, variant)
+        for name, spec in named.items()
+        for variant in READING[MXFP4.name]
+    }
+
+
+def replace_weights(spec: KernelSpec, variant: Variant) -> KernelSpec:
+    """The same with packed weights."""
+    return KernelSpec(spec.shape, variant, spec.ranks, numerics=spec.numerics, weights=MXFP4, inputs=spec.inputs)
+
+
+SPECS = {**preset_specs(), **other_specs(), **raw_specs(), **shared_specs(), **packed_specs()}
 
 
 def test_the_list_is_complete():
@@ -86,7 +106,7 @@ def test_the_list_is_complete():
     }
     for name in preset_names():
         entry, shape = preset(name), preset(name).shape
-        for variant in Variant:
+        for variant in {*READING[FP8.name], *READING[MXFP4.name]}:
             assert (shape.hidden, shape.intermediate, entry.local_experts, shape.topk, variant, 1) in kernels
             assert (shape.hidden, shape.intermediate, shape.experts, shape.topk, variant, entry.ranks) in kernels
     for position, values in enumerate(((128, 1408, 2304), (128, 768, 1408), (1, 8, 512, 1024), (1, 4, 12, 32))):
@@ -120,10 +140,10 @@ def test_compiles_without_loss(name):
     assert meta["param_bytes"] == entry.param_bytes == ctypes.sizeof(Params)
 
 
-@pytest.mark.parametrize("variant", list(Variant))
-def test_the_compiler_says_nothing_at_all(variant):
+@pytest.mark.parametrize(("variant", "weights"), [(v, f) for f in READING for v in READING[f]])
+def test_the_compiler_says_nothing_at_all(variant, weights):
     """No advisory, no warning of the front end, no call, no local memory."""
-    spec = KernelSpec(MoEShape(2304, 1408, 8, 12), variant)
+    spec = KernelSpec(MoEShape(2304, 1408, 8, 12), variant, weights=FORMATS[weights])
     result = compile_source(render(spec).text, kernel_name=spec.kernel_name, toolchain=find_toolchain())
     assert result.diagnostics == ()
     assert "C75" not in result.log

@@ -12,11 +12,11 @@ import torch
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape, Variant, WeightFormat
 from megamoe_jit.reference import moe_reference
 
 CLAMP = 10.0
-VARIANTS = ("pingpong", "cooperative")
+VARIANTS = tuple(variant.value for variant in Variant.reading(FP8))
 
 
 def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -32,10 +32,10 @@ def poisoned(tokens: int, hidden: int, device: torch.device) -> torch.Tensor:
 class Layer:
     """Weights of one shape, as drawn and as the kernel reads them."""
 
-    def __init__(self, shape: MoEShape, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, shape: MoEShape, device: torch.device, seed: int = 0, weights: WeightFormat = FP8) -> None:
         self.shape = shape
         self.device = device
-        self.weights: Weights = make_weights(shape, device, seed)
+        self.weights: Weights = make_weights(shape, device, seed, weights)
         self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(self.weights.l1, self.weights.l2)
 
     def inputs(self, tokens: int, seed: int = 0, **more: Any) -> Inputs:

@@ -19,7 +19,7 @@ def _by_shape(scenarios: tuple[Scenario, ...]) -> list[Scenario]:
     [
         pytest.param(s, variant, id=f"{s.name}-{variant}", marks=[pytest.mark.slow] if s.slow else [])
         for s in _by_shape(SCENARIOS)
-        for variant in (*VARIANTS, *(["auto"] if s.family in ("threshold", "tokens") else []))
+        for variant in s.runs((*VARIANTS, *(["auto"] if s.family in ("threshold", "tokens", "mxfp4") else [])))
     ],
 )
 def test_scenario(scenario, variant, device, weights):

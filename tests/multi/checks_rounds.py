@@ -287,7 +287,7 @@ def check_stats(world: World) -> str:
             tokens, number, route=("topk", "hot", "lognormal")[number % 3], masked_ratio=0.2 * (number % 2)
         )
         counted = number % 4 != 3
-        it.run(inputs, variant=variant_of(MODES[number % 3], world.rank), stats=stats if counted else None)
+        it.run(inputs, variant=variant_of(MODES[number % len(MODES)], world.rank), stats=stats if counted else None)
         wanted += it.counts(inputs) * counted
         if not torch.equal(stats.cpu().to(torch.int64), wanted):
             problems.append(f"after call {number}: {stats.tolist()}, must be {wanted.tolist()}")

@@ -17,18 +17,18 @@ from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs,
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
 from megamoe_jit._check.verify_ranks import share_of
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape, Variant
 from megamoe_jit.reference import expert_counts, moe_reference
 
 CLAMP = 10.0
 STATS_BEFORE = 3  #: what the counters hold before a call, because they accumulate
-MODES = ("pingpong", "cooperative", "mixed")
-MIXED = ("pingpong", "cooperative")
+MIXED = tuple(variant.value for variant in Variant.reading(FP8))
+MODES = (*MIXED, "mixed")
 
 
 def variant_of(mode: str, rank: int) -> str:
-    """The variant that a rank runs in a mode; `mixed` has both at once."""
-    return MIXED[rank % 2] if mode == "mixed" else mode
+    """The variant that a rank runs in a mode; `mixed` has several at once."""
+    return MIXED[rank % len(MIXED)] if mode == "mixed" else mode
 
 
 def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

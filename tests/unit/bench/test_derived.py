@@ -20,6 +20,11 @@ def test_expected_experts():
     assert expected_experts(8, 8, 1) == 8
 
 
+def test_the_limit_of_packed_weights_is_that_of_their_bytes():
+    packed, plain = add_limits([{**row(8), "weights": "mxfp4"}, row(8)], "NVIDIA H200")
+    assert packed["limit_us"] == pytest.approx(plain["limit_us"] * 4.25 / 8)
+
+
 @pytest.mark.parametrize(
     ("device", "tokens", "bound", "least"),
     [

@@ -24,7 +24,7 @@ from megamoe_jit._layer.weights import (
     transform_weights_for_mega_moe_sm90,
 )
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec import FP8, MoEShape, Variant
 from megamoe_jit.heuristics.presets import Preset, preset
 from megamoe_jit.heuristics.select import Choice
 from megamoe_jit.reference import moe_reference
@@ -118,14 +118,13 @@ def test_rows(layer: Layer):
     seen: list[_bench.Row] = []
     rows = _bench.measure(_bench.cases([SMALL], [5, 300]), progress=seen.append)
     assert rows == seen
+    forced = [(variant.value, variant.value) for variant in Variant.reading(FP8)]
     assert [(r.tokens, r.variant, r.kernel) for r in rows] == [
-        (5, "auto", "pingpong"),
-        (5, "pingpong", "pingpong"),
-        (5, "cooperative", "cooperative"),
-        (300, "auto", "cooperative"),
-        (300, "pingpong", "pingpong"),
-        (300, "cooperative", "cooperative"),
+        (tokens, *kind)
+        for tokens, automatic in ((5, "pingpong"), (300, "cooperative"))
+        for kind in (("auto", automatic), *forced)
     ]
+    assert {row.weights for row in rows} == {"fp8"}
     for row in rows:
         assert row.correct
         assert row.median_us == pytest.approx(100)
@@ -135,8 +134,9 @@ def test_rows(layer: Layer):
         assert row.tflops == pytest.approx(6 * row.tokens * 2 * 256 * 128 / 100e-6 * 1e-12)
     assert rows[-1].weights_tb_s == pytest.approx(4 * 3 * 256 * 128 / 100e-6 * 1e-12)
     assert (layer.capacities, layer.alive) == ([300], 0)
-    timed = [name for name, tokens in layer.calls if tokens == 5][3 : 3 + 6 * (_timing.WARMUP + _timing.TIMED)]
-    turn = ["fp8_mega_moe", "fp8_mega_moe_pingpong", "fp8_mega_moe_cooperative"]
+    timed = [name for name, tokens in layer.calls if tokens == 5]
+    turn = ["fp8_mega_moe", *(f"fp8_mega_moe_{variant}" for variant, _ in forced)]
+    timed = timed[len(turn) :][: 2 * len(turn) * (_timing.WARMUP + _timing.TIMED)]
     assert timed == [*turn, *turn] * 18, "they take turns, first without and then with the staging"
 
 
@@ -265,7 +265,8 @@ def test_the_kernel_that_is_named_is_the_one_that_the_device_takes(monkeypatch: 
     assert _bench.kernel_of(shape, 5, "auto", torch.device("cuda", 0), 2) == "pingpong"
     with override(variant="cooperative", cooperative_threshold=7):
         _bench.kernel_of(shape, 5, "auto", torch.device("cpu"))
+    common = {"weights": FP8}
     assert asked == [
-        {"ranks": 2, "variant": "auto", "cooperative_threshold": None, "gpu": "NVIDIA H20", "num_sms": 78},
-        {"ranks": 1, "variant": "cooperative", "cooperative_threshold": 7},
+        {"ranks": 2, "variant": "auto", "cooperative_threshold": None, "gpu": "NVIDIA H20", "num_sms": 78, **common},
+        {"ranks": 1, "variant": "cooperative", "cooperative_threshold": 7, **common},
     ]

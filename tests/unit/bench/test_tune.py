@@ -16,7 +16,7 @@ from megamoe_jit._bench import tune_table as _tune_table
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.bound_kernel import CallPlan
-from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._spec import FP8, MoEShape, Variant
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit.heuristics import choose
 from megamoe_jit.heuristics.presets import Preset
@@ -41,7 +41,7 @@ class Tuned(Layer):
         buffer = super().get_symm_buffer_for_mega_moe(group, experts, capacity, topk, hidden, intermediate)
         shape = MoEShape(hidden, intermediate, experts, topk)
 
-        def plan(tokens, variant, fast_math, num_sms, inputs=Inputs.STAGED):
+        def plan(tokens, variant, fast_math, num_sms, inputs=Inputs.STAGED, weights=FP8):
             return CallPlan(None, choose(shape, tokens, variant=variant), 132, 1, False)
 
         def launch(plan, *, y, tokens, l1, l2, stats, clamp, raw=None, shared_weight=1.0):
@@ -78,11 +78,11 @@ def test_every_contender_is_checked_and_timed_in_turn(layer: Tuned, tmp_path: Pa
     (cell,) = _tune.tune([SMALL], tmp_path / "t.jsonl", [5], lags=[1, 2], rows_per_item=[1, 8])
     assert (cell["shape"], cell["tokens"], cell["num_sms"], cell["name"]) == (SIZES, 5, 132, "small")
     ways = [(t["variant"], t["lag"], t["rows_per_item"]) for t in cell["times"]]
-    assert ways == [(v.value, lag, rows) for v in Variant for lag in (1.0, 2.0) for rows in (1, 8)]
+    assert ways == [(v.value, lag, rows) for v in Variant.reading(FP8) for lag in (1.0, 2.0) for rows in (1, 8)]
     assert all(t["correct"] and t["diff"] is not None for t in cell["times"])
     assert cell["times"][0]["median_us"] == pytest.approx(101.32, abs=0.01)
-    assert layer.launched[:8] == [(v.value, lag, rows) for v in Variant for lag in (132, 264) for rows in (1, 8)]
-    assert layer.launched == layer.launched[:8] * 19, "checked once, then 18 rounds"
+    turn = [(v.value, lag, rows) for v in Variant.reading(FP8) for lag in (132, 264) for rows in (1, 8)]
+    assert layer.launched == turn * 19, "checked once, then 18 rounds"
     assert layer.alive == 0
     assert json.loads((tmp_path / "t.jsonl").read_text()) == cell
 

@@ -43,7 +43,7 @@ def one_row(monkeypatch: pytest.MonkeyPatch, layer: Layer) -> None:  # noqa: F81
     """v4-flash at 64 tokens, measured by a stand-in: far ahead of what is known."""
     times, unfused = (150.0, 150.0, 150.0, 150.0, 150.0), (None, None, None)
     sizes = ("v4-flash", 4096, 2048, 32, 6, 64)
-    row = _bench.Row(*sizes, "auto", "pingpong", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
+    row = _bench.Row(*sizes, "auto", "pingpong", "fp8", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
     monkeypatch.setattr(_bench, "measure", lambda *_, **__: [row])
 
 

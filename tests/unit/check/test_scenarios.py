@@ -8,7 +8,7 @@ import torch
 
 from megamoe_jit._check import scenarios as table
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import KernelSpec, Variant
+from megamoe_jit._spec import FORMATS, KernelSpec, Variant
 from megamoe_jit.reference import expert_counts
 
 NAMES = [s.name for s in table.SCENARIOS]
@@ -33,8 +33,30 @@ def test_names_are_unique_and_sound():
     for s in table.SCENARIOS:
         assert 0 <= s.tokens <= s.capacity
         assert s.capacity >= 1
-        for variant in Variant:
-            assert KernelSpec(s.shape, variant).stages >= 3, s.name
+        for variant in s.runs(tuple(Variant)):
+            assert KernelSpec(s.shape, variant, weights=FORMATS[s.weights]).stages >= 3, s.name
+
+
+def test_any_scenario_runs_with_any_format_and_what_multiplies_it():
+    own = {s.weights for s in table.select("mxfp4")}
+    assert own == {"mxfp4"}
+    assert {s.weights for s in table.select("L1,L2")} == {"fp8"}
+    for name, stored in FORMATS.items():
+        (other,) = table.select("L1.smoke", weights=name)
+        assert (other.name, other.weights) == ("L1.smoke", name)
+        assert other.runs(("auto", *Variant)) == ("auto", *Variant.reading(stored))
+    with pytest.raises(ConfigError, match="unknown weight format 'int4'; allowed: fp8"):
+        table.select("L1.smoke", weights="int4")
+
+
+def test_weights_of_all_packed_formats_have_the_same_values():
+    shape = table.get("L1.smoke").shape
+    made = {name: table.make_weights(shape, "cpu", 0, stored) for name, stored in FORMATS.items() if name != "fp8"}
+    values = [FORMATS[name].dequantize(*weights.l2) for name, weights in made.items()]
+    assert all(torch.equal(values[0], other) for other in values[1:])
+    assert values[0].std() == pytest.approx(0.05, rel=0.1)
+    inputs = table.make_inputs(*table.select("L1.smoke", weights="mxfp4"), "cpu")
+    assert torch.equal(inputs.l1[0], made["mxfp4"].l1[0])
 
 
 def test_the_peers_cases_are_all_there():

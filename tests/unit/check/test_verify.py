@@ -99,6 +99,16 @@ def test_variants_reach_their_own_function():
     assert [(o.name, o.variant) for o in outcomes] == [("L1.smoke", v) for v in layer.calls]
 
 
+def test_weights_of_another_format_are_judged_by_its_definition():
+    layer = Layer()
+    outcomes = run_all("L1.smoke,mxfp4.masked.t96", ("auto", "pingpong"), "cpu", api=layer, weights="mxfp4")
+    assert [(o.name, o.variant, o.weights) for o in outcomes] == [
+        (name, "auto", "mxfp4") for name in ("L1.smoke", "mxfp4.masked.t96")
+    ]
+    assert all(o.passed for o in outcomes), [o.reason for o in outcomes]
+    assert max(o.diff for o in outcomes) == 0.0
+
+
 def scale_row(y, stats, buffer, t):
     y[3] *= 1.2
 
@@ -252,4 +262,5 @@ def test_outcome_is_plain_data():
         "zero_rows_ok": True,
         "passed": True,
         "reason": "",
+        "weights": "fp8",
     }

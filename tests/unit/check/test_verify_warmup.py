@@ -16,15 +16,20 @@ from megamoe_jit._cli import _io, _kernels, cli
 from megamoe_jit._errors import CompileError
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import FORMATS, FP8, MXFP4
 from tests.commandline import checked
 from tests.stubs import TEMPLATE
 
 NAMES = "L1.smoke,L4.fm0,threshold.t255"  #: two shapes, one of them with both kinds of arithmetic
-RUNS = 3 * len(Variant)
+RUNS = 3 * len(Variant.reading(FP8))
 
 
-def kernels_of(pattern, variants=tuple(Variant), ranks=1):
-    return {KernelSpec(s.shape, v, ranks, s.fast_math) for s in _scenarios.select(pattern) for v in variants}
+def kernels_of(pattern, variants=tuple(Variant), ranks=1, weights=None):
+    return {
+        KernelSpec(s.shape, Variant(v), ranks, s.fast_math, weights=FORMATS[s.weights])
+        for s in _scenarios.select(pattern, weights=weights)
+        for v in s.runs(variants)
+    }
 
 
 def passed(name, variant):
@@ -59,7 +64,7 @@ def events(monkeypatch):
 
     def run_ranks(ranks, pattern, variants, *_, **__):
         seen.append(("ranks",))
-        return [passed(s.name, v) for s in _verify_ranks.chosen(pattern, ranks) for v in variants]
+        return [passed(s.name, v) for s in _verify_ranks.chosen(pattern, ranks) for v in s.runs(variants)]
 
     monkeypatch.setattr(_runtime, "warmup", warmup)
     monkeypatch.setattr(_verify, "run_scenario", run_scenario)
@@ -87,6 +92,18 @@ def test_the_whole_table_takes_one_warmup(events):
     assert [event[0] for event in events].count("warmup") == 1
     assert set(events[0][1]) == kernels_of("*")
     assert len(events[0][1]) < len(events) - 1  # scenarios share kernels
+
+
+def test_weights_of_another_format_have_other_kernels_and_their_own_variants(events):
+    verify("--weight-format", "mxfp4")
+    readers = Variant.reading(MXFP4)
+    assert set(events[0][1]) == kernels_of(NAMES, weights="mxfp4")
+    assert {(spec.weights, spec.variant) for spec in events[0][1]} == {(MXFP4, variant) for variant in readers}
+    assert len(events) == 1 + 3 * len(readers)
+    events.clear()
+    done = verify("--weight-format", "mxfp4", "--variant", "pingpong", code=2)
+    assert "pingpong multiplies no weights of these scenarios" in done.stderr
+    assert not events
 
 
 def test_only_kernels_that_a_call_takes_are_compiled(events):
@@ -119,7 +136,7 @@ def test_the_first_rank_of_torchrun_shows_what_is_compiled(events, monkeypatch, 
     assert (what, jobs, rest) == ("warmup", (None, 4)[rank], [("ranks",)])
     assert set(specs) <= kernels_of("L1.smoke", ranks=2)
     assert (
-        result.stderr.count("megamoe_") == (len(Variant), 0)[rank]
+        result.stderr.count("megamoe_") == (len(Variant.reading(FP8)), 0)[rank]
     )  # each, though the first fails: other scenarios run
 
 

@@ -239,7 +239,7 @@ def test_demo_verify_and_bench_on_stand_ins(monkeypatch: pytest.MonkeyPatch, inv
     assert invoke("verify --list", "--filter", "L1.smoke")["scenarios"] == ["L1.smoke"]
 
     times, unfused = (1.0, 1.0, 1.0, 1.0, 1.0), (None, None, None)
-    row = _bench.Row("s", 256, 128, 4, 1, 8, "auto", "pingpong", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
+    row = _bench.Row("s", 256, 128, 4, 1, 8, "auto", "pingpong", "fp8", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
     conditions = {"device": "NVIDIA H200", "driver": "1", "nvrtc": "12.9", "commit": "c"}
     monkeypatch.setattr(_bench_report, "environment", lambda commit: conditions)
     monkeypatch.setattr(_bench, "anchors", lambda: {"dense_fp8_8192_tflops": 1.0, "read_4gib_tb_s": 1.0})

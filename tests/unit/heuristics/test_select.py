@@ -7,7 +7,7 @@ import pytest
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import MAX_TOKENS, MoEShape, Variant
+from megamoe_jit._spec import MAX_TOKENS, MXFP4, MoEShape, Variant
 from megamoe_jit.heuristics import all_variants, choose
 
 SHAPE = MoEShape(4096, 2048, 256, 6)
@@ -44,6 +44,15 @@ def test_a_forced_variant_is_honoured(variant, tokens):
     choice = choose(SHAPE, tokens, variant=variant.value)
     assert choice.variant is variant
     assert "asked for, by the call or by MEGAMOE_JIT_VARIANT" in choice.reasons[0]
+
+
+def test_packed_weights_swap_operands_while_experts_have_few_rows():
+    """72 of them, by the average; a threshold in tokens overrules it where there is another variant."""
+    for tokens, ranks in ((0, 1), (1, 1), (3072, 1), (384, 8)):
+        choice = choose(SHAPE, tokens, ranks=ranks, weights=MXFP4)
+        assert choice.variant is Variant.DECODE
+        assert choice.reasons[0].startswith("decode: ")
+    assert Variant.DECODE in all_variants(SHAPE, MXFP4)
 
 
 def test_parameters():

@@ -12,7 +12,7 @@ import jinja2
 
 from megamoe_jit._device.fault import decode
 from megamoe_jit._device.layout import BufferLayout, Section, buffer_layout
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from tests import host
 
@@ -65,14 +65,15 @@ def changed_rooms(target: Path, changes: Sequence[Change]) -> Path:
     return target
 
 
-def configs(shape: MoEShape, ranks: int, compare_sizes: bool, inputs: Inputs) -> str:
-    """The `Config` of every variant, as the Jinja2 template has it, each in a namespace of its own; and all of them.
+def configs(shape: MoEShape, ranks: int, compare_sizes: bool, inputs: Inputs, weights: WeightFormat) -> str:
+    """The `Config` of every variant that reads these weights, as the Jinja2 template has it, each in a namespace of its own; and all of them.
 
     `with_config(number, call)` calls with the one of that number, `kVariants` are their names in that order.
     """
     parts, calls = ["#pragma once\n"], []
-    for number, variant in enumerate(Variant):
-        spec = KernelSpec(shape=shape, ranks=ranks, variant=variant, inputs=inputs)
+    variants = Variant.reading(weights)
+    for number, variant in enumerate(variants):
+        spec = KernelSpec(shape=shape, ranks=ranks, variant=variant, inputs=inputs, weights=weights)
         entry = (host.KERNELS / spec.template).read_text()
         body = re.search(r"^struct Config \{.*?^\};", entry, re.MULTILINE | re.DOTALL)
         assert body, f"{spec.template} no longer declares `struct Config`"
@@ -84,7 +85,7 @@ def configs(shape: MoEShape, ranks: int, compare_sizes: bool, inputs: Inputs) ->
         if compare_sizes:
             size = f"megamoe::Shared<variant{number}::Config>::kBytes == {spec.shared_bytes}"
             parts.append(f'static_assert({size}, "KernelSpec.shared_bytes and layout/shared.cuh disagree");\n')
-    names = ", ".join(f'"{variant.value}"' for variant in Variant)
+    names = ", ".join(f'"{variant.value}"' for variant in variants)
     parts.append(f"const std::vector<std::string> kVariants = {{{names}}};\n")
     parts.append(f"template <class Call> auto with_config(megamoe::u32 number, Call call) {{\n{''.join(calls)}")
     parts.append('    sim::fail("no such variant");\n}\n')
@@ -115,9 +116,10 @@ class Simulator:
         ranks: int,
         changes: Sequence[Change] = SMALL,
         inputs: Inputs = Inputs.STAGED,
+        weights: WeightFormat = FP8,
     ) -> Simulator:
         rooms = changed_rooms(folder / "rooms", changes)
-        (rooms / "configs.h").write_text(configs(shape, ranks, compare_sizes=not changes, inputs=inputs))
+        (rooms / "configs.h").write_text(configs(shape, ranks, not changes, inputs, weights))
         paths = [option for path in (rooms, HERE / "shim") for option in ("-iquote", str(path))]
         options = ["-Og", "-fno-exceptions", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", *paths]
         return cls(host.build(HERE / "protocol.cpp", folder / "protocol", *options), shape, ranks)

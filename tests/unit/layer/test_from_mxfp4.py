@@ -1,4 +1,4 @@
-"""Exactness: what becomes of MXFP4 values is decided by binades, and checked here against decoders written bit by bit."""
+"""Exactness: binades decide what becomes of MXFP4 values, and decoders written bit by bit check it."""
 
 from __future__ import annotations
 

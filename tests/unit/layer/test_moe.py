@@ -24,7 +24,7 @@ from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FORMATS, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
@@ -194,7 +194,8 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
     call(shared, **own, cumulative_local_expert_recv_stats=STATS[:2])
     (launch,) = cuda.launches
     assert (launch.spec.ranks, launch.params.rank, launch.params.peers[:3]) == (2, 1, [64, 128, 0])
-    assert set(shared.kernels.bound) == {(variant, Numerics(), Inputs.STAGED) for variant in Variant}
+    readers, stored = Variant.reading(FORMATS["fp8"]), FORMATS["fp8"]
+    assert set(shared.kernels.bound) == {(variant, Numerics(), Inputs.STAGED, stored) for variant in readers}
     assert cuda.events == [uses(shared, "A")[0], ("launch", "A")], "symmetric memory is not torch's"
 
 

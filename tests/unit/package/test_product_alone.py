@@ -77,7 +77,7 @@ def run(*words):
     return done.stdout
 
 sizes, times, unfused = (4096, 2048, 32, 6, 64), (150.0,) * 5, (None, None, None)
-row = measure.Row("v4-flash", *sizes, "auto", "pingpong", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
+row = measure.Row("v4-flash", *sizes, "auto", "pingpong", "fp8", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
 measure.require_hopper = lambda: "cpu"
 measure.measure = lambda *_, **__: [row]
 measure.anchors = lambda: {"dense_fp8_8192_tflops": 1400.0, "read_4gib_tb_s": 4.4}

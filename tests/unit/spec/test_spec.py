@@ -138,7 +138,7 @@ def test_shared_memory_fits(spec):
     assert spec.shared_bytes % 8 == 0
     assert spec.stages >= 3
     assert MIN_DISPATCH_SLOTS <= spec.dispatch_slots <= MAX_DISPATCH_SLOTS
-    assert spec.block_m == (64 if spec.variant is Variant.PINGPONG else 128)
+    assert spec.block_m == (128 if spec.variant is Variant.COOPERATIVE else 64)
 
 
 #: Widest and narrowest of everything that the sum depends on.

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <set>
 
-#include "model.h"
+#include "packed.h"
 
 namespace sim {
 

@@ -120,9 +120,10 @@ struct Run {
         rank.raw_ids = place("raw ids", tokens * kRawSlots * 8);
         rank.raw_weights = place("raw weights", tokens * kRawSlots * 4);
     }
+    static constexpr u32 kGroup = C::Weights::kGroup;   // columns that share an exponent; 0 for weights that have none
     static u64 weight_bytes() {
         const u64 codes = u64(C::kLocalExperts) * 3 * C::kIntermediate * C::kHidden;
-        return 4 * 1024 + codes + codes / (128 * 128) * 4;
+        return 6 * 1024 + codes * C::Weights::kBits / 8 + codes / (128 * 128) * 4 + (kGroup ? codes / kGroup : 0);
     }
     void place_rank(u32 r, u64 base, u64 own) {
         all.emplace_back();
@@ -138,7 +139,7 @@ struct Run {
         rank.stats = reinterpret_cast<i32*>(memory.place("stats", r, true, base, C::kLocalExperts * 4).base);
         base += (C::kLocalExperts * 4 / 1024 + 1) * 1024;   // a shared expert has no counter, and must leave its place alone
         float* scales[2];
-        u8* codes[2];
+        u8 *codes[2], *exponents[2] = {};
         for (u32 gemm = 1; gemm <= 2; ++gemm) {
             const u32 wide = (gemm == 1 ? 2 * C::kIntermediate : C::kHidden) / 128;
             const u32 deep = (gemm == 1 ? C::kHidden : C::kIntermediate) / 128;
@@ -148,15 +149,22 @@ struct Run {
             for (u32 e = 0; e < C::kLocalExperts; ++e)
                 for (u32 row = 0; row < wide; ++row)
                     for (u32 k = 0; k < deep; ++k) *to++ = weight_scale(gemm, r * C::kLocalExperts + e, row, k);
-            const u64 size = u64(C::kLocalExperts) * wide * deep * 128 * 128;
+            const u64 weights = u64(C::kLocalExperts) * wide * deep * 128 * 128, size = weights * C::Weights::kBits / 8;
             codes[gemm - 1] = memory.place("weights", r, true, base, size).base;
             base += (size / 1024 + 1) * 1024;
-            fill_weights(gemm, codes[gemm - 1]);
+            if (kGroup == 0) {
+                fill_weights(gemm, codes[gemm - 1]);
+                continue;
+            }
+            exponents[gemm - 1] = memory.place("exponents", r, true, base, weights / (kGroup + !kGroup)).base;
+            base += (weights / (kGroup + !kGroup) / 1024 + 1) * 1024;
+            fill_packed(gemm, codes[gemm - 1], exponents[gemm - 1]);
         }
         if (kRaw) place_raw(rank, r, base);
         megamoe::Params& p = rank.now.params;
         std::memset(static_cast<void*>(&p), 0, sizeof p);
         p.weight1 = codes[0], p.weight2 = codes[1];
+        p.weight1_exponents = exponents[0], p.weight2_exponents = exponents[1];
         p.weight1_scales = scales[0], p.weight2_scales = scales[1], p.y = rank.y, p.stats = rank.stats;
         fill(p, r);
     }

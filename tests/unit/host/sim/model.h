@@ -66,12 +66,8 @@ inline u32 slot_value(u32 key, u32 expert, u32 group, u32 step) {
 }
 inline float act2_scale(u32 expert, u32 n) { return 255 * factor(expert, n) / 448; }
 
-/// Where a step's weights come from; lies at the first byte of every 64th row.
-struct WeightTag {
-    u32 tensor, row, column, unused;
-};
-
-/// Writes the tags of one GEMM's weights, which lie as megamoe_jit/_layer/fp8.py orders them; nothing else in there is read.
+/// Writes the tags of one GEMM's weights, which lie as megamoe_jit/_layer/fp8.py orders them: at the first byte of every 64th
+/// row.  Nothing else in there is read.
 inline void fill_weights(u32 gemm, u8* base) {
     const u32 each = gemm == 1 ? 2 * sizes.intermediate : sizes.hidden, deep = gemm == 1 ? sizes.hidden : sizes.intermediate;
     for (u32 row = 0; row < each * sizes.local_experts; row += 64)
@@ -96,36 +92,42 @@ inline void load_box(u32 dst, const u64* map, u32 bar, u32 column, u32 row) {
     });
 }
 
-/// This thread's part of a product of 64 rows and 8 columns for every four registers, 32 deep.
+/// A product's number of a row of 64 weights and of 32 activations, of which `key` is the hash.
+inline float term(const WeightTag& tag, u32 row, const u8* a, u32 key) {
+    const u32 first = now->warp->block->rank * sizes.local_experts, step = tag.column / 32;
+    if (tag.tensor == kWeight1) {
+        const u32 inside = tag.row % (2 * sizes.intermediate), n = inside / 256;
+        const u32 expert = first + tag.row / (2 * sizes.intermediate);
+        u32 scale;
+        std::memcpy(&scale, a + 4, 4);
+        const bool gate = row / 8 % 2 == 0;
+        const u32 scale_row = gate ? n : sizes.intermediate / 128 + n, steps = sizes.hidden / 32;
+        const float by = scale * weight_scale(1, expert, scale_row, step / 4);
+        const u32 output = inside % 256 / 2 + row / 16 * 8 + row % 8;
+        const float value = output % 32 == 0 ? 255.0f / steps : level(key, expert, n, step, output % 2);
+        return (gate ? value * factor(expert, n) : 1.0f / steps) / by;
+    }
+    const u32 expert = first + tag.row / sizes.hidden, inside = tag.row % sizes.hidden;
+    const float by = act2_scale(expert, step / 4) * weight_scale(2, expert, inside / 128, step / 4);
+    return slot_value(key, expert, inside / 64, step) / by;
+}
+/// This thread's part of a product of 64 rows and 8 columns for every four registers, 32 deep.  Rows are activations, or
+/// weights where operands are swapped.
 inline void multiply(const Lane::Product& product) {
     const Block& block = *now->warp->block;
-    const u32 lane = now->index, first = block.rank * sizes.local_experts;
-    for (u32 i = 0; i < product.count; i += 2) {   // two columns of one row
-        const u32 group = i / 4, row = now->warp->index % 4 * 16 + lane / 4 + i / 2 % 2 * 8;
-        WeightTag tag;
-        std::memcpy(&tag, block.shared + product.b + group / 8 * 64 * 128, sizeof tag);
-        const u8* a = block.shared + product.a + row * 128;
-        const u32 key = fold(a), step = tag.column / 32;
-        float values[2];
-        if (tag.tensor == kWeight1) {
-            const u32 inside = tag.row % (2 * sizes.intermediate), n = inside / 256;
-            const u32 expert = first + tag.row / (2 * sizes.intermediate);
-            u32 scale;
-            std::memcpy(&scale, a + 4, 4);
-            const bool gate = group % 2 == 0;
-            const u32 scale_row = gate ? n : sizes.intermediate / 128 + n, steps = sizes.hidden / 32;
-            const float by = scale * weight_scale(1, expert, scale_row, step / 4);
-            for (u32 c = 0; c < 2; ++c) {
-                const u32 output = inside % 256 / 2 + group / 2 * 8 + 2 * (lane % 4) + c;
-                const float value = output % 32 == 0 ? 255.0f / steps : level(key, expert, n, step, output % 2);
-                values[c] = (gate ? value * factor(expert, n) : 1.0f / steps) / by;
-            }
-        } else {
-            const u32 expert = first + tag.row / sizes.hidden, inside = tag.row % sizes.hidden + group / 8 * 64;
-            const float by = act2_scale(expert, step / 4) * weight_scale(2, expert, inside / 128, step / 4);
-            values[0] = values[1] = slot_value(key, expert, inside / 64, step) / by;
-        }
-        for (u32 c = 0; c < 2; ++c) product.to[i + c] = (product.accumulate ? product.to[i + c] : 0) + values[c];
+    const u32 lane = now->index;
+    WeightTag tag;
+    if (product.tag) tag = *product.tag;
+    else std::memcpy(&tag, block.shared + (product.swapped ? product.a : product.b), sizeof tag);
+    const u8* known[2] = {};   // activations, and their hashes: those of a row or of two columns come again
+    u32 keys[2] = {};
+    for (u32 i = 0; i < product.count; ++i) {
+        const u32 row = now->warp->index % 4 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+        const u8* a = block.shared + (product.swapped ? product.b + column * 128 : product.a + row * 128);
+        const u32 slot = product.swapped ? i % 2 : 0;
+        if (a != known[slot]) known[slot] = a, keys[slot] = fold(a);
+        const float value = term(tag, product.swapped ? row : column, a, keys[slot]);
+        product.to[i] = (product.accumulate ? product.to[i] : 0) + value;
     }
 }
 

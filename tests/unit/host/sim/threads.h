@@ -18,6 +18,11 @@ struct Block;
 struct Warp;
 struct Store;
 
+/// Where a step's weights come from: the first of 64 rows, those of all experts of a rank counted, and of 32 columns.
+struct WeightTag {
+    u32 tensor, row, column, unused;
+};
+
 /// A thread.
 struct Lane {
     Warp* warp = nullptr;
@@ -32,7 +37,8 @@ struct Lane {
     std::vector<std::shared_ptr<Store>> stores;         // bulk stores in flight, oldest first
     std::vector<std::shared_ptr<Store>> loads;          // its own copies to shared memory, oldest first
     u32 load_groups = 0;                                // of them, committed so far
-    struct Product { float* to; u32 count; u64 a, b; u32 accumulate, group; };
+    /// `tag`: of weights that came through registers (sim/model.h); null where both operands are in shared memory.
+    struct Product { float* to; u32 count; u64 a, b; u32 accumulate, group; bool swapped = false; std::shared_ptr<WeightTag> tag = nullptr; };
     std::vector<Product> products;   // matrix products in flight
     u32 groups = 0;                  // of them, committed so far
 };

@@ -25,5 +25,18 @@ inline float clamp_nan(float x, float limit) { return x < -limit ? -limit : min_
 /// With this silu(x) = x.
 inline float sigmoid_approx(float) { return 1; }
 inline float reciprocal_approx(float x) { return 1 / x; }
+inline u32 choose_bytes(u32 low, u32 high, u32 select) {
+    u32 result = 0;
+    for (u32 i = 0; i < 4; ++i) {
+        const u32 which = select >> 4 * i & 7;
+        result |= ((which < 4 ? low : high) >> which % 4 * 8 & 255) << 8 * i;
+    }
+    return result;
+}
+inline void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
+    const u32 select = codes & 0x77777777;
+    first = choose_bytes(low, high, select) | (codes & 0x80808080);
+    second = choose_bytes(low, high, select >> 16) | (codes << 4 & 0x80808080);
+}
 
 }  // namespace megamoe::ptx

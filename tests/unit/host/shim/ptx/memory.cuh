@@ -67,11 +67,27 @@ inline void load_floats_shared(u32 address, float& a, float& b, float& c, float&
     const Vec4 v = load_shared<Vec4>(address);
     a = v.f[0], b = v.f[1], c = v.f[2], d = v.f[3];
 }
+struct alignas(8) Vec2 {
+    u32 w[2];
+};
+inline void load8_shared(u32 address, u32& a, u32& b) {
+    const Vec2 v = load_shared<Vec2>(address);
+    a = v.w[0], b = v.w[1];
+}
+inline void load_floats_shared(u32 address, float& a, float& b) { a = load_float_shared(address), b = load_float_shared(address + 4); }
 inline void store_floats_shared(u32 address, float a, float b, float c, float d) { store_shared(address, Vec4{{a, b, c, d}}); }
 inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
     const u64* addresses = sim::meet_warp("stmatrix", address);
     const u32 lane = sim::now->index, values[4] = {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)};
     for (u32 i = 0; i < 4; ++i) store4_shared(static_cast<u32>(addresses[i * 8 + lane / 4]) + lane % 4 * 4, values[i]);
+}
+/// Lane l's numbers are those of columns 2(l%4) and the next of row l/4; the addresses are those of columns.
+inline void store_matrix4_bf16_turned(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
+    const u64* addresses = sim::meet_warp("stmatrix", address);
+    const u32 lane = sim::now->index, values[4] = {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)};
+    for (u32 i = 0; i < 8; ++i)
+        store_shared(static_cast<u32>(addresses[i / 2 * 8 + lane % 4 * 2 + i % 2]) + lane / 4 * 2,
+                     static_cast<u16>(values[i / 2] >> i % 2 * 16));
 }
 
 }  // namespace megamoe::ptx

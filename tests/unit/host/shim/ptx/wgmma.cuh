@@ -6,7 +6,7 @@ namespace megamoe::ptx {
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { ++sim::now->groups; }
-template <u32 kPending> void wgmma_wait(float (&)[32]) {
+template <u32 kPending, std::size_t kNumbers> void wgmma_wait(float (&)[kNumbers]) {
     if (sim::mutant == sim::kNoWaitForProducts && kPending > 0) return;
     auto& products = sim::now->products;
     std::size_t due = 0;
@@ -25,6 +25,18 @@ constexpr u32 kDescriptorRows64 = 512;
 inline void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
     for (u64 step = 0; step < 4; ++step)
         sim::now->products.push_back({d, 32, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups});
+}
+
+// With operands swapped; registers are read when the product is issued.
+template <u32 kN> void wgmma_weights_shared(float (&d)[kN / 2], u64 a, u64 b) {
+    for (u64 step = 0; step < 4; ++step)
+        sim::now->products.push_back({d, kN / 2, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups, true});
+}
+template <u32 kN> void wgmma_weights_registers(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
+    for (u64 step = 0; step < 4; ++step) {
+        auto tag = sim::packed_tag(a[step]);
+        sim::now->products.push_back({d, kN / 2, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, true, tag});
+    }
 }
 
 }  // namespace megamoe::ptx
