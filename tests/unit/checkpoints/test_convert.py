@@ -76,6 +76,15 @@ def test_the_kernels_order_is_what_a_transform_gives(tmp_path: Path, name: str, 
     assert found.bytes_per_rank == inspect(folder, ranks=2).bytes_per_rank
 
 
+def test_the_kernels_order_is_mapped_from_the_file(tmp_path: Path):
+    convert(model("mixtral").write(tmp_path / "source"), tmp_path / "ready", "megamoe")
+    (codes, _), _ = load_experts(tmp_path / "ready", 1, device=CPU, rank=1, ranks=2)
+    spans = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    ends = [(*(int(end, 16) for end in span[0].split("-")), span[-1]) for span in spans]
+    (file,) = [name for begin, end, name in ends if begin <= codes.data_ptr() < end]
+    assert file == str(tmp_path / "ready/experts-00000.safetensors")
+
+
 def test_an_order_of_another_version_is_refused(tmp_path: Path):
     folder = model("mixtral").write(tmp_path / "source")
     convert(folder, tmp_path / "ready", "megamoe")
