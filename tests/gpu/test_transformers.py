@@ -1,4 +1,4 @@
-"""`experts_implementation="megamoe"` on the GPU: logits, generation with a static cache, one graph, weights in place."""
+"""`experts_implementation="megamoe"` on the GPU: logits, generation with a static cache, one graph, moved weights."""
 
 from __future__ import annotations
 
