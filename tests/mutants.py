@@ -353,6 +353,41 @@ MUTANTS = (
         "places[i] != places[i]",
         "nodes/test_ranks.py::test_nodes_of_different_sizes_and_other_orders_are_refused",
     ),
+    Mutant(
+        "checkpoints: an index may name files elsewhere",
+        "megamoe_jit/checkpoints/files.py",
+        " or not stays_inside(file)",
+        "",
+        "checkpoints/test_refusals.py::test_damaged_files",
+    ),
+    Mutant(
+        "checkpoints: a later expert of other sizes is taken",
+        "megamoe_jit/checkpoints/stored.py",
+        "if self._look(kinds) != (self.kind, self._shapes[part]):",
+        "if False:",
+        "checkpoints/test_refusals.py::test_experts_that_are_not_there",
+    ),
+    Mutant(
+        "checkpoints: what is finished is believed",
+        "megamoe_jit/checkpoints/convert.py",
+        "            _verify(path, known)\n",
+        "",
+        "checkpoints/test_convert.py::test_a_finished_file_that_changed_is_an_error",
+    ),
+    Mutant(
+        "transformers: weights do not come back to another implementation",
+        "megamoe_jit/transformers/adapter.py",
+        "    module.register_forward_pre_hook(_before_forward)\n",
+        "",
+        "transformers/test_in_place.py::test_whoever_wants_the_weights_gets_them",
+    ),
+    Mutant(
+        "transformers: a gate is believed",
+        "megamoe_jit/transformers/experts.py",
+        "if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE):",
+        "if True:",
+        "transformers/test_models.py::test_an_experts_module_is_refused_with_the_reason",
+    ),
 )
 
 

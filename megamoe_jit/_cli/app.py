@@ -18,7 +18,14 @@ import click
 
 from megamoe_jit._cli._io import ExitCode, say
 from megamoe_jit._cli.completion import COMPLETE_VARIABLE
-from megamoe_jit._errors import ConfigError, LoadError, MegaMoeError, ToolchainError, UnsupportedDeviceError
+from megamoe_jit._errors import (
+    CheckpointError,
+    ConfigError,
+    LoadError,
+    MegaMoeError,
+    ToolchainError,
+    UnsupportedDeviceError,
+)
 from megamoe_jit._text import printable
 from megamoe_jit._version import __version__
 
@@ -36,6 +43,9 @@ SUMMARIES = {
     "plan": "Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU.",
     "render": "Print the CUDA source of a kernel, all files in one; needs neither GPU nor compiler.",
     "inspect": "Show a compiled kernel from the inside; needs no GPU.",
+    "convert": "Write a model's safetensors files with its experts in another format; goes on where it was ended; "
+    "needs no GPU.",
+    "inspect-checkpoint": "Show what is in a model's checkpoint, whether it can be used, what it takes; needs no GPU.",
     "env": "Show versions, compilers, GPUs, and every setting with its value and source.",
     "demo": "Run a small layer and check it; without a Hopper GPU compile the kernels and check the reference.",
     "verify": "Run scenarios on the GPU and compare with the FP32 reference.",
@@ -54,7 +64,8 @@ class _Commands(MutableMapping[str, click.Command]):
     def __getitem__(self, name: str) -> click.Command:
         if name not in self._names:
             raise KeyError(name)
-        command: click.Command = getattr(importlib.import_module(f"megamoe_jit._cli.{name}"), name)
+        word = name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"megamoe_jit._cli.{word}"), word)
         return command
 
     def __setitem__(self, name: str, command: click.Command) -> None:
@@ -73,6 +84,8 @@ class _Commands(MutableMapping[str, click.Command]):
 def _exit_code(error: MegaMoeError) -> ExitCode:
     if isinstance(error, ConfigError):
         return ExitCode.USAGE
+    if isinstance(error, CheckpointError):
+        return ExitCode.CORRUPTION
     return ExitCode.ENVIRONMENT if isinstance(error, _ENVIRONMENT) else ExitCode.FAILED
 
 
@@ -175,7 +188,7 @@ class _Group(AnsweringGroup):
     commands=_Commands(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 fine, 1 something failed or was found, 2 wrong usage, 3 the machine lacks something, "
-    "4 a cached kernel or a pack is damaged, 130 interrupted.",
+    "4 a cached kernel, a pack or a checkpoint is damaged, 130 interrupted.",
 )
 @click.version_option(__version__, "--version", prog_name="megamoe-jit")
 def cli() -> None:

@@ -6,6 +6,8 @@ imported before somebody asks, and safetensors only to read.
 
 from __future__ import annotations
 
+from megamoe_jit.checkpoints.convert import convert
+from megamoe_jit.checkpoints.inspect import inspect
 from megamoe_jit.checkpoints.load import layer_from_checkpoint, load_experts, load_shared_experts
 
-__all__ = ["layer_from_checkpoint", "load_experts", "load_shared_experts"]
+__all__ = ["convert", "inspect", "layer_from_checkpoint", "load_experts", "load_shared_experts"]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megamoe_jit._errors import CheckpointError, ToolchainError
+from megamoe_jit._errors import CheckpointError, ConfigError, ToolchainError
 from megamoe_jit._files import read_text, stays_inside
 from megamoe_jit._text import first_line, shown
 
@@ -58,7 +58,8 @@ class Files:
         config: what `config.json` says; empty without one.
 
     Raises:
-        CheckpointError: it is not there, or its index or configuration cannot be read.
+        ConfigError: it is not there.
+        CheckpointError: its index or configuration cannot be read.
         ToolchainError: safetensors is not installed.
     """
 
@@ -69,9 +70,9 @@ class Files:
             is_folder = place.is_dir()
             exists = is_folder or place.exists()
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{shown(str(path))} cannot be read: {first_line(error)}") from None
+            raise ConfigError(f"{shown(str(path))} cannot be read: {first_line(error)}") from None
         if not exists:
-            raise CheckpointError(f"{place} is not there; allowed: a folder, an index or a safetensors file of a model")
+            raise ConfigError(f"{place} is not there; allowed: a folder, an index or a safetensors file of a model")
         self.folder = place if is_folder else place.parent
         self._opened: dict[str, Any] = {}
         self._where = self._find(place, is_folder)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 
-__all__ = ["FUSED", "MEGAMOE", "SCHEMES", "LayerNames", "ModelNames", "Scheme", "names_of"]
+__all__ = ["FUSED", "MEGAMOE", "SCHEMES", "LayerNames", "ModelNames", "Scheme", "all_names_of", "names_of"]
 
 #: Parts of an expert, as this package calls them: rows of the gate, of up, and down.
 Parts = dict[str, dict[str, str]]
@@ -56,9 +56,7 @@ _SCALES = ("weight_scale_inv", "weight_scale", "scale")  #: last words that mean
 _HEAD = r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d{1,6})\.(?P<block>mlp|ffn|block_sparse_moe)\."
 _EXPERT = re.compile(_HEAD + r"experts\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.(?P<kind>\w+)", re.ASCII)
 _SHARED = re.compile(_HEAD + r"shared_experts?\.(?P<part>\w+)\.(?P<kind>\w+)", re.ASCII)
-_WHOLE = re.compile(
-    _HEAD + r"experts\.(?P<part>gate_up_proj|down_proj|w13|w2)(?P<kind>|_scale_inv|_scales?|_bias|_blocks)", re.ASCII
-)
+_WHOLE = re.compile(_HEAD + r"experts\.(?P<part>gate_up_proj|down_proj|w13|w2)(?P<kind>(?:_\w+)?)", re.ASCII)
 
 
 @dataclass(slots=True)
@@ -86,7 +84,15 @@ class ModelNames:
 
 
 def names_of(names: Iterable[str], scheme: str | None = None) -> ModelNames:
-    """Find the experts among a checkpoint's names.
+    """Find the experts of the model itself among a checkpoint's names: the first of `all_names_of`."""
+    return all_names_of(names, scheme)[0]
+
+
+def all_names_of(names: Iterable[str], scheme: str | None = None) -> list[ModelNames]:
+    """Find all experts among a checkpoint's names.
+
+    Beside the model there may be layers that predict further tokens, under another prefix: they are fewer, and come
+    behind it.
 
     Args:
         names: of all tensors.
@@ -109,10 +115,11 @@ def names_of(names: Iterable[str], scheme: str | None = None) -> ModelNames:
             f"no experts by the names of {wanted}{f'; there are some by {others}' if others else ''}; "
             "allowed: names that end as layers.0.mlp.experts.0.gate_proj.weight"
         )
-    # Beside the model there may be layers that predict further tokens, under another prefix: they are fewer.
-    chosen = max(fitting, key=lambda key: len(fitting[key]))
-    layers = {number: layer for number, layer in fitting[chosen].items() if layer.experts or layer.whole}
-    return ModelNames(*chosen, dict(sorted(layers.items())))
+    found_models = []
+    for key in sorted(fitting, key=lambda key: -len(fitting[key])):
+        layers = {number: layer for number, layer in fitting[key].items() if layer.experts or layer.whole}
+        found_models.append(ModelNames(*key, dict(sorted(layers.items()))))
+    return found_models
 
 
 def _has_experts(layers: dict[int, LayerNames]) -> bool:

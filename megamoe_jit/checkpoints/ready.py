@@ -1,7 +1,7 @@
 """Checkpoints in the kernel's order, which `convert --format megamoe` writes: mapped from their files, and not changed.
 
-All experts of a layer are one tensor, `layers.L.mlp.experts.w13` and `w2` with `_scale` for their scales. The files'
-metadata name the order, and a version that reads another one refuses them.
+All experts of a layer are one tensor, `layers.L.mlp.experts.w13` and `w2`, with `_scales` and `_exponents` for what
+belongs to them. The files' metadata name the order, and a version that reads another one refuses them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.marks import check_metadata
 from megamoe_jit._layer.weights import mark_transformed
+from megamoe_jit._spec.formats import FP8, MXFP4
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import ModelNames
@@ -32,16 +33,19 @@ def load_ready(
     names = model.layers.get(layer)
     if names is None:
         raise ConfigError(f"layer {shown(layer)} has no experts in this checkpoint; allowed: {sorted(model.layers)}")
-    if weight_format not in ("auto", "fp8"):
-        raise ConfigError(f"weight_format = {shown(weight_format)}; allowed: auto or fp8, which this checkpoint holds")
-    pairs = []
+    matrices = []
     for part in ("w13", "w2"):
         kinds = names.whole.get(part, {})
-        if set(kinds) != {"weight", "scale"}:
-            raise CheckpointError(f"layer {layer}: {part} and its scales are not there")
-        check_metadata(files.metadata(files.file_of(kinds["weight"])))
+        weights = MXFP4 if "exponents" in kinds else FP8
+        wanted = ("weight", "exponents", "scale") if weights.group else ("weight", "scale")
+        if set(kinds) != set(wanted):
+            raise CheckpointError(f"layer {layer}: {part} and what belongs to it are not there")
+        if weight_format not in ("auto", weights.name):
+            given = f"weight_format = {shown(weight_format)}"
+            raise ConfigError(f"{given}; allowed: auto or {weights.name}, which this checkpoint holds")
+        check_metadata(files.metadata(files.file_of(kinds["weight"])), weights)
         chosen = experts_of_rank(files.entry(kinds["weight"]).shape[0], rank, ranks)
-        pairs.append(tuple(files.read_range(kinds[kind], chosen).to(device) for kind in ("weight", "scale")))
-    l1, l2 = pairs
+        matrices.append(tuple(files.read_range(kinds[kind], chosen).to(device) for kind in wanted))
+    l1, l2 = matrices
     mark_transformed(l1, l2)
     return l1, l2

@@ -1,9 +1,9 @@
 """A layer in place of an experts module: made at the first call, undone when somebody else wants the weights.
 
-FP8 codes are brought into the kernel's order where they are, since a model's experts have no place twice. Until they
-are brought back the module has parameters without values, on meta, in their place, so that nobody takes them for what
-they were. They come back by themselves when the module is called with another implementation, when its state is saved,
-and before another one is loaded. Values stay where they are, and the layer has FP8 of them beside.
+FP8 and MXFP4 are brought into the kernel's order where they are, since a model's experts have no place twice. Until
+they are brought back the module has parameters without values, on meta, in their place, so that nobody takes them for
+what they were. They come back by themselves when the module is called with another implementation, when its state is
+saved, and before another one is loaded. Values stay where they are, and the layer has FP8 of them beside.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
-from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.moe import MegaMoE
 from megamoe_jit._layer.quantize import quantize_activations, quantize_weights
 from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90
 from megamoe_jit.reference import moe_reference
-from megamoe_jit.transformers.experts import Held, look_at
+from megamoe_jit.transformers.experts import CODES, SCALES, Held, look_at
 from megamoe_jit.transformers.fit import NAME
 
 __all__ = ["ATTRIBUTE", "Options", "adapter_of", "options", "release_module"]
 
 ATTRIBUTE = "_megamoe_jit"  #: of a module that has a layer
 _HOOKED = "_megamoe_jit_hooked"
-_CODES = ("gate_up_proj", "down_proj")
+#: The layer's buffers by the parameters whose memory they may be.
+_BUFFERS = dict(zip((*CODES, *SCALES), ("l1_codes", "l2_codes", "l1_exponents", "l2_exponents"), strict=True))
 
 _lock = threading.RLock()
 renew_after_fork(globals(), "_lock")
@@ -92,10 +92,9 @@ class Adapter:
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         layer = copy.deepcopy(self.layer, memo)
         taken = {
-            name: torch.nn.Parameter(codes, requires_grad=False)
-            for name, codes in zip(_CODES, (layer.l1_codes, layer.l2_codes), strict=True)
-            if name in self.taken
-        } if self.taken else {}  # fmt: skip
+            name: torch.nn.Parameter(getattr(layer, _BUFFERS[name]).view(mine.dtype), requires_grad=False)
+            for name, mine in self.taken.items()
+        }
         return Adapter(layer, self.topk, self.device, taken)
 
 
@@ -129,13 +128,12 @@ def _on_cpu(module: Any, topk: int) -> Adapter:
 def _on_gpu(module: Any, topk: int, device: torch.device) -> Adapter:
     held = look_at(module)
     how: dict[str, Any] = {"topk": topk, "max_tokens": options.max_tokens, "fast_math": options.fast_math}
-    layer = MegaMoE(held.w13, held.w2, clamp=held.clamp, inplace=held.in_place, **how)
+    layer = MegaMoE(held.w13, held.w2, clamp=held.clamp, inplace=bool(held.taken), **how)
     taken: dict[str, torch.nn.Parameter] = {}
-    if held.in_place:
-        for name in _CODES:
-            taken[name] = module._parameters[name]
-            empty = torch.empty(taken[name].shape, dtype=taken[name].dtype, device="meta")
-            module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+    for name in held.taken:
+        taken[name] = module._parameters[name]
+        empty = torch.empty(taken[name].shape, dtype=taken[name].dtype, device="meta")
+        module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
     return Adapter(layer, topk, device, taken)
 
 
@@ -148,8 +146,7 @@ def _release(module: Any) -> bool:
         if found.taken:
             layer = found.layer
             layer.buffer.wait_for_last()
-            l1: WeightTensors = layer.l1
-            inverse_transform_weights_for_mega_moe_sm90(l1, layer.l2, inplace=True)
+            inverse_transform_weights_for_mega_moe_sm90(layer.l1, layer.l2, inplace=True)
             module._parameters.update(found.taken)
         if isinstance(found.layer, MegaMoE):
             found.layer.destroy()

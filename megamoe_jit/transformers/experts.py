@@ -17,8 +17,10 @@ from megamoe_jit._spec import BLOCK
 from megamoe_jit._text import shown
 from megamoe_jit.reference import activate
 
-__all__ = ["Held", "look_at"]
+__all__ = ["CODES", "SCALES", "Held", "look_at"]
 
+CODES = ("gate_up_proj", "down_proj")  #: parameters of a module
+SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _TOLERANCE = 2.0**-16
 #: Attributes that modules have where they compute something else, with the value that means nothing.
@@ -38,13 +40,13 @@ class Held:
 
     Attributes:
         w13, w2: values, or codes and float32 scales; the tensors of the module themselves where they can be.
-        in_place: the codes are the module's own memory, and may be brought into the kernel's order there.
+        taken: names of the module's parameters whose memory these are: what the transform writes, which may be there.
         clamp: bound of SwiGLU; None for none.
     """
 
     w13: torch.Tensor | WeightTensors
     w2: torch.Tensor | WeightTensors
-    in_place: bool
+    taken: tuple[str, ...]
     clamp: float | None
 
 
@@ -71,27 +73,35 @@ def look_at(module: Any) -> Held:
     if gate_up.device.type == "meta":
         raise ConfigError(f"weights of {what} are on meta, which holds no values; load the model first")
     if gate_up.dtype in _FLOATS:
-        return Held(gate_up.detach(), down.detach(), False, clamp)
+        return Held(gate_up.detach(), down.detach(), (), clamp)
     block = getattr(module, "block_size", None)
     if gate_up.dtype is torch.float8_e4m3fn:
         if block is None or tuple(block) != (BLOCK, BLOCK):
             raise ConfigError(f'{what} has block_size {shown(block)}; allowed with "megamoe": ({BLOCK}, {BLOCK})')
         if getattr(module, "activation_scheme", "dynamic") != "dynamic":
             raise ConfigError(f'{what} has static scales of activations; allowed with "megamoe": "dynamic"')
-        pairs = [(codes.detach(), _scales(module, name)) for name, codes in _codes(module)]
-        return Held(pairs[0], pairs[1], True, clamp)
-    raise ConfigError(
-        f'{what} has weights of {gate_up.dtype}; allowed with "megamoe": bfloat16, float16, float32 or float8_e4m3fn'
-    )
-
-
-def _codes(module: Any) -> list[tuple[str, torch.Tensor]]:
-    return [(name, getattr(module, name)) for name in ("gate_up_proj", "down_proj")]
+        pairs = [(getattr(module, name).detach(), _scales(module, name).float()) for name in CODES]
+        return Held(pairs[0], pairs[1], CODES, clamp)
+    if gate_up.dtype is torch.int8:
+        pairs = [(getattr(module, name).detach(), _exponents(module, name, what)) for name in CODES]
+        mine = (_scales(module, name).dtype is torch.float8_e8m0fnu for name in CODES)
+        return Held(pairs[0], pairs[1], (*CODES, *SCALES) if all(mine) else (), clamp)
+    allowed = "bfloat16, float16, float32, float8_e4m3fn, or int8 for pairs of MXFP4"
+    raise ConfigError(f'{what} has weights of {gate_up.dtype}; allowed with "megamoe": {allowed}')
 
 
 def _scales(module: Any, name: str) -> torch.Tensor:
     scales: torch.Tensor = getattr(module, f"{name}_scale_inv").detach()
-    return scales if scales.dtype is torch.float32 else scales.float()
+    return scales
+
+
+def _exponents(module: Any, name: str, what: str) -> torch.Tensor:
+    """Scales of MXFP4 as e8m0, which they are, or are made of powers of two."""
+    scales = _scales(module, name)
+    made = scales.to(torch.float8_e8m0fnu)
+    if made.dtype is not scales.dtype and not torch.equal(made.float(), scales.float()):
+        raise ConfigError(f"{what} has pairs of FP4 whose scales are no powers of two; allowed: MXFP4")
+    return made
 
 
 @torch.no_grad()

@@ -33,8 +33,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verbs():
     cache = ("clear", "export", "import", "info", "ls", "path", "prune", "rm", "stats", "verify")
-    look = ("doctor", "env", "explain", "inspect", "plan", "render")
-    run_ = ("bench", "completion", "demo", "tune", "verify", "warmup")
+    look = ("doctor", "env", "explain", "inspect", "inspect-checkpoint", "plan", "render")
+    run_ = ("bench", "completion", "convert", "demo", "tune", "verify", "warmup")
     expected = [*(("cache", verb) for verb in cache), ("shapes", "ls"), *((verb,) for verb in look + run_)]
     assert sorted(leaf_commands()) == sorted(expected)
 
@@ -96,7 +96,7 @@ def test_listings_import_nothing_heavy(arguments: str, tmp_path: Path):
 def test_no_command_imports_anything_heavy():
     code = (
         "import importlib, sys; from megamoe_jit._cli.app import SUMMARIES\n"
-        "for name in SUMMARIES: importlib.import_module(f'megamoe_jit._cli.{name}')\n"
+        "for name in SUMMARIES: importlib.import_module('megamoe_jit._cli.' + name.replace('-', '_'))\n"
         "print(sorted({'torch', 'cuda.bindings', 'cuda.pathfinder', 'rich', 'numpy', 'jinja2'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -222,8 +222,9 @@ def test_a_setting_that_is_not_allowed():
 @pytest.mark.parametrize("name", _errors.__all__)
 def test_every_library_error_has_an_exit_code(name: str):
     code = app_module._exit_code(getattr(_errors, name)("what happened"))
-    assert code in (1, 2, 3)
+    assert code in (1, 2, 3, 4)
     assert (code == 2) == (name == "ConfigError")
+    assert (code == 4) == (name == "CheckpointError")
 
 
 def test_verify_lists_without_a_gpu():

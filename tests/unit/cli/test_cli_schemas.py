@@ -54,6 +54,8 @@ KINDS = {
     "plan": "plan",
     "render": "render",
     "inspect": "inspect",
+    "convert": "convert",
+    "inspect-checkpoint": "inspect-checkpoint",
     "env": "env",
     "demo": "demo",
     "verify": "verify",

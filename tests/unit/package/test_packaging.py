@@ -69,7 +69,9 @@ def test_wheel_metadata(wheel: Path):
     metadata = files[f"{folder}/METADATA"].decode()
     head = metadata.split("\n\n", 1)[0].splitlines()
     assert "Requires-Python: >=3.11" in head
-    assert {f"Provides-Extra: {extra}" for extra in ("cu12", "cu13", "bench", "dev")} <= set(head)
+    assert {
+        f"Provides-Extra: {extra}" for extra in ("cu12", "cu13", "bench", "checkpoints", "transformers", "dev")
+    } <= set(head)
     required = {line.split()[1].split(">")[0].split("<")[0] for line in head if line.startswith("Requires-Dist:")}
     base = {"cuda-python", "torch", "jinja2", "platformdirs", "click", "rich"}
     assert base <= required

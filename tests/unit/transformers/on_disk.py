@@ -1,4 +1,4 @@
-"""Tiny models of transformers as their makers publish them: experts in FP8 or MXFP4, all else in bf16."""
+"""Tiny models of transformers as their makers publish them: experts in FP8 or MXFP4, all else in float32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def publish(folder: Path, name: str, source: Model) -> Path:
     """A model of `models.MODELS` with the experts of `source`, which has its names, in a folder as one fetches it."""
     from safetensors.torch import load_file
 
-    made = make(name, dtype=torch.bfloat16)
+    made = make(name)
     made.save_pretrained(folder)
     whole = folder / "model.safetensors"
     tensors = {

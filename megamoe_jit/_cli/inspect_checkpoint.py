@@ -1,0 +1,67 @@
+"""`megamoe-jit inspect-checkpoint`: what is in a checkpoint, and whether it can be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from megamoe_jit._cli._io import ExitCode, emit, end, human_bytes, json_option, show, table
+
+if TYPE_CHECKING:
+    from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint
+
+__all__ = ["inspect_checkpoint"]
+
+
+@click.command(name="inspect-checkpoint")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="That share the experts.")
+@click.option(
+    "--experts",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Of each layer, whose exponents are read; 0 for none.",
+)
+@click.option("--scheme", help="How tensors are named, where the names do not tell.")
+@json_option
+def inspect_checkpoint(path: Path, ranks: int, experts: int, scheme: str | None, as_json: bool) -> None:
+    """Show what is in a model's checkpoint, whether it can be used, what it takes; needs no GPU.
+
+    Exit code 0 if all of its experts can be used, 1 if not.
+    """
+    from megamoe_jit.checkpoints import inspect
+
+    found = inspect(path, ranks=ranks, experts=experts, scheme=scheme)
+    if as_json:
+        emit(found)
+    else:
+        _show(found)
+    end(ExitCode.OK if found.usable else ExitCode.FAILED)
+
+
+def _show(found: InspectedCheckpoint) -> None:
+    show(f"{found.path}: {found.tensors} tensors in {found.files} files")
+    if found.problem is not None:
+        show(f"cannot be used: {found.problem}")
+        return
+    facts = [("model", found.model_type), ("names", found.scheme), ("top-k", found.topk), ("clamp", found.clamp)]
+    show(", ".join(f"{name} {value}" for name, value in facts if value is not None))
+    head = ("layer", "experts", "hidden", "intermediate", "stored as", "shared", "a rank", "exponents", "exact")
+    show(table(head, [_row(layer) for layer in found.layers], left=(4, 5)))
+    for layer in found.layers:
+        if layer.problem is not None:
+            show(f"layer {layer.layer}: {layer.problem}")
+    show(f"{human_bytes(found.bytes_per_rank)} on each of {found.ranks} ranks")
+
+
+def _row(layer: CheckpointLayer) -> tuple[object, ...]:
+    spread = layer.spread
+    shared = f"{layer.shared_experts} {layer.shared}" if layer.shared else "-"
+    size = "-" if layer.bytes_per_rank is None else human_bytes(layer.bytes_per_rank)
+    exponents = "-" if spread is None else f"{spread.least} to {spread.most}"
+    exact = "-" if spread is None or spread.blocks is None else f"{spread.exact} of {spread.blocks}"
+    sizes = (layer.experts, layer.hidden, layer.intermediate, layer.kind)
+    return (layer.layer, *("-" if each is None else each for each in sizes), shared, size, exponents, exact)

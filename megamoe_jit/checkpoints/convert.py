@@ -1,0 +1,197 @@
+"""`convert`: a model with its experts in another format, as safetensors files, one for each layer of experts.
+
+Everything else is copied: so the result is a model that engines read too, but for "megamoe", whose experts are in the
+kernel's order. What is finished is in `convert.json` of the result, with its digest: a conversion that was ended goes
+on where it was, once what is there was found to be what it should be. The index comes last, so that half a model
+cannot be taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamoe_jit._errors import CheckpointError, ConfigError
+from megamoe_jit._files import read_text
+from megamoe_jit._text import first_line, shown
+from megamoe_jit.checkpoints.converted import FORMATS, Layer, config_of, layers_of
+from megamoe_jit.checkpoints.documents import Converted, ConvertedFile
+from megamoe_jit.checkpoints.files import Files
+from megamoe_jit.checkpoints.stored import model_of
+from megamoe_jit.checkpoints.writing import PARTIAL, digest_of, writing
+
+__all__ = ["convert"]
+
+_INDEX, _STATE, _CONFIG = "model.safetensors.index.json", "convert.json", "config.json"
+_STATE_BYTES = 1 << 24
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".md")  #: endings of small files that belong to a model
+_MOST_BESIDE = 64 << 20
+
+Report = Callable[[str, str], None]  #: a file's name, and what became of it
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A file of the result, and what writes it."""
+
+    name: str
+    tensors: tuple[str, ...]
+    write: Callable[[Path], None]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    weight_format: str,
+    *,
+    device: torch.device | str = "cpu",
+    scheme: str | None = None,
+    lossy: bool = False,
+    report: Report | None = None,
+) -> Converted:
+    """Write a model with its routed experts in another format.
+
+    Args:
+        source: a folder with safetensors files.
+        target: a folder, which is made; one in which this conversion was ended goes on.
+        weight_format: "fp8", "mxfp4", or "megamoe" for the kernel's order: of FP8, or of MXFP4 where experts are that.
+        device: where weights are quantised.
+        scheme: as `load_experts`.
+        lossy: as `load_experts`.
+        report: called for each file that is done, with "written" or "verified".
+
+    Returns:
+        What was written, with digests.
+
+    Raises:
+        ConfigError: experts cannot be this format; or the target is not empty, and no result of this conversion.
+        CheckpointError: a file of the source is damaged, or one of the target is not what was written.
+    """
+    if weight_format not in FORMATS:
+        raise ConfigError(f"format {shown(weight_format)} is not supported; allowed: {', '.join(FORMATS)}")
+    files, folder = Files(source), Path(target)
+    if folder.resolve() == files.folder.resolve():
+        raise ConfigError(f"{folder} is the source itself; allowed: another folder")
+    model_of(files, scheme)
+    layers = layers_of(files, weight_format, torch.device(device), scheme, lossy)
+    state = _State(folder, {"source": _identity(files), "format": weight_format, "lossy": lossy})
+    done: list[ConvertedFile] = []
+    for job in _jobs(files, layers):
+        known, path = state.files.get(job.name), folder / job.name
+        if known is None:
+            job.write(path)
+            known = state.add(path)
+            became = "written"
+        else:
+            _verify(path, known)
+            became = "verified"
+        done.append(ConvertedFile(job.name, known["bytes"], known["sha256"]))
+        if report is not None:
+            report(job.name, became)
+    _finish(files, folder, layers, weight_format, [(job.name, job.tensors) for job in _jobs(files, layers)])
+    return Converted(str(files.folder), str(folder), weight_format, tuple(done))
+
+
+def _identity(files: Files) -> str:
+    """A digest of what the source is: its names, and sizes and times of its files."""
+    parts: list[object] = [sorted(files)]
+    for name in files.shards:
+        try:
+            status = os.stat(files.folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{shown(name, 200)} cannot be read: {error.strerror}") from None
+        parts.append([name, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class _State:
+    """What is finished, in a file of the result."""
+
+    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
+        self._path, self._job = folder / _STATE, job
+        self.files: dict[str, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        there = [name for name in os.listdir(folder) if not name.endswith(PARTIAL)]
+        if there and _STATE not in there:
+            raise ConfigError(f"{folder} is not empty; allowed: a new folder, or one of this conversion")
+        if there:
+            self.files = self._read()
+        for name in os.listdir(folder):
+            if name.endswith(PARTIAL):  # of a conversion that was ended
+                (folder / name).unlink()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            found = json.loads(read_text(self._path, _STATE_BYTES))
+            job, files = {name: found[name] for name in self._job}, found["files"]
+            files = {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{self._path} cannot be read: {first_line(error)}; remove the folder") from None
+        if job != self._job:
+            different = ", ".join(name for name in job if job[name] != self._job[name])
+            raise ConfigError(f"{self._path} is of a conversion with another {different}; allowed: a new folder")
+        return files
+
+    def add(self, path: Path) -> dict[str, Any]:
+        """Enter a finished file; what is known of it."""
+        known = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
+        self.files[path.name] = known
+        _write_json(self._path, {**self._job, "files": self.files})
+        return known
+
+
+def _write_json(path: Path, content: object) -> None:
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _verify(path: Path, known: dict[str, Any]) -> None:
+    try:
+        found = path.stat().st_size, digest_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove the folder") from None
+    if found != (known["bytes"], known["sha256"]):
+        raise CheckpointError(f"{path} is not what was written (SHA-256 {found[1]}); remove the folder")
+
+
+def _jobs(files: Files, layers: list[Layer]) -> Iterator[_Job]:
+    """The files of the result: those of experts, then what else each file of the source has."""
+    for number, layer in enumerate(layers):
+        yield _Job(f"experts-{number:05}.safetensors", tuple(layer.entries), layer.write)
+    taken = {name for layer in layers for name in layer.taken}
+    for number, shard in enumerate(files.shards):
+        rest = tuple(name for name in files if files.file_of(name) == shard and name not in taken)
+        if rest:
+            yield _Job(f"others-{number:05}.safetensors", rest, _copier(files, rest))
+
+
+def _copier(files: Files, names: tuple[str, ...]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with writing(path, {name: files.entry(name) for name in names}, {"format": "pt"}) as file:
+            for name in names:
+                file.put(name, files.read(name))
+
+    return write
+
+
+def _finish(
+    files: Files, folder: Path, layers: list[Layer], weight_format: str, written: list[tuple[str, tuple[str, ...]]]
+) -> None:
+    """The small files that belong to a model, its configuration, and the index."""
+    for path in files.folder.iterdir():
+        small = path.suffix in _BESIDE and path.is_file() and path.stat().st_size <= _MOST_BESIDE
+        if small and path.name not in (_INDEX, _CONFIG, _STATE):
+            shutil.copyfile(path, folder / path.name)
+    _write_json(folder / _CONFIG, config_of(files, layers, weight_format))
+    weight_map = {tensor: name for name, tensors in written for tensor in tensors}
+    size = sum((folder / name).stat().st_size for name, _ in written)
+    _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})

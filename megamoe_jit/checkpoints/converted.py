@@ -1,0 +1,178 @@
+"""One layer's experts in the format that they are converted to: which tensors there will be, and their bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.marks import METADATA_KEY, layout_of
+from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
+from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
+from megamoe_jit.checkpoints.convert_weights import Target, target_of
+from megamoe_jit.checkpoints.files import Entry, Files
+from megamoe_jit.checkpoints.load import read_experts
+from megamoe_jit.checkpoints.names import FUSED, SCHEMES, LayerNames, ModelNames, Scheme, all_names_of
+from megamoe_jit.checkpoints.stored import Kind, Stored, layer_of
+from megamoe_jit.checkpoints.writing import Writer, writing
+
+__all__ = ["FORMATS", "Layer", "config_of", "layers_of"]
+
+FORMATS = ("fp8", "mxfp4", "megamoe")
+_DTYPES = {
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+    torch.float32: "F32",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
+
+
+class Layer(ABC):
+    """A layer of the result.
+
+    Attributes:
+        entries: of its file.
+        taken: names of the source's tensors that it replaces.
+        stored: what is read.
+    """
+
+    entries: dict[str, Entry]
+
+    def __init__(self, stored: Stored, names: LayerNames, target: Target, device: torch.device) -> None:
+        self.stored, self._target, self._device = stored, target, device
+        parts = [*names.experts.values(), names.whole]
+        self.taken = [name for each in parts for kinds in each.values() for name in kinds.values()]
+
+    def write(self, path: Path) -> None:
+        """Write the file, one expert at a time."""
+        with writing(path, self.entries, self.metadata()) as file:
+            for expert in range(self.stored.experts):
+                w13, w2 = read_experts(self.stored, range(expert, expert + 1), self._target, self._device)
+                self.put(file, expert, *(tuple(each[0] for each in matrix) for matrix in (w13, w2)))
+
+    @abstractmethod
+    def put(self, file: Writer, expert: int, w13: WeightTensors, w2: WeightTensors) -> None:
+        """Write an expert's tensors."""
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself."""
+        return {"format": "pt"}
+
+
+class _Plain(Layer):
+    """Experts by the names that models give them."""
+
+    def __init__(
+        self, stored: Stored, names: LayerNames, target: Target, device: torch.device, base: str, scheme: Scheme
+    ) -> None:
+        super().__init__(stored, names, target, device)
+        self._base, self._scheme = base, scheme
+        # who has exponents for scales reads no other ones
+        self._exponents = stored.kind is Kind.MXFP4
+        width, hidden = stored.intermediate, stored.hidden
+        self.entries = {}
+        for expert in range(stored.experts):
+            for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+                for name, (dtype, size) in zip(self._names(expert, part), target.parts(*shape), strict=True):
+                    self.entries[name] = Entry(self._dtype(dtype), tuple(size))
+
+    def _names(self, expert: int, part: str) -> tuple[str, str]:
+        base = f"{self._base}experts.{expert}.{getattr(self._scheme, part)}."
+        return f"{base}weight", f"{base}{self._scheme.scale}"
+
+    def _dtype(self, dtype: torch.dtype) -> str:
+        if dtype is torch.uint8:
+            return "I8"
+        return "F8_E8M0" if dtype is torch.float32 and self._exponents else _DTYPES[dtype]
+
+    def put(self, file: Writer, expert: int, w13: WeightTensors, w2: WeightTensors) -> None:
+        halves = [tuple(each.chunk(2)) for each in w13]
+        for part, tensors in (("gate", [h[0] for h in halves]), ("up", [h[1] for h in halves]), ("down", list(w2))):
+            for name, tensor in zip(self._names(expert, part), tensors, strict=True):
+                wanted = self.entries[name].dtype
+                file.put(name, tensor.to(torch.float8_e8m0fnu) if wanted == "F8_E8M0" else tensor)
+
+
+class _Ready(Layer):
+    """Experts in the kernel's order, all of a layer in a tensor."""
+
+    def __init__(
+        self, stored: Stored, names: LayerNames, target: Target, device: torch.device, base: str, weights: WeightFormat
+    ) -> None:
+        super().__init__(stored, names, target, device)
+        self._weights = weights
+        width, hidden = stored.intermediate, stored.hidden
+        self._names = {
+            matrix: [f"{base}experts.{matrix}{'' if part == 'codes' else '_' + part}" for part in weights.part_names]
+            for matrix in ("w13", "w2")
+        }
+        self.entries = {}
+        for matrix, shape in (("w13", (2 * width, hidden)), ("w2", (hidden, width))):
+            for name, part in zip(self._names[matrix], weights.parts(*shape), strict=True):
+                self.entries[name] = Entry(_DTYPES[part.dtype], (stored.experts, *part.shape))
+
+    def metadata(self) -> dict[str, str]:
+        return {"format": "pt", METADATA_KEY: layout_of(self._weights)}
+
+    def put(self, file: Writer, expert: int, w13: WeightTensors, w2: WeightTensors) -> None:
+        rounding = "nearest" if self._target.lossy and self._weights is MXFP4 else None
+        l1, l2 = transform_weights_for_mega_moe_sm90(w13, w2, inplace=True, rounding=rounding)
+        for matrix, tensors in (("w13", l1), ("w2", l2)):
+            for name, tensor in zip(self._names[matrix], tensors, strict=True):
+                file.put(name, tensor, expert * tensor.numel() * tensor.itemsize)
+
+
+def layers_of(files: Files, weight_format: str, device: torch.device, scheme: str | None, lossy: bool) -> list[Layer]:
+    """Every layer of experts of a checkpoint, as it will be.
+
+    Raises:
+        ConfigError: one of them cannot be that.
+    """
+    made: list[Layer] = []
+    for model in all_names_of(files, scheme):
+        for number, names in model.layers.items():
+            stored = layer_of(files, model, number)
+            target = target_of("auto" if weight_format == "megamoe" else weight_format, stored.kind, lossy)
+            base = f"{model.prefix}layers.{number}.{_written_scheme(model).block}."
+            if weight_format == "megamoe":
+                weights = MXFP4 if stored.kind is Kind.MXFP4 else FP8
+                made.append(_Ready(stored, names, target, device, base, weights))
+            else:
+                made.append(_Plain(stored, names, target, device, base, _written_scheme(model)))
+    return made
+
+
+def _written_scheme(model: ModelNames) -> Scheme:
+    """By which experts are named; those that were one tensor get the names that most models have."""
+    return SCHEMES["deepseek-v3" if model.scheme == FUSED else model.scheme]
+
+
+def config_of(files: Files, layers: list[Layer], weight_format: str) -> dict[str, Any]:
+    """The configuration of the result: the source's, and how its experts are quantised."""
+    config = dict(files.config)
+    config.pop("expert_dtype", None)
+    found = config.get("quantization_config")
+    quantization = dict(found) if isinstance(found, dict) else {}
+    quantization.pop("expert_dtype", None)
+    if weight_format == "megamoe":
+        return {**config, "quantization_config": {"quant_method": "megamoe", "of": quantization}}
+    if quantization and quantization.get("quant_method") != "fp8":
+        return config  # as it was: what is beside the experts is still that
+    if not quantization:  # nothing but experts is quantised
+        kept = sorted(name.removesuffix(".weight") for name in _matrices(files, layers))
+        quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "modules_to_not_convert": kept}
+    quantization |= {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    if weight_format == "mxfp4":
+        config["expert_dtype"] = "fp4"
+        quantization |= {"expert_dtype": "fp4", "scale_fmt": "ue8m0"}
+    return {**config, "quantization_config": quantization}
+
+
+def _matrices(files: Files, layers: list[Layer]) -> list[str]:
+    """Weights of linear layers beside the experts."""
+    taken = {name for layer in layers for name in layer.taken}
+    names = [name for name in files if name.endswith(".weight") and name not in taken]
+    return [name for name in names if len(files.entry(name).shape) == 2]

@@ -1,0 +1,154 @@
+"""`inspect`: what is in a checkpoint, whether it can be used, and what it takes; nothing is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megamoe_jit._errors import CheckpointError, ConfigError
+from megamoe_jit._layer.from_mxfp4 import mxfp4_spread
+from megamoe_jit._spec import check_int
+from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
+from megamoe_jit._text import first_line
+from megamoe_jit.checkpoints.config import clamp_of, topk_of
+from megamoe_jit.checkpoints.convert_weights import scales_of, target_of
+from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint, Spread
+from megamoe_jit.checkpoints.files import Entry, Files
+from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
+from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, layer_of, model_of, shared_of
+from megamoe_jit.checkpoints.writing import nbytes
+
+__all__ = ["inspect"]
+
+_REFUSED = (ConfigError, CheckpointError)
+
+
+def inspect(
+    path: str | os.PathLike[str], *, ranks: int = 1, experts: int = 1, scheme: str | None = None
+) -> InspectedCheckpoint:
+    """Look at a model's checkpoint.
+
+    Args:
+        path: a folder, an index or a file.
+        ranks: that will share the experts.
+        experts: of each layer whose exponents are looked at, which reads them; 0 for none.
+        scheme: as `load_experts`.
+
+    Returns:
+        What is there.
+
+    Raises:
+        ConfigError: it is not there.
+        CheckpointError: its index cannot be read.
+        ToolchainError: the package safetensors is not installed.
+    """
+    files = Files(path)
+    check_int("ranks", ranks)
+    check_int("experts", experts)
+    head: dict[str, Any] = {"path": str(path), "tensors": len(files), "files": len(files.shards), "ranks": ranks}
+    said = files.config.get("model_type")
+    model_type = said if isinstance(said, str) else None
+    try:
+        model = model_of(files, scheme)
+        clamp = clamp_of(files.config)
+    except _REFUSED as error:
+        head |= {"problem": str(error), "model_type": model_type}
+        return InspectedCheckpoint(**head, usable=False, layers=(), bytes_per_rank=0)
+    layers = tuple(_layers(files, model, ranks, experts))
+    return InspectedCheckpoint(
+        **head,
+        usable=all(layer.usable for layer in layers),
+        layers=layers,
+        bytes_per_rank=sum(layer.bytes_per_rank or 0 for layer in layers),
+        model_type=model_type,
+        scheme=model.scheme,
+        topk=topk_of(files.config),
+        clamp=clamp,
+    )
+
+
+def _layers(files: Files, model: ModelNames, ranks: int, experts: int) -> Iterator[CheckpointLayer]:
+    for number in model.layers:
+        try:
+            yield (
+                _ready(files, model, number, ranks)
+                if model.scheme == MEGAMOE
+                else _layer(files, model, number, ranks, experts)
+            )
+        except _REFUSED as error:
+            yield CheckpointLayer(number, False, first_line(error))
+
+
+def _ready(files: Files, model: ModelNames, number: int, ranks: int) -> CheckpointLayer:
+    """A layer in the kernel's order."""
+    parts = model.layers[number].whole
+    entries: list[Entry] = [files.entry(name) for kinds in parts.values() for name in kinds.values()]
+    experts, rows, stored = files.entry(parts["w13"]["weight"]).shape
+    weights = MXFP4 if "exponents" in parts["w13"] else FP8
+    experts_of_rank(experts, 0, ranks)
+    return CheckpointLayer(
+        number,
+        True,
+        kind=f"{weights.name}, in the kernel's order",
+        experts=experts,
+        hidden=stored * 8 // weights.bits,
+        intermediate=rows // 2,
+        bytes_per_rank=sum(nbytes(entry) for entry in entries) // ranks,
+    )
+
+
+def _layer(files: Files, model: ModelNames, number: int, ranks: int, experts: int) -> CheckpointLayer:
+    stored = layer_of(files, model, number)
+    local = len(experts_of_rank(stored.experts, 0, ranks))
+    shared = shared_of(files, model, number)
+    weights = MXFP4 if stored.kind is Kind.MXFP4 else FP8
+    return CheckpointLayer(
+        number,
+        **_usable(stored),
+        kind=str(stored.kind),
+        experts=stored.experts,
+        hidden=stored.hidden,
+        intermediate=stored.intermediate,
+        shared=str(shared.kind) if shared else None,
+        shared_experts=shared.intermediate // stored.intermediate if shared else None,
+        bytes_per_rank=local * _expert_bytes(weights, stored),
+        spread=_spread(stored, min(experts, stored.experts)) if experts > 0 else None,
+    )
+
+
+def _expert_bytes(weights: WeightFormat, stored: Stored) -> int:
+    """Of an expert's weights, as the kernel reads them."""
+    shapes = (2 * stored.intermediate, stored.hidden), (stored.hidden, stored.intermediate)
+    return sum(part.dtype.itemsize * math.prod(part.shape) for shape in shapes for part in weights.parts(*shape))
+
+
+def _usable(stored: Stored) -> dict[str, Any]:
+    try:
+        target_of("auto", stored.kind, False)
+    except ConfigError as error:
+        return {"usable": False, "problem": str(error)}
+    return {"usable": True}
+
+
+def _spread(stored: Stored, count: int) -> Spread | None:
+    """Of the first experts; None of values, which have no exponents."""
+    if stored.kind is Kind.VALUES:
+        return None
+    least, most, found = 1 << 10, -(1 << 10), []
+    for expert in range(count):
+        for part in ("gate_up", "down") if stored.fused else ("gate", "up", "down"):
+            matrix = stored.read(expert, part)
+            assert matrix.scales is not None
+            _, exponents = torch.frexp(scales_of(matrix.scales))
+            least, most = min(least, int(exponents.min()) - 1), max(most, int(exponents.max()) - 1)
+            if stored.kind is Kind.MXFP4:
+                found.append(mxfp4_spread(matrix.codes, matrix.scales))
+    if not found:
+        return Spread(count, least, most)
+    exact = {name: sum(each.exact[name] for each in found) for name in ("mxfp4", "e4m3")}
+    blocks, binades = sum(each.blocks for each in found), max(each.binades for each in found)
+    return Spread(count, least, most, binades, blocks, exact["mxfp4"], exact["e4m3"])

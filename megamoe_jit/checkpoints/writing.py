@@ -1,0 +1,85 @@
+"""Safetensors files that are written piece by piece, in any order: no more than a piece has to be in memory.
+
+A file has its name when all of it is on disk; until then it is `NAME.partial`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from megamoe_jit.checkpoints.files import Entry
+
+__all__ = ["Writer", "bytes_of", "digest_of", "nbytes", "writing"]
+
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
+_ALIGNED = 64  #: of the first byte behind the header, so that tensors mapped from the file may be used as they lie
+PARTIAL = ".partial"
+
+
+def nbytes(entry: Entry) -> int:
+    """Bytes of a tensor."""
+    count = _BITS.get(entry.dtype, 8)
+    for n in entry.shape:
+        count *= n
+    return count // 8
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in the CPU's memory."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
+
+
+class Writer:
+    """An open file; see `writing`."""
+
+    def __init__(self, file: BinaryIO, start: int, begins: Mapping[str, int]) -> None:
+        self._file, self._start, self._begins = file, start, begins
+
+    def put(self, name: str, tensor: torch.Tensor, offset: int = 0) -> int:
+        """Write a tensor, or the part of it that begins `offset` bytes behind its first; returns the bytes written."""
+        data = bytes_of(tensor)
+        self._file.seek(self._start + self._begins[name] + offset)
+        self._file.write(data)
+        return len(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Iterator[Writer]:
+    """A file with these tensors, whose bytes are written inside; it gets its name at the end, or is not there."""
+    begins, at = {}, 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    # larger elements first: then each tensor begins at a multiple of its elements' size
+    for name, entry in sorted(entries.items(), key=lambda item: -_BITS.get(item[1].dtype, 8)):
+        begins[name] = at
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [at, at + nbytes(entry)]}
+        at += nbytes(entry)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNED)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + at)
+            yield Writer(file, 8 + len(text), begins)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
