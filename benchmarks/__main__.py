@@ -54,7 +54,11 @@ def summary_lines(summary: Sequence[Summary]) -> list[str]:
     return lines
 
 
-def _bench(output: Path | None, picture: Path | None, as_json: bool, **what: Any) -> None:
+def _bench(output: Path | None, picture: Path | None, as_json: bool, nodes: int, **what: Any) -> None:
+    if nodes > 1:
+        raise click.UsageError("--nodes is for megamoe-jit bench; no other kernel's figures are over several nodes.")
+    for option in ("exchange", "partial", "chunks"):
+        del what[option]
     own_bench.refuse_early(output, picture)
     found = own_bench.measured(**what, commit=commit())
     if found is not None:

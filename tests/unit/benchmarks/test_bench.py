@@ -110,6 +110,7 @@ def test_options_and_refusals_are_those_of_the_package(tmp_path: Path):
     assert lab.main.commands["bench"].params is own_bench.bench.params
     assert "must end in .json or .csv" in bench("--output", "rows.txt", code=2)[1]
     assert "allowed: " in bench("--shapes", "v4-flush", code=2)[1]
+    assert "--nodes is for megamoe-jit bench" in bench("--nodes", "2", code=2)[1]
 
 
 def test_the_command_lines_of_the_readme_parse():
