@@ -115,7 +115,7 @@ def test_codes_that_come_with_scales_are_copied(device: torch.device, name: str)
 )
 def test_scenarios_from_bf16(device: torch.device, weights: WeightCache, scenario: Scenario):
     """In one launch and in two the same bits as from a staged buffer, which other tests hold against the reference."""
-    drawn = weights.get(scenario.shape, device, 0, mm)
+    drawn = weights.get(scenario, device, 0, mm)
     inputs = make_inputs(scenario, device, weights=drawn.weights)
     s = scenario.shape
     with mm.get_symm_buffer_for_mega_moe(
