@@ -54,9 +54,11 @@ MEGAMOE = "megamoe"  #: written by `convert`: all experts of a layer, in the ker
 
 _SCALES = ("weight_scale_inv", "weight_scale", "scale")  #: last words that mean what a code is multiplied with
 _HEAD = r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d{1,6})\.(?P<block>mlp|ffn|block_sparse_moe)\."
-_EXPERT = re.compile(_HEAD + r"experts\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.(?P<kind>\w+)", re.ASCII)
-_SHARED = re.compile(_HEAD + r"shared_experts?\.(?P<part>\w+)\.(?P<kind>\w+)", re.ASCII)
-_WHOLE = re.compile(_HEAD + r"experts\.(?P<part>gate_up_proj|down_proj|w13|w2)(?P<kind>(?:_\w+)?)", re.ASCII)
+_EXPERT = re.compile(_HEAD + r"experts\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.(?P<kind>\w+)", re.ASCII | re.DOTALL)
+_SHARED = re.compile(_HEAD + r"shared_experts?\.(?P<part>\w+)\.(?P<kind>\w+)", re.ASCII | re.DOTALL)
+_WHOLE = re.compile(
+    _HEAD + r"experts\.(?P<part>gate_up_proj|down_proj|w13|w2)(?P<kind>(?:_\w+)?)", re.ASCII | re.DOTALL
+)
 
 
 @dataclass(slots=True)

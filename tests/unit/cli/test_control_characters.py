@@ -21,6 +21,7 @@ from megamoe_jit._errors import ConfigError, PackError
 from megamoe_jit._settings import settings as _settings
 from megamoe_jit._settings.settings import override
 from megamoe_jit._text import one_line, printable, several, shown
+from tests.checkpoints import Model
 from tests.commandline import SIZES, leaf_commands
 from tests.stubs import KEY, REPO, fake_cubin, rewrite_meta
 
@@ -46,6 +47,8 @@ WORDS: dict[str, tuple[str, ...] | None] = {
     "plan": ("--shapes", "{place}/shapes.toml", "--tokens", "8"),
     "render": (BAD,),
     "inspect": (KEY[:12],),
+    "convert": ("{place}/model", "{place}/converted", "--format", "fp8"),
+    "inspect-checkpoint": ("{place}/model",),
     "env": (),
     "demo": None,
     "verify": ("--list", "--filter", BAD),
@@ -80,6 +83,7 @@ def hostile(tmp_path: Path):
         compile_ms={BAD: 1.0},
     )
     (tmp_path / NAME / "shapes.toml").write_text(SHAPES)
+    Model(prefix=f"{BAD}.", layers=(1,), config={"model_type": BAD}).write(tmp_path / NAME / "model")
     with override(cache_dir=root, readonly_cache=(root,)):
         yield tmp_path / NAME
 
