@@ -13,6 +13,7 @@ from megamoe_jit._cli._io import ExitCode, emit, human_bytes, progress_line, say
 from megamoe_jit._cli._options import per_shape
 from megamoe_jit._documents import plain
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents_nodes import NodesRow
@@ -109,9 +110,9 @@ _MORE = ("MODELLED us", "UNFUSED us", "TIMES FASTER", "DIFF")
 DEFAULT_TOKENS = (64, 512, 4096)
 
 
-def refuse_with_nodes(picture: Path | None, variants: Sequence[str]) -> None:
+def refuse_with_nodes(picture: Path | None, variants: Sequence[str], weights: str) -> None:
     """Refuse options of `bench` that mean nothing with several nodes."""
-    for given, name in ((picture, "--plot"), (variants, "--variant")):
+    for given, name in ((picture, "--plot"), (variants, "--variant"), (weights != FP8.name, "--weight-format")):
         if given:
             raise click.UsageError(f"{name} is not for --nodes.")
 

@@ -287,8 +287,7 @@ def bench(
     """
     refuse_early(output, picture)
     if nodes > 1:
-        refuse_with_nodes(picture, what["variants"])
-        del what["variants"]
+        refuse_with_nodes(picture, what.pop("variants"), what.pop("weights"))
         bench_nodes(
             nodes, {"exchange": exchange, "partial": partial, "chunks": chunks or "auto"}, output, as_json, **what
         )

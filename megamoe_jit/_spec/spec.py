@@ -221,7 +221,8 @@ class KernelSpec:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
-        packed = self.variant.packed * (self.weights.stream_bytes(BLOCK_N, BLOCK) + 16 + 16)
+        pieces = self.variant.packed
+        packed = pieces * (self.weights.stream_bytes(BLOCK_N, BLOCK) + 16 + 16) if pieces else 0
         return MATH_WARPS * STAGING_BYTES + packed + slots + 64 + plan
 
     @cached_property

@@ -110,8 +110,9 @@ def _clamp_of(module: Any, what: str) -> float | None:
     said = [getattr(module, "limit", None), getattr(getattr(module, "config", None), "swiglu_limit", None)]
     bounds: list[float | None] = [None, *(float(each) for each in said if isinstance(each, int | float) and each > 0)]
     reach = 4.0 * max(4.0, *(bound or 0.0 for bound in bounds))
-    gate = torch.linspace(-reach, reach, 61).repeat_interleave(5).unsqueeze(0)
-    up = torch.linspace(-reach, reach, 5).repeat(61).unsqueeze(0)
+    here: Any = {"dtype": torch.float32, "device": "cpu"}
+    gate = torch.linspace(-reach, reach, 61, **here).repeat_interleave(5).unsqueeze(0)
+    up = torch.linspace(-reach, reach, 5, **here).repeat(61).unsqueeze(0)
     try:
         found = module._apply_gate(torch.cat((gate, up), dim=-1))
         for bound in bounds:

@@ -17,6 +17,7 @@ from megamoe_jit._errors import CompileError
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FORMATS, FP8, MXFP4
+from megamoe_jit._spec.variants import VARIANT_NAMES
 from tests.commandline import checked
 from tests.stubs import TEMPLATE
 
@@ -27,7 +28,7 @@ RUNS = 3 * len(Variant.reading(FP8))
 READERS = Variant.reading(FP8)
 
 
-def kernels_of(pattern, variants=READERS, ranks=1, weights=None):
+def kernels_of(pattern, variants=VARIANT_NAMES, ranks=1, weights=None):
     return {
         KernelSpec(s.shape, Variant(v), ranks, s.fast_math, weights=FORMATS[s.weights])
         for s in _scenarios.select(pattern, weights=weights)

@@ -309,7 +309,8 @@ def test_completion_of_commands_shapes_kernels_and_keys(tmp_path: Path):
     assert complete("megamoe-jit expl") == ["explain"]
     assert "rm" in complete("megamoe-jit cache r")
     assert complete("megamoe-jit warmup --shapes v4-flash,long") == ["v4-flash,longcat"]
-    assert complete("megamoe-jit render v4-flash/c") == ["v4-flash/cooperative"]
+    names = ["v4-flash/cooperative", "v4-flash/cooperative/fp8e5m2"]
+    assert complete("megamoe-jit render v4-flash/c") == names
     root = warm_cache(tmp_path / "cache")
     keys = {key[:12] for key in keys_of(root).values()}
     assert set(complete("megamoe-jit cache rm ", root)) == keys

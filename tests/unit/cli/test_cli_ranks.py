@@ -101,6 +101,7 @@ def test_verify_over_ranks_ends_with_one_table(monkeypatch):
     monkeypatch.setattr(_bench, "require_hopper", lambda: None)
     monkeypatch.setattr(_verify_ranks, "run_ranks", lambda *_, **named: asked.update(named) or outcomes)
     words = ["verify", "--filter", "L1.smoke,route.hot.t96", "--ranks", "2", "--rounds", "3", "--skew", "500"]
+    words += ["--variant", "pingpong", "--variant", "cooperative"]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 1
     assert (asked["rounds"], asked["skew_us"]) == (3, 500)

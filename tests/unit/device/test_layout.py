@@ -16,7 +16,7 @@ from megamoe_jit._spec import abi as _abi
 #: Parameters that are neither offsets in the symmetric buffer nor addresses in the local one.
 OTHERS = {
     *("expand_every", "packed1", "packed2", "expanded1", "expanded2", "expanded"),
-    *("weight1_exponents", "weight2_exponents"),
+    *("weight1_exponents", "weight2_exponents", "unused"),
     *(
         "act1",
         "most_pairs",

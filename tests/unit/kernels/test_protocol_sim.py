@@ -223,7 +223,9 @@ def test_rows_that_the_launch_itself_stages_are_the_right_ones(build: Build, ran
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_rows_that_are_staged_late_or_copied_without_a_fence_are_found(build: Build, ranks: int):
     simulator = build(ranks, RAW_MISTAKES, Inputs.RAW)
-    assert re.search(r"race: a copy of rank \d .* without a proxy fence since the write of", find(simulator, NO_FENCE, tries=200))
+    assert re.search(
+        r"race: a copy of rank \d .* without a proxy fence since the write of", find(simulator, NO_FENCE, tries=200)
+    )
     assert re.search(r"race: .* x(_scales)? of rank \d .* without waiting for the", find(simulator, LATE_ROWS))
 
 

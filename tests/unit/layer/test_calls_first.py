@@ -104,7 +104,7 @@ def prepared_calls(world: World) -> dict[str, str]:
     it, collective = buffer(), _admit.collectively
     call, heard = arguments(it), {}
     _bound_kernel.load_kernel = lambda spec, *_, **__: SimpleNamespace(key=spec.kernel_name)
-    _bound_kernel.Launcher = lambda *_: SimpleNamespace(launch=lambda *_: None)
+    _bound_kernel.Launcher = lambda *_, **__: SimpleNamespace(launch=lambda *_: None)
     _bound_kernel.sides_of_sms = lambda _: None
     it.launch = lambda plan, *_: heard.update(launched=plan.kernel.spec.kernel_name)
     _admit.collectively = _kernel_set.collectively = meet
