@@ -13,27 +13,23 @@ Whatever takes both can hardly be faster than the slower of the two.  Needs a Ho
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import statistics
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from benchmarks.checkout import commit
+from benchmarks.frame import asked, keep, rows_by_shape, say
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
-from megamoe_jit._bench.conditions import environment, write
-from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer, cases, require_hopper
+from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit._device.load import checked
-from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit.heuristics.presets import preset
+from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
 
 SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
@@ -141,44 +137,38 @@ def measure(case: Scenario, layer: Layer, read: ReadWeights, flush: torch.Tensor
     }
 
 
+@contextmanager
+def layer_of(shape: MoEShape, max_tokens: int, device: torch.device) -> Iterator[Layer]:
+    """A layer, its buffer gone at the end."""
+    layer = Layer(shape, max_tokens, device)
+    try:
+        yield layer
+    finally:
+        layer.buffer.destroy()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['shape']:15} {row['tokens']:6} {row['layer_us']:9.1f} {row['weights_us']:8.1f} "
+        f"{row['products_us']:9.1f} {row['of_slower_part']:9.2f}"
+    )
+
+
 def main() -> int:
     """Measure and print; 3 without a Hopper GPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--tokens", default=",".join(map(str, DEFAULT_TOKENS)))
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
-    options = parser.parse_args()
-    try:
-        presets = [preset(name) for name in options.shapes.split(",")]
-        tokens = sorted(int(count) for count in options.tokens.split(","))
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        device = require_hopper()
-    except UnsupportedDeviceError as error:
-        parser.exit(3, f"Error: {error}\n")
+    wanted = asked(__doc__, SHAPES, DEFAULT_TOKENS)
     before = anchors()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    read = ReadWeights(device)
-    rows = []
-    sys.stdout.write(f"{'layer':15} {'tokens':>6} {'layer us':>9} {'weights':>8} {'products':>9} {'of slower':>9}\n")
-    for one in presets:
-        layer = Layer(cases([one], tokens)[0].shape, max(tokens), device)
-        for case in cases([one], tokens):
-            row = measure(case, layer, read, flush)
-            rows.append(row)
-            sys.stdout.write(
-                f"{row['shape']:15} {row['tokens']:6} {row['layer_us']:9.1f} {row['weights_us']:8.1f} "
-                f"{row['products_us']:9.1f} {row['of_slower_part']:9.2f}\n"
-            )
-            sys.stdout.flush()
-        layer.buffer.destroy()
-        del layer
-        torch.cuda.empty_cache()
-    if options.output:
-        conditions = environment(commit())
-        document = {"schema_version": 1, "kind": "floor", "environment": conditions, "anchors": [before, anchors()]}
-        write({**document, "rows": rows}, options.output)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=wanted.device)
+    read = ReadWeights(wanted.device)
+    say(f"{'layer':15} {'tokens':>6} {'layer us':>9} {'weights':>8} {'products':>9} {'of slower':>9}")
+    rows = rows_by_shape(
+        wanted.presets,
+        wanted.tokens,
+        lambda shape, most: layer_of(shape, most, wanted.device),
+        lambda case, layer: measure(case, layer, read, flush),
+        _line,
+    )
+    keep("floor", wanted.output, anchors=[before, anchors()], rows=rows)
     return 0
 
 

@@ -19,28 +19,23 @@ Needs a Hopper GPU.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import megamoe_jit as mm
-from benchmarks.checkout import commit
+from benchmarks.frame import asked, keep, rows_by_shape, say
 from benchmarks.launch_cost import empty_op, medians_us
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
-from megamoe_jit._bench.conditions import environment, write
-from megamoe_jit._bench.measure import cases, kernel_of, require_hopper, some_rows
+from megamoe_jit._bench.measure import cases, kernel_of, some_rows
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import judge
-from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._spec import MoEShape
-from megamoe_jit.heuristics.presets import preset
+from megamoe_jit.heuristics.presets import Preset, preset
 
 __all__ = ["TOKENS", "captured", "chain", "measure", "memory"]
 
@@ -222,68 +217,41 @@ COLUMNS = (
 )
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 def _line(row: Mapping[str, Any]) -> str:
     figures = "".join(f"{row[field]:{width}.{digits}f}" for _, field, width, digits in COLUMNS)
     return f"{row['shape']:14}{row['tokens']:7}{figures}{'' if row['correct'] else '  WRONG'}"
 
 
-def rows_of(shapes: list[str], tokens: list[int], device: torch.device) -> Iterator[dict[str, Any]]:
+def rows_of(presets: Sequence[Preset], tokens: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
     """The rows of the table, shape by shape."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    for name in shapes:
-        work = cases([preset(name)], tokens)
-        shape = work[0].shape
+
+    @contextmanager
+    def make(shape: MoEShape, max_tokens: int) -> Iterator[tuple[mm.MegaMoE, Weights]]:
         weights = make_weights(shape, device)
-        with layer_of(weights, shape, max(tokens)) as layer:
-            for case in work:
-                yield measure(case, layer, weights, flush)
-        del layer, weights
-        torch.cuda.empty_cache()
+        with layer_of(weights, shape, max_tokens) as layer:
+            yield layer, weights
+
+    return rows_by_shape(presets, tokens, make, lambda case, made: measure(case, *made, flush), _line)
 
 
 def main() -> int:
     """Measure and print; 1 if an output is wrong, 3 without a Hopper GPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
-    options = parser.parse_args()
-    shapes = options.shapes.split(",")
-    try:
-        for name in shapes:
-            preset(name)
-        tokens = sorted(int(count) for count in options.tokens.split(","))
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        device = require_hopper()
-    except UnsupportedDeviceError as error:
-        parser.exit(3, f"Error: {error}\n")
+    wanted = asked(__doc__, SHAPES, TOKENS)
     before = anchors()
-    _say(f"{'layer, us':14}{'tokens':>7}" + "".join(f"{head:>{width}}" for head, _, width, _ in COLUMNS))
-    rows = []
-    for row in rows_of(shapes, tokens, device):
-        rows.append(row)
-        _say(_line(row))
-    small = chain(device)
-    _say(
+    say(f"{'layer, us':14}{'tokens':>7}" + "".join(f"{head:>{width}}" for head, _, width, _ in COLUMNS))
+    rows = rows_of(wanted.presets, wanted.tokens, wanted.device)
+    small = chain(wanted.device)
+    say(
         f"chain of {small['layers']} small layers: {small['eager_us']:.1f} us a layer eager, {small['graph_us']:.1f} "
         f"in a graph: {small['eager_over_graph']:.2f} times{'' if small['correct'] else '  WRONG'}"
     )
-    held = memory(device, MEMORY_LAYERS, MEMORY_TOKENS)
-    _say(
+    held = memory(wanted.device, MEMORY_LAYERS, MEMORY_TOKENS)
+    say(
         f"{held['layers']} layers of {held['shape']}, {held['tokens']} tokens: {held['beside_gib']:.2f} GiB beside "
         f"{held['weights_gib']:.1f} GiB of weights"
     )
-    if options.output:
-        document = {"schema_version": 1, "kind": "from_bf16", "environment": environment(commit())}
-        parts = {"anchors": [before, anchors()], "chain": small, "memory": held}
-        write({**document, **parts, "rows": rows}, options.output)
+    keep("from_bf16", wanted.output, anchors=[before, anchors()], chain=small, memory=held, rows=rows)
     return int(not (small["correct"] and all(row["correct"] for row in rows)))
 
 

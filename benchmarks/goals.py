@@ -64,6 +64,8 @@ def _goals(row: Mapping[str, Any], card: Card | None, known: Known) -> dict[str,
     """Limit and goals of a row that has its card's limit."""
     if card is None:
         return dict.fromkeys(("limit_us", "best_known_us", "must_us", "aim_us"))
+    if row.get("weights", "fp8") != "fp8":  # the table is of FP8
+        return {"limit_us": row["limit_us"], **dict.fromkeys(("best_known_us", "must_us", "aim_us"))}
     target, few, limit_us = _target(row, known), known.few, row["limit_us"]
     if card.aim is not None:  # the card of the table, whose limits are written there too
         limit_us = target.get("limit_us", limit_us)

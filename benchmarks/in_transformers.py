@@ -14,11 +14,9 @@ prefill one sequence at once.  Needs a Hopper GPU and transformers; `--layers` w
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import inspect
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +26,8 @@ import torch
 
 import megamoe_jit as mm
 from benchmarks.checkout import commit
+from benchmarks.frame import hopper, parser, say
 from megamoe_jit._bench.conditions import environment, write
-from megamoe_jit._bench.measure import require_hopper
-from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit.heuristics.presets import preset
 from megamoe_jit.reference import calc_diff
 
@@ -203,31 +200,29 @@ def _of_model(name: str, layers: int, steps: Steps, device: torch.device) -> dic
     count = adopt(model)
     diffs = differences(model, max(BATCHES))
     names = "".join(f"{each:>12}  tokens/s" for each in IMPLEMENTATIONS)
-    sys.stdout.write(f"{count} layers of {name}, transformers {transformers.__version__}, logits differ by {diffs}\n")
-    sys.stdout.write(f"{'ms':10}{'tokens':>7}{names}{'times grouped_mm':>18}\n")
+    say(f"{count} layers of {name}, transformers {transformers.__version__}, logits differ by {diffs}")
+    say(f"{'ms':10}{'tokens':>7}{names}{'times grouped_mm':>18}")
     rows = []
     for row in measure(model, steps):
         rows.append(row)
-        sys.stdout.write(_line(row) + "\n")
-        sys.stdout.flush()
+        say(_line(row))
     return {"model": name, "layers": count, "logits_diff": diffs, "rows": rows}
 
 
 def main() -> int:
     """Measure and print; 1 if the logits are far from grouped_mm's, 3 without a Hopper GPU or transformers."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", action="append", choices=tuple(MODELS), help="this one; all by default")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="of a model")
-    parser.add_argument("--batch", action="append", type=int, choices=BATCHES, help="decode these alone")
-    parser.add_argument("--prefill", action="store_true", help="with --batch: time a prefill too; alone: nothing else")
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", action="append", choices=tuple(MODELS), help="this one; all by default")
+    arguments.add_argument("--layers", type=int, default=LAYERS, help="of a model")
+    arguments.add_argument("--batch", action="append", type=int, choices=BATCHES, help="decode these alone")
+    arguments.add_argument(
+        "--prefill", action="store_true", help="with --batch: time a prefill too; alone: nothing else"
+    )
+    arguments.add_argument("--output", type=Path, help="write the rows as JSON")
+    options = arguments.parse_args()
     if importlib.util.find_spec("transformers") is None:
-        parser.exit(3, "Error: no transformers here; run: pip install 'megamoe-jit[transformers]'\n")
-    try:
-        device = require_hopper()
-    except UnsupportedDeviceError as error:
-        parser.exit(3, f"Error: {error}\n")
+        arguments.exit(3, "Error: no transformers here; run: pip install 'megamoe-jit[transformers]'\n")
+    device = hopper(arguments)
     import transformers
 
     chosen = options.batch or (() if options.prefill else BATCHES)

@@ -7,7 +7,6 @@ The GPU work is as small as it gets and never fills the launch queue, so what is
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,9 +16,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit._bench.measure import require_hopper
+from benchmarks.frame import hopper, parser
 from megamoe_jit._check.scenarios import Scenario, make_inputs
-from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._spec import MoEShape
 
 ROUNDS, BATCH = 200, 10
@@ -72,13 +70,10 @@ def measure() -> dict[str, float]:
 
 def main() -> int:
     """Measure and print; 3 without a Hopper GPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    options = parser.parse_args()
-    try:
-        require_hopper()
-    except UnsupportedDeviceError as error:
-        parser.exit(3, f"Error: {error}\n")
+    arguments = parser(__doc__)
+    arguments.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    options = arguments.parse_args()
+    hopper(arguments)
     result = measure()
     lines = [json.dumps(result)] if options.json else [f"{k:24} {v:7.2f}" for k, v in result.items()]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -7,7 +7,6 @@ Needs a Hopper GPU.  The kernel that writes records is another kernel, a little 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import replace
@@ -15,11 +14,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.frame import hopper, parser
 from benchmarks.timeline_records import Record, decode, summary, words, write_trace
 from megamoe_jit._bench.clock import FLUSH_BYTES
-from megamoe_jit._bench.measure import Layer, cases, require_hopper
+from megamoe_jit._bench.measure import Layer, cases
 from megamoe_jit._check.scenarios import make_inputs
-from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._layer.bound_kernel import BoundKernel
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import preset
@@ -60,17 +59,14 @@ def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[
 
 def main() -> int:
     """Run once, print the summary; 3 without a Hopper GPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", default="v4-flash")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--variant", default="auto")
-    parser.add_argument("--trace", type=Path, help="write a Chrome/Perfetto trace")
-    parser.add_argument("--every", type=int, default=1, help="only every n-th block in the trace")
-    options = parser.parse_args()
-    try:
-        device = require_hopper()
-    except UnsupportedDeviceError as error:
-        parser.exit(3, f"Error: {error}\n")
+    arguments = parser(__doc__)
+    arguments.add_argument("--shape", default="v4-flash")
+    arguments.add_argument("--tokens", type=int, default=1024)
+    arguments.add_argument("--variant", default="auto")
+    arguments.add_argument("--trace", type=Path, help="write a Chrome/Perfetto trace")
+    arguments.add_argument("--every", type=int, default=1, help="only every n-th block in the trace")
+    options = arguments.parse_args()
+    device = hopper(arguments)
     records = record(options.shape, options.tokens, options.variant, device)
     if options.trace:
         title = f"{torch.cuda.get_device_name()}: {options.shape}, {options.tokens} tokens"

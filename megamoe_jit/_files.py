@@ -68,6 +68,8 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     for number, line in enumerate(text.splitlines(), start=1):
         if line.count(".") > _TOML_DOTS:
             raise ValueError(f"more than {_TOML_DOTS} dots in one line (at line {number})")
+    if not text:  # of the null device, which says that there are none
+        return {}
     import tomllib  # not where there is no file, which is most often
 
     try:

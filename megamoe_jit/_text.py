@@ -17,7 +17,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
         text: to be shown.
         keep: characters that stay although they are not printable.
     """
-    if text.isprintable():
+    if text.isprintable() or (keep and text.translate(dict.fromkeys(map(ord, keep))).isprintable()):
         return text
     return "".join(
         char if char.isprintable() or char in keep else char.encode("unicode_escape").decode("ascii") for char in text

@@ -120,6 +120,13 @@ MUTANTS = (
         "layer/test_calls.py::test_a_call_on_another_stream_waits_for_the_last_one",
     ),
     Mutant(
+        "layer: a branch of a graph is not remembered",
+        "megamoe_jit/_layer/stream_order.py",
+        "        last.handle = None  # from here on every launch has to ask\n",
+        "",
+        "layer/test_calls.py::test_branches_of_a_graph_take_turns",
+    ),
+    Mutant(
         "layer: ranks prepare only the kernel of their own call",
         "megamoe_jit/_layer/kernel_set.py",
         "        if self._place.ranks == 1:",
@@ -142,6 +149,13 @@ MUTANTS = (
         "bad = ~y.isfinite().all(dim=-1)",
         "bad = ~y.isfinite().any(dim=-1)",
         "check/test_verify.py::test_judge_looks_at_every_number_of_a_row",
+    ),
+    Mutant(
+        "bench: of several ranks the experts that all of them touch count",
+        "megamoe_jit/_bench/rows.py",
+        "sum(count > 0 for count in rows[first : first + own])",
+        "sum(count > 0 for count in rows)",
+        "bench/test_unfused.py::test_the_weights_that_a_rank_reads_are_those_that_the_tokens_of_any_rank_need",
     ),
     Mutant(
         "bench: a measurement does not say that files were changed",

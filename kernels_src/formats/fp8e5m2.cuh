@@ -4,6 +4,8 @@
 
 namespace megamoe {
 
-struct Fp8E5M2 : Fp8 {};
+struct Fp8E5M2 : Fp8 {
+    struct Rows;   // none: products with operands swapped are of e4m3 codes, or of e5m2 in registers
+};
 
 }   // namespace megamoe

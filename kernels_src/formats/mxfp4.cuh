@@ -69,6 +69,7 @@ struct Mxfp4 {
                     ptx::expand_e2m1(halves[k / 2].w[k % 2 * 2 + row], table.low, table.high,
                                      a[k][row], a[k][row + 2]);
                 }
+            ptx::pin(a);
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
             ptx::wgmma_weights_registers<kN>(d, a, tokens);

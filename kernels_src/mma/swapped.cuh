@@ -3,12 +3,15 @@
 // What block_scaled.cuh multiplies as 64 tokens by 256 weights, mostly by padding where an expert has few tokens, is here 64
 // weights by kN tokens, 8 or more.  A tile's 256 weight rows are four blocks of 64, two for each math warpgroup.  How a
 // block's weights become the left operand knows their format: from shared memory as they are, or through registers, where
-// they become what the tensor cores multiply.  That costs instructions, so the two blocks take turns:
+// they become what the tensor cores multiply.  That takes longer than the product, so it is done while another one runs.
+// With 64 columns the two blocks take turns:
 //
 //   issue         0 of A         1 of A                      0 of B         1 of B
 //   load                1 of A               0 of B               1 of B               0 of C
 //   wait for                           0 of A        1 of A                      0 of B
 //   promote                            0 of A        1 of A, release A           0 of B
+//
+// With fewer there are registers to load both of the next k-block while both of this one are multiplied (`at_once`).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //
@@ -51,6 +54,7 @@ template <u32 kN> struct ColumnScales {
 };
 
 template <class C, u32 kN> struct SwappedLoop {
+    static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
     // both blocks of the next k-block are loaded at once; two k-blocks are written out then
     static constexpr bool kAtOnce = kN <= 32 && C::kHidden / kBlockK % 2 == 0 &&
@@ -62,8 +66,7 @@ template <class C, u32 kN> struct SwappedLoop {
 
     MEGA_DEVICE u32 block(u32 which) const { return half ? group : group * 2 + which; }
 
-    MEGA_DEVICE void issue(float (&fresh)[kN / 2], const Rows& rows,
-                           u32 stage) const {
+    MEGA_DEVICE void issue(float (&fresh)[kN / 2], const Rows& rows, u32 stage) const {
         ptx::wgmma_fence();
         rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();

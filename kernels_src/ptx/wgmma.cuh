@@ -11,6 +11,15 @@ MEGA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;
 /// Has two descriptors computed here and not where they are first used.  Emits nothing.
 MEGA_DEVICE void pin(u64& a, u64& b) { asm volatile("" : "+l"(a), "+l"(b)); }
 
+/// The same of a left operand in registers, which must not be written after the fence of its product.
+MEGA_DEVICE void pin(u32 (&a)[4][4]) {
+    asm volatile(""
+                 : "+r"(a[0][0]), "+r"(a[0][1]), "+r"(a[0][2]), "+r"(a[0][3]), "+r"(a[1][0]),
+                   "+r"(a[1][1]), "+r"(a[1][2]), "+r"(a[1][3]), "+r"(a[2][0]), "+r"(a[2][1]),
+                   "+r"(a[2][2]), "+r"(a[2][3]), "+r"(a[3][0]), "+r"(a[3][1]), "+r"(a[3][2]),
+                   "+r"(a[3][3]));
+}
+
 /// Matrix descriptor of a tile of 128-byte rows in atoms of 8 rows, 128-byte swizzle, 1024-byte aligned:
 ///   bits 0-13 address / 16 | 16-29 leading offset (unused, 1) | 32-45 1024 B between atoms / 16 | 62-63 swizzle 128 B
 /// 32 elements further along K adds 2; 8 rows further adds 64.
@@ -109,16 +118,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[8]) {
 }
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[16]) {
     asm volatile("wgmma.wait_group.sync.aligned %16;" : MEGA_D16(0) : "n"(kPending) : "memory");
-}
-/// Until none is running; of two.
-MEGA_DEVICE void wgmma_wait_both(float (&d)[4], float (&e)[4]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]) : : "memory");
-}
-MEGA_DEVICE void wgmma_wait_both(float (&d)[8], float (&e)[8]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]), "+f"(e[4]), "+f"(e[5]), "+f"(e[6]), "+f"(e[7]) : : "memory");
-}
-MEGA_DEVICE void wgmma_wait_both(float (&d)[16], float (&e)[16]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(e[0]), "+f"(e[1]), "+f"(e[2]), "+f"(e[3]), "+f"(e[4]), "+f"(e[5]), "+f"(e[6]), "+f"(e[7]), "+f"(e[8]), "+f"(e[9]), "+f"(e[10]), "+f"(e[11]), "+f"(e[12]), "+f"(e[13]), "+f"(e[14]), "+f"(e[15]) : : "memory");
 }
 #undef MEGA_D32
 #undef MEGA_N16

@@ -49,8 +49,8 @@ def expected_experts(experts: int, topk: int, tokens: int) -> float:
 
 def limit(row: Mapping[str, Any], card: Card) -> tuple[str, float]:
     """What bounds a row on a card, "weights" or "flops", and the least time in microseconds."""
-    size = row["hidden"] * row["intermediate"]
-    touched = expected_experts(row["experts"], row["topk"], row["tokens"])
+    size, ranks = row["hidden"] * row["intermediate"], row.get("ranks") or 1
+    touched = expected_experts(ranks * row["experts"], row["topk"], ranks * row["tokens"]) / ranks
     stored = WeightFormat.parse(row.get("weights", FP8.name))
     bytes_ = touched * stored.expert_code_bytes(row["hidden"], row["intermediate"])
     weights_us = bytes_ * 1e-6 / card.weights_tb_s

@@ -26,7 +26,7 @@ class Row:
         sustained_us: of calls without a pause
         staged_us: median with the copies of the inputs into the buffer
         tflops: of the median
-        weights_tb_s: bytes of touched weights over the median time
+        weights_tb_s: bytes of touched weights over the median time; of several ranks, where they are the most
         baseline: the fastest unfused method with the right answer, if that was timed
         baseline_speedup: how many times faster than it
         weights: the format that they are stored in

@@ -7,8 +7,8 @@ each variant with the staging of its inputs, and the unfused layer where it is w
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ import torch
 import megamoe_jit
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, sustained
 from megamoe_jit._bench.documents import BaselineRow, Row
-from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest
+from megamoe_jit._bench.rows import rows_of
+from megamoe_jit._bench.unfused_run import add_baselines
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._errors import UnsupportedDeviceError
@@ -168,45 +169,21 @@ def _measure(
     y = torch.empty(case.tokens, shape.hidden, dtype=torch.bfloat16, device=layer.device)
     where, expected = some_rows(case, inputs, layer.weights)
     own = {name: TimedCall(layer.call(name, y, case), lambda: inputs.stage(layer.buffer)) for name in variants}
-    verdicts = {name: layer.check(call, y, where, expected) for name, call in own.items()}
+    verdicts = {name: [asdict(layer.check(call, y, where, expected))] for name, call in own.items()}
     calls = {**own, **{f"{name} staged": call.staged() for name, call in own.items()}}
     facts = {}
     if not_timed is not None:
         experts, diff = shape.experts, lambda out: calc_diff(out[where], expected)
         facts = add_baselines(calls, not_timed, inputs, as_fp8(layer.weights), experts, case.clamp, diff)
-    times = burst(calls, flush)
-    others = baseline_rows(case.name, shape, case.tokens, 1, [{"times": times, "baselines": facts}])
-    flops = 6.0 * case.tokens * shape.topk * shape.hidden * shape.intermediate
-    touched = int((expert_counts(inputs.topk_idx, shape.experts) > 0).sum())
-    weight_bytes = touched * WeightFormat.parse(case.weights).expert_code_bytes(shape.hidden, shape.intermediate)
-    rows = []
-    for name, call in own.items():
-        median = statistics.median(times[name])
-        rows.append(
-            Row(
-                shape=case.name,
-                hidden=shape.hidden,
-                intermediate=shape.intermediate,
-                experts=shape.experts,
-                topk=shape.topk,
-                tokens=case.tokens,
-                variant=name,
-                kernel=kernel_of(shape, case.tokens, name, layer.device, weights=case.weights),
-                weights=case.weights,
-                median_us=median,
-                min_us=min(times[name]),
-                max_us=max(times[name]),
-                sustained_us=sustained(call),
-                staged_us=statistics.median(times[f"{name} staged"]),
-                diff=verdicts[name].diff,
-                worst_row_diff=verdicts[name].worst_row_diff,
-                correct=verdicts[name].passed,
-                tflops=flops * 1e-6 / median,
-                weights_tb_s=weight_bytes * 1e-6 / median,
-                **fastest(others, median),
-            )
-        )
-    return rows, others
+    part = {
+        "times": burst(calls, flush),
+        "verdicts": verdicts,
+        "sustained": {name: sustained(call) for name, call in own.items()},
+        "expert_rows": expert_counts(inputs.topk_idx, shape.experts).tolist(),
+        "baselines": facts,
+    }
+    kernels = {name: kernel_of(shape, case.tokens, name, layer.device, weights=case.weights) for name in variants}
+    return rows_of(case, kernels, [part])
 
 
 def measure(

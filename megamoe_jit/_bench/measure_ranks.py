@@ -21,12 +21,12 @@ from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.contenders import METHODS
 from megamoe_jit._bench.measure import anchors, as_fp8, kernel_of, require_hopper, some_rows
-from megamoe_jit._bench.rows_ranks import merge
+from megamoe_jit._bench.rows import rows_of
 from megamoe_jit._bench.unfused_run import add_baselines, unusable
 from megamoe_jit._check.collect import collect
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify import Verdict, function_of, judge
+from megamoe_jit._check.verify import function_of, judge
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape, WeightFormat
@@ -86,7 +86,7 @@ def _measure(
     where, expected = some_rows(case, inputs, layer.weights)
     own_where, own_expected = some_rows(own_case, own_inputs, layer.own)
     calls: dict[str, TimedCall] = {}
-    verdicts: dict[str, dict[str, Any]] = {}
+    verdicts: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
 
     def add(name: str, buffer: Any, its: Inputs, rows: torch.Tensor, reference: torch.Tensor, variant: str) -> None:
         calls[name] = layer.call(buffer, its, variant, y, case)
@@ -94,29 +94,27 @@ def _measure(
         calls[name].stage()
         calls[name].run()
         buffer.check()
-        verdict: Verdict = judge(y[rows], reference)
-        verdicts[name] = asdict(verdict)
+        verdicts[variant].append(asdict(judge(y[rows], reference)))
 
     for variant in variants:
-        add(f"ranks {variant}", layer.buffer, inputs, where, expected, variant)
-        calls[f"ranks {variant} staged"] = calls[f"ranks {variant}"].staged()
+        add(variant, layer.buffer, inputs, where, expected, variant)
+        calls[f"{variant} staged"] = calls[variant].staged()
         add(f"one {variant}", layer.own_buffer, own_inputs, own_where, own_expected, variant)
     experts, diff = case.shape.experts, lambda out: calc_diff(out[where], expected)
     baselines = add_baselines(calls, methods, inputs, as_fp8(layer.own), experts, case.clamp, diff, dist.group.WORLD)
     times = timer.burst(calls)
     sustained = {}
     for variant in variants:
-        slowest = max(gather(dist.group.WORLD, statistics.median(times[f"ranks {variant}"])))
+        slowest = max(gather(dist.group.WORLD, statistics.median(times[variant])))
         count = max(4, min(MAX_SUSTAINED, int(SUSTAINED_S * 1e6 / slowest)))
-        sustained[variant] = timer.sustained(calls[f"ranks {variant}"], count)
+        sustained[variant] = timer.sustained(calls[variant], count)
     layer.buffer.check()
-    touched = int((expert_counts(inputs.topk_idx, case.shape.experts) > 0).sum())
     return {
         "times": times,
         "verdicts": verdicts,
         "sustained": sustained,
+        "expert_rows": expert_counts(inputs.topk_idx, case.shape.experts).tolist(),
         "baselines": baselines,
-        "touched": touched,
     }
 
 
@@ -157,7 +155,8 @@ def measure_on_rank(
             if world.rank == 0:
                 where = world.device, world.ranks, weights
                 kernels = {v: kernel_of(case.shape, case.tokens, v, *where) for v in wanted}
-                world.report(merge(case, world.ranks, kernels, parts))
+                rows, others = rows_of(case, kernels, parts)
+                world.report({"rows": [row.to_json() for row in rows], "baselines": [asdict(each) for each in others]})
         layer.destroy()
         del layer
     card.append(anchors())

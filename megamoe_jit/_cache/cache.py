@@ -23,13 +23,14 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from megamoe_jit._cache import evict as _evict
 from megamoe_jit._cache.entry import CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
 from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._cache.store import EntryStore, PruneReport
-from megamoe_jit._cache.trees import delete, is_directory, tree_bytes
+from megamoe_jit._cache.trees import delete, is_closed, is_directory, tree_bytes
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._trust import check_private
@@ -143,6 +144,8 @@ class KernelCache(EntryStore):
 
     def clear(self) -> PruneReport:
         """Delete every entry, readable or not, and what lies in quarantine."""
+        for folder in self._inner_folders():
+            self._open(folder)
         report = self.remove(self.keys())
         return replace(report, bytes=report.bytes + self._empty_quarantine())
 
@@ -156,9 +159,10 @@ class KernelCache(EntryStore):
         fix = fix and not self.read_only
         problems = []
         root = [] if self.read_only else [Path(os.path.realpath(self.root))]
-        for folder in (*root, self.path, *self._inner_folders()):
+        for folder in chain(root, (self.path,), self._inner_folders()):  # which are seen once that above them is open
             try:
                 check_private(folder, self.forbidden)
+                _must_be_open(folder)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -291,6 +295,11 @@ def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, 
 def _is_inner(name: str) -> bool:
     """Whether a directory of the cache is called so: the first digits of keys, or the two for what is no entry."""
     return name in (".tmp", "quarantine") or (len(name) == 2 and not set(name) - set("0123456789abcdef"))
+
+
+def _must_be_open(folder: Path) -> None:
+    if is_closed(folder):
+        raise PermissionError(f"{folder} is closed to its owner (mode {stat.S_IMODE(os.lstat(folder).st_mode):03o})")
 
 
 def _put_right(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megamoe_jit._cache.identity import cache_key, identity_problem, is_key, kernel_problem, source_id
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
+from megamoe_jit._cache.trees import is_closed
 from megamoe_jit._compile.cubin import CubinError, cubin_arch
 from megamoe_jit._trust import owner_problem
 
@@ -129,6 +130,8 @@ def read_entry(
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        if isinstance(error, PermissionError) and is_closed(folder):  # so it would fail for ever
+            raise Damaged("its directory is closed to its owner") from None
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
         if not os.path.lexists(folder):  # what lies above it is none either

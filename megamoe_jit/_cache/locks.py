@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,12 +43,18 @@ def lock_dir() -> Path:
     named = os.environ.get("XDG_RUNTIME_DIR")
     for base in (*([named] if named else []), "/dev/shm", None):
         try:
-            folder = Path(base or tempfile.gettempdir())
+            folder = Path(base or _temporary())
             if folder.is_dir():
                 return private_directory(folder / name)
         except OSError as error:
             problem = error
     raise problem or FileNotFoundError("no directory for lock files")
+
+
+def _temporary() -> str:
+    import tempfile  # a listing takes no lock
+
+    return tempfile.gettempdir()
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def _check_fields(document: dict[str, Any], signed: bool) -> None:
         check = _FIELDS.get(name)
         if check is None and not signed:
             raise MetaError(f"has a field {one_line(name)[:40]!r} that is not known")
-        if not (name.isprintable() and (check or _is_plain)(value)):
+        if not (check(value) if check else name.isprintable() and _is_plain(value)):
             raise MetaError(f"says {one_line(repr(value))[:40]} for {one_line(name)[:40]!r}")
     lacking = [name for name in _NEEDED if name not in document]
     if lacking:
@@ -136,26 +136,26 @@ def _are_texts(value: object) -> bool:
 
 def _is_plain(value: object) -> bool:
     """Whether it can be printed, and written as JSON by whoever gets it."""
-    level = [value]
-    for deeper in reversed(range(_DEPTH + 1)):
+    level, depth = [value], 0
+    while level and depth <= _DEPTH:
         below = list[object]()
         for part in level:
-            if isinstance(part, dict):
-                below += (*part, *part.values())
-            elif isinstance(part, list):
-                below += part
-            elif isinstance(part, str):
+            if isinstance(part, str):
                 if not part.isprintable():
                     return False
-            elif isinstance(part, float):
-                if not math.isfinite(part):
+            elif isinstance(part, int):
+                if not -_INTEGERS <= part < _INTEGERS:
                     return False
-            elif part is not None and not (isinstance(part, int) and -_INTEGERS <= part < _INTEGERS):
+            elif isinstance(part, dict):
+                if not "".join(part).isprintable():  # its names, which JSON has as texts
+                    return False
+                below += part.values()
+            elif isinstance(part, list):
+                below += part
+            elif part is not None and not (isinstance(part, float) and math.isfinite(part)):
                 return False
-        if not deeper and any(isinstance(part, list | dict) for part in level):
-            return False
-        level = below
-    return True
+        level, depth = below, depth + 1
+    return not level
 
 
 def _is_compiler(value: object) -> bool:

@@ -27,7 +27,7 @@ from megamoe_jit._cache.entry import (
 )
 from megamoe_jit._cache.metadata import dump_metadata
 from megamoe_jit._cache.reader import ACCESS, EntryReader
-from megamoe_jit._cache.trees import delete, is_directory, move, tree_bytes
+from megamoe_jit._cache.trees import delete, is_closed, is_directory, move, rename, tree_bytes, unlock
 from megamoe_jit._compile.cubin import cubin_arch
 from megamoe_jit._text import one_line
 from megamoe_jit._trust import private_directory
@@ -143,6 +143,7 @@ class EntryStore(EntryReader):
         removed, kept, size = list[str](), list[str](), 0
         for key in [keys] if isinstance(keys, str) else keys:
             folder = self.entry_path(key)
+            self._open(folder.parent)
             freed = tree_bytes(folder)
             if self._bury(folder):
                 removed.append(key)
@@ -165,6 +166,7 @@ class EntryStore(EntryReader):
         if self.read_only:
             return False
         try:
+            self._open(self.entry_path(key).parent)
             self.entry_path(key).lstat()
             place = self.path / "quarantine"
             self._make_way(place)
@@ -188,9 +190,15 @@ class EntryStore(EntryReader):
         private_directory(self.path / ".tmp")
 
     def _make_way(self, path: Path) -> None:
-        """Unlink what lies in the place of one of our directories and is none."""
+        """Unlink what lies in the place of one of our directories and is none; open one that is closed to us."""
+        self._open(path)
         if os.path.lexists(path) and not is_directory(path) and delete(path):
             LOG.warning("%s was not a directory, and is removed", path)
+
+    def _open(self, path: Path) -> None:
+        """Give the owner all of a directory that is closed to them."""
+        if not self.read_only and is_closed(path) and unlock(path):
+            LOG.warning("%s was closed to its owner, and is opened", path)
 
     def _directory(self, path: Path) -> None:
         """Create a directory on the way to an entry, or check it."""
@@ -260,7 +268,7 @@ class EntryStore(EntryReader):
 def _rename_or_stay(folder: Path, target: Path) -> None:
     """Rename, but where the file system does not rename directories (see `move`)."""
     try:
-        os.rename(folder, target)
+        rename(folder, target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from pathlib import Path
 
-__all__ = ["delete", "is_directory", "move", "tree_bytes"]
+__all__ = ["delete", "is_closed", "is_directory", "move", "rename", "tree_bytes", "unlock"]
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -22,16 +21,45 @@ def is_directory(path: Path | str) -> bool:
     return False
 
 
+def is_closed(path: Path) -> bool:
+    """Whether there is a directory of this user's into which its mode lets not even its owner look."""
+    with contextlib.suppress(OSError):
+        status = os.lstat(path)
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and status.st_mode & 0o500 != 0o500
+    return False
+
+
+def unlock(path: Path) -> bool:
+    """Give the owner all of a directory that they lack something of; whether that changed it."""
+    with contextlib.suppress(OSError):
+        mode = os.lstat(path).st_mode
+        if stat.S_ISDIR(mode) and mode & 0o700 != 0o700:
+            os.chmod(path, stat.S_IMODE(mode) | 0o700)
+            return True
+    return False
+
+
 def delete(path: Path) -> bool:
     """Delete a directory with all that is in it, or unlink what is none; whether nothing is there now."""
     with contextlib.suppress(OSError):
         if is_directory(path):
-            with contextlib.suppress(OSError):
-                os.chmod(path, 0o700)  # what cannot be written cannot be emptied
+            unlock(path)  # what cannot be written cannot be emptied
+            import shutil  # which a listing does without
+
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.unlink(path)
     return not os.path.lexists(path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename; a directory in which its owner may not write, and so not change what `..` is, is opened for that."""
+    try:
+        os.rename(source, target)
+    except PermissionError:
+        if not unlock(source):
+            raise
+        os.rename(source, target)
 
 
 def move(source: Path, target: Path) -> None:
@@ -43,7 +71,7 @@ def move(source: Path, target: Path) -> None:
         OSError: it stays where it is.
     """
     try:
-        os.rename(source, target)
+        rename(source, target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
@@ -71,6 +99,8 @@ def tree_bytes(folder: Path) -> int:
 
 def _copy_files(source: Path, target: Path) -> None:
     """The regular files of a directory; what else is in it is left behind."""
+    import shutil
+
     os.mkdir(target, 0o700)
     for item in os.scandir(source):
         if item.is_file(follow_symlinks=False):

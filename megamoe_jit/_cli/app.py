@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import io
 import os
@@ -199,6 +200,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    gc.set_threshold(20_000)  # hardly anything that a command makes is garbage before it ends
     try:
         cli(prog_name="megamoe-jit", complete_var=COMPLETE_VARIABLE)
     except KeyboardInterrupt:  # before or after a command; during one the group answers

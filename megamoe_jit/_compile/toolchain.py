@@ -12,18 +12,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
-import mmap
 import os
 import re
-import struct
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamoe_jit._compile.build_id import build_id
 from megamoe_jit._compile.wheels import bindings_command, wheel_command
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._fork import renew_after_fork
@@ -34,7 +32,6 @@ __all__ = [
     "Candidate",
     "Toolchain",
     "activate",
-    "build_id",
     "candidates",
     "correction",
     "find_toolchain",
@@ -142,25 +139,6 @@ def activate(toolchain: Toolchain) -> None:
             raise ToolchainError(
                 f"{toolchain.path} was taken for NVRTC {_dotted(toolchain.version)}, but calls reach {major}.{minor}"
             )
-
-
-def build_id(path: Path) -> str:
-    """The GNU build id of an ELF file; the sha256 of its bytes if it carries none.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is cut short.
-    """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            note = _build_id_note(data)
-        except (struct.error, OverflowError):
-            raise ValueError(f"it is cut short, at {len(data)} bytes, or damaged") from None
-        if note:
-            return note.hex()
-        digest = hashlib.sha256()
-        for start in range(0, len(data), 1 << 20):
-            digest.update(data[start : start + (1 << 20)])
-        return "sha256:" + digest.hexdigest()
 
 
 _activate_lock = threading.Lock()
@@ -332,24 +310,3 @@ def _loaded_version(path: Path) -> tuple[int, int]:
     if status != 0:
         raise ToolchainError(f"{path} does not tell its version (nvrtcVersion returned {status})")
     return major.value, minor.value
-
-
-def _build_id_note(data: mmap.mmap | bytes) -> bytes | None:
-    """Walk the PT_NOTE segments of a 64-bit little-endian ELF."""
-    if bytes(data[:6]) != b"\x7fELF\x02\x01":
-        return None
-    (table,) = struct.unpack_from("<Q", data, 32)
-    size, count = struct.unpack_from("<HH", data, 54)
-    for index in range(count):
-        kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", data, table + index * size)
-        if kind != 4:
-            continue
-        end = offset + length
-        while offset + 12 <= end:
-            name_size, body_size, note = struct.unpack_from("<III", data, offset)
-            name = offset + 12
-            body = name + (name_size + 3) // 4 * 4
-            if note == 3 and bytes(data[name : name + name_size]) == b"GNU\0":
-                return bytes(data[body : body + body_size])
-            offset = body + (body_size + 3) // 4 * 4
-    return None

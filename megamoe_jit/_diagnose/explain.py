@@ -9,10 +9,21 @@ from megamoe_jit._spec import DEFAULT_NUMERICS, FP8, KernelSpec, MoEShape, Weigh
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
-from megamoe_jit.heuristics.select import choose
+from megamoe_jit.heuristics.select import Choice, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
-__all__ = ["DEFAULT_SMS", "AskedFor", "Call", "Explain", "KernelState", "explain", "gpu_asked_for", "kernel_state"]
+__all__ = [
+    "DEFAULT_SMS",
+    "AskedFor",
+    "Call",
+    "Case",
+    "Explain",
+    "KernelState",
+    "choice_for",
+    "explain",
+    "gpu_asked_for",
+    "kernel_state",
+]
 
 DEFAULT_SMS = 132  #: streaming multiprocessors of an H100 SXM and of an H200
 
@@ -28,6 +39,22 @@ class AskedFor:
 
     gpu: str | None
     measured: bool
+
+
+@dataclass(frozen=True)  # without slots, which a class takes from one of its bases alone
+class Case:
+    """What was asked about.
+
+    Attributes:
+        name: of the shape
+        ranks: that share the experts
+        tokens: of one rank
+    """
+
+    name: str
+    shape: MoEShape
+    ranks: Count
+    tokens: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +93,17 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(KernelState, Case):
     """Which kernel a call takes.
 
     Attributes:
-        name: of the shape
-        tokens: of one rank
         weights: the format that they are stored in
-        kernel: its symbol
-        key: null without a compiler to give it one
-        path: of its entry
-        problem: why there is no compiler to give it a key
     """
 
-    name: str
-    shape: MoEShape
-    ranks: Count
-    tokens: Count
     variant: Variant
     weights: str
     parameters: Parameters
     reasons: tuple[str, ...]
-    kernel: str
-    key: Digest | None
-    cached: bool
-    path: str | None
-    problem: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +145,23 @@ def kernel_state(spec: Compilable) -> KernelState:
     return KernelState(spec.kernel_name, found.key, True, str(found.path), None)
 
 
+def choice_for(case: Case, variant: str | None, num_sms: int, gpu: str | None, weights: WeightFormat = FP8) -> Choice:
+    """What such a call takes, by the settings and by what was measured; without `variant`, what the settings say."""
+    from megamoe_jit._settings.settings import get_settings
+
+    settings = get_settings()
+    return choose(
+        case.shape,
+        case.tokens,
+        ranks=case.ranks,
+        variant=variant or settings.variant,
+        cooperative_threshold=settings.cooperative_threshold,
+        num_sms=num_sms,
+        gpu=gpu,
+        weights=weights,
+    )
+
+
 def explain(
     shape: MoEShape,
     tokens: int,
@@ -161,26 +190,12 @@ def explain(
     Raises:
         ConfigError: a value is not supported.
     """
-    from megamoe_jit._settings.settings import get_settings
-
-    settings, stored = get_settings(), WeightFormat.parse(weights)
-    choice = choose(
-        shape,
-        tokens,
-        ranks=ranks,
-        variant=variant or settings.variant,
-        cooperative_threshold=settings.cooperative_threshold,
-        num_sms=num_sms,
-        gpu=gpu,
-        weights=stored,
-    )
+    case, stored = Case(name, shape, ranks, tokens), WeightFormat.parse(weights)
+    choice = choice_for(case, variant, num_sms, gpu, stored)
     spec = KernelSpec(shape, choice.variant, ranks, numerics=numerics, weights=stored)
     parameters = Parameters(num_sms, spec.block_m, spec.stages, choice.lag_tiles, choice.rows_per_item)
     return Call(
-        name=name,
-        shape=shape,
-        ranks=ranks,
-        tokens=tokens,
+        **content(case),
         variant=choice.variant,
         weights=weights,
         parameters=parameters,

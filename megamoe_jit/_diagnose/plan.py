@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamoe_jit._device.layout import Section, buffer_layout
-from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor
-from megamoe_jit._documents import Count, Document
+from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor, Case, choice_for
+from megamoe_jit._documents import Count, Document, content
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.abi import (
@@ -20,7 +20,7 @@ from megamoe_jit._spec.abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._spec.variants import Variant
-from megamoe_jit.heuristics.select import AUTO, all_variants, choose
+from megamoe_jit.heuristics.select import AUTO, all_variants
 
 __all__ = ["Launch", "Part", "PlanDocument", "Planned", "Range", "memory_plan", "shared_parts"]
 
@@ -77,12 +77,10 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(Case):
     """Memory and launch of one rank whose buffer holds so many tokens.
 
     Attributes:
-        name: of the shape
-        tokens: that were asked for
         capacity: tokens that the buffer holds
         pool_rows: rows that the pools hold
         full_call: the variant of a call that fills the buffer
@@ -91,10 +89,6 @@ class Planned:
         weights: the format that they are stored in
     """
 
-    name: str
-    shape: MoEShape
-    ranks: Count
-    tokens: Count
     capacity: Count
     pool_rows: Count
     full_call: Variant
@@ -191,27 +185,13 @@ def memory_plan(
     """
     if not 1 <= tokens <= MAX_TOKENS:
         raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
-    from megamoe_jit._settings.settings import get_settings
-
-    settings, stored = get_settings(), WeightFormat.parse(weights)
-    layout = buffer_layout(shape, tokens, ranks)
-    picked = choose(
-        shape,
-        layout.capacity,
-        ranks=ranks,
-        variant=settings.variant if variant == AUTO else variant,
-        cooperative_threshold=settings.cooperative_threshold,
-        num_sms=num_sms,
-        gpu=gpu,
-        weights=stored,
-    )
+    layout, stored = buffer_layout(shape, tokens, ranks), WeightFormat.parse(weights)
+    full = Case(name, shape, ranks, layout.capacity)
+    picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu, stored)
     variants = all_variants(shape, stored) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks, weights=stored) for each in variants]
     return Planned(
-        name=name,
-        shape=shape,
-        ranks=ranks,
-        tokens=tokens,
+        **content(replace(full, tokens=tokens)),
         capacity=layout.capacity,
         pool_rows=layout.pool_rows,
         full_call=picked.variant,

@@ -92,11 +92,19 @@ def opened(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
 
 def _plain(path: Path) -> BufferedReader:
     """The file, opened; one that is no regular file is refused, and a pipe does not hold up who does."""
+    _must_be_plain(path, os.stat(path))  # also what may not be opened, as a directory of mode 0
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    try:
+        _must_be_plain(path, os.fstat(handle))
+    except PackError:
         os.close(handle)
-        raise PackError(f"{path} is not a plain file")
+        raise
     return open(handle, "rb")
+
+
+def _must_be_plain(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise PackError(f"{path} is not a plain file")
 
 
 def _manifest(path: Path, archive: tarfile.TarFile) -> dict[str, Any]:

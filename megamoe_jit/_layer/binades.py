@@ -8,6 +8,7 @@ below, that of its smallest from above. Where the bounds leave a choice, s is th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -101,24 +102,26 @@ def _fold(pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.T
     return x.squeeze(-1)
 
 
-def _twice(magnitude: torch.Tensor) -> torch.Tensor:
-    """Twice the value of a magnitude's index, an integer: 0, 1, 2, 3, 4, 6, 8 or 12."""
-    return torch.where(magnitude < 4, magnitude, (magnitude & 1 | 2) << (magnitude >> 1) - 1)
-
-
 def binades(codes: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each group ``[rows, groups]``: binade of its largest value, that of its smallest, whether it has any."""
+    """Of each group ``[rows, groups]``: binade of its largest value, that of its smallest, whether it has any.
+
+    That of the smallest is of its lowest set bit where the target has subnormal numbers.
+    """
     groups = codes.reshape(codes.shape[0], -1, GROUP_BYTES)
-    low, high = groups & 7, groups >> 4 & 7
-    largest = _fold(torch.maximum, torch.maximum(low, high))
-    if target.subnormal:
-        bits = _fold(torch.bitwise_or, _twice(low) | _twice(high)).to(torch.int16)
-        bit = bits & -bits  # the lowest one: 1, 2, 4 or 8
-        smallest = (bit >> 1) - (bit >> 3) - 1
-    else:
-        index = _fold(torch.minimum, torch.minimum(low - 1, high - 1)) + 1  # 0 - 1 is 255
-        smallest = (index >> 1).to(torch.int16) - 1
-    return (largest >> 1).to(torch.int16) - 1, smallest, largest > 0
+    there = _fold(torch.bitwise_or, (1 << (groups & 7)) | (1 << (groups >> 4 & 7))).int()  # a bit for each magnitude
+    tables = _by_magnitudes(target)
+    largest, smallest = (torch.tensor(table, dtype=torch.int16, device=codes.device) for table in tables)
+    return largest[there], smallest[there], there > 1
+
+
+@functools.cache
+def _by_magnitudes(target: Target) -> tuple[list[int], list[int]]:
+    """By the magnitudes that a group has, as bits of a byte: the binades that bound it. That of zeros matters not."""
+    floor = (0, -1, 0, 0, 1, 1, 2, 2)  # of 0, 0.5, 1, 1.5, 2, 3, 4 and 6
+    bit = (0, -1, 0, -1, 1, 0, 2, 1)
+    sets = [[m for m in range(1, 8) if mask >> m & 1] or [0] for mask in range(256)]
+    lowest = bit if target.subnormal else floor
+    return [max(floor[m] for m in each) for each in sets], [min(lowest[m] for m in each) for each in sets]
 
 
 def bounds(codes: torch.Tensor, e8m0: torch.Tensor, target: Target) -> Bounds:

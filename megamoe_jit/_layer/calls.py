@@ -22,7 +22,7 @@ from megamoe_jit._layer.checks import (
     check_shared_weight,
     check_tensor,
 )
-from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, format_of_call
+from megamoe_jit._layer.given_weights import FORMAT_BY_TYPE, WeightTensors, by_old_names, format_of_call
 from megamoe_jit._layer.group import collectively, group_size
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.stage import require_buffer
@@ -68,7 +68,8 @@ def get_symm_buffer_for_mega_moe(
         num_shared_experts: experts of `intermediate_hidden` columns that every token goes to beside, in the same
             launch; each rank has all of them, behind its own of `num_experts`. At most 32 slots with `num_topk`.
         use_fp8_dispatch: must be True or None, which is the same.
-        mma_type: must begin with "fp8x", as DeepGEMM wants it on SM90; weights are FP8, whatever follows.
+        mma_type: must begin with "fp8x", as DeepGEMM wants it on SM90. Whatever follows, a call takes the format of its
+            weights.
         activation: must be "swiglu".
         device: where; the current CUDA device by default.
         max_pool_rows: rows that the local pools hold at most, 4096 or more.  A batch with more of them is served
@@ -232,7 +233,11 @@ def fp8_mega_moe(
         numerics = numerics_of(*numeric)
     except TypeError:  # what cannot be hashed is no option either
         numerics = Numerics(*numeric)
-    plan = buffer.plan(tokens, variant, numerics, num_sms, Inputs.STAGED, format_of_call(l1_weights))
+    try:
+        stored = FORMAT_BY_TYPE[weights[0][0].dtype]
+    except Exception:  # costs nothing where it is a tuple of tensors
+        stored = format_of_call(l1_weights)
+    plan = buffer.plan(tokens, variant, numerics, num_sms, Inputs.STAGED, stored)
     if plan.debug:
         check_ids(buffer.topk_idx[:tokens], buffer)
     buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp, None, shared_weight)

@@ -9,7 +9,7 @@ import torch
 from megamoe_jit._layer.admit import admit_first, check_ids, check_stats
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_shared_weight, check_tensor
-from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
+from megamoe_jit._layer.given_weights import FORMAT_BY_TYPE, WeightTensors, format_of_call
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._spec import check_clamp
@@ -112,7 +112,11 @@ def run_batch(
         MegaMoeError: as there.
     """
     tokens, fused = raw.tokens, raw.fused
-    plan = buffer.plan(tokens, variant, numerics, num_sms, _RAW if fused else _STAGED, format_of_call(weights[0]))
+    try:
+        stored = FORMAT_BY_TYPE[weights[0][0].dtype]
+    except Exception:  # costs nothing where it is a tuple of tensors
+        stored = format_of_call(weights[0])
+    plan = buffer.plan(tokens, variant, numerics, num_sms, _RAW if fused else _STAGED, stored)
     if plan.debug:
         check_ids(raw.topk_idx, buffer)
     if y is None:

@@ -53,12 +53,12 @@ def _to_groups(blocks: torch.Tensor) -> torch.Tensor:
 def _halved(device: torch.device) -> torch.Tensor:
     """By how often they are halved, and byte: the two codes rounded to nearest, ties to even; uint8."""
     values = byte_values(device)
-    made = []
+    edges, made = torch.tensor([2.5, 3.5, 5.0], dtype=torch.float32, device=device), []
     for times in range(MOST_HALVINGS + 1):
         wanted = (values * 0.5**times).abs()
         # in e2m1 half a value has at most one bit too many: below 1 in steps of a half
         small = torch.where(wanted < 2, (wanted * 2).round().clamp(max=4), 0).to(torch.uint8)
-        large = torch.bucketize(wanted, torch.tensor([2.5, 3.5, 5.0], device=device)).to(torch.uint8) + 4
+        large = torch.bucketize(wanted, edges).to(torch.uint8) + 4
         code = torch.where(wanted < 2, small, large) | (torch.signbit(values).to(torch.uint8) << 3)
         made.append(code[:, 0] | code[:, 1] << 4)
     return torch.cat(made)

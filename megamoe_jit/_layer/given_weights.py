@@ -20,6 +20,7 @@ from megamoe_jit._spec.formats import FP8, FP8_E5M2, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 
 __all__ = [
+    "FORMAT_BY_TYPE",
     "WeightTensors",
     "as_bytes",
     "check_exponents",
@@ -40,7 +41,8 @@ WeightTensors: TypeAlias = tuple[torch.Tensor, ...]  #: of one matrix of each ex
 
 PACKED_TYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)  #: of codes that come two to a byte
 E8M0_TYPES = (torch.float8_e8m0fnu, torch.uint8)
-_BY_TYPE = {torch.float8_e4m3fn: FP8, torch.float8_e5m2: FP8_E5M2, **dict.fromkeys(PACKED_TYPES, MXFP4)}
+#: By the dtype of codes.
+FORMAT_BY_TYPE = {torch.float8_e4m3fn: FP8, torch.float8_e5m2: FP8_E5M2, **dict.fromkeys(PACKED_TYPES, MXFP4)}
 _CODES = "float8_e4m3fn or float8_e5m2 with float32 scales, or uint8 with e8m0 exponents (MXFP4)"
 
 
@@ -62,7 +64,7 @@ def require_tensors(name: str, given: object, most: int = 3) -> WeightTensors:
 
 def format_of(name: str, given: WeightTensors) -> WeightFormat:
     """The format that tensors are in, by the dtype of their codes; raises `ConfigError` if there is none."""
-    found = _BY_TYPE.get(given[0].dtype)
+    found = FORMAT_BY_TYPE.get(given[0].dtype)
     if found is None:
         raise ConfigError(f"{name} weights are {given[0].dtype}; allowed: {_CODES}")
     if len(given) > len(found.part_names):
@@ -73,7 +75,7 @@ def format_of(name: str, given: WeightTensors) -> WeightFormat:
 def format_of_call(l1: object) -> WeightFormat:
     """The format of a call's weights, by those of the first matrix; they are checked later, once."""
     try:
-        return _BY_TYPE[l1[0].dtype]  # type: ignore[index]
+        return FORMAT_BY_TYPE[l1[0].dtype]  # type: ignore[index]
     except Exception:  # costs nothing where it is a tuple of tensors
         return format_of("l1", require_tensors("l1", l1))
 
@@ -167,7 +169,7 @@ def check_pairs(l1: WeightTensors, l2: WeightTensors, *, ordered: bool | None = 
 def check_plain_mxfp4(name: str, given: WeightTensors) -> WeightTensors:
     """Codes and exponents as bytes, of matrices ``[..., N, K]``; raises unless that is what they are."""
     codes, e8m0 = require_tensors(name, given, 2)
-    if _BY_TYPE.get(codes.dtype) is not MXFP4:
+    if FORMAT_BY_TYPE.get(codes.dtype) is not MXFP4:
         raise ConfigError(
             f"{name} are {codes.dtype}; allowed: {', '.join(map(str, PACKED_TYPES))}, two codes to a byte"
         )

@@ -19,7 +19,7 @@ from megamoe_jit._spec import FP8, KernelSpec, Variant, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import shown
-from megamoe_jit.heuristics.select import Choice, choose
+from megamoe_jit.heuristics.select import Choice, all_variants, choose
 
 __all__ = ["KernelSet", "sm_count", "sort_blocks"]
 
@@ -92,11 +92,12 @@ class KernelSet:
         return kernel
 
     def _with(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> Iterable[_Kind]:
-        """What is prepared together with a kernel: with several ranks, all that another rank may launch beside it."""
+        """What is prepared together with a kernel: with several ranks, all that `auto` may take on another one."""
         if self._place.ranks == 1:
             return [(variant, numerics, inputs, weights)]
         forms = (inputs,) if inputs is Inputs.STAGED else tuple(Inputs)
-        return itertools.product(Variant.reading(weights), (numerics,), forms, (weights,))
+        variants = dict.fromkeys((*all_variants(self._place.shape, weights), variant))
+        return itertools.product(variants, (numerics,), forms, (weights,))
 
     def _bind(self, wanted: Iterable[_Kind]) -> dict[_Kind, BoundKernel]:
         with torch.cuda.device(self._place.device):

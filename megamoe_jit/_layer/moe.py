@@ -72,8 +72,8 @@ class MegaMoE(torch.nn.Module):
         shared_w2: ``[shared experts, hidden, intermediate]``, likewise.
         shared_weight: weight of what shared experts give.
         workspace: "shared" for the buffer of all layers with this shape, capacity and device, as in a model whose
-            layers run one after the other; "own" for one of its own, as for layers that run at the same time: in graphs
-            that are replayed on other streams, or on branches of one graph; or a `SymmBuffer` of this shape.
+            layers run one after the other, on branches of a captured graph too; "own" for one of its own, as for layers
+            that run at the same time: in graphs that are replayed on other streams; or a `SymmBuffer` of this shape.
 
     Attributes:
         buffer: the layer's `SymmBuffer`.

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from megamoe_jit._device.capture import capture_id
+
 __all__ = ["StreamOrder"]
 
 
@@ -16,7 +18,8 @@ class _Last:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.stream: torch.cuda.Stream | None = None
-        self.handle: int | None = None  # compared instead: torch says that no stream differs from None
+        self.handle: int | None = None  # of a stream whose next launch needs no word
+        self.captured: dict[int, torch.cuda.Stream] = {}  # of the last launch in each capture that goes on
 
 
 _on_gpu: dict[int | None, _Last] = {}  #: of memory that several ranks share, by GPU
@@ -49,14 +52,29 @@ class StreamOrder:
     def enter(self, memories: Iterable[torch.Tensor]) -> None:
         """Make the current stream wait for that of the last launch, and the reuse of the memories for both.
 
-        Not while a graph is being captured: its replays are for the caller to order with other calls on the memory.
+        While a graph is being captured that is the last launch in the same graph, so that its branches take turns; its
+        replays are for the caller to order with other calls on the memory.
         """
-        if torch.cuda.is_current_stream_capturing():
-            return
         stream, last = torch.cuda.current_stream(self._device), self._last
-        if last.stream is not None and stream.cuda_stream != last.handle:
+        if torch.cuda.is_current_stream_capturing():
+            self._enter_capture(stream)
+            return
+        if last.stream is not None and stream.cuda_stream != last.stream.cuda_stream:
             stream.wait_stream(last.stream)
         for memory in memories:
             memory.record_stream(stream)
         self._known.add(stream.cuda_stream)
         last.stream, last.handle = stream, stream.cuda_stream
+
+    def _enter_capture(self, stream: torch.cuda.Stream) -> None:
+        capture, last = capture_id(stream.cuda_stream), self._last
+        if capture is None:
+            return
+        going_on = {number: each for number, each in last.captured.items() if capture_id(each.cuda_stream) == number}
+        before = going_on.get(capture)
+        if before is None and last.stream is not None and capture_id(last.stream.cuda_stream) == capture:
+            before = last.stream  # which may have launched in this capture without a word
+        if before is not None and before.cuda_stream != stream.cuda_stream:
+            stream.wait_stream(before)
+        last.captured = {**going_on, capture: stream}
+        last.handle = None  # from here on every launch has to ask

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,9 +148,7 @@ def _misplaced(document: Mapping[str, Any], rows: Mapping[str, Variable]) -> dic
     """Names in a file that are nearly our table, or keys beside it, with what was meant; other tools' are theirs."""
 
     def nearly_ours(name: str) -> bool:
-        return len(name) < 4 * len(_OURS) and bool(
-            difflib.get_close_matches(name.lower().replace("_", "-"), [_OURS], cutoff=0.75)
-        )
+        return len(name) < 4 * len(_OURS) and bool(_like(name.lower().replace("_", "-"), [_OURS], cutoff=0.75))
 
     def is_table(value: object) -> bool:
         several = value if isinstance(value, list) and value else [value]
@@ -204,9 +201,16 @@ def _parse_toml(variable: Variable, value: object, path: Path) -> Any:
     return variable.parse((os.pathsep if variable.kind == "paths" else " ").join(texts))
 
 
+def _like(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The known name that is most like this one, if one is."""
+    import difflib  # where there is something to complain about
+
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+
+
 def _meant(name: str, known: Mapping[str, str]) -> str:
     """A question after the known name that is most like this one, by what tells them apart; empty if none is."""
-    close = difflib.get_close_matches(name[:_LONGEST_NAME], known, n=1)
+    close = _like(name[:_LONGEST_NAME], known)
     return f"did you mean {known[close[0]]}?" if close else ""
 
 

@@ -33,9 +33,9 @@ class Part(NamedTuple):
         return _dtype(self.type)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class WeightFormat:
-    """A format.
+    """A format; each is one object, also in copies and other processes, and equal to itself alone.
 
     Attributes:
         name: for people, documents and the names of kernels.
@@ -59,11 +59,8 @@ class WeightFormat:
     module: str
     group: int = 0
 
-    def __hash__(self) -> int:
-        return hash(self.name)  # each call looks plans up by it
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        """Copies, and those of other processes, are the same object: formats are compared by `is`."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Makes copies, and those of other processes, the same object."""
         if FORMATS.get(self.name) is self:
             return WeightFormat.parse, (self.name,)
         return WeightFormat, astuple(self)

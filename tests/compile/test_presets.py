@@ -80,7 +80,7 @@ def shared_specs() -> dict[str, KernelSpec]:
 
 
 def packed_specs() -> dict[str, KernelSpec]:
-    """With weights of four bits: each preset over its ranks and as a slice, exact math, odd sizes, inputs it stages itself."""
+    """With weights of four bits: each preset over its ranks and as a slice, exact math, odd sizes, raw inputs."""
     raw = {name: spec for name, spec in raw_specs().items() if name.startswith("raw-v4")}
     others = {**preset_specs(), **other_specs(), **raw}
     named = {name.removesuffix(f"-{spec.variant.value}"): spec for name, spec in others.items()}

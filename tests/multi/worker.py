@@ -22,8 +22,8 @@ from megamoe_jit.reference import expert_counts, moe_reference
 
 CLAMP = 10.0
 STATS_BEFORE = 3  #: what the counters hold before a call, because they accumulate
-MIXED = tuple(variant.value for variant in Variant.reading(FP8))
-MODES = (*MIXED, "mixed")
+MIXED = ("pingpong", "cooperative")  #: that `auto` takes, so that they are prepared together
+MODES = (*(variant.value for variant in Variant.reading(FP8)), "mixed")
 
 
 def variant_of(mode: str, rank: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megamoe_jit._bench.derived import COMPARED, add_limits, choice_quality, expected_experts
+from megamoe_jit._bench.derived import COMPARED, add_limits, card_of, choice_quality, expected_experts, limit
 
 FLASH = {"shape": "v4-flash", "hidden": 4096, "intermediate": 2048, "experts": 32, "topk": 6}
 
@@ -60,3 +60,12 @@ def test_choice_quality():
     assert (found["rows"], found["close"], found["shape"], found["tokens"]) == (2, 1, "v4-flash", 256)
     assert found["worst"] == pytest.approx(1.04)
     assert choice_quality(rows[-1:]) is None
+
+
+def test_the_least_time_of_several_ranks_is_that_of_all_their_tokens_on_all_their_experts():
+    """Each reads an equal part of the experts that the tokens of all touch; one token of one rank alone cannot say."""
+    card = card_of("NVIDIA H200")
+    one = {**row(1), "experts": 4, "topk": 6}
+    (bound, time), whole = limit({**one, "ranks": 8}, card), limit({**one, "experts": 32, "tokens": 8}, card)
+    assert bound == whole[0] == "weights"
+    assert time == pytest.approx(whole[1] / 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from megamoe_jit._bench import measure_ranks as _bench_ranks
 from megamoe_jit._bench.contenders import METHODS, FlashInfer, Unfused
 from megamoe_jit._bench.grouped_gemm import BlockwiseEach, DeepGemmGrouped, Dequantised, GroupedRowwise, probe
-from megamoe_jit._bench.rows_ranks import merge
+from megamoe_jit._bench.rows import rows_of
 from megamoe_jit._bench.unfused import Baseline
 from megamoe_jit._bench.unfused_run import unusable
 from megamoe_jit._check.scenarios import Scenario, make_inputs, make_weights
@@ -137,21 +138,27 @@ def test_block_scales_lie_as_cublas_wants_them(monkeypatch):
 CASE = Scenario("v4-flash", MoEShape(4096, 2048, 64, 6), 64, 64)
 
 
-def part(scale: float, wrong: bool = False) -> dict:
+def merge(parts: list[dict]) -> dict[str, list[dict]]:
+    """As rank 0 reports it."""
+    rows, others = rows_of(CASE, {"auto": "pingpong"}, parts)
+    return {"rows": [row.to_json() for row in rows], "baselines": [asdict(each) for each in others]}
+
+
+def part(scale: float, wrong: bool = False, rows: list[int] | None = None) -> dict:
     verdict = judge(torch.zeros(1, 4, dtype=torch.bfloat16), torch.zeros(1, 4, dtype=torch.bfloat16))
     passed = {"diff": 1e-5 * scale, "worst_row_diff": 2e-5, "passed": not wrong, "reason": verdict.reason}
     facts = {"graph": True, "compiled": True, "reason": "", "diff": 1e-4}
     return {
         "times": {
-            "ranks auto": [10 * scale, 11 * scale, 30 * scale],
-            "ranks auto staged": [14 * scale],
+            "auto": [10 * scale, 11 * scale, 30 * scale],
+            "auto staged": [14 * scale],
             "one auto": [9.0, 10.0, 11.0],
             f"baseline {METHODS[0].name}": [50 * scale, 52 * scale, 53 * scale],
             f"baseline {METHODS[1].name}": [20.0, 21.0, 22.0],
         },
-        "verdicts": {"ranks auto": passed, "one auto": passed},
+        "verdicts": {"auto": [passed, passed]},
         "sustained": {"auto": 12.0 * scale},
-        "touched": 60,
+        "expert_rows": rows or [1] * 30 + [0] * 2 + [3] * 30 + [0] * 2,
         "baselines": {
             METHODS[0].name: facts,
             METHODS[1].name: {**facts, "diff": 0.5},
@@ -161,7 +168,7 @@ def part(scale: float, wrong: bool = False) -> dict:
 
 
 def test_rows_hold_the_largest_figures_over_ranks():
-    merged = merge(CASE, 2, {"auto": "pingpong"}, [part(1), part(2)])
+    merged = merge([part(1), part(2)])
     (row,) = merged["rows"]
     assert (row["experts"], row["ranks"], row["kernel"]) == (32, 2, "pingpong")
     assert (row["median_us"], row["rank_medians_us"]) == (22, [11, 22])
@@ -172,15 +179,26 @@ def test_rows_hold_the_largest_figures_over_ranks():
     assert row["weights_tb_s"] == pytest.approx(3 * 30 * 4096 * 2048 * 1e-6 / 22)
 
 
+def test_the_weights_that_a_rank_reads_are_those_that_the_tokens_of_any_rank_need():
+    """At few tokens most experts have rows of one rank alone."""
+    first, second = [0] * 64, [0] * 64
+    for expert in (0, 1, 2, 40):
+        first[expert] = 1
+    for expert in (2, 3, 4, 5, 41, 42):
+        second[expert] = 2
+    (row,) = merge([part(1, rows=first), part(2, rows=second)])["rows"]
+    assert row["weights_tb_s"] == pytest.approx(3 * 6 * 4096 * 2048 * 1e-6 / 22), "six of rank 0, three of rank 1"
+
+
 def test_the_fastest_unfused_method_counts_if_its_answer_is_right():
-    merged = merge(CASE, 2, {"auto": "pingpong"}, [part(1), part(2, wrong=True)])
+    merged = merge([part(1), part(2, wrong=True)])
     (row,) = merged["rows"]
     assert not row["correct"]
     assert (row["baseline"], row["baseline_us"]) == (METHODS[0].name, 104)
     assert row["baseline_speedup"] == pytest.approx(104 / 22)
     assert [(b["correct"], b["median_us"]) for b in merged["baselines"]] == [(True, 104), (False, 21), (False, None)]
     alone = [{**part(1), "baselines": {}}] * 2
-    merged = merge(CASE, 2, {"auto": "pingpong"}, alone)
+    merged = merge(alone)
     assert merged["baselines"] == []
     assert merged["rows"][0]["baseline_us"] is None
 
@@ -189,7 +207,7 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
     def collect(target, ranks, arguments, on_report):
         assert (target, ranks) == ("megamoe_jit._bench.measure_ranks:measure_on_rank", 2)
         assert arguments["shapes"] == [["v4-flash", 4096, 2048, 32, 6]]
-        on_report(0, merge(CASE, 2, {"auto": "pingpong"}, [part(1), part(2)]))
+        on_report(0, merge([part(1), part(2)]))
         end = {"environment": {"device": "NVIDIA H200"}, "not_timed": {}}
         return [{**end, "anchors": [{"read_4gib_tb_s": 4.0 + i}] * 2} for i in (0, 1)]
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import from_bf16, launch_cost
+from benchmarks import frame, from_bf16, launch_cost
 from megamoe_jit._bench import clock as _clock
 from megamoe_jit._check.scenarios import make_weights
 from megamoe_jit._layer.quantize import quantize_activations
@@ -77,11 +77,11 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Package:
     for owner, name, stand_in in (
         (from_bf16, "mm", it),
         (from_bf16, "captured", replayed),
-        (from_bf16, "require_hopper", lambda: torch.device("cpu")),
+        (frame, "require_hopper", lambda: torch.device("cpu")),
         (from_bf16, "FLUSH_BYTES", 16),
         (from_bf16, "anchors", lambda: ANCHORS),
-        (from_bf16, "environment", lambda commit: {**CONDITIONS, "commit": commit}),
-        (from_bf16, "preset", lambda name: {"small": SMALL, "tiny": TINY}[name]),
+        (frame, "environment", lambda commit: {**CONDITIONS, "commit": commit}),
+        *((each, "preset", {"small": SMALL, "tiny": TINY}.__getitem__) for each in (frame, from_bf16)),
         (from_bf16, "HOST_ROUNDS", 1),
         (from_bf16, "CHAIN_SHAPE", TINY.shape),
         (from_bf16, "CHAIN_ROUNDS", 2),
@@ -109,7 +109,7 @@ def tiny_weights() -> int:
 
 
 def test_a_row_has_kernel_graph_eager_and_host_beside_an_empty_operation(package: Package):
-    few, more = from_bf16.rows_of(["small"], [3, 5], torch.device("cpu"))
+    few, more = from_bf16.rows_of([SMALL], [3, 5], torch.device("cpu"))
     assert (few["shape"], few["tokens"], few["correct"]) == ("small", 3, True)
     names = ("kernel_us", "kernel_graph_us", "layer_graph_us", "layer_eager_us", "more_us", "more_percent")
     assert [few[name] for name in names] == [100.0, 100.0, 101.0, 101.0, 1.0, 1.0]
@@ -120,7 +120,7 @@ def test_a_row_has_kernel_graph_eager_and_host_beside_an_empty_operation(package
 
 def test_a_layer_that_is_wrong_is_said_so(package: Package):
     package.error = 1.0
-    (row,) = from_bf16.rows_of(["small"], [3], torch.device("cpu"))
+    (row,) = from_bf16.rows_of([SMALL], [3], torch.device("cpu"))
     assert not row["correct"]
     assert from_bf16._line(row).endswith("WRONG")
 
@@ -132,7 +132,7 @@ def test_a_layer_that_does_not_stage_is_wrong(package: Package, monkeypatch: pyt
         return y
 
     monkeypatch.setattr(package.MegaMoE, "__call__", unstaged)
-    (row,) = from_bf16.rows_of(["small"], [3], torch.device("cpu"))
+    (row,) = from_bf16.rows_of([SMALL], [3], torch.device("cpu"))
     assert not row["correct"]
 
 

@@ -58,6 +58,13 @@ def test_the_computed_limit_is_that_of_the_targets():
         )
 
 
+def test_packed_weights_have_the_limit_of_their_own_bytes_and_no_targets_yet():
+    packed, plain = only(weights="mxfp4"), only()
+    assert packed["limit_us"] == pytest.approx(plain["limit_us"] * 4.25 / 8, rel=0.01)
+    assert [packed[goal] for goal in ("best_known_us", "must_us", "aim_us", "vs_best_known")] == [None] * 4
+    assert packed["limit_share"] == pytest.approx(packed["limit_us"] / 200)
+
+
 def test_every_card_with_targets_has_a_limit():
     assert {card.name for card in KNOWN.cards} == {card.name for card in CARDS}
 

@@ -90,7 +90,7 @@ def test_a_model_is_the_one_of_its_preset_with_experts_in_every_layer(name: str)
 @pytest.mark.parametrize("most", [1.0, 0.0])
 def test_the_document(model, monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture, most: float):
     for name, value in (
-        ("require_hopper", lambda: torch.device("cpu")),
+        ("hopper", lambda _: torch.device("cpu")),
         ("make_model", lambda *_: model),
         ("environment", lambda commit: {**CONDITIONS, "commit": commit}),
         ("MOST_DIFF", most),

@@ -50,10 +50,11 @@ found["room"] = [get(), get()]
 print(json.dumps({**found, "warned": warned}))
 """
 
-#: Keeps one kernel, makes the disk read-only, and gets two, twice.
+#: Keeps one kernel, makes the disk read-only, and gets two, twice.  It is the mount that becomes so: that a user may do
+#: in a namespace of theirs, where the file system itself is not theirs to change.
 READ_ONLY = """
 get(Variant.PINGPONG)
-subprocess.run(["mount", "-o", "remount,ro", str(cache.root)], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro", str(cache.root)], check=True)
 print(json.dumps({"found": [get(), get()], "warned": warned}))
 """
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import socket
 import stat
+import tempfile
 import time
 
 import pytest
@@ -75,6 +77,7 @@ KINDS = {
     "link to a directory": lambda path, precious: path.symlink_to(precious.parent),
     "link to a file": lambda path, precious: path.symlink_to(precious),
     "file": lambda path, _: path.write_text("x"),
+    "closed file": lambda path, _: (path.write_text("x"), path.chmod(0)),
 }
 if os.geteuid() != 0:
     del KINDS["device"]
@@ -185,6 +188,80 @@ def test_verify_finds_and_mends_a_group_that_others_may_write(cache, mode):
     assert cache.load(KEY) is not None
 
 
+@pytest.mark.parametrize("mode", [0, 0o300])
+@pytest.mark.parametrize("place", ["version", "staging", "quarantine", "group"])
+def test_verify_finds_and_opens_a_directory_that_is_closed_to_its_owner(cache, place, mode):
+    cache.store(*FIRST)
+    path = cache.root / PLACES[place]
+    path.mkdir(mode=0o700, exist_ok=True)
+    path.chmod(mode)
+    (problem,) = cache.verify()
+    says = f"{path} is closed to its owner (mode {mode:03o})"
+    assert (problem.key, problem.path, problem.message, problem.fixed) == ("", path, says, False)
+    assert [problem.fixed for problem in cache.verify(fix=True)] == [True]
+    assert cache.verify() == []
+    assert cache.load(KEY) is not None
+
+
+def test_verify_opens_what_lies_below_what_it_opens(cache):
+    cache.store(*FIRST)
+    below = cache.root / PLACES["group"]
+    for path in (below, cache.path):
+        path.chmod(0)
+    assert [problem.path for problem in cache.verify(fix=True)] == [cache.path, below]
+    assert cache.verify() == []
+
+
+@pytest.mark.parametrize("place", ["staging", "quarantine", "group"])
+def test_a_directory_that_is_closed_to_its_owner_is_opened(cache, warnings, place):
+    """Without `verify --fix`: a kernel is kept, put aside and removed."""
+    cache.store(*FIRST)
+    path = cache.root / PLACES[place]
+    path.mkdir(mode=0o700, exist_ok=True)
+    for use in (lambda: cache.store(*FIRST), lambda: cache.quarantine(KEY), cache.clear):
+        path.chmod(0)
+        assert use()
+        path.chmod(0o700)  # not each use needs each directory
+        assert cache.store(*FIRST)
+    cache.quarantine(KEY)
+    path.chmod(0)
+    cache.clear()
+    assert cache.stats().quarantined == 0
+    told = {warning.getMessage() for warning in warnings}
+    assert f"{path} was closed to its owner, and is opened" in told
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("use", ["load", "store", "verify", "remove", "clear"])
+def test_a_kernel_whose_directory_is_closed_to_its_owner_stands_in_nobodys_way(cache, use):
+    """Nobody but root sees what is in it, so it is put aside as damaged."""
+    cache.store(*FIRST)
+    cache.entry_path(KEY).chmod(0)
+    if use in ("load", "store"):
+        assert (cache.load(KEY) is not None) is (os.geteuid() == 0)
+    elif use == "verify":
+        assert all(problem.fixed for problem in cache.verify(fix=True))
+    else:
+        assert (cache.clear() if use == "clear" else cache.remove([KEY])).removed == (KEY,)
+    assert cache.store(*FIRST)
+    assert cache.load(KEY) is not None
+    assert cache.verify() == []
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o555])
+def test_a_cache_that_its_owner_made_unwritable_stays_so(cache, mode):
+    cache.store(*FIRST)
+    (cache.path / "quarantine").mkdir(mode=0o700)
+    folders = [cache.path / ".tmp", cache.path / "quarantine", cache.root / PLACES["group"], cache.path, cache.root]
+    for folder in folders:
+        folder.chmod(mode)
+    assert cache.store(*SECOND) is (os.geteuid() == 0)
+    assert cache.verify(fix=True) == []
+    cache.clear()
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {mode}
+    assert (cache.load(KEY) is None) is (os.geteuid() == 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", PLACES)
 def test_whatever_lies_in_a_read_only_cache_is_left_there(tmp_path, place, kind, precious):
@@ -208,9 +285,9 @@ def test_a_pack_is_read_from_and_written_to_a_plain_file_alone(tmp_path, kind, p
         for attempt in (lambda: read_pack(path), lambda: import_pack(path)):
             with pytest.raises(PackError) as refused:
                 attempt()
-            unlike = kind in ("pipe", "device") or "directory" in kind
+            unlike = kind in ("pipe", "device", "socket") or "directory" in kind
             assert str(refused.value).endswith("is not a plain file") is unlike
-        if kind in ("file", "link to a file"):
+        if kind in ("file", "closed file", "link to a file"):
             assert export_pack(path).keys == (KEY,)
             assert read_pack(path).keys == (KEY,)
         else:
@@ -295,7 +372,7 @@ def test_a_copy_that_fails_leaves_the_entry_where_it_is(layered, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_trees.shutil, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     assert layered.quarantine(KEY) is False
     assert layered.load(KEY) is not None
     assert list((layered.path / "quarantine").iterdir()) == []
@@ -350,7 +427,7 @@ def test_lock_files_find_a_place_without_a_temporary_directory(tmp_path, monkeyp
     def none():
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
-    monkeypatch.setattr(_locks.tempfile, "gettempdir", none)
+    monkeypatch.setattr(tempfile, "gettempdir", none)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
     assert _locks.lock_dir().parent == _locks.Path("/dev/shm")
     monkeypatch.setattr(_locks.Path, "is_dir", lambda _: False)

@@ -186,7 +186,7 @@ def test_verify_tells_what_fails(monkeypatch):
     monkeypatch.setattr(_bench, "require_hopper", lambda: torch.device("cpu"))
     monkeypatch.setattr(_runtime, "warmup", lambda *_, **__: [])
     monkeypatch.setattr(_verify, "run_all", run_all)
-    result = invoke("verify", "--filter", "L1.smoke")
+    result = invoke("verify", "--filter", "L1.smoke", "--variant", "pingpong", "--variant", "cooperative")
     assert result.exit_code == 1
     assert "FAILED  L1.smoke  cooperative: 2 rows are not finite" in result.stderr
     assert "1 passed, 1 failed, 0 not run" in result.stderr

@@ -54,7 +54,7 @@ def test_kernels_are_named_by_symbol_or_shape():
         ("v4-flash", "SHAPE/VARIANT"),
         ("v4-flush/pingpong", "v4-flash"),
         ("v4-flash/pong", "pingpong"),
-        ("v4-flash/pingpong/x", "r1 to r8, exact, raw, each once"),
+        ("v4-flash/pingpong/x", "r1 to r8, exact, raw, fp8e5m2, mxfp4, each once"),
         ("v4-flash/pingpong/r8/r4", "'r4' in .* is not understood"),
         ("v4-flash/pingpong/exact/exact", "each once"),
         ("v4-flash/pingpong/r7", "multiple of the number of ranks"),

@@ -9,14 +9,13 @@ from click.testing import CliRunner
 
 from megamoe_jit._bench import measure as _bench
 from megamoe_jit._bench import measure_ranks as _bench_ranks
-from megamoe_jit._bench.rows_ranks import merge
 from megamoe_jit._check import verify_ranks as _verify_ranks
 from megamoe_jit._check.verify import Outcome
 from megamoe_jit._cli import cli
 from megamoe_jit._cli._ranks import rank_count
 from megamoe_jit._jit import runtime as _runtime
 from tests.commandline import checked
-from tests.unit.bench.test_unfused import CASE, part
+from tests.unit.bench.test_unfused import merge, part
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +26,7 @@ def alone(monkeypatch):
 
 
 def found(wrong=False):
-    merged = merge(CASE, 2, {"auto": "pingpong"}, [part(1), part(2, wrong)])
+    merged = merge([part(1), part(2, wrong)])
     return {
         "environment": {"device": "NVIDIA H200", "ranks": 2},
         "anchors": [{"dense_fp8_8192_tflops": 1500.0, "read_4gib_tb_s": 4.4}] * 2,

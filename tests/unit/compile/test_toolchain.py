@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from megamoe_jit._compile import build_id as _build_id
 from megamoe_jit._compile import toolchain as _toolchain
-from megamoe_jit._compile.toolchain import activate, build_id, candidates, find_toolchain, wanted_major
+from megamoe_jit._compile.build_id import build_id
+from megamoe_jit._compile.toolchain import activate, candidates, find_toolchain, wanted_major
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._settings.settings import override
 
@@ -324,7 +326,7 @@ def test_build_id_behind_other_notes():
     begin = 64 + 2 * 56
     programs = struct.pack("<IIQQQQQQ", 4, 0, begin, 0, 0, len(notes), 0, 0)
     programs += struct.pack("<IIQQQQQQ", 4, 0, begin + len(notes), 0, 0, len(last), 0, 0)
-    assert _toolchain._build_id_note(bytes(header) + programs + notes + last) == b"\xab\xcd\xef\x01"
+    assert _build_id._build_id_note(bytes(header) + programs + notes + last) == b"\xab\xcd\xef\x01"
 
 
 def test_elf_without_a_build_id(tmp_path):

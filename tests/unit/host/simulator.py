@@ -66,8 +66,9 @@ def changed_rooms(target: Path, changes: Sequence[Change]) -> Path:
 
 
 def configs(shape: MoEShape, ranks: int, compare_sizes: bool, inputs: Inputs, weights: WeightFormat) -> str:
-    """The `Config` of every variant that reads these weights, as the Jinja2 template has it, each in a namespace of its own; and all of them.
+    """The `Config` of every variant that reads these weights, each in a namespace of its own; and all of them.
 
+    A `Config` is as the Jinja2 template has it.
     `with_config(number, call)` calls with the one of that number, `kVariants` are their names in that order.
     """
     parts, calls = ["#pragma once\n"], []

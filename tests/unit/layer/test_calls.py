@@ -20,17 +20,19 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._check.scenarios import make_weights
+from megamoe_jit._check.verify import function_of
 from megamoe_jit._device.params import Params, StageParams
 from megamoe_jit._layer import bound_kernel as _bound_kernel
 from megamoe_jit._layer import kernel_set as _kernel_set
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer import stage_kernel as _stage_kernel
+from megamoe_jit._layer import stream_order as _stream_order
 from megamoe_jit._layer import workspace as _workspace
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.kernel_set import sort_blocks
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
 from megamoe_jit._spec.stage import StageFormat
 
@@ -68,6 +70,7 @@ class Cuda:
         self.stages: list[Launch] = []
         self.a, self.b = Stream("A", 0, self.events), Stream("B", 16, self.events)
         self.stream, self.current, self.capturing = self.a, HERE.index, False
+        self.captures: dict[int, int] = {}  #: by stream
         self.free, self.reserved, self.allocated, self.out_of_memory = 1 << 40, 0, 0, False
         self.pinned, self.sides = 0, (1, 2, 3, 4, 5)
         self.kernel: Callable[[Params], None] = lambda params: None
@@ -106,6 +109,7 @@ class Cuda:
             (torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream.cuda_stream),
             (_memory, "check_device", lambda device: None),
             (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=SMS)),
+            (_stream_order, "capture_id", lambda stream: self.captures.get(stream)),
             (_kernel_set, "sm_count", lambda device: SMS),
             (_bound_kernel, "sides_of_sms", lambda device: self.sides),
             (_bound_kernel, "load_kernel", self.load),
@@ -294,10 +298,10 @@ def test_without_known_sides_there_are_none(cuda: Cuda, wanted: bool):
     assert ([*cuda.launches[0].params.side_of_sm], cuda.launches[0].params.want_sides) == ([0] * 5, 0)
 
 
-@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("variant", Variant.reading(FP8))
 def test_forcing_a_variant_passes_everything_on(cuda: Cuda, buffer: SymmBuffer, variant: Variant):
     stats = {"cumulative_local_expert_recv_stats": STATS}
-    force = getattr(mm, f"fp8_mega_moe_{variant.value}")
+    force = function_of(mm, variant.value)
     for fast in (False, True):
         y = call(buffer, function=force, **stats, activation_clamp=2.5, fast_math=fast, num_sms=60)
         spec, grid, params = cuda.launches[-1]
@@ -432,6 +436,67 @@ def test_a_capture_orders_nothing_and_is_no_last_call(cuda: Cuda, buffer: SymmBu
     cuda.capturing = False
     call(buffer)
     assert cuda.events[1:] == [("wait", "B", "A"), *uses(buffer, "B"), ("launch", "B")]
+
+
+@contextmanager
+def captured(cuda: Cuda, **branches: int) -> Iterator[None]:
+    """Streams, by name, are captured into graphs that have a number."""
+    cuda.capturing, cuda.captures = True, {getattr(cuda, name).cuda_stream: graph for name, graph in branches.items()}
+    yield
+    cuda.capturing, cuda.captures, cuda.stream = False, {}, cuda.a
+
+
+def calls_on(cuda: Cuda, buffer: SymmBuffer, *streams: Stream) -> list[tuple]:
+    """What the streams see of calls, one on each."""
+    cuda.events.clear()
+    for cuda.stream in streams:
+        call(buffer)
+    return [event for event in cuda.events if event[0] != "use"]
+
+
+@pytest.mark.parametrize("before", ["nothing", "a", "b"])
+def test_branches_of_a_graph_take_turns(cuda: Cuda, buffer: SymmBuffer, before: str):
+    """Whether or not the stream on which it begins is that of the last call outside, which needs no word."""
+    buffer.prepare_all()
+    if before != "nothing":
+        calls_on(cuda, buffer, getattr(cuda, before))
+    turns = [("launch", "A"), ("wait", "B", "A"), ("launch", "B"), ("launch", "B"), ("wait", "A", "B"), ("launch", "A")]
+    for graph in (7, 8):
+        with captured(cuda, a=graph, b=graph):
+            found = calls_on(cuda, buffer, cuda.a, cuda.b, cuda.b, cuda.a)
+        if before == "b":  # which may have launched in this graph, for all that is known
+            assert found == [("wait", "A", "B"), *turns]
+        else:
+            assert found == turns
+
+
+def test_staging_on_a_branch_waits_for_the_other(cuda: Cuda, buffer: SymmBuffer):
+    buffer.prepare_all()
+    with captured(cuda, a=1, b=1):
+        calls_on(cuda, buffer, cuda.a)
+        cuda.stream = cuda.b
+        buffer.wait_for_last()
+        assert cuda.events[-1] == ("wait", "B", "A")
+        assert calls_on(cuda, buffer, cuda.b) == [("launch", "B")]
+
+
+def test_graphs_that_are_captured_at_once_do_not_wait_for_each_other(cuda: Cuda, buffer: SymmBuffer):
+    buffer.prepare_all()
+    with captured(cuda, a=1, b=2):
+        assert calls_on(cuda, buffer, cuda.a, cuda.b, cuda.a) == [("launch", name) for name in "ABA"]
+
+
+def test_calls_after_a_capture_are_ordered_after_the_last_one_outside_of_it(cuda: Cuda, buffer: SymmBuffer):
+    calls_on(cuda, buffer, cuda.a)
+    with captured(cuda, a=1, b=1):
+        calls_on(cuda, buffer, cuda.b)
+    assert calls_on(cuda, buffer, cuda.a, cuda.a) == [("launch", "A")] * 2
+    with captured(cuda, b=2):
+        assert calls_on(cuda, buffer, cuda.b) == [("launch", "B")]
+    assert calls_on(cuda, buffer, cuda.b) == [("wait", "B", "A"), ("launch", "B")]
+    assert len(buffer.order._last.captured) == 1, (
+        "graphs that are done with are forgotten when the next one is captured"
+    )
 
 
 def test_the_device_of_the_buffer_is_entered_and_left(cuda: Cuda, buffer: SymmBuffer):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -194,8 +194,8 @@ def test_a_rank_counts_and_computes_its_own_experts(cuda: Cuda, shared: SymmBuff
     call(shared, **own, cumulative_local_expert_recv_stats=STATS[:2])
     (launch,) = cuda.launches
     assert (launch.spec.ranks, launch.params.rank, launch.params.peers[:3]) == (2, 1, [64, 128, 0])
-    readers, stored = Variant.reading(FORMATS["fp8"]), FORMATS["fp8"]
-    assert set(shared.kernels.bound) == {(variant, Numerics(), Inputs.STAGED, stored) for variant in readers}
+    stored, taken = FORMATS["fp8"], (Variant.PINGPONG, Variant.COOPERATIVE)  # by `auto`
+    assert set(shared.kernels.bound) == {(variant, Numerics(), Inputs.STAGED, stored) for variant in taken}
     assert cuda.events == [uses(shared, "A")[0], ("launch", "A")], "symmetric memory is not torch's"
 
 
@@ -224,6 +224,15 @@ def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def expected(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, clamp: float | None) -> torch.Tensor:
     return moe_reference(*mm.quantize_activations(x), ids, weights, DRAWN.l1, DRAWN.l2, activation_clamp=clamp)
+
+
+def in_chunks(function: Callable[..., torch.Tensor], *batch: torch.Tensor, size: int = 128) -> torch.Tensor:
+    """What `function` gives for each `size` tokens of a batch, as a layer of that capacity serves it.
+
+    For a stand-in this is not the same as one call: a product on the CPU has other bits where an expert has one row, or
+    few, than where these are among many. The kernel computes each row alike.
+    """
+    return torch.cat([function(*rows) for rows in zip(*(each.split(size) for each in batch), strict=True)])
 
 
 def at(address: int, dtype: torch.dtype, *sizes: int) -> torch.Tensor:

@@ -272,7 +272,15 @@ def test_marks_know_the_format():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("form", [(torch.uint8, torch.uint8), (torch.int8, torch.float8_e8m0fnu)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        (torch.uint8, torch.uint8),
+        (torch.int8, torch.float8_e8m0fnu),
+        (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu),
+    ],
+    ids=lambda form: str(form[0]).removeprefix("torch."),
+)
 def test_a_layer_of_mxfp4(cuda: Cuda, inplace: bool, form: tuple[torch.dtype, torch.dtype]):
     l1, l2 = (tuple(each.view(kind) for each, kind in zip(given, form, strict=True)) for given in clones())
     it = mm.MegaMoE(l1, l2, topk=2, max_tokens=128, clamp=2.0, inplace=inplace, weight_format="mxfp4")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -70,6 +72,15 @@ def test_the_command_that_compiles_a_kernel_names_its_format(stored):
         spec = KernelSpec(MoEShape(256, 128, 8, 2), variant, weights=stored)
         assert f" --weight-format {stored.name}" in spec.command
         assert KernelSpec.of_kernel_name(spec.kernel_name) == spec
+
+
+@pytest.mark.parametrize("stored", FORMATS.values(), ids=str)
+def test_copies_and_those_of_other_processes_are_the_same_object(stored):
+    assert pickle.loads(pickle.dumps(stored)) is stored
+    assert copy.deepcopy(stored) is stored
+    for variant in Variant.reading(stored):
+        spec = KernelSpec(MoEShape(256, 128, 8, 2), variant, weights=stored)
+        assert pickle.loads(pickle.dumps(spec)) == spec
 
 
 def test_a_spec_holds_its_format():

@@ -1,0 +1,103 @@
+"""What the benchmarks have in common: arguments, the GPU they need, rows as they come, and the document of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.checkout import commit
+from megamoe_jit._bench.conditions import environment, write
+from megamoe_jit._bench.measure import cases, require_hopper
+from megamoe_jit._check.scenarios import Scenario
+from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._spec import MoEShape
+from megamoe_jit.heuristics.presets import Preset, preset
+
+__all__ = ["Asked", "asked", "hopper", "keep", "parser", "rows_by_shape", "say"]
+
+L = TypeVar("L")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to measure on which device, and where to write it."""
+
+    presets: list[Preset]
+    tokens: list[int]
+    output: Path | None
+    device: torch.device
+
+
+def say(text: str) -> None:
+    """A line on standard output, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """For a module of this docstring."""
+    return argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+
+
+def hopper(arguments: argparse.ArgumentParser) -> torch.device:
+    """The current GPU; the program ends with 3 where it is no Hopper."""
+    try:
+        return require_hopper()
+    except UnsupportedDeviceError as error:
+        arguments.exit(3, f"Error: {error}\n")
+
+
+def asked(doc: str | None, shapes: Sequence[str], tokens: Sequence[int]) -> Asked:
+    """What the command line says, else these shapes and token counts; ends it with 2 where that is nonsense."""
+    arguments = parser(doc)
+    arguments.add_argument("--shapes", default=",".join(shapes))
+    arguments.add_argument("--tokens", default=",".join(map(str, tokens)))
+    arguments.add_argument("--output", type=Path, help="write the rows as JSON")
+    options = arguments.parse_args()
+    try:
+        presets = [preset(name) for name in options.shapes.split(",")]
+        counts = sorted(int(count) for count in options.tokens.split(","))
+    except ValueError as error:
+        arguments.error(str(error))
+    return Asked(presets, counts, options.output, hopper(arguments))
+
+
+def rows_by_shape(
+    presets: Sequence[Preset],
+    tokens: Sequence[int],
+    make: Callable[[MoEShape, int], AbstractContextManager[L]],
+    measure: Callable[[Scenario, L], dict[str, Any]],
+    line: Callable[[Mapping[str, Any]], str],
+) -> list[dict[str, Any]]:
+    """A row for each shape and token count, printed as it is measured.
+
+    Args:
+        presets: Of each, one GPU's slice.
+        tokens: Token counts.
+        make: What is measured, of a shape and for at most so many tokens; let go of before the next.
+        measure: One case of it.
+        line: A row as text.
+    """
+    rows = []
+    for each in presets:
+        work = cases([each], tokens)
+        with make(work[0].shape, max(tokens)) as layer:
+            for case in work:
+                rows.append(measure(case, layer))
+                say(line(rows[-1]))
+        del layer
+        torch.cuda.empty_cache()
+    return rows
+
+
+def keep(kind: str, output: Path | None, **parts: Any) -> None:
+    """Write a document with these parts, if it is wanted."""
+    if output is not None:
+        write({"schema_version": 1, "kind": kind, "environment": environment(commit()), **parts}, output)
