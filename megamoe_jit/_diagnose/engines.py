@@ -15,7 +15,7 @@ from megamoe_jit._diagnose.finding import Check, Status
 
 __all__ = ["ENGINES", "EngineProbe", "Hook", "examine_engine", "probe_of"]
 
-ENGINES = ("transformers",)  #: what `doctor --engine` takes
+ENGINES = ("flashinfer", "sglang", "transformers", "vllm")  #: what `doctor --engine` takes
 
 
 class Hook(NamedTuple):

@@ -1,0 +1,36 @@
+"""What the backend of FlashInfer relies on, and the release it was run with."""
+
+from __future__ import annotations
+
+from megamoe_jit.engines.seams import Seam
+
+__all__ = ["KERNEL_NAME", "SEAMS", "TESTED", "WANTED"]
+
+KERNEL_NAME = "sm90_fp8_fp8_bf16_megamoe_jit"  #: as FlashInfer names kernels: GPU, activations, weights, results
+WANTED = "flashinfer-python>=0.7.4,<0.8"
+TESTED = ("0.7.4",)
+
+_EP = "flashinfer.moe_ep"
+_BASE = f"{_EP}.core.kernel.base"
+
+SEAMS = (
+    Seam(f"{_EP}.core.kernel.registry", "register_mega_kernel", "called", ("name",)),
+    Seam(_BASE, "MegaKernelBackend.__init__", "called", ("config",)),
+    Seam(_BASE, "MegaKernelBackend.kernel_name", "replaced", ("cls",)),
+    Seam(_BASE, "MegaKernelBackend.validate_init", "replaced", ("self", "bootstrap", "fleet_params")),
+    Seam(_BASE, "MegaKernelBackend.preprocess_weights", "replaced", ("self", "weights", "fleet_params")),
+    Seam(_BASE, "MegaKernelBackend._allocate_workspace", "replaced", ("self", "fleet_params")),
+    Seam(_BASE, "MegaKernelBackend._workspace_pool_key", "replaced", ("self", "fleet_params")),
+    Seam(_BASE, "MegaKernelBackend.stage_inputs", "replaced", ("self", "t", "workspace", "quantize_input")),
+    Seam(_BASE, "MegaKernelBackend.compute", "replaced", ("self", "workspace", "transformed_weights", "output")),
+    Seam(_BASE, "MegaKernelBackend.ep_comm_group", "called"),
+    Seam(_BASE, "MegaKernelBackend.ep_world_size", "called"),
+    Seam(f"{_EP}.config", "FleetParams.num_experts"),
+    Seam(f"{_EP}.config", "FleetParams.max_tokens_per_rank"),
+    Seam(f"{_EP}.config", "FleetParams.token_hidden_size"),
+    *(
+        Seam(f"{_EP}.tensors", f"MoEEpTensors.{name}")
+        for name in ("hidden_states", "topk_ids", "topk_weights", "scales")
+    ),
+    *(Seam(f"{_EP}.weights", f"MoEWeightPack.{name}") for name in ("w13", "w2", "w13_scale", "w2_scale")),
+)

@@ -1,0 +1,144 @@
+"""What a plug-in relies on in an engine, read from the source of the installed release: nothing is imported or run.
+
+Engines change monthly. A plug-in lists its seams, and asks before it touches anything whether each is as it was; so do
+`doctor --engine` and the tests that read a release. All of them get the same sentences.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["Seam", "asked", "misfits", "problem_of", "root_of"]
+
+Use = Literal["replaced", "called", "wrapped", "read"]
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One thing of an engine that a plug-in relies on.
+
+    Attributes:
+        module: where it is defined.
+        name: in that module; a dot for what a class has.
+        use: "replaced", its calls come to the plug-in, so its parameters are these and no others; "called", by the
+            plug-in, with these; "wrapped", its calls pass through, and begin with these; "read", it is there.
+        takes: names of parameters, in order.
+        optional: more names that the plug-in understands where they are.
+    """
+
+    module: str
+    name: str
+    use: Use = "read"
+    takes: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+def root_of(engine: str) -> Path | None:
+    """The folder of the package of an engine, which is not imported; None without one."""
+    try:
+        spec = importlib.util.find_spec(engine)
+    except (ImportError, ValueError):
+        return None
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(places[0]) if places else None
+
+
+def misfits(seams: Iterable[Seam], root: Path) -> list[str]:
+    """A sentence for each seam that is not as it is relied upon, in the engine whose package is this folder."""
+    return [f"{seam}: {problem}" for seam in seams if (problem := problem_of(seam, root))]
+
+
+def problem_of(seam: Seam, root: Path) -> str:
+    """How the installed engine differs from what a seam says; empty if it does not."""
+    try:
+        tree = _parsed(_file_of(seam.module, root))
+    except FileNotFoundError:
+        return "its module is gone"
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"its source cannot be read: {type(error).__name__}: {error}"
+    found = _defined(tree, seam.name.split("."))
+    if found is None:
+        return "is gone"
+    if seam.use == "read":
+        return ""
+    if not isinstance(found, _Function):
+        return "is no function any more"
+    return _compared(seam, found)
+
+
+def _file_of(module: str, root: Path) -> Path:
+    below = root.joinpath(*module.split(".")[1:])
+    return below / "__init__.py" if below.is_dir() else below.with_suffix(".py")
+
+
+@functools.lru_cache(maxsize=16)  # several seams of one file are asked for one after the other
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_bytes())
+
+
+def _defined(tree: ast.AST, path: list[str]) -> ast.AST | None:
+    """What the last statement that binds this name binds it to, under `if` and `try` too."""
+    found: ast.AST | None = None
+    for node in _statements(tree):
+        if isinstance(node, _Function | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        else:
+            continue
+        if path[0] in names:
+            found = node
+    return found if found is None or len(path) == 1 else _defined(found, path[1:])
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+            yield from _statements(node)
+
+
+def _compared(seam: Seam, function: _Function) -> str:
+    arguments = function.args
+    plain = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
+    keywords = [each.arg for each in arguments.kwonlyargs]
+    names = [*plain, *keywords]
+    if seam.use == "wrapped":
+        return "" if tuple(names[: len(seam.takes)]) == seam.takes else _said(names, seam.takes, "begin with")
+    if seam.use == "replaced":
+        asked_for = tuple(name for name in names if name not in seam.optional)
+        exact = asked_for == seam.takes and arguments.vararg is None and arguments.kwarg is None
+        return "" if exact else _said(names, seam.takes, "be")
+    optional = set(plain[len(plain) - len(arguments.defaults) :])
+    optional |= {name for name, default in zip(keywords, arguments.kw_defaults, strict=True) if default is not None}
+    fits = set(seam.takes) <= set(names) and set(names) - optional - {"self", "cls"} <= set(seam.takes)
+    return "" if fits else _said(names, seam.takes, "be")
+
+
+def _said(names: list[str], wanted: tuple[str, ...], verb: str) -> str:
+    return f"its parameters are ({', '.join(names)}); they were to {verb} ({', '.join(wanted)})"
+
+
+def asked(seams: Iterable[Seam], engine: str) -> Iterator[tuple[str, str]]:
+    """Each seam by name, with its problem in the engine that is installed; empty if there is none.
+
+    Raises:
+        ImportError: there is no such package.
+    """
+    root = root_of(engine)
+    if root is None:
+        raise ImportError(f"there is no package {engine}")
+    for seam in seams:
+        yield str(seam), problem_of(seam, root)

@@ -1,0 +1,146 @@
+"""`--moe-runner-backend megamoe_jit`: experts under tensor or expert parallelism of any size, without all-to-all.
+
+SGLang gathers tokens and sums results itself; a rank has its experts, or its part of each, and ids of its own. What
+there is no kernel for is refused while the model is built, since it was asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MoEShape
+from megamoe_jit.engines.held import HeldExperts
+from megamoe_jit.engines.local import LocalExperts
+from megamoe_jit.engines.sglang import weights
+from megamoe_jit.engines.sglang.hooks import around
+
+__all__ = ["BACKEND", "hook"]
+
+BACKEND = "megamoe_jit"
+_FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
+_READY = "_megamoe_jit_ready"  #: of a layer
+
+
+class _Ready(NamedTuple):
+    """What a layer needs to run."""
+
+    held: HeldExperts
+    run: LocalExperts
+
+
+def hook() -> None:
+    """Make the backend one that can be chosen, and have `Fp8MoEMethod` know it."""
+    core = _core_class()
+    _module("layers.moe.moe_runner.runner").register_moe_runner_core(BACKEND, core)
+    around(f"{_FP8}.create_moe_runner", _create_runner)
+    around(f"{_FP8}.process_weights_after_loading", _process)
+    around(f"{_FP8}.apply", _apply)
+    _module("arg_groups.choices").add_moe_runner_backend_choices([BACKEND])  # last: then it works
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"sglang.srt.{name}")
+
+
+def _core_class() -> Any:
+    """The runner's core, a subclass of SGLang's, which is imported only here."""
+    base: Any = _module("layers.moe.moe_runner.base").DispatchMoeRunnerCore
+    backend = _module("layers.moe.utils").RegisteredMoeRunnerBackend(BACKEND)
+    combined = _module("layers.moe.token_dispatcher.standard").StandardCombineInput
+
+    class MegaMoeRunnerCore(base):  # type: ignore[misc]
+        """Runs a dispatched batch through a layer's local experts."""
+
+        @property
+        def runner_backend(self) -> Any:
+            return backend
+
+        def run_from_dispatch(
+            self, dispatch_output: Any, quant_info: Any, runner_config: Any, hooks: Any = None
+        ) -> Any:
+            if not isinstance(quant_info, _Ready) or hooks is not None:
+                given = "LoRA" if hooks is not None else type(quant_info).__name__
+                allowed = "experts in MXFP4, or FP8 with blocks of 128 x 128"
+                raise ConfigError(f"--moe-runner-backend {BACKEND} with {given}; allowed: {allowed}")
+            x = dispatch_output.hidden_states
+            topk_weights, topk_ids, *_ = dispatch_output.topk_output
+            factor = 1.0 if runner_config.routed_scaling_factor is None else float(runner_config.routed_scaling_factor)
+            held, run = quant_info
+            y = run(held.l1, held.l2, x, topk_ids, topk_weights, runner_config.swiglu_limit, factor)
+            return combined(hidden_states=y if x.dtype == y.dtype else y.to(x.dtype))
+
+    return MegaMoeRunnerCore
+
+
+def _is_ours(method: Any) -> bool:
+    runner = getattr(method, "runner", None)
+    return runner is not None and getattr(runner.runner_backend, "value", None) == BACKEND
+
+
+def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_runner_config: Any) -> None:
+    backend = _module("layers.moe.utils").get_moe_runner_backend()
+    if backend.value != BACKEND:
+        original(method, layer, moe_runner_config)
+        return
+    reasons = _refusals(method, moe_runner_config)
+    if reasons:
+        raise ConfigError(
+            f"--moe-runner-backend {BACKEND} cannot run this model: {'; '.join(reasons)}. Next: another runner backend"
+        )
+    method.moe_runner_config = moe_runner_config
+    method.runner = _module("layers.moe.moe_runner.runner").MoeRunner(backend, moe_runner_config)
+    method._owns_moe_runner = True
+
+
+def _refusals(method: Any, config: Any) -> list[str]:
+    """Why there is no kernel for a layer, each with what there is one for."""
+    a2a = _module("layers.moe.utils").get_moe_a2a_backend()
+    checks = (
+        (not a2a.is_none(), f"--moe-a2a-backend {a2a.value}; allowed: none"),
+        (method.use_mxfp8, "experts in MXFP8; allowed: MXFP4, or FP8 with blocks of 128 x 128"),
+        (
+            not method.is_fp4_expert and list(method.weight_block_size or ()) != [128, 128],
+            f"blocks of {method.weight_block_size}; allowed: [128, 128]",
+        ),
+        (config.activation != "silu" or not config.is_gated, f"activation {config.activation}; allowed: gated silu"),
+        (config.apply_router_weight_on_input, "router weights on the input; allowed: on the output"),
+        (config.no_combine, "no_combine; allowed: results summed over a token's experts"),
+        (
+            any(each is not None for each in (config.gemm1_alpha, config.gemm1_beta, config.gemm1_clamp_limit)),
+            "alpha, beta or a limit of gemm1; allowed: swiglu_limit",
+        ),
+        (bool(getattr(method, "with_bias", False)), "biases; allowed: none"),
+    )
+    return [reason for found, reason in checks if found]
+
+
+def _process(original: Callable[..., Any], method: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _is_ours(method):
+        return original(method, layer, *args, **kwargs)
+    weights.give_back(layer)  # what follows a load begins with what was loaded
+    result = original(method, layer, *args, **kwargs)
+    topk = layer.moe_runner_config.top_k
+    _prepare(layer, layer.top_k if topk is None else topk)
+    return result
+
+
+def _prepare(layer: Any, topk: int) -> _Ready:
+    """Take a layer over, and make the buffer for so many slots of a token."""
+    held = weights.take(layer)
+    shape = MoEShape(held.hidden, held.intermediate, held.experts, topk)
+    ready = _Ready(held, LocalExperts(shape, held.l1[0].device, weights=held.weights))
+    setattr(layer, _READY, ready)
+    return ready
+
+
+def _apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any, *args: Any, **kw: Any) -> Any:
+    if not _is_ours(method):
+        return original(method, layer, dispatch_output, *args, **kw)
+    ready: _Ready = getattr(layer, _READY)
+    slots = dispatch_output.topk_output[1].shape[1]
+    if slots != ready.run.shape.topk:  # shared experts in slots of their own
+        ready = _prepare(layer, slots)
+    return method.runner.run(dispatch_output, ready)

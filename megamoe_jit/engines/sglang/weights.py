@@ -1,0 +1,112 @@
+"""Experts of SGLang's layers: taken over in place once they are loaded, given back before others are loaded over them.
+
+SGLang restores a layer before it updates weights, but not before every way of doing so, and a checkpoint may have some
+experts only. So whatever is about to be written into a layer that was taken over finds all of it in SGLang's order, and
+the step that follows a load takes it over again. Addresses stay, as captured graphs need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.given_weights import PACKED_TYPES
+from megamoe_jit.engines.aside import warn_once
+from megamoe_jit.engines.held import HeldExperts, e8m0_of
+from megamoe_jit.engines.sglang.hooks import PROBE, around
+
+__all__ = ["give_back", "held_by", "hook", "take", "try_to_take"]
+
+_HELD = "_megamoe_jit_held"  #: of a layer
+_CODES, _SCALES = ("w13_weight", "w2_weight"), ("w13_weight_scale_inv", "w2_weight_scale_inv")
+_FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
+_LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+
+
+def held_by(layer: Any) -> HeldExperts | None:
+    """The experts of a layer that was taken over."""
+    return getattr(layer, _HELD, None)
+
+
+def take(layer: Any) -> HeldExperts:
+    """Take over the experts of a `FusedMoE`, in place; again after a load.
+
+    MXFP4 comes with float32 scales of groups, which are loaded again into such: what the kernel reads is in their place
+    while a layer is taken over, as a parameter, since SGLang moves experts as slices of those.
+
+    Raises:
+        ConfigError: there is no kernel for them; the layer is as it was.
+    """
+    missing = [name for name in _CODES + _SCALES if not hasattr(layer, name)]
+    if missing:
+        raise ConfigError(f"the layer has no {', '.join(missing)}; allowed: experts in FP8 or MXFP4")
+    codes, scales = ([getattr(layer, name).data for name in names] for names in (_CODES, _SCALES))
+    held = held_by(layer)
+    packed = codes[0].dtype in PACKED_TYPES
+    if packed and scales[0].dtype is not torch.uint8:
+        codes, scales = [each.view(torch.uint8) for each in codes], [e8m0_of(each) for each in scales]
+        if held is not None and held.keeps(codes[0], held.l1[1], codes[1], held.l2[1]):
+            for mine, loaded in zip((held.l1[1], held.l2[1]), scales, strict=True):
+                mine.copy_(loaded)
+            scales = [held.l1[1], held.l2[1]]
+    if held is None or not held.keeps(codes[0], scales[0], codes[1], scales[1]):
+        held = HeldExperts((codes[0], scales[0]), (codes[1], scales[1]))
+    held.to_kernel()
+    setattr(layer, _HELD, held)
+    if packed:
+        _hold_groups(layer, held)
+    return held
+
+
+def _hold_groups(layer: Any, held: HeldExperts) -> None:
+    """Have a layer's parameters be what the kernel reads of MXFP4 besides codes."""
+    for name, given in zip(_SCALES, (held.l1, held.l2), strict=True):
+        getattr(layer, name).data = given[1]
+        blocks = f"megamoe_jit_{name}_blocks"
+        if getattr(layer, blocks, None) is None:
+            layer.register_parameter(blocks, torch.nn.Parameter(given[2], requires_grad=False))
+
+
+def give_back(layer: Any) -> None:
+    """Have a layer that was taken over be as SGLang loads it; any other is left alone."""
+    held = held_by(layer)
+    if held is None:
+        return
+    held.to_plain()  # costs a look at a flag where it is so
+    for name, given in zip(_SCALES, (held.l1, held.l2), strict=True):
+        scales = getattr(layer, name)
+        if held.weights.group and scales.dtype is torch.uint8:
+            scales.data = given[1].view(torch.float8_e8m0fnu).to(torch.float32)
+
+
+def try_to_take(layer: Any) -> HeldExperts | None:
+    """`take`, or one warning and None."""
+    try:
+        return take(layer)
+    except ConfigError as error:
+        warn_once("sglang: experts", f"megamoe-jit leaves experts of this model to SGLang: {error}")
+        return None
+
+
+def hook() -> None:
+    """Have layers that were taken over given back before something is written into them."""
+    around(f"{_FP8}.restore_weights_before_loading", _restore)
+    around(f"{_LAYER}.weight_loader", _load)
+    around(f"{_LAYER}.weight_loader_fused", _load)
+
+
+def _restore(original: Callable[..., Any], method: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    if layer is PROBE:
+        return PROBE
+    give_back(layer)
+    return original(method, layer, *args, **kwargs)
+
+
+def _load(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    if layer is PROBE:
+        return PROBE
+    give_back(layer)
+    return original(layer, *args, **kwargs)

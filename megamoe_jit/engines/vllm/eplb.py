@@ -1,0 +1,41 @@
+"""Room for NCCL beside a kernel that fills the GPU, while experts are rebalanced."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from megamoe_jit.engines.vllm.quantization import NAMES
+
+__all__ = ["leave_room"]
+
+_UTILS, _WORKER, _NAME = "vllm.distributed.eplb.eplb_utils", "vllm.v1.worker.gpu_worker", "override_envs_for_eplb"
+_LIKE = "deep_gemm_mega_moe"  #: vLLM's own kernel of this kind, for which it bounds NCCL_MAX_CTAS where it must
+
+
+def leave_room() -> None:
+    """Have workers bound NCCL's blocks for this layer as vLLM does it for its own cooperative kernel.
+
+    A launch waits until it has every SM. Weights that NCCL exchanges meanwhile wait for a peer whose launch waits for
+    that exchange: without a bound both wait for ever.
+    """
+    utils = importlib.import_module(_UTILS)
+    original = getattr(utils, _NAME)
+    if getattr(original, "_megamoe_jit", False):
+        return
+
+    def override_envs_for_eplb(parallel_config: Any, moe_backend: str | None = None) -> None:
+        original(parallel_config, _LIKE if _is_chosen() else moe_backend)
+
+    override_envs_for_eplb._megamoe_jit = True  # type: ignore[attr-defined]
+    setattr(utils, _NAME, override_envs_for_eplb)
+    worker = sys.modules.get(_WORKER)
+    if worker is not None and hasattr(worker, _NAME):
+        setattr(worker, _NAME, override_envs_for_eplb)
+
+
+def _is_chosen() -> bool:
+    """Whether the model that this worker is to run has our quantisation."""
+    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    return getattr(getattr(config, "model_config", None), "quantization", None) in NAMES

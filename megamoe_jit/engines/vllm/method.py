@@ -1,0 +1,108 @@
+"""Methods of routed experts: vLLM's own load them; then weights in the kernel's order, and our experts."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit.engines.aside import LOG
+from megamoe_jit.engines.vllm import experts
+
+__all__ = ["fp8_method_class", "mxfp4_method_class"]
+
+_MOE = "vllm.model_executor.layers.fused_moe"
+_QUANT = "vllm.model_executor.layers.quantization"
+
+
+@functools.cache
+def fp8_method_class() -> Any:
+    """The class for FP8, a subclass of vLLM's, which is imported only here."""
+    base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8MoEMethod
+    backends = importlib.import_module(f"{_MOE}.oracle.fp8").Fp8MoeBackend
+
+    class MegaMoeFp8MoEMethod(base):  # type: ignore[misc]
+        """Loads as vLLM's FP8 method, runs as this layer."""
+
+        supports_pre_processed_weights = False  # those of another process have no mark of their order
+
+        def __init__(self, quant_config: Any, layer: Any) -> None:
+            super().__init__(quant_config, layer)
+            self.fp8_backend = backends.TRITON  # for the scales as the checkpoint has them
+            _choose(self, layer)
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            _run_as_one_kernel(self, layer)
+
+    return MegaMoeFp8MoEMethod
+
+
+@functools.cache
+def mxfp4_method_class() -> Any:
+    """The class for MXFP4, likewise."""
+    base: Any = importlib.import_module(f"{_QUANT}.mxfp4").Mxfp4MoEMethod
+    backends = importlib.import_module(f"{_MOE}.oracle.mxfp4").Mxfp4MoeBackend
+
+    class MegaMoeMxfp4MoEMethod(base):  # type: ignore[misc]
+        """Loads as vLLM's MXFP4 method, runs as this layer."""
+
+        supports_pre_processed_weights = False
+
+        def __init__(self, moe: Any, layer: Any, **options: Any) -> None:
+            super().__init__(moe, **options)
+            self.mxfp4_backend = backends.EMULATION  # sizes and scales as the checkpoint has them
+            _choose(self, layer)
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            _run_as_one_kernel(self, layer)
+
+    return MegaMoeMxfp4MoEMethod
+
+
+def _choose(method: Any, layer: Any) -> None:
+    """Have a method run our experts.
+
+    Raises:
+        ConfigError: there is no kernel for the layer; says each reason.
+    """
+    method.experts_cls = experts.experts_class()
+    reasons = _refusals(method.moe, layer)
+    if reasons:
+        given = "; ".join(reasons)
+        raise ConfigError(f"--quantization megamoe_jit cannot run this model: {given}. Next: without --quantization")
+
+
+def _refusals(moe: Any, layer: Any) -> list[str]:
+    """Why there is no kernel for a layer, each with what there is one for."""
+    silu = importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU
+    parallel = moe.moe_parallel_config
+    across = experts.is_across_ranks(parallel)
+    checks = (
+        (not experts.experts_class()._supports_current_device(), "this GPU; allowed: Hopper (H100, H200, H20)"),
+        (moe.activation != silu, f"activation {moe.activation}; allowed: silu"),
+        (moe.has_bias, "biases; allowed: none"),
+        (moe.is_lora_enabled, "LoRA on experts; allowed: none"),
+        (moe.swiglu_alpha is not None or moe.swiglu_beta is not None, "alpha or beta of SwiGLU; allowed: swiglu_limit"),
+        (bool(layer.apply_router_weight_on_input), "router weights on the input; allowed: on the output"),
+        (across and moe.skip_final_all_reduce, "skip_final_all_reduce; allowed: results summed over ranks"),
+        (
+            across and moe.num_experts % parallel.ep_size != 0,
+            f"{moe.num_experts} experts; allowed: as many on each rank",
+        ),
+        (
+            parallel.use_batched_activation_format,
+            f"--all2all-backend {parallel.all2all_backend}; allowed: allgather_reducescatter, which is not used",
+        ),
+    )
+    return [reason for found, reason in checks if found]
+
+
+def _run_as_one_kernel(method: Any, layer: Any) -> None:
+    """Have our experts take a layer over, and build the kernel that runs them."""
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    ours = method.experts_cls(moe_config=method.moe, quant_config=method.moe_quant_config)
+    ours.process_weights_after_loading(layer)
+    kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
+    method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config), ours)
+    LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))

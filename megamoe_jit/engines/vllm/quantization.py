@@ -1,0 +1,124 @@
+"""`--quantization megamoe_jit`: vLLM's own quantisations, with another method for routed experts.
+
+vLLM asks each quantisation that a plug-in has added whether it takes a checkpoint; this one does where it was named.
+Linear layers, attention, and whatever a checkpoint leaves unquantised are vLLM's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megamoe_jit._errors import ConfigError
+
+__all__ = ["NAME", "NAMES", "add"]
+
+NAME = "megamoe_jit"  #: what is typed
+_NAME_V4 = "megamoe_jit_deepseek_v4"  #: what it means for DeepSeek V4, whose checkpoints vLLM has a quantisation for
+NAMES = (NAME, _NAME_V4)
+_QUANT = "vllm.model_executor.layers.quantization"
+_V4 = ("deepseek_v4", "deepseek_v41")
+
+
+def add() -> None:
+    """Register the quantisation; a second time changes nothing."""
+    package = importlib.import_module(_QUANT)
+    if NAME not in package.QUANTIZATION_METHODS:
+        package.register_quantization_config(NAME)(_standing_for(NAME, _fp8_config_class))
+        package.register_quantization_config(_NAME_V4)(_standing_for(_NAME_V4, _v4_config_class))
+
+
+def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
+    """A class that is registered in place of a whole one, which is imported when a model is built: with CUDA set up."""
+    base: Any = importlib.import_module(f"{_QUANT}.base_config").QuantizationConfig
+
+    class MegaMoeConfig(base):  # type: ignore[misc]
+        """What vLLM asks of a quantisation before there is a model."""
+
+        @classmethod
+        def get_name(cls) -> str:
+            return name
+
+        @classmethod
+        def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 90
+
+        @classmethod
+        def get_config_filenames(cls) -> list[str]:
+            return []
+
+        @classmethod
+        def override_quantization_method(
+            cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
+        ) -> str | None:
+            return _chosen(hf_quant_cfg, hf_config) if name == NAME and user_quant in NAMES else None
+
+        @classmethod
+        def from_config(cls, config: Any) -> Any:
+            return whole().from_config(config)
+
+        def get_quant_method(self, layer: Any, prefix: str) -> Any:
+            raise NotImplementedError(f"{name} is made by from_config()")
+
+    return MegaMoeConfig
+
+
+@functools.cache
+def _fp8_config_class() -> Any:
+    base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8Config
+
+    class MegaMoeFp8Config(base):  # type: ignore[misc]
+        """FP8 checkpoints with blocks of 128 x 128, their routed experts in this layer."""
+
+        def get_quant_method(self, layer: Any, prefix: str) -> Any:
+            return _replaced(super().get_quant_method(layer, prefix), self, layer)
+
+    return MegaMoeFp8Config
+
+
+@functools.cache
+def _v4_config_class() -> Any:
+    base: Any = importlib.import_module("vllm.models.deepseek_v41").DeepseekV4FP8Config
+
+    class MegaMoeDeepseekV4Config(base):  # type: ignore[misc]
+        """DeepSeek V4 and V4.1: FP8 as vLLM has it, experts in MXFP4 or FP8 in this layer."""
+
+        def get_quant_method(self, layer: Any, prefix: str) -> Any:
+            return _replaced(super().get_quant_method(layer, prefix), self, layer)
+
+    return MegaMoeDeepseekV4Config
+
+
+def _chosen(checkpoint: Any, hf_config: Any) -> str:
+    """The quantisation for a checkpoint; raises `ConfigError` if there is none."""
+    found = checkpoint.get("quant_method"), checkpoint.get("weight_block_size")
+    if found[0] in ("fp8", "deepseek_v4_fp8"):
+        if getattr(hf_config, "model_type", None) in _V4:
+            return _NAME_V4
+        if list(found[1] or ()) == [128, 128]:
+            return NAME
+    raise ConfigError(
+        f"--quantization {NAME} with a checkpoint of quant_method {found[0]!r} and weight_block_size {found[1]}; "
+        "allowed: 'fp8' with [128, 128], or DeepSeek V4. Next: without --quantization"
+    )
+
+
+def _replaced(chosen: Any, config: Any, layer: Any) -> Any:
+    """Our method in place of vLLM's for routed experts in FP8 or MXFP4; any other as it is."""
+    from megamoe_jit.engines.vllm import method
+
+    name = f"{type(chosen).__module__}.{type(chosen).__name__}"
+    if name == f"{_QUANT}.fp8.Fp8MoEMethod":
+        return method.fp8_method_class()(config, layer)
+    if name == f"{_QUANT}.mxfp4.Mxfp4MoEMethod":
+        options = {key: getattr(chosen, key) for key in ("activation_key",) if hasattr(chosen, key)}
+        return method.mxfp4_method_class()(layer.moe_config, layer, **options)
+    return chosen

@@ -1,0 +1,285 @@
+"""The plug-in in vLLM's own sources: its quantisation override, its loader, and the driver of its modular kernel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MoEShape
+from megamoe_jit.engines.seams import misfits
+from megamoe_jit.engines.vllm import seams
+from tests.engines.standins import Buffer, batch, expected, experts, kernels_by_reference, packed_experts
+from tests.engines.vllm_world import VllmWorld, vllm_world
+
+SHAPE = MoEShape(256, 128, 4, 2)
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+NAME = "megamoe_jit"
+
+
+@pytest.fixture(scope="module", params=seams.TESTED)
+def release(request: pytest.FixtureRequest, folder: Path) -> Path:
+    return folder / f"vllm-{request.param}"
+
+
+@pytest.fixture
+def buffers(monkeypatch: pytest.MonkeyPatch) -> list[Buffer]:
+    return kernels_by_reference(monkeypatch)
+
+
+@pytest.fixture
+def world(release: Path, buffers: list[Buffer]):
+    with vllm_world(release) as made:
+        made.start()
+        yield made
+
+
+def loaded(world: VllmWorld, seed=0, limit=None, **parallel):
+    moe = world.moe_config(SHAPE, swiglu_limit=limit, **parallel)
+    layer = world.layer(world.chosen(NAME, FP8), moe, swiglu_limit=limit)
+    l1, l2 = experts(SHAPE, seed)
+    world.load(layer, l1, l2)
+    return layer, l1, l2
+
+
+def run(layer, of):
+    """`FusedMoEKernel.apply`, as `RoutedExperts` calls it."""
+    return layer.forward_modular(of.x, of.weights, of.ids)
+
+
+def local_ids(ids, rank):
+    first = rank * SHAPE.experts
+    return torch.where((ids >= first) & (ids < first + SHAPE.experts), ids - first, -1).to(ids.dtype)
+
+
+def test_everything_that_is_relied_upon_is_there(release):
+    assert misfits(seams.SEAMS, release / "vllm") == []
+
+
+class TestOneRank:
+    @pytest.mark.parametrize("tokens", [1, 5, 64])
+    @pytest.mark.parametrize("limit", [None, 0.7])
+    def test_the_driver_equals_the_reference(self, world, tokens, limit):
+        layer, l1, l2 = loaded(world, limit=limit)
+        of = batch(tokens, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2, limit))
+        assert not layer.quant_method.moe_kernel.output_is_reduced()
+
+    def test_int64_ids_and_padding(self, world):
+        layer, l1, l2 = loaded(world)
+        of = batch(6, SHAPE)
+        of.ids = of.ids.long()
+        of.ids[4:] = -1
+        assert torch.equal(run(layer, of), expected(of, l1, l2))
+
+    def test_batches_beyond_the_capacity(self, world, buffers):
+        layer, l1, l2 = loaded(world, tokens=100)
+        of = batch(300, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2))
+        assert buffers[0].calls == [128, 128, 44]
+
+    def test_layers_share_one_buffer_and_kernels_are_prepared_before(self, world, buffers):
+        for seed in range(2):
+            loaded(world, seed)
+        assert len(buffers) == 1
+        assert buffers[0].prepared >= 1
+
+    def test_weights_that_are_processed_elsewhere_and_copied_over(self, world):
+        layer, *_ = loaded(world)
+        before = [each.data_ptr() for each in layer.parameters()]
+        fresh, l1, l2 = loaded(world, seed=1)  # as vLLM reloads a layer under its graphs
+        for mine, new in zip(layer.parameters(), fresh.parameters(), strict=True):
+            mine.data.view(torch.uint8).copy_(new.data.view(torch.uint8))
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2))
+        assert [each.data_ptr() for each in layer.parameters()] == before
+
+    def test_experts_that_eplb_moves(self, world):
+        layer, l1, l2 = loaded(world)
+        order = torch.tensor([2, 0, 3, 1])
+        for weights in layer.get_expert_weights():
+            weights.view(torch.uint8)[:] = weights.view(torch.uint8)[order]
+        of = batch(9, SHAPE)
+        moved = [tuple(each.view(torch.uint8)[order].view(each.dtype) for each in pair) for pair in (l1, l2)]
+        assert torch.equal(run(layer, of), expected(of, *moved))
+
+
+class TestManyRanks:
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_expert_parallel_without_data_parallel(self, world, rank):
+        layer, l1, l2 = loaded(world, ranks=2, rank=rank, ep=True)
+        of = batch(9, MoEShape(256, 128, 8, 2))
+        found = run(layer, of)
+        of.ids = local_ids(of.ids, rank)
+        assert torch.equal(found, expected(of, l1, l2))
+        assert not layer.quant_method.moe_kernel.output_is_reduced()  # vLLM sums over the ranks
+
+    def test_tensor_parallel(self, world):
+        moe = world.moe_config(SHAPE, ranks=2, rank=1)
+        layer = world.layer(world.chosen(NAME, FP8), moe)
+        whole1, whole2 = experts(MoEShape(256, 256, 4, 2))
+        world.load(layer, whole1, whole2)
+        quarters = [(each, each.shape[1] // 4) for each in whole1]
+        l1 = tuple(torch.cat([each[:, n : 2 * n], each[:, 3 * n :]], 1) for each, n in quarters)
+        l2 = tuple(each[:, :, each.shape[2] // 2 :].contiguous() for each in whole2)
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2))
+
+    def test_data_and_expert_parallel_is_one_collective_launch(self, world, buffers, monkeypatch):
+        layer, *_ = loaded(world, ranks=2, rank=1, dp=2, ep=True, tokens=300)
+        seen = []
+        monkeypatch.setattr("megamoe_jit._layer.from_bf16.mega_moe_from_bf16", lambda *a, **k: seen.append((a, k)))
+        of = batch(7, MoEShape(256, 128, 8, 2))
+        run(layer, of)
+        (x, ids, weights, l1, _, buffer), options = seen[0][0], seen[0][1]
+        assert (buffer.group, buffer.shape, buffer.num_max_tokens_per_rank) == (
+            world.group, MoEShape(256, 128, 8, 2), 384
+        )  # fmt: skip
+        assert torch.equal(ids, of.ids)  # of all ranks
+        assert x is of.x
+        assert weights is of.weights
+        assert l1[0].data_ptr() == layer.w13_weight.data_ptr()
+        assert options["y"].shape == of.x.shape
+        assert layer.quant_method.moe_kernel.output_is_reduced()
+
+    def test_experts_that_are_not_rank_by_rank_are_refused(self, world):
+        moe = world.moe_config(SHAPE, ranks=2, dp=2, ep=True)
+        layer = world.layer(world.chosen(NAME, FP8), moe)
+        layer._expert_map = torch.tensor([0, -1, 1, -1, 2, -1, 3, -1], dtype=torch.int32)
+        with pytest.raises(ConfigError, match="placement-strategy linear"):
+            world.load(layer, *experts(SHAPE))
+
+    @pytest.mark.parametrize(("chosen", "bounded"), [(NAME, True), ("fp8", False)])
+    def test_eplb_leaves_nccl_room(self, world, monkeypatch, chosen, bounded):
+        monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
+        world.config.model_config.quantization = chosen
+        parallel = SimpleNamespace(
+            data_parallel_size=2, enable_eplb=True, eplb_config=SimpleNamespace(communicator="torch_nccl")
+        )
+        world.module("distributed.eplb.eplb_utils").override_envs_for_eplb(parallel, "auto")
+        assert ("NCCL_MAX_CTAS" in os.environ) is bounded
+        monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
+
+
+class TestPackedExperts:
+    """DeepSeek V4 on Hopper: MXFP4 as it is."""
+
+    def packed(self, world, seed=0, **parallel):
+        quantization = world.chosen(NAME, FP8, "deepseek_v4")
+        layer = world.layer(quantization, world.moe_config(SHAPE, swiglu_limit=10.0, **parallel), swiglu_limit=10.0)
+        l1, l2 = packed_experts(SHAPE, seed)
+        world.load(layer, *((codes.view(torch.int8), exponents) for codes, exponents in (l1, l2)))
+        return layer, l1, l2
+
+    def test_they_run_without_conversion(self, world, buffers):
+        layer, l1, l2 = self.packed(world)
+        assert layer.w13_weight.nbytes == l1[0].nbytes
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2, 10.0))
+        assert buffers[0].formats == ["mxfp4"]
+
+    def test_expert_parallel(self, world):
+        layer, l1, l2 = self.packed(world, ranks=2, rank=1, ep=True)
+        of = batch(9, MoEShape(256, 128, 8, 2))
+        found = run(layer, of)
+        of.ids = local_ids(of.ids, 1)
+        assert torch.equal(found, expected(of, l1, l2, 10.0))
+
+    def test_data_and_expert_parallel_prepares_kernels_of_the_format(self, world, buffers):
+        self.packed(world, ranks=2, dp=2, ep=True)
+        assert (buffers[0].group, buffers[0].formats) == (world.group, ["mxfp4"])
+
+    def test_experts_that_eplb_moves(self, world):
+        layer, l1, l2 = self.packed(world)
+        order = torch.tensor([2, 0, 3, 1])
+        for weights in layer.get_expert_weights():
+            weights.view(torch.uint8)[:] = weights.view(torch.uint8)[order]
+        of = batch(9, SHAPE)
+        moved = [tuple(each.view(torch.uint8)[order].view(each.dtype) for each in pair) for pair in (l1, l2)]
+        assert torch.equal(run(layer, of), expected(of, *moved, 10.0))
+
+    def test_weights_that_are_processed_elsewhere_and_copied_over(self, world):
+        layer, *_ = self.packed(world)
+        fresh, l1, l2 = self.packed(world, seed=1)
+        for mine, new in zip(layer.parameters(), fresh.parameters(), strict=True):
+            mine.data.view(torch.uint8).copy_(new.data.view(torch.uint8))
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2, 10.0))
+
+    def test_a_second_processing_changes_nothing(self, world):
+        layer, l1, l2 = self.packed(world)
+        layer.quant_method.process_weights_after_loading(layer)
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2, 10.0))
+
+    def test_its_fp8_experts_too(self, world):
+        quantization = world.chosen(NAME, FP8, "deepseek_v41")
+        world.config.model_config.hf_config.expert_dtype = "fp8"
+        layer = world.layer(quantization, world.moe_config(SHAPE))
+        l1, l2 = experts(SHAPE)
+        world.load(layer, l1, l2)
+        of = batch(3, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2))
+
+
+class TestChoice:
+    def test_nothing_is_taken_that_was_not_named(self, world):
+        assert world.chosen(None, FP8) is None
+        assert world.chosen("fp8", FP8) is None
+
+    @pytest.mark.parametrize(
+        "checkpoint",
+        [{**FP8, "weight_block_size": None}, {**FP8, "weight_block_size": [1, 32]}, {"quant_method": "awq"}],
+    )
+    def test_other_checkpoints_are_refused_with_the_reason(self, world, checkpoint):
+        with pytest.raises(ConfigError, match=r"weight_block_size .* allowed: 'fp8' with \[128, 128\]"):
+            world.chosen(NAME, checkpoint)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"has_bias": True}, "biases"),
+            ({"swiglu_alpha": 1.7}, "allowed: swiglu_limit"),
+            ({"is_lora_enabled": True}, "LoRA"),
+        ],
+    )
+    def test_layers_that_there_is_no_kernel_for_are_refused(self, world, options, said):
+        with pytest.raises(ConfigError, match=said):
+            world.layer(world.chosen(NAME, FP8), world.moe_config(SHAPE, **options))
+
+    def test_another_gpu_is_refused(self, world):
+        world.module("platforms").current_platform.is_device_capability = lambda _: False
+        with pytest.raises(ConfigError, match="allowed: Hopper"):
+            world.layer(world.chosen(NAME, FP8), world.moe_config(SHAPE))
+
+    def test_linear_layers_are_vllms_own(self, world):
+        quantization = world.chosen(NAME, FP8)
+        own = world.module("model_executor.layers.quantization.fp8")
+        linear = world.module("model_executor.layers.linear").LinearBase
+        layer = object.__new__(linear)
+        assert type(quantization.get_quant_method(layer, "a.b")) is own.Fp8LinearMethod
+
+    def test_a_second_registration_changes_nothing(self, world):
+        from megamoe_jit.engines.vllm import register
+
+        package = world.module("model_executor.layers.quantization")
+        before = dict(package._CUSTOMIZED_METHOD_TO_QUANT_CONFIG), list(package.QUANTIZATION_METHODS)
+        register()
+        assert (dict(package._CUSTOMIZED_METHOD_TO_QUANT_CONFIG), list(package.QUANTIZATION_METHODS)) == before
+
+    def test_its_own_check_of_configurations(self, world):
+        """What an engine that chooses among registered backends asks."""
+        from megamoe_jit.engines.vllm.experts import experts_class
+
+        keys = world.module("model_executor.layers.quantization.utils.quant_utils")
+        standard = world.module("model_executor.layers.fused_moe.modular_kernel").FusedMoEActivationFormat
+        ours = experts_class()
+        ask = ours.is_supported_config
+        scheme = keys.kFp8Static128BlockSym, keys.kFp8Dynamic128Sym
+        assert ask(ours, world.moe_config(SHAPE), *scheme, standard.Standard) == (True, None)
+        assert not ask(ours, world.moe_config(SHAPE), keys.kFp8StaticTensorSym, None, standard.Standard)[0]
+        assert not ask(ours, world.moe_config(SHAPE), *scheme, standard.BatchedExperts)[0]

@@ -1,0 +1,133 @@
+"""The hooks of SGLang by themselves: ours for layers that were taken over, the original for all others."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MoEShape
+from megamoe_jit.engines.across import _buffers
+from megamoe_jit.engines.sglang import mega, weights
+from megamoe_jit.engines.sglang.hooks import PROBE, unreached
+from tests.engines.standins import batch, expected, experts, kernels_by_reference
+
+SHAPE = MoEShape(256, 128, 4, 2)
+SIZES = {"num_experts": 4, "num_max_tokens_per_rank": 100, "num_topk": 2, "hidden": 256, "intermediate_hidden": 128}
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    monkeypatch.setattr(mega, "_all_in_place", lambda: True)
+    monkeypatch.setattr(mega, "_formats", {})
+    _buffers.clear()
+    yield kernels_by_reference(monkeypatch)
+    _buffers.clear()
+
+
+def layer(seed=0):
+    l1, l2 = experts(SHAPE, seed)
+    names = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")
+    tensors = {
+        name: torch.nn.Parameter(each.clone(), requires_grad=False) for name, each in zip(names, l1 + l2, strict=True)
+    }
+    return SimpleNamespace(**tensors), l1, l2
+
+
+def original(*args, **kwargs):
+    return ("original", args, kwargs)
+
+
+def test_a_layer_from_loading_to_running(buffers):
+    made, l1, l2 = layer()
+    assert not mega._is_available(lambda _: False, made)
+    mega._build(original, made)
+    assert mega._is_available(lambda _: False, made)
+    assert made._mega_moe_weights_built
+    buffer = mega._buffer(original, None, **SIZES, mma_type="fp8xfp4")
+    of = batch(5, SHAPE)
+    found = mega._run(
+        original,
+        made,
+        of.x,
+        of.ids,
+        of.weights,
+        buffer,
+        5,
+        hidden_size=256,
+        activation_clamp=0.0,
+        routed_scaling_factor=2.0,
+    )
+    assert torch.equal(found, expected(of, l1, l2, 0.0, 2.0))
+
+
+def test_others_go_where_they_went(buffers):
+    other = SimpleNamespace()
+    arguments = (other, 1, 2, 3, 4, 5)
+    options = {"hidden_size": 6, "activation_clamp": 7, "routed_scaling_factor": 8}
+    assert mega._run(original, *arguments, **options) == ("original", arguments, options)
+    assert mega._is_available(lambda _: "theirs", other) == "theirs"
+    name, given, more = mega._buffer(original, "group", **SIZES, mma_type="x", activation="situ")
+    assert (name, given, more) == (
+        "original",
+        ("group", 4, 100, 2, 256, 128, 0),
+        {"mma_type": "x", "activation": "situ"},
+    )
+
+
+def test_without_all_hooks_nothing_is_taken_over(buffers, monkeypatch):
+    monkeypatch.setattr(mega, "_all_in_place", lambda: False)
+    made, l1, _ = layer()
+    assert mega._build(original, made)[0] == "original"
+    assert weights.held_by(made) is None
+    assert torch.equal(made.w13_weight.view(torch.uint8), l1[0].view(torch.uint8))
+
+
+def test_shared_experts_in_the_kernel_are_refused_by_name(buffers):
+    mega._build(original, layer()[0])
+    with pytest.raises(ConfigError, match="num_shared_experts = 1"):
+        mega._buffer(original, None, **SIZES, num_shared_experts=1, mma_type="fp8xfp4")
+
+
+def test_loading_finds_plain_experts(buffers):
+    made, l1, _ = layer()
+    mega._build(original, made)
+    seen = []
+    for hook in (
+        lambda: weights._load(lambda *_: seen.append(1), made),
+        lambda: weights._restore(original, None, made),
+    ):
+        mega._build(original, made)
+        hook()
+        assert torch.equal(made.w13_weight.view(torch.uint8), l1[0].view(torch.uint8))
+    assert seen == [1]
+
+
+def test_memory_that_was_exchanged_is_taken_over_anew(buffers):
+    made, *_ = layer()
+    mega._build(original, made)
+    other, *_ = layer(seed=1)
+    first = weights.held_by(made)
+    for name in ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv"):
+        getattr(made, name).data = getattr(other, name).data
+    mega._build(original, made)
+    assert weights.held_by(made) is not first
+    assert weights.held_by(made).ready
+
+
+def test_every_hook_answers_a_probe():
+    hooks = (mega._build, mega._build_packed, mega._is_available, mega._buffer, mega._run, weights._load)
+    assert all(hook(original, PROBE) is PROBE for hook in hooks)
+    assert weights._restore(original, None, PROBE) is PROBE
+
+
+def test_what_is_not_hooked_is_found(monkeypatch):
+    here = "tests.unit.engines.probed"
+    module = SimpleNamespace(hooked=lambda *given: given[-1], plain=lambda *_: None, raises=lambda: None)
+    import sys
+
+    monkeypatch.setitem(sys.modules, here, module)
+    targets = [(f"{here}:{name}", before) for name, before in (("hooked", 1), ("plain", 0), ("raises", 0), ("gone", 0))]
+    assert unreached(targets) == [f"{here}:plain", f"{here}:raises", f"{here}:gone"]
