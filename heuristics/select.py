@@ -184,7 +184,7 @@ def choose(
 def all_variants(
     shape: MoEShape, weights: WeightFormat = FP8, *, ranks: int = 1, most: int = MAX_TOKENS
 ) -> tuple[Variant, ...]:
-    """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles.
+    """Every variant that some token count of `shape` can pick, whatever the GPU and the threshold: what a warmup compiles.
 
     Args:
         shape: Sizes of the layer.
@@ -194,7 +194,11 @@ def all_variants(
     """
     if weights is not FP8:
         counts = (0, most, *(1 << i for i in range(most.bit_length())))
-        picked = {choose(shape, tokens, weights=weights, ranks=ranks).variant for tokens in counts}
+        picked = {
+            choose(shape, tokens, weights=weights, ranks=ranks, cooperative_threshold=threshold).variant
+            for tokens in counts
+            for threshold in (None, 0)  # the other end of what a setting may say
+        }
         return tuple(variant for variant in Variant if variant in picked)
     wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
     for table in tables():
