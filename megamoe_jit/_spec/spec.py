@@ -27,6 +27,7 @@ from megamoe_jit._spec.abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._spec.checks import check, check_fields, check_flag, check_int
+from megamoe_jit._spec.expanded import ExpandedParts
 from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
@@ -205,6 +206,13 @@ class KernelSpec:
     def staged(self) -> WeightFormat:
         """The format of weights in the pipeline stages."""
         return FP8_E5M2 if self.variant.expands or self.variant.packed else self.weights
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Memory in which it expands weights before it multiplies them; 0 if it does not."""
+        if not self.variant.expands:
+            return 0
+        return sum(ExpandedParts.of(self.shape.hidden, self.shape.intermediate, self.local_experts))
 
     @property
     def threads(self) -> int:
