@@ -185,7 +185,7 @@ def choose(
 def all_variants(
     shape: MoEShape, weights: WeightFormat = FP8, *, ranks: int = 1, most: int = MAX_TOKENS
 ) -> tuple[Variant, ...]:
-    """Every variant that some token count of `shape` can pick, whatever the GPU and the threshold: what a warmup compiles.
+    """Every variant that some token count of `shape` can pick, whatever GPU and threshold: what a warmup compiles.
 
     Args:
         shape: Sizes of the layer.

@@ -157,7 +157,9 @@ def test_plan_counts_the_memory_that_weights_are_expanded_in():
     assert few.expanded_bytes == memory_plan(shape, 8192, ranks=8).expanded_bytes == 0
     assert many.expanded_bytes == 32 * 3 * 4096 * 2048 + 32 * (16 + 16) * 4
     assert memory_plan(shape, 8192, ranks=8, weights="mxfp4", variant="unpack").expanded_bytes == 0
-    shown = invoke("plan", "--shapes", "v4-flash", "--tokens", "8192", "--ranks", "8", "--weight-format", "mxfp4").stdout
+    shown = invoke(
+        "plan", "--shapes", "v4-flash", "--tokens", "8192", "--ranks", "8", "--weight-format", "mxfp4"
+    ).stdout
     assert f"expanded        {many.expanded_bytes}" in shown
     total = many.buffer_bytes + many.weight_bytes + many.expanded_bytes + many.output_bytes
     assert f"total          {total}" in shown
