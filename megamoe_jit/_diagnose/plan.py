@@ -202,7 +202,7 @@ def memory_plan(
     stored = WeightFormat.parse(weights)
     numerics, room, beyond = DEFAULT_NUMERICS, tokens, None
     if ways is not None and ways.nodes > 1:
-        shape, beyond = between(shape, tokens, ranks, ways)
+        shape, beyond = between(shape, tokens, ranks, ways, stored)
         room, numerics = beyond.most_rows, Numerics(float32_out=beyond.partial == "fp32")
     layout = buffer_layout(shape, room, ranks)
     full = Case(name, shape, ranks, layout.capacity if beyond is None else tokens, weights)
