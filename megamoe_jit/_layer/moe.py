@@ -134,8 +134,9 @@ class MegaMoE(ModuleState):
         self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
         self.shared_weight, self.num_shared_experts = check_shared_weight(shared_weight, shape.shared), shape.shared
         self._spread = topology is not None
-        leased = _workspaces.lease if topology is None else require_topology(topology).lease
-        self._lease = leased(shape, max_tokens, device, workspace)  # refuses before weights are quantised
+        wanted = shape, max_tokens, device, workspace  # refused before weights are quantised
+        spread = None if topology is None else require_topology(topology)
+        self._lease = _workspaces.lease(*wanted) if spread is None else spread.lease(*wanted, stored)
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
