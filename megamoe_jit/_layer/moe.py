@@ -46,7 +46,7 @@ class MegaMoE(ModuleState):
 
     Args:
         w13: gate rows then up rows of each expert: bf16, float16 or float32 ``[experts, 2 * intermediate, hidden]``
-            on a CUDA device, which is then the layer's; or a pair of e4m3 codes of that shape and float32 scales
+            on a CUDA device, which is then the layer's; or a pair of e4m3 or e5m2 codes of that shape and fp32 scales
             ``[experts, 2 * intermediate / 128, hidden / 128]``; or MXFP4 codes, two to a byte, low nibble first, uint8,
             int8 or float4_e2m1fn_x2 ``[experts, 2 * intermediate, hidden / 2]`` and e8m0 exponents, float8_e8m0fnu or
             uint8 ``[experts, 2 * intermediate, hidden / 32]``. Sizes are multiples of 128. What is marked as being in
@@ -58,7 +58,7 @@ class MegaMoE(ModuleState):
         clamp: bounds the gate from above and the up projection on both sides, above 0; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         inplace: keep pairs where they are, and bring their codes into the kernel's order there, instead of in a copy.
-        weight_format: "fp8" or "mxfp4", to be sure that the weights are that; None for what they are.
+        weight_format: "fp8", "mxfp4" or "fp8e5m2", to be sure that the weights are that; None for what they are.
         rounding: "nearest" rounds MXFP4 values that are too small beside others of their block of 128 x 128, which None
             refuses; see `transform_weights_for_mega_moe_sm90`.
         num_shared_experts: experts that every token goes to beside, in the same launch: those of `shared_w13` and
