@@ -41,9 +41,11 @@ class ExpandedWeights:
             with torch.inference_mode(False):
                 self.memory = torch.empty(wanted, dtype=torch.uint8, device=place.device)
         except torch.OutOfMemoryError as error:
+            # several ranks prepare all variants that their tokens may lead to
+            other = "a buffer for fewer tokens" if place.ranks > 1 else 'variant = "unpack"'
             raise ConfigError(
                 f"{experts} experts of {shape} need {wanted} bytes to expand their weights in: {first_line(error)}; "
-                'allowed: as much memory, or variant = "unpack", which needs none'
+                f"allowed: as much memory, or {other}, which needs none"
             ) from None
         torch.cuda.synchronize(place.device)  # who had it before is done, whatever stream comes first
 

@@ -221,6 +221,7 @@ def test_memory_to_expand_weights_in_is_there_on_all_ranks_or_on_none(heard: lis
     other, own = (rank["expansions"] for rank in heard)
     assert own["full"].startswith("ConfigError: 2 experts of MoEShape(")
     assert f"need {EXPANDED} bytes to expand their weights in: no room; allowed: " in own["full"]
+    assert own["full"].endswith("or a buffer for fewer tokens, which needs none")
     assert other["full"] == f"MegaMoeError: preparing the kernels failed on rank 1: {own['full']}"
     for rank in (other, own):
         assert (rank["bound"], rank["room"], rank["alone"]) == (0, "nothing", "nothing")
