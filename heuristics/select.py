@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import FP8, FP8_E5M2, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
+from megamoe_jit._spec import FP8, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
+from megamoe_jit._spec.expanded import ExpandedParts
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
@@ -175,7 +176,7 @@ def choose(
     reasons.append(f"rows_per_item {rows_per_item}: {rows} token-slots {sign} {FEW_ROWS}")
     every = EXPAND_EVERY if picked.expands else 0
     if every:
-        room = shape.experts_of(ranks) // ranks * FP8_E5M2.expert_code_bytes(shape.hidden, shape.intermediate)
+        room = sum(ExpandedParts.of(shape.hidden, shape.intermediate, shape.experts_of(ranks) // ranks))
         reasons.append(f"expand_every {every}: {num_sms // every} of {num_sms} blocks expand weights first")
         reasons.append(f"they are expanded to {room} bytes of memory, which the layers of a buffer share")
     return Choice(picked, tuple(reasons), lag_tiles, rows_per_item, every)
@@ -184,7 +185,7 @@ def choose(
 def all_variants(
     shape: MoEShape, weights: WeightFormat = FP8, *, ranks: int = 1, most: int = MAX_TOKENS
 ) -> tuple[Variant, ...]:
-    """Every variant that some token count of `shape` can pick, whatever the GPU: what a warmup compiles.
+    """Every variant that some token count of `shape` can pick, whatever GPU and threshold: what a warmup compiles.
 
     Args:
         shape: Sizes of the layer.
@@ -194,7 +195,11 @@ def all_variants(
     """
     if weights is not FP8:
         counts = (0, most, *(1 << i for i in range(most.bit_length())))
-        picked = {choose(shape, tokens, weights=weights, ranks=ranks).variant for tokens in counts}
+        picked = {
+            choose(shape, tokens, weights=weights, ranks=ranks, cooperative_threshold=threshold).variant
+            for tokens in counts
+            for threshold in (None, 0)  # the other end of what a setting may say
+        }
         return tuple(variant for variant in Variant if variant in picked)
     wanted = {choose(shape, 0).variant, choose(shape, MAX_TOKENS).variant}
     for table in tables():

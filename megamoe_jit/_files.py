@@ -7,14 +7,15 @@ of gigabytes. None of these may hang a command, or take its memory.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megamoe_jit._text import human_bytes
 
-__all__ = ["SMALL", "read_plain", "read_text", "read_toml", "stays_inside"]
+__all__ = ["SMALL", "file_sha256", "read_plain", "read_text", "read_toml", "stays_inside"]
 
 SMALL = 1 << 20  #: bytes; what people write is kilobytes
 _TOML_BYTES = 1 << 18
@@ -76,6 +77,12 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("values are nested too deep") from None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file of the package's own, in hexadecimal; `OSError` if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _must_be_plain(status: os.stat_result, path: str) -> bool:

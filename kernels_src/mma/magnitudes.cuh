@@ -8,7 +8,8 @@ namespace megamoe {
 struct Magnitudes {
     u32 low, high;
 
-    /// `exponent`: 16 more than that of the power; 3 to 29.  A step of it is 4 in the byte of every magnitude but zero.
+    /// `exponent`: 16 more than that of the power.  A step of it is 4 in the byte of every magnitude but zero, which stays zero.
+    /// 0 to 32, as long as the magnitudes that are in use are normal numbers of e5m2; others may wrap.  Any byte for zeros alone.
     MEGA_DEVICE explicit Magnitudes(u32 exponent)
         : low(exponent * 0x04040400u + (0x3E3C3800u - 16 * 0x04040400u)),
           high(exponent * 0x04040404u + (0x46444240u - 16 * 0x04040404u)) {}

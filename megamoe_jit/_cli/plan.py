@@ -44,6 +44,8 @@ def _text(plan: Planned) -> str:
         Part("weight", plan.weight_bytes, f"{plan.weights}, this rank's experts"),
         Part("output", plan.output_bytes, "bf16 y"),
     ]
+    if plan.expanded_bytes:
+        totals.insert(2, Part("expanded", lanes * plan.expanded_bytes, "weights of one layer, for all of a buffer"))
     if plan.between is not None:
         totals.insert(1, Part("between", plan.between.staging_bytes, "this rank's tokens, results under way"))
     capacity = f"{plan.capacity} tokens"

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from megamoe_jit._documents import Count, Figure, Says
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._nodes.model import cost, rows_per_token
-from megamoe_jit._spec import BLOCK, MAX_TOKENS, MoEShape
+from megamoe_jit._nodes.model import check_format, cost, rows_per_token
+from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, MoEShape, WeightFormat
 
 __all__ = ["Between", "Ways", "between"]
 
@@ -66,7 +66,9 @@ class Between:
     reasons: tuple[str, ...]
 
 
-def between(shape: MoEShape, tokens: int, ranks: int, ways: Ways) -> tuple[MoEShape, Between]:
+def between(
+    shape: MoEShape, tokens: int, ranks: int, ways: Ways, weights: WeightFormat = FP8
+) -> tuple[MoEShape, Between]:
     """The layer of one node, and what is between it and the others.
 
     Args:
@@ -74,10 +76,13 @@ def between(shape: MoEShape, tokens: int, ranks: int, ways: Ways) -> tuple[MoESh
         tokens: of each rank, padded.
         ranks: of a node.
         ways: what is asked for, with two nodes or more.
+        weights: the format of the weights.
 
     Raises:
-        ConfigError: the ranks do not share the experts evenly, or a launch would have more rows than there can be.
+        ConfigError: the ranks do not share the experts evenly, a launch would have more rows than there can be, or
+            weights cannot be of this format.
     """
+    check_format(weights)
     nodes, everyone = ways.nodes, ways.nodes * ranks
     if shape.experts % everyone:
         raise ConfigError(f"{shape.experts} experts on {nodes} nodes of {ranks} ranks; allowed: evenly")

@@ -197,7 +197,7 @@ def explain(
     """
     beyond = None
     if ways is not None and ways.nodes > 1:
-        shape, beyond = between(shape, tokens, ranks, ways)
+        shape, beyond = between(shape, tokens, ranks, ways, WeightFormat.parse(weights))
         numerics = replace(numerics, float32_out=beyond.partial == "fp32")
     case = Case(name, shape, ranks, tokens, weights)
     choice = taken = choice_for(case, variant, num_sms, gpu)

@@ -85,6 +85,7 @@ class Planned(Case):
         capacity: tokens that the buffer holds
         pool_rows: rows that the pools hold
         full_call: the variant of a call that fills the buffer
+        expanded_bytes: in which a variant has packed weights while a call runs; all layers of a buffer share it
         symmetric: what peers may read or write
         local: what this rank alone uses
         between: with several nodes, how rows travel; shape and buffer are those of a node then, one for each lane
@@ -99,6 +100,7 @@ class Planned(Case):
     local_bytes: Count
     buffer_bytes: Count
     weight_bytes: Count
+    expanded_bytes: Count
     output_bytes: Count
     kernels: tuple[Launch, ...]
     between: Between | None = None
@@ -115,19 +117,29 @@ class PlanDocument(AskedFor, Document):
 
 def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
     """The shared memory of a block by part, in the order of `layout/shared.cuh`; the sum is `shared_bytes`."""
-    stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
+    stages, slots, experts, pieces = spec.stages, spec.dispatch_slots, spec.local_experts, spec.variant.packed
     parts = [
         ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
         (
             "weights",
-            stages * spec.weights.code_bytes(BLOCK_N, BLOCK),
-            f"{stages} stages of {spec.weights.what} [{BLOCK_N}, {BLOCK}]",
+            stages * spec.staged.code_bytes(BLOCK_N, BLOCK),
+            f"{stages} stages of {spec.staged.what} [{BLOCK_N}, {BLOCK}]",
         ),
-        ("exponents", stages * spec.weights.exponent_bytes(BLOCK_N, BLOCK), f"{stages} stages, of groups of weights"),
+        ("exponents", stages * spec.staged.exponent_bytes(BLOCK_N, BLOCK), f"{stages} stages, of groups of weights"),
+        (
+            "packed",
+            pieces * spec.weights.stream_bytes(BLOCK_N, BLOCK),
+            f"{pieces} k-blocks of {spec.weights.what} with exponents, before they are unpacked",
+        ),
         ("staging", MATH_WARPS * STAGING_BYTES, "2 KiB for each of the eight math warps"),
         ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
         ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
-        ("barriers", stages * 16 + TILE_SLOTS * 24 + slots * 8, "of stages, tile slots and dispatch slots"),
+        ("packed scales", pieces * 16, f"{pieces} of f32 [4]"),
+        (
+            "barriers",
+            stages * 16 + TILE_SLOTS * 24 + slots * 8 + pieces * 16,
+            "of stages, tile slots and dispatch slots" + (", and of packed k-blocks" if pieces else ""),
+        ),
         ("tile slots", TILE_SLOTS * TILE_BYTES, f"ring of {TILE_SLOTS} announced tiles"),
         ("words", 64, "words shared by the warps of a block"),
         ("expert table", 4 * experts + 8 * (experts + 1) + 2 * experts, "rows, first rows, first items, ids"),
@@ -190,12 +202,13 @@ def memory_plan(
     stored = WeightFormat.parse(weights)
     numerics, room, beyond = DEFAULT_NUMERICS, tokens, None
     if ways is not None and ways.nodes > 1:
-        shape, beyond = between(shape, tokens, ranks, ways)
+        shape, beyond = between(shape, tokens, ranks, ways, stored)
         room, numerics = beyond.most_rows, Numerics(float32_out=beyond.partial == "fp32")
     layout = buffer_layout(shape, room, ranks)
     full = Case(name, shape, ranks, layout.capacity if beyond is None else tokens, weights)
     picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu)
-    variants = all_variants(shape, stored, ranks=ranks) if variant == AUTO else (picked.variant,)
+    reachable = all_variants(shape, stored, ranks=ranks, most=layout.capacity)
+    variants = reachable if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks, numerics=numerics, weights=stored) for each in variants]
     return Planned(
         **content(replace(full, tokens=tokens)),
@@ -208,6 +221,7 @@ def memory_plan(
         local_bytes=layout.local_bytes,
         buffer_bytes=layout.total_bytes,
         weight_bytes=stored.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
+        expanded_bytes=max(spec.expanded_bytes for spec in specs),
         output_bytes=tokens * shape.hidden * 2,
         kernels=tuple(_launch(spec, num_sms) for spec in specs),
         between=beyond,

@@ -18,9 +18,10 @@ from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
 from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
+from megamoe_jit._files import file_sha256
 from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
-from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, file_sha256, opened, sha256, write_tar
+from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, opened, sha256, write_tar
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.stage import StageSpec

@@ -20,8 +20,9 @@ from typing import Any, Self
 from megamoe_jit._cache.entry import CUBIN, LIMIT, META, SOURCE, Damaged, OtherSchema, is_key, verify_files
 from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._errors import PackError
+from megamoe_jit._files import file_sha256
 
-__all__ = ["FILES", "KIND", "MANIFEST", "entries_in", "file_sha256", "opened", "sha256", "write_tar"]
+__all__ = ["FILES", "KIND", "MANIFEST", "entries_in", "opened", "sha256", "write_tar"]
 
 KIND = "megamoe-jit-pack"
 MANIFEST = "manifest.json"
@@ -175,11 +176,6 @@ def _contents(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, lim
         raise PackError(f"{path}: {member.name!r} has {member.size} bytes; allowed: {limit}")
     with archive.extractfile(member) or io.BytesIO() as file:
         return file.read()
-
-
-def file_sha256(path: Path) -> str:
-    with _plain(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(entry: dict[str, Any]) -> int:

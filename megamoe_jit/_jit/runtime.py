@@ -113,7 +113,7 @@ def enumerate_specs(
         numerics: all numeric options of the calls, instead of `fast_math`.
         inputs: "staged" for calls whose inputs are in the buffer before; "raw" for those that stage themselves, as
             `MegaMoE` does, and for `stage`; None for all.
-        weights: the format of the weights of the calls, "fp8" or "mxfp4".
+        weights: the name of the format of the weights of the calls, "fp8", "mxfp4" or "fp8e5m2".
 
     Returns:
         The kernels, each once; those that stage in a launch of their own are `StageSpec`s, and serve all shapes.

@@ -116,7 +116,7 @@ class SymmBuffer(LayerMemory):
             variant: the name of a `Variant`, or it.
             fast_math: the argument of the calls to come, or all their numeric options.
             raw: the kernel that stages bf16 inputs itself, as `MegaMoE` launches it.
-            weight_format: of the weights of the calls to come, "fp8" or "mxfp4".
+            weight_format: of the weights of the calls to come: "fp8", "mxfp4" or "fp8e5m2".
 
         Returns:
             The kernel as this buffer launches it.
@@ -137,7 +137,7 @@ class SymmBuffer(LayerMemory):
 
         Args:
             fast_math: the argument of the calls to come.
-            weight_format: of their weights, "fp8" or "mxfp4".
+            weight_format: of their weights: "fp8", "mxfp4" or "fp8e5m2".
 
         Raises:
             ConfigError: the buffer was destroyed, or there is no such format.

@@ -8,8 +8,7 @@ from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.params import Params
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.memory import Place
-from megamoe_jit._spec.abi import BLOCK_N
-from megamoe_jit._spec.formats import FP8_E5M2
+from megamoe_jit._spec.expanded import ExpandedParts
 from megamoe_jit._text import first_line
 
 __all__ = ["ExpandedWeights"]
@@ -36,24 +35,23 @@ class ExpandedWeights:
             "the memory that packed weights are expanded in cannot be made",
             'call the buffer\'s prepare("prefill", weight_format="mxfp4") before the capture',
         )
-        first = experts * FP8_E5M2.code_bytes(2 * shape.intermediate, shape.hidden)
-        second = experts * FP8_E5M2.code_bytes(shape.hidden, shape.intermediate)
-        columns = 2 * shape.intermediate // BLOCK_N + -(-shape.hidden // BLOCK_N)
-        wanted = first + second + experts * columns * 4
+        self._parts = ExpandedParts.of(shape.hidden, shape.intermediate, experts)
+        wanted = sum(self._parts)
         try:
             with torch.inference_mode(False):
                 self.memory = torch.empty(wanted, dtype=torch.uint8, device=place.device)
         except torch.OutOfMemoryError as error:
+            # several ranks prepare all variants that their tokens may lead to
+            other = "a buffer for fewer tokens" if place.ranks > 1 else 'variant = "unpack"'
             raise ConfigError(
                 f"{experts} experts of {shape} need {wanted} bytes to expand their weights in: {first_line(error)}; "
-                'allowed: as much memory, or variant = "unpack", which needs none'
+                f"allowed: as much memory, or {other}, which needs none"
             ) from None
         torch.cuda.synchronize(place.device)  # who had it before is done, whatever stream comes first
-        self._parts = first, first + second
 
     def show(self, params: Params) -> None:
         """Write its addresses where the kernel looks for them."""
         base = self.memory.data_ptr()
         params.weight1 = params.expanded1 = base
-        params.weight2 = params.expanded2 = base + self._parts[0]
-        params.expanded = base + self._parts[1]
+        params.weight2 = params.expanded2 = base + self._parts.first
+        params.expanded = params.expanded2 + self._parts.second

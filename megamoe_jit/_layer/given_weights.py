@@ -23,11 +23,12 @@ __all__ = [
     "FORMAT_BY_TYPE",
     "WeightTensors",
     "as_bytes",
-    "check_exponents",
     "by_old_names",
+    "check_exponents",
     "check_pairs",
     "check_plain_mxfp4",
     "chosen_experts",
+    "e8m0_of",
     "format_of",
     "format_of_call",
     "readable_scales",
@@ -44,6 +45,20 @@ E8M0_TYPES = (torch.float8_e8m0fnu, torch.uint8)
 #: By the dtype of codes.
 FORMAT_BY_TYPE = {torch.float8_e4m3fn: FP8, torch.float8_e5m2: FP8_E5M2, **dict.fromkeys(PACKED_TYPES, MXFP4)}
 _CODES = "float8_e4m3fn or float8_e5m2 with float32 scales, or uint8 with e8m0 exponents (MXFP4)"
+
+
+def e8m0_of(scales: torch.Tensor) -> torch.Tensor:
+    """Exponents as bytes of scales that are powers of two, in any dtype; e8m0 already are these themselves.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    if scales.dtype in E8M0_TYPES:
+        return scales.view(torch.uint8)
+    found = scales.to(torch.float8_e8m0fnu)
+    if not torch.equal(found.to(torch.float32), scales.to(torch.float32)):
+        raise ConfigError("scales of MXFP4 are not all powers of two; allowed: 2 ** -127 to 2 ** 127, as e8m0 has them")
+    return found.view(torch.uint8)
 
 
 def require_tensors(name: str, given: object, most: int = 3) -> WeightTensors:

@@ -17,6 +17,7 @@ from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec import FP8, KernelSpec, Variant, WeightFormat
+from megamoe_jit._spec.abi import THREADS
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import shown
@@ -36,10 +37,10 @@ def sm_count(device: torch.device) -> int:
 def sort_blocks(pairs: int) -> int:
     """Blocks that sort so many (token, slot) pairs at the head of a launch.
 
-    Few at first, one pair for each of a block's 384 threads: a second round costs 0.6 us. Each block also sums what
-    all others counted, so beyond 16 there are more only where a block would have more than 2048 pairs.
+    Few at first, one pair for each of a block's threads without helpers: a second round costs 0.6 us. Each block also
+    sums what all others counted, so beyond 16 there are more only where a block would have more than 2048 pairs.
     """
-    return max(1, min(MAX_SORT_BLOCKS, max(min(-(-pairs // 384), 16), -(-pairs // 2048))))
+    return max(1, min(MAX_SORT_BLOCKS, max(min(-(-pairs // THREADS), 16), -(-pairs // 2048))))
 
 
 _Kind = tuple[Variant, Numerics, Inputs, WeightFormat]  #: a kernel of one shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_shared_weight, require_topology
 from megamoe_jit._layer.from_mxfp4 import check_rounding
 from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.module_state import ModuleState
 from megamoe_jit._layer.plain_weights import (
-    FLOATS,
-    Matrix,
     check_format,
     check_layer,
     check_matrix,
@@ -28,9 +26,6 @@ from megamoe_jit._layer.plain_weights import (
     format_given,
     in_order,
     own_pair,
-    parts,
-    read_matrix,
-    write_matrix,
 )
 from megamoe_jit._layer.serving import serve, serve_spread
 from megamoe_jit._layer.stage import stage
@@ -46,12 +41,12 @@ def _held_names(weights: WeightFormat) -> tuple[tuple[str, ...], tuple[str, ...]
     return first, second
 
 
-class MegaMoE(torch.nn.Module):
+class MegaMoE(ModuleState):
     """One MoE layer on one GPU, as a module of torch: floating-point tensors in, bf16 out.
 
     Args:
         w13: gate rows then up rows of each expert: bf16, float16 or float32 ``[experts, 2 * intermediate, hidden]``
-            on a CUDA device, which is then the layer's; or a pair of e4m3 codes of that shape and float32 scales
+            on a CUDA device, which is then the layer's; or a pair of e4m3 or e5m2 codes of that shape and fp32 scales
             ``[experts, 2 * intermediate / 128, hidden / 128]``; or MXFP4 codes, two to a byte, low nibble first, uint8,
             int8 or float4_e2m1fn_x2 ``[experts, 2 * intermediate, hidden / 2]`` and e8m0 exponents, float8_e8m0fnu or
             uint8 ``[experts, 2 * intermediate, hidden / 32]``. Sizes are multiples of 128. What is marked as being in
@@ -63,7 +58,7 @@ class MegaMoE(torch.nn.Module):
         clamp: bounds the gate from above and the up projection on both sides, above 0; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         inplace: keep pairs where they are, and bring their codes into the kernel's order there, instead of in a copy.
-        weight_format: "fp8" or "mxfp4", to be sure that the weights are that; None for what they are.
+        weight_format: "fp8", "mxfp4" or "fp8e5m2", to be sure that the weights are that; None for what they are.
         rounding: "nearest" rounds MXFP4 values that are too small beside others of their block of 128 x 128, which None
             refuses; see `transform_weights_for_mega_moe_sm90`.
         num_shared_experts: experts that every token goes to beside, in the same launch: those of `shared_w13` and
@@ -102,7 +97,6 @@ class MegaMoE(torch.nn.Module):
     """
 
     _lease: Any
-    l1_codes: torch.Tensor
     l2_codes: torch.Tensor
 
     @torch.no_grad()
@@ -140,8 +134,9 @@ class MegaMoE(torch.nn.Module):
         self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
         self.shared_weight, self.num_shared_experts = check_shared_weight(shared_weight, shape.shared), shape.shared
         self._spread = topology is not None
-        leased = _workspaces.lease if topology is None else require_topology(topology).lease
-        self._lease = leased(shape, max_tokens, device, workspace)  # refuses before weights are quantised
+        wanted = shape, max_tokens, device, workspace  # refused before weights are quantised
+        spread = None if topology is None else require_topology(topology)
+        self._lease = _workspaces.lease(*wanted) if spread is None else spread.lease(*wanted, stored)
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside
@@ -181,11 +176,6 @@ class MegaMoE(torch.nn.Module):
     def buffer(self) -> SymmBuffer:
         """What calls are staged in, which other layers may use too: a `SymmBuffer`, or a `MultiNodeBuffer`."""
         return self._lease.buffer  # type: ignore[no-any-return]
-
-    @property
-    def _held(self) -> tuple[str, ...]:
-        """The names of the buffers that hold the weights."""
-        return self._names[0] + self._names[1]
 
     @property
     def l1(self) -> WeightTensors:
@@ -288,75 +278,6 @@ class MegaMoE(torch.nn.Module):
         for name, weights in changed.items():
             matrix, held = known[name]
             self._write(matrix, weights, held)  # type: ignore[arg-type]
-
-    def _parts(self) -> list[tuple[Matrix, WeightTensors]]:
-        return parts(self.l1, self.l2, self.num_shared_experts)
-
-    def _write(self, matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors) -> None:
-        refuse_capture("weights cannot be loaded", "load them before the capture")
-        with self.buffer.lock:
-            self.buffer.wait_for_last()  # a kernel on another stream may still read them
-            write_matrix(matrix, given, held, self._rounded)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if torch.compiler.is_exporting():  # an exported program keeps them as they are, as constants
-            return
-        refuse_capture("weights cannot be read", "read them before the capture")
-        for matrix, held in self._parts():
-            destination.update(zip(self._keys(prefix, matrix), read_matrix(matrix, held), strict=True))
-
-    def _keys(self, prefix: str, matrix: Matrix) -> tuple[str, str]:
-        """Under which a matrix in the plain order stands in a state dict: codes, and what they are multiplied with."""
-        return prefix + matrix.name, f"{prefix}{matrix.name}_{WeightFormat.parse(self.weight_format).part_names[1]}"
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        others: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
-        for matrix, held in self._parts():
-            names = self._keys(prefix, matrix)
-            values, factors = (state_dict.get(name) for name in names)
-            if values is None:
-                missing_keys += [name for name in names if strict and name not in state_dict]
-            else:
-                plain = factors is None and isinstance(values, torch.Tensor) and values.dtype in FLOATS
-                given: Any = values if plain else (values, factors)
-                try:
-                    check_same(matrix.name, given, held, self._rounded)
-                    self._write(matrix, given, held)
-                except ConfigError as error:
-                    error_msgs.append(f'While loading "{names[0]}": {error}')
-            others = [name for name in others if name not in names]
-        unexpected_keys += others
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MegaMoE:
-        """What `to()`, `half()`, `cuda()`, `cpu()` and `to_empty()` do to each tensor: nothing to the weights.
-
-        Raises:
-            ConfigError: it would move them.
-        """
-        here = self.l1_codes.device
-        there = fn(torch.empty(0, dtype=torch.bfloat16, device=here)).device
-        if there != here:
-            raise ConfigError(
-                f"a MegaMoE cannot be moved from {here} to {there}: kernels, the buffer and captured graphs know its "
-                f"weights by address; allowed: {here}, or a layer made there out of this one's state_dict()"
-            )
-        held = {name: self._buffers.pop(name) for name in self._held}
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            return self
-        finally:
-            self._buffers.update(held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MegaMoE:
         """A layer with weights of its own, in the same workspace; with a buffer of its own if this one has one."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megamoe_jit._device.capture import refuse_capture
+from megamoe_jit._device.capture import is_capturing, refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_expert_ids, check_tensor
 from megamoe_jit._layer.given_weights import WeightTensors
@@ -20,7 +20,7 @@ from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
 from megamoe_jit._nodes.exchange import Arrived, Batch, Exchange
 from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.lanes import Dispatched
-from megamoe_jit._nodes.memory import MultiNodeMemory, capturing
+from megamoe_jit._nodes.memory import MultiNodeMemory
 from megamoe_jit._nodes.overlap import overlapped
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import check_clamp
@@ -220,7 +220,7 @@ class MultiNodeBuffer(MultiNodeMemory):
 
     def _exchange(self, rows: int) -> Exchange:
         """That of a call."""
-        return self.choices.pick(rows, self.device.type == "cuda" and capturing())
+        return self.choices.pick(rows, self.device.type == "cuda" and is_capturing())
 
     def _comm_stream(self) -> Any:
         if self._stream is None and self.device.type == "cuda":
@@ -240,7 +240,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         self.topology.roll_call.calls += 1
         if rows > tokens:
             self.topk_idx[tokens:rows].fill_(-1)
-        if get_settings().debug and not (self.device.type == "cuda" and capturing()):
+        if get_settings().debug and not (self.device.type == "cuda" and is_capturing()):
             require_equal(self.topology.group, "the rows of a call", {"padded_tokens": rows if not self._alone else 0})
             check_expert_ids(self.topk_idx[:tokens], self.num_experts)
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from megamoe_jit._device.wait import wait_for_device
-from megamoe_jit._errors import ConfigError, MegaMoeError
+from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._layer.local_experts import mask_rows
 from megamoe_jit._nodes.exchange import Arrived, Rows
+from megamoe_jit._nodes.model import check_format
 from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, Variant
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import all_variants
@@ -71,9 +72,7 @@ class Experts:
 
     def check_call(self, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
         """Raise `ConfigError` unless such a call can be launched."""
-        stored = format_of_call(l1)
-        if stored is not FP8:
-            raise ConfigError(f"{stored.name} weights on several nodes; allowed: fp8 (`fp8_from_mxfp4` makes them)")
+        check_format(format_of_call(l1))
         choice, _ = self.buffer.kernels.choose(rows, options.variant, options.num_sms)
         spec = self.buffer.spec(choice.variant, self.numerics(options.fast_math))
         check_weights(l1, l2, spec, self.buffer.device)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+from megamoe_jit._device.capture import is_capturing
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError, PeerTimeoutError
 from megamoe_jit._layer.group import collectively
@@ -19,7 +20,7 @@ from megamoe_jit._nodes.loss import UNASKED, Watch, loss
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._spec import MAX_TOKENS, MoEShape
 
-__all__ = ["MultiNodeMemory", "capturing"]
+__all__ = ["MultiNodeMemory"]
 
 ABORT_S = 3.0  #: for NCCL to end what is under way, after a loss
 
@@ -126,7 +127,7 @@ class MultiNodeMemory:
         if self.device.type != "cuda":
             return
         faults = any(experts.has_fault() for experts in self._all_experts())
-        if not self._alone and not faults and not capturing():
+        if not self._alone and not faults and not is_capturing():
             watch = Watch(self.topology, self.choices, self.device, self.timeout_s)
             lost = self._experts.wait(watch)
             if lost is not None:
@@ -176,11 +177,3 @@ class MultiNodeMemory:
 
     def __exit__(self, *_: object) -> None:
         self.destroy()
-
-
-def capturing() -> bool:
-    """Whether the current stream is capturing; a context that is broken is not."""
-    try:
-        return torch.cuda.is_current_stream_capturing()
-    except RuntimeError:  # the context is broken already
-        return False

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import comb
 
-from megamoe_jit._spec import BLOCK, MoEShape
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import BLOCK, FP8, MoEShape, WeightFormat
 
-__all__ = ["Cost", "Network", "chunks_for", "cost", "rows_per_expert", "rows_per_token", "sent_bytes"]
+__all__ = ["Cost", "Network", "check_format", "chunks_for", "cost", "rows_per_expert", "rows_per_token", "sent_bytes"]
 
 ROWS_PER_CHUNK = 250  #: of each expert, from which a chunk keeps the kernel as busy as a whole call does
 MOST_CHUNKS = 4
@@ -55,6 +56,12 @@ class Cost:
     kernel_us: float
     total_us: float
     reasons: tuple[str, ...]
+
+
+def check_format(weights: WeightFormat) -> None:
+    """Raise `ConfigError` unless weights of this format can be on several nodes."""
+    if weights is not FP8:
+        raise ConfigError(f"{weights.name} weights on several nodes; allowed: fp8 (`fp8_from_mxfp4` makes them)")
 
 
 def rows_per_token(exchange: str, nodes: int, shape: MoEShape) -> float:

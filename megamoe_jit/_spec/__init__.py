@@ -6,20 +6,12 @@ and text; torch only where a weight format is asked for a dtype or to pack. A ke
 has its own module here.
 """
 
+from megamoe_jit._spec.abi import MAX_RANKS
 from megamoe_jit._spec.checks import check_clamp, check_flag, check_int
 from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, MXFP4, WeightFormat
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.spec import (
-    BLOCK,
-    DEFAULT_NUMERICS,
-    MAX_EXPERTS,
-    MAX_RANKS,
-    MAX_SIZE,
-    MAX_TOKENS,
-    MAX_TOPK,
-    KernelSpec,
-    MoEShape,
-)
+from megamoe_jit._spec.shape import BLOCK, MAX_EXPERTS, MAX_SIZE, MAX_TOKENS, MAX_TOPK, MoEShape
+from megamoe_jit._spec.spec import DEFAULT_NUMERICS, KernelSpec
 from megamoe_jit._spec.variants import Variant
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: the shape, the variant, and the shared memory that follows from them.
+"""What a kernel is compiled for: shape, variant and the rest, and the shared memory that follows from them.
 
 A kernel is specialised per (hidden, intermediate, experts, top-k, variant, ranks, numeric options).  Token count,
 capacity, SM count, timeout and clamp are run-time values, so one compiled kernel serves every batch.
@@ -7,11 +7,10 @@ capacity, SM count, timeout and clamp are run-time values, so one compiled kerne
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from megamoe_jit._documents import Count
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.abi import (
     BLOCK_N,
@@ -19,7 +18,6 @@ from megamoe_jit._spec.abi import (
     GROUP,
     MATH_WARPS,
     MAX_RANKS,
-    QUANT_BLOCK,
     SHARED_LIMIT,
     STAGING_BYTES,
     THREADS,
@@ -27,28 +25,15 @@ from megamoe_jit._spec.abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._spec.checks import check, check_fields, check_flag, check_int
+from megamoe_jit._spec.expanded import ExpandedParts
 from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.shape import BLOCK, MAX_EXPERTS, MoEShape
 from megamoe_jit._spec.variants import Variant
 
-__all__ = [
-    "BLOCK",
-    "DEFAULT_NUMERICS",
-    "MAX_EXPERTS",
-    "MAX_RANKS",
-    "MAX_SIZE",
-    "MAX_TOKENS",
-    "MAX_TOPK",
-    "KernelSpec",
-    "MoEShape",
-]
+__all__ = ["DEFAULT_NUMERICS", "KernelSpec"]
 
-MAX_TOPK = 32
-MAX_SIZE = 262144  #: of hidden and intermediate; kernels for larger ones spill
-MAX_EXPERTS = 1024
-MAX_TOKENS = 32768
-BLOCK = QUANT_BLOCK  #: quantisation block, in both directions
 TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
@@ -56,62 +41,6 @@ MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS, MAX_STAGES = 2, 8, 8
 _NAME = re.compile(
     r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})(?:_s(\d{1,9}))?_r(\d{1,9})((?:_[a-z0-9]+)*)"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class MoEShape:
-    """Sizes of one MoE layer.
-
-    Attributes:
-        hidden: columns of a token, a multiple of 128 up to 262144.
-        intermediate: columns between the two products, likewise.
-        experts: that the router chooses from, those of all ranks, 1 to 1024.
-        topk: slots of a token that the router fills, 1 to 32.
-        shared: experts of the same sizes that every token goes to beside, 0 or more; each rank has all of them.
-
-    Raises:
-        ConfigError: a size is not supported.
-    """
-
-    hidden: Count
-    intermediate: Count
-    experts: Count
-    topk: Count
-    shared: Count = 0
-
-    def __post_init__(self) -> None:
-        check_int("hidden", self.hidden)
-        check_int("intermediate", self.intermediate)
-        check_int("experts", self.experts)
-        check_int("topk", self.topk)
-        check_int("shared", self.shared)
-        for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
-            fits = 0 < size <= MAX_SIZE and size % BLOCK == 0
-            check(fits, name, size, f"a multiple of 128 from 128 to {MAX_SIZE}")
-        check(1 <= self.experts <= MAX_EXPERTS, "experts", self.experts, f"1 to {MAX_EXPERTS}")
-        check(1 <= self.topk <= MAX_TOPK, "topk", self.topk, f"1 to {MAX_TOPK}")
-        most = min(MAX_TOPK - self.topk, MAX_EXPERTS - self.experts)
-        limits = f"{MAX_TOPK} slots and {MAX_EXPERTS} experts with those of the router"
-        check(0 <= self.shared <= most, "shared", self.shared, f"0 to {most}, for {limits}")
-
-    @property
-    def slots(self) -> int:
-        """Rows that a token is sent as: those of the router, then those of shared experts."""
-        return self.topk + self.shared
-
-    @property
-    def routed(self) -> MoEShape:
-        """The same layer without shared experts."""
-        return replace(self, shared=0) if self.shared else self
-
-    def experts_of(self, ranks: int) -> int:
-        """Experts whose weights live on all of so many ranks: each has the shared ones."""
-        return self.experts + self.shared * ranks
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; without `shared` where there are none."""
-        sizes = asdict(self)
-        return sizes if self.shared else {name: size for name, size in sizes.items() if name != "shared"}
 
 
 @dataclass(frozen=True, init=False)
@@ -205,6 +134,13 @@ class KernelSpec:
     def staged(self) -> WeightFormat:
         """The format of weights in the pipeline stages."""
         return FP8_E5M2 if self.variant.expands or self.variant.packed else self.weights
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Memory in which it expands weights before it multiplies them; 0 if it does not."""
+        if not self.variant.expands:
+            return 0
+        return sum(ExpandedParts.of(self.shape.hidden, self.shape.intermediate, self.local_experts))
 
     @property
     def threads(self) -> int:

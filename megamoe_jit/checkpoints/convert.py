@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import CheckpointError, ConfigError
-from megamoe_jit._files import read_text
+from megamoe_jit._files import file_sha256, read_text
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.checkpoints.converted import FORMATS, Layer, config_of, layers_of
 from megamoe_jit.checkpoints.documents import Converted, ConvertedFile
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.stored import model_of
-from megamoe_jit.checkpoints.writing import PARTIAL, digest_of, writing
+from megamoe_jit.checkpoints.writing import PARTIAL, writing
 
 __all__ = ["convert"]
 
@@ -142,7 +142,7 @@ class _State:
 
     def add(self, path: Path) -> dict[str, Any]:
         """Enter a finished file; what is known of it."""
-        known = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
+        known = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         self.files[path.name] = known
         _write_json(self._path, {**self._job, "files": self.files})
         return known
@@ -156,7 +156,7 @@ def _write_json(path: Path, content: object) -> None:
 
 def _verify(path: Path, known: dict[str, Any]) -> None:
     try:
-        found = path.stat().st_size, digest_of(path)
+        found = path.stat().st_size, file_sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove the folder") from None
     if found != (known["bytes"], known["sha256"]):

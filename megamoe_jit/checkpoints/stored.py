@@ -137,22 +137,6 @@ class Stored:
     def _tensor(self, name: str, expert: int) -> torch.Tensor:
         return self._files.read_range(name, range(expert, expert + 1))[0] if self.fused else self._files.read(name)
 
-    def bytes_of_expert(self) -> int:
-        """Bytes that an expert takes in the files."""
-        parts = self._parts[min(self._parts)]
-        names = [name for part in self._shapes for kind, name in parts[part].items() if kind in ("weight", "scale")]
-        return sum(_bytes(self._one(name)) for name in names)
-
-
-_SIZES = {"F32": 4, "BF16": 2, "F16": 2}
-
-
-def _bytes(entry: Entry) -> int:
-    count = _SIZES.get(entry.dtype, 1)
-    for n in entry.shape:
-        count *= n
-    return count
-
 
 def _kind_of(what: str, weight: Entry, scale: Entry | None) -> tuple[Kind, tuple[int, int]]:
     """How a matrix is stored, by dtypes and shapes alone, and its sizes."""

@@ -6,7 +6,6 @@ A file has its name when all of it is on disk; until then it is `NAME.partial`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import struct
@@ -18,7 +17,7 @@ import torch
 
 from megamoe_jit.checkpoints.files import Entry
 
-__all__ = ["Writer", "bytes_of", "digest_of", "nbytes", "writing"]
+__all__ = ["Writer", "bytes_of", "nbytes", "writing"]
 
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
 _ALIGNED = 64  #: of the first byte behind the header, so that tensors mapped from the file may be used as they lie
@@ -77,9 +76,3 @@ def writing(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from megamoe_jit._layer.weights import (
 )
 from megamoe_jit._spec import MoEShape, WeightFormat
 
-__all__ = ["HeldExperts", "e8m0_of"]
+__all__ = ["HeldExperts"]
 
 
 class HeldExperts:
@@ -115,17 +115,3 @@ def _kept(old: WeightTensors, new: WeightTensors) -> WeightTensors:
         old[2].copy_(new[2])
         return old
     return (*old[:2], *new[2:])
-
-
-def e8m0_of(scales: torch.Tensor) -> torch.Tensor:
-    """Exponents as bytes of scales that are powers of two, in any dtype; e8m0 already are these themselves.
-
-    Raises:
-        ConfigError: one is none.
-    """
-    if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        return scales.view(torch.uint8)
-    found = scales.to(torch.float8_e8m0fnu)
-    if not torch.equal(found.to(torch.float32), scales.to(torch.float32)):
-        raise ConfigError("scales of MXFP4 are not all powers of two; allowed: 2 ** -127 to 2 ** 127, as e8m0 has them")
-    return found.view(torch.uint8)

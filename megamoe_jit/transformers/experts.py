@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.given_weights import WeightTensors, e8m0_of
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._text import shown
 from megamoe_jit.reference import activate
@@ -97,11 +97,10 @@ def _scales(module: Any, name: str) -> torch.Tensor:
 
 def _exponents(module: Any, name: str, what: str) -> torch.Tensor:
     """Scales of MXFP4 as e8m0, which they are, or are made of powers of two."""
-    scales = _scales(module, name)
-    made = scales.to(torch.float8_e8m0fnu)
-    if made.dtype is not scales.dtype and not torch.equal(made.float(), scales.float()):
-        raise ConfigError(f"{what} has pairs of FP4 whose scales are no powers of two; allowed: MXFP4")
-    return made
+    try:
+        return e8m0_of(_scales(module, name)).view(torch.float8_e8m0fnu)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from None
 
 
 @torch.no_grad()

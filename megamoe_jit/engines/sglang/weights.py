@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.given_weights import PACKED_TYPES
+from megamoe_jit._layer.given_weights import PACKED_TYPES, e8m0_of
 from megamoe_jit.engines.aside import warn_once
-from megamoe_jit.engines.held import HeldExperts, e8m0_of
+from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.sglang.hooks import PROBE, around
 
 __all__ = ["give_back", "held_by", "hook", "take", "try_to_take"]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megamoe_jit._cli.convert import convert
+from megamoe_jit.checkpoints.converted import FORMATS
 from tests.checkpoints import Model, model
 from tests.commandline import checked, run
 
@@ -13,6 +15,11 @@ from tests.commandline import checked, run
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model("deepseek-v4").write(tmp_path_factory.mktemp("v4"))
+
+
+def test_convert_offers_what_can_be_written():
+    (option,) = (each for each in convert.params if each.name == "weight_format")
+    assert tuple(option.type.choices) == FORMATS
 
 
 def test_inspect_checkpoint(folder: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ from megamoe_jit._diagnose.plan import memory_plan, shared_parts
 from megamoe_jit._errors import ConfigError, LoadError, ToolchainError
 from megamoe_jit._jit.runtime import get_kernel, kernel_key
 from megamoe_jit._settings.settings import VARIABLES, override
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec.formats import FP8, MXFP4
 from megamoe_jit.heuristics.presets import preset, preset_names
 from tests.commandline import PINGPONG, SIZES, checked, keys_of, run, warm_cache
 
@@ -33,6 +33,11 @@ ALL_SPECS = [
     for variant in Variant.reading(FP8)
     for ranks in (1, preset(name).ranks)
     for fast in (True, False)
+]
+PACKED_SPECS = [
+    KernelSpec(preset(name).shape, variant, preset(name).ranks, weights=MXFP4)
+    for name in preset_names()
+    for variant in Variant.reading(MXFP4)
 ]
 
 
@@ -119,7 +124,7 @@ def test_wrong_usage(words: tuple[str, ...], says: str):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.kernel_name)
+@pytest.mark.parametrize("spec", [*ALL_SPECS, *PACKED_SPECS], ids=lambda spec: spec.kernel_name)
 def test_the_parts_of_shared_memory_are_all_of_it(spec: KernelSpec):
     parts = {part.name: part.bytes for part in shared_parts(spec)}
     assert sum(parts.values()) == spec.shared_bytes
@@ -143,6 +148,21 @@ def test_plan_adds_up():
     assert found.kernels[0].grid == (132, 1, 1)
     (only,) = memory_plan(shape, 1000, variant="cooperative", num_sms=78).kernels
     assert (only.variant, only.grid) == ("cooperative", (78, 1, 1))
+
+
+def test_plan_counts_the_memory_that_weights_are_expanded_in():
+    shape = preset("v4-flash").shape
+    few, many = (memory_plan(shape, tokens, ranks=8, weights="mxfp4") for tokens in (8, 8192))
+    assert [kernel.variant for kernel in few.kernels] == ["decode", "unpack"], "what so small a buffer prepares"
+    assert few.expanded_bytes == memory_plan(shape, 8192, ranks=8).expanded_bytes == 0
+    assert many.expanded_bytes == 32 * 3 * 4096 * 2048 + 32 * (16 + 16) * 4
+    assert memory_plan(shape, 8192, ranks=8, weights="mxfp4", variant="unpack").expanded_bytes == 0
+    shown = invoke(
+        "plan", "--shapes", "v4-flash", "--tokens", "8192", "--ranks", "8", "--weight-format", "mxfp4"
+    ).stdout
+    assert f"expanded        {many.expanded_bytes}" in shown
+    total = many.buffer_bytes + many.weight_bytes + many.expanded_bytes + many.output_bytes
+    assert f"total          {total}" in shown
 
 
 def test_plan_shows_every_section():

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.given_weights import e8m0_of
 from megamoe_jit._layer.weights import is_transformed
 from megamoe_jit._spec import FP8, MXFP4, MoEShape
 from megamoe_jit.engines.across import _buffers, buffer_across
-from megamoe_jit.engines.held import HeldExperts, e8m0_of
+from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.local import LocalExperts
 from tests.engines.standins import batch, expected, experts, kernels_by_reference, packed_experts
 

@@ -18,9 +18,10 @@ from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
 from megamoe_jit._cache.metadata import dump_metadata
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._jit import pack as _pack
+from megamoe_jit._jit.lookup import Fit, entries_of
 from megamoe_jit._jit.pack import export_pack, import_pack, read_pack
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FORMATS, MXFP4, KernelSpec, MoEShape, Variant
 from tests.stubs import fake_kernel, kernel_of_spec
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
@@ -150,6 +151,28 @@ def test_choice_of_what_to_export(here):
     assert export_pack(here / "k.tar", cache=KernelCache(here / "cache", read_only=True)).keys == tuple(
         sorted((KEY, OTHER, third[0]))
     )
+
+
+@pytest.mark.parametrize("variant", Variant.reading(MXFP4), ids=str)
+def test_a_kernel_of_packed_weights_travels_and_is_taken_for_no_other(here, variant):
+    spec = KernelSpec(SPEC.shape, variant, weights=MXFP4)
+    others = [
+        KernelSpec(SPEC.shape, other, weights=stored)
+        for stored in FORMATS.values()
+        for other in Variant.reading(stored)
+        if (other, stored) != (variant, MXFP4)
+    ]
+    kept = kernel_of_spec(spec, "12.8")  # by another compiler than the one here
+    user_cache().store(*kept)
+    info = export_pack(here / "k.tgz", [spec])
+    assert (info.keys, info.kernels) == ((kept[0],), (spec.kernel_name,))
+    assert import_pack(here / "k.tgz", here / "new").imported == info.keys
+    with override(cache_dir=here / "empty", readonly_cache=(here / "new",)):
+        given = readonly_caches()
+        assert [(found.key, found.fit) for found in entries_of(spec, given)] == [(kept[0], Fit.LOADS)]
+        assert [found for other in others for found in entries_of(other, given)] == []
+        with pytest.raises(KernelMissingError, match=f"run: megamoe-jit warmup .*--variant {others[0].variant.value}"):
+            export_pack(here / "l.tgz", others[0])
 
 
 def test_damaged_entry_is_not_exported(here):

@@ -12,15 +12,19 @@ import torch.distributed as dist
 
 import megamoe_jit as mm
 from megamoe_jit._check.spawn import World, describe, run_ranks
+from megamoe_jit._check.weights import make_weights
 from megamoe_jit._layer import admit as _admit
 from megamoe_jit._layer import bound_kernel as _bound_kernel
 from megamoe_jit._layer import kernel_set as _kernel_set
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import MXFP4, MoEShape
+from megamoe_jit._spec.expanded import ExpandedParts
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-SHAPE, ZEROS = MoEShape(256, 128, 4, 2), torch.zeros
+SHAPE, ZEROS, EMPTY = MoEShape(256, 128, 4, 2), torch.zeros, torch.empty
+EXPANDED = sum(ExpandedParts.of(256, 128, 2))  #: bytes, of the two experts of a rank
 
 
 def outcome(action) -> str:
@@ -117,8 +121,58 @@ def prepared_calls(world: World) -> dict[str, str]:
     if world.rank == world.ranks - 1:
         heard["prepared"] = outcome(lambda: mm.fp8_mega_moe(**call, variant="cooperative"))
         heard["exact"] = outcome(lambda: mm.fp8_mega_moe(**call, fast_math=False))
+    _admit.collectively = _kernel_set.collectively = collective
     it.destroy()
     return heard
+
+
+def packed(shape: MoEShape, capacity: int) -> tuple[SymmBuffer, dict[str, object]]:
+    """A buffer whose kernels load, and the arguments of its calls but for the output; their weights are MXFP4."""
+    it = SymmBuffer(shape, capacity, torch.device("cpu"), dist.group.WORLD)
+    own = make_weights(MoEShape(256, 128, shape.experts // it.ranks, 2), "cpu", weights=MXFP4)
+    l1, l2 = mm.transform_weights_for_mega_moe_sm90(own.l1, own.l2)
+    return it, {"l1_weights": l1, "l2_weights": l2, "sym_buffer": it}
+
+
+def rows(tokens: int) -> torch.Tensor:
+    return torch.zeros(tokens, 256, dtype=torch.bfloat16)
+
+
+def expansions(world: World) -> dict[str, object]:
+    """First calls of few tokens and many, where the last rank has no memory to expand weights in, and then has it."""
+    it, call = packed(SHAPE, 512)
+    launched: list[str] = []
+    it.launch = lambda plan, *_: launched.append(plan.kernel.spec.variant.value)
+    last, heard = world.rank == world.ranks - 1, {}
+
+    def empty(*sizes: Any, **options: Any) -> torch.Tensor:
+        if last and sizes == (EXPANDED,):
+            raise torch.OutOfMemoryError("no room\nmore")
+        return EMPTY(*sizes, **options)
+
+    torch.empty = empty
+    heard["full"] = outcome(lambda: mm.fp8_mega_moe(rows(3), **call))
+    heard["bound"] = len(it.kernels.bound)
+    torch.empty = EMPTY
+    heard["room"] = outcome(lambda: mm.fp8_mega_moe(rows(500 if last else 3), **call))
+    heard["bytes"] = it.kernels.expanded.memory.numel()
+    collectives = _admit.collectively, _kernel_set.collectively
+    _admit.collectively = _kernel_set.collectively = lambda *_: 1 / 0
+    heard["alone"] = outcome(lambda: mm.fp8_mega_moe(rows(3 if last else 500), **call))
+    _admit.collectively, _kernel_set.collectively = collectives
+    it.destroy()
+    return {**heard, "launched": launched}
+
+
+def thresholds(world: World) -> dict[str, object]:
+    """First calls where a setting has one rank take another variant than any count of so small a buffer would."""
+    it, call = packed(MoEShape(256, 128, 16, 2), 128)
+    launched: list[str] = []
+    it.launch = lambda plan, *_: launched.append(plan.kernel.spec.variant.value)
+    with override(cooperative_threshold=2):
+        said = outcome(lambda: mm.fp8_mega_moe(rows(1 + 2 * world.rank), **call))
+    it.destroy()
+    return {"said": said, "launched": launched}
 
 
 def allocations(world: World) -> list[str]:
@@ -132,7 +186,8 @@ def allocations(world: World) -> list[str]:
 def on_rank(world: World) -> dict[str, object]:
     """All of them in one process: most of the time goes into its start."""
     without_a_gpu()
-    return {each.__name__: each(world) for each in (first_calls, prepared_calls, allocations)}
+    steps = (first_calls, prepared_calls, expansions, thresholds, allocations)
+    return {each.__name__: each(world) for each in steps}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +215,23 @@ def test_once_prepared_or_in_a_capture_ranks_do_not_meet(heard: list[dict[str, A
     assert first["capture"].startswith("CaptureError: kernels of several ranks are prepared collectively")
     assert (last["prepared"], last["launched"]) == ("nothing", "megamoe_cooperative_h256_i128_e4_k2_r2_fast")
     assert last["exact"] == "RankMismatchError: a collective", "other kernels than those that are prepared"
+
+
+def test_memory_to_expand_weights_in_is_there_on_all_ranks_or_on_none(heard: list[dict[str, Any]]):
+    other, own = (rank["expansions"] for rank in heard)
+    assert own["full"].startswith("ConfigError: 2 experts of MoEShape(")
+    assert f"need {EXPANDED} bytes to expand their weights in: no room; allowed: " in own["full"]
+    assert own["full"].endswith("or a buffer for fewer tokens, which needs none")
+    assert other["full"] == f"MegaMoeError: preparing the kernels failed on rank 1: {own['full']}"
+    for rank in (other, own):
+        assert (rank["bound"], rank["room"], rank["alone"]) == (0, "nothing", "nothing")
+        assert rank["bytes"] == EXPANDED, "also where only few tokens came"
+    assert (other["launched"], own["launched"]) == (["decode", "prefill"], ["prefill", "decode"])
+
+
+def test_ranks_that_a_threshold_sets_apart_have_the_same_kernels(heard: list[dict[str, Any]]):
+    said = [(rank["thresholds"]["said"], rank["thresholds"]["launched"]) for rank in heard]
+    assert said == [("nothing", ["decode"]), ("nothing", ["unpack"])]
 
 
 def test_memory_that_one_rank_lacks_is_an_error_on_all(heard: list[dict[str, Any]]):

@@ -38,6 +38,13 @@ def test_the_model_gives_what_the_page_says(nodes: int, tokens: int, kernel: flo
     assert found.total_us == pytest.approx(total, rel=0.01)
 
 
+@pytest.mark.parametrize("verb", [("explain", "--tokens", "64"), ("plan", "--tokens", "64"), ("warmup", "--dry-run")])
+def test_weights_that_no_node_could_be_called_with_are_refused(verb: tuple[str, ...]):
+    words = (*verb, "--shapes", "v4-flash", "--ranks", "8", "--weight-format", "mxfp4")
+    assert "mxfp4 weights on several nodes; allowed: fp8" in run(*words, "--nodes", "2", code=2)
+    run(*words)
+
+
 def test_rows_on_the_wire_are_those_of_the_combinatorics():
     assert [rows_per_token("gather", nodes, PRO) for nodes in (2, 4, 8)] == [1, 3, 7]
     assert [round(rows_per_token("exact", nodes, PRO), 2) for nodes in (2, 4, 8)] == [0.98, 2.47, 3.88]

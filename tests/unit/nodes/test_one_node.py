@@ -14,7 +14,7 @@ from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.rail import TorchRail
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import Variant
+from megamoe_jit._spec import FP8, Variant
 from megamoe_jit._spec.numerics import Numerics
 from tests.unit.layer.test_calls import DRAWN, HERE, L1, L2, SHAPE, Cuda, refused
 from tests.unit.layer.test_moe import compute, expected, inputs
@@ -214,7 +214,7 @@ def test_a_module_of_a_topology_goes_its_own_way(cuda: Cuda):
         return Lease()
 
     layer = mm.MegaMoE(DRAWN.l1, DRAWN.l2, topk=2, max_tokens=128, clamp=3.0, topology=SimpleNamespace(lease=lease))
-    assert calls.pop() == (SHAPE, 128, HERE, "shared")
+    assert calls.pop() == (SHAPE, 128, HERE, "shared", FP8)
     x, ids, weights = inputs(3)
     assert layer(x, ids, weights, 9) is x
     *batch, l1, l2, clamp, fast, padded = calls.pop()

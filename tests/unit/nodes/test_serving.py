@@ -7,7 +7,8 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit._bench.measure_nodes import _row
-from megamoe_jit._check.scenarios import Scenario
+from megamoe_jit._check.scenarios import Scenario, make_weights
+from megamoe_jit._spec import MXFP4
 from tests.unit.layer.test_calls import DRAWN, HERE, SHAPE, Cuda, refused
 from tests.unit.layer.test_moe import compute, expected, inputs
 
@@ -50,6 +51,14 @@ def test_a_buffer_that_is_given_stays(cuda: Cuda):
     ):
         refused(lambda given=asked: topology.lease(*given), says)
     refused(lambda: mm.NodeTopology(None).lease(SHAPE, 64, HERE, buffer), "of this topology")
+
+
+def test_a_layer_of_packed_weights_is_refused_before_there_is_a_buffer(cuda: Cuda):
+    packed = make_weights(SHAPE, "cpu", weights=MXFP4)
+    topology = mm.NodeTopology(None)
+    given = {"topk": 2, "max_tokens": 128, "topology": topology}
+    refused(lambda: mm.MegaMoE(packed.l1, packed.l2, **given), "mxfp4 weights on several nodes; allowed: fp8")
+    assert topology._shared == {}
 
 
 def test_a_layer_is_served(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
