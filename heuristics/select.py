@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import FP8, FP8_E5M2, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
 from megamoe_jit._spec.variants import AUTO
-from megamoe_jit._text import shown
+from megamoe_jit._text import human_bytes, shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
@@ -177,7 +177,7 @@ def choose(
     if every:
         room = shape.experts_of(ranks) // ranks * FP8_E5M2.expert_code_bytes(shape.hidden, shape.intermediate)
         reasons.append(f"expand_every {every}: {num_sms // every} of {num_sms} blocks expand weights first")
-        reasons.append(f"they are expanded to {room} bytes of memory, which the layers of a buffer share")
+        reasons.append(f"they are expanded to {human_bytes(room)} of memory, which the layers of a buffer share")
     return Choice(picked, tuple(reasons), lag_tiles, rows_per_item, every)
 
 

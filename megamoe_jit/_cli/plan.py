@@ -44,6 +44,9 @@ def _text(plan: Planned) -> str:
         Part("weight", plan.weight_bytes, f"{plan.weights}, this rank's experts"),
         Part("output", plan.output_bytes, "bf16 y"),
     ]
+    if plan.expanded_bytes:
+        whose = "for two buffers" if lanes > 1 else "shared by the layers of a buffer"
+        totals.insert(2, Part("expanded", lanes * plan.expanded_bytes, f"weights as prefill expands them, {whose}"))
     if plan.between is not None:
         totals.insert(1, Part("between", plan.between.staging_bytes, "this rank's tokens, results under way"))
     capacity = f"{plan.capacity} tokens"

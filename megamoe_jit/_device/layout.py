@@ -9,9 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe_jit._spec import BLOCK, MoEShape
-from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Meeting
+from megamoe_jit._spec.abi import BLOCK_N, COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Meeting
+from megamoe_jit._spec.formats import FP8_E5M2
 
-__all__ = ["ALIGN", "CAPACITY_STEP", "DEFAULT_POOL_ROWS", "MAX_SORT_BLOCKS", "BufferLayout", "Section", "buffer_layout"]
+__all__ = [
+    "ALIGN",
+    "CAPACITY_STEP",
+    "DEFAULT_POOL_ROWS",
+    "MAX_SORT_BLOCKS",
+    "BufferLayout",
+    "Section",
+    "buffer_layout",
+    "expanded_parts",
+]
 
 ALIGN = 1024  #: every section starts at a multiple of this
 CAPACITY_STEP = 128  #: token capacity is rounded up to a multiple of this
@@ -135,3 +145,16 @@ def buffer_layout(
         ]
     )
     return BufferLayout(symmetric, local, tokens, rows, pool, pairs)
+
+
+def expanded_parts(shape: MoEShape, experts: int) -> tuple[int, int, int]:
+    """Bytes in which a kernel that expands packed weights has them: codes of both matrices, counters of columns.
+
+    Args:
+        shape: sizes of the layer.
+        experts: those whose weights are on this rank.
+    """
+    first = FP8_E5M2.code_bytes(2 * shape.intermediate, shape.hidden)
+    second = FP8_E5M2.code_bytes(shape.hidden, shape.intermediate)
+    columns = 2 * shape.intermediate // BLOCK_N + -(-shape.hidden // BLOCK_N)
+    return experts * first, experts * second, experts * columns * 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamoe_jit._device.layout import Section, buffer_layout
+from megamoe_jit._device.layout import Section, buffer_layout, expanded_parts
 from megamoe_jit._diagnose.between import Between, Ways, between
 from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor, Case, choice_for
 from megamoe_jit._documents import Count, Document, content
@@ -87,6 +87,7 @@ class Planned(Case):
         full_call: the variant of a call that fills the buffer
         symmetric: what peers may read or write
         local: what this rank alone uses
+        expanded_bytes: of packed weights that a kernel of these expands in memory, which the layers of a buffer share
         between: with several nodes, how rows travel; shape and buffer are those of a node then, one for each lane
     """
 
@@ -99,6 +100,7 @@ class Planned(Case):
     local_bytes: Count
     buffer_bytes: Count
     weight_bytes: Count
+    expanded_bytes: Count
     output_bytes: Count
     kernels: tuple[Launch, ...]
     between: Between | None = None
@@ -157,6 +159,12 @@ def _launch(spec: KernelSpec, num_sms: int) -> Launch:
     )
 
 
+def _expanded(specs: list[KernelSpec]) -> int:
+    """The memory in which weights are expanded, if a kernel of these does that."""
+    expanding = [spec for spec in specs if spec.variant.expands]
+    return sum(expanded_parts(expanding[0].shape, expanding[0].local_experts)) if expanding else 0
+
+
 def memory_plan(
     shape: MoEShape,
     tokens: int,
@@ -195,7 +203,8 @@ def memory_plan(
     layout = buffer_layout(shape, room, ranks)
     full = Case(name, shape, ranks, layout.capacity if beyond is None else tokens, weights)
     picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu)
-    variants = all_variants(shape, stored, ranks=ranks) if variant == AUTO else (picked.variant,)
+    every = all_variants(shape, stored, ranks=ranks, most=layout.capacity)
+    variants = every if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks, numerics=numerics, weights=stored) for each in variants]
     return Planned(
         **content(replace(full, tokens=tokens)),
@@ -208,6 +217,7 @@ def memory_plan(
         local_bytes=layout.local_bytes,
         buffer_bytes=layout.total_bytes,
         weight_bytes=stored.expert_bytes(shape.hidden, shape.intermediate) * specs[0].local_experts,
+        expanded_bytes=_expanded(specs),
         output_bytes=tokens * shape.hidden * 2,
         kernels=tuple(_launch(spec, num_sms) for spec in specs),
         between=beyond,

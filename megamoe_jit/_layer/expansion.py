@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from megamoe_jit._device.capture import refuse_capture
+from megamoe_jit._device.layout import expanded_parts
 from megamoe_jit._device.params import Params
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.memory import Place
-from megamoe_jit._spec.abi import BLOCK_N
-from megamoe_jit._spec.formats import FP8_E5M2
 from megamoe_jit._text import first_line
 
 __all__ = ["ExpandedWeights"]
@@ -36,10 +35,8 @@ class ExpandedWeights:
             "the memory that packed weights are expanded in cannot be made",
             'call the buffer\'s prepare("prefill", weight_format="mxfp4") before the capture',
         )
-        first = experts * FP8_E5M2.code_bytes(2 * shape.intermediate, shape.hidden)
-        second = experts * FP8_E5M2.code_bytes(shape.hidden, shape.intermediate)
-        columns = 2 * shape.intermediate // BLOCK_N + -(-shape.hidden // BLOCK_N)
-        wanted = first + second + experts * columns * 4
+        first, second, counters = expanded_parts(shape, experts)
+        wanted = first + second + counters
         try:
             with torch.inference_mode(False):
                 self.memory = torch.empty(wanted, dtype=torch.uint8, device=place.device)

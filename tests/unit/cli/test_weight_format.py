@@ -53,6 +53,18 @@ def test_packed_weights_take_half_the_memory():
         assert sum(part["bytes"] for part in kernel["shared"]) == kernel["shared_bytes"]
 
 
+@pytest.mark.parametrize(("variant", "expands"), [("auto", True), ("prefill", True), ("unpack", False)])
+def test_a_plan_has_the_memory_that_packed_weights_are_expanded_in(variant: str, expands: bool):
+    """A codes' byte for each weight, and a counter for each 256 of the columns of either matrix."""
+    words = "plan", *LAYER, "--tokens", "4096", "--weight-format", "mxfp4", "--variant", variant
+    found = run(*words)["plans"][0]
+    assert found["expanded_bytes"] == (8 * 3 * 256 * 128 + 8 * (1 + 1) * 4 if expands else 0)
+    assert ("expanded" in CliRunner().invoke(cli, words).output) is expands
+    few = run("plan", *LAYER, "--tokens", "64", "--weight-format", "mxfp4")["plans"][0]
+    assert few["expanded_bytes"] == 0, "none of the calls that fit takes a kernel that expands"
+    assert run("plan", *LAYER, "--tokens", "4096")["plans"][0]["expanded_bytes"] == 0
+
+
 def test_a_warmup_of_packed_weights_has_their_kernels_alone(tmp_path):
     found = run("warmup", *LAYER, "--weight-format", "mxfp4", "--dry-run", "--cache-dir", str(tmp_path))
     names = [kernel["kernel"] for kernel in found["kernels"] if "stage" not in kernel["kernel"]]
