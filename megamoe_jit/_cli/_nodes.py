@@ -70,12 +70,20 @@ def nodes_options(command: F) -> F:
     return command
 
 
-def shapes_of_a_node(shapes: Mapping[str, MoEShape], nodes: int, ranks: int) -> dict[str, MoEShape]:
+def _check_format(nodes: int, weights: str) -> None:
+    """Raise `ConfigError` for a format that no call over several nodes takes."""
+    if nodes > 1 and weights != FP8.name:
+        raise ConfigError(f"{weights} weights on several nodes; allowed: {FP8.name} (`fp8_from_mxfp4` makes them)")
+
+
+def shapes_of_a_node(shapes: Mapping[str, MoEShape], nodes: int, ranks: int, weights: str) -> dict[str, MoEShape]:
     """What the kernels of a node are compiled for: its part of the routed experts, alone.
 
     Raises:
-        ConfigError: the ranks of all nodes do not share them evenly; says of which shape.
+        ConfigError: the ranks of all nodes do not share them evenly; says of which shape; or a format of weights that
+            no call over several nodes takes.
     """
+    _check_format(nodes, weights)
     if nodes == 1:
         return dict(shapes)
 
@@ -87,8 +95,13 @@ def shapes_of_a_node(shapes: Mapping[str, MoEShape], nodes: int, ranks: int) -> 
     return dict(zip(shapes, per_shape(shapes, lambda _, shape: [part(shape)]), strict=True))
 
 
-def ways_of(nodes: int, exchange: str, partial: str, chunks: int | None) -> Ways:
-    """What these options ask for."""
+def ways_of(nodes: int, exchange: str, partial: str, chunks: int | None, weights: str) -> Ways:
+    """What these options ask for.
+
+    Raises:
+        ConfigError: a format of weights that no call over several nodes takes.
+    """
+    _check_format(nodes, weights)
     from megamoe_jit._diagnose.between import Ways
 
     return Ways(nodes, exchange, partial, chunks)
