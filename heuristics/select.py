@@ -13,7 +13,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import FP8, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
 from megamoe_jit._spec.expanded import ExpandedParts
 from megamoe_jit._spec.variants import AUTO
-from megamoe_jit._text import shown
+from megamoe_jit._text import human_bytes, shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
@@ -178,7 +178,7 @@ def choose(
     if every:
         room = sum(ExpandedParts.of(shape.hidden, shape.intermediate, shape.experts_of(ranks) // ranks))
         reasons.append(f"expand_every {every}: {num_sms // every} of {num_sms} blocks expand weights first")
-        reasons.append(f"they are expanded to {room} bytes of memory, which the layers of a buffer share")
+        reasons.append(f"they are expanded to {human_bytes(room)} of memory, which the layers of a buffer share")
     return Choice(picked, tuple(reasons), lag_tiles, rows_per_item, every)
 
 

@@ -93,8 +93,12 @@ def shapes_of_a_node(
     return dict(zip(shapes, per_shape(shapes, lambda _, shape: [part(shape)]), strict=True))
 
 
-def ways_of(nodes: int, exchange: str, partial: str, chunks: int | None) -> Ways:
-    """What these options ask for."""
+def ways_of(nodes: int, exchange: str, partial: str, chunks: int | None, weights: str) -> Ways:
+    """What these options ask for.
+
+    Raises:
+        ConfigError: a format of weights that no call over several nodes takes.
+    """
     from megamoe_jit._diagnose.between import Ways
 
     return Ways(nodes, exchange, partial, chunks)

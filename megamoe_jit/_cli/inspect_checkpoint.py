@@ -53,7 +53,8 @@ def _show(found: InspectedCheckpoint) -> None:
     show(table(head, [_row(layer) for layer in found.layers], left=(4, 5)))
     for layer in found.layers:
         if layer.problem is not None:
-            show(f"layer {layer.layer}: {layer.problem}")
+            named = layer.problem.startswith(f"layer {layer.layer}")
+            show(layer.problem if named else f"layer {layer.layer}: {layer.problem}")
     show(f"{human_bytes(found.bytes_per_rank)} on each of {found.ranks} ranks")
 
 

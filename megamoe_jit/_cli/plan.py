@@ -45,7 +45,8 @@ def _text(plan: Planned) -> str:
         Part("output", plan.output_bytes, "bf16 y"),
     ]
     if plan.expanded_bytes:
-        totals.insert(2, Part("expanded", lanes * plan.expanded_bytes, "weights of one layer, for all of a buffer"))
+        whose = "for two buffers" if lanes > 1 else "shared by the layers of a buffer"
+        totals.insert(2, Part("expanded", lanes * plan.expanded_bytes, f"weights as prefill expands them, {whose}"))
     if plan.between is not None:
         totals.insert(1, Part("between", plan.between.staging_bytes, "this rank's tokens, results under way"))
     capacity = f"{plan.capacity} tokens"
@@ -109,7 +110,7 @@ def plan(
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found.gpu}
-    options |= {"weights": weights, "ways": ways_of(nodes, exchange, partial, chunks)}
+    options |= {"weights": weights, "ways": ways_of(nodes, exchange, partial, chunks, weights)}
     plans = per_shape(shapes, lambda name, shape: [memory_plan(shape, count, name=name, **options) for count in tokens])
     if as_json:
         emit(PlanDocument(found.gpu, found.measured, tuple(plans)))

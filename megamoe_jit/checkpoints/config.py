@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,13 +47,15 @@ def clamp_of(config: Mapping[str, Any]) -> float | None:
     """The bound of SwiGLU; None for none.
 
     Raises:
-        ConfigError: it is no single number.
+        ConfigError: it is no single number, or negative, or not finite.
     """
     found = _text(config).get("swiglu_limit")
     if found is None:
         return None
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise ConfigError(f"config.json: swiglu_limit is {shown(found)}; allowed: a number, or name the clamp yourself")
+    if not 0 <= found < math.inf:
+        raise ConfigError(f"config.json: swiglu_limit is {shown(found)}; allowed: 0 or a positive number, or none")
     return float(found)
 
 

@@ -8,6 +8,7 @@ cannot be taken for a whole one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,8 +26,9 @@ from megamoe_jit._text import first_line, shown
 from megamoe_jit.checkpoints.converted import FORMATS, Layer, config_of, layers_of
 from megamoe_jit.checkpoints.documents import Converted, ConvertedFile
 from megamoe_jit.checkpoints.files import Files
+from megamoe_jit.checkpoints.load import device_of
 from megamoe_jit.checkpoints.stored import model_of
-from megamoe_jit.checkpoints.writing import PARTIAL, writing
+from megamoe_jit.checkpoints.writing import PARTIAL, alone_in, name_in, writing
 
 __all__ = ["convert"]
 
@@ -72,7 +74,10 @@ def convert(
         What was written, with digests.
 
     Raises:
-        ConfigError: experts cannot be this format; or the target is not empty, and no result of this conversion.
+        ConfigError: experts cannot be this format; or the target is not empty, and no result of this conversion, or
+            another conversion writes into it.
+        UnsupportedDeviceError: there is no such GPU here.
+        OSError: the target cannot be written, as where a disk is full.
         CheckpointError: a file of the source is damaged, or one of the target is not what was written.
     """
     if weight_format not in FORMATS:
@@ -81,8 +86,29 @@ def convert(
     if folder.resolve() == files.folder.resolve():
         raise ConfigError(f"{folder} is the source itself; allowed: another folder")
     model_of(files, scheme)
-    layers = layers_of(files, weight_format, torch.device(device), scheme, lossy)
-    state = _State(folder, {"source": _identity(files), "format": weight_format, "lossy": lossy})
+    layers = layers_of(files, weight_format, device_of(device), scheme, lossy)
+    identity = {"source": _identity(files), "format": weight_format, "lossy": lossy}
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder), _goes_on():
+        done = _write(files, folder, _State(folder, identity), layers, report)
+        _finish(files, folder, layers, weight_format, [(job.name, job.tensors) for job in _jobs(files, layers)])
+    return Converted(str(files.folder), str(folder), weight_format, tuple(done))
+
+
+@contextlib.contextmanager
+def _goes_on() -> Iterator[None]:
+    """Say of a refusal of the operating system, as of a full disk, what to do once its reason is gone."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror}; what is finished stays, and the same conversion goes on behind it"
+        raise OSError(error.errno, reason, error.filename) from None
+
+
+def _write(
+    files: Files, folder: Path, state: _State, layers: list[Layer], report: Report | None
+) -> list[ConvertedFile]:
+    """Write each file that is not there yet, and verify the others."""
     done: list[ConvertedFile] = []
     for job in _jobs(files, layers):
         known, path = state.files.get(job.name), folder / job.name
@@ -96,8 +122,7 @@ def convert(
         done.append(ConvertedFile(job.name, known["bytes"], known["sha256"]))
         if report is not None:
             report(job.name, became)
-    _finish(files, folder, layers, weight_format, [(job.name, job.tensors) for job in _jobs(files, layers)])
-    return Converted(str(files.folder), str(folder), weight_format, tuple(done))
+    return done
 
 
 def _identity(files: Files) -> str:
@@ -118,15 +143,19 @@ class _State:
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         self._path, self._job = folder / _STATE, job
         self.files: dict[str, dict[str, Any]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
         there = [name for name in os.listdir(folder) if not name.endswith(PARTIAL)]
         if there and _STATE not in there:
             raise ConfigError(f"{folder} is not empty; allowed: a new folder, or one of this conversion")
         if there:
             self.files = self._read()
+        else:  # at once: whatever ends it before its first file is entered, the folder is one of this conversion
+            self._save()
         for name in os.listdir(folder):
             if name.endswith(PARTIAL):  # of a conversion that was ended
                 (folder / name).unlink()
+
+    def _save(self) -> None:
+        _write_json(self._path, {**self._job, "files": self.files})
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -144,14 +173,18 @@ class _State:
         """Enter a finished file; what is known of it."""
         known = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         self.files[path.name] = known
-        _write_json(self._path, {**self._job, "files": self.files})
+        self._save()
         return known
 
 
 def _write_json(path: Path, content: object) -> None:
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        name_in(error, path)
+        raise
 
 
 def _verify(path: Path, known: dict[str, Any]) -> None:

@@ -121,7 +121,15 @@ def quantize_mxfp4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values ``[rows, columns]`` as MXFP4: each group of 32 has the exponent of its largest value, less that of 6.
 
     Codes are rounded to nearest, ties to even, and saturate.
+
+    Raises:
+        ConfigError: a value is infinite or NaN, which codes cannot be.
     """
+    if not bool(values.isfinite().all()):
+        row, column = (int(i) for i in (~values.isfinite()).nonzero()[0])
+        raise ConfigError(
+            f"values[{row}, {column}] is {float(values[row, column])}; allowed: finite values, or another format"
+        )
     rows, columns = values.shape
     groups = values.float().reshape(rows, columns // MXFP4.group, MXFP4.group)
     _, exponents = torch.frexp(groups.abs().amax(-1))  # of 0.5 to 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.marks import METADATA_KEY, layout_of
 from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
@@ -51,7 +52,11 @@ class Layer(ABC):
         with writing(path, self.entries, self.metadata()) as file:
             for expert in range(self.stored.experts):
                 w13, w2 = read_experts(self.stored, range(expert, expert + 1), self._target, self._device)
-                self.put(file, expert, *(tuple(each[0] for each in matrix) for matrix in (w13, w2)))
+                matrices = (tuple(each[0] for each in matrix) for matrix in (w13, w2))
+                try:
+                    self.put(file, expert, *matrices)
+                except ConfigError as error:  # which knows of this expert alone
+                    raise ConfigError(f"{self.stored.what}, expert {expert}, by itself: {error}") from None
 
     @abstractmethod
     def put(self, file: Writer, expert: int, w13: WeightTensors, w2: WeightTensors) -> None:
@@ -130,11 +135,13 @@ def layers_of(files: Files, weight_format: str, device: torch.device, scheme: st
 
     Raises:
         ConfigError: one of them cannot be that.
+        CheckpointError: a tensor of an expert is not there, or unlike those of the first.
     """
     made: list[Layer] = []
     for model in all_names_of(files, scheme):
         for number, names in model.layers.items():
             stored = layer_of(files, model, number)
+            stored.check()
             target = target_of("auto" if weight_format == "megamoe" else weight_format, stored.kind, lossy)
             base = f"{model.prefix}layers.{number}.{_written_scheme(model).block}."
             if weight_format == "megamoe":

@@ -122,9 +122,9 @@ class Files:
             found = json.loads(read_text(path, limit))
         except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
-            raise CheckpointError(f"{path} cannot be read: {reason}") from None
+            raise CheckpointError(f"{path} cannot be read: {reason}; fetch it again") from None
         if not isinstance(found, dict):
-            raise CheckpointError(f"{path} holds no JSON object")
+            raise CheckpointError(f"{path} holds no JSON object; fetch it again")
         return found
 
     def _open(self, file: str) -> Any:

@@ -103,6 +103,7 @@ def _ready(files: Files, model: ModelNames, number: int, ranks: int) -> Checkpoi
 
 def _layer(files: Files, model: ModelNames, number: int, ranks: int, experts: int) -> CheckpointLayer:
     stored = layer_of(files, model, number)
+    stored.check()
     local = len(experts_of_rank(stored.experts, 0, ranks))
     shared = shared_of(files, model, number)
     weights = MXFP4 if stored.kind is Kind.MXFP4 else FP8

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.moe import MegaMoE
+from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
@@ -18,9 +19,31 @@ from megamoe_jit.checkpoints.names import MEGAMOE
 from megamoe_jit.checkpoints.ready import load_ready
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, model_of, shared_of
 
-__all__ = ["Progress", "layer_from_checkpoint", "load_experts", "load_shared_experts"]
+__all__ = ["Progress", "device_of", "layer_from_checkpoint", "load_experts", "load_shared_experts"]
 
 Progress = Callable[[int, int], None]  #: called with experts that are done, and how many there are
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """Where weights are made.
+
+    Raises:
+        ConfigError: it is no device that weights can be made on.
+        UnsupportedDeviceError: there is no such GPU here.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        given = str(device) if isinstance(device, torch.device) else device
+        raise ConfigError(f"device = {shown(given)}; allowed: cpu, or cuda with the number of a GPU")
+    count = torch.cuda.device_count() if found.type == "cuda" else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise UnsupportedDeviceError(
+            f"device {found} is not here, where torch sees {count} GPUs; allowed: cpu, or a GPU"
+        )
+    return found
 
 
 def load_experts(
@@ -58,14 +81,14 @@ def load_experts(
         CheckpointError: a file is not there, damaged, or does not hold what the index says.
         ToolchainError: the package safetensors is not installed.
     """
-    files = Files(path)
+    place, files = device_of(device), Files(path)
     model = model_of(files, scheme)
     if model.scheme == MEGAMOE:
-        return load_ready(files, model, layer, torch.device(device), rank, ranks, weight_format)
+        return load_ready(files, model, layer, place, rank, ranks, weight_format)
     stored = layer_of(files, model, layer)
     chosen = experts_of_rank(stored.experts, rank, ranks)
     target = target_of(weight_format, stored.kind, lossy)
-    return read_experts(stored, chosen, target, torch.device(device), progress)
+    return read_experts(stored, chosen, target, place, progress)
 
 
 @torch.no_grad()
@@ -83,7 +106,7 @@ def read_experts(
         for tensors, parts in zip(made, (first, ("down",)), strict=True):
             row = [0] * len(tensors)
             for part in parts:
-                for i, piece in enumerate(target.convert(stored.read(expert, part), device)):
+                for i, piece in enumerate(_converted(stored, expert, part, target, device)):
                     whole = _bytes_of(tensors[i][place])
                     whole[row[i] : row[i] + piece.shape[0]].copy_(_bytes_of(piece))
                     row[i] += piece.shape[0]
@@ -91,6 +114,15 @@ def read_experts(
             progress(place + 1, len(chosen))
     w13, w2 = (tensors[0] if len(tensors) == 1 else tuple(tensors) for tensors in made)
     return w13, w2
+
+
+def _converted(stored: Stored, expert: int, part: str, target: Target, device: torch.device) -> list[torch.Tensor]:
+    """A part of an expert as the target has it; what cannot be that is said with its place."""
+    matrix = stored.read(expert, part)
+    try:
+        return target.convert(matrix, device)
+    except ConfigError as error:
+        raise ConfigError(f"{stored.what}, expert {expert}, {part}: {error}") from None
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,7 +151,7 @@ def load_shared_experts(
         ConfigError: as `load_experts`, or its width is no multiple of that of routed experts.
         CheckpointError: as `load_experts`.
     """
-    files = Files(path)
+    place, files = device_of(device), Files(path)
     model = model_of(files, scheme)
     shared = shared_of(files, model, layer)
     if shared is None:
@@ -130,7 +162,7 @@ def load_shared_experts(
         sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {routed.hidden} and {routed.intermediate}"
         raise ConfigError(f"sizes of the shared expert of layer {layer} are {sizes}; allowed: a multiple in width")
     target = target_of(weight_format, shared.kind, lossy)
-    w13, w2 = read_experts(shared, range(1), target, torch.device(device))
+    w13, w2 = read_experts(shared, range(1), target, place)
     return _split(w13, count, 1), _split(w2, count, 2)
 
 

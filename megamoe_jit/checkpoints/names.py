@@ -112,7 +112,7 @@ def all_names_of(names: Iterable[str], scheme: str | None = None) -> list[ModelN
     fitting = {key: layers for key, layers in found.items() if scheme in (None, key[0]) and _has_experts(layers)}
     if not fitting:
         wanted = f"scheme {scheme}" if scheme else f"any scheme ({', '.join(known)})"
-        others = ", ".join(sorted({key[0] for key in found}))
+        others = ", ".join(sorted({key[0] for key, layers in found.items() if _has_experts(layers)}))
         raise ConfigError(
             f"no experts by the names of {wanted}{f'; there are some by {others}' if others else ''}; "
             "allowed: names that end as layers.0.mlp.experts.0.gate_proj.weight"

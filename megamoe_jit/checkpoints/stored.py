@@ -123,16 +123,28 @@ class Stored:
         Raises:
             CheckpointError: it is not there, or is no such matrix as those of the first expert.
         """
+        kinds = self._names(expert, part)
+        scales = None if self.kind is Kind.VALUES else self._tensor(kinds["scale"], expert)
+        return StoredMatrix(self.kind, self._tensor(kinds["weight"], expert), scales)
+
+    def check(self) -> None:
+        """Look at every expert, in the heads of files alone; raises what `read` would."""
+        for expert in self._parts:
+            for part in self._shapes:
+                self._names(expert, part)
+
+    def _names(self, expert: int, part: str) -> Mapping[str, str]:
+        """Names of the tensors of a part, by kind."""
         kinds = self._parts[0 if self.fused else expert].get(part, {})
         if not self.fused:
             self._check_kinds(part, kinds)
-            if self._look(kinds) != (self.kind, self._shapes[part]):
+            kind, shape = self._look(kinds)
+            if (kind, shape) != (self.kind, self._shapes[part]):
                 raise CheckpointError(
-                    f"{self.what}: {shown(kinds['weight'], 200)} is {self._look(kinds)}; "
-                    f"allowed: {(self.kind, self._shapes[part])}, as those of the first expert"
+                    f"{self.what}: {shown(kinds['weight'], 200)} is {kind} {shape}; "
+                    f"allowed: {self.kind} {self._shapes[part]}, as those of the first expert"
                 )
-        scales = None if self.kind is Kind.VALUES else self._tensor(kinds["scale"], expert)
-        return StoredMatrix(self.kind, self._tensor(kinds["weight"], expert), scales)
+        return kinds
 
     def _tensor(self, name: str, expert: int) -> torch.Tensor:
         return self._files.read_range(name, range(expert, expert + 1))[0] if self.fused else self._files.read(name)

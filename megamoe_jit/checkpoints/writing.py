@@ -6,6 +6,7 @@ A file has its name when all of it is on disk; until then it is `NAME.partial`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import struct
@@ -15,9 +16,10 @@ from typing import BinaryIO
 
 import torch
 
+from megamoe_jit._errors import ConfigError
 from megamoe_jit.checkpoints.files import Entry
 
-__all__ = ["Writer", "bytes_of", "nbytes", "writing"]
+__all__ = ["Writer", "alone_in", "bytes_of", "name_in", "nbytes", "writing"]
 
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
 _ALIGNED = 64  #: of the first byte behind the header, so that tensors mapped from the file may be used as they lie
@@ -73,6 +75,35 @@ def writing(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        name_in(error, path)
         raise
+
+
+def name_in(error: BaseException, path: Path) -> None:
+    """Enter the file into an error of the operating system that names none, as one of a full disk."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = os.fspath(path)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else is in here with this folder: two conversions would write the same unfinished files.
+
+    Raises:
+        ConfigError: another one writes into it.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another conversion writes into {folder}; allowed: wait until it has ended, or another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)

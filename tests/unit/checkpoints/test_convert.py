@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +17,10 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit.checkpoints import convert, inspect, load_experts, load_shared_experts
-from megamoe_jit.checkpoints.convert import _STATE
+from megamoe_jit.checkpoints.convert import _STATE, _State
 from megamoe_jit.checkpoints.files import Files
-from tests.checkpoints import MODELS, Model, model
+from megamoe_jit.checkpoints.writing import Writer
+from tests.checkpoints import MODELS, Model, Tensor, model
 from tests.stubs import REPO
 
 CPU = torch.device("cpu")
@@ -122,6 +125,85 @@ def test_experts_that_cannot_be_converted_are_said_before_anything_is_written(tm
     assert not (tmp_path / "fp8").exists()
     convert(folder, tmp_path / "fp8", "fp8", lossy=True)
     assert experts(tmp_path / "fp8") == experts(folder, lossy=True)
+
+
+DAMAGE = {
+    "no up": ("3.up_proj.weight", None, "no weight of up"),
+    "no scale": ("3.up_proj.weight_scale_inv", None, "is F8_E4M3 without scales"),
+    "of integers": ("3.up_proj.weight", Tensor("I64", (128, 256), bytes(8 * 128 * 256)), "is I64"),
+    "larger": ("3.down_proj.weight_scale_inv", Tensor("F32", (256, 1), bytes(1024)), "is fp8-channel.*allowed: fp8"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_every_expert_is_looked_at_before_anything_is_written(tmp_path: Path, what: str):
+    name, tensor, reason = DAMAGE[what]
+    source = Model().make()
+    whole = f"model.layers.2.mlp.experts.{name}"
+    if tensor is None:
+        del source.tensors[whole]
+    else:
+        source.tensors[whole] = tensor
+    folder = source.write(tmp_path / "source")
+    found = inspect(folder)
+    assert ([layer.usable for layer in found.layers], found.usable) == ([True, False], False)
+    assert re.search(reason, found.layers[1].problem)
+    with pytest.raises(mm.MegaMoeError, match=reason):
+        convert(folder, tmp_path / "made", "fp8")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("weight_format", ["fp8", "megamoe"])
+def test_exponents_that_cannot_be_converted_are_said_with_their_place(tmp_path: Path, weight_format: str):
+    source = model("deepseek-v4")
+    name = "layers.2.ffn.experts.3.w1.scale"
+    source.tensors[name] = Tensor("F8_E8M0", source.tensors[name].shape, b"\xff" * len(source.tensors[name].data))
+    with pytest.raises(mm.ConfigError, match="layer 2, expert 3.* is 255"):
+        convert(source.write(tmp_path / "source"), tmp_path / "made", weight_format)
+
+
+def test_two_conversions_do_not_write_into_one_folder(tmp_path: Path):
+    folder, made = model("qwen3-moe").write(tmp_path / "source"), tmp_path / "made"
+    refused = []
+
+    def at_once(name: str, became: str) -> None:
+        with pytest.raises(mm.ConfigError, match="another conversion") as caught:
+            convert(folder, made, "fp8")
+        refused.append(str(caught.value))
+
+    convert(folder, made, "fp8", report=at_once)
+    assert refused
+    assert experts(made) == experts(folder)
+    convert(folder, made, "fp8")  # nothing is held
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "json"])
+def test_a_full_disk_is_said_with_the_file_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str):
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder, made = model("qwen3-moe").write(tmp_path / "source"), tmp_path / "made"
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Writer, "put") if ending == "safetensors" else (Path, "write_text")), full)
+        with pytest.raises(OSError, match=f"No space left on device; what is finished.*{ending}") as caught:
+            convert(folder, made, "fp8")
+    assert caught.value.errno == errno.ENOSPC
+    convert(folder, made, "fp8")
+    assert experts(made) == experts(folder)
+
+
+def test_ended_before_its_first_file_is_entered_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def ended(*_: object) -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    folder, made = model("qwen3-moe").write(tmp_path / "source"), tmp_path / "made"
+    with monkeypatch.context() as patch:
+        patch.setattr(_State, "add", ended)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, made, "fp8")
+    assert (made / "experts-00000.safetensors").exists()
+    convert(folder, made, "fp8")
+    assert experts(made) == experts(folder)
 
 
 def test_what_is_finished_is_verified_and_not_written_again(tmp_path: Path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import megamoe_jit as mm
-from megamoe_jit.checkpoints import load_experts, load_shared_experts
+from megamoe_jit.checkpoints import convert, inspect, load_experts, load_shared_experts
 from tests.checkpoints import MODELS, V3, Model, Tensor, model, write_file
 
 INDEX = "model.safetensors.index.json"
@@ -144,6 +144,38 @@ def test_experts_that_are_not_there(tmp_path: Path, what: str):
         load(make().write(tmp_path))
 
 
+DEVICES = {
+    "cudaa": (mm.ConfigError, "device = 'cudaa'; allowed: cpu, or cuda"),
+    "meta": (mm.ConfigError, "device = 'meta'"),
+    "cuda:99": (mm.UnsupportedDeviceError, "cuda:99 is not here"),
+    None: (mm.ConfigError, "device = None"),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices_that_are_not_there(tmp_path: Path, device: str):
+    error, reason = DEVICES[device]
+    folder = Model().write(tmp_path / "source")
+    with pytest.raises(error, match=reason):
+        load_experts(folder, 1, device=device)
+    with pytest.raises(error, match=reason):
+        convert(folder, tmp_path / "made", "fp8", device=device)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("word", [0x7F80, 0x7FC0, 0xFFFF])
+def test_values_that_are_no_numbers_are_not_made_into_numbers(tmp_path: Path, word: int):
+    """MXFP4 has neither infinities nor NaN; they would become values of some size."""
+    source = Model(kind="bf16").make()
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    data = bytearray(source.tensors[name].data)
+    data[2 * 259 : 2 * 260] = word.to_bytes(2, "little")
+    source.tensors[name] = Tensor("BF16", source.tensors[name].shape, bytes(data))
+    folder = source.write(tmp_path)
+    with pytest.raises(mm.ConfigError, match=r"layer 1, expert 2, up: values\[1, 3\] is -?(inf|nan); allowed: finite"):
+        load_experts(folder, 1, device="cpu", weight_format="mxfp4")
+
+
 def test_gpt_oss_by_its_tensors_alone(tmp_path: Path):
     source = Model(fused=True).make()
     base = "model.layers.1.mlp.experts."
@@ -163,6 +195,12 @@ def test_a_clamp_that_is_no_number(tmp_path: Path):
     folder = model("deepseek-v4-base", config={**V3, "swiglu_limit": [7.0, 9.0]}).write(tmp_path)
     with pytest.raises(mm.ConfigError, match=r"swiglu_limit is \[7.0, 9.0\]"):
         mm.MegaMoE.from_checkpoint(folder, 1, max_tokens=8, device="cpu")
+
+
+@pytest.mark.parametrize("clamp", [float("nan"), float("inf"), -1.0])
+def test_a_clamp_that_no_layer_has(tmp_path: Path, clamp: float):
+    found = inspect(Model(config={"swiglu_limit": clamp}).write(tmp_path))
+    assert (found.usable, "swiglu_limit" in str(found.problem)) == (False, True)
 
 
 def test_a_topk_that_nobody_says(tmp_path: Path):

@@ -48,6 +48,12 @@ def test_convert(folder: Path, tmp_path: Path):
     assert (other.returncode, "another format" in other.stderr) == (2, True)
 
 
+def test_convert_on_a_device_that_is_not_there(folder: Path, tmp_path: Path):
+    for device, code in (("bogus", 2), ("cuda:99", 3)):
+        done = run("convert", str(folder), str(tmp_path / "out"), "--format", "fp8", "--device", device)
+        assert (done.returncode, device in done.stderr, done.stderr.count("\n")) == (code, True, 1)
+
+
 def test_a_damaged_file_has_an_exit_code_of_its_own(folder: Path, tmp_path: Path):
     damaged = model("mixtral").write(tmp_path / "damaged")
     first = sorted(damaged.glob("*.safetensors"))[0]

@@ -54,6 +54,28 @@ def test_packed_weights_take_half_the_memory():
         assert sum(part["bytes"] for part in kernel["shared"]) == kernel["shared_bytes"]
 
 
+@pytest.mark.parametrize(("variant", "expands"), [("auto", True), ("prefill", True), ("unpack", False)])
+def test_a_plan_has_the_memory_that_packed_weights_are_expanded_in(variant: str, expands: bool):
+    """A codes' byte for each weight, and a counter for each 256 of the columns of either matrix."""
+    words = "plan", *LAYER, "--tokens", "4096", "--weight-format", "mxfp4", "--variant", variant
+    found = run(*words)["plans"][0]
+    assert found["expanded_bytes"] == (8 * 3 * 256 * 128 + 8 * (1 + 1) * 4 if expands else 0)
+    assert ("expanded" in CliRunner().invoke(cli, words).output) is expands
+    few = run("plan", *LAYER, "--tokens", "64", "--weight-format", "mxfp4")["plans"][0]
+    assert few["expanded_bytes"] == 0, "none of the calls that fit takes a kernel that expands"
+    assert run("plan", *LAYER, "--tokens", "4096")["plans"][0]["expanded_bytes"] == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "warmup"])
+@pytest.mark.parametrize("name", ["mxfp4", "fp8e5m2"])
+def test_several_nodes_take_fp8_alone_also_in_plans(command: str, name: str):
+    """What a call refuses is not planned, explained or compiled."""
+    words = ["--dry-run"] if command == "warmup" else ["--tokens", "64"]
+    done = CliRunner().invoke(cli, [command, *LAYER, *words, "--weight-format", name, "--nodes", "2", "--json"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"{name} weights on several nodes; allowed: fp8" in done.stderr
+
+
 def test_a_warmup_of_packed_weights_has_their_kernels_alone(tmp_path):
     found = run("warmup", *LAYER, "--weight-format", "mxfp4", "--dry-run", "--cache-dir", str(tmp_path))
     names = [kernel["kernel"] for kernel in found["kernels"] if "stage" not in kernel["kernel"]]

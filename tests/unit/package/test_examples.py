@@ -115,6 +115,13 @@ def test_another_gpu_is_refused_likewise(name: str, monkeypatch, capsys: pytest.
     assert "compute capability 8.0" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_cannot_be_used_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for arguments in (["--path", str(tmp_path / "nothing")], ["--path", str(tmp_path)], ["--device", "bogus"]):
+        assert example("checkpoint").main(["--device", "cpu", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("checkpoint.py: ")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_arguments(name: str, capsys: pytest.CaptureFixture[str]):
     for arguments, code in ((["--help"], 0), (["--no-such"], 2)):
