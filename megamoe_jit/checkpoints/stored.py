@@ -99,12 +99,12 @@ class Stored:
             )
         self.experts = files.entry(first["down"]["weight"]).shape[0] if fused else len(self._parts)
 
-    def _check_kinds(self, part: str, kinds: Mapping[str, str]) -> None:
+    def _check_kinds(self, part: str, kinds: Mapping[str, str], whose: str = "") -> None:
         for kind, why in _WHY_NOT.items():
             if kind in kinds:
                 raise ConfigError(f"{self.what}: weights of {shown(kinds[kind], 200)} {why}")
         if "weight" not in kinds:
-            raise CheckpointError(f"{self.what}: there is no weight of {part}")
+            raise CheckpointError(f"{self.what}: there is no weight of {part}{whose}")
 
     def _look(self, kinds: Mapping[str, str]) -> tuple[Kind, tuple[int, int]]:
         """The kind of one part, and rows and columns of its values."""
@@ -137,7 +137,7 @@ class Stored:
         """Names of the tensors of a part, by kind."""
         kinds = self._parts[0 if self.fused else expert].get(part, {})
         if not self.fused:
-            self._check_kinds(part, kinds)
+            self._check_kinds(part, kinds, f" of expert {expert}")
             kind, shape = self._look(kinds)
             if (kind, shape) != (self.kind, self._shapes[part]):
                 raise CheckpointError(

@@ -128,7 +128,7 @@ def test_experts_that_cannot_be_converted_are_said_before_anything_is_written(tm
 
 
 DAMAGE = {
-    "no up": ("3.up_proj.weight", None, "no weight of up"),
+    "no up": ("3.up_proj.weight", None, "no weight of up of expert 3"),
     "no scale": ("3.up_proj.weight_scale_inv", None, "is F8_E4M3 without scales"),
     "of integers": ("3.up_proj.weight", Tensor("I64", (128, 256), bytes(8 * 128 * 256)), "is I64"),
     "larger": ("3.down_proj.weight_scale_inv", Tensor("F32", (256, 1), bytes(1024)), "is fp8-channel.*allowed: fp8"),
