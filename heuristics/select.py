@@ -2,7 +2,8 @@
 
 First that is there wins: the caller's variant; the caller's threshold; this GPU's measured rules for the shape, from
 the least token count that was measured on; the default threshold.  Another rule belongs into `_pick`, as a function
-that gives variant and reason.
+that gives variant and reason.  Of weights that no table was measured with, `_reading` decides: of packed ones by the
+rows that an expert has, of others by the threshold.
 """
 
 from __future__ import annotations
@@ -94,18 +95,18 @@ def _reading(weights: WeightFormat, tokens: int, load: float, threshold: int | N
         return _packed(weights, tokens, load, threshold)
     limit = COOPERATIVE_THRESHOLD if threshold is None else threshold
     few = tokens < limit
-    return readers[
-        0 if few else -1
-    ], f"{tokens} tokens per rank {'<' if few else '>='} {limit}, weights in {weights.name}"
+    why = f"{tokens} tokens per rank {'<' if few else '>='} {limit}, weights in {weights.name}"
+    return readers[0 if few else -1], why
 
 
 def _packed(weights: WeightFormat, tokens: int, load: float, threshold: int | None) -> tuple[Variant, str]:
     """Of weights that are expanded on their way: the more rows share one, the further from the product."""
     if threshold is not None and tokens < threshold:
         return Variant.DECODE, f"{tokens} tokens per rank < {threshold}, weights in {weights.name}"
-    for picked, most in ((Variant.DECODE, DECODE_ROWS), (Variant.UNPACK, UNPACK_ROWS)):
-        if load <= most and not (threshold is not None and picked is Variant.DECODE):
-            return picked, f"{load:.1f} rows per expert <= {most}, weights in {weights.name}"
+    if threshold is None and load <= DECODE_ROWS:
+        return Variant.DECODE, f"{load:.1f} rows per expert <= {DECODE_ROWS}, weights in {weights.name}"
+    if load <= UNPACK_ROWS:
+        return Variant.UNPACK, f"{load:.1f} rows per expert <= {UNPACK_ROWS}, weights in {weights.name}"
     return Variant.PREFILL, f"{load:.1f} rows per expert > {UNPACK_ROWS}, weights in {weights.name}"
 
 
@@ -127,8 +128,8 @@ def choose(
         tokens: Tokens of this rank, 0 included.
         ranks: Ranks that share the experts.
         variant: ``auto``, or the name of the variant to force.
-        cooperative_threshold: Tokens per rank from which ``auto`` takes the cooperative kernel, whatever was measured;
-            None for what was measured on `gpu`, else 256.
+        cooperative_threshold: Tokens per rank from which ``auto`` takes the cooperative kernel, or of packed weights
+            another than decode, whatever was measured; None for what was measured on `gpu`, else 256.
         num_sms: Blocks of the launch.
         gpu: Name of the GPU, as CUDA gives it, for what was measured on it; None for none.
         weights: How the weights are stored; the tables are of FP8.

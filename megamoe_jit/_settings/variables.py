@@ -222,7 +222,8 @@ VARIABLES: tuple[Variable, ...] = (
         "int",
         "as measured on this GPU, else 256",
         _number(int, 0, "a whole number, zero or more"),
-        "Tokens per rank from which auto takes the cooperative variant; overrules what was measured.",
+        "Tokens per rank from which auto takes the cooperative variant, of packed weights another than decode; "
+        "overrules what was measured.",
     ),
     _row("KERNELS_SRC", "path", "the packaged one", _parse_path, "Directory to render kernels from."),
     _row(
