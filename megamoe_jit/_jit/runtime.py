@@ -244,8 +244,10 @@ def warmup(
         if progress is not None:
             progress(result)
 
-    futures = {pool.submit(_warm_one, spec, force, stop): spec for spec in todo}
+    futures: dict[concurrent.futures.Future[WarmupResult], Compilable] = {}
     try:
+        for spec in todo:  # in here: Ctrl-C may come as soon as the first has begun
+            futures[pool.submit(_warm_one, spec, force, stop)] = spec
         for future in _as_they_end(futures):
             report(future)
     except KeyboardInterrupt:

@@ -33,7 +33,7 @@ buffer.x[:64].copy_(inputs.x_q), buffer.x_sf[:64].copy_(inputs.x_sf)
 buffer.topk_idx[:64].copy_(inputs.topk_idx), buffer.topk_weights[:64].copy_(inputs.topk_weights)
 y = torch.empty(64, s.hidden, dtype=torch.bfloat16, device="cuda")
 try:
-    mm.fp8_mega_moe(y, l1, l2, buffer, variant=sys.argv[1])
+    mm.fp8_mega_moe(y, l1, l2, buffer, variant=sys.argv[1], num_sms=int(sys.argv[3]))
     buffer.check()
     print(json.dumps({"error": None}))
 except mm.MegaMoeError as error:
@@ -89,6 +89,8 @@ ROOMS = {
 }
 #: Of one variant alone.
 OF_ONE = {"expanded weights are never counted": "prefill"}
+#: Blocks of a launch: few enough for each to use every one of its stages again.
+BLOCKS = 16
 KINDS = [(variant.value, stored.name) for stored in (FP8, MXFP4) for variant in Variant.reading(stored)]
 
 
@@ -112,7 +114,7 @@ def broken_kernels(name: str, folder: Path, variant: str = "cooperative") -> tup
 def started(
     environment: dict[str, str], variant: str = "cooperative", weights: str = FP8.name
 ) -> subprocess.Popen[str]:
-    command, pipe = [sys.executable, "-c", CHILD, variant, weights], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", CHILD, variant, weights, str(BLOCKS)], subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 

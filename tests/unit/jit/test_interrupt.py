@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import signal
@@ -77,6 +78,23 @@ def test_while_nvrtc_is_at_work(place, ctrl_c, monkeypatch, caplog):
     assert [(result.spec, result.ok) for result in results] == [(SPECS[0], True)]
     assert kernel_cache().holds(kernel_key(SPECS[0]))
     assert not kernel_cache().holds(kernel_key(SPECS[1]))
+
+
+def test_while_kernels_are_still_handed_out(place, ctrl_c, monkeypatch):
+    """The first one is at work already: it is kept and reported, as after an interruption that comes later."""
+    real, results = concurrent.futures.ThreadPoolExecutor.submit, []
+    handed: list[concurrent.futures.Future] = []
+
+    def submit(self, *work):
+        if handed:
+            raise KeyboardInterrupt
+        handed.append(real(self, *work))
+        return handed[0]
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        warmup(SPECS, jobs=1, progress=results.append)
+    assert [(result.spec, result.ok) for result in results] == [(SPECS[0], True)]
 
 
 def python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
