@@ -134,6 +134,7 @@ def decode_ms(model: Any, batch: int) -> float:
 def prefill_ms(model: Any, tokens: int) -> float:
     """Milliseconds of one sequence at once."""
     prompt = torch.randint(model.config.vocab_size, (1, tokens), dtype=torch.int64, device=model.device)
+    _forward(model, prompt, use_cache=False)  # layers are made at the first call after a change
     return 1e3 * _seconds(lambda: _forward(model, prompt, use_cache=False))
 
 

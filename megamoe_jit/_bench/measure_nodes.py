@@ -72,12 +72,14 @@ class _Layer:
         return megamoe_jit.get_multinode_buffer_for_mega_moe(self.topology, *sizes, device=self.device, **ways)
 
 
-def _calls(layer: _Layer, buffer: MultiNodeBuffer, inputs: Inputs, y: torch.Tensor) -> dict[str, TimedCall]:
+def _calls(
+    layer: _Layer, buffer: MultiNodeBuffer, inputs: Inputs, y: torch.Tensor, clamp: float | None
+) -> dict[str, TimedCall]:
     """The whole call and, where it is in one piece, its parts; all of them after `inputs` were staged once."""
     l1, l2, tokens = layer.l1, layer.l2, y.shape[0]
 
     def whole() -> None:
-        megamoe_jit.fp8_mega_moe_multinode(y, l1, l2, buffer)
+        megamoe_jit.fp8_mega_moe_multinode(y, l1, l2, buffer, activation_clamp=clamp)
 
     inputs.stage(buffer)
     whole()
@@ -87,7 +89,7 @@ def _calls(layer: _Layer, buffer: MultiNodeBuffer, inputs: Inputs, y: torch.Tens
     if buffer.chunks == 1 and layer.topology.nodes > 1:
         under_way = buffer.dispatch(tokens)
         lane, arrived = under_way.lane, under_way.arrived
-        options = CallOptions(math.inf)
+        options = CallOptions(math.inf if clamp is None else clamp)
 
         def kernel() -> None:
             lane.experts.compute(arrived, lane.partial[: arrived.rows], l1, l2, options)
@@ -114,14 +116,14 @@ def _measure(
     y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
     where, expected = some_rows(case, inputs, layer.weights)
     with layer.buffer(case.tokens, ways) as buffer:
-        calls = _calls(layer, buffer, inputs, y)
+        calls = _calls(layer, buffer, inputs, y, case.clamp)
         y.fill_(float("nan"))
         calls["whole"].run()
         buffer.check()
         verdict = judge(y[where], expected)
         found = {"exchange": buffer.choices.pick(case.tokens, False).name, "chunks": buffer.chunks}
         diff = lambda out: float(judge(out[where], expected).diff)  # noqa: E731
-        facts = add_baselines(calls, methods, inputs, layer.own, case.shape.experts, None, diff, topology.group)
+        facts = add_baselines(calls, methods, inputs, layer.own, case.shape.experts, case.clamp, diff, topology.group)
         times = timer.burst(calls)
         buffer.check()
     return {**found, "times": times, "baselines": facts, "diff": verdict.diff, "correct": verdict.passed}

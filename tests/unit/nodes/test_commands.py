@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from click.testing import CliRunner
 
+import megamoe_jit as mm
 from megamoe_jit._bench import measure_nodes as _measure_nodes
+from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._cli.app import cli
 from megamoe_jit._device import driver as _driver
 from megamoe_jit._diagnose.between import Ways, between
@@ -128,3 +133,15 @@ def test_bench_prints_parts_and_a_document(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(_measure_nodes, "run", lambda *_, **__: None)
     assert run(*words, "--json") == "", "another rank of torchrun reports"
     assert "--variant is not for --nodes" in run(*words, "--variant", "auto", code=2)
+
+
+def test_what_is_timed_is_clamped_as_what_it_is_held_against(monkeypatch):
+    called = []
+    monkeypatch.setattr(mm, "fp8_mega_moe_multinode", lambda *_, activation_clamp: called.append(activation_clamp))
+    case = Scenario("small", MoEShape(256, 128, 8, 2), 4, 4)
+    one_way = SimpleNamespace(pick=lambda *_: SimpleNamespace(capturable=False))
+    buffer = SimpleNamespace(check=lambda: None, chunks=2, choices=one_way)
+    layer = SimpleNamespace(l1=(), l2=(), topology=SimpleNamespace(nodes=2))
+    inputs = SimpleNamespace(stage=lambda _: None)
+    _measure_nodes._calls(layer, buffer, inputs, torch.empty(4, 256), case.clamp)
+    assert called == [case.clamp] == [10.0]
