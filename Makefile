@@ -1,6 +1,6 @@
 # megamoe-jit: every target sets up what it needs in .venv; a second call starts at once.
 #
-#   make demo | test | test-nvrtc13 | test-engines | test-gpu | test-multi | mutants | bench | docs | lint | format | abi | schemas | env | clean
+#   make demo | test | test-kernels | test-nvrtc13 | test-engines | test-gpu | test-multi | mutants | bench | docs | lint | format | abi | schemas | env | clean
 #
 #   PYTHON=python3.12   interpreter that .venv is made from (3.11 or newer)
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
@@ -38,7 +38,7 @@ torch-cu12 := torch>=2.8,<2.11
 torch-cu13 := torch>=2.11
 torch-cpu := torch==2.13.0+cpu
 
-.PHONY: help env demo test test-nvrtc13 test-engines test-gpu test-multi mutants bench docs lint format abi schemas clean
+.PHONY: help env demo test test-kernels test-nvrtc13 test-engines test-gpu test-multi mutants bench docs lint format abi schemas clean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,7 +51,11 @@ demo: $(call stamp,run)
 
 test: $(call stamp,dev)
 	$(PY) -m pytest tests/unit tests/compile $(WORKERS) $(ARGS)
-	@echo "not run: plug-ins in the sources of engines (make test-engines, 1.5 GB of wheels), GPUs (make test-gpu test-multi)"
+	@echo "not run: plug-ins in the sources of engines (make test-engines, 1.5 GB of wheels), kernels of all presets with rarer variants (make test-kernels), GPUs (make test-gpu test-multi)"
+
+# Every kernel of every preset, with each variant and format of weights: `make test` compiles the usual ones.
+test-kernels: $(call stamp,dev)
+	ALL_KERNELS=1 $(PY) -m pytest tests/compile $(WORKERS) $(ARGS)
 
 # The kernels and the runtime's compiler tests once more, with the NVRTC of CUDA 13 in place of CUDA 12's.
 NVRTC13 := $(VENV)/nvrtc13

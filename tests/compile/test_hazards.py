@@ -6,6 +6,7 @@ from megamoe_jit._diagnose.inspect import find_tool
 from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics import preset, preset_names
+from tests.compile.chosen import often
 from tests.sass import disassemble, early_reads, parse
 
 #: What NVRTC 13.0.88 made of a pointer that was null or computed, and then compared with null.  The kernel then stored
@@ -35,6 +36,7 @@ def specs() -> dict[str, KernelSpec]:
 
 
 SPECS = specs()
+OFTEN = often(SPECS)
 
 
 def test_the_hazard_that_was_seen_is_found():
@@ -42,7 +44,7 @@ def test_the_hazard_that_was_seen_is_found():
     assert problem.startswith("0xe950 CS2R R60, SRZ; 5 cycles later 0xe980 ISETP.NE.U32.AND P1")
 
 
-@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize("name", OFTEN)
 def test_no_kernel_reads_a_register_too_early(name, tmp_path):
     tool = find_tool("nvdisasm")
     assert tool is not None, "the development environment brings nvdisasm"

@@ -22,6 +22,7 @@ from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics import preset, preset_names
+from tests.compile.chosen import often
 
 #: The variants that read the weights of a format, by its name.
 READING = {weights.name: Variant.reading(weights) for weights in FORMATS.values()}
@@ -99,6 +100,7 @@ def replace_weights(spec: KernelSpec, variant: Variant) -> KernelSpec:
 
 
 SPECS = {**preset_specs(), **other_specs(), **raw_specs(), **shared_specs(), **packed_specs()}
+OFTEN = often(SPECS)
 
 
 def test_the_list_is_complete():
@@ -125,7 +127,7 @@ def test_kernels_that_stage_are_small(form: StageFormat):
     assert meta["param_bytes"] == ctypes.sizeof(StageParams)
 
 
-@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize("name", OFTEN)
 def test_compiles_without_loss(name):
     spec = SPECS[name]
     kernel = get_kernel(spec)
