@@ -363,7 +363,7 @@ MUTANTS = (
     Mutant(
         "checkpoints: a later expert of other sizes is taken",
         "megamoe_jit/checkpoints/stored.py",
-        "if self._look(kinds) != (self.kind, self._shapes[part]):",
+        "if (kind, shape) != (self.kind, self._shapes[part]):",
         "if False:",
         "checkpoints/test_refusals.py::test_experts_that_are_not_there",
     ),

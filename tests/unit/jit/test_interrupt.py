@@ -83,14 +83,20 @@ def test_while_nvrtc_is_at_work(place, ctrl_c, monkeypatch, caplog):
 def test_while_kernels_are_still_handed_out(place, ctrl_c, monkeypatch):
     """The first one is at work already: it is kept and reported, as after an interruption that comes later."""
     real, results = concurrent.futures.ThreadPoolExecutor.submit, []
-    handed: list[concurrent.futures.Future] = []
+    begun, compiled, handed = threading.Event(), _obtain.compile_source, []
+
+    def compile_source(text, **named):
+        begun.set()
+        return compiled(text, **named)
 
     def submit(self, *work):
         if handed:
+            assert begun.wait(20)
             raise KeyboardInterrupt
         handed.append(real(self, *work))
         return handed[0]
 
+    monkeypatch.setattr(_obtain, "compile_source", compile_source)
     monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", submit)
     with pytest.raises(KeyboardInterrupt):
         warmup(SPECS, jobs=1, progress=results.append)
