@@ -8,7 +8,7 @@ import torch
 
 from megamoe_jit._nodes.combine import sum_nodes
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
-from megamoe_jit._nodes.rail import Rail
+from megamoe_jit._nodes.rail import AlongRails
 
 __all__ = ["ExactExchange"]
 
@@ -22,19 +22,11 @@ class _Sent:
     arriving: list[int]  #: rows from each node
 
 
-class ExactExchange:
+class ExactExchange(AlongRails):
     """Rows packed by node, in one collective after that of the counts; results back in a third."""
 
     name = "exact"
-    whole_node = True
     capturable = False
-    float32 = True
-
-    def __init__(self, rail: Rail) -> None:
-        self.rail = rail
-
-    def most_rows(self, tokens: int) -> int:
-        return self.rail.nodes * tokens
 
     def dispatch(self, batch: Batch, into: Rows, first_expert: int, experts: int) -> Arrived:
         sent, tokens = self._sent(batch, experts)

@@ -6,12 +6,12 @@ import torch
 
 from megamoe_jit._nodes.combine import sum_nodes
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
-from megamoe_jit._nodes.rail import Rail
+from megamoe_jit._nodes.rail import AlongRails
 
 __all__ = ["GatherExchange"]
 
 
-class GatherExchange:
+class GatherExchange(AlongRails):
     """All rows of a rail into the experts' buffer as they are, in one collective; results back in another.
 
     Rows of node m are rows ``m * rows`` to ``(m + 1) * rows`` there. A node masks what is not for its experts by
@@ -19,15 +19,7 @@ class GatherExchange:
     """
 
     name = "gather"
-    whole_node = True
     capturable = True
-    float32 = True
-
-    def __init__(self, rail: Rail) -> None:
-        self.rail = rail
-
-    def most_rows(self, tokens: int) -> int:
-        return self.rail.nodes * tokens
 
     def dispatch(self, batch: Batch, into: Rows, first_expert: int, experts: int) -> Arrived:
         rows = self.rail.nodes * len(batch.rows)

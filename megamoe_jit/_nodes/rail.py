@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Rail", "TorchRail", "rail_options"]
+__all__ = ["AlongRails", "Rail", "TorchRail", "rail_options"]
 
 _HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -131,3 +131,17 @@ def rail_options(comm_ctas: int, timeout_s: float) -> Iterator[Any]:
         del os.environ[_HANDLING]
         if before is not None:
             os.environ[_HANDLING] = before
+
+
+class AlongRails:
+    """What the exchanges have in common that bring rows to a node's kernel along rails."""
+
+    whole_node = True
+    float32 = True
+
+    def __init__(self, rail: Rail) -> None:
+        self.rail = rail
+
+    def most_rows(self, tokens: int) -> int:
+        """Rows of a launch, at most, where each rank has so many tokens."""
+        return self.rail.nodes * tokens

@@ -18,28 +18,7 @@ __all__ = ["NodeRanks"]
 
 
 class NodeRanks:
-    """How the ranks of a process group lie on nodes; a collective of all of them.
-
-    A node is what one kernel launch spans: GPUs of one host, each other's NVLink peers. A rail is the ranks with the
-    same number on every node: rows travel between nodes along rails alone. Ranks are numbered node by node,
-    ``rank = node * ranks_per_node + local_rank``, as torchrun numbers them.
-
-    Args:
-        group: the process group of all ranks that share the experts.
-        node_group: that of this rank's node. By default ranks of one host are a node, which its boot id tells.
-        rail_group: that of this rank's rail. By default made when a buffer needs it, with that buffer's deadline.
-        ranks_per_node: where the group is to be cut instead, such as 1 for GPUs of a host that are no peers.
-
-    Attributes:
-        group, node_group: as given or made; `node_group` is None where a node is one rank.
-        nodes, node: how many, and which one this is.
-        ranks_per_node, local_rank: ranks of a node, and which one this is.
-        world_size, rank: ranks of all nodes, and which one this is.
-
-    Raises:
-        ConfigError: nodes have different numbers of ranks, or the ranks are in another order; on every rank.
-        PeerTimeoutError: a rank did not come before the process group gave up.
-    """
+    """What a `NodeTopology` knows of its ranks, without what layers share; arguments and attributes are there."""
 
     def __init__(
         self, group: Any, node_group: Any = None, rail_group: Any = None, *, ranks_per_node: int | None = None

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Seam", "asked", "misfits", "problem_of", "root_of"]
+from megamoe_jit.engines.aside import step_aside
+
+__all__ = ["Seam", "asked", "fits", "misfits", "problem_of", "root_of"]
 
 Use = Literal["replaced", "called", "wrapped", "read"]
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -142,3 +144,12 @@ def asked(seams: Iterable[Seam], engine: str) -> Iterator[tuple[str, str]]:
         raise ImportError(f"there is no package {engine}")
     for seam in seams:
         yield str(seam), problem_of(seam, root)
+
+
+def fits(engine: str, seams: Iterable[Seam], feature: str = "") -> bool:
+    """Whether the installed release is as expected; else the plug-in, or a feature of it, steps aside."""
+    root = root_of(engine)
+    moved = [f"there is no package {engine}"] if root is None else misfits(seams, root)
+    if moved:
+        step_aside(f"{engine} {feature}".rstrip(), moved)
+    return not moved

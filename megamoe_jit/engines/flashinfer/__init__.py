@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe_jit.engines.aside import guarded, step_aside
+from megamoe_jit.engines.aside import guarded
 from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
-from megamoe_jit.engines.seams import misfits, root_of
+from megamoe_jit.engines.seams import fits
 
 __all__ = ["KERNEL_NAME", "MegaMoeConfig", "register"]
 
@@ -36,13 +36,7 @@ def register() -> None:
     """Add the kernel to FlashInfer, if the installed release is as expected; else warn once and leave it alone."""
     from megamoe_jit.engines.flashinfer import seams
 
-    root = root_of("flashinfer")
-    if root is None:
-        step_aside("flashinfer", ["there is no package flashinfer"])
-        return
-    moved = misfits(seams.SEAMS, root)
-    if moved:
-        step_aside("flashinfer", moved)
+    if not fits("flashinfer", seams.SEAMS):
         return
     from megamoe_jit.engines.flashinfer import backend
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from megamoe_jit.engines.aside import guarded, step_aside
-from megamoe_jit.engines.seams import misfits, root_of
+from megamoe_jit.engines.aside import guarded
+from megamoe_jit.engines.seams import fits
 
 __all__ = ["register"]
 
@@ -22,19 +22,10 @@ def register() -> None:
     _registered = True
     from megamoe_jit.engines.sglang import seams
 
-    root = root_of("sglang")
-    if root is None:
-        step_aside("sglang", ["there is no package sglang"])
-        return
-    moved = misfits(seams.SHARED + seams.MEGA, root)
-    if moved:
-        step_aside("sglang", moved)
+    if not fits("sglang", seams.SHARED + seams.MEGA):
         return
     from megamoe_jit.engines.sglang import mega, runner
 
     mega.hook()
-    moved = misfits(seams.RUNNER, root)
-    if moved:
-        step_aside("sglang --moe-runner-backend megamoe_jit", moved)
-        return
-    runner.hook()
+    if fits("sglang", seams.RUNNER, "--moe-runner-backend megamoe_jit"):
+        runner.hook()

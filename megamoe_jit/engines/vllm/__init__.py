@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from megamoe_jit.engines.aside import guarded, step_aside
-from megamoe_jit.engines.seams import misfits, root_of
+from megamoe_jit.engines.aside import guarded
+from megamoe_jit.engines.seams import fits
 
 __all__ = ["register"]
 
@@ -16,13 +16,7 @@ def register() -> None:
     """Add the quantisation to vLLM, if the installed release is as expected; else warn once and leave it alone."""
     from megamoe_jit.engines.vllm import seams
 
-    root = root_of("vllm")
-    if root is None:
-        step_aside("vllm", ["there is no package vllm"])
-        return
-    moved = misfits(seams.SEAMS, root)
-    if moved:
-        step_aside("vllm", moved)
+    if not fits("vllm", seams.SEAMS):
         return
     from megamoe_jit.engines.vllm import eplb, quantization
 
