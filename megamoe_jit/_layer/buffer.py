@@ -268,9 +268,9 @@ class SymmBuffer(LayerMemory):
             raise CaptureError(f"a stream is capturing{_AFTER_CAPTURE}: {cause}")
         fault = decode(self.fault.tolist())
         if fault is not None or cause is not None:
-            error = fault_error(fault, self.rank, cause)
-            self.poison(error)
-            raise error
+            broken = fault_error(fault, self.rank, cause)
+            self.poison(broken)
+            raise broken
 
     def poison(self, error: MegaMoeError) -> None:
         """Have later calls raise this error of another part of the call, and `destroy` wait for nobody."""
