@@ -21,6 +21,8 @@ PY := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
 stamp = $(VENV)/.ready-$(1)
 WORKERS := -n auto --dist loadfile
+# Hundreds of processes start in a run; none has to compile modules again, even where the user's environment says so.
+test test-kernels test-nvrtc13 test-engines: export PYTHONDONTWRITEBYTECODE :=
 else
 PY := $(PYTHON)
 CLANG_FORMAT := clang-format
