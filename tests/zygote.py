@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,17 @@ def requests(channel: socket.socket) -> Iterator[tuple[dict[str, Any], list[int]
         yield json.loads(channel.makefile("r").readline()), handles
 
 
-def serve() -> None:
-    """Fork for each request, which come through the handle that is the argument."""
+def serve_with_torch() -> None:
+    """`serve` from a process that has torch, for commands that import it anyway."""
+    serve(["torch", "numpy"])
+
+
+def serve(more: Sequence[str] = ()) -> None:
+    """Fork for each request, which come through the handle that is the argument; `more` is imported as well."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     preload()
+    for name in more:
+        importlib.import_module(name)
     for request, streams in requests(channel):
         pid = os.fork()
         if pid == 0:
