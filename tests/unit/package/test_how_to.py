@@ -79,7 +79,7 @@ def follow(tree: Path, page: str) -> set[str]:
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources."""
     for folder in FOLDERS:
-        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True)
     shutil.copy(REPO / "README.md", tmp_path)
     return tmp_path
 
