@@ -128,13 +128,13 @@ def examine_engine(probe: EngineProbe) -> Iterator[Check]:
         yield Check(probe.name, Status.FAIL, f"not installed; {tested}", f"pip install '{probe.wanted}'", data)
         return
     if version in probe.tested:
-        yield Check(probe.name, Status.OK, version, "", data)
+        yield Check(probe.name, Status.OK, version, None, data)
     else:
         detail = f"{version}, with which the plug-in was never run; {tested}"
         yield Check(probe.name, Status.WARN, detail, "it works if the hooks are as expected", data)
     yield _check_hooks(probe)
     typed = "\n".join(probe.typed)
-    yield Check("to type", Status.OK, typed, "", {"lines": list(probe.typed), "page": probe.page})
+    yield Check("to type", Status.OK, typed, None, {"lines": list(probe.typed), "page": probe.page})
 
 
 def _check_hooks(probe: EngineProbe) -> Check:
@@ -142,11 +142,11 @@ def _check_hooks(probe: EngineProbe) -> Check:
         hooks = [Hook(*found) for found in probe.hooks()]
     except Exception as error:  # an engine that cannot be imported is a finding
         detail = f"{probe.name} cannot be imported: {type(error).__name__}: {error}"
-        return Check("hooks", Status.FAIL, detail, f"mend that installation; {probe.page}")
+        return Check("hooks", Status.FAIL, detail, f"mend that installation; {probe.page}", {})
     broken = [hook for hook in hooks if hook.problem]
     data = {"hooks": [hook._asdict() for hook in hooks]}
     if broken:
         detail = "\n".join(f"{hook.name}: {hook.problem}" for hook in broken)
         step = f"the plug-in steps aside here; pip install '{probe.wanted}'"
         return Check("hooks", Status.FAIL, detail, step, data)
-    return Check("hooks", Status.OK, f"all {len(hooks)} as expected", "", data)
+    return Check("hooks", Status.OK, f"all {len(hooks)} as expected", None, data)
