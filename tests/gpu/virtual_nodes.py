@@ -1,4 +1,4 @@
-"""Two nodes of several virtual ranks on one GPU: kernels and threads as in `tests/gpu/virtual.py`, and rails between them.
+"""Two nodes of several virtual ranks on one GPU: all as in `tests/gpu/virtual.py`, and rails between the threads.
 
 A rail copies from tensor to tensor, since all of them are on this GPU; everything else is the product. Run as a
 program, as there:
