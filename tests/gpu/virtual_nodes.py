@@ -205,7 +205,9 @@ def main(ranks_per_node: int, checks: list[str]) -> int:
     shape = MoEShape(HIDDEN, INTERMEDIATE, 3 * world, TOPK)
     node = MoEShape(HIDDEN, INTERMEDIATE, 3 * ranks_per_node, TOPK)
     specs = [
-        KernelSpec(node, v, ranks_per_node, numerics=Numerics(True, wide)) for v in Variant for wide in (False, True)
+        KernelSpec(node, v, ranks_per_node, numerics=Numerics(float32_out=wide))
+        for v in Variant
+        for wide in (False, True)
     ]
     for result in warmup(specs):
         if result.error is not None:
