@@ -97,8 +97,15 @@ def python(tree: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def tidy(tree: Path) -> None:
+    """What a page has written passes the linter, and is formatted."""
+    for verb in (("check",), ("format", "--check")):
+        python(tree, "-m", "ruff", *verb, "--no-cache", "--config", str(REPO / "pyproject.toml"), "megamoe_jit")
+
+
 def test_a_variant_is_added_by_its_page(tree: Path):
     assert len(follow(tree, "add-a-kernel-variant.md")) == 3 <= 5
+    tidy(tree)
     python(tree, "-m", "tests.schemas")
     python(tree, "-c", USE, "megamoe_shy_h256_i128_e8_k2_r2_fast", "using Policy = megamoe::Shy;")
     assert "decode|shy]" in python(tree, "-m", "megamoe_jit", "tune", "--help")
@@ -110,6 +117,7 @@ def test_a_variant_is_added_by_its_page(tree: Path):
 
 def test_a_numeric_option_is_added_by_its_page(tree: Path):
     assert len(follow(tree, "add-a-numeric-option.md")) == 4 <= 6
+    tidy(tree)
     python(tree, "-m", "tests.schemas")
     python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SAY_WHAT_WAS_FORGOTTEN)
     python(tree, "-c", USE, "megamoe_pingpong_h256_i128_e8_k2_r1_fast_plain", "kPlainSilu = true")
@@ -123,9 +131,14 @@ def test_a_numeric_option_is_added_by_its_page(tree: Path):
 
 def test_a_weight_format_is_added_by_its_page(tree: Path):
     assert len(follow(tree, "add-a-weight-format.md")) == 3 <= 10
+    tidy(tree)
     python(tree, "-m", "tests.schemas")
     python(tree, "-c", USE, "megamoe_pingpong_h256_i128_e8_k2_r1_powers_fast", "using Weights = megamoe::Powers;")
     python(tree, "-c", FORMAT)
+    for verb in ("plan", "explain"):
+        python(
+            tree, "-m", "megamoe_jit", verb, "--shapes", "v4-flash", "--tokens", "1,4096", "--weight-format", "powers"
+        )
     assert '"powers"' in (tree / "megamoe_jit/_cli/schemas/warmup.json").read_text()
 
 
