@@ -124,7 +124,7 @@ class Adapter:
         self.lasts = not taken and all(each.version is not None for each in seen.values())
 
     def serves(self, module: Any, topk: int, device: torch.device) -> bool:
-        """Whether calls of a module with so many slots are this layer's; compiled ones are, without a look at weights."""
+        """Whether calls of a module with so many slots are this layer's; compiled ones look at no weights."""
         if self.device != device or topk > self.topk:
             return False
         if torch.compiler.is_compiling():
@@ -148,8 +148,11 @@ class Adapter:
             name: torch.nn.Parameter(getattr(layer, _BUFFERS[name]).view(mine.dtype), requires_grad=False)
             for name, mine in self.taken.items()
         }
-        copied = {name: memo.get(id(each.parameter())) for name, each in self.seen.items()}  # a module's come first
-        seen = {name: each if copied[name] is None else Seen.of(copied[name]) for name, each in self.seen.items()}
+        seen = dict(self.seen)
+        for name, each in self.seen.items():
+            copied = memo.get(id(each.parameter()))  # a module's parameters are copied before its layer
+            if copied is not None:
+                seen[name] = Seen.of(copied)
         return Adapter(layer, self.topk, self.device, taken, seen)
 
 
