@@ -65,8 +65,9 @@ def model(calls: list[int]) -> torch.nn.Module:
 
 def test_all_have_the_same_weights_and_take_turns(model: torch.nn.Module, calls: list[int]):
     found = lab.differences(model, 3)
-    assert 0 < found["megamoe"] < 1e-3
-    assert found["eager"] < 1e-5
+    for diffs in found.values():
+        assert 0 < diffs["megamoe"] < 1e-3
+        assert diffs["eager"] < 1e-5
     calls.clear()
     rows = list(lab.measure(model, lab.Steps((1, 3))))
     assert [(row["step"], row["tokens"]) for row in rows] == [("decode", 1), ("decode", 3), ("prefill", 5)]
