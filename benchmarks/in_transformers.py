@@ -54,7 +54,9 @@ MODELS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 
 
 def _experts(model: torch.nn.Module) -> list[Any]:
-    found: list[Any] = [each for each in model.modules() if hasattr(each, "gate_up_proj") and hasattr(each, "down_proj")]
+    found: list[Any] = [
+        each for each in model.modules() if hasattr(each, "gate_up_proj") and hasattr(each, "down_proj")
+    ]
     return [each for each in found if each.gate_up_proj.ndim == 3]
 
 
