@@ -84,7 +84,8 @@ def test_other_models_are_measured_as_well(name: str, calls: list[int]):
     model = lab.make_model(name, torch.device("cpu"), 1, **{**SIZES, **more})
     assert lab.adopt(model) == 1
     assert 0 < lab.differences(model, 3)["experts_diff"]["megamoe"] < lab.MOST_DIFF
-    assert [row["step"] for row in lab.measure(model, lab.Steps((3,)))] == ["decode", "prefill"]
+    with torch.no_grad():
+        assert lab.decode_ms(model, 3) > 0
 
 
 @pytest.mark.parametrize("name", lab.MODELS)
