@@ -72,6 +72,7 @@ RUNNER = (
     Seam(f"{_MOE}.utils", "get_moe_runner_backend", "called"),
     Seam(f"{_MOE}.utils", "get_moe_a2a_backend", "called"),
     Seam(f"{_MOE}.utils", "MoeA2ABackend.is_none", "called"),
+    Seam(f"{_MOE}.utils", "MoeA2ABackend.is_megamoe", "called"),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.create_moe_runner", "wrapped", ("self", "layer", "moe_runner_config")),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.apply", "wrapped", ("self", "layer", "dispatch_output")),
 )
