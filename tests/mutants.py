@@ -120,6 +120,20 @@ MUTANTS = (
         "layer/test_calls.py::test_a_call_on_another_stream_waits_for_the_last_one",
     ),
     Mutant(
+        "layer: steady options that equal right ones are right",
+        "megamoe_jit/_layer/steady.py",
+        "not all(map(is_, options, known.options))",
+        "options != known.options",
+        "layer/test_steady.py::test_what_equals_a_right_option_is_refused_after_it_as_before",
+    ),
+    Mutant(
+        "layer: weights at a known address are the known ones",
+        "megamoe_jit/_layer/bound_kernel.py",
+        "known() is not tensor or ",
+        "",
+        "layer/test_calls.py::test_weights_at_a_known_address_are_checked_unless_they_are_the_same_tensors",
+    ),
+    Mutant(
         "layer: a branch of a graph is not remembered",
         "megamoe_jit/_layer/stream_order.py",
         "        last.handle = None  # from here on every launch has to ask\n",
