@@ -6,6 +6,7 @@
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
 #   NO_VENV=1           use PYTHON and its packages as they are: no .venv, nothing installed, no network
 #   ARGS='-k cache'     extra arguments for pytest, bench and demo
+#   RANKS=2             bench: the table from bf16 to bf16 on so many GPUs as well
 
 PYTHON ?= python3
 STACK ?= cu12
@@ -89,6 +90,7 @@ bench: $(call stamp,bench)
 	@mkdir -p bench-results
 	$(PY) -m benchmarks bench --output bench-results/latest.json $(ARGS)
 	$(PY) -m benchmarks.from_bf16 --output bench-results/from-bf16.json
+	$(if $(RANKS),$(PY) -m benchmarks.from_bf16 --ranks $(RANKS) --output bench-results/from-bf16-$(RANKS)ranks.json)
 
 # The site, in build/site; whatever is wrong with a link, an anchor or a docstring is an error.  Pages keep their places of
 # the repository, so that relative links mean the same in both.
