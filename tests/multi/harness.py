@@ -20,6 +20,7 @@ from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._jit.runtime import warmup
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec.inputs import Inputs
 from tests.multi.worker import forget
 
 KERNEL_S = 8.0  #: the kernels' own deadline
@@ -96,13 +97,19 @@ def run_checks(
     return results
 
 
-def warm(shapes: Sequence[MoEShape], ranks: int, fast_math: Sequence[bool] = (True,)) -> None:
+def warm(
+    shapes: Sequence[MoEShape],
+    ranks: int,
+    fast_math: Sequence[bool] = (True,),
+    inputs: Sequence[Inputs] = (Inputs.STAGED,),
+) -> None:
     """Compile what the ranks will need, in parallel; raises if a kernel does not compile."""
     specs = [
-        KernelSpec(shape, variant, ranks, fast)
+        KernelSpec(shape, variant, ranks, fast, inputs=form)
         for shape in shapes
         for variant in Variant.reading(FP8)
         for fast in fast_math
+        for form in inputs
     ]
     for result in warmup(dict.fromkeys(specs)):
         if result.error is not None:

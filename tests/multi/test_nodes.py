@@ -23,7 +23,7 @@ OVER = {
 def kernels():
     shape = shape_for(RANKS, *checks_nodes.SIZES)
     node = MoEShape(shape.hidden, shape.intermediate, shape.experts // RANKS, shape.topk)
-    specs = [KernelSpec(node, v, 1, numerics=Numerics(True, wide)) for v in Variant for wide in (False, True)]
+    specs = [KernelSpec(node, v, 1, numerics=Numerics(float32_out=wide)) for v in Variant for wide in (False, True)]
     for result in warmup(specs):
         assert result.error is None, result.error
     warm([shape], RANKS)
