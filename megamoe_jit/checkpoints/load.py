@@ -16,7 +16,7 @@ from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE
-from megamoe_jit.checkpoints.ready import load_ready
+from megamoe_jit.checkpoints.ready import load_ready, sizes_of_ready
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, model_of, shared_of
 
 __all__ = ["Progress", "device_of", "layer_from_checkpoint", "load_experts", "load_shared_experts"]
@@ -156,10 +156,14 @@ def load_shared_experts(
     shared = shared_of(files, model, layer)
     if shared is None:
         return None
-    routed = layer_of(files, model, layer)
-    count, rest = divmod(shared.intermediate, routed.intermediate)
-    if rest or shared.hidden != routed.hidden:
-        sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {routed.hidden} and {routed.intermediate}"
+    if model.scheme == MEGAMOE:
+        _, hidden, intermediate = sizes_of_ready(files, model.layers[layer])
+    else:
+        routed = layer_of(files, model, layer)
+        hidden, intermediate = routed.hidden, routed.intermediate
+    count, rest = divmod(shared.intermediate, intermediate)
+    if rest or shared.hidden != hidden:
+        sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {hidden} and {intermediate}"
         raise ConfigError(f"sizes of the shared expert of layer {layer} are {sizes}; allowed: a multiple in width")
     target = target_of(weight_format, shared.kind, lossy)
     w13, w2 = read_experts(shared, range(1), target, place)
