@@ -11,6 +11,7 @@ import torch
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.moe import MegaMoE
+from megamoe_jit._layer.weights import is_transformed
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
@@ -219,16 +220,21 @@ def layer_from_checkpoint(
     w13, w2 = load_experts(path, layer, **how, progress=progress)
     shared = load_shared_experts(path, layer, **how) if shared_experts else None
     if shared is not None:
-        _check_one_format(w13, shared[0], layer)
+        _check_fit((w13, w2), shared, layer)
         options |= {"shared_w13": shared[0], "shared_w2": shared[1]}
     bound: Any = clamp_of(config) if clamp == "auto" else clamp
     keep = shared is None and not isinstance(w13, torch.Tensor)
     return MegaMoE(w13, w2, topk=slots, max_tokens=max_tokens, clamp=bound, inplace=keep, **options)
 
 
-def _check_one_format(routed: Any, shared: Any, layer: int) -> None:
-    """Raise where routed and shared experts are not in one format, as DeepSeek-V4's are not in its files."""
-    if routed[0].dtype is not shared[0].dtype:
-        given = f"routed experts of layer {layer} are {routed[0].dtype}, its shared one {shared[0].dtype}"
-        allowed = "weight_format='fp8', which keeps all values, or shared_experts=False and that one beside the layer"
+def _check_fit(routed: tuple[Any, Any], shared: Any, layer: int) -> None:
+    """Raise where routed and shared experts are not in one format, as DeepSeek-V4's are not in its files, or order."""
+    (w13, w2), codes = routed, shared[0][0]
+    beside = "shared_experts=False and that one beside the layer"
+    if not isinstance(w13, torch.Tensor) and is_transformed(w13, w2):
+        given = f"routed experts of layer {layer} are in the kernel's order by themselves"
+        raise ConfigError(f"{given}; allowed: {beside}, or the checkpoint that this one was made of")
+    if w13[0].dtype is not codes.dtype:
+        given = f"routed experts of layer {layer} are {w13[0].dtype}, its shared one {codes.dtype}"
+        allowed = f"weight_format='fp8', which keeps all values, or {beside}"
         raise ConfigError(f"{given}, and a layer has one format; allowed: {allowed}")
