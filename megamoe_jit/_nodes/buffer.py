@@ -20,6 +20,7 @@ from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
 from megamoe_jit._nodes.exchange import Arrived, Batch, Exchange
 from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.lanes import Dispatched
+from megamoe_jit._nodes.loss import RailLost
 from megamoe_jit._nodes.memory import MultiNodeMemory
 from megamoe_jit._nodes.overlap import overlapped
 from megamoe_jit._settings.settings import get_settings
@@ -272,5 +273,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         except RuntimeError as error:
             if any(experts.has_fault() for experts in self._all_experts()):
                 self.check()  # a kernel gave up before, and says why
+            if isinstance(error, RailLost):
+                raise self._lost(str(error), error.missing) from error
             said = re.sub(r"^\[[^\]]*\] *", "", first_line(error))  # without the place in the sources of a library
             raise self._lost(f"{what} did not get through: {said}") from error

@@ -1,4 +1,8 @@
-"""The exact form: a row goes to the nodes that have experts for it, once to each. The host waits for the counts."""
+"""The exact form: a row goes to the nodes that have experts for it, once to each. The host waits for the counts.
+
+What the host enqueues after that wait, nothing hides: so all that does not need the counts comes before, and what does
+is few launches.
+"""
 
 from __future__ import annotations
 
@@ -29,32 +33,32 @@ class ExactExchange(AlongRails):
     capturable = False
 
     def dispatch(self, batch: Batch, into: Rows, first_expert: int, experts: int) -> Arrived:
+        mine = [_words(tensor) for tensor in batch.rows[: batch.tokens].tensors]
+        widths = [words.shape[1] for words in mine]
+        every_row = torch.cat(mine, dim=1)
         sent, tokens = self._sent(batch, experts)
         rows = sum(sent.arriving)
-        mine = [_words(tensor)[tokens] for tensor in batch.rows.tensors]
         arriving = into[:rows]
+        unpacked = every_row.new_empty(rows, every_row.shape[1])
+        self.rail.swap(unpacked, every_row.index_select(0, tokens), sent.arriving, sent.leaving)
         theirs = [_words(tensor) for tensor in arriving.tensors]
-        widths = [words.shape[1] for words in mine]
-        packed = torch.cat(mine, dim=1)
-        unpacked = packed.new_empty(rows, sum(widths))
-        self.rail.swap(unpacked, packed, sent.arriving, sent.leaving)
-        for words, part in zip(theirs, torch.split(unpacked, widths, dim=1), strict=True):
-            words.copy_(part)
+        torch._foreach_copy_(theirs, torch.split(unpacked, widths, dim=1))
         if first_expert:
             arriving.topk_idx.sub_(first_expert)
         return Arrived(rows, None, batch, sent)
 
     def _sent(self, batch: Batch, experts: int) -> tuple[_Sent, torch.Tensor]:
         """What goes where, agreed with the other nodes, and the tokens that are sent, in the order of packing."""
-        nodes, ids = self.rail.nodes, batch.rows.topk_idx[: batch.tokens]
-        real = (ids >= 0) & (ids < nodes * experts)
-        node = torch.where(real, torch.div(ids, experts, rounding_mode="floor"), -1)
-        wanted = torch.stack([(node == other).any(dim=1) for other in range(nodes)])
-        counts = self.rail.counts(wanted.sum(dim=1))
-        places = wanted.view(-1).nonzero().view(-1)
-        here = self.rail.node
-        sent = _Sent(places, counts[here], [theirs[here] for theirs in counts])
-        return sent, places % max(1, batch.tokens)
+        ids, here = batch.rows.topk_idx[: batch.tokens], self.rail.node
+        node = torch.div(ids, experts, rounding_mode="floor")  # no node's number where it is no expert's
+        every_node = torch.arange(self.rail.nodes, dtype=torch.int64, device=ids.device)
+        wanted = (node == every_node[:, None, None]).any(dim=2)
+        sums = wanted.sum(dim=1)
+        first = wanted.view(-1).argsort(descending=True, stable=True)  # where it is wanted, in order
+        first_tokens = first % max(1, batch.tokens)
+        counts = self.rail.counts(sums)
+        sent = _Sent(first[: sum(counts[here])], counts[here], [theirs[here] for theirs in counts])
+        return sent, first_tokens[: len(sent.places)]
 
     def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:
         sent, tokens = arrived.state, arrived.batch.tokens
@@ -62,7 +66,7 @@ class ExactExchange(AlongRails):
         self.rail.swap(back, partial, sent.leaving, sent.arriving)
         # zeros where nothing was sent, as a node gives them for tokens that are not for it
         spread = partial.new_zeros(self.rail.nodes * tokens, partial.shape[1])
-        spread[sent.places] = back
+        spread.index_copy_(0, sent.places, back)
         sum_nodes(spread.view(self.rail.nodes, tokens, partial.shape[1]), y)
 
 

@@ -92,8 +92,9 @@ class Experts:
 
     def variant_for(self, rows: int, options: CallOptions) -> str:
         """The variant of a call where each rank has so many rows, which all its launches then take."""
-        choice, _ = self.buffer.kernels.choose(min(rows, MAX_TOKENS), options.variant, None)
-        return str(choice.variant.value)
+        numerics = self.numerics(options.fast_math)
+        plan = self.buffer.plan(min(rows, MAX_TOKENS), options.variant, numerics, None)
+        return str(plan.choice.variant.value)
 
     def sms_beside(self, comm_ctas: int) -> int:
         """Blocks of a launch that leaves room for so many of another kernel."""

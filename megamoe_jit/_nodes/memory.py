@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from functools import partial as partial_call
 from typing import Any, Self
 
 import torch
@@ -128,7 +129,8 @@ class MultiNodeMemory:
             return
         faults = any(experts.has_fault() for experts in self._all_experts())
         if not self._alone and not faults and not is_capturing():
-            watch = Watch(self.topology, self.choices, self.device, self.timeout_s)
+            error = partial_call(self.choices.error, self.device)
+            watch = Watch(self.topology.roll_call.missing, error, self.timeout_s)
             lost = self._experts.wait(watch)
             if lost is not None:
                 raise self._lost(lost, watch.missing)

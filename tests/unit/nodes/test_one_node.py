@@ -12,6 +12,7 @@ from megamoe_jit._errors import PeerTimeoutError
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.gather import GatherExchange
+from megamoe_jit._nodes.loss import UNASKED, RailLost, Watch, wait_until
 from megamoe_jit._nodes.rail import TorchRail
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FP8, Variant
@@ -167,6 +168,30 @@ def test_a_loss_names_node_and_rank_poisons_and_destroy_asks_nobody(cuda: Cuda, 
     assert ("synchronize",) not in cuda.events, "the device may never be done"
     assert len(cuda.launches) == launched
     refused(lambda: buffer.dispatch(3), "this buffer was destroyed")
+
+
+def test_a_wait_of_the_host_that_found_a_loss_is_told_once(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
+    """Who is missing was asked while it waited, which takes seconds: nobody is asked again."""
+    buffer = buffer_of(2, ExactExchange)
+    y = torch.empty(3, 256, dtype=torch.bfloat16)
+    mm.fp8_mega_moe_multinode(y, L1, L2, buffer)
+    watch = Watch(lambda: {1: "it stands still"}, lambda: None, timeout_s=0.01)
+    monkeypatch.setattr(Echo, "counts", lambda self, mine: wait_until(lambda: False, watch))
+    buffer.topology.roll_call.missing = None
+    with pytest.raises(PeerTimeoutError, match=r"in call 2 .*, nothing came for 0.01 s \(missing: .*: it stands still"):
+        mm.fp8_mega_moe_multinode(y, L1, L2, buffer)
+
+
+def test_a_wait_ends_with_what_it_waits_for_or_with_an_error_of_the_rail():
+    asked, found = [], iter([{}, {3: "gone"}])
+    over = lambda: len(asked) > 2  # noqa: E731
+    wait_until(over, Watch(dict, lambda: asked.append(1), timeout_s=60.0))  # type: ignore[arg-type]
+    with pytest.raises(RailLost, match="NCCL reports remote_error") as caught:
+        wait_until(lambda: False, Watch(dict, lambda: "remote_error", timeout_s=60.0))
+    assert caught.value.missing is UNASKED
+    with pytest.raises(RailLost, match="nothing came for 0.02 s") as caught:
+        wait_until(lambda: False, Watch(lambda: next(found), lambda: None, timeout_s=0.02))
+    assert caught.value.missing == {3: "gone"}, "everybody was there the first time, and it was waited on"
 
 
 def test_what_is_out_of_order_is_refused(cuda: Cuda):
