@@ -291,6 +291,13 @@ MUTANTS = (
         "nodes/test_one_node.py::test_a_capture_needs_what_can_be_captured_and_what_is_prepared",
     ),
     Mutant(
+        "nodes: packed weights by a kernel of others",
+        "megamoe_jit/_nodes/experts.py",
+        "options.num_sms, weights=options.weights)",
+        "options.num_sms)",
+        "nodes/test_one_node.py::test_packed_weights_are_another_kernel",
+    ),
+    Mutant(
         "nodes: results in float32 by a kernel of bf16",
         "megamoe_jit/_nodes/experts.py",
         "self.float32_out = dtype is torch.float32",

@@ -13,7 +13,7 @@ from megamoe_jit._cli._io import ExitCode, emit, human_bytes, progress_line, say
 from megamoe_jit._cli._options import per_shape
 from megamoe_jit._documents import plain
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec.formats import FP8, WeightFormat
+from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents_nodes import NodesRow
@@ -70,20 +70,14 @@ def nodes_options(command: F) -> F:
     return command
 
 
-def shapes_of_a_node(
-    shapes: Mapping[str, MoEShape], nodes: int, ranks: int, weights: str = FP8.name
-) -> dict[str, MoEShape]:
+def shapes_of_a_node(shapes: Mapping[str, MoEShape], nodes: int, ranks: int) -> dict[str, MoEShape]:
     """What the kernels of a node are compiled for: its part of the routed experts, alone.
 
     Raises:
-        ConfigError: weights cannot be of this format, or the ranks of all nodes do not share the experts evenly; says
-            of which shape.
+        ConfigError: the ranks of all nodes do not share the experts evenly; says of which shape.
     """
     if nodes == 1:
         return dict(shapes)
-    from megamoe_jit._nodes.model import check_format
-
-    check_format(WeightFormat.parse(weights))
 
     def part(shape: MoEShape) -> MoEShape:
         if shape.experts % (nodes * ranks):
@@ -93,12 +87,8 @@ def shapes_of_a_node(
     return dict(zip(shapes, per_shape(shapes, lambda _, shape: [part(shape)]), strict=True))
 
 
-def ways_of(nodes: int, exchange: str, partial: str, chunks: int | None, weights: str) -> Ways:
-    """What these options ask for.
-
-    Raises:
-        ConfigError: a format of weights that no call over several nodes takes.
-    """
+def ways_of(nodes: int, exchange: str, partial: str, chunks: int | None) -> Ways:
+    """What these options ask for."""
     from megamoe_jit._diagnose.between import Ways
 
     return Ways(nodes, exchange, partial, chunks)

@@ -85,7 +85,7 @@ def explain(
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "numerics": numerics, "num_sms": sms}
-    options |= {"gpu": found.gpu, "weights": weights, "ways": ways_of(nodes, exchange, partial, chunks, weights)}
+    options |= {"gpu": found.gpu, "weights": weights, "ways": ways_of(nodes, exchange, partial, chunks)}
     calls = per_shape(
         shapes, lambda name, shape: [explain_call(shape, count, name=name, **options) for count in tokens]
     )

@@ -110,7 +110,7 @@ def plan(
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found.gpu}
-    options |= {"weights": weights, "ways": ways_of(nodes, exchange, partial, chunks, weights)}
+    options |= {"weights": weights, "ways": ways_of(nodes, exchange, partial, chunks)}
     plans = per_shape(shapes, lambda name, shape: [memory_plan(shape, count, name=name, **options) for count in tokens])
     if as_json:
         emit(PlanDocument(found.gpu, found.measured, tuple(plans)))

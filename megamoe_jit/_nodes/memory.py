@@ -19,7 +19,7 @@ from megamoe_jit._nodes.experts import Experts
 from megamoe_jit._nodes.lanes import Lane, staging
 from megamoe_jit._nodes.loss import UNASKED, Watch, loss
 from megamoe_jit._nodes.ranks import NodeRanks
-from megamoe_jit._spec import MAX_TOKENS, MoEShape
+from megamoe_jit._spec import MAX_TOKENS, MoEShape, WeightFormat
 
 __all__ = ["MultiNodeMemory"]
 
@@ -51,7 +51,7 @@ class MultiNodeMemory:
         self.lock = threading.RLock()
         self._destroyed = False
         self._broken: MegaMoeError | None = None
-        self._prepared: set[bool] = set()
+        self._prepared: set[tuple[bool, WeightFormat]] = set()
         self._stream: Any = None
         whole = choices.whole_node
         parts = topology.nodes if whole else topology.world_size

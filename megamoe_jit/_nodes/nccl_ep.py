@@ -1,8 +1,8 @@
 """`NcclEpExchange`: rows by NCCL-EP (package nccl-extensions 0.1) to the ranks that have their experts.
 
-Written against the package, whose own classes take what is asked here; it has not run. Of its layouts it is the flat one
-of the high-throughput algorithm: rows with the numbers of a rank's experts, as many as the device counts, straight into
-the buffer that the kernel reads.
+Written against the package, whose own classes take what is asked here; it has not run. Of its layouts it is the flat
+one of the high-throughput algorithm: rows with the numbers of a rank's experts, as many as the device counts, straight
+into the buffer that the kernel reads.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffe
 from megamoe_jit._nodes.roll_call import BEAT_S
 from megamoe_jit._nodes.topology import NodeTopology
 from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import MXFP4
 from tests.unit.nodes.world import ROUTES, SHAPE, batch, expected, of_node, on_cpu, stage, whole_weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 TOKENS = (0, 1, 5, 8)
 WAYS = (("gather", "bf16", 1), ("exact", "bf16", 3), ("exact", "fp32", 1), ("gather", "fp32", 2))
+PACKED_WAYS = (("gather", "bf16", 1), ("exact", "fp32", 3))
 
 
 def said(action) -> str:
@@ -38,8 +40,8 @@ def buffer_of(topology, capacity=8, **more):
 
 def layer(topology: NodeTopology, weights) -> list[str]:
     """Which cases are wrong on these nodes."""
-    wrong = []
-    for exchange, partial, chunks in WAYS:
+    wrong, ways = [], WAYS if weights.l1[0].dtype is not torch.uint8 else PACKED_WAYS
+    for exchange, partial, chunks in ways:
         with buffer_of(topology, exchange=exchange, partial=partial, chunks=chunks) as buffer:
             l1, l2 = of_node(weights, buffer.first_expert, buffer.local_experts)
             for number, route in enumerate(ROUTES):
@@ -84,6 +86,7 @@ def on_each_rank(world: World) -> dict[str, object]:
             seen[f"{4 // split} x {split}"] = layer(topology, weights)
             seen[f"places of {split}"] = [topology.node, topology.local_rank, topology.place_of(world.rank)]
         two = NodeTopology(group, ranks_per_node=2)
+        seen["2 x 2, mxfp4"] = layer(two, whole_weights(weights=MXFP4))
         seen["refusals"] = refusals(two, world.rank)
         again = NodeTopology(group, two.node_group, two.rail(8, 60.0).group)
         seen["given groups"] = [again.nodes, again.ranks_per_node, layer(again, weights)]
@@ -122,7 +125,7 @@ def seen():
     return [end.result for end in ends]
 
 
-@pytest.mark.parametrize("nodes", ["2 x 2", "4 x 1", "1 x 4"])
+@pytest.mark.parametrize("nodes", ["2 x 2", "4 x 1", "1 x 4", "2 x 2, mxfp4"])
 def test_every_route_in_every_way_has_the_right_bits(seen, nodes: str):
     assert [each[nodes] for each in seen] == [[]] * 4
 

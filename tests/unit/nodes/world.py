@@ -20,7 +20,7 @@ from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.gather import GatherExchange
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.reference import moe_reference
 
 SHAPE = MoEShape(256, 128, 16, 4)
@@ -53,7 +53,7 @@ class ReferenceExperts:
     def check_call(self, rows, l1, l2, options) -> None:
         assert l1[0].shape[0] == l2[0].shape[0] == self.shape.experts
 
-    def prepare(self, fast_math) -> None:
+    def prepare(self, fast_math, weights) -> None:
         pass
 
     def variant_for(self, rows, options) -> str:
@@ -94,9 +94,9 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def whole_weights(shape: MoEShape = SHAPE) -> Any:
+def whole_weights(shape: MoEShape = SHAPE, weights: WeightFormat = FP8) -> Any:
     """Of all experts, as plain pairs."""
-    return make_weights(shape, "cpu")
+    return make_weights(shape, "cpu", weights=weights)
 
 
 def of_node(weights: Any, first: int, experts: int) -> tuple[Any, Any]:
