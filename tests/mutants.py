@@ -337,7 +337,7 @@ MUTANTS = (
         "megamoe_jit/_nodes/roll_call.py",
         "if old[0] == new[0]:",
         "if old[0] != new[0]:",
-        "nodes/test_loss.py::test_every_other_rank_says_in_time_which_node_and_rank_is_lost",
+        "nodes/test_gloo.py::test_every_other_rank_says_in_time_which_node_and_rank_is_lost",
     ),
     Mutant(
         "nodes: a roll call misses those who gave notice",

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._nodes import calls as _calls
-from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
+from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.roll_call import BEAT_S
 from megamoe_jit._nodes.topology import NodeTopology
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MXFP4
-from tests.unit.nodes.world import ROUTES, SHAPE, batch, expected, of_node, on_cpu, stage, whole_weights
+from tests.unit.nodes.losing import MORE_S, TIMEOUT_S, in_turn
+from tests.unit.nodes.world import ROUTES, SHAPE, batch, buffer_of, expected, of_node, on_cpu, stage, whole_weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 TOKENS = (0, 1, 5, 8)
@@ -30,12 +31,6 @@ def said(action) -> str:
         return f"returned {action()}"
     except MegaMoeError as error:
         return f"{type(error).__name__}: {error}"
-
-
-def buffer_of(topology, capacity=8, **more):
-    """A buffer of the layer that all tests have."""
-    sizes = SHAPE.experts, capacity, SHAPE.topk, SHAPE.hidden, SHAPE.intermediate
-    return get_multinode_buffer_for_mega_moe(topology, *sizes, device="cpu", **more)
 
 
 def layer(topology: NodeTopology, weights) -> list[str]:
@@ -77,7 +72,13 @@ def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
 
 
 def on_each_rank(world: World) -> dict[str, object]:
-    """Everything that is looked at, in one spawn."""
+    """Everything that is looked at, in one spawn; ranks are lost last."""
+    world.report(while_all_are_there(world))
+    with on_cpu():
+        return in_turn(world)
+
+
+def while_all_are_there(world: World) -> dict[str, object]:
     group, weights, seen = dist.group.WORLD, whole_weights(), {}
     _calls.place_of = torch.device
     with on_cpu():
@@ -110,19 +111,25 @@ def on_each_rank(world: World) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def seen():
-    """What each of four ranks saw."""
-    target = "tests.unit.nodes.test_gloo:on_each_rank"
-    ends = run_ranks(
-        target,
-        4,
-        device="cpu",
-        timeout_s=120,
-        group_timeout_s=30,
-        environment={r: {"OMP_NUM_THREADS": "1"} for r in range(4)},
-    )
-    assert all(end.ok for end in ends), describe(ends)
-    return [end.result for end in ends]
+def ends():
+    """What became of four ranks, the third of which was killed in the end."""
+    one_thread = {rank: {"OMP_NUM_THREADS": "1"} for rank in range(4)}
+    more = {"timeout_s": 150, "group_timeout_s": 60, "grace_s": 60, "losses": 1, "environment": one_thread}
+    return run_ranks("tests.unit.nodes.test_gloo:on_each_rank", 4, device="cpu", **more)
+
+
+@pytest.fixture(scope="module")
+def seen(ends):
+    """What each rank saw while all were there."""
+    assert all(end.messages for end in ends), describe(ends)
+    return [end.messages[0] for end in ends]
+
+
+@pytest.fixture(scope="module")
+def lost(ends):
+    """What each rank saw of one that was lost, but for the one that was killed."""
+    assert [end.ok for end in ends] == [True, True, False, True], describe(ends)
+    return {rank: end.result for rank, end in enumerate(ends) if end.ok}
 
 
 @pytest.mark.parametrize("nodes", ["2 x 2", "4 x 1", "1 x 4", "2 x 2, mxfp4"])
@@ -164,3 +171,20 @@ def test_who_has_given_notice_is_not_missed(seen):
 def test_the_roll_call_tells_who_is_behind(seen):
     assert seen[0]["missing"] == {str(rank): "it has made 7 calls of 9" for rank in (1, 2, 3)}
     assert [each["missing"] for each in seen[1:]] == [{}] * 3
+
+
+@pytest.mark.parametrize(("what", "who"), [("stopped", 3), ("killed", 2)])
+def test_every_other_rank_says_in_time_which_node_and_rank_is_lost(lost, what: str, who: int):
+    for rank, each in lost.items():
+        if rank == who:
+            continue
+        it = each[what]
+        assert it["said"].startswith(f"node {rank} (rank {rank}): in call 2 between nodes, rows did not get through: ")
+        assert f"(missing: node {who} (rank {who}): its process is gone or stands still)" in it["said"]
+        assert it["seconds"] < TIMEOUT_S + MORE_S
+        assert it["again"] == it["said"], "the buffer stays as it is"
+        assert it["destroyed in"] < 1.0, "nobody is waited for"
+
+
+def test_one_that_goes_on_finds_its_call_lost_as_well(lost):
+    assert "in call 2 between nodes, rows did not get through" in lost[3]["stopped"]["said"]

@@ -16,6 +16,7 @@ from megamoe_jit._layer.local_experts import mask_rows
 from megamoe_jit._layer.quantize import quantize_activations
 from megamoe_jit._nodes import memory as _memory
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
+from megamoe_jit._nodes.calls import get_multinode_buffer_for_mega_moe
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Rows
@@ -240,6 +241,12 @@ def thread_world(nodes: int, ranks_per_node: int, action: Callable[[Any, ThreadR
         if isinstance(result, BaseException) and not isinstance(result, threading.BrokenBarrierError):
             raise result
     return results
+
+
+def buffer_of(topology: Any, capacity: int = 8, **more: Any) -> MultiNodeBuffer:
+    """A buffer of the layer, as callers get it."""
+    sizes = SHAPE.experts, capacity, SHAPE.topk, SHAPE.hidden, SHAPE.intermediate
+    return get_multinode_buffer_for_mega_moe(topology, *sizes, device="cpu", **more)
 
 
 def make_buffer(topology, rail, *, shape=SHAPE, capacity=24, exchange="gather", partial=torch.bfloat16, chunks=1):
