@@ -6,7 +6,9 @@ is few launches.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -49,16 +51,18 @@ class ExactExchange(AlongRails):
 
     def _sent(self, batch: Batch, experts: int) -> tuple[_Sent, torch.Tensor]:
         """What goes where, agreed with the other nodes, and the tokens that are sent, in the order of packing."""
-        ids, here = batch.rows.topk_idx[: batch.tokens], self.rail.node
+        nodes, here, tokens = self.rail.nodes, self.rail.node, batch.tokens
+        ids = batch.rows.topk_idx[:tokens]
         node = torch.div(ids, experts, rounding_mode="floor")  # no node's number where it is no expert's
-        every_node = torch.arange(self.rail.nodes, dtype=torch.int64, device=ids.device)
-        wanted = (node == every_node[:, None, None]).any(dim=2)
-        sums = wanted.sum(dim=1)
-        first = wanted.view(-1).argsort(descending=True, stable=True)  # where it is wanted, in order
-        first_tokens = first % max(1, batch.tokens)
-        counts = self.rail.counts(sums)
-        sent = _Sent(first[: sum(counts[here])], counts[here], [theirs[here] for theirs in counts])
-        return sent, first_tokens[: len(sent.places)]
+        every_node = _numbers(0, nodes, ids.device)[:, None, None]
+        so_far = (node == every_node).any(dim=2).view(-1).cumsum(0)  # rows that are sent, up to each place
+        until = so_far[tokens - 1 :: tokens].contiguous() if tokens else so_far.new_zeros(nodes)
+        # places of the first row that is sent, the second and so on; past the last one whatever
+        places = torch.searchsorted(so_far, _numbers(1, nodes * tokens, ids.device))
+        token = places % max(1, tokens)
+        counts = [[b - a for a, b in pairwise((0, *theirs))] for theirs in self.rail.counts(until)]
+        sent = _Sent(places[: sum(counts[here])], counts[here], [theirs[here] for theirs in counts])
+        return sent, token[: len(sent.places)]
 
     def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:
         sent, tokens = arrived.state, arrived.batch.tokens
@@ -68,6 +72,13 @@ class ExactExchange(AlongRails):
         spread = partial.new_zeros(self.rail.nodes * tokens, partial.shape[1])
         spread.index_copy_(0, sent.places, back)
         sum_nodes(spread.view(self.rail.nodes, tokens, partial.shape[1]), y)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(first: int, count: int, device: torch.device) -> torch.Tensor:
+    """int64 ``[count]``: the first, the next, and so on; nobody writes there."""
+    with torch.inference_mode(False):
+        return torch.arange(first, first + count, dtype=torch.int64, device=device)
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Rail(Protocol):
         """Rows of `given`, so many for each node (evenly without `leaving`), to the nodes; theirs into `output`."""
 
     def counts(self, mine: torch.Tensor) -> list[list[int]]:
-        """int64 ``[nodes]`` of every node, on the host: what node a has for node b is at ``[a][b]``."""
+        """int64 ``[nodes]`` of every node, on the host: what node a says of node b is at ``[a][b]``."""
 
 
 class TorchRail:
@@ -88,7 +88,7 @@ class TorchRail:
 
     def counts(self, mine: torch.Tensor) -> list[list[int]]:
         everyone = torch.empty(self.nodes * self.nodes, dtype=mine.dtype, device=mine.device)
-        self.gather([everyone], [mine])
+        self.group._allgather_base(everyone, mine).wait()
         listed: list[list[int]] = self._on_host(everyone).view(self.nodes, self.nodes).tolist()
         return listed
 

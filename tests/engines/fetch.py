@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from megamoe_jit._nodes import nccl_ep
+from megamoe_jit._nodes import deep_ep, nccl_ep
 from megamoe_jit.engines.flashinfer import seams as flashinfer
 from megamoe_jit.engines.sglang import seams as sglang
 from megamoe_jit.engines.vllm import seams as vllm
@@ -17,6 +17,7 @@ from megamoe_jit.engines.vllm import seams as vllm
 RELEASES = {
     "flashinfer-python": flashinfer.TESTED,
     "nccl-extensions": nccl_ep.TESTED,
+    "sgl-deep-ep": deep_ep.TESTED,
     "sglang": sglang.TESTED,
     "vllm": vllm.TESTED,
 }
