@@ -22,7 +22,7 @@ from tests.unit.nodes.world import ROUTES, SHAPE, batch, buffer_of, expected, of
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 TOKENS = (0, 1, 5, 8)
 WAYS = (("gather", "bf16", 1), ("exact", "bf16", 3), ("exact", "fp32", 1), ("gather", "fp32", 2))
-PACKED_WAYS = (("gather", "bf16", 1), ("exact", "fp32", 3))
+TWO_WAYS = (("gather", "bf16", 1), ("exact", "fp32", 3))
 
 
 def said(action) -> str:
@@ -33,9 +33,9 @@ def said(action) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def layer(topology: NodeTopology, weights) -> list[str]:
+def layer(topology: NodeTopology, weights, ways=WAYS) -> list[str]:
     """Which cases are wrong on these nodes."""
-    wrong, ways = [], WAYS if weights.l1[0].dtype is not torch.uint8 else PACKED_WAYS
+    wrong = []
     for exchange, partial, chunks in ways:
         with buffer_of(topology, exchange=exchange, partial=partial, chunks=chunks) as buffer:
             l1, l2 = of_node(weights, buffer.first_expert, buffer.local_experts)
@@ -84,13 +84,13 @@ def while_all_are_there(world: World) -> dict[str, object]:
     with on_cpu():
         for split in (2, 1, 4):
             topology = NodeTopology(group, ranks_per_node=split)
-            seen[f"{4 // split} x {split}"] = layer(topology, weights)
+            seen[f"{4 // split} x {split}"] = layer(topology, weights, WAYS if split < 4 else TWO_WAYS)
             seen[f"places of {split}"] = [topology.node, topology.local_rank, topology.place_of(world.rank)]
         two = NodeTopology(group, ranks_per_node=2)
-        seen["2 x 2, mxfp4"] = layer(two, whole_weights(weights=MXFP4))
+        seen["2 x 2, mxfp4"] = layer(two, whole_weights(weights=MXFP4), TWO_WAYS)
         seen["refusals"] = refusals(two, world.rank)
         again = NodeTopology(group, two.node_group, two.rail(8, 60.0).group)
-        seen["given groups"] = [again.nodes, again.ranks_per_node, layer(again, weights)]
+        seen["given groups"] = [again.nodes, again.ranks_per_node, layer(again, weights, TWO_WAYS)]
         seen["one host"] = NodeTopology(group).nodes
         seen["odd split"] = said(lambda: NodeTopology(group, ranks_per_node=3))
         seen["wrong rail"] = said(lambda: NodeTopology(group, two.node_group, two.node_group))
