@@ -40,9 +40,9 @@ class ExactExchange(AlongRails):
         every_row = torch.cat(mine, dim=1)
         sent, tokens = self._sent(batch, experts)
         rows = sum(sent.arriving)
-        arriving = into[:rows]
         unpacked = every_row.new_empty(rows, every_row.shape[1])
         self.rail.swap(unpacked, every_row.index_select(0, tokens), sent.arriving, sent.leaving)
+        arriving = into[:rows]
         theirs = [_words(tensor) for tensor in arriving.tensors]
         torch._foreach_copy_(theirs, torch.split(unpacked, widths, dim=1))
         if first_expert:
@@ -78,7 +78,10 @@ class ExactExchange(AlongRails):
 def _numbers(first: int, count: int, device: torch.device) -> torch.Tensor:
     """int64 ``[count]``: the first, the next, and so on; nobody writes there."""
     with torch.inference_mode(False):
-        return torch.arange(first, first + count, dtype=torch.int64, device=device)
+        made = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams read it too
+    return made
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
