@@ -20,9 +20,9 @@ from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
 from megamoe_jit._nodes.exchange import Arrived, Batch, Exchange
 from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.lanes import Dispatched
-from megamoe_jit._nodes.loss import RailLost
 from megamoe_jit._nodes.memory import MultiNodeMemory
 from megamoe_jit._nodes.overlap import overlapped
+from megamoe_jit._nodes.watch import RailLost
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, WeightFormat, check_clamp
 from megamoe_jit._text import first_line

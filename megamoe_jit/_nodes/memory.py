@@ -17,8 +17,9 @@ from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.experts import Experts
 from megamoe_jit._nodes.lanes import Lane, staging
-from megamoe_jit._nodes.loss import UNASKED, Watch, loss
+from megamoe_jit._nodes.loss import loss
 from megamoe_jit._nodes.ranks import NodeRanks
+from megamoe_jit._nodes.watch import UNASKED, Watch
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, WeightFormat
 
 __all__ = ["MultiNodeMemory"]

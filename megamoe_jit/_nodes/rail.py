@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megamoe_jit._nodes.loss import Watch, wait_until
+from megamoe_jit._nodes.watch import Watch, wait_until
 
 __all__ = ["AlongRails", "Rail", "TorchRail", "rail_options"]
 

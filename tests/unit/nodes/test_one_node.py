@@ -13,8 +13,8 @@ from megamoe_jit._errors import PeerTimeoutError
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.gather import GatherExchange
-from megamoe_jit._nodes.loss import UNASKED, RailLost, Watch, wait_until
 from megamoe_jit._nodes.rail import TorchRail
+from megamoe_jit._nodes.watch import UNASKED, RailLost, Watch, wait_until
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MXFP4, Variant
 from megamoe_jit._spec.numerics import Numerics
