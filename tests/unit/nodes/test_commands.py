@@ -58,7 +58,7 @@ def test_rows_on_the_wire_are_those_of_the_combinatorics():
 
 def test_the_rule():
     """Gather where its bytes cost less than the host's wait, and in a graph; chunks from 250 rows of an expert on."""
-    assert [cost(PRO, nodes, 8, 512).exchange for nodes in (1, 2, 4, 8)] == ["none", "gather", "exact", "exact"]
+    assert [cost(PRO, nodes, 8, 512).exchange for nodes in (1, 2, 4, 8)] == ["none", "gather", "gather", "exact"]
     assert cost(PRO, 8, 8, 4).exchange == "gather"
     assert cost(PRO, 8, 8, 4096, capturing=True).exchange == "gather"
     assert "host cannot wait" in cost(PRO, 8, 8, 4096, capturing=True).reasons[0]
