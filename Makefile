@@ -21,6 +21,8 @@ PY := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
 stamp = $(VENV)/.ready-$(1)
 WORKERS := -n auto --dist loadfile
+# Hundreds of processes start in a run; none has to compile modules again, even where the user's environment says so.
+test test-kernels test-nvrtc13 test-engines: export PYTHONDONTWRITEBYTECODE :=
 else
 PY := $(PYTHON)
 CLANG_FORMAT := clang-format
@@ -51,9 +53,10 @@ demo: $(call stamp,run)
 
 test: $(call stamp,dev)
 	$(PY) -m pytest tests/unit tests/compile $(WORKERS) $(ARGS)
-	@echo "not run: plug-ins in the sources of engines (make test-engines, 1.5 GB of wheels), kernels of all presets with rarer variants (make test-kernels), GPUs (make test-gpu test-multi)"
+	@echo "not run: plug-ins in the sources of engines (make test-engines, 1.5 GB of wheels), all kernels of all presets (make test-kernels), GPUs (make test-gpu test-multi)"
 
-# Every kernel of every preset, with each variant and format of weights: `make test` compiles the usual ones.
+# Every kernel of every preset, with each variant and format of weights: `make test` compiles a few that have every usual
+# pair of properties.
 test-kernels: $(call stamp,dev)
 	ALL_KERNELS=1 $(PY) -m pytest tests/compile $(WORKERS) $(ARGS)
 

@@ -30,14 +30,14 @@ import torch
 import megamoe_jit as mm
 from benchmarks.frame import asked, keep, rows_by_shape, say
 from benchmarks.launch_cost import empty_op, medians_us
-from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
+from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, captured
 from megamoe_jit._bench.measure import cases, kernel_of, some_rows
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import judge
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.heuristics.presets import Preset, preset
 
-__all__ = ["TOKENS", "captured", "chain", "measure", "memory"]
+__all__ = ["TOKENS", "chain", "measure", "memory"]
 
 SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
 TOKENS = (1, 8, 64, 512, 1024, 8192)
@@ -47,21 +47,6 @@ CHAIN_LAYERS, CHAIN_SHAPE, CHAIN_TOKENS, CHAIN_ROUNDS = 8, MoEShape(2048, 768, 1
 MEMORY_LAYERS, MEMORY_SHAPE, MEMORY_TOKENS = 43, "v4-flash", 8192
 
 Call = Callable[[], torch.Tensor]  #: gives bf16 ``[T, hidden]``
-
-
-def captured(call: Call) -> Call:
-    """A replay of `call` as a CUDA graph; it gives the tensor that every replay writes."""
-    call()  # whatever is made on first use
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return y
-
-    return replay
 
 
 @contextmanager

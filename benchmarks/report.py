@@ -3,10 +3,10 @@
     python -m benchmarks.report            # writes docs/performance.md, docs/expert-parallel.md, README.md
     python -m benchmarks.report --check    # exit code 1 if their tables are not of these results; writes nothing
 
-Of each card the newest documents of `megamoe-jit bench`, floor.py, from_bf16.py and in_transformers.py (report_bf16.py)
-in benchmarks/results count, of each row of several ranks the newest there is (report_ranks.py).  Documents of shapes
-that have no goals are left out.  Everything in the tables and plots follows from the documents and
-benchmarks/targets.json; needs matplotlib.
+Of each card the newest documents of `megamoe-jit bench`, floor.py and from_bf16.py (report_bf16.py) in
+benchmarks/results count, of each row of several ranks the newest there is (report_ranks.py), and so of each model
+inside transformers (report_models.py).  Documents of shapes that have no goals are left out.  Everything in the tables
+and plots follows from the documents and benchmarks/targets.json; needs matplotlib.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, report_bf16, report_ranks
+from benchmarks import goals, report_bf16, report_models, report_ranks
 from benchmarks.checkout import ROOT
 from benchmarks.markdown import put, table
 from megamoe_jit._bench.derived import choice_quality
@@ -216,10 +216,13 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     for card, doc in docs.items():
         texts[DOCUMENT] = put(texts[DOCUMENT], card, text_of(doc))
     texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(_newest_documents("floor")))
-    called, models = (_newest_documents(kind) for kind in ("from_bf16", "in_transformers"))
-    if called or models:
-        texts[DOCUMENT] = put(texts[DOCUMENT], "from-bf16", report_bf16.full(called, models))
+    called, models = _newest_documents("from_bf16"), report_models.newest_models(RESULTS)
+    if called:
+        texts[DOCUMENT] = put(texts[DOCUMENT], "from-bf16", report_bf16.full(called))
         texts[README] = put(texts[README], "from-bf16", report_bf16.compact(called))
+    if models:
+        texts[DOCUMENT] = put(texts[DOCUMENT], "in-transformers", report_models.full(models))
+        texts[README] = put(texts[README], "in-transformers", report_models.compact(models))
     ranks, unfused = report_ranks.rank_rows(RESULTS), report_ranks.rank_rows(RESULTS, unfused=True)
     for name, body in {
         "conditions": report_ranks.conditions(ranks),

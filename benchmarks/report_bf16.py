@@ -1,5 +1,5 @@
-"""Tables of the layer from bf16 to bf16 and inside a model, for report.py: the documents of from_bf16.py and
-in_transformers.py, by card.  Where there are none there is no section either."""
+"""Tables of the layer from bf16 to bf16, for report.py: the documents of from_bf16.py, by card.  Where there are none
+there is no section either."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FULL = (
 )
 
 
-def _conditions(doc: Mapping[str, Any], *more: str) -> str:
+def _conditions(doc: Mapping[str, Any]) -> str:
     env = doc["environment"]
     stack = f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}"
-    return ", ".join([env["device"], stack, *more, env["date"][:10], f"commit {env['commit']}"]) + "."
+    return ", ".join([env["device"], stack, env["date"][:10], f"commit {env['commit']}"]) + "."
 
 
 def _spread(rows: Sequence[Mapping[str, Any]], field: str) -> str:
@@ -65,15 +65,6 @@ def _once(doc: Mapping[str, Any]) -> str:
     )
 
 
-def _model_table(doc: Mapping[str, Any]) -> list[str]:
-    cells = []
-    for row in doc["rows"]:
-        ours, grouped, eager = (row[f"{name}_ms"] for name in ("megamoe", "grouped_mm", "eager"))
-        times = (f"{value:.2f}" for value in (ours, grouped, eager))
-        cells.append((row["step"], str(row["tokens"]), *times, f"{grouped / ours:.2f}"))
-    return table(("step", "tokens", "MegaMoE, ms", "grouped_mm, ms", "eager, ms", "times grouped_mm"), cells)
-
-
 def compact(docs: Documents) -> str:
     """For the README: of each layer the kernel, and the layer in a graph and called; tokens side by side."""
     lines: list[str] = []
@@ -93,8 +84,8 @@ def compact(docs: Documents) -> str:
     return "\n".join(lines[:-1])
 
 
-def full(docs: Documents, models: Documents) -> str:
-    """For docs/performance.md: every row, what was measured once, and the layer inside a model."""
+def full(docs: Documents) -> str:
+    """For docs/performance.md: every row, and what was measured once."""
     lines = ["## From bf16 to bf16", ""]
     for doc in docs.values():
         rows = doc["rows"]
@@ -103,14 +94,4 @@ def full(docs: Documents, models: Documents) -> str:
             (row["shape"], str(row["tokens"]), *(f"{row[field]:.1f}" for _, field in FULL), _said(row)) for row in rows
         ]
         lines += [_conditions(doc), _host(rows), _once(doc), "", *table(head, cells), ""]
-    for doc in models.values():
-        lines += [_conditions(doc, f"transformers {doc['environment']['transformers']}"), ""]
-        for each in doc["models"]:
-            lines += [
-                f"{each['layers']} layers of {each['model']} in transformers, eager: milliseconds of a step. Logits "
-                f"differ from those of grouped_mm by {each['logits_diff']['megamoe']:.4f} (`calc_diff`).",
-                "",
-                *_model_table(each),
-                "",
-            ]
     return "\n".join(lines[:-1])

@@ -24,7 +24,9 @@ def kernels():
     shape = shape_for(RANKS, *checks_nodes.SIZES)
     node = MoEShape(shape.hidden, shape.intermediate, shape.experts // RANKS, shape.topk)
     specs = [
-        KernelSpec(node, v, 1, numerics=Numerics(True, wide)) for v in Variant.reading(FP8) for wide in (False, True)
+        KernelSpec(node, v, 1, numerics=Numerics(float32_out=wide))
+        for v in Variant.reading(FP8)
+        for wide in (False, True)
     ]
     for result in warmup(specs):
         assert result.error is None, result.error

@@ -16,6 +16,7 @@ from megamoe_jit._nodes.roll_call import BEAT_S
 from megamoe_jit._nodes.topology import NodeTopology
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MXFP4
+from tests.ranks import forked
 from tests.unit.nodes.losing import MORE_S, TIMEOUT_S, in_turn
 from tests.unit.nodes.world import ROUTES, SHAPE, batch, buffer_of, expected, of_node, on_cpu, stage, whole_weights
 
@@ -113,9 +114,9 @@ def while_all_are_there(world: World) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def ends():
     """What became of four ranks, the third of which was killed in the end."""
-    one_thread = {rank: {"OMP_NUM_THREADS": "1"} for rank in range(4)}
-    more = {"timeout_s": 150, "group_timeout_s": 60, "grace_s": 60, "losses": 1, "environment": one_thread}
-    return run_ranks("tests.unit.nodes.test_gloo:on_each_rank", 4, device="cpu", **more)
+    more = {"timeout_s": 150, "group_timeout_s": 60, "grace_s": 60, "losses": 1}
+    with forked():
+        return run_ranks("tests.unit.nodes.test_gloo:on_each_rank", 4, device="cpu", **more)
 
 
 @pytest.fixture(scope="module")
