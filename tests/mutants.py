@@ -237,8 +237,8 @@ MUTANTS = (
     Mutant(
         "nodes: an exact form that sums what was never sent",
         "megamoe_jit/_nodes/exact.py",
-        "spread = partial.new_zeros(",
-        "spread = partial.new_ones(",
+        "back[rows].zero_()",
+        "back[rows].fill_(1)",
         "nodes/test_layer.py::test_every_route_has_the_bits_that_the_definition_says",
     ),
     Mutant(

@@ -23,7 +23,8 @@ __all__ = ["ExactExchange"]
 class _Sent:
     """What went where."""
 
-    places: torch.Tensor  #: int64 ``[sent]``: node * tokens + token of each row that was sent, ascending
+    wanted: torch.Tensor  #: bool ``[nodes * tokens]``: whether the node has experts for the token
+    so_far: torch.Tensor  #: int64 ``[nodes * tokens]``: how many of them up to here
     leaving: list[int]  #: rows to each node
     arriving: list[int]  #: rows from each node
 
@@ -55,23 +56,23 @@ class ExactExchange(AlongRails):
         ids = batch.rows.topk_idx[:tokens]
         node = torch.div(ids, experts, rounding_mode="floor")  # no node's number where it is no expert's
         every_node = _numbers(0, nodes, ids.device)[:, None, None]
-        so_far = (node == every_node).any(dim=2).view(-1).cumsum(0)  # rows that are sent, up to each place
+        wanted = (node == every_node).any(dim=2).view(-1)
+        so_far = wanted.cumsum(0)
         until = so_far[tokens - 1 :: tokens].contiguous() if tokens else so_far.new_zeros(nodes)
-        # places of the first row that is sent, the second and so on; past the last one whatever
-        places = torch.searchsorted(so_far, _numbers(1, nodes * tokens, ids.device))
-        token = places % max(1, tokens)
+        # of the first row that is sent, the second and so on; past the last one whatever
+        token = torch.searchsorted(so_far, _numbers(1, nodes * tokens, ids.device)) % max(1, tokens)
         counts = [[b - a for a, b in pairwise((0, *theirs))] for theirs in self.rail.counts(until)]
-        sent = _Sent(places[: sum(counts[here])], counts[here], [theirs[here] for theirs in counts])
-        return sent, token[: len(sent.places)]
+        sent = _Sent(wanted, so_far, counts[here], [theirs[here] for theirs in counts])
+        return sent, token[: sum(sent.leaving)]
 
     def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:
-        sent, tokens = arrived.state, arrived.batch.tokens
-        back = partial.new_empty(len(sent.places), partial.shape[1])
-        self.rail.swap(back, partial, sent.leaving, sent.arriving)
-        # zeros where nothing was sent, as a node gives them for tokens that are not for it
-        spread = partial.new_zeros(self.rail.nodes * tokens, partial.shape[1])
-        spread.index_copy_(0, sent.places, back)
-        sum_nodes(spread.view(self.rail.nodes, tokens, partial.shape[1]), y)
+        sent, tokens, hidden = arrived.state, arrived.batch.tokens, partial.shape[1]
+        rows = sum(sent.leaving)
+        back = partial.new_empty(rows + 1, hidden)
+        self.rail.swap(back[:rows], partial, sent.leaving, sent.arriving)
+        back[rows].zero_()  # where nothing was sent, as a node gives them for tokens that are not for it
+        every_place = back[torch.where(sent.wanted, sent.so_far - 1, rows)]
+        sum_nodes(every_place.view(self.rail.nodes, tokens, hidden), y)
 
 
 @functools.lru_cache(maxsize=64)
