@@ -4,7 +4,7 @@ import pytest
 
 from megamoe_jit._check.spawn import describe, run_ranks
 from megamoe_jit._jit.runtime import warmup
-from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.numerics import Numerics
 from tests.multi import checks_nodes, lost_nodes
 from tests.multi.harness import run_checks, warm
@@ -23,7 +23,11 @@ OVER = {
 def kernels():
     shape = shape_for(RANKS, *checks_nodes.SIZES)
     node = MoEShape(shape.hidden, shape.intermediate, shape.experts // RANKS, shape.topk)
-    specs = [KernelSpec(node, v, 1, numerics=Numerics(float32_out=wide)) for v in Variant for wide in (False, True)]
+    specs = [
+        KernelSpec(node, v, 1, numerics=Numerics(float32_out=wide))
+        for v in Variant.reading(FP8)
+        for wide in (False, True)
+    ]
     for result in warmup(specs):
         assert result.error is None, result.error
     warm([shape], RANKS)
@@ -41,14 +45,14 @@ def test_two_nodes(outcome, name):
     assert outcome[name] == ""
 
 
-@pytest.mark.parametrize("replayed", [False, True], ids=["eager", "replayed"])
+@pytest.mark.parametrize("calls", ["gather", "exact", "replayed"])
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("over", OVER)
-def test_the_other_names_a_node_that_is_lost(over, how, replayed):
+def test_the_other_names_a_node_that_is_lost(over, how, calls):
     ends = run_ranks(
         "tests.multi.lost_nodes:run",
         RANKS,
-        {"how": how, "replayed": replayed},
+        {"how": how, "calls": calls},
         losses=1,
         timeout_s=90,
         group_timeout_s=40,
