@@ -95,7 +95,7 @@ def _ready(files: Files, model: ModelNames, number: int, ranks: int) -> Checkpoi
         True,
         kind=f"{weights.name}, in the kernel's order",
         experts=experts,
-        hidden=stored * 8 // weights.bits,
+        hidden=weights.depth_of(stored),
         intermediate=rows // 2,
         bytes_per_rank=sum(nbytes(entry) for entry in entries) // ranks,
     )
