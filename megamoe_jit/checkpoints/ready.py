@@ -29,7 +29,7 @@ def format_of_ready(names: LayerNames) -> WeightFormat:
 def sizes_of_ready(files: Files, names: LayerNames) -> tuple[int, int, int]:
     """Experts, hidden and intermediate size of a layer."""
     experts, rows, stored = files.entry(names.whole["w13"]["weight"]).shape
-    return experts, stored * 8 // format_of_ready(names).bits, rows // 2
+    return experts, format_of_ready(names).depth_of(stored), rows // 2
 
 
 def load_ready(
