@@ -96,14 +96,14 @@ def run_checks(
     return results
 
 
-def warm(shapes: Sequence[MoEShape], ranks: int, fast_math: Sequence[bool] = (True,)) -> None:
+def warm(
+    shapes: Sequence[MoEShape],
+    ranks: int,
+    fast_math: Sequence[bool] = (True,),
+    variants: Sequence[Variant] = Variant.reading(FP8),
+) -> None:
     """Compile what the ranks will need, in parallel; raises if a kernel does not compile."""
-    specs = [
-        KernelSpec(shape, variant, ranks, fast)
-        for shape in shapes
-        for variant in Variant.reading(FP8)
-        for fast in fast_math
-    ]
+    specs = [KernelSpec(shape, variant, ranks, fast) for shape in shapes for variant in variants for fast in fast_math]
     for result in warmup(dict.fromkeys(specs)):
         if result.error is not None:
             raise result.error
