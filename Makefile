@@ -6,6 +6,7 @@
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
 #   NO_VENV=1           use PYTHON and its packages as they are: no .venv, nothing installed, no network
 #   ARGS='-k cache'     extra arguments for pytest, bench and demo
+#   RANKS=2             bench: the table from bf16 to bf16 on so many GPUs as well
 
 PYTHON ?= python3
 STACK ?= cu12
@@ -21,6 +22,8 @@ PY := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
 stamp = $(VENV)/.ready-$(1)
 WORKERS := -n auto --dist loadfile
+# Hundreds of processes start in a run; none has to compile modules again, even where the user's environment says so.
+test test-kernels test-nvrtc13 test-engines: export PYTHONDONTWRITEBYTECODE :=
 else
 PY := $(PYTHON)
 CLANG_FORMAT := clang-format
@@ -51,9 +54,10 @@ demo: $(call stamp,run)
 
 test: $(call stamp,dev)
 	$(PY) -m pytest tests/unit tests/compile $(WORKERS) $(ARGS)
-	@echo "not run: plug-ins in the sources of engines (make test-engines, 1.5 GB of wheels), kernels of all presets with rarer variants (make test-kernels), GPUs (make test-gpu test-multi)"
+	@echo "not run: plug-ins in the sources of engines (make test-engines, 1.5 GB of wheels), all kernels of all presets (make test-kernels), GPUs (make test-gpu test-multi)"
 
-# Every kernel of every preset, with each variant and format of weights: `make test` compiles the usual ones.
+# Every kernel of every preset, with each variant and format of weights: `make test` compiles a few that have every usual
+# pair of properties.
 test-kernels: $(call stamp,dev)
 	ALL_KERNELS=1 $(PY) -m pytest tests/compile $(WORKERS) $(ARGS)
 
@@ -86,6 +90,7 @@ bench: $(call stamp,bench)
 	@mkdir -p bench-results
 	$(PY) -m benchmarks bench --output bench-results/latest.json $(ARGS)
 	$(PY) -m benchmarks.from_bf16 --output bench-results/from-bf16.json
+	$(if $(RANKS),$(PY) -m benchmarks.from_bf16 --ranks $(RANKS) --output bench-results/from-bf16-$(RANKS)ranks.json)
 
 # The site, in build/site; whatever is wrong with a link, an anchor or a docstring is an error.  Pages keep their places of
 # the repository, so that relative links mean the same in both.

@@ -17,7 +17,7 @@ from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit._bench.measure import cases, require_hopper
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._errors import UnsupportedDeviceError
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape
 from megamoe_jit.heuristics.presets import Preset, preset
 
 __all__ = ["Asked", "asked", "hopper", "keep", "parser", "rows_by_shape", "say"]
@@ -33,6 +33,7 @@ class Asked:
     tokens: list[int]
     output: Path | None
     device: torch.device
+    ranks: int = 1
 
 
 def say(text: str) -> None:
@@ -54,19 +55,25 @@ def hopper(arguments: argparse.ArgumentParser) -> torch.device:
         arguments.exit(3, f"Error: {error}\n")
 
 
-def asked(doc: str | None, shapes: Sequence[str], tokens: Sequence[int]) -> Asked:
+def asked(doc: str | None, shapes: Sequence[str], tokens: Sequence[int], *, several_ranks: bool = False) -> Asked:
     """What the command line says, else these shapes and token counts; ends it with 2 where that is nonsense."""
     arguments = parser(doc)
     arguments.add_argument("--shapes", default=",".join(shapes))
     arguments.add_argument("--tokens", default=",".join(map(str, tokens)))
     arguments.add_argument("--output", type=Path, help="write the rows as JSON")
+    if several_ranks:
+        arguments.add_argument(
+            "--ranks", type=int, default=1, choices=range(1, MAX_RANKS + 1), help="GPUs of this host"
+        )
     options = arguments.parse_args()
     try:
         presets = [preset(name) for name in options.shapes.split(",")]
         counts = sorted(int(count) for count in options.tokens.split(","))
     except ValueError as error:
         arguments.error(str(error))
-    return Asked(presets, counts, options.output, hopper(arguments))
+    ranks = getattr(options, "ranks", 1)  # of several each asks for itself: this process needs no CUDA context
+    device = hopper(arguments) if ranks == 1 else torch.device("cuda")
+    return Asked(presets, counts, options.output, device, ranks)
 
 
 def rows_by_shape(
@@ -75,6 +82,7 @@ def rows_by_shape(
     make: Callable[[MoEShape, int], AbstractContextManager[L]],
     measure: Callable[[Scenario, L], dict[str, Any]],
     line: Callable[[Mapping[str, Any]], str],
+    weights: str = FP8.name,
 ) -> list[dict[str, Any]]:
     """A row for each shape and token count, printed as it is measured.
 
@@ -84,10 +92,11 @@ def rows_by_shape(
         make: What is measured, of a shape and for at most so many tokens; let go of before the next.
         measure: One case of it.
         line: A row as text.
+        weights: The format of the weights.
     """
     rows = []
     for each in presets:
-        work = cases([each], tokens)
+        work = cases([each], tokens, weights)
         with make(work[0].shape, max(tokens)) as layer:
             for case in work:
                 rows.append(measure(case, layer))
@@ -97,7 +106,8 @@ def rows_by_shape(
     return rows
 
 
-def keep(kind: str, output: Path | None, **parts: Any) -> None:
-    """Write a document with these parts, if it is wanted."""
+def keep(kind: str, output: Path | None, conditions: Mapping[str, Any] | None = None, **parts: Any) -> None:
+    """Write a document with these parts, if it is wanted; of `conditions` that others had, with the commit."""
     if output is not None:
-        write({"schema_version": 1, "kind": kind, "environment": environment(commit()), **parts}, output)
+        known = environment(commit()) if conditions is None else {**conditions, "commit": commit()}
+        write({"schema_version": 1, "kind": kind, "environment": known, **parts}, output)

@@ -1,8 +1,10 @@
 """The layer as a model calls it, from bf16 to bf16, beside its kernel alone.
 
     python -m benchmarks.from_bf16 --shapes v4-flash --tokens 1,64,8192 [--output from-bf16.json]
+    python -m benchmarks.from_bf16 --ranks 2        # on several GPUs, each with its own part of the experts
 
-In turns within the same rounds, after every output was compared with the reference:
+Weights are FP8, and MXFP4 as well for the models that are published so.  In turns within the same rounds, after every
+output was compared with the reference:
 
     kernel        `fp8_mega_moe` on inputs that are quantised and staged before
     kernel graph  the same as a CUDA graph of one node
@@ -14,7 +16,7 @@ and beside them the host's time of a call of each, and of an operation of torch 
     chain         eight small layers one after the other, called and as one CUDA graph, by the clock on the wall
     memory        43 layers of v4-flash that serve 8192 tokens: what they take beside their weights
 
-Needs a Hopper GPU.
+Not these on several ranks, where the layer is what serving engines call (`from_bf16_ranks`).  Needs a Hopper GPU.
 """
 
 from __future__ import annotations
@@ -23,23 +25,27 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 import megamoe_jit as mm
-from benchmarks.frame import asked, keep, rows_by_shape, say
+from benchmarks.frame import Asked, asked, keep, rows_by_shape, say
 from benchmarks.launch_cost import empty_op, medians_us
-from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
+from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, captured
 from megamoe_jit._bench.measure import cases, kernel_of, some_rows
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import judge
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._spec import FP8, MXFP4, MoEShape, WeightFormat
 from megamoe_jit.heuristics.presets import Preset, preset
 
-__all__ = ["TOKENS", "captured", "chain", "measure", "memory"]
+__all__ = ["CLAMP", "TOKENS", "chain", "measure", "memory", "part_of", "row_of"]
 
 SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
+PACKED_SHAPES = ("v4-flash", "v4-pro")  #: measured in MXFP4 as well
 TOKENS = (1, 8, 64, 512, 1024, 8192)
 CLAMP = 10.0
 HOST_ROUNDS = 20
@@ -47,21 +53,6 @@ CHAIN_LAYERS, CHAIN_SHAPE, CHAIN_TOKENS, CHAIN_ROUNDS = 8, MoEShape(2048, 768, 1
 MEMORY_LAYERS, MEMORY_SHAPE, MEMORY_TOKENS = 43, "v4-flash", 8192
 
 Call = Callable[[], torch.Tensor]  #: gives bf16 ``[T, hidden]``
-
-
-def captured(call: Call) -> Call:
-    """A replay of `call` as a CUDA graph; it gives the tensor that every replay writes."""
-    call()  # whatever is made on first use
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return y
-
-    return replay
 
 
 @contextmanager
@@ -74,62 +65,86 @@ def layer_of(weights: Weights, shape: MoEShape, max_tokens: int) -> Iterator[mm.
         layer.destroy()
 
 
-def _calls(layer: mm.MegaMoE, inputs: Inputs) -> dict[str, Call]:
-    """What is compared, by the names of the table."""
-    y, l1, l2, buffer = torch.empty_like(inputs.x), layer.l1, layer.l2, layer.buffer
-    x, topk_idx, topk_weights = inputs.x, inputs.topk_idx, inputs.topk_weights
+def part_of(
+    inputs: Inputs,
+    judged: tuple[torch.Tensor, torch.Tensor],
+    layer: tuple[WeightTensors, WeightTensors, mm.SymmBuffer],
+    whole: Call,
+    timed: Callable[[Mapping[str, TimedCall]], dict[str, list[float]]],
+) -> dict[str, Any]:
+    """What a rank measures of a case: medians in microseconds, of the GPU and of the host, and its verdicts.
+
+    Args:
+        inputs: of the case.
+        judged: numbers of some rows, and their reference.
+        layer: weights in the kernel's order, and the buffer.
+        whole: the layer, staging and all.
+        timed: times of calls that take turns.
+    """
+    y, (l1, l2, buffer) = torch.empty_like(inputs.x), layer
 
     def kernel() -> torch.Tensor:
         mm.fp8_mega_moe(y, l1, l2, buffer, activation_clamp=CLAMP)
         return y
 
-    def whole() -> torch.Tensor:
-        return layer(x, topk_idx, topk_weights)  # type: ignore[no-any-return]
+    def stage() -> None:
+        inputs.stage(buffer)
 
-    return {
+    stage()
+    calls = {
         "kernel": kernel,
         "kernel_graph": captured(kernel),
         "layer_graph": captured(whole),
         "layer_eager": whole,
     }
+    where, expected = judged
+    verdicts = []
+    for name, call in calls.items():
+        stage() if name.startswith("kernel") else buffer.topk_idx.fill_(-1)  # a layer stages for itself
+        verdicts.append(asdict(judge(call()[where], expected)))
+    times = timed({name: TimedCall(call, stage) for name, call in calls.items()})
+    host = medians_us({"layer": whole, "kernel": kernel, "empty": empty_op(inputs.x.device)}, HOST_ROUNDS)
+    buffer.check()
+    return {
+        "verdicts": verdicts,
+        "times": {name: statistics.median(found) for name, found in times.items()},
+        "host": host,
+    }
+
+
+def row_of(case: Scenario, kernel: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row of what each rank measured: the largest figure of all."""
+    times, host = ({name: max(part[of][name] for part in parts) for name in parts[0][of]} for of in ("times", "host"))
+    verdicts = [verdict for part in parts for verdict in part["verdicts"]]
+    more = times["layer_graph"] - times["kernel_graph"]
+    return {
+        "shape": case.name,
+        "tokens": case.tokens,
+        "weights": case.weights,
+        "kernel": kernel,
+        **{f"{name}_us": round(value, 2) for name, value in times.items()},
+        "more_us": round(more, 2),
+        "more_percent": round(100 * more / times["kernel_graph"], 2),
+        "host_layer_us": round(host["layer"], 2),
+        "host_kernel_us": round(host["kernel"], 2),
+        "host_empty_op_us": round(host["empty"], 2),
+        "correct": all(verdict["passed"] for verdict in verdicts),
+        "diff": max(verdict["diff"] for verdict in verdicts),
+        "worst_row_diff": max(verdict["worst_row_diff"] for verdict in verdicts),
+    }
 
 
 def measure(case: Scenario, layer: mm.MegaMoE, weights: Weights, flush: torch.Tensor) -> dict[str, Any]:
     """One row; times are medians in microseconds."""
-    device, buffer = flush.device, layer.buffer
+    device = flush.device
     inputs = make_inputs(case, device, weights=weights)
-    where, expected = some_rows(case, inputs, weights)
-    inputs.stage(buffer)
-    calls = _calls(layer, inputs)
 
-    def stage() -> None:
-        inputs.stage(buffer)
+    def whole() -> torch.Tensor:
+        return layer(inputs.x, inputs.topk_idx, inputs.topk_weights)  # type: ignore[no-any-return]
 
-    verdicts = []
-    for name, call in calls.items():
-        stage() if name.startswith("kernel") else buffer.topk_idx.fill_(-1)  # a layer stages for itself
-        verdicts.append(judge(call()[where], expected))
-    times = burst({name: TimedCall(call, stage) for name, call in calls.items()}, flush)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    host = medians_us(
-        {"layer": calls["layer_eager"], "kernel": calls["kernel"], "empty": empty_op(device)}, HOST_ROUNDS
-    )
-    buffer.check()
-    more = medians["layer_graph"] - medians["kernel_graph"]
-    return {
-        "shape": case.name,
-        "tokens": case.tokens,
-        "kernel": kernel_of(case.shape, case.tokens, "auto", device),
-        **{f"{name}_us": round(value, 2) for name, value in medians.items()},
-        "more_us": round(more, 2),
-        "more_percent": round(100 * more / medians["kernel_graph"], 2),
-        "host_layer_us": round(host["layer"], 2),
-        "host_kernel_us": round(host["kernel"], 2),
-        "host_empty_op_us": round(host["empty"], 2),
-        "correct": all(verdict.passed for verdict in verdicts),
-        "diff": max(verdict.diff for verdict in verdicts),
-        "worst_row_diff": max(verdict.worst_row_diff for verdict in verdicts),
-    }
+    of_layer = layer.l1, layer.l2, layer.buffer
+    part = part_of(inputs, some_rows(case, inputs, weights), of_layer, whole, lambda calls: burst(calls, flush))
+    return row_of(case, kernel_of(case.shape, case.tokens, "auto", device, weights=case.weights), [part])
 
 
 def wall_us(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -217,30 +232,66 @@ COLUMNS = (
 )
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def head() -> str:
+    """Of the printed table."""
+    return f"{'layer, us':20}{'tokens':>7}" + "".join(f"{head:>{width}}" for head, _, width, _ in COLUMNS)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row as text."""
     figures = "".join(f"{row[field]:{width}.{digits}f}" for _, field, width, digits in COLUMNS)
-    return f"{row['shape']:14}{row['tokens']:7}{figures}{'' if row['correct'] else '  WRONG'}"
+    name = row["shape"] if row["weights"] == FP8.name else f"{row['shape']} {row['weights']}"
+    return f"{name:20}{row['tokens']:7}{figures}{'' if row['correct'] else '  WRONG'}"
 
 
-def rows_of(presets: Sequence[Preset], tokens: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
+def rows_of(
+    presets: Sequence[Preset], tokens: Sequence[int], device: torch.device, weights: str = FP8.name
+) -> list[dict[str, Any]]:
     """The rows of the table, shape by shape."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     @contextmanager
     def make(shape: MoEShape, max_tokens: int) -> Iterator[tuple[mm.MegaMoE, Weights]]:
-        weights = make_weights(shape, device)
-        with layer_of(weights, shape, max_tokens) as layer:
-            yield layer, weights
+        drawn = make_weights(shape, device, 0, WeightFormat.parse(weights))
+        with layer_of(drawn, shape, max_tokens) as layer:
+            yield layer, drawn
 
-    return rows_by_shape(presets, tokens, make, lambda case, made: measure(case, *made, flush), _line)
+    return rows_by_shape(presets, tokens, make, lambda case, made: measure(case, *made, flush), line, weights)
+
+
+def packed(presets: Sequence[Preset]) -> list[Preset]:
+    """Those that are measured with packed weights as well."""
+    return [each for each in presets if each.name in PACKED_SHAPES]
+
+
+def _on_ranks(wanted: Asked) -> int:
+    """The same on several ranks."""
+    from benchmarks import from_bf16_ranks
+
+    layers = [(each, FP8.name) for each in wanted.presets]
+    layers += [(each, MXFP4.name) for each in packed(wanted.presets)]
+    say(head())
+    try:
+        found = from_bf16_ranks.run(layers, wanted.tokens, wanted.ranks, lambda row: say(line(row)))
+    except ConfigError as error:
+        say(f"Error: {error}")
+        return 3
+    if found is None:
+        return 0
+    own = found.pop("environment")
+    keep("from_bf16", wanted.output, own, **found)
+    return int(not all(row["correct"] for row in found["rows"]))
 
 
 def main() -> int:
     """Measure and print; 1 if an output is wrong, 3 without a Hopper GPU."""
-    wanted = asked(__doc__, SHAPES, TOKENS)
+    wanted = asked(__doc__, SHAPES, TOKENS, several_ranks=True)
+    if wanted.ranks > 1:
+        return _on_ranks(wanted)
     before = anchors()
-    say(f"{'layer, us':14}{'tokens':>7}" + "".join(f"{head:>{width}}" for head, _, width, _ in COLUMNS))
+    say(head())
     rows = rows_of(wanted.presets, wanted.tokens, wanted.device)
+    rows += rows_of(packed(wanted.presets), wanted.tokens, wanted.device, MXFP4.name)
     small = chain(wanted.device)
     say(
         f"chain of {small['layers']} small layers: {small['eager_us']:.1f} us a layer eager, {small['graph_us']:.1f} "

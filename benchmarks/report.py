@@ -3,10 +3,10 @@
     python -m benchmarks.report            # writes docs/performance.md, docs/expert-parallel.md, README.md
     python -m benchmarks.report --check    # exit code 1 if their tables are not of these results; writes nothing
 
-Of each card the newest documents of `megamoe-jit bench`, floor.py, from_bf16.py and in_transformers.py (report_bf16.py)
-in benchmarks/results count, of each row of several ranks the newest there is (report_ranks.py).  Documents of shapes
-that have no goals are left out.  Everything in the tables and plots follows from the documents and
-benchmarks/targets.json; needs matplotlib.
+Of each card the newest documents of `megamoe-jit bench`, floor.py and from_bf16.py (report_bf16.py) in
+benchmarks/results count, of each row of several ranks the newest there is (report_ranks.py), and so of each model
+inside transformers (report_models.py).  Documents of shapes that have no goals are left out.  Everything in the tables
+and plots follows from the documents and benchmarks/targets.json; needs matplotlib.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, report_bf16, report_ranks
+from benchmarks import goals, report_bf16, report_models, report_ranks
 from benchmarks.checkout import ROOT
 from benchmarks.markdown import put, table
 from megamoe_jit._bench.derived import choice_quality
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 DOCUMENT, PARALLEL, README = DOCS / "performance.md", DOCS / "expert-parallel.md", ROOT / "README.md"
+RANKS = (1, 2, 4, 8)  #: of documents of from_bf16.py
 README_TOKENS = (16, 64, 512, 1024, 8192)  #: rows of the README's table
 HEAD = (
     "layer",
@@ -52,12 +53,12 @@ def card_of(doc: Mapping[str, Any]) -> str:
     return card.name.lower()
 
 
-def newest(folder: Path = RESULTS, kind: str = "bench") -> dict[str, Path]:
-    """The newest document of this kind for each card, by the date inside."""
+def newest(folder: Path = RESULTS, kind: str = "bench", ranks: int = 1) -> dict[str, Path]:
+    """The newest document of this kind and number of ranks for each card, by the date inside."""
     found: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         doc = json.loads(path.read_text(encoding="utf-8"))
-        if doc.get("kind") != kind or doc["environment"].get("ranks", 1) > 1:
+        if doc.get("kind") != kind or doc["environment"].get("ranks", 1) != ranks:
             continue
         if kind == "bench" and not any(row["best_known_us"] for row in doc["rows"]):  # shapes without goals
             continue
@@ -206,8 +207,8 @@ def floor_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(table(("card", "layer", *map(str, tokens)), cells))
 
 
-def _newest_documents(kind: str) -> dict[str, dict[str, Any]]:
-    return {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest(kind=kind).items()}
+def _newest_documents(kind: str, ranks: int = 1) -> dict[str, dict[str, Any]]:
+    return {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest(kind=kind, ranks=ranks).items()}
 
 
 def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
@@ -216,10 +217,14 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     for card, doc in docs.items():
         texts[DOCUMENT] = put(texts[DOCUMENT], card, text_of(doc))
     texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(_newest_documents("floor")))
-    called, models = (_newest_documents(kind) for kind in ("from_bf16", "in_transformers"))
-    if called or models:
-        texts[DOCUMENT] = put(texts[DOCUMENT], "from-bf16", report_bf16.full(called, models))
+    called = [doc for ranks in RANKS for doc in _newest_documents("from_bf16", ranks).values()]
+    models = report_models.newest_models(RESULTS)
+    if called:
+        texts[DOCUMENT] = put(texts[DOCUMENT], "from-bf16", report_bf16.full(called))
         texts[README] = put(texts[README], "from-bf16", report_bf16.compact(called))
+    if models:
+        texts[DOCUMENT] = put(texts[DOCUMENT], "in-transformers", report_models.full(models))
+        texts[README] = put(texts[README], "in-transformers", report_models.compact(models))
     ranks, unfused = report_ranks.rank_rows(RESULTS), report_ranks.rank_rows(RESULTS, unfused=True)
     for name, body in {
         "conditions": report_ranks.conditions(ranks),

@@ -1,5 +1,5 @@
-"""Tables of the layer from bf16 to bf16 and inside a model, for report.py: the documents of from_bf16.py and
-in_transformers.py, by card.  Where there are none there is no section either."""
+"""Tables of the layer from bf16 to bf16, for report.py: the documents of from_bf16.py, of one card or several ranks.
+Where there are none there is no section either."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.markdown import table
 
 __all__ = ["compact", "full"]
 
-Documents = Mapping[str, Mapping[str, Any]]  #: by card
+Documents = Sequence[Mapping[str, Any]]
 
 #: Rows of the compact table for each layer: what, and its field.
 COMPACT = (
@@ -31,10 +31,11 @@ FULL = (
 )
 
 
-def _conditions(doc: Mapping[str, Any], *more: str) -> str:
+def _conditions(doc: Mapping[str, Any]) -> str:
     env = doc["environment"]
+    ranks = [f"{env['ranks']} ranks"] if env.get("ranks", 1) > 1 else []
     stack = f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}"
-    return ", ".join([env["device"], stack, *more, env["date"][:10], f"commit {env['commit']}"]) + "."
+    return ", ".join([env["device"], stack, *ranks, env["date"][:10], f"commit {env['commit']}"]) + "."
 
 
 def _spread(rows: Sequence[Mapping[str, Any]], field: str) -> str:
@@ -54,7 +55,16 @@ def _said(row: Mapping[str, Any]) -> str:
     return "right" if row["correct"] else "wrong"
 
 
+def _layer(row: Mapping[str, Any]) -> str:
+    """Its name, and the format of its weights where that is not FP8."""
+    weights = str(row.get("weights", "fp8"))
+    return f"{row['shape']}, {weights.upper()}" if weights != "fp8" else str(row["shape"])
+
+
 def _once(doc: Mapping[str, Any]) -> str:
+    """What was measured once, of one rank alone."""
+    if "chain" not in doc:
+        return "The layer is what serving engines call, on a buffer of all ranks; figures are of the slowest rank."
     chain, held = doc["chain"], doc["memory"]
     sizes = f"{chain['hidden']} / {chain['intermediate']}, {chain['topk']} of {chain['experts']} experts"
     return (
@@ -65,52 +75,35 @@ def _once(doc: Mapping[str, Any]) -> str:
     )
 
 
-def _model_table(doc: Mapping[str, Any]) -> list[str]:
-    cells = []
-    for row in doc["rows"]:
-        ours, grouped, eager = (row[f"{name}_ms"] for name in ("megamoe", "grouped_mm", "eager"))
-        times = (f"{value:.2f}" for value in (ours, grouped, eager))
-        cells.append((row["step"], str(row["tokens"]), *times, f"{grouped / ours:.2f}"))
-    return table(("step", "tokens", "MegaMoE, ms", "grouped_mm, ms", "eager, ms", "times grouped_mm"), cells)
-
-
 def compact(docs: Documents) -> str:
     """For the README: of each layer the kernel, and the layer in a graph and called; tokens side by side."""
     lines: list[str] = []
-    for doc in docs.values():
+    for doc in docs:
         tokens = sorted({row["tokens"] for row in doc["rows"]})
         by_shape: dict[str, dict[int, Mapping[str, Any]]] = {}
         for row in doc["rows"]:
-            by_shape.setdefault(row["shape"], {})[row["tokens"]] = row
+            by_shape.setdefault(_layer(row), {})[row["tokens"]] = row
         cells = [
             (shape, what, *(f"{rows[count][field]:.0f}" if count in rows else "-" for count in tokens))
             for shape, rows in by_shape.items()
             for what, field in COMPACT
         ]
-        intro = "From bf16 to bf16, as a model calls the layer, staging in the same launch; µs by tokens:"
+        ranks = doc["environment"].get("ranks", 1)
+        where = f", on {ranks} GPUs, tokens of each" if ranks > 1 else ""
+        intro = f"From bf16 to bf16, as a model calls the layer, staging in the same launch{where}; µs by tokens:"
         lines += [intro, "", *table(("layer", "µs of", *map(str, tokens)), cells)]
         lines += ["", _host(doc["rows"]), _conditions(doc), ""]
     return "\n".join(lines[:-1])
 
 
-def full(docs: Documents, models: Documents) -> str:
-    """For docs/performance.md: every row, what was measured once, and the layer inside a model."""
+def full(docs: Documents) -> str:
+    """For docs/performance.md: every row, and what was measured once."""
     lines = ["## From bf16 to bf16", ""]
-    for doc in docs.values():
+    for doc in docs:
         rows = doc["rows"]
         head = ("layer", "tokens", *(name for name, _ in FULL), "output")
         cells = [
-            (row["shape"], str(row["tokens"]), *(f"{row[field]:.1f}" for _, field in FULL), _said(row)) for row in rows
+            (_layer(row), str(row["tokens"]), *(f"{row[field]:.1f}" for _, field in FULL), _said(row)) for row in rows
         ]
         lines += [_conditions(doc), _host(rows), _once(doc), "", *table(head, cells), ""]
-    for doc in models.values():
-        lines += [_conditions(doc, f"transformers {doc['environment']['transformers']}"), ""]
-        for each in doc["models"]:
-            lines += [
-                f"{each['layers']} layers of {each['model']} in transformers, eager: milliseconds of a step. Logits "
-                f"differ from those of grouped_mm by {each['logits_diff']['megamoe']:.4f} (`calc_diff`).",
-                "",
-                *_model_table(each),
-                "",
-            ]
     return "\n".join(lines[:-1])

@@ -30,6 +30,8 @@ from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit._jit.runtime import enumerate_specs, forget, get_kernel, kernel_cache
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec.compilable import Compilable
+from megamoe_jit._spec.formats import FP8, MXFP4
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics.presets import preset, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,18 +95,23 @@ def _anew(spec: Compilable) -> float:
 
 
 def compile_rows(runs: int) -> Iterator[Row]:
-    """Every preset kernel, cold, in a process that has compiled one before."""
+    """Every preset kernel, those of packed weights, those that stage: cold, in a process that has compiled one."""
+    shapes = [preset(name).shape for name in preset_names()]
+
+    def of(weights: str) -> list[Compilable]:
+        return [spec for shape in shapes for spec in enumerate_specs(shape, inputs="staged", weights=weights)]
+
     with tempfile.TemporaryDirectory() as folder, override(no_cache=True, lock_dir=Path(folder)):
-        specs = [spec for name in preset_names() for spec in enumerate_specs(preset(name).shape)]
-        get_kernel(specs[0])
-        times = {}
-        for spec in specs:
-            times[spec.kernel_name] = _median(functools.partial(_anew, spec), runs)
-    name, slowest = max(times.items(), key=lambda item: item[1])
-    middle = statistics.median(times.values())
-    yield Row(
-        "cold compile, slowest preset kernel", "0.6 s", slowest, f"{name}; median of {len(times)}: {middle:.2f} s"
-    )
+        get_kernel(of(FP8.name)[0])
+        for what, target, specs in (
+            ("preset kernel", "0.6 s", of(FP8.name)),
+            ("preset kernel of MXFP4 weights", "1 s", of(MXFP4.name)),
+            ("staging kernel", "0.3 s", [StageSpec(form) for form in StageFormat]),
+        ):
+            times = {spec.kernel_name: _median(functools.partial(_anew, spec), runs) for spec in specs}
+            name, slowest = max(times.items(), key=lambda item: item[1])
+            note = f"{name}; median of {len(times)}: {statistics.median(times.values()):.2f} s"
+            yield Row(f"cold compile, slowest {what}", target, slowest, note)
 
 
 def load_rows(runs: int) -> Iterator[Row]:
@@ -150,6 +157,8 @@ from pathlib import Path
 from megamoe_jit._jit.runtime import enumerate_specs, get_kernel
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.compilable import Compilable
+from megamoe_jit._spec.formats import FP8, MXFP4
+from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit.heuristics.presets import preset
 spec = enumerate_specs(preset("v4-flash").shape)[0]

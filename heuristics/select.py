@@ -91,7 +91,7 @@ def _reading(weights: WeightFormat, tokens: int, load: float, threshold: int | N
         raise ConfigError(f"no variant multiplies weights in {weights.name} yet; allowed: {FP8.name}")
     if len(readers) == 1:
         return readers[0], f"the one that multiplies weights in {weights.name}"
-    if Variant.DECODE in readers:
+    if weights.bits < 8:
         return _packed(weights, tokens, load, threshold)
     limit = COOPERATIVE_THRESHOLD if threshold is None else threshold
     few = tokens < limit

@@ -42,10 +42,19 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
     It is forked from one that has imported the command line; `start` is slower, and leaves nothing out.
     """
+    return _fork(_zygote("tests.zygote:serve"), arguments, environ)
+
+
+def run_with_torch(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`run` of a command that imports torch, forked from a process that has done so."""
+    return _fork(_zygote("tests.zygote:serve_with_torch"), arguments, environ)
+
+
+def _fork(zygote: Zygote, arguments: tuple[str, ...], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, **environ}
-    if not _zygote().can_run(variables):
+    if not zygote.can_run(variables):
         return start(*arguments, **environ)
-    code, out, err = _zygote().run(list(arguments), variables, timeout=240)
+    code, out, err = zygote.run(list(arguments), variables, timeout=240)
     return subprocess.CompletedProcess(["megamoe-jit", *arguments], code, out, err)
 
 
@@ -62,8 +71,8 @@ def start(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 @functools.cache
-def _zygote() -> Zygote:
-    made = Zygote()
+def _zygote(serve: str) -> Zygote:
+    made = Zygote(serve)
     atexit.register(made.close)
     return made
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,16 @@ def pytest_configure(config: pytest.Config) -> None:
     _cache_dir = tempfile.mkdtemp(prefix="megamoe-jit-tests-")
     os.environ[_PREFIX + "CACHE_DIR"] = _cache_dir
     os.environ[_PREFIX + "CONFIG"] = os.devnull  # nor may the user's settings file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`: see `tests/scheduling.py`."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.scheduling import Scheduling
+
+    return Scheduling(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

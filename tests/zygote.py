@@ -2,7 +2,7 @@
 
 A command starts in a tenth of the time that a new interpreter takes, and is otherwise as `python -m megamoe_jit` starts
 it: environment, working directory, standard streams and end are its own.  Neither torch nor cuda is imported before the
-fork, so whether a command imports them is up to the command.
+fork, so whether a command imports them is up to the command.  `tests/ranks.py` has one that did import torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "cuda", "matplotlib")
@@ -29,14 +30,19 @@ _AT_START = ("PYTHON", "LD_", "LC_", "LANG")  #: variables that an interpreter o
 
 
 class Zygote:
-    """A new one per process that runs tests; it ends with that process."""
+    """A new one per process that runs tests; it ends with that process.
 
-    def __init__(self) -> None:
+    Args:
+        serve: the function that it runs, as `module:name`.
+    """
+
+    def __init__(self, serve: str = "tests.zygote:serve") -> None:
         self._channel, other = socket.socketpair()
         self._lock = threading.Lock()
         self._started_with = _at_start(os.environ)
         with other:
-            code = f"import sys; sys.path.insert(0, {str(REPO)!r}); from tests.zygote import serve; serve()"
+            module, _, name = serve.partition(":")
+            code = f"import sys; sys.path.insert(0, {str(REPO)!r}); from {module} import {name}; {name}()"
             words = [sys.executable, "-c", code, str(other.fileno())]
             self._process = subprocess.Popen(words, pass_fds=[other.fileno()])
 
@@ -58,11 +64,9 @@ class Zygote:
         Raises:
             subprocess.TimeoutExpired: it was killed.
         """
-        request = json.dumps({"arguments": arguments, "environ": dict(environ), "cwd": os.getcwd()}).encode() + b"\n"
         with self._lock, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             with open(os.devnull, "rb") as nothing:
-                socket.send_fds(self._channel, [b"+"], [nothing.fileno(), out.fileno(), err.fileno()])
-                self._channel.sendall(request)
+                self.send(arguments, environ, [nothing.fileno(), out.fileno(), err.fileno()])
             answers = self._channel.makefile("r")
             pid = int(answers.readline())
             late = threading.Event()
@@ -74,6 +78,12 @@ class Zygote:
             if late.is_set():
                 raise subprocess.TimeoutExpired(arguments, timeout, out.read(), err.read())
             return code, out.read().decode(), err.read().decode()
+
+    def send(self, arguments: list[str], environ: Mapping[str, str], handles: list[int]) -> None:
+        """Ask for a process; the handles are copied into the one that serves."""
+        request = {"arguments": arguments, "environ": dict(environ), "cwd": os.getcwd()}
+        socket.send_fds(self._channel, [b"+"], handles)
+        self._channel.sendall(json.dumps(request).encode() + b"\n")
 
     def close(self) -> None:
         """End it."""
@@ -99,17 +109,29 @@ def preload() -> None:
         del sys.modules[name]
 
 
-def serve() -> None:
-    """Fork for each request, which come through the handle that is the argument, until nobody is there to ask."""
-    channel = socket.socket(fileno=int(sys.argv[1]))
-    preload()
+def requests(channel: socket.socket) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """What is asked for, with the handles, until nobody is there to ask."""
     gc.collect()
     gc.freeze()  # a child would otherwise copy what it only counts
     while True:
-        _, streams, *_ = socket.recv_fds(channel, 1, 3)
-        if not streams:
+        _, handles, *_ = socket.recv_fds(channel, 1, 4)
+        if not handles:
             return
-        request = json.loads(channel.makefile("r").readline())
+        yield json.loads(channel.makefile("r").readline()), handles
+
+
+def serve_with_torch() -> None:
+    """`serve` from a process that has torch, for commands that import it anyway."""
+    serve(["torch", "numpy"])
+
+
+def serve(more: Sequence[str] = ()) -> None:
+    """Fork for each request, which come through the handle that is the argument; `more` is imported as well."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    preload()
+    for name in more:
+        importlib.import_module(name)
+    for request, streams in requests(channel):
         pid = os.fork()
         if pid == 0:
             channel.close()
@@ -121,8 +143,15 @@ def serve() -> None:
         channel.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
 
 
-def become(request: dict[str, object], streams: list[int]) -> None:
+def become(request: dict[str, Any], streams: list[int]) -> None:
     """Be `python -m megamoe_jit`: ends with SystemExit, past which the interpreter ends as usual."""
+    take_over(request, streams)
+    sys.argv = ["-m", *request["arguments"]]
+    runpy.run_module("megamoe_jit", run_name="__main__", alter_sys=True)
+
+
+def take_over(request: dict[str, Any], streams: list[int]) -> None:
+    """Have the standard streams, environment and working directory that were asked for."""
     for target, stream in enumerate(streams):
         os.dup2(stream, target)
         os.close(stream)
@@ -133,5 +162,3 @@ def become(request: dict[str, object], streams: list[int]) -> None:
     os.environ.update(request["environ"])
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
-    sys.argv = ["-m", *request["arguments"]]
-    runpy.run_module("megamoe_jit", run_name="__main__", alter_sys=True)

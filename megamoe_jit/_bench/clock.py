@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,12 +19,15 @@ __all__ = [
     "TimedCall",
     "anchors",
     "burst",
+    "captured",
     "record",
     "second_half",
     "sustained",
 ]
 
-WARMUP, TIMED = 3, 15
+T = TypeVar("T")
+
+WARMUP, TIMED = 3, 15  #: rounds
 FLUSH_BYTES = 256 << 20  #: several times the L2
 IDLE_CYCLES = 180_000  #: about 0.1 ms, spent by the GPU itself so that the launch is queued when it ends
 SUSTAINED_S = 0.4
@@ -34,6 +37,11 @@ REST_S = 0.005  #: before each dense product of the anchor, so that the clock re
 
 def _nothing() -> None:
     pass
+
+
+def _rest() -> None:
+    cuda: Any = torch.cuda
+    cuda._sleep(IDLE_CYCLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,24 @@ class TimedCall:
             self.run()
 
         return TimedCall(run)
+
+
+def captured(call: Callable[[], T]) -> Callable[[], T]:
+    """A replay of `call` as a CUDA graph; it gives what the captured call gave, which every replay writes.
+
+    The replay keeps the call: a graph does not keep alive what it reads.
+    """
+    call()  # whatever is made on first use
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        kept = call, call()
+
+    def replay() -> T:
+        graph.replay()
+        return kept[1]
+
+    return replay
 
 
 def record(call: TimedCall, before: Callable[[], object] = _nothing) -> tuple[Any, Any]:
@@ -75,35 +101,26 @@ def second_half(pairs: Sequence[tuple[Any, Any]]) -> float:
 def burst(
     calls: Mapping[str, TimedCall],
     flush: torch.Tensor,
-    warmup: int | None = None,
-    timed: int | None = None,
-    idle: Callable[[], object] | None = None,
+    idle: Callable[[], object] = _rest,
 ) -> dict[str, list[float]]:
-    """Microseconds of each timed call, the calls taking turns.
+    """Microseconds of each of the `TIMED` rounds after the `WARMUP` ones, the calls taking turns.
 
     Args:
         calls: what to time, by name.
         flush: uint8 ``[FLUSH_BYTES]`` on the device, written before each call.
-        warmup: rounds that do not count; `WARMUP` if None.
-        timed: rounds that do; `TIMED` if None.
-        idle: what the GPU does between the flush and a call; it rests for about 0.1 ms if None.
+        idle: what the GPU does between the flush and a call.
     """
-    cuda: Any = torch.cuda
 
     def before() -> None:
         flush.zero_()
-        if idle is None:
-            cuda._sleep(IDLE_CYCLES)
-        else:
-            idle()
+        idle()
 
-    skipped, counted = WARMUP if warmup is None else warmup, TIMED if timed is None else timed
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(skipped + counted):
+    for turn in range(WARMUP + TIMED):
         for name, call in calls.items():
             begin, end = record(call, before)
             end.synchronize()
-            if turn >= skipped:
+            if turn >= WARMUP:
                 times[name].append(begin.elapsed_time(end) * 1e3)
     return times
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megamoe_jit._spec import FP8, WeightFormat
+from megamoe_jit._spec.variants import AUTO
 
 __all__ = ["COMPARED", "Card", "add_limits", "card_of", "choice_quality", "expected_experts", "limit", "ratio"]
 
@@ -77,7 +78,7 @@ def add_limits(rows: Sequence[Mapping[str, Any]], device: str) -> list[dict[str,
     return found
 
 
-def choice_quality(rows: Sequence[Mapping[str, Any]], auto: str = "auto") -> dict[str, Any] | None:
+def choice_quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How the automatic choice compares with the best forced variant; None if the rows do not hold both.
 
     Returns:
@@ -87,9 +88,9 @@ def choice_quality(rows: Sequence[Mapping[str, Any]], auto: str = "auto") -> dic
     for row in rows:  # of one format of weights
         cells.setdefault((row["shape"], row["tokens"]), {})[row["variant"]] = row["median_us"]
     ratios = [
-        (times[auto] / min(time for name, time in times.items() if name != auto), where)
+        (times[AUTO] / min(time for name, time in times.items() if name != AUTO), where)
         for where, times in cells.items()
-        if auto in times and len(times) > 1
+        if AUTO in times and len(times) > 1
     ]
     if not ratios:
         return None

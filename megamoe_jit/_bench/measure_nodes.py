@@ -25,6 +25,7 @@ from megamoe_jit._check.collect import collect
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
+from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
@@ -59,10 +60,8 @@ class _Layer:
     def __init__(self, world: World, topology: NodeTopology, shape: MoEShape) -> None:
         self.topology, self.shape, self.device = topology, shape, world.device
         self.weights = make_weights(shape, world.device)
-        local = shape.experts // world.ranks
-        mine = slice(world.rank * local, (world.rank + 1) * local)
-        own = [(codes[mine], scales[mine]) for codes, scales in (self.weights.l1, self.weights.l2)]
-        self.own = Weights(own[0], own[1])
+        own = [share_of(given, shape, world.rank, world.ranks) for given in (self.weights.l1, self.weights.l2)]
+        self.own = Weights(*own)
         self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.own.l1, self.own.l2)
 
     def buffer(self, tokens: int, ways: dict[str, Any]) -> MultiNodeBuffer:

@@ -27,6 +27,7 @@ from megamoe_jit._check.collect import collect
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import function_of, judge
+from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape, WeightFormat
@@ -47,9 +48,8 @@ class _Layer:
         self.world, self.shape, self.device = world, shape, world.device
         self.weights = make_weights(shape, world.device, 0, WeightFormat.parse(weights))
         local = shape.experts // world.ranks
-        mine = slice(world.rank * local, (world.rank + 1) * local)
-        first, second = (tuple(each[mine] for each in given) for given in (self.weights.l1, self.weights.l2))
-        self.own = Weights(first, second)
+        own = [share_of(given, shape, world.rank, world.ranks) for given in (self.weights.l1, self.weights.l2)]
+        self.own = Weights(*own)
         self.own_shape = MoEShape(shape.hidden, shape.intermediate, local, shape.topk)
         self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.own.l1, self.own.l2)
 

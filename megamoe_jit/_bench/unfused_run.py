@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megamoe_jit._bench.clock import TimedCall
+from megamoe_jit._bench.clock import TimedCall, captured
 from megamoe_jit._bench.contenders import METHODS, Contender
 from megamoe_jit._bench.documents import BaselineRow
 from megamoe_jit._bench.grouped_gemm import refusal
@@ -82,27 +82,16 @@ def prepare(
         return None, {**facts, "reason": reason}
     baseline, y = done
     facts["diff"] = max(gather(group, diff(y)))
-    run: Callable[[], object] = baseline
-    captured: list[torch.Tensor] = []
 
-    def capture() -> Any:
-        baseline()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            captured.append(baseline())
-        graph.replay()
-        return graph
+    def capture() -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+        replay = captured(baseline)
+        return replay, replay()
 
-    graph, _ = _attempt(group, capture)
-    if graph is not None:
-
-        def replay(kept: object = baseline) -> object:  # a graph does not keep alive what it reads
-            return graph.replay()
-
-        facts["graph"], run = True, replay
-        facts["diff"] = max(facts["diff"], *gather(group, diff(captured[0])))
-    return TimedCall(run), facts
+    done, _ = _attempt(group, capture)
+    if done is None:
+        return TimedCall(baseline), facts
+    replay, y = done
+    return TimedCall(replay), {**facts, "graph": True, "diff": max(facts["diff"], *gather(group, diff(y)))}
 
 
 def add_baselines(

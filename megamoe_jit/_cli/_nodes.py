@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,10 +28,7 @@ __all__ = [
     "nodes_options",
     "refuse_with_nodes",
     "shapes_of_a_node",
-    "ways_of",
 ]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 nodes_option = click.option(
     "--nodes",
@@ -63,11 +61,18 @@ _WAYS = (
 )
 
 
-def nodes_options(command: F) -> F:
-    """`--nodes` and how rows travel: parameters `nodes`, `exchange`, `partial` and `chunks`."""
+def nodes_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--nodes` and how rows travel; the command gets them as one value, `ways`."""
+
+    @functools.wraps(command)
+    def with_ways(*, nodes: int, exchange: str, partial: str, chunks: int | None, **others: Any) -> Any:
+        from megamoe_jit._diagnose.between import Ways
+
+        return command(ways=Ways(nodes, exchange, partial, chunks), **others)
+
     for option in (*reversed(_WAYS), nodes_option):
-        command = option(command)
-    return command
+        with_ways = option(with_ways)
+    return with_ways
 
 
 def shapes_of_a_node(
@@ -91,17 +96,6 @@ def shapes_of_a_node(
         return replace(shape, experts=shape.experts // nodes, shared=0)
 
     return dict(zip(shapes, per_shape(shapes, lambda _, shape: [part(shape)]), strict=True))
-
-
-def ways_of(nodes: int, exchange: str, partial: str, chunks: int | None, weights: str) -> Ways:
-    """What these options ask for.
-
-    Raises:
-        ConfigError: a format of weights that no call over several nodes takes.
-    """
-    from megamoe_jit._diagnose.between import Ways
-
-    return Ways(nodes, exchange, partial, chunks)
 
 
 def lines_between(it: Between) -> list[str]:
@@ -128,8 +122,7 @@ def refuse_with_nodes(picture: Path | None, variants: Sequence[str], weights: st
 
 
 def bench_nodes(
-    nodes: int,
-    ways: Mapping[str, Any],
+    ways: Ways,
     output: Path | None,
     as_json: bool,
     *,
@@ -157,9 +150,9 @@ def bench_nodes(
         found = run(
             presets,
             counts,
-            nodes,
+            ways.nodes,
             ranks or 1,
-            dict(ways),
+            {"exchange": ways.exchange, "partial": ways.partial, "chunks": ways.chunks or "auto"},
             baseline=baseline is not False,
             progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens: {r['whole_us']:.1f} us"),
         )

@@ -29,6 +29,7 @@ from megamoe_jit._spec.variants import VARIANT_CHOICES
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import BaselineRow, Bench, Choice, JudgedRow
     from megamoe_jit._check.scenarios import Scenario
+    from megamoe_jit._diagnose.between import Ways
 
 __all__ = ["COLUMNS", "bench", "figure", "finish", "measured", "refuse_early"]
 
@@ -273,10 +274,7 @@ def bench(
     output: Path | None,
     picture: Path | None,
     as_json: bool,
-    nodes: int,
-    exchange: str,
-    partial: str,
-    chunks: int | None,
+    ways: Ways,
     **what: Any,
 ) -> None:
     """Time the layer on this GPU, output checked first.
@@ -286,11 +284,9 @@ def bench(
     GPU.
     """
     refuse_early(output, picture)
-    if nodes > 1:
+    if ways.nodes > 1:
         refuse_with_nodes(picture, what.pop("variants"), what.pop("weights"))
-        bench_nodes(
-            nodes, {"exchange": exchange, "partial": partial, "chunks": chunks or "auto"}, output, as_json, **what
-        )
+        bench_nodes(ways, output, as_json, **what)
         return
     doc = measured(**what)
     if doc is not None:

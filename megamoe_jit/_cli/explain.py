@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import emit, json_option, show
-from megamoe_jit._cli._nodes import lines_between, nodes_options, ways_of
+from megamoe_jit._cli._nodes import lines_between, nodes_options
 from megamoe_jit._cli._options import (
     cache_dir_option,
     gpu_option,
@@ -23,6 +23,7 @@ from megamoe_jit._documents import content
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
+    from megamoe_jit._diagnose.between import Ways
     from megamoe_jit._diagnose.explain import Call
     from megamoe_jit._spec import MoEShape
     from megamoe_jit._spec.numerics import Numerics
@@ -69,10 +70,7 @@ def explain(
     variant: str | None,
     weights: str,
     numerics: Numerics,
-    nodes: int,
-    exchange: str,
-    partial: str,
-    chunks: int | None,
+    ways: Ways,
     sms: int,
     gpu: str | None,
     as_json: bool,
@@ -85,7 +83,7 @@ def explain(
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "numerics": numerics, "num_sms": sms}
-    options |= {"gpu": found.gpu, "weights": weights, "ways": ways_of(nodes, exchange, partial, chunks, weights)}
+    options |= {"gpu": found.gpu, "weights": weights, "ways": ways}
     calls = per_shape(
         shapes, lambda name, shape: [explain_call(shape, count, name=name, **options) for count in tokens]
     )

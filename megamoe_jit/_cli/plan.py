@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import emit, human_bytes, json_option, show, table
-from megamoe_jit._cli._nodes import lines_between, nodes_options, ways_of
+from megamoe_jit._cli._nodes import lines_between, nodes_options
 from megamoe_jit._cli._options import (
     gpu_option,
     per_shape,
@@ -22,6 +22,7 @@ from megamoe_jit._spec.variants import VARIANT_CHOICES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from megamoe_jit._diagnose.between import Ways
     from megamoe_jit._diagnose.plan import Part, Planned, Range
     from megamoe_jit._spec import MoEShape
 
@@ -92,10 +93,7 @@ def plan(
     shapes: dict[str, MoEShape],
     tokens: tuple[int, ...],
     ranks: int,
-    nodes: int,
-    exchange: str,
-    partial: str,
-    chunks: int | None,
+    ways: Ways,
     variant: str,
     weights: str,
     sms: int,
@@ -110,7 +108,7 @@ def plan(
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
     options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found.gpu}
-    options |= {"weights": weights, "ways": ways_of(nodes, exchange, partial, chunks, weights)}
+    options |= {"weights": weights, "ways": ways}
     plans = per_shape(shapes, lambda name, shape: [memory_plan(shape, count, name=name, **options) for count in tokens])
     if as_json:
         emit(PlanDocument(found.gpu, found.measured, tuple(plans)))

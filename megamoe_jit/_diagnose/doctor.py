@@ -82,7 +82,7 @@ def _guarded(name: str, step: Callable[[], Check]) -> Check:
     try:
         return step()
     except Exception as error:  # a diagnosis must survive what it looks for
-        return Check(name, Status.FAIL, f"{type(error).__name__}: {error}", "report this with `env --json`")
+        return Check(name, Status.FAIL, f"{type(error).__name__}: {error}", "report this with `env --json`", {})
 
 
 def _settings() -> Check:
@@ -118,7 +118,7 @@ def _settings() -> Check:
         return Check("settings", Status.WARN, "\n".join(texts), "; ".join(steps), data)
     texts = [f"{', '.join(chosen)} set"] if chosen else []
     texts += [f"{', '.join(written)} from {file}"] if written else []
-    return Check("settings", Status.OK, "; ".join(texts) or "all defaults", "", data)
+    return Check("settings", Status.OK, "; ".join(texts) or "all defaults", None, data)
 
 
 def _owner(status: os.stat_result) -> str:
@@ -227,7 +227,7 @@ def _cache() -> Check:
     data["owner"], data["mode"] = _owner(status), f"{stat.S_IMODE(status.st_mode):04o}"
     text = f"{root}, {_where(system)}"
     if settings.no_cache:
-        return Check("cache", Status.OK, f"{text}: not used, by {settings.place('no_cache')}", "", data)
+        return Check("cache", Status.OK, f"{text}: not used, by {settings.place('no_cache')}", None, data)
     elsewhere = f"set {settings.place('cache_dir')} to a folder of your own"
     link = _dead_link(root)
     if link is not None:
@@ -248,13 +248,13 @@ def _cache() -> Check:
             detail = f"{text}: cannot be written; kernels are compiled again in every process"
             return Check("cache", Status.WARN, detail, elsewhere, data)
     if sealed:
-        return Check("cache", Status.OK, f"{text}; only read, by {settings.place('disable_jit')}", "", data)
+        return Check("cache", Status.OK, f"{text}; only read, by {settings.place('disable_jit')}", None, data)
     if system.network:
         step = f"works; a local folder is faster: set {settings.place('cache_dir')}"
         return Check("cache", Status.WARN, f"{text}: a network file system", step, data)
     if system.free_bytes is not None and system.free_bytes < LOW_SPACE:
         return Check("cache", Status.WARN, f"{text}: little space", f"make room, or {elsewhere}", data)
-    return Check("cache", Status.OK, text, "", data)
+    return Check("cache", Status.OK, text, None, data)
 
 
 def _read_only() -> Check:
@@ -267,7 +267,7 @@ def _read_only() -> Check:
         with contextlib.suppress(OSError):
             mendings += filter(None, [problem and mending([cache.path], cache.path)])
     if not caches:
-        return Check("read-only", Status.OK, "no read-only caches set")
+        return Check("read-only", Status.OK, "no read-only caches set", None, {})
     data = {"caches": [{"path": path, "problem": p or None, "entries": n} for path, (p, n) in caches.items()]}
     text = "; ".join(f"{path}: {problem or f'kernels: {count}'}" for path, (problem, count) in caches.items())
     if any(problem or not count for problem, count in caches.values()):
@@ -275,7 +275,7 @@ def _read_only() -> Check:
         step = f"correct {place}; `megamoe-jit cache import FILE --cache-dir DIR` fills such a folder"
         step = f"{'; '.join(mendings)}, or name another folder with {place}" if mendings else step
         return Check("read-only", Status.WARN, text, step, data)
-    return Check("read-only", Status.OK, text, "", data)
+    return Check("read-only", Status.OK, text, None, data)
 
 
 def _unusable(cache: KernelCache) -> str:
@@ -296,13 +296,13 @@ def _locks() -> Check:
     from megamoe_jit._cache.locks import key_lock, lock_dir
 
     if get_settings().disable_jit:
-        return Check("locks", Status.OK, f"not needed: {compiling_forbidden()}")
+        return Check("locks", Status.OK, f"not needed: {compiling_forbidden()}", None, {})
     place = get_settings().place("lock_dir")
     step = f"set {place} to a local folder of your own; until then processes may compile the same kernel"
     try:
         folder = lock_dir()
     except OSError as error:
-        return Check("locks", Status.WARN, f"no folder for lock files: {error}", step)
+        return Check("locks", Status.WARN, f"no folder for lock files: {error}", step, {})
     system = file_system(folder)
     data = {"path": str(folder), **asdict(system)}
     text = f"{folder}, {system.type}"
@@ -312,13 +312,13 @@ def _locks() -> Check:
     (folder / f"doctor-{os.getpid()}.lock").unlink(missing_ok=True)
     if system.network:
         return Check("locks", Status.WARN, f"{text}: a network file system, where locks may hang", step, data)
-    return Check("locks", Status.OK, text, "", data)
+    return Check("locks", Status.OK, text, None, data)
 
 
 def _tools() -> Check:
     found = {name: find_tool(name) for name in TOOLS}
     present = [path for path in found.values() if path]
     if present:
-        return Check("tools", Status.OK, ", ".join(present), "", found)
+        return Check("tools", Status.OK, ", ".join(present), None, found)
     detail = f"neither {' nor '.join(TOOLS)}; only `inspect --sass` needs one"
     return Check("tools", Status.OK, detail, tool_command("nvdisasm"), found)

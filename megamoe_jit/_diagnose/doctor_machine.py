@@ -48,7 +48,7 @@ def check_compiler(found: Compilers) -> Check:
     chosen, others, data = found.chosen, found.candidates, asdict(found)
     if get_settings().disable_jit:
         what = f"NVRTC {chosen.version} at {chosen.path}" if chosen else "none"
-        return Check("compiler", Status.OK, f"{what}; not needed: {compiling_forbidden()}", "", data)
+        return Check("compiler", Status.OK, f"{what}; not needed: {compiling_forbidden()}", None, data)
     if chosen is None:
         step = correction() or "install NVRTC as the message says"
         return Check("compiler", Status.FAIL, str(found.problem), step, data)
@@ -59,7 +59,7 @@ def check_compiler(found: Compilers) -> Check:
     if wanted is not None and int(chosen.version.split(".")[0]) != wanted:
         step = correction() or f"{wheel_command(wanted)}, or set MEGAMOE_JIT_NVRTC"
         return Check("compiler", Status.WARN, f"{text}, but {reason}", step, data)
-    return Check("compiler", Status.OK, f"{text}; {reason}", "", data)
+    return Check("compiler", Status.OK, f"{text}; {reason}", None, data)
 
 
 def check_sources() -> Check:
@@ -83,7 +83,7 @@ def check_sources() -> Check:
         return Check("sources", Status.FAIL, str(error), "install what the message names", data)
     except MegaMoeError as error:
         return Check("sources", Status.FAIL, str(error), step, data)
-    return Check("sources", Status.OK, f"{root}, {len(files)} files", "", data)
+    return Check("sources", Status.OK, f"{root}, {len(files)} files", None, data)
 
 
 def check_torch(machine: Machine) -> Check:
@@ -99,11 +99,11 @@ def check_torch(machine: Machine) -> Check:
     cuda = _installed_torch_cuda()
     data = {"version": release, "cuda": cuda}
     if cuda is not None:
-        return Check("torch", Status.OK, f"{release}, built for CUDA {cuda}", "", data)
+        return Check("torch", Status.OK, f"{release}, built for CUDA {cuda}", None, data)
     if machine.gpus:
         step = "install a CUDA build of torch: https://pytorch.org/get-started/locally/"
         return Check("torch", Status.FAIL, f"{release} has no CUDA, and this machine has a GPU", step, data)
-    return Check("torch", Status.OK, f"{release}, without CUDA (enough to compile; there is no GPU here)", "", data)
+    return Check("torch", Status.OK, f"{release}, without CUDA (enough to compile; there is no GPU here)", None, data)
 
 
 def check_driver(machine: Machine, found: Compilers) -> Check:
@@ -128,7 +128,7 @@ def check_driver(machine: Machine, found: Compilers) -> Check:
         if driver >= MINIMUM[0]:
             step = f"{wheel_command(driver)} with a torch for CUDA {driver}, or {step}"
         return Check("driver", Status.FAIL, f"{text}: too old for kernels of NVRTC {nvrtc}", step, data)
-    return Check("driver", Status.OK, text, "", data)
+    return Check("driver", Status.OK, text, None, data)
 
 
 def check_gpu(machine: Machine) -> Check:
@@ -149,7 +149,7 @@ def check_gpu(machine: Machine) -> Check:
     if not all(gpu.supported for gpu in machine.gpus):
         step = "choose the Hopper ones with CUDA_VISIBLE_DEVICES"
         return Check("gpu", Status.WARN, f"not all are Hopper: {names}", step, data)
-    return Check("gpu", Status.OK, names, "", data)
+    return Check("gpu", Status.OK, names, None, data)
 
 
 def check_ready_kernels(machine: Machine) -> Check:
@@ -177,7 +177,7 @@ def check_ready_kernels(machine: Machine) -> Check:
     if damaged:
         step = f"`megamoe-jit cache verify` names them; {fill} replaces them"
         return Check("kernels", Status.WARN, text, step, data)
-    return Check("kernels", Status.OK, text, "", data)
+    return Check("kernels", Status.OK, text, None, data)
 
 
 def _trusted(cache: KernelCache) -> bool:
@@ -227,9 +227,9 @@ def check_trial(found: Compilers) -> Check:
     from megamoe_jit._compile.toolchain import correction, find_toolchain
 
     if get_settings().disable_jit:
-        return Check("trial compile", Status.OK, f"left out: {compiling_forbidden()}")
+        return Check("trial compile", Status.OK, f"left out: {compiling_forbidden()}", None, {})
     if found.chosen is None:
-        return Check("trial compile", Status.FAIL, "not possible without a compiler", "see compiler above")
+        return Check("trial compile", Status.FAIL, "not possible without a compiler", "see compiler above", {})
     begin = time.perf_counter()
     try:
         result = compile_source(_TRIAL, kernel_name="megamoe_trial", toolchain=find_toolchain())
@@ -237,7 +237,7 @@ def check_trial(found: Compilers) -> Check:
         step = f"see compiler above, or {correction() or 'choose another with MEGAMOE_JIT_NVRTC'}"
         if get_settings().ptxas_options:
             step = f"correct {get_settings().place('ptxas_options')}, or leave it out"
-        return Check("trial compile", Status.FAIL, str(error), step)
+        return Check("trial compile", Status.FAIL, str(error), step, {})
     seconds = time.perf_counter() - begin
     data = {"seconds": seconds, "cubin_bytes": len(result.cubin), "python": sys.version.split()[0]}
-    return Check("trial compile", Status.OK, f"{len(result.cubin)} bytes of sm_90a code in {seconds:.2f} s", "", data)
+    return Check("trial compile", Status.OK, f"{len(result.cubin)} bytes of sm_90a code in {seconds:.2f} s", None, data)

@@ -1,7 +1,7 @@
 """Whether a plug-in would take in an engine that is installed here, and what to type: one probe for each engine.
 
-A probe starts no engine. It is a module `engine_NAME` of this room whose `PROBE` is an `EngineProbe`; `ENGINES` names
-it. What it asks of the installed package is what the plug-in itself relies on, so both say the same.
+A probe starts no engine. What it asks of the installed package is what the plug-in itself relies on, so both say the
+same; a plug-in is imported only when it is asked about.
 """
 
 from __future__ import annotations
@@ -15,7 +15,56 @@ from megamoe_jit._diagnose.finding import Check, Status
 
 __all__ = ["ENGINES", "EngineProbe", "Hook", "examine_engine", "probe_of"]
 
-ENGINES = ("flashinfer", "sglang", "transformers", "vllm")  #: what `doctor --engine` takes
+
+class Plugin(NamedTuple):
+    """What is known of a plug-in before it is imported.
+
+    Attributes:
+        distribution: the package of its engine, as pip knows it.
+        facts: the module that has the releases `WANTED` and `TESTED`, and asks for what is `relied_upon`.
+        typed: what to type so that the engine takes the plug-in, a line each.
+    """
+
+    distribution: str
+    facts: str
+    typed: tuple[str, ...]
+
+
+PLUGINS = {
+    "flashinfer": Plugin(
+        "flashinfer-python",
+        "megamoe_jit.engines.flashinfer.seams",
+        (
+            "from megamoe_jit.engines.flashinfer import MegaMoeConfig, register; register()",
+            "MoEEpLayer(..., backend=MegaConfig(megakernel=MegaMoeConfig(intermediate_size, top_k)))",
+        ),
+    ),
+    "sglang": Plugin(
+        "sglang",
+        "megamoe_jit.engines.sglang.seams",
+        (
+            "sglang serve --model-path MODEL --tp N --ep N --moe-a2a-backend megamoe",
+            "sglang serve --model-path MODEL --tp N --moe-runner-backend megamoe_jit",
+        ),
+    ),
+    "transformers": Plugin(
+        "transformers",
+        "megamoe_jit.transformers.fit",
+        (
+            "import megamoe_jit.transformers",
+            'AutoModelForCausalLM.from_pretrained(..., experts_implementation="megamoe")',
+        ),
+    ),
+    "vllm": Plugin(
+        "vllm",
+        "megamoe_jit.engines.vllm.seams",
+        (
+            "vllm serve MODEL --quantization megamoe_jit",
+            "vllm serve MODEL --quantization megamoe_jit --data-parallel-size N --enable-expert-parallel",
+        ),
+    ),
+}
+ENGINES = tuple(PLUGINS)  #: what `doctor --engine` takes
 
 
 class Hook(NamedTuple):
@@ -39,7 +88,8 @@ class EngineProbe:
         distribution: its package, as pip knows it.
         wanted: the releases that the plug-in is written for, as pip writes it; those of the extra.
         tested: the releases it was run with.
-        hooks: asks the installed package for each thing that the plug-in relies on; called where it is installed.
+        hooks: asks the installed package for each thing that the plug-in relies on, as fields of `Hook`; called where
+            it is installed.
         typed: what to type so that the engine takes the plug-in, a line each.
         page: what says more, in the documentation.
     """
@@ -48,9 +98,9 @@ class EngineProbe:
     distribution: str
     wanted: str
     tested: tuple[str, ...]
-    hooks: Callable[[], Iterable[Hook]]
+    hooks: Callable[[], Iterable[tuple[str, str]]]
     typed: tuple[str, ...]
-    page: str
+    page: str = "docs/models.md"
 
     def installed(self) -> str | None:
         """The version that is installed; None without one."""
@@ -64,8 +114,9 @@ class EngineProbe:
 
 def probe_of(name: str) -> EngineProbe:
     """The probe of an engine of `ENGINES`."""
-    probe: EngineProbe = importlib.import_module(f"megamoe_jit._diagnose.engine_{name}").PROBE
-    return probe
+    plugin = PLUGINS[name]
+    facts = importlib.import_module(plugin.facts)
+    return EngineProbe(name, plugin.distribution, facts.WANTED, facts.TESTED, facts.relied_upon, plugin.typed)
 
 
 def examine_engine(probe: EngineProbe) -> Iterator[Check]:
@@ -77,25 +128,25 @@ def examine_engine(probe: EngineProbe) -> Iterator[Check]:
         yield Check(probe.name, Status.FAIL, f"not installed; {tested}", f"pip install '{probe.wanted}'", data)
         return
     if version in probe.tested:
-        yield Check(probe.name, Status.OK, version, "", data)
+        yield Check(probe.name, Status.OK, version, None, data)
     else:
         detail = f"{version}, with which the plug-in was never run; {tested}"
         yield Check(probe.name, Status.WARN, detail, "it works if the hooks are as expected", data)
     yield _check_hooks(probe)
     typed = "\n".join(probe.typed)
-    yield Check("to type", Status.OK, typed, "", {"lines": list(probe.typed), "page": probe.page})
+    yield Check("to type", Status.OK, typed, None, {"lines": list(probe.typed), "page": probe.page})
 
 
 def _check_hooks(probe: EngineProbe) -> Check:
     try:
-        hooks = list(probe.hooks())
+        hooks = [Hook(*found) for found in probe.hooks()]
     except Exception as error:  # an engine that cannot be imported is a finding
         detail = f"{probe.name} cannot be imported: {type(error).__name__}: {error}"
-        return Check("hooks", Status.FAIL, detail, f"mend that installation; {probe.page}")
+        return Check("hooks", Status.FAIL, detail, f"mend that installation; {probe.page}", {})
     broken = [hook for hook in hooks if hook.problem]
     data = {"hooks": [hook._asdict() for hook in hooks]}
     if broken:
         detail = "\n".join(f"{hook.name}: {hook.problem}" for hook in broken)
         step = f"the plug-in steps aside here; pip install '{probe.wanted}'"
         return Check("hooks", Status.FAIL, detail, step, data)
-    return Check("hooks", Status.OK, f"all {len(hooks)} as expected", "", data)
+    return Check("hooks", Status.OK, f"all {len(hooks)} as expected", None, data)

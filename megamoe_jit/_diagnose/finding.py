@@ -1,15 +1,15 @@
-"""What a diagnosis says: one finding per thing that was looked at, with the next step."""
+"""What a diagnosis says: a check of each thing that was looked at, with the next step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from megamoe_jit._documents import Document
 
-__all__ = ["Check", "Diagnosis", "Finding", "Status", "worst"]
+__all__ = ["Check", "Diagnosis", "Status", "worst"]
 
 
 class Status(StrEnum):
@@ -22,29 +22,6 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the diagnosis.
-
-    Attributes:
-        name: what was looked at.
-        status: what came of it.
-        detail: what was found.
-        next_step: what to do, empty if nothing.
-        data: the facts behind it.
-    """
-
-    name: str
-    status: Status
-    detail: str
-    next_step: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
-
-    def to_part(self) -> Finding:
-        """As a part of the document."""
-        return Finding(self.name, self.status, self.detail, self.next_step or None, self.data)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
     """One thing that was looked at.
 
     Attributes:
@@ -69,12 +46,12 @@ class Diagnosis(Document):
     KIND = "doctor"
 
     status: Status
-    checks: tuple[Finding, ...]
+    checks: tuple[Check, ...]
 
     @classmethod
     def of(cls, checks: Sequence[Check]) -> Diagnosis:
         """The document of some checks."""
-        return cls(worst(checks), tuple(check.to_part() for check in checks))
+        return cls(worst(checks), tuple(checks))
 
 
 def worst(checks: Sequence[Check]) -> Status:

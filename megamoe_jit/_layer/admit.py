@@ -23,7 +23,7 @@ def admit_first(
     admit: Callable[[], tuple[int, float]],
     weights: tuple[WeightTensors, WeightTensors],
     variant: str | None,
-    numeric: tuple[bool],
+    numeric: tuple[bool, ...],
     num_sms: int | None,
     inputs: Inputs,
 ) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from operator import call, is_
 
 import torch
 
@@ -28,7 +26,6 @@ from megamoe_jit.heuristics.select import Choice
 __all__ = ["BoundKernel", "CallPlan"]
 
 MAX_CHECKED = 1024  #: weights that are known to be right, at a time: layers that share the memory
-_ADDRESS = torch.Tensor.data_ptr
 _RAW, _RAW_AT = side_by_side(
     "raw_x", "raw_ids", "raw_weights", "raw_x_stride", "raw_ids_stride",
     "raw_weights_stride", "raw_formats", "weight_factor",
@@ -40,6 +37,23 @@ def _fields(spec: KernelSpec) -> list[str]:
     codes = "packed{}" if spec.variant.expands else "weight{}"
     names = {part: f"weight{{}}_{part}" for part in spec.weights.part_names} | {"codes": codes}
     return [names[part].format(matrix) for matrix in (1, 2) for part in spec.weights.part_names]
+
+
+class _Checked:
+    """Tensors of both matrices that were checked, which it does not keep alive, and where they were."""
+
+    __slots__ = ("_count", "tensors")
+
+    def __init__(self, held: tuple[torch.Tensor, ...]) -> None:
+        self._count = len(held)
+        self.tensors = tuple((weakref.ref(tensor), tensor.data_ptr()) for tensor in held)
+
+    def is_of(self, held: tuple[torch.Tensor, ...]) -> bool:
+        """Whether these are the very tensors, where they were: a tensor can be given other memory."""
+        for tensor, (known, address) in zip(held, self.tensors):  # noqa: B905 strict would double the time
+            if known() is not tensor or tensor.data_ptr() != address:
+                return False
+        return len(held) == self._count
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +88,12 @@ class BoundKernel:
         loaded = load_kernel(spec, place.device.index, param_bytes=ctypes.sizeof(Params))
         self.key: str = loaded.key
         self.launcher = Launcher(loaded, self.params, threads=spec.threads)
-        self._addresses: tuple[int, ...] = ()
+        self._weights: _Checked | None = None  #: whose addresses `params` has
         self._weight_fields = _fields(spec)
         self._expanded: ExpandedWeights | None = None
         self._planned: CallPlan | None = None  #: whose values `params` has
-        self._checked: dict[tuple[int, ...], tuple[Callable[[], torch.Tensor | None], ...]] = {}  # by their addresses
+        self._own: tuple[int, float, float] | None = None  #: and these, of the call
+        self._checked: dict[int, _Checked] = {}  #: by the identity of the first tensor
         sides = sides_of_sms(place.device) if get_settings().l2_sides else None
         self.knows_sides = sides is not None
         if sides is not None:
@@ -119,22 +134,26 @@ class BoundKernel:
         """
         try:
             held = (*l1, *l2)
-            at = tuple(map(_ADDRESS, held))
-        except (TypeError, RuntimeError):  # costs nothing where they are tensors
+            known = self._checked.get(id(held[0]))
+            if known is None or not known.is_of(held):
+                known = self._check(l1, l2)
+        except (TypeError, RuntimeError, IndexError):  # costs nothing where they are tensors
             require_tensors("l1", l1)
             require_tensors("l2", l2)
             raise
-        known = self._checked.get(at)
-        if known is None or not all(map(is_, map(call, known), held)):
-            check_weights(l1, l2, self.spec, self._device)
-            if len(self._checked) >= MAX_CHECKED:
-                self._checked.clear()
-            self._checked[at] = tuple(map(weakref.ref, held))
-        if at != self._addresses:
-            self._addresses = ()  # until all of them are set: an exception between two must not leave a mixture
-            for name, address in zip(self._weight_fields, at, strict=True):
+        if known is not self._weights:
+            self._weights = None  # until all of it is set: an exception between two must not leave a mixture
+            for name, (_, address) in zip(self._weight_fields, known.tensors, strict=True):
                 setattr(self.params, name, address)
-            self._addresses = at
+            self._weights = known
+
+    def _check(self, l1: WeightTensors, l2: WeightTensors) -> _Checked:
+        check_weights(l1, l2, self.spec, self._device)
+        held = (*l1, *l2)
+        if len(self._checked) >= MAX_CHECKED:
+            self._checked.clear()
+        known = self._checked[id(held[0])] = _Checked(held)
+        return known
 
     def launch(
         self,
@@ -148,12 +167,11 @@ class BoundKernel:
         shared_weight: float,
     ) -> None:
         """Enqueue a call on a stream, given by its raw handle, with the weights that were set last."""
-        params = self.params
-        if plan is not self._planned:
-            self._follow(plan)
+        params, own = self.params, (tokens, clamp, shared_weight)
+        if plan is not self._planned or own != self._own:
+            self._follow(plan, own)
         params.y = y.data_ptr()
         params.stats = 0 if stats is None else stats.data_ptr()
-        params.tokens, params.clamp, params.shared_weight = tokens, clamp, shared_weight
         if raw is not None:
             _RAW.pack_into(
                 params, _RAW_AT, raw.x_at, raw.ids_at, raw.weights_at, raw.x_stride, raw.ids_stride,
@@ -161,11 +179,12 @@ class BoundKernel:
             )  # fmt: skip
         self.launcher.launch(plan.num_sms, stream)
 
-    def _follow(self, plan: CallPlan) -> None:
-        """Set what calls of one plan have in common."""
+    def _follow(self, plan: CallPlan, own: tuple[int, float, float]) -> None:
+        """Set what calls of one plan have in common, and these that most of them have: tokens, clamp, shared weight."""
         self._planned = None  # until all of it is set: an exception between two must not leave a mixture
         params, choice = self.params, plan.choice
         params.lag_tiles, params.item_shift = choice.lag_tiles, choice.rows_per_item.bit_length() - 1
         params.sort_blocks, params.want_sides = plan.sort_blocks, plan.two_sides
         params.expand_every = choice.expand_every
-        self._planned = plan
+        params.tokens, params.clamp, params.shared_weight = own
+        self._planned, self._own = plan, own

@@ -25,6 +25,7 @@ from megamoe_jit._layer.kernel_set import KernelSet
 from megamoe_jit._layer.memory import LayerMemory
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage, stage_kernel
+from megamoe_jit._layer.steady import SteadyCalls
 from megamoe_jit._layer.stream_order import StreamOrder
 from megamoe_jit._spec import FP8, MoEShape, Variant, WeightFormat, check_int
 from megamoe_jit._spec.inputs import Inputs
@@ -84,6 +85,7 @@ class SymmBuffer(LayerMemory):
         check_int("max_pool_rows", max_pool_rows)
         super().__init__(shape, max_tokens, device, group, max_pool_rows)
         self.kernels = KernelSet(self.place, group, lambda: self.order.forget())
+        self.steady = SteadyCalls(self.hidden, device)
         self.order = StreamOrder(device, shared=self.ranks > 1)
         self.lock = self.order.lock
         self._outputs = Outputs(self.x, self.x_sf, self.topk_idx, self.topk_weights)
@@ -266,14 +268,15 @@ class SymmBuffer(LayerMemory):
             raise CaptureError(f"a stream is capturing{_AFTER_CAPTURE}: {cause}")
         fault = decode(self.fault.tolist())
         if fault is not None or cause is not None:
-            self._broken = fault_error(fault, self.rank, cause)
-            self.kernels.forget_plans()
-            raise self._broken
+            broken = fault_error(fault, self.rank, cause)
+            self.poison(broken)
+            raise broken
 
     def poison(self, error: MegaMoeError) -> None:
         """Have later calls raise this error of another part of the call, and `destroy` wait for nobody."""
         self._broken = error
         self.kernels.forget_plans()
+        self.steady.forget()
 
     def destroy(self) -> None:
         """Wait for the device and give the memory back; safe to call twice.
@@ -303,6 +306,7 @@ class SymmBuffer(LayerMemory):
             for kept in (self.buffer, self.handle):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
         self.kernels.clear()
+        self.steady.forget()
         self.handle = SimpleNamespace(buffer_ptrs=[])
         empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.buffer = self.local = self.x = self.x_sf = self.topk_idx = self.topk_weights = empty

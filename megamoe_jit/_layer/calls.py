@@ -22,10 +22,12 @@ from megamoe_jit._layer.checks import (
     check_shared_weight,
     check_tensor,
 )
-from megamoe_jit._layer.given_weights import FORMAT_BY_TYPE, WeightTensors, by_old_names, format_of_call
+from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, format_of_call
 from megamoe_jit._layer.group import collectively, group_size
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.stage import require_buffer
+from megamoe_jit._layer.steady import SteadyCall
+from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import MoEShape, Variant, check_int
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
@@ -225,8 +227,40 @@ def fp8_mega_moe(
     stats = cumulative_local_expert_recv_stats
     numeric = (fast_math,)  # the fields of `Numerics`
 
-    arguments = y, buffer, recipe, activation, activation_clamp, num_tokens_bound, stats, shared_weight
-    weights: Any = (l1_weights, l2_weights)
+    options = (*numeric, recipe, activation, activation_clamp, num_sms, variant, shared_weight)
+    call = buffer.steady.find(y, l1_weights, options)
+    if call is None:
+        arguments = y, buffer, recipe, activation, activation_clamp, num_tokens_bound, stats, shared_weight
+        call = _new_call(arguments, (l1_weights, l2_weights), numeric, num_sms, variant, options)
+    else:
+        if num_tokens_bound is not None:
+            check_bound(num_tokens_bound, call.tokens, buffer.num_max_tokens_per_rank)
+        if stats is not None:
+            check_stats(stats, buffer)
+    _, _, plan, tokens, clamp = call
+    if plan.debug:
+        check_ids(buffer.topk_idx[:tokens], buffer)
+    buffer.launch(plan, y, tokens, l1_weights, l2_weights, stats, clamp, None, shared_weight)  # type: ignore[arg-type]
+
+
+def _new_call(
+    arguments: tuple[Any, ...],
+    weights: Any,
+    numeric: tuple[bool],
+    num_sms: int | None,
+    variant: str | None,
+    options: tuple[Any, ...],
+) -> SteadyCall:
+    """What is not known yet of a call, once its arguments are checked; remembered for the next one like it.
+
+    Args:
+        arguments: of `_admit`.
+        weights: of both products; checked at the launch, but on several ranks here once.
+        numeric: the fields of `Numerics`.
+        num_sms, variant: as given.
+        options: what the call is known by.
+    """
+    buffer = arguments[1]
     if buffer.ranks > 1:
         admit_first(buffer, partial(_admit, *arguments), weights, variant, numeric, num_sms, Inputs.STAGED)
     tokens, clamp = _admit(*arguments)
@@ -234,14 +268,10 @@ def fp8_mega_moe(
         numerics = numerics_of(*numeric)
     except TypeError:  # what cannot be hashed is no option either
         numerics = Numerics(*numeric)
-    try:
-        stored = FORMAT_BY_TYPE[weights[0][0].dtype]
-    except Exception:  # costs nothing where it is a tuple of tensors
-        stored = format_of_call(l1_weights)
-    plan = buffer.plan(tokens, variant, numerics, num_sms, Inputs.STAGED, stored)
-    if plan.debug:
-        check_ids(buffer.topk_idx[:tokens], buffer)
-    buffer.launch(plan, y, tokens, weights[0], weights[1], stats, clamp, None, shared_weight)
+    plan = buffer.plan(tokens, variant, numerics, num_sms, Inputs.STAGED, format_of_call(weights[0]))
+    call = SteadyCall(options, get_settings(), plan, tokens, clamp)
+    buffer.steady.note(weights[0], call)
+    return call
 
 
 def _admit(

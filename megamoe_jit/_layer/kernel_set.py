@@ -157,6 +157,8 @@ class KernelSet:
         if settings is not self._planned_with:
             self._plans.clear()
             self._planned_with = settings
+        if num_sms is not None and type(num_sms) is not int:
+            return None  # what equals a number finds its plan, and is none
         try:
             return self._plans.get((tokens, variant, numerics, num_sms, inputs, weights))
         except TypeError:  # costs nothing where they are what they should be

@@ -135,7 +135,11 @@ def check_format(name: str, weights: torch.Tensor | WeightTensors, wanted: Weigh
     if found is not wanted:
         what = "values" if isinstance(weights, torch.Tensor) else "codes"
         given = f"{name} {what} are {(weights if isinstance(weights, torch.Tensor) else weights[0]).dtype}"
-        way = "; fp8_from_mxfp4 makes FP8 weights of MXFP4 ones" if found is MXFP4 else ""
+        shared = name.startswith("shared")
+        way = (
+            "; fp8_from_mxfp4 makes FP8 weights of MXFP4 ones" if MXFP4 in (found, wanted if shared else found) else ""
+        )
+        way += "; or shared experts run beside the layer, by themselves" if shared else ""
         raise ConfigError(f"{given}, which a layer holds in {found.name}; allowed: what it holds in {wanted.name}{way}")
     return found
 

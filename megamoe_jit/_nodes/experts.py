@@ -68,7 +68,7 @@ class Experts:
 
     def numerics(self, fast_math: bool) -> Numerics:
         """Those of its kernels."""
-        return Numerics(fast_math, self.float32_out)
+        return Numerics(fast_math, float32_out=self.float32_out)
 
     def check_call(self, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
         """Raise `ConfigError` unless such a call can be launched."""

@@ -3,7 +3,8 @@
 FP8 and MXFP4 are brought into the kernel's order where they are, since a model's experts have no place twice. Until
 they are brought back the module has parameters without values, on meta, in their place, so that nobody takes them for
 what they were. They come back by themselves when the module is called with another implementation, when its state is
-saved, and before another one is loaded. Values stay where they are, and the layer has FP8 of them beside.
+saved, and before another one is loaded. Values stay where they are, and the layer has FP8 of them beside, which lasts
+while the parameters are those that it was made of (`Seen`), whoever computes in between.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,6 +68,38 @@ class _OnCpu:
         return moe_reference(*inputs, *self.weights, activation_clamp=self.clamp)
 
 
+class Seen(NamedTuple):
+    """A parameter as it was when a layer was made of it.
+
+    Attributes:
+        parameter: the object itself.
+        address: of its values, which moving it or a new `data` changes.
+        version: torch's count of writes in place, which writes through `data` escape; None where torch does not count,
+            of parameters that were made in inference mode.
+    """
+
+    parameter: weakref.ref[torch.Tensor]
+    address: int
+    version: int | None
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor) -> Seen:
+        return cls(weakref.ref(parameter), parameter.data_ptr(), _version_of(parameter))
+
+    def is_now(self, parameter: torch.Tensor | None) -> bool:
+        """Whether this is the parameter, and nothing has happened to it."""
+        return (
+            parameter is not None
+            and self.parameter() is parameter
+            and self.address == parameter.data_ptr()
+            and self.version == _version_of(parameter)
+        )
+
+
+def _version_of(parameter: torch.Tensor) -> int | None:
+    return None if parameter.is_inference() else parameter._version
+
+
 class Adapter:
     """The layer of one module.
 
@@ -74,10 +108,29 @@ class Adapter:
         topk: most slots of a token.
         device: where the layer is.
         taken: parameters whose memory is the layer's, by name.
+        seen: the others that it was made of, by name.
+        lasts: whether it may stay while somebody else reads, or writes, the module's parameters.
     """
 
-    def __init__(self, layer: Any, topk: int, device: torch.device, taken: dict[str, torch.nn.Parameter]) -> None:
-        self.layer, self.topk, self.device, self.taken = layer, topk, device, taken
+    def __init__(
+        self,
+        layer: Any,
+        topk: int,
+        device: torch.device,
+        taken: dict[str, torch.nn.Parameter],
+        seen: dict[str, Seen],
+    ) -> None:
+        self.layer, self.topk, self.device, self.taken, self.seen = layer, topk, device, taken, seen
+        self.lasts = not taken and all(each.version is not None for each in seen.values())
+
+    def serves(self, module: Any, topk: int, device: torch.device) -> bool:
+        """Whether calls of a module with so many slots are this layer's; compiled ones look at no weights."""
+        if self.device != device or topk > self.topk:
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        held = module._parameters
+        return all(each.is_now(held.get(name)) for name, each in self.seen.items())
 
     def __call__(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         if x.shape[0] == 0:
@@ -95,7 +148,12 @@ class Adapter:
             name: torch.nn.Parameter(getattr(layer, _BUFFERS[name]).view(mine.dtype), requires_grad=False)
             for name, mine in self.taken.items()
         }
-        return Adapter(layer, self.topk, self.device, taken)
+        seen = dict(self.seen)
+        for name, each in self.seen.items():
+            copied = memo.get(id(each.parameter()))  # a module's parameters are copied before its layer
+            if copied is not None:
+                seen[name] = Seen.of(copied)
+        return Adapter(layer, self.topk, self.device, taken, seen)
 
 
 def _adapter_of(module: Any, topk: int, device: torch.device) -> Adapter:
@@ -107,7 +165,7 @@ def _adapter_of(module: Any, topk: int, device: torch.device) -> Adapter:
     """
     with _lock:
         found: Adapter | None = getattr(module, ATTRIBUTE, None)
-        if found is not None and found.device == device and topk <= found.topk:
+        if found is not None and found.serves(module, topk, device):
             return found
         if found is not None:
             _release(module)
@@ -122,7 +180,7 @@ def _on_cpu(module: Any, topk: int) -> Adapter:
         f'experts_implementation="{NAME}" on a CPU computes by the reference, which is slow and for trials alone',
         stacklevel=2,
     )
-    return Adapter(_OnCpu(look_at(module)), topk, torch.device("cpu"), {})
+    return Adapter(_OnCpu(look_at(module)), topk, torch.device("cpu"), {}, _seen(module))
 
 
 def _on_gpu(module: Any, topk: int, device: torch.device) -> Adapter:
@@ -130,11 +188,17 @@ def _on_gpu(module: Any, topk: int, device: torch.device) -> Adapter:
     how: dict[str, Any] = {"topk": topk, "max_tokens": options.max_tokens, "fast_math": options.fast_math}
     layer = MegaMoE(held.w13, held.w2, clamp=held.clamp, inplace=bool(held.taken), **how)
     taken: dict[str, torch.nn.Parameter] = {}
+    seen = _seen(module, held.taken)
     for name in held.taken:
         taken[name] = module._parameters[name]
         empty = torch.empty(taken[name].shape, dtype=taken[name].dtype, device="meta")
         module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
-    return Adapter(layer, topk, device, taken)
+    return Adapter(layer, topk, device, taken, seen)
+
+
+def _seen(module: Any, taken: tuple[str, ...] = ()) -> dict[str, Seen]:
+    held = module._parameters
+    return {name: Seen.of(held[name]) for name in (*CODES, *SCALES) if name not in taken and name in held}
 
 
 def _release(module: Any) -> bool:
@@ -164,8 +228,8 @@ def _hook(module: Any) -> None:
 
 
 def _before_forward(module: Any, _: object) -> None:
-    if module.config._experts_implementation != NAME and hasattr(module, ATTRIBUTE):
-        release_module(module)
+    if module.config._experts_implementation != NAME:
+        _step_aside(module)
 
 
 #: Weights are moved and made, which is no part of any graph.
@@ -174,8 +238,15 @@ adapter_of: Callable[[Any, int, torch.device], Adapter] = _outside_of_graphs(_ad
 release_module: Callable[[Any], bool] = _outside_of_graphs(_release)
 
 
+def _step_aside(module: Any) -> None:
+    """Have a module's weights be its own again, for somebody who reads them."""
+    found: Adapter | None = getattr(module, ATTRIBUTE, None)
+    if found is not None and not found.lasts:
+        release_module(module)
+
+
 def _before_state(module: Any, *_: object) -> None:
-    release_module(module)
+    _step_aside(module)
 
 
 def _before_load(module: Any, *_: object) -> None:

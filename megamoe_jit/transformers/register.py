@@ -29,8 +29,9 @@ def megamoe_experts_forward(
     """
     refuse_gradients(hidden_states)
     adapter = getattr(self, ATTRIBUTE, None)
-    if adapter is None or adapter.device != hidden_states.device or adapter.topk < top_k_index.shape[-1]:
-        adapter = adapter_of(self, top_k_index.shape[-1], hidden_states.device)
+    slots, device = top_k_index.shape[-1], hidden_states.device
+    if adapter is None or not adapter.serves(self, slots, device):
+        adapter = adapter_of(self, slots, device)
     y: torch.Tensor = adapter(hidden_states, top_k_index, top_k_weights)
     return y
 
@@ -87,7 +88,8 @@ def prepare(model: torch.nn.Module, topk: int | None = None) -> int:
 def release(model: torch.nn.Module) -> int:
     """Give all experts of a model their weights back, and the layers' memory; how many layers there were.
 
-    The next call makes them again, of the weights that are there then.
+    The next call makes them again, of the weights that are there then: after a write through `data`, which a layer
+    that was made of values cannot notice, this has them read anew.
 
     Args:
         model: of transformers.

@@ -1,28 +1,66 @@
-"""Which kernels are compiled at every run of the tests, and which by `make test-kernels` alone."""
+"""Which kernels are compiled at every run of the tests, and which by `make test-kernels` alone.
+
+What breaks a kernel is a value of one property, or of two that meet: a layer's sizes in one variant, raw inputs with
+shared experts.  So each pair of values that is usual is compiled once, and not each kernel that has it.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megamoe_jit._spec import KernelSpec, Variant
 
-__all__ = ["often"]
+__all__ = ["ALWAYS", "all_pairs", "often", "pairs", "usual"]
 
 #: What `auto` takes for FP8 weights, of every preset.
 ALWAYS = (Variant.PINGPONG, Variant.COOPERATIVE)
 
+Pair = tuple[tuple[str, object], tuple[str, object]]
 
-def often(specs: Mapping[str, KernelSpec]) -> list[str]:
-    """The names of all, where the variable ALL_KERNELS is set; else of other variants the V4 presets alone."""
+
+def usual(specs: Mapping[str, KernelSpec]) -> dict[str, KernelSpec]:
+    """Those whose pairs are compiled at every run: of variants that are not for all, the V4 presets alone."""
     from megamoe_jit.heuristics import preset_names
 
     others = tuple(name for name in preset_names() if not name.startswith("v4"))
-    every = bool(os.environ.get("ALL_KERNELS"))
-    names = [
-        name
+    return {
+        name: spec
         for name, spec in specs.items()
-        if every or spec.variant in ALWAYS or not name.removeprefix("mxfp4-").startswith(others)
-    ]
+        if spec.variant in ALWAYS or not name.removeprefix("mxfp4-").startswith(others)
+    }
+
+
+def pairs(spec: KernelSpec) -> set[Pair]:
+    """Every two of the properties that its code is made from, with their values."""
+    shape, numerics = spec.shape, spec.numerics
+    properties = {
+        "layer": (shape.hidden, shape.intermediate, shape.topk),
+        "experts": shape.experts,
+        "shared": shape.shared > 0,
+        "ranks": spec.ranks,
+        "variant": (spec.variant, spec.weights.name),
+        "numerics": numerics,
+        "inputs": spec.inputs,
+    }
+    return set(itertools.combinations(properties.items(), 2))
+
+
+def all_pairs(specs: Mapping[str, KernelSpec]) -> list[str]:
+    """The names of a few that have every pair of all: again and again the first of those with the most new pairs."""
+    left = {name: pairs(spec) for name, spec in specs.items()}
+    missing: set[Pair] = set().union(*left.values())
+    found = set()
+    while missing:
+        name = max(left, key=lambda each: len(left[each] & missing))
+        found.add(name)
+        missing -= left.pop(name)
+    return [name for name in specs if name in found]
+
+
+def often(specs: Mapping[str, KernelSpec]) -> Sequence[str]:
+    """The names of all, where the variable ALL_KERNELS is set; else of the few that have every usual pair."""
+    names = list(specs) if os.environ.get("ALL_KERNELS") else all_pairs(usual(specs))
     assert names, "nothing is left to compile"
     return names

@@ -5,8 +5,7 @@ import pytest
 from megamoe_jit._diagnose.inspect import find_tool
 from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant
-from megamoe_jit.heuristics import preset, preset_names
-from tests.compile.chosen import often
+from tests.compile import test_presets
 from tests.sass import disassemble, early_reads, parse
 
 #: What NVRTC 13.0.88 made of a pointer that was null or computed, and then compared with null.  The kernel then stored
@@ -23,20 +22,13 @@ SEEN = """
 """
 
 
-def specs() -> dict[str, KernelSpec]:
-    """Each preset over its ranks, and the shape that was hit."""
-    shapes = {name: (preset(name).shape, preset(name).ranks) for name in preset_names()}
-    shapes["the shape that was hit"] = (MoEShape(2304, 768, 512, 12), 2)
-    return {
-        f"{n}-{v.value}-{weights.name}": KernelSpec(shape, v, ranks, weights=weights)
-        for n, (shape, ranks) in shapes.items()
-        for weights in (FP8, MXFP4)
-        for v in Variant.reading(weights)
-    }
-
-
-SPECS = specs()
-OFTEN = often(SPECS)
+#: The shape that was hit, in every variant.
+HIT = {
+    f"hit-{v.value}-{weights.name}": KernelSpec(MoEShape(2304, 768, 512, 12), v, 2, weights=weights)
+    for weights in (FP8, MXFP4)
+    for v in Variant.reading(weights)
+}
+SPECS = {**test_presets.SPECS, **HIT}
 
 
 def test_the_hazard_that_was_seen_is_found():
@@ -44,7 +36,7 @@ def test_the_hazard_that_was_seen_is_found():
     assert problem.startswith("0xe950 CS2R R60, SRZ; 5 cycles later 0xe980 ISETP.NE.U32.AND P1")
 
 
-@pytest.mark.parametrize("name", OFTEN)
+@pytest.mark.parametrize("name", [*test_presets.OFTEN, *HIT])
 def test_no_kernel_reads_a_register_too_early(name, tmp_path):
     tool = find_tool("nvdisasm")
     assert tool is not None, "the development environment brings nvdisasm"

@@ -22,7 +22,7 @@ from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics import preset, preset_names
-from tests.compile.chosen import often
+from tests.compile.chosen import ALWAYS, often, pairs, usual
 
 #: The variants that read the weights of a format, by its name.
 READING = {weights.name: Variant.reading(weights) for weights in FORMATS.values()}
@@ -116,6 +116,16 @@ def test_the_list_is_complete():
     for position, values in enumerate(((128, 1408, 2304), (128, 768, 1408), (1, 8, 512, 1024), (1, 4, 12, 32))):
         assert set(values) <= {sizes[position] for sizes in kernels if sizes[-1] == 1}
     assert {1, 8} <= {sizes[-1] for sizes in kernels}
+
+
+def test_every_pair_that_is_usual_is_compiled_at_every_run():
+    """A few kernels have them all, the presets' with what `auto` takes for each among them."""
+    everything, few = usual(SPECS), {name: SPECS[name] for name in OFTEN}
+    compiled = set().union(*map(pairs, few.values()))
+    assert set().union(*map(pairs, everything.values())) <= compiled
+    layers = {(e.shape.hidden, e.shape.intermediate, e.shape.topk) for e in map(preset, preset_names())}
+    for layer, variant in itertools.product(layers, ALWAYS):
+        assert (("layer", layer), ("variant", (variant, FP8.name))) in compiled
 
 
 @pytest.mark.parametrize("form", list(StageFormat))

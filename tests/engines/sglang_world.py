@@ -41,7 +41,8 @@ ENTRY = EntryPoint("megamoe_jit", "megamoe_jit.engines.sglang:register", "sglang
 class SglangWorld:
     """One rank of an SGLang whose parallelism, backends and group are what a test says."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.moe = SimpleNamespace(
             a2a_backend=None, runner_backend=None, in_speculative_scope=False, disable_fp4_allgather=True
         )
@@ -71,7 +72,7 @@ class SglangWorld:
         self.module("eplb.expert_location").get_global_expert_location_metadata = lambda: None
         layers = self.module("layers.moe.kt_ep_wrapper")
         layers.create_kt_config_from_server_args = lambda *_: None
-        self.module("utils.common").get_device = lambda: "cpu"
+        self.module("utils.common").get_device = lambda: self.device
         self.module("utils").set_weight_attrs = lambda tensor, attributes: vars(tensor).update(attributes)
 
     def start(self, *, a2a: str = "none", runner: str = "auto") -> None:
@@ -88,15 +89,16 @@ class SglangWorld:
         fp8 = self.module("layers.quantization.fp8")
         config = fp8.Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128], is_fp4_experts=fp4)
         options.setdefault("quant_method", fp8.Fp8MoEMethod(config))
-        return self.module("layers.moe.fused_moe_triton.layer").FusedMoE(
-            num_experts=shape.experts * self.parallel.moe_ep_size,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate * self.parallel.moe_tp_size,
-            layer_id=0,
-            top_k=shape.topk,
-            quant_config=config,
-            **options,
-        )
+        with torch.device(self.device):
+            return self.module("layers.moe.fused_moe_triton.layer").FusedMoE(
+                num_experts=shape.experts * self.parallel.moe_ep_size,
+                hidden_size=shape.hidden,
+                intermediate_size=shape.intermediate * self.parallel.moe_tp_size,
+                layer_id=0,
+                top_k=shape.topk,
+                quant_config=config,
+                **options,
+            )
 
     def load(self, layer: Any, l1: Any, l2: Any, experts: Any = None) -> None:
         """Read plain experts in as a checkpoint's tensors, by SGLang's own loader, and process them."""
@@ -112,7 +114,7 @@ class SglangWorld:
 
 
 @contextmanager
-def sglang_world(root: Path) -> Iterator[SglangWorld]:
+def sglang_world(root: Path, device: str = "cpu") -> Iterator[SglangWorld]:
     """SGLang from the folder that has its package, for as long as this is entered."""
     from megamoe_jit.engines import across, aside, sglang
     from megamoe_jit.engines.sglang import mega
@@ -123,7 +125,7 @@ def sglang_world(root: Path) -> Iterator[SglangWorld]:
         across._buffers.clear()
         mega._formats.clear()
         mega._all_in_place.cache_clear()
-        world = SglangWorld()
+        world = SglangWorld(device)
         world.stand_in()
         try:
             yield world

@@ -16,7 +16,7 @@ from megamoe_jit.engines.seams import misfits
 from megamoe_jit.engines.sglang import seams
 from megamoe_jit.engines.sglang.weights import held_by
 from tests.engines.sglang_world import SglangWorld, sglang_world
-from tests.engines.standins import Buffer, batch, expected, experts, kernels_by_reference, packed_experts
+from tests.engines.standins import Batch, Buffer, batch, expected, experts, kernels_by_reference, packed_experts
 
 SHAPE = MoEShape(256, 128, 4, 2)
 
@@ -248,6 +248,31 @@ class TestPackedExperts:
         moved = [tuple(each.view(torch.uint8)[order].view(each.dtype) for each in pair) for pair in (l1, l2)]
         assert torch.equal(routed(world, layer, of), expected(of, *moved))
 
+    def test_a_shared_expert_in_fp8_runs_beside(self, world, monkeypatch):
+        """DeepSeek V4's: SGLang fuses it on other GPUs alone, and runs it itself here, whatever its switch says."""
+        layer, l1, l2 = loaded_packed(world, swiglu_limit=10.0)
+        of, mega = batch(9, SHAPE), world.module("layers.moe.mega_moe")
+        shared = experts(MoEShape(256, 128, 1, 1), seed=7)
+
+        def forward_shared(x):
+            alone = Batch(x, torch.zeros(len(x), 1, dtype=torch.int32), torch.ones(len(x), 1))
+            return expected(alone, *shared, 10.0)
+
+        moe = moe_block(layer, of, _forward_shared_experts=forward_shared, shared_experts_is_fp8=True)
+        moe.shared_experts_weight_block_size = [128, 128]
+        monkeypatch.setattr(mega, "is_sm100_supported", lambda: False)
+        monkeypatch.setattr(mega, "should_use_mega_gate", lambda *_: False, raising=False)
+        fuse = world.module("environ").envs.SGLANG_OPT_DEEPGEMM_MEGA_MOE_FUSE_SHARED_EXPERTS
+        with fuse.override(True):
+            assert not mega.should_fuse_mega_moe_shared_experts(moe)
+            found = mega.forward_mega_moe(moe, of.x)
+        assert torch.equal(found, expected(of, l1, l2, 10.0, 2.5) + forward_shared(of.x))
+
+    def test_a_shared_expert_among_them_is_refused_while_the_model_is_built(self, world):
+        """What `--enforce-shared-experts-fusion` asks for, and SGLang fails to load."""
+        with pytest.raises(ConfigError, match="Next: without --enforce-shared-experts-fusion"):
+            world.layer(MoEShape(256, 128, 5, 3), fp4=True, num_fused_shared_experts=1)
+
     def test_scales_that_are_no_powers_of_two_stay_with_sglang(self, world, caplog):
         layer, l1, l2 = world.layer(SHAPE, fp4=True), *packed_experts(SHAPE)
         caplog.set_level(logging.WARNING, "megamoe_jit")
@@ -315,6 +340,10 @@ class TestWithoutAllToAll:
         of.ids = torch.where(of.ids >= 4, of.ids - 4, -1)
         assert torch.equal(found, expected(of, l1, l2, 10.0))
         assert set(buffers[0].formats) == {"mxfp4"}
+
+    def test_a_shared_expert_among_packed_ones_is_refused_while_the_model_is_built(self, world):
+        with pytest.raises(ConfigError, match="Next: without --enforce-shared-experts-fusion"):
+            world.layer(MoEShape(256, 128, 5, 3), fp4=True, num_fused_shared_experts=1)
 
     def test_no_tokens(self, world):
         layer, *_ = loaded(world)

@@ -216,6 +216,24 @@ class TestPackedExperts:
         of = batch(9, SHAPE)
         assert torch.equal(run(layer, of), expected(of, l1, l2, 10.0))
 
+    @pytest.mark.parametrize("across", [False, True])
+    def test_its_shared_expert_in_fp8_runs_beside(self, world, monkeypatch, across):
+        """vLLM calls it itself, before the experts where it has no other stream, and never leaves it to the kernel."""
+        monkeypatch.setattr(world.module("envs"), "VLLM_DISABLE_SHARED_EXPERTS_STREAM", True)
+        layer, *_ = self.packed(world, **({"ranks": 2, "dp": 2, "ep": True} if across else {}))
+        runner = world.module("model_executor.layers.fused_moe.runner.shared_experts")
+        moe, method = layer.moe_config, layer.quant_method
+        called: list[torch.Tensor] = []
+        shared = runner.SharedExperts(
+            lambda x: called.append(x) or 2 * x, moe, False, lambda: method.mk_can_overlap_shared_experts
+        )
+        of = batch(9, SHAPE)
+        monkeypatch.setattr("megamoe_jit._layer.from_bf16.mega_moe_from_bf16", lambda *_, y, **__: y.zero_())
+        layer.forward_modular(of.x, of.weights, of.ids, shared_experts=shared, shared_experts_input=of.x)
+        assert called == []
+        shared(of.x, runner.SharedExpertsOrder.NO_OVERLAP)
+        assert torch.equal(shared.output, 2 * of.x)
+
     def test_its_fp8_experts_too(self, world):
         quantization = world.chosen(NAME, FP8, "deepseek_v41")
         world.config.model_config.hf_config.expert_dtype = "fp8"

@@ -30,7 +30,7 @@ REAL = (
         f"{_MOE}.{name}"
         for name in ("activation", "all2all_utils", "config", "expert_map_manager", "fused_moe_method_base")
         + ("modular_kernel", "moe_output", "oracle.fp8", "oracle.mxfp4", "prepare_finalize.no_dp_ep", "routed_experts")
-        + ("topk_weight_and_reduce", "utils")
+        + ("runner.shared_experts", "topk_weight_and_reduce", "utils")
     ),
     f"{_LAYERS}.quantization",
     f"{_LAYERS}.quantization.base_config",
@@ -49,7 +49,8 @@ class VllmWorld:
     def __init__(self, device: str) -> None:
         self.device = device
         self.group: Any = SimpleNamespace(size=lambda: 1)
-        self.config = SimpleNamespace(model_config=SimpleNamespace(quantization=None, dtype=torch.bfloat16))
+        model = SimpleNamespace(quantization=None, dtype=torch.bfloat16)
+        self.config = SimpleNamespace(model_config=model, lora_config=None)
 
     def module(self, name: str) -> Any:
         return importlib.import_module(f"vllm.{name}")

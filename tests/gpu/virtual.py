@@ -16,9 +16,9 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
@@ -199,36 +199,69 @@ def names(ranks: int) -> list[str]:
     return table + list(OWN)
 
 
-def _rank(group: Group, checks: list[str], weights: dict[str, Weights], say: Callable[[str, str], None]) -> None:
+def _rank(group: Group, checks: list[str], weights: dict[str, Weights]) -> None:
     table = {s.name: s for s in SCENARIOS}
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for name in checks:
-            scenario = table.get(name)
-            shape = shape_for(group.size(), *SIZES) if scenario is None else scenario.shape
-            capacity, fast_math = (CAPACITY, True) if scenario is None else (scenario.capacity, scenario.fast_math)
-            it = VirtualRank(group, shape, capacity, weights[name], fast_math)
-            problem = check_scenario(scenario, it) if scenario is not None else OWN[name](it)
-            problems = gather(group, problem)
-            if group.rank() == 0:
-                say(name, "; ".join(f"rank {r}: {p}" for r, p in enumerate(problems) if p))
-            it.buffer.destroy()
+    for name in checks:
+        scenario = table.get(name)
+        shape = shape_for(group.size(), *SIZES) if scenario is None else scenario.shape
+        capacity, fast_math = (CAPACITY, True) if scenario is None else (scenario.capacity, scenario.fast_math)
+        it = VirtualRank(group, shape, capacity, weights[name], fast_math)
+        problems = gather(group, check_scenario(scenario, it) if scenario is not None else OWN[name](it))
+        if group.rank() == 0:
+            say(name, problems)
+        it.buffer.destroy()
 
 
-def main(ranks: int, checks: list[str]) -> int:
-    """Run the checks; 0 if all threads came to their ends."""
-    for module, name, stand_in in (
+def stand_in() -> None:
+    """Put the threads' collectives and memory in the places of torch's."""
+    for module, name, ours in (
         (_ranks, "gather", gather),
         (_buffer, "gather", gather),
         (_memory, "allocate_symmetric", allocate),
     ):
         assert hasattr(module, name), f"{module.__name__} has no {name} any more"
-        setattr(module, name, stand_in)
-    meeting, failures = Meeting(ranks), []
+        setattr(module, name, ours)
 
-    def say(name: str, problem: str) -> None:
-        sys.stdout.write(json.dumps([name, problem]) + "\n")
-        sys.stdout.flush()
 
+def say(name: str, problems: Sequence[str]) -> None:
+    """A line of the program's output: a check, and what is wrong on which rank."""
+    problem = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(problems) if each)
+    sys.stdout.write(json.dumps([name, problem]) + "\n")
+    sys.stdout.flush()
+
+
+def in_threads(body: Callable[[int], None], meetings: Sequence[Meeting]) -> int:
+    """Run a thread with a stream of its own for each rank of the first meeting; 0 if all came to their ends."""
+    torch.cuda.synchronize()
+    failures: list[str] = []
+
+    def run(rank: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                body(rank)
+        except BaseException:
+            failures.append(f"rank {rank}: {traceback.format_exc()}")
+            for meeting in meetings:
+                meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(meetings[0].ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.stderr.write("\n".join(failures))
+    return 1 if failures else 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the program; a broken context must not hide what it said behind an abort."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(ranks: int, checks: list[str]) -> int:
+    """Run the checks; 0 if all threads came to their ends."""
+    stand_in()
     made: dict[MoEShape, Weights] = {}
     table = {s.name: s for s in SCENARIOS}
     weights = {}
@@ -239,29 +272,12 @@ def main(ranks: int, checks: list[str]) -> int:
         weights[name] = made[shape]
     variants = Variant.reading(FP8) if ranks == 2 else [Variant.parse(name) for name in MIXED]
     warm(list(made), ranks, variants=variants)
-    warm([table[n].shape for n in checks if n in table and not table[n].fast_math], ranks, (False,), variants)
+    warm([table[n].shape for n in checks if n in table and not table[n].fast_math], ranks, (False,), variants=variants)
     warm([shape_for(ranks, *SIZES)], ranks)
-    torch.cuda.synchronize()
-
-    def run(rank: int) -> None:
-        try:
-            _rank(Group(meeting, rank), checks, weights, say)
-        except BaseException:
-            failures.append(f"rank {rank}: {traceback.format_exc()}")
-            meeting.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        sys.stderr.write("\n".join(failures))
-    return 1 if failures else 0
+    meeting = Meeting(ranks)
+    return in_threads(lambda rank: _rank(Group(meeting, rank), checks, weights), [meeting])
 
 
 if __name__ == "__main__":
     chosen = int(sys.argv[1])
-    code = main(chosen, sys.argv[2:] or names(chosen))
-    sys.stderr.flush()
-    os._exit(code)  # a broken context must not hide the lines above behind an abort
+    leave(main(chosen, sys.argv[2:] or names(chosen)))

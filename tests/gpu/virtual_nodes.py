@@ -1,4 +1,4 @@
-"""Two nodes of several virtual ranks on one GPU: kernels as in `tests/gpu/virtual.py`, and rails between their threads.
+"""Two nodes of several virtual ranks on one GPU: all as in `tests/gpu/virtual.py`, and rails between the threads.
 
 A rail copies from tensor to tensor, since all of them are on this GPU; everything else is the product. Run as a
 program, as there:
@@ -9,17 +9,11 @@ program, as there:
 from __future__ import annotations
 
 import functools
-import json
-import os
 import sys
-import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
-
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
 
@@ -28,9 +22,6 @@ from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs,
 from megamoe_jit._check.verify import judge
 from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._jit.runtime import warmup
-from megamoe_jit._layer import buffer as _buffer
-from megamoe_jit._layer import group as _ranks
-from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.stream_order import StreamOrder
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
@@ -38,13 +29,12 @@ from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.reference import moe_reference
-from tests.gpu.virtual import Group, Meeting, allocate, gather
+from tests.gpu.virtual import FREE_SMS, Group, Meeting, gather, in_threads, leave, say, stand_in
 from tests.multi.worker import CLAMP, equal_bits
 
 NODES = 2
 HIDDEN, INTERMEDIATE, TOPK = 512, 512, 4
 CAPACITY = 192
-FREE_SMS = 4
 WAYS = (("gather", "bf16", 1), ("exact", "bf16", 1), ("gather", "bf16", 3), ("exact", "bf16", 3))
 ROUTES = ("topk", "hot", "powerlaw:1.2")
 
@@ -210,56 +200,32 @@ CHECKS: dict[str, Callable[[VirtualNodeRank], str]] = {
 
 def main(ranks_per_node: int, checks: list[str]) -> int:
     """Run the checks; 0 if all threads came to their ends."""
-    for module, name, stand_in in (
-        (_ranks, "gather", gather),
-        (_buffer, "gather", gather),
-        (_memory, "allocate_symmetric", allocate),
-    ):
-        setattr(module, name, stand_in)
+    stand_in()
     world = NODES * ranks_per_node
     shape = MoEShape(HIDDEN, INTERMEDIATE, 3 * world, TOPK)
     node = MoEShape(HIDDEN, INTERMEDIATE, 3 * ranks_per_node, TOPK)
     specs = [
-        KernelSpec(node, variant, ranks_per_node, numerics=Numerics(True, wide))
-        for variant in Variant.reading(FP8)
+        KernelSpec(node, v, ranks_per_node, numerics=Numerics(float32_out=wide))
+        for v in Variant.reading(FP8)
         for wide in (False, True)
     ]
     for result in warmup(specs):
         if result.error is not None:
             raise result.error
     weights = make_weights(shape, torch.device("cuda"))
-    torch.cuda.synchronize()
     meetings: dict[Any, Meeting] = {"all": Meeting(world)}
     meetings |= {("node", number): Meeting(ranks_per_node) for number in range(NODES)}
     meetings |= {("rail", number): Meeting(NODES) for number in range(ranks_per_node)}
-    failures: list[str] = []
 
-    def run(rank: int) -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                it = VirtualNodeRank(rank, ranks_per_node, meetings, weights, shape)
-                for name in checks:
-                    problems = gather(it.everyone, CHECKS[name](it))
-                    if rank == 0:
-                        said = "; ".join(f"rank {r}: {p}" for r, p in enumerate(problems) if p)
-                        sys.stdout.write(json.dumps([name, said]) + "\n")
-                        sys.stdout.flush()
-        except BaseException:
-            failures.append(f"rank {rank}: {traceback.format_exc()}")
-            for meeting in meetings.values():
-                meeting.barrier.abort()
+    def rank_of_a_node(rank: int) -> None:
+        it = VirtualNodeRank(rank, ranks_per_node, meetings, weights, shape)
+        for name in checks:
+            problems = gather(it.everyone, CHECKS[name](it))
+            if rank == 0:
+                say(name, problems)
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        sys.stderr.write("\n".join(failures))
-    return 1 if failures else 0
+    return in_threads(rank_of_a_node, list(meetings.values()))
 
 
 if __name__ == "__main__":
-    code = main(int(sys.argv[1]), sys.argv[2:] or list(CHECKS))
-    sys.stderr.flush()
-    os._exit(code)
+    leave(main(int(sys.argv[1]), sys.argv[2:] or list(CHECKS)))

@@ -60,9 +60,24 @@ def _check_modes(it: Rank, inputs: Inputs, clamp: float | None = 10.0, fast_math
 
 
 def check_scenario(scenario: Scenario, world: World) -> str:
-    """A scenario of the table on every rank, each with inputs of its own."""
+    """A scenario of the table on every rank, each with inputs of its own; staged by the caller, and by kernels."""
     it = layer(world, scenario.shape, scenario.capacity)
-    return _check_modes(it, it.inputs(scenario), scenario.clamp, scenario.fast_math)
+    inputs, clamp, fast_math = it.inputs(scenario), scenario.clamp, scenario.fast_math
+    problems = _check_modes(it, inputs, clamp, fast_math), _check_staging(it, inputs, clamp, fast_math)
+    return "; ".join(filter(None, problems))
+
+
+def _check_staging(it: Rank, inputs: Inputs, clamp: float | None = CLAMP, fast_math: bool = True) -> str:
+    """Staged in the launch by all ranks, by some, by none; the same bits as where the caller stages."""
+    wanted, problems = it.run(inputs, clamp=clamp, fast_math=fast_math), []
+    for name, raw in (("all", True), ("some", it.rank % 2 == 0), ("none", False)):
+        it.poison()
+        batch = (inputs.x if raw else inputs.x.float(), inputs.topk_idx, inputs.topk_weights)
+        y = mega_moe_from_bf16(*batch, it.l1, it.l2, it.buffer, activation_clamp=clamp, fast_math=fast_math)
+        it.buffer.check()
+        if not equal_bits(y, wanted):
+            problems.append(f"{len(y)} tokens, staged in the launch by {name}: other bits")
+    return "; ".join(problems)
 
 
 def own_layer(world: World) -> Rank:
@@ -111,18 +126,9 @@ def check_some_sms(world: World) -> str:
 
 
 def check_from_bf16(world: World) -> str:
-    """Staged in the launch by all ranks, by some, by none; the same bits as where the caller stages."""
-    it, problems = own_layer(world), []
-    for tokens in (33 + world.rank, CAPACITY - world.rank):
-        inputs = it.some(tokens)
-        wanted = it.run(inputs)
-        for name, raw in (("all", True), ("some", world.rank % 2 == 0), ("none", False)):
-            batch = (inputs.x if raw else inputs.x.float(), inputs.topk_idx, inputs.topk_weights)
-            y = mega_moe_from_bf16(*batch, it.l1, it.l2, it.buffer, activation_clamp=CLAMP)
-            it.buffer.check()
-            if not equal_bits(y, wanted):
-                problems.append(f"{tokens} tokens, staged in the launch by {name}: other bits")
-    return "; ".join(problems)
+    """Batches of another size on each rank, small and large."""
+    it = own_layer(world)
+    return "; ".join(filter(None, (_check_staging(it, it.some(n)) for n in (33 + it.rank, CAPACITY - it.rank))))
 
 
 def by_shape() -> list[Scenario]:

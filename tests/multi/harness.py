@@ -20,6 +20,7 @@ from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._jit.runtime import warmup
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec.inputs import Inputs
 from tests.multi.worker import forget
 
 KERNEL_S = 8.0  #: the kernels' own deadline
@@ -100,10 +101,17 @@ def warm(
     shapes: Sequence[MoEShape],
     ranks: int,
     fast_math: Sequence[bool] = (True,),
+    inputs: Sequence[Inputs] = (Inputs.STAGED,),
     variants: Sequence[Variant] = Variant.reading(FP8),
 ) -> None:
     """Compile what the ranks will need, in parallel; raises if a kernel does not compile."""
-    specs = [KernelSpec(shape, variant, ranks, fast) for shape in shapes for variant in variants for fast in fast_math]
+    specs = [
+        KernelSpec(shape, variant, ranks, fast, inputs=form)
+        for shape in shapes
+        for variant in variants
+        for fast in fast_math
+        for form in inputs
+    ]
     for result in warmup(dict.fromkeys(specs)):
         if result.error is not None:
             raise result.error

@@ -83,11 +83,16 @@ class Rank:
     def stage(self, inputs: Inputs, buffer: mm.SymmBuffer | None = None) -> None:
         """Copy inputs into the buffer, and NaN that names live experts behind them."""
         buffer = self.buffer if buffer is None else buffer
+        self.poison(buffer)
+        inputs.stage(buffer)
+
+    def poison(self, buffer: mm.SymmBuffer | None = None) -> None:
+        """Have the buffer hold what no call must read: NaN that names live experts."""
+        buffer = self.buffer if buffer is None else buffer
         buffer.x.view(torch.uint8).fill_(0x7F)
         buffer.x_sf.fill_(math.nan)
         buffer.topk_idx.zero_()
         buffer.topk_weights.fill_(math.nan)
-        inputs.stage(buffer)
 
     def poisoned(self, tokens: int) -> torch.Tensor:
         """Output full of NaN."""

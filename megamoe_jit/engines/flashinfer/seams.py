@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from megamoe_jit.engines.seams import Seam
+from functools import partial
 
-__all__ = ["KERNEL_NAME", "SEAMS", "TESTED", "WANTED"]
+from megamoe_jit.engines.seams import Seam, asked
+
+__all__ = ["KERNEL_NAME", "SEAMS", "TESTED", "WANTED", "relied_upon"]
 
 KERNEL_NAME = "sm90_fp8_fp8_bf16_megamoe_jit"  #: as FlashInfer names kernels: GPU, activations, weights, results
 WANTED = "flashinfer-python>=0.7.4,<0.8"
@@ -34,3 +36,5 @@ SEAMS = (
     ),
     *(Seam(f"{_EP}.weights", f"MoEWeightPack.{name}") for name in ("w13", "w2", "w13_scale", "w2_scale")),
 )
+
+relied_upon = partial(asked, SEAMS, "flashinfer")

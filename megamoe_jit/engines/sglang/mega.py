@@ -7,7 +7,6 @@ where all four are, since DeepGEMM reads another order of weights.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +80,7 @@ def _build_packed(original: Callable[..., None], experts: Any) -> Any:
     """The same of MXFP4 experts, for which SGLang has a kernel on other GPUs alone."""
     if experts is PROBE:
         return PROBE
-    here = getattr(importlib.import_module(_SM90), "_device_sm", None) == 90
-    return _build(original, experts) if here else original(experts)
+    return _build(original, experts) if weights.on_hopper() else original(experts)
 
 
 def _is_available(original: Callable[..., bool], experts: Any) -> Any:
@@ -112,7 +110,7 @@ def _buffer(
     if num_shared_experts:
         raise ConfigError(
             f"num_shared_experts = {num_shared_experts} with SGLang's megamoe backend; allowed: 0, shared experts run "
-            "beside the kernel or as routed ones"
+            "beside the kernel or as routed ones. Next: without SGLANG_OPT_DEEPGEMM_MEGA_MOE_FUSE_SHARED_EXPERTS"
         )
     activation = options.get("activation", "swiglu")  # `mma_type` says nothing: weights tell their own format
     return buffer_across(group, *sizes[:-1], activation=activation, weights=stored)

@@ -81,11 +81,16 @@ def _is_ours(method: Any) -> bool:
 
 
 def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_runner_config: Any) -> None:
-    backend = _module("layers.moe.utils").get_moe_runner_backend()
+    utils = _module("layers.moe.utils")
+    backend = utils.get_moe_runner_backend()
     if backend.value != BACKEND:
+        mega = utils.get_moe_a2a_backend().is_megamoe() and weights.on_hopper()
+        shared = weights.shared_among_packed(method, layer) if mega else ""
+        if shared:  # SGLang would end with sizes of tensors that do not fit
+            raise ConfigError(f"--moe-a2a-backend megamoe cannot run this model: {shared}")
         original(method, layer, moe_runner_config)
         return
-    reasons = _refusals(method, moe_runner_config)
+    reasons = _refusals(method, layer, moe_runner_config)
     if reasons:
         raise ConfigError(
             f"--moe-runner-backend {BACKEND} cannot run this model: {'; '.join(reasons)}. Next: another runner backend"
@@ -95,7 +100,7 @@ def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_r
     method._owns_moe_runner = True
 
 
-def _refusals(method: Any, config: Any) -> list[str]:
+def _refusals(method: Any, layer: Any, config: Any) -> list[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
     a2a = _module("layers.moe.utils").get_moe_a2a_backend()
     checks = (
@@ -113,6 +118,7 @@ def _refusals(method: Any, config: Any) -> list[str]:
             "alpha, beta or a limit of gemm1; allowed: swiglu_limit",
         ),
         (bool(getattr(method, "with_bias", False)), "biases; allowed: none"),
+        (bool(shared := weights.shared_among_packed(method, layer)), shared),
     )
     return [reason for found, reason in checks if found]
 

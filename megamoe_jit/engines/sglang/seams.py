@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from megamoe_jit.engines.seams import Seam
+from functools import partial
 
-__all__ = ["MEGA", "RUNNER", "SHARED", "TESTED", "WANTED"]
+from megamoe_jit.engines.seams import Seam, asked
+
+__all__ = ["MEGA", "RUNNER", "SHARED", "TESTED", "WANTED", "relied_upon"]
 
 WANTED = "sglang>=0.5.22,<0.6"
 TESTED = ("0.5.22", "0.5.23")
@@ -70,6 +72,9 @@ RUNNER = (
     Seam(f"{_MOE}.utils", "get_moe_runner_backend", "called"),
     Seam(f"{_MOE}.utils", "get_moe_a2a_backend", "called"),
     Seam(f"{_MOE}.utils", "MoeA2ABackend.is_none", "called"),
+    Seam(f"{_MOE}.utils", "MoeA2ABackend.is_megamoe", "called"),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.create_moe_runner", "wrapped", ("self", "layer", "moe_runner_config")),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.apply", "wrapped", ("self", "layer", "dispatch_output")),
 )
+
+relied_upon = partial(asked, (*SHARED, *MEGA, *RUNNER), "sglang")

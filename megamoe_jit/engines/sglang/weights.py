@@ -7,6 +7,7 @@ the step that follows a load takes it over again. Addresses stay, as captured gr
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.sglang.hooks import PROBE, around
 
-__all__ = ["give_back", "held_by", "hook", "take", "try_to_take"]
+__all__ = ["give_back", "held_by", "hook", "on_hopper", "shared_among_packed", "take", "try_to_take"]
 
 _HELD = "_megamoe_jit_held"  #: of a layer
 _CODES, _SCALES = ("w13_weight", "w2_weight"), ("w13_weight_scale_inv", "w2_weight_scale_inv")
@@ -29,6 +30,21 @@ _LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 def held_by(layer: Any) -> HeldExperts | None:
     """The experts of a layer that was taken over."""
     return getattr(layer, _HELD, None)
+
+
+def on_hopper() -> bool:
+    """Whether SGLang runs on the GPUs that this plug-in is for; it is loaded on others too."""
+    return getattr(importlib.import_module("sglang.srt.layers.moe.mega_moe_sm90"), "_device_sm", None) == 90
+
+
+def shared_among_packed(method: Any, layer: Any) -> str:
+    """Why a layer cannot be loaded, where shared experts are among its routed ones in MXFP4; else nothing."""
+    if not method.is_fp4_expert or not getattr(layer, "num_fused_shared_experts", 0):
+        return ""
+    return (
+        "shared experts, which are in FP8, among routed ones in MXFP4; allowed: beside them, where SGLang runs them "
+        "itself. Next: without --enforce-shared-experts-fusion"
+    )
 
 
 def take(layer: Any) -> HeldExperts:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from megamoe_jit.engines.seams import Seam
+from functools import partial
 
-__all__ = ["SEAMS", "TESTED", "WANTED"]
+from megamoe_jit.engines.seams import Seam, asked
+
+__all__ = ["SEAMS", "TESTED", "WANTED", "relied_upon"]
 
 WANTED = "vllm>=0.31,<0.34"
 TESTED = ("0.31.0", "0.32.0", "0.33.0")
@@ -120,3 +122,5 @@ SEAMS = (
     Seam("vllm.distributed.parallel_state", "get_ep_group", "called"),
     Seam("vllm.distributed.eplb.eplb_utils", "override_envs_for_eplb", "replaced", ("parallel_config", "moe_backend")),
 )
+
+relied_upon = partial(asked, SEAMS, "vllm")

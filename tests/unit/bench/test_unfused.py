@@ -23,6 +23,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import dequantize_activations, dequantize_weights
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
+from tests.ranks import forked
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -46,7 +47,8 @@ def on_rank(world: World) -> list[float]:
 
 
 def test_the_unfused_layer_gives_the_same_answer():
-    ends = run_ranks("tests.unit.bench.test_unfused:on_rank", 3, device="cpu", timeout_s=120)
+    with forked():
+        ends = run_ranks("tests.unit.bench.test_unfused:on_rank", 3, device="cpu", timeout_s=120)
     assert all(end.ok for end in ends), describe(ends)
     for end in ends:
         assert max(end.result) < Dequantised.bound

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import frame, from_bf16, launch_cost
+from benchmarks import frame, from_bf16, from_bf16_ranks, launch_cost
 from megamoe_jit._bench import clock as _clock
 from megamoe_jit._check.scenarios import make_weights
+from megamoe_jit._check.spawn import World
 from megamoe_jit._layer.quantize import quantize_activations
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.heuristics.presets import Preset
@@ -122,7 +123,7 @@ def test_a_layer_that_is_wrong_is_said_so(package: Package):
     package.error = 1.0
     (row,) = from_bf16.rows_of([SMALL], [3], torch.device("cpu"))
     assert not row["correct"]
-    assert from_bf16._line(row).endswith("WRONG")
+    assert from_bf16.line(row).endswith("WRONG")
 
 
 def test_a_layer_that_does_not_stage_is_wrong(package: Package, monkeypatch: pytest.MonkeyPatch):
@@ -170,3 +171,105 @@ def test_the_document(package: Package, monkeypatch, tmp_path: Path, capsys: pyt
         ("small", 5),
     ]
     assert (doc["chain"]["layers"], doc["memory"]["layers"]) == (8, 43)
+
+
+class Buffer(SimpleNamespace):
+    """Of all ranks; whether its kernels were prepared, and whether it is gone."""
+
+    def prepare_all(self, weight_format: str) -> None:
+        self.prepared = weight_format
+
+    def destroy(self) -> None:
+        self.gone = True
+
+
+@pytest.fixture
+def ranks(package: Package, monkeypatch: pytest.MonkeyPatch) -> list[Buffer]:
+    """Two ranks, of which the second takes twice as long, each with what is this one's; buffers as they are made."""
+    made: list[Buffer] = []
+
+    def buffer(group: object, experts: int, tokens: int, topk: int, hidden: int, *_: int, device: object) -> Buffer:
+        layer = package.MegaMoE((torch.empty(experts, 2, hidden),), None, topk=topk, max_tokens=tokens, clamp=10.0)
+        made.append(Buffer(**vars(layer.buffer)))
+        return made[-1]
+
+    def both(group: object, part: dict) -> list[dict]:
+        return [part, {**part, "times": {name: 2 * us for name, us in part["times"].items()}}]
+
+    def from_bf16_of_all(x, topk_idx, topk_weights, l1, l2, buffer, *, activation_clamp):
+        Clock.now += 0.101
+        batch = *quantize_activations(x), topk_idx, topk_weights
+        return moe_reference(*batch, *package.drawn, activation_clamp=activation_clamp) + package.error
+
+    def kernel(y, l1, l2, buffer, *, activation_clamp):
+        Package.fp8_mega_moe(package, y, *package.drawn, buffer, activation_clamp=activation_clamp)
+
+    def draw(*given: object) -> object:
+        weights = make_weights(*given)
+        package.drawn = (weights.l1, weights.l2)
+        return weights
+
+    package.get_symm_buffer_for_mega_moe = buffer
+    package.transform_weights_for_mega_moe_sm90 = lambda l1, l2: (l1, l2)
+    package.fp8_mega_moe = kernel
+    for name, stand_in in (
+        ("mm", package),
+        ("make_weights", draw),
+        ("gather", both),
+        ("mega_moe_from_bf16", from_bf16_of_all),
+        ("require_hopper", lambda: None),
+        ("environment", lambda: dict(CONDITIONS)),
+        ("anchors", lambda: ANCHORS),
+        ("RankTimer", lambda device: SimpleNamespace(burst=lambda calls: _clock.burst(calls, torch.empty(16)))),
+    ):
+        monkeypatch.setattr(from_bf16_ranks, name, stand_in)
+    return made
+
+
+def test_a_row_of_several_ranks_is_that_of_the_slowest(ranks: list[Buffer]):
+    said: list[dict] = []
+    world = World(0, 2, torch.device("cpu"), said.append)
+    found = from_bf16_ranks.measure_on_rank(world, [["small", 128, 128, 4, 2, "fp8"]], [3, 5])
+    assert [(row["shape"], row["tokens"], row["correct"], row["weights"]) for row in said] == [
+        ("small", 3, True, "fp8"),
+        ("small", 5, True, "fp8"),
+    ]
+    assert [said[0][f"{name}_us"] for name in ("kernel", "kernel_graph", "layer_graph", "layer_eager")] == [
+        200.0,
+        200.0,
+        202.0,
+        202.0,
+    ]
+    assert found["anchors"] == [ANCHORS] * 2
+    assert [(buffer.prepared, buffer.gone, len(buffer.x)) for buffer in ranks] == [("fp8", True, 5)]
+
+
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_the_document_of_several_ranks(
+    package: Package, ranks: list[Buffer], monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture, error: float
+):
+    def collect(target: str, count: int, arguments: dict, *, on_report: Callable) -> list[dict]:
+        assert (target, count) == ("benchmarks.from_bf16_ranks:measure_on_rank", 2)
+        world = World(0, 2, torch.device("cpu"), lambda row: on_report(0, row))
+        return [from_bf16_ranks.measure_on_rank(world, **arguments)] * 2
+
+    package.error, output = error, tmp_path / "rows.json"
+    monkeypatch.setattr(from_bf16_ranks, "collect", collect)
+    monkeypatch.setattr(from_bf16, "PACKED_SHAPES", ("tiny",))
+    words = ["--ranks", "2", "--shapes", "tiny", "--tokens", "4,1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["from_bf16.py", *words])
+    assert from_bf16.main() == bool(error)
+    doc = json.loads(output.read_text())
+    assert (doc["kind"], doc["environment"]["ranks"], doc["anchors"]) == ("from_bf16", 2, [ANCHORS] * 2)
+    rows = [(row["weights"], row["tokens"], row["correct"]) for row in doc["rows"]]
+    assert rows == [("fp8", 1, not error), ("fp8", 4, not error), ("mxfp4", 1, not error), ("mxfp4", 4, not error)]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[1:3]] == ["tiny"] * 2
+    assert [line[:2] for line in lines[3:]] == [["tiny", "mxfp4"]] * 2
+
+
+def test_too_few_gpus_are_said_so(package: Package, monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["from_bf16.py", "--ranks", "2", "--shapes", "tiny"])
+    assert from_bf16.main() == 3
+    assert "ranks = 2 needs 2 GPUs; allowed: up to 1 here" in capsys.readouterr().out

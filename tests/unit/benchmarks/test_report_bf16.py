@@ -45,22 +45,12 @@ def called(*rows: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "from_bf16", "environment": ENV, "rows": [*rows], "chain": {**chain, **times}, "memory": memory}
 
 
-MODEL = {
-    "kind": "in_transformers",
-    "environment": {**ENV, "transformers": "5.17.0"},
-    "models": [
-        {
-            "model": "qwen3-30b-a3b",
-            "layers": 4,
-            "logits_diff": {"megamoe": 0.0012},
-            "rows": [{"step": "decode", "tokens": 16, "megamoe_ms": 4.0, "grouped_mm_ms": 6.0, "eager_ms": 30.0}],
-        }
-    ],
-}
+def on_ranks(ranks: int, *rows: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "from_bf16", "environment": {**ENV, "ranks": ranks}, "rows": [*rows]}
 
 
 def test_the_compact_table_has_tokens_side_by_side():
-    text = report_bf16.compact({"h200": called(row("a", 8, 170.0), row("a", 1, 60.0, 22.0), row("b", 8, 180.0))})
+    text = report_bf16.compact([called(row("a", 8, 170.0), row("a", 1, 60.0, 22.0), row("b", 8, 180.0))])
     assert text.splitlines()[2:10] == [
         "| layer | µs of | 1 | 8 |",
         "| --- | --- | --- | --- |",
@@ -76,33 +66,41 @@ def test_the_compact_table_has_tokens_side_by_side():
 
 
 def test_the_full_table_has_every_figure_and_what_was_measured_once():
-    text = report_bf16.full({"h200": called(row("a", 1, 60.0), row("a", 8, 170.0, correct=False))}, {"h200": MODEL})
+    text = report_bf16.full([called(row("a", 1, 60.0), row("a", 8, 170.0, correct=False))])
     assert "| a | 1 | 60.0 | 61.0 | 63.0 | 64.0 | 2.0 | 1.5 | 20.0 | 10.0 | 2.1 | right |" in text
     assert "| a | 8 | 170.0 | 171.0 | 173.0 | 174.0 | 2.0 | 1.5 | 20.0 | 10.0 | 2.1 | wrong |" in text
     assert "40 µs each where they are called, 32 as one graph, 1.25 times as long." in text
     assert "43 layers of v4-flash that serve 8192 tokens hold 0.88 GiB beside 33.6 GiB of weights." in text
-    assert text.splitlines()[-3:] == [
-        "| step | tokens | MegaMoE, ms | grouped_mm, ms | eager, ms | times grouped_mm |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| decode | 16 | 4.00 | 6.00 | 30.00 | 1.50 |",
-    ]
+
+
+def test_several_ranks_have_tables_of_their_own_behind_those_of_one():
+    docs = [called(row("a", 1, 60.0)), on_ranks(2, row("a", 1, 75.0), {**row("a", 1, 65.0), "weights": "mxfp4"})]
+    compact, full = report_bf16.compact(docs), report_bf16.full(docs)
+    assert compact.index("| a | kernel alone | 60 |") < compact.index(
+        "staging in the same launch, on 2 GPUs, tokens of"
+    )
+    assert compact.index("on 2 GPUs") < compact.index("| a | kernel alone | 75 |")
+    assert "| a, MXFP4 | kernel alone | 65 |" in compact
+    assert "torch 2.11, 2 ranks, 2026-01-02" in full
+    assert full.count("µs each where they are called") == 1, "a chain is of one rank"
+    assert "| a, MXFP4 | 1 | 65.0 |" in full
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_sections_are_there_where_documents_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool):
     found = report.newest
 
-    def newest(folder: Path = tmp_path, kind: str = "bench") -> dict[str, Path]:
-        return found(tmp_path, kind) if kind in ("from_bf16", "in_transformers") else found(kind=kind)
+    def newest(folder: Path = tmp_path, kind: str = "bench", ranks: int = 1) -> dict[str, Path]:
+        return found(tmp_path, kind, ranks) if kind == "from_bf16" else found(kind=kind, ranks=ranks)
 
     monkeypatch.setattr(report, "newest", newest)
     if there:
         (tmp_path / "a.json").write_text(json.dumps(called(row("a", 1, 60.0))))
-        (tmp_path / "b.json").write_text(json.dumps(MODEL))
+        (tmp_path / "c.json").write_text(json.dumps(on_ranks(2, row("a", 1, 75.0))))
     texts = report.documents(report._newest_documents("bench"))
     if there:
         assert "## From bf16 to bf16\n" in texts[report.DOCUMENT]
-        assert "| decode | 16 | 4.00" in texts[report.DOCUMENT]
         assert "| a | kernel alone | 60 |" in texts[report.README]
+        assert "| a | kernel alone | 75 |" in texts[report.README]
     else:
         assert all(texts[path].count("from-bf16") == 2 for path in (report.DOCUMENT, report.README))

@@ -15,6 +15,7 @@ from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import Outcome
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
+from tests.ranks import forked
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 TABLE = tuple(Scenario(f"small.t{t}", MoEShape(256, 128, 4, 2), t, t + 5) for t in (5, 3, 8))
@@ -35,7 +36,8 @@ def run(monkeypatch):
     collect = _verify_ranks.collect
     target = "tests.unit.check.test_verify_ranks:on_rank"
     monkeypatch.setattr(_verify_ranks, "collect", lambda _, *more, **named: collect(target, *more, **named))
-    return lambda **more: _verify_ranks.run_ranks(2, device="cpu", api="tests.unit.layer.rank_layer", **more)
+    with forked():
+        yield lambda **more: _verify_ranks.run_ranks(2, device="cpu", api="tests.unit.layer.rank_layer", **more)
 
 
 def test_outcomes_are_the_worst_over_ranks(run):

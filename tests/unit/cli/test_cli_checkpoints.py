@@ -9,7 +9,8 @@ import pytest
 from megamoe_jit._cli.convert import convert
 from megamoe_jit.checkpoints.converted import FORMATS
 from tests.checkpoints import Model, model
-from tests.commandline import checked, run
+from tests.commandline import checked
+from tests.commandline import run_with_torch as run
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,12 @@ from megamoe_jit._diagnose.plan import memory_plan, shared_parts
 from megamoe_jit._errors import ConfigError, LoadError, ToolchainError
 from megamoe_jit._jit.runtime import get_kernel, kernel_key
 from megamoe_jit._settings.settings import VARIABLES, override
-from megamoe_jit._spec.formats import FP8, MXFP4
+from megamoe_jit._spec.formats import FORMATS, FP8, MXFP4
 from megamoe_jit.heuristics.presets import preset, preset_names
 from tests.commandline import PINGPONG, SIZES, checked, keys_of, run, warm_cache
 
 SMALL = MoEShape(256, 128, 4, 1)
+OTHER_FORMATS = [name for name in FORMATS if name != FP8.name]
 ALL_SPECS = [
     KernelSpec(preset(name).shape, variant, ranks, fast)
     for name in preset_names()
@@ -60,7 +61,7 @@ def test_kernels_are_named_by_symbol_or_shape():
         ("v4-flash", "SHAPE/VARIANT"),
         ("v4-flush/pingpong", "v4-flash"),
         ("v4-flash/pong", "pingpong"),
-        ("v4-flash/pingpong/x", "r1 to r8, exact, f32out, raw, fp8e5m2, mxfp4, each once"),
+        ("v4-flash/pingpong/x", f"r1 to r8, exact, f32out, raw, {', '.join(OTHER_FORMATS)}, each once"),
         ("v4-flash/pingpong/r8/r4", "'r4' in .* is not understood"),
         ("v4-flash/pingpong/exact/exact", "each once"),
         ("v4-flash/pingpong/r7", "multiple of the number of ranks"),
@@ -329,7 +330,8 @@ def test_completion_of_commands_shapes_kernels_and_keys(tmp_path: Path):
     assert complete("megamoe-jit expl") == ["explain"]
     assert "rm" in complete("megamoe-jit cache r")
     assert complete("megamoe-jit warmup --shapes v4-flash,long") == ["v4-flash,longcat"]
-    names = ["v4-flash/cooperative", "v4-flash/cooperative/fp8e5m2"]
+    others = [name for name in OTHER_FORMATS if Variant.COOPERATIVE in Variant.reading(FORMATS[name])]
+    names = ["v4-flash/cooperative", *(f"v4-flash/cooperative/{name}" for name in others)]
     assert complete("megamoe-jit render v4-flash/c") == names
     root = warm_cache(tmp_path / "cache")
     keys = {key[:12] for key in keys_of(root).values()}

@@ -76,7 +76,7 @@ def follow(root: Path, *forgotten: str) -> None:
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """A copy of the files that have to do with the command line."""
-    root, left_out = tmp_path / "copy", shutil.ignore_patterns("__pycache__", "results")
+    root, left_out = tmp_path / "copy", shutil.ignore_patterns("results")
     for name in ("megamoe_jit", "kernels_src", "heuristics", "tests", "benchmarks"):
         shutil.copytree(REPO / name, root / name, symlinks=True, ignore=left_out)
     for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml"):

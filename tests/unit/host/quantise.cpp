@@ -1,32 +1,12 @@
 // Quantises groups of 128 numbers by the code of the kernels, one lane after the other.  Argument: the format.  Standard input:
 // the numbers.  Standard output: for each group its scale and its codes.
-#include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <string>
 
 #include "base/types.cuh"
+#include "intrinsics.h"
 
-static unsigned __float_as_uint(float x) {
-    unsigned bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-}
-static float __uint_as_float(unsigned bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-static float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 template <class T> static T __shfl_xor_sync(unsigned, T value, unsigned) { return value; }
-static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-    unsigned result = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned from = selector >> 4 * i & 7;
-        result |= ((from < 4 ? a >> 8 * from : b >> 8 * (from - 4)) & 0xFF) << 8 * i;
-    }
-    return result;
-}
 
 #include "stage/quantise.cuh"
 

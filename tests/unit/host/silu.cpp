@@ -4,8 +4,7 @@
 #include <cstdlib>
 
 #include "base/types.cuh"
-
-static float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+#include "intrinsics.h"
 
 #define reciprocal_approx exact_reciprocal
 #include "ptx/convert.cuh"

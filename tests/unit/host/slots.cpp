@@ -7,20 +7,9 @@
 #include <vector>
 
 #include "base/types.cuh"
+#include "intrinsics.h"
 
-static unsigned __float_as_uint(float x) {
-    unsigned bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-}
-static float __uint_as_float(unsigned bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-static float __fmaf_rn(float, float, float) { return 0; }   // not called
 template <class T> static T __shfl_xor_sync(unsigned, T value, unsigned) { return value; }
-static unsigned __byte_perm(unsigned, unsigned, unsigned) { return 0; }
 
 #include "stage/inputs.cuh"
 

@@ -21,6 +21,7 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MXFP4, MoEShape
 from megamoe_jit._spec.expanded import ExpandedParts
+from tests.ranks import forked
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 SHAPE, ZEROS, EMPTY = MoEShape(256, 128, 4, 2), torch.zeros, torch.empty
@@ -193,7 +194,8 @@ def on_rank(world: World) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def heard() -> list[dict[str, Any]]:
     """What each of two ranks heard."""
-    ends = run_ranks("tests.unit.layer.test_calls_first:on_rank", 2, device="cpu", timeout_s=60)
+    with forked():
+        ends = run_ranks("tests.unit.layer.test_calls_first:on_rank", 2, device="cpu", timeout_s=60)
     assert all(end.ok for end in ends), describe(ends)
     return [end.result for end in ends]
 

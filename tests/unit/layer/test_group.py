@@ -16,6 +16,7 @@ from megamoe_jit._check.spawn import World, describe, own_gpu, run_ranks
 from megamoe_jit._errors import CompileError, ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
 from megamoe_jit._layer import group as _ranks
 from megamoe_jit._layer import symmetric as _symmetric
+from tests.ranks import forked
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -105,7 +106,8 @@ def on_each_rank(world: World) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def seen():
     """What each of three ranks saw: a first, a last, and one between them."""
-    ends = run_ranks("tests.unit.layer.test_group:on_each_rank", 3, device="cpu", timeout_s=120, group_timeout_s=30)
+    with forked():
+        ends = run_ranks("tests.unit.layer.test_group:on_each_rank", 3, device="cpu", timeout_s=120, group_timeout_s=30)
     assert all(end.ok for end in ends), describe(ends)
     return [end.result for end in ends]
 
@@ -249,6 +251,8 @@ def misbehave(world: World, how: str) -> str:
             time.sleep(600)
     if how in ("raise", "sleep"):
         time.sleep(600)
+    if how == "die":
+        _failure(dist.barrier)  # only then has the other one come so far
     return "fine"
 
 
@@ -280,13 +284,16 @@ def test_a_rank_that_raises_ends_the_others_after_a_grace():
 
 
 def test_ranks_that_do_not_end_are_killed_and_what_they_printed_is_told():
-    ends = run_ranks("tests.unit.layer.test_group:misbehave", 2, {"how": "sleep"}, device="cpu", timeout_s=10)
+    with forked():
+        ends = run_ranks("tests.unit.layer.test_group:misbehave", 2, {"how": "sleep"}, device="cpu", timeout_s=10)
     assert [end.returncode for end in ends] == [None, None]
     assert "so tired" in describe(ends)
 
 
 def test_a_lost_rank_may_leave_the_others_to_finish():
-    ends = run_ranks("tests.unit.layer.test_group:misbehave", 2, {"how": "die"}, device="cpu", timeout_s=60, losses=1)
+    options = {"device": "cpu", "timeout_s": 60, "losses": 1}
+    with forked():
+        ends = run_ranks("tests.unit.layer.test_group:misbehave", 2, {"how": "die"}, **options)
     assert (ends[0].result, ends[0].ok) == ("fine", True)
     assert (ends[1].returncode, ends[1].finished) == (-signal.SIGKILL, False)
     assert "rank 1: ended with code -9" in describe(ends)
@@ -303,7 +310,9 @@ def leave(world: World) -> list:
 
 def test_a_rank_that_is_gone_is_an_error_of_ours_at_the_next_meeting():
     """torch raises a plain RuntimeError, which callers who catch MegaMoeError would not see."""
-    ends = run_ranks("tests.unit.layer.test_group:leave", 2, device="cpu", timeout_s=60, group_timeout_s=30, losses=1)
+    options = {"device": "cpu", "timeout_s": 60, "group_timeout_s": 30, "losses": 1}
+    with forked():
+        ends = run_ranks("tests.unit.layer.test_group:leave", 2, **options)
     assert (ends[0].ok, ends[1].returncode) == (True, 7), describe(ends)
     kind, text = ends[0].result
     assert kind == PeerTimeoutError.__name__

@@ -381,6 +381,14 @@ def test_copies_and_exchanged_weights():
     assert it.half().l1[2].dtype is torch.float32
 
 
+def test_shared_experts_in_another_format_are_refused_with_the_next_step(cuda: Cuda):
+    """DeepSeek-V4's, which are in FP8."""
+    routed = make_weights(MoEShape(256, 128, 4, 2), "cpu", 0, MXFP4)
+    shared = make_weights(MoEShape(256, 128, 1, 1), "cpu")
+    with pytest.raises(mm.ConfigError, match="fp8_from_mxfp4 makes FP8.*; or shared experts run beside"):
+        mm.MegaMoE(routed.l1, routed.l2, topk=2, max_tokens=128, shared_w13=shared.l1, shared_w2=shared.l2)
+
+
 def test_shared_experts_are_in_the_same_format(cuda: Cuda):
     shape = MoEShape(256, 128, 4, 2, shared=2)
     drawn = make_weights(shape, "cpu", 0, MXFP4)

@@ -15,6 +15,7 @@ from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffe
 from megamoe_jit._nodes.roll_call import BEAT_S
 from megamoe_jit._nodes.topology import NodeTopology
 from megamoe_jit._settings.settings import override
+from tests.ranks import forked
 from tests.unit.nodes.world import ROUTES, SHAPE, batch, expected, of_node, on_cpu, stage, whole_weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -110,14 +111,8 @@ def on_each_rank(world: World) -> dict[str, object]:
 def seen():
     """What each of four ranks saw."""
     target = "tests.unit.nodes.test_gloo:on_each_rank"
-    ends = run_ranks(
-        target,
-        4,
-        device="cpu",
-        timeout_s=120,
-        group_timeout_s=30,
-        environment={r: {"OMP_NUM_THREADS": "1"} for r in range(4)},
-    )
+    with forked():
+        ends = run_ranks(target, 4, device="cpu", timeout_s=120, group_timeout_s=30)
     assert all(end.ok for end in ends), describe(ends)
     return [end.result for end in ends]
 

@@ -16,6 +16,7 @@ from megamoe_jit._layer.group import gather
 from megamoe_jit._nodes import calls as _calls
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.topology import NodeTopology
+from tests.ranks import forked
 from tests.unit.nodes.test_gloo import buffer_of
 from tests.unit.nodes.world import SHAPE, batch, of_node, on_cpu, stage, whole_weights
 
@@ -72,7 +73,8 @@ def on_each_rank(world: World) -> dict[str, object]:
 def seen():
     """What each rank saw but the one that was killed."""
     options = {"device": "cpu", "timeout_s": 120, "group_timeout_s": 60, "grace_s": 60, "losses": 1}
-    ends = run_ranks("tests.unit.nodes.test_loss:on_each_rank", RANKS, **options)
+    with forked():
+        ends = run_ranks("tests.unit.nodes.test_loss:on_each_rank", RANKS, **options)
     assert [end.ok for end in ends] == [True, True, False, True], describe(ends)
     return {rank: end.result for rank, end in enumerate(ends) if end.ok}
 

@@ -44,6 +44,9 @@ assert fp8.expert_bytes(256, 128) - powers.expert_bytes(256, 128) == 3 * 2 * 3
 """
 
 
+SAY_WHAT_WAS_FORGOTTEN = ("tests/unit/spec/test_numerics.py", "tests/unit/package/test_api_docs.py")
+
+
 class Step(NamedTuple):
     file: str
     how: str
@@ -79,7 +82,7 @@ def follow(tree: Path, page: str) -> set[str]:
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources."""
     for folder in FOLDERS:
-        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True)
     shutil.copy(REPO / "README.md", tmp_path)
     return tmp_path
 
@@ -94,8 +97,15 @@ def python(tree: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def tidy(tree: Path) -> None:
+    """What a page has written passes the linter, and is formatted."""
+    for verb in (("check",), ("format", "--check")):
+        python(tree, "-m", "ruff", *verb, "--no-cache", "--config", str(REPO / "pyproject.toml"), "megamoe_jit")
+
+
 def test_a_variant_is_added_by_its_page(tree: Path):
     assert len(follow(tree, "add-a-kernel-variant.md")) == 3 <= 5
+    tidy(tree)
     python(tree, "-m", "tests.schemas")
     python(tree, "-c", USE, "megamoe_shy_h256_i128_e8_k2_r2_fast", "using Policy = megamoe::Shy;")
     assert "decode|shy]" in python(tree, "-m", "megamoe_jit", "tune", "--help")
@@ -106,8 +116,10 @@ def test_a_variant_is_added_by_its_page(tree: Path):
 
 
 def test_a_numeric_option_is_added_by_its_page(tree: Path):
-    assert len(follow(tree, "add-a-numeric-option.md")) == 3 <= 6
+    assert len(follow(tree, "add-a-numeric-option.md")) == 4 <= 6
+    tidy(tree)
     python(tree, "-m", "tests.schemas")
+    python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SAY_WHAT_WAS_FORGOTTEN)
     python(tree, "-c", USE, "megamoe_pingpong_h256_i128_e8_k2_r1_fast_plain", "kPlainSilu = true")
     python(tree, "-c", USE, "megamoe_pingpong_h256_i128_e8_k2_r1_fast", "kPlainSilu = false")
     assert "--plain-silu" in python(tree, "-m", "megamoe_jit", "warmup", "--help")
@@ -119,9 +131,14 @@ def test_a_numeric_option_is_added_by_its_page(tree: Path):
 
 def test_a_weight_format_is_added_by_its_page(tree: Path):
     assert len(follow(tree, "add-a-weight-format.md")) == 3 <= 10
+    tidy(tree)
     python(tree, "-m", "tests.schemas")
     python(tree, "-c", USE, "megamoe_pingpong_h256_i128_e8_k2_r1_powers_fast", "using Weights = megamoe::Powers;")
     python(tree, "-c", FORMAT)
+    for verb in ("plan", "explain"):
+        python(
+            tree, "-m", "megamoe_jit", verb, "--shapes", "v4-flash", "--tokens", "1,4096", "--weight-format", "powers"
+        )
     assert '"powers"' in (tree / "megamoe_jit/_cli/schemas/warmup.json").read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ import pytest
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.numerics import Numerics, numerics_of
+from tests.stubs import REPO
 
 SHAPE = MoEShape(256, 128, 8, 2)
 EACH = (Numerics(), Numerics(fast_math=False))
@@ -53,6 +55,14 @@ def test_the_command_line_says_what_is_not_the_default():
     assert Numerics.named(["exact"]) == EACH[1]
     with pytest.raises(ConfigError, match="'quick' is no numeric option; allowed: exact, fast(,|$)"):
         Numerics.named(["quick"])
+
+
+def test_options_behind_the_first_are_named_where_a_value_is_made():
+    """A new field may stand before them."""
+    for path in sorted((REPO / "megamoe_jit").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Numerics":
+                assert len(node.args) <= 1, f"{path}:{node.lineno}"
 
 
 def test_every_option_has_words_of_its_own():

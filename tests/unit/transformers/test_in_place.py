@@ -92,7 +92,8 @@ def test_whoever_wants_the_weights_gets_them(cuda: Cuda, kind: str, scales: str)
     before = bits(made)
     _adapter.adapter_of(made, 2, CPU)
     assert {name: each.view(torch.uint8).numpy().tobytes() for name, each in made.state_dict().items()} == before
-    assert not hasattr(made, ATTRIBUTE)
+    beside = (kind, scales) == ("mxfp4", "F32")  # the layer has weights of its own, which nobody waits for
+    assert hasattr(made, ATTRIBUTE) == beside
     _adapter.adapter_of(made, 2, CPU)
     made.config._experts_implementation = "grouped_mm"
     x, ids = torch.zeros(1, 128), torch.zeros(1, 2, dtype=torch.int64)

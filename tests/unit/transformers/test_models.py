@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,6 @@ def test_logits_are_those_of_eager_and_switching_back_gives_its_bits(name: str):
     assert 0 < calc_diff(ours, eager) < 1e-3
     model.set_experts_implementation("eager")
     assert torch.equal(logits(model), eager)
-    assert not any(hasattr(module, ATTRIBUTE) for module in experts_of(model))
 
 
 def test_the_clamp_of_a_model_is_the_layers():
@@ -111,6 +111,83 @@ def test_layers_are_made_once():
     assert [getattr(module, ATTRIBUTE) for module in experts_of(model)] == made
     assert plugin.release(model) == 2
     assert plugin.release(model) == 0
+
+
+def layers_of(model) -> list:
+    return [getattr(module, ATTRIBUTE).layer for module in experts_of(model)]
+
+
+def test_layers_of_values_stay_while_another_implementation_computes():
+    model = make("Qwen3MoeConfig", "megamoe")
+    ours, made = logits(model), layers_of(model)
+    model.set_experts_implementation("eager")
+    logits(model)
+    model.state_dict()
+    model.set_experts_implementation("megamoe")
+    assert torch.equal(logits(model), ours)
+    assert all(now is before for now, before in zip(layers_of(model), made, strict=True))
+    gone = weakref.ref(made.pop())
+    del made
+    assert plugin.release(model) == 2
+    assert gone() is None, "the memory of a layer is given back where it is asked for"
+    assert not any(hasattr(module, ATTRIBUTE) for module in experts_of(model))
+
+
+def doubled_in_place(module) -> None:
+    module.down_proj.mul_(2.0)
+
+
+def doubled_elsewhere(module) -> None:
+    module.down_proj = torch.nn.Parameter(2.0 * module.down_proj)
+
+
+def doubled_behind(module) -> None:
+    module.down_proj.data = 2.0 * module.down_proj.data
+
+
+def doubled_somewhere(module) -> None:
+    """Where a parameter was, there is another one: as after an allocation in memory that was just given back."""
+    before = module.down_proj
+    module.down_proj = torch.nn.Parameter(before.data)
+    module.down_proj.data.mul_(2.0)
+    assert (module.down_proj.data_ptr(), module.down_proj._version) == (before.data_ptr(), before._version)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [doubled_in_place, doubled_elsewhere, doubled_behind, doubled_somewhere])
+@pytest.mark.parametrize("between", [None, "eager"])
+def test_values_that_change_are_the_layers_from_the_next_call_on(change, between: str | None):
+    (module, *_) = experts_of(make("Qwen3MoeConfig", "megamoe"))
+    x, ids, weights = torch.randn(3, 128), torch.tensor([[0, 1], [2, 3], [1, 3]]), torch.rand(3, 2)
+    module.down_proj = torch.nn.Parameter(module.down_proj.data)  # nothing was written into it yet
+    before = module(x, ids, weights)
+    module.config._experts_implementation = between or "megamoe"
+    change(module)
+    if between:
+        module(x, ids, weights)
+        module.config._experts_implementation = "megamoe"
+    assert torch.equal(module(x, ids, weights), 2.0 * before)
+
+
+def test_layers_of_values_whose_changes_are_not_counted_do_not_stay():
+    with torch.inference_mode():
+        model = make("Qwen3MoeConfig", "megamoe")
+        before = logits(model)
+        model.set_experts_implementation("eager")
+        for module in experts_of(model):
+            module.down_proj.mul_(2.0)
+        logits(model)
+        model.set_experts_implementation("megamoe")
+        assert not torch.equal(logits(model), before)
+
+
+def test_a_copy_has_layers_of_its_own_that_stay():
+    model = make("Qwen3MoeConfig", "megamoe")
+    found = logits(model)
+    copied = copy.deepcopy(model)
+    made = layers_of(copied)
+    assert torch.equal(logits(copied), found)
+    assert all(now is before for now, before in zip(layers_of(copied), made, strict=True))
 
 
 def test_fewer_slots_are_masked_ones_and_more_make_another_layer():

@@ -1,7 +1,6 @@
 // What CUDA gives without an include: indices, barriers of a block, warp-wide operations, a few intrinsics.
 #pragma once
-#include <cmath>
-
+#include "../intrinsics.h"
 #include "machine.h"
 
 struct SimIndex {
@@ -67,25 +66,6 @@ inline int atomicAdd(int* p, int v) {
 template <class T> T __ldg(const T* p) {
     sim::memory.read(p, sizeof(T), sim::actor());
     return *p;
-}
-
-inline float __fmaf_rn(float a, float b, float c) { return a * b + c; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __uint_as_float(unsigned v) {
-    float f;
-    std::memcpy(&f, &v, 4);
-    return f;
-}
-inline unsigned __float_as_uint(float f) {
-    unsigned v;
-    std::memcpy(&v, &f, 4);
-    return v;
-}
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
-    const sim::u64 both = sim::u64(y) << 32 | x;
-    unsigned r = 0;
-    for (unsigned i = 0; i < 4; ++i) r |= static_cast<unsigned>(both >> (s >> 4 * i & 7) * 8 & 255) << 8 * i;
-    return r;
 }
 
 namespace sim {

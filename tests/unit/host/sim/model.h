@@ -111,6 +111,12 @@ inline float term(const WeightTag& tag, u32 row, const u8* a, u32 key) {
     const float by = act2_scale(expert, step / 4) * weight_scale(2, expert, inside / 128, step / 4);
     return slot_value(key, expert, inside / 64, step) / by;
 }
+/// Rows with the same number in every product with these weights; below 6.
+inline u32 kind_of(const WeightTag& tag, u32 row) {
+    if (tag.tensor != kWeight1) return 0;
+    const u32 output = row / 16 * 8 + row % 8;   // the tag's row is a multiple of 64
+    return row / 8 % 2 + 2 * (output % 32 == 0 ? 0 : 1 + output % 2);
+}
 /// Where e5m2 weights come from that were packed: decoded from this thread's part of 64 rows of a swizzled tile (sim/packed.h).
 std::shared_ptr<WeightTag> unpacked_tag(u32 address);
 
@@ -124,15 +130,17 @@ inline void multiply(const Lane::Product& product) {
     else if (product.unpacked) tag = *unpacked_tag(product.b);
     else std::memcpy(&tag, block.shared + (product.swapped ? product.a : product.b), sizeof tag);
     const u8* known[2] = {};   // activations, and their hashes: those of a row or of two columns come again
-    u32 keys[2] = {};
+    u32 keys[2] = {}, there[2] = {};
+    float terms[2][6];   // with each of them by kind of row, those that are there
     for (u32 i = 0; i < product.count; ++i) {
         const u32 row = now->warp->index % 4 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         const u8* a = product.rows ? product.rows->data() + i / 2 % 2 * 32
                                    : block.shared + (product.swapped ? product.b + column * 128 : product.a + row * 128);
         const u32 slot = product.swapped ? i % 2 : i / 2 % 2;
-        if (a != known[slot]) known[slot] = a, keys[slot] = fold(a);
-        const float value = term(tag, product.swapped ? row : column, a, keys[slot]);
-        product.to[i] = (product.accumulate ? product.to[i] : 0) + value;
+        if (a != known[slot]) known[slot] = a, keys[slot] = fold(a), there[slot] = 0;
+        const u32 weight = product.swapped ? row : column, kind = kind_of(tag, weight);
+        if (!(there[slot] >> kind & 1)) terms[slot][kind] = term(tag, weight, a, keys[slot]), there[slot] |= 1 << kind;
+        product.to[i] = (product.accumulate ? product.to[i] : 0) + terms[slot][kind];
     }
 }
 

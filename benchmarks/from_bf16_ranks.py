@@ -1,0 +1,123 @@
+"""The layer from bf16 to bf16 on several ranks of one host: what `from_bf16 --ranks N` measures on each of them.
+
+Every GPU has an eighth of the experts, and its tokens go to the experts of all ranks.  The layer is what serving
+engines call, `mega_moe_from_bf16` on a buffer of the group.  A row's figure is that of the rank which took longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+import megamoe_jit as mm
+from benchmarks.from_bf16 import CLAMP, part_of, row_of
+from megamoe_jit._bench.clock_ranks import RankTimer
+from megamoe_jit._bench.conditions import environment
+from megamoe_jit._bench.measure import anchors, kernel_of, require_hopper, some_rows
+from megamoe_jit._check.collect import collect
+from megamoe_jit._check.scenarios import Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.spawn import World
+from megamoe_jit._check.verify_ranks import share_of
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.group import gather
+from megamoe_jit._spec import MoEShape, WeightFormat
+from megamoe_jit.heuristics.presets import Preset
+
+__all__ = ["measure_on_rank", "run"]
+
+
+class _Layer:
+    """A shape on this rank: all experts' weights for the reference, its own for the kernel, the group's buffer."""
+
+    def __init__(self, world: World, shape: MoEShape, max_tokens: int, weights: str) -> None:
+        import torch.distributed as dist
+
+        self.drawn = make_weights(shape, world.device, 0, WeightFormat.parse(weights))
+        own = (share_of(given, shape, world.rank, world.ranks) for given in (self.drawn.l1, self.drawn.l2))
+        self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(*own)
+        sizes = (shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate)
+        self.buffer = mm.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, device=world.device)
+        self.buffer.prepare_all(weight_format=weights)
+
+    @property
+    def parts(self) -> tuple[WeightTensors, WeightTensors, mm.SymmBuffer]:
+        """As a call takes them."""
+        return self.l1, self.l2, self.buffer
+
+
+def _row(world: World, timer: RankTimer, case: Scenario, layer: _Layer) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    drawn: Weights = layer.drawn
+    inputs = make_inputs(case, world.device, world.rank, drawn)
+
+    def whole() -> torch.Tensor:
+        batch = inputs.x, inputs.topk_idx, inputs.topk_weights
+        return mega_moe_from_bf16(*batch, *layer.parts, activation_clamp=CLAMP)
+
+    part = part_of(inputs, some_rows(case, inputs, drawn), layer.parts, whole, timer.burst)
+    kernel = kernel_of(case.shape, case.tokens, "auto", world.device, world.ranks, case.weights)
+    return row_of(case, kernel, gather(dist.group.WORLD, part))
+
+
+def measure_on_rank(world: World, shapes: list[list[Any]], tokens: list[int]) -> dict[str, Any]:
+    """What each rank does: all cases, in the same order; rank 0 reports each row when all ranks have it.
+
+    Args:
+        world: this rank's place.
+        shapes: name, hidden, intermediate, experts of a rank, slots and weight format of each layer.
+        tokens: of each rank, ascending.
+    """
+    require_hopper()
+    conditions, card = environment(), [anchors()]
+    timer = RankTimer(world.device)
+    for name, hidden, intermediate, local, topk, weights in shapes:
+        torch.cuda.empty_cache()
+        shape = MoEShape(hidden, intermediate, local * world.ranks, topk)
+        layer = _Layer(world, shape, tokens[-1], weights)
+        for count in tokens:
+            row = _row(world, timer, Scenario(name, shape, count, count, weights=weights), layer)
+            if world.rank == 0:
+                world.report(row)
+        layer.buffer.destroy()
+        del layer
+    card.append(anchors())
+    return {"environment": conditions, "anchors": card}
+
+
+def run(
+    layers: Sequence[tuple[Preset, str]], tokens: Sequence[int], ranks: int, note: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any] | None:
+    """Measure on several GPUs: those of torchrun if there is one, else with ranks started here.
+
+    Args:
+        layers: presets and formats of weights; each GPU gets the experts of one of a preset's ranks.
+        tokens: of each GPU.
+        ranks: how many GPUs.
+        note: called with each row as it is measured.
+
+    Returns:
+        Conditions, anchors of the slowest card and rows; None on the ranks of torchrun that have nothing to say.
+
+    Raises:
+        ConfigError: there are not as many GPUs.
+        MegaMoeError: a rank failed; says what all of them said.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def add(_: int, row: dict[str, Any]) -> None:
+        rows.append(row)
+        note(row)
+
+    shapes = [
+        [p.name, p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk, weights] for p, weights in layers
+    ]
+    target = "benchmarks.from_bf16_ranks:measure_on_rank"
+    ends = collect(target, ranks, {"shapes": shapes, "tokens": sorted(tokens)}, on_report=add)
+    if ends is None:
+        return None
+    slowest = [{k: min(end["anchors"][i][k] for end in ends) for k in ends[0]["anchors"][i]} for i in (0, 1)]
+    return {"environment": {**ends[0]["environment"], "ranks": ranks}, "anchors": slowest, "rows": rows}

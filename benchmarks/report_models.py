@@ -1,0 +1,88 @@
+"""Tables of the layer inside models of transformers, for report.py: of each model the newest document there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import table
+
+__all__ = ["Measured", "compact", "full", "newest_models"]
+
+#: A model's part of a document, and the environment of that.
+Measured = tuple[Mapping[str, Any], Mapping[str, Any]]
+IMPLEMENTATIONS = ("megamoe", "grouped_mm", "eager")
+
+
+def newest_models(folder: Path) -> dict[str, Measured]:
+    """By model, in the order of their names."""
+    docs = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
+    ours = sorted((doc for doc in docs if doc.get("kind") == "in_transformers"), key=lambda d: d["environment"]["date"])
+    found: dict[str, Measured] = {part["model"]: (part, doc["environment"]) for doc in ours for part in doc["models"]}
+    return dict(sorted(found.items()))
+
+
+def _step(row: Mapping[str, Any]) -> str:
+    return f"{row['step']} {row['tokens']}"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    return f"{row['grouped_mm_ms'] / row['megamoe_ms']:.2f}"
+
+
+def _rates(row: Mapping[str, Any]) -> Iterator[str]:
+    return (f"{row[f'{name}_tokens_per_s']:.0f}" for name in IMPLEMENTATIONS)
+
+
+def _conditions(models: Mapping[str, Measured]) -> str:
+    said = {
+        f"{env['device']}, driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch "
+        f"{env.get('torch')}, transformers {env['transformers']}, {env['date'][:10]}, commit {env['commit']}."
+        for _, env in models.values()
+    }
+    return "\n".join(sorted(said))
+
+
+def compact(models: Mapping[str, Measured]) -> str:
+    """For the README: tokens per second."""
+    cells = [
+        (f"{part['layers']} of {name}", _step(row), *_rates(row), _ratio(row))
+        for name, (part, _) in models.items()
+        for row in part["rows"]
+    ]
+    head = ("layers", "step", "megamoe, tokens/s", "grouped_mm", "eager", "times grouped_mm")
+    return "\n".join([*table(head, cells), "", _conditions(models)])
+
+
+def full(models: Mapping[str, Measured]) -> str:
+    """For docs/performance.md: times, and how far results are from each other."""
+    lines = [_conditions(models), ""]
+    head = (
+        "step",
+        "megamoe, ms",
+        "tokens/s",
+        "grouped_mm, ms",
+        "tokens/s",
+        "eager, ms",
+        "tokens/s",
+        "times grouped_mm",
+    )
+    for name, (part, _) in models.items():
+        cells = []
+        for row in part["rows"]:
+            times = (f"{row[f'{each}_ms']:.2f}" for each in IMPLEMENTATIONS)
+            pairs = (cell for pair in zip(times, _rates(row), strict=True) for cell in pair)
+            cells.append((_step(row), *pairs, _ratio(row)))
+        lines += [f"{part['layers']} layers of {name}. {_differences(part)}", "", *table(head, cells), ""]
+    return "\n".join(lines[:-1])
+
+
+def _differences(part: Mapping[str, Any]) -> str:
+    experts, logits = (part[f"{what}_diff"] for what in ("experts", "logits"))
+    return (
+        f"From what `grouped_mm` gives, `megamoe` differs by {experts['megamoe']:.1e} and `eager` by "
+        f"{experts['eager']:.1e} in the experts of the worst layer on the same inputs, by {logits['megamoe']:.1e} and "
+        f"{logits['eager']:.1e} in the logits."
+    )
