@@ -52,6 +52,8 @@ PACKED_TOKENS = (16, 64, 256, 512)  #: of packed weights, which are for few
 MODES = ("one", "half", "all", "uniform")
 BEFORE = f"{PACKAGE}_before"
 CLAMP = 10.0
+WARMUP, TIMED = 2, 11  #: rounds
+MANY_TOKENS, TIMED_MANY = 1024, 7  #: with more tokens than that fewer are timed
 WARM_S = 120.0  #: for all kernels of one package and shape
 
 
@@ -154,7 +156,7 @@ def _measure(layer: Slice, tokens: int, packages: Sequence[str], timer: RankTime
         correct, worst = correct and verdict.passed, max(worst, verdict.diff)
         same_bits = same_bits and all(torch.equal(outputs[0], other) for other in outputs[1:])
         del outputs
-    times = timer.burst(calls, *((2, 11) if tokens <= 1024 else (2, 7)))
+    times = timer.burst(calls, warmup=WARMUP, timed=TIMED if tokens <= MANY_TOKENS else TIMED_MANY)
     layer.check()
     return {
         "medians": {name: statistics.median(found) for name, found in times.items()},

@@ -29,10 +29,10 @@ class RankTimer:
         dist.all_reduce(self.tiny)
 
     def burst(
-        self, calls: Mapping[str, TimedCall], warmup: int | None = None, timed: int | None = None
+        self, calls: Mapping[str, TimedCall], *, warmup: int | None = None, timed: int | None = None
     ) -> dict[str, list[float]]:
         """Microseconds of each timed call, the calls taking turns; rounds as in `clock.burst`."""
-        return burst(calls, self.flush, warmup, timed, idle=self._align)
+        return burst(calls, self.flush, self._align, warmup=warmup, timed=timed)
 
     def sustained(self, call: TimedCall, count: int) -> float:
         """Median microseconds of `count` calls in a row, of the second half; the same count on all ranks."""
