@@ -102,25 +102,31 @@ def burst(
     calls: Mapping[str, TimedCall],
     flush: torch.Tensor,
     idle: Callable[[], object] = _rest,
+    *,
+    warmup: int | None = None,
+    timed: int | None = None,
 ) -> dict[str, list[float]]:
-    """Microseconds of each of the `TIMED` rounds after the `WARMUP` ones, the calls taking turns.
+    """Microseconds of each timed round, the calls taking turns.
 
     Args:
         calls: what to time, by name.
         flush: uint8 ``[FLUSH_BYTES]`` on the device, written before each call.
         idle: what the GPU does between the flush and a call.
+        warmup: rounds before those that count; `WARMUP` if None.
+        timed: rounds that count; `TIMED` if None.
     """
 
     def before() -> None:
         flush.zero_()
         idle()
 
+    skipped, counted = WARMUP if warmup is None else warmup, TIMED if timed is None else timed
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(WARMUP + TIMED):
+    for turn in range(skipped + counted):
         for name, call in calls.items():
             begin, end = record(call, before)
             end.synchronize()
-            if turn >= WARMUP:
+            if turn >= skipped:
                 times[name].append(begin.elapsed_time(end) * 1e3)
     return times
 

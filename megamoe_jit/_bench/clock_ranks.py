@@ -28,9 +28,11 @@ class RankTimer:
         self.cuda._sleep(ALIGN_CYCLES)
         dist.all_reduce(self.tiny)
 
-    def burst(self, calls: Mapping[str, TimedCall]) -> dict[str, list[float]]:
-        """Microseconds of each timed call, the calls taking turns."""
-        return burst(calls, self.flush, idle=self._align)
+    def burst(
+        self, calls: Mapping[str, TimedCall], *, warmup: int | None = None, timed: int | None = None
+    ) -> dict[str, list[float]]:
+        """Microseconds of each timed call, the calls taking turns; rounds as in `clock.burst`."""
+        return burst(calls, self.flush, self._align, warmup=warmup, timed=timed)
 
     def sustained(self, call: TimedCall, count: int) -> float:
         """Median microseconds of `count` calls in a row, of the second half; the same count on all ranks."""

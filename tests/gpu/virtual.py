@@ -30,10 +30,10 @@ from megamoe_jit._layer import group as _ranks
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._layer.stream_order import StreamOrder
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape, Variant
 from megamoe_jit.reference import expert_counts
 from tests.multi.harness import warm
-from tests.multi.worker import CLAMP, MODES, Rank, equal_bits, shape_for
+from tests.multi.worker import CLAMP, MIXED, MODES, Rank, equal_bits, shape_for
 
 SIZES = (512, 512, 24, 4)
 CAPACITY = 512
@@ -123,7 +123,7 @@ def check_scenario(scenario: Scenario, it: VirtualRank) -> str:
     """A scenario of the table on every rank, each with inputs of its own."""
     inputs = it.inputs(scenario)
     expected = it.expected(inputs, scenario.clamp)
-    modes = MODES if it.ranks == 2 else MODES[2:]
+    modes = MODES if it.ranks == 2 else ("mixed",)
     problems = [
         it.check(inputs, m, expected=expected, clamp=scenario.clamp, fast_math=scenario.fast_math) for m in modes
     ]
@@ -270,8 +270,10 @@ def main(ranks: int, checks: list[str]) -> int:
         if shape not in made:
             made[shape] = make_weights(shape, torch.device("cuda"))
         weights[name] = made[shape]
-    warm(list(made), ranks)
-    warm([table[name].shape for name in checks if name in table and not table[name].fast_math], ranks, (False,))
+    variants = Variant.reading(FP8) if ranks == 2 else [Variant.parse(name) for name in MIXED]
+    warm(list(made), ranks, variants=variants)
+    warm([table[n].shape for n in checks if n in table and not table[n].fast_math], ranks, (False,), variants=variants)
+    warm([shape_for(ranks, *SIZES)], ranks)
     meeting = Meeting(ranks)
     return in_threads(lambda rank: _rank(Group(meeting, rank), checks, weights), [meeting])
 

@@ -102,12 +102,13 @@ def warm(
     ranks: int,
     fast_math: Sequence[bool] = (True,),
     inputs: Sequence[Inputs] = (Inputs.STAGED,),
+    variants: Sequence[Variant] = Variant.reading(FP8),
 ) -> None:
     """Compile what the ranks will need, in parallel; raises if a kernel does not compile."""
     specs = [
         KernelSpec(shape, variant, ranks, fast, inputs=form)
         for shape in shapes
-        for variant in Variant.reading(FP8)
+        for variant in variants
         for fast in fast_math
         for form in inputs
     ]

@@ -23,11 +23,8 @@ OVER = {
 def kernels():
     shape = shape_for(RANKS, *checks_nodes.SIZES)
     node = MoEShape(shape.hidden, shape.intermediate, shape.experts // RANKS, shape.topk)
-    specs = [
-        KernelSpec(node, v, 1, numerics=Numerics(float32_out=wide))
-        for v in Variant.reading(FP8)
-        for wide in (False, True)
-    ]
+    wide = [Numerics(float32_out=wide) for wide in (False, True)]
+    specs = [KernelSpec(node, v, 1, numerics=numerics) for v in Variant.reading(FP8) for numerics in wide]
     for result in warmup(specs):
         assert result.error is None, result.error
     warm([shape], RANKS)
