@@ -45,7 +45,7 @@ SINCE = (
     *("kernels_src/stage/*", "kernels_src/expand/*", "kernels_src/formats/mxfp4*", "kernels_src/formats/fp8e5m2*"),
     *("kernels_src/mma/code_stream*", "kernels_src/mma/magnitudes*", "kernels_src/*swapped*"),
     *("kernels_src/kernels/stage*", "kernels_src/variants/[!cp]*", "kernels_src/variants/prefill*"),
-    *("benchmarks/*bf16.py", "benchmarks/in_transformers.py", "benchmarks/report_ranks.py"),
+    *(f"benchmarks/{name}.py" for name in ("*bf16*", "in_transformers", "ranks", "report_models", "report_ranks")),
 )
 GENERATED = "megamoe_jit/_spec/abi.py"
 LINKED = ("megamoe_jit/heuristics/", "megamoe_jit/kernels_src/")

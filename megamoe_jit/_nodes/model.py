@@ -90,11 +90,10 @@ def _exchange_us(exchange: str, shape: MoEShape, nodes: int, tokens: int, partia
 
 
 def _kernel_us(shape: MoEShape, ranks: int, tokens: int, weights: WeightFormat) -> float:
-    expert = 3.0 * shape.hidden * shape.intermediate
     untouched = (1 - shape.topk / shape.experts) ** (ranks * tokens)
-    each = weights.bits / 8 + (1 / weights.group if weights.group else 0)  # bytes of a weight, with its exponent
-    read = each * expert * shape.experts / ranks * (1 - untouched) / WEIGHT_BYTES_PER_US
-    multiplied = 2 * expert * tokens * shape.topk / FLOP_PER_US
+    expert = weights.expert_code_bytes(shape.hidden, shape.intermediate)
+    read = expert * shape.experts / ranks * (1 - untouched) / WEIGHT_BYTES_PER_US
+    multiplied = 6.0 * shape.hidden * shape.intermediate * tokens * shape.topk / FLOP_PER_US
     return float((read**SHARPNESS + multiplied**SHARPNESS) ** (1 / SHARPNESS))
 
 
