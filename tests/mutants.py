@@ -403,6 +403,13 @@ MUTANTS = (
         "transformers/test_in_place.py::test_whoever_wants_the_weights_gets_them",
     ),
     Mutant(
+        "transformers: a write in place is not seen",
+        "megamoe_jit/transformers/adapter.py",
+        "            and self.version == _version_of(parameter)\n",
+        "",
+        "transformers/test_models.py::test_values_that_change_are_the_layers_from_the_next_call_on",
+    ),
+    Mutant(
         "transformers: a gate is believed",
         "megamoe_jit/transformers/experts.py",
         "if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE):",
