@@ -20,7 +20,8 @@ from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
-DECODE_ROWS = 72  #: rows per expert up to which packed weights are best multiplied with operands swapped, on an H200
+DECODE_ROWS = 50  #: rows per expert up to which packed weights are best multiplied with operands swapped, on an H200
+WIDE_ROWS = 88  #: and up to which in larger tiles, as many experts would need two of the others
 UNPACK_ROWS = 320  #: and up to which they are best unpacked beside the products; beyond, expanded in memory first
 EXPAND_EVERY = 3  #: of so many blocks one expands weights first, while the others begin
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
@@ -105,6 +106,8 @@ def _packed(weights: WeightFormat, tokens: int, load: float, threshold: int | No
         return Variant.DECODE, f"{tokens} tokens per rank < {threshold}, weights in {weights.name}"
     if threshold is None and load <= DECODE_ROWS:
         return Variant.DECODE, f"{load:.1f} rows per expert <= {DECODE_ROWS}, weights in {weights.name}"
+    if load <= WIDE_ROWS:
+        return Variant.WIDE, f"{load:.1f} rows per expert <= {WIDE_ROWS}, weights in {weights.name}"
     if load <= UNPACK_ROWS:
         return Variant.UNPACK, f"{load:.1f} rows per expert <= {UNPACK_ROWS}, weights in {weights.name}"
     return Variant.PREFILL, f"{load:.1f} rows per expert > {UNPACK_ROWS}, weights in {weights.name}"
@@ -195,7 +198,8 @@ def all_variants(
         most: Tokens of a rank, at most; of packed weights alone.
     """
     if weights is not FP8:
-        counts = (0, most, *(1 << i for i in range(most.bit_length())))
+        # close enough to each other for the narrowest range of rows that has a variant of its own
+        counts = (0, most, *(n << i for i in range(most.bit_length()) for n in (1, 3) if n << i <= most))
         picked = {
             choose(shape, tokens, weights=weights, ranks=ranks, cooperative_threshold=threshold).variant
             for tokens in counts

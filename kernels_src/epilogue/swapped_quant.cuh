@@ -41,15 +41,18 @@ template <u32 n> struct LargestOfLanes {
     }
 };
 
-template <class C, u32 kN> struct SwappedQuant {
-    static constexpr u32 kThreads = kMathWarps * kWarp, kCodesBytes = kN * Staging::kRowBytes;
+/// Of a tile's kAll columns those from kFirst on, kN of them.  Others may be in the works while the last warps still store the
+/// codes of those before, so what is exchanged lies behind the codes of any.
+template <class C, u32 kAll, u32 kFirst, u32 kN> struct SwappedQuant {
+    static constexpr u32 kThreads = kMathWarps * kWarp,
+                         kCodesBytes = min_u32(kAll, 96) * Staging::kRowBytes;
     static_assert(kCodesBytes + (kMathWarps + 1) * kN * 4 <= kMathWarps * kStagingBytes,
                   "no room to exchange");
 
     const Params& p;
     const u32 address;   // of all math warps' staging: codes, each warp's largest magnitudes, reciprocal scales
     u32 thread;     // of the 256
-    u32 pool_row;   // the tile's first row in the pool
+    u32 pool_row;   // of the first of these rows in the pool
     u32 rows;       // valid ones
     u32 n;
 
@@ -59,7 +62,7 @@ template <class C, u32 kN> struct SwappedQuant {
     MEGA_DEVICE u32 inverse_at(u32 token) const { return largest_at(kMathWarps, token); }
 
     /// Writes silu(gate) * up over the gate's registers, and the largest magnitudes of this warp to shared memory.
-    MEGA_DEVICE void activate(Columns<kN>& result) const {
+    MEGA_DEVICE void activate(Columns<kAll>& result) const {
         float largest[kN / 4];   // tokens 2i and 2i + 1 of this thread's
         const u32 lane = thread % kWarp;
 #pragma unroll
@@ -67,8 +70,9 @@ template <class C, u32 kN> struct SwappedQuant {
             largest[i] = 0;
 #pragma unroll
             for (u32 b = 0; b < 2; ++b) {
-                float& gate = result.block[b][i / 2 * 4 + i % 2];
-                gate = swiglu<C>(gate, result.block[b][i / 2 * 4 + 2 + i % 2], p.clamp);
+                float* at = result.block[b] + kFirst / 2 + i / 2 * 4 + i % 2;
+                float& gate = at[0];
+                gate = swiglu<C>(gate, at[2], p.clamp);
                 largest[i] = fmaxf(largest[i], fabsf(gate));
             }
         }
@@ -93,7 +97,7 @@ template <class C, u32 kN> struct SwappedQuant {
     }
 
     /// Codes of four outputs of one token at a time: lanes exchange tokens for outputs, then blocks for outputs.
-    MEGA_DEVICE void stage_codes(const Columns<kN>& result) const {
+    MEGA_DEVICE void stage_codes(const Columns<kAll>& result) const {
         const u32 lane = thread % kWarp, group = thread / kGroup, warp = thread / kWarp % 4;
         const bool odd_token = lane & 4, odd_block = lane & 8;
         const Staging staging{address, lane};
@@ -101,9 +105,10 @@ template <class C, u32 kN> struct SwappedQuant {
         for (u32 i = 0; i < kN / 8; ++i) {
             float inverse[2];
             ptx::load_floats_shared(inverse_at(i * 8 + lane % 4 * 2), inverse[0], inverse[1]);
-            const float (&a)[kN / 2] = result.block[0], (&b)[kN / 2] = result.block[1];
-            u32 own = ptx::pack_e4m3(a[4 * i] * inverse[0], a[4 * i + 1] * inverse[1],
-                                     b[4 * i] * inverse[0], b[4 * i + 1] * inverse[1]);
+            const float (&a)[kAll / 2] = result.block[0], (&b)[kAll / 2] = result.block[1];
+            const u32 at = kFirst / 2 + 4 * i;
+            u32 own = ptx::pack_e4m3(a[at] * inverse[0], a[at + 1] * inverse[1],
+                                     b[at] * inverse[0], b[at + 1] * inverse[1]);
             u32 other = __shfl_xor_sync(~0u, own, 4);
             own = ptx::choose_bytes(own, other, odd_token ? 0x3715 : 0x6240);
             other = __shfl_xor_sync(~0u, own, 8);
@@ -128,7 +133,7 @@ template <class C, u32 kN> struct SwappedQuant {
         }
     }
 
-    MEGA_DEVICE void run(Columns<kN>& result) const {
+    MEGA_DEVICE void run(Columns<kAll>& result) const {
         activate(result);
         ptx::named_sync(kBarrierMath, kThreads);
         make_scale();

@@ -8,10 +8,14 @@
 namespace megamoe {
 
 template <class C, u32 kN> struct SwappedScatter {
-    // rows of 128 bytes in the patch: the tokens of both blocks if there is room for them, else of one
-    static constexpr u32 kTogether = kN <= 32 ? 2 : 1, kRows = kTogether * kN;
+    // columns that pass through the patch together, of both blocks if there is room for them, else of one: its rows of 128 bytes
+    static constexpr u32 kColumns = kN <= 64 ? kN : kN % 32 == 0 ? 32 : 16,
+                         kTogether = kColumns <= 32 ? 2 : 1, kRows = kTogether * kColumns;
     static constexpr u32 kPasses = kRows / 16;   // each thread of the group moves 16 bytes of a row
-    static_assert(kRows % 16 == 0 && kRows * Staging::kRowBytes <= 4 * kStagingBytes);
+    // addresses of rows that a thread has for them; those of the second block are the same again, which many columns leave out
+    static constexpr u32 kSlots = kN <= 64 ? kPasses : kColumns / 16;
+    static_assert(kN % kColumns == 0 && kRows % 16 == 0 &&
+                  kRows * Staging::kRowBytes <= 4 * kStagingBytes);
 
     const Params& p;
     const u32 address;     // of the group's staging
@@ -21,17 +25,18 @@ template <class C, u32 kN> struct SwappedScatter {
     bool half;   // the tile has 128 columns, and each group one block
 
     MEGA_DEVICE u32 row(u32 pass) const { return pass * 16 + thread / 8; }
-    MEGA_DEVICE u32 token(u32 pass) const { return row(pass) % kN; }
+    MEGA_DEVICE u32 token(u32 pass) const { return row(pass) % kColumns; }
     MEGA_DEVICE void meet() const { ptx::named_sync(kBarrierGroup + group, kGroup); }
 
     /// Tokens of the patch by eights: which block and tokens the i-th are of.
-    MEGA_DEVICE void stage(const Columns<kN>& result, u32 first_block) const {
+    MEGA_DEVICE void stage(const Columns<kN>& result, u32 first, u32 first_block) const {
         const u32 lane = thread % kWarp, warp = thread / kWarp;
         const Staging staging{address, lane};
 #pragma unroll
         for (u32 i = 0; i < kRows / 8; i += 2) {
             const auto at = [&](u32 eight, u32 x) {
-                return result.block[first_block + eight / (kN / 8)][eight % (kN / 8) * 4 + x];
+                return result.block[first_block + eight / (kColumns / 8)]
+                                   [first / 2 + eight % (kColumns / 8) * 4 + x];
             };
             ptx::store_matrix4_bf16_turned(
                 staging.chunk((i + lane / 16) * 8 + lane % 8, 2 * warp + lane / 8 % 2), at(i, 0),
@@ -40,31 +45,35 @@ template <class C, u32 kN> struct SwappedScatter {
         }
     }
 
-    MEGA_DEVICE void move(u8* const (&slots)[kPasses], u32 first_block) const {
+    MEGA_DEVICE void move(u8* const (&slots)[kSlots], u32 first, u32 first_block) const {
         const Staging staging{address, thread % kWarp};
         const u32 chunk = thread % 8;
 #pragma unroll
         for (u32 i = 0; i < kPasses; ++i) {
-            const u32 which = first_block + row(i) / kN;
+            const u32 which = first_block + row(i) / kColumns;
             const u32 column = n * kBlockN + (half ? group : group * 2 + which) * 64 + chunk * 8;
-            if (token(i) < rows && !(half && which != 0))
-                ptx::store16(slots[i] + column * 2,
+            if (first + token(i) < rows && !(half && which != 0))
+                ptx::store16(slots[i % kSlots] + column * 2,
                              ptx::load16_shared(staging.chunk(row(i), chunk)));
         }
     }
 
     MEGA_DEVICE void run(const Columns<kN>& result) const {
-        u8* slots[kPasses];
+        u8* slots[kN / kColumns][kSlots];
 #pragma unroll
-        for (u32 i = 0; i < kPasses; ++i)
-            slots[i] = combine_row<C>(p, p.row_pairs + first_row + min_u32(token(i), rows - 1));
+        for (u32 i = 0; i < kN / kColumns * kSlots; ++i)
+            slots[i / kSlots][i % kSlots] = combine_row<C>(
+                p, p.row_pairs + first_row +
+                       min_u32(i / kSlots * kColumns + token(i % kSlots), rows - 1));
 #pragma unroll
-        for (u32 b = 0; b < 2; b += kTogether) {
-            if (b != 0) meet();
-            stage(result, b);
-            meet();
-            move(slots, b);
-        }
+        for (u32 i = 0; i < kN / kColumns; ++i)
+#pragma unroll
+            for (u32 b = 0; b < 2; b += kTogether) {
+                if (i + b != 0) meet();
+                stage(result, i * kColumns, b);
+                meet();
+                move(slots[i], i * kColumns, b);
+            }
     }
 };
 

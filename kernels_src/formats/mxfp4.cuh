@@ -39,30 +39,47 @@ struct Mxfp4 {
     };
     template <class C> using ScaleStream = WeightScaleStream<C>;
 
+    /// What a thread has of 64 rows of a k-block before it expands them.
+    struct Packed {
+        Vec16 halves[2];   // of the depth
+        u32 powers[2];     // exponents of rows t/4 and t/4 + 8
+
+        MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
+            constexpr u32 kHalfBytes = megamoe::kGroup * 16;   // a warpgroup's
+            const u32 from = weights + m * (2 * kHalfBytes) + thread * 16;
+            halves[0] = ptx::load16_shared(from);
+            halves[1] = ptx::load16_shared(from + kHalfBytes);
+            ptx::load8_shared(exponents + m * (64 * kBlockK / kGroup) + thread / 4 * 8, powers[0],
+                              powers[1]);
+        }
+    };
+
     /// 64 rows of a k-block as the left operand of a product: in registers, as e5m2.
     struct Rows {
         u32 a[4][4];   // 32 of the depth; see ptx::wgmma_weights_registers
 
         MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
-            constexpr u32 kHalfBytes = megamoe::kGroup * 16;   // a warpgroup's
-            const u32 from = weights + m * (2 * kHalfBytes) + thread * 16;
-            const Vec16 halves[2] = {ptx::load16_shared(from),
-                                     ptx::load16_shared(from + kHalfBytes)};
-            u32 powers[2];
-            ptx::load8_shared(exponents + m * (64 * kBlockK / kGroup) + thread / 4 * 8, powers[0],
-                              powers[1]);
+            Packed packed;
+            packed.load(weights, exponents, m, thread);
+            expand(packed);
+        }
+        MEGA_DEVICE void expand(const Packed& packed) {
 #pragma unroll
             for (u32 k = 0; k < 4; ++k)
 #pragma unroll
                 for (u32 row = 0; row < 2; ++row) {
-                    const Magnitudes table(ptx::choose_bytes(powers[row], 0, 0x4440 + k));
-                    ptx::expand_e2m1(halves[k / 2].w[k % 2 * 2 + row], table.low, table.high,
+                    const Magnitudes table(ptx::choose_bytes(packed.powers[row], 0, 0x4440 + k));
+                    ptx::expand_e2m1(packed.halves[k / 2].w[k % 2 * 2 + row], table.low, table.high,
                                      a[k][row], a[k][row + 2]);
                 }
             ptx::pin(a);
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
             ptx::wgmma_weights_registers<kN>(d, a, tokens);
+        }
+        /// Into registers that held another product.
+        template <u32 kN> MEGA_DEVICE void multiply_again(float (&d)[kN / 2], u64 tokens) const {
+            ptx::wgmma_weights_again<kN>(d, a, tokens);
         }
     };
 };

@@ -11,7 +11,8 @@
 //   wait for                           0 of A        1 of A                      0 of B
 //   promote                            0 of A        1 of A, release A           0 of B
 //
-// With fewer there are registers to load both of the next k-block while both of this one are multiplied (`at_once`).
+// With fewer there are registers to load both of the next k-block while both of this one are multiplied (`at_once`).  More than 64
+// are another loop's (mma/one_by_one.cuh).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //
@@ -45,13 +46,23 @@ template <u32 kN> struct ColumnScales {
             ptx::load_floats_shared(act_scales + i * 32 + lane % 4 * 8, act[2 * i], act[2 * i + 1]);
         ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
-    /// result += fresh * scales.
-    MEGA_DEVICE void promote(float (&result)[kN / 2], const float (&fresh)[kN / 2]) const {
+    /// result += fresh * scales, of the kN columns from `first` on.
+    template <u32 kAll>
+    MEGA_DEVICE void promote(float (&result)[kAll], const float (&fresh)[kN / 2],
+                             u32 first = 0) const {
 #pragma unroll
-        for (u32 i = 0; i < kN / 2; ++i)
-            result[i] = __fmaf_rn(fresh[i], act[i / 4 * 2 + i % 2] * weight[i / 2 % 2], result[i]);
+        for (u32 i = 0; i < kN / 2; ++i) {
+            float& sum = result[first / 2 + i];
+            sum = __fmaf_rn(fresh[i], act[i / 4 * 2 + i % 2] * weight[i / 2 % 2], sum);
+        }
     }
 };
+
+/// A stage whose products are done may be loaded again.
+template <class C> MEGA_DEVICE void release_stage(const Shared<C>& shared, u32 stage, u32 thread) {
+    __syncwarp();   // all lanes have read their weights and scales
+    if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
+}
 
 template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
@@ -81,11 +92,6 @@ template <class C, u32 kN> struct SwappedLoop {
                     thread % kWarp);
         return scales;
     }
-    MEGA_DEVICE void release(u32 stage) const {
-        __syncwarp();   // all lanes have read their weights and scales
-        if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
-    }
-
     /// One k-block, whose block 0 has been loaded; loads that of the next one.
     MEGA_DEVICE void in_turn(Columns<kN>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
                              bool more) const {
@@ -104,7 +110,7 @@ template <class C, u32 kN> struct SwappedLoop {
         }
         ptx::wgmma_wait<0>(fresh[1]);
         by.promote(result.block[1], fresh[1]);
-        release(stage);
+        release_stage(shared, stage, thread);
     }
 
     /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
@@ -123,7 +129,7 @@ template <class C, u32 kN> struct SwappedLoop {
         by.promote(result.block[0], fresh[0]);
         ptx::wgmma_wait<0>(fresh[1]);
         by.promote(result.block[1], fresh[1]);
-        release(stage);
+        release_stage(shared, stage, thread);
     }
 
     MEGA_DEVICE void run(Columns<kN>& result, u32 k_begin, u32 k_blocks) const {

@@ -11,6 +11,8 @@ MEGA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;
 /// Has two descriptors computed here and not where they are first used.  Emits nothing.
 MEGA_DEVICE void pin(u64& a, u64& b) { asm volatile("" : "+l"(a), "+l"(b)); }
 
+/// The same of a number.
+MEGA_DEVICE void pin(u32& a) { asm volatile("" : "+r"(a)); }
 /// The same of a left operand in registers, which must not be written after the fence of its product.
 MEGA_DEVICE void pin(u32 (&a)[4][4]) {
     asm volatile(""
@@ -84,6 +86,12 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
 #define MEGA_R4 "{%0,%1,%2,%3}"
 #define MEGA_R8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
 #define MEGA_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define MEGA_R40 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+    "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39}"
+#define MEGA_R48 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+    "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}"
 #define MEGA_BEGIN(b)                                                                                       \
     "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"                                                    \
     "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"                                                   \
@@ -136,6 +144,20 @@ template <u32 kN> MEGA_DEVICE void wgmma_weights_registers(float (&d)[kN / 2], c
         asm volatile(MEGA_REGISTERS("64", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43", "%44,%45,%46,%47", "%48")
                      : MEGA_N16(0), MEGA_N16(16) : MEGA_A16, "l"(b) : "memory");
 }
+/// The same into registers that held another product.  They count as read here too, so that whatever reads that one comes before:
+/// else the compiler may put it off, and take other registers for this product meanwhile.
+template <u32 kN> MEGA_DEVICE void wgmma_weights_again(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
+    static_assert(kN == 64 || kN == 80 || kN == 96, "columns of a product");
+    if constexpr (kN == 64)
+        asm volatile(MEGA_REGISTERS("64", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43", "%44,%45,%46,%47", "%48")
+                     : MEGA_D16(0), MEGA_D16(16) : MEGA_A16, "l"(b) : "memory");
+    else if constexpr (kN == 80)
+        asm volatile(MEGA_REGISTERS("80", MEGA_R40, "%40,%41,%42,%43", "%44,%45,%46,%47", "%48,%49,%50,%51", "%52,%53,%54,%55", "%56")
+                     : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : MEGA_A16, "l"(b) : "memory");
+    else if constexpr (kN == 96)
+        asm volatile(MEGA_REGISTERS("96", MEGA_R48, "%48,%49,%50,%51", "%52,%53,%54,%55", "%56,%57,%58,%59", "%60,%61,%62,%63", "%64")
+                     : MEGA_D16(0), MEGA_D16(16), MEGA_D16(32) : MEGA_A16, "l"(b) : "memory");
+}
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[4]) {
     asm volatile("wgmma.wait_group.sync.aligned %4;" : MEGA_D4(0) : "n"(kPending) : "memory");
 }
@@ -144,6 +166,12 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[8]) {
 }
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[16]) {
     asm volatile("wgmma.wait_group.sync.aligned %16;" : MEGA_D16(0) : "n"(kPending) : "memory");
+}
+template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[40]) {
+    asm volatile("wgmma.wait_group.sync.aligned %40;" : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : "n"(kPending) : "memory");
+}
+template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[48]) {
+    asm volatile("wgmma.wait_group.sync.aligned %48;" : MEGA_D16(0), MEGA_D16(16), MEGA_D16(32) : "n"(kPending) : "memory");
 }
 #undef MEGA_D32
 #undef MEGA_N16
@@ -157,6 +185,8 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[16]) {
 #undef MEGA_SHARED
 #undef MEGA_COLUMNS
 #undef MEGA_BEGIN
+#undef MEGA_R40
+#undef MEGA_R48
 #undef MEGA_R16
 #undef MEGA_R8
 #undef MEGA_R4

@@ -53,6 +53,7 @@ class Variant(StrEnum):
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
     DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
+    WIDE = "wide", 128, "As decode, with tiles of more rows: packed weights are expanded once for all.", ("e2m1",)
     UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 3, 1
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
 

@@ -85,6 +85,7 @@ BROKEN = {
 #: Rooms that have the same line for a variant of its own way to multiply.
 ROOMS = {
     ("decode", "mma/block_scaled.cuh"): "mma/swapped.cuh",
+    ("wide", "mma/block_scaled.cuh"): "mma/swapped.cuh",
     ("unpack", "mma/block_scaled.cuh"): "expand/beside.cuh",
 }
 #: Of one variant alone.

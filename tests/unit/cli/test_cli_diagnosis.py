@@ -154,7 +154,7 @@ def test_plan_adds_up():
 def test_plan_counts_the_memory_that_weights_are_expanded_in():
     shape = preset("v4-flash").shape
     few, many = (memory_plan(shape, tokens, ranks=8, weights="mxfp4") for tokens in (8, 8192))
-    assert [kernel.variant for kernel in few.kernels] == ["decode", "unpack"], "what so small a buffer prepares"
+    assert [kernel.variant for kernel in few.kernels] == ["decode", "wide"], "what so small a buffer prepares"
     assert few.expanded_bytes == memory_plan(shape, 8192, ranks=8).expanded_bytes == 0
     assert many.expanded_bytes == 32 * 3 * 4096 * 2048 + 32 * (16 + 16) * 4
     assert memory_plan(shape, 8192, ranks=8, weights="mxfp4", variant="unpack").expanded_bytes == 0

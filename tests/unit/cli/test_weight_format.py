@@ -49,8 +49,8 @@ def test_packed_weights_take_half_the_memory():
     codes = 8 * 3 * 256 * 128
     assert packed["weight_bytes"] - plain["weight_bytes"] == codes * 4.25 / 8 - codes
     for kernel in packed["kernels"]:
-        where = {"decode": "exponents", "unpack": "packed"}[kernel["variant"]]
-        assert where in [part["name"] for part in kernel["shared"]]
+        assert kernel["variant"] in ("decode", "wide"), "what so small a buffer prepares"
+        assert "exponents" in [part["name"] for part in kernel["shared"]]
         assert sum(part["bytes"] for part in kernel["shared"]) == kernel["shared_bytes"]
 
 

@@ -47,12 +47,30 @@ def test_a_forced_variant_is_honoured(variant, tokens):
 
 
 def test_packed_weights_swap_operands_while_experts_have_few_rows():
-    """72 of them, by the average; a threshold in tokens overrules it where there is another variant."""
-    for tokens, ranks in ((0, 1), (1, 1), (3072, 1), (384, 8)):
+    """50 of them, by the average; a threshold in tokens overrules it where there is another variant."""
+    for tokens, ranks in ((0, 1), (1, 1), (2133, 1), (266, 8)):
         choice = choose(SHAPE, tokens, ranks=ranks, weights=MXFP4)
         assert choice.variant is Variant.DECODE
         assert choice.reasons[0].startswith("decode: ")
+    assert choose(SHAPE, 3072, weights=MXFP4, cooperative_threshold=3073).variant is Variant.DECODE
     assert Variant.DECODE in all_variants(SHAPE, MXFP4)
+
+
+@pytest.mark.parametrize("cooperative_threshold", [None, 0])
+def test_experts_that_have_more_rows_than_a_small_tile_get_larger_ones(cooperative_threshold):
+    shape = MoEShape(4096, 2048, 48, 6)
+    for tokens in (408, 512, 704):
+        assert choose(shape, tokens, weights=MXFP4, cooperative_threshold=cooperative_threshold).variant is Variant.WIDE
+    assert choose(shape, 705, weights=MXFP4, cooperative_threshold=cooperative_threshold).variant is Variant.UNPACK
+
+
+@pytest.mark.parametrize("experts", [5, 7, 48, 61, 384])
+@pytest.mark.parametrize("most", [500, 1024, 4096])
+def test_all_variants_of_packed_weights_cover_every_token_count(experts, most):
+    """However narrow the range is in which one is taken."""
+    shape = MoEShape(4096, 2048, experts, 5)
+    reachable = {choose(shape, tokens, weights=MXFP4).variant for tokens in range(most + 1)}
+    assert reachable <= set(all_variants(shape, MXFP4, most=most))
 
 
 def test_parameters():
@@ -121,7 +139,7 @@ def test_packed_weights_go_further_from_the_product_the_more_rows_share_them():
 
 def test_a_buffer_for_few_tokens_prepares_no_variant_that_needs_memory():
     shape = MoEShape(4096, 2048, 32, 6)
-    assert all_variants(shape, MXFP4, most=64) == (Variant.DECODE, Variant.UNPACK)  # by a setting
-    assert all_variants(shape, MXFP4) == (Variant.DECODE, Variant.UNPACK, Variant.PREFILL)
+    assert all_variants(shape, MXFP4, most=64) == (Variant.DECODE, Variant.WIDE)  # by a setting
+    assert all_variants(shape, MXFP4) == (Variant.DECODE, Variant.WIDE, Variant.UNPACK, Variant.PREFILL)
     assert Variant.PREFILL in all_variants(MoEShape(4096, 2048, 256, 6), MXFP4, ranks=8, most=8192)
     assert Variant.UNPACK in all_variants(MoEShape(256, 128, 1024, 1), MXFP4, ranks=8)

@@ -233,7 +233,7 @@ def test_memory_to_expand_weights_in_is_there_on_all_ranks_or_on_none(heard: lis
 
 def test_ranks_that_a_threshold_sets_apart_have_the_same_kernels(heard: list[dict[str, Any]]):
     said = [(rank["thresholds"]["said"], rank["thresholds"]["launched"]) for rank in heard]
-    assert said == [("nothing", ["decode"]), ("nothing", ["unpack"])]
+    assert said == [("nothing", ["decode"]), ("nothing", ["wide"])]
 
 
 def test_memory_that_one_rank_lacks_is_an_error_on_all(heard: list[dict[str, Any]]):

@@ -1,0 +1,96 @@
+// The main loop with operands swapped for more than 64 columns: D[n, m], packed weights by up to 128 tokens.
+//
+// As in swapped.cuh a warpgroup has two blocks of 64 weight rows and makes left operands of them in registers, here once for
+// all columns of a large tile.  With its result there are registers for one operand and one fresh accumulator, so a product is
+// waited for, and promoted, before the next one:
+//
+//   issue      A                                    B
+//   load          codes of B, scales                   codes of A of the next k-block, scales
+//   wait for                        A                                     B
+//   then                               promote A, make B                     promote B, make A, release
+//
+// With 128 columns each block takes two products, of half of them each.  What runs beside a product is the other warpgroup's work.
+//
+//   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
+//   empty[stage]   arrived here, one lane per warp, when all products of the stage are done
+#pragma once
+#include "mma/swapped.cuh"
+
+namespace megamoe {
+
+template <class C, u32 kN> struct OneByOneLoop {
+    using Rows = typename C::Weights::Rows;
+    using Packed = typename C::Weights::Packed;
+    static constexpr u32 kParts = kN > 96 ? 2 : 1, kPart = kN / kParts, kProducts = 2 * kParts;
+    using Fresh = float[kPart / 2];
+
+    const Shared<C>& shared;
+    u32 group, thread;   // which warpgroup; thread of it
+    bool half;   // the tile has 128 rows, and a warpgroup one block, which it multiplies twice
+
+    MEGA_DEVICE void wait(const Ring<C::kStages>& ring) const {
+        wait_barrier_watched(shared.full(ring.stage), ring.parity);
+    }
+    MEGA_DEVICE void load(Packed& packed, u32 stage, u32 which) const {
+        packed.load(shared.weights(stage), shared.exponents(stage),
+                    half ? group : group * 2 + which, thread);
+    }
+    MEGA_DEVICE void issue(Fresh& fresh, const Rows& rows, u32 stage, u32 part) const {
+        ptx::wgmma_fence();
+        rows.template multiply_again<kPart>(
+            fresh, ptx::matrix_descriptor(shared.acts(stage)) + part * (kPart * 8));
+        ptx::wgmma_commit();
+    }
+
+    /// One k-block, whose block 0 has been expanded; expands that of the next one, or the same again.
+    MEGA_DEVICE void block(Columns<kN>& result, Fresh& fresh, Rows& rows, Ring<C::kStages>& ring,
+                           bool more) const {
+        const u32 stage = ring.stage;
+        Packed packed;
+#pragma unroll
+        for (u32 i = 0; i < kProducts; ++i) {
+            const u32 part = i % kParts;
+            issue(fresh, rows, stage, part);
+            if (i == kParts - 1) {
+                // it is full, but past a loop ptxas moves nothing: else it would put the making of the operand between the
+                // four steps of the product, which would take as long as that
+                wait(ring);
+                load(packed, stage, 1);
+            }
+            if (i == kProducts - 1) {
+                ring.advance();
+                if (more) wait(ring);
+                load(packed, more ? ring.stage : stage, 0);
+            }
+            ColumnScales<kPart> by;
+            by.load(shared.act_scales(stage) + part * (kPart * 4),
+                    shared.weight_scales(stage) + group * 8, thread % kWarp);
+            ptx::wgmma_wait<0>(fresh);
+            by.promote(result.block[i / kParts], fresh, part * kPart);
+            if (part == kParts - 1) rows.expand(packed);
+        }
+        release_stage(shared, stage, thread);
+    }
+
+    MEGA_DEVICE void run(Columns<kN>& result, u32 k_begin, u32 k_blocks) const {
+        Ring<C::kStages> ring(k_begin);
+        Packed packed;
+        Rows rows;
+        Fresh fresh;
+#pragma unroll
+        for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
+#pragma unroll
+        for (u32 i = 0; i < kPart / 2; ++i) fresh[i] = 0;
+        wait(ring);
+        load(packed, ring.stage, 0);
+        rows.expand(packed);
+#pragma unroll 1
+        for (; k_blocks != 0; --k_blocks) {
+            OneByOneLoop own = *this;
+            ptx::pin(own.thread);   // no register is left to keep what is made of it in: it is made anew
+            own.block(result, fresh, rows, ring, k_blocks != 1);
+        }
+    }
+};
+
+}   // namespace megamoe

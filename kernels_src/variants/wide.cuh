@@ -1,0 +1,11 @@
+// wide: as decode, with tiles of up to 128 rows, for weights that are expanded on their way into a product: once for all of them.
+#pragma once
+#include "variants/decode.cuh"
+
+namespace megamoe {
+
+struct Wide : Decode {
+    static constexpr u32 kBlockM = 128;
+};
+
+}   // namespace megamoe
