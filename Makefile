@@ -1,6 +1,6 @@
 # megamoe-jit: every target sets up what it needs in .venv; a second call starts at once.
 #
-#   make demo | test | test-kernels | test-nvrtc13 | test-engines | test-gpu | test-multi | mutants | bench | docs | lint | format | abi | schemas | env | clean
+#   make demo | test | test-kernels | test-nvrtc13 | test-engines | test-engines-gpu | test-gpu | test-multi | mutants | bench | docs | lint | format | abi | schemas | env | clean
 #
 #   PYTHON=python3.12   interpreter that .venv is made from (3.11 or newer)
 #   STACK=cu13          CUDA 13 instead of CUDA 12 (environment .venv-cu13)
@@ -41,7 +41,7 @@ torch-cu12 := torch>=2.8,<2.11
 torch-cu13 := torch>=2.11
 torch-cpu := torch==2.13.0+cpu
 
-.PHONY: help env demo test test-kernels test-nvrtc13 test-engines test-gpu test-multi mutants bench docs lint format abi schemas clean
+.PHONY: help env demo test test-kernels test-nvrtc13 test-engines test-engines-gpu test-gpu test-multi mutants bench docs lint format abi schemas clean
 .DELETE_ON_ERROR:
 
 help:
@@ -74,6 +74,11 @@ ENGINES ?= build/engines
 test-engines: $(call stamp,dev)
 	$(PY) -m tests.engines.fetch $(ENGINES)
 	ENGINE_RELEASES=$(abspath $(ENGINES)) $(PY) -m pytest tests/engines $(WORKERS) $(ARGS)
+
+# The same with the real kernels, on Hopper GPUs; ARGS='--ranks 2' on two, one rank on each.
+test-engines-gpu: $(call stamp,dev)
+	$(PY) -m tests.engines.fetch $(ENGINES)
+	ENGINE_RELEASES=$(abspath $(ENGINES)) $(PY) -m tests.engines.on_gpus $(ARGS)
 
 test-gpu: $(call stamp,dev)
 	$(PY) -m pytest tests/gpu --require-gpu $(ARGS)

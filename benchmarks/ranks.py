@@ -251,8 +251,8 @@ def _end_of(process: subprocess.Popen[str]) -> str:
         _, said = process.communicate(timeout=WARM_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        return f"{process.args}: did not end"
-    return f"{process.args}: {said}" if process.returncode else ""
+        return f"{process.args!r}: did not end"
+    return f"{process.args!r}: {said}" if process.returncode else ""
 
 
 def line_of(row: Mapping[str, Any]) -> str:

@@ -80,9 +80,14 @@ def full(models: Mapping[str, Measured]) -> str:
 
 
 def _differences(part: Mapping[str, Any]) -> str:
-    experts, logits = (part[f"{what}_diff"] for what in ("experts", "logits"))
-    return (
-        f"From what `grouped_mm` gives, `megamoe` differs by {experts['megamoe']:.1e} and `eager` by "
-        f"{experts['eager']:.1e} in the experts of the worst layer on the same inputs, by {logits['megamoe']:.1e} and "
-        f"{logits['eager']:.1e} in the logits."
+    """Of both from grouped_mm; not every document has that of experts alone."""
+    places = (
+        ("experts_diff", "in the experts of the worst layer on the same inputs"),
+        ("logits_diff", "in the logits"),
     )
+    said = (
+        f"by {part[name]['megamoe']:.1e} and `eager` by {part[name]['eager']:.1e} {where}"
+        for name, where in places
+        if name in part
+    )
+    return f"From what `grouped_mm` gives, `megamoe` differs {', '.join(said)}."

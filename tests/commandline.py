@@ -34,6 +34,7 @@ SIZES = ["--hidden", "256", "--intermediate", "128", "--experts", "4", "--topk",
 STAGED = [*SIZES, "--inputs", "staged"]  #: of `warmup`: the two kernels that do not stage
 PINGPONG = "megamoe_pingpong_h256_i128_e4_k1_r1_fast"
 COOPERATIVE = "megamoe_cooperative_h256_i128_e4_k1_r1_fast"
+_SESSION = Path(os.environ.get("MEGAMOE_JIT_CACHE_DIR") or tempfile.mkdtemp(prefix="megamoe-jit-warm-"))
 SCHEMAS = resources.files("megamoe_jit._cli") / "schemas"
 
 
@@ -145,7 +146,7 @@ class Terminal:
 
 @functools.cache
 def _warm() -> Path:
-    root = Path(tempfile.mkdtemp(prefix="megamoe-jit-warm-", dir=os.environ.get("MEGAMOE_JIT_CACHE_DIR")))
+    root = _SESSION / "warm"  # of all workers: whoever comes second finds the kernels there
     done = run("warmup", *STAGED, "--cache-dir", str(root))
     assert done.returncode == 0, done.stderr
     return root

@@ -120,6 +120,20 @@ MUTANTS = (
         "layer/test_calls.py::test_a_call_on_another_stream_waits_for_the_last_one",
     ),
     Mutant(
+        "layer: steady options that equal right ones are right",
+        "megamoe_jit/_layer/steady.py",
+        "not all(map(is_, options, known.options))",
+        "options != known.options",
+        "layer/test_steady.py::test_what_equals_a_right_option_is_refused_after_it_as_before",
+    ),
+    Mutant(
+        "layer: weights at a known address are the known ones",
+        "megamoe_jit/_layer/bound_kernel.py",
+        "known() is not tensor or ",
+        "",
+        "layer/test_calls.py::test_weights_at_a_known_address_are_checked_unless_they_are_the_same_tensors",
+    ),
+    Mutant(
         "layer: a branch of a graph is not remembered",
         "megamoe_jit/_layer/stream_order.py",
         "        last.handle = None  # from here on every launch has to ask\n",
@@ -223,22 +237,22 @@ MUTANTS = (
     Mutant(
         "nodes: an exact form that looks at the first slot alone",
         "megamoe_jit/_nodes/exact.py",
-        "(node == other).any(dim=1)",
-        "(node[:, 0] == other)",
+        "(node == every_node).any(dim=2)",
+        "(node[:, :1] == every_node).any(dim=2)",
         "nodes/test_layer.py::test_every_route_has_the_bits_that_the_definition_says",
     ),
     Mutant(
         "nodes: an exact form that sends rows everywhere",
         "megamoe_jit/_nodes/exact.py",
-        "(node == other).any(dim=1)",
-        "(node >= 0).any(dim=1)",
+        "(node == every_node).any(dim=2)",
+        "(node >= 0 * every_node).any(dim=2)",
         "nodes/test_layer.py::test_64_ranks_and_every_byte",
     ),
     Mutant(
         "nodes: an exact form that sums what was never sent",
         "megamoe_jit/_nodes/exact.py",
-        "spread = partial.new_zeros(",
-        "spread = partial.new_ones(",
+        "back[rows].zero_()",
+        "back[rows].fill_(1)",
         "nodes/test_layer.py::test_every_route_has_the_bits_that_the_definition_says",
     ),
     Mutant(
@@ -291,6 +305,13 @@ MUTANTS = (
         "nodes/test_one_node.py::test_a_capture_needs_what_can_be_captured_and_what_is_prepared",
     ),
     Mutant(
+        "nodes: packed weights by a kernel of others",
+        "megamoe_jit/_nodes/experts.py",
+        "options.num_sms, weights=options.weights)",
+        "options.num_sms)",
+        "nodes/test_one_node.py::test_packed_weights_are_another_kernel",
+    ),
+    Mutant(
         "nodes: results in float32 by a kernel of bf16",
         "megamoe_jit/_nodes/experts.py",
         "self.float32_out = dtype is torch.float32",
@@ -330,7 +351,7 @@ MUTANTS = (
         "megamoe_jit/_nodes/roll_call.py",
         "if old[0] == new[0]:",
         "if old[0] != new[0]:",
-        "nodes/test_loss.py::test_every_other_rank_says_in_time_which_node_and_rank_is_lost",
+        "nodes/test_gloo.py::test_every_other_rank_says_in_time_which_node_and_rank_is_lost",
     ),
     Mutant(
         "nodes: a roll call misses those who gave notice",
@@ -380,6 +401,13 @@ MUTANTS = (
         "    module.register_forward_pre_hook(_before_forward)\n",
         "",
         "transformers/test_in_place.py::test_whoever_wants_the_weights_gets_them",
+    ),
+    Mutant(
+        "transformers: a write in place is not seen",
+        "megamoe_jit/transformers/adapter.py",
+        "            and self.version == _version_of(parameter)\n",
+        "",
+        "transformers/test_models.py::test_values_that_change_are_the_layers_from_the_next_call_on",
     ),
     Mutant(
         "transformers: a gate is believed",

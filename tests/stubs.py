@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,14 @@ def fail_with(number: int) -> Any:
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+@contextmanager
+def changed(get: Callable[[], object], put: Callable[[object], object], value: object) -> Iterator[None]:
+    """A global setting of torch while something runs."""
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)

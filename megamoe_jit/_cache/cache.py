@@ -122,22 +122,20 @@ class KernelCache(EntryStore):
         """
         return find_info(prefix, (self,))[1]
 
-    def prune(
-        self, max_bytes: int | None = None, older_than_s: float | None = None, keep_current: bool = True
-    ) -> PruneReport:
+    def prune(self, max_bytes: int | None = None, older_than_s: float | None = None) -> PruneReport:
         """Remove what was not used for long, and what is beyond a size: least recently used first.
 
-        Entries used or made in the last ten minutes are kept.  Damaged entries in quarantine go too.
+        For the size, what other compilers and other versions of this package made goes before that.  Entries used or
+        made in the last ten minutes are kept.  Damaged entries in quarantine go too.
 
         Args:
             max_bytes: size to come down to; if neither limit is given, the cache's own.
             older_than_s: remove every entry that was not used for this long.
-            keep_current: for the size, take what other compilers and other versions of this package made first.
         """
         if max_bytes is None and older_than_s is None:
             max_bytes = self.max_bytes
         entries = self.entries()
-        current = _evict.current_builder() if keep_current else None
+        current = _evict.current_builder()
         doomed = _evict.to_remove(entries, max_bytes=max_bytes, older_than_s=older_than_s, current=current)
         report = self.remove(info.key for info in doomed)
         return replace(report, bytes=report.bytes + self._empty_quarantine())

@@ -14,7 +14,7 @@ from megamoe_jit._cli._io import ExitCode, emit, human_bytes, progress_line, say
 from megamoe_jit._cli._options import per_shape
 from megamoe_jit._documents import plain
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec.formats import FP8, WeightFormat
+from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents_nodes import NodesRow
@@ -75,20 +75,14 @@ def nodes_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_ways
 
 
-def shapes_of_a_node(
-    shapes: Mapping[str, MoEShape], nodes: int, ranks: int, weights: str = FP8.name
-) -> dict[str, MoEShape]:
+def shapes_of_a_node(shapes: Mapping[str, MoEShape], nodes: int, ranks: int) -> dict[str, MoEShape]:
     """What the kernels of a node are compiled for: its part of the routed experts, alone.
 
     Raises:
-        ConfigError: weights cannot be of this format, or the ranks of all nodes do not share the experts evenly; says
-            of which shape.
+        ConfigError: the ranks of all nodes do not share the experts evenly; says of which shape.
     """
     if nodes == 1:
         return dict(shapes)
-    from megamoe_jit._nodes.model import check_format
-
-    check_format(WeightFormat.parse(weights))
 
     def part(shape: MoEShape) -> MoEShape:
         if shape.experts % (nodes * ranks):

@@ -12,27 +12,11 @@ from megamoe_jit._cli._io import progress_line, show, table
 from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
-    from megamoe_jit._bench.documents import Bench, JudgedRow
+    from megamoe_jit._bench.documents import Bench
     from megamoe_jit._check.documents import Outcome, Verify
     from megamoe_jit.heuristics.presets import Preset
 
-__all__ = ["bench_document", "print_bench", "print_others", "print_verify", "rank_count", "run_ranks_option"]
-
-_HEADERS = (
-    "SHAPE",
-    "VARIANT",
-    "KERNEL",
-    "TOKENS",
-    "MEDIAN us",
-    "MIN",
-    "MAX",
-    "SUSTAINED us",
-    "ONE RANK us",
-    "x ONE RANK",
-    "UNFUSED us",
-    "TIMES FASTER",
-    "DIFF",
-)
+__all__ = ["bench_document", "print_others", "print_verify", "rank_count", "run_ranks_option"]
 
 run_ranks_option = click.option(
     "--ranks",
@@ -91,30 +75,6 @@ def print_verify(doc: Verify, ranks: int) -> None:
     late = f", each up to {doc.skew_us} us late for each launch" if doc.skew_us else ""
     show(f"{ranks} ranks, {doc.rounds} round{'s' if doc.rounds > 1 else ''} of each scenario and variant{late}")
     show(table(("FAMILY", "SCENARIOS", "RUN", "PASSED", "FAILED", "WORST DIFF", "WORST ROW"), rows))
-
-
-def _cells(row: JudgedRow) -> tuple[str, ...]:
-    def figure(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    times = (figure(time, 1) for time in (row.median_us, row.min_us, row.max_us, row.sustained_us, row.one_rank_us))
-    return (
-        row.shape,
-        row.variant,
-        row.kernel,
-        str(row.tokens),
-        *times,
-        figure(row.vs_one_rank, 3),
-        figure(row.baseline_us, 1),
-        figure(row.baseline_speedup, 2),
-        f"{row.diff:.1e}" if row.correct else "WRONG",
-    )
-
-
-def print_bench(doc: Bench) -> None:
-    """The document as tables."""
-    show(table(_HEADERS, [_cells(row) for row in doc.rows], left=(0, 1, 2)))
-    print_others(doc)
 
 
 def print_others(doc: Bench) -> None:

@@ -21,7 +21,7 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._nodes import bench_nodes, nodes_options, refuse_with_nodes
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
-from megamoe_jit._cli._ranks import bench_document, print_bench, print_others, rank_count, run_ranks_option
+from megamoe_jit._cli._ranks import bench_document, print_others, rank_count, run_ranks_option
 from megamoe_jit._documents import plain
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.variants import VARIANT_CHOICES
@@ -62,6 +62,16 @@ COLUMNS: Columns = {
     "WEIGHTS TB/s": figure("weights_tb_s", 2),
     "% OF LIMIT": figure("limit_share", 0, 100),
     "DIFF": lambda row: f"{row.diff:.1e}" if row.correct else "WRONG",
+}
+#: The same for several GPUs.
+COLUMNS_OF_RANKS: Columns = {
+    **{name: COLUMNS[name] for name in ("SHAPE", "VARIANT", "KERNEL", "TOKENS", "MEDIAN us", "MIN", "MAX")},
+    "SUSTAINED us": figure("sustained_us", 1),
+    "ONE RANK us": figure("one_rank_us", 1),
+    "x ONE RANK": figure("vs_one_rank", 3),
+    "UNFUSED us": figure("baseline_us", 1),
+    "TIMES FASTER": figure("baseline_speedup", 2),
+    "DIFF": COLUMNS["DIFF"],
 }
 
 
@@ -181,11 +191,10 @@ def _print(doc: Bench, as_json: bool, columns: Columns, lines: Sequence[str]) ->
         emit(doc)
         return
     if doc.environment.get("ranks", 1) > 1:
-        print_bench(doc)
-    else:
-        cells = [[cell(row) for cell in columns.values()] for row in doc.rows]
-        show(table(list(columns), cells, left=(0, 1, 2)))
-        print_others(doc)
+        columns = COLUMNS_OF_RANKS
+    cells = [[cell(row) for cell in columns.values()] for row in doc.rows]
+    show(table(list(columns), cells, left=(0, 1, 2)))
+    print_others(doc)
     _print_card(doc.anchors)
     for line in lines:
         show(line)

@@ -96,7 +96,7 @@ def warmup(
     kernels_dir()  # one that is wrong is no failure of each kernel
     if force and settings.disable_jit:
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
-    wanted = shapes_of_a_node(shapes, nodes, ranks, weights)
+    wanted = shapes_of_a_node(shapes, nodes, ranks)
     specs = kernel_specs(wanted, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs, weights)
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from megamoe_jit._documents import Count, Figure, Says
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._nodes.model import check_format, cost, rows_per_token
+from megamoe_jit._nodes.model import cost, rows_per_token
 from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, MoEShape, WeightFormat
 
 __all__ = ["Between", "Ways", "between"]
@@ -79,10 +79,8 @@ def between(
         weights: the format of the weights.
 
     Raises:
-        ConfigError: the ranks do not share the experts evenly, a launch would have more rows than there can be, or
-            weights cannot be of this format.
+        ConfigError: the ranks do not share the experts evenly, or a launch would have more rows than there can be.
     """
-    check_format(weights)
     nodes, everyone = ways.nodes, ways.nodes * ranks
     if shape.experts % everyone:
         raise ConfigError(f"{shape.experts} experts on {nodes} nodes of {ranks} ranks; allowed: evenly")
@@ -90,7 +88,7 @@ def between(
         shape = shape.routed  # those are run apart
     found = cost(
         shape, nodes, ranks, tokens,
-        exchange=ways.exchange, chunks=ways.chunks, partial_bytes=BYTES[ways.partial],
+        exchange=ways.exchange, chunks=ways.chunks, partial_bytes=BYTES[ways.partial], weights=weights,
     )  # fmt: skip
     step = -(-tokens // found.chunks)
     most = nodes * step

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 E8M0_BIAS = 127
-GROUP_BYTES = MXFP4.group // 2  #: of codes
+GROUP_BYTES = MXFP4.code_bytes(1, MXFP4.group)  #: of codes
 _NEVER = 1000  #: what a group of zeros asks for bounds nothing
 
 

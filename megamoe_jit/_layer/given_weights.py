@@ -115,9 +115,9 @@ def _check_matrix(name: str, given: WeightTensors, weights: WeightFormat) -> Non
     if codes.ndim not in (2, 3):
         raise ConfigError(f"{name} weights have shape {tuple(codes.shape)}; allowed: [experts, N, K] or one [N, K]")
     *lead, n, stored = codes.shape
-    k = stored * 8 // weights.bits
+    k = weights.depth_of(stored)
     if n == 0 or n % BLOCK or k == 0 or k % BLOCK:
-        packed = f", which is {BLOCK * weights.bits // 8} bytes of {weights.name}" if weights.bits < 8 else ""
+        packed = f", which is {weights.code_bytes(1, BLOCK)} bytes of {weights.name}" if weights.bits < 8 else ""
         given_shape = f"{name} weights have shape {tuple(codes.shape)}"
         raise ConfigError(f"{given_shape}; allowed: N and K multiples of 128{packed}")
     names = [part.name for part in weights.parts(n, k) if part.name != "codes"]
@@ -170,7 +170,7 @@ def check_pairs(l1: WeightTensors, l2: WeightTensors, *, ordered: bool | None = 
             raise ConfigError(f"{name}: {len(given)} tensors given; allowed: {allowed}, for {weights.name}")
         _check_matrix(name, given, weights)
     *lead, rows, stored = l1[0].shape
-    hidden = stored * 8 // weights.bits
+    hidden = weights.depth_of(stored)
     if rows % (2 * BLOCK):
         raise ConfigError(f"l1 weights have {rows} rows; allowed: 2 x intermediate, a multiple of 256")
     expected = (*lead, *weights.code_shape(hidden, rows // 2))

@@ -59,6 +59,7 @@ class KernelSet:
     def __init__(self, place: Place, group: object, other_memory: Callable[[], None]) -> None:
         self._place, self._group, self._other_memory = place, group, other_memory
         self.bound: dict[_Kind, BoundKernel] = {}
+        self._prepared: set[tuple[Numerics, Inputs, WeightFormat]] = set()
         self._plans: dict[_Call, CallPlan] = {}
         self._planned_with: Settings | None = None
         self.expanded: ExpandedWeights | None = None  #: once a kernel needs it
@@ -68,10 +69,9 @@ class KernelSet:
         options: Any = {"numerics": numerics, "weights": weights, "inputs": inputs}
         return KernelSpec(self._place.shape, variant, self._place.ranks, **options)
 
-    def is_prepared(self, numerics: Numerics | None, inputs: Inputs, weights: WeightFormat) -> bool:
+    def is_prepared(self, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> bool:
         """Whether the kernels of several ranks were prepared, which they are together."""
-        readers = Variant.reading(weights)
-        return numerics is not None and bool(readers) and (readers[0], numerics, inputs, weights) in self.bound
+        return (numerics, inputs, weights) in self._prepared
 
     def prepare(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> BoundKernel:
         """The kernel, loaded and bound; with several ranks a collective at first, see `SymmBuffer.prepare`."""
@@ -92,6 +92,7 @@ class KernelSet:
                 }
                 require_equal(self._group, "their kernels", keys)
             self.bound.update(made)
+            self._prepared.update(kind[1:] for kind in made)
             kernel = made[variant, numerics, inputs, weights]
         if variant.expands:
             self._expand(kernel)
@@ -194,5 +195,6 @@ class KernelSet:
     def clear(self) -> None:
         """Let go of everything."""
         self.bound.clear()
+        self._prepared.clear()
         self._plans.clear()
         self.expanded = None

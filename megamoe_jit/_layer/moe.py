@@ -136,7 +136,7 @@ class MegaMoE(ModuleState):
         self._spread = topology is not None
         wanted = shape, max_tokens, device, workspace  # refused before weights are quantised
         spread = None if topology is None else require_topology(topology)
-        self._lease = _workspaces.lease(*wanted) if spread is None else spread.lease(*wanted, stored)
+        self._lease = _workspaces.lease(*wanted) if spread is None else spread.lease(*wanted)
         self._workspace = self._lease.name
         try:
             with torch.inference_mode(False), torch.no_grad():  # experts made in it could not be exchanged outside

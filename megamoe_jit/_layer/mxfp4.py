@@ -43,7 +43,7 @@ __all__ = [
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  #: of codes 0 to 7; eight more is the negative
 OFFSET = 16  #: of the kernel's exponent of a group that has its block's
-BLOCK_BYTES = BLOCK // 2  #: codes of a row of a k-block
+BLOCK_BYTES = MXFP4.code_bytes(1, BLOCK)  #: codes of a row of a k-block
 BLOCK_GROUPS = BLOCK // MXFP4.group  #: exponents of it
 #: m64 n, warp, row and row + 8, lane / 4 | half, k32 of it, 16 columns of that, lane % 4, bytes
 _ROWS, _BYTES = (-1, 4, 2, 8), (2, 2, 2, 4, 2)

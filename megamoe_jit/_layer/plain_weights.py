@@ -91,7 +91,7 @@ def check_layer(
     gate_up, down = check_matrix("w13", w13, 3), check_matrix("w2", w2, 3)
     stored = check_format("w2", w2, format_given("w13", w13))
     experts, rows, width = gate_up.shape
-    hidden = width * 8 // stored.bits
+    hidden = stored.depth_of(width)
     if rows % 2:
         raise ConfigError(f"w13 has {rows} rows; allowed: gate rows and as many up rows")
     second = (experts, *stored.code_shape(hidden, rows // 2))
@@ -209,7 +209,7 @@ def _read(name: str, weights: torch.Tensor | WeightTensors, device: torch.device
     if inplace:
         check_tensor(f"{name} codes", codes, codes.dtype, codes.shape, device)
     experts, rows, width = codes.shape
-    part = stored.parts(rows, width * 8 // stored.bits)[1]
+    part = stored.parts(rows, stored.depth_of(width))[1]
     shape, what = (experts, *part.shape), f"{name} {part.name}"
     if stored.group:
         check_exponents(what, factors)

@@ -103,7 +103,7 @@ def _plan(
         scales = given[2] if inplace else given[2].clone(memory_format=torch.contiguous_format)
     else:
         *lead, rows, stored = given[0].shape
-        shape = (*lead, *weights.scale_shape(rows, stored * 8 // weights.bits))
+        shape = (*lead, *weights.scale_shape(rows, weights.depth_of(stored)))
         scales = torch.ones(shape, dtype=weights.scale_dtype, device=codes.device)
     found = block_bounds([(codes[e], e8m0[e]) for e in chosen], NORMAL) if chosen else None
     if found is not None and not rounded:

@@ -13,7 +13,7 @@ import torch
 from megamoe_jit._device.capture import is_capturing, refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_expert_ids, check_tensor
-from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.raw_inputs import RawInputs, check_rows
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
@@ -22,8 +22,9 @@ from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.lanes import Dispatched
 from megamoe_jit._nodes.memory import MultiNodeMemory
 from megamoe_jit._nodes.overlap import overlapped
+from megamoe_jit._nodes.watch import RailLost
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import check_clamp
+from megamoe_jit._spec import FP8, WeightFormat, check_clamp
 from megamoe_jit._text import first_line
 
 __all__ = ["MultiNodeBuffer"]
@@ -80,24 +81,28 @@ class MultiNodeBuffer(MultiNodeMemory):
         launch_stage(raw, Outputs(*self._staged.tensors), rows)
         return raw.tokens
 
-    def prepare(self, fast_math: bool = True) -> None:
+    def prepare(self, fast_math: bool = True, *, weight_format: str = FP8.name) -> None:
         """Compile, load and bind every kernel, and connect the nodes: before a graph is captured; a collective.
 
         Args:
             fast_math: of the calls to come.
+            weight_format: of their weights: "fp8", "mxfp4" or "fp8e5m2".
 
         Raises:
             MegaMoeError: as `SymmBuffer.prepare`; on every rank.
         """
+        weights = WeightFormat.parse(weight_format)
         self.require_usable()
-        if fast_math in self._prepared:
+        if (fast_math, weights) in self._prepared:
             return
         refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
         for experts in self._all_experts():
-            collectively(self.topology.group, "preparing the kernels", partial_call(experts.prepare, fast_math))
+            collectively(
+                self.topology.group, "preparing the kernels", partial_call(experts.prepare, fast_math, weights)
+            )
         if not self._alone:
             self.choices.connect(self.device)
-        self._prepared.add(fast_math)
+        self._prepared.add((fast_math, weights))
 
     def dispatch(self, tokens: int, padded_tokens: int | None = None) -> Dispatched:
         """Bring the rows that are staged to the nodes that have their experts, on the current stream.
@@ -141,8 +146,9 @@ class MultiNodeBuffer(MultiNodeMemory):
             MegaMoeError: as `fp8_mega_moe`.
         """
         self.require_usable()
-        self.prepare(fast_math)
-        options = CallOptions(check_clamp("activation_clamp", activation_clamp), fast_math, variant, num_sms)
+        stored = format_of_call(l1)
+        self.prepare(fast_math, weight_format=stored.name)
+        options = CallOptions(check_clamp("activation_clamp", activation_clamp), fast_math, variant, num_sms, stored)
         variant = self._experts.variant_for(len(dispatched.arrived.batch.rows), options)
         self._compute(dispatched, l1, l2, replace(options, variant=variant))
 
@@ -175,7 +181,7 @@ class MultiNodeBuffer(MultiNodeMemory):
     ) -> None:
         tokens = y.shape[0]
         rows = self._admit_rows(tokens, padded_tokens)
-        if options.fast_math not in self._prepared:
+        if (options.fast_math, options.weights) not in self._prepared:
 
             def admit() -> None:
                 check_tensor("y", y, torch.bfloat16, (tokens, self.hidden), self.device)
@@ -183,7 +189,7 @@ class MultiNodeBuffer(MultiNodeMemory):
 
             refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
             collectively(self.topology.group, "checking the arguments of the first call", admit)
-            self.prepare(options.fast_math)
+            self.prepare(options.fast_math, weight_format=options.weights.name)
         if self._alone:
             self._begin(tokens, tokens)
             batch = Batch(self._staged[:tokens], tokens)
@@ -272,5 +278,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         except RuntimeError as error:
             if any(experts.has_fault() for experts in self._all_experts()):
                 self.check()  # a kernel gave up before, and says why
+            if isinstance(error, RailLost):
+                raise self._lost(str(error), error.missing) from error
             said = re.sub(r"^\[[^\]]*\] *", "", first_line(error))  # without the place in the sources of a library
             raise self._lost(f"{what} did not get through: {said}") from error

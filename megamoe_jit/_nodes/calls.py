@@ -13,7 +13,7 @@ from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.calls import place_of
 from megamoe_jit._layer.checks import check_tensor
-from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
@@ -25,7 +25,7 @@ from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.model import chunks_for
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import MoEShape, check_clamp, check_flag, check_int
+from megamoe_jit._spec import FP8, MoEShape, check_clamp, check_flag, check_int
 from megamoe_jit._spec.checks import check
 from megamoe_jit._text import shown
 
@@ -184,5 +184,10 @@ def fp8_mega_moe_multinode(
     check_flag("fast_math", fast_math)
     if num_sms is not None:
         check(type(num_sms) is int and num_sms > 0, "num_sms", shown(num_sms), "1 to the SMs of the GPU")
-    options = CallOptions(check_clamp("activation_clamp", activation_clamp), fast_math, variant, num_sms)
+    clamp = check_clamp("activation_clamp", activation_clamp)
+    try:
+        stored = format_of_call(l1)
+    except ConfigError:
+        stored = FP8  # refused with the weights, on all ranks
+    options = CallOptions(clamp, fast_math, variant, num_sms, stored)
     buffer.run(y, l1, l2, padded_tokens, options)

@@ -1,7 +1,8 @@
 """`DeepEpExchange`: rows by DeepEP's `ElasticBuffer` (version 2) to the ranks that have their experts.
 
-Written against its published interface, and tried with a stand-in for it alone. DeepEP sends a row once to each rank
-that needs it, with the numbers of that rank's experts, and sums what ranks give for a token in an order of its own.
+Written against its published interface, whose own class takes what is asked here; it has not run. DeepEP sends a row
+once to each rank that needs it, with the numbers of that rank's experts, and sums what ranks give for a token in an
+order of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 
-__all__ = ["DeepEpExchange"]
+__all__ = ["TESTED", "DeepEpExchange"]
+
+TESTED = ("0.1.2.post1",)  #: releases of sgl-deep-ep, DeepEP 2 as SGLang builds it, whose classes take these calls
 
 
 class DeepEpExchange:

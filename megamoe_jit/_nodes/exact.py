@@ -1,8 +1,14 @@
-"""The exact form: a row goes to the nodes that have experts for it, once to each. The host waits for the counts."""
+"""The exact form: a row goes to the nodes that have experts for it, once to each. The host waits for the counts.
+
+What the host enqueues after that wait, nothing hides: so all that does not need the counts comes before, and what does
+is few launches.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -17,7 +23,8 @@ __all__ = ["ExactExchange"]
 class _Sent:
     """What went where."""
 
-    places: torch.Tensor  #: int64 ``[sent]``: node * tokens + token of each row that was sent, ascending
+    wanted: torch.Tensor  #: bool ``[nodes * tokens]``: whether the node has experts for the token
+    so_far: torch.Tensor  #: int64 ``[nodes * tokens]``: how many of them up to here
     leaving: list[int]  #: rows to each node
     arriving: list[int]  #: rows from each node
 
@@ -29,41 +36,53 @@ class ExactExchange(AlongRails):
     capturable = False
 
     def dispatch(self, batch: Batch, into: Rows, first_expert: int, experts: int) -> Arrived:
+        mine = [_words(tensor) for tensor in batch.rows[: batch.tokens].tensors]
+        widths = [words.shape[1] for words in mine]
+        every_row = torch.cat(mine, dim=1)
         sent, tokens = self._sent(batch, experts)
         rows = sum(sent.arriving)
-        mine = [_words(tensor)[tokens] for tensor in batch.rows.tensors]
+        unpacked = every_row.new_empty(rows, every_row.shape[1])
+        self.rail.swap(unpacked, every_row.index_select(0, tokens), sent.arriving, sent.leaving)
         arriving = into[:rows]
         theirs = [_words(tensor) for tensor in arriving.tensors]
-        widths = [words.shape[1] for words in mine]
-        packed = torch.cat(mine, dim=1)
-        unpacked = packed.new_empty(rows, sum(widths))
-        self.rail.swap(unpacked, packed, sent.arriving, sent.leaving)
-        for words, part in zip(theirs, torch.split(unpacked, widths, dim=1), strict=True):
-            words.copy_(part)
+        torch._foreach_copy_(theirs, torch.split(unpacked, widths, dim=1))
         if first_expert:
             arriving.topk_idx.sub_(first_expert)
         return Arrived(rows, None, batch, sent)
 
     def _sent(self, batch: Batch, experts: int) -> tuple[_Sent, torch.Tensor]:
         """What goes where, agreed with the other nodes, and the tokens that are sent, in the order of packing."""
-        nodes, ids = self.rail.nodes, batch.rows.topk_idx[: batch.tokens]
-        real = (ids >= 0) & (ids < nodes * experts)
-        node = torch.where(real, torch.div(ids, experts, rounding_mode="floor"), -1)
-        wanted = torch.stack([(node == other).any(dim=1) for other in range(nodes)])
-        counts = self.rail.counts(wanted.sum(dim=1))
-        places = wanted.view(-1).nonzero().view(-1)
-        here = self.rail.node
-        sent = _Sent(places, counts[here], [theirs[here] for theirs in counts])
-        return sent, places % max(1, batch.tokens)
+        nodes, here, tokens = self.rail.nodes, self.rail.node, batch.tokens
+        ids = batch.rows.topk_idx[:tokens]
+        node = torch.div(ids, experts, rounding_mode="floor")  # no node's number where it is no expert's
+        every_node = _numbers(0, nodes, ids.device)[:, None, None]
+        wanted = (node == every_node).any(dim=2).view(-1)
+        so_far = wanted.cumsum(0)
+        until = so_far[tokens - 1 :: tokens].contiguous() if tokens else so_far.new_zeros(nodes)
+        # of the first row that is sent, the second and so on; past the last one whatever
+        token = torch.searchsorted(so_far, _numbers(1, nodes * tokens, ids.device)) % max(1, tokens)
+        counts = [[b - a for a, b in pairwise((0, *theirs))] for theirs in self.rail.counts(until)]
+        sent = _Sent(wanted, so_far, counts[here], [theirs[here] for theirs in counts])
+        return sent, token[: sum(sent.leaving)]
 
     def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:
-        sent, tokens = arrived.state, arrived.batch.tokens
-        back = partial.new_empty(len(sent.places), partial.shape[1])
-        self.rail.swap(back, partial, sent.leaving, sent.arriving)
-        # zeros where nothing was sent, as a node gives them for tokens that are not for it
-        spread = partial.new_zeros(self.rail.nodes * tokens, partial.shape[1])
-        spread[sent.places] = back
-        sum_nodes(spread.view(self.rail.nodes, tokens, partial.shape[1]), y)
+        sent, tokens, hidden = arrived.state, arrived.batch.tokens, partial.shape[1]
+        rows = sum(sent.leaving)
+        back = partial.new_empty(rows + 1, hidden)
+        self.rail.swap(back[:rows], partial, sent.leaving, sent.arriving)
+        back[rows].zero_()  # where nothing was sent, as a node gives them for tokens that are not for it
+        every_place = back[torch.where(sent.wanted, sent.so_far - 1, rows)]
+        sum_nodes(every_place.view(self.rail.nodes, tokens, hidden), y)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(first: int, count: int, device: torch.device) -> torch.Tensor:
+    """int64 ``[count]``: the first, the next, and so on; nobody writes there."""
+    with torch.inference_mode(False):
+        made = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams read it too
+    return made
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,12 +12,11 @@ from megamoe_jit._device.wait import wait_for_device
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_weights
-from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
+from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._layer.local_experts import mask_rows
 from megamoe_jit._nodes.exchange import Arrived, Rows
-from megamoe_jit._nodes.model import check_format
-from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, Variant
+from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import all_variants
 
@@ -33,12 +32,14 @@ class CallOptions:
         fast_math: as of `fp8_mega_moe`.
         variant: the name of one, or None for that of the rule.
         num_sms: blocks of the launch, None for all SMs.
+        weights: the format of the weights.
     """
 
     clamp: float
     fast_math: bool = True
     variant: str | None = None
     num_sms: int | None = None
+    weights: WeightFormat = FP8
 
 
 class Experts:
@@ -72,28 +73,21 @@ class Experts:
 
     def check_call(self, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
         """Raise `ConfigError` unless such a call can be launched."""
-        check_format(format_of_call(l1))
-        choice, _ = self.buffer.kernels.choose(rows, options.variant, options.num_sms)
-        spec = self.buffer.spec(choice.variant, self.numerics(options.fast_math))
+        choice, _ = self.buffer.kernels.choose(rows, options.variant, options.num_sms, options.weights)
+        spec = self.buffer.spec(choice.variant, self.numerics(options.fast_math), options.weights)
         check_weights(l1, l2, spec, self.buffer.device)
 
-    def prepare(self, fast_math: bool) -> None:
-        """Compile, load and bind its kernels; a collective of the ranks that it spans, at first."""
-        for variant in self._variants():
-            self.buffer.prepare(variant, self.numerics(fast_math))
-
-    def is_prepared(self, fast_math: bool) -> bool:
-        """Whether a call needs nothing of that any more."""
-        bound = {(variant, numerics) for variant, numerics, _, stored in self.buffer.kernels.bound if stored is FP8}
-        return all((variant, self.numerics(fast_math)) in bound for variant in self._variants())
-
-    def _variants(self) -> tuple[Variant, ...]:
-        return all_variants(self.buffer.shape, FP8, ranks=self.buffer.ranks)
+    def prepare(self, fast_math: bool, weights: WeightFormat = FP8) -> None:
+        """Compile, load and bind its kernels of a format; a collective of the ranks that it spans, at first."""
+        limits = {"ranks": self.buffer.ranks, "most": self.buffer.num_max_tokens_per_rank}
+        for variant in all_variants(self.buffer.shape, weights, **limits):
+            self.buffer.prepare(variant, self.numerics(fast_math), weight_format=weights.name)
 
     def variant_for(self, rows: int, options: CallOptions) -> str:
         """The variant of a call where each rank has so many rows, which all its launches then take."""
-        choice, _ = self.buffer.kernels.choose(min(rows, MAX_TOKENS), options.variant, None)
-        return str(choice.variant.value)
+        numerics = self.numerics(options.fast_math)
+        plan = self.buffer.plan(min(rows, MAX_TOKENS), options.variant, numerics, None, weights=options.weights)
+        return str(plan.choice.variant.value)
 
     def sms_beside(self, comm_ctas: int) -> int:
         """Blocks of a launch that leaves room for so many of another kernel."""
@@ -117,7 +111,7 @@ class Experts:
         if arrived.num_rows is not None:
             mask_rows(self.rows.topk_idx[: arrived.rows], arrived.num_rows)
         numerics = self.numerics(options.fast_math)
-        plan = self.buffer.plan(arrived.rows, options.variant, numerics, options.num_sms)
+        plan = self.buffer.plan(arrived.rows, options.variant, numerics, options.num_sms, weights=options.weights)
         self.buffer.launch(plan, partial, arrived.rows, l1, l2, None, options.clamp)
 
     def wait(self, give_up: Callable[[], str | None]) -> str | None:

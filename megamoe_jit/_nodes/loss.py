@@ -1,22 +1,16 @@
-"""A rank that is lost: noticing it while the device works, and saying which one it is."""
+"""The error of a call that a rank was lost in, which names who is missing."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
-import torch
-
 from megamoe_jit._errors import PeerTimeoutError
+from megamoe_jit._nodes.watch import UNASKED
 
 if TYPE_CHECKING:
-    from megamoe_jit._nodes.choice import Choices
     from megamoe_jit._nodes.ranks import NodeRanks
 
-__all__ = ["UNASKED", "Watch", "loss"]
-
-
-UNASKED: dict[int, str] = {}  #: stands for what nobody has found out yet
+__all__ = ["loss"]
 
 
 def loss(topology: NodeRanks, said: str, missing: dict[int, str] | None = UNASKED) -> PeerTimeoutError:
@@ -41,33 +35,3 @@ def loss(topology: NodeRanks, said: str, missing: dict[int, str] | None = UNASKE
         f"{here}: in call {topology.roll_call.calls} between nodes, {said} ({who}). "
         "This buffer is unusable, restart the processes"
     )
-
-
-class Watch:
-    """What is asked again and again while the device works: whether the rail is lost.
-
-    Args:
-        topology: whose ranks are called when it takes long.
-        choices: whose rail is asked.
-        device: that works.
-        timeout_s: after which the ranks are called; a device that is only busy goes on.
-    """
-
-    def __init__(self, topology: NodeRanks, choices: Choices, device: torch.device, timeout_s: float) -> None:
-        self._topology, self._choices, self._device, self._timeout_s = topology, choices, device, timeout_s
-        self._deadline = time.monotonic() + timeout_s
-        self.missing: dict[int, str] | None = UNASKED  #: who is, once that was asked
-
-    def __call__(self) -> str | None:
-        """What was noticed, None while all is well."""
-        said = self._choices.error(self._device)
-        if said is not None:
-            return f"NCCL reports {said}"
-        if time.monotonic() < self._deadline:
-            return None
-        found = self._topology.roll_call.missing()
-        if found == {}:
-            self._deadline = time.monotonic() + self._timeout_s
-            return None
-        self.missing = found
-        return f"nothing came for {self._timeout_s:g} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from functools import partial as partial_call
 from typing import Any, Self
 
 import torch
@@ -16,9 +17,10 @@ from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.experts import Experts
 from megamoe_jit._nodes.lanes import Lane, staging
-from megamoe_jit._nodes.loss import UNASKED, Watch, loss
+from megamoe_jit._nodes.loss import loss
 from megamoe_jit._nodes.ranks import NodeRanks
-from megamoe_jit._spec import MAX_TOKENS, MoEShape
+from megamoe_jit._nodes.watch import UNASKED, Watch
+from megamoe_jit._spec import MAX_TOKENS, MoEShape, WeightFormat
 
 __all__ = ["MultiNodeMemory"]
 
@@ -50,7 +52,7 @@ class MultiNodeMemory:
         self.lock = threading.RLock()
         self._destroyed = False
         self._broken: MegaMoeError | None = None
-        self._prepared: set[bool] = set()
+        self._prepared: set[tuple[bool, WeightFormat]] = set()
         self._stream: Any = None
         whole = choices.whole_node
         parts = topology.nodes if whole else topology.world_size
@@ -128,7 +130,8 @@ class MultiNodeMemory:
             return
         faults = any(experts.has_fault() for experts in self._all_experts())
         if not self._alone and not faults and not is_capturing():
-            watch = Watch(self.topology, self.choices, self.device, self.timeout_s)
+            error = partial_call(self.choices.error, self.device)
+            watch = Watch(self.topology.roll_call.missing, error, self.timeout_s)
             lost = self._experts.wait(watch)
             if lost is not None:
                 raise self._lost(lost, watch.missing)

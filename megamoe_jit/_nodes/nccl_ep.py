@@ -1,8 +1,8 @@
 """`NcclEpExchange`: rows by NCCL-EP (package nccl-extensions 0.1) to the ranks that have their experts.
 
-Written against the package, and tried with a stand-in for it alone. Of its layouts it is the flat one of the
-high-throughput algorithm: rows with the numbers of a rank's experts, as many as the device counts, straight into the
-buffer that the kernel reads.
+Written against the package, whose own classes take what is asked here; it has not run. Of its layouts it is the flat
+one of the high-throughput algorithm: rows with the numbers of a rank's experts, as many as the device counts, straight
+into the buffer that the kernel reads.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 from megamoe_jit._spec import BLOCK
 
-__all__ = ["NcclEpExchange"]
+__all__ = ["TESTED", "NcclEpExchange"]
 
+TESTED = ("0.1.0",)  #: releases of nccl-extensions whose classes take these calls
 ROW_ALIGN = 16  #: bytes: codes and scales of a row lie at multiples of it
 
 

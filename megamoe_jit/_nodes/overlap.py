@@ -28,12 +28,11 @@ def overlapped(
         stream: a `torch.cuda.Stream`; None on a CPU, where one thing follows the other.
     """
     if stream is None:
+        bring(0)
         for i in range(chunks):
-            if i == 0:
-                bring(0)
+            launch(i)
             if i + 1 < chunks:
                 bring(i + 1)
-            launch(i)
             finish(i)
         return
     main = torch.cuda.current_stream(stream.device)
@@ -51,10 +50,10 @@ def overlapped(
 
     begin(0)
     for i in range(chunks):
-        begin(i + 1)
         main.wait_event(brought[i])
         launch(i)
         computed[i].record(main)
+        begin(i + 1)  # after the launch: if the host waits for counts in it, the kernel is at work meanwhile
         with torch.cuda.stream(stream):
             stream.wait_event(computed[i])
             finish(i)

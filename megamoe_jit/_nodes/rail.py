@@ -7,12 +7,14 @@ bytes, so that no backend has to know a format.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+
+from megamoe_jit._nodes.watch import Watch, wait_until
 
 __all__ = ["AlongRails", "Rail", "TorchRail", "rail_options"]
 
@@ -42,7 +44,7 @@ class Rail(Protocol):
         """Rows of `given`, so many for each node (evenly without `leaving`), to the nodes; theirs into `output`."""
 
     def counts(self, mine: torch.Tensor) -> list[list[int]]:
-        """int64 ``[nodes]`` of every node, on the host: what node a has for node b is at ``[a][b]``."""
+        """int64 ``[nodes]`` of every node, on the host: what node a says of node b is at ``[a][b]``."""
 
 
 class TorchRail:
@@ -52,14 +54,23 @@ class TorchRail:
         group: the process group of the rail, None where there is one node.
         nodes, node: its ranks, and which one this is.
         timeout_s: after which it gives up.
+        missing: `RollCall.missing` of the ranks, asked when the host has waited so long.
 
     Attributes:
         captured: a CUDA graph has collectives of it.
     """
 
-    def __init__(self, group: Any, nodes: int, node: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        group: Any,
+        nodes: int,
+        node: int,
+        timeout_s: float,
+        missing: Callable[[], dict[int, str] | None] = lambda: None,
+    ) -> None:
         self.group, self.nodes, self.node, self.timeout_s = group, nodes, node, timeout_s
         self.captured = False
+        self._missing = missing
 
     def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         to, of = [_bytes(tensor) for tensor in outputs], [_bytes(tensor) for tensor in inputs]
@@ -72,16 +83,25 @@ class TorchRail:
         arriving: Sequence[int] | None = None,
         leaving: Sequence[int] | None = None,
     ) -> None:
-        import torch.distributed as dist
-
-        come, go = (None if rows is None else list(rows) for rows in (arriving, leaving))
-        dist.all_to_all_single(_bytes(output), _bytes(given), come, go, group=self.group)
+        come, go = ([] if rows is None else list(rows) for rows in (arriving, leaving))
+        self.group.alltoall_base(_bytes(output), _bytes(given), come, go).wait()
 
     def counts(self, mine: torch.Tensor) -> list[list[int]]:
         everyone = torch.empty(self.nodes * self.nodes, dtype=mine.dtype, device=mine.device)
-        self.gather([everyone], [mine])
-        listed: list[list[int]] = everyone.view(self.nodes, self.nodes).tolist()
+        self.group._allgather_base(everyone, mine).wait()
+        listed: list[list[int]] = self._on_host(everyone).view(self.nodes, self.nodes).tolist()
         return listed
+
+    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Its numbers, waited for no longer than ranks are there: a wait of CUDA's own has no end if one is lost."""
+        if tensor.device.type != "cuda":
+            return tensor
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        there.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        wait_until(copied.query, Watch(self._missing, lambda: self.error(tensor.device), self.timeout_s))
+        return there
 
     def error(self, device: torch.device) -> str | None:
         """What NCCL has noticed itself, such as a connection that is gone; None while it has nothing to say."""

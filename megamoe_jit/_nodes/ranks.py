@@ -75,7 +75,7 @@ class NodeRanks:
                 with rail_options(comm_ctas, timeout_s) as options:
                     rails = [self.rail_ranks(local) for local in range(self.ranks_per_node)]
                     group = self._new_groups(rails, timeout_s, "rail", options)
-            self._rails[key] = TorchRail(group, self.nodes, self.node, timeout_s)
+            self._rails[key] = TorchRail(group, self.nodes, self.node, timeout_s, self.roll_call.missing)
         return self._rails[key]  # type: ignore[no-any-return]
 
     def _new_groups(

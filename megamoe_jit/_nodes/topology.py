@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from megamoe_jit._nodes.model import check_format
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._nodes.serving import NodesLease, lease_of
-from megamoe_jit._spec import FP8, MoEShape, WeightFormat
+from megamoe_jit._spec import MoEShape
 
 __all__ = ["NodeTopology"]
 
@@ -44,14 +43,6 @@ class NodeTopology(NodeRanks):
         super().__init__(group, node_group, rail_group, ranks_per_node=ranks_per_node)
         self._shared: dict[Any, Any] = {}
 
-    def lease(
-        self,
-        shape: MoEShape,
-        max_tokens: int,
-        device: torch.device,
-        workspace: object,
-        weights: WeightFormat = FP8,
-    ) -> NodesLease:
-        """What a layer of a model takes of it: see `lease_of`; refuses one whose weights cannot be on several nodes."""
-        check_format(weights)
+    def lease(self, shape: MoEShape, max_tokens: int, device: torch.device, workspace: object) -> NodesLease:
+        """What a layer of a model takes of it: see `lease_of`."""
         return lease_of(self, self._shared, shape, max_tokens, device, workspace)

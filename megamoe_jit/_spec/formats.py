@@ -96,6 +96,10 @@ class WeightFormat:
         """Of the codes of a ``[rows, depth]`` matrix; a code type has 8 bits, and may hold several weights."""
         return rows, depth * self.bits // 8
 
+    def depth_of(self, width: int) -> int:
+        """Columns of a matrix whose codes have so many."""
+        return width * 8 // self.bits
+
     def scale_shape(self, rows: int, depth: int) -> tuple[int, int]:
         """Of its scales."""
         return rows // self.scale_block[0], depth // self.scale_block[1]

@@ -83,11 +83,13 @@ def target_of(weight_format: str, kind: Kind, lossy: bool) -> Target:
     chosen = weight_format if weight_format != "auto" else "mxfp4" if kind is Kind.MXFP4 else "fp8"
     if kind is Kind.FP8_CHANNEL and chosen != "bf16" and not lossy:
         raise ConfigError(
-            "experts have a scale for each row, which blocks of 128 x 128 cannot keep; allowed: lossy=True, which "
-            "quantises them once more, or another release of the model"
+            "experts have a scale for each row, which blocks of 128 x 128 cannot keep; allowed: lossy=True (--lossy), "
+            "which quantises them once more, or another release of the model"
         )
     if chosen == "mxfp4" and kind not in (Kind.MXFP4, Kind.VALUES) and not lossy:
-        raise ConfigError(f"experts are {kind}, of which MXFP4 keeps half the bits; allowed: lossy=True, or 'fp8'")
+        raise ConfigError(
+            f"experts are {kind}, of which MXFP4 keeps half the bits; allowed: lossy=True (--lossy), or 'fp8'"
+        )
     return TARGETS[chosen](lossy)
 
 

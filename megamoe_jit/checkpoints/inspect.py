@@ -19,6 +19,7 @@ from megamoe_jit.checkpoints.convert_weights import scales_of, target_of
 from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint, Spread
 from megamoe_jit.checkpoints.files import Entry, Files
 from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
+from megamoe_jit.checkpoints.ready import format_of_ready, sizes_of_ready
 from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, layer_of, model_of, shared_of
 from megamoe_jit.checkpoints.writing import nbytes
 
@@ -85,18 +86,18 @@ def _layers(files: Files, model: ModelNames, ranks: int, experts: int) -> Iterat
 
 def _ready(files: Files, model: ModelNames, number: int, ranks: int) -> CheckpointLayer:
     """A layer in the kernel's order."""
-    parts = model.layers[number].whole
-    entries: list[Entry] = [files.entry(name) for kinds in parts.values() for name in kinds.values()]
-    experts, rows, stored = files.entry(parts["w13"]["weight"]).shape
-    weights = MXFP4 if "exponents" in parts["w13"] else FP8
+    names = model.layers[number]
+    entries: list[Entry] = [files.entry(name) for kinds in names.whole.values() for name in kinds.values()]
+    experts, hidden, intermediate = sizes_of_ready(files, names)
     experts_of_rank(experts, 0, ranks)
     return CheckpointLayer(
         number,
         True,
-        kind=f"{weights.name}, in the kernel's order",
+        kind=f"{format_of_ready(names).name}, in the kernel's order",
         experts=experts,
-        hidden=stored * 8 // weights.bits,
-        intermediate=rows // 2,
+        hidden=hidden,
+        intermediate=intermediate,
+        **_shared(files, model, number, intermediate),
         bytes_per_rank=sum(nbytes(entry) for entry in entries) // ranks,
     )
 
@@ -105,7 +106,6 @@ def _layer(files: Files, model: ModelNames, number: int, ranks: int, experts: in
     stored = layer_of(files, model, number)
     stored.check()
     local = len(experts_of_rank(stored.experts, 0, ranks))
-    shared = shared_of(files, model, number)
     weights = MXFP4 if stored.kind is Kind.MXFP4 else FP8
     return CheckpointLayer(
         number,
@@ -114,11 +114,16 @@ def _layer(files: Files, model: ModelNames, number: int, ranks: int, experts: in
         experts=stored.experts,
         hidden=stored.hidden,
         intermediate=stored.intermediate,
-        shared=str(shared.kind) if shared else None,
-        shared_experts=shared.intermediate // stored.intermediate if shared else None,
+        **_shared(files, model, number, stored.intermediate),
         bytes_per_rank=local * _expert_bytes(weights, stored),
         spread=_spread(stored, min(experts, stored.experts)) if experts > 0 else None,
     )
+
+
+def _shared(files: Files, model: ModelNames, number: int, intermediate: int) -> dict[str, Any]:
+    """What is said of a layer's shared experts."""
+    found = shared_of(files, model, number)
+    return {} if found is None else {"shared": str(found.kind), "shared_experts": found.intermediate // intermediate}
 
 
 def _expert_bytes(weights: WeightFormat, stored: Stored) -> int:

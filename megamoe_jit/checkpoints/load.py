@@ -11,12 +11,13 @@ import torch
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.moe import MegaMoE
+from megamoe_jit._layer.weights import is_transformed
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE
-from megamoe_jit.checkpoints.ready import load_ready
+from megamoe_jit.checkpoints.ready import load_ready, sizes_of_ready
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, model_of, shared_of
 
 __all__ = ["Progress", "device_of", "layer_from_checkpoint", "load_experts", "load_shared_experts"]
@@ -156,10 +157,14 @@ def load_shared_experts(
     shared = shared_of(files, model, layer)
     if shared is None:
         return None
-    routed = layer_of(files, model, layer)
-    count, rest = divmod(shared.intermediate, routed.intermediate)
-    if rest or shared.hidden != routed.hidden:
-        sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {routed.hidden} and {routed.intermediate}"
+    if model.scheme == MEGAMOE:
+        _, hidden, intermediate = sizes_of_ready(files, model.layers[layer])
+    else:
+        routed = layer_of(files, model, layer)
+        hidden, intermediate = routed.hidden, routed.intermediate
+    count, rest = divmod(shared.intermediate, intermediate)
+    if rest or shared.hidden != hidden:
+        sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {hidden} and {intermediate}"
         raise ConfigError(f"sizes of the shared expert of layer {layer} are {sizes}; allowed: a multiple in width")
     target = target_of(weight_format, shared.kind, lossy)
     w13, w2 = read_experts(shared, range(1), target, place)
@@ -215,16 +220,21 @@ def layer_from_checkpoint(
     w13, w2 = load_experts(path, layer, **how, progress=progress)
     shared = load_shared_experts(path, layer, **how) if shared_experts else None
     if shared is not None:
-        _check_one_format(w13, shared[0], layer)
+        _check_fit((w13, w2), shared, layer)
         options |= {"shared_w13": shared[0], "shared_w2": shared[1]}
     bound: Any = clamp_of(config) if clamp == "auto" else clamp
     keep = shared is None and not isinstance(w13, torch.Tensor)
     return MegaMoE(w13, w2, topk=slots, max_tokens=max_tokens, clamp=bound, inplace=keep, **options)
 
 
-def _check_one_format(routed: Any, shared: Any, layer: int) -> None:
-    """Raise where routed and shared experts are not in one format, as DeepSeek-V4's are not in its files."""
-    if routed[0].dtype is not shared[0].dtype:
-        given = f"routed experts of layer {layer} are {routed[0].dtype}, its shared one {shared[0].dtype}"
-        allowed = "weight_format='fp8', which keeps all values, or shared_experts=False and that one beside the layer"
+def _check_fit(routed: tuple[Any, Any], shared: Any, layer: int) -> None:
+    """Raise where routed and shared experts are not in one format, as DeepSeek-V4's are not in its files, or order."""
+    (w13, w2), codes = routed, shared[0][0]
+    beside = "shared_experts=False and that one beside the layer"
+    if not isinstance(w13, torch.Tensor) and is_transformed(w13, w2):
+        given = f"routed experts of layer {layer} are in the kernel's order by themselves"
+        raise ConfigError(f"{given}; allowed: {beside}, or the checkpoint that this one was made of")
+    if w13[0].dtype is not codes.dtype:
+        given = f"routed experts of layer {layer} are {w13[0].dtype}, its shared one {codes.dtype}"
+        allowed = f"weight_format='fp8', which keeps all values, or {beside}"
         raise ConfigError(f"{given}, and a layer has one format; allowed: {allowed}")

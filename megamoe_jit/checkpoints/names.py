@@ -138,8 +138,9 @@ def _take(name: str, found: dict[tuple[str, str], dict[int, LayerNames]]) -> Non
             layer = _layer(found, scheme.name, match)
             parts = layer.shared if expert is None else layer.experts.setdefault(int(expert), {})
             parts.setdefault(part, {})["scale" if match["kind"] in _SCALES else match["kind"]] = name
-            if expert is None and scheme.block == "mlp":  # beside experts in one tensor, too
-                _layer(found, FUSED, match).shared = parts
+            if expert is None:  # beside experts in one tensor, too
+                for whole in (FUSED, MEGAMOE) if scheme.block == "mlp" else (MEGAMOE,):
+                    _layer(found, whole, match).shared = parts
     elif match := _WHOLE.fullmatch(name):
         scheme_name = MEGAMOE if match["part"] in ("w13", "w2") else FUSED
         word = match["kind"].lstrip("_")

@@ -12,13 +12,24 @@ from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.marks import check_metadata
 from megamoe_jit._layer.weights import mark_transformed
-from megamoe_jit._spec.formats import FP8, MXFP4
+from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.files import Files
-from megamoe_jit.checkpoints.names import ModelNames
+from megamoe_jit.checkpoints.names import LayerNames, ModelNames
 from megamoe_jit.checkpoints.stored import experts_of_rank
 
-__all__ = ["load_ready"]
+__all__ = ["format_of_ready", "load_ready", "sizes_of_ready"]
+
+
+def format_of_ready(names: LayerNames) -> WeightFormat:
+    """The format of a layer's experts."""
+    return MXFP4 if "exponents" in names.whole.get("w13", {}) else FP8
+
+
+def sizes_of_ready(files: Files, names: LayerNames) -> tuple[int, int, int]:
+    """Experts, hidden and intermediate size of a layer."""
+    experts, rows, stored = files.entry(names.whole["w13"]["weight"]).shape
+    return experts, format_of_ready(names).depth_of(stored), rows // 2
 
 
 def load_ready(
@@ -34,9 +45,9 @@ def load_ready(
     if names is None:
         raise ConfigError(f"layer {shown(layer)} has no experts in this checkpoint; allowed: {sorted(model.layers)}")
     matrices = []
+    weights = format_of_ready(names)
     for part in ("w13", "w2"):
         kinds = names.whole.get(part, {})
-        weights = MXFP4 if "exponents" in kinds else FP8
         wanted = ("weight", "exponents", "scale") if weights.group else ("weight", "scale")
         if set(kinds) != set(wanted):
             raise CheckpointError(f"layer {layer}: {part} and what belongs to it are not there")

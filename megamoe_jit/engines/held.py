@@ -51,7 +51,7 @@ class HeldExperts:
         if codes.ndim != 3:
             raise ConfigError(f"w13 has shape {tuple(codes.shape)}; allowed: [experts, 2 * intermediate, hidden]")
         self.experts, rows, stored = codes.shape
-        self.hidden, self.intermediate = stored * 8 // self.weights.bits, rows // 2
+        self.hidden, self.intermediate = self.weights.depth_of(stored), rows // 2
         MoEShape(self.hidden, self.intermediate, self.experts, 1)  # raises where there is no kernel of these sizes
         for name, given in (("w13", self.l1), ("w2", self.l2)):
             check_tensor(f"{name} codes", given[0], given[0].dtype, given[0].shape, codes.device)

@@ -94,12 +94,20 @@ def packed_specs() -> dict[str, KernelSpec]:
     }
 
 
+def two_rank_specs() -> dict[str, KernelSpec]:
+    """Each preset with packed weights over two ranks: these need fewer GPUs than its FP8 weights."""
+    return {
+        f"mxfp4-{name}-two-{variant.value}": KernelSpec(preset(name).shape, variant, 2, weights=MXFP4)
+        for name, variant in itertools.product(preset_names(), READING[MXFP4.name])
+    }
+
+
 def replace_weights(spec: KernelSpec, variant: Variant) -> KernelSpec:
     """The same with packed weights."""
     return KernelSpec(spec.shape, variant, spec.ranks, numerics=spec.numerics, weights=MXFP4, inputs=spec.inputs)
 
 
-SPECS = {**preset_specs(), **other_specs(), **raw_specs(), **shared_specs(), **packed_specs()}
+SPECS = {**preset_specs(), **other_specs(), **raw_specs(), **shared_specs(), **packed_specs(), **two_rank_specs()}
 OFTEN = often(SPECS)
 
 
@@ -126,6 +134,8 @@ def test_every_pair_that_is_usual_is_compiled_at_every_run():
     layers = {(e.shape.hidden, e.shape.intermediate, e.shape.topk) for e in map(preset, preset_names())}
     for layer, variant in itertools.product(layers, ALWAYS):
         assert (("layer", layer), ("variant", (variant, FP8.name))) in compiled
+    for variant in READING[MXFP4.name]:
+        assert (("ranks", 2), ("variant", (variant, MXFP4.name))) in compiled
 
 
 @pytest.mark.parametrize("form", list(StageFormat))

@@ -63,9 +63,14 @@ class Place:
     def columns(self, pairs: Pairs) -> Pairs:
         """This rank's columns of experts that are as many times as wide as there are ranks."""
         ranks, rank = self.world.ranks, self.world.rank
-        gate_up = (torch.stack(each.chunk(2, 1), 1) for each in pairs[0])
-        l1 = tuple(each.chunk(ranks, 2)[rank].flatten(1, 2).contiguous() for each in gate_up)
-        return l1, tuple(each.chunk(ranks, 2)[rank].contiguous() for each in pairs[1])
+
+        def part(each: torch.Tensor) -> torch.Tensor:
+            """Of the columns of gate and up, or of rows that are summed over; as bytes, which torch copies anywhere."""
+            raw = each.view(torch.uint8) if each.itemsize == 1 else each
+            return raw.chunk(ranks, 2)[rank].contiguous().view(each.dtype)
+
+        l1 = tuple(part(each.unflatten(1, (2, -1))).flatten(1, 2) for each in pairs[0])
+        return l1, tuple(map(part, pairs[1]))
 
     def batch(self, tokens: int, seed: int, shape: MoEShape | None = None) -> Batch:
         return batch(tokens, shape or self.whole, seed, str(self.world.device))
@@ -232,12 +237,12 @@ def told(check: Callable[..., str], *args: object) -> Callable[[World], str]:
 
 CHECKS: dict[str, Callable[[World], str]] = {}  #: by name
 for _packed, _format in ((False, "fp8"), (True, "mxfp4")):
-    for _version in sglang.TESTED:
+    for _version in reversed(sglang.TESTED):
         _name = f"sglang {_version} {_format}"
         CHECKS[f"{_name} megamoe"] = told(sglang_across, _version, _packed)
         CHECKS[f"{_name} runner ep"] = told(sglang_without, _version, _packed, False)
         CHECKS[f"{_name} runner tp"] = told(sglang_without, _version, _packed, True)
-    for _version in vllm.TESTED:
+    for _version in reversed(vllm.TESTED):
         for _parallel in ("dp+ep", "ep", "tp"):
             CHECKS[f"vllm {_version} {_format} {_parallel}"] = told(vllm_layer, _version, _packed, _parallel)
 for _version in flashinfer.TESTED:

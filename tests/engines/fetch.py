@@ -9,11 +9,18 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from megamoe_jit._nodes import deep_ep, nccl_ep
 from megamoe_jit.engines.flashinfer import seams as flashinfer
 from megamoe_jit.engines.sglang import seams as sglang
 from megamoe_jit.engines.vllm import seams as vllm
 
-RELEASES = {"flashinfer-python": flashinfer.TESTED, "sglang": sglang.TESTED, "vllm": vllm.TESTED}
+RELEASES = {
+    "flashinfer-python": flashinfer.TESTED,
+    "nccl-extensions": nccl_ep.TESTED,
+    "sgl-deep-ep": deep_ep.TESTED,
+    "sglang": sglang.TESTED,
+    "vllm": vllm.TESTED,
+}
 
 
 def fetch(distribution: str, version: str, folder: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import pytest
@@ -18,21 +18,10 @@ from megamoe_jit._check.verify import run_scenario
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
 from tests.gpu.harness import Layer, equal_bits, poisoned
-from tests.stubs import REPO
+from tests.stubs import REPO, changed
 
 SHAPE = MoEShape(512, 384, 8, 2)
 TOKENS = 150
-
-
-@contextmanager
-def changed(get: Callable[[], object], put: Callable[[object], object], value: object) -> Iterator[None]:
-    """A global setting of torch while something runs."""
-    before = get()
-    put(value)
-    try:
-        yield
-    finally:
-        put(before)
 
 
 STATES: dict[str, Callable[[], AbstractContextManager]] = {

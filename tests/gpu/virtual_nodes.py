@@ -26,8 +26,9 @@ from megamoe_jit._layer.stream_order import StreamOrder
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.gather import GatherExchange
-from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit.heuristics.select import all_variants
 from megamoe_jit.reference import moe_reference
 from tests.gpu.virtual import FREE_SMS, Group, Meeting, gather, in_threads, leave, say, stand_in
 from tests.multi.worker import CLAMP, equal_bits
@@ -102,7 +103,7 @@ class VirtualNodeRank:
         self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(*pairs)
         self.sms = (torch.cuda.get_device_properties(0).multi_processor_count - FREE_SMS) // world
 
-    def buffer(self, exchange: str, partial: str, chunks: int) -> mm.MultiNodeBuffer:
+    def buffer(self, exchange: str, partial: str, chunks: int, weight_format: str = "fp8") -> mm.MultiNodeBuffer:
         """A buffer whose launches leave room for those of the other threads."""
         its = [it for it in (GatherExchange(self.rail), ExactExchange(self.rail)) if it.name == exchange]
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[partial]
@@ -115,7 +116,7 @@ class VirtualNodeRank:
             experts.buffer.lock = experts.buffer.order.lock
             launch = experts.compute
             experts.compute = functools.partial(self._together, launch)
-        made.prepare()
+        made.prepare(weight_format=weight_format)
         return made
 
     def _together(self, launch: Callable[..., None], *arguments: Any) -> None:
@@ -191,10 +192,26 @@ def check_masked(it: VirtualNodeRank) -> str:
     return "" if verdict.passed else verdict.reason
 
 
+def check_packed(it: VirtualNodeRank) -> str:
+    """MXFP4, in either form: the kernel of a node has them as it has them without nodes."""
+    world, drawn = NODES * it.ranks_per_node, make_weights(it.shape, it.device, weights=MXFP4)
+    pairs = [tuple(t.clone() for t in share_of(p, it.shape, it.rank, world)) for p in (drawn.l1, drawn.l2)]
+    plain, it.l1, it.l2 = (it.l1, it.l2), *mm.transform_weights_for_mega_moe_sm90(*pairs)
+    inputs, outputs = replace(it.inputs(131, "topk", 3), l1=drawn.l1, l2=drawn.l2), []
+    for exchange, chunks in (("gather", 1), ("exact", 3)):
+        buffer = it.buffer(exchange, "bf16", chunks, MXFP4.name)
+        outputs.append(it.run(buffer, inputs))
+        buffer.destroy()
+    it.l1, it.l2 = plain
+    verdict = judge(outputs[0], it.expected(inputs))
+    return ("" if verdict.passed else verdict.reason) + ("" if equal_bits(*outputs) else "exact in chunks: other bits")
+
+
 CHECKS: dict[str, Callable[[VirtualNodeRank], str]] = {
     "every way": check_every_way_has_the_same_bits,
     "float32": check_float32,
     "masked": check_masked,
+    "packed": check_packed,
 }
 
 
@@ -209,6 +226,8 @@ def main(ranks_per_node: int, checks: list[str]) -> int:
         for v in Variant.reading(FP8)
         for wide in (False, True)
     ]
+    packed = all_variants(node, MXFP4, ranks=ranks_per_node, most=NODES * CAPACITY)
+    specs += [KernelSpec(node, v, ranks_per_node, weights=MXFP4) for v in packed]
     for result in warmup(specs):
         if result.error is not None:
             raise result.error

@@ -19,13 +19,13 @@ from tests.multi.checks_nodes import CLAMP, NodeRank
 TIMEOUT_S = 3.0
 
 
-def run(world: World, how: str, replayed: bool) -> None:
+def run(world: World, how: str, calls: str) -> None:
     """Some good calls, then the last rank is lost; what the first one sees of it.
 
     Args:
         world: this rank.
         how: `killed` or `stopped`.
-        replayed: calls are replays of a graph, which nobody but `check` watches.
+        calls: by `gather`, by `exact`, where the host waits, or `replayed` by a graph, which only `check` watches.
     """
     begun = time.perf_counter()
 
@@ -34,7 +34,8 @@ def run(world: World, how: str, replayed: bool) -> None:
 
     it, last = NodeRank(world), world.ranks - 1
     processes = gather(dist.group.WORLD, os.getpid())
-    buffer, inputs = it.buffer("gather", timeout_s=TIMEOUT_S), it.inputs(64)
+    replayed = calls == "replayed"
+    buffer, inputs = it.buffer("gather" if replayed else calls, timeout_s=TIMEOUT_S), it.inputs(64)
     it.run(buffer, inputs, 64)
     y = torch.empty(64, it.shape.hidden, dtype=torch.bfloat16, device=it.device)
     graph = torch.cuda.CUDAGraph()

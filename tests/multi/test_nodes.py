@@ -42,14 +42,14 @@ def test_two_nodes(outcome, name):
     assert outcome[name] == ""
 
 
-@pytest.mark.parametrize("replayed", [False, True], ids=["eager", "replayed"])
+@pytest.mark.parametrize("calls", ["gather", "exact", "replayed"])
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("over", OVER)
-def test_the_other_names_a_node_that_is_lost(over, how, replayed):
+def test_the_other_names_a_node_that_is_lost(over, how, calls):
     ends = run_ranks(
         "tests.multi.lost_nodes:run",
         RANKS,
-        {"how": how, "replayed": replayed},
+        {"how": how, "calls": calls},
         losses=1,
         timeout_s=90,
         group_timeout_s=40,

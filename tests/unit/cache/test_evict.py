@@ -151,7 +151,7 @@ def test_prune(cache, monkeypatch):
     assert cache.stats().quarantined == 0
     limited = KernelCache(cache.root, max_bytes=1)
     os.utime(cache.entry_path(keys[0]) / "meta.json", (1, 1))
-    assert limited.prune(keep_current=False).removed == (keys[0],)
+    assert limited.prune().removed == (keys[0],)
 
     def missing():
         raise ToolchainError("none")

@@ -79,6 +79,17 @@ def test_the_kernels_order_is_what_a_transform_gives(tmp_path: Path, name: str, 
     assert found.bytes_per_rank == inspect(folder, ranks=2).bytes_per_rank
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v4", "mixtral"])
+def test_shared_experts_are_found_beside_the_kernels_order(tmp_path: Path, name: str):
+    folder = model(name).write(tmp_path / "source")
+    convert(folder, tmp_path / "ready", "megamoe")
+    wanted, found = (load_shared_experts(each, 1, device=CPU) for each in (folder, tmp_path / "ready"))
+    assert (wanted is None) == (name == "mixtral")
+    assert wanted is None or bits(found) == bits(wanted)
+    said = [inspect(each, ranks=2).layers[0] for each in (folder, tmp_path / "ready")]
+    assert (said[0].shared, said[0].shared_experts) == (said[1].shared, said[1].shared_experts)
+
+
 def test_the_kernels_order_is_mapped_from_the_file(tmp_path: Path):
     convert(model("mixtral").write(tmp_path / "source"), tmp_path / "ready", "megamoe")
     (codes, _), _ = load_experts(tmp_path / "ready", 1, device=CPU, rank=1, ranks=2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import megamoe_jit as mm
-from megamoe_jit.checkpoints import load_experts, load_shared_experts
+from megamoe_jit.checkpoints import convert, load_experts, load_shared_experts
 from megamoe_jit.checkpoints.files import Files
 from tests.checkpoints import MODELS, Model, model
 
@@ -199,3 +199,9 @@ def test_mxfp4_of_a_quantised_model_needs_a_word(written):
 def test_a_layer_has_one_format(written, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(mm.ConfigError, match="a layer has one format.*weight_format='fp8'"):
         mm.MegaMoE.from_checkpoint(written("deepseek-v4")[1], 1, max_tokens=128, device=CPU, shared_experts=True)
+
+
+def test_a_layer_has_one_order(written, tmp_path: Path):
+    convert(written("deepseek-v3")[1], tmp_path, "megamoe")
+    with pytest.raises(mm.ConfigError, match="kernel's order by themselves; allowed: shared_experts=False"):
+        mm.MegaMoE.from_checkpoint(tmp_path, 1, max_tokens=128, device=CPU, shared_experts=True)

@@ -8,7 +8,7 @@ import pytest
 
 from megamoe_jit._diagnose.engines import ENGINES, EngineProbe, Hook, examine_engine, probe_of
 from megamoe_jit._diagnose.finding import Status
-from tests.commandline import checked, run
+from tests.commandline import checked, run, run_with_torch
 from tests.stubs import REPO
 
 PIP = "pip"  # a distribution that is installed wherever tests run
@@ -71,7 +71,7 @@ def test_every_engine_has_a_probe_of_its_name_and_a_release_in_its_range(name: s
 
 
 def test_the_command_shows_it():
-    done = run("doctor", "--no-trial", "--engine", "transformers", "--json")
+    done = run_with_torch("doctor", "--no-trial", "--engine", "transformers", "--json")
     names = [check["name"] for check in checked(done.stdout)["checks"]]
     assert names[-3:] == ["transformers", "hooks", "to type"]
 

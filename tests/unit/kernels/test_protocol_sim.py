@@ -136,6 +136,8 @@ EXPAND_MISTAKES = (
     ),
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
 )
+#: One program for both, and for the waits that a single rank has.
+MXFP4_MISTAKES = (*PACKED_MISTAKES, *EXPAND_MISTAKES[len(SMALL) :])
 BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222), (223, 224, Wait.WEIGHTS_EXPANDED.value)
 
 Build = Callable[..., Simulator]
@@ -276,7 +278,7 @@ def test_what_goes_from_rank_to_rank_is_what_must(build: Build, ranks: int):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_packed_weights_are_multiplied_where_they_belong(build: Build, ranks: int):
-    simulator = build(ranks, PACKED_MISTAKES, weights=MXFP4)
+    simulator = build(ranks, MXFP4_MISTAKES, weights=MXFP4)
 
     @settings(max_examples=20 // ranks, database=None, suppress_health_check=list(HealthCheck))
     @given(runs(ranks))
@@ -290,7 +292,7 @@ def test_packed_weights_are_multiplied_where_they_belong(build: Build, ranks: in
 
 @pytest.mark.parametrize("mistake", [LATE_EXPONENTS, *MEETINGS])
 def test_a_mistake_with_packed_weights_is_found(build: Build, mistake: int):
-    simulator = build(1, PACKED_MISTAKES, weights=MXFP4)
+    simulator = build(1, MXFP4_MISTAKES, weights=MXFP4)
     problems = (simulator.run(seed, 100, 3, 256, variant="decode", mutant=mistake).problem for seed in range(1, 41))
     assert any(problems)
 
@@ -300,7 +302,7 @@ def test_a_mistake_with_packed_weights_is_found(build: Build, mistake: int):
     [*(("unpack", each) for each in BESIDE_MISTAKES), *(("prefill", each) for each in AHEAD_MISTAKES)],
 )
 def test_a_mistake_where_packed_weights_are_expanded_is_found(build: Build, variant: str, mistake: int):
-    simulator = build(1, EXPAND_MISTAKES, weights=MXFP4)
+    simulator = build(1, MXFP4_MISTAKES, weights=MXFP4)
     assert simulator.run(1, 100, 3, variant=variant).problem == ""
     problems = (simulator.run(seed, 100, 3, variant=variant, mutant=mistake).problem for seed in range(1, 41))
     assert any(problems)
@@ -347,7 +349,9 @@ WEAK = codes((HERE / "sim/machine.h").read_text(), "Weak")
 @pytest.mark.parametrize("wait", [wait for wait in WAITS if wait != Wait.WEIGHTS_EXPANDED.name.lower()])
 def test_a_wait_that_is_left_out_is_found(build: Build, wait: str):
     """Of the tail's barrier with one rank: who waits for all ranks waits for the last block of its own too."""
-    assert find(build(1 if wait == "tail_barrier" else 2, MISTAKES), WAITS[wait]) != ""
+    alone = wait == "tail_barrier"
+    simulator = build(1, MXFP4_MISTAKES, weights=MXFP4) if alone else build(2, MISTAKES)
+    assert find(simulator, WAITS[wait]) != ""
 
 
 @pytest.mark.parametrize("weak", [name for name, code in WEAK.items() if code])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
+from tests.stubs import changed
 from tests.unit.layer.test_calls import DRAWN, HERE, SHAPE, Cuda, refused
 from tests.unit.layer.test_moe import at, compute, same
 
@@ -64,17 +65,6 @@ def test_that_test_finds_what_it_looks_for():
         "line 1: torch.zeros without ['device', 'dtype']",
         "line 1: torch.ones without ['dtype']",
     ]
-
-
-@contextmanager
-def changed(get: Callable[[], object], put: Callable[[object], object], value: object) -> Iterator[None]:
-    """A global setting of torch while something runs."""
-    before = get()
-    put(value)
-    try:
-        yield
-    finally:
-        put(before)
 
 
 STATES: dict[str, Callable[[], AbstractContextManager]] = {

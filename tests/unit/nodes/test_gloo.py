@@ -11,16 +11,19 @@ import torch.distributed as dist
 from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._nodes import calls as _calls
-from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
+from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.roll_call import BEAT_S
 from megamoe_jit._nodes.topology import NodeTopology
 from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import MXFP4
 from tests.ranks import forked
-from tests.unit.nodes.world import ROUTES, SHAPE, batch, expected, of_node, on_cpu, stage, whole_weights
+from tests.unit.nodes.losing import MORE_S, TIMEOUT_S, in_turn
+from tests.unit.nodes.world import ROUTES, SHAPE, batch, buffer_of, expected, of_node, on_cpu, stage, whole_weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 TOKENS = (0, 1, 5, 8)
 WAYS = (("gather", "bf16", 1), ("exact", "bf16", 3), ("exact", "fp32", 1), ("gather", "fp32", 2))
+TWO_WAYS = (("gather", "bf16", 1), ("exact", "fp32", 3))
 
 
 def said(action) -> str:
@@ -31,16 +34,10 @@ def said(action) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def buffer_of(topology, capacity=8, **more):
-    """A buffer of the layer that all tests have."""
-    sizes = SHAPE.experts, capacity, SHAPE.topk, SHAPE.hidden, SHAPE.intermediate
-    return get_multinode_buffer_for_mega_moe(topology, *sizes, device="cpu", **more)
-
-
-def layer(topology: NodeTopology, weights) -> list[str]:
+def layer(topology: NodeTopology, weights, ways=WAYS) -> list[str]:
     """Which cases are wrong on these nodes."""
     wrong = []
-    for exchange, partial, chunks in WAYS:
+    for exchange, partial, chunks in ways:
         with buffer_of(topology, exchange=exchange, partial=partial, chunks=chunks) as buffer:
             l1, l2 = of_node(weights, buffer.first_expert, buffer.local_experts)
             for number, route in enumerate(ROUTES):
@@ -76,18 +73,25 @@ def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
 
 
 def on_each_rank(world: World) -> dict[str, object]:
-    """Everything that is looked at, in one spawn."""
+    """Everything that is looked at, in one spawn; ranks are lost last."""
+    world.report(while_all_are_there(world))
+    with on_cpu():
+        return in_turn(world)
+
+
+def while_all_are_there(world: World) -> dict[str, object]:
     group, weights, seen = dist.group.WORLD, whole_weights(), {}
     _calls.place_of = torch.device
     with on_cpu():
         for split in (2, 1, 4):
             topology = NodeTopology(group, ranks_per_node=split)
-            seen[f"{4 // split} x {split}"] = layer(topology, weights)
+            seen[f"{4 // split} x {split}"] = layer(topology, weights, WAYS if split < 4 else TWO_WAYS)
             seen[f"places of {split}"] = [topology.node, topology.local_rank, topology.place_of(world.rank)]
         two = NodeTopology(group, ranks_per_node=2)
+        seen["2 x 2, mxfp4"] = layer(two, whole_weights(weights=MXFP4), TWO_WAYS)
         seen["refusals"] = refusals(two, world.rank)
         again = NodeTopology(group, two.node_group, two.rail(8, 60.0).group)
-        seen["given groups"] = [again.nodes, again.ranks_per_node, layer(again, weights)]
+        seen["given groups"] = [again.nodes, again.ranks_per_node, layer(again, weights, TWO_WAYS)]
         seen["one host"] = NodeTopology(group).nodes
         seen["odd split"] = said(lambda: NodeTopology(group, ranks_per_node=3))
         seen["wrong rail"] = said(lambda: NodeTopology(group, two.node_group, two.node_group))
@@ -108,16 +112,28 @@ def on_each_rank(world: World) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def seen():
-    """What each of four ranks saw."""
-    target = "tests.unit.nodes.test_gloo:on_each_rank"
+def ends():
+    """What became of four ranks, the third of which was killed in the end."""
+    more = {"timeout_s": 150, "group_timeout_s": 60, "grace_s": 60, "losses": 1}
     with forked():
-        ends = run_ranks(target, 4, device="cpu", timeout_s=120, group_timeout_s=30)
-    assert all(end.ok for end in ends), describe(ends)
-    return [end.result for end in ends]
+        return run_ranks("tests.unit.nodes.test_gloo:on_each_rank", 4, device="cpu", **more)
 
 
-@pytest.mark.parametrize("nodes", ["2 x 2", "4 x 1", "1 x 4"])
+@pytest.fixture(scope="module")
+def seen(ends):
+    """What each rank saw while all were there."""
+    assert all(end.messages for end in ends), describe(ends)
+    return [end.messages[0] for end in ends]
+
+
+@pytest.fixture(scope="module")
+def lost(ends):
+    """What each rank saw of one that was lost, but for the one that was killed."""
+    assert [end.ok for end in ends] == [True, True, False, True], describe(ends)
+    return {rank: end.result for rank, end in enumerate(ends) if end.ok}
+
+
+@pytest.mark.parametrize("nodes", ["2 x 2", "4 x 1", "1 x 4", "2 x 2, mxfp4"])
 def test_every_route_in_every_way_has_the_right_bits(seen, nodes: str):
     assert [each[nodes] for each in seen] == [[]] * 4
 
@@ -156,3 +172,20 @@ def test_who_has_given_notice_is_not_missed(seen):
 def test_the_roll_call_tells_who_is_behind(seen):
     assert seen[0]["missing"] == {str(rank): "it has made 7 calls of 9" for rank in (1, 2, 3)}
     assert [each["missing"] for each in seen[1:]] == [{}] * 3
+
+
+@pytest.mark.parametrize(("what", "who"), [("stopped", 3), ("killed", 2)])
+def test_every_other_rank_says_in_time_which_node_and_rank_is_lost(lost, what: str, who: int):
+    for rank, each in lost.items():
+        if rank == who:
+            continue
+        it = each[what]
+        assert it["said"].startswith(f"node {rank} (rank {rank}): in call 2 between nodes, rows did not get through: ")
+        assert f"(missing: node {who} (rank {who}): its process is gone or stands still)" in it["said"]
+        assert it["seconds"] < TIMEOUT_S + MORE_S
+        assert it["again"] == it["said"], "the buffer stays as it is"
+        assert it["destroyed in"] < 1.0, "nobody is waited for"
+
+
+def test_one_that_goes_on_finds_its_call_lost_as_well(lost):
+    assert "in call 2 between nodes, rows did not get through" in lost[3]["stopped"]["said"]

@@ -8,6 +8,7 @@ import torch
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.combine import sum_nodes
 from megamoe_jit._nodes.model import sent_bytes
+from megamoe_jit._nodes.overlap import overlapped
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
 from tests.unit.nodes.world import (
@@ -137,6 +138,15 @@ def test_chunks_leave_blocks_to_what_travels():
 
     for launches in thread_world(2, 1, action):
         assert launches == [(16, 124, "pingpong")] * 3
+
+
+def test_a_kernel_is_launched_before_the_next_chunk_is_brought():
+    """In the exact form the host waits for that chunk's counts, and the kernel is to be at work meanwhile."""
+    order: list[str] = []
+    note = lambda what: lambda i: order.append(f"{what} {i}")  # noqa: E731
+    overlapped(3, note("bring"), note("launch"), note("finish"), None)
+    assert order[:6] == ["bring 0", "launch 0", "bring 1", "finish 0", "launch 1", "bring 2"]
+    assert order[6:] == ["finish 1", "launch 2", "finish 2"]
 
 
 def test_the_rule_takes_one_exchange_on_every_rank():

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 import megamoe_jit as mm
+from megamoe_jit._check.weights import make_weights
 from megamoe_jit._errors import PeerTimeoutError
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.rail import TorchRail
+from megamoe_jit._nodes.watch import UNASKED, RailLost, Watch, wait_until
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import FP8, Variant
+from megamoe_jit._spec import MXFP4, Variant
 from megamoe_jit._spec.numerics import Numerics
 from tests.unit.layer.test_calls import DRAWN, HERE, L1, L2, SHAPE, Cuda, refused
 from tests.unit.layer.test_moe import compute, expected, inputs
@@ -134,6 +136,27 @@ def test_a_rail_gives_up_before_a_kernel_does(cuda: Cuda):
     assert ask().timeout_s == 60.0
 
 
+def test_packed_weights_are_another_kernel(cuda: Cuda):
+    """Of a node as of a single one; both formats on one buffer, each prepared when it is first met."""
+    cuda.kernel = lambda params: None
+    packed = make_weights(SHAPE, "cpu", weights=MXFP4)
+    given = mm.transform_weights_for_mega_moe_sm90(packed.l1, packed.l2)
+    buffer = buffer_of(2, partial=torch.float32)
+    y = torch.empty(3, 256, dtype=torch.bfloat16)
+    for l1, l2 in ((L1, L2), given):
+        mm.fp8_mega_moe_multinode(y, l1, l2, buffer)
+    under_way = buffer.dispatch(3)
+    buffer.compute(under_way, *given)
+    buffer.combine(under_way, y)
+    names = [launch.spec.kernel_name for launch in cuda.launches]
+    assert ["mxfp4" in name for name in names] == [False, True, True]
+    assert all("f32out" in name for name in names)
+    cuda.capturing = True
+    with pytest.raises(mm.CaptureError, match=r"call prepare\(\) on every rank before"):
+        buffer.prepare(weight_format="fp8e5m2")
+    buffer.prepare(weight_format="mxfp4")
+
+
 def test_partials_in_float32_are_another_kernel(cuda: Cuda):
     cuda.kernel = lambda params: None
     buffer = buffer_of(2, partial=torch.float32)
@@ -167,6 +190,30 @@ def test_a_loss_names_node_and_rank_poisons_and_destroy_asks_nobody(cuda: Cuda, 
     assert ("synchronize",) not in cuda.events, "the device may never be done"
     assert len(cuda.launches) == launched
     refused(lambda: buffer.dispatch(3), "this buffer was destroyed")
+
+
+def test_a_wait_of_the_host_that_found_a_loss_is_told_once(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
+    """Who is missing was asked while it waited, which takes seconds: nobody is asked again."""
+    buffer = buffer_of(2, ExactExchange)
+    y = torch.empty(3, 256, dtype=torch.bfloat16)
+    mm.fp8_mega_moe_multinode(y, L1, L2, buffer)
+    watch = Watch(lambda: {1: "it stands still"}, lambda: None, timeout_s=0.01)
+    monkeypatch.setattr(Echo, "counts", lambda self, mine: wait_until(lambda: False, watch))
+    buffer.topology.roll_call.missing = None
+    with pytest.raises(PeerTimeoutError, match=r"in call 2 .*, nothing came for 0.01 s \(missing: .*: it stands still"):
+        mm.fp8_mega_moe_multinode(y, L1, L2, buffer)
+
+
+def test_a_wait_ends_with_what_it_waits_for_or_with_an_error_of_the_rail():
+    asked, found = [], iter([{}, {3: "gone"}])
+    over = lambda: len(asked) > 2  # noqa: E731
+    wait_until(over, Watch(dict, lambda: asked.append(1), timeout_s=60.0))  # type: ignore[arg-type]
+    with pytest.raises(RailLost, match="NCCL reports remote_error") as caught:
+        wait_until(lambda: False, Watch(dict, lambda: "remote_error", timeout_s=60.0))
+    assert caught.value.missing is UNASKED
+    with pytest.raises(RailLost, match="nothing came for 0.02 s") as caught:
+        wait_until(lambda: False, Watch(lambda: next(found), lambda: None, timeout_s=0.02))
+    assert caught.value.missing == {3: "gone"}, "everybody was there the first time, and it was waited on"
 
 
 def test_what_is_out_of_order_is_refused(cuda: Cuda):
@@ -214,7 +261,7 @@ def test_a_module_of_a_topology_goes_its_own_way(cuda: Cuda):
         return Lease()
 
     layer = mm.MegaMoE(DRAWN.l1, DRAWN.l2, topk=2, max_tokens=128, clamp=3.0, topology=SimpleNamespace(lease=lease))
-    assert calls.pop() == (SHAPE, 128, HERE, "shared", FP8)
+    assert calls.pop() == (SHAPE, 128, HERE, "shared")
     x, ids, weights = inputs(3)
     assert layer(x, ids, weights, 9) is x
     *batch, l1, l2, clamp, fast, padded = calls.pop()

@@ -1,6 +1,7 @@
 """The figures and the programs in docs/multi-node.md."""
 
 import ast
+import json
 import re
 
 import megamoe_jit
@@ -19,6 +20,20 @@ def test_the_table_is_what_the_model_says():
         times = (f"{time:.0f}" for time in (it.kernel_us, it.exchange_us, it.total_us))
         expected = (it.exchange, str(it.chunks), f"{it.sent_bytes / 1e6:.1f}", *times)
         assert tuple(cells.split(" | ")) == expected, (name, nodes, tokens)
+
+
+def test_what_was_measured_is_what_the_results_say():
+    (name,) = re.findall(r"<!-- measured: (\S+) -->", TEXT)
+    rows = re.findall(r"^\| (v4-\w+) \| (\d+) \| (gather|exact), (\d) \| (.*) \|$", TEXT, re.MULTILINE)
+    found = json.loads((REPO / name).read_text(encoding="utf-8"))["nodes"]
+    assert all(row["correct"] for row in found)
+    expected = []
+    for row in found:
+        times = (row[f"{part}_us"] for part in ("whole", "kernel", "exchange", "rest", "baseline"))
+        cells = " | ".join("-" if time is None else f"{time:.0f}" for time in times)
+        way = row["exchange"], str(row["chunks"])
+        expected.append((row["shape"], str(row["tokens"]), *way, f"{cells} | {row['baseline_speedup']:.2f}"))
+    assert rows == expected
 
 
 def test_the_programs_use_what_there_is():

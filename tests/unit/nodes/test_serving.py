@@ -53,12 +53,11 @@ def test_a_buffer_that_is_given_stays(cuda: Cuda):
     refused(lambda: mm.NodeTopology(None).lease(SHAPE, 64, HERE, buffer), "of this topology")
 
 
-def test_a_layer_of_packed_weights_is_refused_before_there_is_a_buffer(cuda: Cuda):
+def test_layers_of_both_formats_have_one_buffer(cuda: Cuda):
     packed = make_weights(SHAPE, "cpu", weights=MXFP4)
-    topology = mm.NodeTopology(None)
-    given = {"topk": 2, "max_tokens": 128, "topology": topology}
-    refused(lambda: mm.MegaMoE(packed.l1, packed.l2, **given), "mxfp4 weights on several nodes; allowed: fp8")
-    assert topology._shared == {}
+    given = {"topk": 2, "max_tokens": 128, "topology": mm.NodeTopology(None)}
+    layers = [mm.MegaMoE(each.l1, each.l2, **given) for each in (packed, DRAWN)]
+    assert layers[0].buffer is layers[1].buffer
 
 
 def test_a_layer_is_served(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):

@@ -16,11 +16,12 @@ from megamoe_jit._layer.local_experts import mask_rows
 from megamoe_jit._layer.quantize import quantize_activations
 from megamoe_jit._nodes import memory as _memory
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
+from megamoe_jit._nodes.calls import get_multinode_buffer_for_mega_moe
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.gather import GatherExchange
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.reference import moe_reference
 
 SHAPE = MoEShape(256, 128, 16, 4)
@@ -53,7 +54,7 @@ class ReferenceExperts:
     def check_call(self, rows, l1, l2, options) -> None:
         assert l1[0].shape[0] == l2[0].shape[0] == self.shape.experts
 
-    def prepare(self, fast_math) -> None:
+    def prepare(self, fast_math, weights) -> None:
         pass
 
     def variant_for(self, rows, options) -> str:
@@ -94,9 +95,9 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def whole_weights(shape: MoEShape = SHAPE) -> Any:
+def whole_weights(shape: MoEShape = SHAPE, weights: WeightFormat = FP8) -> Any:
     """Of all experts, as plain pairs."""
-    return make_weights(shape, "cpu")
+    return make_weights(shape, "cpu", weights=weights)
 
 
 def of_node(weights: Any, first: int, experts: int) -> tuple[Any, Any]:
@@ -240,6 +241,12 @@ def thread_world(nodes: int, ranks_per_node: int, action: Callable[[Any, ThreadR
         if isinstance(result, BaseException) and not isinstance(result, threading.BrokenBarrierError):
             raise result
     return results
+
+
+def buffer_of(topology: Any, capacity: int = 8, **more: Any) -> MultiNodeBuffer:
+    """A buffer of the layer, as callers get it."""
+    sizes = SHAPE.experts, capacity, SHAPE.topk, SHAPE.hidden, SHAPE.intermediate
+    return get_multinode_buffer_for_mega_moe(topology, *sizes, device="cpu", **more)
 
 
 def make_buffer(topology, rail, *, shape=SHAPE, capacity=24, exchange="gather", partial=torch.bfloat16, chunks=1):

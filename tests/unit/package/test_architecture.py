@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.house import BEFORE, lines_by_room
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "megamoe_jit"
 TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 DRAWN = re.findall(r"^ +(_?\w+)/? +\|", TEXT.partition("```text")[2].partition("```")[0], re.MULTILINE)
 #: From the ground up: what a room may import stands before it.
 ROOMS = list(reversed(DRAWN))
+LINES = re.compile(r"^\| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", re.MULTILINE)
 GROUND, FACADE = "ground", {"__init__", "__main__"}
 MOST_AT_THE_TOP = 10
 
@@ -76,6 +79,17 @@ def test_nothing_imports_upward(name: str):
     allowed = set(ROOMS[: ROOMS.index(room_of(name)) + 1])
     upward = {other for other in IMPORTS[name] if room_of(other) not in allowed}
     assert not upward, f"{name} is in {room_of(name)}, below {upward}"
+
+
+def test_lines_by_room_are_about_those_that_the_page_tells():
+    told = {room: tuple(int(cell.replace(",", "")) for cell in cells) for room, *cells in LINES.findall(TEXT)}
+    now, all_of_it = lines_by_room(), told.pop("all")
+    assert set(told) == set(now)
+    assert {room: then for room, (then, *_) in told.items() if then} == BEFORE
+    assert all_of_it == tuple(map(sum, zip(*told.values(), strict=True)))
+    for room, (_, same, since) in told.items():
+        for said, found in ((same, now[room].whole - now[room].since), (since, now[room].since)):
+            assert abs(said - found) <= max(200, said // 5), f"{room}: {said}, but {found}: python -m tests.house"
 
 
 def test_no_circle():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from megamoe_jit._layer.quantize import dequantize_weights, quantize_weights
 from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, MXFP4, WeightFormat
+from tests.stubs import REPO
 
 #: What a format of four bits, two to a byte, with a scale for 32 of a row would say.
 NARROW = WeightFormat("narrow", "e2m1", 4, "uint8", "uint8", 1, (1, 32), "megamoe_jit._layer.fp8")
@@ -33,7 +35,15 @@ def test_bytes_are_those_of_the_tensors(stored):
     parts = {part.name: (part.dtype, part.shape) for part in stored.parts(rows, depth)}
     assert tuple(parts) == stored.part_names
     assert parts == {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in parts}
+    assert stored.depth_of(codes.shape[1]) == depth
     assert stored.stream_bytes(rows, depth) == codes.numel() * codes.element_size() + exponents.numel()
+
+
+def test_bits_are_made_bytes_nowhere_else():
+    """Others ask only whether several weights share a byte."""
+    for path in sorted((REPO / "megamoe_jit").rglob("*.py")):
+        if path != REPO / "megamoe_jit/_spec/formats.py":
+            assert not re.findall(r".*\.bits\b(?! < 8).*", path.read_text(encoding="utf-8")), path
 
 
 def test_a_layer_is_its_matrices():

@@ -1,38 +1,32 @@
-"""A rank of two whose model has its experts on both: `python -m tests.unit.transformers.ep_ranks RANK PORT`, on a CPU.
-
-Prints how far its logits are from those of a model that has all experts.
-"""
+"""A rank of two whose model has its experts on both, on a CPU."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 
 import torch
 
-warnings.simplefilter("ignore")
+from megamoe_jit._check.spawn import World
 
 
-def main(rank: int, port: str) -> None:
-    """One rank."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    import transformers
+def on_rank(world: World) -> list[float]:
+    """How many experts the rank has, and how far its logits are from those of a model that has all of them."""
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(world.rank), LOCAL_RANK=str(world.rank), WORLD_SIZE=str(world.ranks))
     from torch.distributed.device_mesh import init_device_mesh
 
     import megamoe_jit.transformers  # noqa: F401
     from megamoe_jit.reference import calc_diff
     from tests.unit.transformers.models import experts_of, make, tokens
 
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh("cpu", (world.ranks,), mesh_dim_names=("tp",))
     whole, shared = make("Qwen3MoeConfig", "megamoe"), make("Qwen3MoeConfig", "megamoe")
     for module in experts_of(shared):
         split(module, mesh)
     with torch.no_grad():
         ours, theirs = (model(tokens(), use_cache=False).logits for model in (shared, whole))
-    found = transformers.__version__, experts_of(shared)[0].gate_up_proj.shape[0], calc_diff(ours, theirs)
-    sys.stdout.write(" ".join(map(str, found)) + "\n")
+    return [experts_of(shared)[0].gate_up_proj.shape[0], calc_diff(ours, theirs)]
 
 
 def split(module, mesh) -> None:
@@ -67,7 +61,3 @@ def split_by_router(module, mesh, local: int) -> None:
         return y
 
     module.forward = forward
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])

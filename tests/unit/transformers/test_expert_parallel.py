@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("transformers")
 
-from tests.stubs import REPO
+from megamoe_jit._check.spawn import describe, run_ranks
+from tests.ranks import forked
 
 
 def test_two_ranks_have_the_logits_of_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = [sys.executable, "-m", "tests.unit.transformers.ep_ranks"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([*words, str(rank), port], stdout=subprocess.PIPE, text=True, cwd=REPO, env=environment)
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            said, _ = rank.communicate(timeout=120)
-            _, experts, diff = said.split()
-            assert (rank.returncode, int(experts)) == (0, 2)
-            assert float(diff) < 1e-6
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with forked():
+        ends = run_ranks("tests.unit.transformers.ep_ranks:on_rank", 2, device="cpu", timeout_s=120)
+    assert all(end.ok for end in ends), describe(ends)
+    for experts, diff in (end.result for end in ends):
+        assert experts == 2
+        assert diff < 1e-6
