@@ -231,8 +231,12 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
         "growth": f"{report_ranks.growth_table(ranks)}\n\n{report_ranks.aims(ranks)}",
         "ranks": report_ranks.rank_table(ranks),
         "unfused": report_ranks.unfused_table(unfused),
+        "remote": report_ranks.remote_table(RESULTS),
+        "packed": report_ranks.packed_table(RESULTS),
+        "model": report_ranks.model_table(RESULTS),
     }.items():
-        texts[PARALLEL] = put(texts[PARALLEL], name, body)
+        if body:
+            texts[PARALLEL] = put(texts[PARALLEL], name, body)
     texts[README] = put(texts[README], "one-gpu", readme_table(docs))
     texts[README] = put(texts[README], "ranks", report_ranks.compact_table(ranks, unfused))
     return texts

@@ -13,33 +13,67 @@ from typing import Any
 
 from benchmarks.markdown import table
 
-__all__ = ["aims", "compact_table", "conditions", "growth_table", "rank_rows", "rank_table", "unfused_table"]
+__all__ = [
+    "aims",
+    "compact_table",
+    "conditions",
+    "growth_table",
+    "model_table",
+    "packed_table",
+    "rank_rows",
+    "rank_table",
+    "remote_table",
+    "unfused_table",
+]
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
-FEW_TOKENS, AIM_US = 64, 12  #: up to so many tokens several ranks are to need at most so many µs more than one
-MANY_TOKENS, AIM_PERCENT = 512, 6  #: from so many on at most so many per cent
+FEW_TOKENS, MANY_TOKENS = 64, 512
+#: By ranks: µs more than one rank at most, up to `FEW_TOKENS`; and per cent, from `MANY_TOKENS` on.
+AIMS = {2: (8, 4), 4: (12, 6), 8: (15, 8)}
+MEETINGS_US = 5.0  #: what two meetings of the ranks take where no row is remote, as measured on two
+
+
+def _documents(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Of several ranks, the newest last."""
+    docs = (json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json"))
+    several = [doc for doc in docs if doc.get("kind") == kind and doc["environment"].get("ranks", 1) > 1]
+    return sorted(several, key=lambda doc: doc["environment"]["date"])
+
+
+def _as_bench(row: Row) -> dict[str, Any]:
+    """A row of `benchmarks.ranks` with the fields of one of `bench`, which routes uniformly."""
+    return {
+        "shape": row["shape"],
+        "tokens": row["tokens"],
+        "ranks": row["ranks"],
+        "variant": "auto",
+        "one_rank_us": row["one_us"],
+        "median_us": row["uniform_us"],
+        "baseline_us": None,
+    }
 
 
 def rank_rows(folder: Path, unfused: bool = False) -> list[dict[str, Any]]:
-    """The newest row of each layer, token count and number of ranks, in the order of the documents.
+    """The newest row of each layer, token count and number of ranks, of FP8, in the order of the documents.
 
     Args:
-        folder: of documents of `bench`.
+        folder: of documents of `bench` and of `benchmarks.ranks`.
         unfused: rows beside the unfused layer alone.  Otherwise these count only where there are no others: contenders
             that take turns warm the card up for each other.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    docs = (json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json"))
-    several = [doc for doc in docs if doc.get("kind") == "bench" and doc["environment"].get("ranks", 1) > 1]
-    for doc in sorted(several, key=lambda doc: doc["environment"]["date"]):
-        for row in doc["rows"]:
+    docs = [(doc["environment"], doc["rows"]) for doc in _documents(folder, "bench")]
+    for doc in _documents(folder, "ranks"):
+        docs.append((doc["environment"], [_as_bench(row) for row in doc["rows"] if row["weights"] == "fp8"]))
+    for environment, rows in sorted(docs, key=lambda doc: str(doc[0]["date"])):
+        for row in rows:
             key = row["ranks"], row["shape"], row["tokens"]
             if row["variant"] != "auto" or (unfused and not row["baseline_us"]):
                 continue
             if unfused or not row["baseline_us"] or key not in found or found[key]["baseline_us"]:
-                found[key] = {**row, "environment": doc["environment"]}
+                found[key] = {**row, "environment": environment}
     return [found[key] for key in sorted(found)]
 
 
@@ -116,13 +150,84 @@ def aims(rows: Rows) -> str:
     """How many rows of each number of ranks are as close to one rank as they are to be."""
     said = []
     for ranks, of_ranks in _by_ranks(rows).items():
-        few = [_more(row)[0] <= AIM_US for row in of_ranks.values() if row["tokens"] <= FEW_TOKENS]
-        many = [_more(row)[1] <= AIM_PERCENT for row in of_ranks.values() if row["tokens"] >= MANY_TOKENS]
-        said.append(f"{sum(few)} of {len(few)} and {sum(many)} of {len(many)} rows on {ranks} ranks")
-    return (
-        f"The aim is {AIM_US} µs more at most up to {FEW_TOKENS} tokens and {AIM_PERCENT} % from {MANY_TOKENS} on. "
-        f"Reached by {', '.join(said)}."
-    )
+        us, percent = AIMS[ranks]
+        reached = _reached([(row["tokens"], *_more(row)) for row in of_ranks.values()], ranks)
+        said.append(
+            f"The aim on {ranks} ranks is {us} µs more at most up to {FEW_TOKENS} tokens and {percent} % from "
+            f"{MANY_TOKENS} on, reached by {reached}."
+        )
+    return " ".join(said)
+
+
+def _reached(more: Sequence[tuple[int, float, float]], ranks: int) -> str:
+    """Of rows by tokens, µs and per cent more, how many are within the aim."""
+    most_us, most_percent = AIMS[ranks]
+    few = [us <= most_us for tokens, us, _ in more if tokens <= FEW_TOKENS]
+    many = [percent <= most_percent for tokens, _, percent in more if tokens >= MANY_TOKENS]
+    return f"{sum(few)} of {len(few)} and {sum(many)} of {len(many)} rows"
+
+
+_REMOTE = {"half": "half remote", "all": "all remote", "uniform": "routed at random"}
+
+
+def _adds(times: Row, mode: str) -> tuple[float, float]:
+    """What a mode of `benchmarks.ranks` adds to one rank: µs, %."""
+    us = times[f"{mode}_us"] - times["one_us"]
+    return us, 100 * us / times["one_us"]
+
+
+def _remote_rows(folder: Path, weights: str) -> list[dict[str, Any]]:
+    """Of the newest document of `benchmarks.ranks` that has rows of such weights."""
+    by_document = ([row for row in doc["rows"] if row["weights"] == weights] for doc in _documents(folder, "ranks"))
+    return next((rows for rows in reversed(list(by_document)) if rows), [])
+
+
+def remote_table(folder: Path, weights: str = "fp8") -> str:
+    """What is more by how many rows are remote, and what was before; of the newest document of `benchmarks.ranks`.
+
+    Args:
+        folder: of documents.
+        weights: the format; where no document has rows of it, the table is empty.
+    """
+    rows = _remote_rows(folder, weights)
+    if not rows:
+        return ""
+    parts = [("", "{}")] + ([("before", "{}, before")] if any(row["before"] for row in rows) else [])
+    head = ["layer", "tokens", "one rank, µs", *(name.format(what) for _, name in parts for what in _REMOTE.values())]
+    cells = []
+    for row in rows:
+        line = [row["shape"], str(row["tokens"]), f"{row['one_us']:.0f}"]
+        for part, _ in parts:
+            adds = (_adds(row[part] if part else row, mode) for mode in _REMOTE)
+            line += [f"{us:+.0f} µs, {percent:+.1f} %" for us, percent in adds]
+        cells.append(line)
+    reached = []
+    for mode, what in _REMOTE.items():
+        more = [(row["tokens"], *_adds(row, mode)) for row in rows]
+        reached.append(f"{what} {_reached(more, rows[0]['ranks'])}")
+    return "\n".join([*table(head, cells), "", f"Within the aim are: {'; '.join(reached)}."])
+
+
+def _modelled(row: Row, ranks: int) -> str:
+    """What so many ranks add to one: the meetings, and `a * s + b * s * s` of the share `s` of rows that are remote."""
+    measured, share = (row["ranks"] - 1) / row["ranks"], (ranks - 1) / ranks
+    half, everything = (_adds(row, mode)[0] - MEETINGS_US for mode in ("half", "all"))
+    b = (half - measured * everything) / (measured * measured - measured)
+    us = MEETINGS_US + (everything - b) * share + b * share * share
+    return f"{us:+.0f} µs" if row["tokens"] <= FEW_TOKENS else f"{100 * us / row['one_us']:+.1f} %"
+
+
+def model_table(folder: Path) -> str:
+    """The model of the cost by number of ranks, through the newest rows of `benchmarks.ranks`; empty without any."""
+    rows = _remote_rows(folder, "fp8")
+    cells = [(r["shape"], str(r["tokens"]), *(_modelled(r, ranks) for ranks in AIMS)) for r in rows]
+    head = ("layer", "tokens", *(f"{ranks} ranks" for ranks in AIMS))
+    return "\n".join(table(head, cells)) if rows else ""
+
+
+def packed_table(folder: Path) -> str:
+    """The same of packed weights, beside which nothing else was timed."""
+    return remote_table(folder, "mxfp4")
 
 
 def _times_faster(row: Row) -> tuple[str, str]:

@@ -130,17 +130,18 @@ template <class C> struct Gather {
         wait_block(p, table, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
         ptx::fence_async_global();
     }
-    /// Counts its rows as arrived.
+    /// Counts its rows as arrived; with several ranks writes down where they are.
     MEGA_DEVICE void end(const Item& item) const {
         ptx::fence_async_global();
         __syncwarp();
-        u32* ready = p.act1_ready + item.first_row / kCounterRows;
         if constexpr (!kKeepsPlaces<C>) {
-            if (ptx::lane_id() == 0) ptx::add_release(ready, item.rows);
+            if (ptx::lane_id() == 0)
+                ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
         } else {
             ptx::fence_device();
             const u32 lane = ptx::lane_id();
-            if (lane == 0) ptx::add_relaxed(ready, item.rows);
+            if (lane == 0)
+                ptx::add_relaxed(p.act1_ready + item.first_row / kCounterRows, item.rows);
             if (lane < item.rows)
                 Places<C>(p, table).note(item.origin, item.first_row + lane, item.pool_row + lane);
         }

@@ -74,14 +74,54 @@ def test_tables(tmp_path: Path):
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         "| flash | 64 | 105 | +5 | +5.0 | 113 | +13 | +13.0 | 2.00 |",
     ]
-    assert report_ranks.aims(rows).endswith("2 of 2 and 0 of 0 rows on 2 ranks, 0 of 1 and 1 of 1 rows on 4 ranks.")
+    assert report_ranks.aims(rows) == (
+        "The aim on 2 ranks is 8 µs more at most up to 64 tokens and 4 % from 512 on, "
+        "reached by 1 of 2 and 0 of 0 rows. "
+        "The aim on 4 ranks is 12 µs more at most up to 64 tokens and 6 % from 512 on, "
+        "reached by 0 of 1 and 1 of 1 rows."
+    )
 
 
-def test_conditions_are_said_once(tmp_path: Path):
-    write(tmp_path, "a.json", "2026-01-02T00", flash=105.0)
-    write(tmp_path, "b.json", "2026-01-02T09", ranks=4, flash=113.0, pro=120.0)
-    write(tmp_path, "c.json", "2026-01-03T00", ranks=8, flash=120.0)
-    first, second = report_ranks.conditions(report_ranks.rank_rows(tmp_path)).splitlines()
-    assert first.startswith("2 and 4 ranks: NVIDIA H200, ")
-    assert first.endswith(", 2026-01-02, commit 0123456789ab.")
-    assert second.startswith("8 ranks: ")
+def write_remote(folder: Path, date: str) -> None:
+    """A document of `benchmarks.ranks`."""
+
+    def row(tokens: int, weights: str, half: float, everything: float, before: bool) -> dict[str, object]:
+        times = {"one_us": 100.0, "half_us": half, "all_us": everything, "uniform_us": half + 1}
+        earlier = {"one_us": 200.0, "half_us": 220.0, "all_us": 230.0, "uniform_us": 222.0} if before else None
+        return {"shape": "flash", "tokens": tokens, "ranks": 2, "weights": weights, **times, "before": earlier}
+
+    rows = [
+        row(64, "fp8", 104.0, 109.0, True),
+        row(512, "fp8", 103.0, 104.0, True),
+        row(64, "mxfp4", 105.0, 106.0, False),
+    ]
+    env = {"device": "NVIDIA H200", "date": date, "ranks": 2, "commit": "c", "driver": "580", "nvrtc": "13.0"}
+    (folder / "r.json").write_text(json.dumps({"kind": "ranks", "environment": env, "rows": rows}))
+
+
+def test_rows_by_how_many_are_remote(tmp_path: Path):
+    write(tmp_path, "a.json", "2026-01-01T00", flash=120.0)
+    assert report_ranks.remote_table(tmp_path) == "", "nobody has measured them yet"
+    write_remote(tmp_path, "2026-01-02T00")
+    rows = report_ranks.rank_rows(tmp_path)
+    assert [(row["tokens"], row["one_rank_us"], row["median_us"]) for row in rows] == [
+        (64, 100.0, 105.0),
+        (512, 100.0, 104.0),
+    ], "of uniform routing, newer than those of `bench`, and of FP8 alone"
+    before = "| +20 µs, +10.0 % | +30 µs, +15.0 % | +22 µs, +11.0 % |"
+    assert report_ranks.remote_table(tmp_path).splitlines() == [
+        "| layer | tokens | one rank, µs | half remote | all remote | routed at random "
+        "| half remote, before | all remote, before | routed at random, before |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| flash | 64 | 100 | +4 µs, +4.0 % | +9 µs, +9.0 % | +5 µs, +5.0 % {before}",
+        f"| flash | 512 | 100 | +3 µs, +3.0 % | +4 µs, +4.0 % | +4 µs, +4.0 % {before}",
+        "",
+        "Within the aim are: half remote 1 of 1 and 1 of 1 rows; all remote 0 of 1 and 1 of 1 rows; "
+        "routed at random 1 of 1 and 1 of 1 rows.",
+    ]
+    assert report_ranks.model_table(tmp_path).splitlines()[2:] == [  # through -1 and +4 µs beside the meetings
+        "| flash | 64 | +4 µs | +6 µs | +7 µs |",
+        "| flash | 512 | +3.0 % | +3.1 % | +3.5 % |",
+    ]
+    packed = report_ranks.packed_table(tmp_path).splitlines()
+    assert packed[2:4] == ["| flash | 64 | 100 | +5 µs, +5.0 % | +6 µs, +6.0 % | +6 µs, +6.0 % |", ""]
