@@ -100,7 +100,11 @@ PACKED_MISTAKES = (
     Change("epilogue/swapped_quant.cuh", "make_scale();\n", "make_scale();\n if (sim::mutant != 216)"),
     Change("epilogue/swapped_quant.cuh", "stage_codes(result);\n", "stage_codes(result);\n if (sim::mutant != 217)"),
     Change("epilogue/swapped_scatter.cuh", "if (i + b != 0) meet()", "if (i + b != 0 && sim::mutant != 218) meet()"),
-    Change("epilogue/swapped_scatter.cuh", "kColumns, b);\n                meet()", "kColumns, b);\n if (sim::mutant != 219) meet()"),
+    Change(
+        "epilogue/swapped_scatter.cuh",
+        "kColumns, b);\n                meet()",
+        "kColumns, b);\n if (sim::mutant != 219) meet()",
+    ),
 )
 LATE_EXPONENTS, MEETINGS = 213, range(214, 220)
 
