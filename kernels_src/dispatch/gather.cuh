@@ -14,7 +14,6 @@
 // and fences likewise.
 #pragma once
 #include "comm/timeline.cuh"
-#include "dispatch/places.cuh"
 #include "dispatch/scales.cuh"
 #include "dispatch/sort.cuh"
 #include "pipe/pool_ring.cuh"
@@ -58,10 +57,8 @@ template <class C> struct Gather {
         u32 first_row, pool_row, rows, origin;
     };
 
-    /// The input row that a pair speaks of, on the rank that holds it, or its place in the pool.
+    /// The input row that a pair speaks of, on the rank that holds it.
     MEGA_DEVICE const u8* row_address(u32 from) const {
-        if (kKeepsPlaces<C> && from >= Places<C>::kHere)
-            return p.act1_pool + u64(from - Places<C>::kHere) * C::kHidden;
         const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
         return symmetric<const u8>(p, from >> kPairBits, p.x) + u64(token) * C::kHidden;
     }
@@ -130,21 +127,12 @@ template <class C> struct Gather {
         wait_block(p, table, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
         ptx::fence_async_global();
     }
-    /// Counts its rows as arrived; with several ranks writes down where they are.
+    /// Counts its rows as arrived.
     MEGA_DEVICE void end(const Item& item) const {
         ptx::fence_async_global();
         __syncwarp();
-        if constexpr (!kKeepsPlaces<C>) {
-            if (ptx::lane_id() == 0)
-                ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
-        } else {
-            ptx::fence_device();
-            const u32 lane = ptx::lane_id();
-            if (lane == 0)
-                ptx::add_relaxed(p.act1_ready + item.first_row / kCounterRows, item.rows);
-            if (lane < item.rows)
-                Places<C>(p, table).note(item.origin, item.first_row + lane, item.pool_row + lane);
-        }
+        if (ptx::lane_id() == 0)
+            ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
     }
 
     /// A row for each warp of each block, the load warps last, which have other things to do; call it everywhere, then

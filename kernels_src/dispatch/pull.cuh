@@ -6,12 +6,9 @@
 //
 //   step        item i                        item i + 1                       item i + 2
 //   1           scales, origins are stored    scales are asked for
-//               places are looked up
 //   2           rows are stored               rows are loaded as slots allow
 //   3                                                                          is looked up: where its rows come from
-//   4           is counted as arrived, places are written down
-//
-// Places: rows that came for another expert before (dispatch/places.cuh).
+//   4           is counted as arrived
 #pragma once
 #include "dispatch/gather.cuh"
 #include "dispatch/scales.cuh"
@@ -43,12 +40,6 @@ template <class C> struct Pull {
         const u32 row = ptx::lane_id() % gather.item_rows(),
                   from = __shfl_sync(~0u, item.origin, row);
         scales.ask(row < item.rows ? gather.row_scales(from) : nullptr);
-    }
-    /// Rows of `now` that have come for another expert are copied from there.
-    MEGA_DEVICE void look() {
-        if (ptx::lane_id() < now.rows) now.origin = Places<C>(p, gather.table).look(now.origin);
-        __syncwarp();
-        ptx::fence_async_global();   // others have stored them
     }
     /// Writes down where its rows come from, for scatter.
     MEGA_DEVICE void note() const {
@@ -102,7 +93,6 @@ template <class C> struct Pull {
             note();
             scales.store(p, now.pool_row);
             ask(scales, next);
-            if constexpr (kKeepsPlaces<C>) look();
             store();
             const Item after = find(i + 2 * step);
             if (ptx::lane_id() == 0) ptx::bulk_wait_all();

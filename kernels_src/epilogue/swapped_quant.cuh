@@ -107,8 +107,8 @@ template <class C, u32 kAll, u32 kFirst, u32 kN> struct SwappedQuant {
             ptx::load_floats_shared(inverse_at(i * 8 + lane % 4 * 2), inverse[0], inverse[1]);
             const float (&a)[kAll / 2] = result.block[0], (&b)[kAll / 2] = result.block[1];
             const u32 at = kFirst / 2 + 4 * i;
-            u32 own = ptx::pack_e4m3(a[at] * inverse[0], a[at + 1] * inverse[1],
-                                     b[at] * inverse[0], b[at + 1] * inverse[1]);
+            u32 own = ptx::pack_e4m3(a[at] * inverse[0], a[at + 1] * inverse[1], b[at] * inverse[0],
+                                     b[at + 1] * inverse[1]);
             u32 other = __shfl_xor_sync(~0u, own, 4);
             own = ptx::choose_bytes(own, other, odd_token ? 0x3715 : 0x6240);
             other = __shfl_xor_sync(~0u, own, 8);

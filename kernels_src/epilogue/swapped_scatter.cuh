@@ -9,7 +9,9 @@ namespace megamoe {
 
 template <class C, u32 kN> struct SwappedScatter {
     // columns that pass through the patch together, of both blocks if there is room for them, else of one: its rows of 128 bytes
-    static constexpr u32 kColumns = kN <= 64 ? kN : kN % 32 == 0 ? 32 : 16,
+    static constexpr u32 kColumns = kN <= 64       ? kN
+                                    : kN % 32 == 0 ? 32
+                                                   : 16,
                          kTogether = kColumns <= 32 ? 2 : 1, kRows = kTogether * kColumns;
     static constexpr u32 kPasses = kRows / 16;   // each thread of the group moves 16 bytes of a row
     // addresses of rows that a thread has for them; those of the second block are the same again, which many columns leave out

@@ -25,9 +25,12 @@ template <class C> struct SwappedMath {
     template <u32 kFirst, u32 kN>
     MEGA_DEVICE void quantise(const TileView& tile, u32 thread, Columns<kN>& result) const {
         constexpr u32 kLeft = kN - kFirst, kCount = kLeft == 96 || kLeft < 64 ? kLeft : 64;
-        SwappedQuant<C, kN, kFirst, kCount>{
-            p,           shared.staging(0), group * kGroup + thread, tile.pool_row() + kFirst,
-            tile.rows() - kFirst, tile.n()}
+        SwappedQuant<C, kN, kFirst, kCount>{p,
+                                            shared.staging(0),
+                                            group * kGroup + thread,
+                                            tile.pool_row() + kFirst,
+                                            tile.rows() - kFirst,
+                                            tile.n()}
             .run(result);
         if constexpr (kCount < kLeft) quantise<kFirst + kCount>(tile, thread, result);
     }
@@ -38,8 +41,8 @@ template <class C> struct SwappedMath {
         const bool half = C::kHidden % kBlockN != 0 && second &&
                           tile.n() == TileOrder<C>::kTilesN2 - 1;
         Columns<kN> result;
-        typename LoopFor<C, kN>::Loop{shared, group, thread, half}.run(
-            result, tile.k_begin(), tile.k_blocks());
+        typename LoopFor<C, kN>::Loop{shared, group, thread, half}.run(result, tile.k_begin(),
+                                                                       tile.k_blocks());
         // nobody reads the staging of the tile before any more
         ptx::named_sync(kBarrierMath, kMathGroups * kGroup);
         if (second)
