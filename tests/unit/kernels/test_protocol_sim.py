@@ -89,7 +89,7 @@ SHARED_MISTAKES = (
 NO_ROOM, ALL_COUNTED, ITS_WEIGHT = 210, 211, 212
 
 #: With packed weights: the bytes of exponents are not waited for; math warps that exchange results do not meet, one
-#: meeting after the other.
+#: meeting after the other; with more than 64 columns what is exchanged overlaps codes, or a stage is not waited for.
 PACKED_MISTAKES = (
     *SMALL,
     Change("formats/mxfp4.cuh", "(full, bytes + bytes", "(full, bytes + (sim::mutant == 213 ? 0 : bytes)"),
@@ -103,8 +103,12 @@ PACKED_MISTAKES = (
         "kColumns, b);\n                meet()",
         "kColumns, b);\n if (sim::mutant != 219) meet()",
     ),
+    Change(
+        "epilogue/swapped_quant.cuh", "address + kCodesBytes", "address + (sim::mutant == 226 ? kN * 128 : kCodesBytes)"
+    ),
+    Change("mma/one_by_one.cuh", "if (more) wait(ring)", "if (more && sim::mutant != 227) wait(ring)"),
 )
-LATE_EXPONENTS, MEETINGS = 213, range(214, 220)
+LATE_EXPONENTS, MEETINGS, OF_LARGE_TILES = 213, range(214, 220), (226, 227)
 
 #: With packed weights that are unpacked in shared memory, or expanded in memory: packed weights, or a free stage, are
 #: not waited for; a stage is full without them; a piece counts as expanded before it is written; blocks that dispatch
@@ -290,6 +294,14 @@ def test_packed_weights_are_multiplied_where_they_belong(build: Build, ranks: in
 def test_a_mistake_with_packed_weights_is_found(build: Build, mistake: int):
     simulator = build(1, MXFP4_MISTAKES, weights=MXFP4)
     problems = (simulator.run(seed, 100, 3, 256, variant="decode", mutant=mistake).problem for seed in range(1, 41))
+    assert any(problems)
+
+
+@pytest.mark.parametrize("mistake", OF_LARGE_TILES)
+def test_a_mistake_with_more_than_64_columns_is_found(build: Build, mistake: int):
+    """What is exchanged lies where codes of other columns are still read; the next stage is not waited for."""
+    simulator = build(1, MXFP4_MISTAKES, weights=MXFP4)
+    problems = (simulator.run(seed, 160, 3, variant="wide", mutant=mistake).problem for seed in range(1, 41))
     assert any(problems)
 
 
