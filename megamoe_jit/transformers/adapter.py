@@ -150,8 +150,9 @@ class Adapter:
         }
         seen = dict(self.seen)
         for name, each in self.seen.items():
-            copied = memo.get(id(each.parameter()))  # a module's parameters are copied before its layer
-            if copied is not None:
+            now = each.parameter()
+            copied = memo.get(id(now))  # a module's parameters are copied before its layer
+            if copied is not None and each.is_now(now):  # else the copy's layer has other values than its parameters
                 seen[name] = Seen.of(copied)
         return Adapter(layer, self.topk, self.device, taken, seen)
 

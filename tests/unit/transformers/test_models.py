@@ -190,6 +190,17 @@ def test_a_copy_has_layers_of_its_own_that_stay():
     assert all(now is before for now, before in zip(layers_of(copied), made, strict=True))
 
 
+@torch.no_grad()
+def test_a_copy_of_values_that_were_written_since_computes_with_them():
+    (module, *_) = experts_of(make("Qwen3MoeConfig", "megamoe"))
+    x, ids, weights = torch.randn(3, 128), torch.tensor([[0, 1], [2, 3], [1, 3]]), torch.rand(3, 2)
+    before = module(x, ids, weights)
+    module.down_proj.mul_(2.0)
+    copied = copy.deepcopy(module)
+    for each in (module, copied):
+        assert torch.equal(each(x, ids, weights), 2.0 * before)
+
+
 def test_fewer_slots_are_masked_ones_and_more_make_another_layer():
     """Expert parallelism brings tokens with one slot each in one of its ways, and all slots in the other."""
     (module, *_) = experts_of(make("Qwen3MoeConfig", "megamoe"))
