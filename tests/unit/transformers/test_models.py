@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -100,6 +101,16 @@ def test_a_copy_of_a_model_computes_the_same():
     model = make("Qwen3MoeConfig", "megamoe")
     found = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), found)
+
+
+def test_a_model_that_is_sent_computes_the_same():
+    """A weak reference cannot be sent: where the model arrives, its layers are made anew."""
+    model = make("Qwen3MoeConfig", "megamoe")
+    found = logits(model)
+    sent = io.BytesIO()
+    torch.save(model, sent)
+    sent.seek(0)
+    assert torch.equal(logits(torch.load(sent, weights_only=False)), found)
 
 
 def test_layers_are_made_once():
