@@ -100,7 +100,7 @@ class MultiNodeBuffer(MultiNodeMemory):
             action = partial_call(experts.prepare, fast_math, weights, self.num_max_tokens_per_rank)
             collectively(self.topology.group, "preparing the kernels", action)
         if not self._alone:
-            self.choices.connect(self.device)
+            self._exchanging("connections", lambda: self.choices.connect(self.device))
         self._prepared.add((fast_math, weights))
 
     def dispatch(self, tokens: int, padded_tokens: int | None = None) -> Dispatched:

@@ -251,6 +251,18 @@ def test_a_wait_of_the_host_that_found_a_loss_is_told_once(cuda: Cuda, monkeypat
         mm.fp8_mega_moe_multinode(y, L1, L2, buffer)
 
 
+@pytest.mark.parametrize("said", [RailLost("nothing came for 3 s", {1: "it stands still"}), RuntimeError("refused")])
+def test_a_rank_that_is_lost_while_nodes_connect_is_named(cuda: Cuda, monkeypatch: pytest.MonkeyPatch, said: Exception):
+    def lost(*_: object) -> None:
+        raise said
+
+    buffer = buffer_of(2)
+    monkeypatch.setattr(Echo, "counts", lost)
+    with pytest.raises(PeerTimeoutError, match=r"(nothing came for 3 s|connections did not get through: refused) .*node 1"):
+        buffer.prepare()
+    refused(buffer.prepare, "this buffer is unusable since", kind=PeerTimeoutError)
+
+
 def test_a_wait_ends_with_what_it_waits_for_or_with_an_error_of_the_rail():
     asked, found = [], iter([{}, {3: "gone"}])
     over = lambda: len(asked) > 2  # noqa: E731
