@@ -258,7 +258,9 @@ def test_a_rank_that_is_lost_while_nodes_connect_is_named(cuda: Cuda, monkeypatc
 
     buffer = buffer_of(2)
     monkeypatch.setattr(Echo, "counts", lost)
-    with pytest.raises(PeerTimeoutError, match=r"(nothing came for 3 s|connections did not get through: refused) .*node 1"):
+    with pytest.raises(
+        PeerTimeoutError, match=r"(nothing came for 3 s|connections did not get through: refused) .*node 1"
+    ):
         buffer.prepare()
     refused(buffer.prepare, "this buffer is unusable since", kind=PeerTimeoutError)
 
