@@ -220,7 +220,7 @@ class SymmBuffer(LayerMemory):
             return
         stream = torch._C._cuda_getCurrentRawStream(index)
         with self.lock:
-            if self._destroyed:  # meanwhile, by another thread
+            if self._destroyed or self._broken is not None:  # meanwhile, by another thread
                 self.require_usable()
             kernel = plan.kernel
             kernel.use_weights(l1, l2)

@@ -60,7 +60,9 @@ class SteadyCalls:
         return known
 
     def note(self, l1: WeightTensors, call: SteadyCall) -> None:
-        """Remember a call whose arguments are right."""
+        """Remember a call whose arguments are right, unless one of them can change, as a list can."""
+        if any(isinstance(option, list) for option in call.options):
+            return
         if len(self._known) >= MOST:
             self._known.clear()
         self._known[call.tokens, l1[0].dtype] = call

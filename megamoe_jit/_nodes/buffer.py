@@ -97,11 +97,10 @@ class MultiNodeBuffer(MultiNodeMemory):
             return
         refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
         for experts in self._all_experts():
-            collectively(
-                self.topology.group, "preparing the kernels", partial_call(experts.prepare, fast_math, weights)
-            )
+            action = partial_call(experts.prepare, fast_math, weights, self.num_max_tokens_per_rank)
+            collectively(self.topology.group, "preparing the kernels", action)
         if not self._alone:
-            self.choices.connect(self.device)
+            self._exchanging("connections", lambda: self.choices.connect(self.device))
         self._prepared.add((fast_math, weights))
 
     def dispatch(self, tokens: int, padded_tokens: int | None = None) -> Dispatched:

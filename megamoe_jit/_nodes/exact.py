@@ -6,7 +6,6 @@ is few launches.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -55,12 +54,13 @@ class ExactExchange(AlongRails):
         nodes, here, tokens = self.rail.nodes, self.rail.node, batch.tokens
         ids = batch.rows.topk_idx[:tokens]
         node = torch.div(ids, experts, rounding_mode="floor")  # no node's number where it is no expert's
-        every_node = _numbers(0, nodes, ids.device)[:, None, None]
+        numbers = torch.arange(nodes * tokens + 1, device=ids.device)
+        every_node = numbers[:nodes].view(-1, 1, 1)
         wanted = (node == every_node).any(dim=2).view(-1)
         so_far = wanted.cumsum(0)
         until = so_far[tokens - 1 :: tokens].contiguous() if tokens else so_far.new_zeros(nodes)
         # of the first row that is sent, the second and so on; past the last one whatever
-        token = torch.searchsorted(so_far, _numbers(1, nodes * tokens, ids.device)) % max(1, tokens)
+        token = torch.searchsorted(so_far, numbers[1:]) % max(1, tokens)
         counts = [[b - a for a, b in pairwise((0, *theirs))] for theirs in self.rail.counts(until)]
         sent = _Sent(wanted, so_far, counts[here], [theirs[here] for theirs in counts])
         return sent, token[: sum(sent.leaving)]
@@ -73,16 +73,6 @@ class ExactExchange(AlongRails):
         back[rows].zero_()  # where nothing was sent, as a node gives them for tokens that are not for it
         every_place = back[torch.where(sent.wanted, sent.so_far - 1, rows)]
         sum_nodes(every_place.view(self.rail.nodes, tokens, hidden), y)
-
-
-@functools.lru_cache(maxsize=64)
-def _numbers(first: int, count: int, device: torch.device) -> torch.Tensor:
-    """int64 ``[count]``: the first, the next, and so on; nobody writes there."""
-    with torch.inference_mode(False):
-        made = torch.arange(first, first + count, dtype=torch.int64, device=device)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # other streams read it too
-    return made
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

@@ -77,9 +77,14 @@ class Experts:
         spec = self.buffer.spec(choice.variant, self.numerics(options.fast_math), options.weights)
         check_weights(l1, l2, spec, self.buffer.device)
 
-    def prepare(self, fast_math: bool, weights: WeightFormat = FP8) -> None:
-        """Compile, load and bind its kernels of a format; a collective of the ranks that it spans, at first."""
-        limits = {"ranks": self.buffer.ranks, "most": self.buffer.num_max_tokens_per_rank}
+    def prepare(self, fast_math: bool, weights: WeightFormat, most: int) -> None:
+        """Compile, load and bind its kernels of a format; a collective of the ranks that it spans, at first.
+
+        Args:
+            fast_math, weights: of the calls to come.
+            most: rows of a rank in one of them, which can be more than a launch has where it has a chunk of them.
+        """
+        limits = {"ranks": self.buffer.ranks, "most": min(most, MAX_TOKENS)}
         for variant in all_variants(self.buffer.shape, weights, **limits):
             self.buffer.prepare(variant, self.numerics(fast_math), weight_format=weights.name)
 

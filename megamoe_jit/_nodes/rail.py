@@ -99,7 +99,7 @@ class TorchRail:
         there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         there.copy_(tensor, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
+        copied.record(torch.cuda.current_stream(tensor.device))  # whichever device is the current one
         wait_until(copied.query, Watch(self._missing, lambda: self.error(tensor.device), self.timeout_s))
         return there
 

@@ -27,8 +27,14 @@ def format_of_ready(names: LayerNames) -> WeightFormat:
 
 
 def sizes_of_ready(files: Files, names: LayerNames) -> tuple[int, int, int]:
-    """Experts, hidden and intermediate size of a layer."""
-    experts, rows, stored = files.entry(names.whole["w13"]["weight"]).shape
+    """Experts, hidden and intermediate size of a layer; raises `CheckpointError` if they are not to be found."""
+    codes = names.whole.get("w13", {}).get("weight")
+    if codes is None:
+        raise CheckpointError("w13 and what belongs to it are not there")
+    shape = files.entry(codes).shape
+    if len(shape) != 3:
+        raise CheckpointError(f"{codes} has shape {tuple(shape)}; allowed: [experts, N, K]")
+    experts, rows, stored = shape
     return experts, format_of_ready(names).depth_of(stored), rows // 2
 
 

@@ -72,19 +72,22 @@ class Seen(NamedTuple):
     """A parameter as it was when a layer was made of it.
 
     Attributes:
-        parameter: the object itself.
+        parameter: a weak reference to the object itself.
         address: of its values, which moving it or a new `data` changes.
         version: torch's count of writes in place, which writes through `data` escape; None where torch does not count,
             of parameters that were made in inference mode.
     """
 
-    parameter: weakref.ref[torch.Tensor]
+    parameter: Callable[[], torch.Tensor | None]
     address: int
     version: int | None
 
     @classmethod
     def of(cls, parameter: torch.Tensor) -> Seen:
         return cls(weakref.ref(parameter), parameter.data_ptr(), _version_of(parameter))
+
+    def __reduce__(self) -> Any:
+        return Seen, (_nobody, 0, None)  # where it arrives nothing is what was seen
 
     def is_now(self, parameter: torch.Tensor | None) -> bool:
         """Whether this is the parameter, and nothing has happened to it."""
@@ -94,6 +97,10 @@ class Seen(NamedTuple):
             and self.address == parameter.data_ptr()
             and self.version == _version_of(parameter)
         )
+
+
+def _nobody() -> None:
+    """In place of a weak reference, which cannot be sent."""
 
 
 def _version_of(parameter: torch.Tensor) -> int | None:
@@ -150,8 +157,9 @@ class Adapter:
         }
         seen = dict(self.seen)
         for name, each in self.seen.items():
-            copied = memo.get(id(each.parameter()))  # a module's parameters are copied before its layer
-            if copied is not None:
+            now = each.parameter()
+            copied = memo.get(id(now))  # a module's parameters are copied before its layer
+            if copied is not None and each.is_now(now):  # else the copy's layer has other values than its parameters
                 seen[name] = Seen.of(copied)
         return Adapter(layer, self.topk, self.device, taken, seen)
 

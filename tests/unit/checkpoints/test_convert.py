@@ -90,6 +90,21 @@ def test_shared_experts_are_found_beside_the_kernels_order(tmp_path: Path, name:
     assert (said[0].shared, said[0].shared_experts) == (said[1].shared, said[1].shared_experts)
 
 
+def test_experts_in_the_kernels_order_of_which_a_part_is_gone_are_a_damaged_checkpoint(tmp_path: Path):
+    convert(model("deepseek-v3").write(tmp_path / "source"), tmp_path / "ready", "megamoe")
+    index = tmp_path / "ready" / INDEX
+    held = json.loads(index.read_text())
+    held["weight_map"] = {name: file for name, file in held["weight_map"].items() if "1.mlp.experts.w13" not in name}
+    index.write_text(json.dumps(held))
+    says = "w13 and what belongs to it are not there"
+    for load in (load_experts, load_shared_experts):
+        with pytest.raises(mm.CheckpointError, match=says):
+            load(tmp_path / "ready", 1, device=CPU)
+    (damaged,) = [each for each in inspect(tmp_path / "ready", ranks=2).layers if each.layer == 1]
+    assert not damaged.usable
+    assert says in str(damaged)
+
+
 def test_the_kernels_order_is_mapped_from_the_file(tmp_path: Path):
     convert(model("mixtral").write(tmp_path / "source"), tmp_path / "ready", "megamoe")
     (codes, _), _ = load_experts(tmp_path / "ready", 1, device=CPU, rank=1, ranks=2)

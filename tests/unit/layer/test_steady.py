@@ -96,6 +96,33 @@ def test_settings_that_change_are_followed(cuda: Cuda, buffer: SymmBuffer):  # n
     assert [each.spec.variant.value for each in cuda.launches] == ["pingpong", "pingpong", "cooperative"]
 
 
+def test_a_list_that_was_right_is_looked_at_again(cuda: Cuda, buffer: SymmBuffer):  # noqa: F811
+    recipe = [128, 128, 128]
+    for _ in range(2):
+        call(buffer, recipe=recipe)
+    recipe[2] = 64
+    refused(lambda: call(buffer, recipe=recipe), "recipe = [128, 128, 64]")
+    assert len(cuda.launches) == 2
+
+
+def test_a_failure_that_is_found_while_a_call_is_checked_lasts(
+    cuda: Cuda,  # noqa: F811
+    buffer: SymmBuffer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    note = buffer.steady.note
+
+    def after_another_threads_check(*given: object) -> None:
+        buffer.poison(mm.DeviceFaultError("gave up"))
+        note(*given)
+
+    monkeypatch.setattr(buffer.steady, "note", after_another_threads_check)
+    for _ in range(2):
+        with pytest.raises(mm.DeviceFaultError, match="unusable since an earlier call failed: gave up"):
+            call(buffer)
+    assert not cuda.launches
+
+
 def test_token_counts_that_are_remembered_have_a_limit(
     cuda: Cuda,  # noqa: F811
     buffer: SymmBuffer,  # noqa: F811

@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import megamoe_jit as mm
 from megamoe_jit._check.weights import make_weights
 from megamoe_jit._errors import PeerTimeoutError
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exact import ExactExchange
+from megamoe_jit._nodes.exchange import Batch, Rows
+from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.rail import TorchRail
 from megamoe_jit._nodes.watch import UNASKED, RailLost, Watch, wait_until
@@ -55,7 +58,17 @@ class Echo:
         pass
 
 
-def buffer_of(nodes: int, exchange=GatherExchange, **more) -> mm.MultiNodeBuffer:
+class Made(TorchDispatchMode):
+    """Counts tensors of numbers in a row."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, given=(), options=None):
+        self.numbers += "arange" in str(function)
+        return function(*given, **(options or {}))
+
+
+def buffer_of(nodes: int, exchange=GatherExchange, max_tokens: int = 128, **more) -> mm.MultiNodeBuffer:
     topology = SimpleNamespace(
         group=None, node_group=None, nodes=nodes, node=0, ranks_per_node=1, local_rank=0, world_size=nodes, rank=0,
         roll_call=SimpleNamespace(calls=0, give_notice=lambda: None, missing=lambda: {1: "its process is gone"}),
@@ -63,7 +76,7 @@ def buffer_of(nodes: int, exchange=GatherExchange, **more) -> mm.MultiNodeBuffer
     )  # fmt: skip
     shape = mm.MoEShape(SHAPE.hidden, SHAPE.intermediate, SHAPE.experts * nodes, SHAPE.topk)
     choices = Choices([exchange(Echo())], Echo(), shape, 1, 2)
-    return mm.MultiNodeBuffer(topology, shape, 128, HERE, choices, **more)
+    return mm.MultiNodeBuffer(topology, shape, max_tokens, HERE, choices, **more)
 
 
 def stage(buffer, given) -> None:
@@ -157,6 +170,40 @@ def test_packed_weights_are_another_kernel(cuda: Cuda):
     buffer.prepare(weight_format="mxfp4")
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_what_a_call_can_take_is_prepared_however_small_its_chunks_are(cuda: Cuda, chunks: int):
+    """A call's variant is that of all its rows, which can be more than a launch of a chunk has."""
+    buffer = buffer_of(2, max_tokens=1024, chunks=chunks)
+    buffer.prepare(weight_format="mxfp4")
+    options = CallOptions(1.0, weights=MXFP4)
+    cuda.capturing = True
+    picked = {buffer._experts.variant_for(1 << i, options) for i in range(11)}
+    assert picked == {each.value for each in Variant.reading(MXFP4)}
+
+
+def test_what_the_exact_form_reads_is_made_on_the_stream_of_its_call():
+    """Kept from another call, it would have to be waited for: behind what a lost rank never lets end."""
+    rail = SimpleNamespace(nodes=2, node=0, counts=lambda until: [[3, 5], [1, 2]])
+    drawn = [torch.zeros(5, 2, dtype=torch.int64) for _ in range(4)]
+    for _ in range(2):
+        with Made() as made:
+            sent, tokens = ExactExchange(rail)._sent(Batch(Rows(*drawn), 5), 4)
+        assert made.numbers == 1
+    assert (sent.leaving, sent.arriving, tokens.shape) == ([3, 2], [3, 1], (5,))
+
+
+def test_counts_are_read_when_the_stream_of_their_device_has_copied_them(monkeypatch: pytest.MonkeyPatch):
+    """Whichever device is the current one."""
+    there = torch.device("cuda", 1)
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    event = SimpleNamespace(record=lambda stream=None: recorded.append(stream), query=lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **more: SimpleNamespace(copy_=lambda *_, **how: None))
+    TorchRail(None, 2, 0, 60.0)._on_host(SimpleNamespace(device=there, shape=(4,), dtype=torch.int64))
+    assert recorded == ["stream of cuda:1"]
+
+
 def test_partials_in_float32_are_another_kernel(cuda: Cuda):
     cuda.kernel = lambda params: None
     buffer = buffer_of(2, partial=torch.float32)
@@ -202,6 +249,20 @@ def test_a_wait_of_the_host_that_found_a_loss_is_told_once(cuda: Cuda, monkeypat
     buffer.topology.roll_call.missing = None
     with pytest.raises(PeerTimeoutError, match=r"in call 2 .*, nothing came for 0.01 s \(missing: .*: it stands still"):
         mm.fp8_mega_moe_multinode(y, L1, L2, buffer)
+
+
+@pytest.mark.parametrize("said", [RailLost("nothing came for 3 s", {1: "it stands still"}), RuntimeError("refused")])
+def test_a_rank_that_is_lost_while_nodes_connect_is_named(cuda: Cuda, monkeypatch: pytest.MonkeyPatch, said: Exception):
+    def lost(*_: object) -> None:
+        raise said
+
+    buffer = buffer_of(2)
+    monkeypatch.setattr(Echo, "counts", lost)
+    with pytest.raises(
+        PeerTimeoutError, match=r"(nothing came for 3 s|connections did not get through: refused) .*node 1"
+    ):
+        buffer.prepare()
+    refused(buffer.prepare, "this buffer is unusable since", kind=PeerTimeoutError)
 
 
 def test_a_wait_ends_with_what_it_waits_for_or_with_an_error_of_the_rail():

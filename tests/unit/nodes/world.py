@@ -54,7 +54,7 @@ class ReferenceExperts:
     def check_call(self, rows, l1, l2, options) -> None:
         assert l1[0].shape[0] == l2[0].shape[0] == self.shape.experts
 
-    def prepare(self, fast_math, weights) -> None:
+    def prepare(self, fast_math, weights, most) -> None:
         pass
 
     def variant_for(self, rows, options) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -102,6 +103,16 @@ def test_a_copy_of_a_model_computes_the_same():
     assert torch.equal(logits(copy.deepcopy(model)), found)
 
 
+def test_a_model_that_is_sent_computes_the_same():
+    """A weak reference cannot be sent: where the model arrives, its layers are made anew."""
+    model = make("Qwen3MoeConfig", "megamoe")
+    found = logits(model)
+    sent = io.BytesIO()
+    torch.save(model, sent)
+    sent.seek(0)
+    assert torch.equal(logits(torch.load(sent, weights_only=False)), found)
+
+
 def test_layers_are_made_once():
     model = make("Qwen3MoeConfig", "megamoe")
     assert plugin.prepare(model) == 2
@@ -188,6 +199,17 @@ def test_a_copy_has_layers_of_its_own_that_stay():
     made = layers_of(copied)
     assert torch.equal(logits(copied), found)
     assert all(now is before for now, before in zip(layers_of(copied), made, strict=True))
+
+
+@torch.no_grad()
+def test_a_copy_of_values_that_were_written_since_computes_with_them():
+    (module, *_) = experts_of(make("Qwen3MoeConfig", "megamoe"))
+    x, ids, weights = torch.randn(3, 128), torch.tensor([[0, 1], [2, 3], [1, 3]]), torch.rand(3, 2)
+    before = module(x, ids, weights)
+    module.down_proj.mul_(2.0)
+    copied = copy.deepcopy(module)
+    for each in (module, copied):
+        assert torch.equal(each(x, ids, weights), 2.0 * before)
 
 
 def test_fewer_slots_are_masked_ones_and_more_make_another_layer():
