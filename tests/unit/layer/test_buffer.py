@@ -15,6 +15,7 @@ from megamoe_jit._errors import CaptureError, ConfigError, DeviceFaultError, Pee
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.kernel_set import KernelSet
+from megamoe_jit._layer.steady import SteadyCalls
 from megamoe_jit._spec.abi import Wait
 
 GROUP = object()
@@ -41,6 +42,7 @@ def buffer(ranks: int, fault: tuple[int, ...] = NOTHING) -> SymmBuffer:
     made.kernels = KernelSet(None, None, lambda: None)
     made.kernels.bound, made.kernels._plans = {"kernel": 1}, {"plan": 1}
     made._destroyed, made._broken = False, None
+    made.steady = SteadyCalls(128, made.device)
     made.lock = threading.RLock()
     return made
 
