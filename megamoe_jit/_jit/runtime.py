@@ -244,17 +244,18 @@ def warmup(
         if progress is not None:
             progress(result)
 
-    futures: dict[concurrent.futures.Future[WarmupResult], Compilable] = {}
+    # all there before the first begins: Ctrl-C may come while one is handed out, and its work counts nevertheless
+    futures: dict[concurrent.futures.Future[WarmupResult], Compilable] = {concurrent.futures.Future(): s for s in todo}
     try:
-        for spec in todo:  # in here: Ctrl-C may come as soon as the first has begun
-            futures[pool.submit(_warm_one, spec, force, stop)] = spec
+        for future, spec in futures.items():
+            pool.submit(_warm_into, future, spec, force, stop)
         for future in _as_they_end(futures):
             report(future)
     except KeyboardInterrupt:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
+        begun = [future for future, spec in futures.items() if not future.cancel() and spec not in results]
         _tell_running(futures)
-        begun = [future for future, spec in futures.items() if spec not in results and not future.cancelled()]
         for future in _as_they_end(begun):
             if future.exception() is None:
                 with contextlib.suppress(Exception):  # of `progress`: the interruption counts
@@ -295,6 +296,17 @@ def _distinct(specs: Iterable[Compilable]) -> list[Compilable]:
         allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
         raise ConfigError(f"specs: {shown(odd[0])} given; allowed: {allowed}")
     return list(dict.fromkeys(given))
+
+
+def _warm_into(
+    future: concurrent.futures.Future[WarmupResult], spec: Compilable, force: bool, stop: threading.Event
+) -> None:
+    """Put what becomes of one kernel into `future`, unless that was cancelled."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(_warm_one(spec, force, stop))
+        except BaseException as error:
+            future.set_exception(error)
 
 
 def _warm_one(spec: Compilable, force: bool, stop: threading.Event) -> WarmupResult:

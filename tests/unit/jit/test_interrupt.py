@@ -80,7 +80,8 @@ def test_while_nvrtc_is_at_work(place, ctrl_c, monkeypatch, caplog):
     assert not kernel_cache().holds(kernel_key(SPECS[1]))
 
 
-def test_while_kernels_are_still_handed_out(place, ctrl_c, monkeypatch):
+@pytest.mark.parametrize("handing", [0, 1], ids=["it", "the next one"])
+def test_while_kernels_are_still_handed_out(place, monkeypatch, handing: int):
     """The first one is at work already: it is kept and reported, as after an interruption that comes later."""
     real, results = concurrent.futures.ThreadPoolExecutor.submit, []
     begun, compiled, handed = threading.Event(), _obtain.compile_source, []
@@ -90,11 +91,12 @@ def test_while_kernels_are_still_handed_out(place, ctrl_c, monkeypatch):
         return compiled(text, **named)
 
     def submit(self, *work):
-        if handed:
-            assert begun.wait(20)
-            raise KeyboardInterrupt
-        handed.append(real(self, *work))
-        return handed[0]
+        if not handed:
+            handed.append(real(self, *work))
+            if handing == 1:
+                return handed[0]
+        assert begun.wait(20)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(_obtain, "compile_source", compile_source)
     monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", submit)
