@@ -54,7 +54,7 @@ class ExactExchange(AlongRails):
         nodes, here, tokens = self.rail.nodes, self.rail.node, batch.tokens
         ids = batch.rows.topk_idx[:tokens]
         node = torch.div(ids, experts, rounding_mode="floor")  # no node's number where it is no expert's
-        numbers = torch.arange(nodes * tokens + 1, device=ids.device)
+        numbers = torch.arange(nodes * tokens + 1, dtype=torch.int64, device=ids.device)
         every_node = numbers[:nodes].view(-1, 1, 1)
         wanted = (node == every_node).any(dim=2).view(-1)
         so_far = wanted.cumsum(0)
