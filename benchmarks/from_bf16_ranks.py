@@ -13,7 +13,7 @@ import torch
 
 import megamoe_jit as mm
 from benchmarks.from_bf16 import CLAMP, part_of, row_of
-from megamoe_jit._bench.clock_ranks import RankTimer
+from megamoe_jit._bench.clock_ranks import RankTimer, slowest_anchors
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.measure import anchors, kernel_of, require_hopper, some_rows
 from megamoe_jit._check.collect import collect
@@ -119,5 +119,5 @@ def run(
     ends = collect(target, ranks, {"shapes": shapes, "tokens": sorted(tokens)}, on_report=add)
     if ends is None:
         return None
-    slowest = [{k: min(end["anchors"][i][k] for end in ends) for k in ends[0]["anchors"][i]} for i in (0, 1)]
-    return {"environment": {**ends[0]["environment"], "ranks": ranks}, "anchors": slowest, "rows": rows}
+    conditions = {**ends[0]["environment"], "ranks": ranks}
+    return {"environment": conditions, "anchors": slowest_anchors(ends), "rows": rows}

@@ -33,13 +33,15 @@ from benchmarks.beside import PACKAGE, module, put_beside
 from benchmarks.checkout import commit
 from benchmarks.frame import parser, say
 from megamoe_jit._bench.clock import TimedCall, anchors
-from megamoe_jit._bench.clock_ranks import RankTimer
+from megamoe_jit._bench.clock_ranks import RankTimer, slowest_anchors
 from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, kernel_of, some_rows
+from megamoe_jit._bench.rows import touched_experts
 from megamoe_jit._check.collect import collect
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
+from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MXFP4, MoEShape, WeightFormat
 from megamoe_jit.heuristics.presets import Preset, preset
@@ -83,8 +85,8 @@ class Slice:
         self.format = WeightFormat.parse(weights)
         local = shape.experts // world.ranks
         self.weights = make_weights(shape, world.device, 0, self.format)
-        mine = slice(world.rank * local, (world.rank + 1) * local)
-        first, second = (tuple(part[mine] for part in given) for given in (self.weights.l1, self.weights.l2))
+        both = self.weights.l1, self.weights.l2
+        first, second = (share_of(given, shape, world.rank, world.ranks) for given in both)
         self.own, self.own_shape = Weights(first, second), replace(shape, experts=local)
         self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(first, second)
         self.buffers = {}
@@ -174,12 +176,10 @@ def _row(layer: Slice, tokens: int, packages: Sequence[str], parts: Sequence[Map
     def times(package: str) -> dict[str, float]:
         return {f"{mode}_us": max(part["medians"][f"{package} {mode}"] for part in parts) for mode in MODES}
 
-    rows = [sum(each) for each in zip(*(part["expert_rows"] for part in parts), strict=True)]
-    touched = max(sum(count > 0 for count in rows[at : at + own.experts]) for at in range(0, len(rows), own.experts))
     own_times, before = times(packages[0]), None
     if packages[1:]:
         before = {**times(packages[1]), "same_bits": all(part["same_bits"] for part in parts)}
-    read = touched * layer.format.expert_code_bytes(own.hidden, own.intermediate)
+    read = touched_experts(own.experts, parts) * layer.format.expert_code_bytes(own.hidden, own.intermediate)
     kernel = kernel_of(layer.shape, tokens, "auto", layer.world.device, ranks, layer.format.name)
     return {
         "shape": layer.name,
@@ -284,8 +284,7 @@ def run(
     ends = collect("benchmarks.ranks:measure_on_rank", ranks, arguments, on_report=take)
     if ends is None:
         raise RuntimeError("it starts its ranks itself: not under torchrun")
-    slowest = [{key: min(end["anchors"][i][key] for end in ends) for key in ends[0]["anchors"][i]} for i in (0, 1)]
-    return {"environment": ends[0]["environment"], "anchors": slowest, "rows": rows}
+    return {"environment": ends[0]["environment"], "anchors": slowest_anchors(ends), "rows": rows}
 
 
 def main() -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from megamoe_jit._bench.clock import FLUSH_BYTES, IDLE_CYCLES, TimedCall, burst, record, second_half
 
-__all__ = ["RankTimer"]
+__all__ = ["RankTimer", "slowest_anchors"]
 
 ALIGN_CYCLES = 4 * IDLE_CYCLES  #: the GPU idles while the host queues the alignment and the call
 
@@ -37,3 +37,15 @@ class RankTimer:
     def sustained(self, call: TimedCall, count: int) -> float:
         """Median microseconds of `count` calls in a row, of the second half; the same count on all ranks."""
         return second_half([record(call) for _ in range(count)])
+
+
+def slowest_anchors(ends: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Of what ranks measured with `clock.anchors`, each time all of them, the figures of the slowest card.
+
+    Args:
+        ends: what each rank gave: `anchors`, as often for all.
+    """
+    return [
+        {name: min(card[name] for card in cards) for name in cards[0]}
+        for cards in zip(*(e["anchors"] for e in ends), strict=True)
+    ]

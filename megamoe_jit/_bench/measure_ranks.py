@@ -17,7 +17,7 @@ import torch
 
 import megamoe_jit
 from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall
-from megamoe_jit._bench.clock_ranks import RankTimer
+from megamoe_jit._bench.clock_ranks import RankTimer, slowest_anchors
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.contenders import METHODS
 from megamoe_jit._bench.measure import anchors, as_fp8, kernel_of, require_hopper, some_rows
@@ -214,10 +214,9 @@ def run(
     if ends is None:
         return None
     conditions = ends[0]["environment"]
-    slowest = [{k: min(end["anchors"][i][k] for end in ends) for k in ends[0]["anchors"][i]} for i in (0, 1)]
     return {
         "environment": {**conditions, "ranks": ranks},
-        "anchors": slowest,
+        "anchors": slowest_anchors(ends),
         "rows": rows,
         "baselines": others,
         "baselines_not_timed": ends[0]["not_timed"],

@@ -11,7 +11,7 @@ from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._spec import MoEShape, WeightFormat
 
-__all__ = ["rows_of"]
+__all__ = ["rows_of", "touched_experts"]
 
 Part = Mapping[str, Any]  #: what one rank measured
 
@@ -49,7 +49,7 @@ def _figures(own: MoEShape, case: Scenario, variant: str, parts: Sequence[Part])
     verdicts = [verdict for part in parts for verdict in part["verdicts"][variant]]
     flops = 6.0 * case.tokens * own.topk * own.hidden * own.intermediate
     stored = WeightFormat.parse(case.weights)
-    weight_bytes = _touched(own.experts, parts) * stored.expert_code_bytes(own.hidden, own.intermediate)
+    weight_bytes = touched_experts(own.experts, parts) * stored.expert_code_bytes(own.hidden, own.intermediate)
     return {
         "hidden": own.hidden,
         "intermediate": own.intermediate,
@@ -71,7 +71,7 @@ def _figures(own: MoEShape, case: Scenario, variant: str, parts: Sequence[Part])
     }
 
 
-def _touched(own: int, parts: Sequence[Part]) -> int:
+def touched_experts(own: int, parts: Sequence[Part]) -> int:
     """Experts, of its `own`, that the rank reads which reads most: those that the tokens of any rank go to."""
     rows: list[int] = [sum(each) for each in zip(*(part["expert_rows"] for part in parts), strict=True)]
     return max(sum(count > 0 for count in rows[first : first + own]) for first in range(0, len(rows), own))
