@@ -9,16 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report, report_bf16
-
-ENV = {
-    "device": "NVIDIA H200",
-    "date": "2026-01-02T00",
-    "commit": "0123456789ab",
-    "driver": "580",
-    "nvrtc": "13.0",
-    "cuda": "13.0",
-    "torch": "2.11",
-}
+from tests.unit.benchmarks.environment import ENV
 
 
 def row(shape: str, tokens: int, kernel: float, host: float = 20.0, correct: bool = True) -> dict[str, Any]:

@@ -7,17 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_models
+from tests.unit.benchmarks.environment import ENV
 
-ENV = {
-    "device": "NVIDIA H200",
-    "date": "2026-01-02T00",
-    "commit": "0123456789ab",
-    "driver": "580",
-    "nvrtc": "13.0",
-    "cuda": "13.0",
-    "torch": "2.11",
-    "transformers": "5.17.0",
-}
+ENV_OF_MODELS = {**ENV, "transformers": "5.17.0"}
 
 
 def document(model: str, ours: float, date: str = "2026-01-02T00", tokens: int = 16) -> dict[str, Any]:
@@ -27,7 +19,7 @@ def document(model: str, ours: float, date: str = "2026-01-02T00", tokens: int =
         row |= {f"{name}_ms": ms, f"{name}_tokens_per_s": 1e3 * tokens / ms}
     diffs = {"logits_diff": {"megamoe": 0.05, "eager": 0.01}, "experts_diff": {"megamoe": 0.001, "eager": 2e-6}}
     part = {"model": model, "layers": 4, **diffs, "rows": [row]}
-    return {"kind": "in_transformers", "environment": {**ENV, "date": date}, "models": [part]}
+    return {"kind": "in_transformers", "environment": {**ENV_OF_MODELS, "date": date}, "models": [part]}
 
 
 def read(folder: Path, *docs: dict[str, Any]) -> dict[str, report_models.Measured]:

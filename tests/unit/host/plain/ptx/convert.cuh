@@ -2,19 +2,13 @@
 #pragma once
 #include <cmath>
 
+#include "../../intrinsics.h"
 #include "base/types.cuh"
 
 namespace megamoe::ptx {
 
 inline float reciprocal_approx(float x) { return 1 / x; }
-inline u32 choose_bytes(u32 low, u32 high, u32 select) {
-    u32 result = 0;
-    for (u32 i = 0; i < 4; ++i) {
-        const u32 from = select >> 4 * i & 7;
-        result |= ((from < 4 ? low >> 8 * from : high >> 8 * (from - 4)) & 0xFF) << 8 * i;
-    }
-    return result;
-}
+inline u32 choose_bytes(u32 low, u32 high, u32 select) { return __byte_perm(low, high, select); }
 inline void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
     const u32 select = codes & 0x77777777u;
     first = choose_bytes(low, high, select) | (codes & 0x80808080u);
