@@ -87,8 +87,8 @@ template <class C, u32 kN> struct OneByOneLoop {
 #pragma unroll 1
         for (; k_blocks != 0; --k_blocks) {
             OneByOneLoop own = *this;
-            ptx::pin(
-                own.thread);   // no register is left to keep what is made of it in: it is made anew
+            // no register is left to keep what is made of it in: it is made anew
+            ptx::pin(own.thread);
             own.block(result, fresh, rows, ring, k_blocks != 1);
         }
     }

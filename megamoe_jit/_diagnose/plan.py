@@ -207,8 +207,8 @@ def memory_plan(
     layout = buffer_layout(shape, room, ranks)
     full = Case(name, shape, ranks, layout.capacity if beyond is None else tokens, weights)
     picked = choice_for(full, None if variant == AUTO else variant, num_sms, gpu)
-    reachable = all_variants(shape, stored, ranks=ranks, most=layout.capacity)
-    variants = reachable if variant == AUTO else (picked.variant,)
+    limits = {"ranks": ranks, "most": layout.capacity}
+    variants = all_variants(shape, stored, **limits) if variant == AUTO else (picked.variant,)
     specs = [KernelSpec(shape, each, ranks, numerics=numerics, weights=stored) for each in variants]
     return Planned(
         **content(replace(full, tokens=tokens)),

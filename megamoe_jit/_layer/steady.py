@@ -60,8 +60,10 @@ class SteadyCalls:
         return known
 
     def note(self, l1: WeightTensors, call: SteadyCall) -> None:
-        """Remember a call whose arguments are right, unless one of them can change, as a list can."""
-        if any(isinstance(option, list) for option in call.options):
+        """Remember a call whose arguments are right, unless one can change, as a list can: such have no hash."""
+        try:
+            hash(call.options)
+        except TypeError:
             return
         if len(self._known) >= MOST:
             self._known.clear()
