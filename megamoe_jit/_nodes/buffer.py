@@ -24,7 +24,7 @@ from megamoe_jit._nodes.memory import MultiNodeMemory
 from megamoe_jit._nodes.overlap import overlapped
 from megamoe_jit._nodes.watch import RailLost
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, WeightFormat, check_clamp
+from megamoe_jit._spec import FP8, WeightFormat, check_flag
 from megamoe_jit._text import first_line
 
 __all__ = ["MultiNodeBuffer"]
@@ -91,6 +91,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         Raises:
             MegaMoeError: as `SymmBuffer.prepare`; on every rank.
         """
+        check_flag("fast_math", fast_math)
         weights = WeightFormat.parse(weight_format)
         self.require_usable()
         if (fast_math, weights) in self._prepared:
@@ -145,9 +146,8 @@ class MultiNodeBuffer(MultiNodeMemory):
             MegaMoeError: as `fp8_mega_moe`.
         """
         self.require_usable()
-        stored = format_of_call(l1)
-        self.prepare(fast_math, weight_format=stored.name)
-        options = CallOptions(check_clamp("activation_clamp", activation_clamp), fast_math, variant, num_sms, stored)
+        options = CallOptions.checked(activation_clamp, fast_math, variant, num_sms, format_of_call(l1))
+        self.prepare(fast_math, weight_format=options.weights.name)
         variant = self._experts.variant_for(len(dispatched.arrived.batch.rows), options)
         self._compute(dispatched, l1, l2, replace(options, variant=variant))
 

@@ -25,9 +25,8 @@ from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.model import chunks_for
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, MoEShape, check_clamp, check_flag, check_int
+from megamoe_jit._spec import FP8, MoEShape, check_int
 from megamoe_jit._spec.checks import check
-from megamoe_jit._text import shown
 
 __all__ = ["fp8_mega_moe_multinode", "get_multinode_buffer_for_mega_moe"]
 
@@ -181,13 +180,9 @@ def fp8_mega_moe_multinode(
     if y.ndim != 2:
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]")
     check_tensor("y", y, torch.bfloat16, (y.shape[0], buffer.hidden), buffer.device)
-    check_flag("fast_math", fast_math)
-    if num_sms is not None:
-        check(type(num_sms) is int and num_sms > 0, "num_sms", shown(num_sms), "1 to the SMs of the GPU")
-    clamp = check_clamp("activation_clamp", activation_clamp)
     try:
         stored = format_of_call(l1)
     except ConfigError:
         stored = FP8  # refused with the weights, on all ranks
-    options = CallOptions(clamp, fast_math, variant, num_sms, stored)
+    options = CallOptions.checked(activation_clamp, fast_math, variant, num_sms, stored)
     buffer.run(y, l1, l2, padded_tokens, options)
