@@ -16,7 +16,7 @@ from megamoe_jit._device import driver as _driver
 from megamoe_jit._diagnose.between import Ways, between
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._nodes.experts import CallOptions
-from megamoe_jit._nodes.model import chunks_for, cost, rows_per_token
+from megamoe_jit._nodes.model import ONE_HOST, cost, rows_per_token
 from megamoe_jit._spec import MXFP4, MoEShape
 from tests.commandline import checked
 
@@ -36,7 +36,7 @@ def run(*words: str, code: int = 0) -> str:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "tokens", "kernel", "total"), [(2, 64, 384, 515), (2, 512, 466, 815), (2, 4096, 3100, 3690)]
+    ("nodes", "tokens", "kernel", "total"), [(2, 64, 384, 515), (2, 512, 466, 815), (2, 4096, 3699, 4460)]
 )
 def test_the_model_gives_what_the_page_says(nodes: int, tokens: int, kernel: float, total: float):
     found = cost(PRO, nodes, 8, tokens)
@@ -58,15 +58,22 @@ def test_rows_on_the_wire_are_those_of_the_combinatorics():
 
 
 def test_the_rule():
-    """Gather where its bytes cost less than the host's wait, and in a graph; chunks from 250 rows of an expert on."""
+    """Gather where its bytes cost less than the host's wait, and in a graph; chunks where they save time.
+
+    Over a network from 250 rows of an expert in each on; never over NVLink, nor of more rows than a launch can have.
+    """
     assert [cost(PRO, nodes, 8, 512).exchange for nodes in (1, 2, 4, 8)] == ["none", "gather", "gather", "exact"]
     assert cost(PRO, 8, 8, 4).exchange == "gather"
     assert cost(PRO, 8, 8, 4096, capturing=True).exchange == "gather"
     assert "host cannot wait" in cost(PRO, 8, 8, 4096, capturing=True).reasons[0]
     assert cost(PRO, 8, 8, 4096, exchange="gather").reasons[0] == "gather: as asked"
-    assert [chunks_for(PRO, 16, tokens) for tokens in (64, 1024, 2048, 4096, 32768)] == [1, 1, 2, 4, 4]
-    overlapped, whole = (cost(PRO, 2, 8, 4096, chunks=chunks).total_us for chunks in (4, 1))
-    assert overlapped < whole
+    assert [cost(PRO, 2, 8, tokens).chunks for tokens in (64, 1024, 2048, 4096, 8192)] == [1, 1, 2, 3, 4]
+    assert cost(PRO, 2, 8, 4096).total_us == min(
+        cost(PRO, 2, 8, 4096, chunks=chunks).total_us for chunks in range(1, 5)
+    )
+    two_cards = MoEShape(7168, 3072, 96, 6)
+    assert {cost(two_cards, 2, 1, tokens, network=ONE_HOST).chunks for tokens in (64, 1024, 8192)} == {1}
+    assert [cost(PRO, 2, 8, 32768, network=ONE_HOST).chunks, cost(PRO, 16, 8, 32768).chunks] == [4, 16]
 
 
 def test_explain_and_plan_tell_how_rows_travel():
