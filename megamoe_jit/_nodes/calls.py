@@ -103,8 +103,9 @@ def get_multinode_buffer_for_mega_moe(
                 "as routed experts of their own, whose ids and weights with_shared_experts of the reference makes"
             )
         network = ONE_HOST if topology.one_host else NETWORK
-        rule = Rule(shape, topology.nodes, topology.ranks_per_node, name, PARTIALS[partial].itemsize, network)
-        parts = rule(num_max_tokens_per_rank).chunks if chunks == "auto" else int(chunks)
+        ways = name, PARTIALS[partial].itemsize, network, None if chunks == "auto" else int(chunks)
+        rule = Rule(shape, topology.nodes, topology.ranks_per_node, *ways)
+        parts = rule.chunks or rule(num_max_tokens_per_rank).chunks
         return rule, place_of(device), min(parts, num_max_tokens_per_rank)
 
     rule, where, parts = collectively(topology.group, "checking the layer", admit)

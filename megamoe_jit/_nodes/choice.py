@@ -28,6 +28,7 @@ class Rule:
         exchange: "auto", or the one there is. One that `cost` does not know counts as "exact", to ranks and not nodes.
         partial_bytes: of a number of the results that travel.
         network: what rows travel over.
+        chunks: of every call; None for the best, by its rows.
     """
 
     shape: MoEShape
@@ -36,10 +37,12 @@ class Rule:
     exchange: str = "auto"
     partial_bytes: int = 2
     network: Network = NETWORK
+    chunks: int | None = 1
 
     def __call__(self, rows: int, capturing: bool = False) -> Cost:
         """Of a call with so many rows on each rank."""
-        more: dict[str, Any] = {"partial_bytes": self.partial_bytes, "network": self.network, "capturing": capturing}
+        more: dict[str, Any] = {"partial_bytes": self.partial_bytes, "network": self.network, "chunks": self.chunks}
+        more["capturing"] = capturing
         if self.exchange in ("auto", "gather", "exact"):
             return cost(self.shape, self.nodes, self.ranks_per_node, rows, exchange=self.exchange, **more)
         return cost(self.shape, self.nodes * self.ranks_per_node, 1, rows, exchange="exact", **more)

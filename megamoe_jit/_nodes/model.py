@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
 from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, MoEShape, WeightFormat
@@ -138,43 +138,47 @@ def cost(
         network: what rows travel over.
         weights: the format of the weights, which the kernel reads.
     """
-    net, ranks = network, nodes * ranks_per_node
-    fixed = {"gather": net.gather_us, "exact": net.exact_us}
-    sent = {name: sent_bytes(shape, tokens * rows_per_token(name, nodes, shape), partial_bytes) for name in fixed}
-    times = {name: fixed[name] + sent[name] / net.bytes_per_us for name in fixed}
+    ranks = nodes * ranks_per_node
     launches = functools.partial(_launches_us, shape, ranks, tokens, weights)
     if nodes == 1:
         kernel = launches(1)
         return Cost("none", 1, 0.0, 0.0, kernel, kernel, ("one node: nothing travels between nodes",))
-    exchange, why = _exchange(exchange, capturing, times, nodes, shape)
+    least = -(-tokens // (MAX_TOKENS // nodes))
+    possible = range(least, max(least, min(MOST_CHUNKS, tokens)) + 1) if chunks is None else (chunks,)
 
-    def travelling(parts: int) -> float:
-        rate = net.bytes_per_us if parts == 1 else net.beside_bytes_per_us
-        return parts * fixed[exchange] + sent[exchange] / rate
+    def form(name: str) -> list[Cost]:
+        """Calls in this form, the one to take first."""
+        sent = sent_bytes(shape, tokens * rows_per_token(name, nodes, shape), partial_bytes)
+        calls = [_call(name, parts, sent, launches(parts), network) for parts in possible]
+        return sorted(calls, key=lambda it: it.total_us * (WORTH if it is calls[0] else 1.0))
 
-    def total(parts: int) -> float:
-        shorter, longer = sorted((launches(parts), travelling(parts)))
-        return longer + shorter / parts
-
-    reasons = (why, f"{chunks} chunk(s): as asked")
+    forms = {name: form(name) for name in ("gather", "exact")}
+    best = {name: calls[0].total_us for name, calls in forms.items()}
+    exchange, why = _exchange(exchange, capturing, best, nodes, shape)
+    found, how = forms[exchange][0], "as asked"
     if chunks is None:
-        least = -(-tokens // (MAX_TOKENS // nodes))
-        possible = range(least, max(least, min(MOST_CHUNKS, tokens)) + 1)
-        chunks = min(possible, key=lambda n: total(n) * (WORTH if n == least else 1.0))
-        others = ", ".join(f"{total(n):.0f} us in {n}" for n in possible)
-        reasons = (why, f"{chunks} chunk(s): modelled {others}")
-    return Cost(exchange, chunks, sent[exchange], travelling(chunks), launches(chunks), total(chunks), reasons)
+        each = sorted(forms[exchange], key=lambda it: it.chunks)
+        how = "modelled " + ", ".join(f"{it.total_us:.0f} us in {it.chunks}" for it in each)
+    return replace(found, reasons=(why, f"{found.chunks} chunk(s): {how}"))
 
 
-def _exchange(asked: str, capturing: bool, times: Mapping[str, float], nodes: int, shape: MoEShape) -> tuple[str, str]:
+def _call(exchange: str, chunks: int, sent: float, kernel_us: float, net: Network) -> Cost:
+    """One in so many chunks: all but one of them hide what is shorter, rows or launches."""
+    fixed = net.gather_us if exchange == "gather" else net.exact_us
+    travelling = chunks * fixed + sent / (net.bytes_per_us if chunks == 1 else net.beside_bytes_per_us)
+    shorter, longer = sorted((kernel_us, travelling))
+    return Cost(exchange, chunks, sent, travelling, kernel_us, longer + shorter / chunks, ())
+
+
+def _exchange(asked: str, capturing: bool, calls: Mapping[str, float], nodes: int, shape: MoEShape) -> tuple[str, str]:
     """Which form, and why."""
     if asked != "auto":
         return asked, f"{asked}: as asked"
     if capturing:
         return "gather", "gather: in a CUDA graph the host cannot wait for counts"
-    exchange = min(times, key=lambda name: times[name])
-    rows = {name: f"{rows_per_token(name, nodes, shape):.2f}" for name in times}
+    exchange = min(calls, key=lambda name: calls[name])
+    rows = {name: f"{rows_per_token(name, nodes, shape):.2f}" for name in calls}
     return exchange, (
-        f"{exchange}: modelled {times['gather']:.0f} us for gather ({rows['gather']} rows a token to other nodes) "
-        f"and {times['exact']:.0f} us for exact ({rows['exact']})"
+        f"{exchange}: modelled {calls['gather']:.0f} us by gather ({rows['gather']} rows a token to other nodes) "
+        f"and {calls['exact']:.0f} us by exact ({rows['exact']})"
     )

@@ -60,7 +60,7 @@ def test_rows_on_the_wire_are_those_of_the_combinatorics():
 def test_the_rule():
     """Gather where its bytes cost less than the host's wait, and in a graph; chunks where they save time.
 
-    Over a network from 250 rows of an expert in each on; never over NVLink, nor of more rows than a launch can have.
+    Over a network from some 500 rows of an expert on; over NVLink, and elsewhere into more, where a launch has no room.
     """
     assert [cost(PRO, nodes, 8, 512).exchange for nodes in (1, 2, 4, 8)] == ["none", "gather", "gather", "exact"]
     assert cost(PRO, 8, 8, 4).exchange == "gather"
@@ -83,7 +83,7 @@ def test_explain_and_plan_tell_how_rows_travel():
     assert "modelled, not measured: 815 us" in text
     doc = checked(run("explain", *what, "512", "--json"))
     (call,) = doc["calls"]
-    assert call["between"]["reasons"][0].startswith("gather: modelled 348 us for gather (1.00 rows a token")
+    assert call["between"]["reasons"][0].startswith("gather: modelled 815 us by gather (1.00 rows a token")
     assert call["shape"]["experts"] == 192
     text = run("plan", *what, "4096", "--partial", "fp32")
     assert "4096 tokens of each rank, a buffer of 2048 rows for each chunk under way" in text
