@@ -51,11 +51,12 @@ def cache() -> None:
 @json_option
 def path(as_json: bool) -> None:
     """Print the cache directory."""
-    from megamoe_jit._cache.documents import CachePath
     from megamoe_jit._settings.settings import get_settings
 
     root = get_settings().cache_dir
     if as_json:
+        from megamoe_jit._cache.documents import CachePath
+
         emit(CachePath(str(root), os.path.isdir(root)))
     else:
         copy_out(str(root), nl=True)
