@@ -147,7 +147,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     if kind is str:
         return _printable(value)
     if kind is int or kind is bool:
-        return -_INTEGERS <= value < _INTEGERS
+        return bool(-_INTEGERS <= value < _INTEGERS)
     if kind is list:
         return all([_is_plain(part, depth + 1) for part in value])
     if kind is dict:
