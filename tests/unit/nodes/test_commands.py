@@ -162,7 +162,7 @@ def test_what_is_timed_is_the_call_that_is_held_against_the_reference(monkeypatc
         check=lambda: None, chunks=chunks, choices=SimpleNamespace(pick=lambda *_: SimpleNamespace(capturable=False)),
         dispatch=lambda tokens: SimpleNamespace(lane=lane, arrived=SimpleNamespace(rows=2 * tokens)),
     )  # fmt: skip
-    layer = SimpleNamespace(l1=(), l2=(), topology=SimpleNamespace(nodes=2), stored=MXFP4)
+    layer = SimpleNamespace(l1=(), l2=(), topology=SimpleNamespace(nodes=2), format=MXFP4)
     inputs = SimpleNamespace(stage=lambda _: None)
     parts = _measure_nodes._calls(layer, buffer, inputs, torch.empty(4, 256), case.clamp)
     assert called == [case.clamp] == [10.0]
