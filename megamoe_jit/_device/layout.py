@@ -138,6 +138,7 @@ def buffer_layout(
             ("act2_done", rows // COUNTER_ROWS * 4, "tiles of the second GEMM finished u32"),
             ("slice_counts", MAX_SORT_BLOCKS * experts * 4, "pairs of each expert by slice u32"),
             ("control", Control.WORDS * 4, "grid barrier, epoch, blocks by side, tickets u32"),
+            *([("row_places", ranks * tokens * 4, "where rows of other ranks lie u32")] if ranks > 1 else []),
         ]
     )
     return BufferLayout(symmetric, local, tokens, rows, pool, pairs)
