@@ -326,7 +326,7 @@ def test_a_size_that_no_number_holds_is_refused_as_others_are(text):
     with pytest.raises(ValueError, match="a number of bytes that a disk could have"):
         parse_size(text)
     with pytest.raises(ConfigError, match="MEGAMOE_JIT_CACHE_MAX_BYTES='9"):
-        Settings.from_env({"MEGAMOE_JIT_CACHE_MAX_BYTES": text})
+        Settings.load({"MEGAMOE_JIT_CACHE_MAX_BYTES": text})
 
 
 def test_clear_fails_as_long_as_anything_is_left(cache):
