@@ -22,6 +22,7 @@ from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.documents_nodes import NodesRow
 from megamoe_jit._bench.measure import as_fp8, require_hopper, some_rows
 from megamoe_jit._bench.on_ranks import RankWeights, shape_on_ranks, sizes_of
+from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest, unusable
 from megamoe_jit._check.collect import collect
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
@@ -121,8 +122,8 @@ def _measure(
         verdict = judge(y[where], expected)
         found = {"exchange": buffer.choices.pick(case.tokens, False).name, "chunks": buffer.chunks}
         diff = lambda out: float(judge(out[where], expected).diff)  # noqa: E731
-        own, experts = as_fp8(layer.own), case.shape.experts
-        facts = add_baselines(calls, methods, inputs, own, experts, case.clamp, diff, topology.group)
+        task = Task(inputs, as_fp8(layer.own), case.shape.experts, case.clamp, topology.group)
+        facts = add_baselines(calls, methods, task, diff)
         times = timer.burst(calls)
         buffer.check()
     return {**found, "times": times, "baselines": facts, "diff": verdict.diff, "correct": verdict.passed}

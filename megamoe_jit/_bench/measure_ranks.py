@@ -23,6 +23,7 @@ from megamoe_jit._bench.contenders import METHODS
 from megamoe_jit._bench.measure import anchors, as_fp8, kernel_of, require_hopper, some_rows
 from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import rows_of
+from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines, unusable
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
@@ -91,8 +92,8 @@ def _measure(
         add(variant, layer.buffer, inputs, where, expected, variant)
         calls[f"{variant} staged"] = calls[variant].staged()
         add(f"one {variant}", layer.own_buffer, own_inputs, own_where, own_expected, variant)
-    experts, diff = case.shape.experts, lambda out: calc_diff(out[where], expected)
-    baselines = add_baselines(calls, methods, inputs, as_fp8(layer.own), experts, case.clamp, diff, dist.group.WORLD)
+    task = Task(inputs, as_fp8(layer.own), case.shape.experts, case.clamp, dist.group.WORLD)
+    baselines = add_baselines(calls, methods, task, lambda out: calc_diff(out[where], expected))
     times = timer.burst(calls)
     sustained = {}
     for variant in variants:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -156,17 +156,8 @@ def _reference_checks() -> tuple[Check, ...]:
     plain = _plain_layer(inputs, case.clamp)
 
     def reference(requantize: bool) -> torch.Tensor:
-        return moe_reference(
-            inputs.x_q,
-            inputs.x_sf,
-            inputs.topk_idx,
-            inputs.topk_weights,
-            inputs.l1,
-            inputs.l2,
-            activation_clamp=case.clamp,
-            requantize=requantize,
-            out_dtype=torch.float32,
-        )
+        options: dict[str, Any] = {"activation_clamp": case.clamp, "out_dtype": torch.float32}
+        return moe_reference(*inputs.operands, requantize=requantize, **options)
 
     found = (
         ("reference without rounding = plain layer", calc_diff(reference(False), plain), EXACT_LIMIT),

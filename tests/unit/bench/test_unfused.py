@@ -15,9 +15,9 @@ from megamoe_jit._bench import on_ranks
 from megamoe_jit._bench.contenders import METHODS, FlashInfer, Unfused
 from megamoe_jit._bench.grouped_gemm import BlockwiseEach, DeepGemmGrouped, Dequantised, GroupedRowwise, probe
 from megamoe_jit._bench.rows import rows_of
-from megamoe_jit._bench.unfused import Baseline
+from megamoe_jit._bench.unfused import Baseline, Task
 from megamoe_jit._bench.unfused_run import unusable
-from megamoe_jit._check.scenarios import Scenario, make_inputs, make_weights
+from megamoe_jit._check.scenarios import Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._check.verify import judge
 from megamoe_jit._errors import ConfigError
@@ -38,10 +38,10 @@ def on_rank(world: World) -> list[float]:
     own = [(codes[mine], scales[mine]) for codes, scales in (weights.l1, weights.l2)]
     for route, tokens in (("topk", 20), ("hot", 33 + world.rank), ("single", 7)):
         inputs = make_inputs(Scenario("b", shape, tokens, tokens, route=route), "cpu", world.rank, weights)
-        layer = Baseline(Dequantised, inputs, *own, shape.experts, 10.0, dist.group.WORLD, compiled=False)
-        expected = moe_reference(
-            inputs.x_q, inputs.x_sf, inputs.topk_idx, inputs.topk_weights, weights.l1, weights.l2, activation_clamp=10.0
+        layer = Baseline(
+            Dequantised, Task(inputs, Weights(*own), shape.experts, 10.0, dist.group.WORLD), compiled=False
         )
+        expected = moe_reference(*inputs.operands, activation_clamp=10.0)
         for _ in range(2):  # nothing is left over from the call before
             diffs.append(calc_diff(layer(), expected))
     return diffs
@@ -58,10 +58,8 @@ def test_the_unfused_layer_gives_the_same_answer():
 def test_one_rank_needs_no_process_group():
     shape, weights = MoEShape(256, 384, 8, 3), make_weights(MoEShape(256, 384, 8, 3), "cpu")
     inputs = make_inputs(Scenario("b", shape, 20, 20), "cpu", 0, weights)
-    layer = Baseline(Dequantised, inputs, weights.l1, weights.l2, 8, 10.0, None, compiled=False)
-    expected = moe_reference(
-        inputs.x_q, inputs.x_sf, inputs.topk_idx, inputs.topk_weights, weights.l1, weights.l2, activation_clamp=10.0
-    )
+    layer = Baseline(Dequantised, Task(inputs, weights, 8, 10.0), compiled=False)
+    expected = moe_reference(*inputs.operands, activation_clamp=10.0)
     assert calc_diff(layer(), expected) < Dequantised.bound
 
 

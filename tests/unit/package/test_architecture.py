@@ -114,3 +114,14 @@ def test_no_more_floors_of_imports_than_the_page_tells():
     assert told is not None
     highest = max(MODULES, key=floor)
     assert floor(highest) <= int(told[1]), f"{highest} stands on {floor(highest)} floors"
+
+
+def test_each_kernel_has_its_parameters_written_in_one_place():
+    """`BoundKernel` those of the layer, `StageKernel` those of staging: nobody else sets a field of `params`."""
+    written = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and "params" in ast.unparse(node.value)
+    }
+    assert written == {"_layer.bound_kernel", "_layer.stage_kernel"}
