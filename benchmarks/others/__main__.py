@@ -22,7 +22,7 @@ import torch
 
 import megamoe_jit as mm
 from benchmarks.frame import asked, keep, rows_by_shape
-from benchmarks.others.humming import HummingBf16, HummingFp8, HummingFp8Token
+from benchmarks.others.humming import KINDS
 from benchmarks.others.marlin import Marlin
 from benchmarks.others.ogs import TritonKernels
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, captured
@@ -56,7 +56,7 @@ class Other(Protocol):
         """The layer for fixed inputs, none of their slots masked; each call returns bfloat16 ``[T, H]``."""
 
 
-OTHERS: tuple[type[Other], ...] = (Marlin, HummingBf16, HummingFp8, HummingFp8Token, TritonKernels)
+OTHERS: tuple[type[Other], ...] = (Marlin, TritonKernels, *KINDS)
 
 
 class Made:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "aligned", "ops"]
+__all__ = ["LIBRARY", "aligned", "grouped", "ops"]
 
 LIBRARY = "_moe_C_stable_libtorch.abi3.so"
 VARIABLE = "VLLM_MOE_LIBRARY"
@@ -55,3 +56,27 @@ def aligned(topk_idx: torch.Tensor, experts: int, block: int) -> tuple[torch.Ten
     )
     ops().moe_align_block_size(topk_idx, experts, block, slots, owners, used, None, None)
     return slots, owners, used
+
+
+def grouped(topk_idx: torch.Tensor, experts: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Sorts the slots by expert at each call, in memory of its own.
+
+    Args:
+        topk_idx: int32 ``[T, K]``.
+        experts: how many there are.
+
+    Returns:
+        What gives where each expert's slots begin int64 ``[experts + 1]``, and the place of each slot int32 ``[T, K]``.
+    """
+    count, device = topk_idx.numel(), topk_idx.device
+    numbers = torch.arange(count, dtype=torch.int32, device=device).view_as(topk_idx)
+    ends = torch.empty(experts + 1, dtype=torch.int64, device=device)
+    places, by_expert, rows, copy = (torch.empty_like(topk_idx) for _ in range(4))
+    scratch = torch.empty(ops().moe_permute_sort_workspace_size(count, experts), dtype=torch.int8, device=device)
+
+    def sort() -> tuple[torch.Tensor, torch.Tensor]:
+        sizes = experts, experts
+        ops().moe_prepare_scatter(topk_idx, numbers, None, *sizes, ends, places, scratch, by_expert, rows, copy)
+        return ends, places
+
+    return sort
