@@ -20,12 +20,12 @@ from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.documents_nodes import NodesRow
 from megamoe_jit._bench.measure import require_hopper, some_rows
+from megamoe_jit._bench.on_ranks import RankWeights, shape_on_ranks, sizes_of
 from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest, unusable
 from megamoe_jit._check.collect import collect
-from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
-from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
@@ -54,15 +54,12 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-class _Layer:
+class _Layer(RankWeights):
     """One shape on this rank: weights, and the ranks."""
 
     def __init__(self, world: World, topology: NodeTopology, shape: MoEShape) -> None:
-        self.topology, self.shape, self.device = topology, shape, world.device
-        self.weights = make_weights(shape, world.device)
-        own = [share_of(given, shape, world.rank, world.ranks) for given in (self.weights.l1, self.weights.l2)]
-        self.own = Weights(*own)
-        self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.own.l1, self.own.l2)
+        super().__init__(world, shape)
+        self.topology = topology
 
     def buffer(self, tokens: int, ways: dict[str, Any]) -> MultiNodeBuffer:
         """A buffer for calls with so many tokens."""
@@ -178,9 +175,9 @@ def measure_on_rank(
     topology = NodeTopology(group, ranks_per_node=ranks_per_node)
     timer = RankTimer(world.device)
     methods = unusable(world.device, group) if baseline else dict.fromkeys(unusable(world.device, group), "not wanted")
-    for name, hidden, intermediate, local, topk in shapes:
+    for name, *sizes in shapes:
         torch.cuda.empty_cache()
-        layer = _Layer(world, topology, MoEShape(hidden, intermediate, local * world.ranks, topk))
+        layer = _Layer(world, topology, shape_on_ranks(world, *sizes))
         for count in sorted(tokens):
             case = Scenario(name, layer.shape, count, count)
             parts = gather(group, _measure(layer, timer, case, ways, methods))
@@ -221,7 +218,7 @@ def run(
         raise ConfigError(f"{nodes} nodes of {ranks_per_node} ranks; allowed: 1 or more of each")
     if not torch.cuda.is_available():
         require_hopper()
-    shapes = [[p.name, p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk] for p in presets]
+    shapes = [*map(sizes_of, presets)]
     rows: list[dict[str, Any]] = []
 
     def note(_: int, row: dict[str, Any]) -> None:

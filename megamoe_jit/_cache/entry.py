@@ -235,7 +235,9 @@ def last_use(status: os.stat_result, now: float) -> float:
     A time in the future says nothing, and would keep what it is of for ever: then the time counts at which it was set,
     or none at all.
     """
-    return next((max(0.0, at) for at in (status.st_mtime, status.st_ctime) if at <= now + CLOCKS_S), 0.0)
+    latest = now + CLOCKS_S
+    used = status.st_mtime if status.st_mtime <= latest else status.st_ctime
+    return max(0.0, used) if used <= latest else 0.0
 
 
 def _read(handle: int, name: str, forbidden: int) -> bytes:

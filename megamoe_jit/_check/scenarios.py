@@ -139,12 +139,7 @@ def _peer() -> Iterator[Scenario]:
         clamp = rng.choice([1.0, 10.0, math.inf])
         fast = rng.choice([True, False])
         yield _case(
-            f"L5.rand{i:03d}",
-            tokens,
-            (hidden, ih, 8, k),
-            masked_ratio=masked,
-            clamp=_finite(clamp),
-            fast_math=fast,
+            f"L5.rand{i:03d}", tokens, (hidden, ih, 8, k), masked_ratio=masked, clamp=_finite(clamp), fast_math=fast
         )
 
 

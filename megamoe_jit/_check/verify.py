@@ -208,12 +208,7 @@ def run_scenario(
     inputs = _scenarios.make_inputs(scenario, device, seed, entry.weights)
     y, stats = _call(api, scenario, variant, inputs, entry)
     expected = moe_reference(
-        inputs.x_q,
-        inputs.x_sf,
-        *inputs.slots,
-        inputs.l1,
-        inputs.l2,
-        activation_clamp=scenario.clamp,
+        inputs.x_q, inputs.x_sf, *inputs.slots, inputs.l1, inputs.l2, activation_clamp=scenario.clamp
     )
     verdict = judge(y[: scenario.tokens], expected)
     problems = [verdict.reason] if verdict.reason else []

@@ -116,14 +116,7 @@ def _on_gpu(as_json: bool) -> Demo:
         rows = _bench.measure(_bench.cases([known], TOKENS), ("auto",))
     if rows and not as_json:
         cells = [
-            (
-                r.tokens,
-                r.kernel,
-                f"{r.median_us:.1f}",
-                f"{r.tflops:.0f}",
-                f"{r.diff:.1e}",
-                "yes" if r.correct else "NO",
-            )
+            (r.tokens, r.kernel, f"{r.median_us:.1f}", f"{r.tflops:.0f}", f"{r.diff:.1e}", "yes" if r.correct else "NO")
             for r in rows
         ]
         show(table(("TOKENS", "KERNEL", "MEDIAN us", "TFLOPS", "DIFF", "CORRECT"), cells, left=(1,)))
@@ -177,11 +170,7 @@ def _reference_checks() -> tuple[Check, ...]:
 
     found = (
         ("reference without rounding = plain layer", calc_diff(reference(False), plain), EXACT_LIMIT),
-        (
-            "reference with the kernel's FP8 rounding = plain layer",
-            calc_diff(reference(True), plain),
-            FP8_LIMIT,
-        ),
+        ("reference with the kernel's FP8 rounding = plain layer", calc_diff(reference(True), plain), FP8_LIMIT),
     )
     return tuple(Check(what, diff, limit, diff <= limit) for what, diff, limit in found)
 

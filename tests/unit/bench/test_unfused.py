@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe_jit._bench import measure_ranks as _bench_ranks
+from megamoe_jit._bench import on_ranks
 from megamoe_jit._bench.contenders import METHODS, FlashInfer, Unfused
 from megamoe_jit._bench.grouped_gemm import BlockwiseEach, DeepGemmGrouped, Dequantised, GroupedRowwise, probe
 from megamoe_jit._bench.rows import rows_of
@@ -210,10 +211,10 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
         assert (target, ranks) == ("megamoe_jit._bench.measure_ranks:measure_on_rank", 2)
         assert arguments["shapes"] == [["v4-flash", 4096, 2048, 32, 6]]
         on_report(0, merge([part(1), part(2)]))
-        end = {"environment": {"device": "NVIDIA H200"}, "not_timed": {}}
+        end = {"environment": {"device": "NVIDIA H200"}, "baselines_not_timed": {}}
         return [{**end, "anchors": [{"read_4gib_tb_s": 4.0 + i}] * 2} for i in (0, 1)]
 
-    monkeypatch.setattr(_bench_ranks, "collect", collect)
+    monkeypatch.setattr(on_ranks, "collect", collect)
     monkeypatch.setattr(_bench_ranks.torch.cuda, "is_available", lambda: True)
     shape = MoEShape(4096, 2048, 256, 6)
     preset = SimpleNamespace(name="v4-flash", shape=shape, local_experts=32)
@@ -223,7 +224,7 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
     assert doc["environment"]["ranks"] == 2
     assert doc["rows"][0]["ranks"] == 2
     assert len(seen) == 1
-    monkeypatch.setattr(_bench_ranks, "collect", lambda *_, **__: None)
+    monkeypatch.setattr(on_ranks, "collect", lambda *_, **__: None)
     assert _bench_ranks.run([preset], [64], ["auto"], 2) is None
     with pytest.raises(ConfigError, match="2 to 8"):
         _bench_ranks.run([preset], [64], ["auto"], 1)

@@ -72,11 +72,7 @@ def test_path_completion_and_doctor(place: Path):
     root = place / "cache"
     below = python(place, "-m", "megamoe_jit", "cache", "path", "--json", MEGAMOE_JIT_CACHE_DIR=root / "below")
     assert json.loads(below.stdout)["exists"] is False
-    completing = {
-        "_MEGAMOE_JIT_COMPLETE": "bash_complete",
-        "COMP_WORDS": "megamoe-jit cache rm ",
-        "COMP_CWORD": "3",
-    }
+    completing = {"_MEGAMOE_JIT_COMPLETE": "bash_complete", "COMP_WORDS": "megamoe-jit cache rm ", "COMP_CWORD": "3"}
     completed = python(place, "-m", "megamoe_jit", **completing)
     assert (completed.stdout.strip(), completed.stderr) == ("", "")
     for variable, name in (("MEGAMOE_JIT_CACHE_DIR", "cache"), ("MEGAMOE_JIT_READONLY_CACHE", "read-only")):

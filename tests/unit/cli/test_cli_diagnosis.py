@@ -243,11 +243,7 @@ def test_tools_are_found_without_pathfinder(monkeypatch: pytest.MonkeyPatch, tmp
 def test_env_shows_value_and_source_of_every_setting(tmp_path: Path):
     file = tmp_path / "config.toml"
     file.write_text('strict = "warn"\njobs = 3\n')
-    environ = {
-        "MEGAMOE_JIT_CONFIG": str(file),
-        "MEGAMOE_JIT_JOBS": "5",
-        "MEGAMOE_JIT_PTXAS_OPTIONS": "-O2 --verbose",
-    }
+    environ = {"MEGAMOE_JIT_CONFIG": str(file), "MEGAMOE_JIT_JOBS": "5", "MEGAMOE_JIT_PTXAS_OPTIONS": "-O2 --verbose"}
     done = run("env", "--json", **environ)
     assert done.returncode == 0, done.stderr
     doc = checked(done.stdout)

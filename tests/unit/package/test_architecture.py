@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +103,14 @@ def test_no_circle():
             grown = grown or bool(more)
             direct |= more
     assert sorted(name for name, all_of_it in reached.items() if name in all_of_it) == []
+
+
+def test_no_more_floors_of_imports_than_the_page_tells():
+    @functools.cache
+    def floor(name: str) -> int:
+        return 1 + max(map(floor, IMPORTS[name] - {name}), default=0)
+
+    told = re.search(r"^\| floors of imports between files \| 22 \| (\d+) \|", TEXT, re.MULTILINE)
+    assert told is not None
+    highest = max(MODULES, key=floor)
+    assert floor(highest) <= int(told[1]), f"{highest} stands on {floor(highest)} floors"
