@@ -19,10 +19,7 @@
 //   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
 //   empty[stage]   arrived here, one lane per warp, when both products of the stage are done
 #pragma once
-#include "comm/fault.cuh"
-#include "layout/shared.cuh"
-#include "pipe/ring.cuh"
-#include "ptx/control.cuh"
+#include "mma/stages.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace megamoe {
@@ -57,12 +54,6 @@ template <u32 kN> struct ColumnScales {
         }
     }
 };
-
-/// A stage whose products are done may be loaded again.
-template <class C> MEGA_DEVICE void release_stage(const Shared<C>& shared, u32 stage, u32 thread) {
-    __syncwarp();   // all lanes have read their weights and scales
-    if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
-}
 
 template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");

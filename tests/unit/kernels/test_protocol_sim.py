@@ -92,7 +92,7 @@ NO_ROOM, ALL_COUNTED, ITS_WEIGHT = 210, 211, 212
 #: meeting after the other; with more than 64 columns what is exchanged overlaps codes, or a stage is not waited for.
 PACKED_MISTAKES = (
     *SMALL,
-    Change("formats/mxfp4.cuh", "(full, bytes + bytes", "(full, bytes + (sim::mutant == 213 ? 0 : bytes)"),
+    Change("mma/code_stream.cuh", "(full, bytes + bytes", "(full, bytes + (sim::mutant == 213 ? 0 : bytes)"),
     Change("roles/swapped_math.cuh", "        ptx::named_sync", "        if (sim::mutant != 214) ptx::named_sync"),
     Change("epilogue/swapped_quant.cuh", "activate(result);\n", "activate(result);\n if (sim::mutant != 215)"),
     Change("epilogue/swapped_quant.cuh", "make_scale();\n", "make_scale();\n if (sim::mutant != 216)"),
