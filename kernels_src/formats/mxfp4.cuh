@@ -53,15 +53,7 @@ struct Mxfp4 {
             expand(packed);
         }
         MEGA_DEVICE void expand(const Packed& packed) {
-#pragma unroll
-            for (u32 k = 0; k < 4; ++k)
-#pragma unroll
-                for (u32 row = 0; row < 2; ++row) {
-                    const Magnitudes table(ptx::choose_bytes(packed.powers[row], 0, 0x4440 + k));
-                    ptx::expand_e2m1(packed.halves[k / 2].w[k % 2 * 2 + row], table.low, table.high,
-                                     a[k][row], a[k][row + 2]);
-                }
-            ptx::pin(a);
+            ptx::expand_e2m1<Magnitudes>(a, packed.halves, packed.powers);
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
             ptx::wgmma_weights_registers<kN>(d, a, tokens);
