@@ -279,7 +279,7 @@ def bench(output: Path | None, picture: Path | None, as_json: bool, ways: Ways, 
     """
     refuse_early(output, picture)
     if ways.nodes > 1:
-        refuse_with_nodes(picture, what.pop("variants"), what.pop("weights"))
+        refuse_with_nodes(picture, what.pop("variants"))
         bench_nodes(ways, output, as_json, **what)
         return
     doc = measured(**what)
