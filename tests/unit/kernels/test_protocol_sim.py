@@ -94,19 +94,21 @@ NO_ROOM, ALL_COUNTED, ITS_WEIGHT = 210, 211, 212
 #: meeting after the other; with more than 64 columns what is exchanged overlaps codes, or a stage is not waited for.
 PACKED_MISTAKES = (
     *SMALL,
-    Change("formats/mxfp4.cuh", "(full, bytes + bytes", "(full, bytes + (sim::mutant == 213 ? 0 : bytes)"),
+    Change("mma/code_stream.cuh", "(full, bytes + bytes", "(full, bytes + (sim::mutant == 213 ? 0 : bytes)"),
     Change("roles/swapped_math.cuh", "        ptx::named_sync", "        if (sim::mutant != 214) ptx::named_sync"),
-    Change("epilogue/swapped_quant.cuh", "activate(result);\n", "activate(result);\n if (sim::mutant != 215)"),
-    Change("epilogue/swapped_quant.cuh", "make_scale();\n", "make_scale();\n if (sim::mutant != 216)"),
-    Change("epilogue/swapped_quant.cuh", "stage_codes(result);\n", "stage_codes(result);\n if (sim::mutant != 217)"),
-    Change("epilogue/swapped_scatter.cuh", "if (i + b != 0) meet()", "if (i + b != 0 && sim::mutant != 218) meet()"),
+    Change("epilogue/swapped_quant.cuh", "activate<kFirst>(result);\n", "activate<kFirst>(result);\n if (sim::mutant != 215)"),
+    Change("epilogue/swapped_quant.cuh", "make_scale(kFirst);\n", "make_scale(kFirst);\n if (sim::mutant != 216)"),
+    Change(
+        "epilogue/swapped_quant.cuh", "stage_codes<kFirst>(result);\n", "stage_codes<kFirst>(result);\n if (sim::mutant != 217)"
+    ),
+    Change("epilogue/swapped_scatter.cuh", "                meet();", "                if (sim::mutant != 218) meet();"),
     Change(
         "epilogue/swapped_scatter.cuh",
-        "kColumns, b);\n                meet()",
-        "kColumns, b);\n if (sim::mutant != 219) meet()",
+        "stage(result, first);\n            meet()",
+        "stage(result, first);\n            if (sim::mutant != 219) meet()",
     ),
     Change(
-        "epilogue/swapped_quant.cuh", "address + kCodesBytes", "address + (sim::mutant == 226 ? kN * 128 : kCodesBytes)"
+        "epilogue/swapped_quant.cuh", "address + kCodesBytes", "address + (sim::mutant == 226 ? 0 : kCodesBytes)"
     ),
     Change("mma/one_by_one.cuh", "if (more) wait(ring)", "if (more && sim::mutant != 227) wait(ring)"),
 )
