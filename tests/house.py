@@ -45,7 +45,8 @@ SINCE = (
     *("kernels_src/stage/*", "kernels_src/expand/*", "kernels_src/formats/mxfp4*", "kernels_src/formats/fp8e5m2*"),
     *("kernels_src/mma/code_stream*", "kernels_src/mma/magnitudes*", "kernels_src/*swapped*"),
     *("kernels_src/kernels/stage*", "kernels_src/variants/[!cp]*", "kernels_src/variants/prefill*"),
-    *(f"benchmarks/{name}.py" for name in ("*bf16*", "in_transformers", "ranks", "report_models", "report_ranks")),
+    *("benchmarks/*bf16*", "benchmarks/in_transformers*", "benchmarks/ranks*", "benchmarks/report_models*"),
+    *("benchmarks/report_ranks*", "benchmarks/report_others*", "benchmarks/others/*"),
 )
 GENERATED = "megamoe_jit/_spec/abi.py"
 LINKED = ("megamoe_jit/heuristics/", "megamoe_jit/kernels_src/")

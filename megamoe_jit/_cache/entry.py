@@ -21,6 +21,7 @@ from pathlib import Path
 from megamoe_jit._cache.identity import cache_key, identity_problem, is_key, kernel_problem, source_id
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
 from megamoe_jit._cache.trees import is_closed
+from megamoe_jit._compile.cubin import CubinError, cubin_arch
 from megamoe_jit._trust import owner_problem
 
 __all__ = [
@@ -169,8 +170,6 @@ def verify_files(key: str, files: dict[str, bytes]) -> Metadata:
         Damaged: something does not agree.
         OtherSchema: the metadata are of another schema; nothing else is checked then.
     """
-    from megamoe_jit._compile.cubin import CubinError, cubin_arch  # a listing reads no binary
-
     cubin = files[CUBIN]
     try:
         meta = read_metadata(files[META])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from megamoe_jit._cache.metadata import SCHEMA, Metadata
+from megamoe_jit._compile.cubin import CubinError, read_cubin
 
 __all__ = ["cache_key", "identity_problem", "is_key", "kernel_problem", "source_id"]
 
@@ -91,8 +92,6 @@ def identity_problem(key: str, meta: Metadata, source: bytes) -> str:
 
 def kernel_problem(cubin: bytes, meta: Metadata, symbol: str) -> str:
     """Why a binary is not the one kernel that it should be, with the parameters it should have; empty if it is."""
-    from megamoe_jit._compile.cubin import CubinError, read_cubin  # a listing reads no binary
-
     try:
         kernels = read_cubin(cubin).entries
     except CubinError as error:
