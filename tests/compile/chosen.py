@@ -53,14 +53,20 @@ def pairs(spec: KernelSpec) -> set[Pair]:
 
 
 def all_pairs(specs: Mapping[str, KernelSpec]) -> list[str]:
-    """The names of a few that have every pair of all: again and again the first of those with the most new pairs."""
+    """The names of a few that have every pair of all: again and again the first of those with the most new pairs.
+
+    Of these, whose pairs others came to have as well is left out again.
+    """
     left = {name: pairs(spec) for name, spec in specs.items()}
     missing: set[Pair] = set().union(*left.values())
-    found = set()
+    found = set[str]()
     while missing:
         name = max(left, key=lambda each: len(left[each] & missing))
         found.add(name)
         missing -= left.pop(name)
+    for name in [name for name in specs if name in found]:
+        if pairs(specs[name]) <= set().union(*(pairs(specs[other]) for other in found - {name})):
+            found.remove(name)
     return [name for name in specs if name in found]
 
 
