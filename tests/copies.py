@@ -1,6 +1,6 @@
 """Programs of a copy of the checkout, forked from a process that has torch and what else takes long to import.
 
-Nothing of the checkout itself is in that process, so what is imported after the fork is the copy's.
+A fork keeps nothing of the checkout itself, so what it imports is the copy's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def python(root: Path, *arguments: str, environ: Mapping[str, str] = os.environ)
     """What `python ARGUMENTS` does in a copy; these begin with `-m` or `-c`."""
     variables = {**environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     with contextlib.chdir(root):
-        code, out, err = _zygote().run(list(arguments), variables, timeout=240)
+        code, out, err = _zygote().run(list(arguments), variables, timeout=600)
     return subprocess.CompletedProcess([sys.executable, *arguments], code, out, err)
 
 
