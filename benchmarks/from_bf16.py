@@ -91,12 +91,7 @@ def part_of(
         inputs.stage(buffer)
 
     stage()
-    calls = {
-        "kernel": kernel,
-        "kernel_graph": captured(kernel),
-        "layer_graph": captured(whole),
-        "layer_eager": whole,
-    }
+    calls = {"kernel": kernel, "kernel_graph": captured(kernel), "layer_graph": captured(whole), "layer_eager": whole}
     where, expected = judged
     verdicts = []
     for name, call in calls.items():

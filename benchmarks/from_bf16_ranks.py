@@ -13,31 +13,28 @@ import torch
 
 import megamoe_jit as mm
 from benchmarks.from_bf16 import CLAMP, part_of, row_of
-from megamoe_jit._bench.clock_ranks import RankTimer, slowest_anchors
+from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.measure import anchors, kernel_of, require_hopper, some_rows
-from megamoe_jit._check.collect import collect
-from megamoe_jit._check.scenarios import Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
+from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.group import gather
-from megamoe_jit._spec import MoEShape, WeightFormat
+from megamoe_jit._spec import MoEShape
 from megamoe_jit.heuristics.presets import Preset
 
 __all__ = ["measure_on_rank", "run"]
 
 
-class _Layer:
-    """A shape on this rank: all experts' weights for the reference, its own for the kernel, the group's buffer."""
+class _Layer(RankWeights):
+    """A shape on this rank: weights and the group's buffer."""
 
     def __init__(self, world: World, shape: MoEShape, max_tokens: int, weights: str) -> None:
         import torch.distributed as dist
 
-        self.drawn = make_weights(shape, world.device, 0, WeightFormat.parse(weights))
-        own = (share_of(given, shape, world.rank, world.ranks) for given in (self.drawn.l1, self.drawn.l2))
-        self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(*own)
+        super().__init__(world, shape, weights)
         sizes = (shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate)
         self.buffer = mm.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, device=world.device)
         self.buffer.prepare_all(weight_format=weights)
@@ -51,14 +48,13 @@ class _Layer:
 def _row(world: World, timer: RankTimer, case: Scenario, layer: _Layer) -> dict[str, Any]:
     import torch.distributed as dist
 
-    drawn: Weights = layer.drawn
-    inputs = make_inputs(case, world.device, world.rank, drawn)
+    inputs = make_inputs(case, world.device, world.rank, layer.weights)
 
     def whole() -> torch.Tensor:
         batch = inputs.x, inputs.topk_idx, inputs.topk_weights
         return mega_moe_from_bf16(*batch, *layer.parts, activation_clamp=CLAMP)
 
-    part = part_of(inputs, some_rows(case, inputs, drawn), layer.parts, whole, timer.burst)
+    part = part_of(inputs, some_rows(case, inputs, layer.weights), layer.parts, whole, timer.burst)
     kernel = kernel_of(case.shape, case.tokens, "auto", world.device, world.ranks, case.weights)
     return row_of(case, kernel, gather(dist.group.WORLD, part))
 
@@ -74,18 +70,16 @@ def measure_on_rank(world: World, shapes: list[list[Any]], tokens: list[int]) ->
     require_hopper()
     conditions, card = environment(), [anchors()]
     timer = RankTimer(world.device)
-    for name, hidden, intermediate, local, topk, weights in shapes:
+    for name, *sizes, weights in shapes:
         torch.cuda.empty_cache()
-        shape = MoEShape(hidden, intermediate, local * world.ranks, topk)
-        layer = _Layer(world, shape, tokens[-1], weights)
+        layer = _Layer(world, shape_on_ranks(world, *sizes), tokens[-1], weights)
         for count in tokens:
-            row = _row(world, timer, Scenario(name, shape, count, count, weights=weights), layer)
+            row = _row(world, timer, Scenario(name, layer.shape, count, count, weights=weights), layer)
             if world.rank == 0:
                 world.report(row)
         layer.buffer.destroy()
         del layer
-    card.append(anchors())
-    return {"environment": conditions, "anchors": card}
+    return {"environment": conditions, "anchors": [*card, anchors()]}
 
 
 def run(
@@ -108,16 +102,10 @@ def run(
     """
     rows: list[dict[str, Any]] = []
 
-    def add(_: int, row: dict[str, Any]) -> None:
+    def add(row: dict[str, Any]) -> None:
         rows.append(row)
         note(row)
 
-    shapes = [
-        [p.name, p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk, weights] for p, weights in layers
-    ]
-    target = "benchmarks.from_bf16_ranks:measure_on_rank"
-    ends = collect(target, ranks, {"shapes": shapes, "tokens": sorted(tokens)}, on_report=add)
-    if ends is None:
-        return None
-    conditions = {**ends[0]["environment"], "ranks": ranks}
-    return {"environment": conditions, "anchors": slowest_anchors(ends), "rows": rows}
+    arguments = {"shapes": [[*sizes_of(each), weights] for each, weights in layers], "tokens": sorted(tokens)}
+    found = measured_on_ranks("benchmarks.from_bf16_ranks:measure_on_rank", ranks, arguments, add)
+    return None if found is None else {**found, "rows": rows}

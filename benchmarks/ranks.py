@@ -33,17 +33,16 @@ from benchmarks.beside import PACKAGE, module, put_beside
 from benchmarks.checkout import commit
 from benchmarks.frame import parser, say
 from megamoe_jit._bench.clock import TimedCall, anchors
-from megamoe_jit._bench.clock_ranks import RankTimer, slowest_anchors
+from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, kernel_of, some_rows
+from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import touched_experts
-from megamoe_jit._check.collect import collect
-from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
-from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._layer.group import gather
-from megamoe_jit._spec import FP8, MXFP4, MoEShape, WeightFormat
+from megamoe_jit._spec import FP8, MXFP4, MoEShape
 from megamoe_jit.heuristics.presets import Preset, preset
 from megamoe_jit.reference import expert_counts
 
@@ -73,7 +72,7 @@ def dealt(routes: Sequence[torch.Tensor], local: int, rank: int, first: int) -> 
     return torch.stack([routes[r][:, slot] + r * local for slot, r in enumerate(to)], dim=1)
 
 
-class Slice:
+class Slice(RankWeights):
     """One rank's experts of a shape: weights, and for each package a buffer of all ranks and one of this rank alone."""
 
     def __init__(
@@ -81,21 +80,18 @@ class Slice:
     ) -> None:
         import torch.distributed as dist
 
-        self.world, self.name, self.shape = world, name, shape
-        self.format = WeightFormat.parse(weights)
-        local = shape.experts // world.ranks
-        self.weights = make_weights(shape, world.device, 0, self.format)
-        both = self.weights.l1, self.weights.l2
-        first, second = (share_of(given, shape, world.rank, world.ranks) for given in both)
-        self.own, self.own_shape = Weights(first, second), replace(shape, experts=local)
-        self.l1, self.l2 = mm.transform_weights_for_mega_moe_sm90(first, second)
+        super().__init__(world, shape, weights)
+        self.name = name
         self.buffers = {}
+        sizes = most, shape.topk, shape.hidden, shape.intermediate
         for package in packages:
             its = module(package)
             if its is not mm:
                 its.mark_transformed(self.l1, self.l2)
-            sizes = most, shape.topk, shape.hidden, shape.intermediate
-            for mode, group, experts in (("all", dist.group.WORLD, shape.experts), ("one", None, local)):
+            for mode, group, experts in (
+                ("all", dist.group.WORLD, shape.experts),
+                ("one", None, self.own_shape.experts),
+            ):
                 self.buffers[package, mode] = its.get_symm_buffer_for_mega_moe(
                     group, experts, *sizes, device=world.device
                 )
@@ -204,25 +200,24 @@ def measure_on_rank(world: World, work: list[Any], packages: list[str], source: 
 
     Args:
         world: where it is.
-        work: name, sizes (hidden, intermediate, experts of one rank, top-k), tokens, and format of the weights.
+        work: name, hidden, intermediate, experts of one rank, top-k, tokens, and format of the weights.
         packages: which are timed; of packed weights the first alone.
         source: the commit.
     """
     import torch.distributed as dist
 
     conditions, card, timer = environment(source), [anchors()], RankTimer(world.device)
-    for name, (hidden, intermediate, local, topk), tokens, weights in work:
-        shape = MoEShape(hidden, intermediate, local * world.ranks, topk)
+    for name, *sizes, tokens, weights in work:
         timed = packages if weights == FP8.name else packages[:1]
         torch.cuda.empty_cache()
-        layer = Slice(world, name, shape, max(tokens), weights, timed)
+        layer = Slice(world, name, shape_on_ranks(world, *sizes), max(tokens), weights, timed)
         for count in tokens:
             parts = gather(dist.group.WORLD, _measure(layer, count, timed, timer))
             if world.rank == 0:
                 world.report(_row(layer, count, timed, parts))
         layer.destroy()
         del layer
-    return {"environment": {**conditions, "ranks": world.ranks}, "anchors": [*card, anchors()]}
+    return {"environment": conditions, "anchors": [*card, anchors()]}
 
 
 def warm(presets: Sequence[Preset], ranks: int, packages: Sequence[str], formats: Sequence[str]) -> None:
@@ -276,15 +271,15 @@ def run(
     """Measure on processes started for it: conditions, anchors and rows."""
     rows: list[dict[str, Any]] = []
 
-    def take(_: int, row: dict[str, Any]) -> None:
+    def take(row: dict[str, Any]) -> None:
         rows.append(row)
         note(row)
 
     arguments = {"work": list(work), "packages": list(packages), "source": source}
-    ends = collect("benchmarks.ranks:measure_on_rank", ranks, arguments, on_report=take)
-    if ends is None:
+    found = measured_on_ranks("benchmarks.ranks:measure_on_rank", ranks, arguments, take)
+    if found is None:
         raise RuntimeError("it starts its ranks itself: not under torchrun")
-    return {"environment": ends[0]["environment"], "anchors": slowest_anchors(ends), "rows": rows}
+    return {**found, "rows": rows}
 
 
 def main() -> int:
@@ -307,10 +302,9 @@ def main() -> int:
         warm(presets, options.ranks, packages, formats)
         work = []
         for each in presets:
-            sizes = each.shape.hidden, each.shape.intermediate, each.local_experts, each.shape.topk
             for weights in formats:
                 counts = [t for t in tokens if weights == FP8.name or t in PACKED_TOKENS]
-                work.append((each.name, sizes, counts, weights))
+                work.append([*sizes_of(each), counts, weights])
         found = run(work, options.ranks, packages, commit(), lambda row: say(line_of(row)))
     if options.output is not None:
         write({"schema_version": 1, "kind": "ranks", **found}, options.output)

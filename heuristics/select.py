@@ -8,6 +8,7 @@ rows that an expert has, of others by the threshold.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
@@ -20,9 +21,10 @@ from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
-DECODE_ROWS = 50  #: rows per expert up to which packed weights are best multiplied with operands swapped, on an H200
-WIDE_ROWS = 88  #: and up to which in larger tiles, as many experts would need two of the others
-UNPACK_ROWS = 320  #: and up to which they are best unpacked beside the products; beyond, expanded in memory first
+#: Rows per expert up to which packed weights are best multiplied by a variant, on an H200, in the order of trying: with
+#: operands swapped; in larger tiles, as many experts would need two of the others; unpacked beside the products; and
+#: expanded in memory first.
+PACKED_ROWS = {Variant.DECODE: 50, Variant.WIDE: 88, Variant.UNPACK: 320, Variant.PREFILL: math.inf}
 EXPAND_EVERY = 3  #: of so many blocks one expands weights first, while the others begin
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 MOST_SMS = 1024  #: of a launch; no GPU has as many
@@ -102,15 +104,15 @@ def _reading(weights: WeightFormat, tokens: int, load: float, threshold: int | N
 
 def _packed(weights: WeightFormat, tokens: int, load: float, threshold: int | None) -> tuple[Variant, str]:
     """Of weights that are expanded on their way: the more rows share one, the further from the product."""
-    if threshold is not None and tokens < threshold:
-        return Variant.DECODE, f"{tokens} tokens per rank < {threshold}, weights in {weights.name}"
-    if threshold is None and load <= DECODE_ROWS:
-        return Variant.DECODE, f"{load:.1f} rows per expert <= {DECODE_ROWS}, weights in {weights.name}"
-    if load <= WIDE_ROWS:
-        return Variant.WIDE, f"{load:.1f} rows per expert <= {WIDE_ROWS}, weights in {weights.name}"
-    if load <= UNPACK_ROWS:
-        return Variant.UNPACK, f"{load:.1f} rows per expert <= {UNPACK_ROWS}, weights in {weights.name}"
-    return Variant.PREFILL, f"{load:.1f} rows per expert > {UNPACK_ROWS}, weights in {weights.name}"
+    readers = [(variant, most) for variant, most in PACKED_ROWS.items() if variant in Variant.reading(weights)]
+    if threshold is not None:
+        (fewest, _), *readers = readers
+        if tokens < threshold:
+            return fewest, f"{tokens} tokens per rank < {threshold}, weights in {weights.name}"
+    place = next(i for i, (_, most) in enumerate(readers) if load <= most)
+    picked, most = readers[place]
+    limit = f"<= {most}" if most < math.inf else f"> {readers[place - 1][1] if place else 0}"
+    return picked, f"{load:.1f} rows per expert {limit}, weights in {weights.name}"
 
 
 def choose(

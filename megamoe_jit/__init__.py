@@ -66,68 +66,38 @@ if TYPE_CHECKING:
     from megamoe_jit._nodes.topology import NodeTopology
     from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
-#: Where each name lives; its module is imported when it is asked for.
-_LAZY = {
-    **dict.fromkeys(
-        (
-            "CaptureError",
-            "CheckpointError",
-            "CompileError",
-            "ConfigError",
-            "DeviceFaultError",
-            "KernelMissingError",
-            "LaunchError",
-            "LoadError",
-            "MegaMoeError",
-            "PackError",
-            "PeerTimeoutError",
-            "PerformanceLossError",
-            "RankMismatchError",
-            "RenderError",
-            "ToolchainError",
-            "UnsupportedDeviceError",
-        ),
-        "_errors",
+#: What each module of ours has; it is imported when one of its names is asked for.
+_MODULES = {
+    "_errors": (
+        "CaptureError CheckpointError CompileError ConfigError DeviceFaultError KernelMissingError LaunchError "
+        "LoadError MegaMoeError PackError PeerTimeoutError PerformanceLossError RankMismatchError RenderError "
+        "ToolchainError UnsupportedDeviceError"
     ),
-    **dict.fromkeys(("KernelSpec", "MoEShape", "Variant"), "_spec"),
-    "DeepEpExchange": "_nodes.deep_ep",
-    "Exchange": "_nodes.exchange",
-    "MegaMoE": "_layer.moe",
-    "MultiNodeBuffer": "_nodes.buffer",
-    "Mxfp4Spread": "_layer.from_mxfp4",
-    "NcclEpExchange": "_nodes.nccl_ep",
-    "NodeTopology": "_nodes.topology",
-    "SymmBuffer": "_layer.buffer",
-    "dequantize_activations": "_layer.quantize",
-    "dequantize_weights": "_layer.quantize",
-    "enumerate_specs": "_jit.runtime",
-    "export_pack": "_jit.pack",
-    "fp8_from_mxfp4": "_layer.from_mxfp4",
-    "fp8_mega_moe": "_layer.calls",
-    "fp8_mega_moe_cooperative": "_layer.calls",
-    "fp8_mega_moe_multinode": "_nodes.calls",
-    "fp8_mega_moe_pingpong": "_layer.calls",
-    "get_multinode_buffer_for_mega_moe": "_nodes.calls",
-    "get_symm_buffer_for_mega_moe": "_layer.calls",
-    "get_symm_buffer_for_sm90_mega_moe": "_layer.calls",
-    "import_pack": "_jit.pack",
-    "inverse_transform_weights_for_mega_moe_sm90": "_layer.weights",
-    "is_transformed": "_layer.weights",
-    "mark_transformed": "_layer.weights",
-    "mega_moe_local_experts": "_layer.local_experts",
-    "mega_moe_pre_dispatch_sm90": "_layer.stage",
-    "mxfp4_spread": "_layer.from_mxfp4",
-    "quantize_activations": "_layer.quantize",
-    "quantize_weights": "_layer.quantize",
-    "retry": "_jit.runtime",
-    "seal": "_jit.runtime",
-    "sealed": "_jit.runtime",
-    "stage": "_layer.stage",
-    "transform_weights_for_mega_moe_sm90": "_layer.weights",
-    "unseal": "_jit.runtime",
-    "warmup": "_jit.runtime",
-    "weights_metadata": "_layer.weights",
+    "_jit.pack": "export_pack import_pack",
+    "_jit.runtime": "enumerate_specs retry seal sealed unseal warmup",
+    "_layer.buffer": "SymmBuffer",
+    "_layer.calls": (
+        "fp8_mega_moe fp8_mega_moe_cooperative fp8_mega_moe_pingpong get_symm_buffer_for_mega_moe "
+        "get_symm_buffer_for_sm90_mega_moe"
+    ),
+    "_layer.from_mxfp4": "Mxfp4Spread fp8_from_mxfp4 mxfp4_spread",
+    "_layer.local_experts": "mega_moe_local_experts",
+    "_layer.moe": "MegaMoE",
+    "_layer.quantize": "dequantize_activations dequantize_weights quantize_activations quantize_weights",
+    "_layer.stage": "mega_moe_pre_dispatch_sm90 stage",
+    "_layer.weights": (
+        "inverse_transform_weights_for_mega_moe_sm90 is_transformed mark_transformed "
+        "transform_weights_for_mega_moe_sm90 weights_metadata"
+    ),
+    "_nodes.buffer": "MultiNodeBuffer",
+    "_nodes.calls": "fp8_mega_moe_multinode get_multinode_buffer_for_mega_moe",
+    "_nodes.deep_ep": "DeepEpExchange",
+    "_nodes.exchange": "Exchange",
+    "_nodes.nccl_ep": "NcclEpExchange",
+    "_nodes.topology": "NodeTopology",
+    "_spec": "KernelSpec MoEShape Variant",
 }
+_LAZY = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "CaptureError",

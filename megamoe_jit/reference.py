@@ -23,23 +23,11 @@ from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_of, written_parts
 from megamoe_jit._layer.marks import require_plain
-from megamoe_jit._layer.quantize import (
-    dequantize_activations,
-    quantize_activations,
-    require_tensor,
-)
+from megamoe_jit._layer.quantize import dequantize_activations, quantize_activations, require_tensor
 from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
 from megamoe_jit._text import shown
 
-__all__ = [
-    "activate",
-    "calc_diff",
-    "expert_counts",
-    "moe_reference",
-    "row_diffs",
-    "swiglu",
-    "with_shared_experts",
-]
+__all__ = ["activate", "calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu", "with_shared_experts"]
 
 _CHUNK = 8192  #: rows of one expert worked on at once; bounds the scratch of a hot expert
 

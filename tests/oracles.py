@@ -62,13 +62,7 @@ MODELS = {
     for model in (
         Model("deepseek_v3", "DeepseekV3", "TopkRouter", _groups),
         Model("deepseek_v4", "DeepseekV4", "TopKRouter", lambda _: {"swiglu_limit": 10.0}, clamp=10.0),
-        Model(
-            "qwen3_moe",
-            "Qwen3Moe",
-            "TopKRouter",
-            lambda _: {"norm_topk_prob": True},
-            experts_key="num_experts",
-        ),
+        Model("qwen3_moe", "Qwen3Moe", "TopKRouter", lambda _: {"norm_topk_prob": True}, experts_key="num_experts"),
         Model("mimo_v2_flash", "MiMoV2Flash", "TopkRouter", lambda _: {}),
     )
 }

@@ -14,6 +14,7 @@
 // and fences likewise.
 #pragma once
 #include "comm/timeline.cuh"
+#include "dispatch/places.cuh"
 #include "dispatch/scales.cuh"
 #include "dispatch/sort.cuh"
 #include "pipe/pool_ring.cuh"
@@ -57,8 +58,10 @@ template <class C> struct Gather {
         u32 first_row, pool_row, rows, origin;
     };
 
-    /// The input row that a pair speaks of, on the rank that holds it.
+    /// The input row that a pair speaks of, on the rank that holds it, or its place in the pool.
     MEGA_DEVICE const u8* row_address(u32 from) const {
+        if (kKeepsPlaces<C> && from >= Places<C>::kHere)
+            return p.act1_pool + u64(from - Places<C>::kHere) * C::kHidden;
         const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
         return symmetric<const u8>(p, from >> kPairBits, p.x) + u64(token) * C::kHidden;
     }

@@ -6,9 +6,12 @@
 //
 //   step        item i                        item i + 1                       item i + 2
 //   1           scales, origins are stored    scales are asked for
+//               places are looked up
 //   2           rows are stored               rows are loaded as slots allow
 //   3                                                                          is looked up: where its rows come from
-//   4           is counted as arrived
+//   4           is counted as arrived, places are written down
+//
+// Places: rows that came for another expert before (dispatch/places.cuh).
 #pragma once
 #include "dispatch/gather.cuh"
 #include "dispatch/scales.cuh"
@@ -40,6 +43,12 @@ template <class C> struct Pull {
         const u32 row = ptx::lane_id() % gather.item_rows(),
                   from = __shfl_sync(~0u, item.origin, row);
         scales.ask(row < item.rows ? gather.row_scales(from) : nullptr);
+    }
+    /// Rows of `now` that have come for another expert are copied from there.
+    MEGA_DEVICE void look() {
+        if (ptx::lane_id() < now.rows) now.origin = Places<C>(p, gather.table).look(now.origin);
+        __syncwarp();
+        ptx::fence_async_global();   // others have stored them
     }
     /// Writes down where its rows come from, for scatter.
     MEGA_DEVICE void note() const {
@@ -79,6 +88,20 @@ template <class C> struct Pull {
         }
     }
 
+    /// Counts the rows of `now` as arrived and writes down where they are.
+    MEGA_DEVICE void end_now() const {
+        if constexpr (!kKeepsPlaces<C>) {
+            gather.end(now);
+        } else {
+            ptx::fence_async_global();
+            __syncwarp();
+            ptx::fence_device();
+            const u32 lane = ptx::lane_id();
+            if (lane == 0) ptx::add_relaxed(p.act1_ready + now.first_row / kCounterRows, now.rows);
+            if (lane < now.rows)
+                Places<C>(p, gather.table).note(now.origin, now.first_row + lane, now.pool_row + lane);
+        }
+    }
     /// By this block, one of so many that take part.
     MEGA_DEVICE void run(u32 index, u32 step) {
         Timeline<C> timeline(p, Role::dispatch);
@@ -93,10 +116,11 @@ template <class C> struct Pull {
             note();
             scales.store(p, now.pool_row);
             ask(scales, next);
+            if constexpr (kKeepsPlaces<C>) look();
             store();
             const Item after = find(i + 2 * step);
             if (ptx::lane_id() == 0) ptx::bulk_wait_all();
-            gather.end(now);
+            end_now();
             now = next, next = after;
         }
         if (ptx::lane_id() == 0) timeline.done(Span::gather);

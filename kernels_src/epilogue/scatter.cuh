@@ -7,10 +7,9 @@
 
 namespace megamoe {
 
-/// Where the result of a row goes, of which `row_pair` says where it came from: column 0 of its slot, at the rank that holds
+/// Where the result of a row goes that came from `origin`, a word of `row_pairs`: column 0 of its slot, at the rank that holds
 /// its token.
-template <class C> MEGA_DEVICE u8* combine_row(const Params& p, const u32* row_pair) {
-    const u32 origin = ptx::load_l2(row_pair);
+template <class C> MEGA_DEVICE u8* combine_row(const Params& p, u32 origin) {
     const u32 rank = C::kRanks == 1 ? 0 : origin >> kPairBits,
               pair = origin & ((1u << kPairBits) - 1);
     return symmetric<u8>(p, rank, p.combine) + u64(pair) * (C::kHidden * 2);
@@ -27,7 +26,8 @@ template <class C> struct Scatter {
     /// never null: whether there is a row is asked of `rows` each time, since ptxas (CUDA 13.0) was seen to schedule the
     /// comparison of a pointer that is null or computed one cycle too early.
     MEGA_DEVICE u8* slot(u32 pass) const {
-        return combine_row<C>(p, p.row_pairs + first_row + min_u32(staging.row(pass), rows - 1));
+        return combine_row<C>(
+            p, ptx::load_l2(p.row_pairs + first_row + min_u32(staging.row(pass), rows - 1)));
     }
 
     MEGA_DEVICE void stage_quarter(const float (&d)[32]) const {

@@ -41,32 +41,40 @@ template <u32 n> struct LargestOfLanes {
     }
 };
 
-/// Of a tile's kAll columns those from kFirst on, kN of them.  Others may be in the works while the last warps still store the
-/// codes of those before, so what is exchanged lies behind the codes of any.
-template <class C, u32 kAll, u32 kFirst, u32 kN> struct SwappedQuant {
-    static constexpr u32 kThreads = kMathWarps * kWarp,
-                         kCodesBytes = min_u32(kAll, 96) * Staging::kRowBytes;
+/// By 96 columns of a tile.  Others may be in the works while the last warps still store the codes of those before, so what is
+/// exchanged lies behind the codes of any.
+///
+/// What follows the loops is compiled once for all of them.  It goes on to the columns that a wider one has only if there are
+/// rows for them, so that it takes no longer than if it were for as many alone.
+template <class C> struct SwappedQuant {
+    static constexpr u32 kN = min_u32(C::kBlockM, 96), kThreads = kMathWarps * kWarp,
+                         kCodesBytes = kN * Staging::kRowBytes;
     static_assert(kCodesBytes + (kMathWarps + 1) * kN * 4 <= kMathWarps * kStagingBytes,
                   "no room to exchange");
 
     const Params& p;
     const u32 address;   // of all math warps' staging: codes, each warp's largest magnitudes, reciprocal scales
     u32 thread;     // of the 256
-    u32 pool_row;   // of the first of these rows in the pool
-    u32 rows;       // valid ones
+    u32 pool_row;   // of the tile's first row in the pool
+    u32 rows;       // valid ones of the tile
     u32 n;
 
-    MEGA_DEVICE u32 largest_at(u32 warp, u32 token) const {
-        return address + kCodesBytes + (warp * kN + token) * 4;
+    /// Of the columns among which this one is.
+    MEGA_DEVICE static constexpr u32 end_of(u32 column) {
+        return min_u32((column / kN + 1) * kN, C::kBlockM);
     }
-    MEGA_DEVICE u32 inverse_at(u32 token) const { return largest_at(kMathWarps, token); }
+    MEGA_DEVICE u32 largest_at(u32 warp, u32 column) const {
+        return address + kCodesBytes + (warp * kN + column % kN) * 4;
+    }
+    MEGA_DEVICE u32 inverse_at(u32 column) const { return largest_at(kMathWarps, column); }
 
     /// Writes silu(gate) * up over the gate's registers, and the largest magnitudes of this warp to shared memory.
-    MEGA_DEVICE void activate(Columns<kAll>& result) const {
-        float largest[kN / 4];   // tokens 2i and 2i + 1 of this thread's
+    template <u32 kFirst> MEGA_DEVICE void activate(Columns<C>& result) const {
+        constexpr u32 kEnd = C::Policy::wider(kFirst), kNumbers = (kEnd - kFirst) / 4;
+        float largest[kNumbers];   // tokens 2i and 2i + 1 of this thread's
         const u32 lane = thread % kWarp;
 #pragma unroll
-        for (u32 i = 0; i < kN / 4; ++i) {
+        for (u32 i = 0; i < kNumbers; ++i) {
             largest[i] = 0;
 #pragma unroll
             for (u32 b = 0; b < 2; ++b) {
@@ -76,71 +84,77 @@ template <class C, u32 kAll, u32 kFirst, u32 kN> struct SwappedQuant {
                 largest[i] = fmaxf(largest[i], fabsf(gate));
             }
         }
-        const LargestOfLanes<kN / 4> found(largest, lane);
+        const LargestOfLanes<kNumbers> found(largest, lane);
 #pragma unroll
         for (u32 i = 0; i < found.left; ++i) {
-            const u32 number = found.first + i, token = number / 2 * 8 + lane % 4 * 2 + number % 2;
+            const u32 number = found.first + i,
+                      token = kFirst + number / 2 * 8 + lane % 4 * 2 + number % 2;
             ptx::store4_shared(largest_at(thread / kWarp, token), __float_as_uint(largest[i]));
         }
+        if constexpr (kEnd < end_of(kFirst))
+            if (rows > kEnd) activate<kEnd>(result);
     }
 
     /// A thread for each token.
-    MEGA_DEVICE void make_scale() const {
-        if (thread >= kN) return;
+    MEGA_DEVICE void make_scale(u32 first) const {
+        const u32 token = first + thread;
+        if (thread >= kN || token >= rows) return;
         float largest = 1e-10f;
 #pragma unroll
         for (u32 warp = 0; warp < kMathWarps; ++warp)
             largest = fmaxf(largest, ptx::load_float_shared(largest_at(warp, thread)));
         const float scale = quant_scale(largest);
         ptx::store4_shared(inverse_at(thread), __float_as_uint(reciprocal(scale)));
-        if (thread < rows) p.act2_scales[u64(n) * p.pool_rows + pool_row + thread] = scale;
+        p.act2_scales[u64(n) * p.pool_rows + pool_row + token] = scale;
     }
 
     /// Codes of four outputs of one token at a time: lanes exchange tokens for outputs, then blocks for outputs.
-    MEGA_DEVICE void stage_codes(const Columns<kAll>& result) const {
+    template <u32 kFirst> MEGA_DEVICE void stage_codes(const Columns<C>& result) const {
+        constexpr u32 kEnd = C::Policy::wider(kFirst);
         const u32 lane = thread % kWarp, group = thread / kGroup, warp = thread / kWarp % 4;
         const bool odd_token = lane & 4, odd_block = lane & 8;
         const Staging staging{address, lane};
 #pragma unroll
-        for (u32 i = 0; i < kN / 8; ++i) {
+        for (u32 first = kFirst; first < kEnd; first += 8) {
             float inverse[2];
-            ptx::load_floats_shared(inverse_at(i * 8 + lane % 4 * 2), inverse[0], inverse[1]);
-            const float (&a)[kAll / 2] = result.block[0], (&b)[kAll / 2] = result.block[1];
-            const u32 at = kFirst / 2 + 4 * i;
-            u32 own = ptx::pack_e4m3(a[at] * inverse[0], a[at + 1] * inverse[1], b[at] * inverse[0],
-                                     b[at + 1] * inverse[1]);
+            ptx::load_floats_shared(inverse_at(first + lane % 4 * 2), inverse[0], inverse[1]);
+            const float *a = result.block[0] + first / 2, *b = result.block[1] + first / 2;
+            u32 own = ptx::pack_e4m3(a[0] * inverse[0], a[1] * inverse[1], b[0] * inverse[0],
+                                     b[1] * inverse[1]);
             u32 other = __shfl_xor_sync(~0u, own, 4);
             own = ptx::choose_bytes(own, other, odd_token ? 0x3715 : 0x6240);
             other = __shfl_xor_sync(~0u, own, 8);
             own = ptx::choose_bytes(own, other, odd_block ? 0x3276 : 0x5410);
             // output: a block of 64 rows has 32, of which a warp has 8
-            const u32 token = i * 8 + lane % 4 * 2 + odd_token,
+            const u32 token = first % kN + lane % 4 * 2 + odd_token,
                       output = (group * 2 + odd_block) * 32 + warp * 8 + lane / 16 * 4;
             ptx::store4_shared(staging.chunk(token, output / 16) + output % 16, own);
         }
+        if constexpr (kEnd < end_of(kFirst))
+            if (rows > kEnd) stage_codes<kEnd>(result);
     }
 
-    MEGA_DEVICE void store_rows() const {
+    MEGA_DEVICE void store_rows(u32 first) const {
         const Staging staging{address, thread % kWarp};
-        constexpr u32 kPieces = kN * 8;
 #pragma unroll
-        for (u32 i = 0; i < ceil_div(kPieces, kThreads); ++i) {
+        for (u32 i = 0; i < kN * 8 / kThreads; ++i) {
             const u32 row = i * (kThreads / 8) + thread / 8, column = thread % 8;
-            if (row < rows)
-                ptx::store16(p.act2_pool + u64(pool_row + row) * C::kIntermediate +
+            if (first + row < rows)
+                ptx::store16(p.act2_pool + u64(pool_row + first + row) * C::kIntermediate +
                                  n * kQuantBlock + column * 16,
                              ptx::load16_shared(staging.chunk(row, column)));
         }
     }
 
-    MEGA_DEVICE void run(Columns<kAll>& result) const {
-        activate(result);
+    /// Columns from kFirst on, up to 96.
+    template <u32 kFirst> MEGA_DEVICE void run(Columns<C>& result) const {
+        activate<kFirst>(result);
         ptx::named_sync(kBarrierMath, kThreads);
-        make_scale();
+        make_scale(kFirst);
         ptx::named_sync(kBarrierMath, kThreads);
-        stage_codes(result);
+        stage_codes<kFirst>(result);
         ptx::named_sync(kBarrierMath, kThreads);
-        store_rows();
+        store_rows(kFirst);
         ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
     }
 };

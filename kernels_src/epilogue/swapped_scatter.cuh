@@ -7,17 +7,11 @@
 
 namespace megamoe {
 
-template <class C, u32 kN> struct SwappedScatter {
-    // columns that pass through the patch together, of both blocks if there is room for them, else of one: its rows of 128 bytes
-    static constexpr u32 kColumns = kN <= 64       ? kN
-                                    : kN % 32 == 0 ? 32
-                                                   : 16,
-                         kTogether = kColumns <= 32 ? 2 : 1, kRows = kTogether * kColumns;
-    static constexpr u32 kPasses = kRows / 16;   // each thread of the group moves 16 bytes of a row
-    // addresses of rows that a thread has for them; those of the second block are the same again, which many columns leave out
-    static constexpr u32 kSlots = kN <= 64 ? kPasses : kColumns / 16;
-    static_assert(kN % kColumns == 0 && kRows % 16 == 0 &&
-                  kRows * Staging::kRowBytes <= 4 * kStagingBytes);
+template <class C> struct SwappedScatter {
+    // columns that pass through the patch together; of each sixteen of them a thread moves 16 bytes of either block
+    static constexpr u32 kColumns = 32;
+    using Origins = u32[C::kBlockM / 16];   // of the rows of this thread's tokens
+    static_assert(2 * kColumns * Staging::kRowBytes <= 4 * kStagingBytes);
 
     const Params& p;
     const u32 address;     // of the group's staging
@@ -26,56 +20,60 @@ template <class C, u32 kN> struct SwappedScatter {
     u32 n;
     bool half;   // the tile has 128 columns, and each group one block
 
-    MEGA_DEVICE u32 row(u32 pass) const { return pass * 16 + thread / 8; }
-    MEGA_DEVICE u32 token(u32 pass) const { return row(pass) % kColumns; }
     MEGA_DEVICE void meet() const { ptx::named_sync(kBarrierGroup + group, kGroup); }
+    /// Where in the patch the rows of sixteen columns of a block begin.
+    MEGA_DEVICE static constexpr u32 patch_row(u32 column, u32 block) {
+        return column % kColumns * 2 + block * 16;
+    }
 
-    /// Tokens of the patch by eights: which block and tokens the i-th are of.
-    MEGA_DEVICE void stage(const Columns<kN>& result, u32 first, u32 first_block) const {
+    /// Columns from `first` on, sixteen at a time.
+    MEGA_DEVICE void stage(const Columns<C>& result, u32 first) const {
         const u32 lane = thread % kWarp, warp = thread / kWarp;
         const Staging staging{address, lane};
 #pragma unroll
-        for (u32 i = 0; i < kRows / 8; i += 2) {
-            const auto at = [&](u32 eight, u32 x) {
-                return result.block[first_block + eight / (kColumns / 8)]
-                                   [first / 2 + eight % (kColumns / 8) * 4 + x];
-            };
-            ptx::store_matrix4_bf16_turned(
-                staging.chunk((i + lane / 16) * 8 + lane % 8, 2 * warp + lane / 8 % 2), at(i, 0),
-                at(i, 1), at(i, 2), at(i, 3), at(i + 1, 0), at(i + 1, 1), at(i + 1, 2),
-                at(i + 1, 3));
+        for (u32 column = first; column < first + kColumns; column += 16) {
+            if (column != first && rows <= column) break;
+#pragma unroll
+            for (u32 b = 0; b < 2; ++b) {
+                const float* at = result.block[b] + column / 2;
+                ptx::store_matrix4_bf16_turned(
+                    staging.chunk(patch_row(column, b) + lane / 16 * 8 + lane % 8,
+                                  2 * warp + lane / 8 % 2),
+                    at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]);
+            }
         }
     }
 
-    MEGA_DEVICE void move(u8* const (&slots)[kSlots], u32 first, u32 first_block) const {
+    MEGA_DEVICE void move(const Origins& origins, u32 first) const {
         const Staging staging{address, thread % kWarp};
         const u32 chunk = thread % 8;
 #pragma unroll
-        for (u32 i = 0; i < kPasses; ++i) {
-            const u32 which = first_block + row(i) / kColumns;
-            const u32 column = n * kBlockN + (half ? group : group * 2 + which) * 64 + chunk * 8;
-            if (first + token(i) < rows && !(half && which != 0))
-                ptx::store16(slots[i % kSlots] + column * 2,
-                             ptx::load16_shared(staging.chunk(row(i), chunk)));
+        for (u32 i = 0; i < kColumns / 8; ++i) {
+            const u32 column = first + i / 2 * 16, b = i % 2;
+            const u32 output = n * kBlockN + (half ? group : group * 2 + b) * 64 + chunk * 8;
+            if (column + thread / 8 < rows && !(half && b != 0))
+                ptx::store16(
+                    combine_row<C>(p, origins[column / 16]) + output * 2,
+                    ptx::load16_shared(staging.chunk(patch_row(column, b) + thread / 8, chunk)));
         }
     }
 
-    MEGA_DEVICE void run(const Columns<kN>& result) const {
-        u8* slots[kN / kColumns][kSlots];
+    MEGA_DEVICE void run(const Columns<C>& result) const {
+        Origins origins;   // at once: each would take as long as all
 #pragma unroll
-        for (u32 i = 0; i < kN / kColumns * kSlots; ++i)
-            slots[i / kSlots][i % kSlots] = combine_row<C>(
-                p, p.row_pairs + first_row +
-                       min_u32(i / kSlots * kColumns + token(i % kSlots), rows - 1));
+        for (u32 i = 0; i < C::kBlockM / 16; ++i)
+            origins[i] = ptx::load_l2(p.row_pairs + first_row +
+                                      min_u32(i * 16 + thread / 8, rows - 1));
 #pragma unroll
-        for (u32 i = 0; i < kN / kColumns; ++i)
-#pragma unroll
-            for (u32 b = 0; b < 2; b += kTogether) {
-                if (i + b != 0) meet();
-                stage(result, i * kColumns, b);
+        for (u32 first = 0; first < C::kBlockM; first += kColumns) {
+            if (first != 0) {
+                if (rows <= first) return;
                 meet();
-                move(slots[i], i * kColumns, b);
             }
+            stage(result, first);
+            meet();
+            move(origins, first);
+        }
     }
 };
 

@@ -18,22 +18,12 @@
 namespace megamoe {
 
 /// A tile's packed weights on their way into their ring, a k-block after the other.
-template <class C> struct PackedStream {
-    u32 bytes;   // of codes
-    const u8 *codes, *exponents;
+template <class C> struct PackedStream : CodesAndExponents<C, 4, 32, Shared<C>::kPackedCodes> {
+    using Base = CodesAndExponents<C, 4, 32, Shared<C>::kPackedCodes>;
+    using Base::Base;
 
-    MEGA_DEVICE PackedStream(const Params& p, const Tile& tile)
-        : bytes(block_bytes<C>(tile, Shared<C>::kPackedCodes)) {
-        const bool first = tile.kind == Tile::gemm1;
-        const u64 blocks = u64(first_weight_row<C>(tile)) * tile.k_blocks;   // of one row
-        codes = (first ? p.weight1 : p.weight2) + blocks * (kBlockK / 2);
-        exponents = (first ? p.weight1_exponents : p.weight2_exponents) + blocks * (kBlockK / 32);
-    }
-    MEGA_DEVICE void advance() { codes += bytes, exponents += bytes / 16; }
     MEGA_DEVICE void load(const Shared<C>& shared, u32 i, u32 full) const {
-        ptx::mbarrier_expect(full, bytes + bytes / 16);
-        ptx::bulk_load(shared.packed(i), codes, bytes, full);
-        ptx::bulk_load(shared.packed(i) + Shared<C>::kPackedCodes, exponents, bytes / 16, full);
+        this->load_to(shared.packed(i), shared.packed(i) + Shared<C>::kPackedCodes, full);
     }
 };
 
@@ -112,19 +102,9 @@ struct ActivationRows {
 };
 
 /// The main loop of mma/block_scaled.cuh in fewer registers of accumulators, and with activations in registers.
-template <class C> struct NarrowLoop {
-    const Shared<C>& shared;
-    Ring<C::kStages> ring;
-    u32 row;      // first row of the activation tile that this warpgroup multiplies
-    u32 thread;   // read once: the special register is slow
-
-    MEGA_DEVICE NarrowLoop(const Shared<C>& shared_, u32 k_begin, u32 row_)
-        : shared(shared_), ring(k_begin), row(row_), thread(ptx::thread_id_again()) {}
-
-    MEGA_DEVICE void release(u32 stage) const {
-        __syncwarp();
-        if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
-    }
+template <class C> struct NarrowLoop : StageReader<C> {
+    using Base = StageReader<C>;
+    using Base::Base, Base::shared, Base::ring, Base::row, Base::thread, Base::release;
 
     MEGA_DEVICE void block(Result& result) {
         const u32 stage = ring.stage, warp_rows = row + thread / kWarp % 4 * 16;
@@ -149,20 +129,8 @@ template <class C> struct NarrowLoop {
     }
 
     MEGA_DEVICE void run(Result& result, u32 k_blocks) {
-#pragma unroll
-        for (u32 q = 0; q < 4; ++q)
-#pragma unroll
-            for (u32 i = 0; i < 32; ++i) result.quarter[q][i] = 0;
+        result.clear();
         for (; k_blocks > 0; --k_blocks) block(result);
-    }
-
-    /// Hands the stages back unread: this warpgroup's rows are all padding.
-    MEGA_DEVICE void skip(u32 k_blocks) {
-        for (; k_blocks > 0; --k_blocks) {
-            wait_barrier_watched(shared.full(ring.stage), ring.parity);
-            release(ring.stage);
-            ring.advance();
-        }
     }
 };
 

@@ -17,24 +17,13 @@ struct Mxfp4 {
     static constexpr u32 kBits = 4;     // of a weight's code, in memory and in the stages
     static constexpr u32 kGroup = 32;   // weights along K that share an exponent
 
-    template <class C> struct CodeStream {
-        static constexpr u32 kCodesPerExponent = kGroup * kBits / 8;   // bytes
-        u32 bytes;                                                     // of codes
-        const u8 *codes, *exponents;
+    template <class C>
+    struct CodeStream : CodesAndExponents<C, kBits, kGroup, Shared<C>::kWeightBytes> {
+        using Base = CodesAndExponents<C, kBits, kGroup, Shared<C>::kWeightBytes>;
+        using Base::Base;
 
-        MEGA_DEVICE CodeStream(const Params& p, const Tile& tile)
-            : bytes(block_bytes<C>(tile, Shared<C>::kWeightBytes)) {
-            const bool first = tile.kind == Tile::gemm1;
-            const u64 blocks = u64(first_weight_row<C>(tile)) * tile.k_blocks;   // of one row
-            codes = (first ? p.weight1 : p.weight2) + blocks * (kBlockK * kBits / 8);
-            exponents = (first ? p.weight1_exponents : p.weight2_exponents) +
-                        blocks * (kBlockK / kGroup);
-        }
-        MEGA_DEVICE void advance() { codes += bytes, exponents += bytes / kCodesPerExponent; }
         MEGA_DEVICE void load(const Shared<C>& shared, u32 stage, u32 full) const {
-            ptx::mbarrier_expect(full, bytes + bytes / kCodesPerExponent);
-            ptx::bulk_load(shared.weights(stage), codes, bytes, full);
-            ptx::bulk_load(shared.exponents(stage), exponents, bytes / kCodesPerExponent, full);
+            this->load_to(shared.weights(stage), shared.exponents(stage), full);
         }
     };
     template <class C> using ScaleStream = WeightScaleStream<C>;
@@ -64,15 +53,7 @@ struct Mxfp4 {
             expand(packed);
         }
         MEGA_DEVICE void expand(const Packed& packed) {
-#pragma unroll
-            for (u32 k = 0; k < 4; ++k)
-#pragma unroll
-                for (u32 row = 0; row < 2; ++row) {
-                    const Magnitudes table(ptx::choose_bytes(packed.powers[row], 0, 0x4440 + k));
-                    ptx::expand_e2m1(packed.halves[k / 2].w[k % 2 * 2 + row], table.low, table.high,
-                                     a[k][row], a[k][row + 2]);
-                }
-            ptx::pin(a);
+            ptx::expand_e2m1<Magnitudes>(a, packed.halves, packed.powers);
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
             ptx::wgmma_weights_registers<kN>(d, a, tokens);

@@ -53,6 +53,10 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
     for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x; i < p.counters;
          i += gridDim.x * kBlockThreads<C>)
         p.act1_ready[i] = 0, p.act2_ready[i] = 0, p.act2_done[i] = 0;
+    if constexpr (kKeepsPlaces<C>)
+        for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x; i < Places<C>::words(p);
+             i += gridDim.x * kBlockThreads<C>)
+            p.row_places[i] = 0;
     if constexpr (C::Policy::kExpands)
         for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x;
              i < C::kLocalExperts * Expansion<C>::kColumns; i += gridDim.x * kBlockThreads<C>)

@@ -64,7 +64,9 @@ struct alignas(64) Params {
     float shared_weight;   // of every shared expert's row
     u32 most_pairs;        // of a rank: how far apart two ranks' lists of sorted pairs begin
     u32 expand_every;      // of so many blocks one expands weights, before it does anything else
-    u32 unused[15];
+    u32 unused[13];
+    // [ranks][tokens], of several ranks: where in the pool a row lies already, see dispatch/places.cuh
+    u32* row_places;
 
     // of a kernel that expands weights in memory (expand/): the packed ones, of which it makes those at weight1 and weight2
     const u8* packed1;

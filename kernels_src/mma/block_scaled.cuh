@@ -26,11 +26,8 @@
 //   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
 //   empty[stage]   arrived here, one lane per warp, when the last quarter of the stage has been read
 #pragma once
-#include "comm/fault.cuh"
-#include "layout/shared.cuh"
 #include "mma/scales.cuh"
-#include "pipe/ring.cuh"
-#include "ptx/control.cuh"
+#include "mma/stages.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace megamoe {
@@ -39,6 +36,13 @@ namespace megamoe {
 /// and the next: registers 4i, 4i+1 (row t/4) and 4i+2, 4i+3 (row t/4 + 8) for columns 8i of a quarter.
 struct Result {
     float quarter[4][32];
+
+    MEGA_DEVICE void clear() {
+#pragma unroll
+        for (u32 q = 0; q < 4; ++q)
+#pragma unroll
+            for (u32 i = 0; i < 32; ++i) quarter[q][i] = 0;
+    }
 };
 
 /// K-blocks written out per iteration: both depths are multiples of it.  Four would be 0.2 % faster than two and compile for a
@@ -75,22 +79,12 @@ MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const
     }
 }
 
-template <class C> struct MainLoop {
-    const Shared<C>& shared;
-    Ring<C::kStages> ring;
-    u32 row;      // first row of the activation tile that this warpgroup multiplies
-    u32 thread;   // read once: the special register is slow
+template <class C> struct MainLoop : StageReader<C> {
+    using Base = StageReader<C>;
+    using Base::Base, Base::shared, Base::ring, Base::row, Base::thread, Base::release;
     // the ring's stage has been seen full; after a tile's last iteration that is a stage of
     // another tile, and of no use: a main loop is made anew for each
     bool ready = false;
-
-    MEGA_DEVICE MainLoop(const Shared<C>& shared_, u32 k_begin, u32 row_)
-        : shared(shared_), ring(k_begin), row(row_), thread(ptx::thread_id_again()) {}
-
-    MEGA_DEVICE void release(u32 stage) const {
-        __syncwarp();   // all lanes have read their scales, and none still looks at this phase
-        if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
-    }
 
     /// A few k-blocks, written out; nothing is in flight before or after.
     MEGA_DEVICE void iterate(Result& result) {
@@ -127,21 +121,9 @@ template <class C> struct MainLoop {
     }
 
     MEGA_DEVICE void run(Result& result, u32 k_blocks) {
-#pragma unroll
-        for (u32 q = 0; q < 4; ++q)
-#pragma unroll
-            for (u32 i = 0; i < 32; ++i) result.quarter[q][i] = 0;
+        result.clear();
         for (; k_blocks >= kKBlocksPerIteration<C>; k_blocks -= kKBlocksPerIteration<C>)
             iterate(result);
-    }
-
-    /// Hands the stages back unread: this warpgroup's rows are all padding.
-    MEGA_DEVICE void skip(u32 k_blocks) {
-        for (; k_blocks > 0; --k_blocks) {
-            wait_barrier_watched(shared.full(ring.stage), ring.parity);
-            release(ring.stage);
-            ring.advance();
-        }
     }
 };
 

@@ -39,4 +39,28 @@ template <class C> struct CodesAlone {
     }
 };
 
+/// Of a format with an exponent for every kGroup codes of kBits; a whole k-block has kCodes bytes of codes.  Whoever derives from it
+/// says where both are put.
+template <class C, u32 kBits, u32 kGroup, u32 kCodes> struct CodesAndExponents {
+    static constexpr u32 kCodesPerExponent = kGroup * kBits / 8;   // bytes
+    u32 bytes;                                                     // of codes
+    const u8 *codes, *exponents;
+
+    MEGA_DEVICE CodesAndExponents(const Params& p, const Tile& tile)
+        : bytes(block_bytes<C>(tile, kCodes)) {
+        const bool first = tile.kind == Tile::gemm1;
+        const u64 blocks = u64(first_weight_row<C>(tile)) * tile.k_blocks;   // of one row
+        codes = (first ? p.weight1 : p.weight2) + blocks * (kBlockK * kBits / 8);
+        exponents = (first ? p.weight1_exponents : p.weight2_exponents) +
+                    blocks * (kBlockK / kGroup);
+    }
+    MEGA_DEVICE void advance() { codes += bytes, exponents += bytes / kCodesPerExponent; }
+    /// Announces and starts the copies of this k-block to these addresses.
+    MEGA_DEVICE void load_to(u32 codes_at, u32 exponents_at, u32 full) const {
+        ptx::mbarrier_expect(full, bytes + bytes / kCodesPerExponent);
+        ptx::bulk_load(codes_at, codes, bytes, full);
+        ptx::bulk_load(exponents_at, exponents, bytes / kCodesPerExponent, full);
+    }
+};
+
 }   // namespace megamoe

@@ -43,7 +43,7 @@ template <class C, u32 kN> struct OneByOneLoop {
     }
 
     /// One k-block, whose block 0 has been expanded; expands that of the next one, or the same again.
-    MEGA_DEVICE void block(Columns<kN>& result, Fresh& fresh, Rows& rows, Ring<C::kStages>& ring,
+    MEGA_DEVICE void block(Columns<C>& result, Fresh& fresh, Rows& rows, Ring<C::kStages>& ring,
                            bool more) const {
         const u32 stage = ring.stage;
         Packed packed;
@@ -72,18 +72,13 @@ template <class C, u32 kN> struct OneByOneLoop {
         release_stage(shared, stage, thread);
     }
 
-    MEGA_DEVICE void run(Columns<kN>& result, u32 k_begin, u32 k_blocks) const {
-        Ring<C::kStages> ring(k_begin);
-        Packed packed;
-        Rows rows;
+    /// From a stage that is full, of which block 0 has been expanded.
+    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows rows, u32 k_blocks) const {
         Fresh fresh;
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
 #pragma unroll
         for (u32 i = 0; i < kPart / 2; ++i) fresh[i] = 0;
-        wait(ring);
-        load(packed, ring.stage, 0);
-        rows.expand(packed);
 #pragma unroll 1
         for (; k_blocks != 0; --k_blocks) {
             OneByOneLoop own = *this;

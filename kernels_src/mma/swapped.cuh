@@ -11,26 +11,24 @@
 //   wait for                           0 of A        1 of A                      0 of B
 //   promote                            0 of A        1 of A, release A           0 of B
 //
-// With fewer there are registers to load both of the next k-block while both of this one are multiplied (`at_once`).  More than 64
-// are another loop's (mma/one_by_one.cuh).
+// With 16 and 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`); with 8
+// that saves nothing, and takes as long to compile.  More than 64 are another loop's (mma/one_by_one.cuh).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //
 //   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
 //   empty[stage]   arrived here, one lane per warp, when both products of the stage are done
 #pragma once
-#include "comm/fault.cuh"
-#include "layout/shared.cuh"
-#include "pipe/ring.cuh"
-#include "ptx/control.cuh"
+#include "mma/stages.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace megamoe {
 
 /// Of the two blocks of a warpgroup.  Thread t of warp w holds, of every 8 tokens, those of 2(t%4) and the next, of rows
 /// 16w + t/4 (registers 4i, 4i+1) and 16w + t/4 + 8 (4i+2, 4i+3).  Of GEMM 1 these are gate and up of the same output.
-template <u32 kN> struct Columns {
-    float block[2][kN / 2];
+/// There is room for as many rows as a tile may have; a loop for fewer leaves the others alone.
+template <class C> struct Columns {
+    float block[2][C::kBlockM / 2];
 };
 
 /// Scales of a k-block for a thread's numbers.
@@ -58,17 +56,11 @@ template <u32 kN> struct ColumnScales {
     }
 };
 
-/// A stage whose products are done may be loaded again.
-template <class C> MEGA_DEVICE void release_stage(const Shared<C>& shared, u32 stage, u32 thread) {
-    __syncwarp();   // all lanes have read their weights and scales
-    if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
-}
-
 template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
     // both blocks of the next k-block are loaded at once; two k-blocks are written out then
-    static constexpr bool kAtOnce = kN <= 32 && C::kHidden / kBlockK % 2 == 0 &&
+    static constexpr bool kAtOnce = kN > 8 && kN <= 32 && C::kHidden / kBlockK % 2 == 0 &&
                                     C::kIntermediate / kBlockK % 2 == 0;
 
     const Shared<C>& shared;
@@ -93,7 +85,7 @@ template <class C, u32 kN> struct SwappedLoop {
         return scales;
     }
     /// One k-block, whose block 0 has been loaded; loads that of the next one.
-    MEGA_DEVICE void in_turn(Columns<kN>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
+    MEGA_DEVICE void in_turn(Columns<C>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
                              bool more) const {
         float fresh[2][kN / 2];
         const u32 stage = ring.stage;
@@ -114,7 +106,7 @@ template <class C, u32 kN> struct SwappedLoop {
     }
 
     /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
-    MEGA_DEVICE void at_once(Columns<kN>& result, const Rows (&rows)[2], Rows (&next)[2],
+    MEGA_DEVICE void at_once(Columns<C>& result, const Rows (&rows)[2], Rows (&next)[2],
                              Ring<C::kStages>& ring, bool more) const {
         float fresh[2][kN / 2];
         const u32 stage = ring.stage;
@@ -132,13 +124,12 @@ template <class C, u32 kN> struct SwappedLoop {
         release_stage(shared, stage, thread);
     }
 
-    MEGA_DEVICE void run(Columns<kN>& result, u32 k_begin, u32 k_blocks) const {
-        Ring<C::kStages> ring(k_begin);
-        Rows rows[2];
+    /// From a stage that is full, of which block 0 has been loaded into `first`.
+    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, const Rows& first,
+                         u32 k_blocks) const {
+        Rows rows[2] = {first, {}};
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
-        wait_barrier_watched(shared.full(ring.stage), ring.parity);
-        load(rows[0], ring.stage, 0);
         if constexpr (kAtOnce) {
             Rows next[2];
             load(rows[1], ring.stage, 1);

@@ -98,4 +98,32 @@ MEGA_DEVICE void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& seco
         : "r"(codes), "r"(low), "r"(high));
 }
 
+// clang-format off
+#define MEGA_EXPAND(k, first, second, codes, exponents)                                                     \
+    "prmt.b32 s, " exponents ", 0, 0x444" #k ";\nmad.lo.u32 low, s, %26, %27;\nmad.lo.u32 high, s, %28, %29;\n" \
+    "and.b32 s, " codes ", 0x77777777;\nprmt.b32 m, low, high, s;\n"                                        \
+    "lop3.b32 " first ", " codes ", 0x80808080, m, 0xEA;\nshr.u32 s, s, 16;\nprmt.b32 m, low, high, s;\n"    \
+    "shl.b32 s, " codes ", 4;\nlop3.b32 " second ", s, 0x80808080, m, 0xEA;\n"
+#define MEGA_A4(k) "=&r"(a[k][0]), "=&r"(a[k][1]), "=&r"(a[k][2]), "=&r"(a[k][3])
+#define MEGA_W4(v) "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+/// The same of 64 codes, of both halves of the depth, and two words of exponents, a byte for each 32: what a thread needs of a left
+/// operand (ptx::wgmma_weights_registers).  `Table` is made of an exponent in two multiplications.  One statement, since the
+/// optimiser needs time for each, and a volatile one: an operand must not be written after the fence of its product.
+template <class Table>
+MEGA_DEVICE void expand_e2m1(u32 (&a)[4][4], const Vec16 (&codes)[2], const u32 (&exponents)[2]) {
+    asm volatile(
+        "{\n.reg .b32 low, high, s, m;\n"
+        MEGA_EXPAND(0, "%0", "%2", "%16", "%24") MEGA_EXPAND(0, "%1", "%3", "%17", "%25")
+        MEGA_EXPAND(1, "%4", "%6", "%18", "%24") MEGA_EXPAND(1, "%5", "%7", "%19", "%25")
+        MEGA_EXPAND(2, "%8", "%10", "%20", "%24") MEGA_EXPAND(2, "%9", "%11", "%21", "%25")
+        MEGA_EXPAND(3, "%12", "%14", "%22", "%24") MEGA_EXPAND(3, "%13", "%15", "%23", "%25") "}"
+        : MEGA_A4(0), MEGA_A4(1), MEGA_A4(2), MEGA_A4(3)
+        : MEGA_W4(codes[0]), MEGA_W4(codes[1]), "r"(exponents[0]), "r"(exponents[1]),
+          "n"(Table::kLowStep), "n"(Table::kLow), "n"(Table::kHighStep), "n"(Table::kHigh));
+}
+#undef MEGA_W4
+#undef MEGA_A4
+#undef MEGA_EXPAND
+// clang-format on
+
 }   // namespace megamoe::ptx

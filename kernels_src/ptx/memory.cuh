@@ -23,6 +23,14 @@ MEGA_DEVICE u32 load_acquire_system(const u32* p) {
 MEGA_DEVICE void add_release(u32* p, u32 v) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+MEGA_DEVICE void add_relaxed(u32* p, u32 v) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+MEGA_DEVICE void store_relaxed(u32* p, u32 v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+/// Orders all before it with relaxed stores and additions after it.
+MEGA_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 MEGA_DEVICE void store_release_system(u32* p, u32 v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }

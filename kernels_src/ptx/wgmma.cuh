@@ -13,13 +13,10 @@ MEGA_DEVICE void pin(u64& a, u64& b) { asm volatile("" : "+l"(a), "+l"(b)); }
 
 /// The same of a number.
 MEGA_DEVICE void pin(u32& a) { asm volatile("" : "+r"(a)); }
-/// The same of a left operand in registers, which must not be written after the fence of its product.
-MEGA_DEVICE void pin(u32 (&a)[4][4]) {
-    asm volatile(""
-                 : "+r"(a[0][0]), "+r"(a[0][1]), "+r"(a[0][2]), "+r"(a[0][3]), "+r"(a[1][0]),
-                   "+r"(a[1][1]), "+r"(a[1][2]), "+r"(a[1][3]), "+r"(a[2][0]), "+r"(a[2][1]),
-                   "+r"(a[2][2]), "+r"(a[2][3]), "+r"(a[3][0]), "+r"(a[3][1]), "+r"(a[3][2]),
-                   "+r"(a[3][3]));
+/// Four zeros, written here and not where the optimiser would.
+MEGA_DEVICE void write_zeros(float* d) {
+    asm volatile("mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]));
 }
 
 /// Matrix descriptor of a tile of 128-byte rows in atoms of 8 rows, 128-byte swizzle, 1024-byte aligned:

@@ -17,40 +17,62 @@ template <class C, u32 kN> struct LoopFor<C, kN, true> {
 };
 
 template <class C> struct SwappedMath {
+    using Policy = typename C::Policy;
+
     const Params& p;
     const Shared<C>& shared;
     u32 group;   // 0 or 1
 
-    /// Columns from kFirst on, as many at a time as lanes share evenly and there is room for.
-    template <u32 kFirst, u32 kN>
-    MEGA_DEVICE void quantise(const TileView& tile, u32 thread, Columns<kN>& result) const {
-        constexpr u32 kLeft = kN - kFirst, kCount = kLeft == 96 || kLeft < 64 ? kLeft : 64;
-        SwappedQuant<C, kN, kFirst, kCount>{p,
-                                            shared.staging(0),
-                                            group * kGroup + thread,
-                                            tile.pool_row() + kFirst,
-                                            tile.rows() - kFirst,
-                                            tile.n()}
-            .run(result);
-        if constexpr (kCount < kLeft) quantise<kFirst + kCount>(tile, thread, result);
+    /// What comes before the loops, once for all of them.
+    struct Start {
+        Ring<C::kStages> ring;             // at the first stage, which is full
+        typename C::Weights::Rows first;   // its block 0
+        u32 thread;                        // of the warpgroup
+        bool half;                         // the tile has 128 rows, and a warpgroup one block
+    };
+    /// By the narrowest loop, from that of kN columns on, that has one for each row of the tile.
+    template <u32 kN>
+    MEGA_DEVICE void multiply(const Start& start, u32 rows, u32 k_blocks, Columns<C>& result) const {
+        if constexpr (kN < C::kBlockM)
+            if (rows > kN) return multiply<Policy::wider(kN)>(start, rows, k_blocks, result);
+        typename LoopFor<C, kN>::Loop{shared, group, start.thread, start.half}.run(
+            result, start.ring, start.first, k_blocks);
+        // what only wider loops write would else count as alive through this one
+#pragma unroll
+        for (u32 i = kN / 2; i < C::kBlockM / 2; i += 4)
+            ptx::write_zeros(result.block[0] + i), ptx::write_zeros(result.block[1] + i);
     }
 
-    template <u32 kN> MEGA_DEVICE void compute(const TileView& tile) const {
+    MEGA_DEVICE void quantise(const TileView& tile, u32 thread, Columns<C>& result) const {
+        const SwappedQuant<C> quant{p,           shared.staging(0), thread, tile.pool_row(),
+                                    tile.rows(), tile.n()};
+        quant.template run<0>(result);
+        if constexpr (C::kBlockM > quant.kN)
+            if (quant.rows > quant.kN) quant.template run<quant.kN>(result);
+    }
+
+    MEGA_DEVICE void compute(const TileView& tile) const {
         const u32 thread = ptx::thread_id_again() % kGroup;
         const bool second = tile.kind() == Tile::gemm2;
         const bool half = C::kHidden % kBlockN != 0 && second &&
                           tile.n() == TileOrder<C>::kTilesN2 - 1;
-        Columns<kN> result;
-        typename LoopFor<C, kN>::Loop{shared, group, thread, half}.run(result, tile.k_begin(),
-                                                                       tile.k_blocks());
+        Columns<C> result;
+        Start start{Ring<C::kStages>(tile.k_begin()), {}, thread, half};
+        wait_barrier_watched(shared.full(start.ring.stage), start.ring.parity);
+        start.first.load(shared.weights(start.ring.stage), shared.exponents(start.ring.stage),
+                         half ? group : group * 2, thread);
+        multiply<Policy::wider(0)>(start, tile.rows(), tile.k_blocks(), result);
+        // beside a large result there is no register to have kept this in
+        const u32 of_both = ptx::thread_id_again() - kGroup, group = of_both / kGroup;
         // nobody reads the staging of the tile before any more
         ptx::named_sync(kBarrierMath, kMathGroups * kGroup);
         if (second)
-            SwappedScatter<C, kN>{
-                p,   shared.staging(group * 4), group, thread, tile.row(), tile.rows(), tile.n(),
-                half}
+            SwappedScatter<C>{p,          shared.staging(group * 4),
+                              group,      of_both % kGroup,
+                              tile.row(), tile.rows(),
+                              tile.n(),   half}
                 .run(result);
-        else quantise<0>(tile, thread, result);
+        else quantise(tile, of_both, result);
     }
 
     MEGA_DEVICE void run() const {
@@ -58,16 +80,7 @@ template <class C> struct SwappedMath {
         for (u32 index = 0;; ++index) {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) break;
-            const u32 rows = tile.rows();
-            if (C::kBlockM == 64 && rows <= 8) compute<8>(tile);
-            else if (C::kBlockM == 64 && rows <= 16) compute<16>(tile);
-            else if (rows <= 32) compute<32>(tile);
-            else if (C::kBlockM == 64 || rows <= 64) compute<64>(tile);
-            else if constexpr (C::kBlockM > 64) {
-                if (rows <= 80) compute<80>(tile);
-                else if (rows <= 96) compute<96>(tile);
-                else compute<128>(tile);
-            }
+            compute(tile);
             Math<C>::done(slots, index);
         }
     }

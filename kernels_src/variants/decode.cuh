@@ -12,6 +12,9 @@ struct Decode {
     static constexpr u32 kPacked = 0;   // k-blocks of packed weights beside the stages (expand/beside.cuh)
     static constexpr u32 kHelpers = 0;   // warpgroups behind the math warpgroups
 
+    /// Columns of the main loop that comes after that of so many, or after none: 8, 16, 32, 64.
+    MEGA_DEVICE static constexpr u32 wider(u32 columns) { return columns == 0 ? 8 : columns * 2; }
+
     /// What the math warpgroups run.
     template <class C> using Math = SwappedMath<C>;
 };

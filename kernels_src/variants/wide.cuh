@@ -6,6 +6,11 @@ namespace megamoe {
 
 struct Wide : Decode {
     static constexpr u32 kBlockM = 128;
+
+    /// 32, 64, 80, 96, 128.
+    MEGA_DEVICE static constexpr u32 wider(u32 columns) {
+        return columns < 64 ? columns + 32 : columns < 96 ? columns + 16 : 128;
+    }
 };
 
 }   // namespace megamoe

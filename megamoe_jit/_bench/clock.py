@@ -157,7 +157,4 @@ def anchors() -> dict[str, float]:
 
     dense_us = statistics.median(burst({"": TimedCall(dense, lambda: time.sleep(REST_S))}, flush)[""])
     read_us = statistics.median(burst({"": TimedCall(data.sum)}, flush)[""])
-    return {
-        "dense_fp8_8192_tflops": 2e-6 * size**3 / dense_us,
-        "read_4gib_tb_s": data.nbytes * 1e-6 / read_us,
-    }
+    return {"dense_fp8_8192_tflops": 2e-6 * size**3 / dense_us, "read_4gib_tb_s": data.nbytes * 1e-6 / read_us}

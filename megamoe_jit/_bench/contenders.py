@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from megamoe_jit._bench.grouped_gemm import GEMMS, Gemm, probe, refusal
-from megamoe_jit._bench.unfused import Baseline
-from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._bench.unfused import Baseline, Task
+from megamoe_jit._check.scenarios import Scenario, make_inputs, make_weights
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
 
@@ -40,19 +40,8 @@ class Contender(Protocol):
     def why_not(self, device: torch.device, ranks: int) -> str:
         """Why it does not work here; empty if it does, and gives what it should."""
 
-    def build(
-        self, inputs: Inputs, own: Weights, experts: int, clamp: float | None, group: Any, compiled: bool
-    ) -> Callable[[], torch.Tensor]:
-        """The layer for fixed inputs, none of their slots masked; each call returns the output bfloat16 ``[T, H]``.
-
-        Args:
-            inputs: this rank's tokens.
-            own: weights of this rank's experts, gate rows first.
-            experts: of all ranks.
-            clamp: of the activation.
-            group: the process group; None for one rank.
-            compiled: let torch.compile take part.
-        """
+    def build(self, task: Task, compiled: bool) -> Callable[[], torch.Tensor]:
+        """The layer, with a part of torch.compile or not; each call returns the output bfloat16 ``[T, H]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +65,9 @@ class Unfused:
         """See `Contender`; the multiplication alone is tried."""
         return probe(self.gemm, device)
 
-    def build(
-        self, inputs: Inputs, own: Weights, experts: int, clamp: float | None, group: Any, compiled: bool
-    ) -> Callable[[], torch.Tensor]:
+    def build(self, task: Task, compiled: bool) -> Callable[[], torch.Tensor]:
         """See `Contender`."""
-        return Baseline(self.gemm, inputs, own.l1, own.l2, experts, clamp, group, compiled=compiled)
+        return Baseline(self.gemm, task, compiled)
 
 
 class FlashInfer:
@@ -103,20 +90,17 @@ class FlashInfer:
         weights = make_weights(shape, device)
         inputs = make_inputs(Scenario("probe", shape, 32, 32), device, 0, weights)
         try:
-            got = self.build(inputs, weights, shape.experts, clamp, None, False)()
+            got = self.build(Task(inputs, weights, shape.experts, clamp), compiled=False)()
         except Exception as error:  # of FlashInfer, of the compiler it calls: anything
             return refusal(error)
-        routed = inputs.x_q, inputs.x_sf, inputs.topk_idx, inputs.topk_weights
-        expected = moe_reference(*routed, weights.l1, weights.l2, activation_clamp=clamp)
-        diff = calc_diff(got, expected)
+        diff = calc_diff(got, moe_reference(*inputs.operands, activation_clamp=clamp))
         return "" if diff <= self.bound else f"wrong results (calc_diff {diff:.2g})"
 
-    def build(
-        self, inputs: Inputs, own: Weights, experts: int, clamp: float | None, group: Any, compiled: bool
-    ) -> Callable[[], torch.Tensor]:
+    def build(self, task: Task, compiled: bool) -> Callable[[], torch.Tensor]:
         """See `Contender`."""
         library: Any = importlib.import_module("flashinfer")
         layer: Any = importlib.import_module("flashinfer.fused_moe").cutlass_fused_moe
+        inputs, own = task.inputs, task.own
         y = torch.empty_like(inputs.x)
         arguments: dict[str, Any] = {
             "input": inputs.x,
@@ -129,9 +113,9 @@ class FlashInfer:
             "output": y,
             "use_deepseek_fp8_block_scale": True,
         }
-        if clamp is not None:
-            for name, value in (("alpha", 1.0), ("beta", 0.0), ("limit", clamp)):
-                arguments[f"swiglu_{name}"] = torch.full((experts,), value, dtype=torch.float32, device=y.device)
+        if task.clamp is not None:
+            for name, value in (("alpha", 1.0), ("beta", 0.0), ("limit", task.clamp)):
+                arguments[f"swiglu_{name}"] = torch.full((task.experts,), value, dtype=torch.float32, device=y.device)
 
         def call() -> torch.Tensor:
             layer(**arguments)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from megamoe_jit._bench.documents_nodes import NodesRow
-from megamoe_jit._documents import Count, Document, Figure, Measured, Says
+from megamoe_jit._documents import Count, Document, Figure, Measured, Says, content
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._spec.variants import VARIANT_NAMES
 
-__all__ = ["BaselineRow", "Bench", "Cell", "Choice", "JudgedRow", "RankRow", "Row", "Summary", "Time", "Tune"]
+__all__ = ["BaselineRow", "Bench", "Cell", "Choice", "JudgedRow", "Row", "Summary", "Time", "Tune"]
 
 KernelName = Annotated[str, Says(enum=list(VARIANT_NAMES))]
 Several = Annotated[int, Says(minimum=2)]
@@ -31,6 +31,9 @@ class Row:
         baseline: the fastest unfused method with the right answer, if that was timed
         baseline_speedup: how many times faster than it
         weights: the format that they are stored in
+        ranks: GPUs that share the experts; `experts` are those of one; times are the largest over ranks
+        rank_medians_us: of each rank
+        one_rank_us: the same on one GPU with its own experts alone
     """
 
     shape: str
@@ -56,25 +59,14 @@ class Row:
     baseline_us: float | None
     baseline_speedup: float | None
 
+    ranks: Several | None = None
+    rank_medians_us: list[Figure] | None = None
+    one_rank_us: Figure | None = None
+    vs_one_rank: Figure | None = None
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class RankRow(Row):
-    """A row of several ranks.
-
-    Attributes:
-        ranks: GPUs that share the experts; `experts` are those of one; times are the largest over ranks
-        rank_medians_us: of each rank
-        one_rank_us: the same on one GPU with its own experts alone
-    """
-
-    ranks: Several
-    rank_medians_us: list[Figure]
-    one_rank_us: Figure
-    vs_one_rank: Figure
+        return content(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +74,6 @@ class JudgedRow(Row):
     """What was measured for one case and variant, and what it is held against; times in microseconds.
 
     Attributes:
-        ranks: GPUs that share the experts; `experts` are those of one; times are the largest over ranks
-        rank_medians_us: of each rank
-        one_rank_us: the same on one GPU with its own experts alone
         bound: which of the two gives the limit
         limit_share: limit over median: 1 is the limit
         best_known_us: the fastest other kernel; this and what follows from it are null unless the rows were compared
@@ -95,10 +84,6 @@ class JudgedRow(Row):
             row, the dense one where FLOPs do; null as best_known_us
     """
 
-    ranks: Several | None = None
-    rank_medians_us: list[Figure] | None = None
-    one_rank_us: Figure | None = None
-    vs_one_rank: Figure | None = None
     bound: Literal["weights", "flops"] | None
     limit_us: float | None
     vs_limit: float | None

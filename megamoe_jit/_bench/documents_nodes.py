@@ -20,6 +20,7 @@ class NodesRow:
     Attributes:
         shape: by name
         tokens: of each rank
+        weights: the format that they are stored in
         nodes: how many
         ranks_per_node: GPUs of each
         exchange: how rows travelled
@@ -40,6 +41,7 @@ class NodesRow:
 
     shape: str
     tokens: Count
+    weights: str
     nodes: OneOrMore
     ranks_per_node: OneOrMore
     exchange: str

@@ -17,6 +17,7 @@ import megamoe_jit
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, sustained
 from megamoe_jit._bench.documents import BaselineRow, Row
 from megamoe_jit._bench.rows import rows_of
+from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
@@ -173,8 +174,8 @@ def _measure(
     calls = {**own, **{f"{name} staged": call.staged() for name, call in own.items()}}
     facts = {}
     if not_timed is not None:
-        experts, diff = shape.experts, lambda out: calc_diff(out[where], expected)
-        facts = add_baselines(calls, not_timed, inputs, as_fp8(layer.weights), experts, case.clamp, diff)
+        task = Task(inputs, as_fp8(layer.weights), shape.experts, case.clamp)
+        facts = add_baselines(calls, not_timed, task, lambda out: calc_diff(out[where], expected))
     part = {
         "times": burst(calls, flush),
         "verdicts": verdicts,

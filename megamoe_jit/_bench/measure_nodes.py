@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,20 +20,21 @@ from megamoe_jit._bench.clock import TimedCall
 from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.documents_nodes import NodesRow
-from megamoe_jit._bench.measure import require_hopper, some_rows
+from megamoe_jit._bench.measure import as_fp8, require_hopper, some_rows
+from megamoe_jit._bench.on_ranks import RankWeights, shape_on_ranks, sizes_of
+from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest, unusable
 from megamoe_jit._check.collect import collect
-from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
-from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
 from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.model import cost
 from megamoe_jit._nodes.topology import NodeTopology
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.heuristics.presets import Preset
 
 __all__ = ["measure_on_rank", "run"]
@@ -54,15 +56,12 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-class _Layer:
+class _Layer(RankWeights):
     """One shape on this rank: weights, and the ranks."""
 
-    def __init__(self, world: World, topology: NodeTopology, shape: MoEShape) -> None:
-        self.topology, self.shape, self.device = topology, shape, world.device
-        self.weights = make_weights(shape, world.device)
-        own = [share_of(given, shape, world.rank, world.ranks) for given in (self.weights.l1, self.weights.l2)]
-        self.own = Weights(*own)
-        self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.own.l1, self.own.l2)
+    def __init__(self, world: World, topology: NodeTopology, shape: MoEShape, weights: str) -> None:
+        super().__init__(world, shape, weights)
+        self.topology = topology
 
     def buffer(self, tokens: int, ways: dict[str, Any]) -> MultiNodeBuffer:
         """A buffer for calls with so many tokens."""
@@ -88,7 +87,8 @@ def _calls(
     if buffer.chunks == 1 and layer.topology.nodes > 1:
         under_way = buffer.dispatch(tokens)
         lane, arrived = under_way.lane, under_way.arrived
-        options = CallOptions(math.inf if clamp is None else clamp)
+        options = CallOptions(math.inf if clamp is None else clamp, weights=layer.format)
+        options = replace(options, variant=lane.experts.variant_for(tokens, options))  # as the whole call has it
 
         def kernel() -> None:
             lane.experts.compute(arrived, lane.partial[: arrived.rows], l1, l2, options)
@@ -122,7 +122,8 @@ def _measure(
         verdict = judge(y[where], expected)
         found = {"exchange": buffer.choices.pick(case.tokens, False).name, "chunks": buffer.chunks}
         diff = lambda out: float(judge(out[where], expected).diff)  # noqa: E731
-        facts = add_baselines(calls, methods, inputs, layer.own, case.shape.experts, case.clamp, diff, topology.group)
+        task = Task(inputs, as_fp8(layer.own), case.shape.experts, case.clamp, topology.group)
+        facts = add_baselines(calls, methods, task, diff)
         times = timer.burst(calls)
         buffer.check()
     return {**found, "times": times, "baselines": facts, "diff": verdict.diff, "correct": verdict.passed}
@@ -143,11 +144,12 @@ def _row(case: Scenario, topology: NodeTopology, partial: str, parts: Sequence[d
     best = fastest(others, medians["whole"])
     model = cost(
         case.shape, nodes, ranks, case.tokens, exchange=first["exchange"] if nodes > 1 else "auto",
-        chunks=first["chunks"], partial_bytes=4 if partial == "fp32" else 2,
+        chunks=first["chunks"], partial_bytes=4 if partial == "fp32" else 2, weights=WeightFormat.parse(case.weights),
     )  # fmt: skip
     return NodesRow(
         shape=case.name,
         tokens=case.tokens,
+        weights=case.weights,
         nodes=nodes,
         ranks_per_node=ranks,
         exchange=first["exchange"] if nodes > 1 else "none",
@@ -166,7 +168,13 @@ def _row(case: Scenario, topology: NodeTopology, partial: str, parts: Sequence[d
 
 
 def measure_on_rank(
-    world: World, ranks_per_node: int, shapes: list[list[Any]], tokens: list[int], ways: dict[str, Any], baseline: bool
+    world: World,
+    ranks_per_node: int,
+    shapes: list[list[Any]],
+    tokens: list[int],
+    ways: dict[str, Any],
+    baseline: bool,
+    weights: str = FP8.name,
 ) -> dict[str, Any]:
     """What each rank does: all cases, in the same order; rank 0 reports each when all ranks have it."""
     import torch.distributed as dist
@@ -178,11 +186,12 @@ def measure_on_rank(
     topology = NodeTopology(group, ranks_per_node=ranks_per_node)
     timer = RankTimer(world.device)
     methods = unusable(world.device, group) if baseline else dict.fromkeys(unusable(world.device, group), "not wanted")
-    for name, hidden, intermediate, local, topk in shapes:
+    for name, *sizes in shapes:
         torch.cuda.empty_cache()
-        layer = _Layer(world, topology, MoEShape(hidden, intermediate, local * world.ranks, topk))
+        shape = shape_on_ranks(world, *sizes)
+        layer = _Layer(world, topology, shape, weights)
         for count in sorted(tokens):
-            case = Scenario(name, layer.shape, count, count)
+            case = Scenario(name, shape, count, count, weights=weights)
             parts = gather(group, _measure(layer, timer, case, ways, methods))
             if world.rank == 0:
                 world.report(plain(_row(case, topology, str(ways.get("partial", "bf16")), parts)))
@@ -198,6 +207,7 @@ def run(
     ways: dict[str, Any],
     *,
     baseline: bool = True,
+    weights: str = FP8.name,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any] | None:
     """Measure over several nodes: those of torchrun if there is one, else GPUs of this host that play them.
@@ -207,7 +217,8 @@ def run(
         tokens: per GPU.
         nodes, ranks_per_node: how many.
         ways: arguments of `get_multinode_buffer_for_mega_moe`.
-        baseline: time the unfused layer too.
+        baseline: time the unfused layer too, with the same values in FP8.
+        weights: the format of the weights.
         progress: called with each row as it is measured.
 
     Returns:
@@ -221,7 +232,7 @@ def run(
         raise ConfigError(f"{nodes} nodes of {ranks_per_node} ranks; allowed: 1 or more of each")
     if not torch.cuda.is_available():
         require_hopper()
-    shapes = [[p.name, p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk] for p in presets]
+    shapes = [*map(sizes_of, presets)]
     rows: list[dict[str, Any]] = []
 
     def note(_: int, row: dict[str, Any]) -> None:
@@ -230,7 +241,7 @@ def run(
             progress(row)
 
     arguments = {"ranks_per_node": ranks_per_node, "shapes": shapes, "tokens": list(tokens), "ways": ways}
-    arguments["baseline"] = baseline
+    arguments |= {"baseline": baseline, "weights": weights}
     target = "megamoe_jit._bench.measure_nodes:measure_on_rank"
     ends = collect(target, nodes * ranks_per_node, arguments, on_report=note)
     return None if ends is None else {"environment": ends[0]["environment"], "rows": rows}

@@ -17,20 +17,20 @@ import torch
 
 import megamoe_jit
 from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall
-from megamoe_jit._bench.clock_ranks import RankTimer, slowest_anchors
+from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.contenders import METHODS
 from megamoe_jit._bench.measure import anchors, as_fp8, kernel_of, require_hopper, some_rows
+from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import rows_of
+from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines, unusable
-from megamoe_jit._check.collect import collect
-from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
+from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import function_of, judge
-from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
-from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape, WeightFormat
+from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.reference import calc_diff, expert_counts
 
@@ -39,26 +39,18 @@ __all__ = ["measure_on_rank", "run"]
 MAX_SUSTAINED = 2000  #: calls
 
 
-class _Layer:
+class _Layer(RankWeights):
     """One shape on this rank: weights, a buffer of all ranks and one of this rank alone."""
 
     def __init__(self, world: World, shape: MoEShape, max_tokens: int, weights: str) -> None:
         import torch.distributed as dist
 
-        self.world, self.shape, self.device = world, shape, world.device
-        self.weights = make_weights(shape, world.device, 0, WeightFormat.parse(weights))
-        local = shape.experts // world.ranks
-        own = [share_of(given, shape, world.rank, world.ranks) for given in (self.weights.l1, self.weights.l2)]
-        self.own = Weights(*own)
-        self.own_shape = MoEShape(shape.hidden, shape.intermediate, local, shape.topk)
-        self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.own.l1, self.own.l2)
-
-        def buffer(group: Any, experts: int) -> Any:
-            return megamoe_jit.get_symm_buffer_for_mega_moe(
-                group, experts, max_tokens, shape.topk, shape.hidden, shape.intermediate, device=world.device
-            )
-
-        self.buffer, self.own_buffer = buffer(dist.group.WORLD, shape.experts), buffer(None, local)
+        super().__init__(world, shape, weights)
+        sizes = max_tokens, shape.topk, shape.hidden, shape.intermediate
+        self.buffer, self.own_buffer = (
+            megamoe_jit.get_symm_buffer_for_mega_moe(group, experts, *sizes, device=world.device)
+            for group, experts in ((dist.group.WORLD, shape.experts), (None, self.own_shape.experts))
+        )
 
     def call(self, buffer: Any, inputs: Inputs, variant: str, y: torch.Tensor, case: Scenario) -> TimedCall:
         function = function_of(megamoe_jit, variant)
@@ -100,8 +92,8 @@ def _measure(
         add(variant, layer.buffer, inputs, where, expected, variant)
         calls[f"{variant} staged"] = calls[variant].staged()
         add(f"one {variant}", layer.own_buffer, own_inputs, own_where, own_expected, variant)
-    experts, diff = case.shape.experts, lambda out: calc_diff(out[where], expected)
-    baselines = add_baselines(calls, methods, inputs, as_fp8(layer.own), experts, case.clamp, diff, dist.group.WORLD)
+    task = Task(inputs, as_fp8(layer.own), case.shape.experts, case.clamp, dist.group.WORLD)
+    baselines = add_baselines(calls, methods, task, lambda out: calc_diff(out[where], expected))
     times = timer.burst(calls)
     sustained = {}
     for variant in variants:
@@ -116,16 +108,6 @@ def _measure(
         "expert_rows": expert_counts(inputs.topk_idx, case.shape.experts).tolist(),
         "baselines": baselines,
     }
-
-
-def _cases(world: World, shapes: Sequence[Sequence[Any]], tokens: Sequence[int], weights: str) -> list[list[Scenario]]:
-    return [
-        [
-            Scenario(name, MoEShape(hidden, intermediate, local * world.ranks, topk), count, count, weights=weights)
-            for count in sorted(tokens)
-        ]
-        for name, hidden, intermediate, local, topk in shapes
-    ]
 
 
 def measure_on_rank(
@@ -146,10 +128,11 @@ def measure_on_rank(
     methods = {method.name: "not wanted" for method in METHODS}
     if baseline:
         methods = unusable(world.device, dist.group.WORLD)
-    for group in _cases(world, shapes, tokens, weights):
+    for name, *sizes in shapes:
         torch.cuda.empty_cache()
-        layer = _Layer(world, group[0].shape, group[-1].tokens, weights)
-        for case in group:
+        layer = _Layer(world, shape_on_ranks(world, *sizes), max(tokens), weights)
+        for count in sorted(tokens):
+            case = Scenario(name, layer.shape, count, count, weights=weights)
             wanted = case.runs(variants)
             parts = gather(dist.group.WORLD, _measure(world, layer, timer, case, wanted, methods))
             if world.rank == 0:
@@ -159,8 +142,8 @@ def measure_on_rank(
                 world.report({"rows": [row.to_json() for row in rows], "baselines": [asdict(each) for each in others]})
         layer.destroy()
         del layer
-    card.append(anchors())
-    return {"environment": conditions, "anchors": card, "not_timed": {k: v for k, v in methods.items() if v}}
+    not_timed = {name: reason for name, reason in methods.items() if reason}
+    return {"environment": conditions, "anchors": [*card, anchors()], "baselines_not_timed": not_timed}
 
 
 def run(
@@ -197,27 +180,17 @@ def run(
         raise ConfigError(f"ranks = {ranks} is not supported; allowed: 2 to {MAX_RANKS}")
     if not torch.cuda.is_available():  # otherwise each rank asks for itself: this process needs no CUDA context
         require_hopper()
-    shapes = [[p.name, p.shape.hidden, p.shape.intermediate, p.local_experts, p.shape.topk] for p in presets]
     rows: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
 
-    def note(_: int, report: dict[str, list[dict[str, Any]]]) -> None:
+    def note(report: dict[str, list[dict[str, Any]]]) -> None:
         rows.extend(report["rows"])
         others.extend(report["baselines"])
         for row in report["rows"]:
             if progress is not None:
                 progress(row)
 
-    arguments: dict[str, Any] = {"shapes": shapes, "tokens": list(tokens), "variants": list(variants)}
+    arguments = {"shapes": [*map(sizes_of, presets)], "tokens": list(tokens), "variants": list(variants)}
     arguments |= {"baseline": baseline, "weights": weights}
-    ends = collect("megamoe_jit._bench.measure_ranks:measure_on_rank", ranks, arguments, on_report=note)
-    if ends is None:
-        return None
-    conditions = ends[0]["environment"]
-    return {
-        "environment": {**conditions, "ranks": ranks},
-        "anchors": slowest_anchors(ends),
-        "rows": rows,
-        "baselines": others,
-        "baselines_not_timed": ends[0]["not_timed"],
-    }
+    found = measured_on_ranks("megamoe_jit._bench.measure_ranks:measure_on_rank", ranks, arguments, note)
+    return None if found is None else {**found, "rows": rows, "baselines": others}

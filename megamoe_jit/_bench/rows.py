@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megamoe_jit._bench.documents import BaselineRow, RankRow, Row
+from megamoe_jit._bench.documents import BaselineRow, Row
 from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._spec import MoEShape, WeightFormat
@@ -34,7 +34,7 @@ def rows_of(case: Scenario, kernels: Mapping[str, str], parts: Sequence[Part]) -
     for variant, kernel in kernels.items():
         found = {**_figures(own, case, variant, parts), "shape": case.name, "kernel": kernel}
         found |= fastest(others, found["median_us"])
-        rows.append(Row(**found) if ranks == 1 else RankRow(**found, **_beside_one(variant, parts)))
+        rows.append(Row(**found, **(_beside_one(variant, parts) if ranks > 1 else {})))
     return rows, others
 
 

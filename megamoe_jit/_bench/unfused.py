@@ -15,12 +15,30 @@ from typing import Any
 import torch
 
 from megamoe_jit._bench.grouped_gemm import Gemm
-from megamoe_jit._check.scenarios import Inputs
-from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._check.scenarios import Inputs, Weights
 from megamoe_jit._layer.group import gather, group_rank, group_size
 from megamoe_jit.reference import activate
 
-__all__ = ["Baseline"]
+__all__ = ["Baseline", "Task"]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What every contender does: a layer with fixed inputs, none of their slots masked.
+
+    Attributes:
+        inputs: this rank's tokens.
+        own: weights of this rank's experts, as a checkpoint has them.
+        experts: of all ranks.
+        clamp: of the activation.
+        group: the process group; None for one rank.
+    """
+
+    inputs: Inputs
+    own: Weights
+    experts: int
+    clamp: float | None
+    group: Any = None
 
 
 def _activate(gate_up: torch.Tensor, clamp: float | None) -> torch.Tensor:
@@ -63,33 +81,20 @@ def _make_exchange(ids: torch.Tensor, experts: int, group: Any, row_step: int) -
 
 
 class Baseline:
-    """One rank's part of the unfused layer for fixed inputs; every rank makes and calls it together.
+    """One rank's part of the unfused layer; every rank makes and calls it together.
 
     Args:
         method: how the experts' rows are multiplied.
-        inputs: this rank's tokens; no slot is masked.
-        l1, l2: weights of this rank's experts, as a checkpoint has them.
-        experts: of all ranks.
-        clamp: of the activation.
-        group: the process group; None for one rank.
+        task: what is to be done.
         compiled: fuse SwiGLU, quantisation and combine with torch.compile.
     """
 
-    def __init__(
-        self,
-        method: type[Gemm],
-        inputs: Inputs,
-        l1: WeightTensors,
-        l2: WeightTensors,
-        experts: int,
-        clamp: float | None,
-        group: Any,
-        compiled: bool = True,
-    ) -> None:
+    def __init__(self, method: type[Gemm], task: Task, compiled: bool = True) -> None:
+        inputs, experts, group, clamp = task.inputs, task.experts, task.group, task.clamp
         self.method, self.group, self.local = method, group, experts // group_size(group)
         self.rank = group_rank(group)
         self.exchange = _make_exchange(inputs.topk_idx, experts, group, method.row_step)
-        self.first, self.second = method(l1, self.exchange.ends), method(l2, self.exchange.ends)
+        self.first, self.second = (method(each, self.exchange.ends) for each in (task.own.l1, task.own.l2))
         exact = method.quantise is Gemm.quantise
         self.codes, self.scales = (inputs.x_q, inputs.x_sf) if exact else method.quantise(inputs.x.float())
         self.ids, self.weights = inputs.topk_idx, inputs.topk_weights

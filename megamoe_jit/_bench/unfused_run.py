@@ -12,7 +12,7 @@ from megamoe_jit._bench.clock import TimedCall, captured
 from megamoe_jit._bench.contenders import METHODS, Contender
 from megamoe_jit._bench.documents import BaselineRow
 from megamoe_jit._bench.grouped_gemm import refusal
-from megamoe_jit._check.scenarios import Inputs, Weights
+from megamoe_jit._bench.unfused import Task
 from megamoe_jit._layer.group import gather, group_size
 from megamoe_jit._spec import MoEShape
 
@@ -49,29 +49,20 @@ def _attempt(group: Any, action: Callable[[], Any]) -> tuple[Any, str]:
 
 
 def prepare(
-    method: Contender,
-    inputs: Inputs,
-    own: Weights,
-    experts: int,
-    clamp: float | None,
-    diff: Callable[[torch.Tensor], float],
-    group: Any = None,
+    method: Contender, task: Task, diff: Callable[[torch.Tensor], float]
 ) -> tuple[TimedCall | None, dict[str, Any]]:
     """What to time, and what is known of it; compiled and captured as far as that works.
 
     Args:
         method: the way to do it.
-        inputs: this rank's tokens.
-        own: weights of this rank's experts.
-        experts: of all ranks.
-        clamp: of the activation.
+        task: what is to be done.
         diff: difference of an output bfloat16 ``[T, H]`` to the reference.
-        group: the process group; None for one rank.
     """
+    group = task.group
     facts: dict[str, Any] = {"graph": False, "compiled": method.compiles, "reason": "", "diff": None}
 
     def build() -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-        made = method.build(inputs, own, experts, clamp, group, compiled=facts["compiled"])
+        made = method.build(task, compiled=facts["compiled"])
         return made, made()
 
     done, reason = _attempt(group, build)
@@ -95,28 +86,21 @@ def prepare(
 
 
 def add_baselines(
-    calls: dict[str, TimedCall],
-    not_timed: Mapping[str, str],
-    inputs: Inputs,
-    own: Weights,
-    experts: int,
-    clamp: float | None,
-    diff: Callable[[torch.Tensor], float],
-    group: Any = None,
+    calls: dict[str, TimedCall], not_timed: Mapping[str, str], task: Task, diff: Callable[[torch.Tensor], float]
 ) -> dict[str, dict[str, Any]]:
     """Put the unfused layer among the calls; what is known of each way to do it.
 
     Args:
         calls: takes those that work, by `label`.
         not_timed: why a method is not to be timed; empty for those that are.
-        inputs, own, experts, clamp, diff, group: see `prepare`.
+        task, diff: see `prepare`.
     """
     facts: dict[str, dict[str, Any]] = {}
     dynamo: Any = torch
     dynamo._dynamo.reset()  # another case's shapes would count towards its limit of compilations
     for method in METHODS:
         if not not_timed.get(method.name, "not wanted"):
-            call, facts[method.name] = prepare(method, inputs, own, experts, clamp, diff, group)
+            call, facts[method.name] = prepare(method, task, diff)
             if call is not None:
                 calls[label(method)] = call
     return facts

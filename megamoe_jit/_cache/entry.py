@@ -21,7 +21,6 @@ from pathlib import Path
 from megamoe_jit._cache.identity import cache_key, identity_problem, is_key, kernel_problem, source_id
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
 from megamoe_jit._cache.trees import is_closed
-from megamoe_jit._compile.cubin import CubinError, cubin_arch
 from megamoe_jit._trust import owner_problem
 
 __all__ = [
@@ -75,17 +74,22 @@ class EntryInfo:
 
     Attributes:
         key: its name.
-        path: its directory.
+        folder: its directory.
         meta: what `meta.json` says.
         used_at: when it was last used, in seconds since 1970, to the hour.
         disk_bytes: size of its files.
     """
 
     key: str
-    path: Path
+    folder: str
     meta: Metadata = dataclasses.field(compare=False, repr=False)
     used_at: float
     disk_bytes: int
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return Path(self.folder)
 
     @property
     def entry(self) -> str:
@@ -165,6 +169,8 @@ def verify_files(key: str, files: dict[str, bytes]) -> Metadata:
         Damaged: something does not agree.
         OtherSchema: the metadata are of another schema; nothing else is checked then.
     """
+    from megamoe_jit._compile.cubin import CubinError, cubin_arch  # a listing reads no binary
+
     cubin = files[CUBIN]
     try:
         meta = read_metadata(files[META])
@@ -226,7 +232,7 @@ def read_info(key: str, folder: str) -> EntryInfo | None:
     if meta["schema"] != SCHEMA or meta["key"] != key:
         return None
     size = meta["cubin_bytes"] + meta["source_bytes"] + status.st_size
-    return EntryInfo(key, Path(folder), meta, last_use(status, time.time()), size)
+    return EntryInfo(key, folder, meta, last_use(status, time.time()), size)
 
 
 def last_use(status: os.stat_result, now: float) -> float:
@@ -235,7 +241,9 @@ def last_use(status: os.stat_result, now: float) -> float:
     A time in the future says nothing, and would keep what it is of for ever: then the time counts at which it was set,
     or none at all.
     """
-    return next((max(0.0, at) for at in (status.st_mtime, status.st_ctime) if at <= now + CLOCKS_S), 0.0)
+    latest = now + CLOCKS_S
+    used = status.st_mtime if status.st_mtime <= latest else status.st_ctime
+    return max(0.0, used) if used <= latest else 0.0
 
 
 def _read(handle: int, name: str, forbidden: int) -> bytes:

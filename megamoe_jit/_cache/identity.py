@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from megamoe_jit._cache.metadata import SCHEMA, Metadata
-from megamoe_jit._compile.cubin import CubinError, read_cubin
-
-if TYPE_CHECKING:
-    from megamoe_jit._compile.toolchain import Toolchain
 
 __all__ = ["cache_key", "identity_problem", "is_key", "kernel_problem", "source_id"]
 
@@ -21,7 +17,19 @@ _ARCH_OPTION = "--gpu-architecture="
 _FIGURES = ("registers", "static_shared_bytes", "param_bytes", "max_threads")
 
 
-def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, toolchain: Toolchain) -> str:
+class Compiler(Protocol):
+    """What a key holds of the compiler."""
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Such as (12, 9)."""
+
+    @property
+    def build(self) -> str:
+        """Digest of its library."""
+
+
+def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, toolchain: Compiler) -> str:
     """The name of a compiled kernel: sha256 over everything that decides its bytes, and over nothing else.
 
     Paths, user, host, working directory, Python, torch and driver are not in it: a cache can be shared and
@@ -52,7 +60,7 @@ def source_id(source_text: str, options: Iterable[str], entry: str, arch: str) -
 
 def is_key(text: str) -> bool:
     """Whether `text` is spelled like a key."""
-    return len(text) == 64 and not set(text) - set("0123456789abcdef")
+    return len(text) == 64 and not text.strip("0123456789abcdef")
 
 
 def identity_problem(key: str, meta: Metadata, source: bytes) -> str:
@@ -83,6 +91,8 @@ def identity_problem(key: str, meta: Metadata, source: bytes) -> str:
 
 def kernel_problem(cubin: bytes, meta: Metadata, symbol: str) -> str:
     """Why a binary is not the one kernel that it should be, with the parameters it should have; empty if it is."""
+    from megamoe_jit._compile.cubin import CubinError, read_cubin  # a listing reads no binary
+
     try:
         kernels = read_cubin(cubin).entries
     except CubinError as error:

@@ -7,6 +7,7 @@ name is not taken for one of them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -115,6 +116,10 @@ def _check_fields(document: dict[str, Any], signed: bool) -> None:
         raise MetaError(f"does not say {', '.join(lacking)}")
 
 
+#: asked of the same texts for each entry that a compiler made
+_printable = functools.lru_cache(maxsize=128)(str.isprintable)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and value.isprintable()
 
@@ -129,33 +134,25 @@ def _is_time(value: object) -> bool:
 
 def _are_texts(value: object) -> bool:
     try:
-        return isinstance(value, list) and "".join(value).isprintable()
+        return isinstance(value, list) and _printable("".join(value))
     except TypeError:  # not all are texts
         return False
 
 
-def _is_plain(value: object) -> bool:
-    """Whether it can be printed, and written as JSON by whoever gets it."""
-    level, depth = [value], 0
-    while level and depth <= _DEPTH:
-        below = list[object]()
-        for part in level:
-            if isinstance(part, str):
-                if not part.isprintable():
-                    return False
-            elif isinstance(part, int):
-                if not -_INTEGERS <= part < _INTEGERS:
-                    return False
-            elif isinstance(part, dict):
-                if not "".join(part).isprintable():  # its names, which JSON has as texts
-                    return False
-                below += part.values()
-            elif isinstance(part, list):
-                below += part
-            elif part is not None and not (isinstance(part, float) and math.isfinite(part)):
-                return False
-        level, depth = below, depth + 1
-    return not level
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value read from JSON can be printed, and written as JSON by whoever gets it."""
+    kind = type(value)
+    if depth > _DEPTH:
+        return False
+    if kind is str:
+        return _printable(value)
+    if kind is int or kind is bool:
+        return bool(-_INTEGERS <= value < _INTEGERS)
+    if kind is list:
+        return all([_is_plain(part, depth + 1) for part in value])
+    if kind is dict:
+        return _printable("".join(value)) and all([_is_plain(part, depth + 1) for part in value.values()])
+    return value is None or math.isfinite(value)
 
 
 def _is_compiler(value: object) -> bool:

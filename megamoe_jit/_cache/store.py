@@ -28,7 +28,6 @@ from megamoe_jit._cache.entry import (
 from megamoe_jit._cache.metadata import dump_metadata
 from megamoe_jit._cache.reader import ACCESS, EntryReader
 from megamoe_jit._cache.trees import delete, is_closed, is_directory, move, rename, tree_bytes, unlock
-from megamoe_jit._compile.cubin import cubin_arch
 from megamoe_jit._text import one_line
 from megamoe_jit._trust import private_directory
 
@@ -85,6 +84,8 @@ class EntryStore(EntryReader):
         Returns:
             Whether the entry is there now, written by this call or by someone else meanwhile.
         """
+        from megamoe_jit._compile.cubin import cubin_arch  # a listing reads no binary
+
         text = source.encode()
         document = {
             **meta,

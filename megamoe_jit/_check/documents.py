@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megamoe_jit._documents import Count, Document, Measured
@@ -34,6 +34,10 @@ class Outcome:
     passed: bool
     reason: str
     weights: str = FP8.name
+
+    def also(self, problem: str) -> Outcome:
+        """The same with something else that is wrong."""
+        return replace(self, passed=False, reason="; ".join(filter(None, (self.reason, problem))))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for another process; a figure that does not exist is null."""

@@ -89,6 +89,11 @@ class Inputs:
             return self.topk_idx, self.topk_weights
         return with_shared_experts(self.topk_idx, self.topk_weights, self.l1[0].shape[0] - self.shared, self.shared)
 
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What the reference takes, in its order."""
+        return self.x_q, self.x_sf, *self.slots, self.l1, self.l2
+
     def stage(self, buffer: Any) -> None:
         """Copy what the kernel reads into the first rows of a buffer, as a caller does before each call."""
         tokens = self.x_q.shape[0]
@@ -139,12 +144,7 @@ def _peer() -> Iterator[Scenario]:
         clamp = rng.choice([1.0, 10.0, math.inf])
         fast = rng.choice([True, False])
         yield _case(
-            f"L5.rand{i:03d}",
-            tokens,
-            (hidden, ih, 8, k),
-            masked_ratio=masked,
-            clamp=_finite(clamp),
-            fast_math=fast,
+            f"L5.rand{i:03d}", tokens, (hidden, ih, 8, k), masked_ratio=masked, clamp=_finite(clamp), fast_math=fast
         )
 
 

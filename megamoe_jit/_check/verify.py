@@ -26,9 +26,11 @@ __all__ = [
     "Outcome",
     "Verdict",
     "WeightCache",
+    "failure",
     "function_of",
     "is_gone",
     "judge",
+    "outcome_of",
     "run_all",
     "run_scenario",
 ]
@@ -207,32 +209,28 @@ def run_scenario(
     entry = (cache or WeightCache()).get(scenario, device, seed, api)
     inputs = _scenarios.make_inputs(scenario, device, seed, entry.weights)
     y, stats = _call(api, scenario, variant, inputs, entry)
-    expected = moe_reference(
-        inputs.x_q,
-        inputs.x_sf,
-        *inputs.slots,
-        inputs.l1,
-        inputs.l2,
-        activation_clamp=scenario.clamp,
-    )
-    verdict = judge(y[: scenario.tokens], expected)
-    problems = [verdict.reason] if verdict.reason else []
-    if not y[scenario.tokens :].isnan().all():
-        problems.append("rows past the token count were written")
+    expected = moe_reference(*inputs.operands, activation_clamp=scenario.clamp)
+    outcome = outcome_of(scenario, variant, y, expected)
     counts = expert_counts(inputs.topk_idx, scenario.shape.experts) + STATS_BEFORE
-    if not torch.equal(stats, counts):
-        wrong = int((stats != counts).nonzero()[0])
-        problems.append(f"counter of expert {wrong} is {int(stats[wrong])}, must be {int(counts[wrong])}")
-    return Outcome(
-        scenario.name,
-        variant,
-        verdict.diff,
-        verdict.worst_row_diff,
-        verdict.zero_rows_ok,
-        not problems,
-        "; ".join(problems),
-        scenario.weights,
-    )
+    if torch.equal(stats, counts):
+        return outcome
+    wrong = int((stats != counts).nonzero()[0])
+    return outcome.also(f"counter of expert {wrong} is {int(stats[wrong])}, must be {int(counts[wrong])}")
+
+
+def outcome_of(scenario: Scenario, variant: str, y: torch.Tensor, expected: torch.Tensor) -> Outcome:
+    """What a run comes to by its output bfloat16 ``[T + GUARD_ROWS, H]``."""
+    verdict = judge(y[: scenario.tokens], expected)
+    figures = (verdict.diff, verdict.worst_row_diff, verdict.zero_rows_ok, verdict.passed, verdict.reason)
+    outcome = Outcome(scenario.name, variant, *figures, scenario.weights)
+    untouched = bool(y[scenario.tokens :].isnan().all())
+    return outcome if untouched else outcome.also("rows past the token count were written")
+
+
+def failure(scenario: Scenario, variant: str, error: Exception) -> Outcome:
+    """What a run comes to that raised this."""
+    reason = f"{type(error).__name__}: {error}"
+    return Outcome(scenario.name, variant, math.nan, math.nan, False, False, reason, scenario.weights)
 
 
 def run_all(
@@ -272,10 +270,7 @@ def run_all(
             try:
                 outcome = run_scenario(scenario, variant, device, seed=seed, cache=cache, api=api)
             except Exception as error:
-                fault = is_gone(error, where)
-                reason = f"{type(error).__name__}: {error}"
-                figures = (math.nan, math.nan, False, False)
-                outcome = Outcome(scenario.name, variant, *figures, reason, scenario.weights)
+                fault, outcome = is_gone(error, where), failure(scenario, variant, error)
             outcomes.append(outcome)
             if progress is not None:
                 progress(outcome)

@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -30,9 +30,10 @@ from megamoe_jit._check.verify import (
     Outcome,
     WeightCache,
     _stage,
+    failure,
     function_of,
     is_gone,
-    judge,
+    outcome_of,
     sizes_of,
 )
 from megamoe_jit._errors import ConfigError, MegaMoeError
@@ -98,9 +99,7 @@ class _Rank:
         try:
             return self._run(scenario, variant, number)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            figures = (math.nan, math.nan, False, False)
-            outcome = Outcome(scenario.name, variant, *figures, reason, scenario.weights)
+            outcome = failure(scenario, variant, error)
             return _Said(outcome, is_gone(error, self.world.device), self._buffer is not None, [], [])
 
     def destroy(self) -> None:
@@ -142,15 +141,9 @@ class _Rank:
         options = {"activation_clamp": scenario.clamp, "fast_math": scenario.fast_math}
         function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **options)
         buffer.check()
-        w, ids = entry.weights, inputs.topk_idx
-        expected = moe_reference(*(inputs.x_q, inputs.x_sf, *inputs.slots, w.l1, w.l2), activation_clamp=scenario.clamp)
-        verdict = judge(y[: scenario.tokens], expected)
-        problems = [verdict.reason] if verdict.reason else []
-        if not y[scenario.tokens :].isnan().all():
-            problems.append("rows past the token count were written")
-        figures = (verdict.diff, verdict.worst_row_diff, verdict.zero_rows_ok)
-        outcome = Outcome(scenario.name, variant, *figures, not problems, "; ".join(problems), scenario.weights)
-        return _Said(outcome, False, True, expert_counts(ids, s.experts).tolist(), stats.tolist())
+        expected = moe_reference(*inputs.operands, activation_clamp=scenario.clamp)
+        outcome = outcome_of(scenario, variant, y, expected)
+        return _Said(outcome, False, True, expert_counts(inputs.topk_idx, s.experts).tolist(), stats.tolist())
 
 
 def _counted(everyone: Sequence[_Said]) -> list[Outcome]:
@@ -164,8 +157,7 @@ def _counted(everyone: Sequence[_Said]) -> list[Outcome]:
         wrong = [e for e, counted in enumerate(said.counters, first) if counted != total[e]]
         first += len(said.counters)
         if wrong:
-            reason = "; ".join(filter(None, (outcomes[rank].reason, f"the counter of expert {wrong[0]} is wrong")))
-            outcomes[rank] = replace(outcomes[rank], passed=False, reason=reason)
+            outcomes[rank] = outcomes[rank].also(f"the counter of expert {wrong[0]} is wrong")
     return outcomes
 
 

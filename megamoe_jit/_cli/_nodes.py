@@ -108,9 +108,9 @@ _MORE = ("MODELLED us", "UNFUSED us", "TIMES FASTER", "DIFF")
 DEFAULT_TOKENS = (64, 512, 4096)
 
 
-def refuse_with_nodes(picture: Path | None, variants: Sequence[str], weights: str) -> None:
+def refuse_with_nodes(picture: Path | None, variants: Sequence[str]) -> None:
     """Refuse options of `bench` that mean nothing with several nodes."""
-    for given, name in ((picture, "--plot"), (variants, "--variant"), (weights != FP8.name, "--weight-format")):
+    for given, name in ((picture, "--plot"), (variants, "--variant")):
         if given:
             raise click.UsageError(f"{name} is not for --nodes.")
 
@@ -124,6 +124,7 @@ def bench_nodes(
     tokens: Sequence[int] | None,
     ranks: int | None,
     baseline: bool | None,
+    weights: str,
 ) -> None:
     """`bench` over several nodes.
 
@@ -148,6 +149,7 @@ def bench_nodes(
             ranks or 1,
             {"exchange": ways.exchange, "partial": ways.partial, "chunks": ways.chunks or "auto"},
             baseline=baseline is not False,
+            weights=weights,
             progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens: {r['whole_us']:.1f} us"),
         )
     if found is None:
@@ -172,7 +174,7 @@ def _cells(row: NodesRow) -> tuple[str, ...]:
 
     parts = (row.whole_us, row.kernel_us, row.exchange_us, row.rest_us, row.modelled_us, row.baseline_us)
     return (
-        row.shape,
+        row.shape if row.weights == FP8.name else f"{row.shape} {row.weights}",
         str(row.tokens),
         f"{row.nodes} x {row.ranks_per_node}",
         f"{row.exchange}, {row.partial}",

@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import (
-    ExitCode,
-    emit,
-    json_option,
-    must_be_writable,
-    progress_line,
-    say,
-    show,
-    table,
-)
+from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
 from megamoe_jit._cli._nodes import bench_nodes, nodes_options, refuse_with_nodes
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
 from megamoe_jit._cli._ranks import bench_document, print_others, rank_count, run_ranks_option
@@ -279,13 +270,7 @@ def finish(
     "[default: with several ranks only]",
 )
 @json_option
-def bench(
-    output: Path | None,
-    picture: Path | None,
-    as_json: bool,
-    ways: Ways,
-    **what: Any,
-) -> None:
+def bench(output: Path | None, picture: Path | None, as_json: bool, ways: Ways, **what: Any) -> None:
     """Time the layer on this GPU, output checked first.
 
     With --nodes: the whole call and its parts on nodes of --ranks GPUs each, the slowest rank of all; GPUs of this host
@@ -294,7 +279,7 @@ def bench(
     """
     refuse_early(output, picture)
     if ways.nodes > 1:
-        refuse_with_nodes(picture, what.pop("variants"), what.pop("weights"))
+        refuse_with_nodes(picture, what.pop("variants"))
         bench_nodes(ways, output, as_json, **what)
         return
     doc = measured(**what)

@@ -7,27 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import (
-    ExitCode,
-    copy_out,
-    emit,
-    end,
-    human_bytes,
-    json_option,
-    kernel_count,
-    say,
-    show,
-    table,
-)
-from megamoe_jit._cli._keys import (
-    all_caches,
-    entry_info,
-    find_entries,
-    fit_note,
-    others,
-    place,
-    say_damaged,
-)
+from megamoe_jit._cli._io import ExitCode, copy_out, emit, end, human_bytes, json_option, kernel_count, say, show, table
+from megamoe_jit._cli._keys import all_caches, entry_info, find_entries, fit_note, others, place, say_damaged
 from megamoe_jit._cli._names import looks_like_key
 from megamoe_jit._cli._options import FullSummaries, cache_dir_option, complete_kernel
 from megamoe_jit._cli._packs import export_command, import_command
@@ -51,11 +32,12 @@ def cache() -> None:
 @json_option
 def path(as_json: bool) -> None:
     """Print the cache directory."""
-    from megamoe_jit._cache.documents import CachePath
     from megamoe_jit._settings.settings import get_settings
 
     root = get_settings().cache_dir
     if as_json:
+        from megamoe_jit._cache.documents import CachePath
+
         emit(CachePath(str(root), os.path.isdir(root)))
     else:
         copy_out(str(root), nl=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -116,14 +116,7 @@ def _on_gpu(as_json: bool) -> Demo:
         rows = _bench.measure(_bench.cases([known], TOKENS), ("auto",))
     if rows and not as_json:
         cells = [
-            (
-                r.tokens,
-                r.kernel,
-                f"{r.median_us:.1f}",
-                f"{r.tflops:.0f}",
-                f"{r.diff:.1e}",
-                "yes" if r.correct else "NO",
-            )
+            (r.tokens, r.kernel, f"{r.median_us:.1f}", f"{r.tflops:.0f}", f"{r.diff:.1e}", "yes" if r.correct else "NO")
             for r in rows
         ]
         show(table(("TOKENS", "KERNEL", "MEDIAN us", "TFLOPS", "DIFF", "CORRECT"), cells, left=(1,)))
@@ -163,25 +156,12 @@ def _reference_checks() -> tuple[Check, ...]:
     plain = _plain_layer(inputs, case.clamp)
 
     def reference(requantize: bool) -> torch.Tensor:
-        return moe_reference(
-            inputs.x_q,
-            inputs.x_sf,
-            inputs.topk_idx,
-            inputs.topk_weights,
-            inputs.l1,
-            inputs.l2,
-            activation_clamp=case.clamp,
-            requantize=requantize,
-            out_dtype=torch.float32,
-        )
+        options: dict[str, Any] = {"activation_clamp": case.clamp, "out_dtype": torch.float32}
+        return moe_reference(*inputs.operands, requantize=requantize, **options)
 
     found = (
         ("reference without rounding = plain layer", calc_diff(reference(False), plain), EXACT_LIMIT),
-        (
-            "reference with the kernel's FP8 rounding = plain layer",
-            calc_diff(reference(True), plain),
-            FP8_LIMIT,
-        ),
+        ("reference with the kernel's FP8 rounding = plain layer", calc_diff(reference(True), plain), FP8_LIMIT),
     )
     return tuple(Check(what, diff, limit, diff <= limit) for what, diff, limit in found)
 

@@ -22,14 +22,15 @@ from megamoe_jit._spec.variants import VARIANT_CHOICES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from megamoe_jit._device.layout import Section
     from megamoe_jit._diagnose.between import Ways
-    from megamoe_jit._diagnose.plan import Part, Planned, Range
+    from megamoe_jit._diagnose.plan import Part, Planned
     from megamoe_jit._spec import MoEShape
 
 __all__ = ["plan"]
 
 
-def _sections(title: str, sections: Sequence[Range | Part], total: int) -> str:
+def _sections(title: str, sections: Sequence[Section | Part], total: int) -> str:
     rows = [(s.name, s.bytes, human_bytes(s.bytes), s.what) for s in sections]
     rows.append(("total", total, human_bytes(total), "with alignment" if hasattr(sections[0], "offset") else ""))
     return table((title, "BYTES", "", "WHAT"), rows, left=(0, 3))

@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import (
-    ExitCode,
-    emit,
-    json_option,
-    must_be_writable,
-    progress_line,
-    say,
-    show,
-    table,
-)
+from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FP8

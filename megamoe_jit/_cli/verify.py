@@ -172,15 +172,7 @@ def verify(
 
         found = (
             _verify_ranks.run_ranks(
-                several,
-                pattern,
-                variants,
-                note,
-                slow=slow,
-                seed=seed,
-                weights=weights,
-                rounds=rounds,
-                skew_us=skew_us,
+                several, pattern, variants, note, slow=slow, seed=seed, weights=weights, rounds=rounds, skew_us=skew_us
             )
             if several > 1
             else run_all(pattern, variants, device, note, slow=slow, seed=seed, weights=weights)
@@ -196,13 +188,7 @@ def verify(
         print_verify(doc, several)
     else:
         rows = [
-            (
-                o.name,
-                o.variant,
-                _figure(o.diff),
-                _figure(o.worst_row_diff),
-                "passed" if o.passed else "FAILED",
-            )
+            (o.name, o.variant, _figure(o.diff), _figure(o.worst_row_diff), "passed" if o.passed else "FAILED")
             for o in outcomes
         ]
         show(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))

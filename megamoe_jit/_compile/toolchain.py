@@ -27,16 +27,7 @@ from megamoe_jit._errors import ToolchainError
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._settings.settings import get_settings
 
-__all__ = [
-    "ARCH",
-    "Candidate",
-    "Toolchain",
-    "activate",
-    "candidates",
-    "correction",
-    "find_toolchain",
-    "wanted_major",
-]
+__all__ = ["ARCH", "Candidate", "Toolchain", "activate", "candidates", "correction", "find_toolchain", "wanted_major"]
 
 ARCH = "sm_90a"
 MINIMUM = (12, 8)  #: the oldest the kernels are compiled with

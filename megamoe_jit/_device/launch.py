@@ -71,12 +71,7 @@ class Launcher:
     )
 
     def __init__(
-        self,
-        loaded: LoadedKernel,
-        params: ctypes.Structure,
-        *,
-        threads: int = THREADS,
-        cooperative: bool = True,
+        self, loaded: LoadedKernel, params: ctypes.Structure, *, threads: int = THREADS, cooperative: bool = True
     ) -> None:
         from cuda.bindings import driver
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamoe_jit._documents import Count
 from megamoe_jit._spec import BLOCK, MoEShape
 from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Meeting
 
@@ -22,11 +23,16 @@ MAX_SORT_BLOCKS = 128
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A named range of a buffer."""
+    """A section of a buffer.
+
+    Attributes:
+        offset: where it begins, in bytes
+        what: for people
+    """
 
     name: str
-    offset: int
-    bytes: int
+    offset: Count
+    bytes: Count
     what: str
 
 
@@ -132,6 +138,7 @@ def buffer_layout(
             ("act2_done", rows // COUNTER_ROWS * 4, "tiles of the second GEMM finished u32"),
             ("slice_counts", MAX_SORT_BLOCKS * experts * 4, "pairs of each expert by slice u32"),
             ("control", Control.WORDS * 4, "grid barrier, epoch, blocks by side, tickets u32"),
+            *([("row_places", ranks * tokens * 4, "where rows of other ranks lie u32")] if ranks > 1 else []),
         ]
     )
     return BufferLayout(symmetric, local, tokens, rows, pool, pairs)

@@ -23,22 +23,7 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
 from megamoe_jit.heuristics.select import AUTO, all_variants
 
-__all__ = ["Launch", "Part", "PlanDocument", "Planned", "Range", "memory_plan", "shared_parts"]
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A section of a buffer.
-
-    Attributes:
-        offset: where it begins, in bytes
-        what: for people
-    """
-
-    name: str
-    offset: Count
-    bytes: Count
-    what: str
+__all__ = ["Launch", "Part", "PlanDocument", "Planned", "memory_plan", "shared_parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +79,8 @@ class Planned(Case):
     capacity: Count
     pool_rows: Count
     full_call: Variant
-    symmetric: tuple[Range, ...]
-    local: tuple[Range, ...]
+    symmetric: tuple[Section, ...]
+    local: tuple[Section, ...]
     symmetric_bytes: Count
     local_bytes: Count
     buffer_bytes: Count
@@ -149,10 +134,6 @@ def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
     if rest:
         parts.append(("padding", rest, "to a multiple of 16 B"))
     return tuple(Part(*part) for part in parts)
-
-
-def _ranges(sections: tuple[Section, ...]) -> tuple[Range, ...]:
-    return tuple(Range(each.name, each.offset, each.bytes, each.what) for each in sections)
 
 
 def _launch(spec: KernelSpec, num_sms: int) -> Launch:
@@ -215,8 +196,8 @@ def memory_plan(
         capacity=layout.capacity,
         pool_rows=layout.pool_rows,
         full_call=picked.variant,
-        symmetric=_ranges(layout.symmetric),
-        local=_ranges(layout.local),
+        symmetric=layout.symmetric,
+        local=layout.local,
         symmetric_bytes=layout.symmetric_bytes,
         local_bytes=layout.local_bytes,
         buffer_bytes=layout.total_bytes,

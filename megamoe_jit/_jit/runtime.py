@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megamoe_jit._cache.cache import KernelCache, user_cache
-from megamoe_jit._errors import ConfigError, MegaMoeError, ToolchainError
+from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._jit.kernel import CompiledKernel, warmup_command
-from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._jit.obtain import distrust, obtain
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
@@ -38,7 +37,6 @@ __all__ = [
     "forget",
     "get_kernel",
     "kernel_cache",
-    "kernel_key",
     "replacement",
     "retry",
     "seal",
@@ -78,19 +76,6 @@ class WarmupResult:
 def kernel_cache() -> KernelCache:
     """The cache of the current settings that kernels are written to."""
     return user_cache()
-
-
-def kernel_key(spec: Compilable) -> str:
-    """The cache key of a kernel: renders it and identifies the compiler, but compiles nothing.
-
-    Raises:
-        RenderError: its source cannot be rendered.
-        ToolchainError: there is no compiler to identify.
-    """
-    wanted = Wanted.of(spec)
-    if wanted.key is None:
-        raise wanted.problem or ToolchainError("no compiler")
-    return wanted.key
 
 
 def enumerate_specs(

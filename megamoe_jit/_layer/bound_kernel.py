@@ -123,7 +123,9 @@ class BoundKernel:
     def expand_in(self, room: ExpandedWeights) -> None:
         """Have a kernel that expands its weights do so there."""
         if room is not self._expanded:
-            room.show(self.params)
+            params = self.params
+            params.expanded1, params.expanded2, params.expanded = room.addresses
+            params.weight1, params.weight2 = params.expanded1, params.expanded2
             self._expanded = room
 
     def use_weights(self, l1: WeightTensors, l2: WeightTensors) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -314,30 +315,12 @@ def _tokens_of(y: torch.Tensor, buffer: SymmBuffer) -> int:
 def _forcing(variant: Variant) -> Callable[..., None]:
     """`fp8_mega_moe` with its signature, but for the variant, which is forced."""
 
-    def call(
-        y: torch.Tensor,
-        l1_weights: WeightTensors | None = None,
-        l2_weights: WeightTensors | None = None,
-        sym_buffer: SymmBuffer | None = None,
-        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
-        recipe: Sequence[int] = RECIPE,
-        activation: str = "swiglu",
-        activation_clamp: float | None = None,
-        fast_math: bool = True,
-        num_tokens_bound: int | None = None,
-        *,
-        num_sms: int | None = None,
-        shared_weight: float = 1.0,
-        l1: WeightTensors | None = None,
-        l2: WeightTensors | None = None,
-    ) -> None:
-        if l1 is not None or l2 is not None:
-            l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
-        stats = cumulative_local_expert_recv_stats
-        options = (recipe, activation, activation_clamp, fast_math, num_tokens_bound)
-        more: dict[str, Any] = {"num_sms": num_sms, "variant": variant.value, "shared_weight": shared_weight}
-        fp8_mega_moe(y, l1_weights, l2_weights, sym_buffer, stats, *options, **more)
+    def call(*arguments: Any, **options: Any) -> None:
+        fp8_mega_moe(*arguments, variant=variant.value, **options)
 
+    whole = inspect.signature(fp8_mega_moe)
+    left = [each for name, each in whole.parameters.items() if name != "variant"]
+    call.__signature__ = whole.replace(parameters=left)  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = f"fp8_mega_moe_{variant.value}"
     call.__doc__ = (
         f"`fp8_mega_moe` with the {variant.value} kernel (tiles of {variant.block_m} rows), whatever the token count."

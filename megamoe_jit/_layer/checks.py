@@ -87,12 +87,7 @@ def check_tensor(
         raise ConfigError(f"{at}; allowed: an address that is a multiple of {align}{remedy}")
 
 
-def check_weights(
-    l1: WeightTensors | None,
-    l2: WeightTensors | None,
-    spec: KernelSpec,
-    device: torch.device,
-) -> None:
+def check_weights(l1: WeightTensors | None, l2: WeightTensors | None, spec: KernelSpec, device: torch.device) -> None:
     """Raise unless the tensors of both matrices fit the kernel, and are marked as transformed."""
     hidden, intermediate = spec.shape.hidden, spec.shape.intermediate
     sizes = {"l1": (2 * intermediate, hidden), "l2": (hidden, intermediate)}

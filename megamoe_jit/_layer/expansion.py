@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from megamoe_jit._device.capture import refuse_capture
-from megamoe_jit._device.params import Params
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._spec.expanded import ExpandedParts
@@ -49,9 +48,8 @@ class ExpandedWeights:
             ) from None
         torch.cuda.synchronize(place.device)  # who had it before is done, whatever stream comes first
 
-    def show(self, params: Params) -> None:
-        """Write its addresses where the kernel looks for them."""
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of the codes of the first matrices, of those of the second ones, and of the counters."""
         base = self.memory.data_ptr()
-        params.weight1 = params.expanded1 = base
-        params.weight2 = params.expanded2 = base + self._parts.first
-        params.expanded = params.expanded2 + self._parts.second
+        return base, base + self._parts.first, base + self._parts.first + self._parts.second

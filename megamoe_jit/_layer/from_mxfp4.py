@@ -109,11 +109,7 @@ def _recode(
 
 @torch.no_grad()
 def fp8_from_mxfp4(
-    codes: torch.Tensor,
-    e8m0: torch.Tensor,
-    *,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    rounding: str | None = None,
+    codes: torch.Tensor, e8m0: torch.Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, rounding: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MXFP4 weights as FP8 weights with the same values, for who has the memory: twice as much.
 

@@ -7,6 +7,7 @@ format has the tensors of `WeightFormat.parts`, so MXFP4 has three, the second o
 from __future__ import annotations
 
 import operator
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import TypeAlias
@@ -252,5 +253,13 @@ def by_old_names(
         matrices.append(require_tensors(name, new if new is not None else old))
     if l1 is not None or l2 is not None:
         new_names = "l1 and l2 are now named l1_weights and l2_weights; the old names will go"
-        warnings.warn(new_names, DeprecationWarning, stacklevel=3)
+        warnings.warn(new_names, DeprecationWarning, stacklevel=_level_of_caller())
     return matrices[0], matrices[1]
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` of a warning that is about whoever called the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("megamoe_jit."):
+        frame, level = frame.f_back, level + 1
+    return level

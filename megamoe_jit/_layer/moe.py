@@ -207,11 +207,7 @@ class MegaMoE(ModuleState):
         return stage(self.buffer, x, topk_idx, topk_weights)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        padded_tokens: int | None = None,
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, padded_tokens: int | None = None
     ) -> torch.Tensor:
         """Run the layer: what calling it does.
 

@@ -24,7 +24,7 @@ from megamoe_jit._nodes.memory import MultiNodeMemory
 from megamoe_jit._nodes.overlap import overlapped
 from megamoe_jit._nodes.watch import RailLost
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, WeightFormat, check_clamp
+from megamoe_jit._spec import FP8, WeightFormat, check_flag
 from megamoe_jit._text import first_line
 
 __all__ = ["MultiNodeBuffer"]
@@ -44,7 +44,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         num_max_tokens_per_rank: capacity in tokens.
         num_experts, num_topk, hidden, intermediate_hidden: sizes of the layer.
         topology: the `NodeTopology`.
-        chunks: parts that a call is cut into, so that one's rows travel while another is computed.
+        chunks: parts that a call is cut into, at most, so that one's rows travel while another is computed.
         device: the GPU.
         lock: of staging and calls together, for threads that share the buffer.
     """
@@ -91,6 +91,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         Raises:
             MegaMoeError: as `SymmBuffer.prepare`; on every rank.
         """
+        check_flag("fast_math", fast_math)
         weights = WeightFormat.parse(weight_format)
         self.require_usable()
         if (fast_math, weights) in self._prepared:
@@ -121,7 +122,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         if self._alone:
             raise ConfigError("dispatch on one node; allowed: fp8_mega_moe_multinode, nothing travels between nodes")
         self._begin(tokens, rows)
-        return self._dispatch(0, rows, tokens, self._exchange(rows))
+        return self._dispatch(0, rows, tokens, self.choices.pick(rows, self._capturing()))
 
     def compute(
         self,
@@ -145,9 +146,8 @@ class MultiNodeBuffer(MultiNodeMemory):
             MegaMoeError: as `fp8_mega_moe`.
         """
         self.require_usable()
-        stored = format_of_call(l1)
-        self.prepare(fast_math, weight_format=stored.name)
-        options = CallOptions(check_clamp("activation_clamp", activation_clamp), fast_math, variant, num_sms, stored)
+        options = CallOptions.checked(activation_clamp, fast_math, variant, num_sms, format_of_call(l1))
+        self.prepare(fast_math, weight_format=options.weights.name)
         variant = self._experts.variant_for(len(dispatched.arrived.batch.rows), options)
         self._compute(dispatched, l1, l2, replace(options, variant=variant))
 
@@ -198,15 +198,17 @@ class MultiNodeBuffer(MultiNodeMemory):
         self.wait_for_last()
         # by the rows of a rank: as many pairs of token and slot are for its experts, in whatever form they come
         options = replace(options, variant=self._experts.variant_for(rows, options))
-        exchange = self._exchange(rows)
-        if self.chunks == 1:
+        capturing = self._capturing()
+        exchange = self.choices.pick(rows, capturing)
+        chunks = self.choices.chunks(rows, capturing, self.chunks, self._step)
+        if chunks == 1:
             one = self._dispatch(0, rows, tokens, exchange)
             self._compute(one, l1, l2, options)
             self._combine(one, y)
             return
         sms = options.num_sms or self._experts.sms_beside(self.comm_ctas)
         options = replace(options, num_sms=sms)
-        step = -(-rows // self.chunks)
+        step = -(-rows // chunks)
         parts = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
         under_way: dict[int, Dispatched] = {}
 
@@ -223,9 +225,8 @@ class MultiNodeBuffer(MultiNodeMemory):
 
         overlapped(len(parts), bring, launch, finish, self._comm_stream())
 
-    def _exchange(self, rows: int) -> Exchange:
-        """That of a call."""
-        return self.choices.pick(rows, self.device.type == "cuda" and is_capturing())
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and is_capturing()
 
     def _comm_stream(self) -> Any:
         if self._stream is None and self.device.type == "cuda":
@@ -245,7 +246,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         self.topology.roll_call.calls += 1
         if rows > tokens:
             self.topk_idx[tokens:rows].fill_(-1)
-        if get_settings().debug and not (self.device.type == "cuda" and is_capturing()):
+        if get_settings().debug and not self._capturing():
             require_equal(self.topology.group, "the rows of a call", {"padded_tokens": rows if not self._alone else 0})
             check_expert_ids(self.topk_idx[:tokens], self.num_experts)
 

@@ -17,17 +17,16 @@ from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
-from megamoe_jit._nodes.choice import Choices
+from megamoe_jit._nodes.choice import Choices, Rule
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Exchange
 from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.gather import GatherExchange
-from megamoe_jit._nodes.model import chunks_for
+from megamoe_jit._nodes.model import CTAS_ALONE, CTAS_BESIDE, NETWORK, ONE_HOST
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, MoEShape, check_clamp, check_flag, check_int
+from megamoe_jit._spec import FP8, MoEShape, check_int
 from megamoe_jit._spec.checks import check
-from megamoe_jit._text import shown
 
 __all__ = ["fp8_mega_moe_multinode", "get_multinode_buffer_for_mega_moe"]
 
@@ -49,7 +48,7 @@ def get_multinode_buffer_for_mega_moe(
     exchange: str | Exchange = "auto",
     partial: str = "bf16",
     chunks: int | str = 1,
-    comm_ctas: int = 8,
+    comm_ctas: int | None = None,
     timeout_s: float | None = None,
     device: torch.device | str | int | None = None,
     max_pool_rows: int = DEFAULT_POOL_ROWS,
@@ -65,8 +64,10 @@ def get_multinode_buffer_for_mega_moe(
         exchange: "gather" brings every row to every node, "exact" only where it has experts, while the host waits for
             the counts; "auto" takes by each call's rows what the model says is faster. Or an `Exchange`.
         partial: "bf16" or "fp32", in which nodes send what they have summed.
-        chunks: parts of a call, so that rows of one travel while another is computed; "auto" by the rule.
-        comm_ctas: blocks that NCCL may take; kernels leave it so many SMs while rows travel.
+        chunks: parts of a call, so that rows of one travel while another is computed; "auto" by the rule, for each call
+            by its rows.
+        comm_ctas: blocks that NCCL may take; kernels leave it so many SMs while rows travel. By default 8, and 32 where
+            there are no chunks and so nothing beside.
         timeout_s: after which a rank that does not come is lost. Shorter than a kernel's own (MEGAMOE_JIT_TIMEOUT_S),
             so that it is the rail that says who is missing; by default 60, or six tenths of that.
 
@@ -85,7 +86,9 @@ def get_multinode_buffer_for_mega_moe(
     deadline = get_settings().timeout_s
     patience: Any = min(PATIENCE_S, PATIENCE * deadline) if timeout_s is None else timeout_s
 
-    def admit() -> tuple[MoEShape, torch.device, int]:
+    name = exchange if isinstance(exchange, str) else getattr(exchange, "name", type(exchange).__name__)
+
+    def admit() -> tuple[Rule, torch.device, int]:
         shape = MoEShape(*sizes)
         check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
         check_int("max_pool_rows", max_pool_rows)
@@ -99,26 +102,28 @@ def get_multinode_buffer_for_mega_moe(
                 f"num_shared_experts = {num_shared_experts} on {topology.nodes} nodes; allowed: 0. Run them apart, or "
                 "as routed experts of their own, whose ids and weights with_shared_experts of the reference makes"
             )
-        parts = chunks_for(shape, ranks, num_max_tokens_per_rank) if chunks == "auto" else int(chunks)
-        return shape, place_of(device), min(parts, num_max_tokens_per_rank)
+        network = ONE_HOST if topology.one_host else NETWORK
+        ways = name, PARTIALS[partial].itemsize, network, None if chunks == "auto" else int(chunks)
+        rule = Rule(shape, topology.nodes, topology.ranks_per_node, *ways)
+        parts = rule.chunks or rule(num_max_tokens_per_rank).chunks
+        return rule, place_of(device), min(parts, num_max_tokens_per_rank)
 
-    shape, where, parts = collectively(topology.group, "checking the layer", admit)
-    name = exchange if isinstance(exchange, str) else exchange.name
+    rule, where, parts = collectively(topology.group, "checking the layer", admit)
     if not isinstance(exchange, str) and not exchange.float32 and partial == "fp32":
         raise ConfigError(f"partial = 'fp32' with exchange {name}; allowed: 'bf16', it carries nothing else back")
     asked = {"sizes": sizes, "tokens": num_max_tokens_per_rank, "exchange": name, "partial": partial, "chunks": parts}
+    ctas = comm_ctas if comm_ctas is not None else CTAS_ALONE if parts == 1 else CTAS_BESIDE
     if topology.world_size > 1:
-        require_equal(topology.group, "the layer", {**asked, "comm_ctas": comm_ctas, "max_pool_rows": max_pool_rows})
-    dtype = PARTIALS[partial]
-    rail = topology.rail(comm_ctas, float(patience)) if isinstance(exchange, str) else None
+        require_equal(topology.group, "the layer", {**asked, "comm_ctas": ctas, "max_pool_rows": max_pool_rows})
+    rail = topology.rail(ctas, float(patience)) if isinstance(exchange, str) else None
     its: list[Exchange] = [exchange] if not isinstance(exchange, str) else []
     if rail is not None:
         made: dict[str, Exchange] = {"gather": GatherExchange(rail), "exact": ExactExchange(rail)}
         its = list(made.values()) if exchange == "auto" else [made[str(exchange)]]
-    choices = Choices(its, rail, shape, topology.ranks_per_node, dtype.itemsize)
-    more: dict[str, Any] = {"partial": dtype, "chunks": parts, "comm_ctas": comm_ctas, "timeout_s": float(patience)}
-    more["max_pool_rows"] = max_pool_rows
-    return MultiNodeBuffer(topology, shape, num_max_tokens_per_rank, where, choices, **more)
+    choices = Choices(its, rail, rule, chunks_by_rule=chunks == "auto")
+    more: dict[str, Any] = {"partial": PARTIALS[partial], "chunks": parts, "comm_ctas": ctas}
+    more |= {"timeout_s": float(patience), "max_pool_rows": max_pool_rows}
+    return MultiNodeBuffer(topology, rule.shape, num_max_tokens_per_rank, where, choices, **more)
 
 
 def _check_ways(exchange: object, partial: object, chunks: object, comm_ctas: object, timeout_s: object) -> None:
@@ -130,7 +135,7 @@ def _check_ways(exchange: object, partial: object, chunks: object, comm_ctas: ob
     check(isinstance(partial, str) and partial in PARTIALS, "partial", partial, "bf16 or fp32")
     counted = type(chunks) is int and 1 <= chunks <= MOST_CHUNKS
     check(counted or chunks == "auto", "chunks", chunks, f"1 to {MOST_CHUNKS}, or auto")
-    counted = type(comm_ctas) is int and 1 <= comm_ctas <= MOST_CTAS
+    counted = comm_ctas is None or (type(comm_ctas) is int and 1 <= comm_ctas <= MOST_CTAS)
     check(counted, "comm_ctas", comm_ctas, f"1 to {MOST_CTAS}")
     real = isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool)
     check(real and 0 < float(timeout_s) < math.inf, "timeout_s", timeout_s, "seconds, above 0")  # type: ignore[arg-type]
@@ -181,13 +186,9 @@ def fp8_mega_moe_multinode(
     if y.ndim != 2:
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]")
     check_tensor("y", y, torch.bfloat16, (y.shape[0], buffer.hidden), buffer.device)
-    check_flag("fast_math", fast_math)
-    if num_sms is not None:
-        check(type(num_sms) is int and num_sms > 0, "num_sms", shown(num_sms), "1 to the SMs of the GPU")
-    clamp = check_clamp("activation_clamp", activation_clamp)
     try:
         stored = format_of_call(l1)
     except ConfigError:
         stored = FP8  # refused with the weights, on all ranks
-    options = CallOptions(clamp, fast_math, variant, num_sms, stored)
+    options = CallOptions.checked(activation_clamp, fast_math, variant, num_sms, stored)
     buffer.run(y, l1, l2, padded_tokens, options)

@@ -1,44 +1,70 @@
-"""Which exchange a call takes: the one that was asked for, or what the rule of `model` says."""
+"""Which exchange a call takes, in how many parts: what was asked for, or what the rule of `model` says."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megamoe_jit._errors import CaptureError
 from megamoe_jit._nodes.exchange import Exchange
-from megamoe_jit._nodes.model import cost
+from megamoe_jit._nodes.model import NETWORK, Cost, Network, cost
 from megamoe_jit._nodes.rail import TorchRail
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["Choices"]
+__all__ = ["Choices", "Rule"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What `cost` says of the calls of a layer.
+
+    Attributes:
+        shape: the layer, with all ranks' experts.
+        nodes, ranks_per_node: the ranks.
+        exchange: "auto", or the one there is. One that `cost` does not know counts as "exact", to ranks and not nodes.
+        partial_bytes: of a number of the results that travel.
+        network: what rows travel over.
+        chunks: of every call; None for the best, by its rows.
+    """
+
+    shape: MoEShape
+    nodes: int
+    ranks_per_node: int
+    exchange: str = "auto"
+    partial_bytes: int = 2
+    network: Network = NETWORK
+    chunks: int | None = 1
+
+    def __call__(self, rows: int, capturing: bool = False) -> Cost:
+        """Of a call with so many rows on each rank."""
+        more: dict[str, Any] = {"partial_bytes": self.partial_bytes, "network": self.network, "chunks": self.chunks}
+        more["capturing"] = capturing
+        if self.exchange in ("auto", "gather", "exact"):
+            return cost(self.shape, self.nodes, self.ranks_per_node, rows, exchange=self.exchange, **more)
+        return cost(self.shape, self.nodes * self.ranks_per_node, 1, rows, exchange="exact", **more)
 
 
 class Choices:
-    """The exchanges of a buffer.
+    """The exchanges of a buffer, and what a call takes of them.
 
     Args:
         exchanges: one, or those that the rule chooses from by name.
         rail: that they use, None for one that brings its own ways.
-        shape: the layer.
-        ranks_per_node: ranks of a node.
-        partial_bytes: of a number of the results that travel.
+        rule: of the layer.
+        chunks_by_rule: whether calls are cut by it.
     """
 
     def __init__(
-        self,
-        exchanges: Sequence[Exchange],
-        rail: TorchRail | None,
-        shape: MoEShape,
-        ranks_per_node: int,
-        partial_bytes: int,
+        self, exchanges: Sequence[Exchange], rail: TorchRail | None, rule: Rule, *, chunks_by_rule: bool = False
     ) -> None:
         self.exchanges, self.rail = {it.name: it for it in exchanges}, rail
         self.whole_node = exchanges[0].whole_node
-        self._shape, self._ranks_per_node, self._partial_bytes = shape, ranks_per_node, partial_bytes
-        self._by_rule = functools.lru_cache(maxsize=1024)(self._rule)
+        self.chunks_by_rule = chunks_by_rule
+        self._by_rule = functools.lru_cache(maxsize=1024)(rule)
 
     def most_rows(self, tokens: int) -> int:
         """Rows that can arrive where every rank has at most so many tokens."""
@@ -49,7 +75,7 @@ class Choices:
         if capturing and self.rail is not None:
             self.rail.captured = True
         if len(self.exchanges) > 1:
-            return self.exchanges[self._by_rule(rows, capturing)]
+            return self.exchanges[self._by_rule(rows, capturing).exchange]
         (one,) = self.exchanges.values()
         if capturing and not one.capturable:
             raise CaptureError(
@@ -57,10 +83,17 @@ class Choices:
             )
         return one
 
-    def _rule(self, rows: int, capturing: bool) -> str:
-        assert self.rail is not None
-        more = {"partial_bytes": self._partial_bytes, "capturing": capturing}
-        return cost(self._shape, self.rail.nodes, self._ranks_per_node, rows, **more).exchange  # type: ignore[arg-type]
+    def chunks(self, rows: int, capturing: bool, chunks: int, most: int) -> int:
+        """Parts of such a call.
+
+        Args:
+            rows, capturing: as of `pick`.
+            chunks: that there is memory for.
+            most: rows of a part.
+        """
+        if not self.chunks_by_rule:
+            return chunks
+        return min(chunks, max(-(-rows // most), self._by_rule(rows, capturing).chunks))
 
     def connect(self, device: torch.device) -> None:
         """Have the rail meet once: connections are made at first use, which no capture can wait for."""

@@ -13,6 +13,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
+from megamoe_jit._spec.checks import check_flag
 
 __all__ = ["TESTED", "DeepEpExchange"]
 
@@ -28,7 +29,7 @@ class DeepEpExchange:
             and launches are for all rows that could have come, most of them masked.
 
     Raises:
-        ConfigError: it has no `dispatch` or `combine`.
+        ConfigError: it has no `dispatch` or `combine`, or `wait_for_counts` is no bool.
     """
 
     name = "deep_ep"
@@ -39,6 +40,7 @@ class DeepEpExchange:
         if not (callable(getattr(buffer, "dispatch", None)) and callable(getattr(buffer, "combine", None))):
             given = type(buffer).__name__
             raise ConfigError(f"buffer: {given} given; allowed: a deep_ep.ElasticBuffer of DeepEP 2")
+        check_flag("wait_for_counts", wait_for_counts)
         self._buffer, self._wait = buffer, wait_for_counts
         self.capturable = not wait_for_counts
 

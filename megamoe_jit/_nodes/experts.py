@@ -16,7 +16,8 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._layer.local_experts import mask_rows
 from megamoe_jit._nodes.exchange import Arrived, Rows
-from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat
+from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat, check_clamp, check_flag
+from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import all_variants
 
@@ -40,6 +41,16 @@ class CallOptions:
     variant: str | None = None
     num_sms: int | None = None
     weights: WeightFormat = FP8
+
+    @classmethod
+    def checked(
+        cls, clamp: float | None, fast_math: bool, variant: str | None, num_sms: int | None, weights: WeightFormat
+    ) -> CallOptions:
+        """Those that a caller has given; raises `ConfigError` for a value that is not supported."""
+        check_flag("fast_math", fast_math)
+        if num_sms is not None:
+            check(type(num_sms) is int and num_sms > 0, "num_sms", num_sms, "1 to the SMs of the GPU")
+        return cls(check_clamp("activation_clamp", clamp), fast_math, variant, num_sms, weights)
 
 
 class Experts:

@@ -18,6 +18,7 @@ from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.experts import Experts
 from megamoe_jit._nodes.lanes import Lane, staging
 from megamoe_jit._nodes.loss import loss
+from megamoe_jit._nodes.model import CTAS_BESIDE
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._nodes.watch import UNASKED, Watch
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, WeightFormat
@@ -40,7 +41,7 @@ class MultiNodeMemory:
         *,
         partial: torch.dtype = torch.bfloat16,
         chunks: int = 1,
-        comm_ctas: int = 8,
+        comm_ctas: int = CTAS_BESIDE,
         timeout_s: float = 60.0,
         max_pool_rows: int = DEFAULT_POOL_ROWS,
     ) -> None:
@@ -61,8 +62,8 @@ class MultiNodeMemory:
         self._alone = topology.nodes == 1 and whole
         inner = MoEShape(shape.hidden, shape.intermediate, self.local_experts, shape.topk, shape.shared)
         group = topology.node_group if whole else None
-        step = -(-max_tokens // chunks)
-        rows = max_tokens if self._alone else choices.most_rows(step)
+        self._step = -(-max_tokens // chunks)
+        rows = max_tokens if self._alone else choices.most_rows(self._step)
 
         def admit() -> None:
             if rows > MAX_TOKENS:

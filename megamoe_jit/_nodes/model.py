@@ -5,15 +5,30 @@ Nothing here was measured on a network: bytes are exact, times are a model whose
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import comb
 
-from megamoe_jit._spec import BLOCK, FP8, MoEShape, WeightFormat
+from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, MoEShape, WeightFormat
 
-__all__ = ["Cost", "Network", "chunks_for", "cost", "rows_per_expert", "rows_per_token", "sent_bytes"]
+__all__ = [
+    "CTAS_ALONE",
+    "CTAS_BESIDE",
+    "NETWORK",
+    "ONE_HOST",
+    "Cost",
+    "Network",
+    "cost",
+    "rows_per_token",
+    "sent_bytes",
+]
 
-ROWS_PER_CHUNK = 250  #: of each expert, from which a chunk keeps the kernel as busy as a whole call does
 MOST_CHUNKS = 4
+CTAS_ALONE, CTAS_BESIDE = 32, 8  #: blocks of NCCL where nothing runs beside it, and beside kernels
+SMS = 132  #: of an H200
+WORTH = 0.95  #: of the time of fewest chunks, that more of them have to take less than: they need a second buffer
+LOST_ROWS = 64.0  #: of each expert in each chunk: half of the last tile of 128, which kernels compute all the same
 WEIGHT_BYTES_PER_US = 4.13e6  #: of an H200's memory, by the kernel
 FLOP_PER_US = 1.05e9  #: FP8, by the kernel at large batches
 SHARPNESS = 3.6  #: how the two limits meet: as measured at 512 tokens, where both are as long
@@ -25,14 +40,21 @@ class Network:
 
     Attributes:
         bytes_per_us: that reach a GPU from other nodes; 400 Gb/s for each GPU, of which 90 % are rows.
+        beside_bytes_per_us: the same beside kernels, where NCCL has few blocks.
         gather_us: beside the bytes of a call in the gather form: two collectives, and the sum.
         exact_us: beside those of the exact form, whose launches wait for counts on the host. It is 490 us more than
             gather where all else was equal: measured, 512 tokens on two H200 over NVLink.
     """
 
     bytes_per_us: float = 45e3
+    beside_bytes_per_us: float = 45e3
     gather_us: float = 100.0
     exact_us: float = 590.0
+
+
+NETWORK = Network()
+#: NVLink between GPUs of one host that are nodes of their own, by NCCL: measured on two H200
+ONE_HOST = Network(bytes_per_us=230e3, beside_bytes_per_us=75e3, gather_us=40.0, exact_us=530.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +95,21 @@ def sent_bytes(shape: MoEShape, rows: float, partial_bytes: int = 2) -> float:
     return rows * (there + shape.hidden * partial_bytes)
 
 
-def rows_per_expert(shape: MoEShape, ranks: int, tokens: int) -> float:
-    """Rows of an expert in a call where each of so many ranks has so many tokens."""
-    return ranks * tokens * shape.topk / shape.experts
-
-
-def chunks_for(shape: MoEShape, ranks: int, tokens: int) -> int:
-    """Chunks of such a call: as many as leave each expert `ROWS_PER_CHUNK` rows, at most `MOST_CHUNKS`."""
-    return max(1, min(MOST_CHUNKS, int(rows_per_expert(shape, ranks, tokens) // ROWS_PER_CHUNK)))
-
-
-def _exchange_us(exchange: str, shape: MoEShape, nodes: int, tokens: int, partial_bytes: int, net: Network) -> float:
-    rows = tokens * rows_per_token(exchange, nodes, shape)
-    fixed = net.gather_us if exchange == "gather" else net.exact_us
-    return fixed + sent_bytes(shape, rows, partial_bytes) / net.bytes_per_us
-
-
-def _kernel_us(shape: MoEShape, ranks: int, tokens: int, weights: WeightFormat) -> float:
+def _kernel_us(shape: MoEShape, ranks: int, tokens: float, weights: WeightFormat, more_rows: float = 1.0) -> float:
     untouched = (1 - shape.topk / shape.experts) ** (ranks * tokens)
     expert = weights.expert_code_bytes(shape.hidden, shape.intermediate)
     read = expert * shape.experts / ranks * (1 - untouched) / WEIGHT_BYTES_PER_US
-    multiplied = 6.0 * shape.hidden * shape.intermediate * tokens * shape.topk / FLOP_PER_US
+    multiplied = 6.0 * shape.hidden * shape.intermediate * tokens * shape.topk * more_rows / FLOP_PER_US
     return float((read**SHARPNESS + multiplied**SHARPNESS) ** (1 / SHARPNESS))
+
+
+def _launches_us(shape: MoEShape, ranks: int, tokens: int, weights: WeightFormat, chunks: int) -> float:
+    """All launches of a call: each reads the weights again and fills its last tiles, and leaves SMs to NCCL."""
+    if chunks == 1:
+        return _kernel_us(shape, ranks, tokens, weights)
+    rows = ranks * tokens * shape.topk / shape.experts  # of an expert
+    more = (rows + chunks * LOST_ROWS) / (rows + LOST_ROWS)
+    return chunks * _kernel_us(shape, ranks, tokens / chunks, weights, more) * SMS / (SMS - CTAS_BESIDE)
 
 
 def cost(
@@ -107,7 +122,7 @@ def cost(
     chunks: int | None = None,
     partial_bytes: int = 2,
     capturing: bool = False,
-    network: Network | None = None,
+    network: Network = NETWORK,
     weights: WeightFormat = FP8,
 ) -> Cost:
     """What a call costs, and what it takes if that is left to the rule.
@@ -123,36 +138,47 @@ def cost(
         network: what rows travel over.
         weights: the format of the weights, which the kernel reads.
     """
-    net, ranks = network or Network(), nodes * ranks_per_node
-    reasons = []
-    times = {name: _exchange_us(name, shape, nodes, tokens, partial_bytes, net) for name in ("gather", "exact")}
+    ranks = nodes * ranks_per_node
+    launches = functools.partial(_launches_us, shape, ranks, tokens, weights)
     if nodes == 1:
-        exchange = "none"
-        reasons.append("one node: nothing travels between nodes")
-    elif exchange != "auto":
-        reasons.append(f"{exchange}: as asked")
-    elif capturing:
-        exchange = "gather"
-        reasons.append("gather: in a CUDA graph the host cannot wait for counts")
-    else:
-        exchange = min(times, key=lambda name: times[name])
-        rows = {name: f"{rows_per_token(name, nodes, shape):.2f}" for name in times}
-        reasons.append(
-            f"{exchange}: modelled {times['gather']:.0f} us for gather ({rows['gather']} rows a token to other nodes) "
-            f"and {times['exact']:.0f} us for exact ({rows['exact']})"
-        )
-    kernel = _kernel_us(shape, ranks, tokens, weights)
-    if exchange == "none":
-        return Cost(exchange, 1, 0.0, 0.0, kernel, kernel, tuple(reasons))
-    each = rows_per_expert(shape, ranks, tokens)
+        kernel = launches(1)
+        return Cost("none", 1, 0.0, 0.0, kernel, kernel, ("one node: nothing travels between nodes",))
+    least = -(-tokens // (MAX_TOKENS // nodes))
+    possible = range(least, max(least, min(MOST_CHUNKS, tokens)) + 1) if chunks is None else (chunks,)
+
+    def form(name: str) -> list[Cost]:
+        """Calls in this form, the one to take first."""
+        sent = sent_bytes(shape, tokens * rows_per_token(name, nodes, shape), partial_bytes)
+        calls = [_call(name, parts, sent, launches(parts), network) for parts in possible]
+        return sorted(calls, key=lambda it: it.total_us * (WORTH if it is calls[0] else 1.0))
+
+    forms = {name: form(name) for name in ("gather", "exact")}
+    best = {name: calls[0].total_us for name, calls in forms.items()}
+    exchange, why = _exchange(exchange, capturing, best, nodes, shape)
+    found, how = forms[exchange][0], "as asked"
     if chunks is None:
-        chunks = chunks_for(shape, ranks, tokens)
-        reasons.append(f"{chunks} chunk(s): {each:.0f} rows for each expert, at least {ROWS_PER_CHUNK} for a chunk")
-    else:
-        reasons.append(f"{chunks} chunk(s): as asked")
+        each = sorted(forms[exchange], key=lambda it: it.chunks)
+        how = "modelled " + ", ".join(f"{it.total_us:.0f} us in {it.chunks}" for it in each)
+    return replace(found, reasons=(why, f"{found.chunks} chunk(s): {how}"))
+
+
+def _call(exchange: str, chunks: int, sent: float, kernel_us: float, net: Network) -> Cost:
+    """One in so many chunks: all but one of them hide what is shorter, rows or launches."""
     fixed = net.gather_us if exchange == "gather" else net.exact_us
-    travelling = times[exchange] - fixed
-    sent = sent_bytes(shape, tokens * rows_per_token(exchange, nodes, shape), partial_bytes)
-    longer, shorter = max(kernel, travelling), min(kernel, travelling)
-    total = fixed + longer + shorter / chunks
-    return Cost(exchange, chunks, sent, times[exchange], kernel, total, tuple(reasons))
+    travelling = chunks * fixed + sent / (net.bytes_per_us if chunks == 1 else net.beside_bytes_per_us)
+    shorter, longer = sorted((kernel_us, travelling))
+    return Cost(exchange, chunks, sent, travelling, kernel_us, longer + shorter / chunks, ())
+
+
+def _exchange(asked: str, capturing: bool, calls: Mapping[str, float], nodes: int, shape: MoEShape) -> tuple[str, str]:
+    """Which form, and why."""
+    if asked != "auto":
+        return asked, f"{asked}: as asked"
+    if capturing:
+        return "gather", "gather: in a CUDA graph the host cannot wait for counts"
+    exchange = min(calls, key=lambda name: calls[name])
+    rows = {name: f"{rows_per_token(name, nodes, shape):.2f}" for name in calls}
+    return exchange, (
+        f"{exchange}: modelled {calls['gather']:.0f} us by gather ({rows['gather']} rows a token to other nodes) "
+        f"and {calls['exact']:.0f} us by exact ({rows['exact']})"
+    )

@@ -15,6 +15,7 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.checks import check
 
 __all__ = ["TESTED", "NcclEpExchange"]
 
@@ -33,7 +34,8 @@ class NcclEpExchange:
         max_num_sms: that its kernels may take; 0 leaves it to NCCL-EP.
 
     Raises:
-        ConfigError: the package is not there, or a row of scales does not fill multiples of 16 bytes.
+        ConfigError: a size is no number of its kind, the package is not there, or a row of scales does not fill
+            multiples of 16 bytes.
     """
 
     name = "nccl_ep"
@@ -42,6 +44,13 @@ class NcclEpExchange:
     float32 = False
 
     def __init__(self, group: Any, num_experts: int, max_tokens: int, hidden: int, *, max_num_sms: int = 0) -> None:
+        for what, size, least in (
+            ("num_experts", num_experts, 1),
+            ("max_tokens", max_tokens, 1),
+            ("hidden", hidden, 1),
+            ("max_num_sms", max_num_sms, 0),
+        ):
+            check(type(size) is int and size >= least, what, size, f"{least} or more")
         scales = hidden // BLOCK * 4
         if hidden % BLOCK or scales % ROW_ALIGN:
             raise ConfigError(f"hidden = {hidden} is not supported by NCCL-EP; allowed: a multiple of 512")

@@ -130,7 +130,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def rail_options(comm_ctas: int, timeout_s: float) -> Iterator[Any]:
-    """Options of a process group for a rail: NCCL with few blocks, whose errors are ours to raise.
+    """Options of a process group for a rail: NCCL with few blocks that fit anywhere, whose errors are ours to raise.
 
     By default a thread of torch's ends the process when NCCL fails. Here `check()` is to say which node is lost, so
     that thread is told to leave it alone; torch reads how from the environment when a group is made.
@@ -142,6 +142,9 @@ def rail_options(comm_ctas: int, timeout_s: float) -> Iterator[Any]:
         return
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas = comm_ctas
+    # by default NCCL's blocks come as clusters of four, for which SMs that a kernel has left free seldom lie together:
+    # what travels would then wait for the end of every kernel that it is to travel beside
+    options.config.cga_cluster_size = 1
     options._timeout = timedelta(seconds=timeout_s)
     before = os.environ.get(_HANDLING)
     os.environ[_HANDLING] = "0"

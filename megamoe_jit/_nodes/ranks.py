@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -36,7 +37,9 @@ class NodeRanks:
 
         split = collectively(group, "splitting the ranks into nodes", admit)
         here = tuple(given) if given is not None else f"{self.rank // split}" if split else host_id()
-        self.ranks_per_node = size = _ranks_per_node(gather(group, here))
+        places = gather(group, (here, os.environ.get("NCCL_HOSTID", "") or host_id()))
+        self.ranks_per_node = size = _ranks_per_node([place for place, _ in places])
+        self.one_host = len({host for _, host in places}) == 1  # as NCCL sees it
         self.nodes, self.node, self.local_rank = self.world_size // size, self.rank // size, self.rank % size
         if rail_group is not None:
             expected = self.rail_ranks(self.local_rank)

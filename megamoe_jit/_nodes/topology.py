@@ -31,6 +31,7 @@ class NodeTopology(NodeRanks):
         nodes, node: how many, and which one this is.
         ranks_per_node, local_rank: ranks of a node, and which one this is.
         world_size, rank: ranks of all nodes, and which one this is.
+        one_host: whether all are on one, so that rows between nodes go over NVLink and not over a network.
 
     Raises:
         ConfigError: nodes have different numbers of ranks, or the ranks are in another order; on every rank.

@@ -88,19 +88,6 @@ class Settings:
     unknown: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read every variable from the environment alone; an empty value means the default.
-
-        Args:
-            environ: usually `os.environ`.
-
-        Raises:
-            ConfigError: a value is not allowed; says which variable, the value, and what is allowed.
-        """
-        values, sources = read_environment(environ)
-        return cls(**values, sources=sources)
-
-    @classmethod
     def load(cls, environ: Mapping[str, str], faults: list[Fault] | None = None) -> Settings:
         """Read the environment and, for what it does not set, the settings file.
 

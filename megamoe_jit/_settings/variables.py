@@ -242,11 +242,7 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     _row("JOBS", "int", "number of CPUs", _number(int, 1, "a whole number, one or more"), "Threads of warmup."),
     _row(
-        "DEBUG",
-        "bool",
-        "0",
-        _parse_bool,
-        "Validate expert ids on the host before each launch (slow); not in a graph.",
+        "DEBUG", "bool", "0", _parse_bool, "Validate expert ids on the host before each launch (slow); not in a graph."
     ),
     _row(
         "L2_SIDES",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import numbers
 from typing import Any
@@ -41,12 +40,18 @@ def check_flag(what: str, value: object) -> None:
     check(type(value) is bool, what, value, "True or False")
 
 
+def _as_float32(number: float) -> float:
+    import ctypes  # the command line imports this module for its listings too
+
+    return ctypes.c_float(number).value
+
+
 def check_float32(what: str, value: float) -> float:
     """The value as a float; raises `ConfigError` unless it is a number that float32 holds."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             number = float(value)
-            if math.isfinite(ctypes.c_float(number).value):
+            if math.isfinite(_as_float32(number)):
                 return number
         except OverflowError:  # an integer that no float holds
             pass
@@ -60,7 +65,7 @@ def check_clamp(name: str, clamp: float | None) -> float:
     bound = -1.0
     if type(clamp) is float or (isinstance(clamp, numbers.Real) and not isinstance(clamp, bool)):  # floats at once
         try:
-            bound = ctypes.c_float(float(clamp)).value  # as the kernel has it
+            bound = _as_float32(float(clamp))  # as the kernel has it
         except OverflowError:  # an integer that no float holds
             bound = math.inf
     if not bound >= 0 or (bound == math.inf and clamp != math.inf):

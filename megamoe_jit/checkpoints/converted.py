@@ -23,12 +23,7 @@ from megamoe_jit.checkpoints.writing import Writer, writing
 __all__ = ["FORMATS", "Layer", "config_of", "layers_of"]
 
 FORMATS = ("fp8", "mxfp4", "megamoe")
-_DTYPES = {
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
-    torch.float32: "F32",
-    torch.float8_e8m0fnu: "F8_E8M0",
-}
+_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32", torch.float8_e8m0fnu: "F8_E8M0"}
 
 
 class Layer(ABC):

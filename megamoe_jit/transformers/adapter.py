@@ -120,12 +120,7 @@ class Adapter:
     """
 
     def __init__(
-        self,
-        layer: Any,
-        topk: int,
-        device: torch.device,
-        taken: dict[str, torch.nn.Parameter],
-        seen: dict[str, Seen],
+        self, layer: Any, topk: int, device: torch.device, taken: dict[str, torch.nn.Parameter], seen: dict[str, Seen]
     ) -> None:
         self.layer, self.topk, self.device, self.taken, self.seen = layer, topk, device, taken, seen
         self.lasts = not taken and all(each.version is not None for each in seen.values())

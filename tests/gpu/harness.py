@@ -75,11 +75,5 @@ class Layer:
     def judge(self, y: torch.Tensor, inputs: Inputs, clamp: float | None = CLAMP) -> Verdict:
         """Compare with the reference."""
         i = inputs
-        expected = moe_reference(
-            i.x_q,
-            i.x_sf,
-            *i.slots,
-            *(self.weights.l1, self.weights.l2),
-            activation_clamp=clamp,
-        )
+        expected = moe_reference(i.x_q, i.x_sf, *i.slots, *(self.weights.l1, self.weights.l2), activation_clamp=clamp)
         return judge(y, expected)

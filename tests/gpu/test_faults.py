@@ -55,17 +55,12 @@ BROKEN = {
         "the first GEMM to finish",
     ),
     "math warps never free a stage": (
-        "mma/block_scaled.cuh",
+        "mma/stages.cuh",
         "if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));",
         "",
         "the math warps to free pipeline stage",
     ),
-    "math warps never finish a tile": (
-        "roles/math.cuh",
-        "slots.stored(index), ",
-        "",
-        "the math warps to finish tile",
-    ),
+    "math warps never finish a tile": ("roles/math.cuh", "slots.stored(index), ", "", "the math warps to finish tile"),
     "expanded weights are never counted": (
         "expand/ahead.cuh",
         "            ptx::add_release(p.expanded + column, 1);",
@@ -82,12 +77,6 @@ BROKEN = {
 }
 
 
-#: Rooms that have the same line for a variant of its own way to multiply.
-ROOMS = {
-    ("decode", "mma/block_scaled.cuh"): "mma/swapped.cuh",
-    ("wide", "mma/block_scaled.cuh"): "mma/swapped.cuh",
-    ("unpack", "mma/block_scaled.cuh"): "expand/beside.cuh",
-}
 #: Of one variant alone.
 OF_ONE = {"expanded weights are never counted": "prefill"}
 #: Blocks of a launch: few enough for each to use every one of its stages again.
@@ -95,10 +84,9 @@ BLOCKS = 16
 KINDS = [(variant.value, stored.name) for stored in (FP8, MXFP4) for variant in Variant.reading(stored)]
 
 
-def broken_kernels(name: str, folder: Path, variant: str = "cooperative") -> tuple[dict[str, str], str]:
+def broken_kernels(name: str, folder: Path) -> tuple[dict[str, str], str]:
     """The environment of a process with such kernels, and what its message must say."""
     room, line, broken, sentence = BROKEN[name]
-    room = ROOMS.get((variant, room), room)
     shutil.copytree(kernels_dir(), folder / "kernels_src")
     source = (folder / "kernels_src" / room).read_text()
     assert source.count(line) == 1, f"{room} no longer has the line that this test breaks"
@@ -138,7 +126,7 @@ def said(child: subprocess.Popen[str]) -> str:
     [(name, *kind) for name in BROKEN for kind in KINDS if OF_ONE.get(name, kind[0]) == kind[0]],
 )
 def test_a_wait_in_vain_ends_in_a_sentence(name: str, variant: str, weights: str, tmp_path: Path) -> None:
-    environment, sentence = broken_kernels(name, tmp_path, variant)
+    environment, sentence = broken_kernels(name, tmp_path)
     text = said(started(environment, variant, weights))
     assert sentence in text
     assert "rank 0: block " in text

@@ -23,7 +23,7 @@ from megamoe_jit._check.verify import judge
 from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._jit.runtime import warmup
 from megamoe_jit._layer.stream_order import StreamOrder
-from megamoe_jit._nodes.choice import Choices
+from megamoe_jit._nodes.choice import Choices, Rule
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant
@@ -107,7 +107,7 @@ class VirtualNodeRank:
         """A buffer whose launches leave room for those of the other threads."""
         its = [it for it in (GatherExchange(self.rail), ExactExchange(self.rail)) if it.name == exchange]
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[partial]
-        choices = Choices(its, self.rail, self.shape, self.ranks_per_node, dtype.itemsize)
+        choices = Choices(its, self.rail, Rule(self.shape, NODES, self.ranks_per_node, exchange, dtype.itemsize))
         made = mm.MultiNodeBuffer(
             self.topology, self.shape, CAPACITY, self.device, choices, partial=dtype, chunks=chunks
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = ["experts_class", "is_across_ranks", "prepare_finalize"]
 _MOE = "vllm.model_executor.layers.fused_moe"
 _NO_SCRATCH = (0,)
 _PARTS = ("weight", "weight_scale_inv"), ("weight", "weight_scale")  #: of FP8, and of MXFP4
+Run = Callable[..., torch.Tensor]  #: of both weights, rows, ids and weights of slots, expert map, clamp and output
 _BLOCKS = "weight_block_scale"  #: what the kernel reads of MXFP4 besides codes and exponents
 
 
@@ -195,17 +197,17 @@ def _take(layer: Any) -> tuple[WeightFormat, list[tuple[str, ...]]]:
     return weights, names
 
 
-def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Any:
+def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Run:
     """What runs a batch: over all ranks of the EP group, or on this one."""
     hidden, intermediate = moe.hidden_dim, moe.intermediate_size_per_partition
     parallel, topk = moe.moe_parallel_config, moe.experts_per_token
     if not is_across_ranks(parallel):
         shape, device = MoEShape(hidden, intermediate, layer.w13_weight.shape[0], topk), layer.w13_weight.device
-        return _OnThisRank(LocalExperts(shape, device, min(CAPACITY, max(moe.max_num_tokens, 128)), weights))
+        return _on_this_rank(LocalExperts(shape, device, min(CAPACITY, max(moe.max_num_tokens, 128)), weights))
     _require_in_order(layer.expert_map, parallel)
     group = importlib.import_module("vllm.distributed.parallel_state").get_ep_group().device_group
     sizes = (moe.num_experts, moe.max_num_tokens, topk, hidden, intermediate)
-    return _AcrossRanks(buffer_across(group, *sizes, weights=(weights,)))
+    return _across_ranks(buffer_across(group, *sizes, weights=(weights,)))
 
 
 def _require_in_order(expert_map: torch.Tensor | None, parallel: Any) -> None:
@@ -220,43 +222,21 @@ def _require_in_order(expert_map: torch.Tensor | None, parallel: Any) -> None:
         )
 
 
-class _OnThisRank:
+def _on_this_rank(experts: LocalExperts) -> Run:
     """Experts by numbers on this rank; those of others add nothing."""
 
-    def __init__(self, experts: LocalExperts) -> None:
-        self._experts = experts
-
-    def __call__(
-        self,
-        l1: Any,
-        l2: Any,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        expert_map: torch.Tensor | None,
-        clamp: float | None,
-        y: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def run(l1: Any, l2: Any, x: Any, ids: Any, weights: Any, expert_map: Any, clamp: Any, y: Any) -> torch.Tensor:
         if expert_map is not None:
             ids = torch.where(ids < 0, -1, expert_map[ids.clamp_min(0)])  # -1 would be the last one
-        return self._experts(l1, l2, x, ids, weights, clamp, y=y)
+        return experts(l1, l2, x, ids, weights, clamp, y=y)
+
+    return run
 
 
-class _AcrossRanks:
+def _across_ranks(buffer: Any) -> Run:
     """Experts by numbers in the whole group, whose ranks all call."""
 
-    def __init__(self, buffer: Any) -> None:
-        self._buffer = buffer
+    def run(l1: Any, l2: Any, x: Any, ids: Any, weights: Any, expert_map: Any, clamp: Any, y: Any) -> torch.Tensor:
+        return from_bf16.mega_moe_from_bf16(x, ids, weights, l1, l2, buffer, y=y, activation_clamp=clamp)
 
-    def __call__(
-        self,
-        l1: Any,
-        l2: Any,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        expert_map: torch.Tensor | None,
-        clamp: float | None,
-        y: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return from_bf16.mega_moe_from_bf16(x, ids, weights, l1, l2, self._buffer, y=y, activation_clamp=clamp)
+    return run

@@ -13,6 +13,7 @@ import torch
 from megamoe_jit import quantize_activations
 from megamoe_jit._bench import unfused_run as _baseline_run
 from megamoe_jit._bench.contenders import FlashInfer
+from megamoe_jit._bench.unfused import Task
 from megamoe_jit._check.scenarios import Scenario, make_inputs, make_weights
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
@@ -103,11 +104,9 @@ def test_it_is_taken_only_if_it_is_there_and_right(flashinfer, monkeypatch):
 def test_it_gives_the_layer_and_tunes_itself_before(flashinfer, clamp):
     weights = make_weights(SHAPE, "cpu")
     inputs = make_inputs(Scenario("b", SHAPE, 9, 9), "cpu", 0, weights)
-    call = FlashInfer().build(inputs, weights, SHAPE.experts, clamp, None, False)
+    call = FlashInfer().build(Task(inputs, weights, SHAPE.experts, clamp), compiled=False)
     assert flashinfer.tuned == [True]
-    expected = moe_reference(
-        inputs.x_q, inputs.x_sf, inputs.topk_idx, inputs.topk_weights, weights.l1, weights.l2, activation_clamp=clamp
-    )
+    expected = moe_reference(*inputs.operands, activation_clamp=clamp)
     assert calc_diff(call(), expected) < FlashInfer.bound
     assert flashinfer.tuned == [True, False]
 
@@ -116,9 +115,8 @@ def test_it_is_timed_without_torch_compile(flashinfer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     weights = make_weights(SHAPE, "cpu")
     inputs = make_inputs(Scenario("b", SHAPE, 9, 9), "cpu", 0, weights)
-    call, facts = _baseline_run.prepare(
-        FlashInfer(), inputs, weights, SHAPE.experts, 10.0, lambda y: float(y.isnan().any())
-    )
+    task = Task(inputs, weights, SHAPE.experts, 10.0)
+    call, facts = _baseline_run.prepare(FlashInfer(), task, lambda y: float(y.isnan().any()))
     assert facts == {"graph": False, "compiled": False, "reason": "", "diff": 0.0}
     before = len(flashinfer.tuned)
     call.run()

@@ -19,10 +19,7 @@ from megamoe_jit._bench.grouped_gemm import Dequantised
 from megamoe_jit._bench.unfused_run import BaselineRow
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.weights import (
-    inverse_transform_weights_for_mega_moe_sm90,
-    transform_weights_for_mega_moe_sm90,
-)
+from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90, transform_weights_for_mega_moe_sm90
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FP8, MoEShape, Variant
 from megamoe_jit.heuristics.presets import Preset, preset

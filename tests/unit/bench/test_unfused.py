@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megamoe_jit._bench import measure_ranks as _bench_ranks
+from megamoe_jit._bench import on_ranks
 from megamoe_jit._bench.contenders import METHODS, FlashInfer, Unfused
 from megamoe_jit._bench.grouped_gemm import BlockwiseEach, DeepGemmGrouped, Dequantised, GroupedRowwise, probe
 from megamoe_jit._bench.rows import rows_of
-from megamoe_jit._bench.unfused import Baseline
+from megamoe_jit._bench.unfused import Baseline, Task
 from megamoe_jit._bench.unfused_run import unusable
-from megamoe_jit._check.scenarios import Scenario, make_inputs, make_weights
+from megamoe_jit._check.scenarios import Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._check.verify import judge
 from megamoe_jit._errors import ConfigError
@@ -37,10 +38,10 @@ def on_rank(world: World) -> list[float]:
     own = [(codes[mine], scales[mine]) for codes, scales in (weights.l1, weights.l2)]
     for route, tokens in (("topk", 20), ("hot", 33 + world.rank), ("single", 7)):
         inputs = make_inputs(Scenario("b", shape, tokens, tokens, route=route), "cpu", world.rank, weights)
-        layer = Baseline(Dequantised, inputs, *own, shape.experts, 10.0, dist.group.WORLD, compiled=False)
-        expected = moe_reference(
-            inputs.x_q, inputs.x_sf, inputs.topk_idx, inputs.topk_weights, weights.l1, weights.l2, activation_clamp=10.0
+        layer = Baseline(
+            Dequantised, Task(inputs, Weights(*own), shape.experts, 10.0, dist.group.WORLD), compiled=False
         )
+        expected = moe_reference(*inputs.operands, activation_clamp=10.0)
         for _ in range(2):  # nothing is left over from the call before
             diffs.append(calc_diff(layer(), expected))
     return diffs
@@ -57,10 +58,8 @@ def test_the_unfused_layer_gives_the_same_answer():
 def test_one_rank_needs_no_process_group():
     shape, weights = MoEShape(256, 384, 8, 3), make_weights(MoEShape(256, 384, 8, 3), "cpu")
     inputs = make_inputs(Scenario("b", shape, 20, 20), "cpu", 0, weights)
-    layer = Baseline(Dequantised, inputs, weights.l1, weights.l2, 8, 10.0, None, compiled=False)
-    expected = moe_reference(
-        inputs.x_q, inputs.x_sf, inputs.topk_idx, inputs.topk_weights, weights.l1, weights.l2, activation_clamp=10.0
-    )
+    layer = Baseline(Dequantised, Task(inputs, weights, 8, 10.0), compiled=False)
+    expected = moe_reference(*inputs.operands, activation_clamp=10.0)
     assert calc_diff(layer(), expected) < Dequantised.bound
 
 
@@ -210,10 +209,10 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
         assert (target, ranks) == ("megamoe_jit._bench.measure_ranks:measure_on_rank", 2)
         assert arguments["shapes"] == [["v4-flash", 4096, 2048, 32, 6]]
         on_report(0, merge([part(1), part(2)]))
-        end = {"environment": {"device": "NVIDIA H200"}, "not_timed": {}}
+        end = {"environment": {"device": "NVIDIA H200"}, "baselines_not_timed": {}}
         return [{**end, "anchors": [{"read_4gib_tb_s": 4.0 + i}] * 2} for i in (0, 1)]
 
-    monkeypatch.setattr(_bench_ranks, "collect", collect)
+    monkeypatch.setattr(on_ranks, "collect", collect)
     monkeypatch.setattr(_bench_ranks.torch.cuda, "is_available", lambda: True)
     shape = MoEShape(4096, 2048, 256, 6)
     preset = SimpleNamespace(name="v4-flash", shape=shape, local_experts=32)
@@ -223,7 +222,7 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
     assert doc["environment"]["ranks"] == 2
     assert doc["rows"][0]["ranks"] == 2
     assert len(seen) == 1
-    monkeypatch.setattr(_bench_ranks, "collect", lambda *_, **__: None)
+    monkeypatch.setattr(on_ranks, "collect", lambda *_, **__: None)
     assert _bench_ranks.run([preset], [64], ["auto"], 2) is None
     with pytest.raises(ConfigError, match="2 to 8"):
         _bench_ranks.run([preset], [64], ["auto"], 1)

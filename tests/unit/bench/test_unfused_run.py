@@ -13,7 +13,7 @@ from megamoe_jit._bench import contenders as _contenders
 from megamoe_jit._bench import unfused_run as _baseline_run
 from megamoe_jit._bench.contenders import Unfused
 from megamoe_jit._bench.grouped_gemm import Dequantised
-from megamoe_jit._bench.unfused import Baseline
+from megamoe_jit._bench.unfused import Baseline, Task
 from megamoe_jit._check.scenarios import Scenario, make_inputs, make_weights
 from megamoe_jit._spec import MoEShape
 
@@ -71,12 +71,11 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_replay_keeps_alive_what_the_graph_reads(on_the_cpu):
     weights = make_weights(SHAPE, "cpu")
     inputs = make_inputs(Scenario("b", SHAPE, 20, 20), "cpu", 0, weights)
-    call, facts = _baseline_run.prepare(
-        Unfused(Dequantised), inputs, weights, SHAPE.experts, 10.0, lambda y: float(y.isnan().any())
-    )
+    task = Task(inputs, weights, SHAPE.experts, 10.0)
+    call, facts = _baseline_run.prepare(Unfused(Dequantised), task, lambda y: float(y.isnan().any()))
     assert facts == {"graph": True, "compiled": False, "reason": "", "diff": 0.0}
     (graph,) = Graph.made
-    del inputs, weights
+    del inputs, weights, task
     gc.collect()
     call.run()
     assert graph.replays == 2

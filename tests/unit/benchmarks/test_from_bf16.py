@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import frame, from_bf16, from_bf16_ranks, launch_cost
 from megamoe_jit._bench import clock as _clock
+from megamoe_jit._bench import on_ranks
 from megamoe_jit._check.scenarios import make_weights
 from megamoe_jit._check.spawn import World
 from megamoe_jit._layer.quantize import quantize_activations
@@ -212,9 +213,10 @@ def ranks(package: Package, monkeypatch: pytest.MonkeyPatch) -> list[Buffer]:
     package.get_symm_buffer_for_mega_moe = buffer
     package.transform_weights_for_mega_moe_sm90 = lambda l1, l2: (l1, l2)
     package.fp8_mega_moe = kernel
+    monkeypatch.setattr(on_ranks, "megamoe_jit", package)
+    monkeypatch.setattr(on_ranks, "make_weights", draw)
     for name, stand_in in (
         ("mm", package),
-        ("make_weights", draw),
         ("gather", both),
         ("mega_moe_from_bf16", from_bf16_of_all),
         ("require_hopper", lambda: None),
@@ -254,7 +256,7 @@ def test_the_document_of_several_ranks(
         return [from_bf16_ranks.measure_on_rank(world, **arguments)] * 2
 
     package.error, output = error, tmp_path / "rows.json"
-    monkeypatch.setattr(from_bf16_ranks, "collect", collect)
+    monkeypatch.setattr(on_ranks, "collect", collect)
     monkeypatch.setattr(from_bf16, "PACKED_SHAPES", ("tiny",))
     words = ["--ranks", "2", "--shapes", "tiny", "--tokens", "4,1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["from_bf16.py", *words])

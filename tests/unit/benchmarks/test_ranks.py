@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import ranks
 from benchmarks.beside import PACKAGE, module, put_beside
-from megamoe_jit._bench import clock, clock_ranks
+from megamoe_jit._bench import clock, clock_ranks, on_ranks
 from megamoe_jit._bench.clock import TimedCall
 from megamoe_jit._check.scenarios import Weights, make_weights
 from megamoe_jit._check.spawn import World
@@ -147,7 +147,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Package]:
     for owner, name, stand_in in (
         (ranks, "mm", found[PACKAGE]),
         (ranks, "module", found.__getitem__),
-        (ranks, "make_weights", draw),
+        (on_ranks, "megamoe_jit", found[PACKAGE]),
+        (on_ranks, "make_weights", draw),
         (ranks, "gather", lambda group, part: [part, part]),
         (ranks, "environment", lambda commit: {**CONDITIONS, "commit": commit}),
         (ranks, "anchors", lambda: {"read_4gib_tb_s": 4.2}),
@@ -174,7 +175,7 @@ def test_the_document(packages, monkeypatch, tmp_path: Path, capsys: pytest.Capt
     older = tmp_path / "older"
     (older / PACKAGE).mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(ranks, "collect", collect)
+    monkeypatch.setattr(on_ranks, "collect", collect)
     monkeypatch.setattr(ranks, "warm", lambda *given: warmed.append(given[1:]))
     words = ["--shapes", "tiny", "--tokens", "16,24", "--before", str(older), "--output", str(output)]
     words += ["--weight-format", formats]

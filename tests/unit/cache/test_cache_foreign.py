@@ -72,11 +72,7 @@ def test_path_completion_and_doctor(place: Path):
     root = place / "cache"
     below = python(place, "-m", "megamoe_jit", "cache", "path", "--json", MEGAMOE_JIT_CACHE_DIR=root / "below")
     assert json.loads(below.stdout)["exists"] is False
-    completing = {
-        "_MEGAMOE_JIT_COMPLETE": "bash_complete",
-        "COMP_WORDS": "megamoe-jit cache rm ",
-        "COMP_CWORD": "3",
-    }
+    completing = {"_MEGAMOE_JIT_COMPLETE": "bash_complete", "COMP_WORDS": "megamoe-jit cache rm ", "COMP_CWORD": "3"}
     completed = python(place, "-m", "megamoe_jit", **completing)
     assert (completed.stdout.strip(), completed.stderr) == ("", "")
     for variable, name in (("MEGAMOE_JIT_CACHE_DIR", "cache"), ("MEGAMOE_JIT_READONLY_CACHE", "read-only")):
@@ -89,13 +85,14 @@ def test_path_completion_and_doctor(place: Path):
 WAIT = """
 import threading
 from megamoe_jit._cache.locks import key_lock
-from megamoe_jit._jit.runtime import get_kernel, kernel_key
+from megamoe_jit._jit.lookup import Wanted
+from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
 spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
 found = []
 thread = threading.Thread(target=lambda: found.append(get_kernel(spec).origin))
-with key_lock(kernel_key(spec), "as another process does"):
+with key_lock(Wanted.of(spec).key, "as another process does"):
     thread.start()
     thread.join()
 print(*found)

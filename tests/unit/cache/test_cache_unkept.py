@@ -20,8 +20,8 @@ from megamoe_jit._diagnose.explain import explain, kernel_state
 from megamoe_jit._errors import KernelMissingError
 from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit import runtime as _runtime
-from megamoe_jit._jit.runtime import forget, get_kernel, kernel_key
+from megamoe_jit._jit.lookup import Wanted
+from megamoe_jit._jit.runtime import forget, get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
@@ -96,7 +96,7 @@ def test_what_is_not_kept_is_not_waited_for(place, cache):
     found = []
     with (
         override(**where.get(cache, {"cache_dir": place / "file" / "cache"}), lock_timeout_s=1000),
-        key_lock(kernel_key(PING), "as another process does"),
+        key_lock(Wanted.of(PING).key, "as another process does"),
     ):
         thread = threading.Thread(target=lambda: found.append(get_kernel(PING).origin), daemon=True)
         thread.start()
@@ -108,7 +108,7 @@ def test_a_cache_that_keeps_is_waited_for(place):
     with override(lock_timeout_s=1000):
         found = []
         thread = threading.Thread(target=lambda: found.append(get_kernel(PING).origin), daemon=True)
-        with key_lock(kernel_key(PING), "as another process does"):
+        with key_lock(Wanted.of(PING).key, "as another process does"):
             thread.start()
             thread.join(0.3)
             assert found == []
@@ -153,7 +153,7 @@ def test_what_metadata_say_of_this_machine_can_always_be_read(place, monkeypatch
     )
     monkeypatch.setattr(_store, "_host", lambda: os.fsdecode(b"host-\xff"))
     key = get_kernel(PING).key
-    assert key == _runtime.kernel_key(PING)
+    assert key == Wanted.of(PING).key
     (info,) = KernelCache(place / "cache").entries()
     assert info.meta["nvrtc"]["path"].startswith("/lib/\\udcff\\n")
     assert info.meta["host"] == "host-\\udcff"

@@ -22,7 +22,7 @@ from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import Toolchain
 from megamoe_jit._errors import RenderError
 from megamoe_jit._jit import lookup as _lookup
-from megamoe_jit._jit.runtime import kernel_key
+from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.stubs import ROOMS, child_environment, write_rooms
@@ -124,27 +124,27 @@ def test_every_room_of_the_real_kernels_counts(tmp_path, tools):
     with override(kernels_src=None):
         source = render(SPEC)
         folder = Path(shutil.copytree(render.__globals__["kernels_dir"](), tmp_path / "src"))
-        before = kernel_key(SPEC)
+        before = Wanted.of(SPEC).key
     with override(kernels_src=folder):
-        assert kernel_key(SPEC) == before
+        assert Wanted.of(SPEC).key == before
         for name in source.files:
             text = (folder / name).read_text()
             (folder / name).write_text(text + "// changed\n")
-            assert kernel_key(SPEC) != before, name
+            assert Wanted.of(SPEC).key != before, name
             (folder / name).write_text(text)
-        assert kernel_key(SPEC) == before
+        assert Wanted.of(SPEC).key == before
         variants = [Variant.PINGPONG, Variant.COOPERATIVE]
         specs = [KernelSpec(SPEC.shape, *rest) for rest in itertools.product(variants, (1, 2), (True, False))]
-        assert len({kernel_key(spec) for spec in specs}) == len(specs)
+        assert len({Wanted.of(spec).key for spec in specs}) == len(specs)
 
 
 CHILD = """
 import json
-from megamoe_jit._jit.runtime import kernel_key
+from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
-print(json.dumps([kernel_key(spec), Wanted.of(spec).source_id]))
+print(json.dumps([Wanted.of(spec).key, Wanted.of(spec).source_id]))
 """
 
 
@@ -166,5 +166,5 @@ def test_same_key_in_every_process_directory_prefix_and_hash_seed(tmp_path):
         found.add(tuple(json.loads(run.stdout)))
     assert len(found) == 1
     with override(kernels_src=write_rooms(tmp_path / "here")):
-        assert kernel_key(SPEC) == found.pop()[0]
+        assert Wanted.of(SPEC).key == found.pop()[0]
     assert os.getcwd() != str(tmp_path)

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import time
-from pathlib import Path
 
 import pytest
 
@@ -111,7 +110,7 @@ def test_remove(cache, warnings, monkeypatch):
 
 def info(number, age, size=100, build="b", version="1"):
     meta = {"nvrtc": {"build": build}, "package_version": version}
-    return EntryInfo(key_of(number), Path("/x"), meta, 1e6 - age, size)
+    return EntryInfo(key_of(number), "/x", meta, 1e6 - age, size)
 
 
 def removed(entries, **options):
@@ -133,7 +132,7 @@ def test_eviction_takes_the_least_recently_used_first_and_no_young_one():
 
 def test_eviction_takes_what_others_built_first():
     entries = [info(0, 9000), info(1, 700, build="c"), info(2, 800, version="0"), info(3, 8000)]
-    entries.append(EntryInfo(key_of(4), Path("/x"), {}, 1e6 - 650, 100))
+    entries.append(EntryInfo(key_of(4), "/x", {}, 1e6 - 650, 100))
     assert removed(entries, max_bytes=0, current=("1", "b")) == [2, 1, 4, 0, 3]
     assert removed(entries, max_bytes=0) == [0, 3, 2, 1, 4]
 
@@ -327,7 +326,7 @@ def test_a_size_that_no_number_holds_is_refused_as_others_are(text):
     with pytest.raises(ValueError, match="a number of bytes that a disk could have"):
         parse_size(text)
     with pytest.raises(ConfigError, match="MEGAMOE_JIT_CACHE_MAX_BYTES='9"):
-        Settings.from_env({"MEGAMOE_JIT_CACHE_MAX_BYTES": text})
+        Settings.load({"MEGAMOE_JIT_CACHE_MAX_BYTES": text})
 
 
 def test_clear_fails_as_long_as_anything_is_left(cache):

@@ -18,7 +18,8 @@ from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
-from megamoe_jit._jit.runtime import get_kernel, kernel_cache, kernel_key
+from megamoe_jit._jit.lookup import Wanted
+from megamoe_jit._jit.runtime import get_kernel, kernel_cache
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._compile.toolchain import find_toolchain
 
@@ -36,7 +37,7 @@ def stub(text, *, kernel_name, toolchain):
     return good
 
 _obtain.compile_source = stub
-key = kernel_key(spec)
+key = Wanted.of(spec).key
 cache = kernel_cache()
 
 def child():

@@ -149,13 +149,7 @@ def test_shapes_ls():
     doc = checked(result.stdout)
     assert (doc["schema_version"], doc["kind"]) == (SCHEMA_VERSION, "shapes")
     flash = next(shape for shape in doc["shapes"] if shape["name"] == "v4-flash")
-    assert [flash[k] for k in ("hidden", "intermediate", "experts", "topk", "ranks")] == [
-        4096,
-        2048,
-        256,
-        6,
-        8,
-    ]
+    assert [flash[k] for k in ("hidden", "intermediate", "experts", "topk", "ranks")] == [4096, 2048, 256, 6, 8]
     plain = CliRunner().invoke(cli, ["shapes", "ls"]).stdout
     assert all(shape["name"] in plain for shape in doc["shapes"])
 
@@ -166,10 +160,7 @@ def test_shapes_ls():
         (["warmup"], "--shapes"),
         (["warmup", "--shapes", "v4-flush"], "v4-flash"),
         (["warmup", "--shapes", "v4-flash", "--hidden", "256"], "exclude each other"),
-        (
-            ["warmup", "--hidden", "100", "--intermediate", "128", "--experts", "4", "--topk", "1"],
-            "multiple of 128",
-        ),
+        (["warmup", "--hidden", "100", "--intermediate", "128", "--experts", "4", "--topk", "1"], "multiple of 128"),
         (
             ["warmup", "--shapes", "v4-flash", "--ranks", "7"],
             "v4-flash: experts = 256 is not supported; allowed: a mult",

@@ -20,7 +20,8 @@ from megamoe_jit._diagnose import machine as _machine
 from megamoe_jit._diagnose.explain import explain
 from megamoe_jit._diagnose.plan import memory_plan, shared_parts
 from megamoe_jit._errors import ConfigError, LoadError, ToolchainError
-from megamoe_jit._jit.runtime import get_kernel, kernel_key
+from megamoe_jit._jit.lookup import Wanted
+from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import VARIABLES, override
 from megamoe_jit._spec.formats import FORMATS, FP8, MXFP4
 from megamoe_jit.heuristics.presets import preset, preset_names
@@ -80,7 +81,7 @@ def test_explain_follows_arguments_and_settings(tmp_path: Path):
     few, many = explain(SMALL, 255), explain(SMALL, 256)
     assert (few.variant, many.variant) == ("pingpong", "cooperative")
     assert any("255 tokens" in reason for reason in few.reasons)
-    assert few.key == kernel_key(KernelSpec(SMALL, Variant.PINGPONG))
+    assert few.key == Wanted.of(KernelSpec(SMALL, Variant.PINGPONG)).key
     with override(variant="cooperative", cache_dir=tmp_path):
         forced = explain(SMALL, 1)
         assert (forced.variant, forced.cached) == ("cooperative", False)
@@ -243,11 +244,7 @@ def test_tools_are_found_without_pathfinder(monkeypatch: pytest.MonkeyPatch, tmp
 def test_env_shows_value_and_source_of_every_setting(tmp_path: Path):
     file = tmp_path / "config.toml"
     file.write_text('strict = "warn"\njobs = 3\n')
-    environ = {
-        "MEGAMOE_JIT_CONFIG": str(file),
-        "MEGAMOE_JIT_JOBS": "5",
-        "MEGAMOE_JIT_PTXAS_OPTIONS": "-O2 --verbose",
-    }
+    environ = {"MEGAMOE_JIT_CONFIG": str(file), "MEGAMOE_JIT_JOBS": "5", "MEGAMOE_JIT_PTXAS_OPTIONS": "-O2 --verbose"}
     done = run("env", "--json", **environ)
     assert done.returncode == 0, done.stderr
     doc = checked(done.stdout)

@@ -135,12 +135,7 @@ def invoke(root: Path) -> Callable[..., dict]:
 def test_looking_commands(invoke: Callable[..., dict], root: Path):
     keys = keys_of(root)
     assert set(keys) == {PINGPONG, COOPERATIVE}
-    assert invoke("cache path") == {
-        "schema_version": 1,
-        "kind": "cache-path",
-        "path": str(root),
-        "exists": True,
-    }
+    assert invoke("cache path") == {"schema_version": 1, "kind": "cache-path", "path": str(root), "exists": True}
     listed = invoke("cache ls")
     assert {entry["key"] for entry in listed["entries"]} == set(keys.values())
     assert listed["disk_bytes"] == sum(entry["disk_bytes"] for entry in listed["entries"])

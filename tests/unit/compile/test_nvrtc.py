@@ -292,7 +292,7 @@ def test_ptxas_option_that_is_unknown_says_so(toolchain):
 def test_ptxas_options_that_cannot_be_written_are_refused(text):
     """They go into the metadata of every kernel and to the compiler, and neither takes them."""
     with pytest.raises(ConfigError, match="MEGAMOE_JIT_PTXAS_OPTIONS=.* is not allowed; allowed: printable words"):
-        Settings.from_env({"MEGAMOE_JIT_PTXAS_OPTIONS": text})
+        Settings.load({"MEGAMOE_JIT_PTXAS_OPTIONS": text})
 
 
 @pytest.mark.parametrize("size", [6, 10, 63, 64])

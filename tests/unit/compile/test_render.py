@@ -105,11 +105,7 @@ def test_text_is_independent_of_place_and_directory(source, tmp_path, monkeypatc
         ({ENTRY: '#include "/etc/passwd"\n'}, f"{ROOT}/{ENTRY}(1)", "plain path"),
         ({ENTRY: '#if 1\n#include "a/x.cuh"\n#endif\n', "a/x.cuh": ""}, f"{ROOT}/{ENTRY}(2)", "inside #if"),
         (
-            {
-                ENTRY: '#include "a/x.cuh"\n',
-                "a/x.cuh": '#include "a/y.cuh"\n',
-                "a/y.cuh": '\n#include "a/x.cuh"\n',
-            },
+            {ENTRY: '#include "a/x.cuh"\n', "a/x.cuh": '#include "a/y.cuh"\n', "a/y.cuh": '\n#include "a/x.cuh"\n'},
             f"{ROOT}/a/y.cuh(2)",
             "include cycle a/x.cuh -> a/y.cuh -> a/x.cuh",
         ),

@@ -107,8 +107,7 @@ def stub(tmp_path_factory):
     (folder / "stub.c").write_text(STUB)
     library = folder / "libcuda.so.1"
     subprocess.run(
-        [COMPILER, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "stub.c", "-ldl"],
-        check=True,
+        [COMPILER, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "stub.c", "-ldl"], check=True
     )
     (folder / "src" / "kernels").mkdir(parents=True)
     (folder / "src" / "kernels" / "entry.cuh.j2").write_text(KERNEL)

@@ -94,6 +94,7 @@ def indexed_bytes(shape: MoEShape, ranks: int, layout: BufferLayout) -> dict[str
         "act2_pool": pool * intermediate,
         "act2_scales": (intermediate // BLOCK) * pool * 4,
         "row_pairs": rows * 4,
+        **({"row_places": ranks * layout.capacity * 4} if ranks > 1 else {}),
         "act1_ready": counters * 4,
         "act2_ready": counters * 4,
         "act2_done": counters * 4,
@@ -219,7 +220,7 @@ def test_the_bound_of_the_pool_is_tight():
 
 def test_sections_are_named_like_the_parameters_they_fill():
     names = [name for name, _ in Params._fields_]
-    layout = buffer_layout(MoEShape(256, 128, 8, 2), 64)
+    layout = buffer_layout(MoEShape(256, 128, 8, 2), 64, 2)
     sections = [s.name for s in (*layout.symmetric, *layout.local)]
     assert sections == [name for name in names if name not in OTHERS]  # in the struct's order, too
     assert all(layout.section(name).name == name for name in sections)

@@ -60,7 +60,7 @@ def test_a_layer_is_taken_over_once_and_runs(buffers, packed):
 
 def test_experts_of_other_ranks_add_nothing():
     seen = []
-    run = experts._OnThisRank(lambda *given, **_: seen.append(given[3]))
+    run = experts._on_this_rank(lambda *given, **_: seen.append(given[3]))
     expert_map = torch.tensor([-1, -1, 0, 1], dtype=torch.int32)
     run(None, None, None, torch.tensor([[0, 2], [3, -1]]), None, expert_map, None, None)
     assert seen[0].tolist() == [[-1, 0], [1, -1]]

@@ -101,12 +101,7 @@ def test_parse_a_file(tmp_path):
         "[wide]\nhidden = 512\nintermediate = 128\nexperts = 16\ntopk = 2\nranks = 4\nsource = 'here'\n"
     )
     tiny, wide, flash = parse_shapes(f"{path},v4-flash")
-    assert (tiny.name, tiny.shape, tiny.ranks, tiny.source) == (
-        "tiny",
-        MoEShape(256, 128, 8, 2),
-        1,
-        "mine.toml",
-    )
+    assert (tiny.name, tiny.shape, tiny.ranks, tiny.source) == ("tiny", MoEShape(256, 128, 8, 2), 1, "mine.toml")
     assert (wide.ranks, wide.local_experts, wide.source) == (4, 4, "here")
     assert flash == preset("v4-flash")
 
@@ -118,10 +113,7 @@ def test_parse_a_file(tmp_path):
         ("[a]\nhidden = '256'\n", r"\[a\] hidden = '256'"),
         ("[a]\nhidden = 256\nwidth = 1\n", "unknown key 'width'"),
         ("[a]\nhidden = 2880\nintermediate = 2880\nexperts = 128\ntopk = 4\n", "hidden = 2880"),
-        (
-            "[a]\nhidden = 256\nintermediate = 128\nexperts = 9\ntopk = 2\nranks = 2\n",
-            "a divisor of 9 experts",
-        ),
+        ("[a]\nhidden = 256\nintermediate = 128\nexperts = 9\ntopk = 2\nranks = 2\n", "a divisor of 9 experts"),
         ("[a]\nhidden = 256\nintermediate = 128\nexperts = 9\ntopk = 2\nranks = '2'\n", "ranks = '2'"),
         ("a = 1\n", "a = 1"),
         (f"[a]\n{SIZES}ranks = '2'\n", "ranks = '2'; allowed: an integer$"),

@@ -14,7 +14,8 @@ import pytest
 
 from megamoe_jit._cache.locks import key_lock
 from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit.runtime import kernel_cache, kernel_key, warmup
+from megamoe_jit._jit.lookup import Wanted
+from megamoe_jit._jit.runtime import kernel_cache, warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.formats import FP8
@@ -43,7 +44,7 @@ def test_while_a_lock_is_waited_for(place, compiles, ctrl_c, monkeypatch):
     interrupt = ctrl_c()
     asked = kernel_cache().__class__.holds
     monkeypatch.setattr("megamoe_jit._cache.cache.KernelCache.holds", lambda *a: interrupt.set() or asked(*a))
-    held = key_lock(kernel_key(SPECS[0]), "held by another")
+    held = key_lock(Wanted.of(SPECS[0]).key, "held by another")
     with override(lock_timeout_s=50), held, pytest.raises(KeyboardInterrupt):
         warmup(SPECS[:1])
     assert compiles == []
@@ -76,8 +77,8 @@ def test_while_nvrtc_is_at_work(place, ctrl_c, monkeypatch, caplog):
         logging.getLogger("megamoe_jit").removeHandler(handler)
     assert begun == [SPECS[0].kernel_name]
     assert [(result.spec, result.ok) for result in results] == [(SPECS[0], True)]
-    assert kernel_cache().holds(kernel_key(SPECS[0]))
-    assert not kernel_cache().holds(kernel_key(SPECS[1]))
+    assert kernel_cache().holds(Wanted.of(SPECS[0]).key)
+    assert not kernel_cache().holds(Wanted.of(SPECS[1]).key)
 
 
 @pytest.mark.parametrize("handing", [0, 1], ids=["it", "the next one"])

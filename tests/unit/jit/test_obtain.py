@@ -20,6 +20,7 @@ from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._errors import CompileError, ConfigError, KernelMissingError, PerformanceLossError, ToolchainError
 from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit import obtain as _obtain
+from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._jit.obtain import distrust
 from megamoe_jit._jit.pack import export_pack, import_pack
 from megamoe_jit._jit.registry import reset
@@ -28,7 +29,6 @@ from megamoe_jit._jit.runtime import (
     forget,
     get_kernel,
     kernel_cache,
-    kernel_key,
     seal,
     sealed,
     unseal,
@@ -111,7 +111,7 @@ def test_read_only_caches_come_first_and_are_never_written(pack, place, compiles
 
 
 def test_bad_read_only_cache_costs_a_compile_and_a_warning(pack, compiles, caplog):
-    (KernelCache(pack).entry_path(kernel_key(PING)) / "kernel.cubin").write_bytes(b"")
+    (KernelCache(pack).entry_path(Wanted.of(PING).key) / "kernel.cubin").write_bytes(b"")
     with override(readonly_cache=(pack,)), caplog.at_level(logging.WARNING, "megamoe_jit"):
         assert get_kernel(PING).origin == "compiled"
         forget()
@@ -164,7 +164,7 @@ def test_without_a_compiler_and_without_kernel_the_compiler_is_missing(place, mo
 
 
 def test_handed_over_kernels_with_losses_are_judged_too(pack, caplog):
-    rewrite_meta(KernelCache(pack).entry_path(kernel_key(PING)), advisories=["C7510: slow"])
+    rewrite_meta(KernelCache(pack).entry_path(Wanted.of(PING).key), advisories=["C7510: slow"])
     with override(readonly_cache=(pack,), strict="error"), pytest.raises(PerformanceLossError, match="C7510"):
         get_kernel(PING)
     with override(readonly_cache=(pack,), strict="warn"), caplog.at_level(logging.WARNING, "megamoe_jit"):

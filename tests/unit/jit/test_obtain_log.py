@@ -10,8 +10,9 @@ import pytest
 from megamoe_jit._cache.cache import user_cache
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._jit import lookup as _lookup
+from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._jit.registry import reset
-from megamoe_jit._jit.runtime import forget, get_kernel, kernel_key
+from megamoe_jit._jit.runtime import forget, get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
@@ -32,7 +33,7 @@ def test_kernels_from_disk_say_so_once(place: Path, caplog: pytest.LogCaptureFix
         forget()
         assert get_kernel(SPEC).origin == "disk"
         get_kernel(SPEC)
-    assert caplog.messages == [f"{SPEC.kernel_name}: from {user_cache().entry_path(kernel_key(SPEC))}"]
+    assert caplog.messages == [f"{SPEC.kernel_name}: from {user_cache().entry_path(Wanted.of(SPEC).key)}"]
 
 
 def test_kernel_of_another_compiler_says_so(

@@ -18,7 +18,8 @@ from megamoe_jit._cache import store as _store
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import CompileError, KernelMissingError, PerformanceLossError, RenderError
 from megamoe_jit._jit import obtain as _obtain
-from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache, kernel_key, retry, warmup, warmup_command
+from megamoe_jit._jit.lookup import Wanted
+from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache, retry, warmup, warmup_command
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.compilable import Compilable
@@ -73,7 +74,7 @@ def test_memory_disk_compiled(place, compiles):
     third = get_kernel(PING)
     assert (third.origin, third.cubin, third.key) == ("disk", first.cubin, first.key)
     assert len(compiles) == 1
-    assert first.key == kernel_key(PING)
+    assert first.key == Wanted.of(PING).key
 
 
 def test_metadata(place):

@@ -161,11 +161,7 @@ def test_a_layer_and_its_call(cuda: Cuda, buffer: SymmBuffer, monkeypatch: pytes
         ((L1, torch.zeros(2, 256)), {}, "w2 has 2 dimensions; allowed: 3"),
         ((torch.zeros(4, 255, 256), L2), {}, "w13 has 255 rows; allowed: gate rows and as many up rows"),
         ((L1, torch.zeros(4, 128, 256)), {}, "w2 has shape (4, 128, 256); allowed: (4, 256, 128), to fit w13"),
-        (
-            (L1, L2),
-            {"clamp": -1.0},
-            "clamp = -1.0 is not supported; allowed: 0 or a positive number that",
-        ),
+        ((L1, L2), {"clamp": -1.0}, "clamp = -1.0 is not supported; allowed: 0 or a positive number that"),
         ((torch.zeros(2, 200, 256), torch.zeros(2, 256, 100)), {}, "intermediate = 100 is not supported"),
         ((L1, L2), {"topk": 0}, "topk = 0 is not supported"),
     ):

@@ -132,11 +132,7 @@ def moved(given: WeightTensors, place: int, made: Any) -> WeightTensors:
 
 
 REFUSALS: dict[str, tuple[Any, Any, str]] = {
-    "no exponents": (
-        (L1[0], L1[2]),
-        L2,
-        "l1: 2 tensors given; allowed: codes, exponents, scales, as the",
-    ),
+    "no exponents": ((L1[0], L1[2]), L2, "l1: 2 tensors given; allowed: codes, exponents, scales, as the"),
     "as callers bring it": (DRAWN.l1, DRAWN.l2, "l1: 2 tensors given; allowed: codes, exponents, scales"),
     "one tensor": (L1[0], L2, "l1: Tensor given; allowed: a pair of tensors"),
     "four": ((*L1, L1[2]), L2, "l1: tuple of 4 given; allowed: a pair of tensors"),
@@ -153,16 +149,8 @@ REFUSALS: dict[str, tuple[Any, Any, str]] = {
         L2,
         "l1 exponents has dtype torch.float8_e8m0fnu",
     ),
-    "too few exponents": (
-        L1,
-        moved(L2, 1, L2[1][:, :, :2]),
-        "l2 exponents has shape (4, 256, 2); allowed",
-    ),
-    "scales in bf16": (
-        moved(L1, 2, L1[2].bfloat16()),
-        L2,
-        "l1 scales has dtype torch.bfloat16; allowed",
-    ),
+    "too few exponents": (L1, moved(L2, 1, L2[1][:, :, :2]), "l2 exponents has shape (4, 256, 2); allowed"),
+    "scales in bf16": (moved(L1, 2, L1[2].bfloat16()), L2, "l1 scales has dtype torch.bfloat16; allowed"),
     "fewer experts": (moved(L1, 2, L1[2][:3]), L2, "l1 scales has shape (3, 2, 2); allowed: (4, 2, 2)"),
     "exponents elsewhere": (moved(L1, 1, L1[1].to("meta")), L2, "l1 exponents is on meta; allowed: cpu"),
     "strided exponents": (moved(L1, 1, torch.stack((L1[1],) * 2, -1)[..., 0]), L2, "l1 exponents has strides"),
@@ -275,11 +263,7 @@ def test_marks_know_the_format():
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
     "form",
-    [
-        (torch.uint8, torch.uint8),
-        (torch.int8, torch.float8_e8m0fnu),
-        (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu),
-    ],
+    [(torch.uint8, torch.uint8), (torch.int8, torch.float8_e8m0fnu), (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu)],
     ids=lambda form: str(form[0]).removeprefix("torch."),
 )
 def test_a_layer_of_mxfp4(cuda: Cuda, inplace: bool, form: tuple[torch.dtype, torch.dtype]):
@@ -328,11 +312,7 @@ def test_weights_are_loaded_in_place_or_not_at_all():
     for l1, l2, says in (
         (DRAWN.l1, wide, ("w2: 1 of 8 blocks of 128 x 128 are not exact", "expert 3, rows 0 to 127")),
         (DRAWN.l1, (wide[0], torch.full_like(wide[1], 255)), "w2 exponents[0, 0, 0] is 255, which is NaN"),
-        (
-            DRAWN.l1,
-            IN_FP8.l2,
-            "w2 codes are torch.float8_e4m3fn, which a layer holds in fp8; allowed: what",
-        ),
+        (DRAWN.l1, IN_FP8.l2, "w2 codes are torch.float8_e4m3fn, which a layer holds in fp8; allowed: what"),
         (DRAWN.l1, torch.zeros(4, 256, 128), "w2 values are torch.float32, which a layer holds in fp8"),
         (DRAWN.l1, (wide[0], wide[1].float()), "w2 exponents are torch.float32"),
         (

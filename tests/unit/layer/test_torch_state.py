@@ -246,9 +246,5 @@ def test_the_reference_is_refused_in_a_capture(cuda: Cuda, monkeypatch: pytest.M
     cuda.capturing = True
     moe_reference(*inputs)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    for action in (
-        lambda: moe_reference(*inputs),
-        lambda: expert_counts(IDS, 4),
-        lambda: calc_diff(X, X),
-    ):
+    for action in (lambda: moe_reference(*inputs), lambda: expert_counts(IDS, 4), lambda: calc_diff(X, X)):
         refused(action, "the reference waits for the device", "outside of the capture", kind=mm.CaptureError)

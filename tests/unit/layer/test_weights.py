@@ -7,13 +7,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.weights import (
-    inverse_transform_weights_for_mega_moe_sm90 as inverse,
-)
+from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90 as inverse
 from megamoe_jit._layer.weights import mark_transformed
-from megamoe_jit._layer.weights import (
-    transform_weights_for_mega_moe_sm90 as transform,
-)
+from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90 as transform
 
 E4M3 = torch.float8_e4m3fn
 
@@ -51,10 +47,7 @@ def gate_up_row(row, intermediate):
 def test_each_byte_is_where_the_kernel_reads_it(hidden, intermediate):
     l1, l2 = make(2, hidden, intermediate)
     (w13, sf1), (w2, sf2) = transform(l1, l2)
-    for drawn, made, source in (
-        (l1[0], w13, lambda row: gate_up_row(row, intermediate)),
-        (l2[0], w2, lambda row: row),
-    ):
+    for drawn, made, source in ((l1[0], w13, lambda row: gate_up_row(row, intermediate)), (l2[0], w2, lambda row: row)):
         rows, depth = drawn.shape[1:]
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(depth), indexing="ij")
         at = place(row, column, rows, depth).flatten()

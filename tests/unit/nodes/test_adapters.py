@@ -13,7 +13,7 @@ import torch
 import megamoe_jit as mm
 from megamoe_jit._nodes import nccl_ep as _nccl_ep
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
-from megamoe_jit._nodes.choice import Choices
+from megamoe_jit._nodes.choice import Choices, Rule
 from tests.unit.nodes.world import (
     CPU,
     ROUTES,
@@ -110,7 +110,7 @@ def run(make_exchange, chunks: int = 1) -> None:
     def action(topology, rail, _):
         with lock:
             exchange = make_exchange(topology.rank)
-        choices = Choices([exchange], None, SHAPE, topology.ranks_per_node, 2)
+        choices = Choices([exchange], None, Rule(SHAPE, topology.nodes, topology.ranks_per_node, exchange.name))
         buffer = mm.MultiNodeBuffer(topology, SHAPE, CAPACITY, CPU, choices, chunks=chunks)
         assert (buffer.local_experts, buffer.first_expert) == (4, 4 * topology.rank)
         l1, l2 = of_node(WEIGHTS, buffer.first_expert, buffer.local_experts)

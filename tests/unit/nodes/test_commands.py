@@ -15,16 +15,17 @@ from megamoe_jit._cli.app import cli
 from megamoe_jit._device import driver as _driver
 from megamoe_jit._diagnose.between import Ways, between
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._nodes.model import chunks_for, cost, rows_per_token
+from megamoe_jit._nodes.experts import CallOptions
+from megamoe_jit._nodes.model import ONE_HOST, cost, rows_per_token
 from megamoe_jit._spec import MXFP4, MoEShape
 from tests.commandline import checked
 
 PRO = MoEShape(7168, 3072, 384, 6)
 ROW = {
-    "shape": "v4-flash", "tokens": 64, "nodes": 2, "ranks_per_node": 1, "exchange": "gather", "partial": "bf16",
-    "chunks": 1, "whole_us": 300.0, "kernel_us": 200.0, "exchange_us": 90.0, "rest_us": 10.0, "modelled_us": 310.0,
-    "sent_bytes": 800000, "diff": 1e-6, "correct": True, "baseline": None, "baseline_us": None,
-    "baseline_speedup": None,
+    "shape": "v4-flash", "tokens": 64, "weights": "fp8", "nodes": 2, "ranks_per_node": 1, "exchange": "gather",
+    "partial": "bf16", "chunks": 1, "whole_us": 300.0, "kernel_us": 200.0, "exchange_us": 90.0, "rest_us": 10.0,
+    "modelled_us": 310.0, "sent_bytes": 800000, "diff": 1e-6, "correct": True, "baseline": None,
+    "baseline_us": None, "baseline_speedup": None,
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def run(*words: str, code: int = 0) -> str:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "tokens", "kernel", "total"), [(2, 64, 384, 515), (2, 512, 466, 815), (2, 4096, 3100, 3690)]
+    ("nodes", "tokens", "kernel", "total"), [(2, 64, 384, 515), (2, 512, 466, 815), (2, 4096, 3699, 4460)]
 )
 def test_the_model_gives_what_the_page_says(nodes: int, tokens: int, kernel: float, total: float):
     found = cost(PRO, nodes, 8, tokens)
@@ -57,15 +58,22 @@ def test_rows_on_the_wire_are_those_of_the_combinatorics():
 
 
 def test_the_rule():
-    """Gather where its bytes cost less than the host's wait, and in a graph; chunks from 250 rows of an expert on."""
+    """Gather where its bytes cost less than the host's wait, and in a graph; chunks where they save time.
+
+    Over a network from some 500 rows of an expert on; over NVLink, and elsewhere into more, where a launch has no room.
+    """
     assert [cost(PRO, nodes, 8, 512).exchange for nodes in (1, 2, 4, 8)] == ["none", "gather", "gather", "exact"]
     assert cost(PRO, 8, 8, 4).exchange == "gather"
     assert cost(PRO, 8, 8, 4096, capturing=True).exchange == "gather"
     assert "host cannot wait" in cost(PRO, 8, 8, 4096, capturing=True).reasons[0]
     assert cost(PRO, 8, 8, 4096, exchange="gather").reasons[0] == "gather: as asked"
-    assert [chunks_for(PRO, 16, tokens) for tokens in (64, 1024, 2048, 4096, 32768)] == [1, 1, 2, 4, 4]
-    overlapped, whole = (cost(PRO, 2, 8, 4096, chunks=chunks).total_us for chunks in (4, 1))
-    assert overlapped < whole
+    assert [cost(PRO, 2, 8, tokens).chunks for tokens in (64, 1024, 2048, 4096, 8192)] == [1, 1, 2, 3, 4]
+    assert cost(PRO, 2, 8, 4096).total_us == min(
+        cost(PRO, 2, 8, 4096, chunks=chunks).total_us for chunks in range(1, 5)
+    )
+    two_cards = MoEShape(7168, 3072, 96, 6)
+    assert {cost(two_cards, 2, 1, tokens, network=ONE_HOST).chunks for tokens in (64, 1024, 8192)} == {1}
+    assert [cost(PRO, 2, 8, 32768, network=ONE_HOST).chunks, cost(PRO, 16, 8, 32768).chunks] == [4, 16]
 
 
 def test_explain_and_plan_tell_how_rows_travel():
@@ -75,7 +83,7 @@ def test_explain_and_plan_tell_how_rows_travel():
     assert "modelled, not measured: 815 us" in text
     doc = checked(run("explain", *what, "512", "--json"))
     (call,) = doc["calls"]
-    assert call["between"]["reasons"][0].startswith("gather: modelled 348 us for gather (1.00 rows a token")
+    assert call["between"]["reasons"][0].startswith("gather: modelled 815 us by gather (1.00 rows a token")
     assert call["shape"]["experts"] == 192
     text = run("plan", *what, "4096", "--partial", "fp32")
     assert "4096 tokens of each rank, a buffer of 2048 rows for each chunk under way" in text
@@ -112,7 +120,7 @@ def test_bench_prints_parts_and_a_document(monkeypatch: pytest.MonkeyPatch, tmp_
     asked = []
 
     def found(*given, **more):
-        asked.append((given[1:], more["baseline"]))
+        asked.append((given[1:], more["baseline"], more["weights"]))
         more["progress"](ROW)
         return {"environment": {"device": "X"}, "rows": [ROW]}
 
@@ -120,11 +128,14 @@ def test_bench_prints_parts_and_a_document(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(_driver, "refuse_without_gpu", lambda: None)
     words = ("bench", "--shapes", "v4-flash", "--tokens", "64", "--nodes", "2", "--ranks", "1")
     text = run(*words, "--exchange", "gather", "--chunks", "1", "--no-baseline")
-    assert asked == [(((64,), 2, 1, {"exchange": "gather", "partial": "bf16", "chunks": 1}), False)]
+    assert asked == [(((64,), 2, 1, {"exchange": "gather", "partial": "bf16", "chunks": 1}), False, "fp8")]
     assert "2 x 1  gather, bf16" in text
     doc = checked(run(*words, "--json", "--output", str(tmp_path / "rows.json")))
     assert doc["nodes"] == [ROW]
     assert asked[-1][0][-1]["chunks"] == "auto"
+    monkeypatch.setitem(ROW, "weights", "mxfp4")
+    assert "v4-flash mxfp4" in run(*words, "--weight-format", "mxfp4")
+    assert asked[-1][1:] == (True, "mxfp4")
     run(*words, "--output", str(tmp_path / "rows.csv"))
     assert "exchange_us" in (tmp_path / "rows.csv").read_text()
     monkeypatch.setattr(
@@ -136,13 +147,24 @@ def test_bench_prints_parts_and_a_document(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "--variant is not for --nodes" in run(*words, "--variant", "auto", code=2)
 
 
-def test_what_is_timed_is_clamped_as_what_it_is_held_against(monkeypatch):
-    called = []
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_what_is_timed_is_the_call_that_is_held_against_the_reference(monkeypatch, chunks: int):
+    """Its clamp, and in the launch alone its variant and weights too."""
+    called, launched = [], []
     monkeypatch.setattr(mm, "fp8_mega_moe_multinode", lambda *_, activation_clamp: called.append(activation_clamp))
     case = Scenario("small", MoEShape(256, 128, 8, 2), 4, 4)
-    one_way = SimpleNamespace(pick=lambda *_: SimpleNamespace(capturable=False))
-    buffer = SimpleNamespace(check=lambda: None, chunks=2, choices=one_way)
-    layer = SimpleNamespace(l1=(), l2=(), topology=SimpleNamespace(nodes=2))
+    experts = SimpleNamespace(
+        variant_for=lambda rows, options: f"that of {rows} rows of {options.weights.name}",
+        compute=lambda arrived, partial, l1, l2, options: launched.append(options),
+    )
+    lane = SimpleNamespace(experts=experts, partial=torch.empty(8, 256))
+    buffer = SimpleNamespace(
+        check=lambda: None, chunks=chunks, choices=SimpleNamespace(pick=lambda *_: SimpleNamespace(capturable=False)),
+        dispatch=lambda tokens: SimpleNamespace(lane=lane, arrived=SimpleNamespace(rows=2 * tokens)),
+    )  # fmt: skip
+    layer = SimpleNamespace(l1=(), l2=(), topology=SimpleNamespace(nodes=2), format=MXFP4)
     inputs = SimpleNamespace(stage=lambda _: None)
-    _measure_nodes._calls(layer, buffer, inputs, torch.empty(4, 256), case.clamp)
+    parts = _measure_nodes._calls(layer, buffer, inputs, torch.empty(4, 256), case.clamp)
     assert called == [case.clamp] == [10.0]
+    assert set(parts) == ({"whole", "kernel", "exchange"} if chunks == 1 else {"whole"})
+    assert launched == [CallOptions(10.0, variant="that of 4 rows of mxfp4", weights=MXFP4)] * (chunks == 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -92,7 +94,10 @@ def while_all_are_there(world: World) -> dict[str, object]:
         seen["refusals"] = refusals(two, world.rank)
         again = NodeTopology(group, two.node_group, two.rail(8, 60.0).group)
         seen["given groups"] = [again.nodes, again.ranks_per_node, layer(again, weights, TWO_WAYS)]
-        seen["one host"] = NodeTopology(group).nodes
+        one = NodeTopology(group)
+        seen["one host"] = one.nodes, one.one_host, two.one_host
+        with mock.patch.dict(os.environ, {"NCCL_HOSTID": f"host{world.rank // 2}"}):
+            seen["two hosts"] = NodeTopology(group, ranks_per_node=2).one_host
         seen["odd split"] = said(lambda: NodeTopology(group, ranks_per_node=3))
         seen["wrong rail"] = said(lambda: NodeTopology(group, two.node_group, two.node_group))
         roll = two.roll_call
@@ -146,7 +151,8 @@ def test_ranks_know_their_places(seen):
         [1, 1, "node 1 (rank 3)"],
     ]
     assert [each["given groups"] for each in seen] == [[2, 2, []]] * 4
-    assert [each["one host"] for each in seen] == [1] * 4
+    assert [each["one host"] for each in seen] == [[1, True, True]] * 4
+    assert [each["two hosts"] for each in seen] == [False] * 4
 
 
 def test_what_one_rank_does_wrong_is_refused_on_all(seen):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
+from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.combine import sum_nodes
 from megamoe_jit._nodes.model import sent_bytes
 from megamoe_jit._nodes.overlap import overlapped
@@ -140,6 +143,34 @@ def test_chunks_leave_blocks_to_what_travels():
         assert launches == [(16, 124, "pingpong")] * 3
 
 
+def test_the_rule_cuts_a_call_by_its_rows():
+    """Not by those that there is room for, but into no larger parts than fit."""
+
+    def action(topology, rail, _):
+        buffer = make_buffer(topology, rail, chunks=3, capacity=24)
+        l1, l2 = of_node(WEIGHTS, buffer.first_expert, buffer.local_experts)
+        say = lambda rows, capturing: SimpleNamespace(chunks=2 if rows == 8 else 4 if rows == 23 else 1)  # noqa: E731
+        buffer.choices = Choices(list(buffer.choices.exchanges.values()), rail, say, chunks_by_rule=True)
+        seen = {}
+        for padded in (7, 8, 16, 23):
+            rows = batch(5, "spread", seed=topology.rank)
+            stage(buffer, rows)
+            y = torch.empty(5, SHAPE.hidden, dtype=torch.bfloat16)
+            fp8_mega_moe_multinode(y, l1, l2, buffer, padded)
+            assert torch.equal(y, expected(rows, WEIGHTS, 2, torch.bfloat16))
+            launches = [launch for lane in buffer._lanes for launch in lane.experts.launches]
+            seen[padded] = [(rows, options.num_sms) for rows, options in launches]
+            for lane in buffer._lanes:
+                lane.experts.launches.clear()
+        return seen
+
+    for seen in thread_world(2, 1, action):
+        assert seen[7] == [(14, None)], "nothing beside it"
+        assert seen[8] == [(8, 124)] * 2
+        assert seen[16] == [(16, 124)] * 2
+        assert sorted(rows for rows, _ in seen[23]) == [14, 16, 16]
+
+
 def test_a_kernel_is_launched_before_the_next_chunk_is_brought():
     """In the exact form the host waits for that chunk's counts, and the kernel is to be at work meanwhile."""
     order: list[str] = []
@@ -152,7 +183,7 @@ def test_a_kernel_is_launched_before_the_next_chunk_is_brought():
 def test_the_rule_takes_one_exchange_on_every_rank():
     def action(topology, rail, _):
         buffer = make_buffer(topology, rail, exchange="auto", capacity=512)
-        return [buffer._exchange(rows).name for rows in (1, 64, 512)], buffer.choices.pick(512, True).name
+        return [buffer.choices.pick(rows, False).name for rows in (1, 64, 512)], buffer.choices.pick(512, True).name
 
     names = {str(each) for each in thread_world(8, 1, action)}
     assert len(names) == 1

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megamoe_jit as mm
 from megamoe_jit._check.weights import make_weights
 from megamoe_jit._errors import PeerTimeoutError
-from megamoe_jit._nodes.choice import Choices
+from megamoe_jit._nodes.choice import Choices, Rule
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Batch, Rows
 from megamoe_jit._nodes.experts import CallOptions
@@ -75,7 +75,7 @@ def buffer_of(nodes: int, exchange=GatherExchange, max_tokens: int = 128, **more
         place_of=lambda rank: f"node {rank} (rank {rank})",
     )  # fmt: skip
     shape = mm.MoEShape(SHAPE.hidden, SHAPE.intermediate, SHAPE.experts * nodes, SHAPE.topk)
-    choices = Choices([exchange(Echo())], Echo(), shape, 1, 2)
+    choices = Choices([exchange(Echo())], Echo(), Rule(shape, nodes, 1, exchange.name))
     return mm.MultiNodeBuffer(topology, shape, max_tokens, HERE, choices, **more)
 
 
@@ -298,7 +298,7 @@ def test_a_capture_needs_what_can_be_captured_and_what_is_prepared(cuda: Cuda):
     with pytest.raises(mm.CaptureError, match=r"call prepare\(\) on every rank before the capture"):
         mm.fp8_mega_moe_multinode(y, L1, L2, buffer)
     refused(
-        lambda: Choices([ExactExchange(Echo())], None, SHAPE, 1, 2).pick(4, True),
+        lambda: Choices([ExactExchange(Echo())], None, Rule(SHAPE, 2, 1)).pick(4, True),
         "exact cannot be captured",
         kind=mm.CaptureError,
     )
@@ -341,7 +341,7 @@ def test_a_rail_that_a_graph_has_is_not_aborted():
     backend = SimpleNamespace(abort=lambda: calls.append("abort"), get_error=lambda: "ErrorType.REMOTE_ERROR")
     group = SimpleNamespace(_get_backend=lambda device: backend)
     rails = [TorchRail(group, 2, 0, 60.0) for _ in range(2)]
-    Choices([GatherExchange(rails[1])], rails[1], SHAPE, 1, 2).pick(4, True)
+    Choices([GatherExchange(rails[1])], rails[1], Rule(SHAPE, 2, 1)).pick(4, True)
     for rail in rails:
         rail.abort(torch.device("cuda", 0))
     assert calls == ["abort"]

@@ -17,7 +17,7 @@ from megamoe_jit._layer.quantize import quantize_activations
 from megamoe_jit._nodes import memory as _memory
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
 from megamoe_jit._nodes.calls import get_multinode_buffer_for_mega_moe
-from megamoe_jit._nodes.choice import Choices
+from megamoe_jit._nodes.choice import Choices, Rule
 from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.gather import GatherExchange
@@ -253,5 +253,5 @@ def make_buffer(topology, rail, *, shape=SHAPE, capacity=24, exchange="gather", 
     """A buffer of a thread's world."""
     both = [GatherExchange(rail), ExactExchange(rail)]
     its = both if exchange == "auto" else [it for it in both if it.name == exchange]
-    choices = Choices(its, rail, shape, topology.ranks_per_node, partial.itemsize)
-    return MultiNodeBuffer(topology, shape, capacity, CPU, choices, partial=partial, chunks=chunks)
+    rule = Rule(shape, topology.nodes, topology.ranks_per_node, exchange, partial.itemsize)
+    return MultiNodeBuffer(topology, shape, capacity, CPU, Choices(its, rail, rule), partial=partial, chunks=chunks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -101,3 +102,25 @@ def test_no_circle():
             grown = grown or bool(more)
             direct |= more
     assert sorted(name for name, all_of_it in reached.items() if name in all_of_it) == []
+
+
+def test_no_more_floors_of_imports_than_the_page_tells():
+    @functools.cache
+    def floor(name: str) -> int:
+        return 1 + max(map(floor, IMPORTS[name] - {name}), default=0)
+
+    told = re.search(r"^\| floors of imports between files \| 22 \| (\d+) \|", TEXT, re.MULTILINE)
+    assert told is not None
+    highest = max(MODULES, key=floor)
+    assert floor(highest) <= int(told[1]), f"{highest} stands on {floor(highest)} floors"
+
+
+def test_each_kernel_has_its_parameters_written_in_one_place():
+    """`BoundKernel` those of the layer, `StageKernel` those of staging: nobody else sets a field of `params`."""
+    written = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and "params" in ast.unparse(node.value)
+    }
+    assert written == {"_layer.bound_kernel", "_layer.stage_kernel"}

@@ -25,14 +25,7 @@ def weights():
 
 def layer(data, weights, clamp, **more):
     return moe_reference(
-        data.x_q,
-        data.x_sf,
-        data.topk_idx,
-        data.topk_weights,
-        weights.l1,
-        weights.l2,
-        activation_clamp=clamp,
-        **more,
+        data.x_q, data.x_sf, data.topk_idx, data.topk_weights, weights.l1, weights.l2, activation_clamp=clamp, **more
     )
 
 

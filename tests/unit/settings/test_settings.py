@@ -14,6 +14,7 @@ import pytest
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings import settings as _settings
+from megamoe_jit._settings.read import read_environment
 from megamoe_jit._settings.settings import (
     PREFIX,
     VARIABLES,
@@ -76,7 +77,7 @@ def test_table_and_fields_are_the_same_set():
 @pytest.mark.parametrize("name", GOOD)
 def test_value_is_parsed(name):
     text, expected = GOOD[name]
-    value = getattr(Settings.from_env({PREFIX + name: text}), name.lower())
+    value = read_environment({PREFIX + name: text})[0][name.lower()]
     assert value == expected
     assert type(value) is type(expected) or isinstance(value, Path)
 
@@ -84,20 +85,20 @@ def test_value_is_parsed(name):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_value_names_variable_value_and_allowed(name):
     with pytest.raises(ConfigError, match=f"{PREFIX}{name}='{BAD[name]}' is not allowed; allowed: .+"):
-        Settings.from_env({PREFIX + name: BAD[name]})
+        Settings.load({PREFIX + name: BAD[name]})
 
 
 @pytest.mark.parametrize("text", ["1.1e9", "1e10", "1e12", "inf"])
 def test_a_deadline_must_fit_the_kernels_clock(text):
     """Kernels add up to five times as many nanoseconds to the time of day, in 63 bits."""
     with pytest.raises(ConfigError, match=r"TIMEOUT_S.*allowed: a number of seconds from 0.001 to 1e9"):
-        Settings.from_env({PREFIX + "TIMEOUT_S": text})
-    most = Settings.from_env({PREFIX + "TIMEOUT_S": "1e9"}).timeout_s
+        Settings.load({PREFIX + "TIMEOUT_S": text})
+    most = Settings.load({PREFIX + "TIMEOUT_S": "1e9"}).timeout_s
     assert time.time_ns() + 5 * int(most * 1e9) < 2**63
 
 
 def test_defaults_and_empty_values():
-    settings = Settings.from_env({PREFIX + "JOBS": "", PREFIX + "STRICT": "  "})
+    settings = Settings.load({PREFIX + "JOBS": "", PREFIX + "STRICT": "  "})
     assert settings == Settings()
     assert (settings.strict, settings.timeout_s, settings.cooperative_threshold) == ("error", 100.0, None)
     assert settings.jobs >= 1
@@ -155,14 +156,14 @@ def test_default_file_is_in_the_configuration_directory(monkeypatch, tmp_path):
 
 def test_unknown_names_give_one_warning(caplog):
     with caplog.at_level(logging.WARNING, "megamoe_jit"):
-        Settings.from_env({PREFIX + "CACHEDIR": "1", PREFIX + "ZZZ": "1", "OTHER": "1"})
+        Settings.load({PREFIX + "CACHEDIR": "1", PREFIX + "ZZZ": "1", "OTHER": "1"})
     assert len(caplog.records) == 1
     assert re.search(r"CACHEDIR \(did you mean MEGAMOE_JIT_CACHE_DIR\?\), MEGAMOE_JIT_ZZZ$", caplog.text.strip())
 
 
 def test_relative_paths_become_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert Settings.from_env({PREFIX + "CACHE_DIR": "c"}).cache_dir == tmp_path / "c"
+    assert Settings.load({PREFIX + "CACHE_DIR": "c"}).cache_dir == tmp_path / "c"
 
 
 def test_override_nests_and_restores():

@@ -154,7 +154,7 @@ def test_a_wrong_type_in_a_file_is_answered_as_a_wrong_text_in_the_environment(f
     with pytest.raises(ConfigError) as by_type:
         file(f"{variable.field} = {{}}")
     with pytest.raises(ConfigError) as by_text:
-        Settings.from_env({variable.name: "\0"})
+        Settings.load({variable.name: "\0"})
     assert str(by_type.value).partition(" allowed; ")[2] == str(by_text.value).partition(" allowed; ")[2] != ""
 
 

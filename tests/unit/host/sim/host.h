@@ -203,6 +203,7 @@ struct Run {
 #define AT(name) p.name = reinterpret_cast<decltype(+p.name)>(base + section(#name).offset)
         AT(act1_pool), AT(act1_scales), AT(act2_pool), AT(act2_scales), AT(row_pairs), AT(act1_ready), AT(act2_ready),
             AT(act2_done), AT(slice_counts), AT(control);
+        if (ranks > 1) AT(row_places);
 #undef AT
 #define AT(name) p.name = section(#name).offset
         AT(x), AT(x_scales), AT(topk_ids), AT(topk_weights), AT(expert_offsets), AT(sorted_pairs), AT(signals), AT(combine);

@@ -70,6 +70,7 @@ enum Weak : u32 {
     kLookSaysYes = 113,
     kMeetingAddAcquires = 114,   // and does not release
     kMeetingAddReleases = 115,
+    kNoDeviceFence = 116,
 };
 inline u32 mutant = kNothing;
 
@@ -184,6 +185,14 @@ inline u32 word_add(u32* p, u32 value, bool release, bool acquire = false) {
     *p = old + value;
     changed(word);
     return old;
+}
+/// Relaxed; others learn what the warp had fenced before.
+template <class New> void word_change_relaxed(u32* p, New changes) {
+    maybe_leave();
+    Memory::Word& word = memory.word(p, false, actor());
+    word.clock.join(now->warp->fenced);
+    *p = changes(*p);
+    changed(word);
 }
 inline void word_store(u32* p, u32 value) {
     maybe_leave();

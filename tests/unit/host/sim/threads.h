@@ -62,7 +62,7 @@ struct Lane {
 struct Warp {
     Block* block = nullptr;
     u32 index = 0, agent = 0;
-    Clock clock;
+    Clock clock, fenced;
     u32 copies = 0;             // started so far
     u32 remote_copies = 0;      // from other ranks, in flight
     u32 live = 0, ready = 0;    // lanes, as bit masks
@@ -80,6 +80,8 @@ struct Warp {
         other.join(clock);
         clock.tick(agent), ++version;
     }
+    /// Who sees a later relaxed store or addition knows what is known so far.
+    void fence_device() { fenced.join(clock), clock.tick(agent), ++version; }
     /// What is known so far, later copies may see.
     void fence() { clock.fence(), clock.tick(agent), ++version; }
     void acquire(const Clock& other) { clock.join(other), ++version; }

@@ -38,5 +38,13 @@ inline void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
     first = choose_bytes(low, high, select) | (codes & 0x80808080);
     second = choose_bytes(low, high, select >> 16) | (codes << 4 & 0x80808080);
 }
+template <class Table>
+void expand_e2m1(u32 (&a)[4][4], const Vec16 (&codes)[2], const u32 (&exponents)[2]) {
+    for (u32 k = 0; k < 4; ++k)
+        for (u32 row = 0; row < 2; ++row) {
+            const Table table(exponents[row] >> 8 * k & 255);
+            expand_e2m1(codes[k / 2].w[k % 2 * 2 + row], table.low, table.high, a[k][row], a[k][row + 2]);
+        }
+}
 
 }  // namespace megamoe::ptx

@@ -10,6 +10,15 @@ inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<c
 inline u32 load_acquire(const u32* p) { return sim::word_load(p, false); }
 inline u32 load_acquire_system(const u32* p) { return sim::word_load(p, true); }
 inline void add_release(u32* p, u32 v) { sim::word_add(p, v, sim::mutant != sim::kAddRelaxed); }
+inline void add_relaxed(u32* p, u32 v) {
+    sim::word_change_relaxed(p, [=](u32 old) { return old + v; });
+}
+inline void store_relaxed(u32* p, u32 v) {
+    sim::word_change_relaxed(p, [=](u32) { return v; });
+}
+inline void fence_device() {
+    if (sim::mutant != sim::kNoDeviceFence) sim::now->warp->fence_device();
+}
 inline void store_release_system(u32* p, u32 v) { sim::word_store(p, v); }
 inline u32 fetch_add_release(u32* p, u32 v) { return sim::word_add(p, v, sim::mutant != sim::kBarrierAddRelaxed); }
 inline u32 fetch_add_acq_rel_system(u32* p, u32 v) {
