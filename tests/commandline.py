@@ -55,7 +55,7 @@ def _fork(zygote: Zygote, arguments: tuple[str, ...], environ: dict[str, str]) -
     variables = {**os.environ, **environ}
     if not zygote.can_run(variables):
         return start(*arguments, **environ)
-    code, out, err = zygote.run(list(arguments), variables, timeout=240)
+    code, out, err = zygote.run(list(arguments), variables, timeout=600)
     return subprocess.CompletedProcess(["megamoe-jit", *arguments], code, out, err)
 
 
@@ -66,7 +66,7 @@ def start(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, **environ},
     )
 

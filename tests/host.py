@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE = 600  #: seconds after which something hangs, on a busy machine too
 KERNELS = Path(__file__).resolve().parents[1] / "kernels_src"
 SOURCES = Path(__file__).resolve().parent / "unit" / "host"
 
@@ -26,7 +27,7 @@ def compiler() -> str:
 def build(source: Path, target: Path, *options: str) -> Path:
     """Compile one file that includes rooms of `kernels_src/`."""
     command = [compiler(), "-std=c++17", "-O1", "-Wall", "-I", str(KERNELS), *options, str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
     return target
 

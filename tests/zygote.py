@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +131,16 @@ def serve(more: Sequence[str] = ()) -> None:
     preload()
     for name in more:
         importlib.import_module(name)
+    answer(channel, become)
+
+
+def answer(channel: socket.socket, be: Callable[[dict[str, Any], list[int]], None]) -> None:
+    """Fork for each request a process that is what is asked for, and say which it is and how it has ended."""
     for request, streams in requests(channel):
         pid = os.fork()
         if pid == 0:
             channel.close()
-            become(request, streams)
+            be(request, streams)
             return
         for stream in streams:
             os.close(stream)

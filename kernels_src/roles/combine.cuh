@@ -127,7 +127,7 @@ template <class C> struct Combine {
             ptx::copy_async_commit();
             ptx::copy_async_wait<kDepth - 1>();
             __syncwarp();   // headers are written by some lanes and read by all
-            if (i - begin >= kDepth - 1) add(warp, i - (kDepth - 1));
+            if (kDepth == 1 || i - begin >= kDepth - 1) add(warp, i - (kDepth - 1));
             __syncwarp();
         }
         if constexpr (C::kTimeline) ptx::named_sync(kBarrierTail, kTailThreads);

@@ -17,17 +17,15 @@ __all__ = ["ALWAYS", "all_pairs", "often", "pairs", "usual"]
 #: What `auto` takes for FP8 weights, of every preset.
 ALWAYS = (Variant.PINGPONG, Variant.COOPERATIVE)
 
-#: Of the odd sizes, in the layer with half a tile of 256 columns.
-MOST_TOPK = 32
+#: Odd sizes, by their top-k, that are compiled at every run for variants that take long and differ from others in how
+#: weights reach the tensor cores alone: the smallest, those over two ranks, those with half a tile of 256 columns.
+ODD_TOPK = {Variant.WIDE: (12, 32), Variant.UNPACK: (1, 12, 32), Variant.PREFILL: (1, 12, 32)}
 
 Pair = tuple[tuple[str, object], tuple[str, object]]
 
 
 def usual(specs: Mapping[str, KernelSpec]) -> dict[str, KernelSpec]:
-    """Those whose pairs are compiled at every run: of variants that are not for all, the V4 presets alone.
-
-    `wide` has the roles of `decode` and takes longest to compile: of odd sizes one for it, which leaves half a tile.
-    """
+    """Those whose pairs are compiled at every run: of variants that are not for all, V4 presets and odd sizes alone."""
     from megamoe_jit.heuristics import preset_names
 
     others = tuple(name for name in preset_names() if not name.startswith("v4"))
@@ -35,7 +33,7 @@ def usual(specs: Mapping[str, KernelSpec]) -> dict[str, KernelSpec]:
         name: spec
         for name, spec in specs.items()
         if spec.variant in ALWAYS or not name.removeprefix("mxfp4-").startswith(others)
-        if spec.variant is not Variant.WIDE or "-odd-" not in name or spec.shape.topk == MOST_TOPK
+        if "odd-h" not in name or spec.shape.topk in ODD_TOPK.get(spec.variant, (spec.shape.topk,))
     }
 
 
@@ -55,14 +53,20 @@ def pairs(spec: KernelSpec) -> set[Pair]:
 
 
 def all_pairs(specs: Mapping[str, KernelSpec]) -> list[str]:
-    """The names of a few that have every pair of all: again and again the first of those with the most new pairs."""
+    """The names of a few that have every pair of all: again and again the first of those with the most new pairs.
+
+    Of these, whose pairs others came to have as well is left out again.
+    """
     left = {name: pairs(spec) for name, spec in specs.items()}
     missing: set[Pair] = set().union(*left.values())
-    found = set()
+    found = set[str]()
     while missing:
         name = max(left, key=lambda each: len(left[each] & missing))
         found.add(name)
         missing -= left.pop(name)
+    for name in [name for name in specs if name in found]:
+        if pairs(specs[name]) <= set().union(*(pairs(specs[other]) for other in found - {name})):
+            found.remove(name)
     return [name for name in specs if name in found]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megamoe_jit._diagnose.inspect import find_tool
-from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Meeting
+from tests.compile.kernels import compiled
 from tests.sass import disassemble, parse
 
 SHAPE = MoEShape(512, 256, 16, 2)
@@ -20,7 +20,7 @@ def instructions(spec: KernelSpec, folder: Path) -> list[str]:
     tool = find_tool("nvdisasm")
     assert tool is not None, "the development environment brings nvdisasm"
     cubin = folder / "kernel.cubin"
-    cubin.write_bytes(get_kernel(spec).cubin)
+    cubin.write_bytes(compiled(spec).cubin)
     texts = [each.text for run in parse(disassemble(tool, cubin)) for each in run]
     return [text.partition(" ")[2] if text.startswith("@") else text for text in texts]
 

@@ -10,30 +10,30 @@ from dataclasses import replace
 import pytest
 
 from megamoe_jit._compile.cubin import read_cubin
-from megamoe_jit._compile.nvrtc import compile_source
-from megamoe_jit._compile.render import VIRTUAL_ROOT, kernels_dir, render
-from megamoe_jit._compile.toolchain import find_toolchain
+from megamoe_jit._compile.render import VIRTUAL_ROOT, kernels_dir
 from megamoe_jit._device.params import Params, StageParams
 from megamoe_jit._errors import CompileError
 from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import override
-from megamoe_jit._spec import FORMATS, FP8, MXFP4, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec import FORMATS, FP8, FP8_E5M2, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics import preset, preset_names
 from tests.compile.chosen import ALWAYS, often, pairs, usual
+from tests.compile.kernels import compiled
 
 #: The variants that read the weights of a format, by its name.
 READING = {weights.name: Variant.reading(weights) for weights in FORMATS.values()}
 
-#: hidden, intermediate, experts, top-k: every odd value at least once, each with both variants.
+#: hidden, intermediate, experts, top-k, ranks: every odd value at least once, each with every variant.  Over two ranks,
+#: the layer for which the compiler was seen to read a register too early (test_hazards.py).
 ODD = (
-    (128, 128, 1, 1),
-    (1408, 128, 8, 4),
-    (2304, 1408, 512, 12),
-    (1408, 768, 1024, 32),
-    (128, 1408, 33, 3),
+    (128, 128, 1, 1, 1),
+    (1408, 128, 8, 4, 1),
+    (2304, 768, 512, 12, 2),
+    (1408, 768, 1024, 32, 1),
+    (256, 1408, 33, 3, 1),
 )
 
 
@@ -58,10 +58,9 @@ def other_specs() -> dict[str, KernelSpec]:
     for variant in READING[FP8.name]:
         specs[f"exact-{variant.value}"] = KernelSpec(slice_, variant, fast_math=False)
         specs[f"float32-{variant.value}"] = KernelSpec(slice_, variant, numerics=Numerics(float32_out=True))
-        for sizes in ODD:
-            specs[f"odd-h{sizes[0]}-i{sizes[1]}-e{sizes[2]}-k{sizes[3]}-{variant.value}"] = KernelSpec(
-                MoEShape(*sizes), variant
-            )
+        for hidden, intermediate, experts, topk, ranks in ODD:
+            name = f"odd-h{hidden}-i{intermediate}-e{experts}-k{topk}-{variant.value}"
+            specs[name] = KernelSpec(MoEShape(hidden, intermediate, experts, topk), variant, ranks)
     return specs
 
 
@@ -107,7 +106,21 @@ def replace_weights(spec: KernelSpec, variant: Variant) -> KernelSpec:
     return KernelSpec(spec.shape, variant, spec.ranks, numerics=spec.numerics, weights=MXFP4, inputs=spec.inputs)
 
 
-SPECS = {**preset_specs(), **other_specs(), **raw_specs(), **shared_specs(), **packed_specs(), **two_rank_specs()}
+def e5m2_specs() -> dict[str, KernelSpec]:
+    """With weights of the other eight-bit code."""
+    shape = MoEShape(2304, 1408, 8, 12)
+    return {f"e5m2-{v.value}": KernelSpec(shape, v, weights=FP8_E5M2) for v in READING[FP8_E5M2.name]}
+
+
+SPECS = {
+    **preset_specs(),
+    **other_specs(),
+    **raw_specs(),
+    **shared_specs(),
+    **packed_specs(),
+    **two_rank_specs(),
+    **e5m2_specs(),
+}
 OFTEN = often(SPECS)
 
 
@@ -122,26 +135,28 @@ def test_the_list_is_complete():
             assert (shape.hidden, shape.intermediate, entry.local_experts, shape.topk, variant, 1) in kernels
             assert (shape.hidden, shape.intermediate, shape.experts, shape.topk, variant, entry.ranks) in kernels
     for position, values in enumerate(((128, 1408, 2304), (128, 768, 1408), (1, 8, 512, 1024), (1, 4, 12, 32))):
-        assert set(values) <= {sizes[position] for sizes in kernels if sizes[-1] == 1}
-    assert {1, 8} <= {sizes[-1] for sizes in kernels}
+        assert set(values) <= {sizes[position] for sizes in kernels if sizes[-1] in (1, 2)}
+    assert {1, 2, 8} <= {sizes[-1] for sizes in kernels}
 
 
 def test_every_pair_that_is_usual_is_compiled_at_every_run():
     """A few kernels have them all, the presets' with what `auto` takes for each among them."""
     everything, few = usual(SPECS), {name: SPECS[name] for name in OFTEN}
-    compiled = set().union(*map(pairs, few.values()))
-    assert set().union(*map(pairs, everything.values())) <= compiled
+    found = set().union(*map(pairs, few.values()))
+    assert set().union(*map(pairs, everything.values())) <= found
     layers = {(e.shape.hidden, e.shape.intermediate, e.shape.topk) for e in map(preset, preset_names())}
     for layer, variant in itertools.product(layers, ALWAYS):
-        assert (("layer", layer), ("variant", (variant, FP8.name))) in compiled
+        assert (("layer", layer), ("variant", (variant, FP8.name))) in found
     for variant in READING[MXFP4.name]:
-        assert (("ranks", 2), ("variant", (variant, MXFP4.name))) in compiled
+        assert (("ranks", 2), ("variant", (variant, MXFP4.name))) in found
+    variants = {pair for name, reading in READING.items() for pair in itertools.product(reading, [name])}
+    assert variants == {(spec.variant, spec.weights.name) for spec in few.values()}
 
 
 @pytest.mark.parametrize("form", list(StageFormat))
 def test_kernels_that_stage_are_small(form: StageFormat):
     """Six blocks of 256 threads fit an SM if a thread has 40 registers, four if it has 64."""
-    meta = get_kernel(StageSpec(form)).meta
+    meta = compiled(StageSpec(form)).meta
     assert (meta["spill_bytes"], meta["stack_bytes"], meta["advisories"]) == (0, 0, [])
     assert meta["registers"] <= (64 if form is StageFormat.F32 else 40)
     assert meta["param_bytes"] == ctypes.sizeof(StageParams)
@@ -150,10 +165,10 @@ def test_kernels_that_stage_are_small(form: StageFormat):
 @pytest.mark.parametrize("name", OFTEN)
 def test_compiles_without_loss(name):
     spec = SPECS[name]
-    kernel = get_kernel(spec)
+    kernel = compiled(spec)
     meta = kernel.meta
     assert (meta["spill_bytes"], meta["stack_bytes"]) == (0, 0)
-    assert meta["advisories"] == []
+    assert (meta["advisories"], meta["diagnostics"]) == ([], 0)
     registers = {384: 168, 512: 128}[spec.threads]  # of 65536, over the threads; setmaxnreg moves them between warps
     assert meta["registers"] == registers
     assert meta["dynamic_shared_bytes"] == spec.shared_bytes <= 232448
@@ -163,17 +178,6 @@ def test_compiles_without_loss(name):
     assert (entry.registers, entry.stack_bytes, entry.static_shared_bytes) == (registers, 0, 0)
     assert entry.max_threads == spec.threads
     assert meta["param_bytes"] == entry.param_bytes == ctypes.sizeof(Params)
-
-
-@pytest.mark.parametrize(("variant", "weights"), [(v, f) for f in READING for v in READING[f]])
-def test_the_compiler_says_nothing_at_all(variant, weights):
-    """No advisory, no warning of the front end, no call, no local memory."""
-    spec = KernelSpec(MoEShape(2304, 1408, 8, 12), variant, weights=FORMATS[weights])
-    result = compile_source(render(spec).text, kernel_name=spec.kernel_name, toolchain=find_toolchain())
-    assert result.diagnostics == ()
-    assert "C75" not in result.log
-    for word in (".local ", "call.uni", "vprintf", ".extern .func"):
-        assert word not in result.ptx
 
 
 @pytest.fixture

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
 
+from tests.copies import python
 from tests.stubs import REPO
 
 PAGE = (REPO / "docs/how-to/add-a-verb.md").read_text(encoding="utf-8")
@@ -82,13 +80,6 @@ def copied(tmp_path: Path) -> Path:
     for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml"):
         shutil.copy(REPO / name, root / name)
     return root
-
-
-def python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=environ, capture_output=True, text=True, timeout=240
-    )
 
 
 def failing(root: Path, *tests: str) -> set[str]:

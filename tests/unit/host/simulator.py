@@ -18,7 +18,6 @@ from megamoe_jit._spec.inputs import Inputs
 from tests import host
 
 HERE = Path(__file__).resolve().parent
-SECONDS = 120  # most that one run may take
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class Simulator:
         sections = {"symmetric": layout.symmetric, "local": layout.local}
         options += [f"{k}={','.join(f'{s.name}:{s.offset}:{s.bytes}' for s in v)}" for k, v in sections.items()]
         command = [str(self.program), *options, f"variant={variant}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=host.PATIENCE, check=False)
         if done.returncode == 0:
             return Outcome("", {name: int(n) for name, n in (word.split("=") for word in done.stdout.split())})
         return Outcome("\n".join(map(_sentence, done.stdout.splitlines())) or f"ended with code {done.returncode}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests import copies
 from tests.stubs import REPO, child_environment
 
 PAGES = REPO / "docs/how-to"
@@ -89,10 +88,9 @@ def tree(tmp_path: Path) -> Path:
 
 def python(tree: Path, *arguments: str) -> str:
     """What a process says that has the copy instead of these sources."""
-    environment = {**child_environment(tree), "PYTHONPATH": str(tree)}
+    environment = child_environment(tree)
     del environment["MEGAMOE_JIT_KERNELS_SRC"]
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tree, check=False)
+    done = copies.python(tree, *arguments, environ=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

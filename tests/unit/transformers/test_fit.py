@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -13,6 +11,7 @@ pytest.importorskip("transformers")
 
 from megamoe_jit.transformers.fit import NAME, TESTED, WANTED, problems, relied_upon
 from megamoe_jit.transformers.register import megamoe_experts_forward, register
+from tests.copies import python
 from tests.stubs import REPO
 
 
@@ -64,7 +63,7 @@ def test_a_release_that_moved_gets_one_warning_and_is_let_be(what: str, monkeypa
 
 def test_without_transformers_it_steps_aside_too():
     code = "import sys; sys.modules['transformers'] = None; import megamoe_jit.transformers as m; print(m.registered)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=REPO)
+    done = python(REPO, "-c", code)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
     assert done.stderr.count("steps aside") == 1
 
@@ -75,5 +74,5 @@ def test_nothing_of_it_is_imported_before_it_is_asked_for():
         "print([name for name in sys.modules if name.split('.')[0] in ('transformers', 'safetensors')"
         " or name.startswith(('megamoe_jit.transformers', 'megamoe_jit.checkpoints'))])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=REPO)
+    done = python(REPO, "-c", code)
     assert done.stdout.strip() == "[]", done.stderr

@@ -47,7 +47,8 @@ inline Section& Memory::place(const std::string& name, u32 rank, bool local, u64
     s.name = name, s.rank = rank, s.local = local, s.base = arena + offset, s.bytes = size;
     const bool wide = name == "x" || name == "combine" || name == "act1_pool" || name == "act2_pool" ||
                       name == "expanded weights";
-    s.cell_bytes = wide ? 16 : name == "y" ? 8 : 4;
+    const bool given = name == "weights" || name == "exponents";   // by the caller: no launch writes them
+    s.cell_bytes = given ? 128 : wide ? 16 : name == "y" ? 8 : 4;
     s.cells = static_cast<Cell*>(map_pages((size / s.cell_bytes + 1) * sizeof(Cell)));
     sections.push_back(s);
     for (u64 page = offset / kPage; page * kPage < offset + size; ++page) {

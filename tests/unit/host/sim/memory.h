@@ -13,7 +13,7 @@ namespace sim {
 
 constexpr u32 kCellReaders = 6;
 
-/// Shadow of 16 bytes of a section (of 4 in those with small elements).  All zero at first.
+/// Shadow of 16 bytes of a section (of 4 in those with small elements, of 128 in those that are only read).  All zero at first.
 struct Cell {
     Stamp writer, readers[kCellReaders];
     u8 by_copy, next_reader, writes;   // by the async proxy; to be replaced; since the host cleared it
