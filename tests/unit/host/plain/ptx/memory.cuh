@@ -21,17 +21,17 @@ inline u8 shared_memory[1 << 16];
 inline void store4_shared(u32 address, u32 v) { std::memcpy(shared_memory + address, &v, 4); }
 
 struct MatrixStore {
-    u32 address, values[4];
+    u32 address, values[2];
 };
 inline std::array<std::vector<MatrixStore>, 32> matrix_stores;   // of each lane
 /// Lanes run one after the other here, and each needs the addresses of all: `store_matrices` does what they have asked for.
-inline void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    matrix_stores[current_lane].push_back({address, {a, b, c, d}});
+inline void store_matrix2(u32 address, u32 a, u32 b) {
+    matrix_stores[current_lane].push_back({address, {a, b}});
 }
 inline void store_matrices() {
     for (u32 i = 0; i < matrix_stores[0].size(); ++i)
         for (u32 lane = 0; lane < 32; ++lane)
-            for (u32 m = 0; m < 4; ++m)
+            for (u32 m = 0; m < 2; ++m)
                 store4_shared(matrix_stores[m * 8 + lane / 4][i].address + lane % 4 * 4, matrix_stores[lane][i].values[m]);
     for (auto& of_lane : matrix_stores) of_lane.clear();
 }
