@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, report_bf16, report_models, report_ranks
+from benchmarks import goals, report_bf16, report_models, report_others, report_ranks
 from benchmarks.checkout import ROOT
 from benchmarks.markdown import put, table
 from megamoe_jit._bench.derived import choice_quality
@@ -219,12 +219,16 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(_newest_documents("floor")))
     called = [doc for ranks in RANKS for doc in _newest_documents("from_bf16", ranks).values()]
     models = report_models.newest_models(RESULTS)
+    beside = list(_newest_documents("others").values())
     if called:
         texts[DOCUMENT] = put(texts[DOCUMENT], "from-bf16", report_bf16.full(called))
         texts[README] = put(texts[README], "from-bf16", report_bf16.compact(called))
     if models:
         texts[DOCUMENT] = put(texts[DOCUMENT], "in-transformers", report_models.full(models))
         texts[README] = put(texts[README], "in-transformers", report_models.compact(models))
+    if beside:
+        texts[DOCUMENT] = put(texts[DOCUMENT], "others", report_others.measured(beside))
+    texts[DOCUMENT] = put(texts[DOCUMENT], "published", report_others.published())
     ranks, unfused = report_ranks.rank_rows(RESULTS), report_ranks.rank_rows(RESULTS, unfused=True)
     for name, body in {
         "conditions": report_ranks.conditions(ranks),

@@ -22,8 +22,8 @@ __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 #: Rows per expert up to which packed weights are best multiplied by a variant, on an H200, in the order of trying: with
-#: operands swapped; in larger tiles, as many experts would need two of the others; unpacked beside the products; and
-#: expanded in memory first.
+#: operands swapped; in larger tiles, as many experts would need two of the others; unpacked beside the products; expanded
+#: in memory first.
 PACKED_ROWS = {Variant.DECODE: 50, Variant.WIDE: 88, Variant.UNPACK: 320, Variant.PREFILL: math.inf}
 EXPAND_EVERY = 3  #: of so many blocks one expands weights first, while the others begin
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
@@ -109,10 +109,13 @@ def _packed(weights: WeightFormat, tokens: int, load: float, threshold: int | No
         (fewest, _), *readers = readers
         if tokens < threshold:
             return fewest, f"{tokens} tokens per rank < {threshold}, weights in {weights.name}"
-    place = next(i for i, (_, most) in enumerate(readers) if load <= most)
-    picked, most = readers[place]
-    limit = f"<= {most}" if most < math.inf else f"> {readers[place - 1][1] if place else 0}"
-    return picked, f"{load:.1f} rows per expert {limit}, weights in {weights.name}"
+    below = 0.0
+    for variant, most in readers:
+        if load <= most:
+            break
+        below = most
+    limit = f"<= {most}" if most < math.inf else f"> {below}"
+    return variant, f"{load:.1f} rows per expert {limit}, weights in {weights.name}"
 
 
 def choose(

@@ -50,13 +50,17 @@ template <class C> struct Unpacker {
             ptx::load_floats_shared(scales, s[0], s[1], s[2], s[3]);
             ptx::store_floats_shared(shared.weight_scales(stage), s[0], s[1], s[2], s[3]);
         }
-        const u32 tile = shared.weights(stage) + thread / kWarp * (16 * kBlockK);
+        const u32 place = unpacked_place(shared.weights(stage) + thread / kWarp * (16 * kBlockK),
+                                         thread % kWarp);
+        const u32 places[4] = {place, place ^ 32, place ^ 64, place ^ 96};
 #pragma unroll
         for (u32 m = 0; m < 4; ++m) {
             if (m < 3) load(rows[(m + 1) % 2], packed, m + 1, thread);
-            const u32 place = unpacked_place(tile + m * 64 * kBlockK, thread % kWarp);
-            unpack_half<0>(place, rows[m % 2].codes[0], rows[m % 2].exponents);
-            unpack_half<1>(place, rows[m % 2].codes[1], rows[m % 2].exponents);
+            const PackedRows& now = rows[m % 2];
+            unpack_quarter<0>(places[0] + m * 64 * kBlockK, now.codes[0], now.exponents);
+            unpack_quarter<1>(places[1] + m * 64 * kBlockK, now.codes[0], now.exponents);
+            unpack_quarter<2>(places[2] + m * 64 * kBlockK, now.codes[1], now.exponents);
+            unpack_quarter<3>(places[3] + m * 64 * kBlockK, now.codes[1], now.exponents);
         }
     }
 

@@ -1,8 +1,8 @@
 // From packed weights to a tile of e5m2 codes in shared memory, as the tensor cores read it.
 //
 // A thread's sixteen bytes hold, of rows r and r + 8, four times eight codes (formats/mxfp4.cuh).  Each eight become four
-// bytes in either of two chunks of sixteen; the swizzle puts those of eight rows into different banks, so plain stores of
-// four bytes are as fast as shared memory.
+// bytes in either of two chunks of sixteen, which is what `stmatrix` has a thread give of two matrices: four of them, both chunks of
+// sixteen rows, go by one instruction.  The swizzle puts chunks of eight rows into different banks.
 #pragma once
 #include "base/constants.cuh"
 #include "mma/magnitudes.cuh"
@@ -12,24 +12,23 @@
 
 namespace megamoe {
 
-/// Where a thread's bytes of chunk 0 of row r lie: `lane` of the warp that has the sixteen rows which begin at `rows`.  Those of chunk
-/// c lie at this ^ 16c, those of row r + 8 another 1024 on.
+/// Where `lane` of the warp that has the sixteen rows which begin at `rows` stores: chunk 0 or 1 of one of them.  Those of two
+/// chunks c and c + 1 lie at this ^ 16c.
 MEGA_DEVICE u32 unpacked_place(u32 rows, u32 lane) {
-    return rows + lane / 4 * (kBlockK + 16) + lane % 4 * 4;
+    return rows + lane / 16 * (8 * kBlockK) + lane % 8 * kBlockK + (lane / 8 % 2 ^ lane % 8) * 16;
 }
 
-/// One half of a k-block, of rows r and r + 8, whose groups have these exponents.
-template <u32 kHalf>
-MEGA_DEVICE void unpack_half(u32 place, const Vec16& codes, const u32 (&exponents)[2]) {
+/// 32 of the depth, of rows r and r + 8, whose groups have these exponents; `place` is theirs.
+template <u32 kQuarter>
+MEGA_DEVICE void unpack_quarter(u32 place, const Vec16& codes, const u32 (&exponents)[2]) {
+    u32 made[2][2];
 #pragma unroll
-    for (u32 j = 0; j < 4; ++j) {
-        const u32 group = 2 * kHalf + j / 2, below = j % 2;
-        const Magnitudes table(ptx::choose_bytes(exponents[below], 0, 0x4440 + group));
-        u32 first, second;
-        ptx::expand_e2m1(codes.w[j], table.low, table.high, first, second);
-        ptx::store4_shared((place ^ 32 * group) + below * (8 * kBlockK), first);
-        ptx::store4_shared((place ^ (32 * group + 16)) + below * (8 * kBlockK), second);
+    for (u32 below = 0; below < 2; ++below) {
+        const Magnitudes table(ptx::choose_bytes(exponents[below], 0, 0x4440 + kQuarter));
+        ptx::expand_e2m1(codes.w[kQuarter % 2 * 2 + below], table.low, table.high, made[below][0],
+                         made[below][1]);
     }
+    ptx::store_matrix4(place, made[0][0], made[0][1], made[1][0], made[1][1]);
 }
 
 /// What a warp has in registers of sixteen rows of a piece, on their way.
@@ -47,8 +46,10 @@ struct PackedRows {
     }
     MEGA_DEVICE void expand(u32 tile, u32 w) const {
         const u32 place = unpacked_place(tile + w * 16 * kBlockK, ptx::lane_id());
-        unpack_half<0>(place, codes[0], exponents);
-        unpack_half<1>(place, codes[1], exponents);
+        unpack_quarter<0>(place, codes[0], exponents);
+        unpack_quarter<1>(place ^ 32, codes[0], exponents);
+        unpack_quarter<2>(place ^ 64, codes[1], exponents);
+        unpack_quarter<3>(place ^ 96, codes[1], exponents);
     }
 };
 

@@ -9,6 +9,7 @@ namespace megamoe {
 struct Fp8 {
     static constexpr u32 kBits = 8;    // of a weight, in memory and in the stages
     static constexpr u32 kGroup = 0;   // weights along K that share an exponent; 0: there are none
+    static constexpr bool kEvenScales = false;               // see Unit in mma/swapped.cuh
     static constexpr ptx::Codes kCodes = ptx::Codes::e4m3;   // as the tensor cores take them
 
     /// How a tile's codes, and their scales, come into its stages.

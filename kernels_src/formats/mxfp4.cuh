@@ -14,8 +14,9 @@
 namespace megamoe {
 
 struct Mxfp4 {
-    static constexpr u32 kBits = 4;     // of a weight's code, in memory and in the stages
-    static constexpr u32 kGroup = 32;   // weights along K that share an exponent
+    static constexpr u32 kBits = 4;             // of a weight's code, in memory and in the stages
+    static constexpr u32 kGroup = 32;           // weights along K that share an exponent
+    static constexpr bool kEvenScales = true;   // see Unit in mma/swapped.cuh
 
     template <class C> struct InStages {
         MEGA_DEVICE static u32 codes(const Shared<C>& s, u32 stage) { return s.weights(stage); }

@@ -44,9 +44,10 @@ template <class C, u32 kN> struct OneByOneLoop {
 
     /// One k-block, whose block 0 has been expanded; expands that of the next one, or the same again.
     MEGA_DEVICE void block(Columns<C>& result, Fresh& fresh, Rows& rows, Ring<C::kStages>& ring,
-                           bool more) const {
+                           const Unit<C>& unit, bool more) const {
         const u32 stage = ring.stage;
         Packed packed;
+        ColumnScales<C, kPart> by;   // one product's of each block are the same
 #pragma unroll
         for (u32 i = 0; i < kProducts; ++i) {
             const u32 part = i % kParts;
@@ -62,18 +63,19 @@ template <class C, u32 kN> struct OneByOneLoop {
                 if (more) wait(ring);
                 load(packed, more ? ring.stage : stage, 0);
             }
-            ColumnScales<kPart> by;
-            by.load(shared.act_scales(stage) + part * (kPart * 4),
-                    shared.weight_scales(stage) + group * 8, thread % kWarp);
+            if (kParts > 1 || i == 0)
+                by.load(shared.act_scales(stage) + part * (kPart * 4),
+                        shared.weight_scales(stage) + group * 8, thread % kWarp);
             ptx::wgmma_wait<0>(fresh);
-            by.promote(result.block[i / kParts], fresh, part * kPart);
+            by.promote(result.block[i / kParts], fresh, unit, part * kPart);
             if (part == kParts - 1) rows.expand(packed);
         }
         release_stage(shared, stage, thread);
     }
 
     /// From a stage that is full, of which block 0 has been expanded.
-    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows rows, u32 k_blocks) const {
+    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows rows, const Unit<C>& unit,
+                         u32 k_blocks) const {
         Fresh fresh;
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
@@ -84,7 +86,7 @@ template <class C, u32 kN> struct OneByOneLoop {
             OneByOneLoop own = *this;
             // no register is left to keep what is made of it in: it is made anew
             ptx::pin(own.thread);
-            own.block(result, fresh, rows, ring, k_blocks != 1);
+            own.block(result, fresh, rows, ring, unit, k_blocks != 1);
         }
     }
 };

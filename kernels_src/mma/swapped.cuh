@@ -31,8 +31,30 @@ template <class C> struct Columns {
     float block[2][C::kBlockM / 2];
 };
 
+/// The weight scales of a thread's rows in a tile's first k-block.  Scales that are powers of two, and most often the same in all
+/// k-blocks (`kEven`), go into the result when it is complete, and fresh numbers are multiplied only where they differ from the
+/// first.  That leaves out half of the multiplications and changes no bit.
+template <class C> struct Unit {
+    static constexpr bool kEven = C::Weights::kEvenScales;
+    float weight[2];   // of rows t/4 and t/4 + 8
+
+    MEGA_DEVICE void load(u32 weight_scales) {
+        if (kEven) ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
+    }
+    /// A power of two over one of them.
+    MEGA_DEVICE float relative(float scale, u32 row) const {
+        return __uint_as_float(__float_as_uint(scale) - __float_as_uint(weight[row]) +
+                               __float_as_uint(1.0f));
+    }
+    MEGA_DEVICE void apply(Columns<C>& result) const {
+        if constexpr (kEven)
+#pragma unroll
+            for (u32 i = 0; i < C::kBlockM; ++i) result.block[i % 2][i / 2] *= weight[i / 4 % 2];
+    }
+};
+
 /// Scales of a k-block for a thread's numbers.
-template <u32 kN> struct ColumnScales {
+template <class C, u32 kN> struct ColumnScales {
     float act[kN / 4];   // of its tokens
     float weight[2];     // of its rows
 
@@ -44,14 +66,21 @@ template <u32 kN> struct ColumnScales {
             ptx::load_floats_shared(act_scales + i * 32 + lane % 4 * 8, act[2 * i], act[2 * i + 1]);
         ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
-    /// result += fresh * scales, of the kN columns from `first` on.
+    /// result += fresh * scales, of the kN columns from `first` on.  What was fresh may be changed.
     template <u32 kAll>
-    MEGA_DEVICE void promote(float (&result)[kAll], const float (&fresh)[kN / 2],
+    MEGA_DEVICE void promote(float (&result)[kAll], float (&fresh)[kN / 2], const Unit<C>& unit,
                              u32 first = 0) const {
+        constexpr bool kEven = Unit<C>::kEven;
+        if (kEven && (weight[0] != unit.weight[0] || weight[1] != unit.weight[1])) {
+            const float by[2] = {unit.relative(weight[0], 0), unit.relative(weight[1], 1)};
+#pragma unroll
+            for (u32 i = 0; i < kN / 2; ++i) fresh[i] *= by[i / 2 % 2];
+        }
 #pragma unroll
         for (u32 i = 0; i < kN / 2; ++i) {
             float& sum = result[first / 2 + i];
-            sum = __fmaf_rn(fresh[i], act[i / 4 * 2 + i % 2] * weight[i / 2 % 2], sum);
+            const float scale = act[i / 4 * 2 + i % 2];
+            sum = __fmaf_rn(fresh[i], kEven ? scale : scale * weight[i / 2 % 2], sum);
         }
     }
 };
@@ -78,55 +107,55 @@ template <class C, u32 kN> struct SwappedLoop {
         rows.load(shared.weights(stage), shared.exponents(stage), block(which), thread);
     }
 
-    MEGA_DEVICE ColumnScales<kN> scales(u32 stage) const {
-        ColumnScales<kN> scales;
+    MEGA_DEVICE ColumnScales<C, kN> scales(u32 stage) const {
+        ColumnScales<C, kN> scales;
         scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8,
                     thread % kWarp);
         return scales;
     }
     /// One k-block, whose block 0 has been loaded; loads that of the next one.
     MEGA_DEVICE void in_turn(Columns<C>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
-                             bool more) const {
+                             const Unit<C>& unit, bool more) const {
         float fresh[2][kN / 2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
         load(rows[1], stage, 1);
         issue(fresh[1], rows[1], stage);
-        const ColumnScales<kN> by = scales(stage);
+        const ColumnScales<C, kN> by = scales(stage);
         ptx::wgmma_wait<1>(fresh[0]);
-        by.promote(result.block[0], fresh[0]);
+        by.promote(result.block[0], fresh[0], unit);
         ring.advance();
         if (more) {
             wait_barrier_watched(shared.full(ring.stage), ring.parity);
             load(rows[0], ring.stage, 0);
         }
         ptx::wgmma_wait<0>(fresh[1]);
-        by.promote(result.block[1], fresh[1]);
+        by.promote(result.block[1], fresh[1], unit);
         release_stage(shared, stage, thread);
     }
 
     /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
     MEGA_DEVICE void at_once(Columns<C>& result, const Rows (&rows)[2], Rows (&next)[2],
-                             Ring<C::kStages>& ring, bool more) const {
+                             Ring<C::kStages>& ring, const Unit<C>& unit, bool more) const {
         float fresh[2][kN / 2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
         issue(fresh[1], rows[1], stage);
-        const ColumnScales<kN> by = scales(stage);
+        const ColumnScales<C, kN> by = scales(stage);
         ring.advance();
         if (more) wait_barrier_watched(shared.full(ring.stage), ring.parity);
         const u32 ahead = more ? ring.stage : stage;
         load(next[0], ahead, 0), load(next[1], ahead, 1);
         ptx::wgmma_wait<1>(fresh[0]);
-        by.promote(result.block[0], fresh[0]);
+        by.promote(result.block[0], fresh[0], unit);
         ptx::wgmma_wait<0>(fresh[1]);
-        by.promote(result.block[1], fresh[1]);
+        by.promote(result.block[1], fresh[1], unit);
         release_stage(shared, stage, thread);
     }
 
     /// From a stage that is full, of which block 0 has been loaded into `first`.
     MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, const Rows& first,
-                         u32 k_blocks) const {
+                         const Unit<C>& unit, u32 k_blocks) const {
         Rows rows[2] = {first, {}};
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
@@ -135,12 +164,12 @@ template <class C, u32 kN> struct SwappedLoop {
             load(rows[1], ring.stage, 1);
 #pragma unroll 1
             for (; k_blocks != 0; k_blocks -= 2) {
-                at_once(result, rows, next, ring, true);
-                at_once(result, next, rows, ring, k_blocks != 2);
+                at_once(result, rows, next, ring, unit, true);
+                at_once(result, next, rows, ring, unit, k_blocks != 2);
             }
         } else {
 #pragma unroll 1
-            for (; k_blocks != 0; --k_blocks) in_turn(result, rows, ring, k_blocks != 1);
+            for (; k_blocks != 0; --k_blocks) in_turn(result, rows, ring, unit, k_blocks != 1);
         }
     }
 };

@@ -117,6 +117,12 @@ MEGA_DEVICE void load_matrix4(u32 address, u32 (&v)[4]) {
                  : "r"(address)
                  : "memory");
 }
+/// The way back: lane l gives of each matrix the four bytes 4(l % 4) of row l / 4, and the address of row l % 8 of matrix l / 8.
+MEGA_DEVICE void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
 /// Sixteen bytes from global to shared memory without a register; complete when the thread has waited for their group.
 MEGA_DEVICE void copy16_async(u32 dst, const void* src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");

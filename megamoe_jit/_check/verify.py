@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from megamoe_jit._check import scenarios as _scenarios
 from megamoe_jit._check.documents import Outcome
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights
-from megamoe_jit._errors import DeviceFaultError, PeerTimeoutError
+from megamoe_jit._errors import ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import MoEShape, Variant, WeightFormat
 from megamoe_jit.heuristics.select import AUTO
@@ -24,6 +24,7 @@ __all__ = [
     "MAX_DIFF",
     "MAX_ROW_DIFF",
     "Outcome",
+    "Runs",
     "Verdict",
     "WeightCache",
     "failure",
@@ -41,6 +42,42 @@ MAX_ROW_DIFF = 2e-3  #: `calc_diff` of any one row
 GUARD_ROWS = 8  #: rows of the output past the token count, which must stay as they were
 FAULTS = (DeviceFaultError, PeerTimeoutError)  #: the CUDA context is gone after these
 STATS_BEFORE = 7  #: what the counters hold before a call, because they accumulate
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Which scenarios are run with which variants, and how.
+
+    Attributes:
+        pattern: as in `scenarios.select`.
+        variants: ``auto`` or names of variants.
+        slow: slow scenarios as well.
+        seed: of weights and inputs.
+        weights: the format of all weights, instead of the scenarios' own.
+        rounds: of several ranks, times that each scenario is run on its buffer.
+        skew_us: of several ranks, microseconds that one is late for a launch at most.
+    """
+
+    pattern: str = "*"
+    variants: Sequence[str] = VARIANTS
+    slow: bool = False
+    seed: int = 0
+    weights: str | None = None
+    rounds: int = 1
+    skew_us: int = 0
+
+    def chosen(self, ranks: int = 1) -> tuple[Scenario, ...]:
+        """Scenarios that fit, and whose experts the ranks can share evenly; those of one shape next to each other.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        found = _scenarios.select(self.pattern, slow=self.slow, weights=self.weights)
+        fitting = [scenario for scenario in found if scenario.shape.experts % ranks == 0]
+        if not fitting:
+            raise ConfigError(f"no scenario of {self.pattern!r} has experts that {ranks} ranks can share evenly")
+        by_shape = {(s.shape, s.weights): i for i, s in reversed(list(enumerate(fitting)))}
+        return tuple(sorted(fitting, key=lambda s: by_shape[s.shape, s.weights]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,41 +271,30 @@ def failure(scenario: Scenario, variant: str, error: Exception) -> Outcome:
 
 
 def run_all(
-    pattern: str = "*",
-    variants: Iterable[str] = VARIANTS,
+    runs: Runs,
     device: torch.device | str = "cuda",
     progress: Callable[[Outcome], None] | None = None,
     *,
-    slow: bool = False,
-    seed: int = 0,
-    weights: str | None = None,
     api: Any = None,
 ) -> list[Outcome]:
-    """Run every scenario that fits `pattern` with every variant that multiplies its weights.
+    """Run every scenario that is asked for with every variant that multiplies its weights.
 
     An error fails its scenario, whatever it is, and the run goes on, but a fault of the device ends it: the CUDA
     context is gone, and what was left does not count as run.
 
     Args:
-        pattern: As in `scenarios.select`.
-        variants: ``auto`` or names of variants.
+        runs: Which, and how.
         device: Where.
         progress: Called with each outcome as it comes.
-        slow: Slow scenarios as well.
-        seed: Of weights and inputs.
-        weights: The format of all weights, instead of the scenarios' own.
         api: Stands in for the package in tests of this runner.
     """
-    variants = tuple(variants)
-    chosen = _scenarios.select(pattern, slow=slow, weights=weights)
-    by_shape = {(s.shape, s.weights): i for i, s in reversed(list(enumerate(chosen)))}  # equal ones next to each other
     outcomes: list[Outcome] = []
     cache, where = WeightCache(), torch.device(device)
-    for scenario in sorted(chosen, key=lambda s: by_shape[s.shape, s.weights]):
-        for variant in scenario.runs(variants):
+    for scenario in runs.chosen():
+        for variant in scenario.runs(runs.variants):
             fault = False
             try:
-                outcome = run_scenario(scenario, variant, device, seed=seed, cache=cache, api=api)
+                outcome = run_scenario(scenario, variant, device, seed=runs.seed, cache=cache, api=api)
             except Exception as error:
                 fault, outcome = is_gone(error, where), failure(scenario, variant, error)
             outcomes.append(outcome)

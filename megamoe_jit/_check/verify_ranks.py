@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
@@ -26,8 +26,8 @@ from megamoe_jit._check.verify import (
     FAULTS,
     GUARD_ROWS,
     STATS_BEFORE,
-    VARIANTS,
     Outcome,
+    Runs,
     WeightCache,
     _stage,
     failure,
@@ -36,31 +36,18 @@ from megamoe_jit._check.verify import (
     outcome_of,
     sizes_of,
 )
-from megamoe_jit._errors import ConfigError, MegaMoeError
+from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.group import collectively
 from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts, moe_reference
 
-__all__ = ["chosen", "run_on_rank", "run_ranks", "share_of"]
+__all__ = ["run_on_rank", "run_ranks", "share_of"]
 
 SEEDS_PER_RUN = 64  #: rank r of a run with seed s has inputs of seed s * 64 + r, and in round n of n * 2 ** 32 more
 CYCLES_PER_US = 1800  #: of the SMs, about
 COLLECTIVE_S = 120.0
-
-
-def chosen(pattern: str, ranks: int, *, slow: bool = False, weights: str | None = None) -> tuple[Scenario, ...]:
-    """Scenarios that fit the pattern and whose experts the ranks can share evenly, by shape.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    fitting = [s for s in _scenarios.select(pattern, slow=slow, weights=weights) if s.shape.experts % ranks == 0]
-    if not fitting:
-        raise ConfigError(f"no scenario of {pattern!r} has experts that {ranks} ranks can share evenly")
-    by_shape = {(s.shape, s.weights): i for i, s in reversed(list(enumerate(fitting)))}
-    return tuple(sorted(fitting, key=lambda s: by_shape[s.shape, s.weights]))
 
 
 def share_of(given: WeightTensors, shape: MoEShape, rank: int, ranks: int) -> WeightTensors:
@@ -180,18 +167,13 @@ def _merged(outcomes: Sequence[Outcome], each: str = "rank") -> Outcome:
     )
 
 
-def run_on_rank(
-    world: World,
-    pattern: str,
-    variants: list[str],
-    slow: bool,
-    seed: int,
-    api: str = "megamoe_jit",
-    rounds: int = 1,
-    skew_us: int = 0,
-    weights: str | None = None,
-) -> int:
+def run_on_rank(world: World, runs: dict[str, Any], api: str = "megamoe_jit") -> int:
     """What each rank does; rank 0 reports every merged outcome as it comes. A round that fails is its scenario's last.
+
+    Args:
+        world: this rank's place.
+        runs: a `Runs` as plain data.
+        api: module that stands in for the package in tests of this runner.
 
     Returns:
         How many outcomes there were. One that fails does not keep the others from being run, but a rank that has lost
@@ -203,17 +185,18 @@ def run_on_rank(
 
     # a rank that raised in the middle of a collective meets the others here
     control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * COLLECTIVE_S))
-    rank, count = _Rank(world, seed, import_module(api), skew_us), 0
-    for scenario in chosen(pattern, world.ranks, slow=slow, weights=weights):
-        for variant in scenario.runs(variants):
+    wanted = Runs(**runs)
+    rank, count = _Rank(world, wanted.seed, import_module(api), wanted.skew_us), 0
+    for scenario in wanted.chosen(world.ranks):
+        for variant in scenario.runs(wanted.variants):
             outcomes: list[Outcome] = []
             everyone: list[Any] = [None] * world.ranks
-            while len(outcomes) < rounds and all(o.passed for o in outcomes):
+            while len(outcomes) < wanted.rounds and all(o.passed for o in outcomes):
                 dist.all_gather_object(everyone, rank.run(scenario, variant, len(outcomes)), group=control)
                 outcomes.append(_merged(_counted(everyone)))
             count += 1
             if world.rank == 0:
-                world.report((_merged(outcomes, "round") if rounds > 1 else outcomes[0]).to_json())
+                world.report((_merged(outcomes, "round") if wanted.rounds > 1 else outcomes[0]).to_json())
             if any(said.gone for said in everyone):
                 return count
             if all(said.has_buffer for said in everyone):
@@ -228,32 +211,20 @@ def _from_json(data: dict[str, Any]) -> Outcome:
 
 def run_ranks(
     ranks: int,
-    pattern: str = "*",
-    variants: Sequence[str] = VARIANTS,
+    runs: Runs,
     progress: Callable[[Outcome], None] | None = None,
     *,
-    slow: bool = False,
-    seed: int = 0,
-    weights: str | None = None,
     device: str = "cuda",
     api: str = "megamoe_jit",
-    rounds: int = 1,
-    skew_us: int = 0,
 ) -> list[Outcome] | None:
     """Run every scenario that fits on all ranks: those of torchrun if there is one, else started here.
 
     Args:
         ranks: how many.
-        pattern: as in `scenarios.select`.
-        variants: ``auto`` or names of variants.
+        runs: which scenarios, and how.
         progress: called with each outcome as it comes.
-        slow: slow scenarios as well.
-        seed: of weights and inputs.
-        weights: the format of all weights, instead of the scenarios' own.
         device: `cuda`, or `cpu` in tests of this runner.
         api: module that stands in for the package in tests of this runner.
-        rounds: times that each scenario is run on its buffer.
-        skew_us: microseconds that a rank is late for a launch at most.
 
     Returns:
         Outcomes, each the worst over ranks and rounds; None on the ranks of torchrun that have nothing to say.
@@ -262,7 +233,7 @@ def run_ranks(
         ConfigError: no scenario fits, or there are fewer GPUs.
         MegaMoeError: a rank ended without saying why.
     """
-    chosen(pattern, ranks, slow=slow, weights=weights)  # refuses before anything is started
+    runs.chosen(ranks)  # refuses before anything is started
     outcomes: list[Outcome] = []
 
     def note(_: int, report: Any) -> None:
@@ -270,8 +241,7 @@ def run_ranks(
         if progress is not None:
             progress(outcomes[-1])
 
-    arguments: dict[str, Any] = {"pattern": pattern, "variants": list(variants), "slow": slow, "seed": seed}
-    arguments |= {"api": api, "rounds": rounds, "skew_us": skew_us, "weights": weights}
+    arguments = {"runs": asdict(runs), "api": api}
     target = "megamoe_jit._check.verify_ranks:run_on_rank"
     try:
         done = collect(target, ranks, arguments, device=device, on_report=note, group_timeout_s=COLLECTIVE_S)

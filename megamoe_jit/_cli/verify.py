@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -112,18 +112,7 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
 @click.option("--list", "only_list", is_flag=True, help="Print the scenarios that would run; needs no GPU.")
 @run_ranks_option
 @json_option
-def verify(
-    pattern: str,
-    variants: tuple[str, ...],
-    slow: bool,
-    seed: int,
-    rounds: int,
-    skew_us: int,
-    weights: str | None,
-    only_list: bool,
-    ranks: int | None,
-    as_json: bool,
-) -> None:
+def verify(only_list: bool, ranks: int | None, as_json: bool, **how: Any) -> None:
     """Run scenarios on the GPU and compare with the FP32 reference.
 
     Kernels that are not cached are compiled first, in parallel. With several ranks, scenarios whose experts they
@@ -131,56 +120,46 @@ def verify(
 
     Exit code 0 if all agree, 1 if one does not, 3 without a Hopper GPU.
     """
-    variants = variants or VARIANT_NAMES
     if not only_list:
         from megamoe_jit._device.driver import refuse_without_gpu
 
         refuse_without_gpu()
     from megamoe_jit._check.documents import Scenarios, Verify
     from megamoe_jit._check.scenarios import select
+    from megamoe_jit._check.verify import Runs, run_all
+    from megamoe_jit._check.verify_ranks import run_ranks
 
-    several = rank_count(ranks)
-    if several == 1 and (rounds > 1 or skew_us > 0):
+    runs, several = Runs(**{**how, "variants": how["variants"] or VARIANT_NAMES}), rank_count(ranks)
+    if several == 1 and (runs.rounds > 1 or runs.skew_us > 0):
         raise click.UsageError("--rounds and --skew are about several ranks; give --ranks 2 or more with them")
-    chosen = select(pattern, slow=slow, weights=weights)
-    if several > 1:
-        from megamoe_jit._check import verify_ranks as _verify_ranks
-
-        chosen = _verify_ranks.chosen(pattern, several, slow=slow, weights=weights)
-    runs = sum(len(scenario.runs(variants)) for scenario in chosen)
-    if not runs:
-        raise ConfigError(f"{', '.join(variants)} multiplies no weights of these scenarios; allowed: another --variant")
+    chosen = select(runs.pattern, slow=runs.slow, weights=runs.weights) if several == 1 else runs.chosen(several)
+    count = sum(len(scenario.runs(runs.variants)) for scenario in chosen)
+    if not count:
+        names = ", ".join(runs.variants)
+        raise ConfigError(f"{names} multiplies no weights of these scenarios; allowed: another --variant")
     if only_list:
-        names = tuple(scenario.name for scenario in chosen)
+        listed = tuple(scenario.name for scenario in chosen)
         if as_json:
-            emit(Scenarios(names))
+            emit(Scenarios(listed))
         else:
-            show("\n".join(names))
+            show("\n".join(listed))
         return
 
     from megamoe_jit._bench.measure import require_hopper
     from megamoe_jit._check.collect import refusal
-    from megamoe_jit._check.verify import run_all
 
     device = require_hopper()
     if several == 1 or not refusal(several):  # else run_ranks refuses, at once
-        _compile_ahead(_kernels(chosen, variants, device, several), several, as_json)
-    with progress_line("verify", runs) as step:
+        _compile_ahead(_kernels(chosen, runs.variants, device, several), several, as_json)
+    with progress_line("verify", count) as step:
 
         def note(outcome: Outcome) -> None:
             step(_line(outcome))
 
-        found = (
-            _verify_ranks.run_ranks(
-                several, pattern, variants, note, slow=slow, seed=seed, weights=weights, rounds=rounds, skew_us=skew_us
-            )
-            if several > 1
-            else run_all(pattern, variants, device, note, slow=slow, seed=seed, weights=weights)
-        )
-    if found is None:  # another rank of torchrun reports
+        outcomes = run_ranks(several, runs, note) if several > 1 else run_all(runs, device, note)
+    if outcomes is None:  # another rank of torchrun reports
         return
-    outcomes = found
-    doc = Verify.of(outcomes, len(chosen), runs, rounds, skew_us)
+    doc = Verify.of(outcomes, len(chosen), count, runs.rounds, runs.skew_us)
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if as_json:
         emit(doc)

@@ -56,6 +56,31 @@ def test_the_same_bits_on_every_run(layer: Layer, variant: str, tokens: int):
             assert equal_bits(layer.call(buffer, inputs, variant), first)
 
 
+def uneven(matrix: tuple[torch.Tensor, ...], gated: bool) -> None:
+    """Gives 128 x 128 weights at a time other scales, and their groups exponents by which they stay what they are."""
+    _, exponents, scales = matrix
+    dice = torch.Generator(device=scales.device).manual_seed(3)
+    powers = torch.randint(0, 4, scales.shape, generator=dice, device=scales.device)
+    scales *= torch.pow(0.5, powers)
+    more = powers.to(torch.uint8).repeat_interleave(128, 1).repeat_interleave(4, 2)
+    for each, by in zip(exponents, more, strict=True):
+        each.copy_(MXFP4.pack_exponents(MXFP4.unpack_exponents(each, gated) + by, gated))
+
+
+@pytest.mark.parametrize("variant", WAYS)
+def test_scales_that_differ_along_a_row_give_the_same_bits(variant: str, device: torch.device):
+    """A tile's k-blocks share a scale as a rule, which is multiplied by when the tile is complete."""
+    layer = Layer(SHAPE, device, weights=MXFP4)
+    batches = [layer.inputs(tokens) for tokens in (5, 50, 130, 300, 420)]
+    with layer.buffer(512) as buffer:
+        wanted = [layer.call(buffer, inputs, variant) for inputs in batches]
+        uneven(layer.l1, True)
+        uneven(layer.l2, False)
+        for inputs, y in zip(batches, wanted, strict=True):
+            assert layer.judge(y, inputs).passed
+            assert equal_bits(layer.call(buffer, inputs, variant), y)
+
+
 def test_both_formats_take_turns_in_one_buffer(layer: Layer, device: torch.device):
     """A buffer serves weights of any format: each call takes it from what it is given."""
     inputs = layer.inputs(130)

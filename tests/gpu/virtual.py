@@ -10,6 +10,7 @@ queues of their own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -24,14 +25,15 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
 
-from megamoe_jit._check.scenarios import SCENARIOS, Scenario, Weights, make_weights
+from megamoe_jit._check.scenarios import SCENARIOS, Inputs, Scenario, Weights, make_weights
+from megamoe_jit._compile import render as _render
 from megamoe_jit._layer import buffer as _buffer
 from megamoe_jit._layer import group as _ranks
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._layer.stream_order import StreamOrder
 from megamoe_jit._spec import FP8, MoEShape, Variant
-from megamoe_jit.reference import expert_counts
+from megamoe_jit.reference import expert_counts, moe_reference
 from tests.multi.harness import warm
 from tests.multi.worker import CLAMP, MIXED, MODES, Rank, equal_bits, shape_for
 
@@ -85,7 +87,7 @@ def allocate(group: Group, size: int, device: torch.device, _: object) -> tuple[
 class VirtualRank(Rank):
     """A rank whose peers are threads of this process."""
 
-    def __init__(self, group: Group, shape: MoEShape, capacity: int, weights: Weights, fast_math: bool) -> None:
+    def __init__(self, group: Group, shape: MoEShape, capacity: int, fast_math: bool, weights: Weights) -> None:
         self._group = group
         device = torch.device("cuda", torch.cuda.current_device())
         super().__init__(group.rank(), group.size(), device, shape, capacity, weights)
@@ -97,6 +99,19 @@ class VirtualRank(Rank):
     @property
     def group(self) -> Group:
         return self._group
+
+    def expected_beside_others(self, inputs: Inputs, clamp: float | None) -> torch.Tensor:
+        """The reference of this rank's tokens.  One thread works it out for all: here the host's time counts."""
+        torch.cuda.current_stream().synchronize()
+        everyone, parts = gather(self._group, inputs), None
+        if self.rank == 0:
+            given = ((each.x_q.view(torch.uint8), each.x_sf, *each.slots) for each in everyone)
+            codes, *others = (torch.cat(tensors) for tensors in zip(*given, strict=True))
+            weights = self.weights.l1, self.weights.l2
+            y = moe_reference(codes.view(torch.float8_e4m3fn), *others, *weights, activation_clamp=clamp)
+            torch.cuda.current_stream().synchronize()
+            parts = y.split([len(each.x_q) for each in everyone])
+        return gather(self._group, parts)[0][self.rank]
 
     def counts(self, inputs) -> torch.Tensor:
         mine = expert_counts(inputs.topk_idx, self.shape.experts).to("cpu", torch.int64)
@@ -122,7 +137,7 @@ class VirtualRank(Rank):
 def check_scenario(scenario: Scenario, it: VirtualRank) -> str:
     """A scenario of the table on every rank, each with inputs of its own."""
     inputs = it.inputs(scenario)
-    expected = it.expected(inputs, scenario.clamp)
+    expected = it.expected_beside_others(inputs, scenario.clamp)
     modes = MODES if it.ranks == 2 else ("mixed",)
     problems = [
         it.check(inputs, m, expected=expected, clamp=scenario.clamp, fast_math=scenario.fast_math) for m in modes
@@ -199,22 +214,44 @@ def names(ranks: int) -> list[str]:
     return table + list(OWN)
 
 
-def _rank(group: Group, checks: list[str], weights: dict[str, Weights]) -> None:
+def layer_of(name: str, ranks: int) -> tuple[MoEShape, int, bool]:
+    """Shape, capacity and `fast_math` of a check's layer."""
     table = {s.name: s for s in SCENARIOS}
-    for name in checks:
-        scenario = table.get(name)
-        shape = shape_for(group.size(), *SIZES) if scenario is None else scenario.shape
-        capacity, fast_math = (CAPACITY, True) if scenario is None else (scenario.capacity, scenario.fast_math)
-        it = VirtualRank(group, shape, capacity, weights[name], fast_math)
-        problems = gather(group, check_scenario(scenario, it) if scenario is not None else OWN[name](it))
-        if group.rank() == 0:
-            say(name, problems)
+    if name not in table:
+        return shape_for(ranks, *SIZES), CAPACITY, True
+    scenario = table[name]
+    return scenario.shape, scenario.capacity, scenario.fast_math
+
+
+def _rank(group: Group, checks: list[str], weights: dict[MoEShape, Weights]) -> None:
+    """Checks of one layer, one after the other, have the same ranks, as in `tests/multi`."""
+    table = {s.name: s for s in SCENARIOS}
+    for (shape, *others), names in itertools.groupby(checks, lambda name: layer_of(name, group.size())):
+        it = VirtualRank(group, shape, *others, weights[shape])
+        for name in names:
+            problems = gather(group, check_scenario(table[name], it) if name in table else OWN[name](it))
+            if group.rank() == 0:
+                say(name, problems)
         it.buffer.destroy()
 
 
+def once(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same for several threads, which have one interpreter: no argument is worked on twice."""
+    lock, known = threading.Lock(), {}
+
+    def found(argument: Any) -> Any:
+        with lock:
+            if argument not in known:
+                known[argument] = function(argument)
+            return known[argument]
+
+    return found
+
+
 def stand_in() -> None:
-    """Put the threads' collectives and memory in the places of torch's."""
+    """Put the threads' collectives and memory in the places of torch's, and render each source once for all of them."""
     for module, name, ours in (
+        (_render, "render", once(_render.render)),
         (_ranks, "gather", gather),
         (_buffer, "gather", gather),
         (_memory, "allocate_symmetric", allocate),
@@ -262,20 +299,17 @@ def leave(code: int) -> NoReturn:
 def main(ranks: int, checks: list[str]) -> int:
     """Run the checks; 0 if all threads came to their ends."""
     stand_in()
-    made: dict[MoEShape, Weights] = {}
+    layers = {name: layer_of(name, ranks) for name in checks}
+    first = {layer: number for number, layer in reversed(list(enumerate(layers.values())))}
+    checks = sorted(checks, key=lambda name: first[layers[name]])  # those of one layer side by side
     table = {s.name: s for s in SCENARIOS}
-    weights = {}
-    for name in checks:
-        shape = table[name].shape if name in table else shape_for(ranks, *SIZES)
-        if shape not in made:
-            made[shape] = make_weights(shape, torch.device("cuda"))
-        weights[name] = made[shape]
+    made = {shape: make_weights(shape, torch.device("cuda")) for shape in dict.fromkeys(shape for shape, *_ in first)}
     variants = Variant.reading(FP8) if ranks == 2 else [Variant.parse(name) for name in MIXED]
     warm(list(made), ranks, variants=variants)
     warm([table[n].shape for n in checks if n in table and not table[n].fast_math], ranks, (False,), variants=variants)
     warm([shape_for(ranks, *SIZES)], ranks)
     meeting = Meeting(ranks)
-    return in_threads(lambda rank: _rank(Group(meeting, rank), checks, weights), [meeting])
+    return in_threads(lambda rank: _rank(Group(meeting, rank), checks, made), [meeting])
 
 
 if __name__ == "__main__":

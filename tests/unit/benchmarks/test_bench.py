@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -121,7 +122,7 @@ def test_the_command_lines_of_the_readme_parse():
         with lab.main.commands[name].make_context(name, words.split()):
             pass
     for module in re.findall(r"^python -m benchmarks\.(\w+)", text, re.MULTILINE):
-        assert (checkout.ROOT / "benchmarks" / f"{module}.py").is_file()
+        assert importlib.util.find_spec(f"benchmarks.{module}"), module
 
 
 def test_the_tuner_writes_the_commit_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamoe_jit._check import scenarios as table
-from megamoe_jit._check.verify import Outcome, WeightCache, judge, run_all, run_scenario
+from megamoe_jit._check.verify import Outcome, Runs, WeightCache, judge, run_all, run_scenario
 from megamoe_jit._errors import DeviceFaultError, LaunchError
 from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90, transform_weights_for_mega_moe_sm90
 from megamoe_jit.reference import expert_counts, moe_reference, with_shared_experts
@@ -81,7 +81,7 @@ def test_the_small_scenarios_are_many():
 def test_a_right_layer_passes_everything(part):
     layer = Layer()
     seen = []
-    outcomes = run_all(part, ("auto",), "cpu", seen.append, api=layer)
+    outcomes = run_all(Runs(part, ("auto",)), "cpu", seen.append, api=layer)
     assert len(outcomes) == len(table.select(part)) >= 5
     assert [o for o in outcomes if not o.passed] == []
     assert seen == outcomes
@@ -91,14 +91,14 @@ def test_a_right_layer_passes_everything(part):
 
 def test_variants_reach_their_own_function():
     layer = Layer()
-    outcomes = run_all("L1.smoke", ("pingpong", "cooperative", "auto"), "cpu", api=layer)
+    outcomes = run_all(Runs("L1.smoke", ("pingpong", "cooperative", "auto")), "cpu", api=layer)
     assert layer.calls == ["pingpong", "cooperative", "auto"]
     assert [(o.name, o.variant) for o in outcomes] == [("L1.smoke", v) for v in layer.calls]
 
 
 def test_weights_of_another_format_are_judged_by_its_definition():
     layer = Layer()
-    outcomes = run_all("L1.smoke,mxfp4.masked.t96", ("auto", "pingpong"), "cpu", api=layer, weights="mxfp4")
+    outcomes = run_all(Runs("L1.smoke,mxfp4.masked.t96", ("auto", "pingpong"), weights="mxfp4"), "cpu", api=layer)
     assert [(o.name, o.variant, o.weights) for o in outcomes] == [
         (name, "auto", "mxfp4") for name in ("L1.smoke", "mxfp4.masked.t96")
     ]
@@ -196,7 +196,7 @@ def test_an_error_fails_its_scenario_alone(kind):
         raise kind("no")
 
     layer = Layer(refuse)
-    outcomes = run_all("L1,L4.fm0", ("pingpong",), "cpu", api=layer)
+    outcomes = run_all(Runs("L1,L4.fm0", ("pingpong",)), "cpu", api=layer)
     said = f"{kind.__name__}: {kind('no')}"
     assert [(o.passed, o.reason) for o in outcomes] == [(False, said)] * 2
     assert outcomes[0].to_json()["diff"] is None
@@ -209,7 +209,7 @@ def test_a_device_fault_ends_the_run():
         raise DeviceFaultError("gone")
 
     layer = Layer(fault)
-    outcomes = run_all("L1,L4.fm0", ("pingpong",), "cpu", api=layer)
+    outcomes = run_all(Runs("L1,L4.fm0", ("pingpong",)), "cpu", api=layer)
     assert [o.reason for o in outcomes] == ["DeviceFaultError: gone"]
     assert layer.alive == 1  # freeing on a broken context would hide the fault
 
@@ -218,7 +218,7 @@ def test_equal_shapes_share_one_set_of_weights(monkeypatch):
     drawn = []
     plain = table.make_weights
     monkeypatch.setattr(table, "make_weights", lambda *a: drawn.append(a) or plain(*a))
-    run_all("L1,L4.fm0,tokens.t1_of_1,L4.fm1", ("pingpong", "cooperative"), "cpu", api=Layer())
+    run_all(Runs("L1,L4.fm0,tokens.t1_of_1,L4.fm1", ("pingpong", "cooperative")), "cpu", api=Layer())
     assert len(drawn) == 2
 
 

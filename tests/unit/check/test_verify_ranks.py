@@ -12,7 +12,7 @@ from megamoe_jit._check import scenarios as _scenarios
 from megamoe_jit._check import verify_ranks as _verify_ranks
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify import Outcome
+from megamoe_jit._check.verify import Outcome, Runs
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
 from tests.ranks import forked
@@ -37,7 +37,12 @@ def run(monkeypatch):
     target = "tests.unit.check.test_verify_ranks:on_rank"
     monkeypatch.setattr(_verify_ranks, "collect", lambda _, *more, **named: collect(target, *more, **named))
     with forked():
-        yield lambda **more: _verify_ranks.run_ranks(2, device="cpu", api="tests.unit.layer.rank_layer", **more)
+
+        def run(progress=None, **how):
+            options = {"device": "cpu", "api": "tests.unit.layer.rank_layer"}
+            return _verify_ranks.run_ranks(2, Runs(**how), progress, **options)
+
+        yield run
 
 
 def test_outcomes_are_the_worst_over_ranks(run):
@@ -91,9 +96,9 @@ def test_what_fails_on_one_rank_stops_no_other_scenario(run, monkeypatch):
 
 def test_scenarios_that_cannot_be_shared_are_left_out(monkeypatch):
     monkeypatch.setattr(_scenarios, "SCENARIOS", TABLE)
-    assert [s.name for s in _verify_ranks.chosen("small", 4)] == ["small.t5", "small.t3", "small.t8"]
+    assert [s.name for s in Runs("small").chosen(4)] == ["small.t5", "small.t3", "small.t8"]
     with pytest.raises(ConfigError, match="3 ranks can share evenly"):
-        _verify_ranks.chosen("small", 3)
+        Runs("small").chosen(3)
 
 
 def test_merging_keeps_a_figure_that_does_not_exist():

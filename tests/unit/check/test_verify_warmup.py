@@ -66,9 +66,9 @@ def events(monkeypatch):
         seen.append(("run", scenario.name, variant))
         return passed(scenario.name, variant)
 
-    def run_ranks(ranks, pattern, variants, *_, **__):
+    def run_ranks(ranks, runs, *_):
         seen.append(("ranks",))
-        return [passed(s.name, v) for s in _verify_ranks.chosen(pattern, ranks) for v in s.runs(variants)]
+        return [passed(s.name, v) for s in runs.chosen(ranks) for v in s.runs(runs.variants)]
 
     monkeypatch.setattr(_runtime, "warmup", warmup)
     monkeypatch.setattr(_verify, "run_scenario", run_scenario)

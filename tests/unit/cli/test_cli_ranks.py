@@ -97,14 +97,14 @@ def test_verify_over_ranks_ends_with_one_table(monkeypatch):
         Outcome("L1.smoke", "cooperative", math.nan, math.nan, True, False, "round 2: rank 1: lost"),
         Outcome("route.hot.t96", "pingpong", 3e-5, 2e-4, True, True, ""),
     ]
-    asked = {}
+    asked = []
     monkeypatch.setattr(_bench, "require_hopper", lambda: None)
-    monkeypatch.setattr(_verify_ranks, "run_ranks", lambda *_, **named: asked.update(named) or outcomes)
+    monkeypatch.setattr(_verify_ranks, "run_ranks", lambda _, runs, *__: asked.append(runs) or outcomes)
     words = ["verify", "--filter", "L1.smoke,route.hot.t96", "--ranks", "2", "--rounds", "3", "--skew", "500"]
     words += ["--variant", "pingpong", "--variant", "cooperative"]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 1
-    assert (asked["rounds"], asked["skew_us"]) == (3, 500)
+    assert [(runs.rounds, runs.skew_us) for runs in asked] == [(3, 500)]
     head, *table = done.stdout.splitlines()
     assert head == "2 ranks, 3 rounds of each scenario and variant, each up to 500 us late for each launch"
     assert [line.split() for line in table] == [

@@ -17,6 +17,7 @@ int main() {
             piece.load(given, given + PackedPiece::kCodeBytes);
             piece.expand(1024);
         }
+        ptx::store_matrices();
         std::fwrite(ptx::shared_memory + 1024, 1, PackedPiece::kBytes, stdout);
     }
 }

@@ -96,26 +96,20 @@ PACKED_MISTAKES = (
     *SMALL,
     Change("mma/code_stream.cuh", "(full, bytes + bytes", "(full, bytes + (sim::mutant == 213 ? 0 : bytes)"),
     Change("roles/swapped_math.cuh", "        ptx::named_sync", "        if (sim::mutant != 214) ptx::named_sync"),
-    Change(
-        "epilogue/swapped_quant.cuh",
-        "activate<kFirst>(result);\n",
-        "activate<kFirst>(result);\n if (sim::mutant != 215)",
-    ),
+    Change("epilogue/swapped_quant.cuh", "activate<kFirst>(result);\n", "activate<kFirst>(result);\n if (sim::mutant != 215)"),
     Change("epilogue/swapped_quant.cuh", "make_scale(kFirst);\n", "make_scale(kFirst);\n if (sim::mutant != 216)"),
     Change(
-        "epilogue/swapped_quant.cuh",
-        "stage_codes<kFirst>(result);\n",
-        "stage_codes<kFirst>(result);\n if (sim::mutant != 217)",
+        "epilogue/swapped_quant.cuh", "stage_codes<kFirst>(result);\n", "stage_codes<kFirst>(result);\n if (sim::mutant != 217)"
     ),
-    Change(
-        "epilogue/swapped_scatter.cuh", "                meet();", "                if (sim::mutant != 218) meet();"
-    ),
+    Change("epilogue/swapped_scatter.cuh", "                meet();", "                if (sim::mutant != 218) meet();"),
     Change(
         "epilogue/swapped_scatter.cuh",
         "stage(result, first);\n            meet()",
         "stage(result, first);\n            if (sim::mutant != 219) meet()",
     ),
-    Change("epilogue/swapped_quant.cuh", "address + kCodesBytes", "address + (sim::mutant == 226 ? 0 : kCodesBytes)"),
+    Change(
+        "epilogue/swapped_quant.cuh", "address + kCodesBytes", "address + (sim::mutant == 226 ? 0 : kCodesBytes)"
+    ),
     Change("mma/one_by_one.cuh", "if (more) wait(ring)", "if (more && sim::mutant != 227) wait(ring)"),
 )
 LATE_EXPONENTS, MEETINGS, OF_LARGE_TILES = 213, range(214, 220), (226, 227)

@@ -90,6 +90,19 @@ def test_every_code_with_every_exponent_is_exact():
     assert mxfp4_spread(codes, e8m0).exact == {"mxfp4": 255, "e4m3": 255, "e5m2": 255}
 
 
+def test_blocks_of_the_same_rows_share_a_scale_if_they_can():
+    """Each block alone would have another one. In the last rows there is none for all."""
+    codes, e8m0 = drawn(256, 512, 4, least=90)
+    e8m0 += torch.tensor([0, 7, 3, 5], dtype=torch.uint8).repeat_interleave(4)
+    e8m0[128:, :4] -= 60
+    shared = bounds(codes, e8m0, NORMAL).chosen
+    parts = zip(codes.split(64, 1), e8m0.split(4, 1), strict=True)
+    alone = torch.cat([bounds(*each, NORMAL).chosen for each in parts], 1)
+    assert len(alone[0].unique()) == 4
+    assert len(shared[0].unique()) == 1
+    assert torch.equal(shared[1], alone[1])
+
+
 @pytest.mark.parametrize("spread", [1, 9, 27])
 @pytest.mark.parametrize("gated", [False, True])
 def test_groups_of_a_block_may_differ(spread, gated):

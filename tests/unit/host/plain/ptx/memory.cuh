@@ -1,8 +1,11 @@
 // Stand-in for ptx/memory.cuh.
 #pragma once
+#include <array>
 #include <cstring>
+#include <vector>
 
 #include "base/types.cuh"
+#include "ptx/control.cuh"
 
 namespace megamoe::ptx {
 inline Vec16 load16(const void* p) {
@@ -16,6 +19,22 @@ inline void load8(const void* p, u32& a, u32& b) {
 }
 inline u8 shared_memory[1 << 16];
 inline void store4_shared(u32 address, u32 v) { std::memcpy(shared_memory + address, &v, 4); }
+
+struct MatrixStore {
+    u32 address, values[4];
+};
+inline std::array<std::vector<MatrixStore>, 32> matrix_stores;   // of each lane
+/// Lanes run one after the other here, and each needs the addresses of all: `store_matrices` does what they have asked for.
+inline void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    matrix_stores[current_lane].push_back({address, {a, b, c, d}});
+}
+inline void store_matrices() {
+    for (u32 i = 0; i < matrix_stores[0].size(); ++i)
+        for (u32 lane = 0; lane < 32; ++lane)
+            for (u32 m = 0; m < 4; ++m)
+                store4_shared(matrix_stores[m * 8 + lane / 4][i].address + lane % 4 * 4, matrix_stores[lane][i].values[m]);
+    for (auto& of_lane : matrix_stores) of_lane.clear();
+}
 inline void store8(void* p, u32 a, u32 b) {
     std::memcpy(p, &a, 4);
     std::memcpy(static_cast<u8*>(p) + 4, &b, 4);

@@ -88,10 +88,13 @@ inline void load8_shared(u32 address, u32& a, u32& b) {
 }
 inline void load_floats_shared(u32 address, float& a, float& b) { a = load_float_shared(address), b = load_float_shared(address + 4); }
 inline void store_floats_shared(u32 address, float a, float b, float c, float d) { store_shared(address, Vec4{{a, b, c, d}}); }
-inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
+inline void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     const u64* addresses = sim::meet_warp("stmatrix", address);
-    const u32 lane = sim::now->index, values[4] = {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)};
+    const u32 lane = sim::now->index, values[4] = {a, b, c, d};
     for (u32 i = 0; i < 4; ++i) store4_shared(static_cast<u32>(addresses[i * 8 + lane / 4]) + lane % 4 * 4, values[i]);
+}
+inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
+    store_matrix4(address, pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1));
 }
 /// Keeps 32 bytes of rows l/4 and l/4 + 8 of lane l, and gives where.  Tiles of activations are not swizzled here, but the
 /// addresses are.

@@ -1,0 +1,72 @@
+"""The tables of MXFP4 layers beside others, for report.py: what was measured in turns, and what others published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import table
+
+__all__ = ["PUBLISHED", "measured", "published"]
+
+PUBLISHED = Path(__file__).parent / "published_mxfp4.json"
+OWN = {"kernel": "this kernel alone", "layer": "this layer"}
+
+Documents = Sequence[Mapping[str, Any]]
+
+
+def _conditions(doc: Mapping[str, Any]) -> str:
+    env = doc["environment"]
+    stack = f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}"
+    return ", ".join([env["device"], stack, env["date"][:10], f"commit {env['commit']}"]) + "."
+
+
+def _best_of(row: Mapping[str, Any]) -> float | None:
+    """The least time of another."""
+    return min((us for name, us in row["times_us"].items() if name not in OWN), default=None)
+
+
+def _lines(shape: str, rows: Mapping[int, Mapping[str, Any]], counts: Sequence[int]) -> list[tuple[str, ...]]:
+    """Of one layer: a line for each that was timed, and how many times as fast this layer is as the fastest other."""
+    names = list(OWN) + sorted({name for row in rows.values() for name in row["times_us"]} - set(OWN))
+    lines: list[tuple[str, ...]] = []
+    for name in names:
+        times: list[float | None] = [rows[count]["times_us"].get(name) if count in rows else None for count in counts]
+        diffs = [row["diffs"][name] for row in rows.values() if name in row["times_us"]]
+        lines.append((shape, OWN.get(name) or name, *_figures(times, 1), f"{max(diffs):.1e}"))
+    ratios: list[float | None] = []
+    for count in counts:
+        best = _best_of(rows[count]) if count in rows else None
+        ratios.append(best / rows[count]["times_us"]["layer"] if best else None)
+    return [*lines, (shape, "**times as fast as the fastest other**", *_figures(ratios, 2), "")]
+
+
+def _figures(values: Sequence[float | None], digits: int) -> list[str]:
+    return ["-" if value is None else f"{value:.{digits}f}" for value in values]
+
+
+def measured(docs: Documents) -> str:
+    """What took turns in one process; with what was not timed, and why."""
+    lines: list[str] = []
+    for doc in docs:
+        counts = sorted({row["tokens"] for row in doc["rows"]})
+        by_shape: dict[str, dict[int, Mapping[str, Any]]] = {}
+        for row in doc["rows"]:
+            by_shape.setdefault(row["shape"], {})[row["tokens"]] = row
+        head = ("layer", "µs of", *map(str, counts), "off by")
+        cells = [line for shape, rows in by_shape.items() for line in _lines(shape, rows, counts)]
+        refused = sorted({f"{name}: {why}" for row in doc["rows"] for name, why in row["refused"].items()})
+        lines += [_conditions(doc), "", *table(head, cells), *(f"\nNot timed: {each}." for each in refused), ""]
+    return "\n".join(lines[:-1])
+
+
+def published(path: Path = PUBLISHED) -> str:
+    """What others say of theirs on their machines: another card, all experts on it, another protocol."""
+    said = json.loads(path.read_text(encoding="utf-8"))
+    cells = [
+        (row["kernel"], row["gpu"], row["layer"], " / ".join(row["tokens"]), " / ".join(row["us"]), row["source"])
+        for row in said["rows"]
+    ]
+    return "\n".join(table(("kernel", "GPU", "layer", "tokens", "µs", "source"), cells))
