@@ -17,15 +17,15 @@
 
 namespace megamoe {
 
-/// A tile's packed weights on their way into their ring, a k-block after the other.
-template <class C> struct PackedStream : CodesAndExponents<C, 4, 32, Shared<C>::kPackedCodes> {
-    using Base = CodesAndExponents<C, 4, 32, Shared<C>::kPackedCodes>;
-    using Base::Base;
-
-    MEGA_DEVICE void load(const Shared<C>& shared, u32 i, u32 full) const {
-        this->load_to(shared.packed(i), shared.packed(i) + Shared<C>::kPackedCodes, full);
+template <class C> struct InPackedRing {
+    MEGA_DEVICE static u32 codes(const Shared<C>& s, u32 i) { return s.packed(i); }
+    MEGA_DEVICE static u32 exponents(const Shared<C>& s, u32 i) {
+        return s.packed(i) + Shared<C>::kPackedCodes;
     }
 };
+/// A tile's packed weights on their way into their ring, a k-block after the other.
+template <class C> using PackedStream = CodesAndExponents<C, 4, 32, Shared<C>::kPackedCodes,
+                                                          InPackedRing<C>>;
 
 /// The helper warps: each unpacks sixteen rows of every 64.
 template <class C> struct Unpacker {

@@ -18,15 +18,14 @@ struct Mxfp4 {
     static constexpr u32 kGroup = 32;           // weights along K that share an exponent
     static constexpr bool kEvenScales = true;   // see Unit in mma/swapped.cuh
 
-    template <class C>
-    struct CodeStream : CodesAndExponents<C, kBits, kGroup, Shared<C>::kWeightBytes> {
-        using Base = CodesAndExponents<C, kBits, kGroup, Shared<C>::kWeightBytes>;
-        using Base::Base;
-
-        MEGA_DEVICE void load(const Shared<C>& shared, u32 stage, u32 full) const {
-            this->load_to(shared.weights(stage), shared.exponents(stage), full);
+    template <class C> struct InStages {
+        MEGA_DEVICE static u32 codes(const Shared<C>& s, u32 stage) { return s.weights(stage); }
+        MEGA_DEVICE static u32 exponents(const Shared<C>& s, u32 stage) {
+            return s.exponents(stage);
         }
     };
+    template <class C>
+    using CodeStream = CodesAndExponents<C, kBits, kGroup, Shared<C>::kWeightBytes, InStages<C>>;
     template <class C> using ScaleStream = WeightScaleStream<C>;
 
     /// What a thread has of 64 rows of a k-block before it expands them.

@@ -39,9 +39,9 @@ template <class C> struct CodesAlone {
     }
 };
 
-/// Of a format with an exponent for every kGroup codes of kBits; a whole k-block has kCodes bytes of codes.  Whoever derives from it
-/// says where both are put.
-template <class C, u32 kBits, u32 kGroup, u32 kCodes> struct CodesAndExponents {
+/// Of a format with an exponent for every kGroup codes of kBits; a whole k-block has kCodes bytes of codes.  `At` says
+/// where both are put.
+template <class C, u32 kBits, u32 kGroup, u32 kCodes, class At> struct CodesAndExponents {
     static constexpr u32 kCodesPerExponent = kGroup * kBits / 8;   // bytes
     u32 bytes;                                                     // of codes
     const u8 *codes, *exponents;
@@ -55,11 +55,11 @@ template <class C, u32 kBits, u32 kGroup, u32 kCodes> struct CodesAndExponents {
                     blocks * (kBlockK / kGroup);
     }
     MEGA_DEVICE void advance() { codes += bytes, exponents += bytes / kCodesPerExponent; }
-    /// Announces and starts the copies of this k-block to these addresses.
-    MEGA_DEVICE void load_to(u32 codes_at, u32 exponents_at, u32 full) const {
+    /// Announces and starts the copies of this k-block.
+    MEGA_DEVICE void load(const Shared<C>& shared, u32 place, u32 full) const {
         ptx::mbarrier_expect(full, bytes + bytes / kCodesPerExponent);
-        ptx::bulk_load(codes_at, codes, bytes, full);
-        ptx::bulk_load(exponents_at, exponents, bytes / kCodesPerExponent, full);
+        ptx::bulk_load(At::codes(shared, place), codes, bytes, full);
+        ptx::bulk_load(At::exponents(shared, place), exponents, bytes / kCodesPerExponent, full);
     }
 };
 
