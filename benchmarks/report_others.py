@@ -30,7 +30,7 @@ def _best_of(row: Mapping[str, Any]) -> float | None:
 
 def _lines(shape: str, rows: Mapping[int, Mapping[str, Any]], counts: Sequence[int]) -> list[tuple[str, ...]]:
     """Of one layer: a line for each that was timed, and how many times as fast this layer is as the fastest other."""
-    names = list(OWN) + sorted({name for row in rows.values() for name in row["times_us"]} - set(OWN))
+    names = dict.fromkeys((*OWN, *(name for row in rows.values() for name in row["times_us"])))
     lines: list[tuple[str, ...]] = []
     for name in names:
         times: list[float | None] = [rows[count]["times_us"].get(name) if count in rows else None for count in counts]
