@@ -23,30 +23,20 @@ template <class C> struct SwappedMath {
     const Shared<C>& shared;
     u32 group;   // 0 or 1
 
-    // of a single expert scales are kept through the loop alone: wide kernels of such a layer would spill registers
-    static constexpr bool kOneExpert = C::kLocalExperts == 1;
-
     /// What comes before the loops, once for all of them.
     struct Start {
         Ring<C::kStages> ring;             // at the first stage, which is full
         typename C::Weights::Rows first;   // its block 0
         u32 thread;                        // of the warpgroup
         bool half;                         // the tile has 128 rows, and a warpgroup one block
-        mutable Unit<C> unit;
-
-        MEGA_DEVICE void load_unit(const Shared<C>& shared, u32 group) const {
-            unit.load(shared.weight_scales(ring.stage) + group * 8);
-        }
     };
     /// By the narrowest loop, from that of kN columns on, that has one for each row of the tile.
     template <u32 kN>
     MEGA_DEVICE void multiply(const Start& start, u32 rows, u32 k_blocks, Columns<C>& result) const {
         if constexpr (kN < C::kBlockM)
             if (rows > kN) return multiply<Policy::wider(kN)>(start, rows, k_blocks, result);
-        if constexpr (kOneExpert) start.load_unit(shared, group);
         typename LoopFor<C, kN>::Loop{shared, group, start.thread, start.half}.run(
-            result, start.ring, start.first, start.unit, k_blocks);
-        if constexpr (kOneExpert) start.unit.apply(result);
+            result, start.ring, start.first, k_blocks);
         // what only wider loops write would else count as alive through this one
 #pragma unroll
         for (u32 i = kN / 2; i < C::kBlockM / 2; i += 4)
@@ -67,13 +57,11 @@ template <class C> struct SwappedMath {
         const bool half = C::kHidden % kBlockN != 0 && second &&
                           tile.n() == TileOrder<C>::kTilesN2 - 1;
         Columns<C> result;
-        Start start{Ring<C::kStages>(tile.k_begin()), {}, thread, half, {}};
+        Start start{Ring<C::kStages>(tile.k_begin()), {}, thread, half};
         wait_barrier_watched(shared.full(start.ring.stage), start.ring.parity);
         start.first.load(shared.weights(start.ring.stage), shared.exponents(start.ring.stage),
                          half ? group : group * 2, thread);
-        if constexpr (!kOneExpert) start.load_unit(shared, group);
         multiply<Policy::wider(0)>(start, tile.rows(), tile.k_blocks(), result);
-        if constexpr (!kOneExpert) start.unit.apply(result);
         // beside a large result there is no register to have kept this in
         const u32 of_both = ptx::thread_id_again() - kGroup, group = of_both / kGroup;
         // nobody reads the staging of the tile before any more

@@ -19,7 +19,7 @@ ALWAYS = (Variant.PINGPONG, Variant.COOPERATIVE)
 
 #: Odd sizes, by their top-k, that are compiled at every run for variants that take long and differ from others in how
 #: weights reach the tensor cores alone: the smallest, those over two ranks, those with half a tile of 256 columns.
-ODD_TOPK = {Variant.WIDE: (1, 12, 32), Variant.UNPACK: (1, 12, 32), Variant.PREFILL: (1, 12, 32)}
+ODD_TOPK = {Variant.WIDE: (12, 32), Variant.UNPACK: (1, 12, 32), Variant.PREFILL: (1, 12, 32)}
 
 Pair = tuple[tuple[str, object], tuple[str, object]]
 
