@@ -129,7 +129,7 @@ def _is_size(value: object) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    return _is_size(value) or (type(value) is float and math.isfinite(value) and value >= 0)
+    return (math.isfinite(value) and value >= 0) if type(value) is float else _is_size(value)
 
 
 def _are_texts(value: object) -> bool:
