@@ -1,11 +1,14 @@
-"""Tables in Markdown, and where they go in a document."""
+"""Tables in Markdown, what is said under them, and where they go in a document."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-__all__ = ["put", "table"]
+__all__ = ["by_layer", "conditions", "put", "table"]
+
+Row = Mapping[str, Any]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -15,6 +18,22 @@ def _row(cells: Sequence[str]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table."""
     return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
+
+
+def by_layer(rows: Iterable[Row], name: Callable[[Row], str]) -> tuple[list[int], dict[str, dict[int, Row]]]:
+    """For tables with token counts side by side: all counts, ascending, and each layer's rows by count."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault(name(row), {})[row["tokens"]] = row
+    return sorted({count for each in found.values() for count in each}), found
+
+
+def conditions(doc: Row) -> str:
+    """On what a document was measured, and when."""
+    env = doc["environment"]
+    ranks = [f"{env['ranks']} ranks"] if env.get("ranks", 1) > 1 else []
+    stack = f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}"
+    return ", ".join([env["device"], stack, *ranks, env["date"][:10], f"commit {env['commit']}"]) + "."
 
 
 def put(text: str, name: str, body: str) -> str:

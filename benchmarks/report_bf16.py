@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks.markdown import by_layer, conditions, table
 
 __all__ = ["compact", "full"]
 
@@ -29,13 +29,6 @@ FULL = (
     ("host: kernel", "host_kernel_us"),
     ("host: empty operation", "host_empty_op_us"),
 )
-
-
-def _conditions(doc: Mapping[str, Any]) -> str:
-    env = doc["environment"]
-    ranks = [f"{env['ranks']} ranks"] if env.get("ranks", 1) > 1 else []
-    stack = f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}"
-    return ", ".join([env["device"], stack, *ranks, env["date"][:10], f"commit {env['commit']}"]) + "."
 
 
 def _spread(rows: Sequence[Mapping[str, Any]], field: str) -> str:
@@ -79,20 +72,17 @@ def compact(docs: Documents) -> str:
     """For the README: of each layer the kernel, and the layer in a graph and called; tokens side by side."""
     lines: list[str] = []
     for doc in docs:
-        tokens = sorted({row["tokens"] for row in doc["rows"]})
-        by_shape: dict[str, dict[int, Mapping[str, Any]]] = {}
-        for row in doc["rows"]:
-            by_shape.setdefault(_layer(row), {})[row["tokens"]] = row
+        tokens, layers = by_layer(doc["rows"], _layer)
         cells = [
             (shape, what, *(f"{rows[count][field]:.0f}" if count in rows else "-" for count in tokens))
-            for shape, rows in by_shape.items()
+            for shape, rows in layers.items()
             for what, field in COMPACT
         ]
         ranks = doc["environment"].get("ranks", 1)
         where = f", on {ranks} GPUs, tokens of each" if ranks > 1 else ""
         intro = f"From bf16 to bf16, as a model calls the layer, staging in the same launch{where}; µs by tokens:"
         lines += [intro, "", *table(("layer", "µs of", *map(str, tokens)), cells)]
-        lines += ["", _host(doc["rows"]), _conditions(doc), ""]
+        lines += ["", _host(doc["rows"]), conditions(doc), ""]
     return "\n".join(lines[:-1])
 
 
@@ -105,5 +95,5 @@ def full(docs: Documents) -> str:
         cells = [
             (_layer(row), str(row["tokens"]), *(f"{row[field]:.1f}" for _, field in FULL), _said(row)) for row in rows
         ]
-        lines += [_conditions(doc), _host(rows), _once(doc), "", *table(head, cells), ""]
+        lines += [conditions(doc), _host(rows), _once(doc), "", *table(head, cells), ""]
     return "\n".join(lines[:-1])

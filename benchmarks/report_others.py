@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks.markdown import by_layer, conditions, table
 
 __all__ = ["PUBLISHED", "measured", "published"]
 
@@ -15,12 +15,6 @@ PUBLISHED = Path(__file__).parent / "published_mxfp4.json"
 OWN = {"kernel": "this kernel alone", "layer": "this layer"}
 
 Documents = Sequence[Mapping[str, Any]]
-
-
-def _conditions(doc: Mapping[str, Any]) -> str:
-    env = doc["environment"]
-    stack = f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}"
-    return ", ".join([env["device"], stack, env["date"][:10], f"commit {env['commit']}"]) + "."
 
 
 def _best_of(row: Mapping[str, Any]) -> float | None:
@@ -51,14 +45,11 @@ def measured(docs: Documents) -> str:
     """What took turns in one process; with what was not timed, and why."""
     lines: list[str] = []
     for doc in docs:
-        counts = sorted({row["tokens"] for row in doc["rows"]})
-        by_shape: dict[str, dict[int, Mapping[str, Any]]] = {}
-        for row in doc["rows"]:
-            by_shape.setdefault(row["shape"], {})[row["tokens"]] = row
+        counts, layers = by_layer(doc["rows"], lambda row: str(row["shape"]))
         head = ("layer", "µs of", *map(str, counts), "off by")
-        cells = [line for shape, rows in by_shape.items() for line in _lines(shape, rows, counts)]
+        cells = [line for shape, rows in layers.items() for line in _lines(shape, rows, counts)]
         refused = sorted({f"{name}: {why}" for row in doc["rows"] for name, why in row["refused"].items()})
-        lines += [_conditions(doc), "", *table(head, cells), *(f"\nNot timed: {each}." for each in refused), ""]
+        lines += [conditions(doc), "", *table(head, cells), *(f"\nNot timed: {each}." for each in refused), ""]
     return "\n".join(lines[:-1])
 
 

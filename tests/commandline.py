@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
 import fcntl
 import functools
@@ -28,7 +27,7 @@ import jsonschema
 
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cli import cli
-from tests.zygote import Zygote
+from tests.zygote import Zygote, zygote
 
 SIZES = ["--hidden", "256", "--intermediate", "128", "--experts", "4", "--topk", "1"]
 STAGED = [*SIZES, "--inputs", "staged"]  #: of `warmup`: the two kernels that do not stage
@@ -43,12 +42,12 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
     It is forked from one that has imported the command line; `start` is slower, and leaves nothing out.
     """
-    return _fork(_zygote("tests.zygote:serve"), arguments, environ)
+    return _fork(zygote("tests.zygote:serve"), arguments, environ)
 
 
 def run_with_torch(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """`run` of a command that imports torch, forked from a process that has done so."""
-    return _fork(_zygote("tests.zygote:serve_with_torch"), arguments, environ)
+    return _fork(zygote("tests.zygote:serve_with_torch"), arguments, environ)
 
 
 def _fork(zygote: Zygote, arguments: tuple[str, ...], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -69,13 +68,6 @@ def start(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         timeout=600,
         env={**os.environ, **environ},
     )
-
-
-@functools.cache
-def _zygote(serve: str) -> Zygote:
-    made = Zygote(serve)
-    atexit.register(made.close)
-    return made
 
 
 def leaf_commands(command: click.Command = cli, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -5,9 +5,7 @@ A fork keeps nothing of the checkout itself, so what it imports is the copy's.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import importlib
 import os
 import runpy
@@ -18,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.zygote import REPO, Zygote, answer, take_over
+from tests.zygote import REPO, answer, take_over, zygote
 
 __all__ = ["python", "serve"]
 
@@ -30,15 +28,8 @@ def python(root: Path, *arguments: str, environ: Mapping[str, str] = os.environ)
     """What `python ARGUMENTS` does in a copy; these begin with `-m` or `-c`."""
     variables = {**environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     with contextlib.chdir(root):
-        code, out, err = _zygote().run(list(arguments), variables, timeout=600)
+        code, out, err = zygote("tests.copies:serve").run(list(arguments), variables, timeout=600)
     return subprocess.CompletedProcess([sys.executable, *arguments], code, out, err)
-
-
-@functools.cache
-def _zygote() -> Zygote:
-    made = Zygote("tests.copies:serve")
-    atexit.register(made.close)
-    return made
 
 
 def serve() -> None:

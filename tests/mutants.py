@@ -391,7 +391,7 @@ MUTANTS = (
     Mutant(
         "nodes: a small call is cut as a large one",
         "megamoe_jit/_nodes/choice.py",
-        "        if not self.chunks_by_rule:",
+        "        if not self._cut_by_rule:",
         "        if chunks:",
         "nodes/test_layer.py::test_the_rule_cuts_a_call_by_its_rows",
     ),

@@ -6,9 +6,7 @@ has it, and tests of how it starts, watches and ends processes do without.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import importlib
 import os
 import socket
@@ -19,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from tests.zygote import Zygote, requests, take_over
+from tests.zygote import requests, take_over, zygote
 
 __all__ = ["forked", "serve"]
 
@@ -45,7 +43,7 @@ class _Forked:
         reader, writer = os.pipe()
         self.stdin, self.returncode = open(writer, "wb", buffering=0), None  # noqa: SIM115 - until the rank is ended
         answers, theirs = socket.socketpair()
-        _zygote().send(arguments, env, [reader, stdout.fileno(), stdout.fileno(), theirs.fileno()])
+        zygote("tests.ranks:serve").send(arguments, env, [reader, stdout.fileno(), stdout.fileno(), theirs.fileno()])
         os.close(reader), theirs.close()
         self._answers = answers.makefile("r")
         self._socket = answers
@@ -65,13 +63,6 @@ class _Forked:
             self.returncode = int(self._answers.readline())
             self._answers.close(), self._socket.close()
         return self.returncode
-
-
-@functools.cache
-def _zygote() -> Zygote:
-    made = Zygote("tests.ranks:serve")
-    atexit.register(made.close)
-    return made
 
 
 def serve() -> None:

@@ -7,7 +7,9 @@ fork, so whether a command imports them is up to the command.  `tests/ranks.py` 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -89,6 +91,14 @@ class Zygote:
         """End it."""
         self._channel.close()
         self._process.wait()
+
+
+@functools.cache
+def zygote(serve: str) -> Zygote:
+    """The one of this process that runs such a function; it ends with the process."""
+    made = Zygote(serve)
+    atexit.register(made.close)
+    return made
 
 
 def _at_start(environ: Mapping[str, str]) -> dict[str, str]:

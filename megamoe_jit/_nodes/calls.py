@@ -120,7 +120,7 @@ def get_multinode_buffer_for_mega_moe(
     if rail is not None:
         made: dict[str, Exchange] = {"gather": GatherExchange(rail), "exact": ExactExchange(rail)}
         its = list(made.values()) if exchange == "auto" else [made[str(exchange)]]
-    choices = Choices(its, rail, rule, chunks_by_rule=chunks == "auto")
+    choices = Choices(its, rail, rule)
     more: dict[str, Any] = {"partial": PARTIALS[partial], "chunks": parts, "comm_ctas": ctas}
     more |= {"timeout_s": float(patience), "max_pool_rows": max_pool_rows}
     return MultiNodeBuffer(topology, rule.shape, num_max_tokens_per_rank, where, choices, **more)

@@ -55,15 +55,12 @@ class Choices:
         exchanges: one, or those that the rule chooses from by name.
         rail: that they use, None for one that brings its own ways.
         rule: of the layer.
-        chunks_by_rule: whether calls are cut by it.
     """
 
-    def __init__(
-        self, exchanges: Sequence[Exchange], rail: TorchRail | None, rule: Rule, *, chunks_by_rule: bool = False
-    ) -> None:
+    def __init__(self, exchanges: Sequence[Exchange], rail: TorchRail | None, rule: Rule) -> None:
         self.exchanges, self.rail = {it.name: it for it in exchanges}, rail
         self.whole_node = exchanges[0].whole_node
-        self.chunks_by_rule = chunks_by_rule
+        self._cut_by_rule = rule.chunks is None
         self._by_rule = functools.lru_cache(maxsize=1024)(rule)
 
     def most_rows(self, tokens: int) -> int:
@@ -91,7 +88,7 @@ class Choices:
             chunks: that there is memory for.
             most: rows of a part.
         """
-        if not self.chunks_by_rule:
+        if not self._cut_by_rule:
             return chunks
         return min(chunks, max(-(-rows // most), self._by_rule(rows, capturing).chunks))
 

@@ -143,14 +143,22 @@ def test_chunks_leave_blocks_to_what_travels():
         assert launches == [(16, 124, "pingpong")] * 3
 
 
+class Said:
+    """In place of a rule that cuts calls by their rows."""
+
+    chunks = None
+
+    def __call__(self, rows, capturing):
+        return SimpleNamespace(chunks=2 if rows == 8 else 4 if rows == 23 else 1)
+
+
 def test_the_rule_cuts_a_call_by_its_rows():
     """Not by those that there is room for, but into no larger parts than fit."""
 
     def action(topology, rail, _):
         buffer = make_buffer(topology, rail, chunks=3, capacity=24)
         l1, l2 = of_node(WEIGHTS, buffer.first_expert, buffer.local_experts)
-        say = lambda rows, capturing: SimpleNamespace(chunks=2 if rows == 8 else 4 if rows == 23 else 1)  # noqa: E731
-        buffer.choices = Choices(list(buffer.choices.exchanges.values()), rail, say, chunks_by_rule=True)
+        buffer.choices = Choices(list(buffer.choices.exchanges.values()), rail, Said())
         seen = {}
         for padded in (7, 8, 16, 23):
             rows = batch(5, "spread", seed=topology.rank)
