@@ -28,6 +28,7 @@ CONSTANTS = {
     "comm/timeline.cuh": ("kRecords", "kRecordWords"),
     "roles/load.cuh": ("kActBoxRows", "kSmallBoxRows"),
     "kernels/stage.cuh": ("kStageThreads",),
+    "kernels/nodes.cuh": ("kNodesThreads",),
 }
 #: By name in Python: the room, the enumeration there, and what it is.
 ENUMS = {
@@ -40,6 +41,7 @@ ENUMS = {
 STRUCTS = {
     "PARAMS": ("layout/params.cuh", "Params"),
     "STAGE_PARAMS": ("kernels/stage.cuh", "StageParams"),
+    "NODES_PARAMS": ("kernels/nodes.cuh", "NodesParams"),
     "TILE": ("sched/experts.cuh", "Tile"),
 }
 MARK = 0x6D656761_6D6F6521  #: before the table, which is not alone in its section
@@ -48,6 +50,7 @@ KINDS = ("u32", "u64", "float", "TensorMap")
 PROBE = """
 #include "kernels/megamoe.cuh"
 #include "kernels/stage.cuh"
+#include "kernels/nodes.cuh"
 using namespace megamoe;
 using namespace megamoe::ptx;
 

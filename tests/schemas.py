@@ -24,10 +24,12 @@ import megamoe_jit
 from megamoe_jit import _cli
 from megamoe_jit._documents import SCHEMA_VERSION, Document, Says
 from megamoe_jit._spec import KernelSpec, MoEShape
+from megamoe_jit._spec.any_layer import ForAnyLayer
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.stage import StageFormat
+from megamoe_jit._spec.passes import PassSpec
+from megamoe_jit._spec.stage import StageSpec
 from megamoe_jit._spec.variants import Variant
 
 FOLDER = Path(_cli.__file__).with_name("schemas")
@@ -90,7 +92,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def _spec() -> dict[str, Any]:
-    """Of a `KernelSpec` or a `StageSpec` as data."""
+    """Of a spec of any kind as data."""
     kinds: dict[str, Any] = {name: bool for name in Numerics().options()}
     kinds |= {"shape": MoEShape, "variant": Variant, "ranks": Annotated[int, Says(minimum=1)], "timeline": bool}
     kinds["weights"] = Literal[tuple(FORMATS)]
@@ -100,14 +102,14 @@ def _spec() -> dict[str, Any]:
     made = TypeAdapter(data).json_schema(schema_generator=_Generator)
     of_layer = {**made, "description": "A kernel of the layer.", "required": list(_NEVER_MISSING)}
     parts = of_layer.pop("$defs")
-    formats = {"type": "string", "enum": [form.value for form in StageFormat]}
-    of_staging = {
-        "description": "One that stages inputs.",
-        "type": "object",
-        "properties": {"stage": formats},
-        "required": ["stage"],
-    }
-    return {"description": "What a kernel is compiled for.", "anyOf": [of_layer, of_staging], "$defs": parts}
+    of_staging = _for_any_layer(StageSpec, "One that stages inputs.")
+    of_nodes = _for_any_layer(PassSpec, "A pass over rows that travel between nodes.")
+    return {"description": "What a kernel is compiled for.", "anyOf": [of_layer, of_staging, of_nodes], "$defs": parts}
+
+
+def _for_any_layer(spec: type[ForAnyLayer], what: str) -> dict[str, Any]:
+    values = {"type": "string", "enum": [kind.value for kind in spec.kinds]}
+    return {"description": what, "type": "object", "properties": {spec.word: values}, "required": [spec.word]}
 
 
 def _referring(node: Any) -> Any:

@@ -14,8 +14,7 @@ from megamoe_jit._spec.variants import Variant
 if TYPE_CHECKING:
     import click
 
-    from megamoe_jit._spec import KernelSpec
-    from megamoe_jit._spec.stage import StageSpec
+    from megamoe_jit._spec.kinds import AnySpec
 
 __all__ = ["looks_like_key", "parse_spec", "spec_of_argument"]
 
@@ -27,7 +26,7 @@ def looks_like_key(text: str) -> bool:
     return bool(_KEY.fullmatch(text))
 
 
-def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
+def parse_spec(text: str, keys: bool = True) -> AnySpec:
     """The kernel named on a command line.
 
     Args:
@@ -72,6 +71,6 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
     return KernelSpec(shape, Variant.parse(rest[0]), ranks, numerics=numerics, weights=weights, inputs=inputs)
 
 
-def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> KernelSpec | StageSpec:
+def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> AnySpec:
     """Callback of a SPEC argument."""
     return parse_spec(text, keys=False)

@@ -78,7 +78,8 @@ def warmup(
     """Compile the kernels of some shapes into the cache; needs no GPU.
 
     A kernel serves every token count, so these are all that calls of these shapes will ever need. With --nodes they
-    are those of one node, which has its part of the experts; --float32-out for results that travel in float32.
+    are those of one node, which has its part of the experts, and the passes over rows that travel; --float32-out for
+    results that travel in float32.
 
     Exit code 0, 1 if a kernel failed or could not be kept, 2 for --force where compiling is forbidden, 3 without a
     compiler, 130 when interrupted; what was compiled until then stays.
@@ -87,6 +88,7 @@ def warmup(
     from megamoe_jit._errors import ConfigError
     from megamoe_jit._jit.documents import Warmup
     from megamoe_jit._settings.settings import get_settings
+    from megamoe_jit._spec.passes import Pass, PassSpec
 
     settings = get_settings()
     kernels_dir()  # one that is wrong is no failure of each kernel
@@ -94,6 +96,7 @@ def warmup(
         raise ConfigError("--force compiles, which MEGAMOE_JIT_DISABLE_JIT forbids")
     wanted = shapes_of_a_node(shapes, nodes, ranks)
     specs = kernel_specs(wanted, ranks, variant, numerics, None if inputs == ALL_INPUTS else inputs, weights)
+    specs += map(PassSpec, Pass) if nodes > 1 else ()
     start = time.perf_counter()
     kernels = _planned(specs, force) if dry_run else _compiled(specs, jobs, force, fail_fast, as_json)
     seconds = time.perf_counter() - start

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Iterable
 from ctypes import c_float, c_uint32, c_uint64
 from typing import Any, TypeVar
 
-from megamoe_jit._spec.abi import PARAMS, PARAMS_ALIGN, STAGE_PARAMS
+from megamoe_jit._spec.abi import NODES_PARAMS, PARAMS, PARAMS_ALIGN, STAGE_PARAMS
 
-__all__ = ["Params", "StageParams", "TensorMap", "aligned_params", "aligned_stage_params", "side_by_side"]
+__all__ = [
+    "NodesParams",
+    "Params",
+    "StageParams",
+    "TensorMap",
+    "aligned_nodes_params",
+    "aligned_params",
+    "aligned_stage_params",
+    "side_by_side",
+]
 
 
 class TensorMap(ctypes.Structure):
@@ -26,16 +36,26 @@ _KINDS: dict[str, Any] = {"u32": c_uint32, "u64": c_uint64, "float": c_float, "T
 _PACKED = {"u32": "I", "u64": "Q", "float": "f"}  #: as the module `struct` names them
 
 
+def _fields(members: Iterable[tuple[str, str, int, int]]) -> list[tuple[str, Any]]:
+    return [(name, _KINDS[kind] * count if count > 1 else _KINDS[kind]) for name, kind, count, _ in members]
+
+
 class Params(ctypes.Structure):
     """`megamoe::Params`.  Pointers are plain integers; offsets are bytes in the symmetric buffer."""
 
-    _fields_ = [(name, _KINDS[kind] * count if count > 1 else _KINDS[kind]) for name, kind, count, _ in PARAMS]
+    _fields_ = _fields(PARAMS)
 
 
 class StageParams(ctypes.Structure):
     """`megamoe::StageParams`, of kernels that stage.  Pointers are plain integers."""
 
-    _fields_ = [(name, _KINDS[kind] * count if count > 1 else _KINDS[kind]) for name, kind, count, _ in STAGE_PARAMS]
+    _fields_ = _fields(STAGE_PARAMS)
+
+
+class NodesParams(ctypes.Structure):
+    """`megamoe::NodesParams`, of passes over rows between nodes.  Pointers are plain integers."""
+
+    _fields_ = _fields(NODES_PARAMS)
 
 
 def side_by_side(*names: str) -> tuple[struct.Struct, int]:
@@ -65,3 +85,8 @@ def aligned_params() -> Params:
 def aligned_stage_params() -> StageParams:
     """A zeroed `StageParams` at an address that is a multiple of 64."""
     return _aligned(StageParams)
+
+
+def aligned_nodes_params() -> NodesParams:
+    """A zeroed `NodesParams` at an address that is a multiple of 64."""
+    return _aligned(NodesParams)

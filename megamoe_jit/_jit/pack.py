@@ -22,9 +22,8 @@ from megamoe_jit._files import file_sha256
 from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, opened, sha256, write_tar
-from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.compilable import Compilable
-from megamoe_jit._spec.stage import StageSpec
+from megamoe_jit._spec.kinds import AnySpec
 from megamoe_jit._text import items_of, one_line, shown
 from megamoe_jit._version import __version__
 
@@ -205,9 +204,9 @@ def _chosen(what: Iterable[str | Compilable] | None, cache: KernelCache | None) 
     several = items_of(what)
     given = [what] if several is None else several
     for item in given if what is not None else ():
-        if not isinstance(item, str | KernelSpec | StageSpec):
+        if not isinstance(item, str | AnySpec):
             raise ConfigError(f"what: {shown(item)} given; allowed: keys and KernelSpecs")
-        entry = _of_spec(item, caches) if isinstance(item, KernelSpec | StageSpec) else find_key(item, caches)
+        entry = find_key(item, caches) if isinstance(item, str) else _of_spec(item, caches)
         found[entry.key] = entry.path, entry.cache.forbidden
     for key in sorted(found):
         yield (key, *found[key])

@@ -26,6 +26,7 @@ from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.kinds import AnySpec
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._text import items_of, several, shown
@@ -276,7 +277,7 @@ def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Comp
 def _distinct(specs: Iterable[Compilable]) -> list[Compilable]:
     """The specs, each once; raises `ConfigError` if one of them is something else."""
     given = items_of(specs)
-    odd = [specs] if given is None else [each for each in given if not isinstance(each, KernelSpec | StageSpec)]
+    odd = [specs] if given is None else [each for each in given if not isinstance(each, AnySpec)]
     if given is None or odd:
         allowed = f"several KernelSpecs, such as enumerate_specs({_BY_NAME}) (preset is in megamoe_jit.heuristics)"
         raise ConfigError(f"specs: {shown(odd[0])} given; allowed: {allowed}")

@@ -101,6 +101,8 @@ class MultiNodeBuffer(MultiNodeMemory):
             action = partial_call(experts.prepare, fast_math, weights, self.num_max_tokens_per_rank)
             collectively(self.topology.group, "preparing the kernels", action)
         if not self._alone:
+            passes = partial_call(self.choices.prepare, self.device)
+            collectively(self.topology.group, "preparing the passes over rows", passes)
             self._exchanging("connections", lambda: self.choices.connect(self.device))
         self._prepared.add((fast_math, weights))
 

@@ -12,7 +12,7 @@ import torch
 from megamoe_jit._errors import CaptureError
 from megamoe_jit._nodes.exchange import Exchange
 from megamoe_jit._nodes.model import NETWORK, Cost, Network, cost
-from megamoe_jit._nodes.rail import TorchRail
+from megamoe_jit._nodes.rail import AlongRails, TorchRail
 from megamoe_jit._spec import MoEShape
 
 __all__ = ["Choices", "Rule"]
@@ -92,13 +92,19 @@ class Choices:
             return chunks
         return min(chunks, max(-(-rows // most), self._by_rule(rows, capturing).chunks))
 
+    def prepare(self, device: torch.device) -> None:
+        """Load what goes over rows that travel along a rail."""
+        for exchange in self.exchanges.values():
+            if isinstance(exchange, AlongRails):
+                exchange.passes(device)
+
     def connect(self, device: torch.device) -> None:
         """Have the rail meet once: connections are made at first use, which no capture can wait for."""
         if self.rail is not None:
             nodes = self.rail.nodes
             one = torch.zeros(nodes, dtype=torch.int64, device=device)
             self.rail.counts(one)()
-            self.rail.swap([torch.empty_like(one)], [one])
+            self.rail.swap(torch.empty_like(one), one)
 
     def error(self, device: torch.device) -> str | None:
         """What the rail has noticed itself."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from megamoe_jit._nodes.combine import sum_nodes
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 from megamoe_jit._nodes.rail import AlongRails
 
@@ -31,5 +30,5 @@ class GatherExchange(AlongRails):
 
     def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:
         back = torch.empty_like(partial)
-        self.rail.swap([back], [partial])
-        sum_nodes(back.view(self.rail.nodes, len(arrived.batch.rows), -1), y)
+        self.rail.swap(back, partial)
+        self.passes(back.device).sum_nodes(back, y, self.rail.nodes)

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megamoe_jit._nodes.pass_kernels import pass_kernels
+from megamoe_jit._nodes.passes import Passes, TorchPasses
 from megamoe_jit._nodes.watch import Watch, wait_until
 
 __all__ = ["AlongRails", "Rail", "TorchRail", "rail_options"]
@@ -36,12 +38,12 @@ class Rail(Protocol):
 
     def swap(
         self,
-        outputs: Sequence[torch.Tensor],
-        given: Sequence[torch.Tensor],
+        output: torch.Tensor,
+        given: torch.Tensor,
         arriving: Sequence[int] | None = None,
         leaving: Sequence[int] | None = None,
     ) -> None:
-        """Rows of each of `given` to the nodes, so many to each (evenly without `leaving`); theirs into `outputs`."""
+        """Rows of `given`, so many for each node (evenly without `leaving`), to the nodes; theirs into `output`."""
 
     def counts(self, mine: torch.Tensor) -> Callable[[], list[list[int]]]:
         """Have int64 ``[nodes]`` of every node come to the host, and give what waits until they are there.
@@ -81,22 +83,13 @@ class TorchRail:
 
     def swap(
         self,
-        outputs: Sequence[torch.Tensor],
-        given: Sequence[torch.Tensor],
+        output: torch.Tensor,
+        given: torch.Tensor,
         arriving: Sequence[int] | None = None,
         leaving: Sequence[int] | None = None,
     ) -> None:
         come, go = ([] if rows is None else list(rows) for rows in (arriving, leaving))
-        device = outputs[0].device
-        together = len(outputs) > 1 and device.type == "cuda"  # one kernel of NCCL's; gloo has no such thing
-        if together:
-            self.group._start_coalescing(device)
-        for output, of in zip(outputs, given, strict=True):
-            work = self.group.alltoall_base(_bytes(output), _bytes(of), come, go)
-            if not together:
-                work.wait()
-        if together:
-            self.group._end_coalescing(device).wait()
+        self.group.alltoall_base(_bytes(output), _bytes(given), come, go).wait()
 
     def counts(self, mine: torch.Tensor) -> Callable[[], list[list[int]]]:
         everyone = torch.empty(self.nodes * self.nodes, dtype=mine.dtype, device=mine.device)
@@ -184,3 +177,7 @@ class AlongRails:
     def most_rows(self, tokens: int) -> int:
         """Rows of a launch, at most, where each rank has so many tokens."""
         return self.rail.nodes * tokens
+
+    def passes(self, device: torch.device) -> Passes:
+        """What goes over the rows there."""
+        return pass_kernels(device) if device.type == "cuda" else TorchPasses()

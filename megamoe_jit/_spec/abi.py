@@ -34,6 +34,9 @@ SMALL_BOX_ROWS = 16
 # kernels/stage.cuh
 STAGE_THREADS = 256
 
+# kernels/nodes.cuh
+NODES_THREADS = 256
+
 #: `Params` of layout/params.cuh: name, type, how many, and offset in bytes.
 PARAMS_BYTES, PARAMS_ALIGN = 1024, 64
 PARAMS = (
@@ -124,6 +127,26 @@ STAGE_PARAMS = (
     ("topk", "u32", 1, 112),
     ("weight_factor", "float", 1, 116),
     ("unused", "u32", 2, 120),
+)
+
+#: `NodesParams` of kernels/nodes.cuh: name, type, how many, and offset in bytes.
+NODES_PARAMS_BYTES, NODES_PARAMS_ALIGN = 128, 64
+NODES_PARAMS = (
+    ("parts", "u64", 4, 0),
+    ("packed", "u64", 1, 32),
+    ("places", "u64", 1, 40),
+    ("counts", "u64", 1, 48),
+    ("back", "u64", 1, 56),
+    ("y", "u64", 1, 64),
+    ("part_words", "u32", 4, 72),
+    ("nodes", "u32", 1, 88),
+    ("tokens", "u32", 1, 92),
+    ("topk", "u32", 1, 96),
+    ("experts", "u32", 1, 100),
+    ("rows", "u32", 1, 104),
+    ("first_expert", "u32", 1, 108),
+    ("hidden", "u32", 1, 112),
+    ("unused", "u32", 3, 116),
 )
 
 #: `Tile` of sched/experts.cuh: name, type, how many, and offset in bytes.

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from megamoe_jit._spec.passes import PassSpec
 from megamoe_jit._spec.spec import KernelSpec
 from megamoe_jit._spec.stage import StageSpec
 
-__all__ = ["spec_from_json", "spec_of_kernel_name"]
+__all__ = ["AnySpec", "spec_from_json", "spec_of_kernel_name"]
+
+AnySpec = KernelSpec | StageSpec | PassSpec
+_FOR_ANY_LAYER = (StageSpec, PassSpec)
 
 
-def spec_from_json(data: dict[str, Any]) -> KernelSpec | StageSpec:
+def spec_from_json(data: dict[str, Any]) -> AnySpec:
     """The specification whose `to_json` gave this; raises `ConfigError` for what is no such data."""
-    if isinstance(data, dict) and "stage" in data:
-        return StageSpec.from_json(data)
+    for kind in _FOR_ANY_LAYER:
+        if isinstance(data, dict) and kind.word in data:
+            return kind.from_json(data)
     return KernelSpec.from_json(data)
 
 
-def spec_of_kernel_name(name: str) -> KernelSpec | StageSpec | None:
+def spec_of_kernel_name(name: str) -> AnySpec | None:
     """The kernel with this symbol; None if it is none's.  Raises `ConfigError` if a part is not supported."""
-    return StageSpec.of_kernel_name(name) or KernelSpec.of_kernel_name(name)
+    found = (kind.of_kernel_name(name) for kind in _FOR_ANY_LAYER)
+    return next((spec for spec in found if spec is not None), None) or KernelSpec.of_kernel_name(name)

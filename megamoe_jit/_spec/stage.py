@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
-from megamoe_jit._errors import ConfigError
-from megamoe_jit._text import shown
+from megamoe_jit._spec.any_layer import ForAnyLayer
 
 __all__ = ["StageFormat", "StageSpec"]
 
@@ -27,58 +25,18 @@ class StageFormat(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class StageSpec:
-    """One staging kernel; sizes and strides are run-time values, so it serves every layer."""
+class StageSpec(ForAnyLayer):
+    """One staging kernel; strides are run-time values too."""
 
+    word = "stage"
+    kinds = StageFormat
     format: StageFormat
 
     @property
-    def kernel_name(self) -> str:
-        """Symbol of the kernel."""
-        return f"megamoe_stage_{self.format.value}"
-
-    @classmethod
-    def of_kernel_name(cls, name: str) -> StageSpec | None:
-        """The kernel with this symbol; None if it is none's."""
-        return next((spec for spec in map(cls, StageFormat) if spec.kernel_name == name), None)
-
-    @property
-    def template(self) -> str:
-        """Path of the Jinja2 template under `kernels_src/`."""
-        return "kernels/stage.cuh.j2"
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        return 0
-
-    @property
-    def timeline(self) -> bool:
-        """It keeps no records of its time."""
-        return False
-
-    @property
-    def command(self) -> str:
-        """Words of the command line that compile it alone; `warmup` does so with the kernels of any shape."""
-        return f"inspect {self.kernel_name}"
-
-    @property
-    def remark(self) -> str:
-        """What to say beside `command`: nothing."""
-        return ""
+    def kind(self) -> StageFormat:
+        """Its field."""
+        return self.format
 
     def template_variables(self) -> dict[str, int | str]:
         """What the Jinja2 template is filled with."""
         return {"kernel_name": self.kernel_name, "format": self.format.struct}
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; `from_json` reads it back."""
-        return {"stage": self.format.value}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> StageSpec:
-        """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
-        formats = [form.value for form in StageFormat]
-        if not isinstance(data, dict) or set(data) != {"stage"} or data["stage"] not in formats:
-            raise ConfigError(f"data = {shown(data)} is not supported; allowed: a table with stage, {formats}")
-        return cls(StageFormat(data["stage"]))

@@ -11,13 +11,14 @@ import pytest
 
 from megamoe_jit._compile.cubin import read_cubin
 from megamoe_jit._compile.render import VIRTUAL_ROOT, kernels_dir
-from megamoe_jit._device.params import Params, StageParams
+from megamoe_jit._device.params import NodesParams, Params, StageParams
 from megamoe_jit._errors import CompileError
 from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FORMATS, FP8, FP8_E5M2, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.passes import Pass, PassSpec
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics import preset, preset_names
 from tests.compile.chosen import ALWAYS, often, pairs, usual
@@ -160,6 +161,15 @@ def test_kernels_that_stage_are_small(form: StageFormat):
     assert (meta["spill_bytes"], meta["stack_bytes"], meta["advisories"]) == (0, 0, [])
     assert meta["registers"] <= (64 if form is StageFormat.F32 else 40)
     assert meta["param_bytes"] == ctypes.sizeof(StageParams)
+
+
+@pytest.mark.parametrize("step", list(Pass))
+def test_passes_between_nodes_are_small(step: Pass):
+    """Six blocks of 256 threads fit an SM."""
+    meta = compiled(PassSpec(step)).meta
+    assert (meta["spill_bytes"], meta["stack_bytes"], meta["advisories"]) == (0, 0, [])
+    assert meta["registers"] <= 40
+    assert meta["param_bytes"] == ctypes.sizeof(NodesParams)
 
 
 @pytest.mark.parametrize("name", OFTEN)

@@ -18,6 +18,7 @@ from megamoe_jit._cli import cli
 from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.passes import Pass
 from megamoe_jit._spec.stage import StageFormat
 from tests import schemas
 from tests.commandline import (
@@ -95,8 +96,9 @@ def test_what_is_known_of_a_value_is_in_its_schema():
     key = schema("explain")["$defs"]["Call"]["properties"]["key"]
     assert key["anyOf"] == [{"pattern": "^[0-9a-f]{64}$", "type": "string"}, null]
     assert schema("bench")["$defs"]["JudgedRow"]["properties"]["diff"]["type"] == ["number", "null"]
-    spec, staging = schema("warmup")["$defs"]["Spec"]["anyOf"]
+    spec, staging, nodes = schema("warmup")["$defs"]["Spec"]["anyOf"]
     assert staging["properties"]["stage"]["enum"] == [form.value for form in StageFormat]
+    assert nodes["properties"]["nodes"]["enum"] == [step.value for step in Pass]
     assert list(spec["properties"]) == list(KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG).to_json())
     assert spec["required"] == ["shape", "variant", "ranks", "fast_math"]
     assert schema("warmup")["$defs"]["Variant"]["enum"] == [variant.value for variant in Variant]

@@ -101,8 +101,11 @@ def test_the_variant_is_that_of_the_tokens_not_of_the_rows():
 
 def test_warmup_compiles_for_a_node():
     what = ("warmup", "--shapes", "v4-flash", "--ranks", "8", "--dry-run", "--json", "--inputs", "staged", "--variant")
-    (kernel,) = checked(run(*what, "pingpong", "--nodes", "2", "--float32-out"))["kernels"]
-    assert kernel["kernel"] == "megamoe_pingpong_h4096_i2048_e128_k6_r8_fast_f32out"
+    kernels = checked(run(*what, "pingpong", "--nodes", "2", "--float32-out"))["kernels"]
+    assert [kernel["kernel"] for kernel in kernels] == [
+        "megamoe_pingpong_h4096_i2048_e128_k6_r8_fast_f32out",
+        *(f"megamoe_nodes_{step}" for step in ("route", "pack", "unpack", "sum_bf16", "sum_fp32")),
+    ]
     done = CliRunner().invoke(cli, [*what, "pingpong", "--nodes", "3"])
     assert (done.exit_code, "v4-flash: 256 experts on 3 nodes of 8 ranks; allowed: evenly" in done.output) == (2, True)
 

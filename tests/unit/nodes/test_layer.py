@@ -9,10 +9,10 @@ import torch
 
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.choice import Choices
-from megamoe_jit._nodes.combine import sum_nodes
 from megamoe_jit._nodes.lanes import staging
 from megamoe_jit._nodes.model import row_bytes, sent_bytes
 from megamoe_jit._nodes.overlap import overlapped
+from megamoe_jit._nodes.passes import TorchPasses
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
 from tests.unit.nodes.world import (
@@ -80,7 +80,7 @@ def test_every_route_has_the_bits_that_the_definition_says(nodes, ranks_per_node
 def test_nodes_are_summed_in_order_in_fp32_and_rounded_once(dtype: torch.dtype, parts: list[float], total: float):
     partials = torch.tensor(parts).to(dtype)[:, None, None].expand(-1, 3, 128).contiguous()
     y = torch.empty(2, 128, dtype=torch.bfloat16)
-    sum_nodes(partials, y)
+    TorchPasses().sum_nodes(partials.view(-1, 128), y, len(parts))
     assert (y == total).all()
 
 
@@ -205,7 +205,6 @@ WIDE = MoEShape(256, 128, 128, 6)
 def test_a_row_has_as_many_bytes_where_it_is_staged_as_the_model_counts():
     staged = staging(WIDE, 3, torch.device("cpu"))
     assert sum(tensor.nbytes for tensor in staged.tensors) == 3 * row_bytes(WIDE)
-
 
 
 def test_64_ranks_and_every_byte():

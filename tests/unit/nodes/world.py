@@ -193,11 +193,7 @@ class ThreadRail:
             whole = torch.cat([theirs[i].view(torch.uint8) for theirs in everyone])
             output.view(torch.uint8).copy_(whole.view(output.view(torch.uint8).shape))
 
-    def swap(self, outputs, given, arriving=None, leaving=None) -> None:
-        for output, of in zip(outputs, given, strict=True):
-            self._swap(output, of, arriving, leaving)
-
-    def _swap(self, output, given, arriving, leaving) -> None:
+    def swap(self, output, given, arriving=None, leaving=None) -> None:
         leaving = list(leaving) if leaving is not None else [given.shape[0] // self.nodes] * self.nodes
         parts = [part.clone() for part in given.split(leaving)]
         everyone = self.meeting.exchange(self.node, parts)

@@ -115,7 +115,10 @@ def test_no_more_floors_of_imports_than_the_page_tells():
 
 
 def test_each_kernel_has_its_parameters_written_in_one_place():
-    """`BoundKernel` those of the layer, `StageKernel` those of staging: nobody else sets a field of `params`."""
+    """`BoundKernel` those of the layer, `StageKernel` those of staging: nobody else sets a field of `params`.
+
+    `PassKernels` sets those of passes by their names.
+    """
     written = {
         name
         for name, path in MODULES.items()

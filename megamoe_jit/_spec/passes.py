@@ -1,0 +1,43 @@
+"""`PassSpec`: a kernel of one pass over rows that travel between nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megamoe_jit._spec.any_layer import ForAnyLayer
+
+__all__ = ["Pass", "PassSpec"]
+
+
+class Pass(StrEnum):
+    """What is done."""
+
+    ROUTE = "route"
+    PACK = "pack"
+    UNPACK = "unpack"
+    SUM_BF16 = "sum_bf16"
+    SUM_FP32 = "sum_fp32"
+
+    @property
+    def function(self) -> str:
+        """Its name in `kernels_src/kernels/nodes.cuh`."""
+        return {Pass.SUM_BF16: "sum<false>", Pass.SUM_FP32: "sum<true>"}.get(self, self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class PassSpec(ForAnyLayer):
+    """One such kernel."""
+
+    word = "nodes"
+    kinds = Pass
+    step: Pass
+
+    @property
+    def kind(self) -> Pass:
+        """Its field."""
+        return self.step
+
+    def template_variables(self) -> dict[str, int | str]:
+        """What the Jinja2 template is filled with."""
+        return {"kernel_name": self.kernel_name, "function": self.step.function}
