@@ -42,6 +42,7 @@ MEGA_DEVICE void route(const NodesParams& p) {
     const u64* ids = reinterpret_cast<const u64*>(p.parts[kIdsPart]);
     const u64 first = u64(blockIdx.x) * p.experts;
     u32* places = p.places + u64(blockIdx.x) * p.tokens;
+    const u32 warp = ptx::warp_id();   // by a shuffle, which all lanes have to be in
     u32 before = 0;
     for (u32 begin = 0; begin < p.tokens; begin += kEach * kNodesThreads) {
         const u32 token = begin + kEach * threadIdx.x;
@@ -57,13 +58,13 @@ MEGA_DEVICE void route(const NodesParams& p) {
             const u32 left = __shfl_up_sync(~0u, place, d);
             if (ptx::lane_id() >= d) place += left;
         }
-        if (ptx::lane_id() == kWarp - 1) of_warp[ptx::warp_id()] = place;
+        if (ptx::lane_id() == kWarp - 1) of_warp[warp] = place;
         __syncthreads();
         place += before - own;
 #pragma unroll
-        for (u32 warp = 0; warp < kNodesThreads / kWarp; ++warp) {
-            if (warp < ptx::warp_id()) place += of_warp[warp];
-            before += of_warp[warp];
+        for (u32 i = 0; i < kNodesThreads / kWarp; ++i) {
+            if (i < warp) place += of_warp[i];
+            before += of_warp[i];
         }
         __syncthreads();
 #pragma unroll
