@@ -328,8 +328,8 @@ MUTANTS = (
     Mutant(
         "nodes: results in float32 by a kernel of bf16",
         "megamoe_jit/_nodes/experts.py",
-        "self.float32_out = dtype is torch.float32",
-        "self.float32_out = dtype is torch.float16",
+        "wide = dtype is torch.float32",
+        "wide = dtype is torch.float16",
         "nodes/test_one_node.py::test_partials_in_float32_are_another_kernel",
     ),
     Mutant(
