@@ -207,7 +207,6 @@ def test_a_row_has_as_many_bytes_where_it_is_staged_as_the_model_counts():
     assert sum(tensor.nbytes for tensor in staged.tensors) == 3 * row_bytes(WIDE)
 
 
-
 def test_64_ranks_and_every_byte():
     """8 nodes of 8 ranks; what each rank sends to other nodes is what the definition says, in both forms."""
     weights, tokens = whole_weights(WIDE), 2
