@@ -17,11 +17,10 @@ from megamoe_jit._text import first_line
 from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import scales_of, target_of
 from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint, Spread
-from megamoe_jit.checkpoints.files import Entry, Files
+from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
-from megamoe_jit.checkpoints.ready import format_of_ready, sizes_of_ready
+from megamoe_jit.checkpoints.ready import ready_of
 from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, layer_of, model_of, shared_of
-from megamoe_jit.checkpoints.writing import nbytes
 
 __all__ = ["inspect"]
 
@@ -86,19 +85,17 @@ def _layers(files: Files, model: ModelNames, ranks: int, experts: int) -> Iterat
 
 def _ready(files: Files, model: ModelNames, number: int, ranks: int) -> CheckpointLayer:
     """A layer in the kernel's order."""
-    names = model.layers[number]
-    entries: list[Entry] = [files.entry(name) for kinds in names.whole.values() for name in kinds.values()]
-    experts, hidden, intermediate = sizes_of_ready(files, names)
-    experts_of_rank(experts, 0, ranks)
+    found = ready_of(files, model.layers[number], number)
+    local = len(experts_of_rank(found.experts, 0, ranks))
     return CheckpointLayer(
         number,
         True,
-        kind=f"{format_of_ready(names).name}, in the kernel's order",
-        experts=experts,
-        hidden=hidden,
-        intermediate=intermediate,
-        **_shared(files, model, number, intermediate),
-        bytes_per_rank=sum(nbytes(entry) for entry in entries) // ranks,
+        kind=f"{found.weights.name}, in the kernel's order",
+        experts=found.experts,
+        hidden=found.hidden,
+        intermediate=found.intermediate,
+        **_shared(files, model, number, found.intermediate),
+        bytes_per_rank=local * _expert_bytes(found.weights, found.hidden, found.intermediate),
     )
 
 
@@ -115,7 +112,7 @@ def _layer(files: Files, model: ModelNames, number: int, ranks: int, experts: in
         hidden=stored.hidden,
         intermediate=stored.intermediate,
         **_shared(files, model, number, stored.intermediate),
-        bytes_per_rank=local * _expert_bytes(weights, stored),
+        bytes_per_rank=local * _expert_bytes(weights, stored.hidden, stored.intermediate),
         spread=_spread(stored, min(experts, stored.experts)) if experts > 0 else None,
     )
 
@@ -126,9 +123,9 @@ def _shared(files: Files, model: ModelNames, number: int, intermediate: int) -> 
     return {} if found is None else {"shared": str(found.kind), "shared_experts": found.intermediate // intermediate}
 
 
-def _expert_bytes(weights: WeightFormat, stored: Stored) -> int:
+def _expert_bytes(weights: WeightFormat, hidden: int, intermediate: int) -> int:
     """Of an expert's weights, as the kernel reads them."""
-    shapes = (2 * stored.intermediate, stored.hidden), (stored.hidden, stored.intermediate)
+    shapes = (2 * intermediate, hidden), (hidden, intermediate)
     return sum(part.dtype.itemsize * math.prod(part.shape) for shape in shapes for part in weights.parts(*shape))
 
 
