@@ -26,7 +26,7 @@ from megamoe_jit._layer.marks import LAYOUT
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.checkpoints.converted import FORMATS, Layer, config_of, layers_of
 from megamoe_jit.checkpoints.documents import Converted, ConvertedFile
-from megamoe_jit.checkpoints.files import Entry, Files
+from megamoe_jit.checkpoints.files import Entry, Files, place_of
 from megamoe_jit.checkpoints.load import device_of
 from megamoe_jit.checkpoints.stored import model_of
 from megamoe_jit.checkpoints.writing import PARTIAL, alone_in, name_in, nbytes, writing
@@ -83,8 +83,8 @@ def convert(
     """
     if weight_format not in FORMATS:
         raise ConfigError(f"format {shown(weight_format)} is not supported; allowed: {', '.join(FORMATS)}")
-    files, folder = Files(source), Path(target)
-    if folder.resolve() == files.folder.resolve():
+    files, folder = Files(source), place_of("target", target)
+    if os.path.realpath(folder) == os.path.realpath(files.folder):
         raise ConfigError(f"{folder} is the source itself; allowed: another folder")
     model_of(files, scheme)
     layers = layers_of(files, weight_format, device_of(device), scheme, lossy)
