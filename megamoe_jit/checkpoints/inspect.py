@@ -20,7 +20,7 @@ from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoi
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
 from megamoe_jit.checkpoints.ready import ready_of
-from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, layer_of, model_of, shared_of
+from megamoe_jit.checkpoints.stored import Kind, Stored, StoredMatrix, experts_of_rank, layer_of, model_of, shared_of
 
 __all__ = ["inspect"]
 
@@ -138,20 +138,30 @@ def _usable(stored: Stored) -> dict[str, Any]:
 
 
 def _spread(stored: Stored, count: int) -> Spread | None:
-    """Of the first experts; None of values, which have no exponents."""
+    """Of the first experts; None of values, and of scales that are all 0, which have no exponents."""
     if stored.kind is Kind.VALUES:
         return None
     least, most, found = 1 << 10, -(1 << 10), []
     for expert in range(count):
         for part in ("gate_up", "down") if stored.fused else ("gate", "up", "down"):
             matrix = stored.read(expert, part)
-            assert matrix.scales is not None
-            _, exponents = torch.frexp(scales_of(matrix.scales))
-            least, most = min(least, int(exponents.min()) - 1), max(most, int(exponents.max()) - 1)
+            exponents = _exponents(f"{stored.what}, expert {expert}, {part}", matrix)
+            if exponents.numel():
+                least, most = min(least, int(exponents.min())), max(most, int(exponents.max()))
             if stored.kind is Kind.MXFP4:
                 found.append(mxfp4_spread(matrix.codes, matrix.scales))
     if not found:
-        return Spread(count, least, most)
+        return Spread(count, least, most) if least <= most else None
     exact = {name: sum(each.exact[name] for each in found) for name in ("mxfp4", "e4m3")}
     blocks, binades = sum(each.blocks for each in found), max(each.binades for each in found)
     return Spread(count, least, most, binades, blocks, exact["mxfp4"], exact["e4m3"])
+
+
+def _exponents(what: str, matrix: StoredMatrix) -> torch.Tensor:
+    """Those of a part's scales, without scales of 0; raises `ConfigError` where a scale is no number."""
+    assert matrix.scales is not None
+    scales = scales_of(matrix.scales).flatten()
+    wrong = scales[~scales.isfinite()]
+    if wrong.numel():
+        raise ConfigError(f"{what}: {wrong.numel()} scales are {float(wrong[0])}, and so would be the results")
+    return torch.frexp(scales[scales != 0])[1] - 1

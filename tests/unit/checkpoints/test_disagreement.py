@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,27 @@ def test_a_clamp_that_no_float_holds(tmp_path: Path):
     folder = Model(config={"swiglu_limit": 10**400}).write(tmp_path)
     found = inspect(folder)
     assert (found.usable, "swiglu_limit" in str(found.problem)) == (False, True)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0])
+def test_inspect_says_of_scales_that_are_no_numbers(tmp_path: Path, scale: float):
+    made = model("qwen3-moe", scales="F32")
+    name = "model.layers.1.mlp.experts.0.gate_proj.weight_scale_inv"
+    made.tensors[name] = Tensor("F32", (1, 2), struct.pack("<ff", scale, 2.0**-12))
+    layer = inspect(made.write(tmp_path)).layers[0]
+    if scale == 0:
+        assert (layer.usable, layer.spread.most) == (True, -10)
+    else:
+        assert not layer.usable
+        assert f"layer 1, expert 0, gate: 1 scales are {scale}" in layer.problem
+
+
+def test_inspect_of_scales_that_are_all_zero(tmp_path: Path):
+    made = model("qwen3-moe", scales="F32")
+    for name, tensor in made.tensors.items():
+        if "scale" in name:
+            made.tensors[name] = Tensor("F32", tensor.shape, bytes(len(tensor.data)))
+    assert [(layer.usable, layer.spread) for layer in inspect(made.write(tmp_path)).layers] == [(True, None)] * 2
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], object], metadata: bool = True) -> Path:
