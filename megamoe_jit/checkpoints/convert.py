@@ -81,7 +81,7 @@ def convert(
         OSError: the target cannot be written, as where a disk is full.
         CheckpointError: a file of the source is damaged, or one of the target is not what was written.
     """
-    if weight_format not in FORMATS:
+    if not isinstance(weight_format, str) or weight_format not in FORMATS:
         raise ConfigError(f"format {shown(weight_format)} is not supported; allowed: {', '.join(FORMATS)}")
     files, folder = Files(source), place_of("target", target)
     if os.path.realpath(folder) == os.path.realpath(files.folder):

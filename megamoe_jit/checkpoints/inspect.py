@@ -20,7 +20,7 @@ from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoi
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
 from megamoe_jit.checkpoints.ready import ready_of
-from megamoe_jit.checkpoints.stored import Kind, Stored, StoredMatrix, experts_of_rank, layer_of, model_of, shared_of
+from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, layer_of, model_of, shared_of
 
 __all__ = ["inspect"]
 
@@ -145,7 +145,8 @@ def _spread(stored: Stored, count: int) -> Spread | None:
     for expert in range(count):
         for part in ("gate_up", "down") if stored.fused else ("gate", "up", "down"):
             matrix = stored.read(expert, part)
-            exponents = _exponents(f"{stored.what}, expert {expert}, {part}", matrix)
+            assert matrix.scales is not None
+            exponents = _exponents(f"{stored.what}, expert {expert}, {part}", matrix.scales)
             if exponents.numel():
                 least, most = min(least, int(exponents.min())), max(most, int(exponents.max()))
             if stored.kind is Kind.MXFP4:
@@ -157,10 +158,9 @@ def _spread(stored: Stored, count: int) -> Spread | None:
     return Spread(count, least, most, binades, blocks, exact["mxfp4"], exact["e4m3"])
 
 
-def _exponents(what: str, matrix: StoredMatrix) -> torch.Tensor:
+def _exponents(what: str, stored: torch.Tensor) -> torch.Tensor:
     """Those of a part's scales, without scales of 0; raises `ConfigError` where a scale is no number."""
-    assert matrix.scales is not None
-    scales = scales_of(matrix.scales).flatten()
+    scales = scales_of(stored).flatten()
     wrong = scales[~scales.isfinite()]
     if wrong.numel():
         raise ConfigError(f"{what}: {wrong.numel()} scales are {float(wrong[0])}, and so would be the results")

@@ -34,7 +34,7 @@ def device_of(device: torch.device | str) -> torch.device:
     """
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
         given = str(device) if isinstance(device, torch.device) else device
