@@ -127,8 +127,8 @@ template <class C> struct Expansion {
 
     /// The weights lane: until the tile's weights are there.
     MEGA_DEVICE static void wait(const Params& p, const Tile& tile) {
-        const bool first = tile.kind == Tile::gemm1, half = !first && C::kHidden % kBlockN != 0 &&
-                                                            tile.n == TileOrder<C>::kTilesN2 - 1;
+        const bool first = tile.kind == Tile::gemm1,
+                   half = !first && TileOrder<C>::kHasHalf && tile.n == TileOrder<C>::kTilesN2 - 1;
         const u32 column = tile.expert * kColumns + (first ? 0 : TileOrder<C>::kTilesN1) + tile.n;
         wait_counter(p, Wait::weights_expanded, p.expanded + column,
                      (first ? kColumnPieces1 : kColumnPieces2) >> half, column);

@@ -32,7 +32,7 @@ template <class C> struct Unpacker {
     const Params& p;
     const Shared<C>& shared;
 
-    /// Of 64 rows of a packed k-block, what this thread unpacks.
+    /// The bytes of `PackedRows::load`; with the sum in its order ptxas schedules the loop otherwise, which was not measured.
     MEGA_DEVICE void load(PackedRows& rows, u32 packed, u32 m, u32 thread) const {
 #pragma unroll
         for (u32 h = 0; h < 2; ++h)
@@ -55,7 +55,7 @@ template <class C> struct Unpacker {
 #pragma unroll
         for (u32 m = 0; m < 4; ++m) {
             if (m < 3) load(rows[(m + 1) % 2], packed, m + 1, thread);
-            rows[m % 2].expand_to(place + m * 64 * kBlockK);
+            unpack_rows(place + m * 64 * kBlockK, rows[m % 2]);
         }
     }
 

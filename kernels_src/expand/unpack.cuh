@@ -7,6 +7,7 @@
 #pragma once
 #include "base/constants.cuh"
 #include "mma/magnitudes.cuh"
+#include "mma/packed_rows.cuh"
 #include "ptx/control.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/memory.cuh"
@@ -31,43 +32,37 @@ MEGA_DEVICE void unpack_quarter(u32 place, const Vec16& codes, const u32 (&expon
     }
 }
 
-/// What a warp has in registers of sixteen rows of a piece, on their way.
-struct PackedRows {
-    Vec16 codes[2];   // of either half of the k-block
-    u32 exponents[2];
+/// The sixteen rows that a warp holds, to its `unpacked_place`.
+MEGA_DEVICE void unpack_rows(u32 place, const PackedRows& rows) {
+    unpack_quarter<0>(place, rows.codes[0], rows.exponents);
+    unpack_quarter<1>(place ^ 32, rows.codes[0], rows.exponents);
+    unpack_quarter<2>(place ^ 64, rows.codes[1], rows.exponents);
+    unpack_quarter<3>(place ^ 96, rows.codes[1], rows.exponents);
+}
 
-    /// `w`: which sixteen.
-    MEGA_DEVICE void load(const u8* piece, const u8* piece_exponents, u32 w) {
-        const u32 lane = ptx::lane_id();
-#pragma unroll
-        for (u32 h = 0; h < 2; ++h)
-            codes[h] = ptx::load16(piece + (h * kGroup + w * kWarp + lane) * 16);
-        ptx::load8(piece_exponents + w * 64 + lane / 4 * 8, exponents[0], exponents[1]);
-    }
-    MEGA_DEVICE void expand(u32 tile, u32 w) const {
-        expand_to(unpacked_place(tile + w * 16 * kBlockK, ptx::lane_id()));
-    }
-    MEGA_DEVICE void expand_to(u32 place) const {
-        unpack_quarter<0>(place, codes[0], exponents);
-        unpack_quarter<1>(place ^ 32, codes[0], exponents);
-        unpack_quarter<2>(place ^ 64, codes[1], exponents);
-        unpack_quarter<3>(place ^ 96, codes[1], exponents);
-    }
-};
-
-/// 64 rows of a k-block.
+/// 64 rows of a k-block, by one warp: sixteen at a time, as if it were each of a warpgroup's four warps in turn.
 struct PackedPiece {
     static constexpr u32 kRows = 64, kCodeBytes = kRows * kBlockK / 2,
                          kExponentBytes = kRows * kBlockK / 32, kBytes = kRows * kBlockK;
     PackedRows rows[4];
 
-    MEGA_DEVICE void load(const u8* from, const u8* from_exponents) {
+    /// From memory.
+    MEGA_DEVICE void load(const u8* codes, const u8* exponents) {
+        const u32 lane = ptx::lane_id();
 #pragma unroll
-        for (u32 w = 0; w < 4; ++w) rows[w].load(from, from_exponents, w);
+        for (u32 w = 0; w < 4; ++w) {
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h)
+                rows[w].codes[h] = ptx::load16(codes + (h * kGroup + w * kWarp + lane) * 16);
+            ptx::load8(exponents + w * 64 + lane / 4 * 8, rows[w].exponents[0],
+                       rows[w].exponents[1]);
+        }
     }
+    /// To 64 rows of 128 bytes in shared memory, from address `tile` on.
     MEGA_DEVICE void expand(u32 tile) const {
 #pragma unroll
-        for (u32 w = 0; w < 4; ++w) rows[w].expand(tile, w);
+        for (u32 w = 0; w < 4; ++w)
+            unpack_rows(unpacked_place(tile + w * 16 * kBlockK, ptx::lane_id()), rows[w]);
     }
 };
 

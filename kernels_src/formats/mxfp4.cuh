@@ -8,6 +8,7 @@
 #pragma once
 #include "mma/code_stream.cuh"
 #include "mma/magnitudes.cuh"
+#include "mma/packed_rows.cuh"
 #include "mma/scales.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -28,20 +29,8 @@ struct Mxfp4 {
     using CodeStream = CodesAndExponents<C, kBits, kGroup, Shared<C>::kWeightBytes, InStages<C>>;
     template <class C> using ScaleStream = WeightScaleStream<C>;
 
-    /// What a thread has of 64 rows of a k-block before it expands them.
-    struct Packed {
-        Vec16 halves[2];   // of the depth
-        u32 powers[2];     // exponents of rows t/4 and t/4 + 8
-
-        MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
-            constexpr u32 kHalfBytes = megamoe::kGroup * 16;   // a warpgroup's
-            const u32 from = weights + m * (2 * kHalfBytes) + thread * 16;
-            halves[0] = ptx::load16_shared(from);
-            halves[1] = ptx::load16_shared(from + kHalfBytes);
-            ptx::load8_shared(exponents + m * (64 * kBlockK / kGroup) + thread / 4 * 8, powers[0],
-                              powers[1]);
-        }
-    };
+    /// What a thread holds of 64 rows of a k-block before it expands them.
+    using Packed = PackedRows;
 
     /// 64 rows of a k-block as the left operand of a product: in registers, as e5m2.
     struct Rows {
@@ -53,7 +42,7 @@ struct Mxfp4 {
             expand(packed);
         }
         MEGA_DEVICE void expand(const Packed& packed) {
-            ptx::expand_e2m1<Magnitudes>(a, packed.halves, packed.powers);
+            ptx::expand_e2m1<Magnitudes>(a, packed.codes, packed.exponents);
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
             ptx::wgmma_weights_registers<kN>(d, a, tokens);

@@ -12,11 +12,10 @@ template <class C> MEGA_DEVICE u32 first_weight_row(const Tile& tile) {
     return tile.expert * (tile.kind == Tile::gemm1 ? 2 * C::kIntermediate : C::kHidden) +
            tile.n * kBlockN;
 }
-/// Bytes of a k-block of the tile, of which a whole one has `bytes`: half in the last tile of GEMM 2 where there are no more
-/// columns.
+/// Bytes of a k-block of the tile's weights, where one of 256 rows has `bytes`.
 template <class C> MEGA_DEVICE u32 block_bytes(const Tile& tile, u32 bytes) {
-    constexpr bool kHalf = C::kHidden % kBlockN != 0;
-    return bytes >> (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
+    return bytes >> (TileOrder<C>::kHasHalf && tile.kind == Tile::gemm2 &&
+                     tile.n == TileOrder<C>::kTilesN2 - 1);
 }
 
 /// Of a format whose codes are all there is in a k-block.

@@ -110,7 +110,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
 #define MEGA_N16(i) MEGA_N8(i), MEGA_N8(i + 8)
 #define MEGA_D8(i) MEGA_D4(i), MEGA_D4(i + 4)
 #define MEGA_D16(i) MEGA_D8(i), MEGA_D8(i + 8)
-#define MEGA_D32 MEGA_D16(0), MEGA_D16(16)
 /// d = A . B^T with 64 rows of A, weights, and kN of B, activations: thread t of a warp holds, of every 8 columns, those of
 /// 2(t%4) and the next, of rows t/4 (registers 4i, 4i+1) and t/4 + 8 (4i+2, 4i+3).  128 deep, as above.
 template <u32 kN> MEGA_DEVICE void wgmma_weights_shared(float (&d)[kN / 2], u64 a, u64 b) {
@@ -170,7 +169,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[40]) {
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[48]) {
     asm volatile("wgmma.wait_group.sync.aligned %48;" : MEGA_D16(0), MEGA_D16(16), MEGA_D16(32) : "n"(kPending) : "memory");
 }
-#undef MEGA_D32
 #undef MEGA_N16
 #undef MEGA_N8
 #undef MEGA_N4

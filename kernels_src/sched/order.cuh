@@ -57,6 +57,8 @@ template <class C> struct UnitCursor {
 template <class C> struct TileOrder {
     static constexpr u32 kTilesN1 = 2 * C::kIntermediate / kBlockN,
                          kTilesN2 = ceil_div(C::kHidden, kBlockN);
+    // the tiles of GEMM 2's last column, n == kTilesN2 - 1, have 128 weight rows instead of 256: half tiles
+    static constexpr bool kHasHalf = C::kHidden % kBlockN != 0;
 
     const ExpertTable& table;
     const u32 lag, ring;          // GEMM 1 tiles; blocks of 128 rows in a pool
