@@ -151,10 +151,10 @@ template <class C> struct Gather {
     }
 
     /// By this block, one of so many that take part.
-    MEGA_DEVICE void rest(u32 index, u32 takers) const {
+    MEGA_DEVICE void rest(u32 index, u32 step) const {
         Timeline<C> timeline(p, Role::dispatch);
         u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
-        for (u32 i = first_items + index; i < items; i += takers) {
+        for (u32 i = first_items + index; i < items; i += step) {
             const Item item = find<false>(i);
             copy_scales(item);
             copy_rows(item, chunks);

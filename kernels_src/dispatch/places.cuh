@@ -38,13 +38,13 @@ template <class C> struct Places {
         return p.row_places + (from >> kPairBits) * (p.most_pairs / C::kTopK) + token;
     }
     /// The origin of a row, or its place if it is here.
-    MEGA_DEVICE u32 look(u32 from) const {
+    MEGA_DEVICE u32 look_up(u32 from) const {
         if (from >> kPairBits == p.rank) return from;
         const u32 place = ptx::load_acquire(word(from));
         return place == 0 ? from : kHere + place - 1;
     }
     /// Row `row` of all has come to `pool_row`, from an origin or from another place.
-    MEGA_DEVICE void note(u32 from, u32 row, u32 pool_row) const {
+    MEGA_DEVICE void record(u32 from, u32 row, u32 pool_row) const {
         if (from < kHere && from >> kPairBits != p.rank && row + p.pool_rows >= rows)
             ptx::store_relaxed(word(from), pool_row + 1);
     }

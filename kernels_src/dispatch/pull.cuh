@@ -39,19 +39,19 @@ template <class C> struct Pull {
     MEGA_DEVICE Item find(u32 i) const {
         return i < gather.items ? gather.template find<false>(i) : Item{};
     }
-    MEGA_DEVICE void ask(Scales<C>& scales, const Item& item) const {
+    MEGA_DEVICE void request_scales(Scales<C>& scales, const Item& item) const {
         const u32 row = ptx::lane_id() % gather.item_rows(),
                   from = __shfl_sync(~0u, item.origin, row);
-        scales.ask(row < item.rows ? gather.row_scales(from) : nullptr);
+        scales.request(row < item.rows ? gather.row_scales(from) : nullptr);
     }
     /// Rows of `now` that have come for another expert are copied from there.
-    MEGA_DEVICE void look() {
-        if (ptx::lane_id() < now.rows) now.origin = Places<C>(p, gather.table).look(now.origin);
+    MEGA_DEVICE void look_up_places() {
+        if (ptx::lane_id() < now.rows) now.origin = Places<C>(p, gather.table).look_up(now.origin);
         __syncwarp();
         ptx::fence_async_global();   // others have stored them
     }
     /// Writes down where its rows come from, for scatter.
-    MEGA_DEVICE void note() const {
+    MEGA_DEVICE void store_origins() const {
         if (ptx::lane_id() < now.rows) p.row_pairs[now.first_row + ptx::lane_id()] = now.origin;
     }
     /// Starts copies of `now`, then of `next`, into all slots but one at most.  The slot of chunk c held chunk c - kSlots
@@ -99,7 +99,8 @@ template <class C> struct Pull {
             const u32 lane = ptx::lane_id();
             if (lane == 0) ptx::add_relaxed(p.act1_ready + now.first_row / kCounterRows, now.rows);
             if (lane < now.rows)
-                Places<C>(p, gather.table).note(now.origin, now.first_row + lane, now.pool_row + lane);
+                Places<C>(p, gather.table)
+                    .record(now.origin, now.first_row + lane, now.pool_row + lane);
         }
     }
     /// By this block, one of so many that take part.
@@ -108,15 +109,15 @@ template <class C> struct Pull {
         u32 i = gather.first_items + index;
         Scales<C> scales(p.item_shift);
         now = find(i), next = find(i + step);
-        ask(scales, now);
+        request_scales(scales, now);
         for (; i < gather.items; i += step) {
             end += now.rows * kChunks;
             load();
             gather.wait_room(now.first_row);
-            note();
+            store_origins();
             scales.store(p, now.pool_row);
-            ask(scales, next);
-            if constexpr (kKeepsPlaces<C>) look();
+            request_scales(scales, next);
+            if constexpr (kKeepsPlaces<C>) look_up_places();
             store();
             const Item after = find(i + 2 * step);
             if (ptx::lane_id() == 0) ptx::bulk_wait_all();
@@ -130,11 +131,11 @@ template <class C> struct Pull {
 /// In one warp of each block that takes part, after `Gather::first_round`: this one is the `index`-th of `takers`.
 template <class C>
 MEGA_DEVICE void dispatch_rest(const Params& p, const Shared<C>& shared, const ExpertTable& table,
-                               u32 index, u32 takers) {
+                               u32 index, u32 step) {
     // other ranks' rows, or those staged in this launch, acquired by a thread of this block
     if constexpr (C::kRanks > 1 || C::kInputs == Inputs::raw) ptx::fence_async_global();
-    if constexpr (C::kRanks == 1) Gather<C>(p, shared, table).rest(index, takers);
-    else Pull<C>(p, shared, table).run(index, takers);
+    if constexpr (C::kRanks == 1) Gather<C>(p, shared, table).rest(index, step);
+    else Pull<C>(p, shared, table).run(index, step);
 }
 
 }   // namespace megamoe

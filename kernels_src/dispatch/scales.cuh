@@ -49,7 +49,7 @@ template <class C> struct Scales {
     }
 
     /// Asks for the first of them; `row` is where this lane's row begins, null if it has none.
-    MEGA_DEVICE void ask(const float* row) {
+    MEGA_DEVICE void request(const float* row) {
         skew = kAligned ? 0 : static_cast<u32>(reinterpret_cast<u64>(row)) / 4 % 4;
         from = reinterpret_cast<const u8*>(row) - skew * 4;
         if (row == nullptr) from = nullptr;
@@ -86,7 +86,7 @@ template <class C, bool kOwn = C::kRanks == 1> struct RowScales : OwnRowScales<C
     using OwnRowScales<C>::OwnRowScales;
 };
 template <class C> struct RowScales<C, false> : Scales<C> {
-    MEGA_DEVICE explicit RowScales(const float* row) : Scales<C>(0) { this->ask(row); }
+    MEGA_DEVICE explicit RowScales(const float* row) : Scales<C>(0) { this->request(row); }
 };
 
 }   // namespace megamoe

@@ -19,20 +19,21 @@ namespace megamoe {
 /// Who expands: some blocks, with all their warps, before they do anything else.  A few are as fast as the memory, and the others
 /// begin on the first experts meanwhile; they alone go on with dispatch, which must not wait for them.
 struct ExpandShare {
-    u32 expander, expanders;   // which of them this block is, if it is one; how many there are
-    u32 taker, takers;         // the same of blocks that dispatch
+    u32 expander, expanders;       // which of them this block is, if it is one; how many there are
+    u32 dispatcher, dispatchers;   // the same of blocks that dispatch
 
     MEGA_DEVICE explicit ExpandShare(const Params& p) {
         const u32 block = blockIdx.x, all = gridDim.x,
                   every = p.expand_every > 0 ? p.expand_every : all;
-        expanders = all / every, takers = all - expanders;
+        expanders = all / every, dispatchers = all - expanders;
         const bool one = block % every == every - 1;
-        expander = one ? block / every : expanders, taker = one ? takers : block - block / every;
-        if (expanders == 0 || takers == 0)   // all do both
-            expander = taker = block, expanders = takers = all;
+        expander = one ? block / every : expanders,
+        dispatcher = one ? dispatchers : block - block / every;
+        if (expanders == 0 || dispatchers == 0)   // all do both
+            expander = dispatcher = block, expanders = dispatchers = all;
     }
     MEGA_DEVICE bool expands() const { return expander < expanders; }
-    MEGA_DEVICE bool dispatches() const { return taker < takers; }
+    MEGA_DEVICE bool dispatches() const { return dispatcher < dispatchers; }
 };
 
 template <class C> struct Expansion {

@@ -70,13 +70,13 @@ template <class C> MEGA_DEVICE void stage_rows(const Params& p) {
     constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 2;
     const u32 warp = ptx::warp_id();
     if (warp == 0) return;
-    const Rows rows{p.raw_x,
-                    p.raw_x_stride,
-                    symmetric<u8>(p, p.rank, p.x),
-                    symmetric<float>(p, p.rank, p.x_scales),
-                    kBlocks,
-                    p.tokens * kBlocks,
-                    true};
+    const RowsToQuantise rows{p.raw_x,
+                              p.raw_x_stride,
+                              symmetric<u8>(p, p.rank, p.x),
+                              symmetric<float>(p, p.rank, p.x_scales),
+                              kBlocks,
+                              p.tokens * kBlocks,
+                              true};
     quantise_rows<Bf16, kGroups>(rows, (warp - 1) * gridDim.x + gridDim.x - 1 - blockIdx.x,
                                  (kBlockWarps<C> - 1) * gridDim.x);
 }
@@ -135,7 +135,7 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
             if constexpr (C::Policy::kExpands) {
                 const ExpandShare share(p);
                 if (share.dispatches())
-                    dispatch_rest<C>(p, shared, table, share.taker, share.takers);
+                    dispatch_rest<C>(p, shared, table, share.dispatcher, share.dispatchers);
             } else {
                 dispatch_rest<C>(p, shared, table, blockIdx.x, gridDim.x);
             }

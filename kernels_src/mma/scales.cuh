@@ -22,7 +22,7 @@ template <class C> struct WeightScaleStream {
     float next[2];
 
     /// Starts the loads of a tile's first k-block.
-    MEGA_DEVICE void aim(const Params& p, const Tile& tile) {
+    MEGA_DEVICE void start(const Params& p, const Tile& tile) {
         interleaved = tile.kind == Tile::gemm1;
         if (interleaved) {
             first = p.weight1_scales + (tile.expert * kRows1 + tile.n) * kBlocks1;
@@ -37,7 +37,7 @@ template <class C> struct WeightScaleStream {
     MEGA_DEVICE void fetch(u32 k) { next[0] = __ldg(first + k), next[1] = __ldg(second + k); }
 
     /// Writes this k-block's scales to shared memory; if there is a next one, starts its loads.
-    MEGA_DEVICE void put(u32 address, u32 k, bool more) {
+    MEGA_DEVICE void store(u32 address, u32 k, bool more) {
         const float a = next[0], b = next[1];
         if (more) fetch(k + 1);
         ptx::store_floats_shared(address, a, interleaved ? b : a, interleaved ? a : b, b);

@@ -24,14 +24,14 @@ constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;
 constexpr u32 kTicketLead = 3;
 
 /// Where the weights lane puts k-blocks: into the stages, or into the ring of packed ones.
-template <class C, bool kPacked> struct WeightPlaces {
+template <class C, bool kPacked> struct WeightTarget {
     using Codes = typename C::Weights::template CodeStream<C>;
     static constexpr u32 kDepth = C::kStages;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.full(i); }
     MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.empty(i); }
     MEGA_DEVICE static u32 scales(const Shared<C>& s, u32 i) { return s.weight_scales(i); }
 };
-template <class C> struct WeightPlaces<C, true> {
+template <class C> struct WeightTarget<C, true> {
     using Codes = PackedStream<C>;
     static constexpr u32 kDepth = C::Policy::kPacked;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.packed_full(i); }
@@ -41,8 +41,8 @@ template <class C> struct WeightPlaces<C, true> {
 
 template <class C> struct LoadWeights {
     using Scales = typename C::Weights::template ScaleStream<C>;
-    using Places = WeightPlaces<C, (C::Policy::kPacked > 0)>;
-    using Codes = typename Places::Codes;
+    using Target = WeightTarget<C, (C::Policy::kPacked > 0)>;
+    using Codes = typename Target::Codes;
 
     const Params& p;
     const Shared<C>& shared;
@@ -61,13 +61,13 @@ template <class C> struct LoadWeights {
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
         if constexpr (C::Policy::kExpands) Expansion<C>::wait(p, tile);
-        Ring<Places::kDepth> ring(tile.k_begin);
+        Ring<Target::kDepth> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, codes.advance(), ring.advance()) {
             if (k == draw) next = ticket();
-            wait_barrier(p, Wait::weight_stage_free, Places::empty(shared, ring.stage),
+            wait_barrier(p, Wait::weight_stage_free, Target::empty(shared, ring.stage),
                          ring.parity ^ 1, ring.stage);
-            const u32 full = Places::full(shared, ring.stage);
-            scales.put(Places::scales(shared, ring.stage), k, k + 1 < tile.k_blocks);
+            const u32 full = Target::full(shared, ring.stage);
+            scales.store(Target::scales(shared, ring.stage), k, k + 1 < tile.k_blocks);
             codes.load(shared, ring.stage, full);
             ptx::mbarrier_arrive(full);
         }
@@ -83,7 +83,7 @@ template <class C> struct LoadWeights {
         for (u32 next = ticket();; next = stream(tile, scales)) {
             tile = order.locate(next);
             if (tile.kind == Tile::stop) break;
-            scales.aim(p, tile);
+            scales.start(p, tile);
             tile.k_begin = k_begin, k_begin += tile.k_blocks;
             slots.publish(index++, tile);
         }

@@ -116,7 +116,7 @@ struct Divisor {
 };
 
 /// Where the rows of a call lie and where their codes and scales go, which have no gaps between rows.
-struct Rows {
+struct RowsToQuantise {
     const u8* x;
     u64 stride;   // bytes from row to row
     u8* codes;
@@ -127,7 +127,8 @@ struct Rows {
 };
 
 /// Groups `first` to `first` + 2 * kCount, of those that there are, by a warp.
-template <class T, u32 kCount> MEGA_DEVICE void quantise_groups(const Rows& rows, u32 first) {
+template <class T, u32 kCount> MEGA_DEVICE void quantise_groups(const RowsToQuantise& rows,
+                                                                u32 first) {
     const u32 lane = ptx::lane_id() % (kWarp / 2), begin = first + ptx::lane_id() / (kWarp / 2);
     u32 row = begin / rows.per_row, column = begin - row * rows.per_row;
     Eight<T> in[kCount];
@@ -155,8 +156,8 @@ template <class T, u32 kCount> MEGA_DEVICE void quantise_groups(const Rows& rows
 }
 
 /// All groups, shared out among `workers` warps of which this is number `worker`.
-template <class T, u32 kCount> MEGA_DEVICE void quantise_rows(const Rows& rows, u32 worker,
-                                                              u32 workers) {
+template <class T, u32 kCount> MEGA_DEVICE void quantise_rows(const RowsToQuantise& rows,
+                                                              u32 worker, u32 workers) {
     if (rows.groups <= 4 * workers) {   // few: as many warps as there are, one load a lane
 #pragma unroll 1
         for (u32 g = 2 * worker; g < rows.groups; g += 2 * workers) quantise_groups<T, 1>(rows, g);
