@@ -1,9 +1,10 @@
-// From packed weights to a tile of e5m2 codes in shared memory, as the tensor cores read it.
+// From packed weights in registers to rows of e5m2 in shared memory, swizzled as the tensor cores read them.  Used by prefill
+// (expand/ahead.cuh, PackedPiece) and unpack (expand/beside.cuh, unpack_rows).
 //
-// A thread's sixteen bytes hold, of rows r and r + 8, four times eight codes (formats/mxfp4.cuh).  Each eight become four
-// bytes in either of two chunks of sixteen, which is what `stmatrix` has a thread give of two matrices: both chunks of eight rows
-// go by one instruction.  (All four of sixteen rows could, but helpers have no registers for them.)  The swizzle puts chunks of
-// eight rows into different banks.
+// A thread's sixteen bytes of one half of the depth hold four groups of eight codes, of rows r and r + 8 (formats/mxfp4.cuh).  Eight
+// codes become four bytes in each of two neighbouring chunks of sixteen bytes, which is just what a thread passes to `stmatrix` for
+// two matrices: one instruction stores two chunks of eight rows.  (It could store four, of sixteen rows, but helpers have no registers
+// for that.)  The swizzle puts the chunks of eight rows into different banks.
 #pragma once
 #include "base/constants.cuh"
 #include "mma/magnitudes.cuh"
@@ -14,13 +15,13 @@
 
 namespace megamoe {
 
-/// Where `lane` of the warp that has the sixteen rows which begin at `rows` stores: chunk 0 or 1 of one of the first eight.  Those of
-/// chunks c and c + 1 lie at this ^ 16c.
+/// The address that `lane` passes to `stmatrix` for the first eight of the sixteen rows at address `rows`: lanes 0-7 chunk 0 of a row,
+/// lanes 8-15 chunk 1.  For chunks c and c + 1, c even, it is this ^ 16c.
 MEGA_DEVICE u32 unpacked_place(u32 rows, u32 lane) {
     return rows + lane % 8 * kBlockK + (lane / 8 % 2 ^ lane % 8) * 16;
 }
 
-/// 32 of the depth, of rows r and r + 8, whose groups have these exponents; `place` is theirs.
+/// Unpacks a quarter of the depth, 32 codes of each row, to chunks 2 * kQuarter and the next; `place` is their address.
 template <u32 kQuarter>
 MEGA_DEVICE void unpack_quarter(u32 place, const Vec16& codes, const u32 (&exponents)[2]) {
 #pragma unroll
@@ -32,7 +33,7 @@ MEGA_DEVICE void unpack_quarter(u32 place, const Vec16& codes, const u32 (&expon
     }
 }
 
-/// The sixteen rows that a warp holds, to its `unpacked_place`.
+/// Unpacks the sixteen rows that a warp holds; `place`: unpacked_place.
 MEGA_DEVICE void unpack_rows(u32 place, const PackedRows& rows) {
     unpack_quarter<0>(place, rows.codes[0], rows.exponents);
     unpack_quarter<1>(place ^ 32, rows.codes[0], rows.exponents);

@@ -1,10 +1,10 @@
 // mxfp4: e2m1 codes, an exponent for every 32 of a row, and a float scale for every 128 x 128 (megamoe_jit/_layer/mxfp4.py).
 //
-// A code times the power of two that its exponent stands for is exact in e5m2, so weights become e5m2 on their way into the
-// tensor cores, in registers.  A k-block of a tile has its codes and then its exponents:
+// A code times the power of two of its group is exact in e5m2, so weights become e5m2 on their way into the tensor cores; here, for
+// decode and wide, in registers.  In a stage a k-block has its codes and, apart, its exponents, in the order in which threads need them:
 //
-//   codes       [64 rows][half of the depth][thread of a warpgroup][16 bytes]    what the thread makes 2 x 8 registers of
-//   exponents   [64 rows][warp][lane / 4][row, row + 8][32 of the depth]         a byte each: 16 + what the code is times 2 to
+//   codes       [which 64 rows][half of the depth][thread of a warpgroup][16 bytes]      of which a thread makes 8 registers per half
+//   exponents   [which 64 rows][warp][lane / 4][row t/4, row t/4 + 8][which 32 of the depth]     a byte each: the power's exponent + 16
 #pragma once
 #include "mma/code_stream.cuh"
 #include "mma/magnitudes.cuh"
@@ -32,9 +32,9 @@ struct Mxfp4 {
     /// What a thread holds of 64 rows of a k-block before it expands them.
     using Packed = PackedRows;
 
-    /// 64 rows of a k-block as the left operand of a product: in registers, as e5m2.
+    /// 64 weight rows of a k-block as the left operand of a product: expanded to e5m2 in registers.
     struct Rows {
-        u32 a[4][4];   // 32 of the depth; see ptx::wgmma_weights_registers
+        u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_weights_registers
 
         MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
             Packed packed;

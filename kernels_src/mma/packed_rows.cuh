@@ -1,6 +1,5 @@
-// Packed weights in registers: what one thread holds of 64 rows of a k-block of four-bit codes (formats/mxfp4.cuh has their
-// order).  `decode` and `wide` make the left operand of a product of it, the helpers of `unpack` and the blocks of `prefill`
-// that expand weights make rows of e5m2 bytes of it (expand/unpack.cuh).
+// Packed weights in registers: what one thread of a warpgroup holds of 64 rows of a k-block (formats/mxfp4.cuh has their order).
+// Decode and wide make the left operand of a product of it; unpack and prefill make rows of e5m2 of it (expand/unpack.cuh).
 #pragma once
 #include "base/constants.cuh"
 #include "ptx/memory.cuh"

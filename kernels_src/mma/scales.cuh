@@ -1,16 +1,16 @@
-// The scales of a k-block.
+// The scales of a k-block: written into the stage by the weights lane, read by the main loops.
 //
-// Two weight scales serve a tile of 256 columns.  GEMM 1: gate and up columns alternate by eights, so even groups of
-// eight take the gate's scale and odd ones the up's.  GEMM 2: the first 128 columns take one, the others the second.
-// The weights lane writes them into the stage as four floats, (even, odd) for columns 0-127 and for columns 128-255, so
-// one main loop serves both and spends no register on where they come from.
+// A tile of 256 columns has two weight scales per k-block.  GEMM 1: gate and up columns alternate by eights, so even groups of eight
+// take the gate's scale and odd ones the up's.  GEMM 2: the first 128 columns take one, the others the second.  The weights lane
+// stores them as four floats, (even, odd) for columns 0-127 and (even, odd) for columns 128-255, so one main loop serves both GEMMs
+// and spends no register on the difference.
 #pragma once
 #include "layout/shared.cuh"
 #include "sched/experts.cuh"
 
 namespace megamoe {
 
-/// Producer's side: walks along the two rows of weight scales of a tile, one k-block ahead.
+/// The producer's side, in the weights lane: reads the two rows of weight scales of a tile, one k-block ahead.
 template <class C> struct WeightScaleStream {
     static constexpr u32 kRows1 = 2 * C::kIntermediate / kQuantBlock,
                          kRows2 = C::kHidden / kQuantBlock;
@@ -44,7 +44,7 @@ template <class C> struct WeightScaleStream {
     }
 };
 
-/// Consumer's side.
+/// The consumer's side: what a thread needs of a stage's scales.
 struct BlockScales {
     float act[2];         // rows t/4 and t/4 + 8 of this warp
     float weight[2][2];   // columns 0-127 and 128-255; even and odd groups of eight
