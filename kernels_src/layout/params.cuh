@@ -49,7 +49,8 @@ struct alignas(64) Params {
     // records of comm/timeline.cuh; only read by kernels with Config::kTimeline
     u64* timeline;
 
-    u64 timeout_ns;   // deadline of a wait with patience 1 (comm/fault.cuh)
+    // deadline of a wait with patience 1 (comm/fault.cuh)
+    u64 timeout_ns;
     // tokens of this rank; rows per dispatch item = 1 << item_shift (dispatch/gather.cuh); lag_tiles: sched/order.cuh
     u32 tokens, rank, pool_rows, counters, sort_blocks, item_shift, lag_tiles;
     float clamp;   // bound of SwiGLU's inputs; infinity for none
