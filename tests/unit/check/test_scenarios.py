@@ -99,6 +99,11 @@ def test_odd_sizes_and_bounds_are_covered():
     assert {s.fast_math for s in table.SCENARIOS} == {True, False}
 
 
+def test_a_call_is_told_of_the_options_that_are_not_the_default():
+    assert table.get("L4.fm1").options == {"activation_clamp": 10.0}
+    assert table.get("L4.fm0").options == {"activation_clamp": 10.0, "fast_math": False}
+
+
 @pytest.mark.parametrize("scenario", table.SCENARIOS, ids=lambda s: s.name)
 def test_inputs_have_the_contract_shapes(scenario, inputs):
     if scenario.slow:  # gigabytes that are drawn by the same lines
