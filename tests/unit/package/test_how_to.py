@@ -40,6 +40,14 @@ codes = torch.ones(256, 128).to(powers.code_dtype)
 values = powers.dequantize(codes, scales.to(powers.scale_dtype))
 assert torch.equal(values, fp8.dequantize(codes, scales))
 assert fp8.expert_bytes(256, 128) - powers.expert_bytes(256, 128) == 3 * 2 * 3
+from megamoe_jit import ConfigError, MoEShape
+from megamoe_jit._check.scenarios import make_weights
+try:
+    make_weights(MoEShape(256, 128, 4, 2), "cpu", weights=powers)
+except ConfigError as error:
+    assert str(error).startswith("weights in powers cannot be drawn"), error
+else:
+    raise AssertionError("weights of another format are taken for those of this one")
 """
 
 
