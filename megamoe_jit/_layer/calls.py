@@ -247,7 +247,7 @@ def fp8_mega_moe(
 def _new_call(
     arguments: tuple[Any, ...],
     weights: Any,
-    numeric: tuple[bool],
+    numeric: tuple[bool, ...],
     num_sms: int | None,
     variant: str | None,
     options: tuple[Any, ...],
