@@ -113,6 +113,12 @@ class Files:
         """The names of the files, in the order in which the index names them."""
         return list(dict.fromkeys(self._where.values()))
 
+    def look_into_all(self) -> None:
+        """Know what files hold and the index does not name, too, as whoever loads whole files does; opens all."""
+        for file in self.shards:
+            for name in self._keys(file):
+                self._where.setdefault(name, file)
+
     def _find(self, place: Path, is_folder: bool) -> dict[str, str]:
         """The file of each tensor, by the tensor's name."""
         if not is_folder and place.name.endswith(_ENDING):
