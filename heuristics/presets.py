@@ -104,7 +104,7 @@ def _named(name: str, more: str) -> Preset:
         return known[name]
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"unknown shape {name!r}; {hint}allowed: {', '.join(known)}{more}")
+    raise ConfigError(f"unknown shape {shown(name)}; {hint}allowed: {', '.join(known)}{more}")
 
 
 def parse_shapes(text: str) -> tuple[Preset, ...]:

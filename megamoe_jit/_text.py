@@ -46,9 +46,10 @@ def several(items: Iterable[str], most: int = 20) -> str:
     return ", ".join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its type if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error: BaseException, most: int = 1000) -> str:
+    """What an error says, in a line that is cut short; its type if it says nothing."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def items_of(value: object) -> list[Any] | None:

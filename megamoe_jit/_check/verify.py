@@ -18,7 +18,7 @@ from megamoe_jit._errors import ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import MoEShape, Variant, WeightFormat
 from megamoe_jit.heuristics.select import AUTO
-from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs
+from megamoe_jit.reference import calc_diff, expert_counts, row_diffs
 
 __all__ = [
     "MAX_DIFF",
@@ -187,15 +187,7 @@ def _call(
     buffer = api.get_symm_buffer_for_mega_moe(None, *sizes_of(s, scenario.capacity))
     try:
         _stage(buffer, inputs, s.experts)
-        run(
-            y[: scenario.tokens],
-            entry.l1,
-            entry.l2,
-            buffer,
-            stats,
-            activation_clamp=scenario.clamp,
-            fast_math=scenario.fast_math,
-        )
+        run(y[: scenario.tokens], entry.l1, entry.l2, buffer, stats, **scenario.options)
         buffer.check()
     except BaseException as error:
         if not is_gone(error, device):  # else nothing on the device can be given back any more
@@ -246,8 +238,7 @@ def run_scenario(
     entry = (cache or WeightCache()).get(scenario, device, seed, api)
     inputs = _scenarios.make_inputs(scenario, device, seed, entry.weights)
     y, stats = _call(api, scenario, variant, inputs, entry)
-    expected = moe_reference(*inputs.operands, activation_clamp=scenario.clamp)
-    outcome = outcome_of(scenario, variant, y, expected)
+    outcome = outcome_of(scenario, variant, y, _scenarios.expected(scenario, inputs))
     counts = expert_counts(inputs.topk_idx, scenario.shape.experts) + STATS_BEFORE
     if torch.equal(stats, counts):
         return outcome
