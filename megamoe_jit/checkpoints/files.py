@@ -26,6 +26,7 @@ __all__ = ["Entry", "Files", "library"]
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _INDEX_BYTES, _CONFIG_BYTES = 1 << 28, 1 << 22  #: a million tensors have an index of 100 MB
 _ENDING = ".safetensors"
+_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model"
 
 
 class Entry(NamedTuple):
@@ -42,7 +43,7 @@ def library() -> Any:
     except ModuleNotFoundError:
         raise ToolchainError(
             "checkpoints are read by the Python package safetensors, which is not installed; "
-            "pip install 'megamoe-jit[checkpoints]' brings it"
+            "run: pip install 'safetensors>=0.6.2'"
         ) from None
     return safetensors
 
@@ -64,7 +65,6 @@ class Files:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        library()
         place = Path(path)
         try:
             is_folder = place.is_dir()
@@ -72,7 +72,10 @@ class Files:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{shown(str(path))} cannot be read: {first_line(error)}") from None
         if not exists:
-            raise ConfigError(f"{place} is not there; allowed: a folder, an index or a safetensors file of a model")
+            raise ConfigError(f"{place} is not there; allowed: {_ALLOWED}")
+        if not is_folder and place.suffix not in (_ENDING, ".json"):
+            raise ConfigError(f"{place} is no checkpoint; allowed: {_ALLOWED}")
+        library()
         self.folder = place if is_folder else place.parent
         self._opened: dict[str, Any] = {}
         self._where = self._find(place, is_folder)
