@@ -51,9 +51,10 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its type if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error: BaseException, most: int = 1000) -> str:
+    """What an error says, in a line that is cut short; its type if it says nothing."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def items_of(value: object) -> list[Any] | None:

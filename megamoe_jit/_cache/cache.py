@@ -33,6 +33,7 @@ from megamoe_jit._cache.store import EntryStore, PruneReport
 from megamoe_jit._cache.trees import delete, is_closed, is_directory, tree_bytes
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._text import shown
 from megamoe_jit._trust import check_private
 
 __all__ = [
@@ -280,14 +281,14 @@ def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, 
     keys = sorted({key for _, key, _ in found})
     where = " or ".join(str(cache.path) for cache in caches)
     if len(keys) > 1:
-        shown = ", ".join(key[: max(12, len(prefix) + 4)] for key in keys[:5])
-        raise ConfigError(f"key {prefix!r} is not unique in {where}: {shown}{', ...' if keys[5:] else ''}")
+        first = ", ".join(key[: max(12, len(prefix) + 4)] for key in keys[:5])
+        raise ConfigError(f"key {prefix!r} is not unique in {where}: {first}{', ...' if keys[5:] else ''}")
     for cache, key, folder in found:
         info = read_info(key, folder)
         if info is not None:
             return cache, info
     what = "has no readable metadata" if found else "is not"
-    raise ConfigError(f"key {prefix!r} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
+    raise ConfigError(f"key {shown(prefix)} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
 
 
 def _is_inner(name: str) -> bool:

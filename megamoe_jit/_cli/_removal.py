@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option, complete_own_key
 from megamoe_jit._cli._io import ExitCode, confirm, emit, end, human_bytes, json_option, kernel_count, say, show
 from megamoe_jit._cli._keys import own_cache, place, whole_keys
-from megamoe_jit._cli._options import cache_dir_option, complete_own_key
 from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:

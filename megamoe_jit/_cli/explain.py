@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option
 from megamoe_jit._cli._io import emit, json_option, show
 from megamoe_jit._cli._nodes import lines_between, nodes_options
 from megamoe_jit._cli._options import (
-    cache_dir_option,
     gpu_option,
     numerics_options,
     per_shape,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
 from megamoe_jit._cli._io import copy_out, emit, human_bytes, json_option, say, show, table
 from megamoe_jit._cli._names import looks_like_key, parse_spec
-from megamoe_jit._cli._options import cache_dir_option, complete_kernel
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.metadata import Metadata

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megamoe_jit._cli._cache_options import complete_kernel
 from megamoe_jit._cli._io import copy_out, emit, json_option
 from megamoe_jit._cli._names import spec_of_argument
-from megamoe_jit._cli._options import complete_kernel
 from megamoe_jit._documents import Document, SpecData
 
 if TYPE_CHECKING:

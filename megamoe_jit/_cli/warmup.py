@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option
 from megamoe_jit._cli._io import ExitCode, emit, end, json_option, say, show
 from megamoe_jit._cli._kernels import compile_kernels, kernel_specs, kernel_table
 from megamoe_jit._cli._nodes import nodes_option, shapes_of_a_node
 from megamoe_jit._cli._options import (
-    cache_dir_option,
     numerics_options,
     ranks_option,
     shape_options,

@@ -122,7 +122,7 @@ def place_of(device: torch.device | str | int | None) -> torch.device:
         return torch.empty(0, dtype=torch.uint8, device=place).device
     except (RuntimeError, OverflowError, TypeError, ValueError, AssertionError) as error:
         allowed = "allowed: a CUDA device of this machine, its number or name"
-        raise ConfigError(f"device = {shown(device)} cannot be used: {first_line(error)}; {allowed}") from None
+        raise ConfigError(f"device = {shown(device)} cannot be used: {first_line(error, 300)}; {allowed}") from None
 
 
 def get_symm_buffer_for_sm90_mega_moe(

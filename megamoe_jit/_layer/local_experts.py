@@ -16,6 +16,7 @@ from megamoe_jit._text import counted
 
 __all__ = ["mask_rows", "mega_moe_local_experts"]
 
+_MOST_ROWS = (1 << 31) - 1  #: between two experts
 _COUNTS = (torch.int32, torch.int64, torch.uint32)
 
 
@@ -116,14 +117,19 @@ def _write_ids(topk_idx: torch.Tensor, expert_rows: torch.Tensor, rows_apart: in
     counts = expert_rows.to(torch.int64)
     row = torch.arange(topk_idx.shape[0], dtype=torch.int64, device=topk_idx.device)
     if rows_apart is None:
-        check(type(align) is int and align > 0, "align", align, "1 or more rows")
+        check(type(align) is int and 0 < align <= _MOST_ROWS, "align", align, f"1 to {_MOST_ROWS} rows")
         ends = (torch.div(counts + (align - 1), align, rounding_mode="floor") * align).cumsum(0)
         expert = torch.searchsorted(ends, row, right=True)
         known = expert.clamp(max=len(counts) - 1)
         first = torch.cat((ends.new_zeros(1), ends[:-1]))[known]
         real = (expert < len(counts)) & (row - first < counts[known])
     else:
-        check(type(rows_apart) is int and rows_apart > 0, "rows_apart", rows_apart, "1 or more rows")
+        check(
+            type(rows_apart) is int and 0 < rows_apart <= _MOST_ROWS,
+            "rows_apart",
+            rows_apart,
+            f"1 to {_MOST_ROWS} rows",
+        )
         expert = torch.div(row, rows_apart, rounding_mode="floor")
         known = expert.clamp(max=len(counts) - 1)
         real = (expert < len(counts)) & (row % rows_apart < counts[known])

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._compile.render import sources_digest
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import MIN_POOL_ROWS, BufferLayout, buffer_layout
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
-from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
+from megamoe_jit._layer.group import collectively, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import allocate_symmetric
 from megamoe_jit._spec import (
     BLOCK,
     DEFAULT_NUMERICS,
-    FORMATS,
     FP8,
     MAX_TOKENS,
     KernelSpec,
@@ -107,10 +107,6 @@ class LayerMemory:
         self.spec(Variant.COOPERATIVE, DEFAULT_NUMERICS)
         if self.ranks == 1:
             return {}
-        from megamoe_jit._compile.render import render
-
-        kinds = [(variant, stored) for stored in FORMATS.values() for variant in Variant.reading(stored)]
-        sources = (render(self.spec(variant, DEFAULT_NUMERICS, stored)).text for variant, stored in kinds)
         return {
             "num_experts": self.shape.experts,
             "num_topk": self.shape.topk,
@@ -118,7 +114,7 @@ class LayerMemory:
             "hidden": self.shape.hidden,
             "intermediate_hidden": self.shape.intermediate,
             "package version": __version__,
-            "kernel sources": digest(*sources),
+            "kernel sources": sources_digest()[:16],
         }
 
     def _allocate(self) -> None:

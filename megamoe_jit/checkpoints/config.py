@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import check_clamp
 from megamoe_jit._text import shown
 
 __all__ = ["clamp_of", "experts_of", "refusal", "topk_of"]
@@ -54,7 +55,7 @@ def clamp_of(config: Mapping[str, Any]) -> float | None:
         return None
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise ConfigError(f"config.json: swiglu_limit is {shown(found)}; allowed: a number, or name the clamp yourself")
-    if not 0 <= found < math.inf:
+    if check_clamp("config.json: swiglu_limit", found) == math.inf:
         raise ConfigError(f"config.json: swiglu_limit is {shown(found)}; allowed: 0 or a positive number, or none")
     return float(found)
 

@@ -17,13 +17,13 @@ from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Entry, Files
 from megamoe_jit.checkpoints.load import read_experts
 from megamoe_jit.checkpoints.names import FUSED, SCHEMES, LayerNames, ModelNames, Scheme, all_names_of
+from megamoe_jit.checkpoints.ready import DTYPES, entries_of
 from megamoe_jit.checkpoints.stored import Kind, Stored, layer_of
 from megamoe_jit.checkpoints.writing import Writer, writing
 
 __all__ = ["FORMATS", "Layer", "config_of", "layers_of"]
 
 FORMATS = ("fp8", "mxfp4", "megamoe")
-_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32", torch.float8_e8m0fnu: "F8_E8M0"}
 
 
 class Layer(ABC):
@@ -86,7 +86,7 @@ class _Plain(Layer):
     def _dtype(self, dtype: torch.dtype) -> str:
         if dtype is torch.uint8:
             return "I8"
-        return "F8_E8M0" if dtype is torch.float32 and self._exponents else _DTYPES[dtype]
+        return "F8_E8M0" if dtype is torch.float32 and self._exponents else DTYPES[dtype]
 
     def put(self, file: Writer, expert: int, w13: WeightTensors, w2: WeightTensors) -> None:
         halves = [tuple(each.chunk(2)) for each in w13]
@@ -111,8 +111,7 @@ class _Ready(Layer):
         }
         self.entries = {}
         for matrix, shape in (("w13", (2 * width, hidden)), ("w2", (hidden, width))):
-            for name, part in zip(self._names[matrix], weights.parts(*shape), strict=True):
-                self.entries[name] = Entry(_DTYPES[part.dtype], (stored.experts, *part.shape))
+            self.entries |= zip(self._names[matrix], entries_of(weights, stored.experts, *shape), strict=True)
 
     def metadata(self) -> dict[str, str]:
         return {"format": "pt", METADATA_KEY: layout_of(self._weights)}

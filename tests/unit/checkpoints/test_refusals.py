@@ -332,9 +332,9 @@ def test_what_is_no_checkpoint_is_refused_before_the_library_is_asked_for(
     monkeypatch.setitem(sys.modules, "safetensors", None)
     notes = tmp_path / "notes.md"
     notes.write_text("no checkpoint")
-    with pytest.raises(mm.ConfigError, match=r"notes.md is no checkpoint; allowed: a folder, an index \(.json\) or a"):
+    with pytest.raises(mm.ConfigError, match=r"notes.md' is no checkpoint; allowed: a folder, an index \(.json\) or a"):
         load(notes)
-    with pytest.raises(mm.ConfigError, match="nothing is not there; allowed: a folder"):
+    with pytest.raises(mm.ConfigError, match="nothing' is not there; allowed: a folder"):
         load(tmp_path / "nothing")
 
 
