@@ -17,7 +17,7 @@ from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE
-from megamoe_jit.checkpoints.ready import load_ready, sizes_of_ready
+from megamoe_jit.checkpoints.ready import load_ready, ready_of
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, model_of, shared_of
 
 __all__ = ["Progress", "device_of", "layer_from_checkpoint", "load_experts", "load_shared_experts"]
@@ -34,7 +34,7 @@ def device_of(device: torch.device | str) -> torch.device:
     """
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
         given = str(device) if isinstance(device, torch.device) else device
@@ -158,7 +158,8 @@ def load_shared_experts(
     if shared is None:
         return None
     if model.scheme == MEGAMOE:
-        _, hidden, intermediate = sizes_of_ready(files, model.layers[layer])
+        ready = ready_of(files, model.layers[layer], layer)
+        hidden, intermediate = ready.hidden, ready.intermediate
     else:
         routed = layer_of(files, model, layer)
         hidden, intermediate = routed.hidden, routed.intermediate
