@@ -13,6 +13,7 @@ from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._spec.checks import check
+from megamoe_jit._text import counted
 
 __all__ = ["mega_moe_local_experts"]
 
@@ -70,7 +71,9 @@ def mega_moe_local_experts(
     if y.ndim != 2:
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [rows, {buffer.hidden}]")
     if buffer.ranks > 1 or buffer.num_shared_experts:
-        given = f"a buffer of {buffer.ranks} rank(s) with {buffer.num_shared_experts} shared expert(s)"
+        given = (
+            f"a buffer of {counted(buffer.ranks, 'rank')} with {counted(buffer.num_shared_experts, 'shared expert')}"
+        )
         raise ConfigError(f"{given}; allowed: one of one rank, without shared experts")
     rows = y.shape[0]
     check(rows <= buffer.num_max_tokens_per_rank, "rows of y", rows, f"at most {buffer.num_max_tokens_per_rank}")

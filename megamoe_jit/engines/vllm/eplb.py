@@ -7,6 +7,9 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
+from megamoe_jit._text import first_line
+from megamoe_jit.engines.aside import warn_once
+
 __all__ = ["leave_room"]
 
 _UTILS, _WORKER, _NAME = "vllm.distributed.eplb.eplb_utils", "vllm.v1.worker.gpu_worker", "override_envs_for_eplb"
@@ -38,6 +41,11 @@ def leave_room(quantizations: Collection[str]) -> None:
 
 
 def _chosen() -> str | None:
-    """The quantisation of the model that this worker is to run."""
-    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    """The quantisation of the model that this worker is to run; whatever goes wrong, others run as before."""
+    try:
+        config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        warn_once("vllm: room", f"megamoe-jit leaves NCCL_MAX_CTAS to vLLM, whose settings cannot be asked: {reason}")
+        return None
     return getattr(getattr(config, "model_config", None), "quantization", None)
