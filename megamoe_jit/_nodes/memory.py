@@ -20,7 +20,6 @@ from megamoe_jit._layer.group import collectively
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exchange import Arrived, Exchange, Rows
 from megamoe_jit._nodes.experts import Experts
-from megamoe_jit._nodes.loss import loss
 from megamoe_jit._nodes.model import CTAS_BESIDE
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._nodes.watch import UNASKED, Watch
@@ -139,8 +138,27 @@ class MultiNodeMemory:
         return [lane.experts for lane in self._lanes] or [self._experts]
 
     def _lost(self, said: str, missing: dict[int, str] | None = UNASKED) -> PeerTimeoutError:
-        """Find out who is missing, unless that is known, and make the buffer unusable."""
-        error = loss(self.topology, said, missing)
+        """The error of a call that did not get through, which names who is missing; the buffer is unusable then.
+
+        Args:
+            said: what was noticed.
+            missing: as `RollCall.missing` gave it, where that was asked already; else it is, for a few seconds.
+        """
+        topology = self.topology
+        roll_call, place_of = topology.roll_call, topology.place_of
+        roll_call.give_notice()
+        if missing is UNASKED:
+            missing = roll_call.missing()
+        if missing is None:
+            who = "nobody can be asked: the store of the process group is gone, and with it the process that kept it"
+        elif missing:
+            who = "missing: " + ", ".join(f"{place_of(rank)}: {why}" for rank, why in missing.items())
+        else:
+            who = "every rank is there: look at the network between the nodes"
+        error = PeerTimeoutError(
+            f"{place_of(topology.rank)}: in call {roll_call.calls} between nodes, {said} ({who}). "
+            "This buffer is unusable, restart the processes"
+        )
         self._poison(error)
         return error
 
