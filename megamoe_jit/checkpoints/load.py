@@ -80,6 +80,7 @@ def load_experts(
     Raises:
         ConfigError: an argument is wrong, or the experts cannot be this layer; says why.
         CheckpointError: a file is not there, damaged, or does not hold what the index says.
+        UnsupportedDeviceError: there is no such GPU here.
         ToolchainError: the package safetensors is not installed.
     """
     place, files = device_of(device), Files(path)
@@ -150,7 +151,7 @@ def load_shared_experts(
 
     Raises:
         ConfigError: as `load_experts`, or its width is no multiple of that of routed experts.
-        CheckpointError: as `load_experts`.
+        MegaMoeError: as `load_experts`.
     """
     place, files = device_of(device), Files(path)
     model = model_of(files, scheme)
@@ -210,8 +211,8 @@ def layer_from_checkpoint(
         options: others of `MegaMoE`.
 
     Raises:
-        ConfigError: as `load_experts` and `MegaMoE`.
-        CheckpointError: as `load_experts`.
+        ConfigError: as `load_experts` and `MegaMoE`; or nothing says how many experts a token has.
+        MegaMoeError: as `load_experts` and `MegaMoE`.
     """
     config = Files(path).config
     slots = topk_of(config) if topk is None else topk
