@@ -215,8 +215,8 @@ def _check_digest(name: str, data: bytes, digest: str) -> None:
         raise Damaged(f"the digest of {name} is wrong")
 
 
-def read_info(key: str, folder: str) -> EntryInfo | None:
-    """What a listing shows of the entry in `folder`; None if it has no metadata of this schema and key."""
+def read_info(key: str, folder: str, now: float | None = None) -> EntryInfo | None:
+    """What a listing shows of the entry in `folder` at a time; None if it has no metadata of this schema and key."""
     try:
         handle = os.open(f"{folder}/{META}", _READ)
         try:
@@ -231,7 +231,7 @@ def read_info(key: str, folder: str) -> EntryInfo | None:
     if meta["schema"] != SCHEMA or meta["key"] != key:
         return None
     size = meta["cubin_bytes"] + meta["source_bytes"] + status.st_size
-    return EntryInfo(key, folder, meta, last_use(status, time.time()), size)
+    return EntryInfo(key, folder, meta, last_use(status, time.time() if now is None else now), size)
 
 
 def last_use(status: os.stat_result, now: float) -> float:

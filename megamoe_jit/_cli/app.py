@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 import click
 
 from megamoe_jit._cli._io import ExitCode, say
-from megamoe_jit._cli.completion import COMPLETE_VARIABLE
 from megamoe_jit._errors import (
     CheckpointError,
     ConfigError,
@@ -29,8 +28,9 @@ from megamoe_jit._errors import (
 from megamoe_jit._text import printable
 from megamoe_jit._version import __version__
 
-__all__ = ["SUMMARIES", "AnsweringGroup", "cli", "main"]
+__all__ = ["COMPLETE_VARIABLE", "SUMMARIES", "AnsweringGroup", "cli", "main"]
 
+COMPLETE_VARIABLE = "_MEGAMOE_JIT_COMPLETE"  #: a shell sets it to ask what a line can go on with
 _ENVIRONMENT = (ToolchainError, UnsupportedDeviceError, LoadError)
 
 #: Every command, in the order of the help: module of the same name, first sentence of its help.
@@ -219,6 +219,8 @@ def main() -> None:
         if end.code == ExitCode.INTERRUPTED:
             _leave()
         raise
+    finally:
+        gc.freeze()  # nor is it gone through once more on the way out
 
 
 def _leave() -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def register() -> bool:
 
     A release that moved what the plug-in relies on stays as it is, and so does a process without transformers.
     """
+    if find_spec("transformers") is None:
+        warnings.warn(
+            f"megamoe_jit.transformers steps aside: transformers is not installed; pip install '{WANTED}'", stacklevel=3
+        )
+        return False
     found = problems()
     if found:
         warnings.warn(

@@ -105,6 +105,11 @@ def test_variants_are_told_apart_by_their_policies_alone():
             assert names & set(re.findall(r"\w+", code(path))) == set(), name
 
 
+@pytest.mark.parametrize("named", [*Variant, *FORMATS.values()], ids=lambda named: named.header)
+def test_a_policy_has_the_name_that_kernels_give_it(named):
+    assert re.search(rf"\bstruct {named.policy}\b", code(host.KERNELS / named.header)), f"needs a struct {named.policy}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files_and_functions_are_short(name):
     text = (host.KERNELS / name).read_text()
