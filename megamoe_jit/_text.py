@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["first_line", "human_bytes", "items_of", "one_line", "printable", "several", "shown"]
+__all__ = ["counted", "first_line", "human_bytes", "items_of", "one_line", "printable", "several", "shown"]
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -44,6 +44,11 @@ def several(items: Iterable[str], most: int = 20) -> str:
     """Items separated by commas; how many there are beyond the first ones."""
     names = [one_line(item) for item in items]
     return ", ".join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
+
+
+def counted(count: int, what: str) -> str:
+    """`1 kernel`, `2 kernels`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def first_line(error: BaseException, most: int = 1000) -> str:

@@ -44,7 +44,7 @@ MUTANTS = (
     ),
     Mutant(
         "compile: options of ptxas are not passed on",
-        "megamoe_jit/_compile/nvrtc.py",
+        "megamoe_jit/_compile/toolchain.py",
         "for option in get_settings().ptxas_options)",
         "for option in ())",
         "compile/test_nvrtc.py::test_options",

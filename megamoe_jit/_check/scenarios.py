@@ -22,9 +22,9 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.quantize import quantize_activations
 from megamoe_jit._spec import DEFAULT_NUMERICS, FP8, MXFP4, MoEShape, Numerics, Variant, WeightFormat
 from megamoe_jit._spec.variants import AUTO
-from megamoe_jit.reference import moe_reference, with_shared_experts
+from megamoe_jit.reference import with_shared_experts
 
-__all__ = ["SCENARIOS", "Inputs", "Scenario", "Weights", "expected", "get", "make_inputs", "make_weights", "select"]
+__all__ = ["SCENARIOS", "Inputs", "Scenario", "Weights", "get", "make_inputs", "make_weights", "select"]
 
 #: rows of the experts of route "counts": around one and two tiles
 TILE_EDGES = (1, 63, 64, 65, 127, 128, 129, 0)
@@ -339,8 +339,3 @@ def make_inputs(
     topk_idx, topk_weights = _route(scenario, gen)
     weights = weights or make_weights(scenario.shape, device, seed, WeightFormat.parse(scenario.weights))
     return Inputs(x, x_q, x_sf, topk_idx, topk_weights, weights.l1, weights.l2, scenario.shape.shared)
-
-
-def expected(scenario: Scenario, inputs: Inputs) -> torch.Tensor:
-    """What the reference gives, bfloat16 ``[T, H]``; it is told of the numeric options that it knows."""
-    return moe_reference(*inputs.operands, activation_clamp=scenario.clamp)

@@ -30,6 +30,7 @@ from megamoe_jit._check.verify import (
     Runs,
     WeightCache,
     _stage,
+    expected_of,
     failure,
     function_of,
     is_gone,
@@ -127,7 +128,7 @@ class _Rank:
         self._come_late(scenario.name, variant, number)
         function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **scenario.options)
         buffer.check()
-        outcome = outcome_of(scenario, variant, y, _scenarios.expected(scenario, inputs))
+        outcome = outcome_of(scenario, variant, y, expected_of(scenario, inputs))
         return _Said(outcome, False, True, expert_counts(inputs.topk_idx, s.experts).tolist(), stats.tolist())
 
 

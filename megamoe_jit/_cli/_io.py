@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from megamoe_jit._documents import Document, content, envelope, plain
-from megamoe_jit._text import human_bytes, one_line, printable
+from megamoe_jit._text import counted, human_bytes, one_line, printable
 
 __all__ = [
     "CorruptionError",
@@ -99,7 +99,7 @@ def copy_out(text: str, nl: bool = False) -> None:
 
 def kernel_count(count: int) -> str:
     """`1 kernel`, `2 kernels`."""
-    return f"{count} kernel" if count == 1 else f"{count} kernels"
+    return counted(count, "kernel")
 
 
 def end(code: ExitCode) -> None:

@@ -45,10 +45,11 @@ def parse_spec(text: str, keys: bool = True) -> KernelSpec | StageSpec:
     file = text.endswith(".toml") or ".toml/" in text
     if file or not rest:
         problem = "names a .toml file, which only --shapes takes" if file else "names no kernel"
-        key = ", or the beginning of a key that `cache ls` lists" if keys else ""
+        name = "a kernel's name as `warmup` and `cache ls` show it"
+        others = f"{name}, or the beginning of a key that `cache ls` lists" if keys else f"or {name}"
         raise ConfigError(
             f"{text!r} {problem}; allowed: SHAPE/VARIANT with a shape of `shapes ls` (v4-flash/pingpong, "
-            f"v4-pro/cooperative/r8), a kernel's name as `warmup` and `cache ls` show it{key}"
+            f"v4-pro/cooperative/r8), {others}"
         )
     shape = preset(name).shape
     ranks = 1

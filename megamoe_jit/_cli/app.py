@@ -99,9 +99,19 @@ class _Closed(io.TextIOBase):
         raise OSError(errno.EBADF, "standard output is closed")
 
 
+def _working_directory_is_there() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
 def _say_refusal(error: OSError) -> None:
     """Print what the operating system refused; nothing is left that would fail again when the interpreter ends."""
     reason = error.strerror or str(error)
+    if error.errno == errno.ENOENT and error.filename is None and not _working_directory_is_there():
+        reason = "the working directory is not there any more; change to one that is"
     with contextlib.suppress(OSError):  # standard error may be what fails
         say(f"Error: {reason}" if error.filename is None else f"Error: {error.filename}: {reason}")
     for stream in filter(None, (sys.stdout, sys.stderr)):  # there is none where it was closed from the beginning

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megamoe_jit._cli._bench_nodes import bench_nodes, refuse_with_nodes
 from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
-from megamoe_jit._cli._nodes import bench_nodes, nodes_options, refuse_with_nodes
+from megamoe_jit._cli._nodes import nodes_options
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
 from megamoe_jit._cli._ranks import bench_document, print_others, rank_count, run_ranks_option
 from megamoe_jit._documents import plain

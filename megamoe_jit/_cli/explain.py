@@ -21,6 +21,7 @@ from megamoe_jit._cli._options import (
 )
 from megamoe_jit._documents import content
 from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.between import Ways
@@ -36,7 +37,7 @@ def _text(call: Call, gpu: str) -> str:
     cached = "cached" if call.cached else "not cached"
     between = lines_between(call.between) if call.between is not None else []
     lines = [
-        f"{call.name}, {call.tokens} tokens, {call.ranks} rank(s): {call.variant}",
+        f"{call.name}, {counted(call.tokens, 'token')}, {counted(call.ranks, 'rank')}: {call.variant}",
         f"  kernel      {call.kernel}",
         f"  key         {call.key} ({cached})" if call.key else f"  key         none: {call.problem}",
         f"  parameters  {parameters}",

@@ -18,6 +18,7 @@ from megamoe_jit._cli._options import (
     weight_format_option,
 )
 from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,7 @@ def _text(plan: Planned) -> str:
     elif plan.capacity != plan.tokens:
         capacity += f" ({plan.tokens} rounded up to a multiple of {CAPACITY_STEP})"
     blocks = [
-        f"{plan.name}, up to {capacity}, {plan.ranks} rank(s), {plan.pool_rows} pool rows; "
+        f"{plan.name}, up to {capacity}, {counted(plan.ranks, 'rank')}, {plan.pool_rows} pool rows; "
         f"a call that fills it takes {plan.full_call}",
         *(["\n".join(lines_between(plan.between))] if plan.between is not None else []),
         _sections("SYMMETRIC", plan.symmetric, plan.symmetric_bytes),

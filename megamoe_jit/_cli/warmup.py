@@ -114,7 +114,8 @@ def warmup(
     if lost:
         off = "MEGAMOE_JIT_NO_CACHE turns the cache off, so"
         where = f": {off}" if settings.no_cache else f" in {settings.cache_dir}:"
-        say(f"{lost} could not be kept{where} other processes will compile again")
+        step = "" if settings.no_cache else "; set MEGAMOE_JIT_CACHE_DIR, or --cache-dir, to a folder of your own"
+        say(f"{lost} could not be kept{where} other processes will compile again{step}")
     end(ExitCode.FAILED if doc.failed or lost else ExitCode.OK)
 
 

@@ -19,8 +19,8 @@ from megamoe_jit._compile.cubin import CubinError, read_cubin
 from megamoe_jit._compile.wheels import wheel_command
 from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, UnsupportedDeviceError
 from megamoe_jit._jit.kernel import CompiledKernel, warmup_command
+from megamoe_jit._jit.obtain import get_kernel, replacement
 from megamoe_jit._jit.registry import Life, registry
-from megamoe_jit._jit.runtime import get_kernel, replacement
 from megamoe_jit._spec.compilable import Compilable
 
 __all__ = ["LoadedKernel", "checked", "load_kernel"]

@@ -106,7 +106,10 @@ def get_symm_buffer_for_mega_moe(
         check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
         check_int("max_pool_rows", max_pool_rows)
         if not torch.cuda.is_available():
-            raise UnsupportedDeviceError("no CUDA device is available; these kernels need a Hopper GPU and its driver")
+            raise UnsupportedDeviceError(
+                "no CUDA device is available; these kernels need a Hopper GPU and its driver; "
+                "`megamoe-jit doctor` says more"
+            )
         return shape, place_of(device)
 
     shape, where = collectively(ranks, "checking the layer", admit)

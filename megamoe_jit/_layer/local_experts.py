@@ -9,11 +9,13 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.calls import fp8_mega_moe
 from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._spec.checks import check
+from megamoe_jit._text import counted
 
-__all__ = ["mask_rows", "mega_moe_local_experts"]
+__all__ = ["mega_moe_local_experts"]
 
 _MOST_ROWS = (1 << 31) - 1  #: between two experts
 _COUNTS = (torch.int32, torch.int64, torch.uint32)
@@ -69,7 +71,9 @@ def mega_moe_local_experts(
     if y.ndim != 2:
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [rows, {buffer.hidden}]")
     if buffer.ranks > 1 or buffer.num_shared_experts:
-        given = f"a buffer of {buffer.ranks} rank(s) with {buffer.num_shared_experts} shared expert(s)"
+        given = (
+            f"a buffer of {counted(buffer.ranks, 'rank')} with {counted(buffer.num_shared_experts, 'shared expert')}"
+        )
         raise ConfigError(f"{given}; allowed: one of one rank, without shared experts")
     rows = y.shape[0]
     check(rows <= buffer.num_max_tokens_per_rank, "rows of y", rows, f"at most {buffer.num_max_tokens_per_rank}")
@@ -96,17 +100,6 @@ def check_count(name: str, count: torch.Tensor, numbers: int, device: torch.devi
     if count.dtype not in _COUNTS:
         raise ConfigError(f"{name} has dtype {count.dtype}; allowed: int32, uint32 or int64")
     check_tensor(name, count, count.dtype, (numbers,), device, align=count.itemsize)
-
-
-def mask_rows(topk_idx: torch.Tensor, num_rows: torch.Tensor) -> None:
-    """Mask rows from a count on that the device alone knows.
-
-    Args:
-        topk_idx: int64 ``[rows, topk]``, written.
-        num_rows: int32, uint32 or int64 ``[1]``.
-    """
-    row = torch.arange(topk_idx.shape[0], dtype=torch.int64, device=topk_idx.device)
-    topk_idx.masked_fill_((row >= num_rows.to(torch.int64))[:, None], -1)
 
 
 def _write_ids(topk_idx: torch.Tensor, expert_rows: torch.Tensor, rows_apart: int | None, align: int) -> None:

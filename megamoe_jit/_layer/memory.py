@@ -30,7 +30,7 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
 
-__all__ = ["LayerMemory", "Place"]
+__all__ = ["LayerMemory", "Place", "mask_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,3 +188,14 @@ class LayerMemory:
     def spec(self, variant: Variant, numerics: Numerics, weights: WeightFormat = FP8) -> KernelSpec:
         """The kernel this buffer needs for a variant."""
         return KernelSpec(self.shape, variant, self.ranks, numerics=numerics, weights=weights)
+
+
+def mask_rows(topk_idx: torch.Tensor, num_rows: torch.Tensor) -> None:
+    """Mask rows from a count on that the device alone knows.
+
+    Args:
+        topk_idx: int64 ``[rows, topk]``, written.
+        num_rows: int32, uint32 or int64 ``[1]``.
+    """
+    row = torch.arange(topk_idx.shape[0], dtype=torch.int64, device=topk_idx.device)
+    topk_idx.masked_fill_((row >= num_rows.to(torch.int64))[:, None], -1)

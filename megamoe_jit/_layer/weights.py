@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import marks as _marks
 from megamoe_jit._layer.binades import NORMAL, Bounds, power_of_two, refuse_inexact
@@ -26,7 +27,7 @@ from megamoe_jit._layer.given_weights import (
     stacked,
     written_parts,
 )
-from megamoe_jit._layer.marks import METADATA_KEY, layout_of, require_marked, require_plain, spans
+from megamoe_jit._layer.marks import METADATA_KEY, UNFINISHED, layout_of, require_marked, require_plain, spans
 from megamoe_jit._layer.mxfp4 import absolute_exponents, relative_exponents
 from megamoe_jit._layer.places import require_dense, require_places
 from megamoe_jit._spec import check_flag
@@ -126,6 +127,8 @@ def _apply_to(given: WeightTensors, job: _Job, inplace: bool) -> WeightTensors:
             _marks.mark(target, [where[e]], _marks.order_of(source, spans(source)[e]))
     for place, e in enumerate(job.chosen):
         made = job.ordered(place, *(source[e] for source in sources))
+        for target, where in zip(targets, places, strict=True) if inplace else ():
+            _marks.mark(target, [where[e]], UNFINISHED)
         for target, part in zip((*targets, stacked(job.scales)), made, strict=False):
             target[e].copy_(part)
         for target, where in zip(targets, places, strict=True):
@@ -153,6 +156,8 @@ def _apply(
     experts: Iterable[int] | None,
     rounding: str | None = None,
 ) -> tuple[WeightTensors, WeightTensors]:
+    # it would be done by each replay again, and not now
+    refuse_capture("weights cannot be brought into another order", "do it before the capture")
     weights = check_pairs(l1, l2, ordered=None if forth else True)
     check_flag("inplace", inplace)
     rounded = check_rounding(rounding)
@@ -212,6 +217,10 @@ def transform_weights_for_mega_moe_sm90(
     Raises:
         ConfigError: A dtype, shape or expert number is not supported, an expert is transformed already, codes that
             are to be permuted in place share memory, or values cannot be kept. Nothing was written.
+        CaptureError: the current stream is capturing a CUDA graph.
+
+    What ends it half-way in place (Ctrl-C, no memory) leaves experts that are transformed, some that are not, and at
+    most one in no order, all marked as what they are: the last one is refused until it is loaded again.
     """
     l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
     return _apply(True, l1_weights, l2_weights, inplace, experts, rounding)
@@ -245,6 +254,7 @@ def inverse_transform_weights_for_mega_moe_sm90(
 
     Raises:
         ConfigError: A dtype, shape or expert number is not supported, or the weights are not marked as transformed.
+        CaptureError: the current stream is capturing a CUDA graph.
     """
     l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
     return _apply(False, l1_weights, l2_weights, inplace, experts)

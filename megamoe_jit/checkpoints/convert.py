@@ -35,7 +35,8 @@ __all__ = ["convert"]
 
 _INDEX, _STATE, _CONFIG = "model.safetensors.index.json", "convert.json", "config.json"
 _STATE_BYTES = 1 << 24
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".md")  #: endings of small files that belong to a model
+#: Endings of files that are no part of the result: weights, and indices of them.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _MOST_BESIDE = 64 << 20
 
 Report = Callable[[str, str], None]  #: a file's name, and what became of it
@@ -86,6 +87,7 @@ def convert(
     files, folder = Files(source), place_of("target", target)
     if os.path.realpath(folder) == os.path.realpath(files.folder):
         raise ConfigError(f"{folder} is the source itself; allowed: another folder")
+    files.look_into_all()
     model_of(files, scheme)
     layers = layers_of(files, weight_format, device_of(device), scheme, lossy)
     jobs = _jobs(files, layers)
@@ -236,8 +238,8 @@ def _finish(
 ) -> None:
     """The small files that belong to a model, its configuration, and the index."""
     for path in files.folder.iterdir():
-        small = path.suffix in _BESIDE and path.is_file() and path.stat().st_size <= _MOST_BESIDE
-        if small and path.name not in (_INDEX, _CONFIG, _STATE):
+        belongs = not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, PARTIAL))
+        if belongs and path.name not in (_CONFIG, _STATE) and path.is_file() and path.stat().st_size <= _MOST_BESIDE:
             shutil.copyfile(path, folder / path.name)
     _write_json(folder / _CONFIG, config_of(files, layers, weight_format))
     weight_map = {tensor: name for name, tensors in written for tensor in tensors}

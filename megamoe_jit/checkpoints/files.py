@@ -27,6 +27,7 @@ __all__ = ["Entry", "Files", "library", "place_of"]
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _INDEX_BYTES, _CONFIG_BYTES = 1 << 28, 1 << 22  #: a million tensors have an index of 100 MB
 _ENDING = ".safetensors"
+_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model"
 
 
 class Entry(NamedTuple):
@@ -43,7 +44,7 @@ def library() -> Any:
     except ModuleNotFoundError:
         raise ToolchainError(
             "checkpoints are read by the Python package safetensors, which is not installed; "
-            "pip install 'megamoe-jit[checkpoints]' brings it"
+            "run: pip install 'safetensors>=0.6.2'"
         ) from None
     return safetensors
 
@@ -87,13 +88,13 @@ class Files:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        library()
         place = place_of("path", path)
         is_folder = os.path.isdir(place)
         if not is_folder and not _is_there(place):
-            raise ConfigError(
-                f"{shown(str(place), 200)} is not there; allowed: a folder, an index or a safetensors file of a model"
-            )
+            raise ConfigError(f"{shown(str(place), 200)} is not there; allowed: {_ALLOWED}")
+        if not is_folder and place.suffix not in (_ENDING, ".json"):
+            raise ConfigError(f"{shown(str(place), 200)} is no checkpoint; allowed: {_ALLOWED}")
+        library()
         self.folder = place if is_folder else place.parent
         self._opened: dict[str, Any] = {}
         self._where = self._find(place, is_folder)
@@ -112,6 +113,12 @@ class Files:
     def shards(self) -> list[str]:
         """The names of the files, in the order in which the index names them."""
         return list(dict.fromkeys(self._where.values()))
+
+    def look_into_all(self) -> None:
+        """Know what files hold and the index does not name, too, as whoever loads whole files does; opens all."""
+        for file in self.shards:
+            for name in self._keys(file):
+                self._where.setdefault(name, file)
 
     def _find(self, place: Path, is_folder: bool) -> dict[str, str]:
         """The file of each tensor, by the tensor's name."""

@@ -207,14 +207,15 @@ def _seen(module: Any, taken: tuple[str, ...] = ()) -> dict[str, Seen]:
 def _release(module: Any) -> bool:
     """Give a module its weights back, in the order in which it had them; whether it had a layer."""
     with _lock:
-        found: Adapter | None = module.__dict__.pop(ATTRIBUTE, None)
+        found: Adapter | None = module.__dict__.get(ATTRIBUTE)
         if found is None:
             return False
-        if found.taken:
+        if found.taken:  # nobody else has these weights: whatever is refused, as in a capture, leaves them to the layer
             layer = found.layer
             layer.buffer.wait_for_last()
             inverse_transform_weights_for_mega_moe_sm90(layer.l1, layer.l2, inplace=True)
             module._parameters.update(found.taken)
+        del module.__dict__[ATTRIBUTE]
         if isinstance(found.layer, MegaMoE):
             found.layer.destroy()
         return True

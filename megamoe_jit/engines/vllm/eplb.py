@@ -6,6 +6,8 @@ import importlib
 import sys
 from typing import Any
 
+from megamoe_jit._text import first_line
+from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.vllm.quantization import NAMES
 
 __all__ = ["leave_room"]
@@ -36,6 +38,11 @@ def leave_room() -> None:
 
 
 def _is_chosen() -> bool:
-    """Whether the model that this worker is to run has our quantisation."""
-    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    """Whether the model that this worker is to run has our quantisation; whatever goes wrong, others run as before."""
+    try:
+        config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        warn_once("vllm: room", f"megamoe-jit leaves NCCL_MAX_CTAS to vLLM, whose settings cannot be asked: {reason}")
+        return False
     return getattr(getattr(config, "model_config", None), "quantization", None) in NAMES

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._errors import CaptureError, ConfigError
 from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90 as inverse
 from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90 as transform
@@ -196,3 +196,45 @@ def test_refusals_say_what_is_allowed():
             transform(l1, l2, inplace=True, experts=bad)
     with pytest.raises(ConfigError, match="experts was given with one"):
         transform((l1[0][0], l1[1][0]), (l2[0][0], l2[1][0]), experts=[0])
+
+
+@pytest.mark.parametrize("direction", [transform, inverse])
+def test_what_is_ended_half_way_is_never_taken_for_what_it_is_not(direction, monkeypatch):
+    """Ctrl-C is answered behind a copy, once what was copied is there."""
+    source = make() if direction is transform else transform(*make())
+    given = tuple(tuple(each.clone() for each in pair) for pair in source)
+    mark_transformed(*given, transformed=direction is inverse)
+    copy, left = torch.Tensor.copy_, [1]
+
+    def interrupted(target, *args, **named):
+        copy(target, *args, **named)
+        left[0] -= target.dtype is torch.uint8
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # behind the second expert's
+            direction(*given, inplace=True)
+    assert not same(given[0][0][1], source[0][0][1])
+    for again in (transform, inverse):
+        with pytest.raises(ConfigError, match="left half-way by a transform that was ended, and must be loaded again"):
+            again(*given, inplace=True, experts=[1])
+    for (codes, _), (loaded, _) in zip(given, source, strict=True):
+        codes.view(torch.uint8).copy_(loaded.view(torch.uint8))
+    mark_transformed(*given, transformed=direction is inverse)
+    for found, wanted in zip(direction(*given, inplace=True), direction(*source), strict=True):
+        assert same(found[0], wanted[0])
+
+
+def test_nothing_is_transformed_in_a_capture(monkeypatch):
+    weights = make()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for inplace in (False, True):
+        with pytest.raises(CaptureError, match="brought into another order while a CUDA graph is being captured"):
+            transform(*weights, inplace=inplace)
+    monkeypatch.undo()
+    ordered = transform(*weights, inplace=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(CaptureError):
+        inverse(*ordered, inplace=True)
