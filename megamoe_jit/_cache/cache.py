@@ -23,9 +23,9 @@ import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from megamoe_jit._cache.entry import CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
 from megamoe_jit._cache.evict import LOW_WATER, to_remove
@@ -55,8 +55,7 @@ __all__ = [
 LOG = logging.getLogger("megamoe_jit")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Something `KernelCache.verify` found.
 
     Attributes:
@@ -110,7 +109,7 @@ class KernelCache(EntryStore):
         if max_bytes is None and older_than_s is None:
             max_bytes = self.max_bytes
         report = self._remove_oldest(self.entries(), max_bytes, older_than_s)
-        return replace(report, bytes=report.bytes + self._empty_quarantine())
+        return report._replace(bytes=report.bytes + self._empty_quarantine())
 
     def evict(self, max_bytes: int) -> PruneReport:
         """Come down below a size, unless another process of this node is at it."""
@@ -134,7 +133,7 @@ class KernelCache(EntryStore):
         for folder in self._inner_folders():
             self._open(folder)
         report = self.remove(self.keys())
-        return replace(report, bytes=report.bytes + self._empty_quarantine())
+        return report._replace(bytes=report.bytes + self._empty_quarantine())
 
     def verify(self, fix: bool = False) -> list[Problem]:
         """Check every entry as `load` does, its source too, and that it is what its key names.

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, emit, progress_line, say, show, table
-from megamoe_jit._documents import plain
+from megamoe_jit._cli._io import progress_line, show, table
 from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
+    from megamoe_jit._bench.documents import Bench
     from megamoe_jit._bench.documents_nodes import NodesRow
     from megamoe_jit._diagnose.between import Ways
 
-__all__ = ["bench_nodes", "refuse_with_nodes"]
+__all__ = ["measured_on_nodes", "print_nodes", "refuse_with_nodes"]
 
 _HEADERS = ("SHAPE", "TOKENS", "NODES", "EXCHANGE", "CHUNKS", "WHOLE us", "KERNEL us", "EXCHANGE us", "REST us")
 _MORE = ("MODELLED us", "UNFUSED us", "TIMES FASTER", "DIFF")
@@ -30,28 +30,21 @@ def refuse_with_nodes(picture: Path | None, variants: Sequence[str]) -> None:
             raise click.UsageError(f"{name} is not for --nodes.")
 
 
-def bench_nodes(
+def measured_on_nodes(
     ways: Ways,
-    output: Path | None,
-    as_json: bool,
     *,
     names: str,
     tokens: Sequence[int] | None,
     ranks: int | None,
     baseline: bool | None,
     weights: str,
-) -> None:
-    """`bench` over several nodes.
-
-    Raises:
-        click.exceptions.Exit: an output is wrong.
-    """
+) -> Bench | None:
+    """The document of `bench` over several nodes; None where torchrun runs another rank that reports."""
     from megamoe_jit._device.driver import refuse_without_gpu
     from megamoe_jit.heuristics.presets import parse_shapes
 
     presets, counts = parse_shapes(names), tokens or DEFAULT_TOKENS
     refuse_without_gpu()
-    from megamoe_jit._bench import conditions as _bench_report
     from megamoe_jit._bench.documents import Bench
     from megamoe_jit._bench.documents_nodes import NodesRow
     from megamoe_jit._bench.measure_nodes import run
@@ -68,19 +61,14 @@ def bench_nodes(
             progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens: {r['whole_us']:.1f} us"),
         )
     if found is None:
-        return
+        return None
     rows = tuple(map(NodesRow.of, found["rows"]))
-    doc = Bench(environment=found["environment"], anchors=(), rows=(), summary=(), choice=None, nodes=rows)
-    if output is not None:
-        _bench_report.write({**plain(doc), **({"rows": plain(rows)} if output.suffix == ".csv" else {})}, output)
-        say(f"written: {output}")
-    if as_json:
-        emit(doc)
-    else:
-        show(table((*_HEADERS, *_MORE), [_cells(row) for row in rows], left=(0, 3)))
-    if not all(row.correct for row in rows):
-        say("rows differ from the reference")
-        raise click.exceptions.Exit(ExitCode.FAILED)
+    return Bench(environment=found["environment"], anchors=(), rows=(), summary=(), choice=None, nodes=rows)
+
+
+def print_nodes(rows: Sequence[NodesRow]) -> None:
+    """The rows as a table."""
+    show(table((*_HEADERS, *_MORE), [_cells(row) for row in rows], left=(0, 3)))
 
 
 def _cells(row: NodesRow) -> tuple[str, ...]:

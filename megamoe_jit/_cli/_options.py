@@ -168,6 +168,7 @@ def weight_format_option(meaning: str, default: str | None = FP8.name) -> Callab
 
 sms_option = click.option(
     "--sms",
+    "num_sms",
     type=click.IntRange(min=1, max=144),
     default=132,
     show_default=True,

@@ -116,8 +116,8 @@ def test_eplb_leaves_nccl_room(monkeypatch, chosen, asked, imported):
         sys.modules[eplb._WORKER].override_envs_for_eplb = utils.override_envs_for_eplb
     model = None if chosen is None else SimpleNamespace(model_config=SimpleNamespace(quantization=chosen))
     sys.modules["vllm.config"].get_current_vllm_config_or_none = lambda: model
-    eplb.leave_room()
-    eplb.leave_room()  # in a process that loads plug-ins twice
+    eplb.leave_room(quantization.NAMES)
+    eplb.leave_room(quantization.NAMES)  # in a process that loads plug-ins twice
     caller = sys.modules[eplb._WORKER] if imported else utils
     caller.override_envs_for_eplb("parallel", moe_backend="auto")
     assert seen == [("parallel", asked)]
@@ -130,7 +130,7 @@ def test_eplb_of_others_goes_on_where_vllm_cannot_be_asked(monkeypatch, caplog):
     monkeypatch.delitem(sys.modules, eplb._WORKER, raising=False)
     utils = sys.modules[eplb._UTILS]
     utils.override_envs_for_eplb = lambda parallel, backend: seen.append((parallel, backend))
-    eplb.leave_room()
+    eplb.leave_room(quantization.NAMES)
     aside._warned.clear()
     for _ in range(2):
         utils.override_envs_for_eplb("parallel", "auto")
