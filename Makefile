@@ -132,7 +132,7 @@ clean:
 ifeq ($(NO_VENV),)
 $(VENV)/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "megamoe-jit needs Python 3.11 or newer; $(PYTHON) is not (or is not there). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 3; }
+	  { echo "megamoe-jit needs Python 3.11 or newer; $(PYTHON) is not (or is not there). Try: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 3; }
 	@echo "== creating $(VENV)" >&2
 	@"$(PYTHON)" -m venv --clear "$(VENV)" || \
 	  { rm -rf "$(VENV)"; echo "$(PYTHON) could not make a virtual environment; is its venv package installed?" >&2; exit 3; }

@@ -28,7 +28,7 @@ from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.toolchain import find_toolchain
-from megamoe_jit._device.load import checked
+from megamoe_jit._device.driver import checked
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
 

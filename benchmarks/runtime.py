@@ -24,8 +24,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit._jit.runtime import enumerate_specs, forget, get_kernel, kernel_cache
 from megamoe_jit._settings.settings import override
@@ -202,6 +204,21 @@ def stampede_rows(runs: int) -> Iterator[Row]:
     yield Row(f"{PROCESSES} processes, one cold key, past their imports", "1.3 times one", many, note)
 
 
+def _varied(meta: Metadata, number: int) -> dict[str, Any]:
+    """Metadata as another kernel of this version and compiler has them: what differs between kernels does so."""
+    shape = {**meta["spec"]["shape"], "experts": 8 * (1 + number % 250)}
+    return {
+        **meta,
+        "entry": f"{meta['entry']}_{number}",
+        "spec": {**meta["spec"], "shape": shape},
+        "registers": 100 + number % 100,
+        "dynamic_shared_bytes": 200_000 + number,
+        "compile_ms": {stage: time + number for stage, time in meta["compile_ms"].items()},
+        "source_id": hashlib.sha256(b"source %d" % number).hexdigest(),
+        "created_at": f"2026-11-30T{number // 3600:02}:{number // 60 % 60:02}:{number % 60:02}Z",
+    }
+
+
 def command_rows(runs: int, rows: set[str]) -> Iterator[Row]:
     """The command line's listings, by CPU time."""
     with tempfile.TemporaryDirectory() as folder, override(cache_dir=Path(folder) / "one", lock_dir=Path(folder)):
@@ -210,7 +227,8 @@ def command_rows(runs: int, rows: set[str]) -> Iterator[Row]:
             source = (kernel_cache().entry_path(kernel.key) / "kernel.cu").read_text()
             full = KernelCache(Path(folder) / "cache")
             for number in range(ENTRIES):
-                full.store(hashlib.sha256(str(number).encode()).hexdigest(), kernel.cubin[:4096], source, kernel.meta)
+                digest = hashlib.sha256(str(number).encode()).hexdigest()
+                full.store(digest, kernel.cubin[:4096] + bytes(number % 8), source, _varied(kernel.meta, number))
         cases = {
             "ls": (f"`cache ls` of {ENTRIES:,} entries", "150 ms", ("cache", "ls")),
             "help": ("`--help`", "100 ms", ("--help",)),

@@ -20,7 +20,6 @@ from megamoe_jit._bench.clock import FLUSH_BYTES
 from megamoe_jit._bench.measure import Layer, cases
 from megamoe_jit._check.scenarios import make_inputs
 from megamoe_jit._layer.bound_kernel import BoundKernel
-from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import preset
 
 ROUNDS = 3  #: the last one is kept
@@ -32,9 +31,8 @@ def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[
     layer = Layer(case.shape, tokens, device)
     inputs = make_inputs(case, device, weights=layer.weights)
     y = torch.empty(tokens, case.shape.hidden, dtype=torch.bfloat16, device=device)
-    numerics = Numerics(case.fast_math)
-    plan = layer.buffer.plan(tokens, variant, numerics, None)
-    spec = replace(layer.buffer.spec(plan.choice.variant, numerics), timeline=True)
+    plan = layer.buffer.plan(tokens, variant, case.numerics, None)
+    spec = replace(layer.buffer.spec(plan.choice.variant, case.numerics), timeline=True)
     room = torch.zeros(words(plan.num_sms), dtype=torch.int64, device=device)
     kernel = BoundKernel(spec, layer.buffer.place, timeline=room.data_ptr())
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -102,9 +103,11 @@ def _named(name: str, more: str) -> Preset:
         raise ConfigError(f"name = {shown(name)} is not supported; allowed: {', '.join(known)}")
     if name in known:
         return known[name]
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"unknown shape {name!r}; {hint}allowed: {', '.join(known)}{more}")
+    models = ((part, each.name) for each in known.values() for part in re.split("[,;]", each.source))
+    called = {word.strip().casefold(): each for word, each in (*models, *zip(known, known, strict=True))}
+    close = get_close_matches(name.rpartition("/")[2].casefold(), called, n=1)
+    hint = f"did you mean {called[close[0]]!r}? " if close else ""
+    raise ConfigError(f"unknown shape {shown(name)}; {hint}allowed: {', '.join(known)}{more}")
 
 
 def parse_shapes(text: str) -> tuple[Preset, ...]:

@@ -167,9 +167,11 @@ def choose(
     else:
         picked, reason = _pick(own, tokens, cooperative_threshold, table, rule, ranks)
     rows = tokens * shape.slots
+    about = format(load, ".1f" if load >= 1 else ".1g")
+    alike = f" if the {ranks} ranks are alike" if ranks > 1 else ""
     reasons = [
         f"{picked.value}: {reason}",
-        f"about {load:.1f} rows per expert in tiles of {picked.block_m} if the {ranks} rank(s) are alike",
+        f"about {about} rows per expert in tiles of {picked.block_m}{alike}",
     ]
     if rule is not None and rule.variant is picked:
         lag_tiles, rows_per_item = max(1, round(rule.lag * num_sms)), rule.rows_per_item

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["first_line", "human_bytes", "items_of", "one_line", "printable", "several", "shown"]
+__all__ = ["counted", "first_line", "human_bytes", "items_of", "one_line", "printable", "several", "shown"]
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -46,9 +46,15 @@ def several(items: Iterable[str], most: int = 20) -> str:
     return ", ".join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its type if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def counted(count: int, what: str) -> str:
+    """`1 kernel`, `2 kernels`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def first_line(error: BaseException, most: int = 1000) -> str:
+    """What an error says, in a line that is cut short; its type if it says nothing."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def items_of(value: object) -> list[Any] | None:

@@ -69,7 +69,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.T
     """``silu(min(gate, clamp)) * clamp(up, -clamp, clamp)``; float32 ``[n, I]`` each, NaN stays NaN."""
     _check_alike(gate, up, ("gate", "up"))
     check_clamp("clamp", clamp)
-    return activate(gate, up, clamp)
+    return activate(gate, up, None if clamp is None else float(clamp))
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.Tensor:
@@ -231,6 +231,7 @@ def moe_reference(
     """
     _check(x, x_sf, topk_idx, topk_weights, l1, l2)
     check_clamp("activation_clamp", activation_clamp)
+    clamp = None if activation_clamp is None else float(activation_clamp)
     check_flag("requantize", requantize)
     if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
         raise ConfigError(f"out_dtype = {shown(out_dtype)} is not supported; allowed: a floating dtype")
@@ -252,7 +253,7 @@ def moe_reference(
             rows = torch.div(where, topk, rounding_mode="floor")
             codes = x.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
             inputs = dequantize_activations(codes, x_sf[rows])
-            slots[where] = _expert(inputs, l1, l2, expert, activation_clamp, requantize).to(slots.dtype)
+            slots[where] = _expert(inputs, l1, l2, expert, clamp, requantize).to(slots.dtype)
     slots = slots.view(tokens, topk, hidden)
     weights = torch.where(topk_idx < 0, 0.0, topk_weights.float())
     y = torch.zeros(tokens, hidden, dtype=torch.float32, device=device)

@@ -44,7 +44,7 @@ MUTANTS = (
     ),
     Mutant(
         "compile: options of ptxas are not passed on",
-        "megamoe_jit/_compile/nvrtc.py",
+        "megamoe_jit/_compile/toolchain.py",
         "for option in get_settings().ptxas_options)",
         "for option in ())",
         "compile/test_nvrtc.py::test_options",
@@ -198,6 +198,13 @@ MUTANTS = (
         "if (first && tile.row >= p.pool_rows)",
         "if (first && tile.row >= 2 * p.pool_rows)",
         "kernels/test_protocol_sim.py::test_any_interleaving_gives_the_right_result[1]",
+    ),
+    Mutant(
+        "kernels: results of many tokens are scattered at offsets of 32 bits",
+        "kernels_src/epilogue/scatter.cuh",
+        "u64(pair) * (C::kHidden * 2)",
+        "pair * (C::kHidden * 2)",
+        "kernels/test_addresses.py::test_offsets_beyond_4_gib_do_not_wrap",
     ),
     Mutant(
         "kernels: a rank signals in a word of its neighbour",

@@ -12,9 +12,8 @@ from typing import Any
 
 from megamoe_jit._cache.identity import cache_key, source_id
 from megamoe_jit._cache.metadata import dump_metadata
-from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
-from megamoe_jit._compile.toolchain import Toolchain
+from megamoe_jit._compile.toolchain import Toolchain, options_for
 
 KEY = "ab" + "0" * 62
 OTHER = "cd" + "1" * 62

@@ -1,11 +1,11 @@
-// Integer names and function attributes.  No CUDA header is needed anywhere below this folder: NVRTC ships none, and
-// what is not included cannot be found in the wrong version.  With a plain C++17 compiler (host tests of the
-// index arithmetic) the attributes vanish.
+// Integer types and function attributes; every other file includes this one.  No CUDA header is included anywhere in
+// kernels_src/: NVRTC ships none, and a header that is not included cannot be found in the wrong version.  Under a plain C++17
+// compiler, with which the host tests build the index arithmetic, the attributes expand to `inline`.
 #pragma once
 
 #if defined(__CUDACC__)
 #define MEGA_DEVICE __device__ __forceinline__
-// offsetof, of which it has no header
+// offsetof, for which NVRTC has no header
 #define MEGA_OFFSET(type, member) __INTADDR__(&static_cast<type*>(nullptr)->member)
 #else
 #define MEGA_DEVICE inline
@@ -23,11 +23,11 @@ using i64 = long long;
 
 static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(u64) == 8, "unexpected integer sizes");
 
-/// ceil(a / b) for unsigned integers.
+/// ceil(a / b); a + b - 1 must not exceed 2^32 - 1.
 MEGA_DEVICE constexpr u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 MEGA_DEVICE constexpr u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
 
-/// Sixteen bytes, moved as one.
+/// Sixteen bytes, loaded and stored by one instruction.
 struct alignas(16) Vec16 {
     u32 w[4];
 };

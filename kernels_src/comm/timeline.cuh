@@ -1,4 +1,4 @@
-// Where the time goes.  With `Config::kTimeline` every role of every block writes down what it did from when to when;
+// Where the time goes.  With `Config::kTimeline` the roles below write a record of each thing they did, with its begin and end;
 // without it all of this compiles to nothing.  Who reads the records is no part of the package.
 //
 // A record has four words of 64 bits: block << 16 | role << 8 | what, index (a tile's, say), begin, end in nanoseconds
@@ -9,7 +9,7 @@
 
 namespace megamoe {
 
-/// Who writes.  The weights lane has no register left for it; it works beside the activations lane.
+/// Who writes records.  The weights lane has no register left for it; its time is about that of the activations lane.
 enum class Role : u32 { head = 0, activations = 1, dispatch = 2, publisher = 3 };
 // records of a role of a block; later ones are dropped
 constexpr u32 kRoles = 4, kRecords = 512, kRecordWords = 4;
@@ -27,12 +27,12 @@ enum class Span : u32 {
 template <class C> struct Timeline {
     const Params& p;
     const Role role;
-    // registers are dear here too: the low half of the timer, and no address
+    // the low half of the timer, and no address: the lanes that carry this are short of registers
     u32 records = 0, begin = 0;
 
     MEGA_DEVICE Timeline(const Params& p_, Role role_) : p(p_), role(role_) { start(); }
 
-    /// What went before was something else: a span begins now.
+    /// A span begins now, not where the last one ended.
     MEGA_DEVICE void start() {
         if constexpr (C::kTimeline) begin = static_cast<u32>(ptx::nanoseconds());
     }

@@ -1,17 +1,17 @@
-// Dispatch: pulls each routed row, its scales and its origin from the rank that holds the token into the local pools,
-// ordered by expert, and counts it as arrived.
+// Dispatch: copies each routed row and its scales from the rank that holds the token into the pool of GEMM 1, ordered by expert,
+// writes down its origin for scatter, and counts it as arrived.
 //
-// The unit of work is an item: up to 1 << `item_shift` (1 to 8, as the host chooses) consecutive rows of one expert.
-// At the head of the launch, when no warp has anything else to do, each copies one row through registers; that is what
-// the first tiles need.  The dispatch warp of each block goes on with the rest while the matrix work runs, through a few
-// slots of shared memory and the bulk copy engine, which needs hardly any registers; with several ranks as in
-// dispatch/pull.cuh.  Items come in the order in which tiles need them.
+// The unit of work is an item: up to 1 << `item_shift` (1 to 8, as the host chooses) consecutive rows of one expert.  In the head
+// of the launch, when no warp has anything else to do, each warp copies one row through registers (`first_round`); that is what the
+// first tiles need.  While the matrix work runs, one warp of each block goes on with the rest (`dispatch_rest`, dispatch/pull.cuh):
+// chunk by chunk through the dispatch slots in shared memory, by bulk copies, which need hardly any registers.  With one rank that is
+// `rest` below, with several it is `Pull`.  Items come in the order in which tiles need them.
 //
-//   dispatched[slot]   arrived by the copy into the slot    waited for by the dispatch warp, which then copies it out
+//   dispatched[slot]   arrivals: 1, of lane 0, plus the bytes of the chunk     waited for by the dispatch warp, which then stores it
 //
-// Ordering: rows are written here and read by TMA in other blocks.  Ordinary stores are put before the async proxy by
-// every lane, bulk stores are waited for; then the warp meets and one lane releases the counter.  The reader acquires it
-// and fences likewise.
+// Ordering: rows are written here and read by TMA in other blocks.  Every lane puts its ordinary stores before the async proxy
+// (proxy fence), lane 0 waits for its bulk stores; after a `__syncwarp` lane 0 releases act1_ready.  The reader acquires it and has a
+// proxy fence of its own (LoadActivations::wait_rows).
 #pragma once
 #include "comm/timeline.cuh"
 #include "dispatch/places.cuh"
@@ -27,7 +27,7 @@ template <class C> struct Gather {
     const Params& p;
     const Shared<C>& shared;
     const ExpertTable table;
-    const u32 items, first_items;   // all; those whose rows are copied at the head
+    const u32 items, first_items;   // all items; those of `first_round`
 
     MEGA_DEVICE Gather(const Params& p_, const Shared<C>& shared_, const ExpertTable& table_)
         : p(p_), shared(shared_), table(table_), items(table_.items[table_.experts]),
@@ -35,15 +35,15 @@ template <class C> struct Gather {
 
     MEGA_DEVICE u32 item_rows() const { return 1u << p.item_shift; }
 
-    /// Items that need not wait for room in the pool; when it is a ring, rounded down to whole experts.
+    /// How many items need not wait for room in the pool: all, or if it is a ring those of the experts that fit into it whole.
     MEGA_DEVICE u32 items_in_pool() const {
         const u32 blocks = p.pool_rows / kPoolAlign;
         return table.blocks() <= blocks ? items : table.items[table.expert_at(blocks)];
     }
 
-    /// Items of which each warp copies a row at the head.  With several ranks no more than the blocks' first tiles need, rounded up
-    /// to blocks of 128 rows: NVLink has a tenth of the memory's bandwidth, and rows that nobody waits for yet would hold up
-    /// those that all blocks wait for.
+    /// How many items the head copies, a row for each warp.  With several ranks no more than the blocks' first tiles need, rounded up
+    /// to pool blocks: NVLink has a tenth of the memory's bandwidth, and rows that nobody waits for yet would hold up those that all
+    /// blocks wait for.
     MEGA_DEVICE u32 items_at_head() const {
         const u32 most = min_u32(items_in_pool(), kBlockWarps<C> * gridDim.x >> p.item_shift);
         const u32 blocks = ceil_div(gridDim.x, TileOrder<C>::kTilesN1);
@@ -53,12 +53,12 @@ template <class C> struct Gather {
         return min_u32(most, min_u32(item, table.items[e + 1]));
     }
 
-    /// An item's rows: the first, where it lies in the pool, how many, in lane r < rows the origin of row r.
+    /// An item: its first row, where that lies in the pool, how many rows; in lane r < rows the origin of row r.
     struct Item {
         u32 first_row, pool_row, rows, origin;
     };
 
-    /// The input row that a pair speaks of, on the rank that holds it, or its place in the pool.
+    /// Where a row is copied from: `from` is its origin, or kHere + its place in the pool (dispatch/places.cuh).
     MEGA_DEVICE const u8* row_address(u32 from) const {
         if (kKeepsPlaces<C> && from >= Places<C>::kHere)
             return p.act1_pool + u64(from - Places<C>::kHere) * C::kHidden;
@@ -73,7 +73,7 @@ template <class C> struct Gather {
 
     /// One row and its scales, by a whole warp.
     MEGA_DEVICE void copy_row(u32 from, u32 to) const {
-        // a whole row of another rank if registers allow it
+        // vectors of a lane; of another rank's row all of them, if registers allow it
         constexpr u32 kVectors = C::kHidden / 16,
                       kInFlight = C::kRanks == 1 ? 4 : min_u32(16, ceil_div(kVectors, kWarp));
         const u32 lane = ptx::lane_id();
@@ -92,7 +92,7 @@ template <class C> struct Gather {
         scales.store(p, to);
     }
 
-    /// Scales change from [token][block] to [block][row]; eight rows side by side fill a 32-byte sector.
+    /// Scales of an item's rows, from [token][k-block] to [k-block][row]: eight rows side by side fill a 32-byte sector.
     MEGA_DEVICE void copy_scales(const Item& item) const {
         constexpr u32 kBlocks = C::kHidden / kQuantBlock;
         const u32 row = ptx::lane_id() % item_rows(), step = kWarp >> p.item_shift;
@@ -102,8 +102,9 @@ template <class C> struct Gather {
                 p.act1_scales[u64(b) * p.pool_rows + item.pool_row + row] = ptx::load_l2(source + b);
     }
 
-    /// Looks an item up, or one of its rows (then `rows` is 0 if it has no such row).  Writes down the origins for scatter,
-    /// except of an item of several ranks, which is looked up before its rows may be written: dispatch/pull.cuh.
+    /// Looks up item `i`, by a whole warp; or with kOneRow its row `offset` alone, in lane 0, with `rows` 0 if there is no such row.
+    /// A whole item of one rank has waited for room in the pool when this returns.  Writes down the origins for scatter, except of
+    /// whole items of several ranks, which `Pull` looks up ahead: it waits and writes when their turn has come.
     template <bool kOneRow> MEGA_DEVICE Item find(u32 i, u32 offset = 0) const {
         const u32 e = table.expert_in(table.items, i),
                   local = ((i - table.items[e]) << p.item_shift) + offset;
@@ -121,16 +122,16 @@ template <class C> struct Gather {
         }
         return {first_row, pool_row, rows, from};
     }
-    /// Until rows that lie here may be written, if the pools are rings.
+    /// Waits until the item that begins at `first_row` may be written, if the pools are rings.
     MEGA_DEVICE void wait_room(u32 first_row) const {
         if (first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
     }
-    /// Until GEMM 1 has read the rows that lay where those of the block of `row` plus a ring shall lie.
+    /// Waits until GEMM 1 has read the pool block of `row`.
     MEGA_DEVICE void wait_pool(u32 row) const {
         wait_block(p, table, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
         ptx::fence_async_global();
     }
-    /// Counts its rows as arrived.
+    /// Counts the item's rows as arrived; every lane has stored its part, lane 0 has waited for its bulk stores.
     MEGA_DEVICE void end(const Item& item) const {
         ptx::fence_async_global();
         __syncwarp();
@@ -138,8 +139,8 @@ template <class C> struct Gather {
             ptx::add_release(p.act1_ready + item.first_row / kCounterRows, item.rows);
     }
 
-    /// A row for each warp of each block, the load warps last, which have other things to do; call it everywhere, then
-    /// `dispatch_rest` in one warp of each block.
+    /// In all warps of all blocks: each copies a row.  Warps are counted from the last one back, so that the load warps, which have
+    /// other work next, are left out first.
     MEGA_DEVICE void first_round() const {
         const u32 i = (kBlockWarps<C> - 1 - ptx::warp_id()) * gridDim.x + blockIdx.x,
                   item = i >> p.item_shift;
@@ -150,11 +151,11 @@ template <class C> struct Gather {
         end(row);
     }
 
-    /// By this block, one of so many that take part.
-    MEGA_DEVICE void rest(u32 index, u32 takers) const {
+    /// The rest with one rank, by one warp: items `index`, `index` + `step` ... after those of the head.
+    MEGA_DEVICE void rest(u32 index, u32 step) const {
         Timeline<C> timeline(p, Role::dispatch);
-        u32 chunks = 0;   // copied by this warp so far: fixes slot and parity
-        for (u32 i = first_items + index; i < items; i += takers) {
+        u32 chunks = 0;   // that this warp has copied so far: says slot and parity of the next
+        for (u32 i = first_items + index; i < items; i += step) {
             const Item item = find<false>(i);
             copy_scales(item);
             copy_rows(item, chunks);
@@ -163,19 +164,21 @@ template <class C> struct Gather {
         if (ptx::lane_id() == 0) timeline.done(Span::gather);
     }
 
-    static constexpr u32 kChunks = ceil_div(C::kHidden, kDispatchChunk);   // of a row
+    static constexpr u32 kChunks = ceil_div(C::kHidden,
+                                            kDispatchChunk);   // of a row; the last may be shorter
     MEGA_DEVICE static u32 chunk_bytes(u32 c) {
         return min_u32(kDispatchChunk, C::kHidden - c % kChunks * kDispatchChunk);
     }
 
-    /// Copies an item's rows, a few chunks in flight (one, where only two slots are left); all lanes run along, lane 0 issues.
-    /// Chunk c of all that this warp has copied passes through slot c % kSlots: in step c it is loaded, in step c + kLead stored.  With four slots (kLead = 2):
+    /// Copies an item's rows with a few chunks in flight (one, where there are only two slots); all lanes run along, lane 0 issues.
+    /// Chunk c of all that this warp has copied passes through slot c % kSlots: in step c its load is issued, in step c + kLead its
+    /// store.  With four slots (kLead = 2):
     ///   step    0    1    2       3       4           5
     ///   load    0    1    2       3       4 (slot 0)  5 (slot 1)
     ///   store             0       1       2           3
-    /// so before load 4 only store 0 must have read its slot, and store 1 may still be reading: all but the last one.
+    /// So before load 4 store 0 must have read its slot, while store 1, the last one issued, may still be reading its own.
     MEGA_DEVICE void copy_rows(const Item& item, u32& sequence) const {
-        // a load starts this many chunks before its store
+        // a load is issued this many steps before its store
         constexpr u32 kSlots = C::kDispatchSlots, kLead = kSlots - 2;
         const u32 total = item.rows * kChunks;
         const bool one = ptx::lane_id() == 0;
@@ -192,7 +195,7 @@ template <class C> struct Gather {
                 ptx::mbarrier_arrive(shared.dispatched(slot));
             }
             const u32 store = load - kLead;
-            if (store >= total) continue;   // none yet: the difference is below zero
+            if (store >= total) continue;   // none yet: the difference has wrapped below zero
             const Ring<kSlots> at(sequence + store);
             wait_barrier(p, Wait::row_loaded, shared.dispatched(at.stage), at.parity,
                          item.first_row);

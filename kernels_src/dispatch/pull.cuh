@@ -1,17 +1,18 @@
-// Dispatch of the rows that are left after the head, by one warp of each block while the matrix work runs.
+// Dispatch of the rows that are left after the head, by one warp of each block (warp 2) while the matrix work runs.
 //
-// With several ranks most of them come over NVLink, and each answer takes a microsecond or two.  So nothing is asked for
-// when it is needed: the copies of an item's rows and the loads of its scales begin while the item before it is stored, and
-// the item after that is looked up meanwhile.
+// With several ranks most of these rows come over NVLink, where an answer takes a microsecond or two.  So everything is requested
+// ahead: loads of an item's rows and scales begin while the item before it is stored, and the item after that is looked up meanwhile.
+// One iteration of `run`, where rows go through the dispatch slots as in dispatch/gather.cuh:
 //
-//   step        item i                        item i + 1                       item i + 2
-//   1           scales, origins are stored    scales are asked for
-//               places are looked up
-//   2           rows are stored               rows are loaded as slots allow
-//   3                                                                          is looked up: where its rows come from
-//   4           is counted as arrived, places are written down
+//   step        item i (`now`)                     item i + 1 (`next`)              item i + 2 (`after`)
+//   1           waits for room in the pool
+//               scales, origins are stored         scales are requested
+//               row places are looked up
+//   2           rows are stored                    rows are loaded as slots allow
+//   3                                                                               is looked up: where its rows come from
+//   4           is counted as arrived, row places are recorded
 //
-// Places: rows that came for another expert before (dispatch/places.cuh).
+// Row places: where rows lie that came for another expert before (dispatch/places.cuh).
 #pragma once
 #include "dispatch/gather.cuh"
 #include "dispatch/scales.cuh"
@@ -25,37 +26,37 @@ template <class C> struct Pull {
     const Params& p;
     const Shared<C>& shared;
     const Gather<C> gather;
-    Item now, next;   // whose rows are stored; whose rows follow
-    // chunks of all items so far; those up to the end of `now`
+    Item now, next;   // the item whose rows are stored, and the one after it
+    // chunks of all items whose loads and whose stores have been issued; chunks up to the end of `now`
     u32 loaded = 0, stored = 0, end = 0;
-    // chunks, at most: two of large items keep pace with the matrix work, and more would take NVLink away from its results
+    // at most so many chunks: with large items two keep pace with the matrix work, and more would take NVLink from its results
     const u32 in_flight;
 
     MEGA_DEVICE Pull(const Params& p_, const Shared<C>& shared_, const ExpertTable& table)
         : p(p_), shared(shared_), gather(p_, shared_, table),
           in_flight(p_.item_shift > 1 ? min_u32(2, kSlots - 1) : kSlots - 1) {}
 
-    /// The item with this number, one without rows if there is none.
+    /// Item `i`; one without rows if there is no such item.
     MEGA_DEVICE Item find(u32 i) const {
         return i < gather.items ? gather.template find<false>(i) : Item{};
     }
-    MEGA_DEVICE void ask(Scales<C>& scales, const Item& item) const {
+    MEGA_DEVICE void request_scales(Scales<C>& scales, const Item& item) const {
         const u32 row = ptx::lane_id() % gather.item_rows(),
                   from = __shfl_sync(~0u, item.origin, row);
-        scales.ask(row < item.rows ? gather.row_scales(from) : nullptr);
+        scales.request(row < item.rows ? gather.row_scales(from) : nullptr);
     }
-    /// Rows of `now` that have come for another expert are copied from there.
-    MEGA_DEVICE void look() {
-        if (ptx::lane_id() < now.rows) now.origin = Places<C>(p, gather.table).look(now.origin);
+    /// From here on rows of `now` that have come for another expert are copied from there: replaces their origins by places.
+    MEGA_DEVICE void look_up_places() {
+        if (ptx::lane_id() < now.rows) now.origin = Places<C>(p, gather.table).look_up(now.origin);
         __syncwarp();
-        ptx::fence_async_global();   // others have stored them
+        ptx::fence_async_global();   // bulk stores of other blocks, acquired by lanes of this warp, before lane 0's bulk loads
     }
-    /// Writes down where its rows come from, for scatter.
-    MEGA_DEVICE void note() const {
+    /// Writes down the origins of the rows of `now`, for scatter.
+    MEGA_DEVICE void store_origins() const {
         if (ptx::lane_id() < now.rows) p.row_pairs[now.first_row + ptx::lane_id()] = now.origin;
     }
-    /// Starts copies of `now`, then of `next`, into all slots but one at most.  The slot of chunk c held chunk c - kSlots
-    /// before, so that its store must have read it; the last store may still be reading.
+    /// Issues loads of `now`, then of `next`, while fewer than `in_flight` chunks are under way.  Chunk c goes into the slot of chunk
+    /// c - kSlots, whose store must have read it; it is not the last one issued, as in_flight < kSlots, and that may still be reading.
     MEGA_DEVICE void load() {
         const u32 most = min_u32(end + next.rows * kChunks, stored + in_flight);
 #pragma unroll 1
@@ -73,7 +74,7 @@ template <class C> struct Pull {
             ptx::mbarrier_arrive(shared.dispatched(slot));
         }
     }
-    /// Stores the rows of `now`, each chunk when it has come.
+    /// Stores the rows of `now`, each chunk as soon as it has come, and issues loads as slots become free.
     MEGA_DEVICE void store() {
 #pragma unroll 1
         for (u32 chunk = 0; stored < end; ++chunk) {
@@ -88,7 +89,8 @@ template <class C> struct Pull {
         }
     }
 
-    /// Counts the rows of `now` as arrived and writes down where they are.
+    /// Counts the rows of `now` as arrived and records their places; lane 0 has waited for their bulk stores.  One fence serves both:
+    /// the counter and the places are relaxed after it.
     MEGA_DEVICE void end_now() const {
         if constexpr (!kKeepsPlaces<C>) {
             gather.end(now);
@@ -99,24 +101,25 @@ template <class C> struct Pull {
             const u32 lane = ptx::lane_id();
             if (lane == 0) ptx::add_relaxed(p.act1_ready + now.first_row / kCounterRows, now.rows);
             if (lane < now.rows)
-                Places<C>(p, gather.table).note(now.origin, now.first_row + lane, now.pool_row + lane);
+                Places<C>(p, gather.table)
+                    .record(now.origin, now.first_row + lane, now.pool_row + lane);
         }
     }
-    /// By this block, one of so many that take part.
+    /// By one warp: items `index`, `index` + `step` ... after those of the head.
     MEGA_DEVICE void run(u32 index, u32 step) {
         Timeline<C> timeline(p, Role::dispatch);
         u32 i = gather.first_items + index;
         Scales<C> scales(p.item_shift);
         now = find(i), next = find(i + step);
-        ask(scales, now);
+        request_scales(scales, now);
         for (; i < gather.items; i += step) {
             end += now.rows * kChunks;
             load();
             gather.wait_room(now.first_row);
-            note();
+            store_origins();
             scales.store(p, now.pool_row);
-            ask(scales, next);
-            if constexpr (kKeepsPlaces<C>) look();
+            request_scales(scales, next);
+            if constexpr (kKeepsPlaces<C>) look_up_places();
             store();
             const Item after = find(i + 2 * step);
             if (ptx::lane_id() == 0) ptx::bulk_wait_all();
@@ -127,14 +130,14 @@ template <class C> struct Pull {
     }
 };
 
-/// In one warp of each block that takes part, after `Gather::first_round`: this one is the `index`-th of `takers`.
+/// In one warp of each block that takes part, after `Gather::first_round`; this block is number `index` of `step`.
 template <class C>
 MEGA_DEVICE void dispatch_rest(const Params& p, const Shared<C>& shared, const ExpertTable& table,
-                               u32 index, u32 takers) {
-    // other ranks' rows, or those staged in this launch, acquired by a thread of this block
+                               u32 index, u32 step) {
+    // rows of other ranks, or staged in this launch, were acquired by a thread of this block; bulk copies read them now
     if constexpr (C::kRanks > 1 || C::kInputs == Inputs::raw) ptx::fence_async_global();
-    if constexpr (C::kRanks == 1) Gather<C>(p, shared, table).rest(index, takers);
-    else Pull<C>(p, shared, table).run(index, takers);
+    if constexpr (C::kRanks == 1) Gather<C>(p, shared, table).rest(index, step);
+    else Pull<C>(p, shared, table).run(index, step);
 }
 
 }   // namespace megamoe

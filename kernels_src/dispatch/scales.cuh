@@ -1,4 +1,5 @@
-// Scales of rows on their way from [token][block], where the row's rank has them, to [block][row] of the pool.
+// Scales of rows on their way from [token][k-block], in the memory of the row's rank, to [k-block][row] of the pool.  Used by
+// dispatch/gather.cuh for the head (RowScales) and by dispatch/pull.cuh (Scales).
 #pragma once
 #include "layout/params.cuh"
 #include "ptx/control.cuh"
@@ -6,7 +7,7 @@
 
 namespace megamoe {
 
-/// Of one row of this rank's own memory, by a warp: a scale for each lane.
+/// One row's scales from this rank's own memory, by a warp: one k-block for each lane, and so on.
 template <class C> struct OwnRowScales {
     static constexpr u32 kBlocks = C::kHidden / kQuantBlock, kHeld = ceil_div(kBlocks, kWarp);
     float s[kHeld];
@@ -26,8 +27,8 @@ template <class C> struct OwnRowScales {
     }
 };
 
-/// Of 1 << `shift` rows side by side, maybe of another rank, by a warp: in vectors of four, asked for before they are
-/// needed.  Lane l has row l % rows.
+/// Scales of 1 << `shift` rows at once, maybe of other ranks, by a warp: in vectors of four, which are requested before they are
+/// needed.  Lane l works on row l % rows.  The first kHeld vectors of a lane wait in registers; `store` loads the others.
 template <class C> struct Scales {
     static constexpr u32 kBlocks = C::kHidden / kQuantBlock;
     static constexpr bool kAligned = kBlocks % 4 ==
@@ -37,19 +38,19 @@ template <class C> struct Scales {
     static constexpr u32 kMostRows = 8;
     static constexpr u32 kHeld = min_u32(4, ceil_div(kVectors* kMostRows, kWarp));
 
-    u32 shift, skew = 0;        // scales of the row before this one in its first vector
-    const u8* from = nullptr;   // that vector; null: no such row
+    u32 shift, skew = 0;   // skew: how many scales of the row before are in this row's first vector
+    const u8* from = nullptr;   // that vector; null: this lane has no row
     Vec16 v[kHeld];
 
     MEGA_DEVICE explicit Scales(u32 shift_) : shift(shift_) {}
 
-    MEGA_DEVICE u32 step() const { return kWarp >> shift; }   // lanes of a row
+    MEGA_DEVICE u32 step() const { return kWarp >> shift; }   // lanes that share a row
     MEGA_DEVICE u32 vector(u32 first, u32 i) const {
         return first + i * step() + (ptx::lane_id() >> shift);
     }
 
-    /// Asks for the first of them; `row` is where this lane's row begins, null if it has none.
-    MEGA_DEVICE void ask(const float* row) {
+    /// Starts the first loads; `row` is where the scales of this lane's row begin, null if it has none.
+    MEGA_DEVICE void request(const float* row) {
         skew = kAligned ? 0 : static_cast<u32>(reinterpret_cast<u64>(row)) / 4 % 4;
         from = reinterpret_cast<const u8*>(row) - skew * 4;
         if (row == nullptr) from = nullptr;
@@ -81,12 +82,12 @@ template <class C> struct Scales {
     }
 };
 
-/// Of one row, by a warp.
+/// One row's scales by a warp: of this rank alone, or of any.
 template <class C, bool kOwn = C::kRanks == 1> struct RowScales : OwnRowScales<C> {
     using OwnRowScales<C>::OwnRowScales;
 };
 template <class C> struct RowScales<C, false> : Scales<C> {
-    MEGA_DEVICE explicit RowScales(const float* row) : Scales<C>(0) { this->ask(row); }
+    MEGA_DEVICE explicit RowScales(const float* row) : Scales<C>(0) { this->request(row); }
 };
 
 }   // namespace megamoe

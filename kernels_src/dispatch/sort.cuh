@@ -1,14 +1,14 @@
-// The head of the launch: who needs which expert.
+// The sort, in the head of the launch: which pairs go to which expert.  A counting sort over blocks, called by kernels/megamoe.cuh:
 //
 //   1. blocks 0 .. sort_blocks-1 each count the experts in their slice of the rank's (token, slot) pairs
-//   -- grid barrier --
-//   2. the same blocks sum the counts and store their slice's pairs, ordered by expert, at the ranks that have the experts;
-//      block 0 does so with where each expert's pairs begin (dispatch/pairs.cuh)
-//   -- grid barrier, and all ranks --
-//   3. every block builds its table of the local experts: rows, first pool row, which have any (sched/experts.cuh)
+//   -- grid barrier 0 --
+//   2. the same blocks add up the counts and store the pairs of their slice, ordered by expert, at the ranks that have the experts;
+//      block 0 also stores where each expert's pairs begin (dispatch/pairs.cuh)
+//   -- grid barrier 1, and with several ranks the meeting `inputs` --
+//   3. every block builds its table of the local experts: rows, first pool block, which have any (sched/experts.cuh)
 //
-// Pairs with a masked slot (-1, or any id that is no expert) are left out here and never seen again.  The order of an
-// expert's pairs within one slice is up to atomics; nothing depends on it, since rows never mix.
+// Pairs with a masked slot (-1, or any id that is no expert) are left out here and appear nowhere later but in combine, which skips
+// them.  The order of an expert's pairs within one slice is up to atomics; no result depends on it, since rows never mix.
 #pragma once
 #include "comm/barriers.cuh"
 #include "comm/sides.cuh"
@@ -19,12 +19,12 @@
 
 namespace megamoe {
 
-/// Exclusive sums over a warp of 32 values at a time.
+/// Exclusive prefix sums by a warp, over as many values as there are calls times 32.
 struct WarpScan {
     u32 total = 0;
     MEGA_DEVICE u32 exclusive(u32 value) {
         u32 sum = value;
-// as all loops of the head: written out they take long to compile, and nothing is gained
+// like all loops of the head: unrolled they take long to compile, and nothing is gained
 #pragma unroll 1
         for (u32 d = 1; d < kWarp; d *= 2) {
             const u32 other = __shfl_up_sync(~0u, sum, d);
@@ -55,7 +55,7 @@ template <class C> struct Sort {
         return static_cast<u64>(id) < kExperts ? static_cast<u32>(id) : kExperts;
     }
 
-    /// Step 1.
+    /// Step 1, by all threads of the block.
     MEGA_DEVICE void count() const {
         if (!counting()) return;
         for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>) counts[e] = 0;
@@ -69,7 +69,7 @@ template <class C> struct Sort {
             p.slice_counts[blockIdx.x * kExperts + e] = counts[e];
     }
 
-    /// Step 2.
+    /// Step 2, by all threads of the block.
     MEGA_DEVICE void order() const {
         if (!counting()) return;
         for (u32 e = threadIdx.x; e < kExperts; e += kBlockThreads<C>) {
@@ -108,7 +108,7 @@ template <class C> struct Sort {
     }
 };
 
-/// Step 3, by one warp: fills the tables of the shared memory map.
+/// Step 3, by one warp of each block: fills the tables in shared memory.  Also adds to the caller's statistics, in block 0.
 template <class C> MEGA_DEVICE void build_expert_table(const Params& p, const Shared<C>& shared) {
     const PairLists<C> lists{p};
     const SideCounts blocks_of = counted_sides(p);
@@ -126,7 +126,7 @@ template <class C> MEGA_DEVICE void build_expert_table(const Params& p, const Sh
             shared.expert_rows()[e] = rows, shared.expert_bases()[e] = base,
             shared.expert_items()[e] = item;
             if (rows > 0) shared.active_experts()[at] = static_cast<u16>(e);
-            // buffers may share them
+            // atomic, since launches of other buffers may add to the same statistics at the same time
             if (p.stats != nullptr && blockIdx.x == 0 && e < kLocalRouted<C>)
                 atomicAdd(p.stats + e, static_cast<i32>(rows));
         }

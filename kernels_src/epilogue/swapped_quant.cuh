@@ -1,8 +1,9 @@
-// Epilogue of GEMM 1 with operands swapped: the numbers of epilogue/swiglu_quant.cuh, found elsewhere.
+// Epilogue of GEMM 1 with operands swapped (roles/swapped_math.cuh): computes what epilogue/swiglu_quant.cuh does, from a result whose
+// columns are tokens.
 //
-// Gate and up of an output sit in the same thread here too, but the 128 outputs of a token are spread over the lanes t/4 and
-// all eight math warps.  So they meet three times: when each warp's largest magnitudes lie in shared memory, when each
-// token's scale has been made of them, and when the codes lie there as rows.
+// Gate and up of an output are in the same thread here too, but the 128 outputs of a token are spread over eight lanes (t/4) of each of
+// the eight math warps.  So all math warps meet three times, at the named barrier kBarrierMath: when each warp's largest magnitudes lie
+// in shared memory, when each token's scale has been computed from them, and when the codes lie there as rows.
 #pragma once
 #include "epilogue/quotient.cuh"
 #include "epilogue/silu.cuh"
@@ -12,8 +13,9 @@
 
 namespace megamoe {
 
-/// For each of n numbers of a thread the largest in the lanes with the same t%4.  Each step leaves a lane with half of them, if
-/// there are several: `numbers[0]` is then the largest of number `first`, and so on, `left` of them.
+/// For each of a thread's n numbers the largest over the eight lanes with the same t%4, by three exchanges.  In each of these two lanes
+/// split the numbers they have, if there are several, and each keeps one half: in the end a lane has the largest of numbers `first` to
+/// `first` + `left` - 1, in `numbers[0]` and on.
 template <u32 n> struct LargestOfLanes {
     static constexpr u32 left = n > 8 ? n / 8 : 1;
     u32 first = 0;
@@ -41,25 +43,25 @@ template <u32 n> struct LargestOfLanes {
     }
 };
 
-/// By 96 columns of a tile.  Others may be in the works while the last warps still store the codes of those before, so what is
-/// exchanged lies behind the codes of any.
+/// Works on up to 96 columns (tokens) at a time.  A fast warp may begin on the next ones while slow warps still store codes of those
+/// before, so what is exchanged lies behind the codes and not in their place.
 ///
-/// What follows the loops is compiled once for all of them.  It goes on to the columns that a wider one has only if there are
-/// rows for them, so that it takes no longer than if it were for as many alone.
+/// It is compiled once for all main loops.  Columns that only wider loops have are worked on only if the tile has rows for them, so
+/// that a narrow tile takes no longer than with an epilogue of its own.
 template <class C> struct SwappedQuant {
-    static constexpr u32 kN = min_u32(C::kBlockM, 96), kThreads = kMathWarps * kWarp,
+    static constexpr u32 kN = min_u32(C::kBlockM, 96), kMathThreads = kMathWarps * kWarp,
                          kCodesBytes = kN * Staging::kRowBytes;
     static_assert(kCodesBytes + (kMathWarps + 1) * kN * 4 <= kMathWarps * kStagingBytes,
                   "no room to exchange");
 
     const Params& p;
     const u32 address;   // of all math warps' staging: codes, each warp's largest magnitudes, reciprocal scales
-    u32 thread;     // of the 256
+    u32 thread;     // 0 to 255, of both warpgroups
     u32 pool_row;   // of the tile's first row in the pool
-    u32 rows;       // valid ones of the tile
+    u32 rows;       // valid rows of the tile, here columns
     u32 n;
 
-    /// Of the columns among which this one is.
+    /// Where the run of up to 96 columns that contains this one ends.
     MEGA_DEVICE static constexpr u32 end_of(u32 column) {
         return min_u32((column / kN + 1) * kN, C::kBlockM);
     }
@@ -95,7 +97,7 @@ template <class C> struct SwappedQuant {
             if (rows > kEnd) activate<kEnd>(result);
     }
 
-    /// A thread for each token.
+    /// The scale of each token and its reciprocal, by a thread for each token.
     MEGA_DEVICE void make_scale(u32 first) const {
         const u32 token = first + thread;
         if (thread >= kN || token >= rows) return;
@@ -108,7 +110,8 @@ template <class C> struct SwappedQuant {
         p.act2_scales[u64(n) * p.pool_rows + pool_row + token] = scale;
     }
 
-    /// Codes of four outputs of one token at a time: lanes exchange tokens for outputs, then blocks for outputs.
+    /// Codes to shared memory, as rows of tokens.  A thread has codes of two tokens and two blocks, of one output each.  It exchanges them
+    /// with lane ^ 4, which leaves it one token, and with lane ^ 8, which leaves it one block: four outputs of a token, side by side.
     template <u32 kFirst> MEGA_DEVICE void stage_codes(const Columns<C>& result) const {
         constexpr u32 kEnd = C::Policy::wider(kFirst);
         const u32 lane = thread % kWarp, group = thread / kGroup, warp = thread / kWarp % 4;
@@ -134,11 +137,12 @@ template <class C> struct SwappedQuant {
             if (rows > kEnd) stage_codes<kEnd>(result);
     }
 
+    /// Rows of codes to the pool of GEMM 2.
     MEGA_DEVICE void store_rows(u32 first) const {
         const Staging staging{address, thread % kWarp};
 #pragma unroll
-        for (u32 i = 0; i < kN * 8 / kThreads; ++i) {
-            const u32 row = i * (kThreads / 8) + thread / 8, column = thread % 8;
+        for (u32 i = 0; i < kN * 8 / kMathThreads; ++i) {
+            const u32 row = i * (kMathThreads / 8) + thread / 8, column = thread % 8;
             if (first + row < rows)
                 ptx::store16(p.act2_pool + u64(pool_row + first + row) * C::kIntermediate +
                                  n * kQuantBlock + column * 16,
@@ -146,14 +150,14 @@ template <class C> struct SwappedQuant {
         }
     }
 
-    /// Columns from kFirst on, up to 96.
+    /// Up to 96 columns from kFirst on, by all math warps.
     template <u32 kFirst> MEGA_DEVICE void run(Columns<C>& result) const {
         activate<kFirst>(result);
-        ptx::named_sync(kBarrierMath, kThreads);
+        ptx::named_sync(kBarrierMath, kMathThreads);
         make_scale(kFirst);
-        ptx::named_sync(kBarrierMath, kThreads);
+        ptx::named_sync(kBarrierMath, kMathThreads);
         stage_codes<kFirst>(result);
-        ptx::named_sync(kBarrierMath, kThreads);
+        ptx::named_sync(kBarrierMath, kMathThreads);
         store_rows(kFirst);
         ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
     }

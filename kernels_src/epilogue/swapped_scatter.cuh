@@ -1,5 +1,6 @@
-// Epilogue of GEMM 2 with operands swapped: as epilogue/scatter.cuh, but a token's 64 numbers of a block are spread over
-// the four warps of the group, which turn them into rows in the group's part of the staging.
+// Epilogue of GEMM 2 with operands swapped (roles/swapped_math.cuh): does what epilogue/scatter.cuh does.  Here a token's 64 numbers of a
+// block are spread over the four warps of a warpgroup, so these use their four staging patches as one, transpose the result into it, and
+// meet at the named barrier kBarrierGroup + group: when 32 tokens are staged, and before the next 32 overwrite them.
 #pragma once
 #include "epilogue/scatter.cuh"
 #include "epilogue/staging.cuh"
@@ -8,7 +9,7 @@
 namespace megamoe {
 
 template <class C> struct SwappedScatter {
-    // columns that pass through the patch together; of each sixteen of them a thread moves 16 bytes of either block
+    // columns (tokens) that are staged together; of each sixteen of them a thread moves 16 bytes of each block
     static constexpr u32 kColumns = 32;
     using Origins = u32[C::kBlockM / 16];   // of the rows of this thread's tokens
     static_assert(2 * kColumns * Staging::kRowBytes <= 4 * kStagingBytes);
@@ -16,17 +17,17 @@ template <class C> struct SwappedScatter {
     const Params& p;
     const u32 address;     // of the group's staging
     u32 group, thread;     // which warpgroup; thread of it
-    u32 first_row, rows;   // of the tile; valid ones
+    u32 first_row, rows;   // of the tile; how many are valid
     u32 n;
-    bool half;   // the tile has 128 columns, and each group one block
+    bool half;   // a half tile: 128 weight rows, and one block for each warpgroup
 
     MEGA_DEVICE void meet() const { ptx::named_sync(kBarrierGroup + group, kGroup); }
-    /// Where in the patch the rows of sixteen columns of a block begin.
+    /// The patch row at which the sixteen columns of a block begin that `column` is the first of.
     MEGA_DEVICE static constexpr u32 patch_row(u32 column, u32 block) {
         return column % kColumns * 2 + block * 16;
     }
 
-    /// Columns from `first` on, sixteen at a time.
+    /// Transposes up to 32 columns from `first` on into the patch, sixteen at a time.
     MEGA_DEVICE void stage(const Columns<C>& result, u32 first) const {
         const u32 lane = thread % kWarp, warp = thread / kWarp;
         const Staging staging{address, lane};
@@ -36,7 +37,7 @@ template <class C> struct SwappedScatter {
 #pragma unroll
             for (u32 b = 0; b < 2; ++b) {
                 const float* at = result.block[b] + column / 2;
-                ptx::store_matrix4_bf16_turned(
+                ptx::store_matrix4_bf16_transposed(
                     staging.chunk(patch_row(column, b) + lane / 16 * 8 + lane % 8,
                                   2 * warp + lane / 8 % 2),
                     at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]);
@@ -44,6 +45,7 @@ template <class C> struct SwappedScatter {
         }
     }
 
+    /// Stores them to the combine slots.
     MEGA_DEVICE void move(const Origins& origins, u32 first) const {
         const Staging staging{address, thread % kWarp};
         const u32 chunk = thread % 8;
@@ -59,7 +61,7 @@ template <class C> struct SwappedScatter {
     }
 
     MEGA_DEVICE void run(const Columns<C>& result) const {
-        Origins origins;   // at once: each would take as long as all
+        Origins origins;   // all loaded at once: one after the other each would take as long as all
 #pragma unroll
         for (u32 i = 0; i < C::kBlockM / 16; ++i)
             origins[i] = ptx::load_l2(p.row_pairs + first_row +

@@ -1,7 +1,11 @@
-// Epilogue of GEMM 1: SwiGLU, one scale per row over the tile's 128 outputs, e4m3 codes, into the pool of GEMM 2.
+// Epilogue of GEMM 1, by each math warp for its 16 rows (roles/math.cuh): SwiGLU, one scale per row over the tile's 128 outputs, e4m3
+// codes, into the pool of GEMM 2.
 //
-// Gate and up columns alternate by eights, so both halves of an output sit in the same thread, and all 128 outputs of a
-// row in the four lanes of a quad: the row's largest value is two shuffles away.
+// Gate and up columns alternate by eights, so gate and up of an output are in the same thread, and all 128 outputs of a row in the
+// four lanes of a quad: the row's largest magnitude is two shuffles away.
+//
+// Ordering: GEMM 2 reads these rows by TMA, in any block.  Every lane has a proxy fence after its stores; then the warp arrives on
+// tile_stored, and the publisher releases act2_ready (roles/publish.cuh).
 #pragma once
 #include "epilogue/quotient.cuh"
 #include "epilogue/silu.cuh"
@@ -18,8 +22,8 @@ template <class C> struct SwigluQuant {
     u32 rows;       // valid rows from there to the end of the tile; 16 or more: all of this warp's
     u32 n;
 
-    /// Writes silu(gate) * up over the gate's registers; returns the largest magnitude in rows t/4 and t/4 + 8.  `fmaxf` passes
-    /// over NaN, as it should: the scale is that of the other values, and the NaN is in the codes.
+    /// Writes silu(gate) * up over the gate's registers, and finds the largest magnitude in rows t/4 and t/4 + 8.  `fmaxf` ignores NaN, as
+    /// it should: the scale is that of the other values, and the NaN is in the codes.
     MEGA_DEVICE void activate(Result& result, float (&largest)[2]) const {
         largest[0] = largest[1] = 0;
 #pragma unroll
@@ -38,7 +42,8 @@ template <class C> struct SwigluQuant {
         }
     }
 
-    /// Two groups of eight outputs of one row half: lanes pair up so that each stores four codes in a row.
+    /// Codes of two groups of eight outputs, of row t/4 or (half = 1) t/4 + 8: lanes exchange them in pairs, so that each stores four
+    /// consecutive ones.
     MEGA_DEVICE void stage_codes(const float (&quarter)[32], u32 q, u32 pair, u32 half,
                                  float inverse) const {
         const u32 i = pair * 16 + half * 2, lane = staging.lane;

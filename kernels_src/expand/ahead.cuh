@@ -1,12 +1,13 @@
-// Weights of four bits are expanded in memory before the matrix work reads them: each once, whatever the number of rows.
+// Prefill: packed weights are expanded to e5m2 in memory before the matrix work reads them, each once per launch, whatever the number
+// of rows.  `Expansion::run` is called by the head (kernels/megamoe.cuh), `wait` by the weights lane (roles/load.cuh).
 //
-// Packed and expanded weights lie in the same order, tile by tile and k-block by k-block, so 64 rows of a k-block are a piece:
-// 4096 bytes of codes and 256 of exponents become 8192 of e5m2, at the same place in their matrix.  A warp takes a piece through
-// registers into shared memory and has the bulk copy engine write it.
+// Packed and expanded weights lie in the same order, tile by tile and k-block by k-block.  The unit of work is a piece, 64 rows of a
+// k-block: 4096 bytes of codes and 256 of exponents become 8192 bytes of e5m2 at the same place of the matrix.  A warp takes a piece
+// through registers into shared memory, and a bulk store writes it to memory.
 //
-//   expanded[expert][column]   released here, once per piece     acquired by the weights lane of any block (roles/load.cuh)
+//   expanded[expert][column]   released here, once per piece     acquired by the weights lane of any block
 //
-// Nobody waits here for anything but memory.  Only experts that have rows are expanded, in the order in which tiles need them.
+// A block that expands waits for nothing but memory.  Only experts that have rows are expanded, in the order in which tiles need them.
 #pragma once
 #include "comm/fault.cuh"
 #include "expand/unpack.cuh"
@@ -16,23 +17,25 @@
 
 namespace megamoe {
 
-/// Who expands: some blocks, with all their warps, before they do anything else.  A few are as fast as the memory, and the others
-/// begin on the first experts meanwhile; they alone go on with dispatch, which must not wait for them.
+/// Which blocks expand: one of `expand_every`, with all its warps, before its first tile.  These few are as fast as the memory, and the
+/// other blocks begin on the first experts meanwhile.  Only those others dispatch what the head has left, since an expander would come
+/// to it late.  Where that leaves no blocks for one of the two, all blocks do both.
 struct ExpandShare {
-    u32 expander, expanders;   // which of them this block is, if it is one; how many there are
-    u32 taker, takers;         // the same of blocks that dispatch
+    u32 expander, expanders;       // which expander this block is (`expanders`: none), of how many
+    u32 dispatcher, dispatchers;   // the same of the blocks that dispatch
 
     MEGA_DEVICE explicit ExpandShare(const Params& p) {
         const u32 block = blockIdx.x, all = gridDim.x,
                   every = p.expand_every > 0 ? p.expand_every : all;
-        expanders = all / every, takers = all - expanders;
+        expanders = all / every, dispatchers = all - expanders;
         const bool one = block % every == every - 1;
-        expander = one ? block / every : expanders, taker = one ? takers : block - block / every;
-        if (expanders == 0 || takers == 0)   // all do both
-            expander = taker = block, expanders = takers = all;
+        expander = one ? block / every : expanders,
+        dispatcher = one ? dispatchers : block - block / every;
+        if (expanders == 0 || dispatchers == 0)   // all do both
+            expander = dispatcher = block, expanders = dispatchers = all;
     }
     MEGA_DEVICE bool expands() const { return expander < expanders; }
-    MEGA_DEVICE bool dispatches() const { return taker < takers; }
+    MEGA_DEVICE bool dispatches() const { return dispatcher < dispatchers; }
 };
 
 template <class C> struct Expansion {
@@ -44,7 +47,7 @@ template <class C> struct Expansion {
                          kPieces2 = C::kHidden / PackedPiece::kRows * (C::kIntermediate / kBlockK),
                          kPieces = kPieces1 + kPieces2;   // of an expert
     static constexpr u32 kColumns = TileOrder<C>::kTilesN1 + TileOrder<C>::kTilesN2;
-    // pieces that a warp has in shared memory at the head, where the stages will be
+    // pieces of a warp in shared memory at a time, in the room of the stages
     static constexpr u32 kSlots = min_u32(
         2, Shared<C>::kStagingAt / (kBlockWarps<C> * PackedPiece::kBytes));
     static_assert(kSlots > 0, "no room to expand weights in");
@@ -53,11 +56,11 @@ template <class C> struct Expansion {
     const Shared<C>& shared;
     const ExpertTable& table;
 
-    /// Pieces of all experts that have rows, in the order in which tiles need them.
+    /// How many pieces all experts that have rows have together.
     MEGA_DEVICE u32 pieces() const { return table.active_experts * kPieces; }
 
-    /// A piece: of which matrix of its expert, and its number in that matrix of all experts.  Addresses are made of it where they are
-    /// needed: registers are dear in the dispatch warp.
+    /// A piece: of which matrix (`first`: GEMM 1), its number among the pieces of that matrix of all experts, and its word of `expanded`.
+    /// Addresses are computed from it where they are needed, to save registers.
     struct Piece {
         const Params& p;
         bool first;
@@ -74,10 +77,11 @@ template <class C> struct Expansion {
             return (first ? p.expanded1 : p.expanded2) + u64(place) * PackedPiece::kBytes;
         }
         MEGA_DEVICE void done() const {
-            ptx::fence_async_global();   // its bulk store, which has been waited for
+            ptx::fence_async_global();   // after its bulk store, which lane 0 has waited for
             ptx::add_release(p.expanded + column, 1);
         }
     };
+    /// Piece `i` in the order in which tiles need them.
     MEGA_DEVICE Piece at(u32 i) const {
         const u32 expert = table.active[i / kPieces], own = i % kPieces;
         const bool first = own < kPieces1;
@@ -88,7 +92,8 @@ template <class C> struct Expansion {
                 expert * kColumns + column};
     }
 
-    /// This block's share of all pieces, by all its warps, in the stages, which nobody else uses yet.
+    /// Expands this block's share of all pieces, by all its warps, in the room of the stages, which nobody else uses yet: the block must
+    /// meet before its first tile.  Each warp has up to kSlots bulk stores under way, and loads its next piece meanwhile.
     MEGA_DEVICE void run() const {
         const ExpandShare share(p);
         if (!share.expands()) return;
@@ -125,10 +130,10 @@ template <class C> struct Expansion {
         piece.load(from.codes(), from.exponents());
     }
 
-    /// The weights lane: until the tile's weights are there.
+    /// The weights lane: waits until the tile's weights are expanded.
     MEGA_DEVICE static void wait(const Params& p, const Tile& tile) {
-        const bool first = tile.kind == Tile::gemm1, half = !first && C::kHidden % kBlockN != 0 &&
-                                                            tile.n == TileOrder<C>::kTilesN2 - 1;
+        const bool first = tile.kind == Tile::gemm1,
+                   half = !first && TileOrder<C>::kHasHalf && tile.n == TileOrder<C>::kTilesN2 - 1;
         const u32 column = tile.expert * kColumns + (first ? 0 : TileOrder<C>::kTilesN1) + tile.n;
         wait_counter(p, Wait::weights_expanded, p.expanded + column,
                      (first ? kColumnPieces1 : kColumnPieces2) >> half, column);

@@ -1,14 +1,19 @@
-// Weights of four bits are unpacked in shared memory beside the products: a warpgroup of helpers makes stages of e5m2 of packed
-// k-blocks, which have a ring of their own.
+// Unpack: packed weights become e5m2 in shared memory while the tensor cores multiply.  A fourth warpgroup, the helpers, reads packed
+// k-blocks from a ring of their own and writes the weights of the stages.
 //
-//   packed_full[i]    arrived by the weights lane (1), plus its bytes       waited for by the helpers
-//   packed_empty[i]   arrived by every helper warp                          waited for by the weights lane
-//   full[stage]       arrived by the activations lane (1), plus its bytes, and by every helper warp      waited for by math warps
-//   empty[stage]      arrived by every math warp that reads the stage       waited for by activations lane and helpers
+//   mbarrier          arrivals                                                    waited for by
+//   packed_full[i]    1: weights lane, plus its bytes                             helper warps
+//   packed_empty[i]   4: a lane of every helper warp                              weights lane
+//   full[stage]       5: activations lane, plus its bytes; a lane of every        math warps
+//                     helper warp
+//   empty[stage]      8: a lane of every math warp                                activations lane, helper warps
 //
-// Products take nearly all that shared memory gives, and leave little to the helpers.  So activations are read into
-// registers, once for the four quarters of a k-block; and since the helpers have their registers from the math warps, there
-// is one fresh accumulator: while a warpgroup promotes, the other one's products run.
+// Proxies: helpers write the weights of a stage by ordinary stores and WGMMA reads them through the async proxy, so every lane has a
+// proxy fence before its warp arrives.
+//
+// Products with both operands in shared memory take nearly all of its bandwidth and leave little to the helpers.  So activations are
+// read into registers, once for the four quarters of a k-block.  And since the helpers' registers are taken from the math warps, these
+// have one fresh accumulator instead of two: while one warpgroup promotes, the other one's products run.
 #pragma once
 #include "expand/unpack.cuh"
 #include "mma/block_scaled.cuh"
@@ -23,16 +28,17 @@ template <class C> struct InPackedRing {
         return s.packed(i) + Shared<C>::kPackedCodes;
     }
 };
-/// A tile's packed weights on their way into their ring, a k-block after the other.
+/// How the weights lane brings a tile's packed weights into their ring.
 template <class C> using PackedStream = CodesAndExponents<C, 4, 32, Shared<C>::kPackedCodes,
                                                           InPackedRing<C>>;
 
-/// The helper warps: each unpacks sixteen rows of every 64.
+/// What the helper warps run: each unpacks sixteen of every 64 weight rows.  Helpers go through all tiles and their k-blocks in order, so
+/// they keep positions in both rings and need no `k_begin`.
 template <class C> struct Unpacker {
     const Params& p;
     const Shared<C>& shared;
 
-    /// Of 64 rows of a packed k-block, what this thread unpacks.
+    /// The bytes of `PackedRows::load`; with the sum in its order ptxas schedules the loop otherwise, which was not measured.
     MEGA_DEVICE void load(PackedRows& rows, u32 packed, u32 m, u32 thread) const {
 #pragma unroll
         for (u32 h = 0; h < 2; ++h)
@@ -41,8 +47,9 @@ template <class C> struct Unpacker {
                           rows.exponents[0], rows.exponents[1]);
     }
 
+    /// One k-block, from address `packed` into a stage.  Packed rows are loaded before the stage is waited for.
     MEGA_DEVICE void block(u32 packed, u32 stage, u32 parity, u32 scales, u32 thread) const {
-        PackedRows rows[2];   // a load is not put before an earlier store
+        PackedRows rows[2];   // in turn, loaded one ahead: the compiler does not move a load before an earlier store
         load(rows[0], packed, 0, thread);
         wait_barrier_watched(shared.empty(stage), parity ^ 1);
         if (thread == 0) {
@@ -55,7 +62,7 @@ template <class C> struct Unpacker {
 #pragma unroll
         for (u32 m = 0; m < 4; ++m) {
             if (m < 3) load(rows[(m + 1) % 2], packed, m + 1, thread);
-            rows[m % 2].expand_to(place + m * 64 * kBlockK);
+            unpack_rows(place + m * 64 * kBlockK, rows[m % 2]);
         }
     }
 
@@ -76,7 +83,7 @@ template <class C> struct Unpacker {
                 wait_barrier_watched(shared.packed_full(from.stage), from.parity);
                 block(shared.packed(from.stage), ring.stage, ring.parity,
                       shared.packed_scales(from.stage), thread);
-                ptx::fence_async_shared();   // the tensor cores read the stage
+                ptx::fence_async_shared();   // WGMMA reads the stage through the async proxy
                 __syncwarp();
                 if (one) {
                     ptx::mbarrier_arrive(shared.full(ring.stage));
@@ -87,11 +94,11 @@ template <class C> struct Unpacker {
     }
 };
 
-/// A warp's 16 rows of activations of a k-block.
+/// A warp's 16 rows of activations of a k-block, as the left operand in registers.
 struct ActivationRows {
-    u32 a[4][4];   // 32 of the depth; see ptx::wgmma_m64n64k128
+    u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_m64n64k128
 
-    /// `first`: address of the first of the 16 rows in a swizzled tile.
+    /// `first`: address of the first of the 16 rows in the stage, which is swizzled.
     MEGA_DEVICE void load(u32 first, u32 lane) {
         const u32 row = first + lane % 16 * kBlockK;
 #pragma unroll
@@ -100,7 +107,7 @@ struct ActivationRows {
     }
 };
 
-/// The main loop of mma/block_scaled.cuh in fewer registers of accumulators, and with activations in registers.
+/// The main loop of unpack: that of mma/block_scaled.cuh with one fresh accumulator, and with activations in registers.
 template <class C> struct NarrowLoop : StageReader<C> {
     using Base = StageReader<C>;
     using Base::Base, Base::shared, Base::ring, Base::row, Base::thread, Base::release;

@@ -1,4 +1,4 @@
-// fp8e5m2: as fp8, with e5m2 codes: what weights of four bits are expanded to.
+// fp8e5m2: like fp8, with e5m2 codes.  This is what the stages of unpack and prefill hold: packed weights, expanded.
 #pragma once
 #include "formats/fp8.cuh"
 
@@ -6,7 +6,7 @@ namespace megamoe {
 
 struct Fp8E5M2 : Fp8 {
     static constexpr ptx::Codes kCodes = ptx::Codes::e5m2;
-    struct Rows;   // none: products with operands swapped are of e4m3 codes, or of e5m2 in registers
+    struct Rows;   // not defined: with operands swapped, weights are e4m3 in shared memory or e5m2 in registers
 };
 
 }   // namespace megamoe

@@ -1,13 +1,14 @@
 // mxfp4: e2m1 codes, an exponent for every 32 of a row, and a float scale for every 128 x 128 (megamoe_jit/_layer/mxfp4.py).
 //
-// A code times the power of two that its exponent stands for is exact in e5m2, so weights become e5m2 on their way into the
-// tensor cores, in registers.  A k-block of a tile has its codes and then its exponents:
+// A code times the power of two of its group is exact in e5m2, so weights become e5m2 on their way into the tensor cores; here, for
+// decode and wide, in registers.  In a stage a k-block has its codes and, apart, its exponents, in the order in which threads need them:
 //
-//   codes       [64 rows][half of the depth][thread of a warpgroup][16 bytes]    what the thread makes 2 x 8 registers of
-//   exponents   [64 rows][warp][lane / 4][row, row + 8][32 of the depth]         a byte each: 16 + what the code is times 2 to
+//   codes       [which 64 rows][half of the depth][thread of a warpgroup][16 bytes]      of which a thread makes 8 registers per half
+//   exponents   [which 64 rows][warp][lane / 4][row t/4, row t/4 + 8][which 32 of the depth]     a byte each: the power's exponent + 16
 #pragma once
 #include "mma/code_stream.cuh"
 #include "mma/magnitudes.cuh"
+#include "mma/packed_rows.cuh"
 #include "mma/scales.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -28,24 +29,12 @@ struct Mxfp4 {
     using CodeStream = CodesAndExponents<C, kBits, kGroup, Shared<C>::kWeightBytes, InStages<C>>;
     template <class C> using ScaleStream = WeightScaleStream<C>;
 
-    /// What a thread has of 64 rows of a k-block before it expands them.
-    struct Packed {
-        Vec16 halves[2];   // of the depth
-        u32 powers[2];     // exponents of rows t/4 and t/4 + 8
+    /// What a thread holds of 64 rows of a k-block before it expands them.
+    using Packed = PackedRows;
 
-        MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
-            constexpr u32 kHalfBytes = megamoe::kGroup * 16;   // a warpgroup's
-            const u32 from = weights + m * (2 * kHalfBytes) + thread * 16;
-            halves[0] = ptx::load16_shared(from);
-            halves[1] = ptx::load16_shared(from + kHalfBytes);
-            ptx::load8_shared(exponents + m * (64 * kBlockK / kGroup) + thread / 4 * 8, powers[0],
-                              powers[1]);
-        }
-    };
-
-    /// 64 rows of a k-block as the left operand of a product: in registers, as e5m2.
+    /// 64 weight rows of a k-block as the left operand of a product: expanded to e5m2 in registers.
     struct Rows {
-        u32 a[4][4];   // 32 of the depth; see ptx::wgmma_weights_registers
+        u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_weights_registers
 
         MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
             Packed packed;
@@ -53,7 +42,7 @@ struct Mxfp4 {
             expand(packed);
         }
         MEGA_DEVICE void expand(const Packed& packed) {
-            ptx::expand_e2m1<Magnitudes>(a, packed.halves, packed.powers);
+            ptx::expand_e2m1<Magnitudes>(a, packed.codes, packed.exponents);
         }
         template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
             ptx::wgmma_weights_registers<kN>(d, a, tokens);

@@ -1,16 +1,19 @@
-// One MoE layer in one launch.
+// One MoE layer in one launch: what all warps of a block do first (the head), and then which role each warp has.  Called by the kernel
+// that kernels/entry.cuh.j2 renders.
 //
-//   head     all warps     sort pairs by expert, expert table, first dispatch         dispatch/
-//   warp 0   1 lane        activations and their scales into the stages               roles/load.cuh
-//   warp 1   1 lane        weights into the stages; tickets, tile order               roles/load.cuh, sched/
-//   warp 2                 the rest of dispatch                                       dispatch/pull.cuh
-//   warp 3   1 lane        announces finished tiles, watches the math warps; tail     roles/publish.cuh
-//   warps 4-11             two warpgroups: WGMMA, SwiGLU, requantise, scatter         roles/math.cuh, mma/, epilogue/
-//            then          combine, once all blocks are done                          roles/combine.cuh
-//   warps 12-15            of some variants: helpers of the math warps                 expand/beside.cuh
+//   head      all warps   sort pairs by expert, expert table, first dispatch          dispatch/; of prefill also expand/ahead.cuh
+//   warp 0    1 lane      activations and their scales into the stages                roles/load.cuh
+//   warp 1    1 lane      weights into the stages; draws tickets, publishes tiles     roles/load.cuh, sched/
+//   warp 2    all lanes   the rest of dispatch                                        dispatch/pull.cuh, dispatch/gather.cuh
+//   warp 3    1 lane      announces finished tiles, watches the math warps            roles/publish.cuh
+//             all lanes   then the last meeting of blocks and ranks                   roles/combine.cuh
+//   warps 4-11            two math warpgroups: WGMMA, then SwiGLU and requantisation,  roles/math.cuh or roles/swapped_math.cuh,
+//                         or scatter                                                  mma/, epilogue/
+//                         then combine, once all blocks and ranks are done            roles/combine.cuh
+//   warps 12-15           of unpack alone: helpers, which unpack weights              expand/beside.cuh
 //
-// Blocks are persistent and resident together (cooperative launch), one per SM.  The variants differ in
-// the policy that `Config` names (variants/).
+// Blocks are persistent and all resident (cooperative launch), one per SM.  Variants differ in the policy that `Config` names
+// (variants/).
 #pragma once
 #include "comm/sides.cuh"
 #include "comm/timeline.cuh"
@@ -23,6 +26,7 @@
 
 namespace megamoe {
 
+/// Initialises the block's mbarriers (docs/kernel.md lists them), and its share of what the launch counts in.
 template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>& shared) {
     if (threadIdx.x == 0) {
         constexpr u32 kReaders = kTileWarps<C>;
@@ -47,7 +51,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})
             ptx::prefetch_tensor_map(map);
         shared.side() = count_side(p);
-        if (blockIdx.x == 0)   // drawn, and counted below, after the first grid barrier
+        if (blockIdx.x ==
+            0)   // nobody draws a ticket, or adds to the counters below, before grid barrier 0
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;
     }
     for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x; i < p.counters;
@@ -63,25 +68,26 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
             p.expanded[i] = 0;
 }
 
-/// Quantises this rank's rows, by all warps but the first, which waits in the head's first barrier meanwhile; the second
-/// is what others read them after.  Blocks that do not sort come first.
+/// Quantises this rank's rows into the buffer, by all warps but the first, which waits in grid barrier 0 meanwhile; grid barrier 1 orders
+/// them for all readers.  Work is dealt out from the last block back, since the first ones sort.
 template <class C> MEGA_DEVICE void stage_rows(const Params& p) {
-    // of 128 columns in flight in each half of a warp
+    // kGroups: groups of 128 columns in flight in each half of a warp
     constexpr u32 kBlocks = C::kHidden / kQuantBlock, kGroups = 2;
     const u32 warp = ptx::warp_id();
     if (warp == 0) return;
-    const Rows rows{p.raw_x,
-                    p.raw_x_stride,
-                    symmetric<u8>(p, p.rank, p.x),
-                    symmetric<float>(p, p.rank, p.x_scales),
-                    kBlocks,
-                    p.tokens * kBlocks,
-                    true};
+    const RowsToQuantise rows{p.raw_x,
+                              p.raw_x_stride,
+                              symmetric<u8>(p, p.rank, p.x),
+                              symmetric<float>(p, p.rank, p.x_scales),
+                              kBlocks,
+                              p.tokens * kBlocks,
+                              true};
     quantise_rows<Bf16, kGroups>(rows, (warp - 1) * gridDim.x + gridDim.x - 1 - blockIdx.x,
                                  (kBlockWarps<C> - 1) * gridDim.x);
 }
 
-/// Leaves every block with its expert table and the first rows on their way.
+/// The head, by all threads of the block: when it returns, the block has its expert table, its warps have copied the first rows, and
+/// the stages are free.
 template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>& shared, u32 epoch) {
     Timeline<C> timeline(p, Role::head);
     const auto did = [&](Span what) {
@@ -103,7 +109,7 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     __syncthreads();
     did(Span::order_barrier);
     if (ptx::warp_id() == 0) build_expert_table<C>(p, shared);
-    ptx::fence_async_shared();   // the stages held ordinary data so far; TMA writes them next
+    ptx::fence_async_shared();   // the sort wrote the room of the stages by ordinary stores; TMA writes there next
     __syncthreads();
     did(Span::expert_table);
     const ExpertTable table = expert_table_of<C>(shared);
@@ -111,7 +117,7 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
     did(Span::first_round);
     if constexpr (C::Policy::kExpands) {
         Expansion<C>{p, shared, table}.run();
-        __syncthreads();   // the stages are free again
+        __syncthreads();   // all warps have waited for their bulk stores from the room of the stages
         did(Span::expand);
     }
     return table;
@@ -119,14 +125,14 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
 
 template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     const Shared<C> shared(raw);
-    // block 0 writes it back when all have met
+    // block 0 stores the new epoch at the last meeting, when all blocks have read the old one
     const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;
     const ExpertTable table = head<C>(p, shared, epoch);
     const u32 warp = ptx::warp_id();
     if (warp < kGroup / kWarp) {
         ptx::registers_shrink<kProducerRegisters>();
         const bool one = ptx::lane_id() == 0;
-        // a chain, not four ifs: whether ptxas sees that the math warps' addresses are uniform hangs on it
+        // `else if`, not four `if`s: ptxas then sees that addresses in the math warps are uniform
         if (warp == 0) {
             if (one) LoadActivations<C>{p, shared, table}.run();
         } else if (warp == 1) {
@@ -135,7 +141,7 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
             if constexpr (C::Policy::kExpands) {
                 const ExpandShare share(p);
                 if (share.dispatches())
-                    dispatch_rest<C>(p, shared, table, share.taker, share.takers);
+                    dispatch_rest<C>(p, shared, table, share.dispatcher, share.dispatchers);
             } else {
                 dispatch_rest<C>(p, shared, table, blockIdx.x, gridDim.x);
             }

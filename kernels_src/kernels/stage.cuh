@@ -1,19 +1,20 @@
-// Staging as a launch of its own: rows are quantised, ids and router weights converted, rows that are no tokens masked.
+// The staging kernel, a launch before the layer's own (`megamoe_jit/_layer/stage.py`): it brings a batch into a buffer.  Rows are
+// quantised, ids and router weights converted, and padding rows, behind the tokens, masked.
 //
-// Blocks take groups of columns and pairs in turn.  They are small, so that as many as fit an SM hide each other's waits.
+// Blocks take groups of columns and pairs in turn.  They are small, so that several share an SM and hide each other's waits.
 #pragma once
 #include "stage/inputs.cuh"
 
 namespace megamoe {
 
-// of 128 columns in flight in each half of a warp
+// kStageGroups: groups of 128 columns in flight in each half of a warp
 constexpr u32 kStageThreads = 256, kStageGroups = 4;
 
 struct alignas(64) StageParams {
     const u8* x;         // rows x_stride bytes apart
     const u8* ids;       // rows ids_stride numbers apart
     const u8* weights;   // rows weights_stride numbers apart
-    // of rows that are codes already: rows scales_row, columns scales_column bytes apart
+    // scales of rows that are e4m3 already: rows scales_row, columns scales_column bytes apart
     const u8* x_scales;
     u8* out_x;            // e4m3 [rows][hidden]
     float* out_scales;    // [rows][hidden / 128]
@@ -21,7 +22,7 @@ struct alignas(64) StageParams {
     float* out_weights;   // [rows][topk]
     u64 x_stride, scales_row, scales_column;
     u32 ids_stride, weights_stride, formats, tokens;
-    // rows of ids and weights that are written: those from `tokens` on get -1 and 0
+    // rows of ids and weights that are written; those from `tokens` on are padding and get -1 and 0
     u32 masked;
     u32 hidden, topk;
     float weight_factor;
@@ -41,7 +42,7 @@ MEGA_DEVICE void stage_pairs(const StageParams& p, u32 thread, u32 threads) {
     }
 }
 
-/// Rows that are codes already.
+/// Format of rows that are e4m3 codes already, and come with their scales.
 struct E4m3 {
     static constexpr u32 kBytes = 1;
 };
@@ -72,12 +73,12 @@ template <class T> MEGA_DEVICE void stage(const StageParams& p) {
         copy_rows(p, blockIdx.x * kStageThreads + threadIdx.x, threads);
     } else {
         const u64 places = reinterpret_cast<u64>(p.x) | p.x_stride;
-        const Rows rows{p.x,    p.x_stride,        p.out_x,         p.out_scales,
-                        blocks, p.tokens * blocks, places % 16 == 0};
+        const RowsToQuantise rows{p.x,    p.x_stride,        p.out_x,         p.out_scales,
+                                  blocks, p.tokens * blocks, places % 16 == 0};
         quantise_rows<T, kStageGroups>(rows, ptx::warp_id() * gridDim.x + blockIdx.x,
                                        threads / kWarp);
     }
-    // blocks with no rows first
+    // in the opposite order of blocks: those that had no rows begin
     stage_pairs(p, (gridDim.x - 1 - blockIdx.x) * kStageThreads + threadIdx.x, threads);
 }
 

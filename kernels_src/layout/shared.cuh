@@ -1,19 +1,25 @@
-// The shared-memory map.  `KernelSpec.shared_bytes` in Python is the same sum; the template asserts that they agree.
+// The map of a block's dynamic shared memory, which begins at a multiple of 1024.  `KernelSpec.shared_bytes` in Python is the
+// same sum; the template asserts that they agree.
 //
-//   activations [stages] | weights [stages] | exponents of their groups [stages] | packed weights of some k-blocks
-//   | staging, 2 KB per math warp | dispatch slots
-//   | scales [stages], of packed weights | barriers: full, empty [stages]; tile full, empty, stored [4]; dispatch slots; packed
-//     weights full, empty
-//   | tile slots [4] | expert table
+//   stages         activations [stages] | weights [stages] | exponents of packed weights [stages]
+//   packed ring    codes and exponents of kPacked k-blocks (unpack alone)
+//   staging        2 KB per math warp
+//   dispatch       kDispatchSlots chunks
+//   scales         [stages]: one float per activation row, then four of the weights; four for each k-block of the packed ring
+//   mbarriers      full, empty [stages] | tile_full, tile_empty, tile_stored [4] | dispatched [dispatch slots]
+//                  | packed_full, packed_empty [kPacked]
+//   tile slots     [4] of 32 bytes
+//   expert table   counts and this block's side, rows, bases, items, active experts (sched/experts.cuh)
 //
-// The head of the kernel sorts pairs in the stage area before the first copy is issued into it.
+// What comes before `staging` has other uses while no tile is under way: the head sorts pairs there (`scratch`), prefill expands
+// weights there, and combine keeps result rows there.
 #pragma once
 #include "layout/params.cuh"
 #include "ptx/memory.cuh"
 
 namespace megamoe {
 
-/// Exponents of a stage: a byte for each group of so many weights along K; 0 for a format that has no groups.
+/// Bytes of exponents in a stage: one for each `group` weights along K; 0 for a format without groups.
 constexpr u32 group_bytes(u32 group) { return group == 0 ? 0 : kBlockN * kBlockK / group; }
 
 template <class C> struct Shared {
@@ -21,7 +27,7 @@ template <class C> struct Shared {
                          kWeightBytes = kBlockN * kBlockK * C::Weights::kBits / 8,
                          kExponentBytes = group_bytes(C::Weights::kGroup),
                          kActScaleBytes = C::kBlockM * 4;
-    static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four for the weights
+    static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four floats for the weights
     static constexpr u32 kTileSlotBytes = 32;
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
@@ -47,11 +53,11 @@ template <class C> struct Shared {
     static constexpr u32 kBytes = (kActiveAt + C::kLocalExperts * 2 + 15) / 16 * 16;
     static_assert(kBytes <= kSharedLimit, "more shared memory than SM90 has (232448 bytes)");
     static_assert(kActBytes % 1024 == 0 && kWeightAt % 1024 == 0 && kWeightBytes % 1024 == 0,
-                  "a stage begins within an atom of the swizzle");
+                  "a stage must begin at an atom of the swizzle");
     static_assert(kStagingAt >= 12 * C::kExperts, "the head's sort does not fit into the stages");
 
     u8* base;
-    u32 address;   // of base, in the shared window
+    u32 address;   // of `base`, as a 32-bit address in the shared window
 
     MEGA_DEVICE explicit Shared(u8* raw) : base(raw), address(ptx::shared_address(raw)) {}
 
@@ -90,13 +96,13 @@ template <class C> struct Shared {
     MEGA_DEVICE u32& two_sides() const {
         return *reinterpret_cast<u32*>(base + kActiveCountAt + 4);
     }
-    // this block's
+    // of the L2 that this block has counted itself on (comm/sides.cuh)
     MEGA_DEVICE u32& side() const { return *reinterpret_cast<u32*>(base + kActiveCountAt + 8); }
     MEGA_DEVICE u32* expert_rows() const { return reinterpret_cast<u32*>(base + kRowsAt); }
     MEGA_DEVICE u32* expert_bases() const { return reinterpret_cast<u32*>(base + kBasesAt); }
     MEGA_DEVICE u32* expert_items() const { return reinterpret_cast<u32*>(base + kItemsAt); }
     MEGA_DEVICE u16* active_experts() const { return reinterpret_cast<u16*>(base + kActiveAt); }
-    // the stages, during the head
+    // three words for each expert in the room of the stages, during the sort
     MEGA_DEVICE u32* scratch() const { return reinterpret_cast<u32*>(base); }
 };
 

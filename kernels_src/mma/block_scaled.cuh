@@ -1,10 +1,12 @@
-// D[m, n] = sum over 128-deep blocks b of  sa[m, b] * sb[n, b] * (A[m, b] . B[n, b])     exactly, in two levels.
+// The main loop of pingpong, cooperative and prefill, in each math warpgroup (roles/math.cuh):
 //
-// Each block's product goes into a fresh accumulator on the tensor cores and is then promoted into the result by an
-// FP32 FMA with its scales.  A warpgroup's 64 x 256 result is computed in four quarters of 64 columns with two fresh
-// accumulators in turn: while one quarter is promoted, the next one's WGMMA runs.  ptxas serialises everything when a
-// WGMMA is in flight across a loop's back edge, so two k-blocks are written out per iteration (one where a depth has an
-// odd number of them), and the pipeline drains once per iteration.
+//   D[m, n] = sum over k-blocks b of  sa[m, b] * sb[n, b] * (A[m, b] . B[n, b])
+//
+// Each k-block's product goes into a fresh accumulator of the tensor cores, and is then promoted: multiplied by its scales and added
+// to the result by an FP32 FMA.  A warpgroup's 64 x 256 result is computed in four quarters of 64 columns with two fresh accumulators
+// in turn: while one quarter is promoted, the next one's WGMMA runs.  ptxas serialises everything when a WGMMA is in flight across a
+// loop's back edge, so two k-blocks are written out per iteration (one where a depth has an odd number of them), and the pipeline
+// drains once per iteration.
 //
 //   step i            0            1         2         3         4                 5 ...
 //   before            wait, load   -         -         -         wait, load        -
@@ -13,18 +15,18 @@
 //   wait for          -            0 of A    1 of A    2 of A    3 of A, release   0 of B
 //   promote           -            0 of A    1 of A    2 of A    3 of A            0 of B
 //
-// A warpgroup has about 200 cycles for itself between two quarters.  Whatever waits longer there stops the tensor cores, so
-// (each of these was measured, see docs/perf-log.md)
+// A quarter's WGMMA takes about 200 cycles.  If a warpgroup does anything longer than that between two issues, the tensor cores run
+// dry, so (each of these was measured, see docs/perf-log.md)
 //   - descriptors are computed before the stage is waited for, and scales are loaded before its first WGMMA is issued: both
 //     are there when the quarter before has been promoted
-//   - before it drains, an iteration looks whether the next one's stage is full, so that the next need not ask
-//   - promotion takes eight numbers with one scale after another: the tensor cores use the ports of the register file at
-//     the same time, and an operand that was just read need not be read again
+//   - before it drains, an iteration tests whether the next one's first stage is full, so that the next need not
+//   - promotion takes the eight numbers that share a scale one after the other: the tensor cores use the ports of the register file
+//     at the same time, and an operand that was just read need not be read again
 //
-// Registers: 128 of result and 2 x 32 in flight, of 216.
+// Registers: 128 of result and 2 x 32 of fresh accumulators, of 216.
 //
-//   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
-//   empty[stage]   arrived here, one lane per warp, when the last quarter of the stage has been read
+//   full[stage]    waited for here; arrivals: the two load lanes and their bytes (roles/load.cuh)
+//   empty[stage]   arrived on here, by one lane of each warp, when the WGMMA of the stage's last quarter is done
 #pragma once
 #include "mma/scales.cuh"
 #include "mma/stages.cuh"
@@ -45,15 +47,15 @@ struct Result {
     }
 };
 
-/// K-blocks written out per iteration: both depths are multiples of it.  Four would be 0.2 % faster than two and compile for a
-/// seventh longer; one is 1.7 % slower, 2 to 4 % from 8192 tokens on.
+/// K-blocks per iteration, of which the depths of both GEMMs are multiples.  Four would be 0.2 % faster than two and take a seventh
+/// longer to compile; one is 1.7 % slower, 2 to 4 % from 8192 tokens on.
 // clang-format off
 template <class C>
 constexpr u32 kKBlocksPerIteration =
     C::kHidden / kBlockK % 2 == 0 && C::kIntermediate / kBlockK % 2 == 0 ? 2 : 1;
 // clang-format on
 
-/// Issues the four 32-deep steps of one quarter into a fresh accumulator.
+/// Issues one quarter's product of a k-block into a fresh accumulator, as a WGMMA group of its own.
 template <ptx::Codes kWeights>
 MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
     ptx::wgmma_fence();
@@ -65,8 +67,8 @@ MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
 MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const BlockScales& s,
                                  u32 q) {
 #pragma unroll
-    // of even groups of eight columns (gate, in GEMM 1) the rows t/4, then those t/4 + 8; then of
-    // odd ones (up): one scale each
+    // four runs of eight numbers with one scale each: even groups of eight columns (gate, in GEMM 1), rows t/4, then rows
+    // t/4 + 8; then odd groups (up) likewise
     for (u32 group = 0; group < 4; ++group) {
         const u32 odd = group / 2, below = group % 2;
         const float scale = s.act[below] * s.weight[q / 2][odd];
@@ -82,11 +84,11 @@ MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const
 template <class C> struct MainLoop : StageReader<C> {
     using Base = StageReader<C>;
     using Base::Base, Base::shared, Base::ring, Base::row, Base::thread, Base::release;
-    // the ring's stage has been seen full; after a tile's last iteration that is a stage of
-    // another tile, and of no use: a main loop is made anew for each
+    // the ring's stage has been seen full.  After a tile's last iteration that is a stage of another tile, maybe of the other
+    // warpgroup; it is not used then, since each tile makes a main loop of its own
     bool ready = false;
 
-    /// A few k-blocks, written out; nothing is in flight before or after.
+    /// One iteration, unrolled; no WGMMA is in flight before or after.
     MEGA_DEVICE void iterate(Result& result) {
         constexpr u32 kSteps = 4 * kKBlocksPerIteration<C>;
         const u32 my_row = row + thread / kWarp % 4 * 16 + thread % kWarp / 4;
@@ -115,7 +117,7 @@ template <class C> struct MainLoop : StageReader<C> {
             }
             if (i > 0 && q == 0) release(last_stage);
             if (i > 0) promote_quarter(result, fresh[(i - 1) % 2], scales, (i - 1) % 4);
-            // what was promoted was the last quarter of the k-block before
+            // not before: what has just been promoted was the last quarter of the k-block before
             if (i < kSteps && q == 0) scales = next;
         }
     }

@@ -1,5 +1,5 @@
-// Where the codes of a tile lie in memory: tiles of 256 rows (the last of an expert may have 128), in each the k-blocks
-// one after the other, just as the stages hold them.
+// How the weights lane (roles/load.cuh) copies a tile's codes: by bulk copies of whole k-blocks, since memory has them in the order
+// of the stages.  Tile after tile of 256 rows (the last of an expert may have 128), in each the k-blocks one after the other.
 #pragma once
 #include "layout/shared.cuh"
 #include "ptx/mbarrier.cuh"
@@ -7,19 +7,18 @@
 
 namespace megamoe {
 
-/// First row of the tile among those of all experts' matrices.
+/// The tile's first weight row, counted through the matrices of all experts.  Bytes from it on may need 64 bits.
 template <class C> MEGA_DEVICE u32 first_weight_row(const Tile& tile) {
     return tile.expert * (tile.kind == Tile::gemm1 ? 2 * C::kIntermediate : C::kHidden) +
            tile.n * kBlockN;
 }
-/// Bytes of a k-block of the tile, of which a whole one has `bytes`: half in the last tile of GEMM 2 where there are no more
-/// columns.
+/// Bytes of a k-block of the tile's weights, where one of 256 rows has `bytes`.
 template <class C> MEGA_DEVICE u32 block_bytes(const Tile& tile, u32 bytes) {
-    constexpr bool kHalf = C::kHidden % kBlockN != 0;
-    return bytes >> (kHalf && tile.kind == Tile::gemm2 && tile.n == TileOrder<C>::kTilesN2 - 1);
+    return bytes >> (TileOrder<C>::kHasHalf && tile.kind == Tile::gemm2 &&
+                     tile.n == TileOrder<C>::kTilesN2 - 1);
 }
 
-/// Of a format whose codes are all there is in a k-block.
+/// For a format without exponents.
 template <class C> struct CodesAlone {
     u32 bytes;
     const u8* from;
@@ -39,17 +38,18 @@ template <class C> struct CodesAlone {
     }
 };
 
-/// Of a format with an exponent for every kGroup codes of kBits; a whole k-block has kCodes bytes of codes.  `At` says
-/// where both are put.
+/// For a format with an exponent for every kGroup codes of kBits; a k-block of 256 rows has kCodes bytes of codes.  `At` says where
+/// in shared memory both go.
 template <class C, u32 kBits, u32 kGroup, u32 kCodes, class At> struct CodesAndExponents {
     static constexpr u32 kCodesPerExponent = kGroup * kBits / 8;   // bytes
-    u32 bytes;                                                     // of codes
+    u32 bytes;                                                     // of codes in a k-block
     const u8 *codes, *exponents;
 
     MEGA_DEVICE CodesAndExponents(const Params& p, const Tile& tile)
         : bytes(block_bytes<C>(tile, kCodes)) {
         const bool first = tile.kind == Tile::gemm1;
-        const u64 blocks = u64(first_weight_row<C>(tile)) * tile.k_blocks;   // of one row
+        const u64 blocks = u64(first_weight_row<C>(tile)) *
+                           tile.k_blocks;   // runs of 128 codes before the tile
         codes = (first ? p.weight1 : p.weight2) + blocks * (kBlockK * kBits / 8);
         exponents = (first ? p.weight1_exponents : p.weight2_exponents) +
                     blocks * (kBlockK / kGroup);

@@ -1,4 +1,4 @@
-// What main loops have in common: they read one stage after the other, and hand each back.
+// What the main loops have in common: they read one stage after the other and release each.
 #pragma once
 #include "comm/fault.cuh"
 #include "layout/shared.cuh"
@@ -7,13 +7,14 @@
 
 namespace megamoe {
 
-/// A stage whose products are done may be loaded again.
+/// Called by all lanes of a math warp when its last read of the stage is over and its WGMMAs of it have been waited for: the stage may
+/// be loaded again once all its readers have said so.
 template <class C> MEGA_DEVICE void release_stage(const Shared<C>& shared, u32 stage, u32 thread) {
-    __syncwarp();   // all lanes have read what they read of it, and none still looks at this phase
+    __syncwarp();   // all lanes have read their part, and none still tests this phase of full[stage]
     if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
 }
 
-/// Where a warpgroup is that multiplies activations, by rows, with weights.
+/// A warpgroup's position in the stages, where activations are the rows of a product (mma/block_scaled.cuh, expand/beside.cuh).
 template <class C> struct StageReader {
     const Shared<C>& shared;
     Ring<C::kStages> ring;
@@ -25,7 +26,7 @@ template <class C> struct StageReader {
 
     MEGA_DEVICE void release(u32 stage) const { release_stage(shared, stage, thread); }
 
-    /// Hands the stages back unread: this warpgroup's rows are all padding.
+    /// Releases a tile's stages unread: this warpgroup's rows of it are all padding.
     MEGA_DEVICE void skip(u32 k_blocks) {
         for (; k_blocks > 0; --k_blocks) {
             wait_barrier_watched(shared.full(ring.stage), ring.parity);

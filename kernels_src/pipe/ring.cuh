@@ -1,4 +1,6 @@
-// Positions in the rings of shared memory: which stage, and the parity of its current use.
+// Positions in the rings of shared memory: stages, tile slots, dispatch slots, packed k-blocks.  `stage` is the place, `parity` that
+// of the mbarrier phase of its current use.  A consumer waits on `full` with `parity`; a producer waits on `empty` with `parity ^ 1`,
+// which a fresh mbarrier passes at once.
 #pragma once
 #include "base/constants.cuh"
 

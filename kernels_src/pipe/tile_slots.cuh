@@ -1,11 +1,13 @@
-// The ring of four slots through which the scheduler tells the other warps what to do.
+// The ring of four slots through which the scheduler (the weights lane) tells the other warps of its block the next tile.
 //
-//   tile_full    arrived by  the scheduler (weights warp), 1                  waited for by  all readers
-//   tile_empty   arrived by  the activations warp, the publisher warp,        waited for by  the scheduler
-//                            every math warp that computes the tile, 2 + 4 a group; helpers
-//   tile_stored  arrived by  those math warps, when their rows are written     waited for by  the publisher
+//   mbarrier      arrivals                                                            waited for by
+//   tile_full     1: the scheduler                                                    all readers
+//   tile_empty    activations lane, publisher lane, a lane of every math warp that    the scheduler
+//                 computes the tile (4 per warpgroup), of every helper warp
+//   tile_stored   a lane of every math warp that computes the tile, when its rows     publisher lane
+//                 are stored
 //
-// A slot is used again only when all readers have let it go, so no barrier can run a phase ahead of its waiter.
+// A slot is written again only after all of its readers have released it, so no mbarrier gets more than a phase ahead of a waiter.
 #pragma once
 #include "comm/fault.cuh"
 #include "layout/shared.cuh"
@@ -14,7 +16,7 @@
 
 namespace megamoe {
 
-/// A tile slot whose fields are read each time they are needed: registers are dear in the math warps.
+/// A tile slot whose fields are read each time they are needed: the math warps have no registers to keep them in.
 struct TileView {
     u32 address;
 
@@ -30,7 +32,7 @@ struct TileView {
     MEGA_DEVICE u32 pool_row() const { return field(MEGA_OFFSET(Tile, pool_row)); }
 };
 
-/// Math warps that compute a tile together; and parties of them that take tiles in turn.
+/// Math warps that compute a tile together; helper warps; and into how many parties, which take tiles in turn, math warps are split.
 template <class C> constexpr u32 kTileWarps = C::Policy::kTileGroups * (kGroup / kWarp);
 template <class C> constexpr u32 kHelperWarps = C::Policy::kHelpers * (kGroup / kWarp);
 template <class C> constexpr u32 kTileReaders = kMathGroups / C::Policy::kTileGroups;
@@ -39,31 +41,31 @@ template <class C> struct TileSlots {
     const Params& p;
     const Shared<C>& shared;
 
-    /// Scheduler: puts the `index`-th tile of this block of threads into its slot.
+    /// The scheduler: publishes the `index`-th tile of this thread block.
     MEGA_DEVICE void publish(u32 index, const Tile& tile) const {
         const Ring<kTileSlots> at(index);
         wait_barrier(p, Wait::tile_slot_free, shared.tile_empty(at.stage), at.parity ^ 1, index);
         *reinterpret_cast<Tile*>(shared.tile_slot(at.stage)) = tile;
         ptx::mbarrier_arrive(shared.tile_full(at.stage));
     }
-    /// Readers: waits for the `index`-th tile.
+    /// Readers: waits for the `index`-th tile and copies it.
     MEGA_DEVICE Tile read(u32 index) const {
         const Ring<kTileSlots> at(index);
         wait_barrier(p, Wait::tile_published, shared.tile_full(at.stage), at.parity, index);
         return *reinterpret_cast<const Tile*>(shared.tile_slot(at.stage));
     }
-    /// The same for the math warps.
+    /// The same for math and helper warps, without a copy and a deadline.
     MEGA_DEVICE TileView watched(u32 index) const {
         const Ring<kTileSlots> at(index);
         wait_barrier_watched(shared.tile_full(at.stage), at.parity);
         return {shared.tile_slot_address(at.stage)};
     }
-    /// One lane of each reading warp: the slot may be written again.
+    /// One lane of each reading warp, after a `__syncwarp`: the slot may be written again.
     MEGA_DEVICE void release(u32 index) const {
         ptx::mbarrier_arrive(shared.tile_empty(index % kTileSlots));
     }
 
-    /// One lane of each math warp: its part of the tile is written.
+    /// One lane of each math warp, after a `__syncwarp`: its part of the tile is stored.
     MEGA_DEVICE void stored(u32 index) const {
         ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots));
     }

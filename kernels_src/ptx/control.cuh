@@ -1,4 +1,4 @@
-// Registers, named barriers, timers, lanes.
+// Registers of a warpgroup, named barriers, the timer, who a thread is.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#miscellaneous-instructions-setmaxnreg
 #pragma once
 #include "base/types.cuh"
@@ -12,9 +12,11 @@ template <u32 kRegisters> MEGA_DEVICE void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+/// `threads` of whole warps meet at named barrier `id` (base/constants.cuh); orders their memory accesses.
 MEGA_DEVICE void named_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+/// Counts as one of them without waiting.
 MEGA_DEVICE void named_arrive(u32 id, u32 threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -24,7 +26,7 @@ MEGA_DEVICE u64 nanoseconds() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
     return t;
 }
-/// threadIdx.x, read anew each time (it takes some 50 cycles) instead of kept in a register: for the math warps.
+/// threadIdx.x, read from the special register each time (some 50 cycles) instead of kept in a register: for the math warps.
 MEGA_DEVICE u32 thread_id_again() {
     u32 t;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
@@ -43,7 +45,7 @@ MEGA_DEVICE u32 sm_id() {
     return sm;
 }
 MEGA_DEVICE u32 lane_id() { return threadIdx.x % 32; }
-/// Index of this warp, known to the compiler as equal in all its lanes.
+/// Index of this warp in the block, known to the compiler as uniform over its lanes.  All lanes must call it.
 MEGA_DEVICE u32 warp_id() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
 }   // namespace megamoe::ptx

@@ -1,11 +1,12 @@
-// Number formats: FP8 e4m3, bf16, bytes of tables, and the NaN-propagating clamps.
+// Conversions between number formats (e4m3, bf16, f16, e2m1 to e5m2), byte selection, approximate functions, and limits that keep
+// NaN.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
 #pragma once
 #include "base/types.cuh"
 
 namespace megamoe::ptx {
 
-/// Four e4m3 codes of numbers times `factor`, `a` in the lowest byte; saturates to +-448, NaN stays NaN.
+/// Four e4m3 codes of a, b, c, d times `factor`, that of `a` in the lowest byte; saturates to +-448, NaN stays NaN.
 MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d, float factor) {
     u32 r;
     asm("{\n.reg .b16 lo, hi;\n.reg .f32 a, b, c, d;\n"
@@ -31,18 +32,19 @@ MEGA_DEVICE float float_of_f16(u32 bits) {
         : "r"(bits));
     return r;
 }
-/// The larger of both low halves and of both high halves.
+/// The larger of both low halves and the larger of both high halves.
 MEGA_DEVICE u32 max_u16x2(u32 a, u32 b) {
     u32 r;
     asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
+/// Two bf16, `lo` in the low half.
 MEGA_DEVICE u32 pack_bf16(float lo, float hi) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
 }
-/// sum += w * the eight numbers of `v`.
+/// sum[i] += w * the i-th of the eight bf16 of `v`.
 MEGA_DEVICE void add_scaled_bf16(float (&sum)[8], float w, const Vec16& v) {
     asm("{\n.reg .b32 t;\n"
         "shl.b32 t, %9, 16;\nfma.rn.f32 %0, %8, t, %0;\nand.b32 t, %9, 0xffff0000;\nfma.rn.f32 %1, %8, t, %1;\n"
@@ -53,7 +55,7 @@ MEGA_DEVICE void add_scaled_bf16(float (&sum)[8], float w, const Vec16& v) {
           "+f"(sum[6]), "+f"(sum[7])
         : "f"(w), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]));
 }
-/// Unlike fminf and fmaxf these give NaN when x is NaN: a broken row stays visibly broken.
+/// Unlike fminf and fmaxf these two give NaN when x is NaN, so that a broken row stays visibly broken.
 MEGA_DEVICE float min_nan(float x, float limit) {
     float r;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(limit));
@@ -72,7 +74,7 @@ MEGA_DEVICE float reciprocal_approx(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-/// 1 / (1 + e^-x).  One statement, as are all of which there are many: the optimiser needs time for each.
+/// 1 / (1 + e^-x).  One asm statement, as everywhere where a kernel has many: each costs compile time.
 MEGA_DEVICE float sigmoid_approx(float x) {
     float r;
     asm("{\n.reg .f32 t;\n"
@@ -82,14 +84,14 @@ MEGA_DEVICE float sigmoid_approx(float x) {
         : "f"(x));
     return r;
 }
-/// Bytes of `low` (0 to 3) and `high` (4 to 7), chosen by the four lower nibbles of `select`, which must be below 8.
+/// Four of the eight bytes of `low` (0 to 3) and `high` (4 to 7): nibble i of the low half of `select`, below 8, names byte i.
 MEGA_DEVICE u32 choose_bytes(u32 low, u32 high, u32 select) {
     u32 r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(select));
     return r;
 }
-/// Eight codes of e2m1 to bytes: their magnitudes, in bits 4i to 4i + 2, choose among those of `low` and `high`; signs of the first
-/// four are in bits 8i + 7, of the others in bits 8(i - 4) + 3.
+/// Eight e2m1 codes to eight bytes.  The magnitude of code i, bits 4i to 4i + 2, selects one of the eight bytes of `low` and `high`.
+/// Signs lie so that two masks fetch them: those of the first four codes in bits 8i + 7, of the others in bits 8 (i - 4) + 3.
 MEGA_DEVICE void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
     asm("{\n.reg .b32 s, a, b, m;\n"
         "and.b32 s, %2, 0x77777777;\nprmt.b32 a, %3, %4, s;\nand.b32 m, %2, 0x80808080;\nor.b32 %0, a, m;\n"
@@ -106,9 +108,10 @@ MEGA_DEVICE void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& seco
     "shl.b32 s, " codes ", 4;\nlop3.b32 " second ", s, 0x80808080, m, 0xEA;\n"
 #define MEGA_A4(k) "=&r"(a[k][0]), "=&r"(a[k][1]), "=&r"(a[k][2]), "=&r"(a[k][3])
 #define MEGA_W4(v) "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
-/// The same of 64 codes, of both halves of the depth, and two words of exponents, a byte for each 32: what a thread needs of a left
-/// operand (ptx::wgmma_weights_registers).  `Table` is made of an exponent in two multiplications.  One statement, since the
-/// optimiser needs time for each, and a volatile one: an operand must not be written after the fence of its product.
+/// The same of the 64 codes that a thread holds of 64 rows of a k-block (mma/packed_rows.cuh), to the registers of a left operand
+/// (ptx::wgmma_weights_registers).  `Table` says how the table of magnitudes follows from an exponent: one multiply-add for each of
+/// its two words.  One statement for the sake of compile time; volatile, since an operand's registers must not be written after the
+/// `wgmma_fence` of its product.
 template <class Table>
 MEGA_DEVICE void expand_e2m1(u32 (&a)[4][4], const Vec16 (&codes)[2], const u32 (&exponents)[2]) {
     asm volatile(

@@ -1,4 +1,6 @@
-// mbarrier: arrive, expect bytes, test a phase.  Addresses are 32-bit shared-memory addresses.
+// mbarrier: arrive, expect bytes, test a phase.  Addresses are 32-bit shared-memory addresses.  A phase is complete when all
+// arrivals have come and no announced byte is missing.  Waiters name it by its parity, so they must never be more than one phase
+// behind.  An arrival releases, and a successful test acquires, at the scope of the block.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier
 #pragma once
 #include "base/types.cuh"
@@ -16,7 +18,8 @@ MEGA_DEVICE void mbarrier_init_fence() {
 MEGA_DEVICE void mbarrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-/// Announces `bytes` of asynchronous copies to the current phase; an arrival must follow.
+/// Announces `bytes` of asynchronous copies to the current phase, before they are issued.  An arrival of the same thread must
+/// follow: until then the phase cannot complete.
 MEGA_DEVICE void mbarrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes)
                  : "memory");

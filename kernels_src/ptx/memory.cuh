@@ -1,4 +1,5 @@
-// Loads, stores, atomics and fences with their scope spelled out.
+// Loads, stores, atomics and fences, each with its scope in its name: gpu unless it says `system`.
+// What orders what with them is in docs/protocol.md.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#memory-consistency-model
 #pragma once
 #include "base/types.cuh"
@@ -29,7 +30,7 @@ MEGA_DEVICE void add_relaxed(u32* p, u32 v) {
 MEGA_DEVICE void store_relaxed(u32* p, u32 v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-/// Orders all before it with relaxed stores and additions after it.
+/// Makes relaxed stores and additions that follow it releases of everything before it.
 MEGA_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 MEGA_DEVICE void store_release_system(u32* p, u32 v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
@@ -59,14 +60,16 @@ MEGA_DEVICE u32 fetch_add_relaxed(u32* p, u32 v) {
     return old;
 }
 
-/// Orders this thread's ordinary accesses to global memory with copies of the async proxy (TMA), both ways.
+/// Proxy fence: orders ordinary accesses (generic proxy) that happen before it in this thread, its own or acquired ones, with
+/// TMA and bulk copies (async proxy) that happen after it; and copies that were waited for with ordinary accesses after it.
 MEGA_DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+/// The same for shared memory; WGMMA reads it through the async proxy too.
 MEGA_DEVICE void fence_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- data
-/// Through L2, never L1: for what other blocks or ranks wrote in this launch.
+/// From L2, never L1: for what other blocks or ranks wrote in this launch.
 MEGA_DEVICE u32 load_l2(const u32* p) {
     u32 v;
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -77,7 +80,8 @@ MEGA_DEVICE float load_l2(const float* p) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
-/// Input rows, maybe of another rank: nothing reads them before the ranks have met, so no L1 can hold an older state.
+/// Not kept in L1, but may hit there: only for what no block has read earlier in the launch than the barrier that orders it after
+/// its last write, such as input rows, maybe of another rank, and for what nobody writes.
 MEGA_DEVICE Vec16 load16(const void* p) {
     Vec16 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -86,7 +90,7 @@ MEGA_DEVICE Vec16 load16(const void* p) {
                  : "memory");
     return v;
 }
-/// Eight bytes that nobody writes.
+/// Likewise, eight bytes.
 MEGA_DEVICE void load8(const void* p, u32& a, u32& b) {
     asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
                  : "=r"(a), "=r"(b)
@@ -109,22 +113,23 @@ MEGA_DEVICE Vec16 load16_shared(u32 address) {
                  : "memory");
     return v;
 }
-/// Four matrices of eight rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8, and gets of each the four
-/// bytes 4(l % 4) of row l / 4.
+/// Loads four matrices of eight rows of 16 bytes: lane l passes the address of row l % 8 of matrix l / 8, and gets from each matrix
+/// the four bytes from 4 (l % 4) on of row l / 4.
 MEGA_DEVICE void load_matrix4(u32 address, u32 (&v)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(address)
                  : "memory");
 }
-/// The way back, of two matrices: lane l gives of each the four bytes 4(l % 4) of row l / 4, and lanes up to 15 the address of row
-/// l % 8 of matrix l / 8.
+/// Stores two such matrices: lane l passes for each the four bytes from 4 (l % 4) on of row l / 4, and lanes 0 to 15 the address of
+/// row l % 8 of matrix l / 8.
 MEGA_DEVICE void store_matrix2(u32 address, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a),
                  "r"(b)
                  : "memory");
 }
-/// Sixteen bytes from global to shared memory without a register; complete when the thread has waited for their group.
+/// cp.async: sixteen bytes from global to shared memory without a register, by the generic proxy; complete when the thread has
+/// waited for their group.
 MEGA_DEVICE void copy16_async(u32 dst, const void* src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
@@ -163,7 +168,8 @@ MEGA_DEVICE void store_floats_shared(u32 address, float a, float b, float c, flo
                  "f"(d)
                  : "memory");
 }
-/// Four 8x8 matrices of bf16; lane l gives the address of row l % 8 of matrix l / 8, and two numbers of each.
+/// Converts to bf16 and stores four 8x8 matrices: lane l passes the address of row l % 8 of matrix l / 8, and of each matrix the
+/// numbers 2 (l % 4) and the next of row l / 4.
 MEGA_DEVICE void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0,
                                     float c1, float d0, float d1) {
     asm volatile(
@@ -173,9 +179,9 @@ MEGA_DEVICE void store_matrix4_bf16(u32 address, float a0, float a1, float b0, f
         "f"(a0), "f"(a1), "f"(b0), "f"(b1), "f"(c0), "f"(c1), "f"(d0), "f"(d1)
         : "memory");
 }
-/// The same of matrices whose columns are to be rows in memory: the lane's address is that of a column.
-MEGA_DEVICE void store_matrix4_bf16_turned(u32 address, float a0, float a1, float b0, float b1,
-                                           float c0, float c1, float d0, float d1) {
+/// The same, transposed: the address that a lane passes is that of a column, which becomes a row in memory.
+MEGA_DEVICE void store_matrix4_bf16_transposed(u32 address, float a0, float a1, float b0, float b1,
+                                               float c0, float c1, float d0, float d1) {
     asm volatile(
         "{\n.reg .b32 a, b, c, d;\n"
         "cvt.rn.bf16x2.f32 a, %2, %1;\ncvt.rn.bf16x2.f32 b, %4, %3;\ncvt.rn.bf16x2.f32 c, %6, %5;\ncvt.rn.bf16x2.f32 d, %8, %7;\n"

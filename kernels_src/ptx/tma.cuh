@@ -1,18 +1,18 @@
-// Bulk copies of the tensor memory accelerator: global to shared, completing on an mbarrier; shared to global, completing
-// in groups of the thread that issued them.
+// Bulk copies of the tensor memory accelerator (async proxy).  Global to shared: complete on an mbarrier, which was told their
+// bytes (mbarrier_expect).  Shared to global: complete in groups of the thread that issued them, so the same thread must wait.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-tensor
 #pragma once
 #include "base/types.cuh"
 
 namespace megamoe::ptx {
 
-/// An opaque CUtensorMap.
+/// A CUtensorMap, filled by `megamoe_jit/_device/tensor_map.py`.
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
 // clang-format off
-/// Box of a 2-D tensor at column `c0`, row `c1`.
+/// The box at column `c0`, row `c1` of a 2-D tensor.  Rows beyond the tensor arrive as zeros, and count as bytes.
 MEGA_DEVICE void tma_load_2d(u32 dst, const TensorMap* map, u32 bar, u32 c0, u32 c1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -26,7 +26,7 @@ MEGA_DEVICE void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
         "[%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(bar)
         : "memory");
 }
-/// Commits a group of its own.
+/// To a 16-byte aligned address; each store is a group of its own.
 MEGA_DEVICE void bulk_store(void* dst, u32 src, u32 bytes) {
     asm volatile(
         "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
@@ -34,11 +34,11 @@ MEGA_DEVICE void bulk_store(void* dst, u32 src, u32 bytes) {
         : "memory");
 }
 // clang-format on
-/// All but the last kPending groups have read their shared memory.
+/// Waits until all but the last kPending groups have read their shared memory, which may then be written again.
 template <u32 kPending> MEGA_DEVICE void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-/// All but the last kPending groups are complete: their writes are done.
+/// Waits until all but the last kPending groups are complete: their writes are visible to this thread.
 template <u32 kPending> MEGA_DEVICE void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }

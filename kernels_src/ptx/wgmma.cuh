@@ -1,5 +1,8 @@
-// Warpgroup matrix multiply of FP8, K-major under the 128-byte swizzle: activations, in shared memory or registers, by weights, which
-// may be e5m2; and with operands swapped, weights by activations, where weights may be e5m2 in registers.
+// WGMMA of FP8 with FP32 accumulators, D = A . B^T, each call one k-block (128) deep in four instructions.  Operands in shared
+// memory are K-major under the 128-byte swizzle.
+//   wgmma_m64n64k128                   A: activations, e4m3, in shared memory or registers    B: weights, e4m3 or e5m2
+//   wgmma_weights_shared, _registers   operands swapped.  A: weights, e4m3 in shared memory or e5m2 in registers    B: activations
+// Accumulators belong to the tensor cores from the issue until `wgmma_wait`.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions
 #pragma once
 #include "base/types.cuh"
@@ -8,12 +11,12 @@ namespace megamoe::ptx {
 
 MEGA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 MEGA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-/// Has two descriptors computed here and not where they are first used.  Emits nothing.
+/// Makes the compiler compute two descriptors here and not where they are first used.  Emits no instruction.
 MEGA_DEVICE void pin(u64& a, u64& b) { asm volatile("" : "+l"(a), "+l"(b)); }
 
-/// The same of a number.
+/// Makes the compiler forget what it knows of a number, and so compute what depends on it anew.
 MEGA_DEVICE void pin(u32& a) { asm volatile("" : "+r"(a)); }
-/// Four zeros, written here and not where the optimiser would.
+/// Writes four zeros here, and not where the optimiser would.
 MEGA_DEVICE void write_zeros(float* d) {
     asm volatile("mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;"
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]));
@@ -21,13 +24,13 @@ MEGA_DEVICE void write_zeros(float* d) {
 
 /// Matrix descriptor of a tile of 128-byte rows in atoms of 8 rows, 128-byte swizzle, 1024-byte aligned:
 ///   bits 0-13 address / 16 | 16-29 leading offset (unused, 1) | 32-45 1024 B between atoms / 16 | 62-63 swizzle 128 B
-/// 32 elements further along K adds 2; 8 rows further adds 64.
+/// 32 elements further along K adds 2; 8 rows further add 64.
 MEGA_DEVICE u64 matrix_descriptor(u32 address) {
     return (u64(1) << 62) | (u64(1024 / 16) << 32) | (u64(1) << 16) | ((address & 0x3FFFF) >> 4);
 }
 constexpr u32 kDescriptorRows64 = 512;
 
-/// What the codes of an operand are.
+/// Number format of an operand's codes.
 enum class Codes : u32 { e4m3, e5m2 };
 
 // clang-format off
@@ -48,8 +51,8 @@ enum class Codes : u32 { e4m3, e5m2 };
         : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28) \
         : "l"(a), "l"(b)                                                                                    \
         : "memory")
-/// d = A . B^T: 64 rows of A, 64 rows of B, 128 deep, in four steps, of which the first forgets what was in d.  One
-/// statement, since the optimiser carries 32 numbers into and out of each.
+/// d = A . B^T: 64 rows of A, 64 rows of B, 128 deep, in four steps, of which the first overwrites d.  One statement for the
+/// sake of compile time: 32 registers go into and out of each.
 template <Codes kB> MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
     if constexpr (kB == Codes::e4m3) MEGA_PRODUCT("e4m3");
     else MEGA_PRODUCT("e5m2");
@@ -57,8 +60,8 @@ template <Codes kB> MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64
 #define MEGA_STEP_REGISTERS(k, a, accumulate)                                                               \
     "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e5m2 " MEGA_D ", {" a "}, b" #k ", " accumulate ", 1, 1;\n"
 #define MEGA_A4(k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
-/// The same with A in registers, and e5m2 in B.  Of each 32 of the depth a thread holds four words of A: rows t/4 and t/4 + 8 at
-/// columns 4(t%4) to 4(t%4) + 3, then both rows 16 columns further.
+/// The same with A in registers, and e5m2 in B.  Of each 32 of the depth lane t of a warp holds four words of the warp's 16 rows of
+/// A: rows t/4 and t/4 + 8 at columns 4(t%4) to 4(t%4) + 3, then both rows 16 columns further.
 MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], const u32 (&a)[4][4], u64 b) {
     asm volatile(
         "{\n.reg .pred fresh, more;\n.reg .b64 b<4>;\n"
@@ -72,7 +75,8 @@ MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], const u32 (&a)[4][4], u64 b) {
 }
 #undef MEGA_A4
 #undef MEGA_STEP_REGISTERS
-/// Waits until at most kPending committed groups are still running; `d` is of one that is not.
+/// Waits until at most kPending committed groups are still running.  `d` is the accumulator of one that is not: to the compiler it
+/// is written here, so that nothing reads it earlier.
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
     asm volatile("wgmma.wait_group.sync.aligned %32;"
                  : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
@@ -110,8 +114,7 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
 #define MEGA_N16(i) MEGA_N8(i), MEGA_N8(i + 8)
 #define MEGA_D8(i) MEGA_D4(i), MEGA_D4(i + 4)
 #define MEGA_D16(i) MEGA_D8(i), MEGA_D8(i + 8)
-#define MEGA_D32 MEGA_D16(0), MEGA_D16(16)
-/// d = A . B^T with 64 rows of A, weights, and kN of B, activations: thread t of a warp holds, of every 8 columns, those of
+/// Operands swapped: 64 rows of A, weights, by kN rows of B, activations.  Lane t of a warp holds, of every 8 columns of d (tokens),
 /// 2(t%4) and the next, of rows t/4 (registers 4i, 4i+1) and t/4 + 8 (4i+2, 4i+3).  128 deep, as above.
 template <u32 kN> MEGA_DEVICE void wgmma_weights_shared(float (&d)[kN / 2], u64 a, u64 b) {
     static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64, "columns of a product");
@@ -124,8 +127,7 @@ template <u32 kN> MEGA_DEVICE void wgmma_weights_shared(float (&d)[kN / 2], u64 
     else if constexpr (kN == 64)
         asm volatile(MEGA_SHARED("64", MEGA_D, "%32", "%33") : MEGA_N16(0), MEGA_N16(16) : "l"(a), "l"(b) : "memory");
 }
-/// The same of e5m2 weights in registers: of each 32 of the depth, a thread holds four words, rows t/4 and t/4 + 8 of columns
-/// 4(t%4) to 4(t%4) + 3, then both rows 16 columns further.
+/// The same of e5m2 weights in registers, which hold A as described above.
 template <u32 kN> MEGA_DEVICE void wgmma_weights_registers(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
     static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64, "columns of a product");
     if constexpr (kN == 8)
@@ -141,8 +143,8 @@ template <u32 kN> MEGA_DEVICE void wgmma_weights_registers(float (&d)[kN / 2], c
         asm volatile(MEGA_REGISTERS("64", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43", "%44,%45,%46,%47", "%48")
                      : MEGA_N16(0), MEGA_N16(16) : MEGA_A16, "l"(b) : "memory");
 }
-/// The same into registers that held another product.  They count as read here too, so that whatever reads that one comes before:
-/// else the compiler may put it off, and take other registers for this product meanwhile.
+/// The same into registers that held another product.  To the compiler they are read here too ("+f"), so that whatever uses the old
+/// product comes before: else it may postpone that use, and keep the old product in other registers meanwhile.
 template <u32 kN> MEGA_DEVICE void wgmma_weights_again(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
     static_assert(kN == 64 || kN == 80 || kN == 96, "columns of a product");
     if constexpr (kN == 64)
@@ -170,7 +172,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[40]) {
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[48]) {
     asm volatile("wgmma.wait_group.sync.aligned %48;" : MEGA_D16(0), MEGA_D16(16), MEGA_D16(32) : "n"(kPending) : "memory");
 }
-#undef MEGA_D32
 #undef MEGA_N16
 #undef MEGA_N8
 #undef MEGA_N4

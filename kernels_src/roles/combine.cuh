@@ -1,9 +1,12 @@
-// The tail: y[token] = sum over slots of weight * row, in FP32 and in slot order, once every row of the rank's tokens
-// has come back.
+// The tail: y[token] = sum over its slots of weight * row, in FP32 and in slot order, once all rows of the rank's tokens have come back.
+// Run by the math warps after their last tile (`run`); the publisher warp meets the other blocks and ranks for them (`meet_all`).
 //
-// It is as fast as the memory if enough loads are in flight, and the stages of the matrix work are free by now.  A warp
-// has a run of pieces: 256 columns of a token, of all its slots.  Each lane copies 16 bytes of every slot into a place
-// that only it uses, as many pieces ahead as there is room for, so nobody waits for anybody.  Masked slots are not read.
+// Combine is as fast as the memory if enough loads are in flight; they go to the room of the stages, which are free by now.  A warp has a
+// run of pieces, each 256 columns of a token in all its slots.  Each lane copies 16 bytes of every slot by `cp.async` to a place that only
+// it uses, as many pieces ahead as there is room for, so no warp waits for another.  Masked slots are not read.
+//
+//   named barrier kBarrierTail   publisher warp, eight math warps; once when all have finished the block's last tile, and once when all
+//                                blocks and ranks have met
 #pragma once
 #include "comm/barriers.cuh"
 #include "comm/timeline.cuh"
@@ -17,17 +20,17 @@ template <class C> struct Combine {
     static constexpr u32 kColumns = kWarp * 8, kParts = ceil_div(C::kHidden, kColumns);
     static constexpr u32 kTailThreads = kWarp + kMathGroups * kGroup;
     static constexpr u32 kPieceBytes = C::kTopK * kColumns * 2;
-    // pieces in flight
+    // pieces in flight per warp
     static constexpr u32 kDepth = min_u32(8, Shared<C>::kStagingAt / (kMathWarps * kPieceBytes));
-    // their weights, and which slots are not masked
+    // bytes of a piece's header: the weight of each slot, and a bit mask of the slots that are not masked
     static constexpr u32 kHeader = (C::kTopK + 1) * 4;
     static_assert(kDepth >= 1 && kDepth * kHeader <= kStagingBytes, "no room for a piece in flight");
 
     const Params& p;
     const Shared<C>& shared;
 
-    /// The publisher warp, between the math warps' two barriers: all blocks and ranks have scattered their rows.  It is
-    /// not done by a math warp, since the timer of a deadline there would make the main loop spill.
+    /// By the publisher warp, between the math warps' two barriers: waits until all blocks and ranks have scattered their rows.  A math
+    /// warp cannot do it, since the timer of the deadline would make ptxas spill in the main loop.
     MEGA_DEVICE void meet_all(u32 epoch, Timeline<C>& timeline) const {
         ptx::named_sync(kBarrierTail, kTailThreads);
         timeline.start();
@@ -45,6 +48,7 @@ template <class C> struct Combine {
         }
     }
 
+    /// Where this lane keeps slot 0 of a piece.
     MEGA_DEVICE u32 place(u32 warp, u32 piece) const {
         return shared.address + (warp * kDepth + piece % kDepth) * kPieceBytes + ptx::lane_id() * 16;
     }
@@ -52,7 +56,7 @@ template <class C> struct Combine {
         return shared.staging(warp) + piece % kDepth * kHeader;
     }
 
-    /// Which slots of a token are not masked; `weight` becomes that of slot `lane`.
+    /// Bit mask of the slots of a token that are not masked; `weight` becomes that of slot `lane`.
     MEGA_DEVICE u32 look_up(u32 token, float& weight) const {
         const u32 lane = ptx::lane_id(), slot = token * C::kTopK + lane;
         const bool mine = lane < C::kTopK;
@@ -60,11 +64,12 @@ template <class C> struct Combine {
         weight = mine ? input_weight<C>(p, slot) : 0;
         return __ballot_sync(~0u, static_cast<u64>(id) < C::kExperts);
     }
-    /// Column 8 * lane of the piece; the last of a token may be half as wide.
+    /// The first of this lane's eight columns.  A token's last piece may be half as wide: then it is beyond `hidden` in half of the lanes.
     MEGA_DEVICE static u32 column(u32 piece) {
         return piece % kParts * kColumns + ptx::lane_id() * 8;
     }
 
+    /// Starts the copies of a piece and writes its header.
     MEGA_DEVICE void request(u32 warp, u32 piece, u32 chosen, float weight) const {
         const u32 lane = ptx::lane_id(), at = place(warp, piece);
         if (lane < C::kTopK)
@@ -79,6 +84,7 @@ template <class C> struct Combine {
                 ptx::copy16_async(at + k * (kColumns * 2), rows + k * (C::kHidden * 2));
     }
 
+    /// Adds up a piece that has come, and stores it.
     MEGA_DEVICE void add(u32 warp, u32 piece) const {
         const u32 at = place(warp, piece), head = header(warp, piece),
                   chosen = ptx::load4_shared(head + C::kTopK * 4);
@@ -109,13 +115,14 @@ template <class C> struct Combine {
         }
     }
 
-    /// The math warps.
+    /// By the math warps.
     MEGA_DEVICE void run() const {
         ptx::named_sync(kBarrierTail, kTailThreads);
         ptx::named_sync(kBarrierTail, kTailThreads);
         const u32 warp = ptx::warp_id() - kGroup / kWarp, warps = kMathWarps * gridDim.x;
         const u32 mine = ptx::block_id_again() * kMathWarps + warp, pieces = p.tokens * kParts;
-        const u32 each = pieces / warps, longer = pieces % warps;   // so many warps take one more
+        const u32 each = pieces / warps,
+                  longer = pieces % warps;   // the first `longer` warps take one more
         const u32 begin = mine * each + min_u32(mine, longer), end = begin + each + (mine < longer);
         u32 chosen = 0;
         float weight = 0;
@@ -126,7 +133,7 @@ template <class C> struct Combine {
             }
             ptx::copy_async_commit();
             ptx::copy_async_wait<kDepth - 1>();
-            __syncwarp();   // headers are written by some lanes and read by all
+            __syncwarp();   // headers are written by some lanes and read by all; the next request comes after the second
             if (kDepth == 1 || i - begin >= kDepth - 1) add(warp, i - (kDepth - 1));
             __syncwarp();
         }

@@ -1,12 +1,15 @@
-// The two load warps; one lane of each does the work.  They fill the same stages and announce their bytes on the same
-// barrier, but the weights do not wait for the activations: they depend on nothing and run ahead.
+// The two load warps, of which one lane each does the work: the activations lane and the weights lane.  They fill the same stages and
+// announce their bytes on the same mbarrier, but the weights lane does not wait for activations: weights depend on nothing (but, in
+// prefill, on their expansion), so it runs ahead, by up to as many k-blocks as there are stages.
 //
-//   full[stage]    arrived by  activations lane, weights lane (2), plus their bytes    waited for by  math warps
-//                  (with helpers, by them instead of the weights lane, which fills a ring of packed weights: expand/beside.cuh)
-//                  (the weights lane also stores the four weight scales before it arrives)
-//   empty[stage]   arrived by  every math warp that reads the stage (4 of each group)   waited for by  both lanes
+//   mbarrier       arrivals                                                         waited for by
+//   full[stage]    2: activations lane, weights lane, plus their bytes              math warps
+//   empty[stage]   a lane of every math warp that reads the stage (4 per warpgroup) both lanes
 //
-// The weights lane is also the scheduler: it draws tickets, one ahead, and publishes the tiles.
+// The weights lane stores the four weight scales of the stage before it arrives.  With helpers it fills a ring of packed k-blocks
+// instead, and the helpers arrive on full[stage] in its place (expand/beside.cuh).
+//
+// The weights lane is also the scheduler: it draws a ticket ahead of each tile, and publishes the tile in a tile slot.
 #pragma once
 #include "comm/timeline.cuh"
 #include "expand/ahead.cuh"
@@ -17,21 +20,21 @@
 
 namespace megamoe {
 
-// of the boxes that Params::act1 and its kin describe
+// rows of the boxes of Params::act1, act2 and of act1_small, act2_small
 constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;
 
-// a tile's ticket is drawn so many k-blocks before the end of the one before it
+// a ticket is drawn this many k-blocks before the end of the tile before it
 constexpr u32 kTicketLead = 3;
 
-/// Where the weights lane puts k-blocks: into the stages, or into the ring of packed ones.
-template <class C, bool kPacked> struct WeightPlaces {
+/// Where the weights lane puts k-blocks: into the stages, or with helpers into the ring of packed k-blocks.
+template <class C, bool kPacked> struct WeightTarget {
     using Codes = typename C::Weights::template CodeStream<C>;
     static constexpr u32 kDepth = C::kStages;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.full(i); }
     MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.empty(i); }
     MEGA_DEVICE static u32 scales(const Shared<C>& s, u32 i) { return s.weight_scales(i); }
 };
-template <class C> struct WeightPlaces<C, true> {
+template <class C> struct WeightTarget<C, true> {
     using Codes = PackedStream<C>;
     static constexpr u32 kDepth = C::Policy::kPacked;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.packed_full(i); }
@@ -41,8 +44,8 @@ template <class C> struct WeightPlaces<C, true> {
 
 template <class C> struct LoadWeights {
     using Scales = typename C::Weights::template ScaleStream<C>;
-    using Places = WeightPlaces<C, (C::Policy::kPacked > 0)>;
-    using Codes = typename Places::Codes;
+    using Target = WeightTarget<C, (C::Policy::kPacked > 0)>;
+    using Codes = typename Target::Codes;
 
     const Params& p;
     const Shared<C>& shared;
@@ -53,21 +56,20 @@ template <class C> struct LoadWeights {
         return ptx::fetch_add_relaxed(p.control + kControlTicket + side * kControlTicketStride, 1);
     }
 
-    /// Streams a tile's weights, which lie one k-block after the other, just as the stages hold them (formats/): so
-    /// memory is read in runs as long as can be.  Returns the next ticket.  It is drawn a little before the end, to be there in
-    /// time, but not earlier, so that blocks with nothing to do come first.
+    /// Loads a tile's weights, k-block after k-block (mma/code_stream.cuh).  Returns the next ticket: drawn a little before the end of the
+    /// tile, to be there in time, but not earlier, so that blocks with nothing left to do draw first.
     MEGA_DEVICE u32 stream(const Tile& tile, Scales& scales) const {
         Codes codes(p, tile);
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
         if constexpr (C::Policy::kExpands) Expansion<C>::wait(p, tile);
-        Ring<Places::kDepth> ring(tile.k_begin);
+        Ring<Target::kDepth> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, codes.advance(), ring.advance()) {
             if (k == draw) next = ticket();
-            wait_barrier(p, Wait::weight_stage_free, Places::empty(shared, ring.stage),
+            wait_barrier(p, Wait::weight_stage_free, Target::empty(shared, ring.stage),
                          ring.parity ^ 1, ring.stage);
-            const u32 full = Places::full(shared, ring.stage);
-            scales.put(Places::scales(shared, ring.stage), k, k + 1 < tile.k_blocks);
+            const u32 full = Target::full(shared, ring.stage);
+            scales.store(Target::scales(shared, ring.stage), k, k + 1 < tile.k_blocks);
             codes.load(shared, ring.stage, full);
             ptx::mbarrier_arrive(full);
         }
@@ -83,13 +85,13 @@ template <class C> struct LoadWeights {
         for (u32 next = ticket();; next = stream(tile, scales)) {
             tile = order.locate(next);
             if (tile.kind == Tile::stop) break;
-            scales.aim(p, tile);
+            scales.start(p, tile);
             tile.k_begin = k_begin, k_begin += tile.k_blocks;
             slots.publish(index++, tile);
         }
 #pragma unroll 1
-        for (u32 stops = kTileReaders<C>; stops > 0;) {   // one for each
-            tile.rows = --stops;                          // the first has the turn
+        for (u32 stops = kTileReaders<C>; stops > 0;) {   // one for each party of math warps
+            tile.rows = --stops;   // of two, the first has been given the turn
             slots.publish(index++, tile);
         }
     }
@@ -100,7 +102,7 @@ template <class C> struct LoadActivations {
     const Shared<C>& shared;
     const ExpertTable table;
 
-    /// Blocks until the tile's rows are in their pool, and there is room for what the tile makes of them.
+    /// Waits until the tile's rows are in their pool, and for a tile of GEMM 1, if the pools are rings, until its results may be stored.
     MEGA_DEVICE void wait_rows(const Tile& tile) const {
         const bool first = tile.kind == Tile::gemm1;
         for (u32 r = 0; r < tile.rows; r += kCounterRows) {
@@ -113,13 +115,13 @@ template <class C> struct LoadActivations {
         if (first && tile.row >= p.pool_rows)
             wait_block(p, table, Wait::gemm2_done, p.act2_done, TileOrder<C>::kTilesN2,
                        tile.row - p.pool_rows);
-        ptx::fence_async_global();   // the rows were written by ordinary stores; TMA reads them
+        ptx::fence_async_global();   // what was acquired was in part ordinary stores; TMA reads it
     }
 
-    /// Up to 48 rows come in small boxes (from 49 on they would cover the same 64): an expert's padding was never written, so
-    /// it would have to be read from memory, once for each tile.  Rows and scales that are not loaded are whatever the stage
-    /// held before, maybe NaN; a row of a product depends on no other row, and these are not stored.  A half with no rows is
-    /// not read either.
+    /// Loads a tile's activations and their scales.  Up to 48 rows come in boxes of 16 rows, more in boxes of 64, as far as there are
+    /// valid rows: padding is never written, so it would be read from memory and not from the L2, once for each tile.  Rows and scales of
+    /// the stage that are not loaded are whatever was there before, maybe NaN.  That does no harm: a row of a product depends on no other
+    /// row, and results of padding are not stored.
     MEGA_DEVICE void stream(const Tile& tile) const {
         const bool first = tile.kind == Tile::gemm1,
                    small = tile.rows <= kActBoxRows - kSmallBoxRows;
@@ -133,7 +135,7 @@ template <class C> struct LoadActivations {
             wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
             const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
             ptx::mbarrier_expect(full, boxes * box * kBlockK + scale_bytes);
-            // there is always one box, most often no other
+            // there is always one box, and most often only one
             ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);
 #pragma unroll 1
             for (u32 i = 1; i < boxes; ++i)

@@ -1,5 +1,5 @@
-// The two math warpgroups.  Which tiles and which of their rows are a group's, and when it may begin, says the variant's
-// policy (variants/).
+// What the two math warpgroups run, where activations are the rows of a product: for each tile the main loop, then the epilogue.  Which
+// tiles, and which rows of them, a warpgroup computes, and when it may begin its main loop, is the variant's policy (variants/).
 #pragma once
 #include "epilogue/scatter.cuh"
 #include "epilogue/swiglu_quant.cuh"
@@ -19,7 +19,7 @@ template <class C, class Loop = MainLoop<C>> struct Math {
     MEGA_DEVICE void epilogue(const TileView& tile, Result& result) const {
         const u32 warp = ptx::warp_id() % 4, first = Policy::first_row(group) + warp * 16;
         if (tile.rows() <= first) return;
-        const u32 rows = tile.rows() - first;   // valid ones from this warp's first on
+        const u32 rows = tile.rows() - first;   // valid rows from this warp's first on
         const Staging staging{shared.staging(group * 4 + warp), ptx::thread_id_again() % kWarp};
         if (tile.kind() == Tile::gemm2)
             Scatter<C>{p, staging, tile.row() + first, rows, tile.n()}.run(result);
@@ -49,6 +49,7 @@ template <class C, class Loop = MainLoop<C>> struct Math {
         }
     }
 
+    /// By all lanes of a math warp when its part of a tile is stored; its view of the tile is not valid any more.
     MEGA_DEVICE static void done(const TileSlots<C>& slots, u32 index) {
         __syncwarp();
         if (ptx::thread_id_again() % kWarp == 0) slots.stored(index), slots.release(index);

@@ -1,10 +1,13 @@
-// The publisher warp: tells other blocks that a tile is finished.  Making the math warps' stores visible to
-// the whole GPU takes most of a microsecond; here nobody who computes waits for it.  It also watches over the math
-// warps, whose waits have no deadline of their own.
+// The publisher, one lane of warp 3: tells other blocks that a tile is finished.  To make the math warps' stores visible to the whole
+// GPU takes most of a microsecond; this way nobody who computes waits for it.  It also watches the math warps, whose waits have no
+// deadline of their own: it waits with one for each of their tiles.
 //
-//   tile_stored[slot]   arrived by each math warp of the tile after its stores    waited for here
-//   act2_ready[rows]    released here, once per tile of GEMM 1 and 64 rows        acquired by roles/load.cuh
-//   act2_done[rows]     the same for GEMM 2, when the pools are rings             acquired by roles/load.cuh
+//   tile_stored[slot]   arrivals: each math warp of the tile, after its stores           waited for here
+//   act2_ready[rows]    released here, once for each tile of GEMM 1 and 64 rows of it    acquired by the activations lane; where the
+//                                                                                        pools are rings also by dispatch
+//   act2_done[rows]     likewise for GEMM 2, where the pools are rings                   acquired by the activations lane
+//
+// The release is cumulative: what the math warps stored before they arrived is visible to whoever acquires the counter.
 #pragma once
 #include "comm/timeline.cuh"
 #include "pipe/tile_slots.cuh"

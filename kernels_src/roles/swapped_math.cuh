@@ -54,8 +54,7 @@ template <class C> struct SwappedMath {
     MEGA_DEVICE void compute(const TileView& tile) const {
         const u32 thread = ptx::thread_id_again() % kGroup;
         const bool second = tile.kind() == Tile::gemm2;
-        const bool half = C::kHidden % kBlockN != 0 && second &&
-                          tile.n() == TileOrder<C>::kTilesN2 - 1;
+        const bool half = TileOrder<C>::kHasHalf && second && tile.n() == TileOrder<C>::kTilesN2 - 1;
         Columns<C> result;
         Start start{Ring<C::kStages>(tile.k_begin()), {}, thread, half};
         wait_barrier_watched(shared.full(start.ring.stage), start.ring.parity);

@@ -1,16 +1,19 @@
-// Expert ids and router weights as the caller has them: integers of 32 or 64 bits, floats of three formats.
+// Expert ids and router weights of this rank's pairs, wherever a launch has its inputs from: from the buffer, or from the caller's own
+// tensors (integers of 32 or 64 bits, floats of three formats).  Read by the sort and by combine; the staging kernel uses the raw forms.
+//
+// Shared experts exist in this file alone.  What comes after sees more slots per token and more experts.
 #pragma once
 #include "layout/params.cuh"
 #include "stage/quantise.cuh"
 
 namespace megamoe {
 
-/// Bits of `Params::raw_formats` and `StageParams::formats`: what is not of 32 bits.
+/// Bits of `Params::raw_formats` and `StageParams::formats`: what is not int32 or float.
 enum RawFormats : u32 {
     kRawIds64 = 1,
     kRawWeightsBf16 = 2,
     kRawWeightsF16 = 4,
-    // exponents in bytes; four of a row, side by side, in a word
+    // scales are bytes, exponents; or words of four exponents, of consecutive k-blocks of a row
     kRawScalesE8m0 = 8,
     kRawScalesPacked = 16,
 };
@@ -25,14 +28,14 @@ MEGA_DEVICE float raw_weight(const u8* weights, u64 i, u32 formats) {
     return reinterpret_cast<const float*>(weights)[i];
 }
 
-/// Slots of a token that the router fills.  Those behind them are for the shared experts of the token's own rank, of which the
-/// router knows nothing: its ids and weights come without them, and its experts are numbered without them.
+/// Slots of a token that the router fills.  Behind them each token has one slot for each shared expert of its own rank.  The router
+/// knows nothing of shared experts: its ids and weights have no slots for them, and it numbers experts without them.
 template <class C> constexpr u32 kRoutedSlots = C::kTopK - C::kShared;
 template <class C> constexpr u32
     kLocalRouted = C::kLocalExperts -
-                   C::kShared;   // each rank's experts that are not shared, which come first
+                   C::kShared;   // routed experts of a rank, which come before its shared ones
 
-/// What the router says of a pair of token and routed slot of this rank, wherever the launch has its inputs from.
+/// The router's expert id, and weight, for `pair` = token * routed slots + slot.
 template <class C> MEGA_DEVICE i64 routed_id(const Params& p, u32 pair) {
     if constexpr (C::kInputs != Inputs::raw)
         return symmetric<const i64>(p, p.rank, p.topk_ids)[pair];
@@ -52,8 +55,8 @@ template <class C> MEGA_DEVICE float routed_weight(const Params& p, u32 pair) {
                p.weight_factor;
 }
 
-/// Expert of a (token, slot) pair of this rank, as the kernel numbers them: each rank's shared ones
-/// follow its routed ones.
+/// The expert of pair `pair` = token * topk + slot, as the kernel numbers experts: each rank's shared ones follow its routed ones.
+/// Negative, or kExperts or more: masked.
 template <class C> MEGA_DEVICE i64 input_id(const Params& p, u32 pair) {
     if constexpr (C::kShared == 0) {
         return routed_id<C>(p, pair);
@@ -66,7 +69,7 @@ template <class C> MEGA_DEVICE i64 input_id(const Params& p, u32 pair) {
         return real ? id + static_cast<u32>(id) / kLocalRouted<C> * C::kShared : -1;
     }
 }
-/// The weight of its row.
+/// The weight with which combine adds its row.
 template <class C> MEGA_DEVICE float input_weight(const Params& p, u32 pair) {
     if constexpr (C::kShared == 0) {
         return routed_weight<C>(p, pair);

@@ -1,10 +1,12 @@
-// Input rows to e4m3 codes and one scale for 128 columns, bit for bit as `quantize_activations` does it:
+// Quantises input rows to e4m3 codes with one scale for 128 columns, bit for bit as `quantize_activations` in Python does:
 //
 //   scale = max(largest magnitude, 1e-10) / 448        code = e4m3(value / scale), both divisions rounded to nearest
 //
-// Half a warp has a group of 128 columns, eight numbers a lane, and a few groups at a time, so that enough loads are in flight.
-// Magnitudes are compared as integers: the bits of infinity are above those of all finite numbers, those of NaN above both, so
-// the largest is NaN if any is.
+// Called by the staging kernel (kernels/stage.cuh), and by the head of a launch that stages its own inputs (kernels/megamoe.cuh).
+//
+// Half a warp works on a group of 128 columns, eight numbers a lane, and on a few groups at a time, so that enough loads are in
+// flight.  Magnitudes are compared as integers: the bits of infinity are above those of all finite numbers, and those of NaN above
+// both, so the largest is NaN if any is.
 #pragma once
 #include "base/constants.cuh"
 #include "epilogue/quotient.cuh"
@@ -14,7 +16,7 @@
 
 namespace megamoe {
 
-/// Formats of numbers: how many bytes, and their value in float.
+/// Formats of numbers: how many bytes, and a number's value as a float.
 struct Bf16 {
     static constexpr u32 kBytes = 2;
     MEGA_DEVICE static float value(u32 bits) { return __uint_as_float(bits << 16); }
@@ -39,7 +41,7 @@ template <class T> struct Eight {
         if constexpr (kOfWord == 1) return T::value(word(i));
         return T::value(i % 2 ? word(i / 2) >> 16 : word(i / 2) & 0xFFFF);
     }
-    /// Whole vectors if the row allows it, else number by number.
+    /// By whole vectors if rows are aligned to 16 bytes, else number by number.
     MEGA_DEVICE void load(const u8* p, bool aligned) {
         if (aligned) {
 #pragma unroll
@@ -67,7 +69,7 @@ template <class T> struct Eight {
     }
 };
 
-/// The largest magnitude of the group that each half of the warp has in `in[j]`; all lanes of the warp call it.
+/// The largest magnitude of each group: a half warp holds group j in `in[j]`.  All lanes of the warp must call it.
 template <class T, u32 kCount> MEGA_DEVICE void largest_of_groups(const Eight<T> (&in)[kCount],
                                                                   float (&largest)[kCount]) {
     if constexpr (T::kBytes == 2) {   // two groups at a time, one in either half of a word
@@ -96,27 +98,28 @@ template <class T, u32 kCount> MEGA_DEVICE void largest_of_groups(const Eight<T>
     }
 }
 
-/// How a group is divided by its scale.
+/// The scale of a group, and the division by it.
 struct Divisor {
     float scale, inverse, correct;
 
     MEGA_DEVICE explicit Divisor(float largest) {
         const bool finite = __float_as_uint(largest) < 0x7F800000;
-        // infinity, or the NaN of arithmetic
+        // else infinity, or the NaN that arithmetic makes of a NaN
         scale = finite ? quant_scale(fmaxf(largest, 1e-10f)) : largest + largest;
         inverse = finite ? reciprocal_rn(scale) : ptx::reciprocal_approx(scale);
-        correct = finite ? scale : 0;   // by infinity: zero or NaN, without a correction
+        correct = finite ? scale
+                         : 0;   // division by infinity gives zero or NaN, and must not be corrected
     }
-    /// value / scale, correctly rounded, since `inverse` is (Markstein): the error of the first quotient is exact.  Signs are
-    /// placed so that -0 stays -0.
+    /// value / scale, correctly rounded, as `inverse` is correctly rounded (Markstein's theorem): the FMA gives the first quotient's error
+    /// exactly.  Signs are placed so that -0 stays -0.
     MEGA_DEVICE float operator()(float value) const {
         const float near = value * inverse;
         return __fmaf_rn(-__fmaf_rn(near, correct, -value), inverse, near);
     }
 };
 
-/// Where the rows of a call lie and where their codes and scales go, which have no gaps between rows.
-struct Rows {
+/// Where the rows to quantise lie, and where their codes and scales go, rows of which follow each other without gaps.
+struct RowsToQuantise {
     const u8* x;
     u64 stride;   // bytes from row to row
     u8* codes;
@@ -126,8 +129,9 @@ struct Rows {
     bool aligned;   // rows begin at multiples of 16
 };
 
-/// Groups `first` to `first` + 2 * kCount, of those that there are, by a warp.
-template <class T, u32 kCount> MEGA_DEVICE void quantise_groups(const Rows& rows, u32 first) {
+/// Groups `first` to `first` + 2 * kCount - 1, as far as there are so many, by a warp.
+template <class T, u32 kCount> MEGA_DEVICE void quantise_groups(const RowsToQuantise& rows,
+                                                                u32 first) {
     const u32 lane = ptx::lane_id() % (kWarp / 2), begin = first + ptx::lane_id() / (kWarp / 2);
     u32 row = begin / rows.per_row, column = begin - row * rows.per_row;
     Eight<T> in[kCount];
@@ -155,9 +159,9 @@ template <class T, u32 kCount> MEGA_DEVICE void quantise_groups(const Rows& rows
 }
 
 /// All groups, shared out among `workers` warps of which this is number `worker`.
-template <class T, u32 kCount> MEGA_DEVICE void quantise_rows(const Rows& rows, u32 worker,
-                                                              u32 workers) {
-    if (rows.groups <= 4 * workers) {   // few: as many warps as there are, one load a lane
+template <class T, u32 kCount> MEGA_DEVICE void quantise_rows(const RowsToQuantise& rows,
+                                                              u32 worker, u32 workers) {
+    if (rows.groups <= 4 * workers) {   // few groups: spread over as many warps as possible
 #pragma unroll 1
         for (u32 g = 2 * worker; g < rows.groups; g += 2 * workers) quantise_groups<T, 1>(rows, g);
     } else {

@@ -1,5 +1,5 @@
-// prefill: as cooperative, for weights of four bits and many rows: they are expanded in memory, each once in a launch, and then
-// multiplied as if they had always been so.
+// prefill: like cooperative, for packed weights and many rows: weights are expanded to e5m2 in memory, each once per launch, and then
+// multiplied like any FP8 weights (expand/ahead.cuh).
 #pragma once
 #include "variants/cooperative.cuh"
 

@@ -1,4 +1,5 @@
-// unpack: as cooperative, for weights of four bits: a warpgroup of helpers unpacks the next k-blocks' weights beside the products.
+// unpack: like cooperative, for packed weights: a warpgroup of helpers unpacks the weights of the next k-blocks while the math
+// warpgroups multiply (expand/beside.cuh).
 #pragma once
 #include "expand/beside.cuh"
 #include "variants/cooperative.cuh"
@@ -6,8 +7,8 @@
 namespace megamoe {
 
 struct Unpack : Cooperative {
-    static constexpr u32 kPacked = 3;    // k-blocks of packed weights beside the stages
-    static constexpr u32 kHelpers = 1;   // warpgroups behind the math warpgroups
+    static constexpr u32 kPacked = 3;    // places of the ring of packed k-blocks
+    static constexpr u32 kHelpers = 1;   // warpgroups of helpers behind the math warpgroups
 
     template <class C> using Math = megamoe::Math<C, NarrowLoop<C>>;
     template <class C> using Helper = Unpacker<C>;

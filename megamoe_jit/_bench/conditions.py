@@ -69,7 +69,7 @@ def write(doc: Mapping[str, Any], path: Path) -> None:
         finite = json.loads(json.dumps(doc), parse_constant=lambda _: None)  # JSON has no NaN
         path.write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
     elif path.suffix == ".csv":
-        flat = [{**row, **doc["environment"]} for row in doc["rows"]]
+        flat = [{**row, **doc["environment"]} for row in doc["rows"] or doc.get("nodes") or ()]
         with path.open("w", newline="", encoding="utf-8") as file:
             out = csv.DictWriter(file, fieldnames=list(flat[0]) if flat else [])
             out.writeheader()

@@ -150,7 +150,7 @@ class Layer:
         function = function_of(megamoe_jit, variant)
 
         def call() -> object:
-            return function(y, self.l1, self.l2, self.buffer, activation_clamp=case.clamp, fast_math=case.fast_math)
+            return function(y, self.l1, self.l2, self.buffer, **case.options)
 
         return call
 

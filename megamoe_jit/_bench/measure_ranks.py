@@ -56,7 +56,7 @@ class _Layer(RankWeights):
         function = function_of(megamoe_jit, variant)
 
         def run() -> object:
-            return function(y, self.l1, self.l2, buffer, activation_clamp=case.clamp, fast_math=case.fast_math)
+            return function(y, self.l1, self.l2, buffer, **case.options)
 
         return TimedCall(run, lambda: inputs.stage(buffer))
 

@@ -25,7 +25,6 @@ from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._files import read_plain
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
-from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.tables import check_choices
 
@@ -100,7 +99,7 @@ def _identity(cell: dict[str, Any]) -> tuple[Any, ...]:
 
 def _call(layer: Layer, case: Scenario, contender: Contender, y: torch.Tensor) -> Callable[[], object]:
     """The launch of a call with these parameters instead of the chosen ones."""
-    planned = layer.buffer.plan(case.tokens, contender.variant.value, Numerics(case.fast_math), None)
+    planned = layer.buffer.plan(case.tokens, contender.variant.value, case.numerics, None)
     lag_tiles = max(1, round(contender.lag * planned.num_sms))
     choice = replace(planned.choice, lag_tiles=lag_tiles, rows_per_item=contender.rows_per_item)
     plan = replace(planned, choice=choice)

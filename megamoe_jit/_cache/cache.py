@@ -18,27 +18,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
-from megamoe_jit._cache import evict as _evict
 from megamoe_jit._cache.entry import CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
+from megamoe_jit._cache.evict import LOW_WATER, to_remove
+from megamoe_jit._cache.locks import try_lock
 from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._cache.store import EntryStore, PruneReport
 from megamoe_jit._cache.trees import delete, is_closed, is_directory, tree_bytes
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._text import shown
 from megamoe_jit._trust import check_private
 
 __all__ = [
     "SCHEMA",
     "CacheEntry",
-    "CacheStats",
     "EntryInfo",
     "KernelCache",
     "Problem",
@@ -53,8 +55,7 @@ __all__ = [
 LOG = logging.getLogger("megamoe_jit")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Something `KernelCache.verify` found.
 
     Attributes:
@@ -68,33 +69,6 @@ class Problem:
     path: Path
     message: str
     fixed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """Numbers about one cache; sizes in bytes, times in seconds since 1970.
-
-    Attributes:
-        root: the directory.
-        entries: kernels.
-        damaged: entries whose metadata cannot be read, which count nowhere else.
-        bytes: size of their files.
-        quarantined: damaged entries kept aside.
-        quarantined_bytes: size of their files.
-        limit_bytes: size from which entries are evicted; None without a limit.
-        oldest_use: last use of the entry that would be evicted first; None without entries.
-        newest_use: last use of the entry that would be evicted last.
-    """
-
-    root: Path
-    entries: int
-    damaged: int
-    bytes: int
-    quarantined: int
-    quarantined_bytes: int
-    limit_bytes: int | None
-    oldest_use: float | None
-    newest_use: float | None
 
 
 class KernelCache(EntryStore):
@@ -134,18 +108,32 @@ class KernelCache(EntryStore):
         """
         if max_bytes is None and older_than_s is None:
             max_bytes = self.max_bytes
-        entries = self.entries()
-        current = _evict.current_builder()
-        doomed = _evict.to_remove(entries, max_bytes=max_bytes, older_than_s=older_than_s, current=current)
-        report = self.remove(info.key for info in doomed)
-        return replace(report, bytes=report.bytes + self._empty_quarantine())
+        report = self._remove_oldest(self.entries(), max_bytes, older_than_s)
+        return report._replace(bytes=report.bytes + self._empty_quarantine())
+
+    def evict(self, max_bytes: int) -> PruneReport:
+        """Come down below a size, unless another process of this node is at it."""
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+        with try_lock(f"evict-{name}") as free:
+            entries = self.entries() if free else []
+            if sum(info.disk_bytes for info in entries) > max_bytes:
+                return self._remove_oldest(entries, int(max_bytes * LOW_WATER), None)
+        return PruneReport((), 0)
+
+    def _remove_oldest(
+        self, entries: list[EntryInfo], max_bytes: int | None, older_than_s: float | None
+    ) -> PruneReport:
+        from megamoe_jit._compile.toolchain import current_builder  # which a listing does without
+
+        doomed = to_remove(entries, max_bytes=max_bytes, older_than_s=older_than_s, current=current_builder())
+        return self.remove(info.key for info in doomed)
 
     def clear(self) -> PruneReport:
         """Delete every entry, readable or not, and what lies in quarantine."""
         for folder in self._inner_folders():
             self._open(folder)
         report = self.remove(self.keys())
-        return replace(report, bytes=report.bytes + self._empty_quarantine())
+        return report._replace(bytes=report.bytes + self._empty_quarantine())
 
     def verify(self, fix: bool = False) -> list[Problem]:
         """Check every entry as `load` does, its source too, and that it is what its key names.
@@ -201,32 +189,17 @@ class KernelCache(EntryStore):
         entries, rest = self._survey()
         return entries, sum(self._flaw(key, Path(folder)) is not None for key, folder in rest)
 
-    def stats(self) -> CacheStats:
-        """Numbers about the cache."""
-        entries, damaged = self.survey()
-        used = [info.used_at for info in entries]
-        aside = list(self._quarantined())
-        return CacheStats(
-            root=self.root,
-            entries=len(entries),
-            damaged=damaged,
-            bytes=sum(info.disk_bytes for info in entries),
-            quarantined=len(aside),
-            quarantined_bytes=sum(map(tree_bytes, aside)),
-            limit_bytes=self.max_bytes,
-            oldest_use=min(used, default=None),
-            newest_use=max(used, default=None),
-        )
-
-    def _quarantined(self) -> Iterator[Path]:
+    def quarantined(self) -> list[Path]:
+        """The damaged entries that were put aside."""
         place = self.path / "quarantine"
         with contextlib.suppress(OSError):
             if is_directory(place):  # what a link leads to is not ours to empty
-                yield from place.iterdir()
+                return list(place.iterdir())
+        return []
 
     def _empty_quarantine(self) -> int:
         """Delete what lies there; the bytes that gave."""
-        sizes = [(path, tree_bytes(path)) for path in self._quarantined()]
+        sizes = [(path, tree_bytes(path)) for path in self.quarantined()]
         return sum(size for path, size in sizes if self._bury(path))
 
     def _published(self, size: int) -> None:
@@ -238,7 +211,7 @@ class KernelCache(EntryStore):
             self._unchecked_bytes = unchecked + size
             return
         self._unchecked_bytes = 0
-        report = _evict.evict(self, self.max_bytes)
+        report = self.evict(self.max_bytes)
         if report.removed:
             LOG.info("removed %d least recently used kernels from %s", len(report.removed), self.path)
 
@@ -280,14 +253,14 @@ def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, 
     keys = sorted({key for _, key, _ in found})
     where = " or ".join(str(cache.path) for cache in caches)
     if len(keys) > 1:
-        shown = ", ".join(key[: max(12, len(prefix) + 4)] for key in keys[:5])
-        raise ConfigError(f"key {prefix!r} is not unique in {where}: {shown}{', ...' if keys[5:] else ''}")
+        first = ", ".join(key[: max(12, len(prefix) + 4)] for key in keys[:5])
+        raise ConfigError(f"key {prefix!r} is not unique in {where}: {first}{', ...' if keys[5:] else ''}")
     for cache, key, folder in found:
         info = read_info(key, folder)
         if info is not None:
             return cache, info
     what = "has no readable metadata" if found else "is not"
-    raise ConfigError(f"key {prefix!r} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
+    raise ConfigError(f"key {shown(prefix)} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
 
 
 def _is_inner(name: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megamoe_jit._cache.cache import CacheStats, KernelCache, Problem
+from megamoe_jit._cache.cache import KernelCache, Problem
 from megamoe_jit._cache.entry import EntryInfo
+from megamoe_jit._cache.trees import tree_bytes
 from megamoe_jit._documents import Count, Digest, Document, Figure, SpecData, Time, time_of
 
 __all__ = [
@@ -168,19 +169,19 @@ class Statistics:
     @classmethod
     def of(cls, cache: KernelCache) -> Statistics:
         """Those of a cache as it is now."""
-        found: CacheStats = cache.stats()
-        oldest, newest = (None if use is None else time_of(use) for use in (found.oldest_use, found.newest_use))
+        entries, damaged = cache.survey()
+        used, aside = [info.used_at for info in entries], cache.quarantined()
         return cls(
-            path=str(found.root),
+            path=str(cache.root),
             read_only=cache.read_only,
-            entries=found.entries,
-            damaged=found.damaged,
-            bytes=found.bytes,
-            limit_bytes=found.limit_bytes,
-            quarantined=found.quarantined,
-            quarantined_bytes=found.quarantined_bytes,
-            oldest_use=oldest,
-            newest_use=newest,
+            entries=len(entries),
+            damaged=damaged,
+            bytes=sum(info.disk_bytes for info in entries),
+            limit_bytes=cache.max_bytes,
+            quarantined=len(aside),
+            quarantined_bytes=sum(map(tree_bytes, aside)),
+            oldest_use=time_of(min(used)) if used else None,
+            newest_use=time_of(max(used)) if used else None,
         )
 
 

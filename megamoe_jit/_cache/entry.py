@@ -8,15 +8,14 @@ replaced meanwhile is either whole or a miss, never half of two.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import os
 import stat
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megamoe_jit._cache.identity import cache_key, identity_problem, is_key, kernel_problem, source_id
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
@@ -59,8 +58,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ENXIO)
 
 
-@dataclass(frozen=True, slots=True)
-class CacheEntry:
+class CacheEntry(NamedTuple):
     """A verified entry: the cubin's bytes and what `meta.json` says."""
 
     key: str
@@ -69,8 +67,7 @@ class CacheEntry:
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
-class EntryInfo:
+class EntryInfo(NamedTuple):
     """What a listing shows of an entry; nothing is verified beyond the metadata.
 
     Attributes:
@@ -83,7 +80,7 @@ class EntryInfo:
 
     key: str
     folder: str
-    meta: Metadata = dataclasses.field(compare=False, repr=False)
+    meta: Metadata
     used_at: float
     disk_bytes: int
 
@@ -215,8 +212,8 @@ def _check_digest(name: str, data: bytes, digest: str) -> None:
         raise Damaged(f"the digest of {name} is wrong")
 
 
-def read_info(key: str, folder: str) -> EntryInfo | None:
-    """What a listing shows of the entry in `folder`; None if it has no metadata of this schema and key."""
+def read_info(key: str, folder: str, now: float | None = None) -> EntryInfo | None:
+    """What a listing shows of the entry in `folder` at a time; None if it has no metadata of this schema and key."""
     try:
         handle = os.open(f"{folder}/{META}", _READ)
         try:
@@ -231,7 +228,7 @@ def read_info(key: str, folder: str) -> EntryInfo | None:
     if meta["schema"] != SCHEMA or meta["key"] != key:
         return None
     size = meta["cubin_bytes"] + meta["source_bytes"] + status.st_size
-    return EntryInfo(key, folder, meta, last_use(status, time.time()), size)
+    return EntryInfo(key, folder, meta, last_use(status, time.time() if now is None else now), size)
 
 
 def last_use(status: os.stat_result, now: float) -> float:

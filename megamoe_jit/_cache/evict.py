@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Protocol
 
 from megamoe_jit._cache.entry import EntryInfo
-from megamoe_jit._cache.locks import try_lock
-from megamoe_jit._cache.store import PruneReport
-from megamoe_jit._errors import MegaMoeError
-from megamoe_jit._version import __version__
 
-__all__ = ["GRACE_S", "current_builder", "evict", "to_remove"]
+__all__ = ["GRACE_S", "LOW_WATER", "to_remove"]
 
 GRACE_S = 600.0  #: what was made or used within this time is kept, whatever the size
 LOW_WATER = 0.9  #: an eviction comes down to this part of the limit, so that not every publish evicts
-
-
-def current_builder() -> tuple[str, str] | None:
-    """Package version and compiler build that would compile a kernel now; None without a compiler."""
-    from megamoe_jit._compile.toolchain import find_toolchain
-
-    try:
-        return __version__, find_toolchain().build
-    except MegaMoeError:
-        return None
 
 
 def to_remove(
@@ -69,29 +51,3 @@ def to_remove(
             doomed.append(info)
             total -= info.disk_bytes
     return doomed
-
-
-class Evictable(Protocol):
-    """What eviction needs of a cache."""
-
-    @property
-    def path(self) -> Path:
-        """The directory that stands for it."""
-
-    def entries(self) -> list[EntryInfo]:
-        """Everything there is."""
-
-    def remove(self, keys: Iterable[str]) -> PruneReport:
-        """Remove these; what went."""
-
-
-def evict(cache: Evictable, max_bytes: int) -> PruneReport:
-    """Bring a cache below its limit, unless another process of this node is at it."""
-    name = hashlib.sha256(os.fsencode(cache.path)).hexdigest()[:16]
-    with try_lock(f"evict-{name}") as free:
-        if free:
-            entries = cache.entries()
-            if sum(info.disk_bytes for info in entries) > max_bytes:
-                doomed = to_remove(entries, max_bytes=int(max_bytes * LOW_WATER), current=current_builder())
-                return cache.remove(info.key for info in doomed)
-    return PruneReport((), 0)

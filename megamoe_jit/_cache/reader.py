@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,10 +137,10 @@ class EntryReader:
 
     def _survey(self, chosen: Callable[[str], bool] = lambda _: True) -> tuple[list[EntryInfo], list[tuple[str, str]]]:
         """What `entries` gives of the chosen keys, and keys and directories of what it leaves out."""
-        entries, rest = list[EntryInfo](), list[tuple[str, str]]()
+        entries, rest, now = list[EntryInfo](), list[tuple[str, str]](), time.time()
         for key, folder in self._folders():
             if chosen(key):
-                info = read_info(key, folder)
+                info = read_info(key, folder, now)
                 if info is None:
                     rest.append((key, folder))
                 else:

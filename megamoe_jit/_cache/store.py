@@ -9,9 +9,8 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megamoe_jit._cache.entry import (
     CLOCKS_S,
@@ -40,8 +39,7 @@ TOUCH_S = 3600.0  #: an entry's last use is noted at most this often
 QUARANTINED = 32  #: damaged entries kept for looking into
 
 
-@dataclass(frozen=True, slots=True)
-class PruneReport:
+class PruneReport(NamedTuple):
     """What was removed.
 
     Attributes:

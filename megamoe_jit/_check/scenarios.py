@@ -11,7 +11,7 @@ import fnmatch
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from megamoe_jit._check.weights import Weights, generator, made, make_weights
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.quantize import quantize_activations
-from megamoe_jit._spec import FP8, MXFP4, MoEShape, Variant, WeightFormat
+from megamoe_jit._spec import DEFAULT_NUMERICS, FP8, MXFP4, MoEShape, Numerics, Variant, WeightFormat
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit.reference import with_shared_experts
 
@@ -50,13 +50,23 @@ class Scenario:
     tokens: int
     capacity: int
     clamp: float | None = 10.0
-    fast_math: bool = True
+    numerics: Numerics = DEFAULT_NUMERICS
     masked_ratio: float = 0.0
     masked_weight: float = 0.0  #: router weight of masked slots; must not matter
     route: str = "topk"
     data: str = "normal"
     slow: bool = False
     weights: str = FP8.name  #: the format that they are stored in
+
+    @property
+    def fast_math(self) -> bool:
+        """Of the numeric options."""
+        return self.numerics.fast_math
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments by name of a call."""
+        return {"activation_clamp": self.clamp, **self.numerics.changed()}
 
     @property
     def family(self) -> str:
@@ -104,8 +114,11 @@ class Inputs:
 
 
 def _case(name: str, tokens: int, sizes: tuple[int, ...], capacity: int | None = None, **more: Any) -> Scenario:
-    """`sizes` is hidden, intermediate, experts, top-k, and shared experts if there are some."""
-    return Scenario(name, MoEShape(*sizes), tokens, max(tokens, 1) if capacity is None else capacity, **more)
+    """`sizes` is hidden, intermediate, experts, top-k, and shared experts if there are some; `more` are fields of a
+    `Scenario`, and numeric options."""
+    numerics = Numerics(**{option.name: more.pop(option.name) for option in fields(Numerics) if option.name in more})
+    room = max(tokens, 1) if capacity is None else capacity
+    return Scenario(name, MoEShape(*sizes), tokens, room, numerics=numerics, **more)
 
 
 def _peer() -> Iterator[Scenario]:

@@ -27,6 +27,7 @@ __all__ = [
     "Runs",
     "Verdict",
     "WeightCache",
+    "expected_of",
     "failure",
     "function_of",
     "is_gone",
@@ -187,15 +188,7 @@ def _call(
     buffer = api.get_symm_buffer_for_mega_moe(None, *sizes_of(s, scenario.capacity))
     try:
         _stage(buffer, inputs, s.experts)
-        run(
-            y[: scenario.tokens],
-            entry.l1,
-            entry.l2,
-            buffer,
-            stats,
-            activation_clamp=scenario.clamp,
-            fast_math=scenario.fast_math,
-        )
+        run(y[: scenario.tokens], entry.l1, entry.l2, buffer, stats, **scenario.options)
         buffer.check()
     except BaseException as error:
         if not is_gone(error, device):  # else nothing on the device can be given back any more
@@ -246,13 +239,17 @@ def run_scenario(
     entry = (cache or WeightCache()).get(scenario, device, seed, api)
     inputs = _scenarios.make_inputs(scenario, device, seed, entry.weights)
     y, stats = _call(api, scenario, variant, inputs, entry)
-    expected = moe_reference(*inputs.operands, activation_clamp=scenario.clamp)
-    outcome = outcome_of(scenario, variant, y, expected)
+    outcome = outcome_of(scenario, variant, y, expected_of(scenario, inputs))
     counts = expert_counts(inputs.topk_idx, scenario.shape.experts) + STATS_BEFORE
     if torch.equal(stats, counts):
         return outcome
     wrong = int((stats != counts).nonzero()[0])
     return outcome.also(f"counter of expert {wrong} is {int(stats[wrong])}, must be {int(counts[wrong])}")
+
+
+def expected_of(scenario: Scenario, inputs: Inputs) -> torch.Tensor:
+    """What the reference gives, bfloat16 ``[T, H]``; it is told of the numeric options that it knows."""
+    return moe_reference(*inputs.operands, activation_clamp=scenario.clamp)
 
 
 def outcome_of(scenario: Scenario, variant: str, y: torch.Tensor, expected: torch.Tensor) -> Outcome:

@@ -30,6 +30,7 @@ from megamoe_jit._check.verify import (
     Runs,
     WeightCache,
     _stage,
+    expected_of,
     failure,
     function_of,
     is_gone,
@@ -41,7 +42,7 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.group import collectively
 from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._spec import MoEShape
-from megamoe_jit.reference import expert_counts, moe_reference
+from megamoe_jit.reference import expert_counts
 
 __all__ = ["run_on_rank", "run_ranks", "share_of"]
 
@@ -125,11 +126,9 @@ class _Rank:
         buffer = self._buffer
         _stage(buffer, inputs, s.experts)
         self._come_late(scenario.name, variant, number)
-        options = {"activation_clamp": scenario.clamp, "fast_math": scenario.fast_math}
-        function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **options)
+        function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **scenario.options)
         buffer.check()
-        expected = moe_reference(*inputs.operands, activation_clamp=scenario.clamp)
-        outcome = outcome_of(scenario, variant, y, expected)
+        outcome = outcome_of(scenario, variant, y, expected_of(scenario, inputs))
         return _Said(outcome, False, True, expert_counts(inputs.topk_idx, s.experts).tolist(), stats.tolist())
 
 

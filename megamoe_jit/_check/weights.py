@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
-from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.given_weights import FORMAT_BY_TYPE, WeightTensors
 from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._spec import FP8, MXFP4, MoEShape, WeightFormat
 
@@ -67,7 +68,14 @@ def made(gen: torch.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def make_weights(shape: MoEShape, device: torch.device | str, seed: int = 0, weights: WeightFormat = FP8) -> Weights:
-    """Weights 0.05 * normal, quantised; the same for the same shape, device kind and seed, but for the format."""
+    """Weights 0.05 * normal, quantised; the same for the same shape, device kind and seed, but for the format.
+
+    Raises:
+        ConfigError: calls do not know weights of this format, or take them for another's.
+    """
+    if FORMAT_BY_TYPE.get(weights.code_dtype) is not weights:
+        allowed = ", ".join(each.name for each in dict.fromkeys(FORMAT_BY_TYPE.values()))
+        raise ConfigError(f"weights in {weights.name} cannot be drawn: no call takes them yet; allowed: {allowed}")
     experts = shape.experts_of(1)
     gen = generator(device, "weights", shape.hidden, shape.intermediate, experts, seed)
 

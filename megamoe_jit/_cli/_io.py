@@ -16,11 +16,12 @@ from typing import Any
 import click
 
 from megamoe_jit._documents import Document, content, envelope, plain
-from megamoe_jit._text import human_bytes, one_line, printable
+from megamoe_jit._text import counted, human_bytes, one_line, printable
 
 __all__ = [
     "CorruptionError",
     "ExitCode",
+    "FullSummaries",
     "colours_wanted",
     "confirm",
     "copy_out",
@@ -59,6 +60,15 @@ class CorruptionError(click.ClickException):
         say(f"Error: {self.message}")
 
 
+class FullSummaries(click.Group):
+    """A group whose help shows the whole first sentence of each command."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
+
+
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on standard output instead of text."
 )
@@ -89,7 +99,7 @@ def copy_out(text: str, nl: bool = False) -> None:
 
 def kernel_count(count: int) -> str:
     """`1 kernel`, `2 kernels`."""
-    return f"{count} kernel" if count == 1 else f"{count} kernels"
+    return counted(count, "kernel")
 
 
 def end(code: ExitCode) -> None:
@@ -135,7 +145,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: Sequen
     """A plain table: columns whose numbers are in `left` are aligned to the left, the rest to the right."""
     columns = []
     for index, column in enumerate(zip(headers, *rows, strict=True)):
-        cells = [one_line(str(cell)) for cell in column]
+        cells = [str(cell) for cell in column]
+        if not "".join(cells).isprintable():
+            cells = [one_line(cell) for cell in cells]
         width = max(map(len, cells))
         columns.append([cell.ljust(width) if index in left else cell.rjust(width) for cell in cells])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

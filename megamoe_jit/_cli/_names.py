@@ -6,10 +6,6 @@ import re
 from typing import TYPE_CHECKING
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec.abi import MAX_RANKS
-from megamoe_jit._spec.formats import FORMATS, FP8
-from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.variants import Variant
 
 if TYPE_CHECKING:
     import click
@@ -37,7 +33,7 @@ def parse_spec(text: str, keys: bool = True) -> AnySpec:
     Raises:
         ConfigError: It is neither, or a part of it is not supported.
     """
-    from megamoe_jit._spec import KernelSpec
+    from megamoe_jit._spec import FORMATS, FP8, MAX_RANKS, KernelSpec, Numerics, Variant
     from megamoe_jit._spec.inputs import Inputs
     from megamoe_jit._spec.kinds import spec_of_kernel_name
     from megamoe_jit.heuristics.presets import preset
@@ -48,10 +44,11 @@ def parse_spec(text: str, keys: bool = True) -> AnySpec:
     file = text.endswith(".toml") or ".toml/" in text
     if file or not rest:
         problem = "names a .toml file, which only --shapes takes" if file else "names no kernel"
-        key = ", or the beginning of a key that `cache ls` lists" if keys else ""
+        name = "a kernel's name as `warmup` and `cache ls` show it"
+        others = f"{name}, or the beginning of a key that `cache ls` lists" if keys else f"or {name}"
         raise ConfigError(
             f"{text!r} {problem}; allowed: SHAPE/VARIANT with a shape of `shapes ls` (v4-flash/pingpong, "
-            f"v4-pro/cooperative/r8), a kernel's name as `warmup` and `cache ls` show it{key}"
+            f"v4-pro/cooperative/r8), {others}"
         )
     shape = preset(name).shape
     ranks = 1

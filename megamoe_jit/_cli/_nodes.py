@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, emit, human_bytes, progress_line, say, show, table
+from megamoe_jit._cli._io import human_bytes
 from megamoe_jit._cli._options import per_shape
-from megamoe_jit._documents import plain
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec.formats import FP8
 
 if TYPE_CHECKING:
-    from megamoe_jit._bench.documents_nodes import NodesRow
-    from megamoe_jit._diagnose.between import Between, Ways
+    from megamoe_jit._diagnose.between import Between
     from megamoe_jit._spec import MoEShape
 
 __all__ = [
-    "bench_nodes",
     "lines_between",
     "nodes_option",
     "nodes_options",
-    "refuse_with_nodes",
     "shapes_of_a_node",
 ]
 
@@ -101,85 +95,3 @@ def lines_between(it: Between) -> list[str]:
         f"{it.kernel_us:.0f} before overlap; {human_bytes(it.sent_bytes)} to other nodes",
         *it.reasons,
     ]
-
-
-_HEADERS = ("SHAPE", "TOKENS", "NODES", "EXCHANGE", "CHUNKS", "WHOLE us", "KERNEL us", "EXCHANGE us", "REST us")
-_MORE = ("MODELLED us", "UNFUSED us", "TIMES FASTER", "DIFF")
-DEFAULT_TOKENS = (64, 512, 4096)
-
-
-def refuse_with_nodes(picture: Path | None, variants: Sequence[str]) -> None:
-    """Refuse options of `bench` that mean nothing with several nodes."""
-    for given, name in ((picture, "--plot"), (variants, "--variant")):
-        if given:
-            raise click.UsageError(f"{name} is not for --nodes.")
-
-
-def bench_nodes(
-    ways: Ways,
-    output: Path | None,
-    as_json: bool,
-    *,
-    names: str,
-    tokens: Sequence[int] | None,
-    ranks: int | None,
-    baseline: bool | None,
-    weights: str,
-) -> None:
-    """`bench` over several nodes.
-
-    Raises:
-        click.exceptions.Exit: an output is wrong.
-    """
-    from megamoe_jit._device.driver import refuse_without_gpu
-    from megamoe_jit.heuristics.presets import parse_shapes
-
-    presets, counts = parse_shapes(names), tokens or DEFAULT_TOKENS
-    refuse_without_gpu()
-    from megamoe_jit._bench import conditions as _bench_report
-    from megamoe_jit._bench.documents import Bench
-    from megamoe_jit._bench.documents_nodes import NodesRow
-    from megamoe_jit._bench.measure_nodes import run
-
-    with progress_line("bench", len(presets) * len(counts)) as step:
-        found = run(
-            presets,
-            counts,
-            ways.nodes,
-            ranks or 1,
-            {"exchange": ways.exchange, "partial": ways.partial, "chunks": ways.chunks or "auto"},
-            baseline=baseline is not False,
-            weights=weights,
-            progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens: {r['whole_us']:.1f} us"),
-        )
-    if found is None:
-        return
-    rows = tuple(map(NodesRow.of, found["rows"]))
-    doc = Bench(environment=found["environment"], anchors=(), rows=(), summary=(), choice=None, nodes=rows)
-    if output is not None:
-        _bench_report.write({**plain(doc), **({"rows": plain(rows)} if output.suffix == ".csv" else {})}, output)
-        say(f"written: {output}")
-    if as_json:
-        emit(doc)
-    else:
-        show(table((*_HEADERS, *_MORE), [_cells(row) for row in rows], left=(0, 3)))
-    if not all(row.correct for row in rows):
-        say("rows differ from the reference")
-        raise click.exceptions.Exit(ExitCode.FAILED)
-
-
-def _cells(row: NodesRow) -> tuple[str, ...]:
-    def figure(value: float | None, digits: int = 1) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    parts = (row.whole_us, row.kernel_us, row.exchange_us, row.rest_us, row.modelled_us, row.baseline_us)
-    return (
-        row.shape if row.weights == FP8.name else f"{row.shape} {row.weights}",
-        str(row.tokens),
-        f"{row.nodes} x {row.ranks_per_node}",
-        f"{row.exchange}, {row.partial}",
-        str(row.chunks),
-        *map(figure, parts),
-        figure(row.baseline_speedup, 2),
-        f"{row.diff:.1e}" if row.correct else "WRONG",
-    )

@@ -1,12 +1,10 @@
-"""Options and arguments that several commands share: shapes, kernels, keys, the cache directory."""
+"""Options that several commands share: shapes, numbers, numeric options, weight formats, ranks."""
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -14,8 +12,6 @@ import click
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.variants import Variant
-from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -24,11 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TIMED_SHAPES",
-    "FullSummaries",
-    "cache_dir_option",
-    "complete_key",
-    "complete_kernel",
-    "complete_own_key",
     "complete_shape",
     "gpu_option",
     "number_list",
@@ -47,15 +38,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 
 
-class FullSummaries(click.Group):
-    """A group whose help shows the whole first sentence of each command."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
-            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
-
-
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The rest of a list of shape names; files are left to the shell."""
     from click.shell_completion import CompletionItem
@@ -65,46 +47,6 @@ def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> li
     done, comma, last = incomplete.rpartition(",")
     names = [name for name in (*preset_names(), "all") if name.startswith(last)]
     return [CompletionItem(f"{done}{comma}{name}") for name in names]
-
-
-def _keys_beginning(incomplete: str, read_only_too: bool) -> list[CompletionItem]:
-    from click.shell_completion import CompletionItem
-
-    from megamoe_jit._cli._keys import all_caches
-
-    log = logging.getLogger("megamoe_jit")
-    before, log.disabled = log.disabled, True  # a shell waits for this: no answer is better than a warning
-    try:
-        caches = all_caches() if read_only_too else all_caches()[:1]
-        names = {info.key[:12]: one_line(info.entry) for each in caches for info in each.entries()}
-        return [CompletionItem(key, help=name) for key, name in names.items() if key.startswith(incomplete[:12])]
-    except Exception:  # nor a traceback
-        return []
-    finally:
-        log.disabled = before
-
-
-def complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Keys of cached kernels, those of the read-only caches too, with the kernels' names."""
-    return _keys_beginning(incomplete, read_only_too=True)
-
-
-def complete_own_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Keys of the user's cache, which can be removed, with the kernels' names."""
-    return _keys_beginning(incomplete, read_only_too=False)
-
-
-def complete_kernel(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Kernels by shape and variant, and keys."""
-    from click.shell_completion import CompletionItem
-
-    from megamoe_jit.heuristics.presets import preset_names
-
-    readers = {stored: Variant.reading(stored) for stored in FORMATS.values()}
-    kinds = [v.value + ("" if stored is FP8 else f"/{stored.name}") for stored in readers for v in readers[stored]]
-    names = [f"{name}/{kind}" for name in preset_names() for kind in kinds]
-    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-    return [*found, *complete_key(context, parameter, incomplete)]
 
 
 _SHAPE_OPTIONS = (
@@ -226,6 +168,7 @@ def weight_format_option(meaning: str, default: str | None = FP8.name) -> Callab
 
 sms_option = click.option(
     "--sms",
+    "num_sms",
     type=click.IntRange(min=1, max=144),
     default=132,
     show_default=True,
@@ -272,25 +215,6 @@ def tokens_option(meaning: str, least: int = 0) -> Callable[[_F], _F]:
     return click.option(
         "--tokens", callback=number_list(int, least, above=False), required=True, metavar="N[,N...]", help=meaning
     )
-
-
-def _override_cache_dir(context: click.Context, _: click.Parameter, path: str | None) -> None:
-    if path is not None and not context.resilient_parsing:
-        if not path:  # an unset variable of a script, not the working directory
-            raise click.BadParameter("'' is no directory.")
-        from megamoe_jit._settings.settings import override
-
-        context.with_resource(override(cache_dir=Path(path).absolute()))
-
-
-cache_dir_option = click.option(
-    "--cache-dir",
-    type=click.Path(file_okay=False),
-    expose_value=False,
-    is_eager=True,
-    callback=_override_cache_dir,
-    help="The cache directory, instead of MEGAMOE_JIT_CACHE_DIR.",
-)
 
 
 def numerics_options(function: _F) -> _F:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
 from megamoe_jit._cli._io import (
     CorruptionError,
     emit,
@@ -18,7 +19,6 @@ from megamoe_jit._cli._io import (
 )
 from megamoe_jit._cli._keys import DAMAGE_ADVICE, own_cache
 from megamoe_jit._cli._names import looks_like_key, parse_spec
-from megamoe_jit._cli._options import cache_dir_option, complete_kernel
 from megamoe_jit._errors import PackError
 from megamoe_jit._text import one_line
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option, complete_own_key
 from megamoe_jit._cli._io import ExitCode, confirm, emit, end, human_bytes, json_option, kernel_count, say, show
 from megamoe_jit._cli._keys import own_cache, place, whole_keys
-from megamoe_jit._cli._options import cache_dir_option, complete_own_key
 from megamoe_jit._text import one_line
 
 if TYPE_CHECKING:
@@ -57,22 +57,24 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     Without a limit: down to MEGAMOE_JIT_CACHE_MAX_BYTES.  Kernels used in the last ten minutes stay; damaged kernels
     that were put aside go.
     """
-    from megamoe_jit._cache import evict as _evict
     from megamoe_jit._cache.documents import CachePrune
+    from megamoe_jit._cache.evict import GRACE_S, to_remove
+    from megamoe_jit._cache.trees import tree_bytes
+    from megamoe_jit._compile.toolchain import current_builder
 
     user = own_cache()
     limit = user.max_bytes if max_bytes is None and older_than is None else max_bytes
-    entries, current = user.entries(), _evict.current_builder()
+    entries, current = user.entries(), current_builder()
     doomed, wanted = (
-        _evict.to_remove(entries, max_bytes=limit, older_than_s=older_than, current=current, grace_s=grace)
-        for grace in (_evict.GRACE_S, 0)
+        to_remove(entries, max_bytes=limit, older_than_s=older_than, current=current, grace_s=grace)
+        for grace in (GRACE_S, 0)
     )
     recent = len({info.key for info in wanted} - {info.key for info in doomed})
-    aside = user.stats()
-    size = sum(info.disk_bytes for info in doomed) + aside.quarantined_bytes
-    what = f"{kernel_count(len(doomed))} and {aside.quarantined} put aside, {human_bytes(size)}, from {user.root}"
+    aside = user.quarantined()
+    size = sum(info.disk_bytes for info in doomed) + sum(map(tree_bytes, aside))
+    what = f"{kernel_count(len(doomed))} and {len(aside)} put aside, {human_bytes(size)}, from {user.root}"
     removed, kept, freed = [info.key for info in doomed], list[str](), size
-    if doomed or aside.quarantined:
+    if doomed or aside:
         if doomed and not as_json:
             show(
                 "\n".join(f"{info.key[:12]}  {one_line(info.entry)}  {human_bytes(info.disk_bytes)}" for info in doomed)
@@ -85,12 +87,12 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
         what = f"nothing to remove in {place(user)}"
     if as_json:
         emit(CachePrune(str(user.root), dry_run, tuple(removed), tuple(kept), freed, recent))
-    if not (doomed or aside.quarantined):
+    if not (doomed or aside):
         say(what)
     elif dry_run:
         say(f"would remove {what}")
     else:
-        gone = aside.quarantined - user.stats().quarantined
+        gone = len(aside) - len(user.quarantined())
         also = f" and {gone} put aside" if gone else ""
         say(f"removed {kernel_count(len(removed))}{also}, {human_bytes(freed)}, from {user.root}")
     _say_kept(user, kept)
@@ -102,7 +104,7 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
 
 def _aside(cache: KernelCache) -> int:
     """How many damaged kernels are still put aside, after saying so."""
-    left = cache.stats().quarantined
+    left = len(cache.quarantined())
     if left:
         say(f"{left} put aside in {cache.path / 'quarantine'} could not be removed")
     return left
@@ -145,10 +147,10 @@ def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def clear_command(yes: bool, as_json: bool) -> None:
     """Remove every kernel from the cache, damaged ones too."""
-    from megamoe_jit._cache.documents import CacheClear
+    from megamoe_jit._cache.documents import CacheClear, Statistics
 
     user = own_cache()
-    before = user.stats()
+    before = Statistics.of(user)
     size = human_bytes(before.bytes + before.quarantined_bytes)
     aside = f" and {before.quarantined} put aside" if before.quarantined else ""
     if user.keys() or before.quarantined:

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 import click
 
 from megamoe_jit._cli._io import ExitCode, say
-from megamoe_jit._cli.completion import COMPLETE_VARIABLE
 from megamoe_jit._errors import (
     CheckpointError,
     ConfigError,
@@ -29,8 +28,9 @@ from megamoe_jit._errors import (
 from megamoe_jit._text import printable
 from megamoe_jit._version import __version__
 
-__all__ = ["SUMMARIES", "AnsweringGroup", "cli", "main"]
+__all__ = ["COMPLETE_VARIABLE", "SUMMARIES", "AnsweringGroup", "cli", "main"]
 
+COMPLETE_VARIABLE = "_MEGAMOE_JIT_COMPLETE"  #: a shell sets it to ask what a line can go on with
 _ENVIRONMENT = (ToolchainError, UnsupportedDeviceError, LoadError)
 
 #: Every command, in the order of the help: module of the same name, first sentence of its help.
@@ -99,9 +99,19 @@ class _Closed(io.TextIOBase):
         raise OSError(errno.EBADF, "standard output is closed")
 
 
+def _working_directory_is_there() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
 def _say_refusal(error: OSError) -> None:
     """Print what the operating system refused; nothing is left that would fail again when the interpreter ends."""
     reason = error.strerror or str(error)
+    if error.errno == errno.ENOENT and error.filename is None and not _working_directory_is_there():
+        reason = "the working directory is not there any more; change to one that is"
     with contextlib.suppress(OSError):  # standard error may be what fails
         say(f"Error: {reason}" if error.filename is None else f"Error: {error.filename}: {reason}")
     for stream in filter(None, (sys.stdout, sys.stderr)):  # there is none where it was closed from the beginning
@@ -209,6 +219,8 @@ def main() -> None:
         if end.code == ExitCode.INTERRUPTED:
             _leave()
         raise
+    finally:
+        gc.freeze()  # nor is it gone through once more on the way out
 
 
 def _leave() -> NoReturn:

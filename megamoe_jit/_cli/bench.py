@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megamoe_jit._cli._bench_nodes import measured_on_nodes, print_nodes, refuse_with_nodes
 from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
-from megamoe_jit._cli._nodes import bench_nodes, nodes_options, refuse_with_nodes
+from megamoe_jit._cli._nodes import nodes_options
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
 from megamoe_jit._cli._ranks import bench_document, print_others, rank_count, run_ranks_option
 from megamoe_jit._documents import plain
@@ -181,6 +182,9 @@ def _print(doc: Bench, as_json: bool, columns: Columns, lines: Sequence[str]) ->
     if as_json:
         emit(doc)
         return
+    if doc.nodes is not None:
+        print_nodes(doc.nodes)
+        return
     if doc.environment.get("ranks", 1) > 1:
         columns = COLUMNS_OF_RANKS
     cells = [[cell(row) for cell in columns.values()] for row in doc.rows]
@@ -233,9 +237,10 @@ def finish(
         _print(doc, as_json, columns, lines)
     finally:  # what was measured is kept even if nobody reads what is printed
         _keep(doc, output, picture, draw)
-    wrong = sum(not row.correct for row in doc.rows)
+    rows = doc.rows if doc.nodes is None else doc.nodes
+    wrong = sum(not row.correct for row in rows)
     if wrong:
-        say(f"{wrong} of {len(doc.rows)} rows differ from the reference")
+        say(f"{wrong} of {len(rows)} rows differ from the reference")
         raise click.exceptions.Exit(ExitCode.FAILED)
 
 
@@ -280,8 +285,8 @@ def bench(output: Path | None, picture: Path | None, as_json: bool, ways: Ways, 
     refuse_early(output, picture)
     if ways.nodes > 1:
         refuse_with_nodes(picture, what.pop("variants"))
-        bench_nodes(ways, output, as_json, **what)
-        return
-    doc = measured(**what)
+        doc = measured_on_nodes(ways, **what)
+    else:
+        doc = measured(**what)
     if doc is not None:
         finish(doc, output, picture, as_json)

@@ -7,10 +7,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, copy_out, emit, end, human_bytes, json_option, kernel_count, say, show, table
+from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
+from megamoe_jit._cli._io import (
+    ExitCode,
+    FullSummaries,
+    copy_out,
+    emit,
+    end,
+    human_bytes,
+    json_option,
+    kernel_count,
+    say,
+    show,
+    table,
+)
 from megamoe_jit._cli._keys import all_caches, entry_info, find_entries, fit_note, others, place, say_damaged
 from megamoe_jit._cli._names import looks_like_key
-from megamoe_jit._cli._options import FullSummaries, cache_dir_option, complete_kernel
 from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
 from megamoe_jit._documents import content

@@ -8,11 +8,10 @@ from typing import Literal
 import click
 
 from megamoe_jit._cli._io import copy_out, emit, json_option
+from megamoe_jit._cli.app import COMPLETE_VARIABLE
 from megamoe_jit._documents import Document
 
-__all__ = ["COMPLETE_VARIABLE", "completion"]
-
-COMPLETE_VARIABLE = "_MEGAMOE_JIT_COMPLETE"
+__all__ = ["completion"]
 
 
 @dataclass(frozen=True, slots=True)

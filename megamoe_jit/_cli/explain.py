@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option
 from megamoe_jit._cli._io import emit, json_option, show
 from megamoe_jit._cli._nodes import lines_between, nodes_options
 from megamoe_jit._cli._options import (
-    cache_dir_option,
     gpu_option,
     numerics_options,
     per_shape,
@@ -21,12 +21,11 @@ from megamoe_jit._cli._options import (
 )
 from megamoe_jit._documents import content
 from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
-    from megamoe_jit._diagnose.between import Ways
     from megamoe_jit._diagnose.explain import Call
     from megamoe_jit._spec import MoEShape
-    from megamoe_jit._spec.numerics import Numerics
 
 __all__ = ["explain"]
 
@@ -36,7 +35,7 @@ def _text(call: Call, gpu: str) -> str:
     cached = "cached" if call.cached else "not cached"
     between = lines_between(call.between) if call.between is not None else []
     lines = [
-        f"{call.name}, {call.tokens} tokens, {call.ranks} rank(s): {call.variant}",
+        f"{call.name}, {counted(call.tokens, 'token')}, {counted(call.ranks, 'rank')}: {call.variant}",
         f"  kernel      {call.kernel}",
         f"  key         {call.key} ({cached})" if call.key else f"  key         none: {call.problem}",
         f"  parameters  {parameters}",
@@ -66,14 +65,9 @@ def _text(call: Call, gpu: str) -> str:
 def explain(
     shapes: dict[str, MoEShape],
     tokens: tuple[int, ...],
-    ranks: int,
-    variant: str | None,
-    weights: str,
-    numerics: Numerics,
-    ways: Ways,
-    sms: int,
     gpu: str | None,
     as_json: bool,
+    **call: Any,
 ) -> None:
     """Show which kernel a call takes, with which parameters, why, and whether it is cached; needs no GPU."""
     from megamoe_jit._compile.render import kernels_dir
@@ -82,8 +76,7 @@ def explain(
 
     kernels_dir()  # what is wrong with it, or with a setting, has nothing to do with a shape
     found = gpu_asked_for(gpu)
-    options: dict[str, Any] = {"ranks": ranks, "variant": variant, "numerics": numerics, "num_sms": sms}
-    options |= {"gpu": found.gpu, "weights": weights, "ways": ways}
+    options = {"gpu": found.gpu, **call}
     calls = per_shape(
         shapes, lambda name, shape: [explain_call(shape, count, name=name, **options) for count in tokens]
     )

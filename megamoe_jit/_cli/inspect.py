@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
 from megamoe_jit._cli._io import copy_out, emit, human_bytes, json_option, say, show, table
 from megamoe_jit._cli._names import looks_like_key, parse_spec
-from megamoe_jit._cli._options import cache_dir_option, complete_kernel
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.metadata import Metadata
@@ -86,8 +86,9 @@ def _resources_text(facts: Resources) -> str:
 def inspect(kernel: str, views: tuple[View, ...], as_json: bool) -> None:
     """Show a compiled kernel from the inside; needs no GPU.
 
-    KEY is the beginning of a key that `cache ls` lists.  SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for
-    fast_math=False (v4-flash/pingpong), or a kernel's name; it is compiled if it is not cached.
+    KEY is the beginning of a key that `cache ls` lists.  SPEC is SHAPE/VARIANT (v4-flash/pingpong) and what differs:
+    /rN for N ranks, /mxfp4 for packed weights, /exact for fast_math=False, /f32out for an output in float32, /raw for a
+    kernel that stages its inputs; or a kernel's name.  It is compiled if it is not cached.
     """
     from megamoe_jit._diagnose import inspect as _inspect
 

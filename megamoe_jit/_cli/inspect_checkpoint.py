@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, emit, end, human_bytes, json_option, show, table
+from megamoe_jit._cli._io import ExitCode, emit, end, human_bytes, json_option, say, show, table
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint
@@ -43,7 +44,7 @@ def inspect_checkpoint(path: Path, ranks: int, experts: int, scheme: str | None,
 
 
 def _show(found: InspectedCheckpoint) -> None:
-    show(f"{found.path}: {found.tensors} tensors in {found.files} files")
+    show(f"{found.path}: {counted(found.tensors, 'tensor')} in {counted(found.files, 'file')}")
     if found.problem is not None:
         show(f"cannot be used: {found.problem}")
         return
@@ -55,7 +56,11 @@ def _show(found: InspectedCheckpoint) -> None:
         if layer.problem is not None:
             named = layer.problem.startswith(f"layer {layer.layer}")
             show(layer.problem if named else f"layer {layer.layer}: {layer.problem}")
-    show(f"{human_bytes(found.bytes_per_rank)} on each of {found.ranks} ranks")
+    where = "in all" if found.ranks == 1 else f"on each of {found.ranks} ranks"
+    show(f"{human_bytes(found.bytes_per_rank)} {where}")
+    if found.usable:
+        call = f"MegaMoE.from_checkpoint({found.path!r}, {found.layers[0].layer}, max_tokens=4096)"
+        say(f"all can be used; the experts of one layer, in Python: {call}")
 
 
 def _row(layer: CheckpointLayer) -> tuple[object, ...]:

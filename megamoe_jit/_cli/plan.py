@@ -18,12 +18,12 @@ from megamoe_jit._cli._options import (
     weight_format_option,
 )
 from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megamoe_jit._device.layout import Section
-    from megamoe_jit._diagnose.between import Ways
     from megamoe_jit._diagnose.plan import Part, Planned
     from megamoe_jit._spec import MoEShape
 
@@ -57,7 +57,7 @@ def _text(plan: Planned) -> str:
     elif plan.capacity != plan.tokens:
         capacity += f" ({plan.tokens} rounded up to a multiple of {CAPACITY_STEP})"
     blocks = [
-        f"{plan.name}, up to {capacity}, {plan.ranks} rank(s), {plan.pool_rows} pool rows; "
+        f"{plan.name}, up to {capacity}, {counted(plan.ranks, 'rank')}, {plan.pool_rows} pool rows; "
         f"a call that fills it takes {plan.full_call}",
         *(["\n".join(lines_between(plan.between))] if plan.between is not None else []),
         _sections("SYMMETRIC", plan.symmetric, plan.symmetric_bytes),
@@ -93,13 +93,9 @@ def _text(plan: Planned) -> str:
 def plan(
     shapes: dict[str, MoEShape],
     tokens: tuple[int, ...],
-    ranks: int,
-    ways: Ways,
-    variant: str,
-    weights: str,
-    sms: int,
     gpu: str | None,
     as_json: bool,
+    **call: Any,
 ) -> None:
     """Show the device memory of one rank by section, the shared memory by part, and the launch; needs no GPU."""
     from megamoe_jit._diagnose.explain import gpu_asked_for
@@ -108,8 +104,7 @@ def plan(
 
     get_settings()  # one that is not allowed has nothing to do with a shape
     found = gpu_asked_for(gpu)
-    options: dict[str, Any] = {"ranks": ranks, "variant": variant, "num_sms": sms, "gpu": found.gpu}
-    options |= {"weights": weights, "ways": ways}
+    options = {"gpu": found.gpu, **call}
     plans = per_shape(shapes, lambda name, shape: [memory_plan(shape, count, name=name, **options) for count in tokens])
     if as_json:
         emit(PlanDocument(found.gpu, found.measured, tuple(plans)))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megamoe_jit._cli._cache_options import complete_kernel
 from megamoe_jit._cli._io import copy_out, emit, json_option
 from megamoe_jit._cli._names import spec_of_argument
-from megamoe_jit._cli._options import complete_kernel
 from megamoe_jit._documents import Document, SpecData
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ class Rendered(Document):
 def render(spec: Compilable, as_json: bool) -> None:
     """Print the CUDA source of a kernel, all files in one; needs neither GPU nor compiler.
 
-    SPEC is SHAPE/VARIANT, with /rN for N ranks and /exact for fast_math=False (v4-flash/pingpong,
-    v4-pro/cooperative/r8), or a kernel's name as the listings show it.
+    SPEC is SHAPE/VARIANT (v4-flash/pingpong) and what differs: /rN for N ranks, /mxfp4 for packed weights, /exact for
+    fast_math=False, /f32out for an output in float32, /raw for a kernel that stages its inputs (v4-pro/wide/mxfp4/r8);
+    or a kernel's name as the listings show it.
     """
     from megamoe_jit._compile.render import render as render_source
 

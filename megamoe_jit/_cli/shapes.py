@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import click
 
-from megamoe_jit._cli._io import emit, json_option, show, table
-from megamoe_jit._cli._options import FullSummaries
+from megamoe_jit._cli._io import FullSummaries, emit, json_option, show, table
 from megamoe_jit._documents import Count, Document
 
 __all__ = ["shapes"]

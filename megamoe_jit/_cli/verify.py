@@ -49,7 +49,7 @@ def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.
 
     return list(
         dict.fromkeys(
-            KernelSpec(s.shape, v, ranks, s.fast_math, weights=WeightFormat.parse(s.weights))
+            KernelSpec(s.shape, v, ranks, numerics=s.numerics, weights=WeightFormat.parse(s.weights))
             for s in chosen
             for v in picked(s)
         )

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megamoe_jit._cli._cache_options import cache_dir_option
 from megamoe_jit._cli._io import ExitCode, emit, end, json_option, say, show
 from megamoe_jit._cli._kernels import compile_kernels, kernel_specs, kernel_table
 from megamoe_jit._cli._nodes import nodes_option, shapes_of_a_node
 from megamoe_jit._cli._options import (
-    cache_dir_option,
     numerics_options,
     ranks_option,
     shape_options,
@@ -117,7 +117,8 @@ def warmup(
     if lost:
         off = "MEGAMOE_JIT_NO_CACHE turns the cache off, so"
         where = f": {off}" if settings.no_cache else f" in {settings.cache_dir}:"
-        say(f"{lost} could not be kept{where} other processes will compile again")
+        step = "" if settings.no_cache else "; set MEGAMOE_JIT_CACHE_DIR, or --cache-dir, to a folder of your own"
+        say(f"{lost} could not be kept{where} other processes will compile again{step}")
     end(ExitCode.FAILED if doc.failed or lost else ExitCode.OK)
 
 

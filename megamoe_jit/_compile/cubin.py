@@ -14,7 +14,6 @@ import functools
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 __all__ = ["CubinError", "CubinInfo", "KernelInfo", "cubin_arch", "read_cubin"]
@@ -40,8 +39,7 @@ class CubinError(ValueError):
     """The bytes are not a cubin this reader understands."""
 
 
-@dataclass(frozen=True, slots=True)
-class KernelInfo:
+class KernelInfo(NamedTuple):
     """One kernel of a cubin.
 
     Attributes:
@@ -61,8 +59,7 @@ class KernelInfo:
     max_threads: int
 
 
-@dataclass(frozen=True, slots=True)
-class CubinInfo:
+class CubinInfo(NamedTuple):
     """A cubin: its architecture, such as `sm_90a`, and its kernels by name."""
 
     arch: str

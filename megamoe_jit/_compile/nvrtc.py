@@ -24,12 +24,12 @@ from typing import Any
 from megamoe_jit._compile.cubin import CubinError, CubinInfo, KernelInfo, read_cubin
 from megamoe_jit._compile.render import source_lines
 from megamoe_jit._compile.signals import settle
-from megamoe_jit._compile.toolchain import ARCH, Toolchain, activate
+from megamoe_jit._compile.toolchain import ARCH, Toolchain, activate, options_for
 from megamoe_jit._errors import CompileError, PerformanceLossError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._trust import private_directory
 
-__all__ = ["CompileResult", "Diagnostic", "compile_source", "options_for"]
+__all__ = ["CompileResult", "Diagnostic", "compile_source"]
 
 LOG = logging.getLogger("megamoe_jit")
 SHOWN = 8  #: diagnostics quoted in an error message
@@ -114,27 +114,6 @@ class CompileResult:
     def advisories(self) -> tuple[str, ...]:
         """Messages that say the kernel is slower than written."""
         return tuple(str(d) for d in self.diagnostics if d.is_performance_loss)
-
-
-def options_for(toolchain: Toolchain | None, extra_options: Sequence[str] = ()) -> tuple[str, ...]:
-    """The compiler options; a part of the cache key, so they hold no path.
-
-    Args:
-        toolchain: decides which options exist; None for those that all have.
-        extra_options: appended after those of the settings.
-    """
-    options = [
-        f"--gpu-architecture={ARCH}",
-        "-std=c++17",
-        "-default-device",
-        "-lineinfo",
-        "--ptxas-options=-v",
-        "--ptxas-options=--warn-on-spills",
-    ]
-    if toolchain is not None and toolchain.version >= (12, 9):
-        options.append("--no-cache")  # its own cache would call the driver and swallow the ptxas log
-    options.extend(f"--ptxas-options={option}" for option in get_settings().ptxas_options)
-    return (*options, *extra_options)
 
 
 def compile_source(

@@ -9,6 +9,7 @@ package is installed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -21,16 +22,16 @@ from megamoe_jit._files import read_text, stays_inside
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_lines"]
+__all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_lines", "sources_digest"]
 
 VIRTUAL_ROOT = "/megamoe_jit/kernels_src"
 
-_DIRECTIVE = re.compile(r"^[^\S\n]*#.*$", re.MULTILINE)
-_INCLUDE = re.compile(r"^\s*#\s*include\b(.*)$")
+#: those that say what stands where: the rest is the compiler's business
+_DIRECTIVE = re.compile(r"\n([^\S\n]*#[^\S\n]*(include|pragma|ifdef|ifndef|if|endif|line)\b(.*))")
 _QUOTED = re.compile(r'^\s*"([^"]+)"\s*(//.*|/\*.*\*/\s*)?$')
-_PRAGMA_ONCE = re.compile(r"^\s*#\s*pragma\s+once\b")
+_CONDITIONS = ("if", "ifdef", "ifndef")
+_ONCE = re.compile(r"\s+once\b")
 _LINE_MARK = re.compile(r'^#line (\d+) "([^"]+)"$')
-_CONDITION = re.compile(r"^\s*#\s*(if|ifdef|ifndef|endif)\b")
 #: What a wrong template raises beside `jinja2.TemplateError`; of these, a syntax error is one of the Python made of it.
 _REFUSED = (
     *(ArithmeticError, LookupError, TypeError, ValueError, OSError),
@@ -95,6 +96,23 @@ def render(spec: Compilable) -> RenderedSource:
     return RenderedSource("\n".join(flat.out) + "\n", tuple(flat.files))
 
 
+def sources_digest() -> str:
+    """What the files of all kernels are, as sha256 over their names and bytes; nothing is rendered.
+
+    Raises:
+        ConfigError: there is no directory of them.
+        RenderError: one cannot be read.
+    """
+    root, digest = kernels_dir(), hashlib.sha256()
+    for name in sorted(path.relative_to(root).as_posix() for path in root.glob("*/*.cuh*")):
+        try:
+            data = _read(root, name).encode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RenderError(f"cannot read {name!r} in {root}: {_reason(error)}") from error
+        digest.update(b"%d %d " % (len(name), len(data)) + name.encode() + data)
+    return digest.hexdigest()
+
+
 def source_lines(text: str) -> dict[tuple[str, int], str]:
     """Where each line of a flattened source came from: (virtual file, line) to its text."""
     table: dict[tuple[str, int], str] = {}
@@ -110,7 +128,11 @@ def source_lines(text: str) -> dict[tuple[str, int], str]:
 
 
 def _read(root: Path, name: str) -> str:
-    return read_text(root / name, _FILE_BYTES).replace("\r\n", "\n")
+    return read_text(os.path.join(root, name), _FILE_BYTES).replace("\r\n", "\n")
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str | None:
+    return error.strerror if isinstance(error, OSError) else "not UTF-8 text"
 
 
 def _virtual(name: str) -> str:
@@ -206,22 +228,22 @@ class _Flattener:
             raise RenderError(f"{_virtual(name)}: with this file the source has more than {_SOURCE_BYTES} characters")
         if mark is not None:
             self.out.append(mark)
-        if text.endswith("\n"):
-            text = text[:-1]
-        file, number, depth = _virtual(name), 1, 0
-        copied = counted = 0  # up to where the text is in `out`, and its lines in `number`
+        text = "\n" + text.removesuffix("\n")  # each line begins after one, which is found much faster than by `^`
+        file, number, depth = _virtual(name), 0, 0
+        copied, counted = 1, 0  # up to where the text is in `out`, and its lines in `number`
         for found in _DIRECTIVE.finditer(text):
-            line, begin = found[0], found.start()
+            line, word, operand = found.groups()
+            begin = found.start(1)
             number += text.count("\n", counted, begin)
             counted = begin
-            mark_here = _LINE_MARK.match(line)
-            if mark_here:
+            if word == "line" and (mark_here := _LINE_MARK.match(line)):
                 file, number = mark_here[2], int(mark_here[1]) - 1
-            condition = _CONDITION.match(line)
-            if condition:
-                depth += -1 if condition[1] == "endif" else 1
-            include = _INCLUDE.match(line)
-            if not include and not _PRAGMA_ONCE.match(line):
+            elif word in _CONDITIONS:
+                depth += 1
+            elif word == "endif":
+                depth -= 1
+            include = word == "include"
+            if not include and not (word == "pragma" and _ONCE.match(operand)):
                 continue
             if include and depth:
                 raise RenderError(f"{file}({number}): #include inside #if is not allowed; each file enters once")
@@ -229,7 +251,7 @@ class _Flattener:
                 self.out.append(text[copied : begin - 1])
             copied = found.end() + 1
             if include:
-                self._include(include[1], file, number)
+                self._include(operand, file, number)
             else:
                 self.out.append("")
         if copied <= len(text):
@@ -245,8 +267,6 @@ class _Flattener:
                 "relative to the kernel directory (the compiler gets no include path)"
             )
         name = quoted[1]
-        if not stays_inside(name):
-            raise RenderError(f'{where}: #include "{name}" must be a plain path relative to the kernel directory')
         if name in self.stack:
             chain = " -> ".join([*self.stack[self.stack.index(name) :], name])
             raise RenderError(f"{where}: include cycle {chain}")
@@ -255,10 +275,11 @@ class _Flattener:
         if name in self.files:
             self.out.append("")
             return
+        if not stays_inside(name):
+            raise RenderError(f'{where}: #include "{name}" must be a plain path relative to the kernel directory')
         try:
             text = _read(self.root, name)
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise RenderError(f'{where}: cannot include "{name}" from {self.root}: {reason}') from error
+            raise RenderError(f'{where}: cannot include "{name}" from {self.root}: {_reason(error)}') from error
         self.enter(name, text, f'#line 1 "{_virtual(name)}"')
         self.out.append(f'#line {number + 1} "{file}"')

@@ -17,17 +17,29 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe_jit._compile.build_id import build_id
 from megamoe_jit._compile.wheels import bindings_command, wheel_command
-from megamoe_jit._errors import ToolchainError
+from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._settings.settings import get_settings
+from megamoe_jit._version import __version__
 
-__all__ = ["ARCH", "Candidate", "Toolchain", "activate", "candidates", "correction", "find_toolchain", "wanted_major"]
+__all__ = [
+    "ARCH",
+    "Candidate",
+    "Toolchain",
+    "activate",
+    "candidates",
+    "correction",
+    "current_builder",
+    "find_toolchain",
+    "options_for",
+    "wanted_major",
+]
 
 ARCH = "sm_90a"
 MINIMUM = (12, 8)  #: the oldest the kernels are compiled with
@@ -110,6 +122,35 @@ def find_toolchain() -> Toolchain:
         ToolchainError: none was found, or it is too old; says what to install.
     """
     return _find(get_settings().nvrtc)
+
+
+def current_builder() -> tuple[str, str] | None:
+    """Package version and compiler build that would compile a kernel now; None without a compiler."""
+    try:
+        return __version__, find_toolchain().build
+    except MegaMoeError:
+        return None
+
+
+def options_for(toolchain: Toolchain | None, extra_options: Sequence[str] = ()) -> tuple[str, ...]:
+    """The compiler options; a part of the cache key, so they hold no path.
+
+    Args:
+        toolchain: decides which options exist; None for those that all have.
+        extra_options: appended after those of the settings.
+    """
+    options = [
+        f"--gpu-architecture={ARCH}",
+        "-std=c++17",
+        "-default-device",
+        "-lineinfo",
+        "--ptxas-options=-v",
+        "--ptxas-options=--warn-on-spills",
+    ]
+    if toolchain is not None and toolchain.version >= (12, 9):
+        options.append("--no-cache")  # its own cache would call the driver and swallow the ptxas log
+    options.extend(f"--ptxas-options={option}" for option in get_settings().ptxas_options)
+    return (*options, *extra_options)
 
 
 def activate(toolchain: Toolchain) -> None:

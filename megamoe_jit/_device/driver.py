@@ -1,6 +1,6 @@
-"""What the NVIDIA driver says of itself and its GPUs, asked through ctypes.
+"""What the NVIDIA driver says of itself and its GPUs, asked through ctypes; and what its answers are.
 
-That takes milliseconds, needs neither torch nor the CUDA bindings, and shows the code of a driver that refuses, known
+Asking takes milliseconds, needs neither torch nor the CUDA bindings, and shows the code of a driver that refuses, known
 or not.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megamoe_jit._documents import Count
-from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._errors import LoadError, UnsupportedDeviceError
 from megamoe_jit._text import first_line
 
-__all__ = ["Gpu", "Machine", "gpus", "refuse_without_gpu"]
+__all__ = ["Gpu", "Machine", "checked", "gpus", "name_of", "refuse_without_gpu"]
 
 LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR, _SMS = 75, 76, 16  #: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, ..._MINOR, _MULTIPROCESSOR_COUNT
@@ -147,3 +147,18 @@ def _gpu(driver: _Driver, index: int) -> Gpu:
     memory = driver.number("cuDeviceTotalMem_v2", device, kind=ctypes.c_size_t)
     title = name.value.decode(errors="replace")
     return Gpu(index, title, f"{major}.{minor}", sms, memory, (major, minor) == (9, 0))
+
+
+def name_of(status: Any) -> str:
+    """What an answer of the CUDA bindings is called."""
+    return str(getattr(status, "name", status))
+
+
+def checked(driver: Any, result: tuple[Any, ...], what: str) -> Any:
+    """The value that a call of the CUDA bindings gives; raises `LoadError` if it failed."""
+    status = result[0]
+    if int(status) != 0:
+        problem, text = driver.cuGetErrorString(status)
+        detail = f" ({bytes(text).decode()})" if int(problem) == 0 and text else ""
+        raise LoadError(f"{what} failed: {name_of(status)}{detail}")
+    return result[1] if len(result) > 1 else None

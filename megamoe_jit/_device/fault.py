@@ -26,7 +26,7 @@ WAITS: dict[int, str] = {
     Wait.GEMM1_TILE_STORED: "the math warps to finish tile {which}, of the first GEMM",
     Wait.PEER_SIGNAL: "the other ranks to have their {meeting} ready in launch {expected} (missing: {ranks})",
     Wait.TAIL_BARRIER: "all {expected} blocks of the launch to finish their tiles (grid barrier {which})",
-    Wait.WEIGHT_STAGE_FREE: "the math warps to free pipeline stage {which} for weights",
+    Wait.WEIGHT_STAGE_FREE: "the math warps (with unpack, the helpers) to free pipeline stage {which} for weights",
     Wait.GEMM2_TILE_STORED: "the math warps to finish tile {which}, of the second GEMM",
     Wait.POOL_READ: "the first GEMM to read the rows from {row} on, whose place is wanted "
     "({seen} of {expected} tiles done)",

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megamoe_jit._device.load import checked
+from megamoe_jit._device.driver import checked
 from megamoe_jit._errors import LoadError
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._spec.abi import SIDE_WORDS

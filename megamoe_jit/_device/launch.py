@@ -1,4 +1,4 @@
-"""One prepacked launch.
+"""A kernel on a device, and one prepacked launch of it.
 
 Everything that does not change between calls (attributes, block, shared memory, the address of the
 parameter block) is laid out once, so that a call costs a fraction of a microsecond of Python. The
@@ -8,15 +8,18 @@ parameter block is memory of the caller: what it holds at the moment of the call
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from megamoe_jit._device.load import LoadedKernel
 from megamoe_jit._errors import DeviceFaultError, LaunchError
+from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._spec.abi import PARAMS_ALIGN, THREADS
+from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["Launcher"]
+__all__ = ["Launcher", "LoadedKernel"]
 
 _ADVICE = {
     "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": (
@@ -49,6 +52,29 @@ def _launch_function() -> Callable[[int, int, int, None], int]:
     function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
     function.argtypes, function.restype = (ctypes.c_void_p,) * 4, ctypes.c_int
     return function
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A kernel on one device.
+
+    Attributes:
+        spec: what it was compiled for.
+        key: its name in the cache.
+        device_index: the CUDA device.
+        function: the `CUfunction`, with its shared memory limit raised.
+        param_bytes: size of its parameter.
+        compiled: the kernel it was loaded from.
+        library: the `CUlibrary`, kept so that it is never unloaded.
+    """
+
+    spec: Compilable
+    key: str
+    device_index: int
+    function: Any
+    param_bytes: int
+    compiled: CompiledKernel = dataclasses.field(repr=False)
+    library: Any = dataclasses.field(repr=False)
 
 
 class Launcher:

@@ -8,7 +8,6 @@ before anything is touched, so that the capture stays usable.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import threading
@@ -17,13 +16,15 @@ from typing import Any
 
 from megamoe_jit._compile.cubin import CubinError, read_cubin
 from megamoe_jit._compile.wheels import wheel_command
+from megamoe_jit._device.driver import checked, name_of
+from megamoe_jit._device.launch import LoadedKernel
 from megamoe_jit._errors import CaptureError, LoadError, MegaMoeError, UnsupportedDeviceError
 from megamoe_jit._jit.kernel import CompiledKernel, warmup_command
+from megamoe_jit._jit.obtain import get_kernel, replacement
 from megamoe_jit._jit.registry import Life, registry
-from megamoe_jit._jit.runtime import get_kernel, replacement
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["LoadedKernel", "checked", "load_kernel"]
+__all__ = ["load_kernel"]
 
 LOG = logging.getLogger("megamoe_jit")
 
@@ -34,29 +35,6 @@ _REFUSED = (
     "CUDA_ERROR_INVALID_SOURCE",
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedKernel:
-    """A kernel on one device.
-
-    Attributes:
-        spec: what it was compiled for.
-        key: its name in the cache.
-        device_index: the CUDA device.
-        function: the `CUfunction`, with its shared memory limit raised.
-        param_bytes: size of its parameter.
-        compiled: the kernel it was loaded from.
-        library: the `CUlibrary`, kept so that it is never unloaded.
-    """
-
-    spec: Compilable
-    key: str
-    device_index: int
-    function: Any
-    param_bytes: int
-    compiled: CompiledKernel = dataclasses.field(repr=False)
-    library: Any = dataclasses.field(repr=False)
 
 
 class Loaded:
@@ -166,13 +144,13 @@ def _load(compiled: CompiledKernel, device_index: int) -> LoadedKernel | _Refusa
         return _Refusal(f"the cached kernel {compiled.key[:12]} is not {spec.kernel_name}", explained=False)
     _enter_context(driver, device_index, spec)
     status, library = driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
-    if _name(status) in _REFUSED:
-        return _refusal(driver, compiled, _name(status))
+    if name_of(status) in _REFUSED:
+        return _refusal(driver, compiled, name_of(status))
     checked(driver, (status,), f"cuLibraryLoadData({spec.kernel_name})")
     kernel = checked(driver, driver.cuLibraryGetKernel(library, spec.kernel_name.encode()), "cuLibraryGetKernel")
     status, function = driver.cuKernelGetFunction(kernel)
-    if _name(status) in _REFUSED:
-        return _refusal(driver, compiled, _name(status))
+    if name_of(status) in _REFUSED:
+        return _refusal(driver, compiled, name_of(status))
     checked(driver, (status,), f"cuKernelGetFunction({spec.kernel_name})")
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     checked(
@@ -215,20 +193,6 @@ def _enter_context(driver: Any, device_index: int, spec: Compilable) -> None:
             f"the current CUDA context is not the primary context of device {device_index}; "
             f"call torch.cuda.set_device({device_index}) first"
         )
-
-
-def _name(status: Any) -> str:
-    return str(getattr(status, "name", status))
-
-
-def checked(driver: Any, result: tuple[Any, ...], what: str) -> Any:
-    """The value of a driver call; raises `LoadError` if it failed."""
-    status = result[0]
-    if int(status) != 0:
-        problem, text = driver.cuGetErrorString(status)
-        detail = f" ({bytes(text).decode()})" if int(problem) == 0 and text else ""
-        raise LoadError(f"{what} failed: {_name(status)}{detail}")
-    return result[1] if len(result) > 1 else None
 
 
 def _refusal(driver: Any, compiled: CompiledKernel, error: str) -> _Refusal:

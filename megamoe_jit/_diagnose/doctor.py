@@ -95,7 +95,9 @@ def _settings() -> Check:
             named = settings.config is not None
             steps.append(f"correct that file{f', or correct or unset {PREFIX}CONFIG' if named else ''}")
         detail = "\n".join(fault.message for fault in faults)
-        return Check("settings", Status.FAIL, detail, "; ".join(steps), {"problems": [asdict(f) for f in faults]})
+        return Check(
+            "settings", Status.FAIL, detail, "; ".join(steps), {"problems": [fault._asdict() for fault in faults]}
+        )
     file = settings.config or default_config_file()
     known = {variable.name for variable in VARIABLES}
     chosen = sorted(name for name in known if os.environ.get(name, "").strip())

@@ -7,6 +7,7 @@ same; a plug-in is imported only when it is asked about.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,7 +116,9 @@ class EngineProbe:
 def probe_of(name: str) -> EngineProbe:
     """The probe of an engine of `ENGINES`."""
     plugin = PLUGINS[name]
-    facts = importlib.import_module(plugin.facts)
+    with warnings.catch_warnings():  # a plug-in that steps aside says what the probe's findings are to say
+        warnings.filterwarnings("ignore", message=".* steps aside: ")
+        facts = importlib.import_module(plugin.facts)
     return EngineProbe(name, plugin.distribution, facts.WANTED, facts.TESTED, facts.relied_upon, plugin.typed)
 
 

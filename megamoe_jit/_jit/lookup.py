@@ -15,9 +15,8 @@ from pathlib import Path
 from megamoe_jit._cache.cache import KernelCache, cache_key, find_info, searched_caches
 from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info, source_id
 from megamoe_jit._cache.metadata import Metadata
-from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import RenderedSource, render
-from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain
+from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain, options_for
 from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._trust import check_private

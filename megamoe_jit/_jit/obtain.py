@@ -1,7 +1,10 @@
-"""One kernel from the first place that has it: read-only caches, the user's cache, the compiler.
+"""One kernel from the first place that has it: memory, read-only caches, the user's cache, the compiler.
 
 Everything here happens in the order in which it is cheap: render, look up, look up whatever another compiler made
-for us, wait for a process that is compiling the same kernel, compile.
+for us, wait for a process that is compiling the same kernel, compile.  A kernel is compiled once per process, whatever
+the number of threads, and once per node, whatever the number of processes.  A failure is remembered: the same kernel
+is not compiled again and again, and nobody runs half of one.  The bytes that were just compiled are used from memory;
+whether the disk could keep them does not matter.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._text import one_line
 from megamoe_jit._version import __version__
 
-__all__ = ["distrust", "obtain"]
+__all__ = ["distrust", "get_kernel", "replacement"]
 
 LOG = logging.getLogger("megamoe_jit")
 
@@ -48,21 +51,47 @@ def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
     return not registry().made(kernel.key)
 
 
-def obtain(spec: Compilable, force: bool, stop: threading.Event | None = None) -> CompiledKernel:
-    """A kernel from the first place that has it.
+def get_kernel(spec: Compilable, force: bool = False, stop: threading.Event | None = None) -> CompiledKernel:
+    """The compiled kernel of a spec; compiles it if nobody did yet.
 
     Args:
         spec: the kernel.
-        force: compile it whatever the caches hold, and replace the entry.
+        force: compile it whatever memory and caches hold, and replace the entry.
         stop: once it is set, nothing is begun any more: Ctrl-C reaches the main thread alone.
+
+    Returns:
+        The kernel.  Later calls return it from memory.
 
     Raises:
         KeyboardInterrupt: `stop` is set.
-        KernelMissingError: it would have to be compiled, which is forbidden.
+        KernelMissingError: it is not cached, and the process is sealed or the settings forbid compiling.
         RenderError: its source cannot be rendered.
-        ToolchainError: there is no compiler.
-        CompileError: it does not compile.
+        ToolchainError: there is no compiler to identify or compile it with.
+        CompileError: it does not compile.  The same error is raised again until `retry` or `forget`.
     """
+    kernels = registry()
+    return kernels.once(kernels.life(spec), lambda: _obtain(spec, force, stop), force)
+
+
+def replacement(kernel: CompiledKernel, why: str, *, damaged: bool) -> CompiledKernel | None:
+    """Another binary of a kernel that the driver refuses: a copy of it, or made here; None if this one was made here.
+
+    Args:
+        kernel: the refused one, which is not taken from a cache again.
+        why: what to tell the user of it.
+        damaged: it should have worked; then it is moved to quarantine too, for the sake of other processes.
+
+    Raises:
+        MegaMoeError: as `get_kernel`.
+    """
+    if not distrust(kernel, damaged):
+        return None
+    LOG.warning("%s; taking another copy, or compiling it here", why)
+    registry().forget(kernel.spec)
+    return get_kernel(kernel.spec)
+
+
+def _obtain(spec: Compilable, force: bool, stop: threading.Event | None) -> CompiledKernel:
     settings = get_settings()
     wanted = Wanted.of(spec)
     if not force:

@@ -21,6 +21,7 @@ from megamoe_jit._cache.entry import CUBIN, LIMIT, META, SOURCE, Damaged, OtherS
 from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._errors import PackError
 from megamoe_jit._files import file_sha256
+from megamoe_jit._text import first_line, shown
 
 __all__ = ["FILES", "KIND", "MANIFEST", "entries_in", "opened", "sha256", "write_tar"]
 
@@ -88,7 +89,8 @@ def opened(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         if not begun and isinstance(error, tarfile.TarError):
             raise PackError(f"{path} is not a pack of megamoe-jit: {error}") from error
-        raise PackError(f"cannot read {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or first_line(error, 300)
+        raise PackError(f"cannot read {shown(str(path), 300)}: {reason}") from error
 
 
 def _plain(path: Path) -> BufferedReader:

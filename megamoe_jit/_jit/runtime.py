@@ -1,9 +1,6 @@
-"""From a `KernelSpec` to a compiled kernel: memory, then read-only caches, then the user's, then the compiler.
+"""What is asked of a process's kernels from above: which a layer needs, warmup, another try, sealing.
 
-A kernel is compiled once per process, whatever the number of threads, and once per node, whatever the
-number of processes. A failure is remembered: the same kernel is not compiled again and again, and nobody
-runs half of one. The bytes that were just compiled are used from memory; whether the disk could keep them
-does not matter. A process that is sealed compiles nothing any more.
+A process that is sealed compiles nothing any more.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from dataclasses import dataclass
 from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._jit.kernel import CompiledKernel, warmup_command
-from megamoe_jit._jit.obtain import distrust, obtain
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat
@@ -38,7 +35,6 @@ __all__ = [
     "forget",
     "get_kernel",
     "kernel_cache",
-    "replacement",
     "retry",
     "seal",
     "sealed",
@@ -125,42 +121,6 @@ def enumerate_specs(
         KernelSpec(shape, v, ranks, numerics=each, weights=stored, inputs=form) for form, v, each in kinds
     )
     return (*kernels, *(StageSpec(form) for form in StageFormat if Inputs.RAW in forms))
-
-
-def get_kernel(spec: Compilable) -> CompiledKernel:
-    """The compiled kernel of a spec; compiles it if nobody did yet.
-
-    Args:
-        spec: the kernel.
-
-    Returns:
-        The kernel.  Later calls return it from memory.
-
-    Raises:
-        KernelMissingError: it is not cached, and the process is sealed or the settings forbid compiling.
-        RenderError: its source cannot be rendered.
-        ToolchainError: there is no compiler to identify or compile it with.
-        CompileError: it does not compile.  The same error is raised again until `retry` or `forget`.
-    """
-    return _get(spec)
-
-
-def replacement(kernel: CompiledKernel, why: str, *, damaged: bool) -> CompiledKernel | None:
-    """Another binary of a kernel that the driver refuses: a copy of it, or made here; None if this one was made here.
-
-    Args:
-        kernel: the refused one, which is not taken from a cache again.
-        why: what to tell the user of it.
-        damaged: it should have worked; then it is moved to quarantine too, for the sake of other processes.
-
-    Raises:
-        MegaMoeError: as `get_kernel`.
-    """
-    if not distrust(kernel, damaged):
-        return None
-    LOG.warning("%s; taking another copy, or compiling it here", why)
-    forget(kernel.spec)
-    return get_kernel(kernel.spec)
 
 
 def retry() -> None:
@@ -299,14 +259,9 @@ def _warm_one(spec: Compilable, force: bool, stop: threading.Event) -> WarmupRes
     begin = time.perf_counter()
     kernel, failure = None, None
     try:
-        kernel = _get(spec, force, stop)
+        kernel = get_kernel(spec, force, stop)
     except Exception as error:
         failure = error
         if not isinstance(error, MegaMoeError):
             LOG.exception("unexpected failure while compiling %s", spec.kernel_name)
     return WarmupResult(spec, kernel, failure, time.perf_counter() - begin)
-
-
-def _get(spec: Compilable, force: bool = False, stop: threading.Event | None = None) -> CompiledKernel:
-    kernels = registry()
-    return kernels.once(kernels.life(spec), lambda: obtain(spec, force, stop), force)

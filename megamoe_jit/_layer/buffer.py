@@ -168,10 +168,11 @@ class SymmBuffer(LayerMemory):
         weights: WeightFormat = FP8,
     ) -> CallPlan:
         """What a call launches; remembered for each combination, so a steady-state call only looks it up."""
-        plan = self.kernels.known_plan(tokens, variant, fast_math, num_sms, inputs, weights)
+        asked = (tokens, variant, fast_math, num_sms, inputs, weights)
+        plan = self.kernels.known_plan(asked)
         if plan is None:
             self.require_usable()
-            plan = self.kernels.new_plan(tokens, variant, fast_math, num_sms, inputs, weights)
+            plan = self.kernels.new_plan(asked)
         return plan
 
     def read_inputs(

@@ -106,7 +106,10 @@ def get_symm_buffer_for_mega_moe(
         check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
         check_int("max_pool_rows", max_pool_rows)
         if not torch.cuda.is_available():
-            raise UnsupportedDeviceError("no CUDA device is available; these kernels need a Hopper GPU and its driver")
+            raise UnsupportedDeviceError(
+                "no CUDA device is available; these kernels need a Hopper GPU and its driver; "
+                "`megamoe-jit doctor` says more"
+            )
         return shape, place_of(device)
 
     shape, where = collectively(ranks, "checking the layer", admit)
@@ -122,7 +125,7 @@ def place_of(device: torch.device | str | int | None) -> torch.device:
         return torch.empty(0, dtype=torch.uint8, device=place).device
     except (RuntimeError, OverflowError, TypeError, ValueError, AssertionError) as error:
         allowed = "allowed: a CUDA device of this machine, its number or name"
-        raise ConfigError(f"device = {shown(device)} cannot be used: {first_line(error)}; {allowed}") from None
+        raise ConfigError(f"device = {shown(device)} cannot be used: {first_line(error, 300)}; {allowed}") from None
 
 
 def get_symm_buffer_for_sm90_mega_moe(
@@ -247,7 +250,7 @@ def fp8_mega_moe(
 def _new_call(
     arguments: tuple[Any, ...],
     weights: Any,
-    numeric: tuple[bool],
+    numeric: tuple[bool, ...],
     num_sms: int | None,
     variant: str | None,
     options: tuple[Any, ...],

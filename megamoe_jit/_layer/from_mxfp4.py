@@ -128,7 +128,7 @@ def fp8_from_mxfp4(
             which one).
     """
     codes, e8m0 = check_plain_mxfp4("weights", (codes, e8m0))
-    if dtype not in _TARGETS:
+    if not isinstance(dtype, torch.dtype) or dtype not in _TARGETS:
         raise ConfigError(f"dtype = {shown(dtype)} is not supported; allowed: float8_e4m3fn or float8_e5m2")
     rounded, target = check_rounding(rounding), _TARGETS[dtype]
     *lead, rows, stored = codes.shape

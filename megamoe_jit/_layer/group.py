@@ -6,14 +6,13 @@ fails alone would leave the others waiting.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from megamoe_jit._errors import ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
 from megamoe_jit._text import first_line
 
-__all__ = ["collectively", "digest", "gather", "group_rank", "group_size", "require_equal"]
+__all__ = ["collectively", "gather", "group_rank", "group_size", "require_equal"]
 
 T = TypeVar("T")
 
@@ -91,8 +90,3 @@ def collectively(group: Any, what: str, action: Callable[[], T]) -> T:
         if failure is not None:
             raise MegaMoeError(f"{what} failed on rank {rank}: {failure}")
     return result  # type: ignore[return-value]
-
-
-def digest(*parts: str) -> str:
-    """Short fingerprint of some texts."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

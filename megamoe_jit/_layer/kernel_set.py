@@ -44,7 +44,8 @@ def sort_blocks(pairs: int) -> int:
 
 
 _Kind = tuple[Variant, Numerics, Inputs, WeightFormat]  #: a kernel of one shape
-_Call = tuple[int, str | None, bool | Numerics, int | None, Inputs, WeightFormat]  #: what a plan depends on
+#: What a plan depends on: tokens, variant, numerics, num_sms, inputs, weights, as a call has them.
+Asked = tuple[int, str | None, bool | Numerics, int | None, Inputs, WeightFormat]
 
 
 class KernelSet:
@@ -60,7 +61,7 @@ class KernelSet:
         self._place, self._group, self._other_memory = place, group, other_memory
         self.bound: dict[_Kind, BoundKernel] = {}
         self._prepared: set[tuple[Numerics, Inputs, WeightFormat]] = set()
-        self._plans: dict[_Call, CallPlan] = {}
+        self._plans: dict[Asked, CallPlan] = {}
         self._planned_with: Settings | None = None
         self.expanded: ExpandedWeights | None = None  #: once a kernel needs it
 
@@ -144,38 +145,24 @@ class KernelSet:
         )
         return choice, blocks
 
-    def known_plan(
-        self,
-        tokens: int,
-        variant: str | None,
-        numerics: bool | Numerics,
-        num_sms: int | None,
-        inputs: Inputs,
-        weights: WeightFormat,
-    ) -> CallPlan | None:
+    def known_plan(self, asked: Asked) -> CallPlan | None:
         """The plan of such a call if there was one with these settings; raises `ConfigError` if none can be meant."""
         settings = get_settings()
         if settings is not self._planned_with:
             self._plans.clear()
             self._planned_with = settings
+        _, variant, numerics, num_sms, *_ = asked
         if num_sms is not None and type(num_sms) is not int:
             return None  # what equals a number finds its plan, and is none
         try:
-            return self._plans.get((tokens, variant, numerics, num_sms, inputs, weights))
+            return self._plans.get(asked)
         except TypeError:  # costs nothing where they are what they should be
             given = f"variant = {shown(variant)}, fast_math = {shown(numerics)}, num_sms = {shown(num_sms)}"
             raise ConfigError(f"{given}; allowed: a name or None, a bool, a number or None") from None
 
-    def new_plan(
-        self,
-        tokens: int,
-        variant: str | None,
-        numerics: bool | Numerics,
-        num_sms: int | None,
-        inputs: Inputs,
-        weights: WeightFormat,
-    ) -> CallPlan:
+    def new_plan(self, asked: Asked) -> CallPlan:
         """What such a call launches, remembered for the next one like it."""
+        tokens, variant, numerics, num_sms, inputs, weights = asked
         choice, blocks = self.choose(tokens, variant, num_sms, weights)
         options = numerics if isinstance(numerics, Numerics) else Numerics(numerics)
         kernel = self.prepare(choice.variant, options, inputs, weights)
@@ -185,7 +172,7 @@ class KernelSet:
         plan = CallPlan(kernel, choice, blocks, sorting, two_sides, get_settings().debug)
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
-        self._plans[tokens, variant, numerics, num_sms, inputs, weights] = plan
+        self._plans[asked] = plan
         return plan
 
     def forget_plans(self) -> None:

@@ -9,12 +9,15 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.calls import fp8_mega_moe
 from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._spec.checks import check
+from megamoe_jit._text import counted
 
-__all__ = ["mask_rows", "mega_moe_local_experts"]
+__all__ = ["mega_moe_local_experts"]
 
+_MOST_ROWS = (1 << 31) - 1  #: between two experts
 _COUNTS = (torch.int32, torch.int64, torch.uint32)
 
 
@@ -68,7 +71,9 @@ def mega_moe_local_experts(
     if y.ndim != 2:
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [rows, {buffer.hidden}]")
     if buffer.ranks > 1 or buffer.num_shared_experts:
-        given = f"a buffer of {buffer.ranks} rank(s) with {buffer.num_shared_experts} shared expert(s)"
+        given = (
+            f"a buffer of {counted(buffer.ranks, 'rank')} with {counted(buffer.num_shared_experts, 'shared expert')}"
+        )
         raise ConfigError(f"{given}; allowed: one of one rank, without shared experts")
     rows = y.shape[0]
     check(rows <= buffer.num_max_tokens_per_rank, "rows of y", rows, f"at most {buffer.num_max_tokens_per_rank}")
@@ -97,30 +102,24 @@ def check_count(name: str, count: torch.Tensor, numbers: int, device: torch.devi
     check_tensor(name, count, count.dtype, (numbers,), device, align=count.itemsize)
 
 
-def mask_rows(topk_idx: torch.Tensor, num_rows: torch.Tensor) -> None:
-    """Mask rows from a count on that the device alone knows.
-
-    Args:
-        topk_idx: int64 ``[rows, topk]``, written.
-        num_rows: int32, uint32 or int64 ``[1]``.
-    """
-    row = torch.arange(topk_idx.shape[0], dtype=torch.int64, device=topk_idx.device)
-    topk_idx.masked_fill_((row >= num_rows.to(torch.int64))[:, None], -1)
-
-
 def _write_ids(topk_idx: torch.Tensor, expert_rows: torch.Tensor, rows_apart: int | None, align: int) -> None:
     """The expert of each row, of rows that lie by expert; -1 for what lies between."""
     counts = expert_rows.to(torch.int64)
     row = torch.arange(topk_idx.shape[0], dtype=torch.int64, device=topk_idx.device)
     if rows_apart is None:
-        check(type(align) is int and align > 0, "align", align, "1 or more rows")
+        check(type(align) is int and 0 < align <= _MOST_ROWS, "align", align, f"1 to {_MOST_ROWS} rows")
         ends = (torch.div(counts + (align - 1), align, rounding_mode="floor") * align).cumsum(0)
         expert = torch.searchsorted(ends, row, right=True)
         known = expert.clamp(max=len(counts) - 1)
         first = torch.cat((ends.new_zeros(1), ends[:-1]))[known]
         real = (expert < len(counts)) & (row - first < counts[known])
     else:
-        check(type(rows_apart) is int and rows_apart > 0, "rows_apart", rows_apart, "1 or more rows")
+        check(
+            type(rows_apart) is int and 0 < rows_apart <= _MOST_ROWS,
+            "rows_apart",
+            rows_apart,
+            f"1 to {_MOST_ROWS} rows",
+        )
         expert = torch.div(row, rows_apart, rounding_mode="floor")
         known = expert.clamp(max=len(counts) - 1)
         real = (expert < len(counts)) & (row % rows_apart < counts[known])

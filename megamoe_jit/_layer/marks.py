@@ -13,7 +13,9 @@ A subclass of tensors would cost every operation a dispatch, and an attribute of
 and slices, which is how serving engines wrap weights. What makes new memory (`clone()`, `to()`, a file, another
 process) loses the mark: then a call refuses, and `mark_transformed` says that somebody knows better. What writes other
 values over marked memory (`copy_` of weights that were loaded again) keeps it, and `transformed=False` says so before
-they are transformed. The name has a version, so a file from another version's order is told apart.
+they are transformed. The name has a version, so a file from another version's order is told apart. While an expert is
+permuted in place it is in no order, and is marked so: what ends a transform half-way, such as Ctrl-C, must not make
+weights that are transformed twice.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from megamoe_jit._text import shown
 __all__ = [
     "LAYOUT",
     "METADATA_KEY",
+    "UNFINISHED",
     "Span",
     "check_metadata",
     "layout_of",
@@ -42,6 +45,7 @@ __all__ = [
 
 LAYOUT = "megamoe-sm90-2"  #: the order that this version's kernels read; another number for another order
 METADATA_KEY = "megamoe_jit.layout"  #: of safetensors' metadata
+UNFINISHED = "unfinished"  #: of bytes that are being written: who ends it leaves them in no order at all
 _ATTRIBUTE = "_megamoe_jit_marks"
 
 Span = tuple[int, int]  #: first byte, and that past the last, of a storage
@@ -131,11 +135,16 @@ def require_marked(
             raise ConfigError(f"{name} {what} {_said(found, wanted)}")
 
 
+_LEFT = "were left half-way by a transform that was ended, and must be loaded again"
+
+
 def _said(found: str | None, wanted: str) -> str:
     if found is None:
         what = "are not marked as transformed"
     elif found == "mixed":
         what = "are in the kernel's order only in part"
+    elif found == UNFINISHED:
+        return f"{_LEFT}; allowed: {wanted}"
     else:
         what = f"are in the order {found}"
     return (
@@ -151,8 +160,9 @@ def require_plain(
     for span in spans(codes) if where is None else where:
         found = order_of(codes, span)
         if found is not None:
+            said = f"{_LEFT}; allowed" if found == UNFINISHED else f"are transformed already ({found}); allowed"
             raise ConfigError(
-                f"{name} {what} are transformed already ({found}); allowed: rows as they were quantised. If other "
+                f"{name} {what} {said}: rows as they were quantised. If other "
                 "values were written over them since, say so: mark_transformed(..., transformed=False)"
             )
 

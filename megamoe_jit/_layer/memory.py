@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._compile.render import sources_digest
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._device.layout import MIN_POOL_ROWS, BufferLayout, buffer_layout
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
-from megamoe_jit._layer.group import collectively, digest, group_rank, group_size, require_equal
+from megamoe_jit._layer.group import collectively, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import allocate_symmetric
 from megamoe_jit._spec import (
     BLOCK,
     DEFAULT_NUMERICS,
-    FORMATS,
     FP8,
     MAX_TOKENS,
     KernelSpec,
@@ -30,7 +30,7 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
 
-__all__ = ["LayerMemory", "Place"]
+__all__ = ["LayerMemory", "Place", "mask_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +107,6 @@ class LayerMemory:
         self.spec(Variant.COOPERATIVE, DEFAULT_NUMERICS)
         if self.ranks == 1:
             return {}
-        from megamoe_jit._compile.render import render
-
-        kinds = [(variant, stored) for stored in FORMATS.values() for variant in Variant.reading(stored)]
-        sources = (render(self.spec(variant, DEFAULT_NUMERICS, stored)).text for variant, stored in kinds)
         return {
             "num_experts": self.shape.experts,
             "num_topk": self.shape.topk,
@@ -118,7 +114,7 @@ class LayerMemory:
             "hidden": self.shape.hidden,
             "intermediate_hidden": self.shape.intermediate,
             "package version": __version__,
-            "kernel sources": digest(*sources),
+            "kernel sources": sources_digest()[:16],
         }
 
     def _allocate(self) -> None:
@@ -192,3 +188,14 @@ class LayerMemory:
     def spec(self, variant: Variant, numerics: Numerics, weights: WeightFormat = FP8) -> KernelSpec:
         """The kernel this buffer needs for a variant."""
         return KernelSpec(self.shape, variant, self.ranks, numerics=numerics, weights=weights)
+
+
+def mask_rows(topk_idx: torch.Tensor, num_rows: torch.Tensor) -> None:
+    """Mask rows from a count on that the device alone knows.
+
+    Args:
+        topk_idx: int64 ``[rows, topk]``, written.
+        num_rows: int32, uint32 or int64 ``[1]``.
+    """
+    row = torch.arange(topk_idx.shape[0], dtype=torch.int64, device=topk_idx.device)
+    topk_idx.masked_fill_((row >= num_rows.to(torch.int64))[:, None], -1)

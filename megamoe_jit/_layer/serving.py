@@ -14,6 +14,7 @@ from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import MAX_TOKENS, check_clamp
 from megamoe_jit._spec.numerics import Numerics, numerics_of
+from megamoe_jit._text import shown
 
 __all__ = ["serve", "serve_spread"]
 
@@ -87,7 +88,7 @@ def serve_spread(
         MegaMoeError: as `MegaMoE.forward`.
     """
     if lease is None:
-        raise ConfigError(f"padded_tokens = {padded_tokens} without a topology; allowed: None")
+        raise ConfigError(f"padded_tokens = {shown(padded_tokens)} without a topology; allowed: None")
     if traced:
         raise ConfigError("a layer with a topology was traced; allowed: eager calls, and CUDA graphs of them")
     y: torch.Tensor = lease.serve(*batch, l1, l2, clamp, fast_math, padded_tokens)

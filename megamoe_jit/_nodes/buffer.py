@@ -19,8 +19,7 @@ from megamoe_jit._layer.raw_inputs import RawInputs, check_rows
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
 from megamoe_jit._nodes.exchange import Arrived, Batch, Exchange
 from megamoe_jit._nodes.experts import CallOptions
-from megamoe_jit._nodes.lanes import Dispatched
-from megamoe_jit._nodes.memory import MultiNodeMemory
+from megamoe_jit._nodes.memory import Dispatched, MultiNodeMemory
 from megamoe_jit._nodes.overlap import overlapped
 from megamoe_jit._nodes.watch import RailLost
 from megamoe_jit._settings.settings import get_settings

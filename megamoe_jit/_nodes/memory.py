@@ -1,9 +1,13 @@
-"""The memory of one rank's layer over several nodes, and its life: usable, lost, destroyed."""
+"""The memory of one rank's layer over several nodes, and its life: usable, lost, destroyed.
+
+What one chunk of a call works in is a lane. One is enough where chunks follow each other, two where they overlap.
+"""
 
 from __future__ import annotations
 
 import threading
 import warnings
+from dataclasses import dataclass
 from functools import partial as partial_call
 from typing import Any, Self
 
@@ -14,18 +18,48 @@ from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError, PeerTimeoutError
 from megamoe_jit._layer.group import collectively
 from megamoe_jit._nodes.choice import Choices
-from megamoe_jit._nodes.exchange import Rows
+from megamoe_jit._nodes.exchange import Arrived, Exchange, Rows
 from megamoe_jit._nodes.experts import Experts
-from megamoe_jit._nodes.lanes import Lane, staging
-from megamoe_jit._nodes.loss import loss
 from megamoe_jit._nodes.model import CTAS_BESIDE
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._nodes.watch import UNASKED, Watch
-from megamoe_jit._spec import MAX_TOKENS, MoEShape, WeightFormat
+from megamoe_jit._spec import BLOCK, MAX_TOKENS, MoEShape, WeightFormat
 
-__all__ = ["MultiNodeMemory"]
+__all__ = ["Dispatched", "Lane", "MultiNodeMemory", "staging"]
 
 ABORT_S = 3.0  #: for NCCL to end what is under way, after a loss
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A batch under way: what `MultiNodeBuffer.dispatch` gives, and `compute` and `combine` take, in that order.
+
+    Attributes:
+        exchange: how its rows have come.
+        arrived: what they are.
+        lane: in which of the buffer's memories.
+    """
+
+    exchange: Exchange
+    arrived: Arrived
+    lane: Lane
+
+
+class Lane:
+    """Memory of one chunk under way: the experts' buffer, and what they give.
+
+    Attributes:
+        experts: with the buffer that rows arrive in.
+        partial: bf16 or float32 ``[rows, hidden]``.
+        busy: a batch has arrived, and was not computed yet.
+    """
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        self.experts = experts
+        rows, hidden = experts.rows.x.shape
+        with torch.inference_mode(False):
+            self.partial = torch.empty(rows, hidden, dtype=dtype, device=experts.rows.x.device)
+        self.busy = False
 
 
 class MultiNodeMemory:
@@ -104,8 +138,27 @@ class MultiNodeMemory:
         return [lane.experts for lane in self._lanes] or [self._experts]
 
     def _lost(self, said: str, missing: dict[int, str] | None = UNASKED) -> PeerTimeoutError:
-        """Find out who is missing, unless that is known, and make the buffer unusable."""
-        error = loss(self.topology, said, missing)
+        """The error of a call that did not get through, which names who is missing; the buffer is unusable then.
+
+        Args:
+            said: what was noticed.
+            missing: as `RollCall.missing` gave it, where that was asked already; else it is, for a few seconds.
+        """
+        topology = self.topology
+        roll_call, place_of = topology.roll_call, topology.place_of
+        roll_call.give_notice()
+        if missing is UNASKED:
+            missing = roll_call.missing()
+        if missing is None:
+            who = "nobody can be asked: the store of the process group is gone, and with it the process that kept it"
+        elif missing:
+            who = "missing: " + ", ".join(f"{place_of(rank)}: {why}" for rank, why in missing.items())
+        else:
+            who = "every rank is there: look at the network between the nodes"
+        error = PeerTimeoutError(
+            f"{place_of(topology.rank)}: in call {roll_call.calls} between nodes, {said} ({who}). "
+            "This buffer is unusable, restart the processes"
+        )
         self._poison(error)
         return error
 
@@ -181,3 +234,14 @@ class MultiNodeMemory:
 
     def __exit__(self, *_: object) -> None:
         self.destroy()
+
+
+def staging(shape: MoEShape, rows: int, device: torch.device) -> Rows:
+    """Memory for the tokens of one rank, all masked."""
+    with torch.inference_mode(False):
+        return Rows(
+            torch.zeros(rows, shape.hidden, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn),
+            torch.zeros(rows, shape.hidden // BLOCK, dtype=torch.float32, device=device),
+            torch.full((rows, shape.topk), -1, dtype=torch.int64, device=device),
+            torch.zeros(rows, shape.topk, dtype=torch.float32, device=device),
+        )

@@ -1,16 +1,132 @@
-"""`NodeTopology`: the ranks of several nodes, and the buffers that layers of a model share on them."""
+"""`NodeTopology`: the ranks of several nodes, and the buffers that layers of a model share on them.
+
+A `MegaMoE` whose experts are on several nodes has a lease of a buffer, and calls it.
+"""
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._nodes.buffer import MultiNodeBuffer
+from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
 from megamoe_jit._nodes.ranks import NodeRanks
-from megamoe_jit._nodes.serving import NodesLease, lease_of
 from megamoe_jit._spec import MoEShape
+from megamoe_jit._text import shown
 
-__all__ = ["NodeTopology"]
+__all__ = ["NodeTopology", "NodesLease"]
+
+_numbers = itertools.count(1)
+
+
+class NodesLease:
+    """One layer's use of a `MultiNodeBuffer`, as `workspace.Lease` is that of a `SymmBuffer`.
+
+    Args:
+        buffer: that is used.
+        kind: "shared", "own" or "given".
+        shape: the layer's, with the experts of this rank.
+        users: all leases of the buffer.
+    """
+
+    held = None  #: calls go another way
+
+    def __init__(self, buffer: MultiNodeBuffer, kind: str, shape: MoEShape, users: weakref.WeakSet[NodesLease]) -> None:
+        self._buffer: MultiNodeBuffer | None = buffer
+        self.kind, self.shape, self.capacity = kind, shape, buffer.num_max_tokens_per_rank
+        self.name = f"nodes{next(_numbers)}"
+        self._users = users
+        users.add(self)
+
+    @property
+    def buffer(self) -> MultiNodeBuffer:
+        """The buffer; raises `ConfigError` once this lease was released."""
+        if self._buffer is None:
+            raise ConfigError("this layer was destroyed; allowed: calls before destroy()")
+        return self._buffer
+
+    def again(self) -> NodesLease:
+        """A lease for a copy of the layer, of the same buffer."""
+        self.buffer.require_usable()
+        return NodesLease(self.buffer, self.kind, self.shape, self._users)
+
+    def release(self) -> None:
+        """Give the buffer up, and its memory back with the last lease; that is a collective. Safe to call twice."""
+        held, self._buffer = self._buffer, None
+        self._users.discard(self)
+        if held is not None and self.kind != "given" and not self._users:
+            held.destroy()
+
+    def serve(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        l1: WeightTensors,
+        l2: WeightTensors,
+        clamp: float | None,
+        fast_math: bool,
+        padded_tokens: int | None,
+    ) -> torch.Tensor:
+        """A batch, staged and run; as many rows on every rank.
+
+        Returns:
+            bf16 ``[T, hidden]``.
+
+        Raises:
+            MegaMoeError: as `fp8_mega_moe_multinode`.
+        """
+        buffer = self.buffer
+        with buffer.lock:
+            tokens = buffer.stage(x, topk_idx, topk_weights)
+            y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
+            fp8_mega_moe_multinode(y, l1, l2, buffer, padded_tokens, clamp, fast_math)
+        return y
+
+
+def lease_of(
+    topology: NodeRanks,
+    shared: dict[Any, Any],
+    shape: MoEShape,
+    max_tokens: int,
+    device: torch.device,
+    workspace: object,
+) -> NodesLease:
+    """A lease of the buffer that is wanted, which is made unless it is there; a collective.
+
+    Args:
+        topology: the ranks.
+        shared: buffers of this topology with their leases, by shape, capacity and device.
+        shape: the layer's, with the experts of this rank.
+        max_tokens: of a call.
+        device: where the weights are.
+        workspace: "shared", "own", or a `MultiNodeBuffer`.
+    """
+    whole = replace(shape, experts=shape.experts * topology.world_size)
+    if isinstance(workspace, MultiNodeBuffer):
+        workspace.require_usable()
+        fits = workspace.shape == whole and workspace.topology is topology and workspace.device == device
+        if not fits or max_tokens > workspace.num_max_tokens_per_rank:
+            given = f"a buffer for {workspace.num_max_tokens_per_rank} tokens of {workspace.shape}"
+            raise ConfigError(f"workspace: {given}; allowed: {max_tokens} tokens or more of {whole}, of this topology")
+        return NodesLease(workspace, "given", shape, weakref.WeakSet())
+    if workspace not in ("shared", "own"):
+        allowed = "'shared', 'own', or a MultiNodeBuffer"
+        raise ConfigError(f"workspace = {shown(workspace)} is not supported with a topology; allowed: {allowed}")
+    key = (whole, max_tokens, device)
+    buffer, users = shared.get(key, (None, weakref.WeakSet()))
+    if workspace == "own" or buffer is None or not users:
+        sizes = (whole.experts, max_tokens, whole.topk, whole.hidden, whole.intermediate, whole.shared)
+        buffer, users = get_multinode_buffer_for_mega_moe(topology, *sizes, device=device), weakref.WeakSet()
+        if workspace == "shared":
+            shared[key] = buffer, users
+    return NodesLease(buffer, str(workspace), shape, users)
 
 
 class NodeTopology(NodeRanks):

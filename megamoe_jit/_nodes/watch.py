@@ -12,7 +12,7 @@ SPIN_S, NAP_S = 0.01, 1e-4  #: a wait that is over soon costs no wake-up; a long
 
 
 class RailLost(RuntimeError):
-    """What a wait on the host has noticed; as NCCL's own errors it becomes a `loss`, once.
+    """What a wait on the host has noticed; as NCCL's own errors it becomes the error of the call, once.
 
     Attributes:
         missing: as `RollCall.missing` gave it, if that was asked.

@@ -9,9 +9,8 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._files import read_toml
@@ -27,8 +26,7 @@ _MOST_HINTS = 20  #: unknown names with a guess at what was meant: each takes a 
 _STANDARD_TABLES = ("project", "build-system", "dependency-groups")  #: what a pyproject.toml holds beside `[tool.*]`
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """A value that is not allowed.
 
     Attributes:

@@ -73,7 +73,10 @@ def _parse_bool(text: str) -> bool:
 def _parse_path(text: str) -> Path:
     if "\0" in text:  # no file system has such a name
         raise ValueError("path")
-    return Path(os.path.abspath(os.path.expanduser(text)))
+    try:
+        return Path(os.path.abspath(os.path.expanduser(text)))
+    except OSError:
+        raise ValueError("an absolute path, where the working directory is not there any more") from None
 
 
 def _parse_paths(text: str) -> tuple[Path, ...]:

@@ -72,10 +72,13 @@ class Numerics(metaclass=_Once):
         words = [option.metadata["words"][getattr(self, option.name)] for option in fields(self)]
         return [word for word in words if word]
 
+    def changed(self) -> dict[str, Any]:
+        """What is not the default, by name: arguments of a call."""
+        return {o.name: getattr(self, o.name) for o in fields(self) if getattr(self, o.name) != o.default}
+
     def flags(self) -> list[str]:
         """Flags of the command line for what is not the default."""
-        changed = {o.name: getattr(self, o.name) for o in fields(self) if getattr(self, o.name) != o.default}
-        return [f"--{'' if flag else 'no-'}{name.replace('_', '-')}" for name, flag in changed.items()]
+        return [f"--{'' if flag else 'no-'}{name.replace('_', '-')}" for name, flag in self.changed().items()]
 
     @classmethod
     def named(cls, words: Iterable[str]) -> Numerics:

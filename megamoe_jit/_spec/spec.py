@@ -90,6 +90,9 @@ class KernelSpec:
         check(isinstance(inputs, Inputs), "inputs", inputs, "a member of Inputs")
         readers = Variant.reading(weights)
         among = f"{', '.join(readers) or 'none yet'}, for weights in {weights.name}"
+        if variant not in readers:
+            reads = [each.name for each in FORMATS.values() if each.what in variant.codes]
+            among = f"{among}; {variant.value} takes {', '.join(reads) or 'none yet'}"
         check(variant in readers, "variant", variant.value, among)
         check_flag("timeline", timeline)
         check_int("ranks", ranks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megamoe_jit.checkpoints.convert import convert
 from megamoe_jit.checkpoints.inspect import inspect
-from megamoe_jit.checkpoints.load import layer_from_checkpoint, load_experts, load_shared_experts
+from megamoe_jit.checkpoints.layer import layer_from_checkpoint
+from megamoe_jit.checkpoints.load import load_experts, load_shared_experts
 
 __all__ = ["convert", "inspect", "layer_from_checkpoint", "load_experts", "load_shared_experts"]

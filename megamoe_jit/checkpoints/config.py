@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import check_clamp
 from megamoe_jit._text import shown
 
-__all__ = ["clamp_of", "experts_of", "refusal", "topk_of"]
+__all__ = ["clamp_of", "experts_of", "refusal", "text_of", "topk_of"]
 
 _SILU = ("silu", "swish")
 _TOPK = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")
@@ -18,13 +19,16 @@ _INTEGERS = ("gptq", "awq", "auto-round", "autoround", "bitsandbytes", "hqq", "a
 _KNOWN = ("fp8", "fbgemm_fp8", "compressed-tensors", "deepseek", "megamoe", "none", "mxfp4")
 
 
+def text_of(config: Mapping[str, Any]) -> str | None:
+    """The name of the part on the language model, of a model that has others beside; None where it is all of it."""
+    names = ("text_config", "language_config", "llm_config")
+    return next((name for name in names if isinstance(config.get(name), Mapping)), None)
+
+
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part on the language model, of a model that has others beside."""
-    for name in ("text_config", "language_config", "llm_config"):
-        part = config.get(name)
-        if isinstance(part, Mapping):
-            return part
-    return config
+    name = text_of(config)
+    part: Mapping[str, Any] = config if name is None else config[name]
+    return part
 
 
 def _number(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
@@ -54,7 +58,7 @@ def clamp_of(config: Mapping[str, Any]) -> float | None:
         return None
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise ConfigError(f"config.json: swiglu_limit is {shown(found)}; allowed: a number, or name the clamp yourself")
-    if not 0 <= found < math.inf:
+    if check_clamp("config.json: swiglu_limit", found) == math.inf:
         raise ConfigError(f"config.json: swiglu_limit is {shown(found)}; allowed: 0 or a positive number, or none")
     return float(found)
 
@@ -70,7 +74,8 @@ def refusal(config: Mapping[str, Any]) -> str:
             return f"its SwiGLU has {name} = {shown(part[name])}; the layer has a clamp and nothing else"
     if part.get("model_type") == "gpt_oss":
         return "gpt-oss has SwiGLU with alpha, biases and hidden size 2880; the layer has none of these"
-    return _quantization_refusal(config.get("quantization_config", part.get("quantization_config")))
+    found = config.get("quantization_config")
+    return _quantization_refusal(part.get("quantization_config") if found is None else found)
 
 
 def _quantization_refusal(quantization: object) -> str:

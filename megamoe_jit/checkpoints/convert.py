@@ -22,19 +22,21 @@ import torch
 
 from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._files import file_sha256, read_text
+from megamoe_jit._layer.marks import LAYOUT
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.checkpoints.converted import FORMATS, Layer, config_of, layers_of
 from megamoe_jit.checkpoints.documents import Converted, ConvertedFile
-from megamoe_jit.checkpoints.files import Files
+from megamoe_jit.checkpoints.files import Entry, Files, place_of
 from megamoe_jit.checkpoints.load import device_of
 from megamoe_jit.checkpoints.stored import model_of
-from megamoe_jit.checkpoints.writing import PARTIAL, alone_in, name_in, writing
+from megamoe_jit.checkpoints.writing import PARTIAL, alone_in, name_in, nbytes, writing
 
 __all__ = ["convert"]
 
 _INDEX, _STATE, _CONFIG = "model.safetensors.index.json", "convert.json", "config.json"
 _STATE_BYTES = 1 << 24
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".md")  #: endings of small files that belong to a model
+#: Endings of files that are no part of the result: weights, and indices of them.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _MOST_BESIDE = 64 << 20
 
 Report = Callable[[str, str], None]  #: a file's name, and what became of it
@@ -79,19 +81,23 @@ def convert(
         UnsupportedDeviceError: there is no such GPU here.
         OSError: the target cannot be written, as where a disk is full.
         CheckpointError: a file of the source is damaged, or one of the target is not what was written.
+        ToolchainError: the package safetensors is not installed.
     """
-    if weight_format not in FORMATS:
+    if not isinstance(weight_format, str) or weight_format not in FORMATS:
         raise ConfigError(f"format {shown(weight_format)} is not supported; allowed: {', '.join(FORMATS)}")
-    files, folder = Files(source), Path(target)
-    if folder.resolve() == files.folder.resolve():
+    files, folder = Files(source), place_of("target", target)
+    if os.path.realpath(folder) == os.path.realpath(files.folder):
         raise ConfigError(f"{folder} is the source itself; allowed: another folder")
+    files.look_into_all()
     model_of(files, scheme)
     layers = layers_of(files, weight_format, device_of(device), scheme, lossy)
-    identity = {"source": _identity(files), "format": weight_format, "lossy": lossy}
+    jobs = _jobs(files, layers)
+    order = LAYOUT if weight_format == "megamoe" else None
+    identity = {"source": _identity(files), "format": weight_format, "lossy": lossy, "scheme": scheme, "order": order}
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder), _goes_on():
-        done = _write(files, folder, _State(folder, identity), layers, report)
-        _finish(files, folder, layers, weight_format, [(job.name, job.tensors) for job in _jobs(files, layers)])
+        done = _write(jobs, folder, _State(folder, identity), report)
+        _finish(files, folder, layers, weight_format, [(job.name, job.tensors) for job in jobs])
     return Converted(str(files.folder), str(folder), weight_format, tuple(done))
 
 
@@ -105,12 +111,10 @@ def _goes_on() -> Iterator[None]:
         raise OSError(error.errno, reason, error.filename) from None
 
 
-def _write(
-    files: Files, folder: Path, state: _State, layers: list[Layer], report: Report | None
-) -> list[ConvertedFile]:
+def _write(jobs: list[_Job], folder: Path, state: _State, report: Report | None) -> list[ConvertedFile]:
     """Write each file that is not there yet, and verify the others."""
     done: list[ConvertedFile] = []
-    for job in _jobs(files, layers):
+    for job in jobs:
         known, path = state.files.get(job.name), folder / job.name
         if known is None:
             job.write(path)
@@ -160,6 +164,7 @@ class _State:
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
             found = json.loads(read_text(self._path, _STATE_BYTES))
+            found = {"scheme": None, "order": None, **found}  # which older versions did not enter
             job, files = {name: found[name] for name in self._job}, found["files"]
             files = {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -196,21 +201,34 @@ def _verify(path: Path, known: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} is not what was written (SHA-256 {found[1]}); remove the folder")
 
 
-def _jobs(files: Files, layers: list[Layer]) -> Iterator[_Job]:
-    """The files of the result: those of experts, then what else each file of the source has."""
-    for number, layer in enumerate(layers):
-        yield _Job(f"experts-{number:05}.safetensors", tuple(layer.entries), layer.write)
+def _jobs(files: Files, layers: list[Layer]) -> list[_Job]:
+    """The files of the result: those of experts, then what else each file of the source has.
+
+    Raises:
+        ConfigError: a tensor cannot be copied.
+        CheckpointError: one is not there.
+    """
+    jobs = [
+        _Job(f"experts-{number:05}.safetensors", tuple(layer.entries), layer.write)
+        for number, layer in enumerate(layers)
+    ]
     taken = {name for layer in layers for name in layer.taken}
-    for number, shard in enumerate(files.shards):
-        rest = tuple(name for name in files if files.file_of(name) == shard and name not in taken)
-        if rest:
-            yield _Job(f"others-{number:05}.safetensors", rest, _copier(files, rest))
+    rest: dict[str, dict[str, Entry]] = {shard: {} for shard in files.shards}
+    for name in files:
+        if name not in taken:
+            rest[files.file_of(name)][name] = files.entry(name)
+    for number, entries in enumerate(rest.values()):
+        for name, entry in entries.items():
+            nbytes(name, entry)
+        if entries:
+            jobs.append(_Job(f"others-{number:05}.safetensors", tuple(entries), _copier(files, entries)))
+    return jobs
 
 
-def _copier(files: Files, names: tuple[str, ...]) -> Callable[[Path], None]:
+def _copier(files: Files, entries: dict[str, Entry]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        with writing(path, {name: files.entry(name) for name in names}, {"format": "pt"}) as file:
-            for name in names:
+        with writing(path, entries, {"format": "pt"}) as file:
+            for name in entries:
                 file.put(name, files.read(name))
 
     return write
@@ -221,8 +239,8 @@ def _finish(
 ) -> None:
     """The small files that belong to a model, its configuration, and the index."""
     for path in files.folder.iterdir():
-        small = path.suffix in _BESIDE and path.is_file() and path.stat().st_size <= _MOST_BESIDE
-        if small and path.name not in (_INDEX, _CONFIG, _STATE):
+        belongs = not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, PARTIAL))
+        if belongs and path.name not in (_CONFIG, _STATE) and path.is_file() and path.stat().st_size <= _MOST_BESIDE:
             shutil.copyfile(path, folder / path.name)
     _write_json(folder / _CONFIG, config_of(files, layers, weight_format))
     weight_map = {tensor: name for name, tensors in written for tensor in tensors}

@@ -13,17 +13,18 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.marks import METADATA_KEY, layout_of
 from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
+from megamoe_jit.checkpoints.config import text_of
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Entry, Files
 from megamoe_jit.checkpoints.load import read_experts
 from megamoe_jit.checkpoints.names import FUSED, SCHEMES, LayerNames, ModelNames, Scheme, all_names_of
+from megamoe_jit.checkpoints.ready import DTYPES, entries_of
 from megamoe_jit.checkpoints.stored import Kind, Stored, layer_of
 from megamoe_jit.checkpoints.writing import Writer, writing
 
 __all__ = ["FORMATS", "Layer", "config_of", "layers_of"]
 
 FORMATS = ("fp8", "mxfp4", "megamoe")
-_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32", torch.float8_e8m0fnu: "F8_E8M0"}
 
 
 class Layer(ABC):
@@ -86,7 +87,7 @@ class _Plain(Layer):
     def _dtype(self, dtype: torch.dtype) -> str:
         if dtype is torch.uint8:
             return "I8"
-        return "F8_E8M0" if dtype is torch.float32 and self._exponents else _DTYPES[dtype]
+        return "F8_E8M0" if dtype is torch.float32 and self._exponents else DTYPES[dtype]
 
     def put(self, file: Writer, expert: int, w13: WeightTensors, w2: WeightTensors) -> None:
         halves = [tuple(each.chunk(2)) for each in w13]
@@ -111,8 +112,7 @@ class _Ready(Layer):
         }
         self.entries = {}
         for matrix, shape in (("w13", (2 * width, hidden)), ("w2", (hidden, width))):
-            for name, part in zip(self._names[matrix], weights.parts(*shape), strict=True):
-                self.entries[name] = Entry(_DTYPES[part.dtype], (stored.experts, *part.shape))
+            self.entries |= zip(self._names[matrix], entries_of(weights, stored.experts, *shape), strict=True)
 
     def metadata(self) -> dict[str, str]:
         return {"format": "pt", METADATA_KEY: layout_of(self._weights)}
@@ -153,24 +153,31 @@ def _written_scheme(model: ModelNames) -> Scheme:
 
 
 def config_of(files: Files, layers: list[Layer], weight_format: str) -> dict[str, Any]:
-    """The configuration of the result: the source's, and how its experts are quantised."""
-    config = dict(files.config)
-    config.pop("expert_dtype", None)
-    found = config.get("quantization_config")
-    quantization = dict(found) if isinstance(found, dict) else {}
+    """The configuration of the result: the source's, and how its experts are quantised, where the source says it."""
+    config, name = dict(files.config), text_of(files.config)
+    text = config if name is None else dict(config[name])
+    there = config if text.get("quantization_config") is None or config.get("quantization_config") else text
+    for part in (config, text):
+        part.pop("expert_dtype", None)
+    found = there.get("quantization_config")
+    there |= _quantised(files, layers, weight_format, dict(found) if isinstance(found, dict) else {})
+    return config if name is None else {**config, name: text}
+
+
+def _quantised(files: Files, layers: list[Layer], weight_format: str, quantization: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of quantisation, once experts are in a format; what it said of it before is given."""
     quantization.pop("expert_dtype", None)
     if weight_format == "megamoe":
-        return {**config, "quantization_config": {"quant_method": "megamoe", "of": quantization}}
+        return {"quantization_config": {"quant_method": "megamoe", "of": quantization}}
     if quantization and quantization.get("quant_method") != "fp8":
-        return config  # as it was: what is beside the experts is still that
+        return {}  # as it was: what is beside the experts is still that
     if not quantization:  # nothing but experts is quantised
         kept = sorted(name.removesuffix(".weight") for name in _matrices(files, layers))
         quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "modules_to_not_convert": kept}
     quantization |= {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    if weight_format == "mxfp4":
-        config["expert_dtype"] = "fp4"
-        quantization |= {"expert_dtype": "fp4", "scale_fmt": "ue8m0"}
-    return {**config, "quantization_config": quantization}
+    if weight_format != "mxfp4":
+        return {"quantization_config": quantization}
+    return {"expert_dtype": "fp4", "quantization_config": {**quantization, "expert_dtype": "fp4", "scale_fmt": "ue8m0"}}
 
 
 def _matrices(files: Files, layers: list[Layer]) -> list[str]:

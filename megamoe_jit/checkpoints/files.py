@@ -8,6 +8,7 @@ other tensors; files may be cut short. Each of these is one `CheckpointError` th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,11 +22,12 @@ from megamoe_jit._text import first_line, shown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Files", "library"]
+__all__ = ["Entry", "Files", "library", "place_of"]
 
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _INDEX_BYTES, _CONFIG_BYTES = 1 << 28, 1 << 22  #: a million tensors have an index of 100 MB
 _ENDING = ".safetensors"
+_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model"
 
 
 class Entry(NamedTuple):
@@ -42,9 +44,31 @@ def library() -> Any:
     except ModuleNotFoundError:
         raise ToolchainError(
             "checkpoints are read by the Python package safetensors, which is not installed; "
-            "pip install 'megamoe-jit[checkpoints]' brings it"
+            "run: pip install 'safetensors>=0.6.2'"
         ) from None
     return safetensors
+
+
+def place_of(name: str, path: object) -> Path:
+    """The path that somebody named; raises `ConfigError` unless it is one."""
+    try:
+        place = Path(path)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name} = {shown(path)}; allowed: a path, as text or a pathlib.Path") from None
+    if "\0" in str(place):
+        raise ConfigError(f"{name} = {shown(str(place))}; allowed: a path without a NUL character")
+    return place
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is something by this name; raises `CheckpointError` where one may not look."""
+    try:
+        os.stat(place)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return False
+        raise CheckpointError(f"{shown(str(place), 200)} cannot be read: {error.strerror}") from None
+    return True
 
 
 class Files:
@@ -64,19 +88,17 @@ class Files:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        place = place_of("path", path)
+        is_folder = os.path.isdir(place)
+        if not is_folder and not _is_there(place):
+            raise ConfigError(f"{shown(str(place), 200)} is not there; allowed: {_ALLOWED}")
+        if not is_folder and place.suffix not in (_ENDING, ".json"):
+            raise ConfigError(f"{shown(str(place), 200)} is no checkpoint; allowed: {_ALLOWED}")
         library()
-        place = Path(path)
-        try:
-            is_folder = place.is_dir()
-            exists = is_folder or place.exists()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{shown(str(path))} cannot be read: {first_line(error)}") from None
-        if not exists:
-            raise ConfigError(f"{place} is not there; allowed: a folder, an index or a safetensors file of a model")
         self.folder = place if is_folder else place.parent
         self._opened: dict[str, Any] = {}
         self._where = self._find(place, is_folder)
-        self.config = self._json(_CONFIG, _CONFIG_BYTES) if (self.folder / _CONFIG).exists() else {}
+        self.config = self._json(_CONFIG, _CONFIG_BYTES) if _is_there(self.folder / _CONFIG) else {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -92,12 +114,18 @@ class Files:
         """The names of the files, in the order in which the index names them."""
         return list(dict.fromkeys(self._where.values()))
 
+    def look_into_all(self) -> None:
+        """Know what files hold and the index does not name, too, as whoever loads whole files does; opens all."""
+        for file in self.shards:
+            for name in self._keys(file):
+                self._where.setdefault(name, file)
+
     def _find(self, place: Path, is_folder: bool) -> dict[str, str]:
         """The file of each tensor, by the tensor's name."""
         if not is_folder and place.name.endswith(_ENDING):
             return dict.fromkeys(self._keys(place.name), place.name)
         index = _INDEX if is_folder else place.name
-        if is_folder and not (place / _INDEX).exists():
+        if is_folder and not _is_there(place / _INDEX):
             single = sorted(each.name for each in place.glob(f"*{_ENDING}"))
             if _SINGLE in single or len(single) == 1:
                 name = _SINGLE if _SINGLE in single else single[0]
@@ -133,8 +161,11 @@ class Files:
             return handle
         path = self.folder / file
         try:
-            there = path.is_file()
-            handle = library().safe_open(os.fspath(path), framework="pt", device="cpu") if there else None
+            if path.is_file():
+                path.open(
+                    "rb"
+                ).close()  # which says why it cannot be; the library says of everything that it is not there
+                handle = library().safe_open(os.fspath(path), framework="pt", device="cpu")
         except Exception as error:  # SafetensorError, and whatever the operating system says
             reason = getattr(error, "strerror", None) or first_line(error)
             again = "if it was cut short, fetch it again"

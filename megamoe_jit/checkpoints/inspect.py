@@ -17,11 +17,10 @@ from megamoe_jit._text import first_line
 from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import scales_of, target_of
 from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint, Spread
-from megamoe_jit.checkpoints.files import Entry, Files
+from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
-from megamoe_jit.checkpoints.ready import format_of_ready, sizes_of_ready
+from megamoe_jit.checkpoints.ready import ready_of
 from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, layer_of, model_of, shared_of
-from megamoe_jit.checkpoints.writing import nbytes
 
 __all__ = ["inspect"]
 
@@ -43,7 +42,7 @@ def inspect(
         What is there.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not there, or a number is none.
         CheckpointError: its index cannot be read.
         ToolchainError: the package safetensors is not installed.
     """
@@ -86,19 +85,17 @@ def _layers(files: Files, model: ModelNames, ranks: int, experts: int) -> Iterat
 
 def _ready(files: Files, model: ModelNames, number: int, ranks: int) -> CheckpointLayer:
     """A layer in the kernel's order."""
-    names = model.layers[number]
-    entries: list[Entry] = [files.entry(name) for kinds in names.whole.values() for name in kinds.values()]
-    experts, hidden, intermediate = sizes_of_ready(files, names)
-    experts_of_rank(experts, 0, ranks)
+    found = ready_of(files, model.layers[number], number)
+    local = len(experts_of_rank(found.experts, 0, ranks))
     return CheckpointLayer(
         number,
         True,
-        kind=f"{format_of_ready(names).name}, in the kernel's order",
-        experts=experts,
-        hidden=hidden,
-        intermediate=intermediate,
-        **_shared(files, model, number, intermediate),
-        bytes_per_rank=sum(nbytes(entry) for entry in entries) // ranks,
+        kind=f"{found.weights.name}, in the kernel's order",
+        experts=found.experts,
+        hidden=found.hidden,
+        intermediate=found.intermediate,
+        **_shared(files, model, number, found.intermediate),
+        bytes_per_rank=local * _expert_bytes(found.weights, found.hidden, found.intermediate),
     )
 
 
@@ -115,7 +112,7 @@ def _layer(files: Files, model: ModelNames, number: int, ranks: int, experts: in
         hidden=stored.hidden,
         intermediate=stored.intermediate,
         **_shared(files, model, number, stored.intermediate),
-        bytes_per_rank=local * _expert_bytes(weights, stored),
+        bytes_per_rank=local * _expert_bytes(weights, stored.hidden, stored.intermediate),
         spread=_spread(stored, min(experts, stored.experts)) if experts > 0 else None,
     )
 
@@ -126,9 +123,9 @@ def _shared(files: Files, model: ModelNames, number: int, intermediate: int) -> 
     return {} if found is None else {"shared": str(found.kind), "shared_experts": found.intermediate // intermediate}
 
 
-def _expert_bytes(weights: WeightFormat, stored: Stored) -> int:
+def _expert_bytes(weights: WeightFormat, hidden: int, intermediate: int) -> int:
     """Of an expert's weights, as the kernel reads them."""
-    shapes = (2 * stored.intermediate, stored.hidden), (stored.hidden, stored.intermediate)
+    shapes = (2 * intermediate, hidden), (hidden, intermediate)
     return sum(part.dtype.itemsize * math.prod(part.shape) for shape in shapes for part in weights.parts(*shape))
 
 
@@ -141,7 +138,7 @@ def _usable(stored: Stored) -> dict[str, Any]:
 
 
 def _spread(stored: Stored, count: int) -> Spread | None:
-    """Of the first experts; None of values, which have no exponents."""
+    """Of the first experts; None of values, and of scales that are all 0, which have no exponents."""
     if stored.kind is Kind.VALUES:
         return None
     least, most, found = 1 << 10, -(1 << 10), []
@@ -149,12 +146,22 @@ def _spread(stored: Stored, count: int) -> Spread | None:
         for part in ("gate_up", "down") if stored.fused else ("gate", "up", "down"):
             matrix = stored.read(expert, part)
             assert matrix.scales is not None
-            _, exponents = torch.frexp(scales_of(matrix.scales))
-            least, most = min(least, int(exponents.min()) - 1), max(most, int(exponents.max()) - 1)
+            exponents = _exponents(f"{stored.what}, expert {expert}, {part}", matrix.scales)
+            if exponents.numel():
+                least, most = min(least, int(exponents.min())), max(most, int(exponents.max()))
             if stored.kind is Kind.MXFP4:
                 found.append(mxfp4_spread(matrix.codes, matrix.scales))
     if not found:
-        return Spread(count, least, most)
+        return Spread(count, least, most) if least <= most else None
     exact = {name: sum(each.exact[name] for each in found) for name in ("mxfp4", "e4m3")}
     blocks, binades = sum(each.blocks for each in found), max(each.binades for each in found)
     return Spread(count, least, most, binades, blocks, exact["mxfp4"], exact["e4m3"])
+
+
+def _exponents(what: str, stored: torch.Tensor) -> torch.Tensor:
+    """Those of a part's scales, without scales of 0; raises `ConfigError` where a scale is no number."""
+    scales = scales_of(stored).flatten()
+    wrong = scales[~scales.isfinite()]
+    if wrong.numel():
+        raise ConfigError(f"{what}: {wrong.numel()} scales are {float(wrong[0])}, and so would be the results")
+    return torch.frexp(scales[scales != 0])[1] - 1

@@ -10,17 +10,14 @@ import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.given_weights import WeightTensors
-from megamoe_jit._layer.moe import MegaMoE
-from megamoe_jit._layer.weights import is_transformed
 from megamoe_jit._text import shown
-from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE
-from megamoe_jit.checkpoints.ready import load_ready, sizes_of_ready
+from megamoe_jit.checkpoints.ready import load_ready, ready_of
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, model_of, shared_of
 
-__all__ = ["Progress", "device_of", "layer_from_checkpoint", "load_experts", "load_shared_experts"]
+__all__ = ["Progress", "device_of", "load_experts", "load_shared_experts"]
 
 Progress = Callable[[int, int], None]  #: called with experts that are done, and how many there are
 
@@ -34,7 +31,7 @@ def device_of(device: torch.device | str) -> torch.device:
     """
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
         given = str(device) if isinstance(device, torch.device) else device
@@ -80,6 +77,7 @@ def load_experts(
     Raises:
         ConfigError: an argument is wrong, or the experts cannot be this layer; says why.
         CheckpointError: a file is not there, damaged, or does not hold what the index says.
+        UnsupportedDeviceError: there is no such GPU here.
         ToolchainError: the package safetensors is not installed.
     """
     place, files = device_of(device), Files(path)
@@ -150,7 +148,7 @@ def load_shared_experts(
 
     Raises:
         ConfigError: as `load_experts`, or its width is no multiple of that of routed experts.
-        CheckpointError: as `load_experts`.
+        MegaMoeError: as `load_experts`.
     """
     place, files = device_of(device), Files(path)
     model = model_of(files, scheme)
@@ -158,7 +156,8 @@ def load_shared_experts(
     if shared is None:
         return None
     if model.scheme == MEGAMOE:
-        _, hidden, intermediate = sizes_of_ready(files, model.layers[layer])
+        ready = ready_of(files, model.layers[layer], layer)
+        hidden, intermediate = ready.hidden, ready.intermediate
     else:
         routed = layer_of(files, model, layer)
         hidden, intermediate = routed.hidden, routed.intermediate
@@ -180,61 +179,3 @@ def _split(matrix: Any, count: int, dim: int) -> Any:
         _, depth = whole.shape
         return whole.reshape(2, count, -1, depth).transpose(0, 1).reshape(count, -1, depth).contiguous()
     return whole.reshape(whole.shape[0], count, -1).transpose(0, 1).contiguous()
-
-
-def layer_from_checkpoint(
-    path: str | os.PathLike[str],
-    layer: int,
-    *,
-    max_tokens: int,
-    device: torch.device | str = "cuda",
-    topk: int | None = None,
-    clamp: float | str | None = "auto",
-    shared_experts: bool = False,
-    weight_format: str = "auto",
-    scheme: str | None = None,
-    lossy: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> MegaMoE:
-    """A `MegaMoE` with the experts of one layer of a model; what `MegaMoE.from_checkpoint` calls.
-
-    Args:
-        path, layer, weight_format, scheme, lossy, progress: as `load_experts`.
-        max_tokens: as `MegaMoE`.
-        device: a CUDA device.
-        topk: experts of a token; by default as `config.json` says.
-        clamp: bound of SwiGLU; by default ("auto") as `config.json` says.
-        shared_experts: the model's shared expert is part of the layer.
-        options: others of `MegaMoE`.
-
-    Raises:
-        ConfigError: as `load_experts` and `MegaMoE`.
-        CheckpointError: as `load_experts`.
-    """
-    config = Files(path).config
-    slots = topk_of(config) if topk is None else topk
-    if slots is None:
-        raise ConfigError("topk: config.json does not say how many experts a token has; allowed: name it")
-    how: dict[str, Any] = {"device": device, "weight_format": weight_format, "scheme": scheme, "lossy": lossy}
-    w13, w2 = load_experts(path, layer, **how, progress=progress)
-    shared = load_shared_experts(path, layer, **how) if shared_experts else None
-    if shared is not None:
-        _check_fit((w13, w2), shared, layer)
-        options |= {"shared_w13": shared[0], "shared_w2": shared[1]}
-    bound: Any = clamp_of(config) if clamp == "auto" else clamp
-    keep = shared is None and not isinstance(w13, torch.Tensor)
-    return MegaMoE(w13, w2, topk=slots, max_tokens=max_tokens, clamp=bound, inplace=keep, **options)
-
-
-def _check_fit(routed: tuple[Any, Any], shared: Any, layer: int) -> None:
-    """Raise where routed and shared experts are not in one format, as DeepSeek-V4's are not in its files, or order."""
-    (w13, w2), codes = routed, shared[0][0]
-    beside = "shared_experts=False and that one beside the layer"
-    if not isinstance(w13, torch.Tensor) and is_transformed(w13, w2):
-        given = f"routed experts of layer {layer} are in the kernel's order by themselves"
-        raise ConfigError(f"{given}; allowed: {beside}, or the checkpoint that this one was made of")
-    if w13[0].dtype is not codes.dtype:
-        given = f"routed experts of layer {layer} are {w13[0].dtype}, its shared one {codes.dtype}"
-        allowed = f"weight_format='fp8', which keeps all values, or {beside}"
-        raise ConfigError(f"{given}, and a layer has one format; allowed: {allowed}")

@@ -6,36 +6,85 @@ belongs to them. The files' metadata name the order, and a version that reads an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.marks import check_metadata
 from megamoe_jit._layer.weights import mark_transformed
+from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
-from megamoe_jit.checkpoints.files import Files
+from megamoe_jit.checkpoints.config import experts_of
+from megamoe_jit.checkpoints.files import Entry, Files
 from megamoe_jit.checkpoints.names import LayerNames, ModelNames
 from megamoe_jit.checkpoints.stored import experts_of_rank
 
-__all__ = ["format_of_ready", "load_ready", "sizes_of_ready"]
+__all__ = ["DTYPES", "Ready", "entries_of", "load_ready", "ready_of"]
+
+#: What safetensors calls the dtypes of weights.
+DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32", torch.float8_e8m0fnu: "F8_E8M0"}
+_KINDS = {"codes": "weight", "exponents": "exponents", "scales": "scale"}  #: of a tensor's name, by part
 
 
-def format_of_ready(names: LayerNames) -> WeightFormat:
-    """The format of a layer's experts."""
-    return MXFP4 if "exponents" in names.whole.get("w13", {}) else FP8
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Experts of a layer in the kernel's order.
+
+    Attributes:
+        weights: their format.
+        experts: their number.
+        hidden, intermediate: sizes.
+        names: of the tensors of `w13` and of `w2`, in the order of the format's parts.
+    """
+
+    weights: WeightFormat
+    experts: int
+    hidden: int
+    intermediate: int
+    names: tuple[list[str], list[str]]
 
 
-def sizes_of_ready(files: Files, names: LayerNames) -> tuple[int, int, int]:
-    """Experts, hidden and intermediate size of a layer; raises `CheckpointError` if they are not to be found."""
-    codes = names.whole.get("w13", {}).get("weight")
-    if codes is None:
-        raise CheckpointError("w13 and what belongs to it are not there")
-    shape = files.entry(codes).shape
-    if len(shape) != 3:
-        raise CheckpointError(f"{codes} has shape {tuple(shape)}; allowed: [experts, N, K]")
-    experts, rows, stored = shape
-    return experts, format_of_ready(names).depth_of(stored), rows // 2
+def entries_of(weights: WeightFormat, experts: int, rows: int, depth: int) -> list[Entry]:
+    """What a file says of the parts of a matrix ``[rows, depth]`` of each expert."""
+    return [Entry(DTYPES[part.dtype], (experts, *part.shape)) for part in weights.parts(rows, depth)]
+
+
+def ready_of(files: Files, names: LayerNames, layer: int) -> Ready:
+    """A layer's experts, by the heads of files alone.
+
+    Raises:
+        ConfigError: they are in the order of another version.
+        CheckpointError: a tensor is not there, or no such tensor as the format has, or not of as many experts.
+    """
+    weights = MXFP4 if "exponents" in names.whole.get("w13", {}) else FP8
+    wanted = [_KINDS[part] for part in weights.part_names]
+    tensors = []
+    for matrix in ("w13", "w2"):
+        kinds = names.whole.get(matrix, {})
+        if set(kinds) != set(wanted):
+            raise CheckpointError(f"layer {layer}: {matrix} and what belongs to it are not there")
+        tensors.append([kinds[kind] for kind in wanted])
+        check_metadata(files.metadata(files.file_of(kinds["weight"])), weights)
+    w13, w2 = tensors
+    shape = files.entry(w13[0]).shape
+    experts, rows, stored = shape if len(shape) == 3 else (0, 0, 0)
+    depth = weights.depth_of(stored)
+    if not (experts and rows and depth) or rows % (2 * BLOCK) or depth % BLOCK:
+        sizes = f"[experts, 2 * intermediate, hidden] with sizes in multiples of {BLOCK}"
+        raise CheckpointError(f"layer {layer}: {shown(w13[0], 200)} has shape {shape}; allowed: {sizes}")
+    said = experts_of(files.config)
+    if said is not None and said != experts:
+        raise CheckpointError(f"layer {layer} has {experts} experts; allowed: {said}, as config.json says")
+    for part_names, matrix_shape in ((w13, (rows, depth)), (w2, (depth, rows // 2))):
+        for name, entry in zip(part_names, entries_of(weights, experts, *matrix_shape), strict=True):
+            found = files.entry(name)
+            if found != entry:
+                given = f"layer {layer}: {shown(name, 200)} is {found.dtype} {found.shape}"
+                raise CheckpointError(f"{given}; allowed: {entry.dtype} {entry.shape}, to fit the others")
+    return Ready(weights, experts, depth, rows // 2, (w13, w2))
 
 
 def load_ready(
@@ -45,24 +94,16 @@ def load_ready(
 
     Raises:
         ConfigError: they are in the order of another version, or another format was asked for.
-        CheckpointError: a tensor is not there.
+        CheckpointError: a tensor is not there, or not as the others.
     """
     names = model.layers.get(layer)
     if names is None:
         raise ConfigError(f"layer {shown(layer)} has no experts in this checkpoint; allowed: {sorted(model.layers)}")
-    matrices = []
-    weights = format_of_ready(names)
-    for part in ("w13", "w2"):
-        kinds = names.whole.get(part, {})
-        wanted = ("weight", "exponents", "scale") if weights.group else ("weight", "scale")
-        if set(kinds) != set(wanted):
-            raise CheckpointError(f"layer {layer}: {part} and what belongs to it are not there")
-        if weight_format not in ("auto", weights.name):
-            given = f"weight_format = {shown(weight_format)}"
-            raise ConfigError(f"{given}; allowed: auto or {weights.name}, which this checkpoint holds")
-        check_metadata(files.metadata(files.file_of(kinds["weight"])), weights)
-        chosen = experts_of_rank(files.entry(kinds["weight"]).shape[0], rank, ranks)
-        matrices.append(tuple(files.read_range(kinds[kind], chosen).to(device) for kind in wanted))
-    l1, l2 = matrices
+    found = ready_of(files, names, layer)
+    if weight_format not in ("auto", found.weights.name):
+        given = f"weight_format = {shown(weight_format)}"
+        raise ConfigError(f"{given}; allowed: auto or {found.weights.name}, which this checkpoint holds")
+    chosen = experts_of_rank(found.experts, rank, ranks)
+    l1, l2 = (tuple(files.read_range(name, chosen).to(device) for name in matrix) for matrix in found.names)
     mark_transformed(l1, l2)
     return l1, l2

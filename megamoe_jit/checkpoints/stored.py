@@ -92,12 +92,23 @@ class Stored:
         for part, (_, shape) in looked.items():
             if shape != self._shapes[part]:
                 raise CheckpointError(f"{what}: {part} is {shape}; allowed: {self._shapes[part]}, to fit the others")
-        if hidden % BLOCK or self.intermediate % BLOCK:
+        if not hidden or not self.intermediate or hidden % BLOCK or self.intermediate % BLOCK:
             raise ConfigError(
                 f"{what}: hidden size {hidden} and intermediate size {self.intermediate}; "
                 f"allowed: multiples of {BLOCK}, which the kernel's blocks are"
             )
-        self.experts = files.entry(first["down"]["weight"]).shape[0] if fused else len(self._parts)
+        self.experts = self._count(first) if fused else len(self._parts)
+
+    def _count(self, parts: Parts) -> int:
+        """Experts of tensors that hold all of them; raises unless each of them holds as many."""
+        names = [kinds[kind] for kinds in parts.values() for kind in ("weight", "scale") if kind in kinds]
+        counts = {name: (self._files.entry(name).shape or (0,))[0] for name in names}
+        most = max(counts.values())
+        for name, count in counts.items():
+            if not count or count != most:
+                allowed = f"{most}, as others of the layer" if most else "one at least"
+                raise CheckpointError(f"{self.what}: {shown(name, 200)} has {count} experts; allowed: {allowed}")
+        return most
 
     def _check_kinds(self, part: str, kinds: Mapping[str, str], whose: str = "") -> None:
         for kind, why in _WHY_NOT.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -17,21 +18,27 @@ from typing import BinaryIO
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.files import Entry
 
 __all__ = ["Writer", "alone_in", "bytes_of", "name_in", "nbytes", "writing"]
 
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
+_BITS = {  # of every dtype that torch reads
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    "F4": 4,
+}
 _ALIGNED = 64  #: of the first byte behind the header, so that tensors mapped from the file may be used as they lie
 PARTIAL = ".partial"
 
 
-def nbytes(entry: Entry) -> int:
-    """Bytes of a tensor."""
-    count = _BITS.get(entry.dtype, 8)
-    for n in entry.shape:
-        count *= n
-    return count // 8
+def nbytes(name: str, entry: Entry) -> int:
+    """Bytes of a tensor; raises `ConfigError` where its dtype is one that torch does not read."""
+    if entry.dtype not in _BITS:
+        raise ConfigError(f"{shown(name, 200)} is {entry.dtype}, which cannot be copied; allowed: {', '.join(_BITS)}")
+    return _BITS[entry.dtype] * math.prod(entry.shape) // 8
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -60,10 +67,11 @@ def writing(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str
     begins, at = {}, 0
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     # larger elements first: then each tensor begins at a multiple of its elements' size
-    for name, entry in sorted(entries.items(), key=lambda item: -_BITS.get(item[1].dtype, 8)):
+    sizes = {name: nbytes(name, entry) for name, entry in entries.items()}
+    for name, entry in sorted(entries.items(), key=lambda item: -_BITS[item[1].dtype]):
         begins[name] = at
-        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [at, at + nbytes(entry)]}
-        at += nbytes(entry)
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [at, at + sizes[name]]}
+        at += sizes[name]
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNED)
     partial = path.with_name(path.name + PARTIAL)

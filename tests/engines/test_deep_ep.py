@@ -15,7 +15,7 @@ import torch
 
 from megamoe_jit._nodes.deep_ep import TESTED, DeepEpExchange
 from megamoe_jit._nodes.exchange import Batch
-from megamoe_jit._nodes.lanes import staging
+from megamoe_jit._nodes.memory import staging
 from megamoe_jit._spec import MoEShape
 from tests.engines.sources import RealSources
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megamoe_jit._nodes.exchange import Batch
-from megamoe_jit._nodes.lanes import staging
+from megamoe_jit._nodes.memory import staging
 from megamoe_jit._nodes.nccl_ep import TESTED, NcclEpExchange
 from megamoe_jit._spec import MoEShape
 from tests.engines.sources import RealSources

@@ -122,7 +122,7 @@ def test_scenarios_from_bf16(device: torch.device, weights: WeightCache, scenari
         None, s.experts, scenario.capacity, s.topk, s.hidden, s.intermediate, s.shared, device=device
     ) as it:
         for variant in VARIANTS:
-            options = {"activation_clamp": scenario.clamp, "fast_math": scenario.fast_math, "variant": variant}
+            options = {**scenario.options, "variant": variant}
             wanted = torch.empty(scenario.tokens, s.hidden, dtype=torch.bfloat16, device=device)
             inputs.stage(it)
             mm.fp8_mega_moe(wanted, drawn.l1, drawn.l2, it, **options)

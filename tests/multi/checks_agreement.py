@@ -122,7 +122,7 @@ def check_other_sources(world: World) -> str:
 
 
 def check_no_sources(world: World) -> str:
-    """The last rank's kernel sources cannot be rendered."""
+    """One of the last rank's kernel sources is missing."""
     last = world.ranks - 1
     words = [] if world.rank == last else [f"rank {last}"]
     return _raises(mm.MegaMoeError, words, lambda: _make(world))

@@ -76,8 +76,8 @@ def _core_class() -> Any:
 
 
 def _is_ours(method: Any) -> bool:
-    runner = getattr(method, "runner", None)
-    return runner is not None and getattr(runner.runner_backend, "value", None) == BACKEND
+    backend = getattr(getattr(method, "runner", None), "runner_backend", None)
+    return getattr(backend, "value", None) == BACKEND
 
 
 def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_runner_config: Any) -> None:

@@ -21,4 +21,4 @@ def register() -> None:
     from megamoe_jit.engines.vllm import eplb, quantization
 
     quantization.add()
-    eplb.leave_room()
+    eplb.leave_room(quantization.NAMES)

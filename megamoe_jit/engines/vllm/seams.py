@@ -120,6 +120,7 @@ SEAMS = (
     Seam(_QUANT, "register_quantization_config", "called", ("quantization",)),
     Seam(f"{_MOE}.oracle.fp8", "Fp8MoeBackend.TRITON"),
     Seam("vllm.distributed.parallel_state", "get_ep_group", "called"),
+    Seam("vllm.config.vllm", "get_current_vllm_config_or_none", "called"),
     Seam("vllm.distributed.eplb.eplb_utils", "override_envs_for_eplb", "replaced", ("parallel_config", "moe_backend")),
 )
 

@@ -17,9 +17,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megamoe_jit._cache.entry import cache_key, is_key, source_id
-from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
-from megamoe_jit._compile.toolchain import Toolchain
+from megamoe_jit._compile.toolchain import Toolchain, options_for
 from megamoe_jit._errors import RenderError
 from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit.lookup import Wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -95,6 +96,30 @@ def test_metadata_of_earlier_versions_have_no_digest_and_no_field_that_is_unknow
         with pytest.raises(MetaError, match=f"has a field '{name}' that is not known"):
             read_metadata(json.dumps({**meta, name: "0" * 64}).encode())
     assert read_metadata(dump_metadata({**meta, "of a later version": {"x": [1]}}))
+
+
+@pytest.mark.parametrize("field", ["files", "nvrtc", "options", "spec"])
+def test_fields_that_entries_have_in_common_are_each_entrys_own(files, field):
+    """They are parsed and checked once for all: of no entry is anything believed that stands in another's."""
+    meta = json.loads(files[1][META])
+    del meta["meta_sha256"]
+    other = {**meta, field: {"version": "1"} if isinstance(meta[field], dict) else ["another"]}
+    without = {name: value for name, value in meta.items() if name != field}
+    for each in (meta, other, without, meta, other):
+        assert read_metadata(dump_metadata(each)) == each
+    later = {**meta, "schema": 2, field: 7}
+    assert read_metadata(dump_metadata(later)) == later  # means something else there, and is no damage
+
+
+def test_metadata_in_any_layout_are_read_alike(files):
+    """The digest is over whatever stands there; fields are told apart by their lines only where these are ours."""
+    meta = json.loads(files[1][META])
+    del meta["meta_sha256"]
+    ours, begin = dump_metadata(meta), len('{\n "meta_sha256": "')
+    for body in (json.dumps(meta)[1:], json.dumps(meta, indent=1)[2:] + "\n", json.dumps(meta, indent=0)[2:]):
+        digest = hashlib.sha256(b"{\n" + body.encode()).hexdigest().encode()
+        signed = ours[:begin] + digest + b'",\n' + body.encode()
+        assert read_metadata(signed) == meta
 
 
 def test_metadata_are_bounded(files):

@@ -15,9 +15,10 @@ from megamoe_jit._cache import entry as _entry
 from megamoe_jit._cache import evict as _evict
 from megamoe_jit._cache import store as _store
 from megamoe_jit._cache.cache import KernelCache
-from megamoe_jit._cache.documents import Entry
+from megamoe_jit._cache.documents import Entry, Statistics
 from megamoe_jit._cache.entry import EntryInfo
 from megamoe_jit._cache.locks import try_lock
+from megamoe_jit._compile.toolchain import current_builder
 from megamoe_jit._documents import time_of
 from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._settings.settings import Settings, override, parse_size
@@ -147,7 +148,7 @@ def test_prune(cache, monkeypatch):
     assert report.removed == (keys[1],)
     assert report.bytes == pytest.approx(2 * each, abs=20)
     assert left(cache) == {keys[0]}
-    assert cache.stats().quarantined == 0
+    assert len(cache.quarantined()) == 0
     limited = KernelCache(cache.root, max_bytes=1)
     os.utime(cache.entry_path(keys[0]) / "meta.json", (1, 1))
     assert limited.prune().removed == (keys[0],)
@@ -156,7 +157,7 @@ def test_prune(cache, monkeypatch):
         raise ToolchainError("none")
 
     monkeypatch.setattr("megamoe_jit._compile.toolchain.find_toolchain", missing)
-    assert _evict.current_builder() is None
+    assert current_builder() is None
     assert cache.prune(max_bytes=0).removed == ()
 
 
@@ -181,7 +182,7 @@ def test_young_entries_stay_whatever_the_limit(tmp_path):
 
 def test_size_is_looked_at_only_when_it_may_have_changed(cache, monkeypatch):
     looks = []
-    monkeypatch.setattr(_evict, "evict", lambda c, limit: looks.append(limit) or _store.PruneReport((), 0))
+    monkeypatch.setattr(KernelCache, "evict", lambda _, limit: looks.append(limit) or _store.PruneReport((), 0))
     limited = KernelCache(cache.root, max_bytes=64 * 5000)
     for number in range(10):
         limited.store(key_of(number), fake_cubin(bytes(900)), "", {})
@@ -193,8 +194,8 @@ def test_only_one_process_of_a_node_evicts(cache):
     name = hashlib.sha256(str(cache.path).encode()).hexdigest()[:16]
     with try_lock(f"evict-{name}") as free:
         assert free
-        assert _evict.evict(cache, 1).removed == ()
-    assert _evict.evict(cache, 1).removed == tuple(keys)
+        assert cache.evict(1).removed == ()
+    assert cache.evict(1).removed == tuple(keys)
 
 
 def test_clear(cache):
@@ -205,7 +206,7 @@ def test_clear(cache):
     assert set(report.removed) == {keys[1], keys[2]}
     assert report.bytes > 3000
     assert left(cache) == set()
-    assert (cache.stats().quarantined, cache.stats().entries) == (0, 0)
+    assert (len(cache.quarantined()), Statistics.of(cache).entries) == (0, 0)
     assert KernelCache(cache.root / "none").clear().removed == ()
 
 
@@ -249,15 +250,17 @@ def test_permissions_that_cannot_be_mended_stay_a_problem(cache, monkeypatch):
 
 
 def test_stats(cache):
-    empty = cache.stats()
+    empty = Statistics.of(cache)
     assert (empty.entries, empty.bytes, empty.limit_bytes, empty.oldest_use) == (0, 0, None, None)
     keys = fill(cache, [100, 5000])
-    stats = KernelCache(cache.root, max_bytes=7).stats()
-    assert (stats.entries, stats.limit_bytes, stats.root) == (2, 7, cache.root)
+    stats = Statistics.of(KernelCache(cache.root, max_bytes=7))
+    assert (stats.entries, stats.limit_bytes, stats.path) == (2, 7, str(cache.root))
     assert stats.bytes == sum(i.disk_bytes for i in cache.entries())
-    assert stats.newest_use - stats.oldest_use == pytest.approx(4900, abs=5)
+    used = [time_of(info.used_at) for info in cache.entries()]
+    assert (stats.oldest_use, stats.newest_use) == (min(used), max(used))
+    assert stats.oldest_use != stats.newest_use
     cache.quarantine(keys[0])
-    assert (cache.stats().quarantined, cache.stats().quarantined_bytes > 1000) == (1, True)
+    assert (len(cache.quarantined()), Statistics.of(cache).quarantined_bytes > 1000) == (1, True)
 
 
 def test_read_only_cache_is_never_written(tmp_path, warnings):
@@ -297,7 +300,7 @@ def test_listing_is_not_held_up_by_what_is_no_file(cache, monkeypatch):
 def test_a_cache_that_is_not_there_yet_has_no_problems(tmp_path):
     absent = KernelCache(tmp_path / "absent")
     assert absent.verify(fix=True) == []
-    assert (absent.stats().entries, absent.clear().removed) == (0, ())
+    assert (Statistics.of(absent).entries, absent.clear().removed) == (0, ())
     assert not (tmp_path / "absent").exists()
 
 

@@ -8,7 +8,8 @@ import torch
 
 from megamoe_jit._check import scenarios as table
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import FORMATS, KernelSpec, Variant
+from megamoe_jit._layer.given_weights import FORMAT_BY_TYPE
+from megamoe_jit._spec import FORMATS, FP8, KernelSpec, Variant
 from megamoe_jit.reference import expert_counts
 
 NAMES = [s.name for s in table.SCENARIOS]
@@ -51,12 +52,20 @@ def test_any_scenario_runs_with_any_format_and_what_multiplies_it():
 
 def test_weights_of_all_packed_formats_have_the_same_values():
     shape = table.get("L1.smoke").shape
-    made = {name: table.make_weights(shape, "cpu", 0, stored) for name, stored in FORMATS.items() if name != "fp8"}
+    packed = [stored for stored in dict.fromkeys(FORMAT_BY_TYPE.values()) if stored is not FP8]
+    made = {stored.name: table.make_weights(shape, "cpu", 0, stored) for stored in packed}
     values = [FORMATS[name].dequantize(*weights.l2) for name, weights in made.items()]
     assert all(torch.equal(values[0], other) for other in values[1:])
     assert values[0].std() == pytest.approx(0.05, rel=0.1)
     inputs = table.make_inputs(*table.select("L1.smoke", weights="mxfp4"), "cpu")
     assert torch.equal(inputs.l1[0], made["mxfp4"].l1[0])
+
+
+def test_weights_that_a_call_would_take_for_those_of_another_format_are_refused():
+    """Else the kernels of that one would be run, and pass."""
+    other = dataclasses.replace(FP8, name="powers", scale_type="float8_e8m0fnu", scale_size=1)
+    with pytest.raises(ConfigError, match="weights in powers cannot be drawn: no call .* allowed: fp8, fp8e5m2, mx"):
+        table.make_weights(table.get("L1.smoke").shape, "cpu", 0, other)
 
 
 def test_the_peers_cases_are_all_there():
@@ -97,6 +106,11 @@ def test_odd_sizes_and_bounds_are_covered():
     assert {1, 2, 5, 6, 11, 18, 56} <= k_blocks
     assert any(s.slow and s.tokens == 8192 for s in table.SCENARIOS)
     assert {s.fast_math for s in table.SCENARIOS} == {True, False}
+
+
+def test_a_call_is_told_of_the_options_that_are_not_the_default():
+    assert table.get("L4.fm1").options == {"activation_clamp": 10.0}
+    assert table.get("L4.fm0").options == {"activation_clamp": 10.0, "fast_math": False}
 
 
 @pytest.mark.parametrize("scenario", table.SCENARIOS, ids=lambda s: s.name)

@@ -40,7 +40,7 @@ class Layer:
             shared=shared,
         )
 
-    def _run(self, name, y, l1, l2, buffer, stats, *, activation_clamp, fast_math):
+    def _run(self, name, y, l1, l2, buffer, stats, *, activation_clamp, fast_math=True):
         self.calls.append(name)
         t = y.shape[0]
         assert y.isnan().all()
@@ -178,7 +178,7 @@ def test_leaving_out_the_requantisation_is_caught():
     """The bound is below the quantisation error, so a layer that skips it does not pass for a right one."""
 
     class Exact(Layer):
-        def _run(self, name, y, l1, l2, buffer, stats, *, activation_clamp, fast_math):
+        def _run(self, name, y, l1, l2, buffer, stats, *, activation_clamp, fast_math=True):
             t = y.shape[0]
             views = buffer.x[:t], buffer.x_sf[:t], buffer.topk_idx[:t], buffer.topk_weights[:t]
             pair = inverse_transform_weights_for_mega_moe_sm90(l1, l2)

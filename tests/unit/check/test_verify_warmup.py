@@ -30,7 +30,7 @@ READERS = Variant.reading(FP8)
 
 def kernels_of(pattern, variants=VARIANT_NAMES, ranks=1, weights=None):
     return {
-        KernelSpec(s.shape, Variant(v), ranks, s.fast_math, weights=FORMATS[s.weights])
+        KernelSpec(s.shape, Variant(v), ranks, numerics=s.numerics, weights=FORMATS[s.weights])
         for s in _scenarios.select(pattern, weights=weights)
         for v in s.runs(variants)
     }
@@ -165,7 +165,7 @@ def layer(place, monkeypatch):
     """A layer that only gets its kernel, from a small kernel directory, whose folder this is."""
 
     def run_scenario(scenario, variant, *_, **__):
-        _runtime.get_kernel(KernelSpec(scenario.shape, Variant.parse(variant), 1, scenario.fast_math))
+        _runtime.get_kernel(KernelSpec(scenario.shape, Variant.parse(variant), numerics=scenario.numerics))
         return passed(scenario.name, variant)
 
     monkeypatch.setattr(_verify, "run_scenario", run_scenario)

@@ -15,6 +15,7 @@ import pytest
 import megamoe_jit as mm
 from megamoe_jit.checkpoints import convert, inspect, load_experts, load_shared_experts
 from tests.checkpoints import MODELS, V3, Model, Tensor, model, write_file
+from tests.stubs import REPO
 
 INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-{shard + 1:05}-of-00003.safetensors" for shard in range(3)]
@@ -319,8 +320,22 @@ def test_a_folder_with_nothing_or_with_too_much(tmp_path: Path):
 def test_without_the_library_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = Model().write(tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(mm.ToolchainError, match=r"pip install 'megamoe-jit\[checkpoints\]'"):
+    with pytest.raises(mm.ToolchainError, match=r"run: pip install 'safetensors>=[\d.]+'$") as caught:
         load(folder)
+    required = str(caught.value).rpartition("pip install ")[2].strip("'")
+    assert f'checkpoints = ["{required}"]' in (REPO / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_what_is_no_checkpoint_is_refused_before_the_library_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    notes = tmp_path / "notes.md"
+    notes.write_text("no checkpoint")
+    with pytest.raises(mm.ConfigError, match=r"notes.md' is no checkpoint; allowed: a folder, an index \(.json\) or a"):
+        load(notes)
+    with pytest.raises(mm.ConfigError, match="nothing' is not there; allowed: a folder"):
+        load(tmp_path / "nothing")
 
 
 def test_the_models_of_these_tests_are_as_varied_as_it_says():

@@ -16,8 +16,8 @@ from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cache.entry import CUBIN, IMPORTED, read_entry
 from megamoe_jit._cli import cli
 from megamoe_jit._cli._names import parse_spec
-from megamoe_jit._compile.nvrtc import options_for
 from megamoe_jit._compile.render import render
+from megamoe_jit._compile.toolchain import options_for
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit.pack import read_pack

@@ -28,13 +28,18 @@ def test_inspect_checkpoint(folder: Path, tmp_path: Path):
     found = checked(done.stdout)
     assert (done.returncode, found["usable"], found["ranks"], len(found["layers"])) == (0, True, 2, 2)
     assert found["layers"][0]["spread"]["blocks"] == 6
-    text = run("inspect-checkpoint", str(folder)).stdout
+    done = run("inspect-checkpoint", str(folder))
+    text, first = done.stdout, found["layers"][0]["layer"]
+    assert f"MegaMoE.from_checkpoint({str(folder)!r}, {first}, max_tokens=4096)" in done.stderr
     assert "model deepseek_v4, names deepseek-v4, top-k 2, clamp 10.0" in text
     assert "mxfp4" in text
     assert "6 of 6" in text
     refused = run("inspect-checkpoint", str(Model(config={"hidden_act": "gelu"}).write(tmp_path)))
     assert (refused.returncode, "cannot be used: " in refused.stdout) == (1, True)
+    assert "from_checkpoint" not in refused.stderr
     assert run("inspect-checkpoint", str(tmp_path / "nothing")).returncode == 2
+    other = run("inspect-checkpoint", __file__)
+    assert (other.returncode, "is no checkpoint; allowed: a folder, an index (.json)" in other.stderr) == (2, True)
 
 
 def test_convert(folder: Path, tmp_path: Path):

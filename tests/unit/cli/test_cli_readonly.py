@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megamoe_jit._cache.cache import KernelCache
-from megamoe_jit._cli._options import complete_kernel, complete_key, complete_own_key
+from megamoe_jit._cli._cache_options import complete_kernel, complete_key, complete_own_key
 from megamoe_jit._settings.settings import override
 from tests.commandline import COOPERATIVE, PINGPONG, checked, keys_of, run, warm_cache
 

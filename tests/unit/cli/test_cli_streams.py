@@ -14,6 +14,7 @@ import pytest
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cli import cli
 from tests.commandline import SIZES, STAGED, Terminal, leaf_commands, warm_cache
+from tests.stubs import REPO
 
 
 def closed(streams: str, *arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
@@ -30,6 +31,17 @@ def test_commands_work_where_standard_error_is_closed(tmp_path: Path):
     assert json.loads(done.stdout)["compiled"] == 2
     wrong = closed("2>&-", "cache", "info", "--json", root=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, ""), "an error is no data"
+
+
+def test_a_working_directory_that_is_gone_is_said(tmp_path: Path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = "import os, sys; os.rmdir(os.getcwd()); from megamoe_jit._cli import main; main()"
+    environment = {**os.environ, "MEGAMOE_JIT_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", code, "cache", "export", "kernels.tgz"]
+    done = subprocess.run(command, cwd=gone, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "Error: the working directory is not there any more; change to one that is\n"
 
 
 @pytest.mark.parametrize("command", ["clear", "prune"])

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cli import _io, cli
-from megamoe_jit._cli._options import _keys_beginning
+from megamoe_jit._cli._cache_options import _keys_beginning
 from megamoe_jit._errors import ConfigError, PackError
 from megamoe_jit._settings import settings as _settings
 from megamoe_jit._settings.settings import override

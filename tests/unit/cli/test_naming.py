@@ -68,6 +68,34 @@ def test_shapes_of_a_spec():
         preset("v4-flsh")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("v4-flsh", "v4-flash"),
+        ("V4-Pro", "v4-pro"),
+        ("DeepSeek-V4-Flash", "v4-flash"),
+        ("deepseek-ai/DeepSeek-V3", "deepseek-v3"),
+        ("GLM-4.5-Air", "glm-4-moe"),
+        ("Kimi-Linear-48B-A3B-Instruct", "kimi-linear"),
+    ],
+)
+def test_a_model_is_known_by_the_name_that_it_has_elsewhere(typed: str, meant: str):
+    with pytest.raises(ConfigError, match=f"unknown shape '{typed}'; did you mean '{meant}'[?] allowed: v4-flash"):
+        preset(typed)
+
+
+def test_what_a_spec_may_be_is_a_sentence():
+    assert "(v4-flash/pingpong, v4-pro/cooperative/r8), or a kernel's name as" in invoke("render", "v4-flash").stderr
+    both = invoke("inspect", "v4-flash").stderr
+    assert "/r8), a kernel's name as `warmup` and `cache ls` show it, or the beginning of a key" in both
+
+
+@pytest.mark.parametrize("verb", ["render", "inspect"])
+def test_the_help_says_what_a_spec_may_end_with(verb: str):
+    said = invoke(verb, "--help").stdout
+    assert all(f"/{word}" in said for word in ("rN", "mxfp4", "exact", "f32out", "raw"))
+
+
 def test_missing_size_is_missing(tmp_path: Path):
     mine = write(tmp_path / "mine.toml", a=SMALL.replace("topk = 2\n", ""))
     with pytest.raises(ConfigError, match=re.escape("mine.toml: [a] has no topk; needed: hidden, intermediate, ")):
@@ -75,10 +103,10 @@ def test_missing_size_is_missing(tmp_path: Path):
 
 
 def test_plan_says_that_capacity_is_rounded_up():
-    assert "up to 128 tokens (16 rounded up to a multiple of 128), 1 rank(s)" in invoke(
+    assert "up to 128 tokens (16 rounded up to a multiple of 128), 1 rank" in invoke(
         "plan", "--shapes", "v4-flash", "--tokens", "16"
     ).stdout.replace("\n", " ")
-    assert "up to 256 tokens, 1 rank(s)" in invoke("plan", "--shapes", "v4-flash", "--tokens", "256").stdout
+    assert "up to 256 tokens, 1 rank" in invoke("plan", "--shapes", "v4-flash", "--tokens", "256").stdout
     assert "multiple of 128" in invoke("plan", "--help").stdout.replace("\n", " ").replace("  ", "")
 
 

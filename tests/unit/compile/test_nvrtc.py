@@ -15,9 +15,9 @@ from megamoe_jit._cli import cli
 from megamoe_jit._compile import nvrtc as _compiler
 from megamoe_jit._compile import signals as _settle
 from megamoe_jit._compile.cubin import CubinInfo
-from megamoe_jit._compile.nvrtc import compile_source, options_for
+from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
-from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
+from megamoe_jit._compile.toolchain import Toolchain, find_toolchain, options_for
 from megamoe_jit._errors import CompileError, ConfigError, PerformanceLossError, ToolchainError
 from megamoe_jit._settings.settings import Settings, override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
-from megamoe_jit._compile.render import kernels_dir, render, source_lines
+from megamoe_jit._compile.render import kernels_dir, render, source_lines, sources_digest
 from megamoe_jit._errors import ConfigError, RenderError
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec.formats import FORMATS, FP8
 
 SPEC = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
 ROOT = "/megamoe_jit/kernels_src"
@@ -132,6 +133,33 @@ def test_missing_entry_and_missing_directory(source, tmp_path):
         pytest.raises(ConfigError, match="MEGAMOE_JIT_KERNELS_SRC='.*none' is no"),
     ):
         kernels_dir()
+
+
+def test_the_digest_of_the_sources_is_over_names_and_bytes_and_not_over_their_place(source, tmp_path):
+    files = {ENTRY: "int a;\n", "a/x.cuh": "int b;\n"}
+    folder = source(files)
+    first = sources_digest()
+    with override(kernels_src=Path(shutil.copytree(folder, tmp_path / "copy"))):
+        assert sources_digest() == first
+    (folder / "a/x.cuh").rename(folder / "a/y.cuh")
+    renamed = sources_digest()
+    source({"a/y.cuh": "int c;\n"})
+    changed = sources_digest()
+    source({"a/z.cuh": "", "notes.txt": "no kernel is made of this"})
+    assert len({first, renamed, changed, sources_digest()}) == 4
+    (folder / "a/z.cuh").unlink()
+    assert sources_digest() == changed
+    (folder / "a/y.cuh").write_bytes(b"\xff")
+    with pytest.raises(RenderError, match=r"cannot read 'a/y.cuh' in .*: not UTF-8"):
+        sources_digest()
+
+
+def test_the_digest_of_the_sources_is_over_all_that_kernels_are_made_of():
+    kinds = [(variant, stored) for stored in FORMATS.values() for variant in Variant.reading(stored)]
+    files = {
+        file for variant, stored in kinds for file in render(KernelSpec(SPEC.shape, variant, weights=stored)).files
+    }
+    assert files <= {path.relative_to(kernels_dir()).as_posix() for path in kernels_dir().glob("*/*.cuh*")}
 
 
 @pytest.mark.parametrize("variant", Variant.reading(FP8))

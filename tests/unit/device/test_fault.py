@@ -20,7 +20,7 @@ SAYS = {
     "gemm1_tile_stored": "of the first GEMM",
     "peer_signal": "the other ranks",
     "tail_barrier": "blocks of the launch to finish their tiles",
-    "weight_stage_free": "for weights",
+    "weight_stage_free": "helpers) to free pipeline stage",
     "gemm2_tile_stored": "of the second GEMM",
     "pool_read": "the first GEMM to read",
     "gemm2_done": "the second GEMM to finish the rows",

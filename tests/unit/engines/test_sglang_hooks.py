@@ -10,7 +10,7 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.engines.across import _buffers
-from megamoe_jit.engines.sglang import mega, weights
+from megamoe_jit.engines.sglang import mega, runner, weights
 from megamoe_jit.engines.sglang.hooks import PROBE, unreached
 from tests.engines.standins import batch, expected, experts, kernels_by_reference
 
@@ -131,3 +131,9 @@ def test_what_is_not_hooked_is_found(monkeypatch):
     monkeypatch.setitem(sys.modules, here, module)
     targets = [(f"{here}:{name}", before) for name, before in (("hooked", 1), ("plain", 0), ("raises", 0), ("gone", 0))]
     assert unreached(targets) == [f"{here}:plain", f"{here}:raises", f"{here}:gone"]
+
+
+@pytest.mark.parametrize("method", [SimpleNamespace(), SimpleNamespace(runner=None), SimpleNamespace(runner=object())])
+def test_methods_of_others_are_none_of_ours_whatever_they_run_with(method):
+    assert runner._apply(original, method, "layer", "batch") == ("original", (method, "layer", "batch"), {})
+    assert runner._process(original, method, "layer") == ("original", (method, "layer"), {})

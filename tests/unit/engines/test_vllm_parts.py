@@ -10,6 +10,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
+from megamoe_jit.engines import aside
 from megamoe_jit.engines.across import _buffers
 from megamoe_jit.engines.vllm import eplb, experts, quantization
 from tests.engines.standins import batch, expected, kernels_by_reference, packed_experts
@@ -115,8 +116,26 @@ def test_eplb_leaves_nccl_room(monkeypatch, chosen, asked, imported):
         sys.modules[eplb._WORKER].override_envs_for_eplb = utils.override_envs_for_eplb
     model = None if chosen is None else SimpleNamespace(model_config=SimpleNamespace(quantization=chosen))
     sys.modules["vllm.config"].get_current_vllm_config_or_none = lambda: model
-    eplb.leave_room()
-    eplb.leave_room()  # in a process that loads plug-ins twice
+    eplb.leave_room(quantization.NAMES)
+    eplb.leave_room(quantization.NAMES)  # in a process that loads plug-ins twice
     caller = sys.modules[eplb._WORKER] if imported else utils
     caller.override_envs_for_eplb("parallel", moe_backend="auto")
     assert seen == [("parallel", asked)]
+
+
+def test_eplb_of_others_goes_on_where_vllm_cannot_be_asked(monkeypatch, caplog):
+    seen, names = [], ("vllm", "vllm.config", "vllm.distributed", "vllm.distributed.eplb", eplb._UTILS)
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.delitem(sys.modules, eplb._WORKER, raising=False)
+    utils = sys.modules[eplb._UTILS]
+    utils.override_envs_for_eplb = lambda parallel, backend: seen.append((parallel, backend))
+    eplb.leave_room(quantization.NAMES)
+    aside._warned.clear()
+    for _ in range(2):
+        utils.override_envs_for_eplb("parallel", "auto")
+    assert seen == [("parallel", "auto")] * 2
+    assert [record.message for record in caplog.records if "NCCL_MAX_CTAS" in record.message] == [
+        "megamoe-jit leaves NCCL_MAX_CTAS to vLLM, whose settings cannot be asked: "
+        "AttributeError: module 'vllm.config' has no attribute 'get_current_vllm_config_or_none'"
+    ]

@@ -147,8 +147,8 @@ EXPAND_MISTAKES = (
     ),
     Change(
         "kernels/megamoe.cuh",
-        "table, share.taker, share.takers)",
-        "table, sim::mutant == 224 ? blockIdx.x : share.taker, share.takers)",
+        "table, share.dispatcher, share.dispatchers)",
+        "table, sim::mutant == 224 ? blockIdx.x : share.dispatcher, share.dispatchers)",
     ),
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
 )

@@ -61,7 +61,7 @@ def get_symm_buffer_for_mega_moe(group, experts, capacity, topk, hidden, interme
     return Buffer(MoEShape(hidden, intermediate, experts, topk), capacity)
 
 
-def fp8_mega_moe_pingpong(y, l1, l2, buffer, stats, *, activation_clamp, fast_math):
+def fp8_mega_moe_pingpong(y, l1, l2, buffer, stats, *, activation_clamp, fast_math=True):
     views = [v[: y.shape[0]] for v in (buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights)]
     note("call", views[1].double().sum().item())
     weights = make_weights(buffer.shape, "cpu")
@@ -73,7 +73,7 @@ def fp8_mega_moe_pingpong(y, l1, l2, buffer, stats, *, activation_clamp, fast_ma
     stats += counts[dist.get_rank() * local : (dist.get_rank() + 1) * local].to(torch.int32)
 
 
-def fp8_mega_moe_cooperative(y, l1, l2, buffer, stats, *, activation_clamp, fast_math):
+def fp8_mega_moe_cooperative(y, l1, l2, buffer, stats, *, activation_clamp, fast_math=True):
     """Wrong on the last rank for one token, lost on three."""
     fp8_mega_moe_pingpong(y, l1, l2, buffer, stats, activation_clamp=activation_clamp, fast_math=fast_math)
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -82,7 +82,7 @@ def fp8_mega_moe_cooperative(y, l1, l2, buffer, stats, *, activation_clamp, fast
         y += 1
 
 
-def fp8_mega_moe(y, l1, l2, buffer, stats, *, activation_clamp, fast_math):
+def fp8_mega_moe(y, l1, l2, buffer, stats, *, activation_clamp, fast_math=True):
     """Right, or failing where the variable says."""
     collectively(dist.group.WORLD, "checking", refuse if fails("call", y.shape[0]) else lambda: None)
     fp8_mega_moe_pingpong(y, l1, l2, buffer, stats, activation_clamp=activation_clamp, fast_math=fast_math)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megamoe_jit._compile import render as _render
 from megamoe_jit._device import wait as _device_wait
+from megamoe_jit._device.layout import MIN_POOL_ROWS
 from megamoe_jit._errors import CaptureError, ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._layer import buffer as _buffer
+from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.kernel_set import KernelSet
 from megamoe_jit._layer.steady import SteadyCalls
+from megamoe_jit._settings.settings import override
+from megamoe_jit._spec import MoEShape
 from megamoe_jit._spec.abi import Wait
 
 GROUP = object()
@@ -171,3 +178,26 @@ def test_what_ends_a_rank_is_told_before_it_waits_for_the_others(
     with pytest.raises(ConfigError), buffer(1):
         raise ConfigError("y has 9 rows")
     assert caplog.text == ""
+
+
+def test_what_ranks_have_in_common_is_found_without_rendering_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A buffer of several ranks is made in a millisecond of the host's, and still tells ranks with other sources."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("rendered")
+
+    monkeypatch.setattr(_memory, "check_device", lambda device: None)
+    monkeypatch.setattr(_render, "_filled", refuse)
+    it = buffer(2)
+    it.shape = MoEShape(256, 128, 8, 2)
+    said = it._admit(128, MIN_POOL_ROWS)
+    assert said == it._admit(256, MIN_POOL_ROWS)
+    copy = Path(shutil.copytree(_render.kernels_dir(), tmp_path / "kernels_src"))
+    with override(kernels_src=copy):
+        assert it._admit(128, MIN_POOL_ROWS) == said
+        room = copy / "variants/pingpong.cuh"
+        room.write_text(room.read_text() + "\n// another one\n")
+        other = it._admit(128, MIN_POOL_ROWS)
+    assert {field for field in said if said[field] != other[field]} == {"kernel sources"}
+    it.ranks = 1
+    assert it._admit(128, MIN_POOL_ROWS) == {}

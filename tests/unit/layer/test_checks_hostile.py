@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megamoe_jit._layer import stage as _stage
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._settings.settings import override
+from megamoe_jit.checkpoints import convert, load_experts
 from megamoe_jit.heuristics import parse_shapes, preset
 from megamoe_jit.heuristics.select import choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu
@@ -67,6 +69,9 @@ HOSTILE: dict[str, Any] = {
     "meta": torch.zeros(3, 256, device="meta"),
     "quantised": torch.quantize_per_tensor(X, 1.0, 0, torch.quint8),
     "a pair": (None, None),
+    "a fraction": Fraction(1, 2),
+    "a text without end": "x" * 5000,
+    "more than 64 bits": 2**64,
     "a type": int,
     "an object": Unwritable(),
 }
@@ -89,6 +94,10 @@ BUFFER_SIZES = {
 }
 PAIRS = {"l1_weights": DRAWN.l1, "l2_weights": DRAWN.l2}
 READY = {"l1_weights": L1, "l2_weights": L2}
+MXFP4 = [
+    (torch.zeros(4, rows, depth // 2, dtype=torch.uint8), torch.full((4, rows, depth // 32), 127, dtype=torch.uint8))
+    for rows, depth in ((256, 256), (256, 128))
+]
 SPEC = mm.KernelSpec(SHAPE, mm.Variant.PINGPONG)
 
 
@@ -145,6 +154,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "is_transformed": (mm.is_transformed, READY),
     "weights_metadata": (mm.weights_metadata, READY),
+    "mxfp4_spread": (mm.mxfp4_spread, {"codes": MXFP4[0][0], "e8m0": MXFP4[0][1]}),
+    "fp8_from_mxfp4": (
+        mm.fp8_from_mxfp4,
+        {"codes": MXFP4[0][0], "e8m0": MXFP4[0][1], "dtype": torch.float8_e4m3fn, "rounding": None},
+    ),
+    "transform of MXFP4": (
+        mm.transform_weights_for_mega_moe_sm90,
+        {"l1_weights": MXFP4[0], "l2_weights": MXFP4[1], "rounding": None, "experts": None},
+    ),
     "moe_reference": (
         moe_reference,
         {
@@ -168,6 +186,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         SymmBuffer,
         {"shape": SHAPE, "max_tokens": 64, "device": torch.device("cpu"), "group": None, "max_pool_rows": 4096},
     ),
+    "load_experts": (
+        load_experts,
+        {"path": "nothing", "layer": 1, "device": "cpu", "rank": 0, "ranks": 1, "weight_format": "auto"},
+    ),
+    "convert": (convert, {"source": "nothing", "target": "nowhere", "weight_format": "fp8", "scheme": None}),
     "import_pack": (mm.import_pack, {"path": "no such file", "root": "/nowhere"}),
     "export_pack": (mm.export_pack, {"path": "/nowhere/pack", "what": None, "cache": None}),
 }
@@ -194,6 +217,9 @@ LAYER = {
     "workspace": "shared",
 }
 TAKEN = {"x": X, "topk_idx": IDS, "topk_weights": ROUTER}
+
+
+REFUSALS = (mm.ConfigError, mm.CheckpointError, mm.PackError, mm.UnsupportedDeviceError)
 
 
 def attack(function: Callable[..., Any], arguments: dict[str, Any], refusals: tuple[type[Exception], ...]) -> list[str]:
@@ -231,7 +257,7 @@ def test_every_argument_of_every_function(
 ):
     function, arguments = FUNCTIONS[name]
     with override(cache_dir=tmp_path_factory.mktemp("empty")):  # nothing to export, whatever other tests have compiled
-        assert attack(function, arguments, (mm.ConfigError, mm.PackError, mm.UnsupportedDeviceError)) == []
+        assert attack(function, arguments, REFUSALS) == []
     assert list(tmp_path.iterdir()) == [], "nothing was written where nobody said"
 
 
@@ -258,6 +284,16 @@ def test_every_argument_of_staging_and_of_a_call_from_bf16(here: Cuda, buffer: S
     assert attack(mega_moe_from_bf16, arguments, (mm.ConfigError,)) == []
 
 
+def test_every_argument_of_a_call_on_rows_of_this_ranks_experts(here: Cuda, buffer: SymmBuffer):  # noqa: F811
+    rows = {"num_rows": torch.tensor([3]), "activation_clamp": None, "fast_math": True}
+    arguments = {"y": Y, "l1": L1, "l2": L2, "buffer": buffer}
+    assert attack(mm.mega_moe_local_experts, {**arguments, **rows}, (mm.ConfigError,)) == []
+    arguments["buffer"] = SymmBuffer(mm.MoEShape(256, 128, 4, 1), 128, torch.device("cpu"))
+    for apart in (None, 4):
+        rows = {"expert_rows": torch.tensor([1, 1, 1, 0]), "rows_apart": apart, "align": 1}
+        assert attack(mm.mega_moe_local_experts, {**arguments, **rows}, (mm.ConfigError,)) == []
+
+
 def test_every_argument_of_a_buffers_methods(here: Cuda, buffer: SymmBuffer):  # noqa: F811
     assert attack(buffer.prepare, {"variant": "pingpong", "fast_math": True}, (mm.ConfigError,)) == []
     assert attack(buffer.prepare_all, {"fast_math": True}, (mm.ConfigError,)) == []
@@ -269,7 +305,7 @@ def test_every_argument_of_a_buffers_methods(here: Cuda, buffer: SymmBuffer):  #
 def test_every_argument_of_a_layer_and_its_call(here: Cuda):
     assert attack(mm.MegaMoE, LAYER, (mm.ConfigError, mm.UnsupportedDeviceError)) == []
     layer = mm.MegaMoE(**LAYER)
-    assert attack(layer, TAKEN, (mm.ConfigError,)) == []
+    assert attack(layer, {**TAKEN, "padded_tokens": None}, (mm.ConfigError,)) == []
     assert attack(layer.stage, TAKEN, (mm.ConfigError,)) == []
     assert attack(layer.load_weights, {name: LAYER[name] for name in ("w13", "w2")}, (mm.ConfigError,)) == []
 
@@ -277,13 +313,16 @@ def test_every_argument_of_a_layer_and_its_call(here: Cuda):
 def test_a_right_call_of_each_function_is_taken(here: Cuda):
     """Else every attack would end in the same refusal."""
     for name, (function, arguments) in FUNCTIONS.items():
-        if name not in ("import_pack", "export_pack"):
+        if name not in ("import_pack", "export_pack", "load_experts", "convert"):
             function(**arguments)
 
 
 def test_no_hostile_value_is_taken_for_a_number_or_a_bound(here: Cuda, buffer: SymmBuffer):  # noqa: F811
     taken = []
-    for place, allowed in (("activation_clamp", {"None", "0", "2.5", "inf", "a numpy scalar"}), ("recipe", set())):
+    for place, allowed in (
+        ("activation_clamp", {"None", "0", "2.5", "inf", "a numpy scalar", "a fraction", "more than 64 bits"}),
+        ("recipe", set()),
+    ):
         for name, value in HOSTILE.items():
             try:
                 mm.fp8_mega_moe(**{**CALL, "sym_buffer": buffer, place: value})

@@ -231,10 +231,6 @@ def test_a_rank_that_failed_says_so_even_if_the_others_never_come(monkeypatch):
         _ranks.collectively(object(), "it", lambda: 1)
 
 
-def test_digests_tell_texts_and_their_borders_apart():
-    assert _ranks.digest("a", "b") == _ranks.digest("a", "b") != _ranks.digest("ab")
-
-
 # -- the parent ---------------------------------------------------------------------------------------------------
 
 

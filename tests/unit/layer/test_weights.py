@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._errors import CaptureError, ConfigError
 from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90 as inverse
 from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90 as transform
@@ -196,3 +196,81 @@ def test_refusals_say_what_is_allowed():
             transform(l1, l2, inplace=True, experts=bad)
     with pytest.raises(ConfigError, match="experts was given with one"):
         transform((l1[0][0], l1[1][0]), (l2[0][0], l2[1][0]), experts=[0])
+
+
+def interrupt(patched, *copies):
+    """Ctrl-C is answered behind a copy, once what was copied is there: behind the copies with these numbers."""
+    copy, count = torch.Tensor.copy_, [0]
+
+    def interrupted(target, *args, **named):
+        copy(target, *args, **named)
+        count[0] += target.dtype is torch.uint8
+        if target.dtype is torch.uint8 and count[0] in copies:
+            raise KeyboardInterrupt
+
+    patched.setattr(torch.Tensor, "copy_", interrupted)
+
+
+def given_to(direction, kind):
+    """Weights that may go in this direction, and a copy."""
+    plain = make() if kind == "fp8" else packed()
+    source = plain if direction is transform else transform(*plain)
+    given = tuple(tuple(each.clone() for each in pair) for pair in source)
+    mark_transformed(*given, transformed=direction is inverse)
+    return given, source
+
+
+def packed(experts=3):
+    gen = torch.Generator().manual_seed(0)
+
+    def pair(rows, depth):
+        codes = torch.randint(0, 256, (experts, rows, depth // 2), generator=gen, dtype=torch.uint8)
+        return codes, torch.randint(120, 130, (experts, rows, depth // 32), generator=gen, dtype=torch.uint8)
+
+    return pair(512, 128), pair(128, 256)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("direction", [transform, inverse])
+@pytest.mark.parametrize("behind", [1, 2, 5, 6])
+def test_what_is_ended_half_way_leaves_weights_as_they_were(direction, kind, behind, monkeypatch):
+    given, source = given_to(direction, kind)
+    with monkeypatch.context() as patched:
+        interrupt(patched, behind)
+        with pytest.raises(KeyboardInterrupt):
+            direction(*given, inplace=True)
+    for found, wanted in zip(given, source, strict=True):
+        assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+    for found, wanted in zip(direction(*given, inplace=True), direction(*source), strict=True):
+        assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("direction", [transform, inverse])
+def test_what_is_in_no_order_is_never_taken_for_what_it_is_not(direction, monkeypatch):
+    """Ctrl-C, and again while it is answered."""
+    given, source = given_to(direction, "fp8")
+    with monkeypatch.context() as patched:
+        interrupt(patched, 2, 3, 4)
+        with pytest.raises(KeyboardInterrupt):
+            direction(*given, inplace=True)
+    for again in (transform, inverse):
+        with pytest.raises(ConfigError, match="left half-way by a transform that was ended, and must be loaded again"):
+            again(*given, inplace=True, experts=[1])
+    for (codes, _), (loaded, _) in zip(given, source, strict=True):
+        codes.view(torch.uint8).copy_(loaded.view(torch.uint8))
+    mark_transformed(*given, transformed=direction is inverse)
+    for found, wanted in zip(direction(*given, inplace=True), direction(*source), strict=True):
+        assert same(found[0], wanted[0])
+
+
+def test_nothing_is_transformed_in_a_capture(monkeypatch):
+    weights = make()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for inplace in (False, True):
+        with pytest.raises(CaptureError, match="brought into another order while a CUDA graph is being captured"):
+            transform(*weights, inplace=inplace)
+    monkeypatch.undo()
+    ordered = transform(*weights, inplace=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(CaptureError):
+        inverse(*ordered, inplace=True)

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from megamoe_jit._check.scenarios import make_weights
-from megamoe_jit._layer.local_experts import mask_rows
+from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._layer.quantize import quantize_activations
 from megamoe_jit._nodes import memory as _memory
 from megamoe_jit._nodes.buffer import MultiNodeBuffer

@@ -40,6 +40,27 @@ codes = torch.ones(256, 128).to(powers.code_dtype)
 values = powers.dequantize(codes, scales.to(powers.scale_dtype))
 assert torch.equal(values, fp8.dequantize(codes, scales))
 assert fp8.expert_bytes(256, 128) - powers.expert_bytes(256, 128) == 3 * 2 * 3
+from megamoe_jit import ConfigError, MoEShape
+from megamoe_jit._check.scenarios import make_weights
+try:
+    make_weights(MoEShape(256, 128, 4, 2), "cpu", weights=powers)
+except ConfigError as error:
+    assert str(error).startswith("weights in powers cannot be drawn"), error
+else:
+    raise AssertionError("weights of another format are taken for those of this one")
+"""
+
+
+VERIFIED = """
+import torch
+from megamoe_jit._check.scenarios import get
+from megamoe_jit._cli.verify import _kernels
+from tests.compile.test_presets import SPECS
+case = get("numerics.plain_silu.t96")
+assert case.options == {"activation_clamp": 10.0, "plain_silu": True}
+(kernel,) = _kernels([case], ["pingpong"], torch.device("cpu"), 1)
+assert kernel.kernel_name.endswith("_fast_plain")
+assert SPECS["plain-pingpong"].numerics is SPECS["mxfp4-plain-decode"].numerics is case.numerics
 """
 
 
@@ -114,7 +135,7 @@ def test_a_variant_is_added_by_its_page(tree: Path):
 
 
 def test_a_numeric_option_is_added_by_its_page(tree: Path):
-    assert len(follow(tree, "add-a-numeric-option.md")) == 4 <= 6
+    assert len(follow(tree, "add-a-numeric-option.md")) == 6
     tidy(tree)
     python(tree, "-m", "tests.schemas")
     python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SAY_WHAT_WAS_FORGOTTEN)
@@ -125,6 +146,7 @@ def test_a_numeric_option_is_added_by_its_page(tree: Path):
         tree, "-c", "import megamoe_jit, inspect; inspect.signature(megamoe_jit.fp8_mega_moe).parameters['plain_silu']"
     )
     assert '"plain_silu"' in (tree / "megamoe_jit/_cli/schemas/warmup.json").read_text()
+    python(tree, "-c", VERIFIED)
 
 
 def test_a_weight_format_is_added_by_its_page(tree: Path):

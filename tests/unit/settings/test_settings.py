@@ -166,6 +166,16 @@ def test_relative_paths_become_absolute(monkeypatch, tmp_path):
     assert Settings.load({PREFIX + "CACHE_DIR": "c"}).cache_dir == tmp_path / "c"
 
 
+def test_relative_paths_without_a_working_directory_are_refused(monkeypatch, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="allowed: an absolute path, where the working directory is not there"):
+        Settings.load({"MEGAMOE_JIT_CACHE_DIR": "kernels"})
+    assert Settings.load({"MEGAMOE_JIT_CACHE_DIR": "/kernels"}).cache_dir == Path("/kernels")
+
+
 def test_override_nests_and_restores():
     before = get_settings()
     with override(strict="warn") as outer:

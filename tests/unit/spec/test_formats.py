@@ -72,7 +72,7 @@ def test_a_variant_says_which_codes_it_multiplies():
             if variant in Variant.reading(stored):
                 assert KernelSpec(shape, variant, weights=stored).weights is stored
             else:
-                with pytest.raises(ConfigError, match=f"variant = '{variant.value}' .* for weights in {stored.name}"):
+                with pytest.raises(ConfigError, match=f"for weights in {stored.name}; {variant} takes [mf]"):
                     KernelSpec(shape, variant, weights=stored)
 
 

@@ -58,11 +58,13 @@ def test_the_command_line_says_what_is_not_the_default():
 
 
 def test_options_behind_the_first_are_named_where_a_value_is_made():
-    """A new field may stand before them."""
+    """A new field may stand before them; and whoever hands on the values of a call does not say how many these are."""
     for path in sorted((REPO / "megamoe_jit").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Numerics":
                 assert len(node.args) <= 1, f"{path}:{node.lineno}"
+            if isinstance(node, ast.arg) and node.arg == "numeric" and node.annotation is not None:
+                assert ast.unparse(node.annotation) in ("tuple[bool, ...]", "Any"), f"{path}:{node.lineno}"
 
 
 def test_every_option_has_words_of_its_own():

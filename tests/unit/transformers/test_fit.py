@@ -66,6 +66,16 @@ def test_without_transformers_it_steps_aside_too():
     done = python(REPO, "-c", code)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
     assert done.stderr.count("steps aside") == 1
+    assert f"transformers is not installed; pip install '{WANTED}'" in done.stderr
+
+
+def test_doctor_says_once_that_transformers_is_not_installed():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from megamoe_jit._diagnose.engines import probe_of; print(probe_of('transformers').wanted)"
+    )
+    done = python(REPO, "-c", code)
+    assert (done.stdout.strip(), done.stderr) == (WANTED, "")
 
 
 def test_nothing_of_it_is_imported_before_it_is_asked_for():

@@ -160,3 +160,16 @@ def test_a_module_that_is_refused_keeps_its_weights(cuda: Cuda):
     with pytest.raises(mm.ConfigError, match="memory"):
         _adapter.adapter_of(made, 2, CPU)
     assert bits(made) == before
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_weights_that_cannot_come_back_now_are_not_lost(cuda: Cuda, kind: str):
+    made = module(kind, "F8_E8M0")
+    before = bits(made)
+    _adapter.adapter_of(made, 2, CPU)
+    cuda.capturing = True
+    with pytest.raises(mm.CaptureError, match="another order while a CUDA graph is being captured"):
+        release_module(made)
+    cuda.capturing = False
+    assert release_module(made)
+    assert bits(made) == before

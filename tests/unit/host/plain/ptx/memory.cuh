@@ -19,6 +19,8 @@ inline void load8(const void* p, u32& a, u32& b) {
 }
 inline u8 shared_memory[1 << 16];
 inline void store4_shared(u32 address, u32 v) { std::memcpy(shared_memory + address, &v, 4); }
+inline Vec16 load16_shared(u32 address) { return load16(shared_memory + address); }
+inline void load8_shared(u32 address, u32& a, u32& b) { load8(shared_memory + address, a, b); }
 
 struct MatrixStore {
     u32 address, values[2];
