@@ -9,7 +9,7 @@ import torch
 
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.choice import Choices
-from megamoe_jit._nodes.lanes import staging
+from megamoe_jit._nodes.memory import staging
 from megamoe_jit._nodes.model import row_bytes, sent_bytes
 from megamoe_jit._nodes.overlap import overlapped
 from megamoe_jit._nodes.passes import TorchPasses
