@@ -12,7 +12,6 @@ from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import NodesParams, aligned_nodes_params
 from megamoe_jit._fork import renew_after_fork
-from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.passes import Routes
 from megamoe_jit._spec.abi import NODES_THREADS, WARP
@@ -30,7 +29,8 @@ class PassKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._params = device, aligned_nodes_params()
-        self._most, self._lock = BLOCKS_PER_SM * sm_count(device), threading.Lock()
+        self._lock = threading.Lock()
+        self._most = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
             self._launchers = {step: self._loaded(step) for step in Pass}
 

@@ -16,7 +16,7 @@ from megamoe_jit._nodes.pass_kernels import PassKernels
 from megamoe_jit._nodes.passes import Routes, TorchPasses
 from megamoe_jit._spec.kinds import spec_from_json, spec_of_kernel_name
 from megamoe_jit._spec.passes import Pass, PassSpec
-from tests.unit.layer.test_calls import HERE, SMS, Cuda
+from tests.unit.layer.test_calls import HERE, Cuda
 from tests.unit.nodes.world import ROUTES, SHAPE, batch
 
 NODES = 2
@@ -79,7 +79,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(_pass_kernels, "load_kernel", load)
     monkeypatch.setattr(_pass_kernels, "Launcher", launcher)
-    monkeypatch.setattr(_pass_kernels, "sm_count", lambda device: SMS)
     return SimpleNamespace(cuda=cuda, launched=launched, passes=PassKernels(HERE))
 
 
