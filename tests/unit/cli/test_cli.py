@@ -16,9 +16,10 @@ from megamoe_jit import _errors
 from megamoe_jit._cache.metadata import dump_metadata, read_metadata
 from megamoe_jit._cli import app as app_module
 from megamoe_jit._cli import cli
-from megamoe_jit._cli._io import human_bytes, table
+from megamoe_jit._cli._io import table
 from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
+from megamoe_jit._text import human_bytes
 from tests.commandline import SIZES, checked, leaf_commands, run, warm_cache
 
 SMALL = SIZES
