@@ -200,6 +200,13 @@ MUTANTS = (
         "kernels/test_protocol_sim.py::test_any_interleaving_gives_the_right_result[1]",
     ),
     Mutant(
+        "kernels: results of many tokens are scattered at offsets of 32 bits",
+        "kernels_src/epilogue/scatter.cuh",
+        "u64(pair) * (C::kHidden * 2)",
+        "pair * (C::kHidden * 2)",
+        "kernels/test_addresses.py::test_offsets_beyond_4_gib_do_not_wrap",
+    ),
+    Mutant(
         "kernels: a rank signals in a word of its neighbour",
         "kernels_src/comm/barriers.cuh",
         "* kMaxRanks + p.rank, epoch);",

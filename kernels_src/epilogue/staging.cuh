@@ -19,7 +19,7 @@ struct Staging {
     /// Row and chunk that this lane reads back in pass i of 4.
     MEGA_DEVICE u32 row(u32 pass) const { return pass * kRowsPerPass + lane / 8; }
     MEGA_DEVICE u32 column() const { return lane % 8; }
-    /// All passes at once: one after another, each would wait for shared memory anew.
+    /// Loads all passes at once: one after the other, each would wait for shared memory.
     MEGA_DEVICE void read_all(Vec16 (&v)[kPasses]) const {
 #pragma unroll
         for (u32 i = 0; i < kPasses; ++i) v[i] = ptx::load16_shared(chunk(row(i), column()));

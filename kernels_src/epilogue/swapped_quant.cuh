@@ -49,7 +49,7 @@ template <u32 n> struct LargestOfLanes {
 /// It is compiled once for all main loops.  Columns that only wider loops have are worked on only if the tile has rows for them, so
 /// that a narrow tile takes no longer than with an epilogue of its own.
 template <class C> struct SwappedQuant {
-    static constexpr u32 kN = min_u32(C::kBlockM, 96), kThreads = kMathWarps * kWarp,
+    static constexpr u32 kN = min_u32(C::kBlockM, 96), kMathThreads = kMathWarps * kWarp,
                          kCodesBytes = kN * Staging::kRowBytes;
     static_assert(kCodesBytes + (kMathWarps + 1) * kN * 4 <= kMathWarps * kStagingBytes,
                   "no room to exchange");
@@ -141,8 +141,8 @@ template <class C> struct SwappedQuant {
     MEGA_DEVICE void store_rows(u32 first) const {
         const Staging staging{address, thread % kWarp};
 #pragma unroll
-        for (u32 i = 0; i < kN * 8 / kThreads; ++i) {
-            const u32 row = i * (kThreads / 8) + thread / 8, column = thread % 8;
+        for (u32 i = 0; i < kN * 8 / kMathThreads; ++i) {
+            const u32 row = i * (kMathThreads / 8) + thread / 8, column = thread % 8;
             if (first + row < rows)
                 ptx::store16(p.act2_pool + u64(pool_row + first + row) * C::kIntermediate +
                                  n * kQuantBlock + column * 16,
@@ -153,11 +153,11 @@ template <class C> struct SwappedQuant {
     /// Up to 96 columns from kFirst on, by all math warps.
     template <u32 kFirst> MEGA_DEVICE void run(Columns<C>& result) const {
         activate<kFirst>(result);
-        ptx::named_sync(kBarrierMath, kThreads);
+        ptx::named_sync(kBarrierMath, kMathThreads);
         make_scale(kFirst);
-        ptx::named_sync(kBarrierMath, kThreads);
+        ptx::named_sync(kBarrierMath, kMathThreads);
         stage_codes<kFirst>(result);
-        ptx::named_sync(kBarrierMath, kThreads);
+        ptx::named_sync(kBarrierMath, kMathThreads);
         store_rows(kFirst);
         ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
     }

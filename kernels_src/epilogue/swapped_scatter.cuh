@@ -37,7 +37,7 @@ template <class C> struct SwappedScatter {
 #pragma unroll
             for (u32 b = 0; b < 2; ++b) {
                 const float* at = result.block[b] + column / 2;
-                ptx::store_matrix4_bf16_turned(
+                ptx::store_matrix4_bf16_transposed(
                     staging.chunk(patch_row(column, b) + lane / 16 * 8 + lane % 8,
                                   2 * warp + lane / 8 % 2),
                     at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]);

@@ -7,7 +7,7 @@
 //
 //   expanded[expert][column]   released here, once per piece     acquired by the weights lane of any block
 //
-// Whoever expands waits for nothing but memory.  Only experts that have rows are expanded, in the order in which tiles need them.
+// A block that expands waits for nothing but memory.  Only experts that have rows are expanded, in the order in which tiles need them.
 #pragma once
 #include "comm/fault.cuh"
 #include "expand/unpack.cuh"

@@ -1,4 +1,4 @@
-// The values of four-bit codes as e5m2 bytes, for whoever expands packed weights: in registers (formats/mxfp4.cuh) or into shared
+// The values of four-bit codes as e5m2 bytes.  Used where packed weights are expanded: in registers (formats/mxfp4.cuh) or into shared
 // memory (expand/unpack.cuh).
 #pragma once
 #include "base/types.cuh"

@@ -180,8 +180,8 @@ MEGA_DEVICE void store_matrix4_bf16(u32 address, float a0, float a1, float b0, f
         : "memory");
 }
 /// The same, transposed: the address that a lane passes is that of a column, which becomes a row in memory.
-MEGA_DEVICE void store_matrix4_bf16_turned(u32 address, float a0, float a1, float b0, float b1,
-                                           float c0, float c1, float d0, float d1) {
+MEGA_DEVICE void store_matrix4_bf16_transposed(u32 address, float a0, float a1, float b0, float b1,
+                                               float c0, float c1, float d0, float d1) {
     asm volatile(
         "{\n.reg .b32 a, b, c, d;\n"
         "cvt.rn.bf16x2.f32 a, %2, %1;\ncvt.rn.bf16x2.f32 b, %4, %3;\ncvt.rn.bf16x2.f32 c, %6, %5;\ncvt.rn.bf16x2.f32 d, %8, %7;\n"

@@ -1,4 +1,5 @@
-// The fixed order of all tiles: which tile a ticket means.  The weights lane of each block draws tickets by an atomic and asks here.
+// The fixed order of all tiles: which tile a ticket means.  The weights lane of each block draws tickets by an atomic and calls
+// `TileOrder::locate`.
 //
 // A unit is about 1024 rows of one expert; a sweep is one GEMM of one unit; a column is the tiles of a sweep that have their 256
 // columns n, and so their weights, in common.  Within a sweep m (rows) runs fastest, so that a unit's activations and the weights

@@ -90,6 +90,7 @@ class MegaMoE(ModuleState):
     Raises:
         ConfigError: a shape, dtype or value is not supported, or the memory is not there (says the bytes).
         UnsupportedDeviceError: there is no GPU, or it is no Hopper GPU.
+        CaptureError: the current stream is capturing a CUDA graph.
 
     Example:
         >>> layer = MegaMoE(w13, w2, topk=6, max_tokens=4096)
@@ -166,6 +167,7 @@ class MegaMoE(ModuleState):
         Raises:
             ConfigError: the experts cannot be this layer; says why.
             CheckpointError: a file is not there, damaged, or does not hold what the index says.
+            UnsupportedDeviceError: there is no such GPU, or it is no Hopper GPU.
             ToolchainError: the package safetensors is not installed.
         """
         above: Any = importlib.import_module("megamoe_jit.checkpoints")  # by its name: rooms below must not need it

@@ -26,7 +26,8 @@ from megamoe_jit._layer.given_weights import (
 from megamoe_jit._layer.marks import require_marked, require_plain, spans
 from megamoe_jit._layer.mxfp4 import absolute_exponents
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.weights import mark_transformed, order_groups
+from megamoe_jit._layer.reorder import order_groups
+from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown

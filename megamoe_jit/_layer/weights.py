@@ -8,28 +8,17 @@ what is transformed is not transformed again, what is not is not transformed bac
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import marks as _marks
-from megamoe_jit._layer.binades import NORMAL, Bounds, power_of_two, refuse_inexact
-from megamoe_jit._layer.from_mxfp4 import block_bounds, check_rounding, round_groups
-from megamoe_jit._layer.given_weights import (
-    WeightTensors,
-    by_old_names,
-    check_pairs,
-    chosen_experts,
-    readable_scales,
-    refuse_nan,
-    stacked,
-    written_parts,
-)
-from megamoe_jit._layer.marks import METADATA_KEY, UNFINISHED, layout_of, require_marked, require_plain, spans
-from megamoe_jit._layer.mxfp4 import absolute_exponents, relative_exponents
+from megamoe_jit._layer.from_mxfp4 import check_rounding
+from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, check_pairs, chosen_experts, written_parts
+from megamoe_jit._layer.marks import METADATA_KEY, layout_of, require_marked, require_plain, spans
 from megamoe_jit._layer.places import require_dense, require_places
+from megamoe_jit._layer.reorder import apply_to, plan, undo
 from megamoe_jit._spec import check_flag
 from megamoe_jit._spec.formats import WeightFormat
 
@@ -40,111 +29,6 @@ __all__ = [
     "transform_weights_for_mega_moe_sm90",
     "weights_metadata",
 ]
-
-_NEXT = "fp8_from_mxfp4 makes FP8 of them, in e5m2 of up to 32 binades; "
-
-
-def order_groups(
-    codes: torch.Tensor, e8m0: torch.Tensor, found: Bounds, weights: WeightFormat, *, gated: bool, rounded: bool
-) -> WeightTensors:
-    """The tensors of one matrix as the kernel reads them, of a format with groups; new ones.
-
-    Args:
-        codes: uint8 ``[rows, bytes of a row]``.
-        e8m0: uint8 ``[rows, groups of a row]``.
-        found: bounds of its blocks.
-        weights: the format.
-        gated: it is the first matrix.
-        rounded: some blocks may not be exact, and are rounded.
-    """
-    scales = power_of_two(found.chosen)
-    if rounded:
-        codes, e8m0 = round_groups(codes, e8m0, found)
-    return weights.pack(codes, gated), weights.pack_exponents(relative_exponents(e8m0, scales), gated), scales
-
-
-class _Job(NamedTuple):
-    """What becomes of one matrix of the chosen experts, once it is known that it can."""
-
-    weights: WeightFormat
-    name: str  #: l1 or l2
-    forth: bool
-    chosen: list[int]
-    scales: torch.Tensor  #: of all experts
-    found: Bounds | None = None  #: of the chosen experts' blocks, where scales are to be made
-    rounded: bool = False  #: blocks that are not exact
-
-    @property
-    def mark(self) -> str | None:
-        """Of what is written."""
-        return f"{layout_of(self.weights)}/{self.name}" if self.forth else None
-
-    def ordered(self, place: int, codes: torch.Tensor, exponents: torch.Tensor | None = None) -> WeightTensors:
-        """The tensors of a matrix in their new order, of the expert that is chosen in this place; new ones."""
-        weights, gated = self.weights, self.name == "l1"
-        if exponents is None:
-            return (weights.pack(codes, gated) if self.forth else weights.unpack(codes, gated),)
-        if self.found is not None:
-            blocks = self.found.of(place)
-            return order_groups(codes, exponents, blocks, weights, gated=gated, rounded=self.rounded)
-        unpacked, scales = weights.unpack_exponents(exponents, gated), stacked(self.scales)[self.chosen[place]]
-        return weights.unpack(codes, gated), absolute_exponents(unpacked, scales)
-
-
-def _plan(
-    weights: WeightFormat, name: str, given: WeightTensors, forth: bool, chosen: list[int], inplace: bool, rounded: bool
-) -> _Job:
-    """What is to be done with a matrix; raises `ConfigError` if its values cannot be kept."""
-    if not weights.group or not forth:
-        return _Job(weights, name, forth, chosen, readable_scales(given[-1]))
-    codes, e8m0 = written_parts(given, weights)
-    for e in chosen:
-        refuse_nan(f"{name} expert {e}", e8m0[e])
-    if len(given) == 3:
-        scales = given[2] if inplace else given[2].clone(memory_format=torch.contiguous_format)
-    else:
-        *lead, rows, stored = given[0].shape
-        shape = (*lead, *weights.scale_shape(rows, weights.depth_of(stored)))
-        scales = torch.ones(shape, dtype=weights.scale_dtype, device=codes.device)
-    found = block_bounds([(codes[e], e8m0[e]) for e in chosen], NORMAL) if chosen else None
-    if found is not None and not rounded:
-        refuse_inexact(f"{name} weights", found, NORMAL, _NEXT, chosen)
-    return _Job(weights, name, forth, chosen, scales, found, rounded)
-
-
-def _apply_to(given: WeightTensors, job: _Job, inplace: bool) -> WeightTensors:
-    """The tensors of a matrix with the chosen experts in their new order, and marked as being in it."""
-    sources = written_parts(given, job.weights)
-    if inplace:
-        targets = sources
-    elif len(job.chosen) == sources[0].shape[0]:
-        targets = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
-    else:
-        targets = [source.clone(memory_format=torch.contiguous_format) for source in sources]
-    places = [spans(target) for target in targets]
-    for source, target, where in zip(sources, targets, places, strict=True) if not inplace else ():
-        for e in set(range(len(where))).difference(job.chosen):
-            _marks.mark(target, [where[e]], _marks.order_of(source, spans(source)[e]))
-    for place, e in enumerate(job.chosen):
-        made = job.ordered(place, *(source[e] for source in sources))
-        for target, where in zip(targets, places, strict=True) if inplace else ():
-            _marks.mark(target, [where[e]], UNFINISHED)
-        for target, part in zip((*targets, stacked(job.scales)), made, strict=False):
-            target[e].copy_(part)
-        for target, where in zip(targets, places, strict=True):
-            _marks.mark(target, [where[e]], job.mark)
-    return _as_given(given, targets, job, inplace)
-
-
-def _as_given(given: WeightTensors, targets: list[torch.Tensor], job: _Job, inplace: bool) -> WeightTensors:
-    """What a transform returns: tensors shaped like those that were given, and a format's third one or not."""
-    if not job.weights.group:
-        codes = given[0] if inplace else targets[0].view(given[0].shape).view(given[0].dtype)
-        return codes, job.scales
-    codes, exponents = (target.view(part.shape) for target, part in zip(targets, given, strict=False))
-    if not job.forth and len(job.chosen) == targets[0].shape[0]:
-        return codes, exponents.view(torch.float8_e8m0fnu)
-    return codes, exponents, job.scales
 
 
 @torch.no_grad()
@@ -166,8 +50,13 @@ def _apply(
         require_places(l1, l2, weights, forth)
     _require_order(l1, l2, weights, chosen, forth)
     both = [("l1", l1), ("l2", l2)]
-    jobs = [_plan(weights, name, given, forth, chosen, inplace, rounded) for name, given in both]
-    w13, w2 = (_apply_to(given, job, inplace) for (_, given), job in zip(both, jobs, strict=True))
+    jobs = [plan(weights, name, given, forth, chosen, inplace, rounded) for name, given in both]
+    try:
+        w13, w2 = (apply_to(given, job, inplace) for (_, given), job in zip(both, jobs, strict=True))
+    except BaseException:
+        for (_, given), job in zip(both, jobs, strict=True) if inplace else ():
+            undo(given, job)
+        raise
     return w13, w2
 
 
@@ -219,8 +108,8 @@ def transform_weights_for_mega_moe_sm90(
             are to be permuted in place share memory, or values cannot be kept. Nothing was written.
         CaptureError: the current stream is capturing a CUDA graph.
 
-    What ends it half-way in place (Ctrl-C, no memory) leaves experts that are transformed, some that are not, and at
-    most one in no order, all marked as what they are: the last one is refused until it is loaded again.
+    What ends it half-way in place (Ctrl-C, no memory) leaves all experts as they were. Where bringing them back is
+    ended too, each is marked as what it is, and one that is in no order is refused until it is loaded again.
     """
     l1_weights, l2_weights = by_old_names(l1_weights, l2_weights, l1, l2)
     return _apply(True, l1_weights, l2_weights, inplace, experts, rounding)

@@ -81,6 +81,7 @@ def convert(
         UnsupportedDeviceError: there is no such GPU here.
         OSError: the target cannot be written, as where a disk is full.
         CheckpointError: a file of the source is damaged, or one of the target is not what was written.
+        ToolchainError: the package safetensors is not installed.
     """
     if not isinstance(weight_format, str) or weight_format not in FORMATS:
         raise ConfigError(f"format {shown(weight_format)} is not supported; allowed: {', '.join(FORMATS)}")

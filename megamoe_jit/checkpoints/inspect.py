@@ -42,7 +42,7 @@ def inspect(
         What is there.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not there, or a number is none.
         CheckpointError: its index cannot be read.
         ToolchainError: the package safetensors is not installed.
     """

@@ -44,8 +44,8 @@ def layer_from_checkpoint(
         options: others of `MegaMoE`.
 
     Raises:
-        ConfigError: as `load_experts` and `MegaMoE`.
-        CheckpointError: as `load_experts`.
+        ConfigError: as `load_experts` and `MegaMoE`; or nothing says how many experts a token has.
+        MegaMoeError: as `load_experts` and `MegaMoE`.
     """
     config = Files(path).config
     slots = topk_of(config) if topk is None else topk

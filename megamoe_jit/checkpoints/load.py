@@ -77,6 +77,7 @@ def load_experts(
     Raises:
         ConfigError: an argument is wrong, or the experts cannot be this layer; says why.
         CheckpointError: a file is not there, damaged, or does not hold what the index says.
+        UnsupportedDeviceError: there is no such GPU here.
         ToolchainError: the package safetensors is not installed.
     """
     place, files = device_of(device), Files(path)
@@ -147,7 +148,7 @@ def load_shared_experts(
 
     Raises:
         ConfigError: as `load_experts`, or its width is no multiple of that of routed experts.
-        CheckpointError: as `load_experts`.
+        MegaMoeError: as `load_experts`.
     """
     place, files = device_of(device), Files(path)
     model = model_of(files, scheme)

@@ -190,13 +190,13 @@ def _on_gpu(module: Any, topk: int, device: torch.device) -> Adapter:
     held = look_at(module)
     how: dict[str, Any] = {"topk": topk, "max_tokens": options.max_tokens, "fast_math": options.fast_math}
     layer = MegaMoE(held.w13, held.w2, clamp=held.clamp, inplace=bool(held.taken), **how)
-    taken: dict[str, torch.nn.Parameter] = {}
-    seen = _seen(module, held.taken)
-    for name in held.taken:
-        taken[name] = module._parameters[name]
-        empty = torch.empty(taken[name].shape, dtype=taken[name].dtype, device="meta")
+    taken = {name: module._parameters[name] for name in held.taken}
+    made = Adapter(layer, topk, device, taken, _seen(module, held.taken))
+    setattr(module, ATTRIBUTE, made)  # before the module has them no more: whatever ends this, they are somebody's
+    for name, mine in taken.items():
+        empty = torch.empty(mine.shape, dtype=mine.dtype, device="meta")
         module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
-    return Adapter(layer, topk, device, taken, seen)
+    return made
 
 
 def _seen(module: Any, taken: tuple[str, ...] = ()) -> dict[str, Seen]:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import MAX_TOPK, check_int
+from megamoe_jit._spec.checks import check
 from megamoe_jit.transformers.adapter import ATTRIBUTE, adapter_of, refuse_gradients, release_module
 from megamoe_jit.transformers.fit import NAME, WANTED, problems
 
@@ -80,13 +83,13 @@ def prepare(model: torch.nn.Module, topk: int | None = None) -> int:
     Raises:
         ConfigError: one of them cannot be this layer, or the configuration does not say how many experts a token has.
     """
-    from megamoe_jit._errors import ConfigError
-
     modules = [each for each in _experts(model) if each.config._experts_implementation == NAME]
     for module in modules:
         slots = topk if topk is not None else getattr(module.config, "num_experts_per_tok", None)
         if slots is None:
             raise ConfigError("topk: the model's configuration has no num_experts_per_tok; allowed: name it")
+        check_int("topk", slots)
+        check(0 < slots <= MAX_TOPK, "topk", slots, f"1 to {MAX_TOPK}")
         adapter_of(module, slots, module.down_proj.device)
     return len(modules)
 

@@ -110,6 +110,20 @@ def test_a_policy_has_the_name_that_kernels_give_it(named):
     assert re.search(rf"\bstruct {named.policy}\b", code(host.KERNELS / named.header)), f"needs a struct {named.policy}"
 
 
+def test_the_page_for_newcomers_has_every_folder_and_every_barrier():
+    page = (host.KERNELS.parent / "docs" / "kernel.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)/` \|", page, re.MULTILINE)) == LAYERS
+    mbarriers = set(re.findall(r"mbarrier_init\(shared\.(\w+)\(", host.room("kernels/megamoe.cuh")))
+    assert len(mbarriers) == 8
+    assert set(re.findall(r"^\| `(\w+)\[\w+\]`", page, re.MULTILINE)) >= mbarriers
+    enumeration = re.search(r"enum Barrier[^{]*\{(.*?)\}", host.room("base/constants.cuh"), re.DOTALL)
+    assert enumeration
+    named = re.findall(r"(kBarrier\w+) =", enumeration[1])
+    assert re.findall(r"^\| \d.*?, `(kBarrier\w+)` \|", page, re.MULTILINE) == named
+    counters = re.findall(r"u32\* (\w+_(?:ready|done)|expanded);", host.room("layout/params.cuh"))
+    assert [name for name in counters if f"| `{name}[" not in page] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files_and_functions_are_short(name):
     text = (host.KERNELS / name).read_text()

@@ -198,25 +198,61 @@ def test_refusals_say_what_is_allowed():
         transform((l1[0][0], l1[1][0]), (l2[0][0], l2[1][0]), experts=[0])
 
 
-@pytest.mark.parametrize("direction", [transform, inverse])
-def test_what_is_ended_half_way_is_never_taken_for_what_it_is_not(direction, monkeypatch):
-    """Ctrl-C is answered behind a copy, once what was copied is there."""
-    source = make() if direction is transform else transform(*make())
-    given = tuple(tuple(each.clone() for each in pair) for pair in source)
-    mark_transformed(*given, transformed=direction is inverse)
-    copy, left = torch.Tensor.copy_, [1]
+def interrupt(patched, *copies):
+    """Ctrl-C is answered behind a copy, once what was copied is there: behind the copies with these numbers."""
+    copy, count = torch.Tensor.copy_, [0]
 
     def interrupted(target, *args, **named):
         copy(target, *args, **named)
-        left[0] -= target.dtype is torch.uint8
-        if left[0] < 0:
+        count[0] += target.dtype is torch.uint8
+        if target.dtype is torch.uint8 and count[0] in copies:
             raise KeyboardInterrupt
 
+    patched.setattr(torch.Tensor, "copy_", interrupted)
+
+
+def given_to(direction, kind):
+    """Weights that may go in this direction, and a copy."""
+    plain = make() if kind == "fp8" else packed()
+    source = plain if direction is transform else transform(*plain)
+    given = tuple(tuple(each.clone() for each in pair) for pair in source)
+    mark_transformed(*given, transformed=direction is inverse)
+    return given, source
+
+
+def packed(experts=3):
+    gen = torch.Generator().manual_seed(0)
+
+    def pair(rows, depth):
+        codes = torch.randint(0, 256, (experts, rows, depth // 2), generator=gen, dtype=torch.uint8)
+        return codes, torch.randint(120, 130, (experts, rows, depth // 32), generator=gen, dtype=torch.uint8)
+
+    return pair(512, 128), pair(128, 256)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("direction", [transform, inverse])
+@pytest.mark.parametrize("behind", [1, 2, 5, 6])
+def test_what_is_ended_half_way_leaves_weights_as_they_were(direction, kind, behind, monkeypatch):
+    given, source = given_to(direction, kind)
     with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "copy_", interrupted)
-        with pytest.raises(KeyboardInterrupt):  # behind the second expert's
+        interrupt(patched, behind)
+        with pytest.raises(KeyboardInterrupt):
             direction(*given, inplace=True)
-    assert not same(given[0][0][1], source[0][0][1])
+    for found, wanted in zip(given, source, strict=True):
+        assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+    for found, wanted in zip(direction(*given, inplace=True), direction(*source), strict=True):
+        assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("direction", [transform, inverse])
+def test_what_is_in_no_order_is_never_taken_for_what_it_is_not(direction, monkeypatch):
+    """Ctrl-C, and again while it is answered."""
+    given, source = given_to(direction, "fp8")
+    with monkeypatch.context() as patched:
+        interrupt(patched, 2, 3, 4)
+        with pytest.raises(KeyboardInterrupt):
+            direction(*given, inplace=True)
     for again in (transform, inverse):
         with pytest.raises(ConfigError, match="left half-way by a transform that was ended, and must be loaded again"):
             again(*given, inplace=True, experts=[1])

@@ -115,6 +115,9 @@ def test_a_model_that_is_sent_computes_the_same():
 
 def test_layers_are_made_once():
     model = make("Qwen3MoeConfig", "megamoe")
+    for wrong in (0, -1, 33, "2", 2.0):
+        with pytest.raises(mm.ConfigError, match="topk = .* is not supported; allowed: "):
+            plugin.prepare(model, wrong)
     assert plugin.prepare(model) == 2
     made = [getattr(module, ATTRIBUTE) for module in experts_of(model)]
     logits(model)

@@ -114,7 +114,7 @@ inline void load_matrix4(u32 address, u32 (&v)[4]) {
     v[0] = v[1] = v[2] = v[3] = place;
 }
 /// Lane l's numbers are those of columns 2(l%4) and the next of row l/4; the addresses are those of columns.
-inline void store_matrix4_bf16_turned(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
+inline void store_matrix4_bf16_transposed(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
     const u64* addresses = sim::meet_warp("stmatrix", address);
     const u32 lane = sim::now->index, values[4] = {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)};
     for (u32 i = 0; i < 8; ++i)
