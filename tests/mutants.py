@@ -258,9 +258,23 @@ MUTANTS = (
     Mutant(
         "nodes: an exact form that sums what was never sent",
         "megamoe_jit/_nodes/exact.py",
-        "back[rows].zero_()",
-        "back[rows].fill_(1)",
+        "back[0].zero_()",
+        "back[0].fill_(1)",
         "nodes/test_layer.py::test_every_route_has_the_bits_that_the_definition_says",
+    ),
+    Mutant(
+        "nodes: an exact form that packs rows after the host has waited",
+        "megamoe_jit/_nodes/exact.py",
+        "        so_far = wanted",
+        "        counts()\n        so_far = wanted",
+        "nodes/test_one_node.py::test_rows_are_packed_before_the_host_waits_for_counts",
+    ),
+    Mutant(
+        "nodes: a collective for each tensor of a row",
+        "megamoe_jit/_nodes/rail.py",
+        "together = len(outputs) > 1 and",
+        "together = len(outputs) > 9 and",
+        "nodes/test_one_node.py::test_tensors_of_rows_are_one_collective_of_nccl",
     ),
     Mutant(
         "nodes: chunks leave nothing to what travels",
@@ -321,8 +335,8 @@ MUTANTS = (
     Mutant(
         "nodes: results in float32 by a kernel of bf16",
         "megamoe_jit/_nodes/experts.py",
-        "self.float32_out = dtype is torch.float32",
-        "self.float32_out = dtype is torch.float16",
+        "wide = dtype is torch.float32",
+        "wide = dtype is torch.float16",
         "nodes/test_one_node.py::test_partials_in_float32_are_another_kernel",
     ),
     Mutant(

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from megamoe_jit._documents import Count, Figure, Says
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._nodes.model import cost, rows_per_token
-from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, MoEShape, WeightFormat
+from megamoe_jit._nodes.model import cost, row_bytes, rows_per_token
+from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat
 
 __all__ = ["Between", "Ways", "between"]
 
@@ -97,7 +97,6 @@ def between(
         raise ConfigError(f"{given}; allowed: at most {MAX_TOKENS} (more chunks have fewer each)")
     share = 1.0 if found.exchange == "gather" else rows_per_token("exact", nodes, shape) / (nodes - 1)
     lanes = min(found.chunks, 2)
-    row = shape.hidden + shape.hidden // BLOCK * 4 + shape.topk * 12
     partials = 2 * lanes * most * shape.hidden * BYTES[ways.partial]  # what a node gives, and what comes back
     return replace(shape, experts=shape.experts // nodes), Between(
         nodes=nodes,
@@ -110,6 +109,6 @@ def between(
         exchange_us=found.exchange_us,
         kernel_us=found.kernel_us,
         total_us=found.total_us,
-        staging_bytes=tokens * row + partials,
+        staging_bytes=tokens * row_bytes(shape) + partials,
         reasons=found.reasons,
     )

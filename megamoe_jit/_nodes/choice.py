@@ -97,8 +97,8 @@ class Choices:
         if self.rail is not None:
             nodes = self.rail.nodes
             one = torch.zeros(nodes, dtype=torch.int64, device=device)
-            self.rail.counts(one)
-            self.rail.swap(torch.empty_like(one), one)
+            self.rail.counts(one)()
+            self.rail.swap([torch.empty_like(one)], [one])
 
     def error(self, device: torch.device) -> str | None:
         """What the rail has noticed itself."""

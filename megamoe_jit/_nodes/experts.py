@@ -76,11 +76,12 @@ class Experts:
     ) -> None:
         self.buffer = buffer = SymmBuffer(shape, max_rows, device, group, max_pool_rows)
         self.rows = Rows(buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights)
-        self.float32_out = dtype is torch.float32
+        wide = dtype is torch.float32
+        self._numerics = {fast: Numerics(fast, float32_out=wide) for fast in (False, True)}  # made once: calls are many
 
     def numerics(self, fast_math: bool) -> Numerics:
         """Those of its kernels."""
-        return Numerics(fast_math, float32_out=self.float32_out)
+        return self._numerics[fast_math]
 
     def check_call(self, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
         """Raise `ConfigError` unless such a call can be launched."""

@@ -31,5 +31,5 @@ class GatherExchange(AlongRails):
 
     def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:
         back = torch.empty_like(partial)
-        self.rail.swap(back, partial)
+        self.rail.swap([back], [partial])
         sum_nodes(back.view(self.rail.nodes, len(arrived.batch.rows), -1), y)

@@ -20,6 +20,7 @@ __all__ = [
     "Cost",
     "Network",
     "cost",
+    "row_bytes",
     "rows_per_token",
     "sent_bytes",
 ]
@@ -91,8 +92,12 @@ def rows_per_token(exchange: str, nodes: int, shape: MoEShape) -> float:
 
 def sent_bytes(shape: MoEShape, rows: float, partial_bytes: int = 2) -> float:
     """Bytes of so many rows, there with scales, ids and weights, and back as partial results."""
-    there = shape.hidden + shape.hidden // BLOCK * 4 + shape.topk * 12
-    return rows * (there + shape.hidden * partial_bytes)
+    return rows * (row_bytes(shape) + shape.hidden * partial_bytes)
+
+
+def row_bytes(shape: MoEShape) -> int:
+    """Bytes of a row as it is staged and as it travels: codes, scales, ids and weights."""
+    return shape.hidden + shape.hidden // BLOCK * 4 + shape.topk * 12
 
 
 def _kernel_us(shape: MoEShape, ranks: int, tokens: float, weights: WeightFormat, more_rows: float = 1.0) -> float:

@@ -36,15 +36,18 @@ class Rail(Protocol):
 
     def swap(
         self,
-        output: torch.Tensor,
-        given: torch.Tensor,
+        outputs: Sequence[torch.Tensor],
+        given: Sequence[torch.Tensor],
         arriving: Sequence[int] | None = None,
         leaving: Sequence[int] | None = None,
     ) -> None:
-        """Rows of `given`, so many for each node (evenly without `leaving`), to the nodes; theirs into `output`."""
+        """Rows of each of `given` to the nodes, so many to each (evenly without `leaving`); theirs into `outputs`."""
 
-    def counts(self, mine: torch.Tensor) -> list[list[int]]:
-        """int64 ``[nodes]`` of every node, on the host: what node a says of node b is at ``[a][b]``."""
+    def counts(self, mine: torch.Tensor) -> Callable[[], list[list[int]]]:
+        """Have int64 ``[nodes]`` of every node come to the host, and give what waits until they are there.
+
+        What node a says of node b is then at ``[a][b]``. What is enqueued before that wait is none of it.
+        """
 
 
 class TorchRail:
@@ -78,30 +81,43 @@ class TorchRail:
 
     def swap(
         self,
-        output: torch.Tensor,
-        given: torch.Tensor,
+        outputs: Sequence[torch.Tensor],
+        given: Sequence[torch.Tensor],
         arriving: Sequence[int] | None = None,
         leaving: Sequence[int] | None = None,
     ) -> None:
         come, go = ([] if rows is None else list(rows) for rows in (arriving, leaving))
-        self.group.alltoall_base(_bytes(output), _bytes(given), come, go).wait()
+        device = outputs[0].device
+        together = len(outputs) > 1 and device.type == "cuda"  # one kernel of NCCL's; gloo has no such thing
+        if together:
+            self.group._start_coalescing(device)
+        for output, of in zip(outputs, given, strict=True):
+            work = self.group.alltoall_base(_bytes(output), _bytes(of), come, go)
+            if not together:
+                work.wait()
+        if together:
+            self.group._end_coalescing(device).wait()
 
-    def counts(self, mine: torch.Tensor) -> list[list[int]]:
+    def counts(self, mine: torch.Tensor) -> Callable[[], list[list[int]]]:
         everyone = torch.empty(self.nodes * self.nodes, dtype=mine.dtype, device=mine.device)
         self.group._allgather_base(everyone, mine).wait()
-        listed: list[list[int]] = self._on_host(everyone).view(self.nodes, self.nodes).tolist()
-        return listed
+        there = self._to_host(everyone)
+        return lambda: there().view(self.nodes, self.nodes).tolist()
 
-    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Its numbers, waited for no longer than ranks are there: a wait of CUDA's own has no end if one is lost."""
+    def _to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What waits for its numbers, while ranks are there: a wait of CUDA's own has no end if one is lost."""
         if tensor.device.type != "cuda":
-            return tensor
+            return lambda: tensor
         there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         there.copy_(tensor, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(torch.cuda.current_stream(tensor.device))  # whichever device is the current one
-        wait_until(copied.query, Watch(self._missing, lambda: self.error(tensor.device), self.timeout_s))
-        return there
+
+        def wait() -> torch.Tensor:
+            wait_until(copied.query, Watch(self._missing, lambda: self.error(tensor.device), self.timeout_s))
+            return there
+
+        return wait
 
     def error(self, device: torch.device) -> str | None:
         """What NCCL has noticed itself, such as a connection that is gone; None while it has nothing to say."""

@@ -63,18 +63,20 @@ class Rail:
                 output[node * rows : (node + 1) * rows].view(torch.uint8).copy_(given.view(torch.uint8))
         self._leave()
 
-    def swap(self, output, given, arriving=None, leaving=None) -> None:
-        leaving = list(leaving) if leaving is not None else [given.shape[0] // self.nodes] * self.nodes
-        begin = 0
-        for parts in self._meet(given.split(leaving)):
-            rows = parts[self.node].shape[0]
-            output[begin : begin + rows].copy_(parts[self.node])
-            begin += rows
-        assert begin == output.shape[0]
-        self._leave()
+    def swap(self, outputs, given, arriving=None, leaving=None) -> None:
+        for output, of in zip(outputs, given, strict=True):
+            each = list(leaving) if leaving is not None else [of.shape[0] // self.nodes] * self.nodes
+            begin, output = 0, output.view(of.dtype)
+            for parts in self._meet(of.split(each)):
+                rows = parts[self.node].shape[0]
+                output[begin : begin + rows].copy_(parts[self.node])
+                begin += rows
+            assert begin == output.shape[0]
+            self._leave()
 
-    def counts(self, mine) -> list[list[int]]:
-        return self._meet(mine.tolist())
+    def counts(self, mine):
+        everyone = self._meet(mine.tolist())
+        return lambda: everyone
 
     def error(self, device) -> None:
         return None

@@ -10,7 +10,8 @@ import torch
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.combine import sum_nodes
-from megamoe_jit._nodes.model import sent_bytes
+from megamoe_jit._nodes.memory import staging
+from megamoe_jit._nodes.model import row_bytes, sent_bytes
 from megamoe_jit._nodes.overlap import overlapped
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
@@ -199,6 +200,11 @@ def test_the_rule_takes_one_exchange_on_every_rank():
 
 
 WIDE = MoEShape(256, 128, 128, 6)
+
+
+def test_a_row_has_as_many_bytes_where_it_is_staged_as_the_model_counts():
+    staged = staging(WIDE, 3, torch.device("cpu"))
+    assert sum(tensor.nbytes for tensor in staged.tensors) == 3 * row_bytes(WIDE)
 
 
 def test_64_ranks_and_every_byte():

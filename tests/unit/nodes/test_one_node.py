@@ -43,13 +43,14 @@ class Echo:
             output[:rows].copy_(given)
             output.view(torch.uint8)[rows:].fill_(255)  # ids are -1 then
 
-    def swap(self, output, given, arriving=None, leaving=None) -> None:
-        mine = given.shape[0] // 2 if leaving is None else leaving[0]
-        output[:mine].copy_(given[:mine])
-        output[mine:].zero_()
+    def swap(self, outputs, given, arriving=None, leaving=None) -> None:
+        for output, of in zip(outputs, given, strict=True):
+            mine = of.shape[0] // 2 if leaving is None else leaving[0]
+            output.view(of.dtype)[:mine].copy_(of[:mine])
+            output.view(of.dtype)[mine:].zero_()
 
     def counts(self, mine):
-        return [mine.tolist(), [0, 0]]
+        return lambda: [mine.tolist(), [0, 0]]
 
     def error(self, device) -> None:
         return None
@@ -59,12 +60,14 @@ class Echo:
 
 
 class Made(TorchDispatchMode):
-    """Counts tensors of numbers in a row."""
+    """Notes the operations of torch."""
 
-    numbers = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, function, types, given=(), options=None):
-        self.numbers += "arange" in str(function)
+        self.names.append(str(function).split(".")[1])
         return function(*given, **(options or {}))
 
 
@@ -183,13 +186,75 @@ def test_what_a_call_can_take_is_prepared_however_small_its_chunks_are(cuda: Cud
 
 def test_what_the_exact_form_reads_is_made_on_the_stream_of_its_call():
     """Kept from another call, it would have to be waited for: behind what a lost rank never lets end."""
-    rail = SimpleNamespace(nodes=2, node=0, counts=lambda until: [[3, 5], [1, 2]])
-    drawn = [torch.zeros(5, 2, dtype=torch.int64) for _ in range(4)]
+    exchange, drawn = ExactExchange(Echo()), [torch.zeros(5, 2, dtype=torch.int64) for _ in range(4)]
+    made = []
     for _ in range(2):
-        with Made() as made:
-            sent, tokens = ExactExchange(rail)._sent(Batch(Rows(*drawn), 5), 4)
-        assert made.numbers == 1
-    assert (sent.leaving, sent.arriving, tokens.shape) == ([3, 2], [3, 1], (5,))
+        with Made() as here:
+            exchange.dispatch(Batch(Rows(*drawn), 5), Rows(*map(torch.clone, drawn)), 0, 4)
+        made.append(here.names.count("arange"))
+    assert made[0] == made[1] > 0
+
+
+def test_rows_are_packed_before_the_host_waits_for_counts():
+    """What is enqueued after that wait, nothing hides: it is what counts decide, and no pass over the rows."""
+
+    class Waited(Echo):
+        def counts(self, mine):
+            wait = super().counts(mine)
+            return lambda: made.names.append("waited") or wait()
+
+        def swap(self, *rows) -> None:
+            made.names.append("swap")
+
+    drawn = [torch.zeros(5, 2, dtype=torch.int64) for _ in range(4)]
+    with Made() as made:
+        ExactExchange(Waited()).dispatch(Batch(Rows(*drawn), 5), Rows(*map(torch.clone, drawn)), 0, 4)
+    wait = made.names.index("waited")
+    assert made.names[:wait].count("index_select") == 4
+    assert set(made.names[wait + 1 :]) == {"slice", "swap"}
+
+
+class Work:
+    """A process group whose NCCL, or gloo, is `device`, and what it was asked for."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.asked = torch.device(device), []
+
+    def tensor(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(device=self.device, view=lambda dtype: name)
+
+    def wait(self) -> None:
+        self.asked.append("wait")
+
+    def _start_coalescing(self, device) -> None:
+        self.asked.append(f"start on {device}")
+
+    def alltoall_base(self, output, given, arriving, leaving) -> Work:
+        self.asked.append((output, given, arriving, leaving))
+        return self
+
+    def _end_coalescing(self, device) -> Work:
+        self.asked.append(f"end on {device}")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("device", "around", "between"),
+    [("cuda:1", (["start on cuda:1"], ["end on cuda:1", "wait"]), []), ("cpu", ([], []), ["wait"])],
+)
+def test_tensors_of_rows_are_one_collective_of_nccl(device: str, around, between):
+    """Which is waited for once; on a CPU they follow each other."""
+    group = Work(device)
+    TorchRail(group, 2, 0, 60.0).swap(
+        *([group.tensor(name) for name in names] for names in ("ab", "cd")), (1, 2), (3, 4)
+    )
+    begin, end = around
+    assert group.asked == [
+        *begin,
+        ("a", "c", [1, 2], [3, 4]), *between,
+        ("b", "d", [1, 2], [3, 4]), *between,
+        *end,
+    ]  # fmt: skip
 
 
 def test_counts_are_read_when_the_stream_of_their_device_has_copied_them(monkeypatch: pytest.MonkeyPatch):
@@ -200,7 +265,7 @@ def test_counts_are_read_when_the_stream_of_their_device_has_copied_them(monkeyp
     event = SimpleNamespace(record=lambda stream=None: recorded.append(stream), query=lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch, "empty", lambda *sizes, **more: SimpleNamespace(copy_=lambda *_, **how: None))
-    TorchRail(None, 2, 0, 60.0)._on_host(SimpleNamespace(device=there, shape=(4,), dtype=torch.int64))
+    TorchRail(None, 2, 0, 60.0)._to_host(SimpleNamespace(device=there, shape=(4,), dtype=torch.int64))
     assert recorded == ["stream of cuda:1"]
 
 

@@ -193,7 +193,11 @@ class ThreadRail:
             whole = torch.cat([theirs[i].view(torch.uint8) for theirs in everyone])
             output.view(torch.uint8).copy_(whole.view(output.view(torch.uint8).shape))
 
-    def swap(self, output, given, arriving=None, leaving=None) -> None:
+    def swap(self, outputs, given, arriving=None, leaving=None) -> None:
+        for output, of in zip(outputs, given, strict=True):
+            self._swap(output, of, arriving, leaving)
+
+    def _swap(self, output, given, arriving, leaving) -> None:
         leaving = list(leaving) if leaving is not None else [given.shape[0] // self.nodes] * self.nodes
         parts = [part.clone() for part in given.split(leaving)]
         everyone = self.meeting.exchange(self.node, parts)
@@ -202,8 +206,9 @@ class ThreadRail:
         assert arriving is None or [theirs[self.node].shape[0] for theirs in everyone] == list(arriving)
         output.copy_(mine.view(output.dtype))
 
-    def counts(self, mine) -> list[list[int]]:
-        return self.meeting.exchange(self.node, mine.tolist())
+    def counts(self, mine):
+        everyone = self.meeting.exchange(self.node, mine.tolist())
+        return lambda: everyone
 
     def error(self, device) -> None:
         return None
