@@ -93,7 +93,8 @@ template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
     // both blocks of the next k-block are loaded at once; two k-blocks are written out then
-    static constexpr bool kAtOnce = kN > 8 && kN <= 32 && C::kHidden / kBlockK % 2 == 0 &&
+    static constexpr bool kAtOnce = C::Policy::kAtOnce && kN > 8 && kN <= 32 &&
+                                    C::kHidden / kBlockK % 2 == 0 &&
                                     C::kIntermediate / kBlockK % 2 == 0;
 
     const Shared<C>& shared;
@@ -159,7 +160,7 @@ template <class C, u32 kN> struct SwappedLoop {
 
     /// From a stage that is full, of which block 0 has been loaded into `first`.
     MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, const Rows& first,
-                         const Unit<C>& unit, u32 k_blocks) const {
+                         const Unit<C>& unit, u32, u32 k_blocks) const {
         Rows rows[2] = {first, {}};
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;

@@ -31,13 +31,14 @@ template <class C> struct SwappedMath {
         u32 thread;                        // of the warpgroup
         bool half;                         // the tile has 128 rows, and a warpgroup one block
     };
-    /// By the narrowest loop, from that of kN columns on, that has one for each row of the tile.
+    /// By the narrowest loop, from that of kN columns on, that the rows of the tile need.
     template <u32 kN>
     MEGA_DEVICE void multiply(const Start& start, u32 rows, u32 k_blocks, Columns<C>& result) const {
         if constexpr (kN < C::kBlockM)
-            if (rows > kN) return multiply<Policy::wider(kN)>(start, rows, k_blocks, result);
+            if (Policy::needed(rows) > kN)
+                return multiply<Policy::next_loop(kN)>(start, rows, k_blocks, result);
         typename LoopFor<C, kN>::Loop{shared, group, start.thread, start.half}.run(
-            result, start.ring, start.first, start.unit, k_blocks);
+            result, start.ring, start.first, start.unit, rows, k_blocks);
         // what only wider loops write would else count as alive through this one
 #pragma unroll
         for (u32 i = kN / 2; i < C::kBlockM / 2; i += 4)
@@ -62,7 +63,7 @@ template <class C> struct SwappedMath {
         Start start{ring, Unit<C>(shared.weight_scales(ring.stage) + group * 8), {}, thread, half};
         start.first.load(shared.weights(ring.stage), shared.exponents(ring.stage),
                          half ? group : group * 2, thread);
-        multiply<Policy::wider(0)>(start, tile.rows(), tile.k_blocks(), result);
+        multiply<Policy::next_loop(0)>(start, tile.rows(), tile.k_blocks(), result);
         if constexpr (C::Weights::kEvenScales)
             if (tile.rows() > Unit<C>::kFew) start.unit.apply(result, tile.rows());
         // beside a large result there is no register to have kept this in
