@@ -12,7 +12,8 @@
 //   promote                            0 of A        1 of A, release A           0 of B
 //
 // With 16 and 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`); with 8
-// that saves nothing, and takes as long to compile.  More than 64 are another loop's (mma/one_by_one.cuh).
+// that saves nothing, and takes as long to compile.  wide has no more than 32 here, which take turns too: its tiles are seldom so
+// narrow.  More are another loop's (mma/one_by_one.cuh).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //
