@@ -29,7 +29,8 @@ from typing import Any
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.toolchain import find_toolchain
-from megamoe_jit._jit.runtime import enumerate_specs, forget, get_kernel, kernel_cache
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import enumerate_specs, forget, kernel_cache
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.formats import FP8, MXFP4

@@ -341,7 +341,7 @@ MUTANTS = (
     ),
     Mutant(
         "nodes: the row after the last one counts",
-        "megamoe_jit/_layer/local_experts.py",
+        "megamoe_jit/_layer/memory.py",
         "(row >= num_rows.to(torch.int64))",
         "(row > num_rows.to(torch.int64))",
         "nodes/test_local_experts.py::test_rows_past_the_count_are_zeros_whatever_lies_there",

@@ -122,14 +122,13 @@ template <class C> struct Gather {
         }
         return {first_row, pool_row, rows, from};
     }
-    /// Waits until the item that begins at `first_row` may be written, if the pools are rings.
+    /// Waits until the item that begins at `first_row` may be written: if the pools are rings, until GEMM 1 has read the pool block that
+    /// was there a lap before.
     MEGA_DEVICE void wait_room(u32 first_row) const {
-        if (first_row >= p.pool_rows) wait_pool(first_row - p.pool_rows);
-    }
-    /// Waits until GEMM 1 has read the pool block of `row`.
-    MEGA_DEVICE void wait_pool(u32 row) const {
-        wait_block(p, table, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1, row);
-        ptx::fence_async_global();
+        if (first_row < p.pool_rows) return;
+        wait_block(p, table, Wait::pool_read, p.act2_ready, TileOrder<C>::kTilesN1,
+                   first_row - p.pool_rows);
+        ptx::fence_async_global();   // GEMM 1 read it by TMA
     }
     /// Counts the item's rows as arrived; every lane has stored its part, lane 0 has waited for its bulk stores.
     MEGA_DEVICE void end(const Item& item) const {

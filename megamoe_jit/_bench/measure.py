@@ -35,7 +35,6 @@ __all__ = [
     "FEW_TOKENS",
     "VARIANTS",
     "Layer",
-    "Row",
     "anchors",
     "cases",
     "default_cases",

@@ -16,7 +16,7 @@ from megamoe_jit._bench.unfused import Task
 from megamoe_jit._layer.group import gather, group_size
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["BaselineRow", "add_baselines", "baseline_rows", "fastest", "label", "prepare", "unusable"]
+__all__ = ["add_baselines", "baseline_rows", "fastest", "label", "prepare", "unusable"]
 
 
 def label(method: Contender) -> str:

@@ -27,10 +27,9 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from megamoe_jit._cache.entry import CacheEntry, Damaged, EntryInfo, cache_key, read_entry, read_info
+from megamoe_jit._cache.entry import Damaged, EntryInfo, read_entry, read_info
 from megamoe_jit._cache.evict import LOW_WATER, to_remove
 from megamoe_jit._cache.locks import try_lock
-from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._cache.store import EntryStore, PruneReport
 from megamoe_jit._cache.trees import delete, is_closed, is_directory, tree_bytes
 from megamoe_jit._errors import ConfigError
@@ -38,19 +37,7 @@ from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._text import shown
 from megamoe_jit._trust import check_private
 
-__all__ = [
-    "SCHEMA",
-    "CacheEntry",
-    "EntryInfo",
-    "KernelCache",
-    "Problem",
-    "PruneReport",
-    "cache_key",
-    "find_info",
-    "readonly_caches",
-    "searched_caches",
-    "user_cache",
-]
+__all__ = ["KernelCache", "Problem", "find_info", "readonly_caches", "searched_caches", "user_cache"]
 
 LOG = logging.getLogger("megamoe_jit")
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from megamoe_jit._cache.identity import cache_key, identity_problem, is_key, kernel_problem, source_id
+from megamoe_jit._cache.identity import identity_problem, kernel_problem
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
 from megamoe_jit._cache.trees import is_closed
 from megamoe_jit._compile.cubin import CubinError, cubin_arch
@@ -27,22 +27,17 @@ __all__ = [
     "CUBIN",
     "IMPORTED",
     "META",
-    "SCHEMA",
     "SOURCE",
     "CacheEntry",
     "Damaged",
     "EntryInfo",
-    "Metadata",
     "OtherSchema",
     "by_compiler",
-    "cache_key",
     "check_kernel",
-    "is_key",
     "last_use",
     "read_entry",
     "read_info",
     "same_place",
-    "source_id",
     "verify_files",
 ]
 

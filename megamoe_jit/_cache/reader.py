@@ -18,10 +18,10 @@ from megamoe_jit._cache.entry import (
     EntryInfo,
     by_compiler,
     check_kernel,
-    is_key,
     read_entry,
     read_info,
 )
+from megamoe_jit._cache.identity import is_key
 from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._trust import check_private
 

@@ -16,7 +16,6 @@ from megamoe_jit._cache.entry import (
     CLOCKS_S,
     CUBIN,
     META,
-    SCHEMA,
     SOURCE,
     CacheEntry,
     Damaged,
@@ -24,7 +23,7 @@ from megamoe_jit._cache.entry import (
     last_use,
     read_entry,
 )
-from megamoe_jit._cache.metadata import dump_metadata
+from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
 from megamoe_jit._cache.reader import ACCESS, EntryReader
 from megamoe_jit._cache.trees import delete, is_closed, is_directory, move, rename, tree_bytes, unlock
 from megamoe_jit._compile.cubin import cubin_arch

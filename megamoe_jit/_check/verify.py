@@ -23,7 +23,6 @@ from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_d
 __all__ = [
     "MAX_DIFF",
     "MAX_ROW_DIFF",
-    "Outcome",
     "Runs",
     "Verdict",
     "WeightCache",

@@ -20,13 +20,13 @@ import torch
 
 from megamoe_jit._check import scenarios as _scenarios
 from megamoe_jit._check.collect import collect
+from megamoe_jit._check.documents import Outcome
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import (
     FAULTS,
     GUARD_ROWS,
     STATS_BEFORE,
-    Outcome,
     Runs,
     WeightCache,
     _stage,

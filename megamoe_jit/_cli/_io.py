@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from megamoe_jit._documents import Document, content, envelope, plain
-from megamoe_jit._text import counted, human_bytes, one_line, printable
+from megamoe_jit._text import counted, one_line, printable
 
 __all__ = [
     "CorruptionError",
@@ -27,7 +27,6 @@ __all__ = [
     "copy_out",
     "emit",
     "end",
-    "human_bytes",
     "json_option",
     "kernel_count",
     "live_terminal",

@@ -12,7 +12,8 @@ from megamoe_jit._cli._io import CorruptionError, say
 from megamoe_jit._errors import ConfigError, KernelMissingError
 
 if TYPE_CHECKING:
-    from megamoe_jit._cache.cache import EntryInfo, KernelCache
+    from megamoe_jit._cache.cache import KernelCache
+    from megamoe_jit._cache.entry import EntryInfo
     from megamoe_jit._cache.metadata import Metadata
     from megamoe_jit._jit.lookup import Found
 

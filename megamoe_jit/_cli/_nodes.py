@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import human_bytes
 from megamoe_jit._cli._options import per_shape
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._text import human_bytes
 
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.between import Between

@@ -7,20 +7,11 @@ from pathlib import Path
 import click
 
 from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
-from megamoe_jit._cli._io import (
-    CorruptionError,
-    emit,
-    human_bytes,
-    json_option,
-    kernel_count,
-    must_be_writable,
-    say,
-    show,
-)
+from megamoe_jit._cli._io import CorruptionError, emit, json_option, kernel_count, must_be_writable, say, show
 from megamoe_jit._cli._keys import DAMAGE_ADVICE, own_cache
 from megamoe_jit._cli._names import looks_like_key, parse_spec
 from megamoe_jit._errors import PackError
-from megamoe_jit._text import one_line
+from megamoe_jit._text import human_bytes, one_line
 
 __all__ = ["export_command", "import_command"]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from megamoe_jit._cli._cache_options import cache_dir_option, complete_own_key
-from megamoe_jit._cli._io import ExitCode, confirm, emit, end, human_bytes, json_option, kernel_count, say, show
+from megamoe_jit._cli._io import ExitCode, confirm, emit, end, json_option, kernel_count, say, show
 from megamoe_jit._cli._keys import own_cache, place, whole_keys
-from megamoe_jit._text import one_line
+from megamoe_jit._text import human_bytes, one_line
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
@@ -24,7 +24,7 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; needed 
 
 
 def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
-    from megamoe_jit._settings.settings import VARIABLES
+    from megamoe_jit._settings.variables import VARIABLES
 
     if text is None:
         return None

@@ -14,7 +14,6 @@ from megamoe_jit._cli._io import (
     copy_out,
     emit,
     end,
-    human_bytes,
     json_option,
     kernel_count,
     say,
@@ -26,10 +25,11 @@ from megamoe_jit._cli._names import looks_like_key
 from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
 from megamoe_jit._documents import content
+from megamoe_jit._text import human_bytes
 
 if TYPE_CHECKING:
-    from megamoe_jit._cache.cache import EntryInfo
     from megamoe_jit._cache.documents import Entry, Statistics
+    from megamoe_jit._cache.entry import EntryInfo
 
 __all__ = ["cache"]
 

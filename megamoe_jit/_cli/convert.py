@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from megamoe_jit._cli._io import emit, human_bytes, json_option, must_be_writable, say, show
+from megamoe_jit._cli._io import emit, json_option, must_be_writable, say, show
+from megamoe_jit._text import human_bytes
 
 __all__ = ["convert"]
 

@@ -10,7 +10,7 @@ from megamoe_jit._cli._io import ExitCode, colours_wanted, emit, end, json_optio
 from megamoe_jit._diagnose.engines import ENGINES
 
 if TYPE_CHECKING:
-    from megamoe_jit._diagnose.doctor import Check
+    from megamoe_jit._diagnose.finding import Check
 
 __all__ = ["doctor"]
 
@@ -38,7 +38,8 @@ def doctor(no_trial: bool, engine: str | None, as_json: bool) -> None:
 
     Exit code 0 if all is well, 1 if something was warned of, 3 if something fails.
     """
-    from megamoe_jit._diagnose.doctor import Diagnosis, Status, examine, worst
+    from megamoe_jit._diagnose.doctor import examine
+    from megamoe_jit._diagnose.finding import Diagnosis, Status, worst
 
     checks = []
     for check in examine(not no_trial, engine):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
-from megamoe_jit._cli._io import copy_out, emit, human_bytes, json_option, say, show, table
+from megamoe_jit._cli._io import copy_out, emit, json_option, say, show, table
 from megamoe_jit._cli._names import looks_like_key, parse_spec
+from megamoe_jit._text import human_bytes
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.metadata import Metadata

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, emit, end, human_bytes, json_option, say, show, table
-from megamoe_jit._text import counted
+from megamoe_jit._cli._io import ExitCode, emit, end, json_option, say, show, table
+from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
     from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import emit, human_bytes, json_option, show, table
+from megamoe_jit._cli._io import emit, json_option, show, table
 from megamoe_jit._cli._nodes import lines_between, nodes_options
 from megamoe_jit._cli._options import (
     gpu_option,
@@ -18,7 +18,7 @@ from megamoe_jit._cli._options import (
     weight_format_option,
 )
 from megamoe_jit._spec.variants import VARIANT_CHOICES
-from megamoe_jit._text import counted
+from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

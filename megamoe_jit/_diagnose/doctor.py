@@ -26,15 +26,17 @@ from megamoe_jit._diagnose.doctor_machine import (
     compiling_forbidden,
 )
 from megamoe_jit._diagnose.engines import examine_engine, probe_of
-from megamoe_jit._diagnose.finding import Check, Diagnosis, Status, worst
+from megamoe_jit._diagnose.finding import Check, Status
 from megamoe_jit._diagnose.machine import TOOLS, FileSystem, compilers, file_system, find_tool, gpus, tool_command
-from megamoe_jit._settings.settings import PREFIX, VARIABLES, default_config_file, get_settings, lenient, listed
+from megamoe_jit._settings.read import listed
+from megamoe_jit._settings.settings import get_settings, lenient
+from megamoe_jit._settings.variables import PREFIX, VARIABLES, default_config_file
 from megamoe_jit._text import human_bytes, several
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
 
-__all__ = ["Check", "Diagnosis", "Status", "examine", "worst"]
+__all__ = ["examine"]
 
 LOW_SPACE = 256 << 20  #: free bytes below which a cache gets a warning
 

@@ -19,7 +19,7 @@ from megamoe_jit._errors import ToolchainError
 from megamoe_jit._version import __version__
 
 if TYPE_CHECKING:
-    from megamoe_jit._settings.settings import Fault
+    from megamoe_jit._settings.read import Fault
 
 __all__ = [
     "TOOLS",
@@ -239,7 +239,8 @@ def settings_table(faults: Sequence[Fault] = ()) -> tuple[Setting, ...]:
     Args:
         faults: from `lenient`; of what is wrong, the value is what was written.
     """
-    from megamoe_jit._settings.settings import VARIABLES, get_settings
+    from megamoe_jit._settings.settings import get_settings
+    from megamoe_jit._settings.variables import VARIABLES
 
     values = get_settings()
     rows = []

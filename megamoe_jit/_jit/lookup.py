@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from megamoe_jit._cache.cache import KernelCache, cache_key, find_info, searched_caches
-from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info, source_id
+from megamoe_jit._cache.cache import KernelCache, find_info, searched_caches
+from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info
+from megamoe_jit._cache.identity import cache_key, source_id
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.render import RenderedSource, render
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain, options_for

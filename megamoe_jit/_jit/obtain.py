@@ -13,7 +13,8 @@ import contextlib
 import logging
 import threading
 
-from megamoe_jit._cache.cache import CacheEntry, KernelCache, user_cache
+from megamoe_jit._cache.cache import KernelCache, user_cache
+from megamoe_jit._cache.entry import CacheEntry
 from megamoe_jit._cache.locks import key_lock
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.nvrtc import CompileResult, compile_source

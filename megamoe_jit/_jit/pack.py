@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
-from megamoe_jit._cache.entry import IMPORTED, META, Damaged, Metadata, read_entry
-from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
+from megamoe_jit._cache.entry import IMPORTED, META, Damaged, read_entry
+from megamoe_jit._cache.metadata import SCHEMA, Metadata, dump_metadata
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._files import file_sha256
 from megamoe_jit._jit.kernel import warmup_command

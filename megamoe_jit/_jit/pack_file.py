@@ -17,7 +17,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
 
-from megamoe_jit._cache.entry import CUBIN, LIMIT, META, SOURCE, Damaged, OtherSchema, is_key, verify_files
+from megamoe_jit._cache.entry import CUBIN, LIMIT, META, SOURCE, Damaged, OtherSchema, verify_files
+from megamoe_jit._cache.identity import is_key
 from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._errors import PackError
 from megamoe_jit._files import file_sha256

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._errors import ConfigError, MegaMoeError
-from megamoe_jit._jit.kernel import CompiledKernel, warmup_command
+from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
@@ -28,20 +28,7 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._text import items_of, several, shown
 
-__all__ = [
-    "CompiledKernel",
-    "WarmupResult",
-    "enumerate_specs",
-    "forget",
-    "get_kernel",
-    "kernel_cache",
-    "retry",
-    "seal",
-    "sealed",
-    "unseal",
-    "warmup",
-    "warmup_command",
-]
+__all__ = ["WarmupResult", "enumerate_specs", "forget", "kernel_cache", "retry", "seal", "sealed", "unseal", "warmup"]
 
 LOG = logging.getLogger("megamoe_jit")
 _QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often

@@ -23,32 +23,16 @@ from typing import Any, TextIO
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
-from megamoe_jit._settings.read import Fault, listed, read_environment, read_file
+from megamoe_jit._settings.read import Fault, read_environment, read_file
 from megamoe_jit._settings.variables import (
     PREFIX,
-    VARIABLES,
-    Variable,
     cpu_count,
     default_cache_dir,
     default_config_file,
-    parse_size,
 )
 from megamoe_jit._text import printable
 
-__all__ = [
-    "PREFIX",
-    "VARIABLES",
-    "Fault",
-    "Settings",
-    "Variable",
-    "default_cache_dir",
-    "default_config_file",
-    "get_settings",
-    "lenient",
-    "listed",
-    "override",
-    "parse_size",
-]
+__all__ = ["Settings", "get_settings", "lenient", "override"]
 
 LOG = logging.getLogger("megamoe_jit")
 

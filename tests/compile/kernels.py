@@ -22,7 +22,7 @@ def compiled(spec: Compilable) -> CompiledKernel:
     """
     cache = Path(os.environ["MEGAMOE_JIT_CACHE_DIR"]) / "compile"
     with override(cache_dir=cache), mock.patch.object(_obtain, "compile_source", _in_silence):
-        return _obtain.obtain(spec, force=False)
+        return _obtain._obtain(spec, force=False, stop=None)
 
 
 def _in_silence(*arguments: object, **options: object) -> CompileResult:

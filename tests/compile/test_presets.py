@@ -13,7 +13,7 @@ from megamoe_jit._compile.cubin import read_cubin
 from megamoe_jit._compile.render import VIRTUAL_ROOT, kernels_dir
 from megamoe_jit._device.params import NodesParams, Params, StageParams
 from megamoe_jit._errors import CompileError
-from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FORMATS, FP8, FP8_E5M2, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.inputs import Inputs

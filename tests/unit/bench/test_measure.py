@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from megamoe_jit._bench import clock as _timing
 from megamoe_jit._bench import conditions as _bench_report
 from megamoe_jit._bench import measure as _bench
+from megamoe_jit._bench.documents import BaselineRow
 from megamoe_jit._bench.grouped_gemm import Dequantised
-from megamoe_jit._bench.unfused_run import BaselineRow
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90, transform_weights_for_mega_moe_sm90

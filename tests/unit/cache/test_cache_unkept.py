@@ -21,7 +21,8 @@ from megamoe_jit._errors import KernelMissingError
 from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.lookup import Wanted
-from megamoe_jit._jit.runtime import forget, get_kernel
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import forget
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 

@@ -11,9 +11,8 @@ import pytest
 from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._device import load as _loader
 from megamoe_jit._errors import KernelMissingError, LoadError
-from megamoe_jit._jit.obtain import distrust
+from megamoe_jit._jit.obtain import distrust, get_kernel
 from megamoe_jit._jit.registry import reset
-from megamoe_jit._jit.runtime import get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.commandline import COOPERATIVE, PINGPONG, checked, keys_of, run, warm_cache

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megamoe_jit._cache.entry import cache_key, is_key, source_id
+from megamoe_jit._cache.identity import cache_key, is_key, source_id
 from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import Toolchain, options_for
 from megamoe_jit._errors import RenderError

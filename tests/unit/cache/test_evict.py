@@ -21,7 +21,8 @@ from megamoe_jit._cache.locks import try_lock
 from megamoe_jit._compile.toolchain import current_builder
 from megamoe_jit._documents import time_of
 from megamoe_jit._errors import ConfigError, ToolchainError
-from megamoe_jit._settings.settings import Settings, override, parse_size
+from megamoe_jit._settings.settings import Settings, override
+from megamoe_jit._settings.variables import parse_size
 from tests.stubs import KEY, OTHER, fake_cubin, fake_kernel, rewrite_meta
 from tests.unit.cli.test_cli_refusals import ordinary
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megamoe_jit._check import scenarios as table
-from megamoe_jit._check.verify import Outcome, Runs, WeightCache, judge, run_all, run_scenario
+from megamoe_jit._check.documents import Outcome
+from megamoe_jit._check.verify import Runs, WeightCache, judge, run_all, run_scenario
 from megamoe_jit._errors import DeviceFaultError, LaunchError
 from megamoe_jit._layer.weights import inverse_transform_weights_for_mega_moe_sm90, transform_weights_for_mega_moe_sm90
 from megamoe_jit.reference import expert_counts, moe_reference, with_shared_experts

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from megamoe_jit._check import scenarios as _scenarios
 from megamoe_jit._check import verify_ranks as _verify_ranks
+from megamoe_jit._check.documents import Outcome
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify import Outcome, Runs
+from megamoe_jit._check.verify import Runs
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
 from tests.ranks import forked

@@ -11,7 +11,7 @@ from megamoe_jit._bench import measure as _bench
 from megamoe_jit._check import scenarios as _scenarios
 from megamoe_jit._check import verify as _verify
 from megamoe_jit._check import verify_ranks as _verify_ranks
-from megamoe_jit._check.verify import Outcome
+from megamoe_jit._check.documents import Outcome
 from megamoe_jit._cli import _io, _kernels, cli
 from megamoe_jit._errors import CompileError
 from megamoe_jit._jit import runtime as _runtime

@@ -33,13 +33,14 @@ from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose import inspect as _inspect
 from megamoe_jit._diagnose import machine as _machine
-from megamoe_jit._diagnose.doctor import Status
 from megamoe_jit._diagnose.explain import kernel_state
+from megamoe_jit._diagnose.finding import Status
 from megamoe_jit._diagnose.machine import Machine
 from megamoe_jit._documents import Document
 from megamoe_jit._errors import CompileError, ConfigError, LoadError, ToolchainError, UnsupportedDeviceError
 from megamoe_jit._jit import runtime as _runtime
-from megamoe_jit._jit.runtime import WarmupResult, forget, get_kernel, kernel_cache
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import WarmupResult, forget, kernel_cache
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.commandline import PINGPONG, SIZES, STAGED, run

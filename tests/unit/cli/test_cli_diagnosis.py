@@ -21,8 +21,9 @@ from megamoe_jit._diagnose.explain import explain
 from megamoe_jit._diagnose.plan import memory_plan, shared_parts
 from megamoe_jit._errors import ConfigError, LoadError, ToolchainError
 from megamoe_jit._jit.lookup import Wanted
-from megamoe_jit._jit.runtime import get_kernel
-from megamoe_jit._settings.settings import VARIABLES, override
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._settings.settings import override
+from megamoe_jit._settings.variables import VARIABLES
 from megamoe_jit._spec.formats import FORMATS, FP8, MXFP4
 from megamoe_jit.heuristics.presets import preset, preset_names
 from tests.commandline import PINGPONG, SIZES, checked, keys_of, run, warm_cache

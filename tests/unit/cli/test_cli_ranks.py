@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from megamoe_jit._bench import measure as _bench
 from megamoe_jit._bench import measure_ranks as _bench_ranks
 from megamoe_jit._check import verify_ranks as _verify_ranks
-from megamoe_jit._check.verify import Outcome
+from megamoe_jit._check.documents import Outcome
 from megamoe_jit._cli import cli
 from megamoe_jit._cli._ranks import rank_count
 from megamoe_jit._jit import runtime as _runtime

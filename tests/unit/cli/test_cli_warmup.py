@@ -13,6 +13,7 @@ from megamoe_jit import KernelSpec, MoEShape, Variant
 from megamoe_jit._cli import cli
 from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
+from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from tests.commandline import SIZES, STAGED, checked, run, warm_cache
@@ -113,7 +114,7 @@ def test_shared_experts_that_no_kernel_takes_are_refused_by_the_shapes_name():
     ids=lambda spec: spec.kernel_name,
 )
 def test_the_advised_warmup_command_asks_for_that_kernel(requested: list[KernelSpec], spec: KernelSpec):
-    program, *arguments = _runtime.warmup_command(spec).split()
+    program, *arguments = warmup_command(spec).split()
     assert program == "megamoe-jit"
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output

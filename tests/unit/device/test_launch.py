@@ -310,7 +310,7 @@ def test_context_of_another_device_is_refused(run):
 
 def test_first_use_during_capture_touches_nothing(run):
     out = run(
-        "from megamoe_jit._jit.runtime import warmup_command\n"
+        "from megamoe_jit._jit.kernel import warmup_command\n"
         "state = types.SimpleNamespace(capturing=True)\n"
         "torch = types.ModuleType('torch')\n"
         "torch.cuda = types.SimpleNamespace(is_initialized=lambda: True,\n"

@@ -13,7 +13,7 @@ import pytest
 
 from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._diagnose import doctor as _doctor
-from megamoe_jit._diagnose.doctor import Status
+from megamoe_jit._diagnose.finding import Status
 from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
 from megamoe_jit._settings.settings import override
 from tests.commandline import COOPERATIVE, PINGPONG, STAGED, checked, damage, keys_of, run, warm_cache

@@ -20,21 +20,12 @@ from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._errors import CompileError, ConfigError, KernelMissingError, PerformanceLossError, ToolchainError
 from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit import obtain as _obtain
+from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Wanted
-from megamoe_jit._jit.obtain import distrust
+from megamoe_jit._jit.obtain import distrust, get_kernel
 from megamoe_jit._jit.pack import export_pack, import_pack
 from megamoe_jit._jit.registry import reset
-from megamoe_jit._jit.runtime import (
-    enumerate_specs,
-    forget,
-    get_kernel,
-    kernel_cache,
-    seal,
-    sealed,
-    unseal,
-    warmup,
-    warmup_command,
-)
+from megamoe_jit._jit.runtime import enumerate_specs, forget, kernel_cache, seal, sealed, unseal, warmup
 from megamoe_jit._settings.settings import get_settings, override
 from megamoe_jit._spec import MAX_TOKENS, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.inputs import Inputs

@@ -11,8 +11,9 @@ from megamoe_jit._cache.cache import user_cache
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
 from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit.lookup import Wanted
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.registry import reset
-from megamoe_jit._jit.runtime import forget, get_kernel
+from megamoe_jit._jit.runtime import forget
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 

@@ -18,8 +18,10 @@ from megamoe_jit._cache import store as _store
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import CompileError, KernelMissingError, PerformanceLossError, RenderError
 from megamoe_jit._jit import obtain as _obtain
+from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Wanted
-from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache, retry, warmup, warmup_command
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import forget, kernel_cache, retry, warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.compilable import Compilable

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from megamoe_jit._jit import obtain as _obtain
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.registry import registry
-from megamoe_jit._jit.runtime import forget, get_kernel, retry, warmup
+from megamoe_jit._jit.runtime import forget, retry, warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megamoe_jit as mm
-from megamoe_jit._settings.settings import VARIABLES
+from megamoe_jit._settings.variables import VARIABLES
 from megamoe_jit.reference import expert_counts, moe_reference
 from tests.stubs import REPO, child_environment, write_rooms
 from tests.unit.layer.test_calls import Cuda

@@ -14,7 +14,8 @@ import pytest
 from megamoe_jit._compile.render import render
 from megamoe_jit._errors import ConfigError, RenderError
 from megamoe_jit._files import read_plain, read_toml
-from megamoe_jit._settings.settings import PREFIX, Settings, override
+from megamoe_jit._settings.settings import Settings, override
+from megamoe_jit._settings.variables import PREFIX
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics.presets import parse_shapes
 

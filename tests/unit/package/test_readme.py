@@ -13,7 +13,7 @@ import pytest
 
 import megamoe_jit
 from megamoe_jit._cli import cli
-from megamoe_jit._settings.settings import VARIABLES
+from megamoe_jit._settings.variables import VARIABLES
 from megamoe_jit.heuristics.presets import preset_names
 
 ROOT = Path(__file__).resolve().parents[3]

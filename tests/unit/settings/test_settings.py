@@ -15,17 +15,8 @@ import pytest
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings import settings as _settings
 from megamoe_jit._settings.read import read_environment
-from megamoe_jit._settings.settings import (
-    PREFIX,
-    VARIABLES,
-    Settings,
-    default_cache_dir,
-    default_config_file,
-    get_settings,
-    lenient,
-    override,
-    parse_size,
-)
+from megamoe_jit._settings.settings import Settings, get_settings, lenient, override
+from megamoe_jit._settings.variables import PREFIX, VARIABLES, default_cache_dir, default_config_file, parse_size
 
 GOOD = {
     "CONFIG": ("/x/c.toml", Path("/x/c.toml")),

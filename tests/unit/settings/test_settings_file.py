@@ -10,7 +10,8 @@ import pytest
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings import settings as _settings
-from megamoe_jit._settings.settings import PREFIX, VARIABLES, Settings, override
+from megamoe_jit._settings.settings import Settings, override
+from megamoe_jit._settings.variables import PREFIX, VARIABLES
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 from megamoe_jit._diagnose.machine import settings_table
 from megamoe_jit._documents import content
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._settings.settings import PREFIX, VARIABLES, Settings, lenient, override
+from megamoe_jit._settings.settings import Settings, lenient, override
+from megamoe_jit._settings.variables import PREFIX, VARIABLES
 from megamoe_jit._text import printable
 
 #: TOML of each type, plain and at its ends.
