@@ -36,7 +36,7 @@ MEGA_DEVICE u32 row_words(const NodesParams& p) {
 }
 
 /// The places of one node, by one block; and how many there are.
-MEGA_DEVICE void route(const NodesParams& p) {
+MEGA_DEVICE void route_rows(const NodesParams& p) {
     constexpr u32 kEach = 4;   // tokens of a thread, side by side
     __shared__ u32 of_warp[kNodesThreads / kWarp];
     const u64* ids = reinterpret_cast<const u64*>(p.parts[kIdsPart]);
@@ -88,7 +88,7 @@ MEGA_DEVICE void copy_words(u32* to, const u32* from, u32 words) {
     }
 }
 
-MEGA_DEVICE void pack(const NodesParams& p) {
+MEGA_DEVICE void pack_rows(const NodesParams& p) {
     const u32 warps = gridDim.x * (kNodesThreads / kWarp);
     for (u32 pair = blockIdx.x * (kNodesThreads / kWarp) + ptx::warp_id();
          pair < p.nodes * p.tokens; pair += warps) {
@@ -106,7 +106,7 @@ MEGA_DEVICE void pack(const NodesParams& p) {
 }
 
 /// Ids arrive as all nodes count them, and are counted from this node's first from here on.
-MEGA_DEVICE void unpack(const NodesParams& p) {
+MEGA_DEVICE void unpack_rows(const NodesParams& p) {
     const u32 warps = gridDim.x * (kNodesThreads / kWarp);
     for (u32 row = blockIdx.x * (kNodesThreads / kWarp) + ptx::warp_id(); row < p.rows;
          row += warps) {
@@ -145,7 +145,7 @@ template <bool kWide> MEGA_DEVICE void load_eight(const u8* row, u32 vector, flo
 }
 
 /// One node after the other, in FP32, rounded once at the end; zeros where a node was sent nothing.
-template <bool kWide> MEGA_DEVICE void sum(const NodesParams& p) {
+template <bool kWide> MEGA_DEVICE void sum_nodes(const NodesParams& p) {
     const u32 vectors = p.hidden / 8, at = blockIdx.x * kNodesThreads + threadIdx.x;
     const u32 token = at / vectors, vector = at - token * vectors;
     if (token >= p.tokens) return;

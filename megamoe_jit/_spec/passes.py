@@ -22,7 +22,8 @@ class Pass(StrEnum):
     @property
     def function(self) -> str:
         """Its name in `kernels_src/kernels/nodes.cuh`."""
-        return {Pass.SUM_BF16: "sum<false>", Pass.SUM_FP32: "sum<true>"}.get(self, self.value)
+        sums = {Pass.SUM_BF16: "sum_nodes<false>", Pass.SUM_FP32: "sum_nodes<true>"}
+        return sums.get(self) or f"{self.value}_rows"
 
 
 @dataclass(frozen=True, slots=True)
