@@ -157,7 +157,8 @@ CHILD = """
 import sys, time
 import cuda.bindings.nvrtc, jinja2
 from pathlib import Path
-from megamoe_jit._jit.runtime import enumerate_specs, get_kernel
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import enumerate_specs
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.formats import FP8, MXFP4
