@@ -114,8 +114,14 @@ class Inputs:
 
 
 def _case(name: str, tokens: int, sizes: tuple[int, ...], capacity: int | None = None, **more: Any) -> Scenario:
-    """`sizes` is hidden, intermediate, experts, top-k, and shared experts if there are some; `more` are fields of a
-    `Scenario`, and numeric options."""
+    """A scenario of these sizes.
+
+    Args:
+        name, tokens: fields of it.
+        sizes: hidden, intermediate, experts, top-k, and shared experts if there are some.
+        capacity: of the buffer; None for as many as tokens.
+        more: other fields, and numeric options.
+    """
     numerics = Numerics(**{option.name: more.pop(option.name) for option in fields(Numerics) if option.name in more})
     room = max(tokens, 1) if capacity is None else capacity
     return Scenario(name, MoEShape(*sizes), tokens, room, numerics=numerics, **more)

@@ -40,7 +40,13 @@ def measured_on_nodes(
     baseline: bool | None,
     weights: str,
 ) -> Bench | None:
-    """The document of `bench` over several nodes; None where torchrun runs another rank that reports."""
+    """The document of `bench` over several nodes; None where torchrun runs another rank that reports.
+
+    Raises:
+        ConfigError: a shape is not known.
+        UnsupportedDeviceError: there is no GPU.
+        MegaMoeError: a rank failed; says what all of them said.
+    """
     from megamoe_jit._device.driver import refuse_without_gpu
     from megamoe_jit.heuristics.presets import parse_shapes
 

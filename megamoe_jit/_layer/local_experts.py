@@ -71,10 +71,9 @@ def mega_moe_local_experts(
     if y.ndim != 2:
         raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [rows, {buffer.hidden}]")
     if buffer.ranks > 1 or buffer.num_shared_experts:
-        given = (
-            f"a buffer of {counted(buffer.ranks, 'rank')} with {counted(buffer.num_shared_experts, 'shared expert')}"
-        )
-        raise ConfigError(f"{given}; allowed: one of one rank, without shared experts")
+        ranks, shared = counted(buffer.ranks, "rank"), counted(buffer.num_shared_experts, "shared expert")
+        allowed = "one of one rank, without shared experts"
+        raise ConfigError(f"a buffer of {ranks} with {shared}; allowed: {allowed}")
     rows = y.shape[0]
     check(rows <= buffer.num_max_tokens_per_rank, "rows of y", rows, f"at most {buffer.num_max_tokens_per_rank}")
     if (num_rows is None) == (expert_rows is None):
@@ -102,24 +101,23 @@ def check_count(name: str, count: torch.Tensor, numbers: int, device: torch.devi
     check_tensor(name, count, count.dtype, (numbers,), device, align=count.itemsize)
 
 
+def _check_rows(name: str, rows: int) -> None:
+    check(type(rows) is int and 0 < rows <= _MOST_ROWS, name, rows, f"1 to {_MOST_ROWS} rows")
+
+
 def _write_ids(topk_idx: torch.Tensor, expert_rows: torch.Tensor, rows_apart: int | None, align: int) -> None:
     """The expert of each row, of rows that lie by expert; -1 for what lies between."""
     counts = expert_rows.to(torch.int64)
     row = torch.arange(topk_idx.shape[0], dtype=torch.int64, device=topk_idx.device)
     if rows_apart is None:
-        check(type(align) is int and 0 < align <= _MOST_ROWS, "align", align, f"1 to {_MOST_ROWS} rows")
+        _check_rows("align", align)
         ends = (torch.div(counts + (align - 1), align, rounding_mode="floor") * align).cumsum(0)
         expert = torch.searchsorted(ends, row, right=True)
         known = expert.clamp(max=len(counts) - 1)
         first = torch.cat((ends.new_zeros(1), ends[:-1]))[known]
         real = (expert < len(counts)) & (row - first < counts[known])
     else:
-        check(
-            type(rows_apart) is int and 0 < rows_apart <= _MOST_ROWS,
-            "rows_apart",
-            rows_apart,
-            f"1 to {_MOST_ROWS} rows",
-        )
+        _check_rows("rows_apart", rows_apart)
         expert = torch.div(row, rows_apart, rounding_mode="floor")
         known = expert.clamp(max=len(counts) - 1)
         real = (expert < len(counts)) & (row % rows_apart < counts[known])

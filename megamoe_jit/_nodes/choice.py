@@ -93,7 +93,7 @@ class Choices:
         return min(chunks, max(-(-rows // most), self._by_rule(rows, capturing).chunks))
 
     def prepare(self, device: torch.device) -> None:
-        """Load what goes over rows that travel along a rail."""
+        """Load what goes over rows that travel along a rail; raises `MegaMoeError` if a kernel cannot be had."""
         for exchange in self.exchanges.values():
             if isinstance(exchange, AlongRails):
                 exchange.passes(device)

@@ -179,5 +179,5 @@ class AlongRails:
         return self.rail.nodes * tokens
 
     def passes(self, device: torch.device) -> Passes:
-        """What goes over the rows there."""
+        """What goes over the rows there; raises `MegaMoeError` if a kernel of it cannot be had."""
         return pass_kernels(device) if device.type == "cuda" else TorchPasses()

@@ -107,6 +107,10 @@ def lease_of(
         max_tokens: of a call.
         device: where the weights are.
         workspace: "shared", "own", or a `MultiNodeBuffer`.
+
+    Raises:
+        ConfigError: the buffer that was given does not fit, or the workspace is none of these.
+        MegaMoeError: as `get_multinode_buffer_for_mega_moe`; or the buffer is not usable any more.
     """
     whole = replace(shape, experts=shape.experts * topology.world_size)
     if isinstance(workspace, MultiNodeBuffer):
