@@ -117,7 +117,7 @@ def test_whatever_lies_in_a_cache_is_put_right(tmp_path, place, kind, precious):
         cache.store(*FIRST)
         put(path, kind, precious)
         cache.load(KEY)
-        cache.entries(), cache.survey(), cache.verify(), cache.holds(KEY), cache.usable(KEY, "first")
+        cache.entries(), Statistics.of(cache), cache.verify(), cache.holds(KEY), cache.usable(KEY, "first")
         for kernel in (FIRST, SECOND):
             cache.store(*kernel)
         cache.remove([KEY])
@@ -273,7 +273,7 @@ def test_whatever_lies_in_a_read_only_cache_is_left_there(tmp_path, place, kind,
     cache = KernelCache(tmp_path / "root", read_only=True)
     cache.load(KEY)
     cache.of_source(FIRST[3]["source_id"])
-    cache.entries(), cache.survey(), cache.usable(KEY, "first"), cache.verify(fix=True), cache.clear()
+    cache.entries(), Statistics.of(cache), cache.usable(KEY, "first"), cache.verify(fix=True), cache.clear()
     cache.prune(older_than_s=0)
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

@@ -9,6 +9,7 @@ import os
 import pytest
 
 from megamoe_jit._cache.cache import KernelCache, user_cache
+from megamoe_jit._cache.documents import Statistics
 from megamoe_jit._device import load as _loader
 from megamoe_jit._errors import KernelMissingError, LoadError
 from megamoe_jit._jit.obtain import distrust, get_kernel
@@ -38,7 +39,7 @@ def test_a_size_that_is_no_number_of_bytes_hides_its_entry_alone(cache, field, s
         cache.store(key, fake_cubin(), "source", {})
     rewrite_meta(cache.entry_path(KEY), **{field: size})
     assert [info.key for info in cache.entries()] == [OTHER]
-    assert len(cache.entries()) == 1
+    assert (Statistics.of(cache).entries, Statistics.of(cache).damaged) == (1, 1)
 
 
 @pytest.mark.parametrize("stranger", ["another kernel", "an ELF without any", "other parameters"])
