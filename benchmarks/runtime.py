@@ -157,7 +157,8 @@ CHILD = """
 import sys, time
 import cuda.bindings.nvrtc, jinja2
 from pathlib import Path
-from megamoe_jit._jit.runtime import enumerate_specs, get_kernel
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import enumerate_specs
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.formats import FP8, MXFP4
@@ -201,7 +202,7 @@ def stampede_rows(runs: int) -> Iterator[Row]:
     many = statistics.median(several[0] for _, several in pairs)
     compiled = max(several[1] for _, several in pairs)
     yield Row("one process, one cold key, past its imports", "", one)
-    note = f"{many / one:.2f} times one; compiled {compiled} time(s)"
+    note = f"{many / one:.2f} times one; compiled {'once' if compiled == 1 else f'{compiled} times'}"
     yield Row(f"{PROCESSES} processes, one cold key, past their imports", "1.3 times one", many, note)
 
 

@@ -15,7 +15,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import FP8, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
 from megamoe_jit._spec.expanded import ExpandedParts
 from megamoe_jit._spec.variants import AUTO
-from megamoe_jit._text import human_bytes, shown
+from megamoe_jit._text import counted, human_bytes, shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
 __all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
@@ -49,7 +49,7 @@ def _by_threshold(tokens: int, threshold: int) -> tuple[Variant, str]:
     else:
         picked, sign = Variant.COOPERATIVE, ">="
         why = f"one weight load serves {picked.block_m} rows"
-    return picked, f"{tokens} tokens per rank {sign} {shown(threshold)}, {why}"
+    return picked, f"{counted(tokens, 'token')} per rank {sign} {shown(threshold)}, {why}"
 
 
 def _by_measurement(table: Table, shape: MoEShape, rule: Rule) -> tuple[Variant, str]:
@@ -98,7 +98,7 @@ def _reading(weights: WeightFormat, tokens: int, load: float, threshold: int | N
         return _packed(weights, tokens, load, threshold)
     limit = COOPERATIVE_THRESHOLD if threshold is None else threshold
     few = tokens < limit
-    why = f"{tokens} tokens per rank {'<' if few else '>='} {limit}, weights in {weights.name}"
+    why = f"{counted(tokens, 'token')} per rank {'<' if few else '>='} {limit}, weights in {weights.name}"
     return readers[0 if few else -1], why
 
 
@@ -108,7 +108,7 @@ def _packed(weights: WeightFormat, tokens: int, load: float, threshold: int | No
     if threshold is not None:
         (fewest, _), *readers = readers
         if tokens < threshold:
-            return fewest, f"{tokens} tokens per rank < {threshold}, weights in {weights.name}"
+            return fewest, f"{counted(tokens, 'token')} per rank < {threshold}, weights in {weights.name}"
     place = next(i for i, (_, most) in enumerate(readers) if load <= most)
     picked, most = readers[place]
     limit = f"<= {most}" if most < math.inf else f"> {readers[place - 1][1] if place else 0}"

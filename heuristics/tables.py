@@ -12,6 +12,7 @@ from typing import Any
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape, Variant
+from megamoe_jit._text import counted
 
 __all__ = [
     "FOLDER",
@@ -61,9 +62,9 @@ class Table:
         rules = self.rules[shape]
         after = next((later for later in rules if later.tokens > rule.tokens), None)
         if after is None:
-            return f"from {rule.tokens} tokens per rank on" if rule.tokens else "at every token count"
+            return f"from {counted(rule.tokens, 'token')} per rank on" if rule.tokens else "at every token count"
         first = f"from {rule.tokens} " if rule.tokens else ""
-        return f"{first}up to {after.tokens - 1} tokens per rank"
+        return f"{first}up to {counted(after.tokens - 1, 'token')} per rank"
 
 
 def check_choices(lags: Iterable[float], rows_per_item: Iterable[int]) -> None:

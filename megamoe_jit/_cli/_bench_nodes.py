@@ -10,6 +10,7 @@ import click
 
 from megamoe_jit._cli._io import progress_line, show, table
 from megamoe_jit._spec.formats import FP8
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Bench
@@ -58,7 +59,7 @@ def measured_on_nodes(
             {"exchange": ways.exchange, "partial": ways.partial, "chunks": ways.chunks or "auto"},
             baseline=baseline is not False,
             weights=weights,
-            progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens: {r['whole_us']:.1f} us"),
+            progress=lambda r: step(f"{r['shape']}  {counted(r['tokens'], 'token')}: {r['whole_us']:.1f} us"),
         )
     if found is None:
         return None

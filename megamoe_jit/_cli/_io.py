@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from megamoe_jit._documents import Document, content, envelope, plain
-from megamoe_jit._text import counted, one_line, printable
+from megamoe_jit._text import one_line, printable
 
 __all__ = [
     "CorruptionError",
@@ -28,7 +28,6 @@ __all__ = [
     "emit",
     "end",
     "json_option",
-    "kernel_count",
     "live_terminal",
     "must_be_writable",
     "progress_line",
@@ -94,11 +93,6 @@ def copy_out(text: str, nl: bool = False) -> None:
         click.echo(printable(text), nl=nl)
     else:
         click.echo(text.encode("utf-8", "surrogateescape"), nl=nl)
-
-
-def kernel_count(count: int) -> str:
-    """`1 kernel`, `2 kernels`."""
-    return counted(count, "kernel")
 
 
 def end(code: ExitCode) -> None:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from megamoe_jit._cli._options import per_shape
-from megamoe_jit._errors import ConfigError
-from megamoe_jit._text import human_bytes
+from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.between import Between
     from megamoe_jit._spec import MoEShape
 
-__all__ = [
-    "lines_between",
-    "nodes_option",
-    "nodes_options",
-    "shapes_of_a_node",
-]
+__all__ = ["lines_between", "nodes_option", "nodes_options", "shapes_of_a_node"]
 
 nodes_option = click.option(
     "--nodes",
@@ -77,19 +70,16 @@ def shapes_of_a_node(shapes: Mapping[str, MoEShape], nodes: int, ranks: int) -> 
     """
     if nodes == 1:
         return dict(shapes)
+    from megamoe_jit._diagnose.between import shape_of_a_node
 
-    def part(shape: MoEShape) -> MoEShape:
-        if shape.experts % (nodes * ranks):
-            raise ConfigError(f"{shape.experts} experts on {nodes} nodes of {ranks} ranks; allowed: evenly")
-        return replace(shape, experts=shape.experts // nodes, shared=0)
-
-    return dict(zip(shapes, per_shape(shapes, lambda _, shape: [part(shape)]), strict=True))
+    parts = per_shape(shapes, lambda _, shape: [shape_of_a_node(shape, nodes, ranks)])
+    return dict(zip(shapes, parts, strict=True))
 
 
 def lines_between(it: Between) -> list[str]:
     """What is between nodes, as text."""
     return [
-        f"{it.nodes} nodes: {it.exchange}, {it.partial} back, {it.chunks} chunk(s), "
+        f"{it.nodes} nodes: {it.exchange}, {it.partial} back, {counted(it.chunks, 'chunk')}, "
         f"launches of {it.launch_rows} rows (room for {it.most_rows})",
         f"modelled, not measured: {it.total_us:.0f} us, of which exchange {it.exchange_us:.0f} and kernel "
         f"{it.kernel_us:.0f} before overlap; {human_bytes(it.sent_bytes)} to other nodes",

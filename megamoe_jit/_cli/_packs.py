@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
-from megamoe_jit._cli._io import CorruptionError, emit, json_option, kernel_count, must_be_writable, say, show
+from megamoe_jit._cli._io import CorruptionError, emit, json_option, must_be_writable, say, show
 from megamoe_jit._cli._keys import DAMAGE_ADVICE, own_cache
 from megamoe_jit._cli._names import looks_like_key, parse_spec
 from megamoe_jit._errors import PackError
-from megamoe_jit._text import human_bytes, one_line
+from megamoe_jit._text import counted, human_bytes, one_line
 
 __all__ = ["export_command", "import_command"]
 
@@ -55,7 +55,7 @@ def export_command(file: Path, kernels: tuple[str, ...], as_json: bool) -> None:
     else:
         for key, kernel in zip(pack.keys, pack.kernels, strict=True):
             show(f"{key[:12]}  {one_line(kernel)}")
-    say(f"exported {kernel_count(len(pack.keys))} to {pack.path}: {human_bytes(pack.bytes)}, sha256 {pack.sha256}")
+    say(f"exported {counted(len(pack.keys), 'kernel')} to {pack.path}: {human_bytes(pack.bytes)}, sha256 {pack.sha256}")
 
 
 @click.command("import")
@@ -89,4 +89,4 @@ def import_command(file: Path, as_json: bool) -> None:
         for key in report.imported:
             show(f"{key[:12]}  {one_line(user_cache().info(key).entry)}")
     there = f", {len(report.present)} there already" if report.present else ""
-    say(f"imported {kernel_count(len(report.imported))}{there}, {human_bytes(report.bytes)}, into {report.root}")
+    say(f"imported {counted(len(report.imported), 'kernel')}{there}, {human_bytes(report.bytes)}, into {report.root}")

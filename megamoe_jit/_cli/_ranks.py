@@ -10,6 +10,7 @@ import click
 
 from megamoe_jit._cli._io import progress_line, show, table
 from megamoe_jit._spec.formats import FP8
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Bench
@@ -53,7 +54,9 @@ def bench_document(
             ranks,
             baseline=baseline,
             weights=weights,
-            progress=lambda r: step(f"{r['shape']}  {r['tokens']} tokens  {r['variant']}: {r['median_us']:.1f} us"),
+            progress=lambda r: step(
+                f"{r['shape']}  {counted(r['tokens'], 'token')}  {r['variant']}: {r['median_us']:.1f} us"
+            ),
         )
 
 
@@ -73,7 +76,7 @@ def print_verify(doc: Verify, ranks: int) -> None:
         names = len({o.name for o in outcomes})
         rows.append((family, names, len(outcomes), len(outcomes) - failed, failed, *figures))
     late = f", each up to {doc.skew_us} us late for each launch" if doc.skew_us else ""
-    show(f"{ranks} ranks, {doc.rounds} round{'s' if doc.rounds > 1 else ''} of each scenario and variant{late}")
+    show(f"{ranks} ranks, {counted(doc.rounds, 'round')} of each scenario and variant{late}")
     show(table(("FAMILY", "SCENARIOS", "RUN", "PASSED", "FAILED", "WORST DIFF", "WORST ROW"), rows))
 
 

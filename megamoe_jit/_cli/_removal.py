@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from megamoe_jit._cli._cache_options import cache_dir_option, complete_own_key
-from megamoe_jit._cli._io import ExitCode, confirm, emit, end, json_option, kernel_count, say, show
+from megamoe_jit._cli._io import ExitCode, confirm, emit, end, json_option, say, show
 from megamoe_jit._cli._keys import own_cache, place, whole_keys
-from megamoe_jit._text import human_bytes, one_line
+from megamoe_jit._text import counted, human_bytes, one_line
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
@@ -72,7 +72,7 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     recent = len({info.key for info in wanted} - {info.key for info in doomed})
     aside = user.quarantined()
     size = sum(info.disk_bytes for info in doomed) + sum(map(tree_bytes, aside))
-    what = f"{kernel_count(len(doomed))} and {len(aside)} put aside, {human_bytes(size)}, from {user.root}"
+    what = f"{counted(len(doomed), 'kernel')} and {len(aside)} put aside, {human_bytes(size)}, from {user.root}"
     removed, kept, freed = [info.key for info in doomed], list[str](), size
     if doomed or aside:
         if doomed and not as_json:
@@ -94,10 +94,10 @@ def prune_command(max_bytes: int | None, older_than: float | None, dry_run: bool
     else:
         gone = len(aside) - len(user.quarantined())
         also = f" and {gone} put aside" if gone else ""
-        say(f"removed {kernel_count(len(removed))}{also}, {human_bytes(freed)}, from {user.root}")
+        say(f"removed {counted(len(removed), 'kernel')}{also}, {human_bytes(freed)}, from {user.root}")
     _say_kept(user, kept)
     if recent:
-        say(f"{kernel_count(recent)} more would go, but for having been used in the last ten minutes")
+        say(f"{counted(recent, 'kernel')} more would go, but for having been used in the last ten minutes")
     left = not dry_run and _aside(user)
     end(ExitCode.OK if set(removed) >= {info.key for info in doomed} and not left else ExitCode.FAILED)
 
@@ -137,7 +137,7 @@ def rm_command(keys: tuple[str, ...], as_json: bool) -> None:
         for key in report.removed:
             show(key)
     _say_kept(user, (key for key in wanted if key not in report.removed))
-    say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
+    say(f"removed {counted(len(report.removed), 'kernel')}, {human_bytes(report.bytes)}, from {user.root}")
     end(ExitCode.OK if len(report.removed) == len(wanted) else ExitCode.FAILED)
 
 
@@ -154,11 +154,11 @@ def clear_command(yes: bool, as_json: bool) -> None:
     size = human_bytes(before.bytes + before.quarantined_bytes)
     aside = f" and {before.quarantined} put aside" if before.quarantined else ""
     if user.keys() or before.quarantined:
-        confirm(f"Remove all of {user.root}: {kernel_count(before.entries)}{aside}, {size}?", yes)
+        confirm(f"Remove all of {user.root}: {counted(before.entries, 'kernel')}{aside}, {size}?", yes)
     report = user.clear()
     if as_json:
         emit(CacheClear(str(user.root), report.removed, report.bytes))
     left = user.keys()
     _say_kept(user, left)
-    say(f"removed {kernel_count(len(report.removed))}, {human_bytes(report.bytes)}, from {user.root}")
+    say(f"removed {counted(len(report.removed), 'kernel')}, {human_bytes(report.bytes)}, from {user.root}")
     end(ExitCode.FAILED if _aside(user) or left else ExitCode.OK)

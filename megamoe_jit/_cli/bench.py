@@ -17,6 +17,7 @@ from megamoe_jit._cli._ranks import bench_document, print_others, rank_count, ru
 from megamoe_jit._documents import plain
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import BaselineRow, Bench, Choice, JudgedRow
@@ -81,7 +82,7 @@ def _print_choice(choice: Choice | None) -> None:
     if choice:
         show(
             f"automatic choice: within 3 % of the best variant on {choice.close} of {choice.rows} rows, "
-            f"worst {choice.worst:.3f} times its time ({choice.shape}, {choice.tokens} tokens)"
+            f"worst {choice.worst:.3f} times its time ({choice.shape}, {counted(choice.tokens, 'token')})"
         )
 
 
@@ -106,7 +107,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
         rows = _bench.measure(
             work,
             variants,
-            lambda r: step(f"{r.shape}  {r.tokens} tokens  {r.variant}: {r.median_us:.1f} us"),
+            lambda r: step(f"{r.shape}  {counted(r.tokens, 'token')}  {r.variant}: {r.median_us:.1f} us"),
             between=lambda: card.append(_bench.anchors()),
             not_timed=not_timed,
             baselines=others,

@@ -15,7 +15,6 @@ from megamoe_jit._cli._io import (
     emit,
     end,
     json_option,
-    kernel_count,
     say,
     show,
     table,
@@ -25,7 +24,7 @@ from megamoe_jit._cli._names import looks_like_key
 from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
 from megamoe_jit._documents import content
-from megamoe_jit._text import human_bytes
+from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.documents import Entry, Statistics
@@ -94,7 +93,7 @@ def ls(as_json: bool) -> None:
         show(table(headers[:columns], [row[:columns] for row in cells], left=(0, 1, 2, 7)))
     for (each, entries, damaged), size in zip(listed, sizes, strict=True):
         if not as_json:
-            say(f"{kernel_count(len(entries))}, {human_bytes(size)}, in {place(each)}")
+            say(f"{counted(len(entries), 'kernel')}, {human_bytes(size)}, in {place(each)}")
         say_damaged(each, damaged)
 
 
@@ -205,9 +204,9 @@ def verify(fix: bool, as_json: bool) -> None:
         for row in rows:
             word = ("put aside" if row.key else "mended") if row.fixed else "DAMAGED" if row.key else "WRONG"
             show(f"{word}  {row.path}: {row.message}")
-    problems = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+    problems = counted(len(found), "problem")
     verdict = f"{problems}, {len(found) - len(left)} put right" if found else "all is well"
-    say(f"{kernel_count(checked)} checked in {', '.join(map(place, caches))}: {verdict}")
+    say(f"{counted(checked, 'kernel')} checked in {', '.join(map(place, caches))}: {verdict}")
     if not fix and any(not each.read_only for each, _ in found):
         say("`megamoe-jit cache verify --fix` corrects permissions and puts damaged kernels aside for a recompile")
     for path in (problem.path for each, problem in found if each.read_only and not problem.key):

@@ -13,6 +13,7 @@ from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_to
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.variants import Variant
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Cell, Time
@@ -129,7 +130,7 @@ def tune(
         nonlocal measured
         measured += now
         cell = Cell.of(data)
-        step(f"{cell.name}  {cell.tokens} tokens: {_way(_best(cell))}{'' if now else ' (measured before)'}")
+        step(f"{cell.name}  {counted(cell.tokens, 'token')}: {_way(_best(cell))}{'' if now else ' (measured before)'}")
 
     if measure:
         with progress_line("tune", len(presets) * len(counts)) as step:

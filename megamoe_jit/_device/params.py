@@ -18,9 +18,7 @@ __all__ = [
     "Params",
     "StageParams",
     "TensorMap",
-    "aligned_nodes_params",
-    "aligned_params",
-    "aligned_stage_params",
+    "aligned",
     "side_by_side",
 ]
 
@@ -72,21 +70,7 @@ def side_by_side(*names: str) -> tuple[struct.Struct, int]:
     return packer, fields[0].offset
 
 
-def _aligned(kind: type[_T]) -> _T:
+def aligned(kind: type[_T]) -> _T:
+    """Zeroed parameters of a kind, at an address that is a multiple of 64, as tensor maps need."""
     memory = (ctypes.c_char * (ctypes.sizeof(kind) + PARAMS_ALIGN))()
     return kind.from_buffer(memory, -ctypes.addressof(memory) % PARAMS_ALIGN)
-
-
-def aligned_params() -> Params:
-    """A zeroed `Params` at an address that is a multiple of 64, as its tensor maps need."""
-    return _aligned(Params)
-
-
-def aligned_stage_params() -> StageParams:
-    """A zeroed `StageParams` at an address that is a multiple of 64."""
-    return _aligned(StageParams)
-
-
-def aligned_nodes_params() -> NodesParams:
-    """A zeroed `NodesParams` at an address that is a multiple of 64."""
-    return _aligned(NodesParams)

@@ -8,10 +8,11 @@ from typing import Annotated
 
 from megamoe_jit._documents import Count, Figure, Says
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._nodes.model import cost, row_bytes, rows_per_token
-from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat
+from megamoe_jit._nodes.model import check_launch_rows, cost, row_bytes, rows_per_token
+from megamoe_jit._spec import FP8, MoEShape, WeightFormat
+from megamoe_jit._text import counted
 
-__all__ = ["Between", "Ways", "between"]
+__all__ = ["Between", "Ways", "between", "shape_of_a_node"]
 
 BYTES = {"bf16": 2, "fp32": 4}
 
@@ -66,6 +67,23 @@ class Between:
     reasons: tuple[str, ...]
 
 
+def shape_of_a_node(shape: MoEShape, nodes: int, ranks: int) -> MoEShape:
+    """What a kernel of one of several nodes has: its part of the experts, and no shared ones, which are run apart.
+
+    Args:
+        shape: the layer, with all ranks' experts.
+        nodes: two or more.
+        ranks: of a node.
+
+    Raises:
+        ConfigError: the ranks do not share the experts evenly.
+    """
+    if shape.experts % (nodes * ranks):
+        where = f"on {nodes} nodes of {counted(ranks, 'rank')}"
+        raise ConfigError(f"{shape.experts} experts {where}; allowed: a multiple of {nodes * ranks}")
+    return replace(shape.routed, experts=shape.experts // nodes)
+
+
 def between(
     shape: MoEShape, tokens: int, ranks: int, ways: Ways, weights: WeightFormat = FP8
 ) -> tuple[MoEShape, Between]:
@@ -81,24 +99,19 @@ def between(
     Raises:
         ConfigError: the ranks do not share the experts evenly, or a launch would have more rows than there can be.
     """
-    nodes, everyone = ways.nodes, ways.nodes * ranks
-    if shape.experts % everyone:
-        raise ConfigError(f"{shape.experts} experts on {nodes} nodes of {ranks} ranks; allowed: evenly")
-    if shape.shared:
-        shape = shape.routed  # those are run apart
+    nodes, of_a_node = ways.nodes, shape_of_a_node(shape, ways.nodes, ranks)
+    shape = shape.routed
     found = cost(
         shape, nodes, ranks, tokens,
         exchange=ways.exchange, chunks=ways.chunks, partial_bytes=BYTES[ways.partial], weights=weights,
     )  # fmt: skip
     step = -(-tokens // found.chunks)
     most = nodes * step
-    if most > MAX_TOKENS:
-        given = f"{tokens} tokens on {nodes} nodes in {found.chunks} chunk(s) are {most} rows of a launch"
-        raise ConfigError(f"{given}; allowed: at most {MAX_TOKENS} (more chunks have fewer each)")
+    check_launch_rows(most, tokens, nodes, found.chunks)
     share = 1.0 if found.exchange == "gather" else rows_per_token("exact", nodes, shape) / (nodes - 1)
     lanes = min(found.chunks, 2)
     partials = 2 * lanes * most * shape.hidden * BYTES[ways.partial]  # what a node gives, and what comes back
-    return replace(shape, experts=shape.experts // nodes), Between(
+    return of_a_node, Between(
         nodes=nodes,
         exchange=found.exchange,
         partial=ways.partial,

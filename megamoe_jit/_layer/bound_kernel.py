@@ -11,7 +11,7 @@ import torch
 from megamoe_jit._device.l2_partition import sides_of_sms
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
-from megamoe_jit._device.params import Params, aligned_params, side_by_side
+from megamoe_jit._device.params import Params, aligned, side_by_side
 from megamoe_jit._device.tensor_map import encode_fp8_rows
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._layer.expansion import ExpandedWeights
@@ -84,7 +84,7 @@ class BoundKernel:
 
     def __init__(self, spec: KernelSpec, place: Place, timeline: int = 0) -> None:
         self.spec, self._device = spec, place.device
-        self.params: Params = aligned_params()
+        self.params = aligned(Params)
         loaded = load_kernel(spec, place.device.index, param_bytes=ctypes.sizeof(Params))
         self.key: str = loaded.key
         self.launcher = Launcher(loaded, self.params, threads=spec.threads)

@@ -9,7 +9,7 @@ import torch
 
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
-from megamoe_jit._device.params import StageParams, aligned_stage_params
+from megamoe_jit._device.params import StageParams, aligned
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import BLOCK
@@ -43,7 +43,7 @@ class StageKernel:
     """The staging kernel of one format of activations on one GPU, for all layers."""
 
     def __init__(self, form: StageFormat, device: torch.device) -> None:
-        self.params = aligned_stage_params()
+        self.params = aligned(StageParams)
         self._most = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
             loaded = load_kernel(StageSpec(form), device.index, param_bytes=ctypes.sizeof(StageParams))

@@ -25,7 +25,7 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.calls import get_symm_buffer_for_mega_moe
 from megamoe_jit._layer.marks import LAYOUT
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, check_int
-from megamoe_jit._text import shown
+from megamoe_jit._text import counted, shown
 
 __all__ = ["Lease", "Workspace", "buffer_named", "lease"]
 
@@ -159,7 +159,9 @@ def _lease_given(buffer: SymmBuffer, shape: MoEShape, max_tokens: int, device: t
     capacity = buffer.num_max_tokens_per_rank
     fits = (buffer.shape, buffer.device, buffer.ranks) == (shape, device, 1)
     if not fits or not 0 < max_tokens <= capacity:
-        given = f"a buffer of {buffer.ranks} ranks on {buffer.device} for {capacity} tokens of {buffer.shape}"
+        given = (
+            f"a buffer of {counted(buffer.ranks, 'rank')} on {buffer.device} for {capacity} tokens of {buffer.shape}"
+        )
         tokens = f"{shown(max_tokens)} tokens or more of {shape}"
         raise ConfigError(f"workspace: {given}; allowed: one rank on {device}, {tokens}")
     with _lock:

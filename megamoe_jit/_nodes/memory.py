@@ -20,10 +20,10 @@ from megamoe_jit._layer.group import collectively
 from megamoe_jit._nodes.choice import Choices
 from megamoe_jit._nodes.exchange import Arrived, Exchange, Rows
 from megamoe_jit._nodes.experts import Experts
-from megamoe_jit._nodes.model import CTAS_BESIDE
+from megamoe_jit._nodes.model import CTAS_BESIDE, check_launch_rows
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._nodes.watch import UNASKED, Watch
-from megamoe_jit._spec import BLOCK, MAX_TOKENS, MoEShape, WeightFormat
+from megamoe_jit._spec import BLOCK, MoEShape, WeightFormat
 
 __all__ = ["Dispatched", "Lane", "MultiNodeMemory", "staging"]
 
@@ -98,14 +98,7 @@ class MultiNodeMemory:
         group = topology.node_group if whole else None
         self._step = -(-max_tokens // chunks)
         rows = max_tokens if self._alone else choices.most_rows(self._step)
-
-        def admit() -> None:
-            if rows > MAX_TOKENS:
-                given = (
-                    f"{max_tokens} tokens on {topology.nodes} nodes in {chunks} chunk(s) are {rows} rows of a launch"
-                )
-                raise ConfigError(f"{given}; allowed: at most {MAX_TOKENS} (more chunks have fewer each)")
-
+        admit = partial_call(check_launch_rows, rows, max_tokens, topology.nodes, chunks)
         collectively(topology.group, "checking the rows of a launch", admit)
         lanes = 1 if self._alone or chunks == 1 else 2
         dtype = torch.bfloat16 if self._alone else partial

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import comb
 
+from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, MoEShape, WeightFormat
+from megamoe_jit._text import counted
 
 __all__ = [
     "CTAS_ALONE",
@@ -19,6 +21,7 @@ __all__ = [
     "ONE_HOST",
     "Cost",
     "Network",
+    "check_launch_rows",
     "cost",
     "row_bytes",
     "rows_per_token",
@@ -95,6 +98,20 @@ def sent_bytes(shape: MoEShape, rows: float, partial_bytes: int = 2) -> float:
     return rows * (row_bytes(shape) + shape.hidden * partial_bytes)
 
 
+def check_launch_rows(rows: int, tokens: int, nodes: int, chunks: int) -> None:
+    """Raise `ConfigError` if a launch would have more rows than there can be.
+
+    Args:
+        rows: of a launch, at most.
+        tokens: of each rank, in a call.
+        nodes: that share the experts.
+        chunks: of a call.
+    """
+    if rows > MAX_TOKENS:
+        given = f"{tokens} tokens on {counted(nodes, 'node')} in {counted(chunks, 'chunk')} are {rows} rows of a launch"
+        raise ConfigError(f"{given}; allowed: at most {MAX_TOKENS} (more chunks have fewer each)")
+
+
 def row_bytes(shape: MoEShape) -> int:
     """Bytes of a row as it is staged and as it travels: codes, scales, ids and weights."""
     return shape.hidden + shape.hidden // BLOCK * 4 + shape.topk * 12
@@ -164,7 +181,7 @@ def cost(
     if chunks is None:
         each = sorted(forms[exchange], key=lambda it: it.chunks)
         how = "modelled " + ", ".join(f"{it.total_us:.0f} us in {it.chunks}" for it in each)
-    return replace(found, reasons=(why, f"{found.chunks} chunk(s): {how}"))
+    return replace(found, reasons=(why, f"{counted(found.chunks, 'chunk')}: {how}"))
 
 
 def _call(exchange: str, chunks: int, sent: float, kernel_us: float, net: Network) -> Cost:

@@ -10,7 +10,7 @@ import torch
 
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
-from megamoe_jit._device.params import NodesParams, aligned_nodes_params
+from megamoe_jit._device.params import NodesParams, aligned
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.passes import Routes
@@ -28,7 +28,7 @@ class PassKernels:
     """The functions of `passes`, as launches on the current stream of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._params = device, aligned_nodes_params()
+        self._device, self._params = device, aligned(NodesParams)
         self._lock = threading.Lock()
         self._most = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):

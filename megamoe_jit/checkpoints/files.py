@@ -162,9 +162,8 @@ class Files:
         path = self.folder / file
         try:
             if path.is_file():
-                path.open(
-                    "rb"
-                ).close()  # which says why it cannot be; the library says of everything that it is not there
+                # this says why it cannot be opened: the library says of everything that it is not there
+                path.open("rb").close()
                 handle = library().safe_open(os.fspath(path), framework="pt", device="cpu")
         except Exception as error:  # SafetensorError, and whatever the operating system says
             reason = getattr(error, "strerror", None) or first_line(error)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._spec import BLOCK, check_int
-from megamoe_jit._text import shown
+from megamoe_jit._text import counted, shown
 from megamoe_jit.checkpoints.config import experts_of, refusal
 from megamoe_jit.checkpoints.files import Entry, Files
 from megamoe_jit.checkpoints.names import FUSED, MEGAMOE, LayerNames, ModelNames, Parts, names_of
@@ -107,7 +107,9 @@ class Stored:
         for name, count in counts.items():
             if not count or count != most:
                 allowed = f"{most}, as others of the layer" if most else "one at least"
-                raise CheckpointError(f"{self.what}: {shown(name, 200)} has {count} experts; allowed: {allowed}")
+                raise CheckpointError(
+                    f"{self.what}: {shown(name, 200)} has {counted(count, 'expert')}; allowed: {allowed}"
+                )
         return most
 
     def _check_kinds(self, part: str, kinds: Mapping[str, str], whose: str = "") -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megamoe_jit._diagnose.inspect import find_tool
+from megamoe_jit._diagnose.machine import find_tool
 from megamoe_jit._spec import FP8, MXFP4, MoEShape, Variant
 from tests.compile.kernels import compiled
 from tests.compile.test_presets import OFTEN, SPECS

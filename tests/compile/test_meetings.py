@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megamoe_jit._diagnose.inspect import find_tool
+from megamoe_jit._diagnose.machine import find_tool
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Meeting
 from tests.compile.kernels import compiled

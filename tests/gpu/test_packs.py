@@ -21,7 +21,7 @@ SIZES = (1024, 768, 16, 4)
 CHILD = f"""
 import json, torch
 from megamoe_jit import KernelMissingError, KernelSpec, MoEShape, Variant
-from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._compile.toolchain import find_toolchain
 from tests.gpu.harness import VARIANTS, Layer
 

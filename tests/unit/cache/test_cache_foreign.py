@@ -86,7 +86,7 @@ WAIT = """
 import threading
 from megamoe_jit._cache.locks import key_lock
 from megamoe_jit._jit.lookup import Wanted
-from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 
 spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)

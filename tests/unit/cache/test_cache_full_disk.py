@@ -21,7 +21,8 @@ MOUNT = 'mount -t tmpfs -o size=256k,mode=700 none "$0" && exec "$@"'
 
 PRELUDE = """
 import json, logging, os, subprocess, sys
-from megamoe_jit._jit.runtime import forget, get_kernel, kernel_cache
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import forget, kernel_cache
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 
 warned = []

@@ -19,7 +19,8 @@ from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._jit.lookup import Wanted
-from megamoe_jit._jit.runtime import get_kernel, kernel_cache
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import kernel_cache
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._compile.toolchain import find_toolchain
 

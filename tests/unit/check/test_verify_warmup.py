@@ -15,6 +15,7 @@ from megamoe_jit._check.documents import Outcome
 from megamoe_jit._cli import _io, _kernels, cli
 from megamoe_jit._errors import CompileError
 from megamoe_jit._jit import runtime as _runtime
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FORMATS, FP8, MXFP4
 from megamoe_jit._spec.variants import VARIANT_NAMES
@@ -165,7 +166,7 @@ def layer(place, monkeypatch):
     """A layer that only gets its kernel, from a small kernel directory, whose folder this is."""
 
     def run_scenario(scenario, variant, *_, **__):
-        _runtime.get_kernel(KernelSpec(scenario.shape, Variant.parse(variant), numerics=scenario.numerics))
+        get_kernel(KernelSpec(scenario.shape, Variant.parse(variant), numerics=scenario.numerics))
         return passed(scenario.name, variant)
 
     monkeypatch.setattr(_verify, "run_scenario", run_scenario)

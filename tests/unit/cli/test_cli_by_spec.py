@@ -208,7 +208,7 @@ def test_a_damaged_kernel_is_compiled_again_by_inspect(tmp_path: Path):
 
 LOAD = """
 from megamoe_jit._cli._names import parse_spec
-from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._jit.obtain import get_kernel
 print(get_kernel(parse_spec("%s")).key)
 """
 

@@ -103,10 +103,10 @@ def test_missing_size_is_missing(tmp_path: Path):
 
 
 def test_plan_says_that_capacity_is_rounded_up():
-    assert "up to 128 tokens (16 rounded up to a multiple of 128), 1 rank" in invoke(
+    assert "up to 128 tokens (16 rounded up to a multiple of 128), 1 rank, " in invoke(
         "plan", "--shapes", "v4-flash", "--tokens", "16"
     ).stdout.replace("\n", " ")
-    assert "up to 256 tokens, 1 rank" in invoke("plan", "--shapes", "v4-flash", "--tokens", "256").stdout
+    assert "up to 256 tokens, 1 rank, " in invoke("plan", "--shapes", "v4-flash", "--tokens", "256").stdout
     assert "multiple of 128" in invoke("plan", "--help").stdout.replace("\n", " ").replace("  ", "")
 
 

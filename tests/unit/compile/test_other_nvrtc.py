@@ -12,7 +12,7 @@ from tests.packs import NVRTC, build, command, two_compilers, use
 CHILD = """
 import json
 from megamoe_jit import KernelMissingError, KernelSpec, MoEShape, Variant
-from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._compile.toolchain import find_toolchain
 
 kernels = [get_kernel(KernelSpec(MoEShape(256, 128, 8, 2), variant))

@@ -227,7 +227,8 @@ def test_refused_load(run, variables, device, words):
 REFUSED = """
 import logging
 from megamoe_jit._jit.registry import reset
-from megamoe_jit._jit.runtime import get_kernel, kernel_cache
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import kernel_cache
 get_kernel(spec)
 reset()  # as if another process had compiled it
 logging.getLogger("megamoe_jit").addHandler(logging.StreamHandler(sys.stdout))
@@ -337,7 +338,8 @@ from pathlib import Path
 from megamoe_jit._compile import cubin
 from megamoe_jit._jit import obtain
 from megamoe_jit._jit.registry import reset
-from megamoe_jit._jit.runtime import get_kernel, kernel_cache
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import kernel_cache
 package = str(Path(megamoe_jit.__file__).parent)
 real, made = obtain.compile_source, {}
 def compile_source(text, **named):

@@ -6,25 +6,33 @@ import ctypes
 
 import pytest
 
-from megamoe_jit._device.params import Params, TensorMap, aligned_params, side_by_side
-from megamoe_jit._spec.abi import PARAMS, PARAMS_ALIGN, PARAMS_BYTES
+from megamoe_jit._device.params import NodesParams, Params, StageParams, TensorMap, aligned, side_by_side
+from megamoe_jit._spec import abi
+from megamoe_jit._spec.abi import PARAMS_ALIGN
+
+KINDS = {Params: "PARAMS", StageParams: "STAGE_PARAMS", NodesParams: "NODES_PARAMS"}
 
 
-def test_every_field_lies_where_the_compiler_has_it():
-    assert ctypes.sizeof(Params) == PARAMS_BYTES
-    assert [(name, getattr(Params, name).offset) for name, _ in Params._fields_] == [
-        (name, offset) for name, _, _, offset in PARAMS
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_lies_where_the_compiler_has_it(kind: type[ctypes.Structure]):
+    members, size, align = (getattr(abi, KINDS[kind] + what) for what in ("", "_BYTES", "_ALIGN"))
+    assert (ctypes.sizeof(kind), align) == (size, PARAMS_ALIGN)
+    assert [(name, getattr(kind, name).offset) for name, _ in kind._fields_] == [
+        (name, offset) for name, _, _, offset in members
     ]
-    ends = [getattr(Params, name).offset + getattr(Params, name).size for name, _ in Params._fields_]
-    assert ends == [*(offset for *_, offset in PARAMS[1:]), PARAMS_BYTES]
+    ends = [getattr(kind, name).offset + getattr(kind, name).size for name, _ in kind._fields_]
+    assert ends == [*(offset for *_, offset in members[1:]), size]
     assert ctypes.sizeof(TensorMap) == 128
 
 
-@pytest.mark.parametrize("_", range(8))
-def test_the_block_is_aligned_and_zero(_: int):
-    params = aligned_params()
-    assert ctypes.addressof(params) % PARAMS_ALIGN == 0
-    assert bytes(params) == bytes(ctypes.sizeof(Params))
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_aligned_and_zero(kind: type[ctypes.Structure]):
+    for params in [aligned(kind) for _ in range(8)]:
+        assert ctypes.addressof(params) % PARAMS_ALIGN == 0
+        assert bytes(params) == bytes(ctypes.sizeof(kind))
+
+
+def test_tensor_maps_lie_where_the_hardware_reads_them():
     maps = [name for name, kind in Params._fields_ if kind is TensorMap]
     assert len(maps) == 4
     assert all(getattr(Params, name).offset % 64 == 0 for name in maps)
@@ -32,7 +40,7 @@ def test_the_block_is_aligned_and_zero(_: int):
 
 def test_fields_that_are_side_by_side_are_packed_at_once():
     params, (packer, at) = (
-        aligned_params(),
+        aligned(Params),
         side_by_side("raw_ids_stride", "raw_weights_stride", "raw_formats", "weight_factor"),
     )
     packer.pack_into(params, at, 1, 2**32 - 1, 3, 2.5)

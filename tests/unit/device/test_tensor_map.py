@@ -16,7 +16,7 @@ from cuda.bindings.driver import (
 )
 
 from megamoe_jit._device import tensor_map as _tma
-from megamoe_jit._device.params import aligned_params
+from megamoe_jit._device.params import Params, aligned
 from megamoe_jit._errors import LaunchError
 from tests import host
 
@@ -49,7 +49,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_a_descriptor_is_of_bytes_in_boxes_as_wide_as_the_swizzle(driver: Driver):
-    params = aligned_params()
+    params = aligned(Params)
     _tma.encode_fp8_rows(params.act2, 0x7F00_0000_1000, rows=5_000_000_000, columns=384, box_rows=16)
     assert driver.asked == [
         (
@@ -77,4 +77,4 @@ def test_the_matrix_cores_read_under_the_same_swizzle():
 def test_a_refusal_says_what_was_asked_for(driver: Driver):
     driver.answer = 1
     with pytest.raises(LaunchError, match="cuTensorMapEncodeTiled gave error 1 for 4 x 256 bytes at 0x1008"):
-        _tma.encode_fp8_rows(aligned_params().act1, 0x1008, 4, 256, 64)
+        _tma.encode_fp8_rows(aligned(Params).act1, 0x1008, 4, 256, 64)

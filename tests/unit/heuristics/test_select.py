@@ -8,6 +8,7 @@ import pytest
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FP8, MAX_TOKENS, MXFP4, MoEShape, Variant
+from megamoe_jit._text import counted
 from megamoe_jit.heuristics import all_variants, choose
 
 SHAPE = MoEShape(4096, 2048, 256, 6)
@@ -27,7 +28,7 @@ SHAPE = MoEShape(4096, 2048, 256, 6)
 def test_the_boundary_is_256_tokens(tokens, variant):
     choice = choose(SHAPE, tokens)
     assert choice.variant is variant
-    assert choice.reasons[0].startswith(f"{variant.value}: {tokens} tokens per rank")
+    assert choice.reasons[0].startswith(f"{variant.value}: {counted(tokens, 'token')} per rank")
     assert "256" in choice.reasons[0]
 
 

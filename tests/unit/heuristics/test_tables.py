@@ -115,7 +115,7 @@ def test_what_the_caller_says_overrules_the_table(imagined):
         for shape in (SHAPE, OTHER):
             few = choose(shape, 1, cooperative_threshold=threshold, gpu=GPU)
             assert few.variant is Variant.PINGPONG
-            assert few.reasons[0].startswith(f"pingpong: 1 tokens per rank < {threshold}")
+            assert few.reasons[0].startswith(f"pingpong: 1 token per rank < {threshold}")
             assert choose(shape, 300, cooperative_threshold=threshold, gpu=GPU).variant is Variant.COOPERATIVE
 
 
@@ -154,6 +154,7 @@ def test_an_older_file_with_a_model_is_read_without_it():
         ([*RULES, {**RULES[0], "tokens": 200}], 300, "from 200 tokens per rank on"),
         ([*RULES, {**RULES[0], "tokens": 200}], 199, "from 100 up to 199 tokens per rank"),
         ([{**RULES[0], "tokens": 16}], 16, "from 16 tokens per rank on"),
+        ([{**RULES[0], "tokens": 1}, {**RULES[1], "tokens": 2}], 1, "from 1 up to 1 token per rank"),
     ],
 )
 def test_a_rule_says_where_it_holds(monkeypatch, rules, tokens, where):

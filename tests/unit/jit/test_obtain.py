@@ -305,7 +305,8 @@ records = []
 handler = logging.Handler(logging.WARNING)
 handler.emit = lambda record: records.append(record.getMessage())
 logging.getLogger("megamoe_jit").addHandler(handler)
-from megamoe_jit._jit.runtime import forget, get_kernel
+from megamoe_jit._jit.obtain import get_kernel
+from megamoe_jit._jit.runtime import forget
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
 origins = [get_kernel(spec).origin]

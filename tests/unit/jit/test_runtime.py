@@ -37,7 +37,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 from typing import Any
-from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.compilable import Compilable
 gate = sys.argv[1]

@@ -115,14 +115,19 @@ def test_no_more_floors_of_imports_than_the_page_tells():
 
 
 def test_each_kernel_has_its_parameters_written_in_one_place():
-    """`BoundKernel` those of the layer, `StageKernel` those of staging: nobody else sets a field of `params`.
+    """`BoundKernel` those of the layer, `StageKernel` those of staging, `PassKernels` those of passes."""
 
-    `PassKernels` sets those of passes by their names.
-    """
-    written = {
+    def written(node: ast.AST) -> ast.expr | None:
+        """What a field is set of, directly or by the field's name."""
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            return node.value
+        by_name = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr"
+        return node.args[0] if by_name else None
+
+    writers = {
         name
         for name, path in MODULES.items()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and "params" in ast.unparse(node.value)
+        if (of := written(node)) is not None and "params" in ast.unparse(of)
     }
-    assert written == {"_layer.bound_kernel", "_layer.stage_kernel"}
+    assert writers == {"_layer.bound_kernel", "_layer.stage_kernel", "_nodes.pass_kernels"}

@@ -162,6 +162,15 @@ def test_a_weight_format_is_added_by_its_page(tree: Path):
     assert '"powers"' in (tree / "megamoe_jit/_cli/schemas/warmup.json").read_text()
 
 
+@pytest.mark.parametrize("page", ["add-a-kernel-variant.md", "add-a-numeric-option.md", "add-a-weight-format.md"])
+def test_the_page_on_the_rooms_says_how_many_files_each_page_touches(page: str):
+    told = re.search(
+        rf"^\| \[.*\]\(how-to/{page}\) \| (\d+) \|", (REPO / "docs/architecture.md").read_text(), re.MULTILINE
+    )
+    assert told is not None
+    assert int(told[1]) == len({step.file for step in steps(page)})
+
+
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
 def test_what_a_page_names_is_there(page: Path):
     new = {step.file for step in steps(page.name) if step.how == "new"}

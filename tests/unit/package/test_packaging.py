@@ -92,7 +92,7 @@ from pathlib import Path
 import megamoe_jit, megamoe_jit._cli
 from megamoe_jit import KernelSpec, MoEShape, Variant
 from megamoe_jit._compile.render import render
-from megamoe_jit._jit.runtime import get_kernel
+from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit.heuristics.presets import preset
 
 spec = KernelSpec(MoEShape(256, 128, 4, 1), Variant.PINGPONG)
