@@ -21,25 +21,25 @@ template <u32 n> struct LargestOfLanes {
     u32 first = 0;
 
     MEGA_DEVICE explicit LargestOfLanes(float (&numbers)[n], u32 lane) {
-        exchange<n, 16>(numbers, lane);
-    }
-
-private:
-    /// Of `count` numbers with lane ^ kMask, and then with nearer ones.
-    template <u32 count, u32 kMask> MEGA_DEVICE void exchange(float (&numbers)[n], u32 lane) {
-        if constexpr (count == 1) {
-            numbers[0] = fmaxf(numbers[0], __shfl_xor_sync(~0u, numbers[0], kMask));
-        } else {
-            const bool upper = lane & kMask;
+        u32 count = n;
 #pragma unroll
-            for (u32 i = 0; i < count / 2; ++i) {
-                const float kept = upper ? numbers[i + count / 2] : numbers[i],
-                            sent = upper ? numbers[i] : numbers[i + count / 2];
-                numbers[i] = fmaxf(kept, __shfl_xor_sync(~0u, sent, kMask));
+        for (u32 step = 0; step < 3; ++step) {
+            const u32 mask = 16 >> step;
+            const bool upper = lane & mask;
+            if (count == 1) {
+                numbers[0] = fmaxf(numbers[0], __shfl_xor_sync(~0u, numbers[0], mask));
+                continue;
             }
-            first += upper ? count / 2 : 0;
+            count /= 2;
+#pragma unroll
+            for (u32 i = 0; i < n / 2; ++i) {
+                if (i >= count) break;
+                const float kept = upper ? numbers[i + count] : numbers[i],
+                            sent = upper ? numbers[i] : numbers[i + count];
+                numbers[i] = fmaxf(kept, __shfl_xor_sync(~0u, sent, mask));
+            }
+            first += upper ? count : 0;
         }
-        if constexpr (kMask > 4) exchange<count == 1 ? 1 : count / 2, kMask / 2>(numbers, lane);
     }
 };
 

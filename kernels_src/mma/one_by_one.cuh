@@ -1,4 +1,4 @@
-// The main loop with operands swapped for larger tiles: D[n, m], packed weights by up to 128 tokens.
+// The main loop with operands swapped for more than 64 columns: D[n, m], packed weights by up to 128 tokens.
 //
 // As in swapped.cuh a warpgroup has two blocks of 64 weight rows and makes left operands of them in registers, here once for
 // all columns of a large tile.  With its result there are registers for one operand and one fresh accumulator, so a product is
@@ -9,8 +9,7 @@
 //   wait for                        A                                     B
 //   then                               promote A, make B                     promote B, make A, release
 //
-// With 128 columns each block takes two products, of half of them each; up to 64 of them are the first product alone, in the same loop.
-// What runs beside a product is the other warpgroup's work.
+// With 128 columns each block takes two products, of half of them each.  What runs beside a product is the other warpgroup's work.
 //
 //   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
 //   empty[stage]   arrived here, one lane per warp, when all products of the stage are done
@@ -22,7 +21,7 @@ namespace megamoe {
 template <class C, u32 kN> struct OneByOneLoop {
     using Rows = typename C::Weights::Rows;
     using Packed = typename C::Weights::Packed;
-    static constexpr u32 kParts = kN > 96 ? 2 : 1, kPart = kN / kParts;
+    static constexpr u32 kParts = kN > 96 ? 2 : 1, kPart = kN / kParts, kProducts = 2 * kParts;
     using Fresh = float[kPart / 2];
 
     const Shared<C>& shared;
@@ -43,46 +42,40 @@ template <class C, u32 kN> struct OneByOneLoop {
         ptx::wgmma_commit();
     }
 
-    /// One k-block, whose block 0 has been expanded; expands that of the next one, or the same again.  `both`: halves of the columns.
+    /// One k-block, whose block 0 has been expanded; expands that of the next one, or the same again.
     MEGA_DEVICE void block(Columns<C>& result, Fresh& fresh, Rows& rows, Ring<C::kStages>& ring,
-                           const Unit<C>& unit, bool both, bool more) const {
+                           const Unit<C, kN>& unit, bool more) const {
         const u32 stage = ring.stage;
         Packed packed;
         ColumnScales<C, kPart> by;   // one product's of each block are the same
-        const auto load_scales = [&](u32 part) {
-            by.load(shared.act_scales(stage) + part * (kPart * 4),
-                    shared.weight_scales(stage) + group * 8, thread % kWarp);
-        };
 #pragma unroll
-        for (u32 b = 0; b < 2; ++b) {
-            issue(fresh, rows, stage, 0);
-            if (b == 0) {
+        for (u32 i = 0; i < kProducts; ++i) {
+            const u32 part = i % kParts;
+            issue(fresh, rows, stage, part);
+            if (i == kParts - 1) {
                 // it is full, but past a loop ptxas moves nothing: else it would put the making of the operand between the
                 // four steps of the product, which would take as long as that
                 wait(ring);
                 load(packed, stage, 1);
-            } else {
+            }
+            if (i == kProducts - 1) {
                 ring.advance();
                 if (more) wait(ring);
                 load(packed, more ? ring.stage : stage, 0);
             }
-            if (kParts > 1 || b == 0) load_scales(0);
+            if (kParts > 1 || i == 0)
+                by.load(shared.act_scales(stage) + part * (kPart * 4),
+                        shared.weight_scales(stage) + group * 8, thread % kWarp);
             ptx::wgmma_wait<0>(fresh);
-            by.promote(result.block[b], fresh, unit);
-            if (kParts > 1 && both) {
-                issue(fresh, rows, stage, 1);
-                load_scales(1);
-                ptx::wgmma_wait<0>(fresh);
-                by.promote(result.block[b], fresh, unit, kPart);
-            }
-            rows.expand(packed);
+            by.promote(result.block[i / kParts], fresh, unit, part * kPart);
+            if (part == kParts - 1) rows.expand(packed);
         }
         release_stage(shared, stage, thread);
     }
 
-    /// From a stage that is full, of which block 0 has been expanded; `tokens`: of the tile.
-    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows rows, const Unit<C>& unit,
-                         u32 tokens, u32 k_blocks) const {
+    /// From a stage that is full, of which block 0 has been expanded.
+    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows rows, u32 k_blocks) const {
+        const Unit<C, kN> unit(shared.weight_scales(ring.stage) + group * 8);
         Fresh fresh;
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
@@ -93,8 +86,9 @@ template <class C, u32 kN> struct OneByOneLoop {
             OneByOneLoop own = *this;
             // no register is left to keep what is made of it in: it is made anew
             ptx::pin(own.thread);
-            own.block(result, fresh, rows, ring, unit, tokens > kPart, k_blocks != 1);
+            own.block(result, fresh, rows, ring, unit, k_blocks != 1);
         }
+        unit.apply(result);
     }
 };
 

@@ -12,8 +12,7 @@
 //   promote                            0 of A        1 of A, release A           0 of B
 //
 // With 16 and 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`); with 8
-// that saves nothing, and takes as long to compile.  wide has no more than 32 here, which take turns too: its tiles are seldom so
-// narrow.  More are another loop's (mma/one_by_one.cuh).
+// that saves nothing, and takes as long to compile.  More than 64 are another loop's (mma/one_by_one.cuh).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //
@@ -34,27 +33,23 @@ template <class C> struct Columns {
 
 /// The weight scales of a thread's rows in a tile's first k-block.  Scales that are powers of two, and most often the same in all
 /// k-blocks (`kEven`), go into the result when it is complete, and fresh numbers are multiplied only where they differ from the
-/// first.  That leaves out half of the multiplications and changes no bit.  In loops of up to kFew columns there is nothing to gain.
-template <class C> struct Unit {
-    static constexpr u32 kFew = 32;
-    template <u32 kN> static constexpr bool kEven = C::Weights::kEvenScales && (kN > kFew);
+/// first.  That leaves out half of the multiplications and changes no bit.  With few columns there is nothing to gain.
+template <class C, u32 kN> struct Unit {
+    static constexpr bool kEven = C::Weights::kEvenScales && kN > 32;
     float weight[2];   // of rows t/4 and t/4 + 8
 
     MEGA_DEVICE explicit Unit(u32 weight_scales) {
-        if (kEven<C::kBlockM>) ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
+        if (kEven) ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
     /// A power of two over one of them.
     MEGA_DEVICE float relative(float scale, u32 row) const {
         return __uint_as_float(__float_as_uint(scale) - __float_as_uint(weight[row]) +
                                __float_as_uint(1.0f));
     }
-    /// To a result of more than kFew columns, whichever loop it is of: to those from kFirst on, as far as the tile has rows for them.
-    template <u32 kFirst = 0> MEGA_DEVICE void apply(Columns<C>& result, u32 rows) const {
-        constexpr u32 kEnd = C::Policy::wider(kFirst == 0 ? kFew : kFirst);
+    MEGA_DEVICE void apply(Columns<C>& result) const {
+        if constexpr (kEven)
 #pragma unroll
-        for (u32 i = kFirst; i < kEnd; ++i) result.block[i % 2][i / 2] *= weight[i / 4 % 2];
-        if constexpr (kEnd < C::kBlockM)
-            if (rows > kEnd) apply<kEnd>(result, rows);
+            for (u32 i = 0; i < kN; ++i) result.block[i % 2][i / 2] *= weight[i / 4 % 2];
     }
 };
 
@@ -72,10 +67,10 @@ template <class C, u32 kN> struct ColumnScales {
         ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
     /// result += fresh * scales, of the kN columns from `first` on.  What was fresh may be changed.
-    template <u32 kRoom>
-    MEGA_DEVICE void promote(float (&result)[kRoom], float (&fresh)[kN / 2], const Unit<C>& unit,
-                             u32 first = 0) const {
-        constexpr bool kEven = Unit<C>::template kEven<kN>;
+    template <u32 kRoom, u32 kAll>
+    MEGA_DEVICE void promote(float (&result)[kRoom], float (&fresh)[kN / 2],
+                             const Unit<C, kAll>& unit, u32 first = 0) const {
+        constexpr bool kEven = Unit<C, kAll>::kEven;
         if (kEven && (weight[0] != unit.weight[0] || weight[1] != unit.weight[1])) {
             const float by[2] = {unit.relative(weight[0], 0), unit.relative(weight[1], 1)};
 #pragma unroll
@@ -94,8 +89,7 @@ template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
     // both blocks of the next k-block are loaded at once; two k-blocks are written out then
-    static constexpr bool kAtOnce = C::Policy::kAtOnce && kN > 8 && kN <= 32 &&
-                                    C::kHidden / kBlockK % 2 == 0 &&
+    static constexpr bool kAtOnce = kN > 8 && kN <= 32 && C::kHidden / kBlockK % 2 == 0 &&
                                     C::kIntermediate / kBlockK % 2 == 0;
 
     const Shared<C>& shared;
@@ -121,7 +115,7 @@ template <class C, u32 kN> struct SwappedLoop {
     }
     /// One k-block, whose block 0 has been loaded; loads that of the next one.
     MEGA_DEVICE void in_turn(Columns<C>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
-                             const Unit<C>& unit, bool more) const {
+                             const Unit<C, kN>& unit, bool more) const {
         float fresh[2][kN / 2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
@@ -142,7 +136,7 @@ template <class C, u32 kN> struct SwappedLoop {
 
     /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
     MEGA_DEVICE void at_once(Columns<C>& result, const Rows (&rows)[2], Rows (&next)[2],
-                             Ring<C::kStages>& ring, const Unit<C>& unit, bool more) const {
+                             Ring<C::kStages>& ring, const Unit<C, kN>& unit, bool more) const {
         float fresh[2][kN / 2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
@@ -161,8 +155,9 @@ template <class C, u32 kN> struct SwappedLoop {
 
     /// From a stage that is full, of which block 0 has been loaded into `first`.
     MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, const Rows& first,
-                         const Unit<C>& unit, u32, u32 k_blocks) const {
+                         u32 k_blocks) const {
         Rows rows[2] = {first, {}};
+        const Unit<C, kN> unit(shared.weight_scales(ring.stage) + group * 8);
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
         if constexpr (kAtOnce) {
@@ -177,6 +172,7 @@ template <class C, u32 kN> struct SwappedLoop {
 #pragma unroll 1
             for (; k_blocks != 0; --k_blocks) in_turn(result, rows, ring, unit, k_blocks != 1);
         }
+        unit.apply(result);
     }
 };
 

@@ -26,19 +26,17 @@ template <class C> struct SwappedMath {
     /// What comes before the loops, once for all of them.
     struct Start {
         Ring<C::kStages> ring;             // at the first stage, which is full
-        Unit<C> unit;                      // its weight scales
         typename C::Weights::Rows first;   // its block 0
         u32 thread;                        // of the warpgroup
         bool half;                         // the tile has 128 rows, and a warpgroup one block
     };
-    /// By the narrowest loop, from that of kN columns on, that the rows of the tile need.
+    /// By the narrowest loop, from that of kN columns on, that has one for each row of the tile.
     template <u32 kN>
     MEGA_DEVICE void multiply(const Start& start, u32 rows, u32 k_blocks, Columns<C>& result) const {
         if constexpr (kN < C::kBlockM)
-            if (Policy::needed(rows) > kN)
-                return multiply<Policy::next_loop(kN)>(start, rows, k_blocks, result);
+            if (rows > kN) return multiply<Policy::wider(kN)>(start, rows, k_blocks, result);
         typename LoopFor<C, kN>::Loop{shared, group, start.thread, start.half}.run(
-            result, start.ring, start.first, start.unit, rows, k_blocks);
+            result, start.ring, start.first, k_blocks);
         // what only wider loops write would else count as alive through this one
 #pragma unroll
         for (u32 i = kN / 2; i < C::kBlockM / 2; i += 4)
@@ -58,14 +56,11 @@ template <class C> struct SwappedMath {
         const bool second = tile.kind() == Tile::gemm2;
         const bool half = TileOrder<C>::kHasHalf && second && tile.n() == TileOrder<C>::kTilesN2 - 1;
         Columns<C> result;
-        const Ring<C::kStages> ring(tile.k_begin());
-        wait_barrier_watched(shared.full(ring.stage), ring.parity);
-        Start start{ring, Unit<C>(shared.weight_scales(ring.stage) + group * 8), {}, thread, half};
-        start.first.load(shared.weights(ring.stage), shared.exponents(ring.stage),
+        Start start{Ring<C::kStages>(tile.k_begin()), {}, thread, half};
+        wait_barrier_watched(shared.full(start.ring.stage), start.ring.parity);
+        start.first.load(shared.weights(start.ring.stage), shared.exponents(start.ring.stage),
                          half ? group : group * 2, thread);
-        multiply<Policy::next_loop(0)>(start, tile.rows(), tile.k_blocks(), result);
-        if constexpr (C::Weights::kEvenScales)
-            if (tile.rows() > Unit<C>::kFew) start.unit.apply(result, tile.rows());
+        multiply<Policy::wider(0)>(start, tile.rows(), tile.k_blocks(), result);
         // beside a large result there is no register to have kept this in
         const u32 of_both = ptx::thread_id_again() - kGroup, group = of_both / kGroup;
         // nobody reads the staging of the tile before any more

@@ -12,13 +12,8 @@ struct Decode {
     static constexpr u32 kPacked = 0;   // k-blocks of packed weights beside the stages (expand/beside.cuh)
     static constexpr u32 kHelpers = 0;   // warpgroups behind the math warpgroups
 
-    /// Columns of what comes after so many of a product, or after none: 8, 16, 32, 64.
+    /// Columns of the main loop that comes after that of so many, or after none: 8, 16, 32, 64.
     MEGA_DEVICE static constexpr u32 wider(u32 columns) { return columns == 0 ? 8 : columns * 2; }
-    /// The same of a main loop, of which each product has its own; and columns of the loop that so many rows need, at least.
-    MEGA_DEVICE static constexpr u32 next_loop(u32 columns) { return wider(columns); }
-    MEGA_DEVICE static constexpr u32 needed(u32 rows) { return rows; }
-    static constexpr bool
-        kAtOnce = true;   // narrow loops have both blocks of a k-block in registers (mma/swapped.cuh)
 
     /// What the math warpgroups run.
     template <class C> using Math = SwappedMath<C>;

@@ -11,14 +11,6 @@ struct Wide : Decode {
     MEGA_DEVICE static constexpr u32 wider(u32 columns) {
         return columns < 64 ? columns + 32 : columns < 96 ? columns + 16 : 128;
     }
-    /// 64 columns are half of the loop of 128 (mma/one_by_one.cuh).
-    MEGA_DEVICE static constexpr u32 next_loop(u32 columns) {
-        return columns == 32 ? 80 : wider(columns);
-    }
-    MEGA_DEVICE static constexpr u32 needed(u32 rows) {
-        return rows > 32 && rows <= 64 ? 128 : rows;
-    }
-    static constexpr bool kAtOnce = false;   // its tiles are seldom narrow
 };
 
 }   // namespace megamoe
