@@ -10,7 +10,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.given_weights import WeightTensors
-from megamoe_jit._text import shown
+from megamoe_jit._text import counted, shown
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE
@@ -38,9 +38,8 @@ def device_of(device: torch.device | str) -> torch.device:
         raise ConfigError(f"device = {shown(given)}; allowed: cpu, or cuda with the number of a GPU")
     count = torch.cuda.device_count() if found.type == "cuda" else 0
     if found.type == "cuda" and (found.index or 0) >= count:
-        raise UnsupportedDeviceError(
-            f"device {found} is not here, where torch sees {count} GPUs; allowed: cpu, or a GPU"
-        )
+        seen = counted(count, "GPU")
+        raise UnsupportedDeviceError(f"device {found} is not here, where torch sees {seen}; allowed: cpu, or a GPU")
     return found
 
 
