@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
@@ -11,25 +12,22 @@ from megamoe_jit._text import shown
 __all__ = ["ForAnyLayer"]
 
 
-class ForAnyLayer:
-    """A spec whose one field is a member of an enumeration.
+_Kind = TypeVar("_Kind", bound=StrEnum)
+
+
+@dataclass(frozen=True, slots=True)
+class ForAnyLayer(Generic[_Kind]):
+    """A spec that is a member of an enumeration.
 
     Attributes:
+        kind: the member.
         word: of its kernels' names, and the key of its data.
         kinds: the enumeration.
     """
 
-    __slots__ = ()
+    kind: _Kind
     word: ClassVar[str]
-    kinds: ClassVar[type[StrEnum]]
-
-    def __init__(self, kind: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def kind(self) -> StrEnum:
-        """Its field."""
-        raise NotImplementedError
+    kinds: ClassVar[type[Any]]
 
     @property
     def kernel_name(self) -> str:
@@ -39,7 +37,7 @@ class ForAnyLayer:
     @classmethod
     def of_kernel_name(cls, name: str) -> Self | None:
         """The kernel with this symbol; None if it is none's."""
-        return next((spec for spec in map(cls, cls.kinds) if spec.kernel_name == name), None)
+        return next((spec for spec in (cls(kind) for kind in cls.kinds) if spec.kernel_name == name), None)
 
     @property
     def template(self) -> str:

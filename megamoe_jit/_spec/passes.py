@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from megamoe_jit._spec.any_layer import ForAnyLayer
@@ -26,19 +25,13 @@ class Pass(StrEnum):
         return sums.get(self) or f"{self.value}_rows"
 
 
-@dataclass(frozen=True, slots=True)
-class PassSpec(ForAnyLayer):
+class PassSpec(ForAnyLayer[Pass]):
     """One such kernel."""
 
+    __slots__ = ()
     word = "nodes"
     kinds = Pass
-    step: Pass
-
-    @property
-    def kind(self) -> Pass:
-        """Its field."""
-        return self.step
 
     def template_variables(self) -> dict[str, int | str]:
         """What the Jinja2 template is filled with."""
-        return {"kernel_name": self.kernel_name, "function": self.step.function}
+        return {"kernel_name": self.kernel_name, "function": self.kind.function}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from megamoe_jit._spec.any_layer import ForAnyLayer
@@ -24,19 +23,13 @@ class StageFormat(StrEnum):
         return self.value.capitalize()
 
 
-@dataclass(frozen=True, slots=True)
-class StageSpec(ForAnyLayer):
+class StageSpec(ForAnyLayer[StageFormat]):
     """One staging kernel; strides are run-time values too."""
 
+    __slots__ = ()
     word = "stage"
     kinds = StageFormat
-    format: StageFormat
-
-    @property
-    def kind(self) -> StageFormat:
-        """Its field."""
-        return self.format
 
     def template_variables(self) -> dict[str, int | str]:
         """What the Jinja2 template is filled with."""
-        return {"kernel_name": self.kernel_name, "format": self.format.struct}
+        return {"kernel_name": self.kernel_name, "format": self.kind.struct}

@@ -157,7 +157,7 @@ class Cuda:
             assert self.current == HERE.index, "as the driver wants it"
             self.events.append(("stage", {s.cuda_stream: s.name for s in (self.a, self.b)}[stream]))
             self.stages.append(Launch(loaded.spec, grid, StageParams.from_buffer_copy(params)))
-            self.stage(self.stages[-1].params, loaded.spec.format)
+            self.stage(self.stages[-1].params, loaded.spec.kind)
 
         return SimpleNamespace(launch=launch)
 

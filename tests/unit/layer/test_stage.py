@@ -114,7 +114,7 @@ def test_all_other_rows_are_staged_by_a_launch_before(cuda: Cuda, it: SymmBuffer
     x, ids, weights = inputs(20)
     y = run(it, change(x), ids.int(), weights, activation_clamp=0.02)
     assert torch.equal(y, expected(x, ids, weights, 0.02))
-    assert [each.spec.format for each in cuda.stages] == [form]
+    assert [each.spec.kind for each in cuda.stages] == [form]
     assert [each.spec.inputs for each in cuda.launches] == [Inputs.STAGED]
     assert [event[0] for event in cuda.events if event[0] != "use"] == ["stage", "launch"]
 
@@ -221,7 +221,7 @@ def test_codes_come_with_scales_of_any_layout(cuda: Cuda, name: str):  # noqa: F
         mm.stage(it, x, ids, weights, x_scales=given)
         assert same(it.x[:6], codes)
         assert torch.equal(torch.nan_to_num(it.x_sf[:6]), torch.nan_to_num(wanted))
-    assert {each.spec.format for each in cuda.stages} == {StageFormat.E4M3}
+    assert {each.spec.kind for each in cuda.stages} == {StageFormat.E4M3}
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
         def launch(blocks: int, stream: int) -> None:
             assert blocks > 0
-            launched.append((loaded.spec.step, blocks, stream))
-            run(loaded.spec.step, blocks, NodesParams.from_buffer_copy(params))
+            launched.append((loaded.spec.kind, blocks, stream))
+            run(loaded.spec.kind, blocks, NodesParams.from_buffer_copy(params))
 
         return SimpleNamespace(launch=launch)
 
