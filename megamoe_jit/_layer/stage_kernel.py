@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 
 import torch
@@ -10,7 +11,6 @@ import torch
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import StageParams, aligned
-from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.abi import STAGE_THREADS
@@ -67,22 +67,14 @@ class StageKernel:
             self.launcher.launch(blocks, stream)
 
 
-_lock = threading.Lock()
-renew_after_fork(globals(), "_lock")
-_kernels: dict[tuple[StageFormat, torch.device], StageKernel] = {}
-
-
+@functools.cache  # threads that come at once may each have one: what is loaded is the same
 def stage_kernel(form: StageFormat, device: torch.device) -> StageKernel:
     """The kernel for activations of this format, loaded if it was not.
 
     Raises:
         MegaMoeError: it could not be compiled or loaded; see `fp8_mega_moe`.
     """
-    kernel = _kernels.get((form, device))
-    if kernel is None:
-        with _lock:
-            kernel = _kernels.get((form, device)) or _kernels.setdefault((form, device), StageKernel(form, device))
-    return kernel
+    return StageKernel(form, device)
 
 
 def launch_stage(raw: RawInputs, out: Outputs, masked: int) -> None:

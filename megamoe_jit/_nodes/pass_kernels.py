@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import NodesParams, aligned
-from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.passes import Routes
 from megamoe_jit._spec.abi import NODES_THREADS, WARP
@@ -91,19 +91,11 @@ class PassKernels:
         self._launch(step, -(-tokens * hidden // (NUMBERS * NODES_THREADS)), **sizes, **at)
 
 
-_lock = threading.Lock()
-renew_after_fork(globals(), "_lock")
-_kernels: dict[torch.device, PassKernels] = {}
-
-
+@functools.cache  # threads that come at once may each have one: what is loaded is the same
 def pass_kernels(device: torch.device) -> PassKernels:
     """Those of a GPU, loaded if they were not.
 
     Raises:
         MegaMoeError: one could not be compiled or loaded; see `fp8_mega_moe`.
     """
-    kernels = _kernels.get(device)
-    if kernels is None:
-        with _lock:
-            kernels = _kernels.get(device) or _kernels.setdefault(device, PassKernels(device))
-    return kernels
+    return PassKernels(device)

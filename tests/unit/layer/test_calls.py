@@ -92,6 +92,7 @@ class Cuda:
         def use(memory: torch.Tensor, stream: Stream) -> None:
             self.events.append(("use", stream.name, memory.data_ptr()))
 
+        _stage_kernel.stage_kernel.cache_clear()
         for owner, name, stand_in in (
             (torch, "empty", empty),
             (torch, "zeros", zeros),
@@ -118,7 +119,6 @@ class Cuda:
             (_bound_kernel, "encode_fp8_rows", encode),
             (_stage_kernel, "load_kernel", self.load),
             (_stage_kernel, "Launcher", self.stager),
-            (_stage_kernel, "_kernels", {}),
             (_workspace, "_named", weakref.WeakValueDictionary()),
         ):
             monkeypatch.setattr(owner, name, stand_in, raising=False)
