@@ -69,7 +69,7 @@ def _once(doc: Mapping[str, Any]) -> str:
 
 
 def compact(docs: Documents) -> str:
-    """For the README, of one rank: of each layer the kernel, and the layer in a graph and called; tokens side by side."""
+    """For the README, of one rank: each layer's kernel, and the layer in a graph and called; tokens side by side."""
     lines: list[str] = []
     for doc in docs:
         if doc["environment"].get("ranks", 1) > 1:
