@@ -97,6 +97,9 @@ class Exchange(Protocol):
             batch: of this rank.
             into: the buffer of the experts, all of it.
             first_expert, experts: those that its kernel has. Ids arrive counted from the first; any other is masked.
+
+        Returns:
+            How many rows there are, as `combine` takes it.
         """
 
     def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:
