@@ -31,6 +31,8 @@ class Rows:
     topk_weights: torch.Tensor
 
     def __getitem__(self, part: slice) -> Rows:
+        if part.indices(len(self)) == (0, len(self), 1):
+            return self  # views cost the host 10 us
         return Rows(*(tensor[part] for tensor in self.tensors))
 
     def __len__(self) -> int:
