@@ -6,6 +6,7 @@ in front; or `layers.L.BLOCK.experts.PART` where all experts are one tensor.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -106,9 +107,7 @@ def all_names_of(names: Iterable[str], scheme: str | None = None) -> list[ModelN
     known = [*SCHEMES, FUSED, MEGAMOE]
     if scheme is not None and (not isinstance(scheme, str) or scheme not in known):
         raise ConfigError(f"unknown scheme of names {shown(scheme)}; allowed: {', '.join(known)}")
-    found: dict[tuple[str, str], dict[int, LayerNames]] = {}
-    for name in names:
-        _take(name, found)
+    found = _sorted(tuple(names))
     fitting = {key: layers for key, layers in found.items() if scheme in (None, key[0]) and _has_experts(layers)}
     if not fitting:
         wanted = f"scheme {scheme}" if scheme else f"any scheme ({', '.join(known)})"
@@ -122,6 +121,15 @@ def all_names_of(names: Iterable[str], scheme: str | None = None) -> list[ModelN
         layers = {number: layer for number, layer in fitting[key].items() if layer.experts or layer.whole}
         found_models.append(ModelNames(*key, dict(sorted(layers.items()))))
     return found_models
+
+
+@functools.lru_cache(maxsize=1)
+def _sorted(names: tuple[str, ...]) -> dict[tuple[str, str], dict[int, LayerNames]]:
+    """Names by scheme, prefix and layer, not to be written: who loads the layers of a model asks for each of them."""
+    found: dict[tuple[str, str], dict[int, LayerNames]] = {}
+    for name in names:
+        _take(name, found)
+    return found
 
 
 def _has_experts(layers: dict[int, LayerNames]) -> bool:

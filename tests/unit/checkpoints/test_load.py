@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 import megamoe_jit as mm
 from megamoe_jit.checkpoints import convert, load_experts, load_shared_experts
+from megamoe_jit.checkpoints import files as _files
+from megamoe_jit.checkpoints import names as _names
 from megamoe_jit.checkpoints.files import Files
 from tests.checkpoints import MODELS, Model, model
 
@@ -164,6 +167,19 @@ def test_the_exponents_of_scales_are_powers_of_two_at_both_ends():
     ends = torch.tensor([0, 1, 126, 127, 254], dtype=torch.uint8)
     assert scales_of(ends).tolist() == [2.0**-127, 2.0**-126, 0.5, 1.0, 2.0**127]
     assert torch.equal(scales_of(ends.view(torch.float8_e8m0fnu)), scales_of(ends))
+
+
+def test_names_are_sorted_once_for_all_layers_and_a_file_is_looked_at_once(tmp_path: Path, monkeypatch):
+    """A model has a hundred thousand of them, in a hundred files."""
+    folder, seen = Model().write(tmp_path), []
+    _names._sorted.cache_clear()
+    for module, name in ((_names, "_take"), (_files, "stays_inside")):
+        counted = Mock(side_effect=getattr(module, name))
+        monkeypatch.setattr(module, name, counted)
+        seen.append(counted)
+    for layer in (1, 2):
+        load_experts(folder, layer, device="cpu")
+    assert [counted.call_count for counted in seen] == [len(Model().make().tensors), 2 * 3]
 
 
 def test_nothing_is_read_that_nobody_asks_for(written):
