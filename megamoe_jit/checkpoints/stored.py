@@ -89,6 +89,11 @@ class Stored:
         self.hidden, self.intermediate = hidden, rows // 2 if fused else rows
         wanted = {"gate_up": (2 * self.intermediate, hidden), "down": (hidden, self.intermediate)}
         self._shapes = {part: wanted.get(part, (self.intermediate, hidden)) for part in names}
+        if fused and looked["down"][1] == (hidden // 2, rows):
+            raise ConfigError(
+                f"{what}: its matrices are stored the other way round, [experts, hidden, 2 * intermediate], as Llama 4 "
+                "and Qwen3-VL-MoE have them; allowed: [experts, 2 * intermediate, hidden], or a tensor for each expert"
+            )
         for part, (_, shape) in looked.items():
             if shape != self._shapes[part]:
                 raise CheckpointError(f"{what}: {part} is {shape}; allowed: {self._shapes[part]}, to fit the others")

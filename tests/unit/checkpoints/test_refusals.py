@@ -70,6 +70,16 @@ def without(name: str) -> Model:
     return made
 
 
+def turned() -> Model:
+    """All experts in one tensor, columns first."""
+    made = Model(kind="bf16", fused=True).make()
+    for name, tensor in list(made.tensors.items()):
+        if ".experts." in name:
+            experts, rows, columns = tensor.shape
+            made.tensors[name] = Tensor(tensor.dtype, (experts, columns, rows), tensor.data)
+    return made
+
+
 BYTES = Tensor("I32", (2,), bytes(8))
 TENSORS = {
     "packed codes": (lambda: with_tensors(weight_packed=BYTES), "are packed .INT4 or NVFP4."),
@@ -84,6 +94,7 @@ TENSORS = {
     ),
     "scales of integers": (lambda: with_tensors(weight_scale_inv=Tensor("I32", (1, 2), bytes(8))), "scales of I32"),
     "three dimensions": (lambda: with_tensors(weight=Tensor("F8_E4M3", (1, 128, 256), bytes(128 * 256))), "has shape"),
+    "columns first": (turned, "stored the other way round.*as Llama 4 and Qwen3-VL-MoE have them; allowed:"),
     "two kinds": (
         lambda: with_tensors(weight_scale_inv=Tensor("F32", (128, 1), bytes(512))),
         "stored as fp8, fp8-channel; allowed: one kind",
