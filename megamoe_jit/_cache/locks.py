@@ -25,6 +25,7 @@ __all__ = ["key_lock", "lock_dir", "try_lock"]
 LOG = logging.getLogger("megamoe_jit")
 PATIENCE_S = 2.0  #: wait this long before saying whom we wait for
 POLL_S = 0.005
+_TRIES = 16  #: to open the file that is there; more only where a file has another number whenever it is asked for
 
 
 def lock_dir() -> Path:
@@ -69,12 +70,12 @@ def key_lock(key: str, label: str, done: Callable[[], bool] = lambda: False) -> 
     Yields:
         Whether the lock is held; the block runs either way.
     """
-    handle = _wait(key, label, done)
+    lock = _wait(key, label, done)
     try:
-        yield handle is not None
+        yield lock is not None
     finally:
-        if handle is not None:
-            _release(handle)
+        if lock is not None:
+            lock.close()
 
 
 @contextlib.contextmanager
@@ -83,18 +84,18 @@ def try_lock(name: str) -> Iterator[bool]:
 
     Where there are no locks the block runs as if it were held.
     """
-    handle: int | None = None
+    lock: _Lock | None = None
     free = True
     try:
-        handle = os.open(lock_dir() / f"{name}.lock", _FLAGS, 0o600)
-        free = _acquire(handle)
+        lock = _Lock(name)
+        free = lock.acquire()
     except OSError as error:
         LOG.debug("cannot lock %s: %s", name, error)
     try:
         yield free
     finally:
-        if handle is not None:
-            _release(handle)
+        if lock is not None:
+            lock.close()
 
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -112,57 +113,86 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _wait(key: str, label: str, done: Callable[[], bool]) -> int | None:
-    """The handle of the lock; None if it cannot be had in time or at all, or is not needed any more."""
+class _Lock:
+    """The lock of a name, whose file whoever had it removes: else there would be one for each kernel there ever was."""
+
+    def __init__(self, name: str) -> None:
+        self._path = lock_dir() / f"{name}.lock"
+        self.handle = os.open(self._path, _FLAGS, 0o600)
+
+    def acquire(self) -> bool:
+        """Take it unless somebody else has it."""
+        for again in range(_TRIES):
+            if again:
+                self._let_go()  # its last owner has removed this file, and the next one looks at another
+                self.handle = os.open(self._path, _FLAGS, 0o600)
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            _held.add(self.handle)
+            if self._is_there():
+                break
+        return True
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.lstat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Give it back, if it is held; safe to call twice."""
+        if self.handle in _held:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.handle in _held:
+            _held.discard(self.handle)
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.handle, fcntl.LOCK_UN)  # a child that was just forked may hold a copy
+        if self.handle >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self.handle)
+        self.handle = -1
+
+
+def _wait(key: str, label: str, done: Callable[[], bool]) -> _Lock | None:
+    """The lock, which is held; None if it cannot be had in time or at all, or is not needed any more."""
     limit = get_settings().lock_timeout_s
-    handle = None
+    lock = None
     try:
-        handle = os.open(lock_dir() / f"{key}.lock", _FLAGS, 0o600)
+        lock = _Lock(key)
         begin = time.monotonic()
         told = False
-        while not _acquire(handle):
+        while not lock.acquire():
             waited = time.monotonic() - begin
             if done():
-                os.close(handle)
+                lock.close()
                 return None
             if waited >= limit:
                 LOG.warning("no lock for %s after %g s; compiling it here as well", label, limit)
-                os.close(handle)
+                lock.close()
                 return None
             if waited >= PATIENCE_S and not told:
                 told = True
-                LOG.warning("waiting for %s, which is compiling %s", _owner(handle), label)
+                LOG.warning("waiting for %s, which is compiling %s", _owner(lock.handle), label)
             time.sleep(min(POLL_S, limit))
         with contextlib.suppress(OSError):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)
+            os.ftruncate(lock.handle, 0)
+            os.pwrite(lock.handle, f"process {os.getpid()}\n".encode(), 0)
     except OSError as error:
         LOG.warning("cannot lock for %s (%s); compiling it without a lock", label, error)
-        if handle is not None:
-            os.close(handle)
+        if lock is not None:
+            lock.close()
         return None
     except KeyboardInterrupt:  # what would have been done with it is not wanted any more
-        if handle is not None:
-            _release(handle)
+        if lock is not None:
+            lock.close()
         raise
-    return handle
-
-
-def _acquire(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    _held.add(handle)
-    return True
-
-
-def _release(handle: int) -> None:
-    _held.discard(handle)
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was just forked may hold a copy
-    with contextlib.suppress(OSError):
-        os.close(handle)
+    return lock
 
 
 def _owner(handle: int) -> str:

@@ -177,6 +177,61 @@ def test_an_error_inside_the_lock_passes_through(tmp_path):
             assert held is True
 
 
+def test_no_file_is_left_behind(tmp_path):
+    """In the memory of the node, as the default directory is."""
+    with override(lock_dir=tmp_path, lock_timeout_s=0):
+        for name in range(3):
+            with key_lock(f"{name:064x}", "kernel") as held, key_lock(f"{name:064x}", "kernel") as again:
+                assert (held, again) == (True, False)
+                assert len(os.listdir(tmp_path)) == 1, "who waits in vain removes nothing"
+            with try_lock("evict"):
+                pass
+        assert os.listdir(tmp_path) == []
+
+
+def test_who_waits_at_a_file_that_its_owner_removes_looks_at_the_next_one(tmp_path):
+    """Else a third process, which makes the file anew, would hold the lock at the same time."""
+    with override(lock_dir=tmp_path):
+        late = _locks._Lock(KEY)
+        with key_lock(KEY, "kernel"):
+            assert late.acquire() is False
+        with key_lock(KEY, "kernel") as third:
+            assert (third, late.acquire()) == (True, False)
+        assert late.acquire() is True
+        with try_lock(KEY) as free:
+            assert free is False
+        late.close()
+        late.close()
+    assert os.listdir(tmp_path) == []
+    assert not _locks._held
+
+
+def test_a_file_system_whose_files_have_no_lasting_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with override(lock_dir=tmp_path), key_lock(KEY, "kernel") as held, try_lock(KEY) as free:
+        assert (held, free) == (True, False)
+
+
+def test_many_threads_and_names_are_one_at_a_time_each(tmp_path):
+    inside, most = dict.fromkeys("ab", 0), []
+
+    def work(name: str) -> None:
+        for _ in range(50):
+            with key_lock(name * 64, "kernel") as held:
+                assert held
+                inside[name] += 1
+                most.append(inside[name])
+                inside[name] -= 1
+
+    with override(lock_dir=tmp_path, lock_timeout_s=60):
+        threads = [threading.Thread(target=work, args=(name,)) for name in "ab" * 3]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (set(most), len(most)) == ({1}, 300)
+
+
 def test_holder_that_left_no_name(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_text("")
