@@ -170,7 +170,7 @@ def warmup(
     results: dict[Compilable, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     stop = threading.Event()
-    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="megamoe-jit-warmup")
+    pool = _threads(workers)
 
     def report(future: concurrent.futures.Future[WarmupResult]) -> None:
         result = future.result()
@@ -182,7 +182,7 @@ def warmup(
     futures: dict[concurrent.futures.Future[WarmupResult], Compilable] = {concurrent.futures.Future(): s for s in todo}
     try:
         for future, spec in futures.items():
-            pool.submit(_warm_into, future, spec, force, stop)
+            _hand_out(pool, future, spec, force, stop)
         for future in _as_they_end(futures):
             report(future)
     except KeyboardInterrupt:
@@ -201,6 +201,28 @@ def warmup(
         raise
     pool.shutdown()
     return [results[spec] for spec in todo]
+
+
+def _threads(count: int) -> concurrent.futures.Executor:
+    """So many threads; none where the interpreter ends, as behind the end of a script, and starts no more."""
+    try:
+        return concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="megamoe-jit-warmup")
+    except RuntimeError:
+        return concurrent.futures.Executor()
+
+
+def _hand_out(
+    pool: concurrent.futures.Executor,
+    future: concurrent.futures.Future[WarmupResult],
+    spec: Compilable,
+    force: bool,
+    stop: threading.Event,
+) -> None:
+    """Have one of the threads see to a kernel; this one does where there are none."""
+    try:
+        pool.submit(_warm_into, future, spec, force, stop)
+    except RuntimeError:
+        _warm_into(future, spec, force, stop)
 
 
 def _as_they_end(

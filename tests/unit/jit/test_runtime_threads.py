@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from megamoe_jit._jit.registry import registry
 from megamoe_jit._jit.runtime import forget, retry, warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from tests.stubs import child_environment
 
 PING = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)
 
@@ -161,3 +163,27 @@ def test_interrupted_compile_is_neither_remembered_nor_left_running(place, monke
             get_kernel(PING)
     assert registry().life(PING).running is None
     assert get_kernel(PING).origin == "compiled"
+
+
+BEHIND_THE_END = """
+import atexit, threading
+from megamoe_jit._jit.runtime import warmup
+from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+specs = [KernelSpec(MoEShape(256, 128, 8, 2), variant) for variant in (Variant.PINGPONG, Variant.COOPERATIVE)]
+def work():
+    print([result.kernel.origin for result in warmup(specs)], flush=True)
+def behind():
+    threading.main_thread().join()
+    work()
+threading.Thread(target=behind).start()
+atexit.register(work)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import concurrent.futures.thread"])
+def test_a_warmup_that_outlives_its_script_is_done_by_its_own_thread(place, before):
+    """The interpreter starts no more threads then."""
+    command = [sys.executable, "-c", before + BEHIND_THE_END]
+    run = subprocess.run(command, env=child_environment(place), capture_output=True, text=True, timeout=60)
+    assert run.stderr == ""
+    assert run.stdout.splitlines() == ["['compiled', 'compiled']", "['memory', 'memory']"]
