@@ -10,6 +10,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._spec.checks import check_callback
 from megamoe_jit._text import counted, shown
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
@@ -80,6 +81,7 @@ def load_experts(
         UnsupportedDeviceError: there is no such GPU here.
         ToolchainError: the package safetensors is not installed.
     """
+    check_callback("progress", progress)
     place, files = device_of(device), Files(path)
     model = model_of(files, scheme)
     if model.scheme == MEGAMOE:
