@@ -28,7 +28,7 @@ CONFIG = "config.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _INDEX_BYTES, _CONFIG_BYTES = 1 << 28, 1 << 22  #: a million tensors have an index of 100 MB
 _ENDING = ".safetensors"
-_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model"
+_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model on this machine"
 
 
 class Entry(NamedTuple):
@@ -106,6 +106,8 @@ class Files:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         place = place_of("path", path)
+        if place.name == CONFIG:
+            place = place.parent
         is_folder = os.path.isdir(place)
         if not is_folder and not _is_there(place):
             raise ConfigError(f"{shown(str(place), 200)} is not there; allowed: {_ALLOWED}")

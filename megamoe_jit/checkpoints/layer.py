@@ -51,13 +51,13 @@ def layer_from_checkpoint(
     slots = topk_of(config) if topk is None else topk
     if slots is None:
         raise ConfigError("topk: config.json does not say how many experts a token has; allowed: name it")
+    bound: Any = clamp_of(config) if clamp == "auto" else clamp
     how: dict[str, Any] = {"device": device, "weight_format": weight_format, "scheme": scheme, "lossy": lossy}
     w13, w2 = load_experts(path, layer, **how, progress=progress)
     shared = load_shared_experts(path, layer, **how) if shared_experts else None
     if shared is not None:
         _check_fit((w13, w2), shared, layer)
         options |= {"shared_w13": shared[0], "shared_w2": shared[1]}
-    bound: Any = clamp_of(config) if clamp == "auto" else clamp
     keep = shared is None and not isinstance(w13, torch.Tensor)
     return MegaMoE(w13, w2, topk=slots, max_tokens=max_tokens, clamp=bound, inplace=keep, **options)
 
