@@ -12,6 +12,8 @@ from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._layer import calls
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._spec import FP8, WeightFormat
+from megamoe_jit.engines.aside import tell_served
+from megamoe_jit.engines.watch import watch
 
 __all__ = ["buffer_across"]
 
@@ -56,9 +58,11 @@ def buffer_across(
         if key not in _buffers:
             made = calls.get_symm_buffer_for_mega_moe(group, *sizes, activation=activation)
             _buffers[key] = _Made(made, group, set())
+            watch(made)
         found = _buffers[key]
         for each in weights:
             if each.name not in found.formats:
                 found.buffer.prepare_all(weight_format=each.name)  # none is compiled in a capture, or by one rank alone
                 found.formats.add(each.name)
+                tell_served(found.buffer.shape, found.buffer.ranks, each, tokens)
         return found.buffer

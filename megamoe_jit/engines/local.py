@@ -8,6 +8,8 @@ from megamoe_jit._layer import from_bf16, serving
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.workspace import Lease, lease
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
+from megamoe_jit.engines.aside import tell_served
+from megamoe_jit.engines.watch import watch
 
 __all__ = ["CAPACITY", "LocalExperts"]
 
@@ -37,6 +39,8 @@ class LocalExperts:
         self.shape = shape
         self._lease: Lease = lease(shape, capacity, device)
         self._lease.buffer.prepare_all(weight_format=weights.name)  # none is compiled in a capture
+        watch(self._lease.buffer)
+        tell_served(shape, 1, weights, capacity)
 
     def __call__(
         self,

@@ -13,8 +13,10 @@ from megamoe_jit._layer import stage as staging
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import FP8, MoEShape
+from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
+from megamoe_jit.engines.watch import watch
 
 __all__ = ["add"]
 
@@ -62,6 +64,8 @@ def _backend_class() -> Any:
             sizes = shape.experts, tokens, shape.topk, shape.hidden, shape.intermediate
             buffer = calls.get_symm_buffer_for_mega_moe(self._group(), *sizes)
             buffer.prepare_all()  # none is compiled in a capture, or by one rank alone
+            watch(buffer)
+            tell_served(buffer.shape, buffer.ranks, FP8, tokens)
             return buffer
 
         def stage_inputs(self, t: Any, workspace: Any, *, quantize_input: bool) -> None:
