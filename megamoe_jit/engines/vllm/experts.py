@@ -15,8 +15,8 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import from_bf16
-from megamoe_jit._layer.given_weights import format_of
-from megamoe_jit._layer.weights import is_transformed
+from megamoe_jit._layer.given_weights import WeightTensors, format_of
+from megamoe_jit._layer.weights import is_transformed, mark_transformed
 from megamoe_jit._spec import MoEShape, WeightFormat
 from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.held import HeldExperts
@@ -140,7 +140,7 @@ def experts_class() -> Any:
             """
             weights, names = _take(layer)
             self._run = _runner_of(self.moe_config, layer, weights)
-            self._layer, (self._l1, self._l2) = layer, names
+            self._layer, (self._l1, self._l2), self._places = layer, names, None
 
         def apply(
             self,
@@ -162,6 +162,10 @@ def experts_class() -> Any:
         ) -> None:
             held = self._layer._parameters
             l1, l2 = (tuple(held[name] for name in names) for names in (self._l1, self._l2))
+            places = l1[0].data_ptr(), l2[0].data_ptr()
+            if places != self._places:
+                self._places = places
+                _recognise(l1, l2)
             clamp = self.quant_config.gemm1_clamp_limit
             y = output if output.dtype is torch.bfloat16 else None
             found = self._run(l1, l2, hidden_states, topk_ids, topk_weights, expert_map, clamp, y)
@@ -195,6 +199,12 @@ def _take(layer: Any) -> tuple[WeightFormat, list[tuple[str, ...]]]:
     if weights.group:
         names = [(*each, f"{each[0].partition('_')[0]}_{_BLOCKS}") for each in names]
     return weights, names
+
+
+def _recognise(l1: WeightTensors, l2: WeightTensors) -> None:
+    """Mark copies of weights that are in the kernel's order, as vLLM makes them where it offloads layers to the CPU."""
+    if not is_transformed(l1, l2):
+        mark_transformed(l1, l2)
 
 
 def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Run:
