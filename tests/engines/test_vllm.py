@@ -347,7 +347,9 @@ class TestChoice:
         quantization = world.chosen(NAME, FP8, "deepseek_v4")
         base = world.module("model_executor.layers.fused_moe.fused_moe_method_base").FusedMoEMethodBase
         other = type("NvFp4", (base,), dict.fromkeys(base.__abstractmethods__, lambda *_, **__: None))
-        monkeypatch.setattr(type(quantization).__mro__[1], "get_quant_method", lambda _, layer, __: other(layer.moe_config))
+        monkeypatch.setattr(
+            type(quantization).__mro__[1], "get_quant_method", lambda _, layer, __: other(layer.moe_config)
+        )
         with pytest.raises(ConfigError, match="experts that vLLM runs by NvFp4"):
             world.layer(quantization, world.moe_config(SHAPE))
 

@@ -140,7 +140,8 @@ def experts_class() -> Any:
             """
             weights, names = _take(layer)
             self._run = _runner_of(self.moe_config, layer, weights)
-            self._layer, (self._l1, self._l2), self._places = layer, names, None
+            self._layer, (self._l1, self._l2) = layer, names
+            self._places = 0, 0  #: of codes whose order is known
 
         def apply(
             self,

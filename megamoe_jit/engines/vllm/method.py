@@ -99,7 +99,10 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
             getattr(parallel, "use_passthrough_all2all", False),
             f"--moe-backend {moe.moe_backend}, for which vLLM sums up nothing; allowed: no --moe-backend",
         ),
-        (getattr(engine, "use_ubatching", False), "dual-batch overlap; allowed: neither --enable-dbo nor --ubatch-size"),
+        (
+            getattr(engine, "use_ubatching", False),
+            "dual-batch overlap; allowed: no --enable-dbo or --ubatch-size",
+        ),
         (getattr(engine, "enable_elastic_ep", False), "--enable-elastic-ep; allowed: as many ranks as at the start"),
         (bool(shape := _no_shape(moe, across)), shape),
     )
