@@ -185,6 +185,15 @@ class TestManyRanks:
         assert options["y"].shape == of.x.shape
         assert layer.quant_method.moe_kernel.output_is_reduced()
 
+    def test_a_rank_without_tokens_takes_part(self, world, monkeypatch):
+        """vLLM calls no experts for such a batch: the other ranks would wait for this one's launch."""
+        layer, *_ = loaded(world, ranks=2, rank=1, dp=2, ep=True)
+        seen = []
+        monkeypatch.setattr("megamoe_jit._layer.from_bf16.mega_moe_from_bf16", lambda x, *_, **__: seen.append(x))
+        of = batch(0, MoEShape(256, 128, 8, 2))
+        assert run(layer, of).shape == (0, 256)
+        assert [each.shape for each in seen] == [(0, 256)]
+
     def test_experts_that_are_not_rank_by_rank_are_refused(self, world):
         moe = world.moe_config(SHAPE, ranks=2, dp=2, ep=True)
         layer = world.layer(world.chosen(NAME, FP8), moe)

@@ -131,5 +131,5 @@ def _run_as_one_kernel(method: Any, layer: Any) -> None:
     ours = method.experts_cls(moe_config=method.moe, quant_config=method.moe_quant_config)
     ours.process_weights_after_loading(layer)
     kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
-    method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config), ours)
+    method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config, ours), ours)
     LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))
