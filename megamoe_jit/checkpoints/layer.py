@@ -43,6 +43,9 @@ def layer_from_checkpoint(
         shared_experts: the model's shared expert is part of the layer.
         options: others of `MegaMoE`.
 
+    Returns:
+        The layer.
+
     Raises:
         ConfigError: as `load_experts` and `MegaMoE`; or nothing says how many experts a token has.
         MegaMoeError: as `load_experts` and `MegaMoE`.

@@ -66,7 +66,8 @@ def load_experts(
         weight_format: of the result. "auto" keeps FP8 and MXFP4 as they are and makes FP8 of values; "fp8" and "mxfp4"
             make that; "bf16" gives values.
         scheme: how tensors are named, where it cannot be told from the names.
-        lossy: also take what has to be quantised again with a loss: FP8 with a scale for each row.
+        lossy: also take what has to be quantised again with a loss: FP8 with a scale for each row, MXFP4 of FP8, and
+            FP8 of MXFP4 where a block of 128 x 128 spans more than FP8 has.
         progress: called with the experts that are done and their number.
 
     Returns:
