@@ -23,12 +23,13 @@ from megamoe_jit._text import first_line, shown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Files", "library", "place_of"]
+__all__ = ["CONFIG", "Entry", "Files", "library", "place_of", "read_config"]
 
-_INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+CONFIG = "config.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _INDEX_BYTES, _CONFIG_BYTES = 1 << 28, 1 << 22  #: a million tensors have an index of 100 MB
 _ENDING = ".safetensors"
-_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model"
+_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model on this machine"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -89,6 +90,22 @@ def _next_step(path: Path, otherwise: str) -> str:
     return otherwise
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """What a model's `config.json` says; raises `CheckpointError` where it cannot be read."""
+    return _json(path, _CONFIG_BYTES)
+
+
+def _json(path: Path, limit: int) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(path, limit))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CheckpointError(f"{path} cannot be read: {reason}; {_next_step(path, 'fetch it again')}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
+    return found
+
+
 class Files:
     """The tensors of a checkpoint.
 
@@ -107,6 +124,8 @@ class Files:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         place = place_of("path", path)
+        if place.name == CONFIG:
+            place = place.parent
         is_folder = os.path.isdir(place)
         if not is_folder and not _is_there(place):
             raise ConfigError(f"{shown(str(place), 200)} is not there; allowed: {_ALLOWED}")
@@ -116,7 +135,7 @@ class Files:
         self.folder = place if is_folder else place.parent
         self._opened: dict[str, Any] = {}
         self._where = self._find(place, is_folder)
-        self.config = self._json(_CONFIG, _CONFIG_BYTES) if _is_there(self.folder / _CONFIG) else {}
+        self.config = read_config(self.folder / CONFIG) if _is_there(self.folder / CONFIG) else {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -154,7 +173,7 @@ class Files:
         return self._from_index(index)
 
     def _from_index(self, index: str) -> dict[str, str]:
-        weight_map = self._json(index, _INDEX_BYTES).get("weight_map")
+        weight_map = _json(self.folder / index, _INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise CheckpointError(f"{self.folder / index} has no weight_map; allowed: a file for each tensor")
         known = set[str]()  # tens of thousands of tensors lie in a few files
@@ -166,17 +185,6 @@ class Files:
                 raise CheckpointError(f"{where}; allowed: safetensors files in that folder")
             known.add(file)
         return dict(weight_map)
-
-    def _json(self, name: str, limit: int) -> dict[str, Any]:
-        path = self.folder / name
-        try:
-            found = json.loads(read_text(path, limit))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise CheckpointError(f"{path} cannot be read: {reason}; {_next_step(path, 'fetch it again')}") from None
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-        return found
 
     def _open(self, file: str) -> Any:
         handle = self._opened.get(file)

@@ -14,6 +14,7 @@ import pytest
 
 import megamoe_jit as mm
 from megamoe_jit.checkpoints import convert, inspect, load_experts, load_shared_experts
+from megamoe_jit.checkpoints.files import Files
 from tests.checkpoints import MODELS, V3, Model, Tensor, model, write_file
 from tests.stubs import REPO
 
@@ -159,7 +160,7 @@ def test_experts_that_are_not_there(tmp_path: Path, what: str):
 DEVICES = {
     "cudaa": (mm.ConfigError, "device = 'cudaa'; allowed: cpu, or cuda"),
     "meta": (mm.ConfigError, "device = 'meta'"),
-    "cuda:99": (mm.UnsupportedDeviceError, "cuda:99 is not here"),
+    "cuda:99": (mm.UnsupportedDeviceError, "cuda:99 is not here.*cpu for weights alone: a layer needs a Hopper GPU"),
     None: (mm.ConfigError, "device = None"),
 }
 
@@ -173,6 +174,19 @@ def test_devices_that_are_not_there(tmp_path: Path, device: str):
     with pytest.raises(error, match=reason):
         convert(folder, tmp_path / "made", "fp8", device=device)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_model_is_refused_before_a_gpu_is_asked_for(tmp_path: Path):
+    folder = Model(config={"hidden_act": "gelu", "num_experts_per_tok": 2}).write(tmp_path)
+    with pytest.raises(mm.ConfigError, match="its activation is 'gelu'"):
+        mm.MegaMoE.from_checkpoint(folder, 1, max_tokens=8, device="cuda:99")
+    with pytest.raises(mm.ConfigError, match="layer 7 has no experts"):
+        load_experts(Model().write(tmp_path), 7, device="cuda:99")
+
+
+def test_the_configuration_names_its_folder(tmp_path: Path):
+    folder = Model().write(tmp_path)
+    assert dict.fromkeys(Files(folder / "config.json")) == dict.fromkeys(Files(folder))
 
 
 @pytest.mark.parametrize("word", [0x7F80, 0x7FC0, 0xFFFF])
