@@ -252,7 +252,7 @@ def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTenso
             refuse_inexact(name, block_bounds(matrices, NORMAL), NORMAL, "", range(len(factors)))
 
 
-@torch.no_grad()
+@torch.inference_mode()  # what was made in it, and given to be kept where it is, can be written in it alone
 def write_matrix(
     matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool = False
 ) -> None:

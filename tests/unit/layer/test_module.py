@@ -284,6 +284,19 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_written(w13: object, 
     assert unchanged(it, before, addresses)
 
 
+@pytest.mark.parametrize("how", ["load_weights", "load_state_dict"])
+def test_weights_that_were_made_in_inference_mode_and_kept_in_place_are_loaded_outside(how: str):
+    with torch.inference_mode():
+        pairs = [tuple(tensor.clone() for tensor in pair) for pair in (DRAWN.l1, DRAWN.l2)]
+    it = mm.MegaMoE(*pairs, topk=2, max_tokens=128, inplace=True)
+    at = places(it)
+    if how == "load_weights":
+        it.load_weights(*QUANTISED)
+    else:
+        it.load_state_dict(layer_of(*QUANTISED).state_dict())
+    assert unchanged(it, ordered(*QUANTISED), at)
+
+
 @pytest.mark.parametrize("form", ["values", "pairs"])
 def test_a_layer_is_not_made_of_tensors_without_values(form: str):
     with FakeTensorMode() as mode:
