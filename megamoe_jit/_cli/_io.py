@@ -22,6 +22,7 @@ __all__ = [
     "CorruptionError",
     "ExitCode",
     "FullSummaries",
+    "NamedPath",
     "colours_wanted",
     "confirm",
     "copy_out",
@@ -194,6 +195,16 @@ def must_be_writable(path: Path, option: str, *, in_new_folders: bool = False) -
 def live_terminal() -> bool:
     """Whether standard error is a terminal on which lines can be redrawn."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+class NamedPath(click.Path):
+    """A path that somebody named: '' is an unset variable of a script, and not the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; a usage error if it is empty."""
+        if value == "":
+            self.fail("'' is no path; '.' is the working directory.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def colours_wanted() -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from megamoe_jit._cli._io import emit, json_option, must_be_writable, say, show
+from megamoe_jit._cli._io import NamedPath, emit, json_option, must_be_writable, say, show
 from megamoe_jit._text import human_bytes
 
 __all__ = ["convert"]
@@ -15,8 +15,8 @@ _FORMATS = ("fp8", "mxfp4", "megamoe")
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("source", type=NamedPath(path_type=Path))
+@click.argument("target", type=NamedPath(file_okay=False, path_type=Path))
 @click.option("--format", "weight_format", type=click.Choice(_FORMATS), required=True, help="Of the experts.")
 @click.option("--device", default="cpu", show_default=True, help="Where weights are quantised.")
 @click.option("--scheme", help="How tensors are named, where the names do not tell.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, emit, end, json_option, say, show, table
+from megamoe_jit._cli._io import ExitCode, NamedPath, emit, end, json_option, say, show, table
 from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ __all__ = ["inspect_checkpoint"]
 
 
 @click.command(name="inspect-checkpoint")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=NamedPath(path_type=Path))
 @click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="That share the experts.")
 @click.option(
     "--experts",

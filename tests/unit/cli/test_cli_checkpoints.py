@@ -60,6 +60,13 @@ def test_convert_on_a_device_that_is_not_there(folder: Path, tmp_path: Path):
         assert (done.returncode, device in done.stderr, done.stderr.count("\n")) == (code, True, 1)
 
 
+def test_an_unset_variable_is_not_the_working_directory(folder: Path, tmp_path: Path):
+    for words in (["inspect-checkpoint", ""], ["convert", "", str(tmp_path)], ["convert", str(folder), ""]):
+        more = ["--format", "fp8"] if words[0] == "convert" else []
+        done = run(*words, *more)
+        assert (done.returncode, "'' is no path" in done.stderr) == (2, True)
+
+
 def test_a_damaged_file_has_an_exit_code_of_its_own(folder: Path, tmp_path: Path):
     damaged = model("mixtral").write(tmp_path / "damaged")
     first = sorted(damaged.glob("*.safetensors"))[0]
