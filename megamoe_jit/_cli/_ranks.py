@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import progress_line, show, table
-from megamoe_jit._spec.formats import FP8
+from megamoe_jit._cli._io import cell, show, table
 from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Bench
     from megamoe_jit._check.documents import Outcome, Verify
-    from megamoe_jit.heuristics.presets import Preset
 
-__all__ = ["bench_document", "print_others", "print_verify", "rank_count", "run_ranks_option"]
+__all__ = ["print_others", "print_verify", "rank_count", "run_ranks_option"]
 
 run_ranks_option = click.option(
     "--ranks",
@@ -33,31 +30,6 @@ def rank_count(ranks: int | None) -> int:
 
     here = joined()
     return ranks if ranks is not None else here[1] if here is not None else 1
-
-
-def bench_document(
-    presets: Sequence[Preset],
-    tokens: Sequence[int],
-    variants: Sequence[str],
-    ranks: int,
-    baseline: bool,
-    weights: str = FP8.name,
-) -> dict[str, Any] | None:
-    """What a benchmark on several GPUs found; None where torchrun runs another rank that reports."""
-    from megamoe_jit._bench.measure_ranks import run
-
-    with progress_line("bench", len(presets) * len(tokens) * len(variants)) as step:
-        return run(
-            presets,
-            tokens,
-            variants,
-            ranks,
-            baseline=baseline,
-            weights=weights,
-            progress=lambda r: step(
-                f"{r['shape']}  {counted(r['tokens'], 'token')}  {r['variant']}: {r['median_us']:.1f} us"
-            ),
-        )
 
 
 def print_verify(doc: Verify, ranks: int) -> None:
@@ -88,8 +60,8 @@ def print_others(doc: Bench) -> None:
             str(b.tokens),
             b.method,
             "graph" if b.graph else "eager",
-            "-" if b.median_us is None else f"{b.median_us:.1f}",
-            "-" if b.diff is None else f"{b.diff:.1e}" + ("" if b.correct else " WRONG"),
+            cell(b.median_us, ".1f"),
+            cell(b.diff, ".1e", "" if b.correct else " WRONG"),
         )
         for b in doc.baselines or ()
     ]

@@ -13,7 +13,7 @@ from megamoe_jit._cli._bench_nodes import measured_on_nodes, print_nodes, refuse
 from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
 from megamoe_jit._cli._nodes import nodes_options
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
-from megamoe_jit._cli._ranks import bench_document, print_others, rank_count, run_ranks_option
+from megamoe_jit._cli._ranks import print_others, rank_count, run_ranks_option
 from megamoe_jit._documents import plain
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.variants import VARIANT_CHOICES
@@ -154,9 +154,21 @@ def measured(
 
     wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
     if several > 1:
-        found = bench_document(
-            presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False, weights
-        )
+        from megamoe_jit._bench.measure_ranks import run
+
+        counts = tokens or _bench.DEFAULT_TOKENS
+        with progress_line("bench", len(presets) * len(counts) * len(wanted)) as step:
+            found = run(
+                presets,
+                counts,
+                wanted,
+                several,
+                baseline=baseline is not False,
+                weights=weights,
+                progress=lambda r: step(
+                    f"{r['shape']}  {counted(r['tokens'], 'token')}  {r['variant']}: {r['median_us']:.1f} us"
+                ),
+            )
         if found is None:
             return None
         if commit is not None:
