@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import FP8, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
-from megamoe_jit._spec.expanded import ExpandedParts
+from megamoe_jit._spec.formats import ExpandedParts
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import counted, human_bytes, shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._jit.obtain import get_kernel
@@ -28,7 +27,7 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._text import items_of, several, shown
 
-__all__ = ["WarmupResult", "enumerate_specs", "forget", "kernel_cache", "retry", "seal", "sealed", "unseal", "warmup"]
+__all__ = ["WarmupResult", "enumerate_specs", "forget", "retry", "seal", "sealed", "unseal", "warmup"]
 
 LOG = logging.getLogger("megamoe_jit")
 _QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often
@@ -55,11 +54,6 @@ class WarmupResult:
     def ok(self) -> bool:
         """Whether the kernel is there."""
         return self.error is None
-
-
-def kernel_cache() -> KernelCache:
-    """The cache of the current settings that kernels are written to."""
-    return user_cache()
 
 
 def enumerate_specs(

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 from megamoe_jit._bench import measure as _bench
 from megamoe_jit._cache import entry as _entry
-from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._cache.documents import Compiler, Entry
 from megamoe_jit._check import verify as _verify
 from megamoe_jit._cli import _io, _keys, app, cli
@@ -40,7 +40,7 @@ from megamoe_jit._documents import Document
 from megamoe_jit._errors import CompileError, ConfigError, LoadError, ToolchainError, UnsupportedDeviceError
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._jit.obtain import get_kernel
-from megamoe_jit._jit.runtime import WarmupResult, forget, kernel_cache
+from megamoe_jit._jit.runtime import WarmupResult, forget
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from tests.commandline import PINGPONG, SIZES, STAGED, run
@@ -315,7 +315,7 @@ def test_read_only_cache_that_does_not_exist_is_warned_of_once(tmp_path, warning
 
 def test_explain_finds_a_kernel_that_another_compiler_built(tmp_path, monkeypatch):
     kernel = get_kernel(SPEC)
-    shutil.copytree(kernel_cache().root, tmp_path / "given")
+    shutil.copytree(user_cache().root, tmp_path / "given")
     real = find_toolchain()
     other = Toolchain(real.path, real.version, "another build")
     monkeypatch.setattr(_toolchain, "find_toolchain", lambda: other)
