@@ -85,7 +85,7 @@ def _layers(files: Files, model: ModelNames, ranks: int, experts: int) -> Iterat
 
 def _ready(files: Files, model: ModelNames, number: int, ranks: int) -> CheckpointLayer:
     """A layer in the kernel's order."""
-    found = ready_of(files, model.layers[number], number)
+    found = ready_of(files, model, number)
     local = len(experts_of_rank(found.experts, 0, ranks))
     return CheckpointLayer(
         number,

@@ -114,7 +114,9 @@ def read_experts(
     return w13, w2
 
 
-def _converted(stored: Stored, expert: int, part: str, target: Target, device: torch.device) -> list[torch.Tensor]:
+def _converted(
+    stored: Stored, expert: int, part: str, target: Target, device: torch.device
+) -> tuple[torch.Tensor, ...]:
     """A part of an expert as the target has it; what cannot be that is said with its place."""
     matrix = stored.read(expert, part)
     try:
@@ -155,7 +157,7 @@ def load_shared_experts(
     if shared is None:
         return None
     if model.scheme == MEGAMOE:
-        ready = ready_of(files, model.layers[layer], layer)
+        ready = ready_of(files, model, layer)
         hidden, intermediate = ready.hidden, ready.intermediate
     else:
         routed = layer_of(files, model, layer)

@@ -19,8 +19,8 @@ from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.config import experts_of
 from megamoe_jit.checkpoints.files import Entry, Files
-from megamoe_jit.checkpoints.names import LayerNames, ModelNames
-from megamoe_jit.checkpoints.stored import experts_of_rank
+from megamoe_jit.checkpoints.names import ModelNames
+from megamoe_jit.checkpoints.stored import experts_of_rank, names_in
 
 __all__ = ["DTYPES", "Ready", "entries_of", "load_ready", "ready_of"]
 
@@ -52,13 +52,14 @@ def entries_of(weights: WeightFormat, experts: int, rows: int, depth: int) -> li
     return [Entry(DTYPES[part.dtype], (experts, *part.shape)) for part in weights.parts(rows, depth)]
 
 
-def ready_of(files: Files, names: LayerNames, layer: int) -> Ready:
+def ready_of(files: Files, model: ModelNames, layer: int) -> Ready:
     """A layer's experts, by the heads of files alone.
 
     Raises:
-        ConfigError: they are in the order of another version.
+        ConfigError: there is no such layer with experts, or they are in the order of another version.
         CheckpointError: a tensor is not there, or no such tensor as the format has, or not of as many experts.
     """
+    names = names_in(model, layer)
     weights = MXFP4 if "exponents" in names.whole.get("w13", {}) else FP8
     wanted = [_KINDS[part] for part in weights.part_names]
     tensors = []
@@ -96,10 +97,7 @@ def load_ready(
         ConfigError: they are in the order of another version, or another format was asked for.
         CheckpointError: a tensor is not there, or not as the others.
     """
-    names = model.layers.get(layer)
-    if names is None:
-        raise ConfigError(f"layer {shown(layer)} has no experts in this checkpoint; allowed: {sorted(model.layers)}")
-    found = ready_of(files, names, layer)
+    found = ready_of(files, model, layer)
     if weight_format not in ("auto", found.weights.name):
         given = f"weight_format = {shown(weight_format)}"
         raise ConfigError(f"{given}; allowed: auto or {found.weights.name}, which this checkpoint holds")
