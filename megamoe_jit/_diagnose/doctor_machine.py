@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megamoe_jit._device.driver_advice import advice
 from megamoe_jit._diagnose.finding import Check, Status
-from megamoe_jit._diagnose.machine import Compilers, Machine
+from megamoe_jit._diagnose.machine import Compilers, Machine, installed
 from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
 
@@ -88,13 +88,10 @@ def check_sources() -> Check:
 
 def check_torch(machine: Machine) -> Check:
     """The installed torch, and whether it fits the machine."""
-    from importlib.metadata import PackageNotFoundError, version
-
     from megamoe_jit._compile.toolchain import _installed_torch_cuda
 
-    try:
-        release = version("torch")
-    except PackageNotFoundError:
+    release = installed("torch")
+    if release is None:
         return Check("torch", Status.FAIL, "not installed", "pip install torch", {"version": None, "cuda": None})
     cuda = _installed_torch_cuda()
     data = {"version": release, "cuda": cuda}

@@ -37,7 +37,7 @@ __all__ = [
     "file_system",
     "find_tool",
     "gpus",
-    "packages",
+    "installed",
     "settings_table",
     "tool_command",
 ]
@@ -81,17 +81,14 @@ class FileSystem:
     free_bytes: int | None
 
 
-def packages() -> dict[str, str | None]:
-    """Installed versions, without importing anything."""
+def installed(package: str) -> str | None:
+    """The version of a package, without importing it; None where it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +286,7 @@ def examine_environment(faults: Sequence[Fault]) -> Environment:
         version=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        packages=packages(),
+        packages={name: installed(name) for name in PACKAGES},
         nvrtc=compilers(),
         driver=Driver(machine.driver_cuda, machine.problem, machine.code, machine.gpus),
         settings=settings_table(faults),
