@@ -9,8 +9,6 @@ import torch
 
 from megamoe_jit._bench.clock import FLUSH_BYTES, IDLE_CYCLES, TimedCall, burst, record, second_half
 
-__all__ = ["RankTimer", "slowest_anchors"]
-
 ALIGN_CYCLES = 4 * IDLE_CYCLES  #: the GPU idles while the host queues the alignment and the call
 
 

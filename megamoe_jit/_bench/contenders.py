@@ -19,8 +19,6 @@ from megamoe_jit._check.scenarios import Scenario, make_inputs, make_weights
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
 
-__all__ = ["METHODS", "Contender", "FlashInfer", "Unfused"]
-
 
 class Contender(Protocol):
     """Another way to do the layer."""

@@ -11,8 +11,6 @@ from megamoe_jit._documents import Count, Document, Figure, Measured, Says, cont
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._spec.variants import VARIANT_NAMES
 
-__all__ = ["BaselineRow", "Bench", "Cell", "Choice", "JudgedRow", "Row", "Summary", "Time", "Tune"]
-
 KernelName = Annotated[str, Says(enum=list(VARIANT_NAMES))]
 Several = Annotated[int, Says(minimum=2)]
 

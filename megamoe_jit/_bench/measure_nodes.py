@@ -37,8 +37,6 @@ from megamoe_jit._nodes.topology import NodeTopology
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.heuristics.presets import Preset
 
-__all__ = ["measure_on_rank", "run"]
-
 _SIDE_STREAM_CALLS = 2  #: before a capture, as torch wants it
 
 

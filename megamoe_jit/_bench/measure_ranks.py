@@ -34,8 +34,6 @@ from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.reference import calc_diff, expert_counts
 
-__all__ = ["measure_on_rank", "run"]
-
 MAX_SUSTAINED = 2000  #: calls
 
 

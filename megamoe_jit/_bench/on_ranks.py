@@ -15,8 +15,6 @@ from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.heuristics.presets import Preset
 
-__all__ = ["RankWeights", "measured_on_ranks", "shape_on_ranks", "sizes_of"]
-
 
 def sizes_of(each: Preset) -> list[Any]:
     """Name, hidden, intermediate, one rank's experts and top-k, as they travel to the ranks."""

@@ -11,8 +11,6 @@ from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._spec import MoEShape, WeightFormat
 
-__all__ = ["rows_of", "touched_experts"]
-
 Part = Mapping[str, Any]  #: what one rank measured
 
 

@@ -16,8 +16,6 @@ from megamoe_jit._bench.unfused import Task
 from megamoe_jit._layer.group import gather, group_size
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["add_baselines", "baseline_rows", "fastest", "label", "prepare", "unusable"]
-
 
 def label(method: Contender) -> str:
     """What a method's times are called among those of all contenders."""

@@ -35,8 +35,6 @@ from megamoe_jit._cache.trees import delete, is_closed, is_directory, tree_bytes
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._trust import check_private
 
-__all__ = ["KernelCache", "Problem", "readonly_caches", "searched_caches", "user_cache"]
-
 LOG = logging.getLogger("megamoe_jit")
 
 

@@ -23,24 +23,6 @@ from megamoe_jit._cache.trees import is_closed
 from megamoe_jit._compile.cubin import CubinError, cubin_arch
 from megamoe_jit._trust import owner_problem
 
-__all__ = [
-    "CUBIN",
-    "IMPORTED",
-    "META",
-    "SOURCE",
-    "CacheEntry",
-    "Damaged",
-    "EntryInfo",
-    "OtherSchema",
-    "by_compiler",
-    "check_kernel",
-    "last_use",
-    "read_entry",
-    "read_info",
-    "same_place",
-    "verify_files",
-]
-
 CUBIN, META, SOURCE = "kernel.cubin", "meta.json", "kernel.cu"
 IMPORTED = "imported"  #: marks an entry that came from a pack, whoever compiled it
 LIMIT = 64 << 20  #: no file of an entry is larger

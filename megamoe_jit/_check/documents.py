@@ -10,8 +10,6 @@ from typing import Any
 from megamoe_jit._documents import Count, Document, Measured
 from megamoe_jit._spec import FP8
 
-__all__ = ["Outcome", "Scenarios", "Verify"]
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from megamoe_jit._bench.documents_nodes import NodesRow
     from megamoe_jit._diagnose.between import Ways
 
-__all__ = ["measured_on_nodes", "print_nodes", "refuse_with_nodes"]
-
 _HEADERS = ("SHAPE", "TOKENS", "NODES", "EXCHANGE", "CHUNKS", "WHOLE us", "KERNEL us", "EXCHANGE us", "REST us")
 _MORE = ("MODELLED us", "UNFUSED us", "TIMES FASTER", "DIFF")
 DEFAULT_TOKENS = (64, 512, 4096)

@@ -17,26 +17,6 @@ import click
 from megamoe_jit._documents import Document, content, envelope
 from megamoe_jit._text import one_line, printable
 
-__all__ = [
-    "CorruptionError",
-    "ExitCode",
-    "FullSummaries",
-    "cell",
-    "colours_wanted",
-    "confirm",
-    "copy_out",
-    "emit",
-    "end",
-    "facts",
-    "json_option",
-    "live_terminal",
-    "must_be_writable",
-    "progress_line",
-    "say",
-    "show",
-    "table",
-]
-
 
 class ExitCode(IntEnum):
     """How a command ends."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
 
-__all__ = ["compile_kernels", "kernel_specs", "kernel_table"]
-
 
 def kernel_specs(
     shapes: Mapping[str, MoEShape],

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from megamoe_jit._diagnose.between import Between
     from megamoe_jit._spec import MoEShape
 
-__all__ = ["lines_between", "nodes_option", "nodes_options", "shapes_of_a_node"]
-
 nodes_option = click.option(
     "--nodes",
     type=click.IntRange(1, 1024),

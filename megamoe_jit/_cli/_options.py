@@ -18,22 +18,6 @@ if TYPE_CHECKING:
 
     from megamoe_jit._spec import MoEShape
 
-__all__ = [
-    "TIMED_SHAPES",
-    "complete_shape",
-    "gpu_option",
-    "number_list",
-    "numerics_options",
-    "per_shape",
-    "ranks_option",
-    "shape_options",
-    "sms_option",
-    "timed_shapes_option",
-    "timed_tokens_option",
-    "tokens_option",
-    "weight_format_option",
-]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 

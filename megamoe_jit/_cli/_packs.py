@@ -13,8 +13,6 @@ from megamoe_jit._cli._names import looks_like_key, parse_spec
 from megamoe_jit._errors import PackError
 from megamoe_jit._text import counted, human_bytes, one_line
 
-__all__ = ["export_command", "import_command"]
-
 
 def _must_be_plain(file: Path) -> None:
     """Refuse devices and pipes: a pack is read twice, and replaces the file that it is written to."""

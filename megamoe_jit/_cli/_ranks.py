@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Bench
     from megamoe_jit._check.documents import Outcome, Verify
 
-__all__ = ["print_others", "print_verify", "rank_count", "run_ranks_option"]
-
 run_ranks_option = click.option(
     "--ranks",
     type=click.IntRange(1, 8),

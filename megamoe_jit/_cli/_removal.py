@@ -17,8 +17,6 @@ from megamoe_jit._text import counted, human_bytes, one_line
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
 
-__all__ = ["clear_command", "prune_command", "rm_command"]
-
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; needed where nobody can answer.")
 

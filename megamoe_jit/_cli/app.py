@@ -29,8 +29,6 @@ from megamoe_jit._errors import (
 from megamoe_jit._text import printable
 from megamoe_jit._version import __version__
 
-__all__ = ["COMPLETE_VARIABLE", "SUMMARIES", "AnsweringGroup", "cli", "main"]
-
 COMPLETE_VARIABLE = "_MEGAMOE_JIT_COMPLETE"  #: a shell sets it to ask what a line can go on with
 _ENVIRONMENT = (ToolchainError, UnsupportedDeviceError, LoadError)
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from megamoe_jit._check.scenarios import Scenario
     from megamoe_jit._diagnose.between import Ways
 
-__all__ = ["COLUMNS", "bench", "figure", "finish", "measured", "refuse_early"]
-
 Columns = Mapping[str, Callable[["JudgedRow"], str]]
 Draw = Callable[[Mapping[str, Any], Path], Sequence[Path]]
 

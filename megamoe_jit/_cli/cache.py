@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from megamoe_jit._cache.documents import Entry, Statistics
     from megamoe_jit._cache.entry import EntryInfo
 
-__all__ = ["cache"]
-
 
 @click.group(cls=FullSummaries)
 def cache() -> None:

@@ -11,8 +11,6 @@ from megamoe_jit._cli._io import ExitCode, emit, end, facts, json_option, say, s
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.machine import Environment
 
-__all__ = ["env"]
-
 
 def _shown(value: object) -> str:
     if value is None or value == []:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from megamoe_jit._diagnose.explain import Call
     from megamoe_jit._spec import MoEShape
 
-__all__ = ["explain"]
-
 
 def _text(call: Call, gpu: str) -> str:
     parameters = ", ".join(f"{key} {value}" for key, value in content(call.parameters).items())

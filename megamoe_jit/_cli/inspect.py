@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from megamoe_jit._cache.metadata import Metadata
     from megamoe_jit._diagnose.inspect import Resources, View
 
-__all__ = ["inspect"]
-
 _VIEWS = ("resources", "ptx", "sass", "source")
 
 

@@ -13,8 +13,6 @@ from megamoe_jit._text import counted, human_bytes
 if TYPE_CHECKING:
     from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint
 
-__all__ = ["inspect_checkpoint"]
-
 
 @click.command(name="inspect-checkpoint")
 @click.argument("path", type=click.Path(path_type=Path))

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from megamoe_jit._diagnose.plan import Part, Planned
     from megamoe_jit._spec import MoEShape
 
-__all__ = ["plan"]
-
 
 def _sections(title: str, sections: Sequence[Section | Part], total: int) -> str:
     rows = [(s.name, s.bytes, human_bytes(s.bytes), s.what) for s in sections]

@@ -18,8 +18,6 @@ from megamoe_jit._text import counted
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Cell, Time
 
-__all__ = ["tune"]
-
 
 def _best(cell: Cell) -> Time | None:
     return min((time for time in cell.times if time.correct), key=lambda time: time.median_us, default=None)

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from megamoe_jit._check.scenarios import Scenario
     from megamoe_jit._spec import KernelSpec
 
-__all__ = ["verify"]
-
 
 def _line(outcome: Outcome) -> str:
     verdict = "passed" if outcome.passed else "FAILED"

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
 
-__all__ = ["warmup"]
-
 ALL_INPUTS = "all"
 
 

@@ -19,8 +19,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 from megamoe_jit._files import stays_inside
 
-__all__ = ["TemplateLimitError", "render_template"]
-
 MOST_OUTPUT = 8 << 20  #: characters
 MOST_TURNS = 100_000  #: of all loops together
 MOST_INCLUDES = 1000

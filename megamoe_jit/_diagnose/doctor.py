@@ -36,8 +36,6 @@ from megamoe_jit._text import human_bytes, several
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
 
-__all__ = ["examine"]
-
 LOW_SPACE = 256 << 20  #: free bytes below which a cache gets a warning
 
 

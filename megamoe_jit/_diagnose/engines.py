@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from megamoe_jit._diagnose.finding import Check, Status
 from megamoe_jit._diagnose.machine import installed
 
-__all__ = ["ENGINES", "PAGE", "EngineProbe", "examine_engine", "probe_of"]
-
-
 #: Of each engine: its package, as pip knows it; the module that has the releases `WANTED` and `TESTED`, and asks for
 #: what is `relied_upon`; what to type so that the engine takes the plug-in, a line each.
 _PLUGINS = {

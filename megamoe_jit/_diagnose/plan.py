@@ -23,8 +23,6 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.variants import Variant
 from megamoe_jit.heuristics.select import AUTO, all_variants
 
-__all__ = ["Launch", "Part", "PlanDocument", "Planned", "memory_plan", "shared_parts"]
-
 
 @dataclass(frozen=True, slots=True)
 class Part:

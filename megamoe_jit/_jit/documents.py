@@ -13,8 +13,6 @@ from megamoe_jit._jit.runtime import WarmupResult
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["CacheExport", "CacheImport", "Kernel", "KernelStatus", "PackedKernel", "Warmup", "status_of", "stored"]
-
 KernelStatus = Literal["compiled", "cached", "failed", "skipped", "missing"]
 
 

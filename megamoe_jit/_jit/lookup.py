@@ -23,8 +23,6 @@ from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._text import shown
 from megamoe_jit._trust import check_private
 
-__all__ = ["Fit", "Found", "Wanted", "entries_of", "find_key", "first_whole", "fit_of", "lookup"]
-
 LOG = logging.getLogger("megamoe_jit")
 
 

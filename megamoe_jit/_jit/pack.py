@@ -27,8 +27,6 @@ from megamoe_jit._spec.kinds import AnySpec
 from megamoe_jit._text import items_of, one_line, shown
 from megamoe_jit._version import __version__
 
-__all__ = ["ImportReport", "PackInfo", "export_pack", "import_pack", "read_pack"]
-
 
 @dataclass(frozen=True, slots=True)
 class PackInfo:

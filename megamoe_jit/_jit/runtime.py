@@ -27,8 +27,6 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._text import items_of, several, shown
 
-__all__ = ["WarmupResult", "enumerate_specs", "forget", "retry", "seal", "sealed", "unseal", "warmup"]
-
 LOG = logging.getLogger("megamoe_jit")
 _QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often
 _BY_NAME = 'preset("v4-flash").shape'  # in messages

@@ -37,8 +37,6 @@ from megamoe_jit.heuristics.select import all_variants
 if TYPE_CHECKING:
     from megamoe_jit._layer.given_weights import WeightTensors
 
-__all__ = ["SymmBuffer"]
-
 LOG = logging.getLogger("megamoe_jit")
 _AFTER_CAPTURE = ", and CUDA waits for no device meanwhile; call this after the capture"
 

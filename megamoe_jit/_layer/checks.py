@@ -18,19 +18,6 @@ from megamoe_jit._text import shown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = [
-    "check_activation",
-    "check_bound",
-    "check_device",
-    "check_expert_ids",
-    "check_neutral",
-    "check_recipe",
-    "check_shared_weight",
-    "check_tensor",
-    "check_weights",
-    "require_topology",
-]
-
 RECIPE = (128, 128, 128)
 SWIGLU = "swiglu"
 _THREE = (int, int, int)

@@ -10,8 +10,6 @@ from megamoe_jit._layer.memory import Place
 from megamoe_jit._spec.formats import ExpandedParts
 from megamoe_jit._text import first_line
 
-__all__ = ["ExpandedWeights"]
-
 
 class ExpandedWeights:
     """Room for the e5m2 codes of one layer, and the counters of what is expanded; all layers of a buffer share it.

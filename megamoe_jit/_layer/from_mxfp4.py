@@ -30,8 +30,6 @@ from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.formats import MXFP4
 from megamoe_jit._text import shown
 
-__all__ = ["Mxfp4Spread", "block_bounds", "check_rounding", "fp8_from_mxfp4", "mxfp4_spread", "round_groups"]
-
 _TARGETS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 MOST_HALVINGS = 5  #: then all of e2m1 is rounded to zero
 

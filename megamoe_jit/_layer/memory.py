@@ -30,8 +30,6 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit._version import __version__
 
-__all__ = ["LayerMemory", "Place", "mask_rows"]
-
 
 @dataclass(frozen=True, slots=True)
 class Place:

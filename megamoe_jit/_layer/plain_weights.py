@@ -32,23 +32,6 @@ from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 
-__all__ = [
-    "FLOATS",
-    "L1",
-    "L2",
-    "Matrix",
-    "check_format",
-    "check_layer",
-    "check_matrix",
-    "check_same",
-    "format_given",
-    "in_order",
-    "own_pair",
-    "parts",
-    "read_matrix",
-    "write_matrix",
-]
-
 FLOATS, FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
 
 

@@ -13,8 +13,6 @@ from megamoe_jit._spec.checks import check_float32
 from megamoe_jit._spec.stage import StageFormat
 from megamoe_jit._text import shown
 
-__all__ = ["RawInputs", "check_rows"]
-
 _BF16 = StageFormat.BF16
 _FORMATS = {  #: and bytes of a number
     torch.bfloat16: (_BF16, 2),

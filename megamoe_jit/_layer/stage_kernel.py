@@ -16,8 +16,6 @@ from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.abi import STAGE_THREADS
 from megamoe_jit._spec.stage import StageFormat, StageSpec
 
-__all__ = ["Outputs", "StageKernel", "launch_stage", "stage_kernel"]
-
 BLOCKS_PER_SM = 6  #: as many as fit
 HALF_WARPS = STAGE_THREADS // 16  #: each has a group of 128 columns
 

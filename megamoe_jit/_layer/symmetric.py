@@ -22,8 +22,6 @@ from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.group import collectively, gather, group_rank
 from megamoe_jit._text import first_line
 
-__all__ = ["allocate_symmetric", "host_id"]
-
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  #: in the order in which torch looks at them
 _SOCKET_NAME_BYTES = 107  #: longest name of a socket; torch copies a longer one past the end of its buffer

@@ -27,8 +27,6 @@ from megamoe_jit._layer.marks import LAYOUT
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, check_int
 from megamoe_jit._text import counted, shown
 
-__all__ = ["Lease", "Workspace", "buffer_named", "lease"]
-
 Kind = Literal["shared", "own", "given"]
 
 

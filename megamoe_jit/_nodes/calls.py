@@ -28,8 +28,6 @@ from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, MoEShape, check_int
 from megamoe_jit._spec.checks import check
 
-__all__ = ["fp8_mega_moe_multinode", "get_multinode_buffer_for_mega_moe"]
-
 PARTIALS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BY_NAME = ("auto", "gather", "exact")
 MOST_CHUNKS, MOST_CTAS = 64, 64

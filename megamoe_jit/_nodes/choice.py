@@ -15,8 +15,6 @@ from megamoe_jit._nodes.model import NETWORK, Cost, Network, cost
 from megamoe_jit._nodes.rail import AlongRails, TorchRail
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["Choices", "Rule"]
-
 
 @dataclass(frozen=True, slots=True)
 class Rule:

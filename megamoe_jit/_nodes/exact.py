@@ -14,8 +14,6 @@ from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 from megamoe_jit._nodes.passes import Routes
 from megamoe_jit._nodes.rail import AlongRails
 
-__all__ = ["ExactExchange"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Sent:

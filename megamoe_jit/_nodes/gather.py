@@ -7,8 +7,6 @@ import torch
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 from megamoe_jit._nodes.rail import AlongRails
 
-__all__ = ["GatherExchange"]
-
 
 class GatherExchange(AlongRails):
     """All rows of a rail into the experts' buffer as they are, in one collective; results back in another.

@@ -17,8 +17,6 @@ from megamoe_jit._nodes.passes import Routes
 from megamoe_jit._spec.abi import NODES_THREADS, WARP
 from megamoe_jit._spec.passes import Pass, PassSpec
 
-__all__ = ["PassKernels", "pass_kernels"]
-
 BLOCKS_PER_SM = 6  #: as many as fit
 WARPS = NODES_THREADS // WARP  #: each has a row at a time
 NUMBERS = 8  #: of a thread that sums

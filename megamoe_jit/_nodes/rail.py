@@ -18,8 +18,6 @@ from megamoe_jit._nodes.pass_kernels import pass_kernels
 from megamoe_jit._nodes.passes import Passes, TorchPasses
 from megamoe_jit._nodes.watch import Watch, wait_until
 
-__all__ = ["AlongRails", "Rail", "TorchRail", "rail_options"]
-
 _HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 

@@ -15,8 +15,6 @@ from megamoe_jit._nodes.roll_call import RollCall
 from megamoe_jit._spec import MAX_RANKS
 from megamoe_jit._text import shown
 
-__all__ = ["NodeRanks"]
-
 
 class NodeRanks:
     """What a `NodeTopology` knows of its ranks, without what layers share; arguments and attributes are there."""

@@ -17,8 +17,6 @@ from typing import Any
 
 from megamoe_jit._layer.group import gather, group_rank, group_size
 
-__all__ = ["RollCall"]
-
 BEAT_S = 1.0
 LISTEN_S = 3.5  #: a beat may be late by so much, of a process that is busy
 

@@ -9,9 +9,6 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 
-__all__ = ["ForAnyLayer"]
-
-
 _Kind = TypeVar("_Kind", bound=StrEnum)
 
 

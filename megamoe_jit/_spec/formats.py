@@ -18,8 +18,6 @@ from megamoe_jit._text import shown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ExpandedParts", "FORMATS", "FP8", "FP8_E5M2", "MXFP4", "Part", "WeightFormat"]
-
 
 class Part(NamedTuple):
     """One of the tensors that a matrix is stored as."""

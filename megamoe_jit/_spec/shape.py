@@ -9,8 +9,6 @@ from megamoe_jit._documents import Count
 from megamoe_jit._spec.abi import QUANT_BLOCK
 from megamoe_jit._spec.checks import check, check_int
 
-__all__ = ["BLOCK", "MAX_EXPERTS", "MAX_SIZE", "MAX_TOKENS", "MAX_TOPK", "MoEShape"]
-
 MAX_TOPK = 32
 MAX_SIZE = 262144  #: of hidden and intermediate; kernels for larger ones spill
 MAX_EXPERTS = 1024

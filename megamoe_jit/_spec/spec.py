@@ -31,8 +31,6 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.shape import BLOCK, MAX_EXPERTS, MoEShape
 from megamoe_jit._spec.variants import Variant
 
-__all__ = ["DEFAULT_NUMERICS", "KernelSpec"]
-
 TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says

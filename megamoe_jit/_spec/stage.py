@@ -6,8 +6,6 @@ from enum import StrEnum
 
 from megamoe_jit._spec.any_layer import ForAnyLayer
 
-__all__ = ["StageFormat", "StageSpec"]
-
 
 class StageFormat(StrEnum):
     """Numbers that activations come in."""

@@ -47,10 +47,10 @@ def test_doctor_on_driver_and_gpu(machine: Machine, driver: str, gpu: str):
 
 
 def test_doctor_on_a_gpu_machine_with_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megamoe_jit._compile.toolchain._installed_torch_cuda", lambda: None)
+    monkeypatch.setattr("megamoe_jit._compile.toolchain.installed_torch_cuda", lambda: None)
     assert _doctor.check_torch(Machine("13.0", None, (H200,))).status is Status.FAIL
     assert _doctor.check_torch(Machine(None, "none")).status is Status.OK
-    monkeypatch.setattr("megamoe_jit._compile.toolchain._installed_torch_cuda", lambda: "12.8")
+    monkeypatch.setattr("megamoe_jit._compile.toolchain.installed_torch_cuda", lambda: "12.8")
     assert "CUDA 12.8" in _doctor.check_torch(Machine("13.0", None, (H200,))).detail
 
 
@@ -124,7 +124,7 @@ def test_doctor_reports_and_ends_with_3(environ: dict[str, str], code: int, fail
 
 def test_doctor_ends_with_0_or_1(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_doctor, "gpus", lambda: Machine("13.0", None, (H200,)))
-    monkeypatch.setattr("megamoe_jit._compile.toolchain._installed_torch_cuda", lambda: "12.8")
+    monkeypatch.setattr("megamoe_jit._compile.toolchain.installed_torch_cuda", lambda: "12.8")
     monkeypatch.setattr("megamoe_jit._compile.toolchain.wanted_major", lambda: (None, "nothing asks for one"))
     fine = invoke("doctor")
     assert fine.exit_code == 0, fine.stdout

@@ -364,7 +364,7 @@ def miss(name, spec):
 load_kernel(spec, 0)  # what is imported and found out once a process
 other = KernelSpec(MoEShape(256, 128, 16, 2), Variant.PINGPONG)
 get_kernel(other)  # the compiler's own part is no part of this
-for known in (cubin.read_cubin, cubin.cubin_arch, cubin._sections):
+for known in (cubin.read_cubin, cubin.cubin_arch, cubin.sections_of):
     known.cache_clear()  # as a process that has not compiled it
 miss("stored:", other)
 user_cache().clear()
