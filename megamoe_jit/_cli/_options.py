@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.variants import AUTO, VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
+_Option = Callable[[Callable[..., Any]], Callable[..., Any]]  #: what adds one, or several, to a command
 
 
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -31,6 +33,29 @@ def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> li
     done, comma, last = incomplete.rpartition(",")
     names = [name for name in (*preset_names(), "all") if name.startswith(last)]
     return [CompletionItem(f"{done}{comma}{name}") for name in names]
+
+
+def gathered(options: Sequence[_Option], into: str, make: Callable[..., Any], names: Iterable[str]) -> _Option:
+    """Adds options whose values the command gets as one.
+
+    Args:
+        options: in the order of the help.
+        into: what the command gets.
+        make: makes it of their values, by name.
+        names: of the values.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def call(**given: Any) -> Any:
+            made = make(**{name: given.pop(name) for name in names})
+            return command(**{into: made}, **given)
+
+        for option in reversed(options):
+            call = option(call)
+        return call
+
+    return add
 
 
 _SHAPE_OPTIONS = (
@@ -51,32 +76,7 @@ _SHAPE_OPTIONS = (
 )
 
 
-def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--shapes` and, as the alternative to it, the four sizes of one layer; and `--shared`, for either.
-
-    The command gets `shapes`: the layers that were asked for, by the name to show them under.
-    """
-
-    @functools.wraps(command)
-    def with_shapes(
-        *,
-        names: str | None,
-        hidden: int | None,
-        intermediate: int | None,
-        experts: int | None,
-        topk: int | None,
-        shared: int,
-        **others: Any,
-    ) -> Any:
-        sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "topk": topk}
-        return command(shapes=_with_shared(_shapes(names, sizes), shared), **others)
-
-    for option in reversed(_SHAPE_OPTIONS):
-        with_shapes = option(with_shapes)
-    return with_shapes
-
-
-def _shapes(names: str | None, sizes: dict[str, int | None]) -> dict[str, MoEShape]:
+def _shapes(names: str | None, shared: int, **sizes: int | None) -> dict[str, MoEShape]:
     from megamoe_jit._spec import MoEShape
     from megamoe_jit.heuristics.presets import parse_shapes
 
@@ -84,11 +84,11 @@ def _shapes(names: str | None, sizes: dict[str, int | None]) -> dict[str, MoESha
     if names is not None:
         if given:
             raise click.UsageError(f"--shapes and --{next(iter(given))} exclude each other.")
-        return {p.name: p.shape for p in parse_shapes(names)}
+        return _with_shared({p.name: p.shape for p in parse_shapes(names)}, shared)
     if len(given) != len(sizes):
         raise click.UsageError("Name the shapes: --shapes NAME, or all of --hidden --intermediate --experts --topk.")
     shape = MoEShape(**given)
-    return {f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}
+    return _with_shared({f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}, shared)
 
 
 def _with_shared(shapes: dict[str, MoEShape], shared: int) -> dict[str, MoEShape]:
@@ -109,6 +109,12 @@ def per_shape(shapes: Mapping[str, MoEShape], make: Callable[[str, MoEShape], It
             raise ConfigError(f"{name}: {error}") from None
     return made
 
+
+#: `--shapes` and, as the alternative to it, the four sizes of one layer; and `--shared`, for either. The command gets
+#: `shapes`: the layers that were asked for, by the name to show them under.
+shape_options = gathered(
+    _SHAPE_OPTIONS, "shapes", _shapes, ("names", "hidden", "intermediate", "experts", "topk", "shared")
+)
 
 TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those that were measured beside other kernels
 
@@ -201,17 +207,27 @@ def tokens_option(meaning: str, least: int = 0) -> Callable[[_F], _F]:
     )
 
 
-def numerics_options(function: _F) -> _F:
-    """A flag for each numeric option; the command gets them as one value, `numerics`."""
+def _numeric_option(option: Field[Any]) -> Callable[[_F], _F]:
+    flag, word = option.name.replace("_", "-"), option.metadata["words"][option.default] or "off"
+    what = f"The {option.name} of the calls.  [default: {word}]"
+    return click.option(f"--{flag}/--no-{flag}", default=option.default, help=what)
 
-    @functools.wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        numerics = Numerics(**{option.name: options.pop(option.name) for option in fields(Numerics)})
-        return function(*arguments, numerics=numerics, **options)
 
-    decorated: Callable[..., Any] = call
-    for option in reversed(fields(Numerics)):
-        flag, word = option.name.replace("_", "-"), option.metadata["words"][option.default] or "off"
-        what = f"The {option.name} of the calls.  [default: {word}]"
-        decorated = click.option(f"--{flag}/--no-{flag}", default=option.default, help=what)(decorated)
-    return cast("_F", decorated)
+#: A flag for each numeric option; the command gets them as one value, `numerics`.
+numerics_options = gathered(
+    [_numeric_option(option) for option in fields(Numerics)],
+    "numerics",
+    Numerics,
+    [option.name for option in fields(Numerics)],
+)
+
+
+def variant_option(meaning: str, default: str | None = AUTO) -> Callable[[_F], _F]:
+    """Add `--variant`, the name of one or `auto`."""
+    choice = click.Choice(VARIANT_CHOICES)
+    return click.option("--variant", default=default, show_default=True, type=choice, help=meaning)
+
+
+def variants_option(meaning: str, names: Sequence[str] = VARIANT_CHOICES) -> Callable[[_F], _F]:
+    """Add `--variant`, which may be given more than once; the command gets `variants`."""
+    return click.option("--variant", "variants", multiple=True, type=click.Choice(names), help=meaning)

@@ -12,11 +12,10 @@ import click
 from megamoe_jit._cli._bench_nodes import measured_on_nodes, print_nodes, refuse_with_nodes
 from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
 from megamoe_jit._cli._nodes import nodes_options
-from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
+from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, variants_option, weight_format_option
 from megamoe_jit._cli._ranks import print_others, rank_count, run_ranks_option
 from megamoe_jit._documents import plain
 from megamoe_jit._spec.formats import FP8
-from megamoe_jit._spec.variants import VARIANT_CHOICES
 from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
@@ -258,13 +257,7 @@ def finish(
 @click.command()
 @timed_shapes_option
 @timed_tokens_option("16,64,256,512,1024,4096,8192; on one GPU 1,2,4,8,32 too for v4-flash and v4-pro")
-@click.option(
-    "--variant",
-    "variants",
-    multiple=True,
-    type=click.Choice(VARIANT_CHOICES),
-    help="Variant to time; may be given more than once.  [default: all, taking turns]",
-)
+@variants_option("Variant to time; may be given more than once.  [default: all, taking turns]")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),

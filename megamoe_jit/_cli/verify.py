@@ -11,10 +11,10 @@ import click
 
 from megamoe_jit._cli._io import ExitCode, emit, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
-from megamoe_jit._cli._options import weight_format_option
+from megamoe_jit._cli._options import variants_option, weight_format_option
 from megamoe_jit._cli._ranks import print_verify, rank_count, run_ranks_option
 from megamoe_jit._errors import ConfigError, ToolchainError
-from megamoe_jit._spec.variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
+from megamoe_jit._spec.variants import VARIANT_NAMES, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -82,13 +82,7 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
     metavar="PATTERN",
     help="Names, globs or families of scenarios, separated by commas (L4, route.hot*, shape).",
 )
-@click.option(
-    "--variant",
-    "variants",
-    multiple=True,
-    type=click.Choice(VARIANT_CHOICES),
-    help=f"Variant to run; may be given more than once.  [default: {' and '.join(VARIANT_NAMES)}]",
-)
+@variants_option(f"Variant to run; may be given more than once.  [default: {' and '.join(VARIANT_NAMES)}]")
 @click.option("--slow", is_flag=True, help="Run the large scenarios as well.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
 @click.option(

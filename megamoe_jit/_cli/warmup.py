@@ -17,10 +17,10 @@ from megamoe_jit._cli._options import (
     numerics_options,
     ranks_option,
     shape_options,
+    variant_option,
     weight_format_option,
 )
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._jit.documents import Kernel, KernelStatus
@@ -35,13 +35,7 @@ ALL_INPUTS = "all"
 @shape_options
 @ranks_option
 @nodes_option
-@click.option(
-    "--variant",
-    default="auto",
-    show_default=True,
-    type=click.Choice(VARIANT_CHOICES),
-    help="One variant alone; auto compiles all that a call can pick.",
-)
+@variant_option("One variant alone; auto compiles all that a call can pick.")
 @click.option(
     "--inputs",
     default=ALL_INPUTS,
