@@ -14,7 +14,7 @@ from megamoe_jit._text import counted, shown
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE
-from megamoe_jit.checkpoints.ready import load_ready, ready_of
+from megamoe_jit.checkpoints.ready import load_ready, routed_of
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, model_of, shared_of
 
 __all__ = ["Progress", "device_of", "load_experts", "load_shared_experts"]
@@ -156,12 +156,8 @@ def load_shared_experts(
     shared = shared_of(files, model, layer)
     if shared is None:
         return None
-    if model.scheme == MEGAMOE:
-        ready = ready_of(files, model, layer)
-        hidden, intermediate = ready.hidden, ready.intermediate
-    else:
-        routed = layer_of(files, model, layer)
-        hidden, intermediate = routed.hidden, routed.intermediate
+    routed = routed_of(files, model, layer)
+    hidden, intermediate = routed.hidden, routed.intermediate
     count, rest = divmod(shared.intermediate, intermediate)
     if rest or shared.hidden != hidden:
         sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {hidden} and {intermediate}"

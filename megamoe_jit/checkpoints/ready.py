@@ -19,8 +19,8 @@ from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.config import experts_of
 from megamoe_jit.checkpoints.files import Entry, Files
-from megamoe_jit.checkpoints.names import ModelNames
-from megamoe_jit.checkpoints.stored import experts_of_rank, names_in
+from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
+from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, names_in
 
 __all__ = ["DTYPES", "Ready", "entries_of", "load_ready", "ready_of"]
 
@@ -86,6 +86,11 @@ def ready_of(files: Files, model: ModelNames, layer: int) -> Ready:
                 given = f"layer {layer}: {shown(name, 200)} is {found.dtype} {found.shape}"
                 raise CheckpointError(f"{given}; allowed: {entry.dtype} {entry.shape}, to fit the others")
     return Ready(weights, experts, depth, rows // 2, (w13, w2))
+
+
+def routed_of(files: Files, model: ModelNames, layer: int) -> Ready | Stored:
+    """The routed experts of a layer, whichever order they are in; raises as `ready_of` and `layer_of`."""
+    return ready_of(files, model, layer) if model.scheme == MEGAMOE else layer_of(files, model, layer)
 
 
 def load_ready(
