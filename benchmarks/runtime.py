@@ -32,9 +32,9 @@ from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.runtime import enumerate_specs, forget
 from megamoe_jit._settings.settings import override
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.formats import FP8, MXFP4
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics.presets import preset, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +162,7 @@ from megamoe_jit._jit.runtime import enumerate_specs
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.formats import FP8, MXFP4
-from megamoe_jit._spec.stage import StageFormat, StageSpec
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit.heuristics.presets import preset
 spec = enumerate_specs(preset("v4-flash").shape)[0]

@@ -80,7 +80,7 @@ def warmup(
     from megamoe_jit._errors import ConfigError
     from megamoe_jit._jit.documents import Warmup
     from megamoe_jit._settings.settings import get_settings
-    from megamoe_jit._spec.passes import Pass, PassSpec
+    from megamoe_jit._spec.any_layer import Pass, PassSpec
 
     settings = get_settings()
     kernels_dir()  # one that is wrong is no failure of each kernel

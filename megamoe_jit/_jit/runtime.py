@@ -20,11 +20,12 @@ from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
+from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.kinds import AnySpec
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._text import items_of, several, shown
 
 LOG = logging.getLogger("megamoe_jit")
@@ -84,12 +85,10 @@ def enumerate_specs(
     """
     from megamoe_jit.heuristics.select import all_variants
 
-    if not isinstance(shape, MoEShape):
-        allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: {allowed}")
+    allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
+    check(isinstance(shape, MoEShape), "shape", shape, allowed)
     given = None if variants is None else items_of(variants)
-    if given is None and variants is not None:
-        raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
+    check(given is not None or variants is None, "variants", variants, "several Variants, or None")
     stored = WeightFormat.parse(weights)
     wanted = all_variants(shape, stored, ranks=ranks) if given is None else given
     flags = (True, False) if fast_math is None else (fast_math,)
@@ -154,10 +153,8 @@ def warmup(
         ConfigError: these are not specs, or `jobs` is not a number of threads.
     """
     todo = _distinct(specs)
-    if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
-    if progress is not None and not callable(progress):
-        raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
+    check(jobs is None or (type(jobs) is int and jobs >= 1), "jobs", jobs, "an integer from 1, or None")
+    check(progress is None or callable(progress), "progress", progress, "a function of a result, or None")
     results: dict[Compilable, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     stop = threading.Event()

@@ -18,8 +18,7 @@ from megamoe_jit._cli import cli
 from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from megamoe_jit._spec.passes import Pass
-from megamoe_jit._spec.stage import StageFormat
+from megamoe_jit._spec.any_layer import Pass, StageFormat
 from tests import schemas
 from tests.commandline import (
     COOPERATIVE,

@@ -28,8 +28,8 @@ from megamoe_jit._jit.registry import reset
 from megamoe_jit._jit.runtime import enumerate_specs, forget, seal, sealed, unseal, warmup
 from megamoe_jit._settings.settings import get_settings, override
 from megamoe_jit._spec import MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics.presets import preset, preset_names
 from megamoe_jit.heuristics.select import choose
 from tests.stubs import child_environment, rewrite_meta, write_rooms

@@ -25,8 +25,8 @@ from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.runtime import forget, retry, warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._spec.compilable import Compilable
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from tests.stubs import ROOM, TEMPLATE, child_environment
 
 SHAPE = MoEShape(256, 128, 8, 2)
