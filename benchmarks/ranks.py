@@ -33,10 +33,9 @@ from benchmarks.beside import PACKAGE, module, put_beside
 from benchmarks.checkout import commit
 from benchmarks.frame import parser, say
 from megamoe_jit._bench.clock import TimedCall, anchors
-from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, kernel_of, some_rows
-from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
+from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import touched_experts
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World

@@ -17,20 +17,20 @@ import torch
 
 import megamoe_jit
 from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall
-from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.contenders import METHODS
 from megamoe_jit._bench.measure import anchors, as_fp8, kernel_of, require_hopper, some_rows
-from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
+from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import rows_of
 from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines, unusable
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import function_of, judge
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._documents import content
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape
+from megamoe_jit._spec.checks import check
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.reference import calc_diff, expert_counts
 
@@ -137,7 +137,7 @@ def measure_on_rank(
                 where = world.device, world.ranks, weights
                 kernels = {v: kernel_of(case.shape, case.tokens, v, *where) for v in wanted}
                 rows, others = rows_of(case, kernels, parts)
-                world.report({"rows": [row.to_json() for row in rows], "baselines": [asdict(each) for each in others]})
+                world.report({"rows": [content(row) for row in rows], "baselines": [asdict(each) for each in others]})
         layer.destroy()
         del layer
     not_timed = {name: reason for name, reason in methods.items() if reason}
@@ -174,8 +174,7 @@ def run(
         UnsupportedDeviceError: there is none at all.
         MegaMoeError: a rank failed; says what all of them said.
     """
-    if not 2 <= ranks <= MAX_RANKS:
-        raise ConfigError(f"ranks = {ranks} is not supported; allowed: 2 to {MAX_RANKS}")
+    check(2 <= ranks <= MAX_RANKS, "ranks", ranks, f"2 to {MAX_RANKS}")
     if not torch.cuda.is_available():  # otherwise each rank asks for itself: this process needs no CUDA context
         require_hopper()
     rows: list[dict[str, Any]] = []

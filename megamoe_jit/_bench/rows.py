@@ -49,10 +49,7 @@ def _figures(own: MoEShape, case: Scenario, variant: str, parts: Sequence[Part])
     stored = WeightFormat.parse(case.weights)
     weight_bytes = touched_experts(own.experts, parts) * stored.expert_code_bytes(own.hidden, own.intermediate)
     return {
-        "hidden": own.hidden,
-        "intermediate": own.intermediate,
-        "experts": own.experts,
-        "topk": own.topk,
+        **own.to_json(),
         "tokens": case.tokens,
         "variant": variant,
         "weights": case.weights,

@@ -193,17 +193,12 @@ def run_on_rank(world: World, runs: dict[str, Any], api: str = "megamoe_jit") ->
                 outcomes.append(_merged(_counted(everyone)))
             count += 1
             if world.rank == 0:
-                world.report((_merged(outcomes, "round") if wanted.rounds > 1 else outcomes[0]).to_json())
+                world.report(asdict(_merged(outcomes, "round") if wanted.rounds > 1 else outcomes[0]))
             if any(said.gone for said in everyone):
                 return count
             if all(said.has_buffer for said in everyone):
                 rank.destroy()
     return count
-
-
-def _from_json(data: dict[str, Any]) -> Outcome:
-    values: dict[str, Any] = {k: math.nan if v is None else v for k, v in data.items()}
-    return Outcome(**values)
 
 
 def run_ranks(
@@ -234,7 +229,7 @@ def run_ranks(
     outcomes: list[Outcome] = []
 
     def note(_: int, report: Any) -> None:
-        outcomes.append(_from_json(report))
+        outcomes.append(Outcome(**report))
         if progress is not None:
             progress(outcomes[-1])
 

@@ -51,9 +51,10 @@ def gathered(options: Sequence[_Option], into: str, make: Callable[..., Any], na
             made = make(**{name: given.pop(name) for name in names})
             return command(**{into: made}, **given)
 
+        added: Callable[..., Any] = call
         for option in reversed(options):
-            call = option(call)
-        return call
+            added = option(added)
+        return added
 
     return add
 
@@ -142,6 +143,22 @@ ranks_option = click.option(
     show_default=True,
     help="GPUs that share the experts of one layer.",
 )
+
+
+run_ranks_option = click.option(
+    "--ranks",
+    type=click.IntRange(1, 8),
+    help="GPUs of this host that share the experts; one process is started for each, unless torchrun has started "
+    "them.  [default: torchrun's number, else 1]",
+)
+
+
+def rank_count(ranks: int | None) -> int:
+    """The number of ranks that was asked for, or torchrun's."""
+    from megamoe_jit._check.collect import joined
+
+    here = joined()
+    return ranks if ranks is not None else here[1] if here is not None else 1
 
 
 def weight_format_option(meaning: str, default: str | None = FP8.name) -> Callable[[_F], _F]:

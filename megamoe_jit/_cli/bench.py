@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._bench_nodes import measured_on_nodes, print_nodes, refuse_with_nodes
-from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
+from megamoe_jit._cli._io import ExitCode, cell, emit, json_option, must_be_writable, progress_line, say, show, table
 from megamoe_jit._cli._nodes import nodes_options
-from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, variants_option, weight_format_option
-from megamoe_jit._cli._ranks import print_others, rank_count, run_ranks_option
-from megamoe_jit._documents import plain
+from megamoe_jit._cli._options import (
+    rank_count,
+    run_ranks_option,
+    timed_shapes_option,
+    timed_tokens_option,
+    variants_option,
+    weight_format_option,
+)
+from megamoe_jit._documents import content, plain
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._text import counted
 
@@ -65,6 +71,26 @@ COLUMNS_OF_RANKS: Columns = {
 }
 
 
+def _show_others(doc: Bench) -> None:
+    """The ways to do the layer unfused, if they were timed."""
+    others = [
+        (
+            b.shape,
+            str(b.tokens),
+            b.method,
+            "graph" if b.graph else "eager",
+            cell(b.median_us, ".1f"),
+            cell(b.diff, ".1e", "" if b.correct else " WRONG"),
+        )
+        for b in doc.baselines or ()
+    ]
+    if others:
+        show()
+        show(table(("SHAPE", "TOKENS", "UNFUSED", "LAUNCHED", "MEDIAN us", "DIFF"), others, left=(0, 2, 3)))
+    for method, reason in (doc.baselines_not_timed or {}).items():
+        show(f"not timed: {method} ({reason})")
+
+
 def _print_card(anchors: Sequence[dict[str, float]]) -> None:
     last = len(anchors) - 1
     for number, anchor in enumerate(anchors):
@@ -110,7 +136,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
             baselines=others,
         )
     card.append(_bench.anchors())
-    doc = {"environment": conditions, "anchors": card, "rows": [row.to_json() for row in rows]}
+    doc = {"environment": conditions, "anchors": card, "rows": [content(row) for row in rows]}
     if not_timed is not None:
         doc["baselines"] = [asdict(other) for other in others]
         doc["baselines_not_timed"] = {name: reason for name, reason in not_timed.items() if reason}
@@ -199,7 +225,7 @@ def _print(doc: Bench, as_json: bool, columns: Columns, lines: Sequence[str]) ->
         columns = COLUMNS_OF_RANKS
     cells = [[cell(row) for cell in columns.values()] for row in doc.rows]
     show(table(list(columns), cells, left=(0, 1, 2)))
-    print_others(doc)
+    _show_others(doc)
     _print_card(doc.anchors)
     for line in lines:
         show(line)

@@ -20,6 +20,7 @@ from megamoe_jit._bench.unfused_run import unusable
 from megamoe_jit._check.scenarios import Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._check.verify import judge
+from megamoe_jit._documents import content
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import dequantize_activations, dequantize_weights
 from megamoe_jit._spec import MoEShape
@@ -142,7 +143,7 @@ CASE = Scenario("v4-flash", MoEShape(4096, 2048, 64, 6), 64, 64)
 def merge(parts: list[dict]) -> dict[str, list[dict]]:
     """As rank 0 reports it."""
     rows, others = rows_of(CASE, {"auto": "pingpong"}, parts)
-    return {"rows": [row.to_json() for row in rows], "baselines": [asdict(each) for each in others]}
+    return {"rows": [content(row) for row in rows], "baselines": [asdict(each) for each in others]}
 
 
 def part(scale: float, wrong: bool = False, rows: list[int] | None = None) -> dict:
