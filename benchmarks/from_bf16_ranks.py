@@ -24,8 +24,6 @@ from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.heuristics.presets import Preset
 
-__all__ = ["measure_on_rank", "run"]
-
 
 class _Layer(RankWeights):
     """A shape on this rank: weights and the group's buffer."""

@@ -45,8 +45,6 @@ from megamoe_jit._spec import FP8, MXFP4, MoEShape
 from megamoe_jit.heuristics.presets import Preset, preset
 from megamoe_jit.reference import expert_counts
 
-__all__ = ["MODES", "Slice", "dealt", "measure_on_rank", "modes_of", "warm"]
-
 SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
 PACKED_TOKENS = (16, 64, 256, 512)  #: of packed weights, which are for few
 MODES = ("one", "half", "all", "uniform")
