@@ -22,13 +22,12 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; needed 
 
 
 def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
-    from megamoe_jit._settings.variables import VARIABLES
+    from megamoe_jit._settings.variables import parse_size
 
     if text is None:
         return None
-    parse = next(variable.parse for variable in VARIABLES if variable.field == "cache_max_bytes")
     try:
-        return int(parse(text))
+        return parse_size(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not {error}") from None
 
