@@ -97,12 +97,5 @@ def run(
         ConfigError: there are not as many GPUs.
         MegaMoeError: a rank failed; says what all of them said.
     """
-    rows: list[dict[str, Any]] = []
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(row)
-        note(row)
-
     arguments = {"shapes": [[*sizes_of(each), weights] for each, weights in layers], "tokens": sorted(tokens)}
-    found = measured_on_ranks("benchmarks.from_bf16_ranks:measure_on_rank", ranks, arguments, add)
-    return None if found is None else {**found, "rows": rows}
+    return measured_on_ranks("benchmarks.from_bf16_ranks:measure_on_rank", ranks, arguments, note)

@@ -266,17 +266,11 @@ def run(
     work: Sequence[Any], ranks: int, packages: Sequence[str], source: str, note: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Measure on processes started for it: conditions, anchors and rows."""
-    rows: list[dict[str, Any]] = []
-
-    def take(row: dict[str, Any]) -> None:
-        rows.append(row)
-        note(row)
-
     arguments = {"work": list(work), "packages": list(packages), "source": source}
-    found = measured_on_ranks("benchmarks.ranks:measure_on_rank", ranks, arguments, take)
+    found = measured_on_ranks("benchmarks.ranks:measure_on_rank", ranks, arguments, note)
     if found is None:
         raise RuntimeError("it starts its ranks itself: not under torchrun")
-    return {**found, "rows": rows}
+    return found
 
 
 def main() -> int:

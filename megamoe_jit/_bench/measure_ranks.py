@@ -126,6 +126,7 @@ def measure_on_rank(
     methods = {method.name: "not wanted" for method in METHODS}
     if baseline:
         methods = unusable(world.device, dist.group.WORLD)
+    baselines: list[dict[str, Any]] = []
     for name, *sizes in shapes:
         torch.cuda.empty_cache()
         layer = _Layer(world, shape_on_ranks(world, *sizes), max(tokens), weights)
@@ -137,11 +138,14 @@ def measure_on_rank(
                 where = world.device, world.ranks, weights
                 kernels = {v: kernel_of(case.shape, case.tokens, v, *where) for v in wanted}
                 rows, others = rows_of(case, kernels, parts)
-                world.report({"rows": [content(row) for row in rows], "baselines": [asdict(each) for each in others]})
+                baselines += map(asdict, others)
+                for row in rows:
+                    world.report(content(row))
         layer.destroy()
         del layer
     not_timed = {name: reason for name, reason in methods.items() if reason}
-    return {"environment": conditions, "anchors": [*card, anchors()], "baselines_not_timed": not_timed}
+    found = {"environment": conditions, "anchors": [*card, anchors()]}
+    return {**found, "baselines": baselines, "baselines_not_timed": not_timed}
 
 
 def run(
@@ -152,7 +156,7 @@ def run(
     *,
     baseline: bool = True,
     weights: str = FP8.name,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any] | None:
     """Measure on several GPUs: those of torchrun if there is one, else with ranks started here.
 
@@ -177,17 +181,6 @@ def run(
     check(2 <= ranks <= MAX_RANKS, "ranks", ranks, f"2 to {MAX_RANKS}")
     if not torch.cuda.is_available():  # otherwise each rank asks for itself: this process needs no CUDA context
         require_hopper()
-    rows: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
-
-    def note(report: dict[str, list[dict[str, Any]]]) -> None:
-        rows.extend(report["rows"])
-        others.extend(report["baselines"])
-        for row in report["rows"]:
-            if progress is not None:
-                progress(row)
-
     arguments = {"shapes": [*map(sizes_of, presets)], "tokens": list(tokens), "variants": list(variants)}
     arguments |= {"baseline": baseline, "weights": weights}
-    found = measured_on_ranks("megamoe_jit._bench.measure_ranks:measure_on_rank", ranks, arguments, note)
-    return None if found is None else {**found, "rows": rows, "baselines": others}
+    return measured_on_ranks("megamoe_jit._bench.measure_ranks:measure_on_rank", ranks, arguments, progress)

@@ -91,17 +91,24 @@ def measured_on_ranks(
         target: as in `collect`; gives `environment`, `anchors` and more.
         ranks: how many GPUs.
         arguments: as in `collect`.
-        note: called with what rank 0 reports, as it comes.
+        note: called with each row that rank 0 reports, as it comes.
 
     Returns:
-        What rank 0 gave, with the anchors of the slowest card; None on the ranks of torchrun that have nothing to say.
+        What rank 0 gave, with the anchors of the slowest card, and the rows; None on the ranks of torchrun that have
+        nothing to say.
 
     Raises:
         ConfigError: there are not as many GPUs.
         MegaMoeError: a rank failed; says what all of them said.
     """
-    ends = collect(target, ranks, arguments, on_report=lambda _, report: note(report))
+    rows: list[Any] = []
+
+    def add(_: int, row: Any) -> None:
+        rows.append(row)
+        note(row)
+
+    ends = collect(target, ranks, arguments, on_report=add)
     if ends is None:
         return None
     conditions = {**ends[0]["environment"], "ranks": ranks}
-    return {**ends[0], "environment": conditions, "anchors": slowest_anchors(ends)}
+    return {**ends[0], "environment": conditions, "anchors": slowest_anchors(ends), "rows": rows}
