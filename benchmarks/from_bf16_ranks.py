@@ -13,8 +13,9 @@ import torch
 
 import megamoe_jit as mm
 from benchmarks.from_bf16 import CLAMP, part_of, row_of
+from megamoe_jit._bench.clock import anchors
 from megamoe_jit._bench.conditions import environment
-from megamoe_jit._bench.measure import anchors, kernel_of, require_hopper, some_rows
+from megamoe_jit._bench.measure import kernel_of, require_hopper, some_rows
 from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._check.spawn import World

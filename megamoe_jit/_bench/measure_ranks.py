@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import megamoe_jit
-from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall
+from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall, anchors
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.contenders import METHODS
-from megamoe_jit._bench.measure import anchors, as_fp8, kernel_of, require_hopper, some_rows
+from megamoe_jit._bench.measure import as_fp8, kernel_of, require_hopper, some_rows
 from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import rows_of
 from megamoe_jit._bench.unfused import Task
@@ -163,7 +163,7 @@ def run(
     Args:
         presets: shapes; each GPU gets the experts of one of their ranks.
         tokens: per GPU.
-        variants: names from `measure.VARIANTS`.
+        variants: names from `VARIANT_CHOICES`.
         ranks: how many GPUs.
         baseline: time the unfused layer too.
         weights: the format of the weights.

@@ -8,7 +8,8 @@ import os
 import stat
 from pathlib import Path
 
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+#: how files are opened: a named pipe in the place of one must not hold up who does
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -103,5 +104,5 @@ def _copy_files(source: Path, target: Path) -> None:
     for item in os.scandir(source):
         if item.is_file(follow_symlinks=False):
             copy = target / item.name
-            with open(os.open(item.path, _READ), "rb") as old, open(os.open(copy, _WRITE, 0o600), "wb") as new:
+            with open(os.open(item.path, READ), "rb") as old, open(os.open(copy, _WRITE, 0o600), "wb") as new:
                 shutil.copyfileobj(old, new)

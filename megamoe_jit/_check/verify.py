@@ -17,10 +17,10 @@ from megamoe_jit._check.scenarios import Inputs, Scenario, Weights
 from megamoe_jit._errors import ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import MoEShape, Variant, WeightFormat
+from megamoe_jit._spec.variants import VARIANT_NAMES
 from megamoe_jit.heuristics.select import AUTO
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs
 
-VARIANTS = tuple(variant.value for variant in Variant)  #: each scenario runs with those that multiply its weights
 MAX_DIFF = 2e-4  #: `calc_diff` over all finite rows
 MAX_ROW_DIFF = 2e-3  #: `calc_diff` of any one row
 GUARD_ROWS = 8  #: rows of the output past the token count, which must stay as they were
@@ -43,7 +43,7 @@ class Runs:
     """
 
     pattern: str = "*"
-    variants: Sequence[str] = VARIANTS
+    variants: Sequence[str] = VARIANT_NAMES
     slow: bool = False
     seed: int = 0
     weights: str | None = None

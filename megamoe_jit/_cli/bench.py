@@ -22,6 +22,7 @@ from megamoe_jit._cli._options import (
 )
 from megamoe_jit._documents import content, plain
 from megamoe_jit._spec.formats import FP8
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
@@ -115,12 +116,13 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
 
     from megamoe_jit._bench import conditions as _bench_report
     from megamoe_jit._bench import measure as _bench
+    from megamoe_jit._bench.clock import anchors
 
     device = _bench.require_hopper()
     conditions = _bench_report.environment(commit)
     say("{device}, driver {driver}, NVRTC {nvrtc}, {commit}".format(**conditions))
     others: list[BaselineRow] = []
-    card, not_timed = [_bench.anchors()], None
+    card, not_timed = [anchors()], None
     if baseline:
         from megamoe_jit._bench.unfused_run import unusable
 
@@ -131,11 +133,11 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
             work,
             variants,
             lambda r: step(f"{r.shape}  {counted(r.tokens, 'token')}  {r.variant}: {r.median_us:.1f} us"),
-            between=lambda: card.append(_bench.anchors()),
+            between=lambda: card.append(anchors()),
             not_timed=not_timed,
             baselines=others,
         )
-    card.append(_bench.anchors())
+    card.append(anchors())
     doc = {"environment": conditions, "anchors": card, "rows": [content(row) for row in rows]}
     if not_timed is not None:
         doc["baselines"] = [asdict(other) for other in others]
@@ -175,7 +177,7 @@ def measured(
     from megamoe_jit._bench.derived import add_limits, choice_quality
     from megamoe_jit._bench.documents import Bench
 
-    wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
+    wanted, several = variants or VARIANT_CHOICES, rank_count(ranks)
     if several > 1:
         from megamoe_jit._bench.measure_ranks import run
 

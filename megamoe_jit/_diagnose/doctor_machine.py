@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megamoe_jit._device.driver import Machine
 from megamoe_jit._device.driver_advice import advice
 from megamoe_jit._diagnose.finding import Check, Status
-from megamoe_jit._diagnose.machine import Compilers, Machine, installed
+from megamoe_jit._diagnose.machine import Compilers, installed
 from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
 

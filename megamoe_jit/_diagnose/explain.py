@@ -116,7 +116,7 @@ def gpu_asked_for(name: str | None) -> AskedFor:
     """
     gpu: str | None = None
     if name is None:
-        from megamoe_jit._diagnose.machine import gpus
+        from megamoe_jit._device.driver import gpus
 
         gpu = next((each.name for each in gpus().gpus), None)
     elif name.lower() != "none":

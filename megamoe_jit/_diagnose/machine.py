@@ -13,34 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megamoe_jit._device.driver import Gpu, Machine, gpus
+from megamoe_jit._device.driver import Gpu, gpus
 from megamoe_jit._documents import Count, Document, Says
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._version import __version__
 
 if TYPE_CHECKING:
     from megamoe_jit._settings.read import Fault
-
-__all__ = [
-    "TOOLS",
-    "ChosenCompiler",
-    "Compilers",
-    "Driver",
-    "Environment",
-    "FileSystem",
-    "FoundCompiler",
-    "Gpu",
-    "Machine",
-    "Setting",
-    "compilers",
-    "examine_environment",
-    "file_system",
-    "find_tool",
-    "gpus",
-    "installed",
-    "settings_table",
-    "tool_command",
-]
 
 PACKAGES = (
     "torch",

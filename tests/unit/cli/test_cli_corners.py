@@ -30,12 +30,12 @@ from megamoe_jit._cli import _io, _keys, app, cli
 from megamoe_jit._cli.cache import _fields
 from megamoe_jit._compile import toolchain as _toolchain
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
+from megamoe_jit._device.driver import Machine
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose import inspect as _inspect
 from megamoe_jit._diagnose import machine as _machine
 from megamoe_jit._diagnose.explain import kernel_state
 from megamoe_jit._diagnose.finding import Status
-from megamoe_jit._diagnose.machine import Machine
 from megamoe_jit._documents import Document
 from megamoe_jit._errors import CompileError, ConfigError, LoadError, ToolchainError, UnsupportedDeviceError
 from megamoe_jit._jit import runtime as _runtime

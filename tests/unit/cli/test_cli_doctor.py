@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from megamoe_jit._cli import cli
+from megamoe_jit._device.driver import Gpu, Machine
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose import machine as _machine
 from megamoe_jit._diagnose.finding import Status
-from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
+from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers
 from megamoe_jit._settings.settings import override
 from tests.commandline import checked, run
 from tests.stubs import write_rooms
