@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
@@ -35,7 +36,13 @@ def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> li
     return [CompletionItem(f"{done}{comma}{name}") for name in names]
 
 
-def gathered(options: Sequence[_Option], into: str, make: Callable[..., Any], names: Iterable[str]) -> _Option:
+def gathered(
+    options: Sequence[_Option],
+    into: str,
+    make: Callable[..., Any],
+    names: Iterable[str],
+    beside: Iterable[str] = (),
+) -> _Option:
     """Adds options whose values the command gets as one.
 
     Args:
@@ -43,12 +50,14 @@ def gathered(options: Sequence[_Option], into: str, make: Callable[..., Any], na
         into: what the command gets.
         make: makes it of their values, by name.
         names: of the values.
+        beside: names of options of the command's own whose values `make` is told too; None where it has none such.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def call(**given: Any) -> Any:
-            made = make(**{name: given.pop(name) for name in names})
+            told = {name: given.get(name) for name in beside}
+            made = make(**{name: given.pop(name) for name in names}, **told)
             return command(**{into: made}, **given)
 
         added: Callable[..., Any] = call
@@ -65,7 +74,8 @@ _SHAPE_OPTIONS = (
         "names",
         metavar="NAME[,NAME...]",
         shell_complete=complete_shape,
-        help="Shapes by name (see `shapes ls`), `all`, or .toml files with a table per shape.",
+        help="Shapes by name (see `shapes ls`), `all`, .toml files with a table per shape, or models' folders or "
+        "config.json.",
     ),
     click.option("--hidden", type=int, help="Hidden size, instead of --shapes."),
     click.option("--intermediate", type=int, help="Intermediate size of one expert."),
@@ -77,15 +87,14 @@ _SHAPE_OPTIONS = (
 )
 
 
-def _shapes(names: str | None, shared: int, **sizes: int | None) -> dict[str, MoEShape]:
+def _shapes(names: str | None, shared: int, weights: str | None, **sizes: int | None) -> dict[str, MoEShape]:
     from megamoe_jit._spec import MoEShape
-    from megamoe_jit.heuristics.presets import parse_shapes
 
     given = {name: size for name, size in sizes.items() if size is not None}
     if names is not None:
         if given:
             raise click.UsageError(f"--shapes and --{next(iter(given))} exclude each other.")
-        return _with_shared({p.name: p.shape for p in parse_shapes(names)}, shared)
+        return _with_shared({p.name: p.shape for p in named_shapes(names, weights)}, shared)
     if len(given) != len(sizes):
         raise click.UsageError("Name the shapes: --shapes NAME, or all of --hidden --intermediate --experts --topk.")
     shape = MoEShape(**given)
@@ -114,7 +123,7 @@ def per_shape(shapes: Mapping[str, MoEShape], make: Callable[[str, MoEShape], It
 #: `--shapes` and, as the alternative to it, the four sizes of one layer; and `--shared`, for either. The command gets
 #: `shapes`: the layers that were asked for, by the name to show them under.
 shape_options = gathered(
-    _SHAPE_OPTIONS, "shapes", _shapes, ("names", "hidden", "intermediate", "experts", "topk", "shared")
+    _SHAPE_OPTIONS, "shapes", _shapes, ("names", "hidden", "intermediate", "experts", "topk", "shared"), ("weights",)
 )
 
 TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those that were measured beside other kernels

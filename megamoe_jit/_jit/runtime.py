@@ -19,9 +19,9 @@ from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat, check_flag
 from megamoe_jit._spec.any_layer import StageFormat, StageSpec
-from megamoe_jit._spec.checks import check
+from megamoe_jit._spec.checks import check, check_callback
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.kinds import AnySpec
@@ -150,11 +150,12 @@ def warmup(
         not), `ok` and `seconds`.  Failures are results too, not exceptions.
 
     Raises:
-        ConfigError: these are not specs, or `jobs` is not a number of threads.
+        ConfigError: these are not specs, or another argument is not what it must be.
     """
     todo = _distinct(specs)
     check(jobs is None or (type(jobs) is int and jobs >= 1), "jobs", jobs, "an integer from 1, or None")
-    check(progress is None or callable(progress), "progress", progress, "a function of a result, or None")
+    check_callback("progress", progress)
+    check_flag("force", force)
     results: dict[Compilable, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     stop = threading.Event()

@@ -38,6 +38,11 @@ def check_flag(what: str, value: object) -> None:
     check(type(value) is bool, what, value, "True or False")
 
 
+def check_callback(what: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` can be called, or is None."""
+    check(value is None or callable(value), what, value, "a function, or None")
+
+
 def _as_float32(number: float) -> float:
     import ctypes  # the command line imports this module for its listings too
 

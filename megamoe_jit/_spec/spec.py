@@ -40,6 +40,19 @@ _NAME = re.compile(
 )
 
 
+def warmup_words(shape: MoEShape, ranks: int, weights: WeightFormat) -> str:
+    """Words of the command line that compile all kernels of a layer."""
+    words = [
+        f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
+        f"--topk {shape.topk} --ranks {ranks}",
+    ]
+    if shape.shared:
+        words.append(f"--shared {shape.shared}")
+    if weights is not FP8:
+        words.append(f"--weight-format {weights.name}")
+    return " ".join(words)
+
+
 @dataclass(frozen=True, init=False)
 class KernelSpec:
     """One kernel to compile; everything in here is a compile-time constant of it.
@@ -105,6 +118,10 @@ class KernelSpec:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields alone for another process, in which what is worked out of them, its hash above all, is another."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def _hash(self) -> int:
@@ -229,15 +246,7 @@ class KernelSpec:
         """
         if self.timeline:
             return f"inspect {self.kernel_name}"
-        shape = self.shape
-        words = [
-            f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
-            f"--topk {shape.topk} --ranks {self.ranks} --variant {self.variant.value}",
-        ]
-        if shape.shared:
-            words.append(f"--shared {shape.shared}")
-        if self.weights is not FP8:
-            words.append(f"--weight-format {self.weights.name}")
+        words = [warmup_words(self.shape, self.ranks, self.weights), f"--variant {self.variant.value}"]
         return " ".join([*words, *self.numerics.flags(), f"--inputs {self.inputs.value}"])
 
     @property
