@@ -20,8 +20,6 @@ from megamoe_jit._spec.formats import FP8, MXFP4
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.stored import Kind, StoredMatrix
 
-__all__ = ["TARGETS", "Target", "fp8_of", "mxfp4_of", "scales_of", "target_of", "values_of"]
-
 _TOP = 2  #: exponent of the largest value of e2m1, 6
 _BIAS, _MOST = 127, 254  #: of e8m0; 255 is NaN
 

@@ -21,8 +21,6 @@ from megamoe_jit.checkpoints.names import ModelNames
 from megamoe_jit.checkpoints.ready import Ready, routed_of
 from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, model_of, shared_of
 
-__all__ = ["inspect"]
-
 _REFUSED = (ConfigError, CheckpointError)
 
 

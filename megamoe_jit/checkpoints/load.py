@@ -18,8 +18,6 @@ from megamoe_jit.checkpoints.names import MEGAMOE
 from megamoe_jit.checkpoints.ready import load_ready, routed_of
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, model_of, shared_of
 
-__all__ = ["Progress", "device_of", "load_experts", "load_shared_experts"]
-
 Progress = Callable[[int, int], None]  #: called with experts that are done, and how many there are
 
 

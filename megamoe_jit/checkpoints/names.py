@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 
-__all__ = ["FUSED", "MEGAMOE", "SCHEMES", "LayerNames", "ModelNames", "Scheme", "all_names_of"]
-
 #: Parts of an expert, as this package calls them: rows of the gate, of up, and down.
 Parts = dict[str, dict[str, str]]
 

@@ -22,8 +22,6 @@ from megamoe_jit.checkpoints.files import Entry, Files
 from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, names_in
 
-__all__ = ["DTYPES", "Ready", "entries_of", "load_ready", "ready_of"]
-
 #: What safetensors calls the dtypes of weights.
 DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32", torch.float8_e8m0fnu: "F8_E8M0"}
 _KINDS = {"codes": "weight", "exponents": "exponents", "scales": "scale"}  #: of a tensor's name, by part

@@ -22,8 +22,6 @@ from megamoe_jit.checkpoints.names import FUSED, MEGAMOE, LayerNames, ModelNames
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Kind", "Stored", "StoredMatrix", "experts_of_rank", "layer_of", "model_of", "shared_of"]
-
 
 class Kind(StrEnum):
     """How weights are stored."""
