@@ -18,8 +18,6 @@ from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import counted, human_bytes, shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
 
-__all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
-
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 #: Rows per expert up to which packed weights are best multiplied by a variant, on an H200, in the order of trying: with
 #: operands swapped; in larger tiles, as many experts would need two of the others; unpacked beside the products; and

@@ -26,9 +26,9 @@ from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
 from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
-from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._spec.variants import AUTO, VARIANT_CHOICES
 from megamoe_jit.heuristics.presets import Preset
-from megamoe_jit.heuristics.select import AUTO, choose
+from megamoe_jit.heuristics.select import choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
 
 DEFAULT_TOKENS = (16, 64, 256, 512, 1024, 4096, 8192)

@@ -17,8 +17,7 @@ from megamoe_jit._check.scenarios import Inputs, Scenario, Weights
 from megamoe_jit._errors import ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import MoEShape, Variant, WeightFormat
-from megamoe_jit._spec.variants import VARIANT_NAMES
-from megamoe_jit.heuristics.select import AUTO
+from megamoe_jit._spec.variants import AUTO, VARIANT_NAMES
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs
 
 MAX_DIFF = 2e-4  #: `calc_diff` over all finite rows

@@ -20,8 +20,8 @@ from megamoe_jit._spec.abi import (
 )
 from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.variants import Variant
-from megamoe_jit.heuristics.select import AUTO, all_variants
+from megamoe_jit._spec.variants import AUTO, Variant
+from megamoe_jit.heuristics.select import all_variants
 
 
 @dataclass(frozen=True, slots=True)
