@@ -23,8 +23,6 @@ from megamoe_jit._cli import tune as own_tune
 from megamoe_jit._cli.app import AnsweringGroup
 from megamoe_jit._documents import plain
 
-__all__ = ["main"]
-
 
 def _reached(row: JudgedRow) -> str:
     """The goals that the time as measured meets."""

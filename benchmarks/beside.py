@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["PACKAGE", "module", "put_beside"]
-
 PACKAGE = "megamoe_jit"
 _WORD = re.compile(rf"\b{PACKAGE}\b")
 

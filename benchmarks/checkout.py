@@ -7,8 +7,6 @@ from pathlib import Path
 
 from megamoe_jit._version import __version__
 
-__all__ = ["ROOT", "commit"]
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

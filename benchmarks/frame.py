@@ -20,8 +20,6 @@ from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape
 from megamoe_jit.heuristics.presets import Preset, preset
 
-__all__ = ["Asked", "asked", "hopper", "keep", "parser", "rows_by_shape", "say"]
-
 L = TypeVar("L")
 
 

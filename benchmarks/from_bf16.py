@@ -42,8 +42,6 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import FP8, MXFP4, MoEShape, WeightFormat
 from megamoe_jit.heuristics.presets import Preset, preset
 
-__all__ = ["CLAMP", "TOKENS", "chain", "measure", "memory", "part_of", "row_of"]
-
 SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
 PACKED_SHAPES = ("v4-flash", "v4-pro")  #: measured in MXFP4 as well
 TOKENS = (1, 8, 64, 512, 1024, 8192)

@@ -13,10 +13,10 @@ import torch
 
 import megamoe_jit as mm
 from benchmarks.from_bf16 import CLAMP, part_of, row_of
-from megamoe_jit._bench.clock_ranks import RankTimer
+from megamoe_jit._bench.clock import anchors
 from megamoe_jit._bench.conditions import environment
-from megamoe_jit._bench.measure import anchors, kernel_of, require_hopper, some_rows
-from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
+from megamoe_jit._bench.measure import kernel_of, require_hopper, some_rows
+from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
@@ -24,8 +24,6 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.heuristics.presets import Preset
-
-__all__ = ["measure_on_rank", "run"]
 
 
 class _Layer(RankWeights):
@@ -100,12 +98,5 @@ def run(
         ConfigError: there are not as many GPUs.
         MegaMoeError: a rank failed; says what all of them said.
     """
-    rows: list[dict[str, Any]] = []
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(row)
-        note(row)
-
     arguments = {"shapes": [[*sizes_of(each), weights] for each, weights in layers], "tokens": sorted(tokens)}
-    found = measured_on_ranks("benchmarks.from_bf16_ranks:measure_on_rank", ranks, arguments, add)
-    return None if found is None else {**found, "rows": rows}
+    return measured_on_ranks("benchmarks.from_bf16_ranks:measure_on_rank", ranks, arguments, note)

@@ -17,8 +17,6 @@ from typing import Any
 
 from megamoe_jit._bench.derived import add_limits, choice_quality, ratio
 
-__all__ = ["DENSE", "READ", "Card", "Known", "annotate", "judged", "load", "summarise"]
-
 READ, DENSE = "read_4gib_tb_s", "dense_fp8_8192_tflops"
 TARGETS = Path(__file__).with_name("targets.json")
 

@@ -31,8 +31,6 @@ from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit.heuristics.presets import preset
 from megamoe_jit.reference import calc_diff
 
-__all__ = ["IMPLEMENTATIONS", "MODELS", "Steps", "adopt", "make_model", "measure"]
-
 LAYERS = 4
 IMPLEMENTATIONS = ("megamoe", "grouped_mm", "eager")
 BATCHES, PROMPT, STEPS = (1, 16, 64), 32, 8  #: of decoding: sequences, their tokens before, tokens that are timed

@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["by_layer", "conditions", "put", "table"]
-
 Row = Mapping[str, Any]
 
 

@@ -9,8 +9,6 @@ from typing import Any
 from benchmarks.goals import judged
 from megamoe_jit._bench import plot
 
-__all__ = ["draw"]
-
 BESIDE = (("best_known_us", "k--", "best known"), ("aim_us", "g:", "aim"))
 
 

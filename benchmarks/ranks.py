@@ -33,10 +33,9 @@ from benchmarks.beside import PACKAGE, module, put_beside
 from benchmarks.checkout import commit
 from benchmarks.frame import parser, say
 from megamoe_jit._bench.clock import TimedCall, anchors
-from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, kernel_of, some_rows
-from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
+from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import touched_experts
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
@@ -45,8 +44,6 @@ from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MXFP4, MoEShape
 from megamoe_jit.heuristics.presets import Preset, preset
 from megamoe_jit.reference import expert_counts
-
-__all__ = ["MODES", "Slice", "dealt", "measure_on_rank", "modes_of", "warm"]
 
 SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
 PACKED_TOKENS = (16, 64, 256, 512)  #: of packed weights, which are for few
@@ -269,17 +266,11 @@ def run(
     work: Sequence[Any], ranks: int, packages: Sequence[str], source: str, note: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Measure on processes started for it: conditions, anchors and rows."""
-    rows: list[dict[str, Any]] = []
-
-    def take(row: dict[str, Any]) -> None:
-        rows.append(row)
-        note(row)
-
     arguments = {"work": list(work), "packages": list(packages), "source": source}
-    found = measured_on_ranks("benchmarks.ranks:measure_on_rank", ranks, arguments, take)
+    found = measured_on_ranks("benchmarks.ranks:measure_on_rank", ranks, arguments, note)
     if found is None:
         raise RuntimeError("it starts its ranks itself: not under torchrun")
-    return {**found, "rows": rows}
+    return found
 
 
 def main() -> int:

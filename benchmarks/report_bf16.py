@@ -8,8 +8,6 @@ from typing import Any
 
 from benchmarks.markdown import by_layer, conditions, table
 
-__all__ = ["compact", "full"]
-
 Documents = Sequence[Mapping[str, Any]]
 
 #: Rows of the compact table for each layer: what, and its field.

@@ -9,8 +9,6 @@ from typing import Any
 
 from benchmarks.markdown import table
 
-__all__ = ["Measured", "compact", "full", "newest_models"]
-
 #: A model's part of a document, and the environment of that.
 Measured = tuple[Mapping[str, Any], Mapping[str, Any]]
 IMPLEMENTATIONS = ("megamoe", "grouped_mm", "eager")

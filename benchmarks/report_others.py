@@ -9,8 +9,6 @@ from typing import Any
 
 from benchmarks.markdown import by_layer, conditions, table
 
-__all__ = ["PUBLISHED", "measured", "published"]
-
 PUBLISHED = Path(__file__).parent / "published_mxfp4.json"
 OWN = {"kernel": "this kernel alone", "layer": "this layer"}
 

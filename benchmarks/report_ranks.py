@@ -13,18 +13,6 @@ from typing import Any
 
 from benchmarks.markdown import table
 
-__all__ = [
-    "aims",
-    "compact_table",
-    "conditions",
-    "growth_table",
-    "model_table",
-    "packed_table",
-    "rank_rows",
-    "remote_table",
-    "unfused_table",
-]
-
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 

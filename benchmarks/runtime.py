@@ -26,15 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit._jit.obtain import get_kernel
-from megamoe_jit._jit.runtime import enumerate_specs, forget, kernel_cache
+from megamoe_jit._jit.runtime import enumerate_specs, forget
 from megamoe_jit._settings.settings import override
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.formats import FP8, MXFP4
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics.presets import preset, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def load_rows(runs: int) -> Iterator[Row]:
 
         def load() -> float:
             begin = time.perf_counter()
-            if kernel_cache().load(kernel.key) is None:
+            if user_cache().load(kernel.key) is None:
                 raise RuntimeError("the entry is gone")
             return time.perf_counter() - begin
 
@@ -162,7 +162,7 @@ from megamoe_jit._jit.runtime import enumerate_specs
 from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.formats import FP8, MXFP4
-from megamoe_jit._spec.stage import StageFormat, StageSpec
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit.heuristics.presets import preset
 spec = enumerate_specs(preset("v4-flash").shape)[0]
@@ -226,7 +226,7 @@ def command_rows(runs: int, rows: set[str]) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, override(cache_dir=Path(folder) / "one", lock_dir=Path(folder)):
         if "ls" in rows:
             kernel = get_kernel(enumerate_specs(preset("v4-flash").shape)[0])
-            source = (kernel_cache().entry_path(kernel.key) / "kernel.cu").read_text()
+            source = (user_cache().entry_path(kernel.key) / "kernel.cu").read_text()
             full = KernelCache(Path(folder) / "cache")
             for number in range(ENTRIES):
                 digest = hashlib.sha256(str(number).encode()).hexdigest()

@@ -16,8 +16,6 @@ from typing import Any
 
 from megamoe_jit._spec.abi import RECORD_WORDS, RECORDS, Role, Span
 
-__all__ = ["ROLES", "SPANS", "Record", "decode", "summary", "trace", "words", "write_trace"]
-
 ROLES = tuple(role.name.lower() for role in Role)  #: by their numbers, as are the spans
 SPANS = tuple(span.name.lower() for span in Span)
 WAITS = frozenset(name for name in SPANS if name.startswith("wait") or name.endswith("barrier"))  #: not busy

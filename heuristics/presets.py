@@ -16,8 +16,6 @@ from megamoe_jit._files import read_toml
 from megamoe_jit._spec import MAX_RANKS, MoEShape
 from megamoe_jit._text import shown
 
-__all__ = ["Preset", "parse_shapes", "preset", "preset_names"]
-
 _FILE = Path(__file__).with_name("presets.toml")
 _OR_A_FILE = ", or a .toml file"
 _OR_A_MODEL = ", a .toml file, or a model's folder or config.json"

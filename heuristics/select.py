@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import FP8, MAX_EXPERTS, MAX_TOKENS, MoEShape, Variant, WeightFormat, check_int
-from megamoe_jit._spec.expanded import ExpandedParts
+from megamoe_jit._spec.formats import ExpandedParts
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit._text import counted, human_bytes, shown
 from megamoe_jit.heuristics.tables import Rule, Table, table_for, tables
-
-__all__ = ["AUTO", "COOPERATIVE_THRESHOLD", "Choice", "all_variants", "choose"]
 
 COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kernel is taken where nothing was measured
 #: Rows per expert up to which packed weights are best multiplied by a variant, on an H200, in the order of trying: with

@@ -14,21 +14,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape, Variant
 from megamoe_jit._text import counted
 
-__all__ = [
-    "FOLDER",
-    "MAX_LAG",
-    "ROWS_PER_ITEM",
-    "SCHEMA_VERSION",
-    "Rule",
-    "Table",
-    "check_choices",
-    "find_gpu",
-    "parse_table",
-    "short_name",
-    "table_for",
-    "tables",
-]
-
 FOLDER = Path(__file__).with_name("tables")
 SCHEMA_VERSION = 1
 ROWS_PER_ITEM = (1, 2, 4, 8)  #: what the kernel takes

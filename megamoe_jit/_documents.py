@@ -13,22 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Count",
-    "Digest",
-    "Document",
-    "Figure",
-    "Measured",
-    "Says",
-    "SpecData",
-    "Time",
-    "content",
-    "envelope",
-    "plain",
-    "time_of",
-]
-
 SCHEMA_VERSION = 1  #: of every document; raised when a field changes its meaning or goes away
 
 

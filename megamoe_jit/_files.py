@@ -15,8 +15,6 @@ from typing import Any
 
 from megamoe_jit._text import human_bytes
 
-__all__ = ["SMALL", "file_sha256", "read_plain", "read_text", "read_toml", "stays_inside"]
-
 SMALL = 1 << 20  #: bytes; what people write is kilobytes
 _TOML_BYTES = 1 << 18
 _TOML_DOTS = 256  #: in one line: `tomllib` needs memory by the square of the names in a dotted key

@@ -6,8 +6,6 @@ import os
 import threading
 from typing import Any
 
-__all__ = ["renew_after_fork"]
-
 
 def renew_after_fork(namespace: dict[str, Any], *names: str) -> None:
     """Give every forked child locks of its own: it has none of the threads that would release the old ones.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["counted", "first_line", "human_bytes", "items_of", "one_line", "printable", "several", "shown"]
-
 
 def printable(text: str, keep: str = "\n\t") -> str:
     r"""The text with whatever could steer a terminal, or not be written to one, as escapes: `\x1b`, `\u202e`, `\udcff`.

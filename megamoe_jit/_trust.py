@@ -7,8 +7,6 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["check_private", "owner_problem", "private_directory"]
-
 
 def private_directory(path: Path) -> Path:
     """Create a directory only its owner can write, or check that it is one.

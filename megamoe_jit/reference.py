@@ -26,7 +26,6 @@ from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import dequantize_activations, quantize_activations, require_tensor
 from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
 from megamoe_jit._spec.checks import check, check_float32
-from megamoe_jit._text import shown
 
 __all__ = ["activate", "calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu", "with_shared_experts"]
 
@@ -109,8 +108,7 @@ def expert_counts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
     """
     _check_ids(topk_idx)
     check_int("num_experts", num_experts)
-    if not 0 <= num_experts <= MAX_EXPERTS:
-        raise ConfigError(f"num_experts = {shown(num_experts)} is not supported; allowed: 0 to {MAX_EXPERTS}")
+    check(0 <= num_experts <= MAX_EXPERTS, "num_experts", num_experts, f"0 to {MAX_EXPERTS}")
     _refuse_capture(topk_idx)
     flat = topk_idx.reshape(-1)
     return torch.bincount(flat[(flat >= 0) & (flat < num_experts)], minlength=num_experts).to(torch.int32)
@@ -261,8 +259,8 @@ def moe_reference(
     check_clamp("activation_clamp", activation_clamp)
     clamp = None if activation_clamp is None else float(activation_clamp)
     check_flag("requantize", requantize)
-    if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
-        raise ConfigError(f"out_dtype = {shown(out_dtype)} is not supported; allowed: a floating dtype")
+    floating = isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point
+    check(floating, "out_dtype", out_dtype, "a floating dtype")
     _refuse_capture(x)
     experts = l1[0].shape[0]
     topk_idx = torch.where((topk_idx >= 0) & (topk_idx < experts), topk_idx, -1)

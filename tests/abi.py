@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 
-from megamoe_jit._compile.cubin import _sections
+from megamoe_jit._compile.cubin import sections_of
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.toolchain import find_toolchain
 from tests import host
@@ -104,7 +104,7 @@ def compiled() -> dict[str, tuple[int, ...]]:
     options = [f"--include-path={host.KERNELS}"]
     source = PROBE % (f"{MARK}ull", ", ".join(value if "MEMBER" in value else f"u64({value})" for value in wanted))
     cubin = compile_source(source, kernel_name="probe", toolchain=find_toolchain(), extra_options=options).cubin
-    (data,) = (cubin[s.offset : s.offset + s.size] for s in _sections(cubin) if s.name == ".nv.global.init")
+    (data,) = (cubin[s.offset : s.offset + s.size] for s in sections_of(cubin) if s.name == ".nv.global.init")
     mark = struct.pack("<Q", MARK)
     assert data.count(mark) == 1
     at, found = data.index(mark) + len(mark), {}

@@ -18,8 +18,6 @@ from typing import Any
 
 from tests.zygote import REPO, answer, take_over, zygote
 
-__all__ = ["python", "serve"]
-
 _MODULES = ("torch", "numpy", "pydantic", "jsonschema", "jinja2", "click", "pytest")
 _OURS = ("tests", "megamoe_jit", "benchmarks", "heuristics")
 

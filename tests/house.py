@@ -38,7 +38,7 @@ SINCE = (
     *("megamoe_jit/checkpoints/*", "megamoe_jit/engines/*", "megamoe_jit/transformers/*", "megamoe_jit/_nodes/*"),
     *("megamoe_jit/_bench/*nodes.py", "megamoe_jit/_diagnose/between.py", "megamoe_jit/_diagnose/engines.py"),
     *(f"megamoe_jit/_cli/{name}.py" for name in ("_nodes", "_bench_nodes", "convert", "inspect_checkpoint")),
-    *(f"megamoe_jit/_spec/{name}.py" for name in ("any_layer", "expanded", "inputs", "kinds", "passes", "stage")),
+    *(f"megamoe_jit/_spec/{name}.py" for name in ("any_layer", "inputs", "kinds")),
     *(f"megamoe_jit/_layer/{name}.py" for name in ("*mxfp4", "binades", "expansion", "from_bf16", "local_experts")),
     *(f"megamoe_jit/_layer/{name}.py" for name in ("marks", "module_state", "operators", "plain_weights")),
     *(f"megamoe_jit/_layer/{name}.py" for name in ("raw_inputs", "serving", "stage*", "workspace")),

@@ -215,7 +215,7 @@ MUTANTS = (
     ),
     Mutant(
         "nodes: a gather form that leaves ids as all ranks count them",
-        "megamoe_jit/_nodes/gather.py",
+        "megamoe_jit/_nodes/along_rails.py",
         "        if first_expert:",
         "        if not rows:",
         "nodes/test_layer.py::test_every_route_has_the_bits_that_the_definition_says",
@@ -264,7 +264,7 @@ MUTANTS = (
     ),
     Mutant(
         "nodes: an exact form that packs rows after the host has waited",
-        "megamoe_jit/_nodes/exact.py",
+        "megamoe_jit/_nodes/along_rails.py",
         "        packed = passes.pack",
         "        counts()\n        packed = passes.pack",
         "nodes/test_one_node.py::test_rows_are_packed_before_the_host_waits_for_counts",

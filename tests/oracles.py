@@ -17,8 +17,6 @@ from megamoe_jit._check.scenarios import Weights
 from megamoe_jit._layer.quantize import dequantize_activations, dequantize_weights, quantize_activations
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["MODELS", "Model", "Sample", "experts_forward", "sample", "structured_states"]
-
 
 @dataclass(frozen=True)
 class Model:

@@ -19,8 +19,6 @@ from unittest import mock
 
 from tests.zygote import requests, take_over, zygote
 
-__all__ = ["forked", "serve"]
-
 _MODULES = ("torch", "torch.distributed", "numpy", "pytest", "megamoe_jit", "megamoe_jit._check.verify_ranks")
 
 

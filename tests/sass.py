@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamoe_jit._compile.cubin import _sections
+from megamoe_jit._compile.cubin import sections_of
 
 _FIRST = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\* 0x([0-9a-f]{16}) \*/")
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
@@ -125,7 +125,7 @@ def may_read_early(code: bytes) -> tuple[int, list[int]]:
 
 def code_of(cubin: bytes) -> bytes:
     """The machine code of the one function in a cubin."""
-    (code,) = (cubin[s.offset : s.offset + s.size] for s in _sections(cubin) if s.name.startswith(".text."))
+    (code,) = (cubin[s.offset : s.offset + s.size] for s in sections_of(cubin) if s.name.startswith(".text."))
     return code
 
 

@@ -14,7 +14,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 
-from megamoe_jit._compile.cubin import _sections
+from megamoe_jit._compile.cubin import sections_of
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
@@ -36,7 +36,7 @@ def specs(names: tuple[str, ...], ranks: tuple[int, ...]) -> Iterator[KernelSpec
 def digest(spec: KernelSpec, toolchain: Toolchain) -> str:
     """Compile a kernel, past every cache, and say what it is in one line."""
     result = compile_source(render(spec).text, kernel_name=spec.kernel_name, toolchain=toolchain)
-    (code,) = (s for s in _sections(result.cubin) if s.name == f".text.{spec.kernel_name}")
+    (code,) = (s for s in sections_of(result.cubin) if s.name == f".text.{spec.kernel_name}")
     sha = hashlib.sha256(result.cubin[code.offset : code.offset + code.size]).hexdigest()[:24]
     return f"{sha} {code.size:6d} B {result.registers} registers {spec.shared_bytes} B shared {spec.kernel_name}"
 

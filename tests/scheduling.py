@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from xdist.scheduler import LoadScopeScheduling
 
-__all__ = ["Scheduling", "unit_of"]
-
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
     """Units with the most tests first, which is what its base does, so that units of one or two are the last."""

@@ -24,12 +24,10 @@ import megamoe_jit
 from megamoe_jit import _cli
 from megamoe_jit._documents import SCHEMA_VERSION, Document, Says
 from megamoe_jit._spec import KernelSpec, MoEShape
-from megamoe_jit._spec.any_layer import ForAnyLayer
+from megamoe_jit._spec.any_layer import ForAnyLayer, PassSpec, StageSpec
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.passes import PassSpec
-from megamoe_jit._spec.stage import StageSpec
 from megamoe_jit._spec.variants import Variant
 
 FOLDER = Path(_cli.__file__).with_name("schemas")

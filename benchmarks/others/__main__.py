@@ -34,8 +34,6 @@ from megamoe_jit._spec import MXFP4, MoEShape
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.reference import calc_diff, swiglu
 
-__all__ = ["OTHERS", "Other", "exact_rows", "measure", "rows_of"]
-
 SHAPES = ("v4-flash", "v4-pro")
 TOKENS = (1, 8, 64, 512, 1024, 8192)
 CLAMP = 10.0

@@ -10,8 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["swiglu_into", "weighted_sum_into"]
-
 BLOCK = 1024
 
 

@@ -21,8 +21,6 @@ from megamoe_jit._check.scenarios import Inputs, Weights
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["KINDS", "Grouped", "Indexed"]
-
 BF16 = {"quant_method": "humming", "dtype": "bfloat16"}
 FP8_ROW = {"quant_method": "humming", "dtype": "float8e4m3"}  #: a scale for each row
 FP8_128 = {**FP8_ROW, "group_size": 128}  #: a scale for 128 columns, as this layer has them

@@ -15,8 +15,6 @@ from megamoe_jit._check.scenarios import Inputs, Weights
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["Marlin", "repacked", "scales"]
-
 E2M1 = 562949953487106  #: what vLLM calls `scalar_types.float4_e2m1f.id`
 TILE = 16
 BLOCKS = (8, 16, 32, 48, 64)  #: rows of a block that there are kernels for

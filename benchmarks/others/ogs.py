@@ -17,8 +17,6 @@ from megamoe_jit._check.scenarios import Inputs, Weights
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["TritonKernels"]
-
 WARPS = 8  #: what vLLM lays the scales out for
 
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "aligned", "grouped", "ops"]
-
 LIBRARY = "_moe_C_stable_libtorch.abi3.so"
 VARIABLE = "VLLM_MOE_LIBRARY"
 

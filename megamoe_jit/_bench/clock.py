@@ -10,21 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = [
-    "FLUSH_BYTES",
-    "IDLE_CYCLES",
-    "SUSTAINED_S",
-    "TIMED",
-    "WARMUP",
-    "TimedCall",
-    "anchors",
-    "burst",
-    "captured",
-    "record",
-    "second_half",
-    "sustained",
-]
-
 T = TypeVar("T")
 
 WARMUP, TIMED = 3, 15  #: rounds

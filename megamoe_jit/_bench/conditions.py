@@ -14,8 +14,6 @@ from typing import Any
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._version import __version__
 
-__all__ = ["environment", "write"]
-
 
 def _output_of(*command: str) -> str | None:
     try:

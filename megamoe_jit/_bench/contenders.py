@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,23 +18,19 @@ from megamoe_jit._check.scenarios import Scenario, make_inputs, make_weights
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import calc_diff, moe_reference
 
-__all__ = ["METHODS", "Contender", "FlashInfer", "Unfused"]
-
 
 class Contender(Protocol):
-    """Another way to do the layer."""
+    """Another way to do the layer.
 
-    @property
-    def name(self) -> str:
-        """What it is called in tables."""
+    Attributes:
+        name: what it is called in tables.
+        bound: `calc_diff` to the FP32 reference that its numerics allow.
+        compiles: whether torch.compile has a part in it.
+    """
 
-    @property
-    def bound(self) -> float:
-        """`calc_diff` to the FP32 reference that its numerics allow."""
-
-    @property
-    def compiles(self) -> bool:
-        """Whether torch.compile has a part in it."""
+    name: str
+    bound: float
+    compiles: bool
 
     def why_not(self, device: torch.device, ranks: int) -> str:
         """Why it does not work here; empty if it does, and gives what it should."""
@@ -44,22 +39,13 @@ class Contender(Protocol):
         """The layer, with a part of torch.compile or not; each call returns the output bfloat16 ``[T, H]``."""
 
 
-@dataclass(frozen=True, slots=True)
 class Unfused:
     """The layer of public parts (`Baseline`), around one way to multiply."""
 
-    gemm: type[Gemm]
     compiles = True
 
-    @property
-    def name(self) -> str:
-        """That of the multiplication."""
-        return self.gemm.name
-
-    @property
-    def bound(self) -> float:
-        """That of the multiplication."""
-        return self.gemm.bound
+    def __init__(self, gemm: type[Gemm]) -> None:
+        self.gemm, self.name, self.bound = gemm, gemm.name, gemm.bound
 
     def why_not(self, device: torch.device, ranks: int) -> str:
         """See `Contender`; the multiplication alone is tried."""

@@ -14,8 +14,6 @@ from typing import Any
 from megamoe_jit._spec import FP8, WeightFormat
 from megamoe_jit._spec.variants import AUTO
 
-__all__ = ["COMPARED", "Card", "add_limits", "card_of", "choice_quality", "expected_experts", "limit", "ratio"]
-
 CLOSE = 1.03  #: the automatic choice counts as good within this factor of the best forced variant
 
 #: Fields of a row that only a comparison with other kernels fills; empty until then.

@@ -7,11 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from megamoe_jit._bench.documents_nodes import NodesRow
-from megamoe_jit._documents import Count, Document, Figure, Measured, Says, content
+from megamoe_jit._documents import Count, Document, Figure, Measured, Says
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._spec.variants import VARIANT_NAMES
-
-__all__ = ["BaselineRow", "Bench", "Cell", "Choice", "JudgedRow", "Row", "Summary", "Time", "Tune"]
 
 KernelName = Annotated[str, Says(enum=list(VARIANT_NAMES))]
 Several = Annotated[int, Says(minimum=2)]
@@ -63,10 +61,6 @@ class Row:
     rank_medians_us: list[Figure] | None = None
     one_rank_us: Figure | None = None
     vs_one_rank: Figure | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return content(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

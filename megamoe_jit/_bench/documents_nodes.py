@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 from megamoe_jit._documents import Count, Figure, Measured, Says
 
-__all__ = ["NodesRow"]
-
 OneOrMore = Annotated[int, Says(minimum=1)]
 
 

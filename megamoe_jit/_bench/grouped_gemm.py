@@ -19,8 +19,6 @@ from megamoe_jit._layer.quantize import (
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._text import first_line
 
-__all__ = ["GEMMS", "Gemm", "probe", "refusal"]
-
 _any: Any = torch  # private operators of torch have no types
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import megamoe_jit
-from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, sustained
+from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, burst, sustained
 from megamoe_jit._bench.documents import BaselineRow, Row
 from megamoe_jit._bench.rows import rows_of
 from megamoe_jit._bench.unfused import Task
@@ -25,27 +25,13 @@ from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
 from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, MoEShape, Variant, WeightFormat
+from megamoe_jit._spec import FP8, MoEShape, WeightFormat
+from megamoe_jit._spec.variants import AUTO, VARIANT_CHOICES
 from megamoe_jit.heuristics.presets import Preset
-from megamoe_jit.heuristics.select import AUTO, choose
+from megamoe_jit.heuristics.select import choose
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference
 
-__all__ = [
-    "DEFAULT_TOKENS",
-    "FEW_TOKENS",
-    "VARIANTS",
-    "Layer",
-    "anchors",
-    "cases",
-    "default_cases",
-    "kernel_of",
-    "measure",
-    "require_hopper",
-    "some_rows",
-]
-
 DEFAULT_TOKENS = (16, 64, 256, 512, 1024, 4096, 8192)
-VARIANTS = (AUTO, *(variant.value for variant in Variant))
 
 #: Token counts below the table, and the shapes that are timed with them by default.
 FEW_TOKENS = (1, 2, 4, 8, 32)
@@ -95,7 +81,7 @@ def default_cases(presets: Iterable[Preset], weights: str = FP8.name) -> list[Sc
 def kernel_of(
     shape: MoEShape, tokens: int, variant: str, device: torch.device, ranks: int = 1, weights: str = FP8.name
 ) -> str:
-    """The variant that runs a call of one of `VARIANTS` on a device, by the settings and what was measured."""
+    """The variant that runs a call of one of `VARIANT_CHOICES` on a device, by the settings and what was measured."""
     settings = get_settings()
     own: dict[str, Any] = {}
     if device.type == "cuda":
@@ -188,7 +174,7 @@ def _measure(
 
 def measure(
     work: Sequence[Scenario],
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] = VARIANT_CHOICES,
     progress: Callable[[Row], None] | None = None,
     *,
     between: Callable[[], None] | None = None,
@@ -199,7 +185,7 @@ def measure(
 
     Args:
         work: Cases; those of one shape share weights and buffer.
-        variants: Names from `VARIANTS`.
+        variants: Names from `VARIANT_CHOICES`.
         progress: Called with each row as it is measured.
         between: Called between shapes, when nothing of the last one is left on the device.
         not_timed: Time the unfused layer too, but for the methods that this names with a reason; not at all if None.

@@ -17,11 +17,10 @@ import torch
 
 import megamoe_jit
 from megamoe_jit._bench.clock import IDLE_CYCLES, TimedCall
-from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.documents_nodes import NodesRow
 from megamoe_jit._bench.measure import as_fp8, require_hopper, some_rows
-from megamoe_jit._bench.on_ranks import RankWeights, shape_on_ranks, sizes_of
+from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, shape_on_ranks, sizes_of
 from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest, unusable
 from megamoe_jit._check.collect import collect
@@ -36,8 +35,6 @@ from megamoe_jit._nodes.model import cost
 from megamoe_jit._nodes.topology import NodeTopology
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.heuristics.presets import Preset
-
-__all__ = ["measure_on_rank", "run"]
 
 _SIDE_STREAM_CALLS = 2  #: before a capture, as torch wants it
 _AHEAD_CYCLES = 16 * IDLE_CYCLES  #: about 1.5 ms: what the host has enqueued for a GPU that has the layer before to do

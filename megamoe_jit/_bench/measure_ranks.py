@@ -16,25 +16,23 @@ from typing import Any
 import torch
 
 import megamoe_jit
-from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall
-from megamoe_jit._bench.clock_ranks import RankTimer
+from megamoe_jit._bench.clock import SUSTAINED_S, TimedCall, anchors
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.contenders import METHODS
-from megamoe_jit._bench.measure import anchors, as_fp8, kernel_of, require_hopper, some_rows
-from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
+from megamoe_jit._bench.measure import as_fp8, kernel_of, require_hopper, some_rows
+from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import rows_of
 from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines, unusable
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import function_of, judge
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._documents import content
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape
+from megamoe_jit._spec.checks import check
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.reference import calc_diff, expert_counts
-
-__all__ = ["measure_on_rank", "run"]
 
 MAX_SUSTAINED = 2000  #: calls
 
@@ -128,6 +126,7 @@ def measure_on_rank(
     methods = {method.name: "not wanted" for method in METHODS}
     if baseline:
         methods = unusable(world.device, dist.group.WORLD)
+    baselines: list[dict[str, Any]] = []
     for name, *sizes in shapes:
         torch.cuda.empty_cache()
         layer = _Layer(world, shape_on_ranks(world, *sizes), max(tokens), weights)
@@ -139,11 +138,14 @@ def measure_on_rank(
                 where = world.device, world.ranks, weights
                 kernels = {v: kernel_of(case.shape, case.tokens, v, *where) for v in wanted}
                 rows, others = rows_of(case, kernels, parts)
-                world.report({"rows": [row.to_json() for row in rows], "baselines": [asdict(each) for each in others]})
+                baselines += map(asdict, others)
+                for row in rows:
+                    world.report(content(row))
         layer.destroy()
         del layer
     not_timed = {name: reason for name, reason in methods.items() if reason}
-    return {"environment": conditions, "anchors": [*card, anchors()], "baselines_not_timed": not_timed}
+    found = {"environment": conditions, "anchors": [*card, anchors()]}
+    return {**found, "baselines": baselines, "baselines_not_timed": not_timed}
 
 
 def run(
@@ -154,14 +156,14 @@ def run(
     *,
     baseline: bool = True,
     weights: str = FP8.name,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any] | None:
     """Measure on several GPUs: those of torchrun if there is one, else with ranks started here.
 
     Args:
         presets: shapes; each GPU gets the experts of one of their ranks.
         tokens: per GPU.
-        variants: names from `measure.VARIANTS`.
+        variants: names from `VARIANT_CHOICES`.
         ranks: how many GPUs.
         baseline: time the unfused layer too.
         weights: the format of the weights.
@@ -176,21 +178,9 @@ def run(
         UnsupportedDeviceError: there is none at all.
         MegaMoeError: a rank failed; says what all of them said.
     """
-    if not 2 <= ranks <= MAX_RANKS:
-        raise ConfigError(f"ranks = {ranks} is not supported; allowed: 2 to {MAX_RANKS}")
+    check(2 <= ranks <= MAX_RANKS, "ranks", ranks, f"2 to {MAX_RANKS}")
     if not torch.cuda.is_available():  # otherwise each rank asks for itself: this process needs no CUDA context
         require_hopper()
-    rows: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
-
-    def note(report: dict[str, list[dict[str, Any]]]) -> None:
-        rows.extend(report["rows"])
-        others.extend(report["baselines"])
-        for row in report["rows"]:
-            if progress is not None:
-                progress(row)
-
     arguments = {"shapes": [*map(sizes_of, presets)], "tokens": list(tokens), "variants": list(variants)}
     arguments |= {"baseline": baseline, "weights": weights}
-    found = measured_on_ranks("megamoe_jit._bench.measure_ranks:measure_on_rank", ranks, arguments, note)
-    return None if found is None else {**found, "rows": rows, "baselines": others}
+    return measured_on_ranks("megamoe_jit._bench.measure_ranks:measure_on_rank", ranks, arguments, progress)

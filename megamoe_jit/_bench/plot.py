@@ -9,8 +9,6 @@ from typing import Any
 
 from megamoe_jit._bench.derived import Card, card_of, limit
 
-__all__ = ["draw"]
-
 Rows = Sequence[Mapping[str, Any]]
 Line = tuple[str, str, str]  #: a field of the rows, in microseconds; style; label
 

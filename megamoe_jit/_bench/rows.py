@@ -11,8 +11,6 @@ from megamoe_jit._bench.unfused_run import baseline_rows, fastest
 from megamoe_jit._check.scenarios import Scenario
 from megamoe_jit._spec import MoEShape, WeightFormat
 
-__all__ = ["rows_of", "touched_experts"]
-
 Part = Mapping[str, Any]  #: what one rank measured
 
 
@@ -51,10 +49,7 @@ def _figures(own: MoEShape, case: Scenario, variant: str, parts: Sequence[Part])
     stored = WeightFormat.parse(case.weights)
     weight_bytes = touched_experts(own.experts, parts) * stored.expert_code_bytes(own.hidden, own.intermediate)
     return {
-        "hidden": own.hidden,
-        "intermediate": own.intermediate,
-        "experts": own.experts,
-        "topk": own.topk,
+        **own.to_json(),
         "tokens": case.tokens,
         "variant": variant,
         "weights": case.weights,

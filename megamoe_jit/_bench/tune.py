@@ -28,8 +28,6 @@ from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.heuristics.tables import check_choices
 
-__all__ = ["DEFAULT_LAGS", "DEFAULT_ROWS", "DEFAULT_TOKENS", "SCHEMA_VERSION", "Contender", "read", "sources", "tune"]
-
 SCHEMA_VERSION = 1  #: of a line
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 DEFAULT_LAGS = (1.0, 2.0, 4.0)

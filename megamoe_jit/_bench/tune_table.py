@@ -11,8 +11,6 @@ from typing import Any
 from megamoe_jit._errors import ConfigError
 from megamoe_jit.heuristics.tables import FOLDER, SCHEMA_VERSION, parse_table, short_name, tables
 
-__all__ = ["CLOSE", "condense", "table_path", "write_table"]
-
 CLOSE = 1.01  #: a contender within this factor of the best counts as good as it: fewer borders, none of them from noise
 
 Way = tuple[str, float, int]  #: variant, lag, rows per item

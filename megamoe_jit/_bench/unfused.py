@@ -19,8 +19,6 @@ from megamoe_jit._check.scenarios import Inputs, Weights
 from megamoe_jit._layer.group import gather, group_rank, group_size
 from megamoe_jit.reference import activate
 
-__all__ = ["Baseline", "Task"]
-
 
 @dataclass(frozen=True, slots=True)
 class Task:

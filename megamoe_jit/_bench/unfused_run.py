@@ -16,8 +16,6 @@ from megamoe_jit._bench.unfused import Task
 from megamoe_jit._layer.group import gather, group_size
 from megamoe_jit._spec import MoEShape
 
-__all__ = ["add_baselines", "baseline_rows", "fastest", "label", "prepare", "unusable"]
-
 
 def label(method: Contender) -> str:
     """What a method's times are called among those of all contenders."""
@@ -128,8 +126,7 @@ def baseline_rows(
             None if every[0] is None else max(figure(times) for times in every)
             for figure in (statistics.median, min, max)
         )
-        diff = facts["diff"]
-        correct = diff is not None and diff <= method.bound
+        correct = facts["diff"] is not None and facts["diff"] <= method.bound
         found.append(
             BaselineRow(
                 shape=name,
@@ -137,15 +134,12 @@ def baseline_rows(
                 tokens=tokens,
                 ranks=ranks,
                 method=method.name,
-                graph=facts["graph"],
-                compiled=facts["compiled"],
                 median_us=median,
                 min_us=least,
                 max_us=most,
-                diff=diff,
                 bound=method.bound,
                 correct=correct,
-                reason=facts["reason"],
+                **facts,
             )
         )
     return found

@@ -22,22 +22,18 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from megamoe_jit._cache.entry import Damaged, EntryInfo, read_entry, read_info
+from megamoe_jit._cache.entry import Damaged, EntryInfo, read_entry
 from megamoe_jit._cache.evict import LOW_WATER, to_remove
 from megamoe_jit._cache.locks import try_lock
 from megamoe_jit._cache.store import EntryStore, PruneReport
 from megamoe_jit._cache.trees import delete, is_closed, is_directory, tree_bytes
-from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._text import shown
 from megamoe_jit._trust import check_private
-
-__all__ = ["KernelCache", "Problem", "find_info", "readonly_caches", "searched_caches", "user_cache"]
 
 LOG = logging.getLogger("megamoe_jit")
 
@@ -74,14 +70,6 @@ class KernelCache(EntryStore):
         super().__init__(root, read_only, shared=shared)
         self.max_bytes = max_bytes
         self._unchecked_bytes: int | None = None  #: published since the size was last looked at
-
-    def info(self, prefix: str) -> EntryInfo:
-        """The one entry whose key begins with `prefix`.
-
-        Raises:
-            ConfigError: there is none, or there are several.
-        """
-        return find_info(prefix, (self,))[1]
 
     def prune(self, max_bytes: int | None = None, older_than_s: float | None = None) -> PruneReport:
         """Remove what was not used for long, and what is beyond a size: least recently used first.
@@ -222,32 +210,6 @@ def readonly_caches() -> tuple[KernelCache, ...]:
 def searched_caches() -> tuple[KernelCache, ...]:
     """The caches of the current settings in the order in which a call searches them."""
     return readonly_caches() if get_settings().no_cache else (*readonly_caches(), user_cache())
-
-
-def find_info(prefix: str, caches: Sequence[KernelCache]) -> tuple[KernelCache, EntryInfo]:
-    """The one entry whose key begins with `prefix`, and the first of these caches that has it.
-
-    Raises:
-        ConfigError: there is none, or there are several.
-    """
-    wanted = prefix.strip().lower()
-    found = [
-        (cache, key, folder)
-        for cache in caches
-        for key, folder in cache._folders()
-        if wanted and key.startswith(wanted)
-    ]
-    keys = sorted({key for _, key, _ in found})
-    where = " or ".join(str(cache.path) for cache in caches)
-    if len(keys) > 1:
-        first = ", ".join(key[: max(12, len(prefix) + 4)] for key in keys[:5])
-        raise ConfigError(f"key {prefix!r} is not unique in {where}: {first}{', ...' if keys[5:] else ''}")
-    for cache, key, folder in found:
-        info = read_info(key, folder)
-        if info is not None:
-            return cache, info
-    what = "has no readable metadata" if found else "is not"
-    raise ConfigError(f"key {shown(prefix)} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
 
 
 def _is_inner(name: str) -> bool:

@@ -10,22 +10,6 @@ from megamoe_jit._cache.entry import EntryInfo
 from megamoe_jit._cache.trees import tree_bytes
 from megamoe_jit._documents import Count, Digest, Document, Figure, SpecData, Time, time_of
 
-__all__ = [
-    "CacheClear",
-    "CacheInfo",
-    "CacheListing",
-    "CachePath",
-    "CachePrune",
-    "CacheRemoval",
-    "CacheStatistics",
-    "CacheVerify",
-    "Compiler",
-    "Entry",
-    "ListedEntry",
-    "Statistics",
-    "Wrong",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class CachePath(Document):

@@ -19,35 +19,14 @@ from typing import NamedTuple
 
 from megamoe_jit._cache.identity import identity_problem, kernel_problem
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, MetaError, read_metadata
-from megamoe_jit._cache.trees import is_closed
+from megamoe_jit._cache.trees import READ, is_closed
 from megamoe_jit._compile.cubin import CubinError, cubin_arch
 from megamoe_jit._trust import owner_problem
-
-__all__ = [
-    "CUBIN",
-    "IMPORTED",
-    "META",
-    "SOURCE",
-    "CacheEntry",
-    "Damaged",
-    "EntryInfo",
-    "OtherSchema",
-    "by_compiler",
-    "check_kernel",
-    "last_use",
-    "read_entry",
-    "read_info",
-    "same_place",
-    "verify_files",
-]
 
 CUBIN, META, SOURCE = "kernel.cubin", "meta.json", "kernel.cu"
 IMPORTED = "imported"  #: marks an entry that came from a pack, whoever compiled it
 LIMIT = 64 << 20  #: no file of an entry is larger
 CLOCKS_S = 600.0  #: clocks of machines that share a cache differ by less
-
-#: how files are opened: a named pipe in the place of one must not hold up who does
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 #: reading a file of an entry fails in these ways when it will fail the next time too
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ENXIO)
@@ -210,7 +189,7 @@ def _check_digest(name: str, data: bytes, digest: str) -> None:
 def read_info(key: str, folder: str, now: float | None = None) -> EntryInfo | None:
     """What a listing shows of the entry in `folder` at a time; None if it has no metadata of this schema and key."""
     try:
-        handle = os.open(f"{folder}/{META}", _READ)
+        handle = os.open(f"{folder}/{META}", READ)
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
@@ -239,7 +218,7 @@ def last_use(status: os.stat_result, now: float) -> float:
 
 def _read(handle: int, name: str, forbidden: int) -> bytes:
     try:
-        file = os.open(name, _READ, dir_fd=handle)
+        file = os.open(name, READ, dir_fd=handle)
         try:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 from megamoe_jit._cache.entry import EntryInfo
 
-__all__ = ["GRACE_S", "LOW_WATER", "to_remove"]
-
 GRACE_S = 600.0  #: what was made or used within this time is kept, whatever the size
 LOW_WATER = 0.9  #: an eviction comes down to this part of the limit, so that not every publish evicts
 

@@ -9,8 +9,6 @@ from typing import Protocol
 from megamoe_jit._cache.metadata import SCHEMA, Metadata
 from megamoe_jit._compile.cubin import CubinError, read_cubin
 
-__all__ = ["cache_key", "identity_problem", "is_key", "kernel_problem", "source_id"]
-
 #: options that only some compilers know and that do not shape the code
 _NEUTRAL_OPTIONS = ("--no-cache",)
 _ARCH_OPTION = "--gpu-architecture="

@@ -20,8 +20,6 @@ from pathlib import Path
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._trust import private_directory
 
-__all__ = ["key_lock", "lock_dir", "try_lock"]
-
 LOG = logging.getLogger("megamoe_jit")
 PATIENCE_S = 2.0  #: wait this long before saying whom we wait for
 POLL_S = 0.005

@@ -16,8 +16,6 @@ from typing import Any, TypedDict, cast
 
 from megamoe_jit._text import one_line
 
-__all__ = ["SCHEMA", "CompilerMeta", "MetaError", "Metadata", "dump_metadata", "read_metadata"]
-
 SCHEMA = 1
 _HEAD, _END = b'{\n "meta_sha256": "', b'",\n'
 _COMMON, _NEXT = ('\n "files": ', '\n "nvrtc": ', '\n "options": ', '\n "spec": '), ',\n "'

@@ -25,8 +25,6 @@ from megamoe_jit._cache.identity import is_key
 from megamoe_jit._cache.metadata import SCHEMA
 from megamoe_jit._trust import check_private
 
-__all__ = ["ACCESS", "EntryReader"]
-
 LOG = logging.getLogger("megamoe_jit")
 ACCESS = "access"  #: cause of a warning: who may not read may not write either, and is told once
 

@@ -30,8 +30,6 @@ from megamoe_jit._compile.cubin import cubin_arch
 from megamoe_jit._text import one_line
 from megamoe_jit._trust import private_directory
 
-__all__ = ["EntryStore", "PruneReport"]
-
 LOG = logging.getLogger("megamoe_jit")
 STALE_STAGING_S = 3600.0
 TOUCH_S = 3600.0  #: an entry's last use is noted at most this often

@@ -8,9 +8,8 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["delete", "is_closed", "is_directory", "move", "rename", "tree_bytes", "unlock"]
-
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+#: how files are opened: a named pipe in the place of one must not hold up who does
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -107,5 +106,5 @@ def _copy_files(source: Path, target: Path) -> None:
         files = [item for item in found if item.is_file(follow_symlinks=False)]
     for item in files:
         copy = target / item.name
-        with open(os.open(item.path, _READ), "rb") as old, open(os.open(copy, _WRITE, 0o600), "wb") as new:
+        with open(os.open(item.path, READ), "rb") as old, open(os.open(copy, _WRITE, 0o600), "wb") as new:
             shutil.copyfileobj(old, new)

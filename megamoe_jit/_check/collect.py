@@ -10,8 +10,6 @@ from typing import Any
 from megamoe_jit._check.spawn import World, describe, init_group, own_gpu, run_ranks, target_function
 from megamoe_jit._errors import ConfigError, MegaMoeError
 
-__all__ = ["collect", "joined", "refusal"]
-
 
 def joined(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
     """This process's rank and the number of ranks, if torchrun (or the like) started it."""

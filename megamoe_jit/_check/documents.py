@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from megamoe_jit._documents import Count, Document, Measured
 from megamoe_jit._spec import FP8
-
-__all__ = ["Outcome", "Scenarios", "Verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +34,6 @@ class Outcome:
     def also(self, problem: str) -> Outcome:
         """The same with something else that is wrong."""
         return replace(self, passed=False, reason="; ".join(filter(None, (self.reason, problem))))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for another process; a figure that does not exist is null."""
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RankEnd", "World", "describe", "init_group", "own_gpu", "run_ranks", "target_function"]
-
 POLL_S = 0.05
 LOG_TAIL = 6000  #: characters of a rank's output that a report shows
 CHILD = "from megamoe_jit._check.spawn import child; child()"

@@ -17,26 +17,9 @@ from megamoe_jit._check.scenarios import Inputs, Scenario, Weights
 from megamoe_jit._errors import ConfigError, DeviceFaultError, PeerTimeoutError
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._spec import MoEShape, Variant, WeightFormat
-from megamoe_jit.heuristics.select import AUTO
+from megamoe_jit._spec.variants import AUTO, VARIANT_NAMES
 from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs
 
-__all__ = [
-    "MAX_DIFF",
-    "MAX_ROW_DIFF",
-    "Runs",
-    "Verdict",
-    "WeightCache",
-    "expected_of",
-    "failure",
-    "function_of",
-    "is_gone",
-    "judge",
-    "outcome_of",
-    "run_all",
-    "run_scenario",
-]
-
-VARIANTS = tuple(variant.value for variant in Variant)  #: each scenario runs with those that multiply its weights
 MAX_DIFF = 2e-4  #: `calc_diff` over all finite rows
 MAX_ROW_DIFF = 2e-3  #: `calc_diff` of any one row
 GUARD_ROWS = 8  #: rows of the output past the token count, which must stay as they were
@@ -59,7 +42,7 @@ class Runs:
     """
 
     pattern: str = "*"
-    variants: Sequence[str] = VARIANTS
+    variants: Sequence[str] = VARIANT_NAMES
     slow: bool = False
     seed: int = 0
     weights: str | None = None
@@ -151,7 +134,7 @@ class WeightCache:
         return self._entry
 
 
-def _stage(buffer: Any, inputs: Inputs, experts: int) -> None:
+def stage_with_guards(buffer: Any, inputs: Inputs, experts: int) -> None:
     """Copy inputs into the first rows; the others get what must not matter: NaN that names live experts."""
     buffer.x.view(torch.uint8).fill_(0x7F)  # e4m3 NaN
     buffer.x_sf.fill_(math.nan)
@@ -186,7 +169,7 @@ def _call(
     stats = torch.full((s.experts,), STATS_BEFORE, dtype=torch.int32, device=device)
     buffer = api.get_symm_buffer_for_mega_moe(None, *sizes_of(s, scenario.capacity))
     try:
-        _stage(buffer, inputs, s.experts)
+        stage_with_guards(buffer, inputs, s.experts)
         run(y[: scenario.tokens], entry.l1, entry.l2, buffer, stats, **scenario.options)
         buffer.check()
     except BaseException as error:

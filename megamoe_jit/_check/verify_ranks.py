@@ -29,13 +29,13 @@ from megamoe_jit._check.verify import (
     STATS_BEFORE,
     Runs,
     WeightCache,
-    _stage,
     expected_of,
     failure,
     function_of,
     is_gone,
     outcome_of,
     sizes_of,
+    stage_with_guards,
 )
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.given_weights import WeightTensors
@@ -43,8 +43,6 @@ from megamoe_jit._layer.group import collectively
 from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
-
-__all__ = ["run_on_rank", "run_ranks", "share_of"]
 
 SEEDS_PER_RUN = 64  #: rank r of a run with seed s has inputs of seed s * 64 + r, and in round n of n * 2 ** 32 more
 CYCLES_PER_US = 1800  #: of the SMs, about
@@ -124,7 +122,7 @@ class _Rank:
         if number == 0:
             self._buffer = api.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes_of(s, scenario.capacity))
         buffer = self._buffer
-        _stage(buffer, inputs, s.experts)
+        stage_with_guards(buffer, inputs, s.experts)
         self._come_late(scenario.name, variant, number)
         function_of(api, variant)(y[: scenario.tokens], l1, l2, buffer, stats, **scenario.options)
         buffer.check()
@@ -195,17 +193,12 @@ def run_on_rank(world: World, runs: dict[str, Any], api: str = "megamoe_jit") ->
                 outcomes.append(_merged(_counted(everyone)))
             count += 1
             if world.rank == 0:
-                world.report((_merged(outcomes, "round") if wanted.rounds > 1 else outcomes[0]).to_json())
+                world.report(asdict(_merged(outcomes, "round") if wanted.rounds > 1 else outcomes[0]))
             if any(said.gone for said in everyone):
                 return count
             if all(said.has_buffer for said in everyone):
                 rank.destroy()
     return count
-
-
-def _from_json(data: dict[str, Any]) -> Outcome:
-    values: dict[str, Any] = {k: math.nan if v is None else v for k, v in data.items()}
-    return Outcome(**values)
 
 
 def run_ranks(
@@ -236,7 +229,7 @@ def run_ranks(
     outcomes: list[Outcome] = []
 
     def note(_: int, report: Any) -> None:
-        outcomes.append(_from_json(report))
+        outcomes.append(Outcome(**report))
         if progress is not None:
             progress(outcomes[-1])
 

@@ -14,8 +14,6 @@ from megamoe_jit._layer.given_weights import FORMAT_BY_TYPE, WeightTensors
 from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._spec import FP8, MXFP4, MoEShape, WeightFormat
 
-__all__ = ["Weights", "generator", "made", "make_weights"]
-
 EDGES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  #: between the magnitudes of e2m1
 SHRUNK = 9  #: a group may be so many binades smaller than it was drawn, less one
 

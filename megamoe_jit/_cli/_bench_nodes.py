@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import progress_line, show, table
+from megamoe_jit._cli._io import cell, progress_line, show, table
 from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._text import counted
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Bench
     from megamoe_jit._bench.documents_nodes import NodesRow
     from megamoe_jit._diagnose.between import Ways
-
-__all__ = ["measured_on_nodes", "print_nodes", "refuse_with_nodes"]
 
 _HEADERS = ("SHAPE", "TOKENS", "NODES", "EXCHANGE", "CHUNKS", "WHOLE us", "KERNEL us", "EXCHANGE us", "REST us")
 _MORE = ("MODELLED us", "UNFUSED us", "TIMES FASTER", "DIFF")
@@ -79,9 +77,6 @@ def print_nodes(rows: Sequence[NodesRow]) -> None:
 
 
 def _cells(row: NodesRow) -> tuple[str, ...]:
-    def figure(value: float | None, digits: int = 1) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
     parts = (row.whole_us, row.kernel_us, row.exchange_us, row.rest_us, row.modelled_us, row.baseline_us)
     return (
         row.shape if row.weights == FP8.name else f"{row.shape} {row.weights}",
@@ -89,7 +84,7 @@ def _cells(row: NodesRow) -> tuple[str, ...]:
         f"{row.nodes} x {row.ranks_per_node}",
         f"{row.exchange}, {row.partial}",
         str(row.chunks),
-        *map(figure, parts),
-        figure(row.baseline_speedup, 2),
+        *(cell(part, ".1f") for part in parts),
+        cell(row.baseline_speedup, ".2f"),
         f"{row.diff:.1e}" if row.correct else "WRONG",
     )

@@ -16,8 +16,6 @@ from megamoe_jit._text import one_line
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-__all__ = ["cache_dir_option", "complete_kernel", "complete_key", "complete_own_key"]
-
 
 def _keys_beginning(incomplete: str, read_only_too: bool) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,27 +14,8 @@ from typing import Any
 
 import click
 
-from megamoe_jit._documents import Document, content, envelope, plain
+from megamoe_jit._documents import Document, content, envelope
 from megamoe_jit._text import one_line, printable
-
-__all__ = [
-    "CorruptionError",
-    "ExitCode",
-    "FullSummaries",
-    "NamedPath",
-    "colours_wanted",
-    "confirm",
-    "copy_out",
-    "emit",
-    "end",
-    "json_option",
-    "live_terminal",
-    "must_be_writable",
-    "progress_line",
-    "say",
-    "show",
-    "table",
-]
 
 
 class ExitCode(IntEnum):
@@ -118,21 +98,14 @@ def _compact(value: Any) -> str:
     try:
         text = json.dumps(value, default=_plain, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(plain(value)), default=_plain, allow_nan=False)
+        finite = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+        text = json.dumps(finite)
     return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
 
 def _plain(value: Any) -> Any:
     """What JSON has no form for: parts of documents by field, paths and the like as they are written."""
     return content(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str:
@@ -145,6 +118,17 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: Sequen
         width = max(map(len, cells))
         columns.append([cell.ljust(width) if index in left else cell.rjust(width) for cell in cells])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def facts(rows: Sequence[Sequence[object]]) -> str:
+    """A table without headers, whose columns are all aligned to the left: a line for each name and value."""
+    width = len(rows[0])
+    return "\n".join(table(("",) * width, rows, left=range(width)).splitlines()[1:])
+
+
+def cell(value: object, form: str = "", unit: str = "") -> str:
+    """A value as tables have it, which may be missing."""
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megamoe_jit._cli._io import live_terminal, say, table
+from megamoe_jit._cli._io import cell, live_terminal, say, table
 from megamoe_jit._cli._options import per_shape
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._spec.formats import FP8
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from megamoe_jit._spec import MoEShape
     from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
-
-__all__ = ["compile_kernels", "kernel_specs", "kernel_table"]
 
 
 def kernel_specs(
@@ -128,17 +126,14 @@ def compile_kernels(
 def kernel_table(kernels: Sequence[Kernel]) -> str:
     """One line per kernel."""
 
-    def figure(value: float | None, form: str = "d") -> str:
-        return "-" if value is None else f"{value:{form}}"
-
     rows = [
         (
             kernel.kernel,
             kernel.status,
-            figure(kernel.registers),
-            figure(kernel.spill_bytes),
+            cell(kernel.registers),
+            cell(kernel.spill_bytes),
             kernel.shared_bytes,
-            figure(kernel.seconds, ".2f"),
+            cell(kernel.seconds, ".2f"),
         )
         for kernel in kernels
     ]

@@ -17,20 +17,6 @@ if TYPE_CHECKING:
     from megamoe_jit._cache.metadata import Metadata
     from megamoe_jit._jit.lookup import Found
 
-__all__ = [
-    "DAMAGE_ADVICE",
-    "all_caches",
-    "entry_info",
-    "find_entries",
-    "fit_note",
-    "load_entry",
-    "others",
-    "own_cache",
-    "place",
-    "say_damaged",
-    "whole_keys",
-]
-
 DAMAGE_ADVICE = "`megamoe-jit cache verify --fix` puts it aside, `megamoe-jit warmup` compiles it again"
 
 

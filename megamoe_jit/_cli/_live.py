@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["LiveKernels"]
-
 _COLOURS = {"compiled": "green", "cached": "cyan", "failed": "red", "working": "yellow"}
 _MARGIN = 2  #: lines of the terminal left free
 

@@ -10,8 +10,6 @@ from megamoe_jit._spec.formats import FP8
 if TYPE_CHECKING:
     from megamoe_jit.heuristics.presets import Preset
 
-__all__ = ["named_shapes"]
-
 
 def named_shapes(names: str, weights: str | None = None) -> tuple[Preset, ...]:
     """The shapes that a value of `--shapes` names.

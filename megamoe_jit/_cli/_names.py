@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from megamoe_jit._spec.kinds import AnySpec
 
-__all__ = ["looks_like_key", "parse_spec", "spec_of_argument"]
-
 _KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._options import per_shape
+from megamoe_jit._cli._options import gathered, per_shape
 from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
-    from megamoe_jit._diagnose.between import Between
+    from megamoe_jit._diagnose.between import Between, Ways
     from megamoe_jit._spec import MoEShape
-
-__all__ = ["lines_between", "nodes_option", "nodes_options", "shapes_of_a_node"]
 
 nodes_option = click.option(
     "--nodes",
@@ -48,18 +45,14 @@ _WAYS = (
 )
 
 
-def nodes_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--nodes` and how rows travel; the command gets them as one value, `ways`."""
+def _ways(**given: Any) -> Ways:
+    from megamoe_jit._diagnose.between import Ways
 
-    @functools.wraps(command)
-    def with_ways(*, nodes: int, exchange: str, partial: str, chunks: int | None, **others: Any) -> Any:
-        from megamoe_jit._diagnose.between import Ways
+    return Ways(**given)
 
-        return command(ways=Ways(nodes, exchange, partial, chunks), **others)
 
-    for option in (*reversed(_WAYS), nodes_option):
-        with_ways = option(with_ways)
-    return with_ways
+#: `--nodes` and how rows travel; the command gets them as one value, `ways`.
+nodes_options = gathered((nodes_option, *_WAYS), "ways", _ways, ("nodes", "exchange", "partial", "chunks"))
 
 
 def shapes_of_a_node(shapes: Mapping[str, MoEShape], nodes: int, ranks: int) -> dict[str, MoEShape]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,30 +13,16 @@ from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.variants import AUTO, VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from megamoe_jit._spec import MoEShape
 
-__all__ = [
-    "TIMED_SHAPES",
-    "complete_shape",
-    "gpu_option",
-    "number_list",
-    "numerics_options",
-    "per_shape",
-    "ranks_option",
-    "shape_options",
-    "sms_option",
-    "timed_shapes_option",
-    "timed_tokens_option",
-    "tokens_option",
-    "weight_format_option",
-]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
+_Option = Callable[[Callable[..., Any]], Callable[..., Any]]  #: what adds one, or several, to a command
 
 
 def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -48,6 +34,38 @@ def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> li
     done, comma, last = incomplete.rpartition(",")
     names = [name for name in (*preset_names(), "all") if name.startswith(last)]
     return [CompletionItem(f"{done}{comma}{name}") for name in names]
+
+
+def gathered(
+    options: Sequence[_Option],
+    into: str,
+    make: Callable[..., Any],
+    names: Iterable[str],
+    beside: Iterable[str] = (),
+) -> _Option:
+    """Adds options whose values the command gets as one.
+
+    Args:
+        options: in the order of the help.
+        into: what the command gets.
+        make: makes it of their values, by name.
+        names: of the values.
+        beside: names of options of the command's own whose values `make` is told too; None where it has none such.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def call(**given: Any) -> Any:
+            told = {name: given.get(name) for name in beside}
+            made = make(**{name: given.pop(name) for name in names}, **told)
+            return command(**{into: made}, **given)
+
+        added: Callable[..., Any] = call
+        for option in reversed(options):
+            added = option(added)
+        return added
+
+    return add
 
 
 _SHAPE_OPTIONS = (
@@ -69,43 +87,18 @@ _SHAPE_OPTIONS = (
 )
 
 
-def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--shapes` and, as the alternative to it, the four sizes of one layer; and `--shared`, for either.
-
-    The command gets `shapes`: the layers that were asked for, by the name to show them under.
-    """
-
-    @functools.wraps(command)
-    def with_shapes(
-        *,
-        names: str | None,
-        hidden: int | None,
-        intermediate: int | None,
-        experts: int | None,
-        topk: int | None,
-        shared: int,
-        **others: Any,
-    ) -> Any:
-        sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "topk": topk}
-        return command(shapes=_with_shared(_shapes(names, sizes, others.get("weights")), shared), **others)
-
-    for option in reversed(_SHAPE_OPTIONS):
-        with_shapes = option(with_shapes)
-    return with_shapes
-
-
-def _shapes(names: str | None, sizes: dict[str, int | None], weights: str | None) -> dict[str, MoEShape]:
+def _shapes(names: str | None, shared: int, weights: str | None, **sizes: int | None) -> dict[str, MoEShape]:
     from megamoe_jit._spec import MoEShape
 
     given = {name: size for name, size in sizes.items() if size is not None}
     if names is not None:
         if given:
             raise click.UsageError(f"--shapes and --{next(iter(given))} exclude each other.")
-        return {p.name: p.shape for p in named_shapes(names, weights)}
+        return _with_shared({p.name: p.shape for p in named_shapes(names, weights)}, shared)
     if len(given) != len(sizes):
         raise click.UsageError("Name the shapes: --shapes NAME, or all of --hidden --intermediate --experts --topk.")
     shape = MoEShape(**given)
-    return {f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}
+    return _with_shared({f"{shape.hidden}/{shape.intermediate}/{shape.experts}/{shape.topk}": shape}, shared)
 
 
 def _with_shared(shapes: dict[str, MoEShape], shared: int) -> dict[str, MoEShape]:
@@ -126,6 +119,12 @@ def per_shape(shapes: Mapping[str, MoEShape], make: Callable[[str, MoEShape], It
             raise ConfigError(f"{name}: {error}") from None
     return made
 
+
+#: `--shapes` and, as the alternative to it, the four sizes of one layer; and `--shared`, for either. The command gets
+#: `shapes`: the layers that were asked for, by the name to show them under.
+shape_options = gathered(
+    _SHAPE_OPTIONS, "shapes", _shapes, ("names", "hidden", "intermediate", "experts", "topk", "shared"), ("weights",)
+)
 
 TIMED_SHAPES = "v4-flash,v4-pro,mimo-v2.5,mimo-v2.5-pro"  #: those that were measured beside other kernels
 
@@ -153,6 +152,22 @@ ranks_option = click.option(
     show_default=True,
     help="GPUs that share the experts of one layer.",
 )
+
+
+run_ranks_option = click.option(
+    "--ranks",
+    type=click.IntRange(1, 8),
+    help="GPUs of this host that share the experts; one process is started for each, unless torchrun has started "
+    "them.  [default: torchrun's number, else 1]",
+)
+
+
+def rank_count(ranks: int | None) -> int:
+    """The number of ranks that was asked for, or torchrun's."""
+    from megamoe_jit._check.collect import joined
+
+    here = joined()
+    return ranks if ranks is not None else here[1] if here is not None else 1
 
 
 def weight_format_option(meaning: str, default: str | None = FP8.name) -> Callable[[_F], _F]:
@@ -218,17 +233,27 @@ def tokens_option(meaning: str, least: int = 0) -> Callable[[_F], _F]:
     )
 
 
-def numerics_options(function: _F) -> _F:
-    """A flag for each numeric option; the command gets them as one value, `numerics`."""
+def _numeric_option(option: Field[Any]) -> Callable[[_F], _F]:
+    flag, word = option.name.replace("_", "-"), option.metadata["words"][option.default] or "off"
+    what = f"The {option.name} of the calls.  [default: {word}]"
+    return click.option(f"--{flag}/--no-{flag}", default=option.default, help=what)
 
-    @functools.wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        numerics = Numerics(**{option.name: options.pop(option.name) for option in fields(Numerics)})
-        return function(*arguments, numerics=numerics, **options)
 
-    decorated: Callable[..., Any] = call
-    for option in reversed(fields(Numerics)):
-        flag, word = option.name.replace("_", "-"), option.metadata["words"][option.default] or "off"
-        what = f"The {option.name} of the calls.  [default: {word}]"
-        decorated = click.option(f"--{flag}/--no-{flag}", default=option.default, help=what)(decorated)
-    return cast("_F", decorated)
+#: A flag for each numeric option; the command gets them as one value, `numerics`.
+numerics_options = gathered(
+    [_numeric_option(option) for option in fields(Numerics)],
+    "numerics",
+    Numerics,
+    [option.name for option in fields(Numerics)],
+)
+
+
+def variant_option(meaning: str, default: str | None = AUTO) -> Callable[[_F], _F]:
+    """Add `--variant`, the name of one or `auto`."""
+    choice = click.Choice(VARIANT_CHOICES)
+    return click.option("--variant", default=default, show_default=True, type=choice, help=meaning)
+
+
+def variants_option(meaning: str, names: Sequence[str] = VARIANT_CHOICES) -> Callable[[_F], _F]:
+    """Add `--variant`, which may be given more than once; the command gets `variants`."""
+    return click.option("--variant", "variants", multiple=True, type=click.Choice(names), help=meaning)

@@ -13,8 +13,6 @@ from megamoe_jit._cli._names import looks_like_key, parse_spec
 from megamoe_jit._errors import PackError
 from megamoe_jit._text import counted, human_bytes, one_line
 
-__all__ = ["export_command", "import_command"]
-
 
 def _must_be_plain(file: Path) -> None:
     """Refuse devices and pipes: a pack is read twice, and replaces the file that it is written to."""
@@ -71,6 +69,7 @@ def import_command(file: Path, as_json: bool) -> None:
     """
     from megamoe_jit._cache.cache import user_cache
     from megamoe_jit._jit.documents import CacheImport
+    from megamoe_jit._jit.lookup import find_key
     from megamoe_jit._jit.pack import import_pack, read_pack
     from megamoe_jit._settings.settings import get_settings
 
@@ -87,6 +86,6 @@ def import_command(file: Path, as_json: bool) -> None:
         emit(CacheImport.of(str(file), report))
     else:
         for key in report.imported:
-            show(f"{key[:12]}  {one_line(user_cache().info(key).entry)}")
+            show(f"{key[:12]}  {one_line(find_key(key, [user_cache()]).entry)}")
     there = f", {len(report.present)} there already" if report.present else ""
     say(f"imported {counted(len(report.imported), 'kernel')}{there}, {human_bytes(report.bytes)}, into {report.root}")

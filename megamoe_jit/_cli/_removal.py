@@ -17,20 +17,17 @@ from megamoe_jit._text import counted, human_bytes, one_line
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
 
-__all__ = ["clear_command", "prune_command", "rm_command"]
-
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; needed where nobody can answer.")
 
 
 def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
-    from megamoe_jit._settings.variables import VARIABLES
+    from megamoe_jit._settings.variables import parse_size
 
     if text is None:
         return None
-    parse = next(variable.parse for variable in VARIABLES if variable.field == "cache_max_bytes")
     try:
-        return int(parse(text))
+        return parse_size(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not {error}") from None
 

@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections import UserDict
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
@@ -27,8 +28,6 @@ from megamoe_jit._errors import (
 )
 from megamoe_jit._text import printable
 from megamoe_jit._version import __version__
-
-__all__ = ["COMPLETE_VARIABLE", "SUMMARIES", "AnsweringGroup", "cli", "main"]
 
 COMPLETE_VARIABLE = "_MEGAMOE_JIT_COMPLETE"  #: a shell sets it to ask what a line can go on with
 _ENVIRONMENT = (ToolchainError, UnsupportedDeviceError, LoadError)
@@ -55,30 +54,15 @@ SUMMARIES = {
 }
 
 
-class _Commands(MutableMapping[str, click.Command]):
+class _Commands(UserDict[str, Any]):
     """The commands by name, each imported when it is asked for."""
 
-    def __init__(self) -> None:
-        self._names = dict.fromkeys(SUMMARIES)
-
     def __getitem__(self, name: str) -> click.Command:
-        if name not in self._names:
+        if name not in self.data:
             raise KeyError(name)
         word = name.replace("-", "_")
         command: click.Command = getattr(importlib.import_module(f"megamoe_jit._cli.{word}"), word)
         return command
-
-    def __setitem__(self, name: str, command: click.Command) -> None:
-        raise TypeError("commands are listed in SUMMARIES")
-
-    def __delitem__(self, name: str) -> None:
-        del self._names[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _exit_code(error: MegaMoeError) -> ExitCode:
@@ -195,7 +179,7 @@ class _Group(AnsweringGroup):
 
 @click.group(
     cls=_Group,
-    commands=_Commands(),
+    commands=_Commands(SUMMARIES),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 fine, 1 something failed or was found, 2 wrong usage, 3 the machine lacks something, "
     "4 a cached kernel, a pack or a checkpoint is damaged, 130 interrupted.",

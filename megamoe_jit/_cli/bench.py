@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._bench_nodes import measured_on_nodes, print_nodes, refuse_with_nodes
-from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
+from megamoe_jit._cli._io import ExitCode, cell, emit, json_option, must_be_writable, progress_line, say, show, table
 from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._cli._nodes import nodes_options
-from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
-from megamoe_jit._cli._ranks import bench_document, print_others, rank_count, run_ranks_option
-from megamoe_jit._documents import plain
+from megamoe_jit._cli._options import (
+    rank_count,
+    run_ranks_option,
+    timed_shapes_option,
+    timed_tokens_option,
+    variants_option,
+    weight_format_option,
+)
+from megamoe_jit._documents import content, plain
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 from megamoe_jit._text import counted
@@ -24,8 +30,6 @@ if TYPE_CHECKING:
     from megamoe_jit._bench.documents import BaselineRow, Bench, Choice, JudgedRow
     from megamoe_jit._check.scenarios import Scenario
     from megamoe_jit._diagnose.between import Ways
-
-__all__ = ["COLUMNS", "bench", "figure", "finish", "measured", "refuse_early"]
 
 Columns = Mapping[str, Callable[["JudgedRow"], str]]
 Draw = Callable[[Mapping[str, Any], Path], Sequence[Path]]
@@ -69,6 +73,26 @@ COLUMNS_OF_RANKS: Columns = {
 }
 
 
+def _show_others(doc: Bench) -> None:
+    """The ways to do the layer unfused, if they were timed."""
+    others = [
+        (
+            b.shape,
+            str(b.tokens),
+            b.method,
+            "graph" if b.graph else "eager",
+            cell(b.median_us, ".1f"),
+            cell(b.diff, ".1e", "" if b.correct else " WRONG"),
+        )
+        for b in doc.baselines or ()
+    ]
+    if others:
+        show()
+        show(table(("SHAPE", "TOKENS", "UNFUSED", "LAUNCHED", "MEDIAN us", "DIFF"), others, left=(0, 2, 3)))
+    for method, reason in (doc.baselines_not_timed or {}).items():
+        show(f"not timed: {method} ({reason})")
+
+
 def _print_card(anchors: Sequence[dict[str, float]]) -> None:
     last = len(anchors) - 1
     for number, anchor in enumerate(anchors):
@@ -93,12 +117,13 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
 
     from megamoe_jit._bench import conditions as _bench_report
     from megamoe_jit._bench import measure as _bench
+    from megamoe_jit._bench.clock import anchors
 
     device = _bench.require_hopper()
     conditions = _bench_report.environment(commit)
     say("{device}, driver {driver}, NVRTC {nvrtc}, {commit}".format(**conditions))
     others: list[BaselineRow] = []
-    card, not_timed = [_bench.anchors()], None
+    card, not_timed = [anchors()], None
     if baseline:
         from megamoe_jit._bench.unfused_run import unusable
 
@@ -109,12 +134,12 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
             work,
             variants,
             lambda r: step(f"{r.shape}  {counted(r.tokens, 'token')}  {r.variant}: {r.median_us:.1f} us"),
-            between=lambda: card.append(_bench.anchors()),
+            between=lambda: card.append(anchors()),
             not_timed=not_timed,
             baselines=others,
         )
-    card.append(_bench.anchors())
-    doc = {"environment": conditions, "anchors": card, "rows": [row.to_json() for row in rows]}
+    card.append(anchors())
+    doc = {"environment": conditions, "anchors": card, "rows": [content(row) for row in rows]}
     if not_timed is not None:
         doc["baselines"] = [asdict(other) for other in others]
         doc["baselines_not_timed"] = {name: reason for name, reason in not_timed.items() if reason}
@@ -152,11 +177,23 @@ def measured(
     from megamoe_jit._bench.derived import add_limits, choice_quality
     from megamoe_jit._bench.documents import Bench
 
-    wanted, several = variants or _bench.VARIANTS, rank_count(ranks)
+    wanted, several = variants or VARIANT_CHOICES, rank_count(ranks)
     if several > 1:
-        found = bench_document(
-            presets, tokens or _bench.DEFAULT_TOKENS, wanted, several, baseline is not False, weights
-        )
+        from megamoe_jit._bench.measure_ranks import run
+
+        counts = tokens or _bench.DEFAULT_TOKENS
+        with progress_line("bench", len(presets) * len(counts) * len(wanted)) as step:
+            found = run(
+                presets,
+                counts,
+                wanted,
+                several,
+                baseline=baseline is not False,
+                weights=weights,
+                progress=lambda r: step(
+                    f"{r['shape']}  {counted(r['tokens'], 'token')}  {r['variant']}: {r['median_us']:.1f} us"
+                ),
+            )
         if found is None:
             return None
         if commit is not None:
@@ -190,7 +227,7 @@ def _print(doc: Bench, as_json: bool, columns: Columns, lines: Sequence[str]) ->
         columns = COLUMNS_OF_RANKS
     cells = [[cell(row) for cell in columns.values()] for row in doc.rows]
     show(table(list(columns), cells, left=(0, 1, 2)))
-    print_others(doc)
+    _show_others(doc)
     _print_card(doc.anchors)
     for line in lines:
         show(line)
@@ -248,13 +285,7 @@ def finish(
 @click.command()
 @timed_shapes_option
 @timed_tokens_option("16,64,256,512,1024,4096,8192; on one GPU 1,2,4,8,32 too for v4-flash and v4-pro")
-@click.option(
-    "--variant",
-    "variants",
-    multiple=True,
-    type=click.Choice(VARIANT_CHOICES),
-    help="Variant to time; may be given more than once.  [default: all, taking turns]",
-)
+@variants_option("Variant to time; may be given more than once.  [default: all, taking turns]")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),

@@ -11,9 +11,11 @@ from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
 from megamoe_jit._cli._io import (
     ExitCode,
     FullSummaries,
+    cell,
     copy_out,
     emit,
     end,
+    facts,
     json_option,
     say,
     show,
@@ -23,14 +25,12 @@ from megamoe_jit._cli._keys import all_caches, entry_info, find_entries, fit_not
 from megamoe_jit._cli._names import looks_like_key
 from megamoe_jit._cli._packs import export_command, import_command
 from megamoe_jit._cli._removal import clear_command, prune_command, rm_command
-from megamoe_jit._documents import content
+from megamoe_jit._documents import plain
 from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.documents import Entry, Statistics
     from megamoe_jit._cache.entry import EntryInfo
-
-__all__ = ["cache"]
 
 
 @click.group(cls=FullSummaries)
@@ -55,16 +55,12 @@ def path(as_json: bool) -> None:
 
 
 def _cells(info: EntryInfo) -> tuple[str, ...]:
-    def figure(name: str) -> str:
-        value = info.meta.get(name)
-        return "-" if value is None else str(value)
-
     return (
         info.key[:12],
         info.entry or "-",
         info.compiler or "-",
-        figure("registers"),
-        figure("spill_bytes"),
+        cell(info.meta.get("registers")),
+        cell(info.meta.get("spill_bytes")),
         human_bytes(info.disk_bytes),
         info.created_at or "-",
     )
@@ -122,15 +118,11 @@ def info(key: str, as_json: bool) -> None:
 
 def _fields(entry: Entry) -> str:
     """One line per value, what matters most first."""
-    from megamoe_jit._cache.documents import Compiler
-
-    doc = content(entry)
+    doc = plain(entry)
     first = ("key", "entry", "path", "disk_bytes", "created_at", "used_at")
     rows: list[tuple[str, object]] = []
 
     def add(name: str, value: object) -> None:
-        if isinstance(value, Compiler):
-            value = content(value)
         if isinstance(value, dict):
             for inner, part in value.items():
                 add(f"{name}.{inner}", part)
@@ -139,12 +131,12 @@ def _fields(entry: Entry) -> str:
         elif isinstance(value, list):
             rows.append((name, " ".join(map(str, value)) or "-"))
         else:
-            rows.append((name, "-" if value is None else value))
+            rows.append((name, cell(value)))
 
     for name in (*first, *(name for name in doc if name not in first)):
         if name in doc:
             add(name, doc[name])
-    return "\n".join(table(("", ""), rows, left=(0, 1)).splitlines()[1:])
+    return facts(rows)
 
 
 def _stats_block(stats: Statistics, where: str) -> str:
@@ -157,7 +149,7 @@ def _stats_block(stats: Statistics, where: str) -> str:
         ("last used", stats.newest_use or "-"),
         ("longest unused", stats.oldest_use or "-"),
     ]
-    return "\n".join(table(("", ""), rows, left=(0, 1)).splitlines()[1:])
+    return facts(rows)
 
 
 @cache.command("stats")

@@ -11,8 +11,6 @@ from megamoe_jit._cli._io import copy_out, emit, json_option
 from megamoe_jit._cli.app import COMPLETE_VARIABLE
 from megamoe_jit._documents import Document
 
-__all__ = ["completion"]
-
 
 @dataclass(frozen=True, slots=True)
 class Completion(Document):

@@ -9,8 +9,6 @@ import click
 from megamoe_jit._cli._io import NamedPath, emit, json_option, must_be_writable, say, show
 from megamoe_jit._text import human_bytes
 
-__all__ = ["convert"]
-
 _FORMATS = ("fp8", "mxfp4", "megamoe")
 
 

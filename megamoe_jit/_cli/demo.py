@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from megamoe_jit._check.scenarios import Inputs
     from megamoe_jit._spec import MoEShape
 
-__all__ = ["demo"]
-
 COMPILED = "v4-flash"  #: compiled where there is no GPU
 LAYER = "qwen3-30b-a3b"  #: run where there is one: 0.6 GB of weights
 TOKENS = (16, 256, 2048)

@@ -12,8 +12,6 @@ from megamoe_jit._diagnose.engines import ENGINES
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.finding import Check
 
-__all__ = ["doctor"]
-
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, emit, end, json_option, say, show, table
+from megamoe_jit._cli._io import ExitCode, emit, end, facts, json_option, say, show
 
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.machine import Environment
-
-__all__ = ["env"]
 
 
 def _shown(value: object) -> str:
@@ -56,8 +54,7 @@ def env(as_json: bool) -> None:
     else:
         for title, rows in _sections(doc):
             show(title)
-            columns = range(len(rows[0]))
-            for line in table(("",) * len(rows[0]), rows, left=tuple(columns)).splitlines()[1:]:
+            for line in facts(rows).splitlines():
                 show(f"  {line}")
     for fault in faults:
         say(f"Error: {fault.message}")

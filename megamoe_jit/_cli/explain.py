@@ -17,17 +17,15 @@ from megamoe_jit._cli._options import (
     shape_options,
     sms_option,
     tokens_option,
+    variant_option,
     weight_format_option,
 )
 from megamoe_jit._documents import content
-from megamoe_jit._spec.variants import VARIANT_CHOICES
 from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit._diagnose.explain import Call
     from megamoe_jit._spec import MoEShape
-
-__all__ = ["explain"]
 
 
 def _text(call: Call, gpu: str) -> str:
@@ -50,11 +48,7 @@ def _text(call: Call, gpu: str) -> str:
 @shape_options
 @tokens_option("Tokens of one rank in a call.")
 @ranks_option
-@click.option(
-    "--variant",
-    type=click.Choice(VARIANT_CHOICES),
-    help="The variant argument of the call.  [default: the setting MEGAMOE_JIT_VARIANT]",
-)
+@variant_option("The variant argument of the call.  [default: the setting MEGAMOE_JIT_VARIANT]", None)
 @weight_format_option("The format of the weights of the call.")
 @nodes_options
 @numerics_options

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._cache_options import cache_dir_option, complete_kernel
-from megamoe_jit._cli._io import copy_out, emit, json_option, say, show, table
+from megamoe_jit._cli._io import cell, copy_out, emit, facts, json_option, say, show
 from megamoe_jit._cli._names import looks_like_key, parse_spec
 from megamoe_jit._text import human_bytes
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.metadata import Metadata
     from megamoe_jit._diagnose.inspect import Resources, View
-
-__all__ = ["inspect"]
 
 _VIEWS = ("resources", "ptx", "sass", "source")
 
@@ -52,31 +50,28 @@ def _load(kernel: str) -> tuple[str, bytes, str, Metadata]:
     return found.key, found.cubin, render(spec).text, found.meta
 
 
-def _resources_text(facts: Resources) -> str:
-    def figure(value: object, unit: str = "") -> str:
-        return "-" if value is None else f"{value}{unit}"
-
+def _resources_text(found: Resources) -> str:
     rows = [
-        ("kernel", facts.kernel),
-        ("key", facts.key),
-        ("architecture", f"{facts.arch}, NVRTC {figure(facts.nvrtc)}"),
-        ("threads", f"{facts.max_threads} of a block"),
-        ("registers", f"{facts.registers} a thread, {facts.block_registers} of {facts.register_file} a block"),
-        ("spills", figure(facts.spill_bytes, " B")),
-        ("stack", figure(facts.stack_bytes, " B a thread")),
+        ("kernel", found.kernel),
+        ("key", found.key),
+        ("architecture", f"{found.arch}, NVRTC {cell(found.nvrtc)}"),
+        ("threads", f"{found.max_threads} of a block"),
+        ("registers", f"{found.registers} a thread, {found.block_registers} of {found.register_file} a block"),
+        ("spills", cell(found.spill_bytes, unit=" B")),
+        ("stack", cell(found.stack_bytes, unit=" B a thread")),
         (
             "shared memory",
-            f"{figure(facts.dynamic_shared_bytes, ' B')} dynamic, {figure(facts.static_shared_bytes, ' B')} static, "
-            f"of {facts.shared_limit_bytes} B",
+            f"{cell(found.dynamic_shared_bytes, unit=' B')} dynamic, "
+            f"{cell(found.static_shared_bytes, unit=' B')} static, of {found.shared_limit_bytes} B",
         ),
-        ("parameters", figure(facts.param_bytes, " B")),
-        ("code", "-" if facts.code_bytes is None else human_bytes(facts.code_bytes)),
-        ("file", human_bytes(facts.cubin_bytes)),
-        ("advisories", " ".join(facts.advisories or ()) or "none"),
-        ("options", " ".join(facts.options or ()) or "-"),
-        ("compiled in", ", ".join(f"{k} {v / 1e3:.2f} s" for k, v in (facts.compile_ms or {}).items()) or "-"),
+        ("parameters", cell(found.param_bytes, unit=" B")),
+        ("code", "-" if found.code_bytes is None else human_bytes(found.code_bytes)),
+        ("file", human_bytes(found.cubin_bytes)),
+        ("advisories", " ".join(found.advisories or ()) or "none"),
+        ("options", " ".join(found.options or ()) or "-"),
+        ("compiled in", ", ".join(f"{k} {v / 1e3:.2f} s" for k, v in (found.compile_ms or {}).items()) or "-"),
     ]
-    return "\n".join(table(("", ""), rows, left=(0, 1)).splitlines()[1:])
+    return facts(rows)
 
 
 @click.command()
@@ -97,7 +92,7 @@ def inspect(kernel: str, views: tuple[View, ...], as_json: bool) -> None:
         raise click.UsageError(f"--{views[0]} and --{views[1]} exclude each other.")
     view: View = views[0] if views else "resources"
     key, cubin, source, meta = _load(kernel)
-    facts = _inspect.resources(key, cubin, meta)
+    found = _inspect.resources(key, cubin, meta)
     text: str | None = None
     tool: str | None = None
     if view == "ptx":
@@ -107,8 +102,8 @@ def inspect(kernel: str, views: tuple[View, ...], as_json: bool) -> None:
     elif view == "source":
         text = source
     if as_json:
-        emit(_inspect.Inspection(view, facts, text, tool))
+        emit(_inspect.Inspection(view, found, text, tool))
     elif text is None:
-        show(_resources_text(facts))
+        show(_resources_text(found))
     else:
         copy_out(text.rstrip("\n"), nl=True)

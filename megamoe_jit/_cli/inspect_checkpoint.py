@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, NamedPath, emit, end, json_option, say, show, table
+from megamoe_jit._cli._io import ExitCode, NamedPath, cell, emit, end, json_option, say, show, table
 from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
     from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint
-
-__all__ = ["inspect_checkpoint"]
 
 
 @click.command(name="inspect-checkpoint")
@@ -65,9 +63,9 @@ def _show(found: InspectedCheckpoint) -> None:
 
 def _row(layer: CheckpointLayer) -> tuple[object, ...]:
     spread = layer.spread
-    shared = f"{layer.shared_experts} {layer.shared}" if layer.shared else "-"
-    size = "-" if layer.bytes_per_rank is None else human_bytes(layer.bytes_per_rank)
-    exponents = "-" if spread is None else f"{spread.least} to {spread.most}"
-    exact = "-" if spread is None or spread.blocks is None else f"{spread.exact} of {spread.blocks}"
+    shared = f"{layer.shared_experts} {layer.shared}" if layer.shared else None
+    size = None if layer.bytes_per_rank is None else human_bytes(layer.bytes_per_rank)
+    exponents = None if spread is None else f"{spread.least} to {spread.most}"
+    exact = None if spread is None or spread.blocks is None else f"{spread.exact} of {spread.blocks}"
     sizes = (layer.experts, layer.hidden, layer.intermediate, layer.kind)
-    return (layer.layer, *("-" if each is None else each for each in sizes), shared, size, exponents, exact)
+    return tuple(map(cell, (layer.layer, *sizes, shared, size, exponents, exact)))

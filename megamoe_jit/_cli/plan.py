@@ -15,9 +15,9 @@ from megamoe_jit._cli._options import (
     shape_options,
     sms_option,
     tokens_option,
+    variant_option,
     weight_format_option,
 )
-from megamoe_jit._spec.variants import VARIANT_CHOICES
 from megamoe_jit._text import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from megamoe_jit._device.layout import Section
     from megamoe_jit._diagnose.plan import Part, Planned
     from megamoe_jit._spec import MoEShape
-
-__all__ = ["plan"]
 
 
 def _sections(title: str, sections: Sequence[Section | Part], total: int) -> str:
@@ -79,13 +77,7 @@ def _text(plan: Planned) -> str:
 @tokens_option("Most tokens of one rank in a call; the capacity of the buffer is the next multiple of 128.", least=1)
 @ranks_option
 @nodes_options
-@click.option(
-    "--variant",
-    default="auto",
-    show_default=True,
-    type=click.Choice(VARIANT_CHOICES),
-    help="Show the kernel of one alone.",
-)
+@variant_option("Show the kernel of one alone.")
 @weight_format_option("The format of the weights.")
 @sms_option
 @gpu_option

@@ -15,8 +15,6 @@ from megamoe_jit._documents import Document, SpecData
 if TYPE_CHECKING:
     from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["render"]
-
 
 @dataclass(frozen=True, slots=True)
 class Rendered(Document):

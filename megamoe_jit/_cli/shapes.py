@@ -9,8 +9,6 @@ import click
 from megamoe_jit._cli._io import FullSummaries, emit, json_option, show, table
 from megamoe_jit._documents import Count, Document
 
-__all__ = ["shapes"]
-
 
 @dataclass(frozen=True, slots=True)
 class NamedShape:

@@ -10,7 +10,7 @@ import click
 
 from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
 from megamoe_jit._cli._models import named_shapes
-from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
+from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option, variants_option
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.variants import Variant
@@ -18,8 +18,6 @@ from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     from megamoe_jit._bench.documents import Cell, Time
-
-__all__ = ["tune"]
 
 
 def _best(cell: Cell) -> Time | None:
@@ -56,12 +54,9 @@ def _refuse_early(data: Path, measure: bool, target: Path | None, write_table: b
 @click.command()
 @timed_shapes_option
 @timed_tokens_option("19 counts from 1 to 8192")
-@click.option(
-    "--variant",
-    "variants",
-    multiple=True,
-    type=click.Choice([variant.value for variant in Variant.reading(FP8)]),
-    help="Kernel to compare; may be given more than once.  [default: all]",
+@variants_option(
+    "Kernel to compare; may be given more than once.  [default: all]",
+    [variant.value for variant in Variant.reading(FP8)],
 )
 @click.option(
     "--lags",

@@ -11,19 +11,17 @@ import click
 
 from megamoe_jit._cli._io import ExitCode, emit, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
-from megamoe_jit._cli._options import weight_format_option
-from megamoe_jit._cli._ranks import print_verify, rank_count, run_ranks_option
+from megamoe_jit._cli._options import rank_count, run_ranks_option, variants_option, weight_format_option
 from megamoe_jit._errors import ConfigError, ToolchainError
-from megamoe_jit._spec.variants import VARIANT_CHOICES, VARIANT_NAMES, Variant
+from megamoe_jit._spec.variants import VARIANT_NAMES, Variant
+from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
     import torch
 
-    from megamoe_jit._check.documents import Outcome
+    from megamoe_jit._check.documents import Outcome, Verify
     from megamoe_jit._check.scenarios import Scenario
     from megamoe_jit._spec import KernelSpec
-
-__all__ = ["verify"]
 
 
 def _line(outcome: Outcome) -> str:
@@ -34,6 +32,26 @@ def _line(outcome: Outcome) -> str:
 
 def _figure(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2e}"
+
+
+def _show_families(doc: Verify, ranks: int) -> None:
+    """The outcomes in one table, a line for each family of scenarios and one for all."""
+    families: dict[str, list[Outcome]] = {}
+    for outcome in doc.outcomes:
+        families.setdefault(outcome.name.partition(".")[0], []).append(outcome)
+    rows = []
+    for family, outcomes in [*families.items(), ("all", list(doc.outcomes))]:
+        failed = sum(not o.passed for o in outcomes)
+        worst = (
+            max((v for v in values if not math.isnan(v)), default=math.nan)
+            for values in ([o.diff for o in outcomes], [o.worst_row_diff for o in outcomes])
+        )
+        figures = ("-" if math.isnan(v) else f"{v:.1e}" for v in worst)
+        names = len({o.name for o in outcomes})
+        rows.append((family, names, len(outcomes), len(outcomes) - failed, failed, *figures))
+    late = f", each up to {doc.skew_us} us late for each launch" if doc.skew_us else ""
+    show(f"{ranks} ranks, {counted(doc.rounds, 'round')} of each scenario and variant{late}")
+    show(table(("FAMILY", "SCENARIOS", "RUN", "PASSED", "FAILED", "WORST DIFF", "WORST ROW"), rows))
 
 
 def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.device, ranks: int) -> list[KernelSpec]:
@@ -84,13 +102,7 @@ def _compile_ahead(specs: Sequence[KernelSpec], ranks: int, as_json: bool) -> No
     metavar="PATTERN",
     help="Names, globs or families of scenarios, separated by commas (L4, route.hot*, shape).",
 )
-@click.option(
-    "--variant",
-    "variants",
-    multiple=True,
-    type=click.Choice(VARIANT_CHOICES),
-    help=f"Variant to run; may be given more than once.  [default: {' and '.join(VARIANT_NAMES)}]",
-)
+@variants_option(f"Variant to run; may be given more than once.  [default: {' and '.join(VARIANT_NAMES)}]")
 @click.option("--slow", is_flag=True, help="Run the large scenarios as well.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
 @click.option(
@@ -164,7 +176,7 @@ def verify(only_list: bool, ranks: int | None, as_json: bool, **how: Any) -> Non
     if as_json:
         emit(doc)
     elif several > 1:
-        print_verify(doc, several)
+        _show_families(doc, several)
     else:
         rows = [
             (o.name, o.variant, _figure(o.diff), _figure(o.worst_row_diff), "passed" if o.passed else "FAILED")

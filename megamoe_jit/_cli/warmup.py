@@ -17,18 +17,16 @@ from megamoe_jit._cli._options import (
     numerics_options,
     ranks_option,
     shape_options,
+    variant_option,
     weight_format_option,
 )
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.variants import VARIANT_CHOICES
 
 if TYPE_CHECKING:
     from megamoe_jit._jit.documents import Kernel, KernelStatus
     from megamoe_jit._spec import MoEShape
     from megamoe_jit._spec.compilable import Compilable
     from megamoe_jit._spec.numerics import Numerics
-
-__all__ = ["warmup"]
 
 ALL_INPUTS = "all"
 
@@ -37,13 +35,7 @@ ALL_INPUTS = "all"
 @shape_options
 @ranks_option
 @nodes_option
-@click.option(
-    "--variant",
-    default="auto",
-    show_default=True,
-    type=click.Choice(VARIANT_CHOICES),
-    help="One variant alone; auto compiles all that a call can pick.",
-)
+@variant_option("One variant alone; auto compiles all that a call can pick.")
 @click.option(
     "--inputs",
     default=ALL_INPUTS,
@@ -88,7 +80,7 @@ def warmup(
     from megamoe_jit._errors import ConfigError
     from megamoe_jit._jit.documents import Warmup
     from megamoe_jit._settings.settings import get_settings
-    from megamoe_jit._spec.passes import Pass, PassSpec
+    from megamoe_jit._spec.any_layer import Pass, PassSpec
 
     settings = get_settings()
     kernels_dir()  # one that is wrong is no failure of each kernel

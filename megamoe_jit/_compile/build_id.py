@@ -7,8 +7,6 @@ import mmap
 import struct
 from pathlib import Path
 
-__all__ = ["build_id"]
-
 
 def build_id(path: Path) -> str:
     """The GNU build id of an ELF file; the sha256 of its bytes if it carries none.

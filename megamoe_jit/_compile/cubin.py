@@ -16,8 +16,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-__all__ = ["CubinError", "CubinInfo", "KernelInfo", "cubin_arch", "read_cubin"]
-
 _MACHINE_CUDA = 190
 _ABI_13 = 8
 _SHT_SYMTAB = 2
@@ -118,7 +116,7 @@ def read_cubin(data: bytes) -> CubinInfo:
 def _noted_arch(data: bytes, arch: str) -> str | None:
     """The `-arch` among the options that the assembler left in a note, if it agrees with the ELF flags."""
     with contextlib.suppress(*_UNREADABLE):
-        for section in _sections(data):
+        for section in sections_of(data):
             if section.name == ".note.nv.tkinfo":
                 note = data[section.offset : section.offset + section.size]
                 found = re.search(rb"-arch[ =](sm_\d+[a-z]?)\b", note)
@@ -128,7 +126,7 @@ def _noted_arch(data: bytes, arch: str) -> str | None:
 
 
 def _kernels(data: bytes) -> Iterator[KernelInfo]:
-    sections = _sections(data)
+    sections = sections_of(data)
     by_name = {section.name: section for section in sections}
     symbols = _symbols(data, sections)
     reserved = _RESERVED_SHARED if ".nv.shared.reserved.0" in by_name else 0
@@ -172,7 +170,8 @@ def _product(dimensions: bytes) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _sections(data: bytes) -> tuple[_Section, ...]:
+def sections_of(data: bytes) -> tuple[_Section, ...]:
+    """The sections of an ELF file; raises as reading a damaged one does."""
     programs, table = struct.unpack_from("<QQ", data, 32)
     program_size, program_count, size, count, names_index = struct.unpack_from("<HHHHH", data, 54)
     if max(programs + program_size * program_count, table + size * count) > len(data):

@@ -29,8 +29,6 @@ from megamoe_jit._errors import CompileError, PerformanceLossError, ToolchainErr
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._trust import private_directory
 
-__all__ = ["CompileResult", "Diagnostic", "compile_source"]
-
 LOG = logging.getLogger("megamoe_jit")
 SHOWN = 8  #: diagnostics quoted in an error message
 

@@ -22,8 +22,6 @@ from megamoe_jit._files import read_text, stays_inside
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["VIRTUAL_ROOT", "RenderedSource", "kernels_dir", "render", "source_lines", "sources_digest"]
-
 VIRTUAL_ROOT = "/megamoe_jit/kernels_src"
 
 #: those that say what stands where: the rest is the compiler's business

@@ -12,8 +12,6 @@ from typing import Any
 
 from megamoe_jit._fork import renew_after_fork
 
-__all__ = ["settle"]
-
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 _SOURCE = b'extern "C" __global__ void nothing() {}'
 

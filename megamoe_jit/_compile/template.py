@@ -10,6 +10,7 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import jinja2
@@ -18,8 +19,6 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 from megamoe_jit._files import stays_inside
-
-__all__ = ["TemplateLimitError", "render_template"]
 
 MOST_OUTPUT = 8 << 20  #: characters
 MOST_TURNS = 100_000  #: of all loops together
@@ -103,30 +102,19 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Raise `TemplateSyntaxError` if a template includes itself, or is the end of a long chain of includes."""
         lines = {node.template.as_const(): node.lineno for node in tree.find_all(nodes.Include)}
         self._included[name] = lines
+        try:
+            TopologicalSorter(self._included).prepare()
+        except CycleError as error:
+            cycle = error.args[1][:0:-1]  # each includes the next, and the last one the first
+            at = cycle.index(name)
+            chain = [*cycle[at:], *cycle[:at], name]
+            problem = f"include cycle {' -> '.join(chain)}"
+            raise jinja2.TemplateSyntaxError(problem, lines[chain[1]], name, filename) from None
         for target, line in lines.items():
             self._depth[target] = max(self._depth.get(target, 0), self._depth.get(name, 0) + 1)
-            problem = ""
-            if chain := self._way(target, name):
-                problem = f"include cycle {' -> '.join([name, *chain])}"
-            elif self._depth[target] > DEEPEST_INCLUDE:
+            if self._depth[target] > DEEPEST_INCLUDE:
                 problem = f"includes are nested more than {DEEPEST_INCLUDE} deep"
-            if problem:
                 raise jinja2.TemplateSyntaxError(problem, line, name, filename)
-
-    def _way(self, start: str, end: str) -> list[str]:
-        """The templates on a way of includes, both ends too; none if there is no way that is known yet."""
-        before = {start: ""}
-        for name in (queue := [start]):
-            if name == end:
-                way = [name]
-                while before[way[0]]:
-                    way.insert(0, before[way[0]])
-                return way
-            for target in self._included.get(name, ()):
-                if target not in before:
-                    before[target] = name
-                    queue.append(target)
-        return []
 
     @jinja2.pass_context  # which also keeps the compiler from working out the loop by itself
     def _counted(self, _: Context, items: Iterable[Any]) -> Iterator[Any]:

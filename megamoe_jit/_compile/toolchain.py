@@ -28,19 +28,6 @@ from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._version import __version__
 
-__all__ = [
-    "ARCH",
-    "Candidate",
-    "Toolchain",
-    "activate",
-    "candidates",
-    "correction",
-    "current_builder",
-    "find_toolchain",
-    "options_for",
-    "wanted_major",
-]
-
 ARCH = "sm_90a"
 MINIMUM = (12, 8)  #: the oldest the kernels are compiled with
 LOG = logging.getLogger("megamoe_jit")
@@ -92,7 +79,7 @@ def wanted_major() -> tuple[int | None, str]:
         if text:
             return int(str(text).split(".")[0]), f"the imported torch is built for CUDA {text}"
     else:
-        text = _installed_torch_cuda()
+        text = installed_torch_cuda()
         if text:
             return int(text.split(".")[0]), f"the installed torch is built for CUDA {text}"
     from importlib import metadata
@@ -240,7 +227,7 @@ def _advice() -> str:
     return text[0].upper() + text[1:]
 
 
-def _installed_torch_cuda() -> str | None:
+def installed_torch_cuda() -> str | None:
     """`torch.version.cuda` of an installed torch, from its text, so that warmup need not import it."""
     from importlib import util
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["BINDINGS", "NVRTC", "bindings_command", "wheel_command"]
-
 #: Requirements by CUDA major version, as in the extras of pyproject.toml.
 NVRTC = {12: "nvidia-cuda-nvrtc-cu12>=12.8,<13", 13: "nvidia-cuda-nvrtc>=13,<14"}
 BINDINGS = {12: "cuda-python>=12.9,<13", 13: "cuda-python>=13.0.3,<14"}

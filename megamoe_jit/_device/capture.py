@@ -13,8 +13,6 @@ import torch
 
 from megamoe_jit._errors import CaptureError
 
-__all__ = ["capture_id", "is_capturing", "refuse_capture"]
-
 _ACTIVE = 1  #: CU_STREAM_CAPTURE_STATUS_ACTIVE
 
 

@@ -15,8 +15,6 @@ from megamoe_jit._documents import Count
 from megamoe_jit._errors import LoadError, UnsupportedDeviceError
 from megamoe_jit._text import first_line
 
-__all__ = ["Gpu", "Machine", "checked", "gpus", "name_of", "refuse_without_gpu"]
-
 LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR, _SMS = 75, 76, 16  #: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, ..._MINOR, _MULTIPROCESSOR_COUNT
 #: Names, for a driver too broken to give them.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Advice", "advice"]
-
 
 @dataclass(frozen=True, slots=True)
 class Advice:

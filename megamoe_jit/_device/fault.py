@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from megamoe_jit._errors import DeviceFaultError, MegaMoeError, PeerTimeoutError
 from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, Meeting, Wait
 
-__all__ = ["LOST", "WAITS", "Fault", "decode", "fault_error"]
-
 #: By code: what was waited for, and who should have done it.  Rows are numbered through all experts, each of which
 #: begins at a multiple of 128.
 WAITS: dict[int, str] = {

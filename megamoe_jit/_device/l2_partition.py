@@ -25,8 +25,6 @@ from megamoe_jit._errors import LoadError
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._spec.abi import SIDE_WORDS
 
-__all__ = ["sides_of_sms", "split"]
-
 LOG = logging.getLogger("megamoe_jit")
 
 LINES = 96  #: lines whose latency is measured

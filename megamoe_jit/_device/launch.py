@@ -19,8 +19,6 @@ from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._spec.abi import PARAMS_ALIGN, THREADS
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["Launcher", "LoadedKernel"]
-
 _ADVICE = {
     "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": (
         "all blocks must be resident at once: use a grid no larger than the number of SMs, and keep "

@@ -12,8 +12,6 @@ from megamoe_jit._documents import Count
 from megamoe_jit._spec import BLOCK, MoEShape
 from megamoe_jit._spec.abi import COUNTER_ROWS, MAX_RANKS, POOL_ALIGN, Control, Meeting
 
-__all__ = ["ALIGN", "CAPACITY_STEP", "DEFAULT_POOL_ROWS", "MAX_SORT_BLOCKS", "BufferLayout", "Section", "buffer_layout"]
-
 ALIGN = 1024  #: every section starts at a multiple of this
 CAPACITY_STEP = 128  #: token capacity is rounded up to a multiple of this
 DEFAULT_POOL_ROWS = 65536  #: rows the pools hold at most unless the caller says otherwise

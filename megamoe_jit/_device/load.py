@@ -24,8 +24,6 @@ from megamoe_jit._jit.obtain import get_kernel, replacement
 from megamoe_jit._jit.registry import Life, registry
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["load_kernel"]
-
 LOG = logging.getLogger("megamoe_jit")
 
 #: driver errors that mean: this binary is not for this driver or device

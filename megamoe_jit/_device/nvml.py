@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-__all__ = ["peer_access"]
-
 _READ, _WRITE = 0, 1  #: nvmlGpuP2PCapsIndex_t
 _OK, _UNKNOWN = 0, 6  #: nvmlGpuP2PStatus_t
 

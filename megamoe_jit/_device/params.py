@@ -13,15 +13,6 @@ from typing import Any, TypeVar
 
 from megamoe_jit._spec.abi import NODES_PARAMS, PARAMS, PARAMS_ALIGN, STAGE_PARAMS
 
-__all__ = [
-    "NodesParams",
-    "Params",
-    "StageParams",
-    "TensorMap",
-    "aligned",
-    "side_by_side",
-]
-
 
 class TensorMap(ctypes.Structure):
     """An opaque CUtensorMap, 128 bytes."""

@@ -14,8 +14,6 @@ from megamoe_jit._device.params import TensorMap
 from megamoe_jit._errors import LaunchError, ToolchainError
 from megamoe_jit._spec.abi import BLOCK_K
 
-__all__ = ["encode_fp8_rows"]
-
 # Values of the driver's enums (cuda.h).
 _UINT8 = 0
 _INTERLEAVE_NONE = 0

@@ -21,8 +21,6 @@ import torch
 from megamoe_jit._device.fault import LOST
 from megamoe_jit._text import first_line
 
-__all__ = ["be_ready", "wait_for_device"]
-
 GRACE_S = 10.0  #: for the driver to report a fault after its record was seen; it was never seen to take more than 4
 LOOK_S = 0.05  #: between two looks at the record
 

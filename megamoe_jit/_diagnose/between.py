@@ -12,8 +12,6 @@ from megamoe_jit._nodes.model import check_launch_rows, cost, row_bytes, rows_pe
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit._text import counted
 
-__all__ = ["Between", "Ways", "between", "shape_of_a_node"]
-
 BYTES = {"bf16": 2, "fp32": 4}
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megamoe_jit._device.driver import gpus
 from megamoe_jit._diagnose.doctor_machine import (
     check_compiler,
     check_driver,
@@ -27,7 +28,7 @@ from megamoe_jit._diagnose.doctor_machine import (
 )
 from megamoe_jit._diagnose.engines import examine_engine, probe_of
 from megamoe_jit._diagnose.finding import Check, Status
-from megamoe_jit._diagnose.machine import TOOLS, FileSystem, compilers, file_system, find_tool, gpus, tool_command
+from megamoe_jit._diagnose.machine import TOOLS, FileSystem, compilers, file_system, find_tool, tool_command
 from megamoe_jit._settings.read import listed
 from megamoe_jit._settings.settings import get_settings, lenient
 from megamoe_jit._settings.variables import PREFIX, VARIABLES, default_config_file
@@ -35,8 +36,6 @@ from megamoe_jit._text import human_bytes, several
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
-
-__all__ = ["examine"]
 
 LOW_SPACE = 256 << 20  #: free bytes below which a cache gets a warning
 

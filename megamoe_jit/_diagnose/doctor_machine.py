@@ -8,25 +8,15 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megamoe_jit._device.driver import Machine
 from megamoe_jit._device.driver_advice import advice
 from megamoe_jit._diagnose.finding import Check, Status
-from megamoe_jit._diagnose.machine import Compilers, Machine
+from megamoe_jit._diagnose.machine import Compilers, installed
 from megamoe_jit._errors import MegaMoeError, ToolchainError
 from megamoe_jit._settings.settings import get_settings
 
 if TYPE_CHECKING:
     from megamoe_jit._cache.cache import KernelCache
-
-__all__ = [
-    "check_compiler",
-    "check_driver",
-    "check_gpu",
-    "check_ready_kernels",
-    "check_sources",
-    "check_torch",
-    "check_trial",
-    "compiling_forbidden",
-]
 
 _TRIAL = 'extern "C" __global__ void megamoe_trial(int* out) { out[threadIdx.x] = threadIdx.x; }\n'
 
@@ -88,15 +78,12 @@ def check_sources() -> Check:
 
 def check_torch(machine: Machine) -> Check:
     """The installed torch, and whether it fits the machine."""
-    from importlib.metadata import PackageNotFoundError, version
+    from megamoe_jit._compile.toolchain import installed_torch_cuda
 
-    from megamoe_jit._compile.toolchain import _installed_torch_cuda
-
-    try:
-        release = version("torch")
-    except PackageNotFoundError:
+    release = installed("torch")
+    if release is None:
         return Check("torch", Status.FAIL, "not installed", "pip install torch", {"version": None, "cuda": None})
-    cuda = _installed_torch_cuda()
+    cuda = installed_torch_cuda()
     data = {"version": release, "cuda": cuda}
     if cuda is not None:
         return Check("torch", Status.OK, f"{release}, built for CUDA {cuda}", None, data)

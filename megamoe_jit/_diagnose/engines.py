@@ -10,29 +10,14 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from megamoe_jit._diagnose.finding import Check, Status
+from megamoe_jit._diagnose.machine import installed
 
-__all__ = ["ENGINES", "EngineProbe", "Hook", "examine_engine", "probe_of"]
-
-
-class Plugin(NamedTuple):
-    """What is known of a plug-in before it is imported.
-
-    Attributes:
-        distribution: the package of its engine, as pip knows it.
-        facts: the module that has the releases `WANTED` and `TESTED`, and asks for what is `relied_upon`.
-        typed: what to type so that the engine takes the plug-in, a line each.
-    """
-
-    distribution: str
-    facts: str
-    typed: tuple[str, ...]
-
-
-PLUGINS = {
-    "flashinfer": Plugin(
+#: Of each engine: its package, as pip knows it; the module that has the releases `WANTED` and `TESTED`, and asks for
+#: what is `relied_upon`; what to type so that the engine takes the plug-in, a line each.
+_PLUGINS = {
+    "flashinfer": (
         "flashinfer-python",
         "megamoe_jit.engines.flashinfer.seams",
         (
@@ -40,7 +25,7 @@ PLUGINS = {
             "MoEEpLayer(..., backend=MegaConfig(megakernel=MegaMoeConfig(intermediate_size, top_k)))",
         ),
     ),
-    "sglang": Plugin(
+    "sglang": (
         "sglang",
         "megamoe_jit.engines.sglang.seams",
         (
@@ -48,7 +33,7 @@ PLUGINS = {
             "sglang serve --model-path MODEL --tp N --moe-runner-backend megamoe_jit",
         ),
     ),
-    "transformers": Plugin(
+    "transformers": (
         "transformers",
         "megamoe_jit.transformers.fit",
         (
@@ -56,7 +41,7 @@ PLUGINS = {
             'AutoModelForCausalLM.from_pretrained(..., experts_implementation="megamoe")',
         ),
     ),
-    "vllm": Plugin(
+    "vllm": (
         "vllm",
         "megamoe_jit.engines.vllm.seams",
         (
@@ -65,19 +50,8 @@ PLUGINS = {
         ),
     ),
 }
-ENGINES = tuple(PLUGINS)  #: what `doctor --engine` takes
-
-
-class Hook(NamedTuple):
-    """Something of the engine that the plug-in relies on.
-
-    Attributes:
-        name: as the engine calls it.
-        problem: how it differs from what the plug-in was written for; empty if it does not.
-    """
-
-    name: str
-    problem: str
+ENGINES = tuple(_PLUGINS)  #: what `doctor --engine` takes
+PAGE = "docs/models.md"  #: what says more, in the documentation
 
 
 @dataclass(frozen=True)
@@ -89,10 +63,9 @@ class EngineProbe:
         distribution: its package, as pip knows it.
         wanted: the releases that the plug-in is written for, as pip writes it; those of the extra.
         tested: the releases it was run with.
-        hooks: asks the installed package for each thing that the plug-in relies on, as fields of `Hook`; called where
-            it is installed.
+        hooks: asks the installed package for each thing that the plug-in relies on: what the engine calls it, and how
+            it differs from what the plug-in was written for, empty if it does not. Called where it is installed.
         typed: what to type so that the engine takes the plug-in, a line each.
-        page: what says more, in the documentation.
     """
 
     name: str
@@ -101,30 +74,20 @@ class EngineProbe:
     tested: tuple[str, ...]
     hooks: Callable[[], Iterable[tuple[str, str]]]
     typed: tuple[str, ...]
-    page: str = "docs/models.md"
-
-    def installed(self) -> str | None:
-        """The version that is installed; None without one."""
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            return version(self.distribution)
-        except PackageNotFoundError:
-            return None
 
 
 def probe_of(name: str) -> EngineProbe:
     """The probe of an engine of `ENGINES`."""
-    plugin = PLUGINS[name]
+    distribution, module, typed = _PLUGINS[name]
     with warnings.catch_warnings():  # a plug-in that steps aside says what the probe's findings are to say
         warnings.filterwarnings("ignore", message=".* steps aside: ")
-        facts = importlib.import_module(plugin.facts)
-    return EngineProbe(name, plugin.distribution, facts.WANTED, facts.TESTED, facts.relied_upon, plugin.typed)
+        facts = importlib.import_module(module)
+    return EngineProbe(name, distribution, facts.WANTED, facts.TESTED, facts.relied_upon, typed)
 
 
 def examine_engine(probe: EngineProbe) -> Iterator[Check]:
     """Look at an engine: its version, what the plug-in relies on, and what to type."""
-    version = probe.installed()
+    version = installed(probe.distribution)
     tested = f"tested: {', '.join(probe.tested)}"
     data = {"engine": probe.name, "version": version, "tested": list(probe.tested), "wanted": probe.wanted}
     if version is None:
@@ -137,19 +100,19 @@ def examine_engine(probe: EngineProbe) -> Iterator[Check]:
         yield Check(probe.name, Status.WARN, detail, "it works if the hooks are as expected", data)
     yield _check_hooks(probe)
     typed = "\n".join(probe.typed)
-    yield Check("to type", Status.OK, typed, None, {"lines": list(probe.typed), "page": probe.page})
+    yield Check("to type", Status.OK, typed, None, {"lines": list(probe.typed), "page": PAGE})
 
 
 def _check_hooks(probe: EngineProbe) -> Check:
     try:
-        hooks = [Hook(*found) for found in probe.hooks()]
+        hooks = list(probe.hooks())
     except Exception as error:  # an engine that cannot be imported is a finding
         detail = f"{probe.name} cannot be imported: {type(error).__name__}: {error}"
-        return Check("hooks", Status.FAIL, detail, f"mend that installation; {probe.page}", {})
-    broken = [hook for hook in hooks if hook.problem]
-    data = {"hooks": [hook._asdict() for hook in hooks]}
+        return Check("hooks", Status.FAIL, detail, f"mend that installation; {PAGE}", {})
+    broken = [f"{name}: {problem}" for name, problem in hooks if problem]
+    data = {"hooks": [{"name": name, "problem": problem} for name, problem in hooks]}
     if broken:
-        detail = "\n".join(f"{hook.name}: {hook.problem}" for hook in broken)
+        detail = "\n".join(broken)
         step = f"the plug-in steps aside here; pip install '{probe.wanted}'"
         return Check("hooks", Status.FAIL, detail, step, data)
     return Check("hooks", Status.OK, f"all {len(hooks)} as expected", None, data)

@@ -13,19 +13,6 @@ from megamoe_jit._spec.variants import Variant
 from megamoe_jit.heuristics.select import Choice, choose
 from megamoe_jit.heuristics.tables import find_gpu, table_for
 
-__all__ = [
-    "DEFAULT_SMS",
-    "AskedFor",
-    "Call",
-    "Case",
-    "Explain",
-    "KernelState",
-    "choice_for",
-    "explain",
-    "gpu_asked_for",
-    "kernel_state",
-]
-
 DEFAULT_SMS = 132  #: streaming multiprocessors of an H100 SXM and of an H200
 
 
@@ -129,7 +116,7 @@ def gpu_asked_for(name: str | None) -> AskedFor:
     """
     gpu: str | None = None
     if name is None:
-        from megamoe_jit._diagnose.machine import gpus
+        from megamoe_jit._device.driver import gpus
 
         gpu = next((each.name for each in gpus().gpus), None)
     elif name.lower() != "none":

@@ -9,8 +9,6 @@ from typing import Any
 
 from megamoe_jit._documents import Document
 
-__all__ = ["Check", "Diagnosis", "Status", "worst"]
-
 
 class Status(StrEnum):
     """What a check found, from good to bad."""

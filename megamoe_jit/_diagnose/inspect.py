@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from megamoe_jit._cache.metadata import Metadata
-from megamoe_jit._compile.cubin import CubinError, _sections, read_cubin
+from megamoe_jit._compile.cubin import CubinError, read_cubin, sections_of
 from megamoe_jit._diagnose.machine import TOOLS, find_tool, tool_command
 from megamoe_jit._documents import Count, Digest, Document, Figure
 from megamoe_jit._errors import LoadError, ToolchainError
 from megamoe_jit._spec.abi import SHARED_LIMIT
-
-__all__ = ["Inspection", "Resources", "View", "ptx", "resources", "sass"]
 
 _TIMEOUT_S = 120
 _ARGUMENTS = {"nvdisasm": ("--print-code", "--print-line-info"), "cuobjdump": ("--dump-sass",)}
@@ -26,7 +24,7 @@ REGISTER_FILE = 65536  #: 32-bit registers of a streaming multiprocessor
 
 
 def _section(cubin: bytes, name: str) -> bytes | None:
-    for section in _sections(cubin):
+    for section in sections_of(cubin):
         if section.name == name:
             return cubin[section.offset : section.offset + section.size]
     return None

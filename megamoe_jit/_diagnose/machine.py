@@ -13,34 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megamoe_jit._device.driver import Gpu, Machine, gpus
+from megamoe_jit._device.driver import Gpu, gpus
 from megamoe_jit._documents import Count, Document, Says
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._version import __version__
 
 if TYPE_CHECKING:
     from megamoe_jit._settings.read import Fault
-
-__all__ = [
-    "TOOLS",
-    "ChosenCompiler",
-    "Compilers",
-    "Driver",
-    "Environment",
-    "FileSystem",
-    "FoundCompiler",
-    "Gpu",
-    "Machine",
-    "Setting",
-    "compilers",
-    "examine_environment",
-    "file_system",
-    "find_tool",
-    "gpus",
-    "packages",
-    "settings_table",
-    "tool_command",
-]
 
 PACKAGES = (
     "torch",
@@ -81,17 +60,14 @@ class FileSystem:
     free_bytes: int | None
 
 
-def packages() -> dict[str, str | None]:
-    """Installed versions, without importing anything."""
+def installed(package: str) -> str | None:
+    """The version of a package, without importing it; None where it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +265,7 @@ def examine_environment(faults: Sequence[Fault]) -> Environment:
         version=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        packages=packages(),
+        packages={name: installed(name) for name in PACKAGES},
         nvrtc=compilers(),
         driver=Driver(machine.driver_cuda, machine.problem, machine.code, machine.gpus),
         settings=settings_table(faults),

@@ -8,7 +8,6 @@ from megamoe_jit._device.layout import Section, buffer_layout
 from megamoe_jit._diagnose.between import Between, Ways, between
 from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor, Case, choice_for
 from megamoe_jit._documents import Count, Document, content
-from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, FP8, MAX_TOKENS, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.abi import (
     BLOCK_N,
@@ -19,11 +18,10 @@ from megamoe_jit._spec.abi import (
     TILE_BYTES,
     TILE_SLOTS,
 )
+from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.variants import Variant
-from megamoe_jit.heuristics.select import AUTO, all_variants
-
-__all__ = ["Launch", "Part", "PlanDocument", "Planned", "memory_plan", "shared_parts"]
+from megamoe_jit._spec.variants import AUTO, Variant
+from megamoe_jit.heuristics.select import all_variants
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +176,7 @@ def memory_plan(
     Raises:
         ConfigError: a value is not supported.
     """
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise ConfigError(f"tokens = {tokens} is not supported; allowed: 1 to {MAX_TOKENS}")
+    check(1 <= tokens <= MAX_TOKENS, "tokens", tokens, f"1 to {MAX_TOKENS}")
     stored = WeightFormat.parse(weights)
     numerics, room, beyond = DEFAULT_NUMERICS, tokens, None
     if ways is not None and ways.nodes > 1:

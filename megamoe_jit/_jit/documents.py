@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megamoe_jit._cache.cache import user_cache
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._documents import Count, Digest, Document, Figure, SpecData
 from megamoe_jit._jit.pack import ImportReport, PackInfo
-from megamoe_jit._jit.runtime import WarmupResult, kernel_cache
+from megamoe_jit._jit.runtime import WarmupResult
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec.compilable import Compilable
-
-__all__ = ["CacheExport", "CacheImport", "Kernel", "KernelStatus", "PackedKernel", "Warmup", "status_of", "stored"]
 
 KernelStatus = Literal["compiled", "cached", "failed", "skipped", "missing"]
 
@@ -30,7 +29,7 @@ def stored(result: WarmupResult) -> bool:
         return False
     if result.kernel.origin != "compiled":
         return True
-    return not get_settings().no_cache and kernel_cache().usable(result.kernel.key, result.spec.kernel_name)
+    return not get_settings().no_cache and user_cache().usable(result.kernel.key, result.spec.kernel_name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,6 @@ from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["CompiledKernel", "Origin", "warmup_command"]
-
 Origin = Literal["memory", "pack", "disk", "compiled"]  #: pack: a read-only cache
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from megamoe_jit._cache.cache import KernelCache, find_info, searched_caches
+from megamoe_jit._cache.cache import KernelCache, searched_caches
 from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info
 from megamoe_jit._cache.identity import cache_key, source_id
 from megamoe_jit._cache.metadata import Metadata
@@ -20,9 +20,8 @@ from megamoe_jit._compile.render import RenderedSource, render
 from megamoe_jit._compile.toolchain import ARCH, Toolchain, find_toolchain, options_for
 from megamoe_jit._errors import ConfigError, ToolchainError
 from megamoe_jit._spec.compilable import Compilable
+from megamoe_jit._text import shown
 from megamoe_jit._trust import check_private
-
-__all__ = ["Fit", "Found", "Wanted", "entries_of", "find_key", "first_whole", "fit_of", "lookup"]
 
 LOG = logging.getLogger("megamoe_jit")
 
@@ -152,17 +151,20 @@ def find_key(prefix: str, caches: Sequence[KernelCache]) -> Found:
     Raises:
         ConfigError: there is none, or there are several.
     """
-    try:
-        cache, info = find_info(prefix, caches)
-    except ConfigError:
-        begins = prefix.strip().lower()
-        keys = {each: each.keys() for each in caches}
-        held = [(each, key) for each in caches for key in keys[each] if begins and key.startswith(begins)]
-        found = next(filter(None, (_at(each, key) for each, key in held)), None)
-        if found is None or len({key for _, key in held}) > 1:
-            raise
-        return found
-    return Found(cache, info.key, info)
+    begins = prefix.strip().lower()
+    every = {cache: cache.keys() for cache in caches}
+    held = [(cache, key) for cache, keys in every.items() for key in keys if begins and key.startswith(begins)]
+    fitting = sorted({key for _, key in held})
+    where = " or ".join(str(cache.path) for cache in caches)
+    if len(fitting) > 1:
+        first = ", ".join(key[: max(12, len(prefix) + 4)] for key in fitting[:5])
+        raise ConfigError(f"key {prefix!r} is not unique in {where}: {first}{', ...' if fitting[5:] else ''}")
+    found = filter(None, (_at(cache, key) for cache, key in held))
+    chosen = min(found, key=lambda each: each.info is None, default=None)  # the first that is not damaged, if one is
+    if chosen is None:
+        what = "has no readable metadata" if held else "is not"
+        raise ConfigError(f"key {shown(prefix)} {what} in the cache {where}; `megamoe-jit cache ls` lists the keys")
+    return chosen
 
 
 def entries_of(spec: Compilable, caches: Iterable[KernelCache]) -> list[Found]:

@@ -28,8 +28,6 @@ from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._text import one_line
 from megamoe_jit._version import __version__
 
-__all__ = ["distrust", "get_kernel", "replacement"]
-
 LOG = logging.getLogger("megamoe_jit")
 
 

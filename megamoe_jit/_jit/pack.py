@@ -22,12 +22,11 @@ from megamoe_jit._files import file_sha256
 from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Fit, Found, entries_of, find_key, first_whole
 from megamoe_jit._jit.pack_file import FILES, KIND, entries_in, opened, sha256, write_tar
+from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.kinds import AnySpec
 from megamoe_jit._text import items_of, one_line, shown
 from megamoe_jit._version import __version__
-
-__all__ = ["ImportReport", "PackInfo", "export_pack", "import_pack", "read_pack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +174,7 @@ def read_pack(path: Path | str) -> PackInfo:
 def _path(name: str, value: object) -> Path:
     """A path that somebody has named: an empty one would mean the working directory."""
     text = os.fsdecode(value) if isinstance(value, str | os.PathLike) else ""
-    if not text or "\0" in text:
-        raise ConfigError(f"{name} = {shown(value)} is not supported; allowed: the path of a file or directory")
+    check(bool(text) and "\0" not in text, name, value, "the path of a file or directory")
     return Path(text)
 
 
@@ -189,8 +187,7 @@ def _without_origin(meta: Metadata) -> bytes:
 
 
 def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
-    if not isinstance(cache, KernelCache | None):
-        raise ConfigError(f"cache = {shown(cache)} is not supported; allowed: a KernelCache, or None")
+    check(isinstance(cache, KernelCache | None), "cache", cache, "a KernelCache, or None")
     return (user_cache(), *readonly_caches()) if cache is None else (cache,)
 
 

@@ -24,8 +24,6 @@ from megamoe_jit._errors import PackError
 from megamoe_jit._files import file_sha256
 from megamoe_jit._text import first_line, shown
 
-__all__ = ["FILES", "KIND", "MANIFEST", "entries_in", "opened", "sha256", "write_tar"]
-
 KIND = "megamoe-jit-pack"
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 32 << 20

@@ -24,8 +24,6 @@ from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._settings.settings import Settings, get_settings
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["Companion", "Life", "Registry", "registry", "reset"]
-
 
 class Companion(Protocol):
     """What another room keeps of the kernels of a registry; made without arguments at its first use."""

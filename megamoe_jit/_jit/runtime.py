@@ -14,22 +14,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._errors import ConfigError, MegaMoeError
 from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat, check_flag
-from megamoe_jit._spec.checks import check_callback
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
+from megamoe_jit._spec.checks import check, check_callback
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.kinds import AnySpec
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit._text import items_of, several, shown
-
-__all__ = ["WarmupResult", "enumerate_specs", "forget", "kernel_cache", "retry", "seal", "sealed", "unseal", "warmup"]
 
 LOG = logging.getLogger("megamoe_jit")
 _QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often
@@ -56,11 +53,6 @@ class WarmupResult:
     def ok(self) -> bool:
         """Whether the kernel is there."""
         return self.error is None
-
-
-def kernel_cache() -> KernelCache:
-    """The cache of the current settings that kernels are written to."""
-    return user_cache()
 
 
 def enumerate_specs(
@@ -93,12 +85,10 @@ def enumerate_specs(
     """
     from megamoe_jit.heuristics.select import all_variants
 
-    if not isinstance(shape, MoEShape):
-        allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
-        raise ConfigError(f"shape = {shown(shape)} is not supported; allowed: {allowed}")
+    allowed = f"a MoEShape, such as {_BY_NAME} (preset is in megamoe_jit.heuristics)"
+    check(isinstance(shape, MoEShape), "shape", shape, allowed)
     given = None if variants is None else items_of(variants)
-    if given is None and variants is not None:
-        raise ConfigError(f"variants = {shown(variants)} is not supported; allowed: several Variants, or None")
+    check(given is not None or variants is None, "variants", variants, "several Variants, or None")
     stored = WeightFormat.parse(weights)
     wanted = all_variants(shape, stored, ranks=ranks) if given is None else given
     flags = (True, False) if fast_math is None else (fast_math,)
@@ -163,8 +153,7 @@ def warmup(
         ConfigError: these are not specs, or another argument is not what it must be.
     """
     todo = _distinct(specs)
-    if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
+    check(jobs is None or (type(jobs) is int and jobs >= 1), "jobs", jobs, "an integer from 1, or None")
     check_callback("progress", progress)
     check_flag("force", force)
     results: dict[Compilable, WarmupResult] = {}

@@ -15,8 +15,6 @@ from megamoe_jit._spec import Variant
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
 
-__all__ = ["admit_first", "check_ids", "check_stats"]
-
 
 def admit_first(
     buffer: SymmBuffer,

@@ -19,20 +19,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.formats import MXFP4
 
-__all__ = [
-    "E4M3",
-    "E5M2",
-    "E8M0_BIAS",
-    "GROUP_BYTES",
-    "NORMAL",
-    "Bounds",
-    "Target",
-    "binades",
-    "bounds",
-    "power_of_two",
-    "refuse_inexact",
-]
-
 E8M0_BIAS = 127
 GROUP_BYTES = MXFP4.code_bytes(1, MXFP4.group)  #: of codes
 _NEVER = 1000  #: what a group of zeros asks for bounds nothing

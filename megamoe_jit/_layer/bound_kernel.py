@@ -23,8 +23,6 @@ from megamoe_jit._spec import KernelSpec
 from megamoe_jit._spec.abi import ACT_BOX_ROWS, COUNTER_ROWS, SMALL_BOX_ROWS
 from megamoe_jit.heuristics.select import Choice
 
-__all__ = ["BoundKernel", "CallPlan"]
-
 MAX_CHECKED = 1024  #: weights that are known to be right, at a time: layers that share the memory
 _RAW, _RAW_AT = side_by_side(
     "raw_x", "raw_ids", "raw_weights", "raw_x_stride", "raw_ids_stride",

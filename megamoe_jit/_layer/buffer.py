@@ -28,16 +28,14 @@ from megamoe_jit._layer.stage_kernel import Outputs, launch_stage, stage_kernel
 from megamoe_jit._layer.steady import SteadyCalls
 from megamoe_jit._layer.stream_order import StreamOrder
 from megamoe_jit._spec import FP8, MoEShape, Variant, WeightFormat, check_int
+from megamoe_jit._spec.any_layer import StageFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.stage import StageFormat
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants
 
 if TYPE_CHECKING:
     from megamoe_jit._layer.given_weights import WeightTensors
-
-__all__ = ["SymmBuffer"]
 
 LOG = logging.getLogger("megamoe_jit")
 _AFTER_CAPTURE = ", and CUDA waits for no device meanwhile; call this after the capture"

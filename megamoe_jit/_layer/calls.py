@@ -34,15 +34,6 @@ from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit._text import first_line, shown
 
-__all__ = [
-    "fp8_mega_moe",
-    "fp8_mega_moe_cooperative",
-    "fp8_mega_moe_pingpong",
-    "get_symm_buffer_for_mega_moe",
-    "get_symm_buffer_for_sm90_mega_moe",
-    "place_of",
-]
-
 
 def get_symm_buffer_for_mega_moe(
     group: Any,

@@ -12,24 +12,11 @@ from megamoe_jit._layer.given_weights import WeightTensors, require_tensors, wri
 from megamoe_jit._layer.marks import require_marked
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._spec import KernelSpec, check_clamp
-from megamoe_jit._spec.checks import check_float32
+from megamoe_jit._spec.checks import check, check_float32
 from megamoe_jit._text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-__all__ = [
-    "check_activation",
-    "check_bound",
-    "check_device",
-    "check_expert_ids",
-    "check_neutral",
-    "check_recipe",
-    "check_shared_weight",
-    "check_tensor",
-    "check_weights",
-    "require_topology",
-]
 
 RECIPE = (128, 128, 128)
 SWIGLU = "swiglu"
@@ -128,18 +115,15 @@ def check_recipe(recipe: Sequence[int], activation: str, clamp: float | None) ->
 
 def check_activation(activation: str) -> None:
     """Raise unless this is the one there are kernels for."""
-    if not isinstance(activation, str) or activation != SWIGLU:
-        raise ConfigError(f"activation = {shown(activation)} is not supported; allowed: 'swiglu'")
+    check(isinstance(activation, str) and activation == SWIGLU, "activation", activation, "'swiglu'")
 
 
 def check_neutral(use_fp8_dispatch: bool | None, mma_type: str) -> None:
     """Raise unless what only DeepGEMM's buffers have is asked for in the form that means nothing."""
-    if use_fp8_dispatch is not None and use_fp8_dispatch is not True:
-        given = f"use_fp8_dispatch = {shown(use_fp8_dispatch)}"
-        raise ConfigError(f"{given} is not supported; allowed: True or None, activations are sent in FP8")
-    if not isinstance(mma_type, str) or not mma_type.startswith("fp8x"):
-        given = f"mma_type = {shown(mma_type)}"
-        raise ConfigError(f"{given} is not supported; allowed: 'fp8x...', activations are multiplied in FP8")
+    neutral = use_fp8_dispatch is None or use_fp8_dispatch is True
+    check(neutral, "use_fp8_dispatch", use_fp8_dispatch, "True or None, activations are sent in FP8")
+    neutral = isinstance(mma_type, str) and mma_type.startswith("fp8x")
+    check(neutral, "mma_type", mma_type, "'fp8x...', activations are multiplied in FP8")
 
 
 def require_topology(topology: Any) -> Any:

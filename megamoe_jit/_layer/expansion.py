@@ -7,10 +7,8 @@ import torch
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.memory import Place
-from megamoe_jit._spec.expanded import ExpandedParts
+from megamoe_jit._spec.formats import ExpandedParts
 from megamoe_jit._text import first_line
-
-__all__ = ["ExpandedWeights"]
 
 
 class ExpandedWeights:

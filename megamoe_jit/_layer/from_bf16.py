@@ -16,8 +16,6 @@ from megamoe_jit._spec import check_clamp
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
 
-__all__ = ["mega_moe_from_bf16", "run_batch"]
-
 _RAW, _STAGED = Inputs.RAW, Inputs.STAGED  # a look-up less for each call
 
 

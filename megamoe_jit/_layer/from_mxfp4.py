@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.binades import (
     E4M3,
     E5M2,
@@ -27,10 +26,8 @@ from megamoe_jit._layer.binades import (
 from megamoe_jit._layer.given_weights import as_bytes, check_plain_mxfp4
 from megamoe_jit._layer.mxfp4 import byte_values
 from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.formats import MXFP4
-from megamoe_jit._text import shown
-
-__all__ = ["Mxfp4Spread", "block_bounds", "check_rounding", "fp8_from_mxfp4", "mxfp4_spread", "round_groups"]
 
 _TARGETS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 MOST_HALVINGS = 5  #: then all of e2m1 is rounded to zero
@@ -38,11 +35,9 @@ MOST_HALVINGS = 5  #: then all of e2m1 is rounded to zero
 
 def check_rounding(rounding: str | None) -> bool:
     """Whether values may be rounded; raises `ConfigError` unless it says so or nothing."""
-    if rounding is None:
-        return False
-    if not isinstance(rounding, str) or rounding != "nearest":
-        raise ConfigError(f"rounding = {shown(rounding)} is not supported; allowed: None, or 'nearest'")
-    return True
+    known = rounding is None or (isinstance(rounding, str) and rounding == "nearest")
+    check(known, "rounding", rounding, "None, or 'nearest'")
+    return rounding is not None
 
 
 def _to_groups(blocks: torch.Tensor) -> torch.Tensor:
@@ -128,8 +123,7 @@ def fp8_from_mxfp4(
             which one).
     """
     codes, e8m0 = check_plain_mxfp4("weights", (codes, e8m0))
-    if not isinstance(dtype, torch.dtype) or dtype not in _TARGETS:
-        raise ConfigError(f"dtype = {shown(dtype)} is not supported; allowed: float8_e4m3fn or float8_e5m2")
+    check(isinstance(dtype, torch.dtype) and dtype in _TARGETS, "dtype", dtype, "float8_e4m3fn or float8_e5m2")
     rounded, target = check_rounding(rounding), _TARGETS[dtype]
     *lead, rows, stored = codes.shape
     made = torch.empty((*lead, rows, 2 * stored), dtype=dtype, device=codes.device)

@@ -21,26 +21,6 @@ from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.formats import FP8, FP8_E5M2, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 
-__all__ = [
-    "FORMAT_BY_TYPE",
-    "WeightTensors",
-    "as_bytes",
-    "by_old_names",
-    "check_exponents",
-    "check_pairs",
-    "check_plain_mxfp4",
-    "chosen_experts",
-    "e8m0_of",
-    "format_of",
-    "format_of_call",
-    "readable_scales",
-    "refuse_nan",
-    "require_tensors",
-    "require_values",
-    "stacked",
-    "written_parts",
-]
-
 WeightTensors: TypeAlias = tuple[torch.Tensor, ...]  #: of one matrix of each expert, codes first
 
 PACKED_TYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)  #: of codes that come two to a byte

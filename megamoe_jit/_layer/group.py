@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 from megamoe_jit._errors import ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
 from megamoe_jit._text import first_line
 
-__all__ = ["collectively", "gather", "group_rank", "group_size", "require_equal"]
-
 T = TypeVar("T")
 
 

@@ -23,8 +23,6 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.select import Choice, all_variants, choose
 
-__all__ = ["KernelSet", "sm_count", "sort_blocks"]
-
 MAX_PLANS = 1024  #: remembered at a time; each is under a kilobyte and made in some 20 us
 
 

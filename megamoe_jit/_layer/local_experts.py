@@ -15,8 +15,6 @@ from megamoe_jit._layer.stage import require_buffer
 from megamoe_jit._spec.checks import check
 from megamoe_jit._text import counted
 
-__all__ = ["mega_moe_local_experts"]
-
 _MOST_ROWS = (1 << 31) - 1  #: between two experts
 _COUNTS = (torch.int32, torch.int64, torch.uint32)
 

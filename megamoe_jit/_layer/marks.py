@@ -30,19 +30,6 @@ from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._spec.formats import FP8, WeightFormat
 from megamoe_jit._text import shown
 
-__all__ = [
-    "LAYOUT",
-    "METADATA_KEY",
-    "UNFINISHED",
-    "Span",
-    "check_metadata",
-    "layout_of",
-    "mark",
-    "require_marked",
-    "require_plain",
-    "spans",
-]
-
 LAYOUT = "megamoe-sm90-2"  #: the order that this version's kernels read; another number for another order
 METADATA_KEY = "megamoe_jit.layout"  #: of safetensors' metadata
 UNFINISHED = "unfinished"  #: of bytes that are being written: who ends it leaves them in no order at all

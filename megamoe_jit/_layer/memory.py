@@ -26,11 +26,10 @@ from megamoe_jit._spec import (
     Variant,
     WeightFormat,
 )
+from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._text import first_line, shown
+from megamoe_jit._text import first_line
 from megamoe_jit._version import __version__
-
-__all__ = ["LayerMemory", "Place", "mask_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +94,8 @@ class LayerMemory:
 
     def _admit(self, max_tokens: int, max_pool_rows: int) -> dict[str, object]:
         """Refuse what no kernel supports, before anything is allocated; what all ranks must have in common."""
-        if not 0 < max_tokens <= MAX_TOKENS:
-            raise ConfigError(
-                f"num_max_tokens_per_rank = {shown(max_tokens)} is not supported; allowed: 1 to {MAX_TOKENS}"
-            )
-        if max_pool_rows < MIN_POOL_ROWS:
-            raise ConfigError(
-                f"max_pool_rows = {shown(max_pool_rows)} is not supported; allowed: {MIN_POOL_ROWS} or more"
-            )
+        check(0 < max_tokens <= MAX_TOKENS, "num_max_tokens_per_rank", max_tokens, f"1 to {MAX_TOKENS}")
+        check(max_pool_rows >= MIN_POOL_ROWS, "max_pool_rows", max_pool_rows, f"{MIN_POOL_ROWS} or more")
         check_device(self.device)
         self.spec(Variant.COOPERATIVE, DEFAULT_NUMERICS)
         if self.ranks == 1:

@@ -13,8 +13,6 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.plain_weights import FLOATS, Matrix, check_same, parts, read_matrix, write_matrix
 from megamoe_jit._spec import WeightFormat
 
-__all__ = ["ModuleState"]
-
 
 class ModuleState(torch.nn.Module):
     """The weights of a layer as a state dict has them: in the plain order, in the CPU's memory.

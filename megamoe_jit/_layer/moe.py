@@ -32,8 +32,6 @@ from megamoe_jit._layer.stage import stage
 from megamoe_jit._layer.weights import mark_transformed, transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import FP8, WeightFormat, check_clamp, check_flag
 
-__all__ = ["MegaMoE"]
-
 
 def _held_names(weights: WeightFormat) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Of the module's buffers: those of both matrices."""

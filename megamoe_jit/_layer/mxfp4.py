@@ -29,18 +29,6 @@ from megamoe_jit._layer.tiles import by_tile, deinterleave, interleave
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.formats import MXFP4
 
-__all__ = [
-    "MAGNITUDES",
-    "byte_values",
-    "dequantize",
-    "absolute_exponents",
-    "pack",
-    "pack_exponents",
-    "relative_exponents",
-    "unpack",
-    "unpack_exponents",
-]
-
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  #: of codes 0 to 7; eight more is the negative
 OFFSET = 16  #: of the kernel's exponent of a group that has its block's
 BLOCK_BYTES = MXFP4.code_bytes(1, BLOCK)  #: codes of a row of a k-block

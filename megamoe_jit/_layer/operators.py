@@ -24,8 +24,6 @@ from megamoe_jit._layer.serving import serve
 from megamoe_jit._layer.weights import is_transformed, mark_transformed
 from megamoe_jit._layer.workspace import buffer_named
 
-__all__ = ["as_arguments", "is_traced"]
-
 _ARGUMENTS = (
     "Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor l1_codes, Tensor l1_scales, Tensor l2_codes, "
     "Tensor l2_scales, str workspace, float? clamp=None, bool fast_math=True, float shared_weight=1.0, "

@@ -9,8 +9,6 @@ from megamoe_jit._layer.given_weights import WeightTensors, as_bytes, stacked
 from megamoe_jit._layer.marks import spans
 from megamoe_jit._spec.formats import WeightFormat
 
-__all__ = ["require_dense", "require_places"]
-
 
 def require_dense(name: str, tensor: torch.Tensor, what: str = "weights") -> None:
     """Raise unless each expert's rows follow each other."""

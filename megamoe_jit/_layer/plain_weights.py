@@ -30,25 +30,8 @@ from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._layer.reorder import order_groups
 from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._spec import MoEShape, check_int
+from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
-from megamoe_jit._text import shown
-
-__all__ = [
-    "FLOATS",
-    "L1",
-    "L2",
-    "Matrix",
-    "check_format",
-    "check_layer",
-    "check_matrix",
-    "check_same",
-    "format_given",
-    "in_order",
-    "own_pair",
-    "parts",
-    "read_matrix",
-    "write_matrix",
-]
 
 FLOATS, FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
 
@@ -102,9 +85,8 @@ def check_layer(
         check_int("num_shared_experts", num_shared)
     if shared[0] is None and shared[1] is None:
         count = num_shared or 0
-        if not 0 <= count < max(experts, 1):
-            allowed = f"0 to {experts - 1}, the last of the {experts} experts of w13; or shared_w13 and shared_w2"
-            raise ConfigError(f"num_shared_experts = {shown(count)} is not supported; allowed: {allowed}")
+        allowed = f"0 to {experts - 1}, the last of the {experts} experts of w13; or shared_w13 and shared_w2"
+        check(0 <= count < max(experts, 1), "num_shared_experts", count, allowed)
         return MoEShape(hidden, rows // 2, experts - count, topk, count)
     if shared[0] is None or shared[1] is None:
         raise ConfigError("one of shared_w13 and shared_w2 is missing; allowed: both or none")

@@ -12,16 +12,6 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK
 
-__all__ = [
-    "AMAX_FLOOR",
-    "E4M3_MAX",
-    "dequantize_activations",
-    "dequantize_weights",
-    "quantize_activations",
-    "quantize_weights",
-    "require_tensor",
-]
-
 E4M3_MAX = 448.0  #: largest finite value of float8_e4m3fn
 AMAX_FLOOR = 1e-10  #: keeps the scale of an all-zero group positive
 

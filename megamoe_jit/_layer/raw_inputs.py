@@ -9,11 +9,9 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._spec import BLOCK
+from megamoe_jit._spec.any_layer import StageFormat
 from megamoe_jit._spec.checks import check_float32
-from megamoe_jit._spec.stage import StageFormat
 from megamoe_jit._text import shown
-
-__all__ = ["RawInputs", "check_rows"]
 
 _BF16 = StageFormat.BF16
 _FORMATS = {  #: and bytes of a number

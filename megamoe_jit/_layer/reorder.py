@@ -17,8 +17,6 @@ from megamoe_jit._layer.marks import UNFINISHED, Span, layout_of, mark, order_of
 from megamoe_jit._layer.mxfp4 import absolute_exponents, relative_exponents
 from megamoe_jit._spec.formats import WeightFormat
 
-__all__ = ["Job", "apply_to", "order_groups", "plan", "undo"]
-
 _NEXT = "fp8_from_mxfp4 makes FP8 of them, in e5m2 of up to 32 binades; "
 
 

@@ -16,8 +16,6 @@ from megamoe_jit._spec import MAX_TOKENS, check_clamp
 from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit._text import shown
 
-__all__ = ["serve", "serve_spread"]
-
 
 def serve(
     buffer: SymmBuffer,

@@ -13,8 +13,6 @@ from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._text import shown
 
-__all__ = ["mega_moe_pre_dispatch_sm90", "require_buffer", "stage"]
-
 
 def require_buffer(buffer: object) -> SymmBuffer:
     """The buffer; raises `ConfigError` if it is none."""

@@ -14,9 +14,7 @@ from megamoe_jit._device.params import StageParams, aligned
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.abi import STAGE_THREADS
-from megamoe_jit._spec.stage import StageFormat, StageSpec
-
-__all__ = ["Outputs", "StageKernel", "launch_stage", "stage_kernel"]
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 
 BLOCKS_PER_SM = 6  #: as many as fit
 HALF_WARPS = STAGE_THREADS // 16  #: each has a group of 128 columns

@@ -16,8 +16,6 @@ from megamoe_jit._layer.bound_kernel import CallPlan
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._settings.settings import Settings, get_settings
 
-__all__ = ["SteadyCall", "SteadyCalls"]
-
 MOST = 1024  #: token counts that are remembered at a time
 
 _BF16 = torch.bfloat16

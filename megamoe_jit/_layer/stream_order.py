@@ -9,8 +9,6 @@ import torch
 
 from megamoe_jit._device.capture import capture_id
 
-__all__ = ["StreamOrder"]
-
 
 class _Last:
     """The stream of the last launch, after which the next one comes."""

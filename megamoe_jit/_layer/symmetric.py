@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from megamoe_jit._device.nvml import peer_access
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.group import collectively, gather, group_rank
 from megamoe_jit._text import first_line
-
-__all__ = ["allocate_symmetric", "host_id"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  #: in the order in which torch looks at them
@@ -123,22 +121,16 @@ def _check_peers(group: Any, device: torch.device) -> tuple[list[Place], list[in
 
 
 @contextmanager
-def _indices_may_be_equal(needed: bool) -> Iterator[None]:
-    """Let ranks that see one GPU each meet: to torch all of these are GPU 0, and so one GPU.
-
-    Only for ranks whose GPUs are known to be different.  torch reads the variable at each rendezvous.
-    """
-    if not needed:
-        yield
-        return
-    before = os.environ.get(_OVERLAPPING)
-    os.environ[_OVERLAPPING] = "1"
+def variable_set(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment inside, for what reads it there alone; as it was, behind."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ[_OVERLAPPING]
+        del os.environ[name]
         if before is not None:
-            os.environ[_OVERLAPPING] = before
+            os.environ[name] = before
 
 
 def allocate_symmetric(
@@ -163,7 +155,10 @@ def allocate_symmetric(
 
     def share() -> Any:
         try:
-            with _indices_may_be_equal(len({place.index for place in places}) < len(places)):
+            # ranks that see one GPU each: to torch all of these are GPU 0, and so one, until a variable says otherwise,
+            # which it reads at each rendezvous; these GPUs are known to be different
+            equal = len({place.index for place in places}) < len(places)
+            with variable_set(_OVERLAPPING, "1") if equal else nullcontext():
                 return symm_mem.rendezvous(memory, group=group)
         except RuntimeError as error:
             hint = (

@@ -12,8 +12,6 @@ import torch
 
 from megamoe_jit._spec.abi import BLOCK_N
 
-__all__ = ["INTERLEAVE", "by_tile", "deinterleave", "interleave"]
-
 INTERLEAVE = 8  #: rows of gate, then rows of up, in one group
 TILE_ROWS = BLOCK_N  #: of a tile; the last may have half
 

@@ -22,14 +22,6 @@ from megamoe_jit._layer.reorder import apply_to, plan, undo
 from megamoe_jit._spec import check_flag
 from megamoe_jit._spec.formats import WeightFormat
 
-__all__ = [
-    "inverse_transform_weights_for_mega_moe_sm90",
-    "is_transformed",
-    "mark_transformed",
-    "transform_weights_for_mega_moe_sm90",
-    "weights_metadata",
-]
-
 
 @torch.no_grad()
 def _apply(

@@ -25,9 +25,8 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.calls import get_symm_buffer_for_mega_moe
 from megamoe_jit._layer.marks import LAYOUT
 from megamoe_jit._spec import MAX_TOKENS, MoEShape, check_int
+from megamoe_jit._spec.checks import check
 from megamoe_jit._text import counted, shown
-
-__all__ = ["Lease", "Workspace", "buffer_named", "lease"]
 
 Kind = Literal["shared", "own", "given"]
 
@@ -127,8 +126,8 @@ def lease(shape: MoEShape, max_tokens: int, device: torch.device, wanted: object
     check_int("max_tokens", max_tokens)
     if isinstance(wanted, SymmBuffer):
         return _lease_given(wanted, shape, max_tokens, device)
-    if not isinstance(wanted, str) or wanted not in ("shared", "own"):
-        raise ConfigError(f"workspace = {shown(wanted)} is not supported; allowed: 'shared', 'own', or a SymmBuffer")
+    known = isinstance(wanted, str) and wanted in ("shared", "own")
+    check(known, "workspace", wanted, "'shared', 'own', or a SymmBuffer")
     bounded = max(0, min(max_tokens, MAX_TOKENS + 1))  # beyond them, making it says what is wrong
     name = _name_of(shape, -(-bounded // CAPACITY_STEP) * CAPACITY_STEP, device)
     if wanted == "own":

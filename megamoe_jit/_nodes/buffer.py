@@ -26,8 +26,6 @@ from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, WeightFormat, check_flag
 from megamoe_jit._text import first_line
 
-__all__ = ["MultiNodeBuffer"]
-
 T = TypeVar("T")
 
 

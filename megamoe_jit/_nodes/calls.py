@@ -14,19 +14,16 @@ from megamoe_jit._layer.checks import check_tensor
 from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.quantize import require_tensor
+from megamoe_jit._nodes.along_rails import ExactExchange, GatherExchange
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
 from megamoe_jit._nodes.choice import Choices, Rule
-from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Exchange
 from megamoe_jit._nodes.experts import CallOptions
-from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.model import CTAS_ALONE, CTAS_BESIDE, NETWORK, ONE_HOST
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, check_int
 from megamoe_jit._spec.checks import check, check_float32
-
-__all__ = ["fp8_mega_moe_multinode", "get_multinode_buffer_for_mega_moe"]
 
 PARTIALS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BY_NAME = ("auto", "gather", "exact")

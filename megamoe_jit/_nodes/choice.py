@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import CaptureError
+from megamoe_jit._nodes.along_rails import AlongRails
 from megamoe_jit._nodes.exchange import Exchange
 from megamoe_jit._nodes.model import NETWORK, Cost, Network, cost
-from megamoe_jit._nodes.rail import AlongRails, TorchRail
+from megamoe_jit._nodes.rail import TorchRail
 from megamoe_jit._spec import MoEShape
-
-__all__ = ["Choices", "Rule"]
 
 
 @dataclass(frozen=True, slots=True)

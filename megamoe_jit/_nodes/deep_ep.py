@@ -15,8 +15,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 from megamoe_jit._spec.checks import check_flag
 
-__all__ = ["TESTED", "DeepEpExchange"]
-
 TESTED = ("0.1.2.post1",)  #: releases of sgl-deep-ep, DeepEP 2 as SGLang builds it, whose classes take these calls
 
 

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Arrived", "Batch", "Exchange", "Rows"]
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:

@@ -21,8 +21,6 @@ from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import all_variants
 
-__all__ = ["CallOptions", "Experts"]
-
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:

@@ -25,8 +25,6 @@ from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._nodes.watch import UNASKED, Watch
 from megamoe_jit._spec import BLOCK, MoEShape, WeightFormat
 
-__all__ = ["Dispatched", "Lane", "MultiNodeMemory", "staging"]
-
 ABORT_S = 3.0  #: for NCCL to end what is under way, after a loss
 
 

@@ -14,20 +14,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK, FP8, MAX_TOKENS, MoEShape, WeightFormat
 from megamoe_jit._text import counted
 
-__all__ = [
-    "CTAS_ALONE",
-    "CTAS_BESIDE",
-    "NETWORK",
-    "ONE_HOST",
-    "Cost",
-    "Network",
-    "check_launch_rows",
-    "cost",
-    "row_bytes",
-    "rows_per_token",
-    "sent_bytes",
-]
-
 MOST_CHUNKS = 4
 CTAS_ALONE, CTAS_BESIDE = 32, 8  #: blocks of NCCL where nothing runs beside it, and beside kernels
 SMS = 132  #: of an H200

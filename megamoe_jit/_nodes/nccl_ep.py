@@ -17,8 +17,6 @@ from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.checks import check
 
-__all__ = ["TESTED", "NcclEpExchange"]
-
 TESTED = ("0.1.0",)  #: releases of nccl-extensions whose classes take these calls
 ROW_ALIGN = 16  #: bytes: codes and scales of a row lie at multiples of it
 

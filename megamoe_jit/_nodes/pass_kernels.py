@@ -15,9 +15,7 @@ from megamoe_jit._device.params import NodesParams, aligned
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.passes import Routes
 from megamoe_jit._spec.abi import NODES_THREADS, WARP
-from megamoe_jit._spec.passes import Pass, PassSpec
-
-__all__ = ["PassKernels", "pass_kernels"]
+from megamoe_jit._spec.any_layer import Pass, PassSpec
 
 BLOCKS_PER_SM = 6  #: as many as fit
 WARPS = NODES_THREADS // WARP  #: each has a row at a time

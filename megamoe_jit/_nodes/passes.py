@@ -12,8 +12,6 @@ import torch
 
 from megamoe_jit._nodes.exchange import Rows
 
-__all__ = ["Passes", "Routes", "TorchPasses"]
-
 
 @dataclass(frozen=True, slots=True)
 class Routes:

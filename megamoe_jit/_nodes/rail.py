@@ -6,7 +6,6 @@ bytes, so that no backend has to know a format.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from megamoe_jit._nodes.pass_kernels import pass_kernels
-from megamoe_jit._nodes.passes import Passes, TorchPasses
+from megamoe_jit._layer.symmetric import variable_set
 from megamoe_jit._nodes.watch import Watch, wait_until
-
-__all__ = ["AlongRails", "Rail", "TorchRail", "rail_options"]
 
 _HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -174,29 +170,5 @@ def rail_options(comm_ctas: int, timeout_s: float) -> Iterator[Any]:
     # what travels would then wait for the end of every kernel that it is to travel beside
     options.config.cga_cluster_size = 1
     options._timeout = timedelta(seconds=timeout_s)
-    before = os.environ.get(_HANDLING)
-    os.environ[_HANDLING] = "0"
-    try:
+    with variable_set(_HANDLING, "0"):
         yield options
-    finally:
-        del os.environ[_HANDLING]
-        if before is not None:
-            os.environ[_HANDLING] = before
-
-
-class AlongRails:
-    """What the exchanges have in common that bring rows to a node's kernel along rails."""
-
-    whole_node = True
-    float32 = True
-
-    def __init__(self, rail: Rail) -> None:
-        self.rail = rail
-
-    def most_rows(self, tokens: int) -> int:
-        """Rows of a launch, at most, where each rank has so many tokens."""
-        return self.rail.nodes * tokens
-
-    def passes(self, device: torch.device) -> Passes:
-        """What goes over the rows there; raises `MegaMoeError` if a kernel of it cannot be had."""
-        return pass_kernels(device) if device.type == "cuda" else TorchPasses()

@@ -13,9 +13,7 @@ from megamoe_jit._layer.symmetric import host_id
 from megamoe_jit._nodes.rail import TorchRail, rail_options
 from megamoe_jit._nodes.roll_call import RollCall
 from megamoe_jit._spec import MAX_RANKS
-from megamoe_jit._text import shown
-
-__all__ = ["NodeRanks"]
+from megamoe_jit._spec.checks import check
 
 
 class NodeRanks:
@@ -112,9 +110,8 @@ class NodeRanks:
 
 def _check_split(ranks_per_node: object, ranks: int, node_group: object) -> int:
     fits = type(ranks_per_node) is int and ranks_per_node > 0 and ranks % ranks_per_node == 0
-    if not fits or node_group is not None:
-        allowed = f"a divisor of {ranks}, the ranks of the group, without node_group"
-        raise ConfigError(f"ranks_per_node = {shown(ranks_per_node)} is not supported; allowed: {allowed}")
+    allowed = f"a divisor of {ranks}, the ranks of the group, without node_group"
+    check(fits and node_group is None, "ranks_per_node", ranks_per_node, allowed)
     assert isinstance(ranks_per_node, int)
     return ranks_per_node
 

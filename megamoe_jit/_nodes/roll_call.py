@@ -18,8 +18,6 @@ from typing import Any
 
 from megamoe_jit._layer.group import gather, group_rank, group_size
 
-__all__ = ["RollCall"]
-
 BEAT_S = 1.0
 LISTEN_S = 3.5  #: a beat may be late by so much, of a process that is busy
 LAST_BEAT_S = 3.0  #: for one that is under way when the program ends

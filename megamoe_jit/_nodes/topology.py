@@ -20,8 +20,6 @@ from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._text import shown
 
-__all__ = ["NodeTopology", "NodesLease"]
-
 _numbers = itertools.count(1)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-__all__ = ["UNASKED", "RailLost", "Watch", "wait_until"]
-
 UNASKED: dict[int, str] = {}  #: stands for what nobody has found out yet
 SPIN_S, NAP_S = 0.01, 1e-4  #: a wait that is over soon costs no wake-up; a long one leaves the core to others
 

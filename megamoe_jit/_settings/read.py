@@ -17,8 +17,6 @@ from megamoe_jit._files import read_toml
 from megamoe_jit._settings.variables import PREFIX, VARIABLES, Variable
 from megamoe_jit._text import several, shown
 
-__all__ = ["Fault", "listed", "read_environment", "read_file"]
-
 LOG = logging.getLogger("megamoe_jit")
 _OURS = "megamoe-jit"  #: name of our table among `[tool.*]`
 _LONGEST_NAME = 64  #: of what a guess is made about

@@ -32,8 +32,6 @@ from megamoe_jit._settings.variables import (
 )
 from megamoe_jit._text import printable
 
-__all__ = ["Settings", "get_settings", "lenient", "override"]
-
 LOG = logging.getLogger("megamoe_jit")
 
 

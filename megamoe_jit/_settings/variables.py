@@ -16,8 +16,6 @@ from typing import Any
 
 from megamoe_jit._spec.variants import VARIANT_CHOICES
 
-__all__ = ["PREFIX", "VARIABLES", "Variable", "cpu_count", "default_cache_dir", "default_config_file", "parse_size"]
-
 PREFIX = "MEGAMOE_JIT_"
 
 STRICT_LEVELS = ("error", "warn", "ignore")

@@ -2,8 +2,8 @@
 memory that follow from them; and what Python and the kernels must agree on (`abi`, written from their headers).
 
 It must not know how a kernel is rendered, compiled, kept or launched, and imports nothing of the package but errors
-and text; torch only where a weight format is asked for a dtype or to pack. A kernel of another kind than `KernelSpec`
-has its own module here. A name of this room's imports its module when it is asked for: settings and listings need few.
+and text; torch only where a weight format is asked for a dtype or to pack. Kernels of other kinds than `KernelSpec`
+are in `any_layer`. A name of this room's imports its module when it is asked for: settings and listings need few.
 """
 
 import importlib

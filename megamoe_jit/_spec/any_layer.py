@@ -1,4 +1,8 @@
-"""`ForAnyLayer`: what specs of kernels have in common that serve every layer, since all sizes are run-time values."""
+"""`StageSpec` and `PassSpec`: kernels that serve every layer, since all sizes are run-time values, strides too.
+
+Those that stage inputs in a launch of their own, one for each format of activations, and those of one pass over rows
+that travel between nodes.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from megamoe_jit._errors import ConfigError
-from megamoe_jit._text import shown
-
-__all__ = ["ForAnyLayer"]
-
+from megamoe_jit._spec.checks import check
 
 _Kind = TypeVar("_Kind", bound=StrEnum)
 
@@ -72,6 +72,60 @@ class ForAnyLayer(Generic[_Kind]):
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Inverse of `to_json`; raises `ConfigError` for what is no such data."""
         values = [kind.value for kind in cls.kinds]
-        if not isinstance(data, dict) or set(data) != {cls.word} or data[cls.word] not in values:
-            raise ConfigError(f"data = {shown(data)} is not supported; allowed: a table with {cls.word}, {values}")
+        fits = isinstance(data, dict) and set(data) == {cls.word} and data[cls.word] in values
+        check(fits, "data", data, f"a table with {cls.word}, {values}")
         return cls(cls.kinds(data[cls.word]))
+
+
+class StageFormat(StrEnum):
+    """Numbers that activations come in."""
+
+    BF16 = "bf16"
+    F16 = "f16"
+    F32 = "f32"
+    E4M3 = "e4m3"  #: codes that come with their scales
+
+    @property
+    def struct(self) -> str:
+        """Its name in `kernels_src/stage/quantise.cuh`."""
+        return self.value.capitalize()
+
+
+class StageSpec(ForAnyLayer[StageFormat]):
+    """One staging kernel."""
+
+    __slots__ = ()
+    word = "stage"
+    kinds = StageFormat
+
+    def template_variables(self) -> dict[str, int | str]:
+        """What the Jinja2 template is filled with."""
+        return {"kernel_name": self.kernel_name, "format": self.kind.struct}
+
+
+class Pass(StrEnum):
+    """What a pass over rows does."""
+
+    ROUTE = "route"
+    PACK = "pack"
+    UNPACK = "unpack"
+    SUM_BF16 = "sum_bf16"
+    SUM_FP32 = "sum_fp32"
+
+    @property
+    def function(self) -> str:
+        """Its name in `kernels_src/kernels/nodes.cuh`."""
+        sums = {Pass.SUM_BF16: "sum_nodes<false>", Pass.SUM_FP32: "sum_nodes<true>"}
+        return sums.get(self) or f"{self.value}_rows"
+
+
+class PassSpec(ForAnyLayer[Pass]):
+    """The kernel of one pass."""
+
+    __slots__ = ()
+    word = "nodes"
+    kinds = Pass
+
+    def template_variables(self) -> dict[str, int | str]:
+        """What the Jinja2 template is filled with."""
+        return {"kernel_name": self.kernel_name, "function": self.kind.function}

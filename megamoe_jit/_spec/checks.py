@@ -9,8 +9,6 @@ from typing import Any
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 
-__all__ = ["check", "check_callback", "check_clamp", "check_fields", "check_flag", "check_float32", "check_int"]
-
 
 def check(ok: bool, what: str, value: object, allowed: str) -> None:
     """Raise `ConfigError` unless it is `ok`, with the value and what is allowed."""

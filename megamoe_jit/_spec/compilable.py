@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Protocol
 
-__all__ = ["Compilable"]
-
 
 class Compilable(Hashable, Protocol):
     """A kernel of any kind, as a value that can be hashed and compared; `KernelSpec` is one."""

@@ -12,12 +12,11 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec.abi import BLOCK_N
 from megamoe_jit._text import shown
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["FORMATS", "FP8", "FP8_E5M2", "MXFP4", "Part", "WeightFormat"]
 
 
 class Part(NamedTuple):
@@ -200,3 +199,18 @@ FP8 = WeightFormat("fp8", "e4m3", 8, "float8_e4m3fn", "float32", 4, (128, 128), 
 FP8_E5M2 = WeightFormat("fp8e5m2", "e5m2", 8, "float8_e5m2", "float32", 4, (128, 128), "megamoe_jit._layer.fp8")
 MXFP4 = WeightFormat("mxfp4", "e2m1", 4, "uint8", "float32", 4, (128, 128), "megamoe_jit._layer.mxfp4", 32)
 FORMATS = {each.name: each for each in (FP8, FP8_E5M2, MXFP4)}  #: by name
+
+
+class ExpandedParts(NamedTuple):
+    """Bytes of the memory in which a variant that expands packed weights has them: parts, one behind the other."""
+
+    first: int  #: e5m2 codes of the first matrices
+    second: int  #: and of the second ones
+    counters: int  #: of what is expanded: u32, one for each column of tiles
+
+    @classmethod
+    def of(cls, hidden: int, intermediate: int, experts: int) -> ExpandedParts:
+        """Of so many experts on one rank."""
+        columns = 2 * intermediate // BLOCK_N + -(-hidden // BLOCK_N)
+        first = FP8_E5M2.code_bytes(2 * intermediate, hidden)
+        return cls(experts * first, experts * FP8_E5M2.code_bytes(hidden, intermediate), experts * columns * 4)

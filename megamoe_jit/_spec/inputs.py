@@ -7,8 +7,6 @@ from enum import StrEnum
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 
-__all__ = ["Inputs"]
-
 
 class Inputs(StrEnum):
     """Where the inputs of a launch come from; `Inputs` in `kernels_src/base/constants.cuh`."""

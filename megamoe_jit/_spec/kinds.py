@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megamoe_jit._spec.passes import PassSpec
+from megamoe_jit._spec.any_layer import PassSpec, StageSpec
 from megamoe_jit._spec.spec import KernelSpec
-from megamoe_jit._spec.stage import StageSpec
-
-__all__ = ["AnySpec", "spec_from_json", "spec_of_kernel_name"]
 
 AnySpec = KernelSpec | StageSpec | PassSpec
 _FOR_ANY_LAYER = (StageSpec, PassSpec)

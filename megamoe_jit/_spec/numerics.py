@@ -15,8 +15,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.checks import check_flag
 from megamoe_jit._text import shown
 
-__all__ = ["Numerics", "numerics_of"]
-
 
 def _option(default: bool, *, off: str, on: str, what: str) -> Any:
     """A field: its words in the name of a kernel (empty for none), and what it does, for people."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from megamoe_jit._documents import Count
 from megamoe_jit._spec.abi import QUANT_BLOCK
 from megamoe_jit._spec.checks import check, check_int
-
-__all__ = ["BLOCK", "MAX_EXPERTS", "MAX_SIZE", "MAX_TOKENS", "MAX_TOPK", "MoEShape"]
 
 MAX_TOPK = 32
 MAX_SIZE = 262144  #: of hidden and intermediate; kernels for larger ones spill
@@ -40,11 +38,8 @@ class MoEShape:
     shared: Count = 0
 
     def __post_init__(self) -> None:
-        check_int("hidden", self.hidden)
-        check_int("intermediate", self.intermediate)
-        check_int("experts", self.experts)
-        check_int("topk", self.topk)
-        check_int("shared", self.shared)
+        for field in fields(self):
+            check_int(field.name, getattr(self, field.name))
         for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
             fits = 0 < size <= MAX_SIZE and size % BLOCK == 0
             check(fits, name, size, f"a multiple of 128 from 128 to {MAX_SIZE}")

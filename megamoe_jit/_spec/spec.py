@@ -25,14 +25,11 @@ from megamoe_jit._spec.abi import (
     TILE_SLOTS,
 )
 from megamoe_jit._spec.checks import check, check_fields, check_flag, check_int
-from megamoe_jit._spec.expanded import ExpandedParts
-from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, WeightFormat
+from megamoe_jit._spec.formats import FORMATS, FP8, FP8_E5M2, ExpandedParts, WeightFormat
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.shape import BLOCK, MAX_EXPERTS, MoEShape
 from megamoe_jit._spec.variants import Variant
-
-__all__ = ["DEFAULT_NUMERICS", "KernelSpec", "warmup_words"]
 
 TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()

@@ -12,8 +12,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import WeightFormat
 from megamoe_jit._text import shown
 
-__all__ = ["AUTO", "VARIANT_CHOICES", "VARIANT_NAMES", "Variant"]
-
 AUTO = "auto"  #: lets the heuristics choose
 
 

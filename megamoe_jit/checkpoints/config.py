@@ -10,8 +10,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import check_clamp
 from megamoe_jit._text import shown
 
-__all__ = ["clamp_of", "experts_of", "refusal", "sizes_of", "text_of", "topk_of", "weight_format_of"]
-
 _SILU = ("silu", "swish")
 _TOPK = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")

@@ -32,8 +32,6 @@ from megamoe_jit.checkpoints.load import device_of
 from megamoe_jit.checkpoints.stored import model_of
 from megamoe_jit.checkpoints.writing import PARTIAL, alone_in, name_in, nbytes, writing
 
-__all__ = ["convert"]
-
 _INDEX, _STATE, _CONFIG = "model.safetensors.index.json", "convert.json", "config.json"
 _STATE_BYTES = 1 << 24
 #: Endings of files that are no part of the result: weights, and indices of them.

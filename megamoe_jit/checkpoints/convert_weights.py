@@ -7,7 +7,7 @@ would lose something that a quantised model has is refused unless the caller ask
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 
@@ -20,57 +20,39 @@ from megamoe_jit._spec.formats import FP8, MXFP4
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.stored import Kind, StoredMatrix
 
-__all__ = ["TARGETS", "Target", "fp8_of", "mxfp4_of", "scales_of", "target_of", "values_of"]
-
 _TOP = 2  #: exponent of the largest value of e2m1, 6
 _BIAS, _MOST = 127, 254  #: of e8m0; 255 is NaN
 
 
-class Target(ABC):
+TARGETS = ("fp8", "mxfp4", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
     """What stored weights are made into.
 
-    Args:
+    Attributes:
+        name: of `TARGETS`.
         lossy: roundings that a quantised model would not need are allowed.
     """
 
-    def __init__(self, lossy: bool = False) -> None:
-        self.lossy = lossy
+    name: str
+    lossy: bool = False
 
-    @abstractmethod
     def parts(self, rows: int, depth: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         """Dtypes and shapes of the tensors that a matrix is made into; the first one has the codes or the values."""
-
-    @abstractmethod
-    def convert(self, stored: StoredMatrix, device: torch.device) -> list[torch.Tensor]:
-        """These tensors of some rows, on a device."""
-
-
-class _Fp8(Target):
-    def parts(self, rows: int, depth: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        if self.name == "bf16":
+            return [(torch.bfloat16, (rows, depth))]
+        if self.name == "mxfp4":
+            exponents = MXFP4.exponent_shape(rows, depth)
+            return [(MXFP4.code_dtype, MXFP4.code_shape(rows, depth)), (torch.float8_e8m0fnu, exponents)]
         return [(FP8.code_dtype, FP8.code_shape(rows, depth)), (FP8.scale_dtype, FP8.scale_shape(rows, depth))]
 
-    def convert(self, stored: StoredMatrix, device: torch.device) -> list[torch.Tensor]:
-        return list(fp8_of(stored, device, self.lossy))
-
-
-class _Mxfp4(Target):
-    def parts(self, rows: int, depth: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        exponents = MXFP4.exponent_shape(rows, depth)
-        return [(MXFP4.code_dtype, MXFP4.code_shape(rows, depth)), (torch.float8_e8m0fnu, exponents)]
-
-    def convert(self, stored: StoredMatrix, device: torch.device) -> list[torch.Tensor]:
-        return list(mxfp4_of(stored, device))
-
-
-class _Values(Target):
-    def parts(self, rows: int, depth: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        return [(torch.bfloat16, (rows, depth))]
-
-    def convert(self, stored: StoredMatrix, device: torch.device) -> list[torch.Tensor]:
-        return [values_of(stored, device).to(torch.bfloat16)]
-
-
-TARGETS: dict[str, type[Target]] = {"fp8": _Fp8, "mxfp4": _Mxfp4, "bf16": _Values}
+    def convert(self, stored: StoredMatrix, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """These tensors of some rows, on a device."""
+        if self.name == "bf16":
+            return (values_of(stored, device).to(torch.bfloat16),)
+        return mxfp4_of(stored, device) if self.name == "mxfp4" else fp8_of(stored, device, self.lossy)
 
 
 def target_of(weight_format: str, kind: Kind, lossy: bool) -> Target:
@@ -92,7 +74,7 @@ def target_of(weight_format: str, kind: Kind, lossy: bool) -> Target:
         raise ConfigError(
             f"experts are {kind}, of which MXFP4 keeps half the bits; allowed: lossy=True (--lossy), or 'fp8'"
         )
-    return TARGETS[chosen](lossy)
+    return Target(chosen, lossy)
 
 
 def scales_of(scales: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,6 @@ from megamoe_jit.checkpoints.ready import DTYPES, entries_of
 from megamoe_jit.checkpoints.stored import Kind, Stored, layer_of
 from megamoe_jit.checkpoints.writing import Writer, writing
 
-__all__ = ["FORMATS", "Layer", "config_of", "layers_of"]
-
 FORMATS = ("fp8", "mxfp4", "megamoe")
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from megamoe_jit._documents import Count, Digest, Document
 
-__all__ = ["CheckpointLayer", "Converted", "ConvertedFile", "InspectedCheckpoint", "Spread"]
-
 
 @dataclass(frozen=True, slots=True)
 class ConvertedFile:

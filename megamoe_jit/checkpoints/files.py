@@ -23,8 +23,6 @@ from megamoe_jit._text import first_line, shown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CONFIG", "Entry", "Files", "library", "place_of", "read_config"]
-
 CONFIG = "config.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _INDEX_BYTES, _CONFIG_BYTES = 1 << 28, 1 << 22  #: a million tensors have an index of 100 MB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,17 +11,15 @@ import torch
 from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._layer.from_mxfp4 import mxfp4_spread
 from megamoe_jit._spec import check_int
-from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
+from megamoe_jit._spec.formats import FP8, MXFP4
 from megamoe_jit._text import first_line
 from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.convert_weights import scales_of, target_of
 from megamoe_jit.checkpoints.documents import CheckpointLayer, InspectedCheckpoint, Spread
 from megamoe_jit.checkpoints.files import Files
-from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
-from megamoe_jit.checkpoints.ready import ready_of
-from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, layer_of, model_of, shared_of
-
-__all__ = ["inspect"]
+from megamoe_jit.checkpoints.names import ModelNames
+from megamoe_jit.checkpoints.ready import Ready, routed_of
+from megamoe_jit.checkpoints.stored import Kind, Stored, experts_of_rank, model_of, shared_of
 
 _REFUSED = (ConfigError, CheckpointError)
 
@@ -74,46 +71,31 @@ def inspect(
 def _layers(files: Files, model: ModelNames, ranks: int, experts: int) -> Iterator[CheckpointLayer]:
     for number in model.layers:
         try:
-            yield (
-                _ready(files, model, number, ranks)
-                if model.scheme == MEGAMOE
-                else _layer(files, model, number, ranks, experts)
-            )
+            yield _layer(files, model, number, ranks, experts)
         except _REFUSED as error:
             yield CheckpointLayer(number, False, first_line(error))
 
 
-def _ready(files: Files, model: ModelNames, number: int, ranks: int) -> CheckpointLayer:
-    """A layer in the kernel's order."""
-    found = ready_of(files, model.layers[number], number)
+def _layer(files: Files, model: ModelNames, number: int, ranks: int, experts: int) -> CheckpointLayer:
+    found = routed_of(files, model, number)
+    if isinstance(found, Stored):
+        found.check()
     local = len(experts_of_rank(found.experts, 0, ranks))
+    if isinstance(found, Ready):
+        weights, kind = found.weights, f"{found.weights.name}, in the kernel's order"
+        more: dict[str, Any] = {"usable": True}
+    else:
+        weights, kind = MXFP4 if found.kind is Kind.MXFP4 else FP8, str(found.kind)
+        more = {**_usable(found), "spread": _spread(found, min(experts, found.experts)) if experts > 0 else None}
     return CheckpointLayer(
         number,
-        True,
-        kind=f"{found.weights.name}, in the kernel's order",
+        kind=kind,
         experts=found.experts,
         hidden=found.hidden,
         intermediate=found.intermediate,
         **_shared(files, model, number, found.intermediate),
-        bytes_per_rank=local * _expert_bytes(found.weights, found.hidden, found.intermediate),
-    )
-
-
-def _layer(files: Files, model: ModelNames, number: int, ranks: int, experts: int) -> CheckpointLayer:
-    stored = layer_of(files, model, number)
-    stored.check()
-    local = len(experts_of_rank(stored.experts, 0, ranks))
-    weights = MXFP4 if stored.kind is Kind.MXFP4 else FP8
-    return CheckpointLayer(
-        number,
-        **_usable(stored),
-        kind=str(stored.kind),
-        experts=stored.experts,
-        hidden=stored.hidden,
-        intermediate=stored.intermediate,
-        **_shared(files, model, number, stored.intermediate),
-        bytes_per_rank=local * _expert_bytes(weights, stored.hidden, stored.intermediate),
-        spread=_spread(stored, min(experts, stored.experts)) if experts > 0 else None,
+        bytes_per_rank=local * weights.expert_bytes(found.hidden, found.intermediate),
+        **more,
     )
 
 
@@ -121,12 +103,6 @@ def _shared(files: Files, model: ModelNames, number: int, intermediate: int) -> 
     """What is said of a layer's shared experts."""
     found = shared_of(files, model, number)
     return {} if found is None else {"shared": str(found.kind), "shared_experts": found.intermediate // intermediate}
-
-
-def _expert_bytes(weights: WeightFormat, hidden: int, intermediate: int) -> int:
-    """Of an expert's weights, as the kernel reads them."""
-    shapes = (2 * intermediate, hidden), (hidden, intermediate)
-    return sum(part.dtype.itemsize * math.prod(part.shape) for shape in shapes for part in weights.parts(*shape))
 
 
 def _usable(stored: Stored) -> dict[str, Any]:

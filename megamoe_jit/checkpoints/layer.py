@@ -16,8 +16,6 @@ from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.load import Progress, load_experts, load_shared_experts
 
-__all__ = ["layer_from_checkpoint"]
-
 
 def layer_from_checkpoint(
     path: str | os.PathLike[str],

@@ -15,10 +15,8 @@ from megamoe_jit._text import counted, shown
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.names import MEGAMOE
-from megamoe_jit.checkpoints.ready import load_ready, ready_of
+from megamoe_jit.checkpoints.ready import load_ready, routed_of
 from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, model_of, shared_of
-
-__all__ = ["Progress", "device_of", "load_experts", "load_shared_experts"]
 
 Progress = Callable[[int, int], None]  #: called with experts that are done, and how many there are
 
@@ -118,7 +116,9 @@ def read_experts(
     return w13, w2
 
 
-def _converted(stored: Stored, expert: int, part: str, target: Target, device: torch.device) -> list[torch.Tensor]:
+def _converted(
+    stored: Stored, expert: int, part: str, target: Target, device: torch.device
+) -> tuple[torch.Tensor, ...]:
     """A part of an expert as the target has it; what cannot be that is said with its place."""
     matrix = stored.read(expert, part)
     try:
@@ -158,12 +158,8 @@ def load_shared_experts(
     shared = shared_of(files, model, layer)
     if shared is None:
         return None
-    if model.scheme == MEGAMOE:
-        ready = ready_of(files, model.layers[layer], layer)
-        hidden, intermediate = ready.hidden, ready.intermediate
-    else:
-        routed = layer_of(files, model, layer)
-        hidden, intermediate = routed.hidden, routed.intermediate
+    routed = routed_of(files, model, layer)
+    hidden, intermediate = routed.hidden, routed.intermediate
     count, rest = divmod(shared.intermediate, intermediate)
     if rest or shared.hidden != hidden:
         sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {hidden} and {intermediate}"

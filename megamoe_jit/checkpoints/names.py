@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 
-__all__ = ["FUSED", "MEGAMOE", "SCHEMES", "LayerNames", "ModelNames", "Scheme", "all_names_of", "names_of"]
-
 #: Parts of an expert, as this package calls them: rows of the gate, of up, and down.
 Parts = dict[str, dict[str, str]]
 
@@ -84,11 +82,6 @@ class ModelNames:
     scheme: str
     prefix: str
     layers: dict[int, LayerNames]
-
-
-def names_of(names: Iterable[str], scheme: str | None = None) -> ModelNames:
-    """Find the experts of the model itself among a checkpoint's names: the first of `all_names_of`."""
-    return all_names_of(names, scheme)[0]
 
 
 def all_names_of(names: Iterable[str], scheme: str | None = None) -> list[ModelNames]:

@@ -19,10 +19,8 @@ from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.config import experts_of
 from megamoe_jit.checkpoints.files import Entry, Files
-from megamoe_jit.checkpoints.names import LayerNames, ModelNames
-from megamoe_jit.checkpoints.stored import experts_of_rank
-
-__all__ = ["DTYPES", "Ready", "entries_of", "load_ready", "ready_of"]
+from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
+from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, names_in
 
 #: What safetensors calls the dtypes of weights.
 DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32", torch.float8_e8m0fnu: "F8_E8M0"}
@@ -52,13 +50,14 @@ def entries_of(weights: WeightFormat, experts: int, rows: int, depth: int) -> li
     return [Entry(DTYPES[part.dtype], (experts, *part.shape)) for part in weights.parts(rows, depth)]
 
 
-def ready_of(files: Files, names: LayerNames, layer: int) -> Ready:
+def ready_of(files: Files, model: ModelNames, layer: int) -> Ready:
     """A layer's experts, by the heads of files alone.
 
     Raises:
-        ConfigError: they are in the order of another version.
+        ConfigError: there is no such layer with experts, or they are in the order of another version.
         CheckpointError: a tensor is not there, or no such tensor as the format has, or not of as many experts.
     """
+    names = names_in(model, layer)
     weights = MXFP4 if "exponents" in names.whole.get("w13", {}) else FP8
     wanted = [_KINDS[part] for part in weights.part_names]
     tensors = []
@@ -87,6 +86,11 @@ def ready_of(files: Files, names: LayerNames, layer: int) -> Ready:
     return Ready(weights, experts, depth, rows // 2, (w13, w2))
 
 
+def routed_of(files: Files, model: ModelNames, layer: int) -> Ready | Stored:
+    """The routed experts of a layer, whichever order they are in; raises as `ready_of` and `layer_of`."""
+    return ready_of(files, model, layer) if model.scheme == MEGAMOE else layer_of(files, model, layer)
+
+
 def load_ready(
     files: Files, model: ModelNames, layer: int, device: torch.device, rank: int, ranks: int, weight_format: str
 ) -> tuple[WeightTensors, WeightTensors]:
@@ -96,10 +100,7 @@ def load_ready(
         ConfigError: they are in the order of another version, or another format was asked for.
         CheckpointError: a tensor is not there, or not as the others.
     """
-    names = model.layers.get(layer)
-    if names is None:
-        raise ConfigError(f"layer {shown(layer)} has no experts in this checkpoint; allowed: {sorted(model.layers)}")
-    found = ready_of(files, names, layer)
+    found = ready_of(files, model, layer)
     if weight_format not in ("auto", found.weights.name):
         given = f"weight_format = {shown(weight_format)}"
         raise ConfigError(f"{given}; allowed: auto or {found.weights.name}, which this checkpoint holds")

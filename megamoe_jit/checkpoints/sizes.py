@@ -9,8 +9,6 @@ from megamoe_jit._spec import MoEShape
 from megamoe_jit.checkpoints.config import refusal, sizes_of, weight_format_of
 from megamoe_jit.checkpoints.files import CONFIG, place_of, read_config
 
-__all__ = ["ModelShape", "model_shape"]
-
 
 class ModelShape(NamedTuple):
     """The layer of a model: what it is called, its sizes without shared experts, and the format of its experts."""

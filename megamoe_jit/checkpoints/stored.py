@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING
 
 from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._spec import BLOCK, check_int
+from megamoe_jit._spec.formats import MXFP4
 from megamoe_jit._text import counted, shown
 from megamoe_jit.checkpoints.config import experts_of, refusal
 from megamoe_jit.checkpoints.files import Entry, Files
-from megamoe_jit.checkpoints.names import FUSED, MEGAMOE, LayerNames, ModelNames, Parts, names_of
+from megamoe_jit.checkpoints.names import FUSED, MEGAMOE, LayerNames, ModelNames, Parts, all_names_of
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["Kind", "Stored", "StoredMatrix", "experts_of_rank", "layer_of", "model_of", "shared_of"]
-
-GROUP = 32  #: columns that share an exponent of MXFP4
 
 
 class Kind(StrEnum):
@@ -178,10 +175,10 @@ def _kind_of(what: str, weight: Entry, scale: Entry | None) -> tuple[Kind, tuple
     if weight.dtype == "F8_E4M3" and scale is not None:
         return _fp8_kind(what, (rows, columns), scale), (rows, columns)
     if weight.dtype in _BYTES and scale is not None and scale.dtype in ("F8_E8M0", "U8"):
-        if scale.shape == (rows, 2 * columns // GROUP):
+        if scale.shape == (rows, 2 * columns // MXFP4.group):
             return Kind.MXFP4, (rows, 2 * columns)
         where = f"{what} is {weight.dtype} {weight.shape} with exponents {scale.shape}"
-        raise ConfigError(f"{where}; allowed: two values in a byte, an exponent for {GROUP} of a row")
+        raise ConfigError(f"{where}; allowed: two values in a byte, an exponent for {MXFP4.group} of a row")
     given = f"{what} is {weight.dtype}" + (f" with scales {scale.dtype} {scale.shape}" if scale else " without scales")
     raise ConfigError(f"{given}; allowed: bf16, float16 or float32 alone, e4m3 or MXFP4 with scales")
 
@@ -200,11 +197,11 @@ def _fp8_kind(what: str, shape: tuple[int, int], scale: Entry) -> Kind:
 
 
 def model_of(files: Files, scheme: str | None = None) -> ModelNames:
-    """What a checkpoint has; raises `ConfigError` with the reason where its experts cannot be this layer."""
+    """What a checkpoint has of the model; raises `ConfigError` with the reason where it cannot be this layer's."""
     why = refusal(files.config)
     if why:
         raise ConfigError(f"{files.folder.name}: {why}")
-    return names_of(files, scheme)
+    return all_names_of(files, scheme)[0]
 
 
 def layer_of(files: Files, model: ModelNames, layer: int) -> Stored:
@@ -214,7 +211,7 @@ def layer_of(files: Files, model: ModelNames, layer: int) -> Stored:
         ConfigError: there is no such layer with experts, or they are stored in a way that cannot be used.
         CheckpointError: some of them are not there.
     """
-    names = _names(model, layer)
+    names = names_in(model, layer)
     what = f"layer {layer}"
     if model.scheme == MEGAMOE:
         raise ConfigError(f"{what} is in the kernel's order; allowed here: plain weights")
@@ -233,11 +230,12 @@ def layer_of(files: Files, model: ModelNames, layer: int) -> Stored:
 
 def shared_of(files: Files, model: ModelNames, layer: int) -> Stored | None:
     """The shared expert of a layer; None if it has none."""
-    names = _names(model, layer)
+    names = names_in(model, layer)
     return Stored(files, f"shared expert of layer {layer}", {0: names.shared}, fused=False) if names.shared else None
 
 
-def _names(model: ModelNames, layer: int) -> LayerNames:
+def names_in(model: ModelNames, layer: int) -> LayerNames:
+    """The names of a layer's tensors; raises `ConfigError` where it has no experts."""
     found = model.layers.get(layer) if isinstance(layer, int) and not isinstance(layer, bool) else None
     if found is None:
         there = sorted(model.layers)

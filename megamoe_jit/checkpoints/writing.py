@@ -21,8 +21,6 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.files import Entry
 
-__all__ = ["Writer", "alone_in", "bytes_of", "name_in", "nbytes", "writing"]
-
 _BITS = {  # of every dtype that torch reads
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),

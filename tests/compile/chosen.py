@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from megamoe_jit._spec import KernelSpec, Variant
 
-__all__ = ["ALWAYS", "all_pairs", "often", "pairs", "usual"]
-
 #: What `auto` takes for FP8 weights, of every preset.
 ALWAYS = (Variant.PINGPONG, Variant.COOPERATIVE)
 

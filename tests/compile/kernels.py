@@ -12,8 +12,6 @@ from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec.compilable import Compilable
 
-__all__ = ["compiled"]
-
 
 def compiled(spec: Compilable) -> CompiledKernel:
     """A kernel that the compiler said nothing about.

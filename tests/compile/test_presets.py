@@ -16,10 +16,9 @@ from megamoe_jit._errors import CompileError
 from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import FORMATS, FP8, FP8_E5M2, MXFP4, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.any_layer import Pass, PassSpec, StageFormat, StageSpec
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics
-from megamoe_jit._spec.passes import Pass, PassSpec
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics import preset, preset_names
 from tests.compile.chosen import ALWAYS, often, pairs, usual
 from tests.compile.kernels import compiled

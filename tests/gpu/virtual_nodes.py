@@ -23,9 +23,8 @@ from megamoe_jit._check.verify import judge
 from megamoe_jit._check.verify_ranks import share_of
 from megamoe_jit._jit.runtime import warmup
 from megamoe_jit._layer.stream_order import StreamOrder
+from megamoe_jit._nodes.along_rails import ExactExchange, GatherExchange
 from megamoe_jit._nodes.choice import Choices, Rule
-from megamoe_jit._nodes.exact import ExactExchange
-from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit.heuristics.select import all_variants

@@ -97,7 +97,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Layer:
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     for name in ("synchronize", "empty_cache", "_sleep"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None, raising=False)
-    monkeypatch.setattr(_bench, "anchors", lambda: {"dense_fp8_8192_tflops": 1300.0, "read_4gib_tb_s": 4.2})
+    monkeypatch.setattr(_timing, "anchors", lambda: {"dense_fp8_8192_tflops": 1300.0, "read_4gib_tb_s": 4.2})
     monkeypatch.setattr(_bench_report, "environment", lambda commit=None: {**CONDITIONS, "commit": commit or "abc"})
     return layer
 

@@ -20,6 +20,7 @@ from megamoe_jit._bench.unfused_run import unusable
 from megamoe_jit._check.scenarios import Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._check.verify import judge
+from megamoe_jit._documents import content
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import dequantize_activations, dequantize_weights
 from megamoe_jit._spec import MoEShape
@@ -142,7 +143,7 @@ CASE = Scenario("v4-flash", MoEShape(4096, 2048, 64, 6), 64, 64)
 def merge(parts: list[dict]) -> dict[str, list[dict]]:
     """As rank 0 reports it."""
     rows, others = rows_of(CASE, {"auto": "pingpong"}, parts)
-    return {"rows": [row.to_json() for row in rows], "baselines": [asdict(each) for each in others]}
+    return {"rows": [content(row) for row in rows], "baselines": [asdict(each) for each in others]}
 
 
 def part(scale: float, wrong: bool = False, rows: list[int] | None = None) -> dict:
@@ -208,8 +209,10 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
     def collect(target, ranks, arguments, on_report):
         assert (target, ranks) == ("megamoe_jit._bench.measure_ranks:measure_on_rank", 2)
         assert arguments["shapes"] == [["v4-flash", 4096, 2048, 32, 6]]
-        on_report(0, merge([part(1), part(2)]))
-        end = {"environment": {"device": "NVIDIA H200"}, "baselines_not_timed": {}}
+        merged = merge([part(1), part(2)])
+        for row in merged["rows"]:
+            on_report(0, row)
+        end = {"environment": {"device": "NVIDIA H200"}, "baselines": merged["baselines"], "baselines_not_timed": {}}
         return [{**end, "anchors": [{"read_4gib_tb_s": 4.0 + i}] * 2} for i in (0, 1)]
 
     monkeypatch.setattr(on_ranks, "collect", collect)
@@ -221,7 +224,7 @@ def test_a_document_has_the_slowest_card_and_the_known_figures(monkeypatch):
     assert doc["anchors"] == [{"read_4gib_tb_s": 4.0}] * 2
     assert doc["environment"]["ranks"] == 2
     assert doc["rows"][0]["ranks"] == 2
-    assert len(seen) == 1
+    assert (len(seen), len(doc["baselines"])) == (1, 3)
     monkeypatch.setattr(on_ranks, "collect", lambda *_, **__: None)
     assert _bench_ranks.run([preset], [64], ["auto"], 2) is None
     with pytest.raises(ConfigError, match="2 to 8"):

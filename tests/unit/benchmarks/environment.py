@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ENV"]
-
 ENV = {
     "device": "NVIDIA H200",
     "date": "2026-01-02T00",

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import ranks
 from benchmarks.beside import PACKAGE, module, put_beside
-from megamoe_jit._bench import clock, clock_ranks, on_ranks
+from megamoe_jit._bench import clock, on_ranks
 from megamoe_jit._bench.clock import TimedCall
 from megamoe_jit._check.scenarios import Weights, make_weights
 from megamoe_jit._check.spawn import World
@@ -153,7 +153,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Package]:
         (ranks, "environment", lambda commit: {**CONDITIONS, "commit": commit}),
         (ranks, "anchors", lambda: {"read_4gib_tb_s": 4.2}),
         (ranks, "preset", {"tiny": Preset("tiny", MoEShape(128, 128, 4, 2), ranks=2, source="")}.__getitem__),
-        (clock_ranks, "FLUSH_BYTES", 16),
+        (on_ranks, "FLUSH_BYTES", 16),
         (torch.distributed, "all_reduce", lambda tensor: None),
         (torch.cuda, "Event", Clock),
         *((torch.cuda, name, lambda *_: None) for name in ("synchronize", "_sleep", "empty_cache")),
@@ -204,7 +204,7 @@ def test_rounds_of_a_timer_of_ranks(packages):
     def call(name: str) -> TimedCall:
         return TimedCall(lambda: made.update({name: made[name] + 1}))
 
-    timer = clock_ranks.RankTimer(torch.device("cpu"))
+    timer = on_ranks.RankTimer(torch.device("cpu"))
     times = timer.burst({name: call(name) for name in made}, warmup=2, timed=3)
     assert ({name: len(found) for name, found in times.items()}, made) == ({"a": 3, "b": 3}, {"a": 5, "b": 5})
     assert len(timer.burst({"a": call("a")})["a"]) == clock.TIMED

@@ -22,14 +22,15 @@ MOUNT = 'mount -t tmpfs -o size=256k,mode=700 none "$0" && exec "$@"'
 PRELUDE = """
 import json, logging, os, subprocess, sys
 from megamoe_jit._jit.obtain import get_kernel
-from megamoe_jit._jit.runtime import forget, kernel_cache
+from megamoe_jit._cache.cache import user_cache
+from megamoe_jit._jit.runtime import forget
 from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant
 
 warned = []
 handler = logging.Handler(logging.WARNING)
 handler.emit = lambda record: warned.append(record.getMessage())
 logging.getLogger("megamoe_jit").addHandler(handler)
-cache = kernel_cache()
+cache = user_cache()
 
 def get(*variants):
     forget()

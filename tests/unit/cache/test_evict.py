@@ -18,9 +18,11 @@ from megamoe_jit._cache.cache import KernelCache
 from megamoe_jit._cache.documents import Entry, Statistics
 from megamoe_jit._cache.entry import EntryInfo
 from megamoe_jit._cache.locks import try_lock
+from megamoe_jit._cache.trees import tree_bytes
 from megamoe_jit._compile.toolchain import current_builder
 from megamoe_jit._documents import time_of
 from megamoe_jit._errors import ConfigError, ToolchainError
+from megamoe_jit._jit.lookup import find_key
 from megamoe_jit._settings.settings import Settings, override
 from megamoe_jit._settings.variables import parse_size
 from tests.stubs import KEY, OTHER, fake_cubin, fake_kernel, rewrite_meta
@@ -75,26 +77,28 @@ def test_entries(cache):
     assert KernelCache(cache.root / "none").entries() == []
 
 
-def test_info_takes_a_unique_prefix(cache):
+def test_a_key_is_found_by_a_unique_prefix(cache):
     twin = KEY[:20] + "f" * 44
     for key in (KEY, OTHER, twin):
         cache.store(key, fake_cubin(), "", {})
-    assert cache.info("CD ").key == OTHER
-    assert cache.info(KEY).key == KEY
+    assert find_key("CD ", [cache]).key == OTHER
+    assert find_key(KEY, [cache]).key == KEY
     with pytest.raises(ConfigError, match=r"'ab00' is not unique in .*: ab0000000000, ab0000000000"):
-        cache.info("ab00")
+        find_key("ab00", [cache])
     for prefix in ("ef", "", "not hex"):
         with pytest.raises(ConfigError, match="is not in the cache .*; `megamoe-jit cache ls`"):
-            cache.info(prefix)
-    (cache.entry_path(OTHER) / "meta.json").unlink()
+            find_key(prefix, [cache])
+    rewrite_meta(cache.entry_path(OTHER), schema=2)
     with pytest.raises(ConfigError, match="has no readable metadata"):
-        cache.info("cd")
+        find_key("cd", [cache])
+    (cache.entry_path(OTHER) / "meta.json").unlink()
+    assert find_key("cd", [cache]).info is None  # damaged
 
 
 def test_remove(cache, warnings, monkeypatch):
     cache.store(KEY, fake_cubin(), "", {})
     cache.store(OTHER, fake_cubin(), "", {})
-    size = cache.info(KEY).disk_bytes
+    size = tree_bytes(cache.entry_path(KEY))
     report = cache.remove([KEY, key_of(1)])
     assert (report.removed, report.bytes) == ((KEY,), size)
     assert left(cache) == {OTHER}
@@ -141,7 +145,7 @@ def test_eviction_takes_what_others_built_first():
 
 def test_prune(cache, monkeypatch):
     keys = fill(cache, [100, 1000, 5000, 90000])
-    each = cache.info(keys[0]).disk_bytes
+    each = tree_bytes(cache.entry_path(keys[0]))
     assert cache.prune().removed == ()
     assert cache.prune(older_than_s=50000).removed == (keys[3],)
     cache.quarantine(keys[2])
@@ -164,7 +168,7 @@ def test_prune(cache, monkeypatch):
 
 def test_publish_evicts_down_to_below_the_limit(cache, caplog):
     keys = fill(cache, [7000 + 1000 * n for n in range(10)])
-    each = cache.info(keys[0]).disk_bytes
+    each = tree_bytes(cache.entry_path(keys[0]))
     limited = KernelCache(cache.root, max_bytes=int(each * 10.5))
     with caplog.at_level(logging.INFO, "megamoe_jit"):
         assert limited.store(KEY, fake_cubin(bytes(1000)), "source", {})

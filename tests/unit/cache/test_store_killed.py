@@ -20,7 +20,7 @@ from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._jit.obtain import get_kernel
-from megamoe_jit._jit.runtime import kernel_cache
+from megamoe_jit._cache.cache import user_cache
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._compile.toolchain import find_toolchain
 
@@ -39,7 +39,7 @@ def stub(text, *, kernel_name, toolchain):
 
 _obtain.compile_source = stub
 key = Wanted.of(spec).key
-cache = kernel_cache()
+cache = user_cache()
 
 def child():
     random.seed(os.urandom(8))

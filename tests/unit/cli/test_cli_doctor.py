@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from megamoe_jit._cli import cli
+from megamoe_jit._device.driver import Gpu, Machine
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose import machine as _machine
 from megamoe_jit._diagnose.finding import Status
-from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
+from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers
 from megamoe_jit._settings.settings import override
 from tests.commandline import checked, run
 from tests.stubs import write_rooms
@@ -47,10 +48,10 @@ def test_doctor_on_driver_and_gpu(machine: Machine, driver: str, gpu: str):
 
 
 def test_doctor_on_a_gpu_machine_with_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megamoe_jit._compile.toolchain._installed_torch_cuda", lambda: None)
+    monkeypatch.setattr("megamoe_jit._compile.toolchain.installed_torch_cuda", lambda: None)
     assert _doctor.check_torch(Machine("13.0", None, (H200,))).status is Status.FAIL
     assert _doctor.check_torch(Machine(None, "none")).status is Status.OK
-    monkeypatch.setattr("megamoe_jit._compile.toolchain._installed_torch_cuda", lambda: "12.8")
+    monkeypatch.setattr("megamoe_jit._compile.toolchain.installed_torch_cuda", lambda: "12.8")
     assert "CUDA 12.8" in _doctor.check_torch(Machine("13.0", None, (H200,))).detail
 
 
@@ -124,7 +125,7 @@ def test_doctor_reports_and_ends_with_3(environ: dict[str, str], code: int, fail
 
 def test_doctor_ends_with_0_or_1(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_doctor, "gpus", lambda: Machine("13.0", None, (H200,)))
-    monkeypatch.setattr("megamoe_jit._compile.toolchain._installed_torch_cuda", lambda: "12.8")
+    monkeypatch.setattr("megamoe_jit._compile.toolchain.installed_torch_cuda", lambda: "12.8")
     monkeypatch.setattr("megamoe_jit._compile.toolchain.wanted_major", lambda: (None, "nothing asks for one"))
     fine = invoke("doctor")
     assert fine.exit_code == 0, fine.stdout

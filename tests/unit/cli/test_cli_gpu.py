@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from megamoe_jit._cli import cli
-from megamoe_jit._diagnose import machine as _machine
-from megamoe_jit._diagnose.machine import Gpu, Machine
+from megamoe_jit._device import driver as _driver
+from megamoe_jit._device.driver import Gpu, Machine
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import override
 from megamoe_jit.heuristics import select
@@ -54,7 +54,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
     def have(*names: str) -> None:
         cards = tuple(Gpu(index, name, "9.0", 132, 1, True) for index, name in enumerate(names))
-        monkeypatch.setattr(_machine, "gpus", lambda: Machine("13.0", None, cards))
+        monkeypatch.setattr(_driver, "gpus", lambda: Machine("13.0", None, cards))
 
     have()
     return have

@@ -13,7 +13,7 @@ from megamoe_jit._bench import measure_ranks as _bench_ranks
 from megamoe_jit._check import verify_ranks as _verify_ranks
 from megamoe_jit._check.documents import Outcome
 from megamoe_jit._cli import cli
-from megamoe_jit._cli._ranks import rank_count
+from megamoe_jit._cli._options import rank_count
 from megamoe_jit._jit import runtime as _runtime
 from tests.commandline import checked
 from tests.unit.bench.test_unfused import merge, part

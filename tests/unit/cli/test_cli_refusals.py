@@ -214,7 +214,7 @@ def test_rows_are_printed_though_the_file_fails_and_kept_though_nobody_reads(
     assert result.exit_code == 1
     assert "ONE RANK us" in result.stdout
     assert result.stderr.endswith("Error: No space left on device\n")
-    monkeypatch.setattr(importlib.import_module("megamoe_jit._cli.bench"), "print_others", full)
+    monkeypatch.setattr(importlib.import_module("megamoe_jit._cli.bench"), "_show_others", full)
     assert invoke(*words).exit_code == 1
     assert json.loads((tmp_path / "x.json").read_text())["rows"]
 

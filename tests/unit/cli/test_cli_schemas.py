@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from megamoe_jit._bench import clock as _clock
 from megamoe_jit._bench import conditions as _bench_report
 from megamoe_jit._bench import measure as _bench
 from megamoe_jit._check import verify as _verify
@@ -18,8 +19,7 @@ from megamoe_jit._cli import cli
 from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
-from megamoe_jit._spec.passes import Pass
-from megamoe_jit._spec.stage import StageFormat
+from megamoe_jit._spec.any_layer import Pass, StageFormat
 from tests import schemas
 from tests.commandline import (
     COOPERATIVE,
@@ -239,7 +239,7 @@ def test_demo_verify_and_bench_on_stand_ins(monkeypatch: pytest.MonkeyPatch, inv
     row = _bench.Row("s", 256, 128, 4, 1, 8, "auto", "pingpong", "fp8", *times, 0.0, 0.0, True, 1.0, 1.0, *unfused)
     conditions = {"device": "NVIDIA H200", "driver": "1", "nvrtc": "12.9", "commit": "c"}
     monkeypatch.setattr(_bench_report, "environment", lambda commit: conditions)
-    monkeypatch.setattr(_bench, "anchors", lambda: {"dense_fp8_8192_tflops": 1.0, "read_4gib_tb_s": 1.0})
+    monkeypatch.setattr(_clock, "anchors", lambda: {"dense_fp8_8192_tflops": 1.0, "read_4gib_tb_s": 1.0})
     monkeypatch.setattr(_bench, "measure", lambda *_, **__: [row])
     assert invoke("bench", "--shapes", "v4-flash", "--tokens", "8")["rows"][0]["tokens"] == 8
     assert json.loads((SCHEMAS / "demo.json").read_text())["properties"]["kernels"]  # its document: test_cli.py

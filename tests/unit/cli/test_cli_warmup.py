@@ -14,8 +14,8 @@ from megamoe_jit._cli import cli
 from megamoe_jit._documents import SCHEMA_VERSION
 from megamoe_jit._jit import runtime as _runtime
 from megamoe_jit._jit.kernel import warmup_command
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from tests.commandline import SIZES, STAGED, checked, run, warm_cache
 
 SMALL = STAGED

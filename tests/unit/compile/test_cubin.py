@@ -108,5 +108,5 @@ def test_garbled_bytes_never_raise_anything_else(cubin, data):
 def test_cuda_13_notes_the_architecture_in_full(monkeypatch, note, arch):
     data = header(8, 0x6005A04)
     section = _cubin._Section(".note.nv.tkinfo", 7, len(data), len(note), 0)
-    monkeypatch.setattr(_cubin, "_sections", lambda _: [section._replace(name=".text"), section])
+    monkeypatch.setattr(_cubin, "sections_of", lambda _: [section._replace(name=".text"), section])
     assert cubin_arch(data + note) == arch

@@ -32,7 +32,7 @@ def forget_choice():
 @pytest.fixture
 def no_torch(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr(_toolchain, "_installed_torch_cuda", lambda: None)
+    monkeypatch.setattr(_toolchain, "installed_torch_cuda", lambda: None)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_nothing_says_which_major(no_torch, monkeypatch):
 
 def test_no_torch_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert _toolchain._installed_torch_cuda() is None
+    assert _toolchain.installed_torch_cuda() is None
 
 
 def test_search_looks_where_libraries_are(tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ from megamoe_jit._compile import toolchain as _toolchain
 from megamoe_jit._compile import wheels as _wheels
 from megamoe_jit._compile.toolchain import candidates, find_toolchain
 from megamoe_jit._compile.wheels import wheel_command
+from megamoe_jit._device.driver import Gpu, Machine
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose import machine as _machine
-from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
+from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers
 from megamoe_jit._errors import ToolchainError
 from megamoe_jit._settings.settings import Settings, override
 from tests.commandline import run

@@ -228,7 +228,7 @@ REFUSED = """
 import logging
 from megamoe_jit._jit.registry import reset
 from megamoe_jit._jit.obtain import get_kernel
-from megamoe_jit._jit.runtime import kernel_cache
+from megamoe_jit._cache.cache import user_cache
 get_kernel(spec)
 reset()  # as if another process had compiled it
 logging.getLogger("megamoe_jit").addHandler(logging.StreamHandler(sys.stdout))
@@ -238,7 +238,7 @@ logging.getLogger("megamoe_jit").addHandler(logging.StreamHandler(sys.stdout))
 def test_cached_kernel_that_the_driver_refuses_is_compiled_again_once(run, stub):
     out = run(
         REFUSED + "loaded = load_kernel(spec, 0)\nassert load_kernel(spec, 0) is loaded\n"
-        "say(loaded.compiled.origin, len(kernel_cache().quarantined()))\n",
+        "say(loaded.compiled.origin, len(user_cache().quarantined()))\n",
         STUB_LOAD=200,
         STUB_LOAD_TIMES=1,
         MEGAMOE_JIT_CACHE_DIR=stub / "refused",
@@ -290,10 +290,10 @@ def test_kernel_that_is_too_new_for_the_driver_is_not_put_aside(run, stub):
     """Another node with a newer driver may use it; here the compiler of this driver's generation is the answer."""
     out = run(
         REFUSED + "from megamoe_jit._cache.metadata import dump_metadata, read_metadata\n"
-        "path = kernel_cache().entries()[0].path / 'meta.json'\n"
+        "path = user_cache().entries()[0].path / 'meta.json'\n"
         "meta = read_metadata(path.read_bytes()); meta['nvrtc']['version'] = '13.5'\n"
         "path.write_bytes(dump_metadata(meta))\n"
-        "say(load_kernel(spec, 0).compiled.origin, len(kernel_cache().quarantined()))\n",
+        "say(load_kernel(spec, 0).compiled.origin, len(user_cache().quarantined()))\n",
         STUB_LOAD=200,
         STUB_LOAD_TIMES=1,
         STUB_DRIVER=12040,
@@ -339,7 +339,7 @@ from megamoe_jit._compile import cubin
 from megamoe_jit._jit import obtain
 from megamoe_jit._jit.registry import reset
 from megamoe_jit._jit.obtain import get_kernel
-from megamoe_jit._jit.runtime import kernel_cache
+from megamoe_jit._cache.cache import user_cache
 package = str(Path(megamoe_jit.__file__).parent)
 real, made = obtain.compile_source, {}
 def compile_source(text, **named):
@@ -364,10 +364,10 @@ def miss(name, spec):
 load_kernel(spec, 0)  # what is imported and found out once a process
 other = KernelSpec(MoEShape(256, 128, 16, 2), Variant.PINGPONG)
 get_kernel(other)  # the compiler's own part is no part of this
-for known in (cubin.read_cubin, cubin.cubin_arch, cubin._sections):
+for known in (cubin.read_cubin, cubin.cubin_arch, cubin.sections_of):
     known.cache_clear()  # as a process that has not compiled it
 miss("stored:", other)
-kernel_cache().clear()
+user_cache().clear()
 miss("made:", other)
 """
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from megamoe_jit._cache.cache import KernelCache
+from megamoe_jit._device.driver import Gpu, Machine
 from megamoe_jit._diagnose import doctor as _doctor
 from megamoe_jit._diagnose.finding import Status
-from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers, Gpu, Machine
+from megamoe_jit._diagnose.machine import ChosenCompiler, Compilers
 from megamoe_jit._settings.settings import override
 from tests.commandline import COOPERATIVE, PINGPONG, STAGED, checked, damage, keys_of, run, warm_cache
 from tests.stubs import KEY, fake_cubin, rewrite_meta

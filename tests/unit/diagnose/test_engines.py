@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from megamoe_jit._diagnose.engines import ENGINES, EngineProbe, Hook, examine_engine, probe_of
+from megamoe_jit._diagnose.engines import ENGINES, PAGE, EngineProbe, examine_engine, probe_of
 from megamoe_jit._diagnose.finding import Status
 from tests.commandline import checked, run, run_with_torch
 from tests.stubs import REPO
@@ -15,7 +15,7 @@ PIP = "pip"  # a distribution that is installed wherever tests run
 
 
 def probe(**changes: object) -> EngineProbe:
-    fits = EngineProbe("some", PIP, f"{PIP}>=1", (version(),), lambda: [Hook("a.b", "")], ("import some",), "a page")
+    fits = EngineProbe("some", PIP, f"{PIP}>=1", (version(),), lambda: [("a.b", "")], ("import some",))
     return dataclasses.replace(fits, **changes)
 
 
@@ -46,14 +46,14 @@ def test_a_release_that_nobody_ran_is_a_warning():
 
 
 def test_a_hook_that_moved_is_named_with_the_release_to_take():
-    moved = probe(hooks=lambda: [Hook("a.b", "is gone"), Hook("c", "")])
+    moved = probe(hooks=lambda: [("a.b", "is gone"), ("c", "")])
     hooks = list(examine_engine(moved))[1]
     assert (hooks.status, hooks.detail) == (Status.FAIL, "a.b: is gone")
     assert "steps aside" in hooks.next_step
 
 
 def test_an_engine_that_cannot_be_imported_is_a_finding():
-    def raises() -> list[Hook]:
+    def raises() -> list[tuple[str, str]]:
         raise ImportError("libnothing.so")
 
     hooks = list(examine_engine(probe(hooks=raises)))[1]
@@ -67,7 +67,7 @@ def test_every_engine_has_a_probe_of_its_name_and_a_release_in_its_range(name: s
     assert found.wanted.startswith(found.distribution)
     assert found.tested
     assert found.typed
-    assert (REPO / found.page).is_file()
+    assert (REPO / PAGE).is_file()
 
 
 def test_the_command_shows_it():

@@ -12,10 +12,11 @@ import threading
 
 import pytest
 
+from megamoe_jit._cache.cache import user_cache
 from megamoe_jit._cache.locks import key_lock
 from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.lookup import Wanted
-from megamoe_jit._jit.runtime import kernel_cache, warmup
+from megamoe_jit._jit.runtime import warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.formats import FP8
@@ -42,7 +43,7 @@ def ctrl_c(monkeypatch):
 def test_while_a_lock_is_waited_for(place, compiles, ctrl_c, monkeypatch):
     """Nothing is compiled: that would be when the lock could not be had in time."""
     interrupt = ctrl_c()
-    asked = kernel_cache().__class__.holds
+    asked = user_cache().__class__.holds
     monkeypatch.setattr("megamoe_jit._cache.cache.KernelCache.holds", lambda *a: interrupt.set() or asked(*a))
     held = key_lock(Wanted.of(SPECS[0]).key, "held by another")
     with override(lock_timeout_s=50), held, pytest.raises(KeyboardInterrupt):
@@ -77,8 +78,8 @@ def test_while_nvrtc_is_at_work(place, ctrl_c, monkeypatch, caplog):
         logging.getLogger("megamoe_jit").removeHandler(handler)
     assert begun == [SPECS[0].kernel_name]
     assert [(result.spec, result.ok) for result in results] == [(SPECS[0], True)]
-    assert kernel_cache().holds(Wanted.of(SPECS[0]).key)
-    assert not kernel_cache().holds(Wanted.of(SPECS[1]).key)
+    assert user_cache().holds(Wanted.of(SPECS[0]).key)
+    assert not user_cache().holds(Wanted.of(SPECS[1]).key)
 
 
 @pytest.mark.parametrize("handing", [0, 1], ids=["it", "the next one"])

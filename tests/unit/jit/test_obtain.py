@@ -25,11 +25,11 @@ from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._jit.obtain import distrust, get_kernel
 from megamoe_jit._jit.pack import export_pack, import_pack
 from megamoe_jit._jit.registry import reset
-from megamoe_jit._jit.runtime import enumerate_specs, forget, kernel_cache, seal, sealed, unseal, warmup
+from megamoe_jit._jit.runtime import enumerate_specs, forget, seal, sealed, unseal, warmup
 from megamoe_jit._settings.settings import get_settings, override
 from megamoe_jit._spec import MAX_TOKENS, KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from megamoe_jit.heuristics.presets import preset, preset_names
 from megamoe_jit.heuristics.select import choose
 from tests.stubs import child_environment, rewrite_meta, write_rooms
@@ -98,7 +98,7 @@ def test_read_only_caches_come_first_and_are_never_written(pack, place, compiles
         assert [get_kernel(spec).origin for spec in (PING, COOP)] == ["pack", "disk"]
     assert compiles == [COOP.kernel_name]
     assert sorted((p, p.lstat().st_mtime_ns) for p in pack.rglob("*")) == before
-    assert [i.entry for i in kernel_cache().entries()] == [COOP.kernel_name]
+    assert [i.entry for i in user_cache().entries()] == [COOP.kernel_name]
 
 
 def test_bad_read_only_cache_costs_a_compile_and_a_warning(pack, compiles, caplog):
@@ -241,12 +241,12 @@ def test_distrusted_kernel_is_compiled_again_once(place, compiles):
     kernel = get_kernel(PING)
     assert kernel.origin == "disk"
     assert distrust(kernel, damaged=True) is True
-    assert len(kernel_cache().quarantined()) == 1
+    assert len(user_cache().quarantined()) == 1
     forget()
     again = get_kernel(PING)
     assert again.origin == "compiled"
     assert distrust(again, damaged=False) is False
-    assert len(kernel_cache().quarantined()) == 1
+    assert len(user_cache().quarantined()) == 1
 
 
 def test_distrusted_read_only_kernel_stays_where_it_is(pack, compiles):
@@ -294,7 +294,7 @@ def test_loser_of_a_rename_that_cannot_see_the_winner_uses_its_own_bytes(place, 
     kernel = get_kernel(PING)
     assert kernel.origin == "compiled"
     assert kernel.cubin.startswith(b"\x7fELF")
-    assert kernel_cache().entries() == []
+    assert user_cache().entries() == []
 
 
 HOMELESS = """
@@ -345,6 +345,5 @@ def test_failure_to_compile_keeps_the_source_and_says_where(place):
 
 def test_caches_of_the_settings(tmp_path):
     with override(cache_dir=tmp_path / "a", cache_max_bytes=5, readonly_cache=(tmp_path / "b", tmp_path / "c")):
-        assert kernel_cache() is user_cache()
         assert (user_cache().root, user_cache().max_bytes, user_cache().read_only) == (tmp_path / "a", 5, False)
         assert [(c.root, c.read_only) for c in readonly_caches()] == [(tmp_path / "b", True), (tmp_path / "c", True)]

@@ -15,17 +15,18 @@ import pytest
 from click.testing import CliRunner
 
 from megamoe_jit._cache import store as _store
+from megamoe_jit._cache.cache import user_cache
 from megamoe_jit._cli import cli
 from megamoe_jit._errors import CompileError, KernelMissingError, PerformanceLossError, RenderError
 from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Wanted
 from megamoe_jit._jit.obtain import get_kernel
-from megamoe_jit._jit.runtime import forget, kernel_cache, retry, warmup
+from megamoe_jit._jit.runtime import forget, retry, warmup
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
+from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._spec.compilable import Compilable
-from megamoe_jit._spec.stage import StageFormat, StageSpec
 from tests.stubs import ROOM, TEMPLATE, child_environment
 
 SHAPE = MoEShape(256, 128, 8, 2)
@@ -110,7 +111,7 @@ def meet(place, count):
 
 def test_eight_processes_with_a_cold_cache_compile_once(place):
     _, one = meet(place, 1)
-    kernel_cache().clear()
+    user_cache().clear()
     results, eight = meet(place, 8)
     assert sorted(r["origin"] for r in results) == ["compiled"] + ["disk"] * 7
     assert len({(r["key"], r["bytes"]) for r in results}) == 1
@@ -130,7 +131,7 @@ def test_second_process_starts_from_disk_without_the_compiler(place):
 @pytest.mark.parametrize("damage", ["truncated", "garbled"])
 def test_damaged_entry_is_compiled_again_with_one_warning(place, compiles, caplog, damage):
     good = get_kernel(PING)
-    path = kernel_cache().entry_path(good.key) / "kernel.cubin"
+    path = user_cache().entry_path(good.key) / "kernel.cubin"
     data = path.read_bytes()
     path.write_bytes(data[:-100] if damage == "truncated" else data[:-100] + bytes(100))
     forget()
@@ -284,7 +285,7 @@ def test_warmup_reports_each_kernel_in_order(place, compiles):
 
 
 def test_forced_warmup_replaces_the_entry(place, compiles):
-    path = kernel_cache().entry_path(get_kernel(PING).key)
+    path = user_cache().entry_path(get_kernel(PING).key)
     (path / "kernel.cu").write_text("old")
     (result,) = warmup([PING], force=True)
     assert result.kernel.origin == "compiled"

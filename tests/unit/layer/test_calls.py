@@ -34,8 +34,8 @@ from megamoe_jit._layer.kernel_set import sort_blocks
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.abi import Wait
+from megamoe_jit._spec.any_layer import StageFormat
 from megamoe_jit._spec.formats import FP8
-from megamoe_jit._spec.stage import StageFormat
 
 SHAPE = MoEShape(256, 128, 4, 2)
 DRAWN = make_weights(SHAPE, "cpu")

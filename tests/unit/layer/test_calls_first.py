@@ -20,7 +20,7 @@ from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MXFP4, MoEShape
-from megamoe_jit._spec.expanded import ExpandedParts
+from megamoe_jit._spec.formats import ExpandedParts
 from tests.ranks import forked
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")

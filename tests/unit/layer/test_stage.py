@@ -21,8 +21,8 @@ from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._settings.settings import override
+from megamoe_jit._spec.any_layer import StageFormat
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.stage import StageFormat
 from tests.unit.layer.test_calls import HERE, L1, L2, SHAPE, STATS, Cuda, buffer, call, cuda, refused  # noqa: F401
 from tests.unit.layer.test_moe import F32, FP8, IDS, WEIGHTS, at, compute, expected, inputs, layer, rows, same
 

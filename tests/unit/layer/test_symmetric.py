@@ -103,12 +103,10 @@ def test_torchs_variable_is_set_while_it_is_needed_and_put_back(monkeypatch: pyt
         monkeypatch.delenv(name)
     libc = ctypes.CDLL(None)
     libc.getenv.restype = ctypes.c_char_p
-    with _symmetric._indices_may_be_equal(False):
-        assert os.environ.get(name) == before
     seen = []
 
     def fail() -> None:
-        with _symmetric._indices_may_be_equal(True):
+        with _symmetric.variable_set(name, "1"):
             seen.append(libc.getenv(name.encode()))  # as torch asks
             raise ZeroDivisionError
 

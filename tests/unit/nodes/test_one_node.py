@@ -11,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megamoe_jit as mm
 from megamoe_jit._check.weights import make_weights
 from megamoe_jit._errors import PeerTimeoutError
+from megamoe_jit._nodes.along_rails import ExactExchange, GatherExchange
 from megamoe_jit._nodes.choice import Choices, Rule
-from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Batch, Rows
 from megamoe_jit._nodes.experts import CallOptions
-from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.rail import TorchRail
 from megamoe_jit._nodes.watch import UNASKED, RailLost, Watch, wait_until
 from megamoe_jit._settings.settings import override

@@ -14,8 +14,8 @@ from megamoe_jit._nodes import pass_kernels as _pass_kernels
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.pass_kernels import PassKernels
 from megamoe_jit._nodes.passes import Routes, TorchPasses
+from megamoe_jit._spec.any_layer import Pass, PassSpec
 from megamoe_jit._spec.kinds import spec_from_json, spec_of_kernel_name
-from megamoe_jit._spec.passes import Pass, PassSpec
 from tests.unit.layer.test_calls import HERE, Cuda
 from tests.unit.nodes.world import ROUTES, SHAPE, batch
 

@@ -15,12 +15,11 @@ from megamoe_jit._check.scenarios import make_weights
 from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._layer.quantize import quantize_activations
 from megamoe_jit._nodes import memory as _memory
+from megamoe_jit._nodes.along_rails import ExactExchange, GatherExchange
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
 from megamoe_jit._nodes.calls import get_multinode_buffer_for_mega_moe
 from megamoe_jit._nodes.choice import Choices, Rule
-from megamoe_jit._nodes.exact import ExactExchange
 from megamoe_jit._nodes.exchange import Rows
-from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.reference import moe_reference
 

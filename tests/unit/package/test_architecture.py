@@ -80,6 +80,20 @@ def test_nothing_imports_upward(name: str):
     assert not upward, f"{name} is in {room_of(name)}, below {upward}"
 
 
+def test_what_begins_with_an_underscore_is_its_modules_own():
+    """No list says what a module gives; `__all__` stands where names are handed on alone."""
+    taken = {
+        f"{name} takes {alias.name} of {node.module}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megamoe_jit"
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name != "__version__"
+        if ".".join([*(node.module or "").split(".")[1:], alias.name]) not in MODULES
+    }
+    assert taken == set()
+
+
 def test_lines_by_room_are_about_those_that_the_page_tells():
     told = {room: tuple(int(cell.replace(",", "")) for cell in cells) for room, *cells in LINES.findall(TEXT)}
     now, all_of_it = lines_by_room(), told.pop("all")
