@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import megamoe_jit as mm
-from benchmarks.beside import PACKAGE, module, put_beside
+from benchmarks.beside import PACKAGE, another_checkout, module, put_beside
 from benchmarks.checkout import commit
 from benchmarks.frame import parser, say
 from megamoe_jit._bench.clock import TimedCall, anchors
@@ -289,7 +289,7 @@ def main() -> int:
     arguments.add_argument("--tokens", default=",".join(map(str, DEFAULT_TOKENS)))
     arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--weight-format", default=f"{FP8.name},{MXFP4.name}", help="packed ones: few tokens alone")
-    arguments.add_argument("--before", type=Path, help="a checkout whose code takes turns")
+    arguments.add_argument("--before", type=another_checkout, help="a checkout whose code takes turns")
     arguments.add_argument("--output", type=Path, help="write the rows as JSON")
     options = arguments.parse_args()
     presets = [preset(name) for name in options.shapes.split(",")]
