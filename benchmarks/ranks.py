@@ -38,6 +38,7 @@ from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, kernel_of, some_rows
 from megamoe_jit._bench.on_ranks import RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import touched_experts
+from megamoe_jit._check.collect import refusal
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
@@ -283,7 +284,7 @@ def run(
 
 
 def main() -> int:
-    """Measure and print; 1 if an output is wrong."""
+    """Measure and print; 1 if an output is wrong, 3 without as many GPUs."""
     arguments = parser(__doc__)
     arguments.add_argument("--shapes", default=",".join(SHAPES))
     arguments.add_argument("--tokens", default=",".join(map(str, DEFAULT_TOKENS)))
@@ -294,6 +295,9 @@ def main() -> int:
     options = arguments.parse_args()
     presets = [preset(name) for name in options.shapes.split(",")]
     tokens, formats = [int(count) for count in options.tokens.split(",")], options.weight_format.split(",")
+    reason = refusal(options.ranks)
+    if reason:  # before kernels are compiled for minutes
+        arguments.exit(3, f"Error: {reason}\n")
     with tempfile.TemporaryDirectory(prefix="megamoe-jit-before-") as folder:
         packages = [PACKAGE]
         if options.before is not None:

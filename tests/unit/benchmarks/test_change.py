@@ -90,5 +90,15 @@ def test_a_checkout_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "has no folder megamoe_jit; allowed: the root of another checkout" in capsys.readouterr().err
 
 
+def test_gpus_are_asked_for_before_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ranks, "warm", lambda *_: pytest.fail("compiles"))
+    monkeypatch.setattr(sys, "argv", ["ranks", "--ranks", "2"])
+    with pytest.raises(SystemExit) as stop:
+        ranks.main()
+    assert stop.value.code == 3
+    assert capsys.readouterr().err == "Error: ranks = 2 needs 2 GPUs; allowed: up to 1 here\n"
+
+
 def test_the_commit_of_a_folder_that_is_no_checkout(tmp_path: Path):
     assert commit(tmp_path) == "not known"
