@@ -233,7 +233,6 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     for name, body in {
         "conditions": report_ranks.conditions(ranks),
         "growth": f"{report_ranks.growth_table(ranks)}\n\n{report_ranks.aims(ranks)}",
-        "ranks": report_ranks.rank_table(ranks),
         "unfused": report_ranks.unfused_table(unfused),
         "remote": report_ranks.remote_table(RESULTS),
         "packed": report_ranks.packed_table(RESULTS),

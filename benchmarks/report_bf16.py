@@ -69,20 +69,18 @@ def _once(doc: Mapping[str, Any]) -> str:
 
 
 def compact(docs: Documents) -> str:
-    """For the README: of each layer the kernel, and the layer in a graph and called; tokens side by side."""
+    """For the README, of one rank: each layer's kernel, and the layer in a graph and called; tokens side by side."""
     lines: list[str] = []
     for doc in docs:
+        if doc["environment"].get("ranks", 1) > 1:
+            continue
         tokens, layers = by_layer(doc["rows"], _layer)
         cells = [
             (shape, what, *(f"{rows[count][field]:.0f}" if count in rows else "-" for count in tokens))
             for shape, rows in layers.items()
             for what, field in COMPACT
         ]
-        ranks = doc["environment"].get("ranks", 1)
-        where = f", on {ranks} GPUs, tokens of each" if ranks > 1 else ""
-        intro = f"From bf16 to bf16, as a model calls the layer, staging in the same launch{where}; µs by tokens:"
-        lines += [intro, "", *table(("layer", "µs of", *map(str, tokens)), cells)]
-        lines += ["", _host(doc["rows"]), conditions(doc), ""]
+        lines += [*table(("layer", "µs of", *map(str, tokens)), cells), "", _host(doc["rows"]), conditions(doc), ""]
     return "\n".join(lines[:-1])
 
 

@@ -46,14 +46,13 @@ def _conditions(models: Mapping[str, Measured]) -> str:
 
 
 def compact(models: Mapping[str, Measured]) -> str:
-    """For the README: tokens per second."""
-    cells = [
-        (f"{part['layers']} of {name}", _step(row), *_rates(row), _ratio(row))
-        for name, (part, _) in models.items()
-        for row in part["rows"]
-    ]
-    head = ("layers", "step", "megamoe, tokens/s", "grouped_mm", "eager", "times grouped_mm")
-    return "\n".join([*table(head, cells), "", _conditions(models)])
+    """For the README: of each model, how many times as fast as `grouped_mm` each step is."""
+    steps = list(dict.fromkeys(_step(row) for part, _ in models.values() for row in part["rows"]))
+    cells = []
+    for name, (part, _) in models.items():
+        found = {_step(row): _ratio(row) for row in part["rows"]}
+        cells.append((f"{part['layers']} of {name}", *(found.get(step, "-") for step in steps)))
+    return "\n".join([*table(("layers", *steps), cells), "", _conditions(models)])
 
 
 def full(models: Mapping[str, Measured]) -> str:

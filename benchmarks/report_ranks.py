@@ -21,7 +21,6 @@ __all__ = [
     "model_table",
     "packed_table",
     "rank_rows",
-    "rank_table",
     "remote_table",
     "unfused_table",
 ]
@@ -32,6 +31,7 @@ Rows = Sequence[Row]
 FEW_TOKENS, MANY_TOKENS = 64, 512
 #: By ranks: µs more than one rank at most, up to `FEW_TOKENS`; and per cent, from `MANY_TOKENS` on.
 AIMS = {2: (8, 4), 4: (12, 6), 8: (15, 8)}
+MODEL_TOKENS = (64, 512, 1024, 8192)  #: rows of the model's table
 MEETINGS_US = 5.0  #: what two meetings of the ranks take where no row is remote, as measured on two
 
 
@@ -111,22 +111,6 @@ def _by_ranks(rows: Rows) -> dict[int, dict[tuple[str, int], Row]]:
     return dict(sorted(found.items()))
 
 
-def _head(ranks: int) -> tuple[str, ...]:
-    return "one rank, µs", f"{ranks} ranks, µs", "more, µs", "more, %"
-
-
-def rank_table(rows: Rows) -> str:
-    """Every layer and token count: for each number of ranks, one rank beside all."""
-    by_ranks = _by_ranks(rows)
-    head = ("layer", "tokens", *(name for ranks in by_ranks for name in _head(ranks)))
-    keys = dict.fromkeys(key for of_ranks in by_ranks.values() for key in of_ranks)
-    cells = [
-        (key[0], str(key[1]), *(cell for of_ranks in by_ranks.values() for cell in _cells(of_ranks.get(key))))
-        for key in sorted(keys)
-    ]
-    return "\n".join(table(head, cells))
-
-
 def growth_table(rows: Rows) -> str:
     """What is more, from the least to the most over the layers, by token count."""
 
@@ -183,7 +167,7 @@ def _remote_rows(folder: Path, weights: str) -> list[dict[str, Any]]:
 
 
 def remote_table(folder: Path, weights: str = "fp8") -> str:
-    """What is more by how many rows are remote, and what was before; of the newest document of `benchmarks.ranks`.
+    """What is more by how many rows are remote; of the newest document of `benchmarks.ranks`.
 
     Args:
         folder: of documents.
@@ -192,19 +176,16 @@ def remote_table(folder: Path, weights: str = "fp8") -> str:
     rows = _remote_rows(folder, weights)
     if not rows:
         return ""
-    parts = [("", "{}")] + ([("before", "{}, before")] if any(row["before"] for row in rows) else [])
-    head = ["layer", "tokens", "one rank, µs", *(name.format(what) for _, name in parts for what in _REMOTE.values())]
     cells = []
     for row in rows:
-        line = [row["shape"], str(row["tokens"]), f"{row['one_us']:.0f}"]
-        for part, _ in parts:
-            adds = (_adds(row[part] if part else row, mode) for mode in _REMOTE)
-            line += [f"{us:+.0f} µs, {percent:+.1f} %" for us, percent in adds]
-        cells.append(line)
+        adds = (_adds(row, mode) for mode in _REMOTE)
+        more = (f"{us:+.0f} µs, {percent:+.1f} %" for us, percent in adds)
+        cells.append((row["shape"], str(row["tokens"]), f"{row['one_us']:.0f}", *more))
     reached = []
     for mode, what in _REMOTE.items():
-        more = [(row["tokens"], *_adds(row, mode)) for row in rows]
-        reached.append(f"{what} {_reached(more, rows[0]['ranks'])}")
+        found = [(row["tokens"], *_adds(row, mode)) for row in rows]
+        reached.append(f"{what} {_reached(found, rows[0]['ranks'])}")
+    head = ("layer", "tokens", "one rank, µs", *_REMOTE.values())
     return "\n".join([*table(head, cells), "", f"Within the aim are: {'; '.join(reached)}."])
 
 
@@ -219,14 +200,14 @@ def _modelled(row: Row, ranks: int) -> str:
 
 def model_table(folder: Path) -> str:
     """The model of the cost by number of ranks, through the newest rows of `benchmarks.ranks`; empty without any."""
-    rows = _remote_rows(folder, "fp8")
+    rows = [row for row in _remote_rows(folder, "fp8") if row["tokens"] in MODEL_TOKENS]
     cells = [(r["shape"], str(r["tokens"]), *(_modelled(r, ranks) for ranks in AIMS)) for r in rows]
     head = ("layer", "tokens", *(f"{ranks} ranks" for ranks in AIMS))
     return "\n".join(table(head, cells)) if rows else ""
 
 
 def packed_table(folder: Path) -> str:
-    """The same of packed weights, beside which nothing else was timed."""
+    """`remote_table` of packed weights."""
     return remote_table(folder, "mxfp4")
 
 

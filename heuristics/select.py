@@ -1,7 +1,7 @@
 """From a shape and a token count to the kernel variant and its run-time parameters, with the reasons.
 
 First that is there wins: the caller's variant; the caller's threshold; this GPU's measured rules for the shape, from
-the least token count that was measured on; the default threshold.  Another rule belongs into `_pick`, as a function
+the least token count that was measured on; the default threshold.  Another rule belongs in `_pick`, as a function
 that gives variant and reason.  Of weights that no table was measured with, `_reading` decides: of packed ones by the
 rows that an expert has, of others by the threshold.
 """

@@ -25,6 +25,7 @@ from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_
 from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import dequantize_activations, quantize_activations, require_tensor
 from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
+from megamoe_jit._spec.checks import check, check_float32
 from megamoe_jit._text import shown
 
 __all__ = ["activate", "calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu", "with_shared_experts"]
@@ -66,7 +67,19 @@ def _refuse_capture(tensor: torch.Tensor) -> None:
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.Tensor:
-    """``silu(min(gate, clamp)) * clamp(up, -clamp, clamp)``; float32 ``[n, I]`` each, NaN stays NaN."""
+    """``silu(min(gate, clamp)) * clamp(up, -clamp, clamp)``; NaN stays NaN.
+
+    Args:
+        gate: ``[n, I]``, any floating dtype.
+        up: of the same shape.
+        clamp: 0 or more; None for no bound.
+
+    Returns:
+        ``[n, I]``.
+
+    Raises:
+        ConfigError: a shape, a dtype or the bound is not supported.
+    """
     _check_alike(gate, up, ("gate", "up"))
     check_clamp("clamp", clamp)
     return activate(gate, up, None if clamp is None else float(clamp))
@@ -84,11 +97,15 @@ def expert_counts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Rows each expert receives.
 
     Args:
-        topk_idx: int64 ``[T, K]``; what is no expert is masked, an expert may appear twice in a row.
+        topk_idx: int64 or int32 ``[T, K]``; what is no expert is masked, an expert may appear twice in a row.
         num_experts: Number of experts.
 
     Returns:
         int32 ``[num_experts]``.
+
+    Raises:
+        ConfigError: the ids or the number are not supported.
+        CaptureError: the ids are on a GPU whose current stream is capturing.
     """
     _check_ids(topk_idx)
     check_int("num_experts", num_experts)
@@ -125,11 +142,22 @@ def with_shared_experts(
 
     Returns:
         int64 and the dtype of `topk_weights`, ``[T, K + num_shared_experts]``.
+
+    Raises:
+        ConfigError: an argument is not supported, ids and weights do not fit each other, or the ranks cannot share the
+            experts evenly.
     """
     _check_ids(topk_idx)
     require_tensor("topk_weights", topk_weights)
-    for name, number in (("num_experts", num_experts), ("num_shared_experts", num_shared_experts)):
+    if topk_idx.ndim != 2 or topk_weights.shape != topk_idx.shape or topk_weights.device != topk_idx.device:
+        given = f"topk_idx is {tuple(topk_idx.shape)} on {topk_idx.device}"
+        given = f"{given}, topk_weights {tuple(topk_weights.shape)} on {topk_weights.device}"
+        raise ConfigError(f"{given}; allowed: [tokens, topk], both alike")
+    sizes = {"num_experts": num_experts, "num_shared_experts": num_shared_experts, "rank": rank, "ranks": ranks}
+    for name, number in sizes.items():
         check_int(name, number)
+        check(number <= MAX_EXPERTS, name, number, f"at most {MAX_EXPERTS}")
+    shared_weight = check_float32("shared_weight", shared_weight)
     if ranks < 1 or num_experts < 1 or num_experts % ranks or not 0 <= rank < ranks or num_shared_experts < 0:
         given = f"{num_experts} experts and {num_shared_experts} shared ones, rank {rank} of {ranks}"
         raise ConfigError(f"{given}; allowed: experts that the ranks share evenly")
@@ -212,11 +240,11 @@ def moe_reference(
     Args:
         x: float8_e4m3fn ``[T, H]``.
         x_sf: float32 ``[T, H / 128]``.
-        topk_idx: int64 ``[T, K]``; -1, or any other id that is no expert, for a masked slot.
-        topk_weights: float32 ``[T, K]``.
-        l1: ``w13`` float8_e4m3fn ``[E, 2I, H]``, gate rows first (*not* transformed), and scales float32
+        topk_idx: int64 or int32 ``[T, K]``; -1, or any other id that is no expert, for a masked slot.
+        topk_weights: ``[T, K]``, any floating dtype.
+        l1: ``w13`` float8_e4m3fn or float8_e5m2 ``[E, 2I, H]``, gate rows first (*not* transformed), and scales float32
             ``[E, 2I / 128, H / 128]``; or MXFP4 codes uint8 ``[E, 2I, H / 2]`` and e8m0 exponents ``[E, 2I, H / 32]``.
-        l2: ``w2`` float8_e4m3fn ``[E, H, I]`` and scales float32 ``[E, H / 128, I / 128]``; or likewise.
+        l2: ``w2`` ``[E, H, I]`` and scales float32 ``[E, H / 128, I / 128]``; or likewise.
         activation_clamp: Bound of gate (from above) and of up (both sides); None for no bound.
         requantize: False leaves out both roundings inside the layer, that of the intermediate to e4m3 and
             that of each slot to bf16: the layer in exact FP32 on the same inputs.
@@ -281,6 +309,9 @@ def row_diffs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Returns:
         float64 ``[T]``; 0 where both rows are zero.
+
+    Raises:
+        ConfigError: shapes differ, or a dtype is not supported.
     """
     _check_alike(a, b)
     a, b = a.double(), b.double()
@@ -292,7 +323,16 @@ def row_diffs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def calc_diff(a: torch.Tensor, b: torch.Tensor) -> float:
     """``1 - 2 * sum(a * b) / sum(a * a + b * b)`` in float64; 0 when both are zero or empty.
 
-    `a` and `b` have the same shape, any one, and any floating dtype.
+    Args:
+        a: of any shape and floating dtype.
+        b: of the same shape, any floating dtype.
+
+    Returns:
+        The difference, 0 to 2.
+
+    Raises:
+        ConfigError: shapes differ, or a dtype is not supported.
+        CaptureError: the tensors are on a GPU whose current stream is capturing.
     """
     _check_alike(a, b)
     _refuse_capture(a)

@@ -44,7 +44,7 @@ template <class C, u32 kN> struct OneByOneLoop {
 
     /// One k-block, whose block 0 has been expanded; expands that of the next one, or the same again.
     MEGA_DEVICE void block(Columns<C>& result, Fresh& fresh, Rows& rows, Ring<C::kStages>& ring,
-                           const Unit<C, kN>& unit, bool more) const {
+                           const Unit<C>& unit, bool more) const {
         const u32 stage = ring.stage;
         Packed packed;
         ColumnScales<C, kPart> by;   // one product's of each block are the same
@@ -74,8 +74,8 @@ template <class C, u32 kN> struct OneByOneLoop {
     }
 
     /// From a stage that is full, of which block 0 has been expanded.
-    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows rows, u32 k_blocks) const {
-        const Unit<C, kN> unit(shared.weight_scales(ring.stage) + group * 8);
+    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows rows, const Unit<C>& unit,
+                         u32 k_blocks) const {
         Fresh fresh;
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
@@ -88,7 +88,6 @@ template <class C, u32 kN> struct OneByOneLoop {
             ptx::pin(own.thread);
             own.block(result, fresh, rows, ring, unit, k_blocks != 1);
         }
-        unit.apply(result);
     }
 };
 

@@ -11,8 +11,8 @@
 //   wait for                           0 of A        1 of A                      0 of B
 //   promote                            0 of A        1 of A, release A           0 of B
 //
-// With 16 and 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`); with 8
-// that saves nothing, and takes as long to compile.  More than 64 are another loop's (mma/one_by_one.cuh).
+// With 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`); with 8 and 16
+// that saves nothing, and takes longer to compile.  More than 64 are another loop's (mma/one_by_one.cuh).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //
@@ -33,21 +33,24 @@ template <class C> struct Columns {
 
 /// The weight scales of a thread's rows in a tile's first k-block.  Scales that are powers of two, and most often the same in all
 /// k-blocks (`kEven`), go into the result when it is complete, and fresh numbers are multiplied only where they differ from the
-/// first.  That leaves out half of the multiplications and changes no bit.  With few columns there is nothing to gain.
-template <class C, u32 kN> struct Unit {
-    static constexpr bool kEven = C::Weights::kEvenScales && kN > 32;
+/// first.  That leaves out half of the multiplications and changes no bit.  In loops of up to kFew columns there is nothing to gain.
+template <class C> struct Unit {
+    static constexpr u32 kFew = 32;
+    template <u32 kN> static constexpr bool kEven = C::Weights::kEvenScales && (kN > kFew);
     float weight[2];   // of rows t/4 and t/4 + 8
 
-    MEGA_DEVICE explicit Unit(u32 weight_scales) {
-        if (kEven) ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
+    /// For loops of up to kN columns.
+    template <u32 kN> MEGA_DEVICE void load(u32 weight_scales) {
+        if (kEven<kN>) ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
     /// A power of two over one of them.
     MEGA_DEVICE float relative(float scale, u32 row) const {
         return __uint_as_float(__float_as_uint(scale) - __float_as_uint(weight[row]) +
                                __float_as_uint(1.0f));
     }
-    MEGA_DEVICE void apply(Columns<C>& result) const {
-        if constexpr (kEven)
+    /// To the result of a loop of kN columns.
+    template <u32 kN> MEGA_DEVICE void apply(Columns<C>& result) const {
+        if constexpr (kEven<kN>)
 #pragma unroll
             for (u32 i = 0; i < kN; ++i) result.block[i % 2][i / 2] *= weight[i / 4 % 2];
     }
@@ -67,10 +70,10 @@ template <class C, u32 kN> struct ColumnScales {
         ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
     /// result += fresh * scales, of the kN columns from `first` on.  What was fresh may be changed.
-    template <u32 kRoom, u32 kAll>
-    MEGA_DEVICE void promote(float (&result)[kRoom], float (&fresh)[kN / 2],
-                             const Unit<C, kAll>& unit, u32 first = 0) const {
-        constexpr bool kEven = Unit<C, kAll>::kEven;
+    template <u32 kRoom>
+    MEGA_DEVICE void promote(float (&result)[kRoom], float (&fresh)[kN / 2], const Unit<C>& unit,
+                             u32 first = 0) const {
+        constexpr bool kEven = Unit<C>::template kEven<kN>;
         if (kEven && (weight[0] != unit.weight[0] || weight[1] != unit.weight[1])) {
             const float by[2] = {unit.relative(weight[0], 0), unit.relative(weight[1], 1)};
 #pragma unroll
@@ -89,7 +92,7 @@ template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
     // both blocks of the next k-block are loaded at once; two k-blocks are written out then
-    static constexpr bool kAtOnce = kN > 8 && kN <= 32 && C::kHidden / kBlockK % 2 == 0 &&
+    static constexpr bool kAtOnce = kN == 32 && C::kHidden / kBlockK % 2 == 0 &&
                                     C::kIntermediate / kBlockK % 2 == 0;
 
     const Shared<C>& shared;
@@ -115,7 +118,7 @@ template <class C, u32 kN> struct SwappedLoop {
     }
     /// One k-block, whose block 0 has been loaded; loads that of the next one.
     MEGA_DEVICE void in_turn(Columns<C>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
-                             const Unit<C, kN>& unit, bool more) const {
+                             const Unit<C>& unit, bool more) const {
         float fresh[2][kN / 2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
@@ -136,7 +139,7 @@ template <class C, u32 kN> struct SwappedLoop {
 
     /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
     MEGA_DEVICE void at_once(Columns<C>& result, const Rows (&rows)[2], Rows (&next)[2],
-                             Ring<C::kStages>& ring, const Unit<C, kN>& unit, bool more) const {
+                             Ring<C::kStages>& ring, const Unit<C>& unit, bool more) const {
         float fresh[2][kN / 2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
@@ -155,9 +158,8 @@ template <class C, u32 kN> struct SwappedLoop {
 
     /// From a stage that is full, of which block 0 has been loaded into `first`.
     MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, const Rows& first,
-                         u32 k_blocks) const {
+                         const Unit<C>& unit, u32 k_blocks) const {
         Rows rows[2] = {first, {}};
-        const Unit<C, kN> unit(shared.weight_scales(ring.stage) + group * 8);
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
         if constexpr (kAtOnce) {
@@ -172,7 +174,6 @@ template <class C, u32 kN> struct SwappedLoop {
 #pragma unroll 1
             for (; k_blocks != 0; --k_blocks) in_turn(result, rows, ring, unit, k_blocks != 1);
         }
-        unit.apply(result);
     }
 };
 

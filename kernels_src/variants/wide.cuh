@@ -6,6 +6,7 @@ namespace megamoe {
 
 struct Wide : Decode {
     static constexpr u32 kBlockM = 128;
+    static constexpr bool kOneUnit = false;   // but by each loop, as each has its own columns
 
     /// 32, 64, 80, 96, 128.
     MEGA_DEVICE static constexpr u32 wider(u32 columns) {

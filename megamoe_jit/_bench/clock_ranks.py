@@ -15,9 +15,15 @@ ALIGN_CYCLES = 4 * IDLE_CYCLES  #: the GPU idles while the host queues the align
 
 
 class RankTimer:
-    """Times calls that all ranks make in the same order."""
+    """Times calls that all ranks make in the same order.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: the GPU.
+        ahead: cycles that it idles before the ranks are aligned: how far the host is ahead of it when a call begins.
+    """
+
+    def __init__(self, device: torch.device, ahead: int = ALIGN_CYCLES) -> None:
+        self.ahead = ahead
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         self.tiny = torch.zeros(1, dtype=torch.float32, device=device)
         self.cuda: Any = torch.cuda
@@ -25,7 +31,7 @@ class RankTimer:
     def _align(self) -> None:
         import torch.distributed as dist
 
-        self.cuda._sleep(ALIGN_CYCLES)
+        self.cuda._sleep(self.ahead)
         dist.all_reduce(self.tiny)
 
     def burst(

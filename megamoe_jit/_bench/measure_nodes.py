@@ -2,7 +2,7 @@
 
 The protocol of `measure_ranks`. What the parts are: `kernel`, the launch on what has arrived; `exchange`, dispatch and
 combine without it. Of a call that can be captured, all three are replays of CUDA graphs, so that the host's time is in
-none.
+none; of another the host's time counts from where it waits for the GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import megamoe_jit
-from megamoe_jit._bench.clock import TimedCall
+from megamoe_jit._bench.clock import IDLE_CYCLES, TimedCall
 from megamoe_jit._bench.clock_ranks import RankTimer
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.documents_nodes import NodesRow
@@ -40,6 +40,7 @@ from megamoe_jit.heuristics.presets import Preset
 __all__ = ["measure_on_rank", "run"]
 
 _SIDE_STREAM_CALLS = 2  #: before a capture, as torch wants it
+_AHEAD_CYCLES = 16 * IDLE_CYCLES  #: about 1.5 ms: what the host has enqueued for a GPU that has the layer before to do
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -184,7 +185,7 @@ def measure_on_rank(
     require_hopper()
     group: Any = dist.group.WORLD
     topology = NodeTopology(group, ranks_per_node=ranks_per_node)
-    timer = RankTimer(world.device)
+    timer = RankTimer(world.device, _AHEAD_CYCLES)
     methods = unusable(world.device, group) if baseline else dict.fromkeys(unusable(world.device, group), "not wanted")
     for name, *sizes in shapes:
         torch.cuda.empty_cache()

@@ -84,7 +84,7 @@ def export_pack(
         file, and `package_version`.
 
     Raises:
-        ConfigError: a key is not in the cache, or not unique.
+        ConfigError: a key is not in the cache, or not unique; or an argument is none of these.
         KernelMissingError: the kernel of a spec is not in the cache; names the warmup command.
         PackError: there is nothing to write, an entry is damaged, or the file cannot be written.
     """
@@ -134,6 +134,7 @@ def import_pack(path: Path | str, root: Path | str | None = None) -> ImportRepor
         of the files that were written.  Imported kernels are used even where another compiler is installed, or none.
 
     Raises:
+        ConfigError: an argument is no path.
         PackError: the pack is damaged, foreign or not to be trusted, or the cache cannot be written.
     """
     source = _path("path", path)

@@ -185,13 +185,13 @@ def fp8_mega_moe(
 
     Args:
         y: bf16 ``[T, hidden]``, written; T is the number of tokens staged, 0 to the buffer's capacity.
-        l1_weights: e4m3 ``[local experts, 2 * intermediate, hidden]``, and float32
-            ``[local experts, 2 * intermediate / 128, hidden / 128]``.
-        l2_weights: e4m3 ``[local experts, hidden, intermediate]``, and float32
-            ``[local experts, hidden / 128, intermediate / 128]``; or MXFP4, both in three parts: codes uint8, two to a
-            byte, exponents uint8, one for 32 columns, and float32 scales as those of FP8.  All are in the order of
+        l1_weights: e4m3 or e5m2 codes ``[local experts, 2 * intermediate, hidden]`` and float32 scales
+            ``[local experts, 2 * intermediate / 128, hidden / 128]``; or MXFP4 in three parts: codes uint8, two to a
+            byte, exponents uint8, one for 32 columns, and scales as those of FP8.  They are in the order of
             `transform_weights_for_mega_moe_sm90` and marked so, by it or by `mark_transformed`.  Shared experts are the
             last local ones.
+        l2_weights: ``[local experts, hidden, intermediate]`` and ``[local experts, hidden / 128, intermediate / 128]``,
+            likewise.
         sym_buffer: the inputs, staged by the caller into its views before each call.
         cumulative_local_expert_recv_stats: int32 ``[local experts]``, without shared ones; rows of each expert are
             added to it.

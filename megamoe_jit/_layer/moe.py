@@ -55,7 +55,7 @@ class MegaMoE(ModuleState):
         topk: slots of a token, 1 to 32.
         max_tokens: most tokens of a launch, 1 to 32768; the capacity is rounded up to a multiple of 128. Batches with
             more tokens are served in chunks of that size, with the bits of one call.
-        clamp: bounds the gate from above and the up projection on both sides, above 0; None for no bound.
+        clamp: bounds the gate from above and the up projection on both sides, 0 or more; None for no bound.
         fast_math: approximate exponential and reciprocal in SwiGLU; nothing else changes.
         inplace: keep pairs where they are, and bring their codes into the kernel's order there, instead of in a copy.
         weight_format: "fp8", "mxfp4" or "fp8e5m2", to be sure that the weights are that; None for what they are.
@@ -75,7 +75,7 @@ class MegaMoE(ModuleState):
 
     Attributes:
         buffer: the layer's `SymmBuffer`.
-        l1: e4m3 codes of `w13` in the kernel's order, and their float32 scales; of MXFP4, codes, exponents and scales.
+        l1: codes of `w13` in the kernel's order and their float32 scales; of MXFP4, codes, exponents and scales.
             Shared experts are last.
         l2: the same of `w2`.
         num_shared_experts: how many are shared.

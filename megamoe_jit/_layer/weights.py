@@ -83,12 +83,13 @@ def transform_weights_for_mega_moe_sm90(
     """Bring quantised weights into the order the kernel reads, and mark them as being in it.
 
     Args:
-        l1_weights: ``w13`` float8_e4m3fn ``[E_local, 2I, H]``, gate rows first, then up rows, and its scales float32
-            ``[E_local, 2I / 128, H / 128]``; or one expert, without the first dimension. Of MXFP4: two codes to a byte,
-            uint8, int8 or float4_e2m1fn_x2 ``[E_local, 2I, H / 2]``, low nibble first, and exponents float8_e8m0fnu or
-            uint8 ``[E_local, 2I, H / 32]``; and where other experts are transformed already, the scales of the result.
-        l2_weights: ``w2`` float8_e4m3fn ``[E_local, H, I]`` and its scales float32 ``[E_local, H / 128, I / 128]``, or
-            MXFP4 ``[E_local, H, I / 2]`` and ``[E_local, H, I / 32]``.
+        l1_weights: ``w13``, float8_e4m3fn or float8_e5m2 ``[E_local, 2I, H]``, gate rows first, then up rows, and its
+            scales float32 ``[E_local, 2I / 128, H / 128]``; or one expert, without the first dimension. Of MXFP4: two
+            codes to a byte, low nibble first, uint8, int8 or float4_e2m1fn_x2 ``[E_local, 2I, H / 2]``, and exponents
+            float8_e8m0fnu or uint8 ``[E_local, 2I, H / 32]``; and where other experts are transformed already, the
+            scales of the result.
+        l2_weights: ``w2`` ``[E_local, H, I]`` and its scales ``[E_local, H / 128, I / 128]``, or MXFP4
+            ``[E_local, H, I / 2]`` and ``[E_local, H, I / 32]``, of the same dtypes.
         inplace: Permute codes, and exponents, where they are and return them, with a few matrices of one expert as
             scratch.
         experts: Only these local experts; the others keep their order.
@@ -127,10 +128,10 @@ def inverse_transform_weights_for_mega_moe_sm90(
     """Undo `transform_weights_for_mega_moe_sm90`, of weights that are marked.
 
     Args:
-        l1_weights: as that function returns it: codes float8_e4m3fn ``[E_local, 2I, H]`` and scales float32
+        l1_weights: as that function returns it: codes in FP8 ``[E_local, 2I, H]`` and scales float32
             ``[E_local, 2I / 128, H / 128]``; or codes, exponents and scales of MXFP4; or one expert, without the first
             dimension.
-        l2_weights: likewise; codes float8_e4m3fn ``[E_local, H, I]``, scales float32 ``[E_local, H / 128, I / 128]``.
+        l2_weights: likewise; codes in FP8 ``[E_local, H, I]``, scales float32 ``[E_local, H / 128, I / 128]``.
         inplace: Permute codes, and exponents, where they are and return them, with a few matrices of one expert as
             scratch.
         experts: Only these local experts; the others keep their order.

@@ -33,16 +33,16 @@ class ExactExchange(AlongRails):
     capturable = False
 
     def dispatch(self, batch: Batch, into: Rows, first_expert: int, experts: int) -> Arrived:
-        mine, passes = batch.rows[: batch.tokens], self.passes(batch.rows.x.device)
-        routes = passes.route(mine.topk_idx, self.rail.nodes, experts)
+        passes = self.passes(batch.rows.x.device)
+        routes = passes.route(batch.rows.topk_idx[: batch.tokens], self.rail.nodes, experts)
         counts = self.rail.counts(routes.counts)
-        packed = passes.pack(mine, routes)
+        packed = passes.pack(batch.rows, routes)
         counted, here = counts(), self.rail.node
         sent = _Sent(routes, counted[here], [theirs[here] for theirs in counted])
         rows = sum(sent.arriving)
         arrived = packed.new_empty(rows, packed.shape[1])
         self.rail.swap(arrived, packed[: sum(sent.leaving)], sent.arriving, sent.leaving)
-        passes.unpack(arrived, into[:rows], first_expert)
+        passes.unpack(arrived, into, first_expert)
         return Arrived(rows, None, batch, sent)
 
     def combine(self, arrived: Arrived, partial: torch.Tensor, y: torch.Tensor) -> None:

@@ -75,7 +75,7 @@ class PassKernels:
         return packed
 
     def unpack(self, packed: torch.Tensor, into: Rows, first_expert: int) -> None:
-        rows = len(into)
+        rows = len(packed)
         if rows:
             more = {"packed": packed.data_ptr(), "rows": rows, "first_expert": first_expert}
             self._by_warps(Pass.UNPACK, rows, into, **more)

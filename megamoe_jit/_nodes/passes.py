@@ -35,10 +35,10 @@ class Passes(Protocol):
         """Where tokens go, by their ids, int64 ``[tokens, topk]``, on nodes with so many experts each."""
 
     def pack(self, rows: Rows, routes: Routes) -> torch.Tensor:
-        """Rows to node 0, then those to node 1 and so on: int32 ``[rows or more, words of a row]``."""
+        """Of rows that begin with the tokens, those to node 0, then to node 1 and so on: int32 ``[most, words]``."""
 
     def unpack(self, packed: torch.Tensor, into: Rows, first_expert: int) -> None:
-        """Packed rows into as many of a buffer, with ids counted from this expert on."""
+        """Packed rows into the first ones of a buffer, with ids counted from this expert on."""
 
     def sum_nodes(self, back: torch.Tensor, y: torch.Tensor, nodes: int, routes: Routes | None = None) -> None:
         """The sum over nodes: one after the other, in FP32, rounded once at the end, however the rows came.
@@ -62,13 +62,15 @@ class TorchPasses:
         return Routes((wanted.cumsum(dim=1) * wanted).int(), wanted.sum(dim=1))
 
     def pack(self, rows: Rows, routes: Routes) -> torch.Tensor:
-        whole = torch.cat([_words(tensor) for tensor in rows.tensors], dim=1)
+        tokens = routes.places.shape[1]
+        whole = torch.cat([_words(tensor) for tensor in rows[:tokens].tensors], dim=1)
         return torch.cat([whole[places > 0] for places in routes.places])
 
     def unpack(self, packed: torch.Tensor, into: Rows, first_expert: int) -> None:
-        parts = [_words(tensor) for tensor in into.tensors]
+        arrived = into[: len(packed)]
+        parts = [_words(tensor) for tensor in arrived.tensors]
         torch._foreach_copy_(parts, torch.split(packed, [part.shape[1] for part in parts], dim=1))
-        into.topk_idx.sub_(first_expert)
+        arrived.topk_idx.sub_(first_expert)
 
     def sum_nodes(self, back: torch.Tensor, y: torch.Tensor, nodes: int, routes: Routes | None = None) -> None:
         if routes is None:

@@ -76,10 +76,17 @@ class TorchRail:
         self.group, self.nodes, self.node, self.timeout_s = group, nodes, node, timeout_s
         self.captured = False
         self._missing = missing
+        self._landing: list[tuple[torch.Tensor, torch.cuda.Event]] = []  # free ones
+        if group is not None:
+            from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
+
+            self._gathering, self._swapping = AllgatherOptions(), AllToAllOptions()
+            # on the current stream: one of NCCL's own costs host and device a meeting
+            self._gathering.asyncOp = self._swapping.asyncOp = False
 
     def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         to, of = [_bytes(tensor) for tensor in outputs], [_bytes(tensor) for tensor in inputs]
-        self.group.allgather_into_tensor_coalesced(to, of).wait()
+        _done(self.group.allgather_into_tensor_coalesced(to, of, self._gathering))
 
     def swap(
         self,
@@ -89,26 +96,26 @@ class TorchRail:
         leaving: Sequence[int] | None = None,
     ) -> None:
         come, go = ([] if rows is None else list(rows) for rows in (arriving, leaving))
-        self.group.alltoall_base(_bytes(output), _bytes(given), come, go).wait()
+        _done(self.group.alltoall_base(_bytes(output), _bytes(given), come, go, self._swapping))
 
     def counts(self, mine: torch.Tensor) -> Callable[[], list[list[int]]]:
         everyone = torch.empty(self.nodes * self.nodes, dtype=mine.dtype, device=mine.device)
-        self.group._allgather_base(everyone, mine).wait()
-        there = self._to_host(everyone)
-        return lambda: there().view(self.nodes, self.nodes).tolist()
+        _done(self.group._allgather_base(everyone, mine, self._gathering))
+        return self._to_host(everyone.view(self.nodes, self.nodes))
 
-    def _to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _to_host(self, tensor: torch.Tensor) -> Callable[[], list[list[int]]]:
         """What waits for its numbers, while ranks are there: a wait of CUDA's own has no end if one is lost."""
         if tensor.device.type != "cuda":
-            return lambda: tensor
-        there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            return tensor.tolist
+        there, copied = self._landing.pop() if self._landing else _landing(tensor)
         there.copy_(tensor, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(torch.cuda.current_stream(tensor.device))  # whichever device is the current one
 
-        def wait() -> torch.Tensor:
+        def wait() -> list[list[int]]:
             wait_until(copied.query, Watch(self._missing, lambda: self.error(tensor.device), self.timeout_s))
-            return there
+            found: list[list[int]] = there.tolist()
+            self._landing.append((there, copied))
+            return found
 
         return wait
 
@@ -130,6 +137,18 @@ class TorchRail:
             abort = getattr(self.group._get_backend(device), "abort", None)
             if abort is not None:
                 abort()
+
+
+def _done(work: Any) -> None:
+    """Wait for a collective where its backend has not, or needs not since it is in the stream's order."""
+    if work is not None:
+        work.wait()
+
+
+def _landing(like: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """Memory of the host that a GPU copies to, and what tells when it has."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True), event
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

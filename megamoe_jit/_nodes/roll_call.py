@@ -7,6 +7,7 @@ Collectives themselves do not tell: to them everybody who waits looks alike.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -21,8 +22,19 @@ __all__ = ["RollCall"]
 
 BEAT_S = 1.0
 LISTEN_S = 3.5  #: a beat may be late by so much, of a process that is busy
+LAST_BEAT_S = 3.0  #: for one that is under way when the program ends
 
 _last = [0]  #: number of the last roll call that was made in this process
+_beating: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _fall_silent() -> None:
+    """End the threads before the interpreter does, which aborts the process if one comes out of the store meanwhile."""
+    for over in list(_beating.values()):
+        over.set()
+    for thread in list(_beating):
+        thread.join(LAST_BEAT_S)
 
 
 class RollCall:
@@ -44,7 +56,9 @@ class RollCall:
         self._store = _store(f"megamoe_jit/roll_call/{_last[0]}/{numbers[0][1]}")
         if self._store is not None:
             arguments = weakref.ref(self), self._store, self.rank, self._over
-            threading.Thread(target=_beat, args=arguments, name="megamoe-jit roll call", daemon=True).start()
+            thread = threading.Thread(target=_beat, args=arguments, name="megamoe-jit roll call", daemon=True)
+            _beating[thread] = self._over
+            thread.start()
         weakref.finalize(self, self._over.set)
 
     def give_notice(self) -> None:

@@ -122,6 +122,10 @@ class KernelSpec:
     def __hash__(self) -> int:
         return self._hash
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields alone for another process, in which what is worked out of them, its hash above all, is another."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @cached_property
     def _hash(self) -> int:
         return hash((self.shape, self.variant, self.ranks, self.numerics, self.timeline, self.weights, self.inputs))

@@ -8,6 +8,7 @@ other tensors; files may be cut short. Each of these is one `CheckpointError` th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -29,6 +30,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _INDEX_BYTES, _CONFIG_BYTES = 1 << 28, 1 << 22  #: a million tensors have an index of 100 MB
 _ENDING = ".safetensors"
 _ALLOWED = "a folder, an index (.json) or a .safetensors file of a model on this machine"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Entry(NamedTuple):
@@ -58,6 +60,8 @@ def place_of(name: str, path: object) -> Path:
         raise ConfigError(f"{name} = {shown(path)}; allowed: a path, as text or a pathlib.Path") from None
     if "\0" in str(place):
         raise ConfigError(f"{name} = {shown(str(place))}; allowed: a path without a NUL character")
+    if path == "":  # an unset variable of a script, not the working directory
+        raise ConfigError(f"{name} = ''; allowed: a path; '.' is the working directory")
     return place
 
 
@@ -72,6 +76,20 @@ def _is_there(place: Path) -> bool:
     return True
 
 
+def _next_step(path: Path, otherwise: str) -> str:
+    """What to do about a file that cannot be read, though it is there."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return "name a path in UTF-8, which a link to the folder may have"
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would wait
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    return "it is what Git LFS leaves in a file's place: run `git lfs pull` in that folder"
+    return otherwise
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """What a model's `config.json` says; raises `CheckpointError` where it cannot be read."""
     return _json(path, _CONFIG_BYTES)
@@ -82,7 +100,7 @@ def _json(path: Path, limit: int) -> dict[str, Any]:
         found = json.loads(read_text(path, limit))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise CheckpointError(f"{path} cannot be read: {reason}; fetch it again") from None
+        raise CheckpointError(f"{path} cannot be read: {reason}; {_next_step(path, 'fetch it again')}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object; fetch it again")
     return found
@@ -150,7 +168,8 @@ class Files:
                 name = _SINGLE if _SINGLE in single else single[0]
                 return dict.fromkeys(self._keys(name), name)
             found = f"{len(single)} safetensors files" if single else "no safetensors file"
-            raise CheckpointError(f"{place} has no {_INDEX} and {found}; allowed: an index, or one file")
+            inside = " (a folder in snapshots has them)" if (place / "snapshots").is_dir() else ""
+            raise CheckpointError(f"{place} has no {_INDEX} and {found}; allowed: an index, or one file{inside}")
         return self._from_index(index)
 
     def _from_index(self, index: str) -> dict[str, str]:
@@ -175,8 +194,8 @@ class Files:
                 handle = library().safe_open(os.fspath(path), framework="pt", device="cpu")
         except Exception as error:  # SafetensorError, and whatever the operating system says
             reason = getattr(error, "strerror", None) or first_line(error)
-            again = "if it was cut short, fetch it again"
-            raise CheckpointError(f"{shown(file, 200)} cannot be read: {reason}; {again}") from None
+            step = _next_step(path, "if it was cut short, fetch it again")
+            raise CheckpointError(f"{shown(file, 200)} cannot be read: {reason}; {step}") from None
         if handle is None:
             raise CheckpointError(
                 f"{shown(file, 200)} is not there; the index of {self.folder} names it: fetch it again"

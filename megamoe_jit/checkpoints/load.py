@@ -10,6 +10,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._spec.checks import check_callback
 from megamoe_jit._text import counted, shown
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
@@ -67,7 +68,8 @@ def load_experts(
         weight_format: of the result. "auto" keeps FP8 and MXFP4 as they are and makes FP8 of values; "fp8" and "mxfp4"
             make that; "bf16" gives values.
         scheme: how tensors are named, where it cannot be told from the names.
-        lossy: also take what has to be quantised again with a loss: FP8 with a scale for each row.
+        lossy: also take what has to be quantised again with a loss: FP8 with a scale for each row, MXFP4 of FP8, and
+            FP8 of MXFP4 where a block of 128 x 128 spans more than FP8 has.
         progress: called with the experts that are done and their number.
 
     Returns:
@@ -80,6 +82,7 @@ def load_experts(
         UnsupportedDeviceError: there is no such GPU here.
         ToolchainError: the package safetensors is not installed.
     """
+    check_callback("progress", progress)
     files = Files(path)
     model = model_of(files, scheme)
     if model.scheme == MEGAMOE:

@@ -8,6 +8,7 @@ from megamoe_jit._layer import from_bf16, serving
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.workspace import Lease, lease
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
+from megamoe_jit.engines.apart import made_apart
 from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.watch import watch
 
@@ -31,14 +32,20 @@ class LocalExperts:
     Raises:
         ConfigError: there is no memory.
         UnsupportedDeviceError: there is no Hopper GPU.
+        CaptureError: the current stream is capturing.
     """
 
     def __init__(
         self, shape: MoEShape, device: torch.device, capacity: int = CAPACITY, weights: WeightFormat = FP8
     ) -> None:
         self.shape = shape
-        self._lease: Lease = lease(shape, capacity, device)
-        self._lease.buffer.prepare_all(weight_format=weights.name)  # none is compiled in a capture
+
+        def make() -> Lease:
+            made = lease(shape, capacity, device)
+            made.buffer.prepare_all(weight_format=weights.name)  # none is compiled in a capture
+            return made
+
+        self._lease = made_apart(make)
         watch(self._lease.buffer)
         tell_served(shape, 1, weights, capacity)
 

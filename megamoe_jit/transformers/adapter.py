@@ -115,7 +115,7 @@ class Adapter:
         topk: most slots of a token.
         device: where the layer is.
         taken: parameters whose memory is the layer's, by name.
-        seen: the others that it was made of, by name.
+        seen: what stands in the module in place of these, and the others that it was made of, by name.
         lasts: whether it may stay while somebody else reads, or writes, the module's parameters.
     """
 
@@ -133,6 +133,10 @@ class Adapter:
             return True
         held = module._parameters
         return all(each.is_now(held.get(name)) for name, each in self.seen.items())
+
+    def stands_in(self, parameter: torch.Tensor | None, name: str) -> bool:
+        """Whether a parameter is what a module has in place of one that was taken, and none that somebody put there."""
+        return name not in self.seen or self.seen[name].parameter() is parameter
 
     def __call__(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         if x.shape[0] == 0:
@@ -195,7 +199,8 @@ def _on_gpu(module: Any, topk: int, device: torch.device) -> Adapter:
     setattr(module, ATTRIBUTE, made)  # before the module has them no more: whatever ends this, they are somebody's
     for name, mine in taken.items():
         empty = torch.empty(mine.shape, dtype=mine.dtype, device="meta")
-        module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+        stands_in = module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+        made.seen[name] = Seen.of(stands_in)
     return made
 
 
@@ -214,7 +219,11 @@ def _release(module: Any) -> bool:
             layer = found.layer
             layer.buffer.wait_for_last()
             inverse_transform_weights_for_mega_moe_sm90(layer.l1, layer.l2, inplace=True)
-            module._parameters.update(found.taken)
+            module._parameters.update(
+                (name, mine)
+                for name, mine in found.taken.items()
+                if found.stands_in(module._parameters.get(name), name)
+            )
         del module.__dict__[ATTRIBUTE]
         if isinstance(found.layer, MegaMoE):
             found.layer.destroy()

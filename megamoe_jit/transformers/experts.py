@@ -67,8 +67,14 @@ def look_at(module: Any) -> Held:
             given = f"{what} has {name} = {shown(getattr(module, name))}"
             raise ConfigError(f'{given}; allowed with "megamoe": none, the layer computes silu(gate) * up and a clamp')
     hook = getattr(module, "_hf_hook", None)
-    if getattr(hook, "offload", False):
+    if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
         raise ConfigError(f'{what} is offloaded; allowed with "megamoe": weights that stay on their device')
+    computed = [name for name in CODES if name not in module._parameters]
+    if computed:  # a layer made of these values would not notice when others are computed
+        raise ConfigError(
+            f'{what} computes {computed[0]} at each call, as LoRA on experts does; allowed with "megamoe": a '
+            "parameter. Next: merge what is added to it"
+        )
     clamp = _clamp_of(module, what)
     gate_up, down = module.gate_up_proj, module.down_proj
     if gate_up.device.type == "meta":

@@ -19,6 +19,7 @@ __all__ = ["SglangWorld", "sglang_world"]
 _MOE = "sglang.srt.layers.moe"
 REAL = (
     "sglang.srt.arg_groups.choices",
+    "sglang.srt.arg_groups.mega_moe_hook",
     "sglang.srt.environ",
     f"{_MOE}.fused_moe_triton.layer",
     f"{_MOE}.mega_moe",
@@ -117,7 +118,7 @@ class SglangWorld:
 def sglang_world(root: Path, device: str = "cpu") -> Iterator[SglangWorld]:
     """SGLang from the folder that has its package, for as long as this is entered."""
     from megamoe_jit.engines import across, aside, sglang
-    from megamoe_jit.engines.sglang import mega
+    from megamoe_jit.engines.sglang import mega, runner
 
     with RealSources(root, "sglang", REAL, STAND_INS):
         sglang._registered = False
@@ -125,6 +126,7 @@ def sglang_world(root: Path, device: str = "cpu") -> Iterator[SglangWorld]:
         across._buffers.clear()
         mega._formats.clear()
         mega._all_in_place.cache_clear()
+        runner._core_class.cache_clear()
         world = SglangWorld(device)
         world.stand_in()
         try:

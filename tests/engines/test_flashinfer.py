@@ -10,11 +10,12 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import quantize_activations
+from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.engines.flashinfer import KERNEL_NAME, MegaMoeConfig, seams
 from megamoe_jit.engines.seams import misfits
 from tests.engines.flashinfer_world import flashinfer_world
-from tests.engines.standins import batch, expected, experts, kernels_by_reference
+from tests.engines.standins import batch, expected, experts, kernels_by_reference, packed_experts
 
 SHAPE = MoEShape(256, 128, 4, 2)
 
@@ -53,6 +54,36 @@ def test_weights_that_it_quantises(world):
     values = torch.randn(4, 256, 256), torch.randn(4, 256, 128)
     made = world.layer(SHAPE, (values[0], None), (values[1], None), 1.0)
     assert made(world.tensors(batch(3, SHAPE))).shape == (3, 256)
+
+
+def test_weights_in_mxfp4_have_kernels_of_their_own(world, buffers):
+    l1, l2 = packed_experts(SHAPE)
+    made = world.layer(SHAPE, l1, l2, 1.0)
+    of = batch(7, SHAPE)
+    assert torch.equal(made(world.tensors(of)), expected(of, l1, l2, 1.0))
+    world.layer(SHAPE, *experts(SHAPE), 1.0)(world.tensors(of))
+    assert [each.formats for each in buffers] == [["mxfp4"], ["fp8"]]
+
+
+@pytest.mark.parametrize("draw", [experts, packed_experts])
+def test_weights_in_the_kernels_order(world, buffers, draw):
+    l1, l2 = draw(SHAPE)
+    ordered = transform_weights_for_mega_moe_sm90(l1, l2)
+    made = world.layer(SHAPE, l1, l2, 1.0, preprocess_weights=False, transformed_weights=ordered)
+    of = batch(7, SHAPE)
+    assert torch.equal(made(world.tensors(of)), expected(of, l1, l2, 1.0))
+    assert buffers[0].formats == ["mxfp4" if draw is packed_experts else "fp8"]
+    with pytest.raises(ConfigError, match="tensors given|not in the kernel's order"):
+        world.layer(SHAPE, l1, l2, 1.0, preprocess_weights=False, transformed_weights=(l1, l2))
+
+
+def test_buckets_of_tokens_are_all_the_same_kernels(world):
+    """What an engine names that captures graphs of several sizes."""
+    l1, l2 = experts(SHAPE)
+    made = world.layer(SHAPE, l1, l2, 1.0)
+    of = batch(5, SHAPE)
+    made.stage_inputs(world.tensors(of), compile_tokens_per_rank=8)
+    assert torch.equal(made.compute_staged(output=None), expected(of, l1, l2, 1.0))
 
 
 def test_activations_in_fp8_and_an_output_of_the_callers(world):

@@ -195,6 +195,27 @@ class TestMegaMoE:
         with pytest.raises(AssertionError, match="exceeds cap"):
             routed(world, layer, batch(8193, SHAPE))
 
+    def test_batches_that_sglang_gives_to_other_kernels_are_refused(self, world):
+        """It passes the path by for more tokens than fit, in models that have another: for weights in its own order."""
+        layer, *_ = loaded(world)
+        output = world.module("layers.moe.topk").StandardTopKOutput(*(None,) * 3)
+        with pytest.raises(ConfigError, match="a smaller --chunked-prefill-size"):
+            layer.run_moe_core(layer.dispatcher.dispatch(batch(3, SHAPE).x, output))
+
+    @pytest.mark.parametrize(
+        ("model", "checkpoint", "sm90", "asked"),
+        [
+            ("DeepseekV3ForCausalLM", {"quant_method": "fp8"}, True, True),
+            ("DeepseekV3ForCausalLM", {"quant_method": "fp8"}, False, False),
+            ("DeepseekV3ForCausalLM", {"quant_method": "awq"}, True, False),
+            ("DeepseekV3ForCausalLM", {}, True, False),
+            ("Qwen3MoeForCausalLM", {}, False, True),
+        ],
+    )
+    def test_sglang_sees_as_it_starts_that_batches_fit(self, world, model, checkpoint, sm90, asked):
+        world.module("runtime_context").get_platform = lambda: SimpleNamespace(is_sm90=sm90)
+        assert world.module("arg_groups.mega_moe_hook").mega_moe_needs_token_budget(model, checkpoint, None) is asked
+
     def test_a_layer_that_there_is_no_kernel_for_stays_as_it_was(self, world, caplog):
         layer = world.layer(SHAPE)
         layer.w13_weight_scale_inv.data = layer.w13_weight_scale_inv.data.to(torch.bfloat16)
@@ -368,6 +389,34 @@ class TestWithoutAllToAll:
     def test_what_there_is_no_kernel_for_is_refused_while_the_model_is_built(self, world, options, said):
         with pytest.raises(ConfigError, match=said):
             world.layer(SHAPE, **options)
+
+    def test_sizes_are_refused_before_anything_is_loaded(self, world):
+        with pytest.raises(ConfigError, match="sizes of a rank: topk = 40"):
+            world.layer(SimpleNamespace(hidden=256, intermediate=128, experts=64, topk=40))
+
+    def test_another_gpu_is_refused(self, world):
+        world.module("layers.moe.mega_moe_sm90")._device_sm = 100
+        with pytest.raises(ConfigError, match="allowed: Hopper"):
+            world.layer(SHAPE)
+
+    def test_weights_that_ranks_exchange_later_are_refused(self, world):
+        world.parallel.dwdp_size = 2
+        with pytest.raises(ConfigError, match="--dwdp-size"):
+            world.layer(SHAPE)
+
+    def test_lora_on_experts_is_refused_as_it_starts(self, world):
+        """SGLang makes a runner of its own for it, of the same backend."""
+        layer = world.layer(SHAPE)
+        make = world.module("layers.moe.moe_runner.runner").MoeRunner
+        with pytest.raises(ConfigError, match="with experts by Fp8MoEMethod, or LoRA on them"):
+            make(layer.runner.runner_backend, layer.moe_runner_config, lora_enabled=True)
+
+    def test_experts_of_another_quantisation_are_refused_as_it_starts(self, world):
+        """As those of a draft model may be, which gets the runner of its target."""
+        layer = world.layer(SHAPE)
+        config = SimpleNamespace(layer=SimpleNamespace(quant_method=object()), silu_mul_keep_fp32=False)
+        with pytest.raises(ConfigError, match="experts by object.* --speculative-moe-runner-backend"):
+            world.module("layers.moe.moe_runner.runner").MoeRunner(layer.runner.runner_backend, config)
 
 
 def test_other_backends_are_left_alone(world, buffers):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.engines.seams import misfits
 from megamoe_jit.engines.vllm import seams
-from tests.engines.standins import Buffer, batch, expected, experts, kernels_by_reference, packed_experts
+from tests.engines.standins import Batch, Buffer, batch, expected, experts, kernels_by_reference, packed_experts
 from tests.engines.vllm_world import VllmWorld, vllm_world
 
 SHAPE = MoEShape(256, 128, 4, 2)
@@ -54,6 +56,13 @@ def run(layer, of):
 def local_ids(ids, rank):
     first = rank * SHAPE.experts
     return torch.where((ids >= first) & (ids < first + SHAPE.experts), ids - first, -1).to(ids.dtype)
+
+
+def halves(whole1, whole2, rank):
+    """The columns of one of two ranks."""
+    quarters = [(each, each.shape[1] // 4) for each in whole1]
+    l1 = tuple(torch.cat([each[:, (2 * half + rank) * n :][:, :n] for half in (0, 1)], 1) for each, n in quarters)
+    return l1, tuple(each.chunk(2, 2)[rank].contiguous() for each in whole2)
 
 
 def test_everything_that_is_relied_upon_is_there(release):
@@ -98,6 +107,15 @@ class TestOneRank:
         assert torch.equal(run(layer, of), expected(of, l1, l2))
         assert [each.data_ptr() for each in layer.parameters()] == before
 
+    def test_weights_that_vllm_copies_as_it_offloads_them(self, world):
+        """To the CPU and back, or into a buffer that layers share: each is other memory."""
+        layer, l1, l2 = loaded(world)
+        of = batch(9, SHAPE)
+        for _ in range(2):
+            for parameter in layer.parameters():
+                parameter.data = parameter.data.clone()
+            assert torch.equal(run(layer, of), expected(of, l1, l2))
+
     def test_experts_that_eplb_moves(self, world):
         layer, l1, l2 = loaded(world)
         order = torch.tensor([2, 0, 3, 1])
@@ -123,11 +141,32 @@ class TestManyRanks:
         layer = world.layer(world.chosen(NAME, FP8), moe)
         whole1, whole2 = experts(MoEShape(256, 256, 4, 2))
         world.load(layer, whole1, whole2)
-        quarters = [(each, each.shape[1] // 4) for each in whole1]
-        l1 = tuple(torch.cat([each[:, n : 2 * n], each[:, 3 * n :]], 1) for each, n in quarters)
-        l2 = tuple(each[:, :, each.shape[2] // 2 :].contiguous() for each in whole2)
         of = batch(9, SHAPE)
-        assert torch.equal(run(layer, of), expected(of, l1, l2))
+        assert torch.equal(run(layer, of), expected(of, *halves(whole1, whole2, 1)))
+
+    def test_data_parallel_without_expert_parallel(self, world):
+        """vLLM gathers the tokens of all ranks, more than one rank's most, and scatters what they sum up to."""
+        moe = world.moe_config(SHAPE, ranks=2, rank=0, dp=2, tokens=128)
+        layer = world.layer(world.chosen(NAME, FP8), moe)
+        whole1, whole2 = experts(MoEShape(256, 256, 4, 2))
+        world.load(layer, whole1, whole2)
+        mine, other = batch(128, SHAPE), batch(128, SHAPE, seed=1)
+        gathered = Batch(*(torch.cat(each) for each in zip(vars(mine).values(), vars(other).values(), strict=True)))
+        summed = []
+
+        def combine(y, **_):
+            summed.append(y)
+            return y[:128]
+
+        world.ep_group.dispatch = lambda *_, **__: (gathered.x, gathered.weights, gathered.ids)
+        world.ep_group.allocate_combine_input = lambda *_, **__: None
+        world.ep_group.combine = combine
+        world.ep_group.combine_into_output = lambda y, into, **_: into.copy_(combine(y))
+        found = run(layer, mine)
+        l1, l2 = halves(whole1, whole2, 0)
+        wanted = expected(gathered, l1, l2)
+        assert torch.equal(summed[0], wanted)
+        assert torch.equal(found, wanted[:128])
 
     def test_data_and_expert_parallel_is_one_collective_launch(self, world, buffers, monkeypatch):
         layer, *_ = loaded(world, ranks=2, rank=1, dp=2, ep=True, tokens=300)
@@ -145,6 +184,15 @@ class TestManyRanks:
         assert l1[0].data_ptr() == layer.w13_weight.data_ptr()
         assert options["y"].shape == of.x.shape
         assert layer.quant_method.moe_kernel.output_is_reduced()
+
+    def test_a_rank_without_tokens_takes_part(self, world, monkeypatch):
+        """vLLM calls no experts for such a batch: the other ranks would wait for this one's launch."""
+        layer, *_ = loaded(world, ranks=2, rank=1, dp=2, ep=True)
+        seen = []
+        monkeypatch.setattr("megamoe_jit._layer.from_bf16.mega_moe_from_bf16", lambda x, *_, **__: seen.append(x))
+        of = batch(0, MoEShape(256, 128, 8, 2))
+        assert run(layer, of).shape == (0, 256)
+        assert [each.shape for each in seen] == [(0, 256)]
 
     def test_experts_that_are_not_rank_by_rank_are_refused(self, world):
         moe = world.moe_config(SHAPE, ranks=2, dp=2, ep=True)
@@ -268,6 +316,80 @@ class TestChoice:
     def test_layers_that_there_is_no_kernel_for_are_refused(self, world, options, said):
         with pytest.raises(ConfigError, match=said):
             world.layer(world.chosen(NAME, FP8), world.moe_config(SHAPE, **options))
+
+    @pytest.mark.parametrize(("asked", "said"), [("use_ubatching", "dual-batch"), ("enable_elastic_ep", "elastic-ep")])
+    def test_ways_to_run_a_batch_that_it_does_not_know_are_refused(self, world, asked, said):
+        setattr(world.parallel, asked, True)
+        with pytest.raises(ConfigError, match=said):
+            world.layer(world.chosen(NAME, FP8), world.moe_config(SHAPE))
+
+    def test_sums_that_vllm_leaves_to_another_kernel_are_refused(self, world):
+        """Of a `--moe-backend` that reaches all ranks itself: this one would give a rank's part as the whole."""
+        moe = world.moe_config(SHAPE, ranks=2, ep=True, all2all="passthrough")
+        known = hasattr(moe.moe_parallel_config, "use_passthrough_all2all")  # since 0.32
+        with pytest.raises(ConfigError, match="--moe-backend") if known else contextlib.nullcontext():
+            world.layer(world.chosen(NAME, FP8), moe)
+
+    def test_sizes_are_refused_before_anything_is_loaded(self, world):
+        with pytest.raises(ConfigError, match="intermediate = 192"):
+            world.layer(world.chosen(NAME, FP8, "deepseek_v4"), world.moe_config(SimpleNamespace(
+                hidden=256, intermediate=192, experts=4, topk=2
+            )))  # fmt: skip
+
+    def test_experts_that_are_not_quantised_stay_with_vllm_with_one_line(self, world, caplog, monkeypatch):
+        quantization = world.chosen(NAME, FP8)
+        own = world.module("model_executor.layers.fused_moe.unquantized_fused_moe_method")
+        own.select_unquantized_moe_backend = lambda **_: (None, None)
+        monkeypatch.setattr(own.CustomOp, "enabled", classmethod(lambda _: False))
+        world.module("model_executor.layers.quantization.fp8").is_layer_skipped = lambda **_: True
+        with caplog.at_level(logging.WARNING, "megamoe_jit"):
+            for _ in range(2):
+                layer = object.__new__(world.module("model_executor.layers.fused_moe.routed_experts").RoutedExperts)
+                vars(layer).update(moe_config=world.moe_config(SHAPE))
+                assert type(quantization.get_quant_method(layer, "experts")) is own.UnquantizedFusedMoEMethod
+        assert [each.message for each in caplog.records] == [
+            "megamoe-jit leaves experts that are not quantised to vLLM, as those of experts"
+        ]
+
+    def test_experts_of_another_format_are_refused(self, world, monkeypatch):
+        """As in DeepSeek V4 with NVFP4, which vLLM has another method for."""
+        quantization = world.chosen(NAME, FP8, "deepseek_v4")
+        base = world.module("model_executor.layers.fused_moe.fused_moe_method_base").FusedMoEMethodBase
+        other = type("NvFp4", (base,), dict.fromkeys(base.__abstractmethods__, lambda *_, **__: None))
+        monkeypatch.setattr(
+            type(quantization).__mro__[1], "get_quant_method", lambda _, layer, __: other(layer.moe_config)
+        )
+        with pytest.raises(ConfigError, match="experts that vLLM runs by NvFp4"):
+            world.layer(quantization, world.moe_config(SHAPE))
+
+    @pytest.mark.parametrize("moe", [None, "mxfp8"])
+    def test_experts_that_are_to_be_quantised_once_more_are_refused(self, world, moe):
+        quantization = world.chosen(NAME, FP8)
+        asked = SimpleNamespace(moe=moe, targets=None, linear="fp8")
+        quantization.online_quantization_config = SimpleNamespace(
+            args=asked, resolve_quant_method_cls=lambda *_: None, packed_modules_mapping={}
+        )
+        with pytest.raises(ConfigError, match="--quantization-config") if moe else contextlib.nullcontext():
+            world.layer(quantization, world.moe_config(SHAPE))
+
+    @pytest.mark.parametrize("blocks", [[128, 128], [32, 32]])
+    @pytest.mark.parametrize(
+        ("named", "model_type"),
+        [(NAME, "deepseek_v4"), (NAME, "deepseek_v41_text"), ("megamoe_jit_deepseek_v4", "deepseek_mtp")],
+    )
+    def test_deepseek_v4_and_its_drafts(self, world, named, model_type, blocks):
+        """A draft in the target's checkpoint has the quantisation of the target, and a model type of its own."""
+        made = world.chosen(named, {**FP8, "weight_block_size": blocks}, model_type)
+        assert isinstance(made, world.module("models.deepseek_v41.quant_config").DeepseekV4FP8Config)
+
+    def test_a_draft_of_another_model(self, world):
+        assert type(world.chosen(NAME, FP8, "deepseek_mtp")).__name__ == "MegaMoeFp8Config"
+
+    def test_a_checkpoint_that_is_not_quantised_is_refused(self, world):
+        """vLLM makes a quantisation without a word from the checkpoint."""
+        registered = world.module("model_executor.layers.quantization")._CUSTOMIZED_METHOD_TO_QUANT_CONFIG[NAME]
+        with pytest.raises(ConfigError, match="a checkpoint that is not quantised; allowed: 'fp8' with"):
+            registered()
 
     def test_another_gpu_is_refused(self, world):
         world.module("platforms").current_platform.is_device_capability = lambda _: False

@@ -29,8 +29,9 @@ REAL = (
     *(
         f"{_MOE}.{name}"
         for name in ("activation", "all2all_utils", "config", "expert_map_manager", "fused_moe_method_base")
-        + ("modular_kernel", "moe_output", "oracle.fp8", "oracle.mxfp4", "prepare_finalize.no_dp_ep", "routed_experts")
-        + ("runner.shared_experts", "topk_weight_and_reduce", "utils")
+        + ("modular_kernel", "moe_output", "oracle.fp8", "oracle.mxfp4", "prepare_finalize.naive_dp_ep")
+        + ("prepare_finalize.no_dp_ep", "routed_experts", "runner.shared_experts", "topk_weight_and_reduce")
+        + ("unquantized_fused_moe_method", "utils")
     ),
     f"{_LAYERS}.quantization",
     f"{_LAYERS}.quantization.base_config",
@@ -49,8 +50,11 @@ class VllmWorld:
     def __init__(self, device: str) -> None:
         self.device = device
         self.group: Any = SimpleNamespace(size=lambda: 1)
+        communicator = SimpleNamespace(all2all_manager=SimpleNamespace(world_size=2))
+        self.ep_group = SimpleNamespace(device_group=self.group, device_communicator=communicator)
         model = SimpleNamespace(quantization=None, dtype=torch.bfloat16)
-        self.config = SimpleNamespace(model_config=model, lora_config=None)
+        self.parallel = SimpleNamespace(use_ubatching=False, enable_elastic_ep=False)  #: of the command line
+        self.config = SimpleNamespace(model_config=model, lora_config=None, parallel_config=self.parallel)
 
     def module(self, name: str) -> Any:
         return importlib.import_module(f"vllm.{name}")
@@ -73,10 +77,15 @@ class VllmWorld:
         self.module("v1.worker.workspace").current_workspace_manager = lambda: manager
         self.module("config").get_current_vllm_config_or_none = lambda: self.config
         self.module("config").get_current_vllm_config = lambda: self.config
-        self.module("distributed.parallel_state").get_ep_group = lambda: SimpleNamespace(device_group=self.group)
+        for name in ("distributed", "distributed.parallel_state"):
+            self.module(name).get_ep_group = self._ep_group
         self.module("model_executor.models.utils")
         for name in ("has_deep_ep", "has_deep_ep_v2", "has_mori", "has_nixl_ep", "has_moonep"):
             setattr(self.module("utils.import_utils"), name, lambda: False)
+
+    def _ep_group(self) -> Any:
+        self.ep_group.device_group = self.group
+        return self.ep_group
 
     def _allocated(self, *wanted: Any) -> list[torch.Tensor]:
         return [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in wanted]
@@ -114,7 +123,7 @@ class VllmWorld:
         parallel = config.FusedMoEParallelConfig(
             tp_size=tp, pcp_size=1, dp_size=dp, ep_size=ranks if ep else 1, tp_rank=0 if ep else rank, pcp_rank=0,
             dp_rank=rank if dp > 1 else 0, ep_rank=rank if ep else 0, sp_size=1, use_ep=ep,
-            all2all_backend="allgather_reducescatter", enable_eplb=more.pop("eplb", False),
+            all2all_backend=more.pop("all2all", "allgather_reducescatter"), enable_eplb=more.pop("eplb", False),
         )  # fmt: skip
         experts = shape.experts * (ranks if ep else 1)
         silu = self.module("model_executor.layers.fused_moe.activation").MoEActivation.SILU

@@ -10,9 +10,9 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import calls
 from megamoe_jit._layer import stage as staging
-from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_of
 from megamoe_jit._layer.quantize import quantize_weights
-from megamoe_jit._layer.weights import transform_weights_for_mega_moe_sm90
+from megamoe_jit._layer.weights import is_transformed, transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import FP8, MoEShape
 from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
@@ -34,6 +34,8 @@ def _backend_class() -> Any:
     class MegaMoeBackend(base):  # type: ignore[misc]
         """One launch for dispatch, both products and combine; `config` is a `MegaMoeConfig`."""
 
+        _format = FP8  #: of this layer's weights, which FlashInfer gives before it asks for a workspace
+
         @classmethod
         def kernel_name(cls) -> str:
             return KERNEL_NAME
@@ -50,11 +52,24 @@ def _backend_class() -> Any:
 
         def preprocess_weights(self, weights: Any, fleet_params: Any) -> tuple[WeightTensors, WeightTensors]:
             pairs = _pair(weights.w13, weights.w13_scale), _pair(weights.w2, weights.w2_scale)
-            return transform_weights_for_mega_moe_sm90(*pairs, inplace=weights.w13_scale is None)
+            transformed = transform_weights_for_mega_moe_sm90(*pairs, inplace=weights.w13_scale is None)
+            self._format = format_of("w13", transformed[0])
+            return transformed
+
+        def validate_transformed_weights(self, transformed_weights: Any, bootstrap: Any, fleet_params: Any) -> None:
+            l1, l2 = transformed_weights
+            self._format = check_pairs(l1, l2, ordered=True)
+            if not is_transformed(l1, l2):
+                allowed = "what transform_weights_for_mega_moe_sm90 gave"
+                raise ConfigError(f"transformed_weights are not in the kernel's order; allowed: {allowed}")
+
+        def set_compile_tokens_per_rank(self, workspace: Any, compile_tokens_per_rank: int | None) -> None:
+            """Nothing to choose: kernels serve every count of tokens."""
 
         def _workspace_pool_key(self, fleet_params: Any) -> Any:
             group, device = self._group(), torch.cuda.current_device() if torch.cuda.is_available() else None
-            return KERNEL_NAME, device, id(group), self._shape(fleet_params), fleet_params.max_tokens_per_rank
+            sizes = self._shape(fleet_params), fleet_params.max_tokens_per_rank
+            return KERNEL_NAME, device, id(group), *sizes, self._format.name
 
         def _group(self) -> Any:
             return self.ep_comm_group if self.ep_world_size > 1 else None
@@ -63,9 +78,9 @@ def _backend_class() -> Any:
             shape, tokens = self._shape(fleet_params), fleet_params.max_tokens_per_rank
             sizes = shape.experts, tokens, shape.topk, shape.hidden, shape.intermediate
             buffer = calls.get_symm_buffer_for_mega_moe(self._group(), *sizes)
-            buffer.prepare_all()  # none is compiled in a capture, or by one rank alone
+            buffer.prepare_all(weight_format=self._format.name)  # none is compiled in a capture, or by one rank alone
             watch(buffer)
-            tell_served(buffer.shape, buffer.ranks, FP8, tokens)
+            tell_served(buffer.shape, buffer.ranks, self._format, tokens)
             return buffer
 
         def stage_inputs(self, t: Any, workspace: Any, *, quantize_input: bool) -> None:

@@ -21,6 +21,18 @@ SEAMS = (
     Seam(_BASE, "MegaKernelBackend.kernel_name", "replaced", ("cls",)),
     Seam(_BASE, "MegaKernelBackend.validate_init", "replaced", ("self", "bootstrap", "fleet_params")),
     Seam(_BASE, "MegaKernelBackend.preprocess_weights", "replaced", ("self", "weights", "fleet_params")),
+    Seam(
+        _BASE,
+        "MegaKernelBackend.validate_transformed_weights",
+        "replaced",
+        ("self", "transformed_weights", "bootstrap", "fleet_params"),
+    ),
+    Seam(
+        _BASE,
+        "MegaKernelBackend.set_compile_tokens_per_rank",
+        "replaced",
+        ("self", "workspace", "compile_tokens_per_rank"),
+    ),
     Seam(_BASE, "MegaKernelBackend._allocate_workspace", "replaced", ("self", "fleet_params")),
     Seam(_BASE, "MegaKernelBackend._workspace_pool_key", "replaced", ("self", "fleet_params")),
     Seam(_BASE, "MegaKernelBackend.stage_inputs", "replaced", ("self", "t", "workspace", "quantize_input")),

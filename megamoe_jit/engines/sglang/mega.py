@@ -7,6 +7,7 @@ where all four are, since DeepGEMM reads another order of weights.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def hook() -> None:
     around(f"{_SM90}.is_sm90_fp8_mega_moe_available", _is_available)
     around(f"{_SM90}.run_sm90_mega_routed", _run)
     around(f"{_MEGA}._get_mega_moe_symm_buffer", _buffer)
+    around("sglang.srt.arg_groups.mega_moe_hook.mega_moe_needs_token_budget", _needs_budget)
 
 
 @functools.cache
@@ -50,6 +52,7 @@ def _all_in_place() -> bool:
             (f"{_MEGA}.run_sm90_mega_routed", 0),
             (f"{_MEGA}._get_mega_moe_symm_buffer", 0),
             (f"{fp8}Fp8MoEMethod.restore_weights_before_loading", 1),
+            (f"{fp8}Fp8MoEMethod.apply", 1),
             (f"{layer}FusedMoE.weight_loader", 0),
             (f"{layer}FusedMoE.weight_loader_fused", 0),
         ]
@@ -87,6 +90,17 @@ def _is_available(original: Callable[..., bool], experts: Any) -> Any:
     if experts is PROBE:
         return PROBE
     return weights.held_by(experts) is not None or original(experts)
+
+
+def _needs_budget(
+    original: Callable[..., bool], model_arch: str, hf_quant_config: Any, quantization: str | None
+) -> bool:
+    """Whether SGLang is to see as it starts that all batches fit: those beyond would go to kernels of another order."""
+    if original(model_arch, hf_quant_config, quantization):
+        return True
+    named = str((hf_quant_config or {}).get("quant_method", ""))
+    platform = importlib.import_module("sglang.srt.runtime_context").get_platform()
+    return "fp8" in named and bool(platform.is_sm90)
 
 
 def _buffer(

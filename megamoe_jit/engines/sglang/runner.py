@@ -6,8 +6,10 @@ there is no kernel for is refused while the model is built, since it was asked f
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from megamoe_jit._errors import ConfigError
@@ -21,7 +23,11 @@ __all__ = ["BACKEND", "hook"]
 
 BACKEND = "megamoe_jit"
 _FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
+_ALLOWED = "experts in MXFP4, or FP8 with blocks of 128 x 128"
 _READY = "_megamoe_jit_ready"  #: of a layer
+_looked_at: ContextVar[Any] = ContextVar(
+    "looked_at", default=None
+)  #: the config of the layer that a runner is made for
 
 
 class _Ready(NamedTuple):
@@ -33,11 +39,9 @@ class _Ready(NamedTuple):
 
 def hook() -> None:
     """Make the backend one that can be chosen, and have `Fp8MoEMethod` know it."""
-    core = _core_class()
-    _module("layers.moe.moe_runner.runner").register_moe_runner_core(BACKEND, core)
+    _module("layers.moe.moe_runner.runner").register_moe_runner_core(BACKEND, _core_of)
     around(f"{_FP8}.create_moe_runner", _create_runner)
     around(f"{_FP8}.process_weights_after_loading", _process)
-    around(f"{_FP8}.apply", _apply)
     _module("arg_groups.choices").add_moe_runner_backend_choices([BACKEND])  # last: then it works
 
 
@@ -45,6 +49,18 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"sglang.srt.{name}")
 
 
+def _core_of(config: Any) -> Any:
+    """A runner's core, for layers that were looked at; SGLang makes runners for others and for LoRA as well."""
+    if _looked_at.get() is not config:
+        method = type(getattr(getattr(config, "layer", None), "quant_method", None)).__name__
+        raise ConfigError(
+            f"--moe-runner-backend {BACKEND} with experts by {method}, or LoRA on them; allowed: {_ALLOWED}, no "
+            "LoRA. Next: another runner backend, for experts of a draft model alone by --speculative-moe-runner-backend"
+        )
+    return _core_class()(config)
+
+
+@functools.cache
 def _core_class() -> Any:
     """The runner's core, a subclass of SGLang's, which is imported only here."""
     base: Any = _module("layers.moe.moe_runner.base").DispatchMoeRunnerCore
@@ -63,8 +79,7 @@ def _core_class() -> Any:
         ) -> Any:
             if not isinstance(quant_info, _Ready) or hooks is not None:
                 given = "LoRA" if hooks is not None else type(quant_info).__name__
-                allowed = "experts in MXFP4, or FP8 with blocks of 128 x 128"
-                raise ConfigError(f"--moe-runner-backend {BACKEND} with {given}; allowed: {allowed}")
+                raise ConfigError(f"--moe-runner-backend {BACKEND} with {given}; allowed: {_ALLOWED}")
             x = dispatch_output.hidden_states
             topk_weights, topk_ids, *_ = dispatch_output.topk_output
             factor = 1.0 if runner_config.routed_scaling_factor is None else float(runner_config.routed_scaling_factor)
@@ -96,7 +111,11 @@ def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_r
             f"--moe-runner-backend {BACKEND} cannot run this model: {'; '.join(reasons)}. Next: another runner backend"
         )
     method.moe_runner_config = moe_runner_config
-    method.runner = _module("layers.moe.moe_runner.runner").MoeRunner(backend, moe_runner_config)
+    token = _looked_at.set(moe_runner_config)
+    try:
+        method.runner = _module("layers.moe.moe_runner.runner").MoeRunner(backend, moe_runner_config)
+    finally:
+        _looked_at.reset(token)
     method._owns_moe_runner = True
 
 
@@ -119,8 +138,30 @@ def _refusals(method: Any, layer: Any, config: Any) -> list[str]:
         ),
         (bool(getattr(method, "with_bias", False)), "biases; allowed: none"),
         (bool(shared := weights.shared_among_packed(method, layer)), shared),
+        (not weights.on_hopper(), "this GPU; allowed: Hopper (H100, H200, H20)"),
+        (
+            getattr(_module("runtime_context").get_parallel(), "dwdp_size", 1) > 1,
+            "--dwdp-size, which exchanges weights later; allowed: none",
+        ),
+        (bool(shape := _no_shape(layer, config)), shape),
     )
     return [reason for found, reason in checks if found]
+
+
+def _no_shape(layer: Any, config: Any) -> str:
+    """Why there is no kernel of a layer's sizes, those of a rank; empty if there is one."""
+    try:
+        MoEShape(
+            config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, _slots(layer, config)
+        )
+    except ConfigError as error:
+        return f"sizes of a rank: {error}"
+    return ""
+
+
+def _slots(layer: Any, config: Any) -> int:
+    """Of a token; shared experts may have some beside these."""
+    return int(layer.top_k if config.top_k is None else config.top_k)
 
 
 def _process(original: Callable[..., Any], method: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,8 +169,7 @@ def _process(original: Callable[..., Any], method: Any, layer: Any, *args: Any, 
         return original(method, layer, *args, **kwargs)
     weights.give_back(layer)  # what follows a load begins with what was loaded
     result = original(method, layer, *args, **kwargs)
-    topk = layer.moe_runner_config.top_k
-    _prepare(layer, layer.top_k if topk is None else topk)
+    _prepare(layer, _slots(layer, layer.moe_runner_config))
     return result
 
 
@@ -139,12 +179,11 @@ def _prepare(layer: Any, topk: int) -> _Ready:
     shape = MoEShape(held.hidden, held.intermediate, held.experts, topk)
     ready = _Ready(held, LocalExperts(shape, held.l1[0].device, weights=held.weights))
     setattr(layer, _READY, ready)
+    setattr(layer, weights.RUN, functools.partial(_run, layer))
     return ready
 
 
-def _apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any, *args: Any, **kw: Any) -> Any:
-    if not _is_ours(method):
-        return original(method, layer, dispatch_output, *args, **kw)
+def _run(layer: Any, method: Any, dispatch_output: Any, *_: Any, **__: Any) -> Any:
     ready: _Ready = getattr(layer, _READY)
     slots = dispatch_output.topk_output[1].shape[1]
     if slots != ready.run.shape.topk:  # shared experts in slots of their own

@@ -21,6 +21,7 @@ SHARED = (
     Seam(_REGISTRY, "HookType.AROUND"),
     Seam(f"{_QUANT}.base_config", "QuantizeMethodBase.restore_weights_before_loading", "wrapped", ("self", "layer")),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.process_weights_after_loading", "wrapped", ("self", "layer")),
+    Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.apply", "wrapped", ("self", "layer", "dispatch_output")),
     Seam(f"{_MOE}.fused_moe_triton.layer", "FusedMoE.weight_loader", "wrapped", ("self", "param")),
     Seam(f"{_MOE}.fused_moe_triton.layer", "FusedMoE.weight_loader_fused", "wrapped", ("self", "param")),
 )
@@ -47,6 +48,13 @@ MEGA = (
     Seam(f"{_MOE}.mega_moe", "build_mega_moe_experts_weights", "replaced", ("experts",)),
     Seam(f"{_MOE}.mega_moe", "run_mega_routed_experts"),
     Seam(f"{_MOE}.mega_moe", "is_mega_moe_experts_ready"),
+    Seam(
+        "sglang.srt.arg_groups.mega_moe_hook",
+        "mega_moe_needs_token_budget",
+        "replaced",
+        ("model_arch", "hf_quant_config", "quantization"),
+    ),
+    Seam("sglang.srt.runtime_context", "get_platform", "called"),
 )
 
 #: Of `--moe-runner-backend megamoe_jit`.
@@ -64,7 +72,8 @@ RUNNER = (
     *(
         Seam(f"{_MOE}.moe_runner.base", f"MoeRunnerConfig.{name}")
         for name in ("activation", "is_gated", "apply_router_weight_on_input", "no_combine", "top_k", "swiglu_limit")
-        + ("routed_scaling_factor", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+        + ("routed_scaling_factor", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "hidden_size")
+        + ("intermediate_size_per_partition", "num_local_experts")
     ),
     Seam(f"{_MOE}.token_dispatcher.standard", "StandardDispatchOutput.topk_output"),
     Seam(f"{_MOE}.token_dispatcher.standard", "StandardCombineInput.hidden_states"),
@@ -74,7 +83,7 @@ RUNNER = (
     Seam(f"{_MOE}.utils", "MoeA2ABackend.is_none", "called"),
     Seam(f"{_MOE}.utils", "MoeA2ABackend.is_megamoe", "called"),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.create_moe_runner", "wrapped", ("self", "layer", "moe_runner_config")),
-    Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.apply", "wrapped", ("self", "layer", "dispatch_output")),
+    Seam("sglang.srt.runtime_context", "get_parallel", "called"),
 )
 
 relied_upon = partial(asked, (*SHARED, *MEGA, *RUNNER), "sglang")

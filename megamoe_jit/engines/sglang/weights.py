@@ -19,9 +19,10 @@ from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.sglang.hooks import PROBE, around
 
-__all__ = ["give_back", "held_by", "hook", "on_hopper", "shared_among_packed", "take", "try_to_take"]
+__all__ = ["RUN", "give_back", "held_by", "hook", "on_hopper", "shared_among_packed", "take", "try_to_take"]
 
 _HELD = "_megamoe_jit_held"  #: of a layer
+RUN = "_megamoe_jit_run"  #: of a layer, where SGLang's usual call of its experts is ours: of the method and a batch
 _CODES, _SCALES = ("w13_weight", "w2_weight"), ("w13_weight_scale_inv", "w2_weight_scale_inv")
 _FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
 _LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
@@ -108,8 +109,9 @@ def try_to_take(layer: Any) -> HeldExperts | None:
 
 
 def hook() -> None:
-    """Have layers that were taken over given back before something is written into them."""
+    """Have layers that were taken over given back before something is written into them, and read by us alone."""
     around(f"{_FP8}.restore_weights_before_loading", _restore)
+    around(f"{_FP8}.apply", _apply)
     around(f"{_LAYER}.weight_loader", _load)
     around(f"{_LAYER}.weight_loader_fused", _load)
 
@@ -118,6 +120,22 @@ def _restore(original: Callable[..., Any], method: Any, layer: Any, *args: Any, 
     if layer is PROBE:
         return PROBE
     give_back(layer)
+    return original(method, layer, *args, **kwargs)
+
+
+def _apply(original: Callable[..., Any], method: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """SGLang's usual call of a layer's experts, by a kernel that reads them in SGLang's order."""
+    if layer is PROBE:
+        return PROBE
+    run = getattr(layer, RUN, None)
+    if run is not None:
+        return run(method, *args, **kwargs)
+    if held_by(layer) is not None:
+        raise ConfigError(
+            "SGLang passed --moe-a2a-backend megamoe by, as it does for more tokens of a rank than "
+            "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK, and its other kernels cannot read these weights; "
+            "allowed: at most so many. Next: a larger value of it, or a smaller --chunked-prefill-size"
+        )
     return original(method, layer, *args, **kwargs)
 
 

@@ -15,8 +15,8 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import from_bf16
-from megamoe_jit._layer.given_weights import format_of
-from megamoe_jit._layer.weights import is_transformed
+from megamoe_jit._layer.given_weights import WeightTensors, format_of
+from megamoe_jit._layer.weights import is_transformed, mark_transformed
 from megamoe_jit._spec import MoEShape, WeightFormat
 from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.held import HeldExperts
@@ -36,10 +36,10 @@ def is_across_ranks(parallel: Any) -> bool:
     return bool(parallel.use_all2all_kernels)
 
 
-def prepare_finalize(moe: Any, quant_config: Any) -> Any:
+def prepare_finalize(moe: Any, quant_config: Any, experts: Any) -> Any:
     """The steps around the experts: they pass everything on where the kernel reaches all ranks, else vLLM's own."""
     if is_across_ranks(moe.moe_parallel_config):
-        return _pass_through_class()()
+        return _pass_through_class()(experts)
     make = importlib.import_module(f"{_MOE}.all2all_utils").maybe_make_prepare_finalize
     return make(moe, quant_config, allow_new_interface=True, use_monolithic=False)
 
@@ -51,13 +51,21 @@ def _pass_through_class() -> Any:
     class PassThrough(base):  # type: ignore[misc]
         """Hands activations and routing to experts that dispatch and combine themselves."""
 
+        def __init__(self, experts: Any) -> None:
+            super().__init__()
+            self._experts = experts
+
         def output_is_reduced(self) -> bool:
             return True
 
         def supports_deferred_moe_finalize(self) -> bool:
             return False
 
-        def prepare(self, a1: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None, None, None]:
+        def prepare(
+            self, a1: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, None, None, None, None]:
+            if not a1.shape[0]:  # vLLM calls no experts then, and the other ranks' would wait for them
+                self._experts.run(a1, topk_ids, topk_weights)
             return a1, None, None, None, None
 
     return PassThrough
@@ -141,6 +149,7 @@ def experts_class() -> Any:
             weights, names = _take(layer)
             self._run = _runner_of(self.moe_config, layer, weights)
             self._layer, (self._l1, self._l2) = layer, names
+            self._places = 0, 0  #: of codes whose order is known
 
         def apply(
             self,
@@ -160,13 +169,27 @@ def experts_class() -> Any:
             expert_tokens_meta: Any,
             apply_router_weight_on_input: bool,
         ) -> None:
-            held = self._layer._parameters
-            l1, l2 = (tuple(held[name] for name in names) for names in (self._l1, self._l2))
-            clamp = self.quant_config.gemm1_clamp_limit
             y = output if output.dtype is torch.bfloat16 else None
-            found = self._run(l1, l2, hidden_states, topk_ids, topk_weights, expert_map, clamp, y)
+            found = self.run(hidden_states, topk_ids, topk_weights, expert_map, y)
             if y is None:
                 output.copy_(found)
+
+        def run(
+            self,
+            x: torch.Tensor,
+            ids: torch.Tensor,
+            weights: torch.Tensor,
+            expert_map: torch.Tensor | None = None,
+            y: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            """A batch through the experts, into a new tensor unless there is one; of all ranks where they all call."""
+            held = self._layer._parameters
+            l1, l2 = (tuple(held[name] for name in names) for names in (self._l1, self._l2))
+            places = l1[0].data_ptr(), l2[0].data_ptr()
+            if places != self._places:
+                self._places = places
+                _recognise(l1, l2)
+            return self._run(l1, l2, x, ids, weights, expert_map, self.quant_config.gemm1_clamp_limit, y)
 
     return MegaMoeExperts
 
@@ -195,6 +218,12 @@ def _take(layer: Any) -> tuple[WeightFormat, list[tuple[str, ...]]]:
     if weights.group:
         names = [(*each, f"{each[0].partition('_')[0]}_{_BLOCKS}") for each in names]
     return weights, names
+
+
+def _recognise(l1: WeightTensors, l2: WeightTensors) -> None:
+    """Mark copies of weights that are in the kernel's order, as vLLM makes them where it offloads layers to the CPU."""
+    if not is_transformed(l1, l2):
+        mark_transformed(l1, l2)
 
 
 def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Run:

@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._spec import BLOCK, MoEShape
 from megamoe_jit.engines.aside import LOG
 from megamoe_jit.engines.vllm import experts
 
@@ -76,7 +77,7 @@ def _choose(method: Any, layer: Any) -> None:
 def _refusals(moe: Any, layer: Any) -> list[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
     silu = importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU
-    parallel = moe.moe_parallel_config
+    parallel, engine = moe.moe_parallel_config, _parallelism()
     across = experts.is_across_ranks(parallel)
     checks = (
         (not experts.experts_class()._supports_current_device(), "this GPU; allowed: Hopper (H100, H200, H20)"),
@@ -94,8 +95,34 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
             parallel.use_batched_activation_format,
             f"--all2all-backend {parallel.all2all_backend}; allowed: allgather_reducescatter, which is not used",
         ),
+        (
+            getattr(parallel, "use_passthrough_all2all", False),
+            f"--moe-backend {moe.moe_backend}, for which vLLM sums up nothing; allowed: no --moe-backend",
+        ),
+        (
+            getattr(engine, "use_ubatching", False),
+            "dual-batch overlap; allowed: no --enable-dbo or --ubatch-size",
+        ),
+        (getattr(engine, "enable_elastic_ep", False), "--enable-elastic-ep; allowed: as many ranks as at the start"),
+        (bool(shape := _no_shape(moe, across)), shape),
     )
     return [reason for found, reason in checks if found]
+
+
+def _parallelism() -> Any:
+    """What the command line says of ranks and batches; None where vLLM has no settings."""
+    return getattr(importlib.import_module("vllm.config").get_current_vllm_config_or_none(), "parallel_config", None)
+
+
+def _no_shape(moe: Any, across: bool) -> str:
+    """Why there is no kernel of a layer's sizes, those of a rank; empty if there is one."""
+    hidden = -(-moe.hidden_dim // BLOCK) * BLOCK  # vLLM pads it later for some backends
+    count = moe.num_experts if across else moe.num_local_experts
+    try:
+        MoEShape(hidden, moe.intermediate_size_per_partition, count, moe.experts_per_token)
+    except ConfigError as error:
+        return f"sizes of a rank: {error}"
+    return ""
 
 
 def _run_as_one_kernel(method: Any, layer: Any) -> None:
@@ -104,5 +131,5 @@ def _run_as_one_kernel(method: Any, layer: Any) -> None:
     ours = method.experts_cls(moe_config=method.moe, quant_config=method.moe_quant_config)
     ours.process_weights_after_loading(layer)
     kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
-    method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config), ours)
+    method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config, ours), ours)
     LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))

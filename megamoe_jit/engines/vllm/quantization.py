@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit.engines.aside import warn_once
 
 __all__ = ["NAME", "NAMES", "add"]
 
 NAME = "megamoe_jit"  #: what is typed
 _NAME_V4 = "megamoe_jit_deepseek_v4"  #: what it means for DeepSeek V4, whose checkpoints vLLM has a quantisation for
 NAMES = (NAME, _NAME_V4)
+_MOE = "vllm.model_executor.layers.fused_moe"
 _QUANT = "vllm.model_executor.layers.quantization"
-_V4 = ("deepseek_v4", "deepseek_v41")
+_V4 = ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text")
 
 
 def add() -> None:
@@ -38,6 +40,9 @@ def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
 
     class MegaMoeConfig(base):  # type: ignore[misc]
         """What vLLM asks of a quantisation before there is a model."""
+
+        def __init__(self) -> None:  # vLLM makes one for a checkpoint that says nothing of a quantisation
+            raise ConfigError(_refused("that is not quantised"))
 
         @classmethod
         def get_name(cls) -> str:
@@ -59,7 +64,7 @@ def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
         def override_quantization_method(
             cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
         ) -> str | None:
-            return _chosen(hf_quant_cfg, hf_config) if name == NAME and user_quant in NAMES else None
+            return _chosen(hf_quant_cfg, hf_config, user_quant) if name == NAME and user_quant in NAMES else None
 
         @classmethod
         def from_config(cls, config: Any) -> Any:
@@ -79,7 +84,7 @@ def _fp8_config_class() -> Any:
         """FP8 checkpoints with blocks of 128 x 128, their routed experts in this layer."""
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
-            return _replaced(super().get_quant_method(layer, prefix), self, layer)
+            return _replaced(super().get_quant_method(layer, prefix), self, layer, prefix)
 
     return MegaMoeFp8Config
 
@@ -92,33 +97,63 @@ def _v4_config_class() -> Any:
         """DeepSeek V4 and V4.1: FP8 as vLLM has it, experts in MXFP4 or FP8 in this layer."""
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
-            return _replaced(super().get_quant_method(layer, prefix), self, layer)
+            return _replaced(super().get_quant_method(layer, prefix), self, layer, prefix)
 
     return MegaMoeDeepseekV4Config
 
 
-def _chosen(checkpoint: Any, hf_config: Any) -> str:
-    """The quantisation for a checkpoint; raises `ConfigError` if there is none."""
+def _chosen(checkpoint: Any, hf_config: Any, user: str | None = NAME) -> str:
+    """The quantisation for a checkpoint; raises `ConfigError` if there is none.
+
+    A draft of DeepSeek V4's own has another model type, and the quantisation of its target.
+    """
     found = checkpoint.get("quant_method"), checkpoint.get("weight_block_size")
     if found[0] in ("fp8", "deepseek_v4_fp8"):
-        if getattr(hf_config, "model_type", None) in _V4:
+        if user == _NAME_V4 or getattr(hf_config, "model_type", None) in _V4:
             return _NAME_V4
         if list(found[1] or ()) == [128, 128]:
             return NAME
-    raise ConfigError(
-        f"--quantization {NAME} with a checkpoint of quant_method {found[0]!r} and weight_block_size {found[1]}; "
-        "allowed: 'fp8' with [128, 128], or DeepSeek V4. Next: without --quantization"
-    )
+    raise ConfigError(_refused(f"of quant_method {found[0]!r} and weight_block_size {found[1]}"))
 
 
-def _replaced(chosen: Any, config: Any, layer: Any) -> Any:
-    """Our method in place of vLLM's for routed experts in FP8 or MXFP4; any other as it is."""
+def _refused(checkpoint: str) -> str:
+    """Why a checkpoint has no quantisation of ours."""
+    allowed = "'fp8' with [128, 128], or DeepSeek V4"
+    return f"--quantization {NAME} with a checkpoint {checkpoint}; allowed: {allowed}. Next: without --quantization"
+
+
+def _replaced(chosen: Any, config: Any, layer: Any, prefix: str) -> Any:
+    """Our method in place of vLLM's for routed experts in FP8 or MXFP4; of anything else than experts as it is.
+
+    Raises:
+        ConfigError: experts of another format, or that are to be quantised once more.
+    """
     from megamoe_jit.engines.vllm import method
 
     name = f"{type(chosen).__module__}.{type(chosen).__name__}"
     if name == f"{_QUANT}.fp8.Fp8MoEMethod":
-        return method.fp8_method_class()(config, layer)
-    if name == f"{_QUANT}.mxfp4.Mxfp4MoEMethod":
+        ours = method.fp8_method_class()(config, layer)
+    elif name == f"{_QUANT}.mxfp4.Mxfp4MoEMethod":
         options = {key: getattr(chosen, key) for key in ("activation_key",) if hasattr(chosen, key)}
-        return method.mxfp4_method_class()(layer.moe_config, layer, **options)
-    return chosen
+        ours = method.mxfp4_method_class()(layer.moe_config, layer, **options)
+    else:
+        _pass_by(chosen, name, prefix)
+        return chosen
+    online = getattr(getattr(config, "online_quantization_config", None), "args", None)
+    if online is not None and (online.moe is not None or online.targets is not None):
+        given = "--quantization-config with moe or targets"
+        raise ConfigError(f"{given} beside --quantization {NAME}; allowed: linear, experts stay as they are on disk")
+    return ours
+
+
+def _pass_by(chosen: Any, name: str, prefix: str) -> None:
+    """Leave a method to vLLM; that of experts only where the checkpoint has not quantised them, and not silently."""
+    if not isinstance(chosen, importlib.import_module(f"{_MOE}.fused_moe_method_base").FusedMoEMethodBase):
+        return
+    if name != f"{_MOE}.unquantized_fused_moe_method.UnquantizedFusedMoEMethod":
+        allowed = "FP8 with blocks of 128 x 128, or MXFP4"
+        raise ConfigError(
+            f"--quantization {NAME} with experts that vLLM runs by {type(chosen).__name__} ({prefix}); "
+            f"allowed: {allowed}. Next: without --quantization"
+        )
+    warn_once("vllm: experts", f"megamoe-jit leaves experts that are not quantised to vLLM, as those of {prefix}")

@@ -77,13 +77,15 @@ SEAMS = (
         Seam(f"{_MOE}.config", f"FusedMoEConfig.{name}")
         for name in ("num_experts", "num_local_experts", "experts_per_token", "hidden_dim", "max_num_tokens")
         + ("has_bias", "is_lora_enabled", "swiglu_limit", "swiglu_alpha", "swiglu_beta", "skip_final_all_reduce")
-        + ("intermediate_size_per_partition", "moe_parallel_config")
+        + ("intermediate_size_per_partition", "moe_parallel_config", "moe_backend")
     ),
     *(
         Seam(f"{_MOE}.config", f"FusedMoEParallelConfig.{name}")
         for name in ("use_all2all_kernels", "use_batched_activation_format", "ep_size", "ep_rank")
     ),
     Seam(f"{_MOE}.routed_experts", "RoutedExperts.expert_map", "called"),
+    Seam(f"{_MOE}.fused_moe_method_base", "FusedMoEMethodBase"),
+    Seam(f"{_MOE}.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"),
     Seam(f"{_QUANT}.utils.quant_utils", "kFp8Static128BlockSym"),
     Seam(f"{_QUANT}.utils.quant_utils", "kFp8Dynamic128Sym"),
     Seam(f"{_QUANT}.fp8", f"{_METHOD}.__init__", "called", ("quant_config", "layer")),

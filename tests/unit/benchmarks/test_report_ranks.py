@@ -52,14 +52,6 @@ def test_tables(tmp_path: Path):
     write(tmp_path, "c.json", "2026-01-02T00", ranks=4, tokens=512, pro=106.0)
     write(tmp_path, "d-unfused.json", "2026-01-02T00", ranks=4, flash=110.0)
     rows, unfused = report_ranks.rank_rows(tmp_path), report_ranks.rank_rows(tmp_path, unfused=True)
-    assert report_ranks.rank_table(rows).splitlines() == [
-        "| layer | tokens | one rank, µs | 2 ranks, µs | more, µs | more, % "
-        "| one rank, µs | 4 ranks, µs | more, µs | more, % |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| flash | 64 | 100 | 105 | +5 | +5.0 | 100 | 113 | +13 | +13.0 |",
-        "| pro | 64 | 100 | 112 | +12 | +12.0 | - | - | - | - |",
-        "| pro | 512 | - | - | - | - | 100 | 106 | +6 | +6.0 |",
-    ]
     assert report_ranks.growth_table(rows).splitlines() == [
         "| tokens | 2 ranks, µs | 2 ranks, % | 4 ranks, µs | 4 ranks, % |",
         "| --- | --- | --- | --- | --- |",
@@ -108,13 +100,11 @@ def test_rows_by_how_many_are_remote(tmp_path: Path):
         (64, 100.0, 105.0),
         (512, 100.0, 104.0),
     ], "of uniform routing, newer than those of `bench`, and of FP8 alone"
-    before = "| +20 µs, +10.0 % | +30 µs, +15.0 % | +22 µs, +11.0 % |"
     assert report_ranks.remote_table(tmp_path).splitlines() == [
-        "| layer | tokens | one rank, µs | half remote | all remote | routed at random "
-        "| half remote, before | all remote, before | routed at random, before |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| flash | 64 | 100 | +4 µs, +4.0 % | +9 µs, +9.0 % | +5 µs, +5.0 % {before}",
-        f"| flash | 512 | 100 | +3 µs, +3.0 % | +4 µs, +4.0 % | +4 µs, +4.0 % {before}",
+        "| layer | tokens | one rank, µs | half remote | all remote | routed at random |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| flash | 64 | 100 | +4 µs, +4.0 % | +9 µs, +9.0 % | +5 µs, +5.0 % |",
+        "| flash | 512 | 100 | +3 µs, +3.0 % | +4 µs, +4.0 % | +4 µs, +4.0 % |",
         "",
         "Within the aim are: half remote 1 of 1 and 1 of 1 rows; all remote 0 of 1 and 1 of 1 rows; "
         "routed at random 1 of 1 and 1 of 1 rows.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -135,5 +136,32 @@ def test_what_is_not_hooked_is_found(monkeypatch):
 
 @pytest.mark.parametrize("method", [SimpleNamespace(), SimpleNamespace(runner=None), SimpleNamespace(runner=object())])
 def test_methods_of_others_are_none_of_ours_whatever_they_run_with(method):
-    assert runner._apply(original, method, "layer", "batch") == ("original", (method, "layer", "batch"), {})
+    assert weights._apply(original, method, "layer", "batch") == ("original", (method, "layer", "batch"), {})
     assert runner._process(original, method, "layer") == ("original", (method, "layer"), {})
+
+
+def test_a_layer_that_was_taken_over_is_called_by_nobody_else(buffers):
+    made, *_ = layer()
+    assert weights._apply(original, None, made, "batch") == ("original", (None, made, "batch"), {})
+    mega._build(original, made)
+    with pytest.raises(ConfigError, match="SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"):
+        weights._apply(original, None, made, "batch")
+    setattr(made, weights.RUN, lambda *given: given)
+    assert weights._apply(original, "method", made, "batch") == ("method", "batch")
+
+
+@pytest.mark.parametrize(
+    ("sglangs", "named", "sm90", "asked"),
+    [(True, "awq", False, True), (False, "fp8", True, True), (False, "fp8", False, False), (False, None, True, False)],
+)
+def test_sglang_is_asked_to_look_whether_batches_fit(monkeypatch, sglangs, named, sm90, asked):
+    for name in ("sglang", "sglang.srt", "sglang.srt.runtime_context"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["sglang.srt.runtime_context"].get_platform = lambda: SimpleNamespace(is_sm90=sm90)
+    checkpoint = None if named is None else {"quant_method": named}
+    assert mega._needs_budget(lambda *_: sglangs, "AnyForCausalLM", checkpoint, None) is asked
+
+
+def test_a_runner_is_made_for_layers_that_were_looked_at_alone():
+    with pytest.raises(ConfigError, match="experts by NoneType, or LoRA on them"):
+        runner._core_of(SimpleNamespace())

@@ -128,6 +128,21 @@ def test_a_copy_has_weights_of_its_own(cuda: Cuda, kind: str, scales: str):
     assert bits(made) == before
 
 
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_a_parameter_that_somebody_puts_in_place_of_one_is_the_layers_from_then_on(cuda: Cuda, kind: str):
+    made, other = module(kind, "F8_E8M0"), module(kind, "F8_E8M0")
+    other.gate_up_proj.data.view(torch.uint8).bitwise_xor_(128)
+    before, wanted = bits(made), bits(other)["gate_up_proj"]
+    first = _adapter.adapter_of(made, 2, CPU)
+    assert _adapter.adapter_of(made, 2, CPU) is first
+    made.gate_up_proj = torch.nn.Parameter(other.gate_up_proj.data, requires_grad=False)
+    layer = _adapter.adapter_of(made, 2, CPU).layer
+    codes = mm.inverse_transform_weights_for_mega_moe_sm90(layer.l1, layer.l2)[0][0]
+    assert codes.view(torch.uint8).numpy().tobytes() == wanted
+    release_module(made)
+    assert bits(made) == {**before, "gate_up_proj": wanted}
+
+
 def test_layers_share_a_workspace_of_the_size_that_was_set(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(options, "max_tokens", 300)
     first, second = (_adapter.adapter_of(module("fp8"), 2, CPU).layer for _ in range(2))

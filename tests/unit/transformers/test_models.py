@@ -255,6 +255,7 @@ REFUSED = {
     "act_fn": (torch.nn.GELU(), "computes something else than silu"),
     "_apply_gate": (lambda both: both, "computes something else than silu"),
     "_hf_hook": (SimpleNamespace(offload=True), "offloaded"),
+    "_hf_hook, one of several": (SimpleNamespace(hooks=[SimpleNamespace(offload=True)]), "offloaded"),
 }
 
 
@@ -262,10 +263,28 @@ REFUSED = {
 def test_an_experts_module_is_refused_with_the_reason(experts, name: str):
     value, says = REFUSED[name]
     module = copy.deepcopy(experts)
-    setattr(module, name, value)
+    setattr(module, name.partition(",")[0], value)
     with torch.no_grad(), pytest.raises(mm.ConfigError, match=says):
         module.forward(torch.randn(1, 128), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
     assert not hasattr(module, ATTRIBUTE)
+
+
+def test_lora_on_experts_is_refused_and_what_was_before_it_comes_after_it(experts):
+    """PEFT makes a parameter a computed one, for as long as a call of a model takes."""
+
+    class Added(torch.nn.Module):
+        def forward(self, base):
+            return base + 1
+
+    module = copy.deepcopy(experts)
+    batch = torch.randn(3, 128), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+    with torch.no_grad():
+        before = module(*batch)
+        torch.nn.utils.parametrize.register_parametrization(module, "gate_up_proj", Added())
+        with pytest.raises(mm.ConfigError, match="computes gate_up_proj at each call, as LoRA on experts does"):
+            module(*batch)
+        torch.nn.utils.parametrize.remove_parametrizations(module, "gate_up_proj", leave_parametrized=False)
+        assert torch.equal(module(*batch), before)
 
 
 def test_gpt_oss_is_refused():
