@@ -5,6 +5,7 @@ The copy has another name, in its own sources too, and so modules, kernels, oper
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import shutil
@@ -14,6 +15,15 @@ from types import ModuleType
 
 PACKAGE = "megamoe_jit"
 _WORD = re.compile(rf"\b{PACKAGE}\b")
+
+
+def another_checkout(text: str) -> Path:
+    """The root of a checkout that an argument names; argparse says what is wrong with one that is not there."""
+    root = Path(text)
+    if not (root / PACKAGE).is_dir():
+        allowed = f"the root of another checkout; `git worktree add --detach {text} HEAD` makes one"
+        raise argparse.ArgumentTypeError(f"{text} has no folder {PACKAGE}; allowed: {allowed}")
+    return root
 
 
 def put_beside(checkout: Path, name: str, folder: Path) -> None:

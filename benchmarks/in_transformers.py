@@ -241,7 +241,7 @@ def main() -> int:
     arguments.add_argument("--output", type=Path, help="write the rows as JSON")
     options = arguments.parse_args()
     if importlib.util.find_spec("transformers") is None:
-        arguments.exit(3, "Error: no transformers here; run: pip install 'megamoe-jit[transformers]'\n")
+        arguments.exit(3, "Error: no transformers here; run, in the checkout: pip install '.[transformers]'\n")
     device = hopper(arguments)
     import transformers
 

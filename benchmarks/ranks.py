@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import megamoe_jit as mm
-from benchmarks.beside import PACKAGE, module, put_beside
+from benchmarks.beside import PACKAGE, another_checkout, module, put_beside
 from benchmarks.checkout import commit
 from benchmarks.frame import parser, say
 from megamoe_jit._bench.clock import TimedCall, anchors
@@ -37,6 +37,7 @@ from megamoe_jit._bench.conditions import environment, write
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, kernel_of, some_rows
 from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import touched_experts
+from megamoe_jit._check.collect import refusal
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import judge
@@ -274,17 +275,20 @@ def run(
 
 
 def main() -> int:
-    """Measure and print; 1 if an output is wrong."""
+    """Measure and print; 1 if an output is wrong, 3 without as many GPUs."""
     arguments = parser(__doc__)
     arguments.add_argument("--shapes", default=",".join(SHAPES))
     arguments.add_argument("--tokens", default=",".join(map(str, DEFAULT_TOKENS)))
     arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--weight-format", default=f"{FP8.name},{MXFP4.name}", help="packed ones: few tokens alone")
-    arguments.add_argument("--before", type=Path, help="a checkout whose code takes turns")
+    arguments.add_argument("--before", type=another_checkout, help="a checkout whose code takes turns")
     arguments.add_argument("--output", type=Path, help="write the rows as JSON")
     options = arguments.parse_args()
     presets = [preset(name) for name in options.shapes.split(",")]
     tokens, formats = [int(count) for count in options.tokens.split(",")], options.weight_format.split(",")
+    reason = refusal(options.ranks)
+    if reason:  # before kernels are compiled for minutes
+        arguments.exit(3, f"Error: {reason}\n")
     with tempfile.TemporaryDirectory(prefix="megamoe-jit-before-") as folder:
         packages = [PACKAGE]
         if options.before is not None:

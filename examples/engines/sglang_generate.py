@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-all-to-all", action="store_true", help="SGLang brings tokens to experts, not the kernel")
     given = parser.parse_args(arguments)
     if importlib.util.find_spec("sglang") is None:
-        print("sglang_generate.py: there is no SGLang; next: pip install 'megamoe-jit[sglang]'", file=sys.stderr)
+        print("sglang_generate.py: there is no SGLang; next: pip install '.[cu13,sglang]'", file=sys.stderr)
         return 3
     print(PROMPT + generate(given.model, given.gpus, given.no_all_to_all))
     return 0

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="that share the model")
     given = parser.parse_args(arguments)
     if importlib.util.find_spec("vllm") is None:
-        print("vllm_generate.py: there is no vLLM; next: pip install 'megamoe-jit[vllm]'", file=sys.stderr)
+        print("vllm_generate.py: there is no vLLM; next: pip install '.[cu13,vllm]'", file=sys.stderr)
         return 3
     print(PROMPT + generate(given.model, given.gpus))
     return 0

@@ -158,7 +158,7 @@ class AnsweringGroup(click.Group):
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] == "megamoe_jit":
                 raise
-            advice = "; pip install 'megamoe-jit[bench]' brings it" if error.name == "matplotlib" else ""
+            advice = "; run: pip install 'matplotlib>=3.9'" if error.name == "matplotlib" else ""
             say(f"Error: this needs the Python package {error.name!r}, which is not installed{advice}")
             ctx.exit(ExitCode.ENVIRONMENT)
         except (KeyboardInterrupt, click.Abort):  # Ctrl-C; at a question click makes it an Abort

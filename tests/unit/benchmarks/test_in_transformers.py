@@ -124,4 +124,4 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, capsys: pytes
     with pytest.raises(SystemExit) as stop:
         lab.main()
     assert stop.value.code == 3
-    assert "pip install 'megamoe-jit[transformers]'" in capsys.readouterr().err
+    assert "pip install '.[transformers]'" in capsys.readouterr().err

@@ -177,6 +177,7 @@ def test_the_document(packages, monkeypatch, tmp_path: Path, capsys: pytest.Capt
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(on_ranks, "collect", collect)
     monkeypatch.setattr(ranks, "warm", lambda *given: warmed.append(given[1:]))
+    monkeypatch.setattr(ranks, "refusal", lambda count: "")
     words = ["--shapes", "tiny", "--tokens", "16,24", "--before", str(older), "--output", str(output)]
     words += ["--weight-format", formats]
     monkeypatch.setattr(sys, "argv", ["ranks.py", *words])
