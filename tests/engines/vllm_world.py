@@ -144,7 +144,7 @@ class VllmWorld:
         manager = SimpleNamespace(
             expert_map=table.to(self.device) if parallel.ep_size > 1 else None, expert_mask=None,
             use_ep=parallel.use_ep,
-            placement_strategy="linear", routing_tables=None, local_num_experts=len(local),
+            placement_strategy=options.pop("placement", "linear"), routing_tables=None, local_num_experts=len(local),
             map_global_to_local=lambda e: e - local.start if e in local else -1, tp_size=parallel.tp_size,
             tp_rank=parallel.tp_rank, ep_size=parallel.ep_size, ep_rank=parallel.ep_rank,
         )  # fmt: skip

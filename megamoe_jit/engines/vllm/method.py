@@ -92,6 +92,10 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
             f"{moe.num_experts} experts; allowed: as many on each rank",
         ),
         (
+            across and layer.expert_placement_strategy != "linear",
+            f"--expert-placement-strategy {layer.expert_placement_strategy}; allowed: linear, which is vLLM's default",
+        ),
+        (
             parallel.use_batched_activation_format,
             f"--all2all-backend {parallel.all2all_backend}; allowed: allgather_reducescatter, which is not used",
         ),

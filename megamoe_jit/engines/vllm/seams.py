@@ -84,6 +84,7 @@ SEAMS = (
         for name in ("use_all2all_kernels", "use_batched_activation_format", "ep_size", "ep_rank")
     ),
     Seam(f"{_MOE}.routed_experts", "RoutedExperts.expert_map", "called"),
+    Seam(f"{_MOE}.routed_experts", "RoutedExperts.update_expert_map_info"),
     Seam(f"{_MOE}.fused_moe_method_base", "FusedMoEMethodBase"),
     Seam(f"{_MOE}.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"),
     Seam(f"{_QUANT}.utils.quant_utils", "kFp8Static128BlockSym"),

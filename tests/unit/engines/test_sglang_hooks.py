@@ -34,7 +34,9 @@ def layer(seed=0):
     tensors = {
         name: torch.nn.Parameter(each.clone(), requires_grad=False) for name, each in zip(names, l1 + l2, strict=True)
     }
-    return SimpleNamespace(**tensors), l1, l2
+    plain = dict.fromkeys(("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"))
+    config = SimpleNamespace(activation="silu", is_gated=True, apply_router_weight_on_input=False, **plain)
+    return SimpleNamespace(**tensors, moe_runner_config=config), l1, l2
 
 
 def original(*args, **kwargs):
