@@ -96,6 +96,40 @@ class TestOneRank:
         assert torch.equal(run(layer, of), expected(of, l1, l2))
         assert [each.data_ptr() for each in layer.parameters()] == before
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_weights_that_vllm_reloads(self, world, packed):
+        """Layer by layer, as `reload_weights` and its weight transfer do it: graphs know the addresses."""
+        reload = world.module("model_executor.model_loader.reload.layerwise")
+        draw = packed_experts if packed else experts
+
+        def on_disk(seed):
+            pairs = draw(SHAPE, seed)
+            return [(codes.view(torch.int8), scales) for codes, scales in pairs] if packed else pairs
+
+        layer = world.layer(world.chosen(NAME, FP8, "deepseek_v4" if packed else None), world.moe_config(SHAPE))
+        with torch.device("cpu"):
+            reload.record_metadata_for_reloading(layer)
+            world.load(layer, *on_disk(0))
+            before = [each.data_ptr() for each in layer.parameters()]
+            for seed in (1, 2):
+                reload.initialize_layerwise_reload(layer)
+                world.load_into(layer, *on_disk(seed))
+                reload.finalize_layerwise_reload(layer, None)
+                of = batch(9, SHAPE)
+                assert torch.equal(run(layer, of), expected(of, *draw(SHAPE, seed)))
+        assert [each.data_ptr() for each in layer.parameters()] == before
+
+    def test_weights_that_are_loaded_over_those_of_a_layer_are_refused(self, world):
+        """By a program that calls a model's `load_weights` and knows nothing of the order that they are in."""
+        layer, l1, l2 = loaded(world)
+        with pytest.raises(ConfigError, match=r"Next: reload_weights\(\)"):
+            world.load_into(layer, *experts(SHAPE, seed=1))
+        of = batch(9, SHAPE)
+        assert torch.equal(run(layer, of), expected(of, l1, l2))
+        loader = layer.w13_weight.weight_loader
+        assert loader.supports_moe_loading
+        assert loader.__self__ is layer  # vLLM takes methods of a layer from its parameters, lest they hold it
+
     def test_weights_that_vllm_copies_as_it_offloads_them(self, world):
         """To the CPU and back, or into a buffer that layers share: each is other memory."""
         layer, l1, l2 = loaded(world)

@@ -56,6 +56,14 @@ def test_ways_to_run_a_batch_that_it_does_not_know_are_refused(world, asked, sai
         world.layer(world.chosen(NAME, FP8), world.moe_config(SHAPE))
 
 
+@pytest.mark.parametrize("named", ["sharded_state", "tensorizer"])
+def test_weights_as_a_process_left_them_are_refused(world, named):
+    """In the kernel's order, they would be brought into it once more."""
+    world.loading.load_format = named
+    with pytest.raises(ConfigError, match=f"--load-format {named}"):
+        world.layer(world.chosen(NAME, FP8), world.moe_config(SHAPE))
+
+
 def test_experts_that_are_placed_round_robin_are_refused(world):
     moe = world.moe_config(SHAPE, ranks=2, dp=2, ep=True)
     with pytest.raises(ConfigError, match="--expert-placement-strategy round_robin"):
