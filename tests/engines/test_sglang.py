@@ -207,6 +207,14 @@ class TestMegaMoE:
         world.module("runtime_context").get_platform = lambda: SimpleNamespace(is_sm90=sm90)
         assert world.module("arg_groups.mega_moe_hook").mega_moe_needs_token_budget(model, checkpoint, None) is asked
 
+    def test_weights_as_another_process_left_them_stay_with_sglang(self, world, caplog):
+        """SGLang writes them over what it has processed: in whichever order they are."""
+        world.model.load_format = "sharded_state"
+        with caplog.at_level(logging.WARNING, "megamoe_jit"):
+            layer, *_ = loaded(world)
+        assert held_by(layer) is None
+        assert "--load-format sharded_state; allowed: checkpoints" in caplog.text
+
     def test_a_layer_that_computes_something_else_stays_with_sglang(self, world, caplog):
         with caplog.at_level(logging.WARNING, "megamoe_jit"):
             layer, *_ = loaded(world, gemm1_alpha=1.7)

@@ -124,6 +124,12 @@ def test_another_gpu_is_refused(world):
         world.layer(SHAPE)
 
 
+def test_weights_as_another_process_left_them_are_refused(world):
+    world.model.load_format = "sharded_state"
+    with pytest.raises(ConfigError, match="--load-format sharded_state"):
+        world.layer(SHAPE)
+
+
 def test_weights_that_ranks_exchange_later_are_refused(world):
     world.parallel.dwdp_size = 2
     with pytest.raises(ConfigError, match="--dwdp-size"):

@@ -139,7 +139,7 @@ def _refusals(method: Any, layer: Any, config: Any) -> list[str]:
         ),
         (bool(shape := _no_shape(layer, config)), shape),
     )
-    return [*weights.other_sums(config), *(reason for found, reason in checks if found)]
+    return [*weights.other_sums(config), *weights.left_by_another(), *(reason for found, reason in checks if found)]
 
 
 def _no_shape(layer: Any, config: Any) -> str:

@@ -22,6 +22,7 @@ SHARED = (
     Seam(f"{_QUANT}.base_config", "QuantizeMethodBase.restore_weights_before_loading", "wrapped", ("self", "layer")),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.process_weights_after_loading", "wrapped", ("self", "layer")),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.apply", "wrapped", ("self", "layer", "dispatch_output")),
+    Seam("sglang.srt.runtime_context", "get_model", "called"),
     *(
         Seam(f"{_MOE}.moe_runner.base", f"MoeRunnerConfig.{name}")
         for name in ("activation", "is_gated", "apply_router_weight_on_input")

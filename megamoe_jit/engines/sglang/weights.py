@@ -24,6 +24,7 @@ __all__ = [
     "give_back",
     "held_by",
     "hook",
+    "left_by_another",
     "on_hopper",
     "other_sums",
     "shared_among_packed",
@@ -34,6 +35,7 @@ __all__ = [
 _HELD = "_megamoe_jit_held"  #: of a layer
 RUN = "_megamoe_jit_run"  #: of a layer, where SGLang's usual call of its experts is ours: of the method and a batch
 _CODES, _SCALES = ("w13_weight", "w2_weight"), ("w13_weight_scale_inv", "w2_weight_scale_inv")
+_AS_LEFT = ("sharded_state", "remote", "remote_instance")  #: formats of weights that are written over processed ones
 _FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
 _LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 
@@ -67,6 +69,13 @@ def other_sums(config: Any) -> list[str]:
         (any(each is not None for each in gemm1), "alpha, beta or a limit of gemm1; allowed: swiglu_limit"),
     )
     return [reason for found, reason in checks if found]
+
+
+def left_by_another() -> list[str]:
+    """Why weights that SGLang reads cannot be taken over: as another process left them, in an order of its own."""
+    named = getattr(importlib.import_module("sglang.srt.runtime_context").get_model(), "load_format", None)
+    allowed = "checkpoints, whose weights are in an order that is known"
+    return [f"--load-format {name}; allowed: {allowed}" for name in _AS_LEFT if name == named]
 
 
 def take(layer: Any) -> HeldExperts:
@@ -122,7 +131,7 @@ def give_back(layer: Any) -> None:
 
 def try_to_take(layer: Any) -> HeldExperts | None:
     """`take`, or one warning and None."""
-    reasons = other_sums(layer.moe_runner_config)
+    reasons = other_sums(layer.moe_runner_config) + left_by_another()
     if not reasons:
         try:
             return take(layer)
