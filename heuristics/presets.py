@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -18,6 +20,7 @@ __all__ = ["Preset", "parse_shapes", "preset", "preset_names"]
 
 _FILE = Path(__file__).with_name("presets.toml")
 _OR_A_FILE = ", or a .toml file"
+_OR_A_MODEL = ", a .toml file, or a model's folder or config.json"
 _SIZES = ("hidden", "intermediate", "experts", "topk")
 _TYPES = {int: "an integer", str: "a string", list: "a list of strings"}
 _OPTIONAL = {"shared": int, "source": str, "ranks": int, "ranks_why": str, "config": str, "differs": list, "note": str}
@@ -110,12 +113,13 @@ def _named(name: str, more: str) -> Preset:
     raise ConfigError(f"unknown shape {shown(name)}; {hint}allowed: {', '.join(known)}{more}")
 
 
-def parse_shapes(text: str) -> tuple[Preset, ...]:
+def parse_shapes(text: str, model: Callable[[str], Preset] | None = None) -> tuple[Preset, ...]:
     """Read a ``--shapes`` value.
 
     Args:
         text: Comma-separated preset names, ``all``, or paths of ``.toml`` files laid out like
-            ``presets.toml``.
+            ``presets.toml``; with `model`, of folders and ``.json`` files too.
+        model: What reads the layer of a model from its folder or configuration. A preset's name is never such a path.
 
     Returns:
         The shapes in the order they were named, each once.
@@ -125,6 +129,7 @@ def parse_shapes(text: str) -> tuple[Preset, ...]:
     """
     if not isinstance(text, str):
         raise ConfigError(f"shapes = {shown(text)} is not supported; allowed: names and .toml files in one string")
+    more = _OR_A_FILE if model is None else _OR_A_MODEL
     found: dict[str, tuple[Preset, str]] = {}
     for item in (part.strip() for part in text.split(",")):
         if not item:
@@ -134,8 +139,10 @@ def parse_shapes(text: str) -> tuple[Preset, ...]:
             shapes, where = [*_presets().values()], "`shapes ls`"
         elif item.endswith(".toml"):
             shapes = [*_read(Path(item)).values()]
+        elif model is not None and item not in _presets() and _may_be_a_model(item):
+            shapes = [model(item)]
         else:
-            shapes, where = [_named(item, _OR_A_FILE)], "`shapes ls`"
+            shapes, where = [_named(item, more)], "`shapes ls`"
         for shape in shapes:
             before, place = found.setdefault(shape.name, (shape, where))
             if _sizes(before) != _sizes(shape):
@@ -144,8 +151,13 @@ def parse_shapes(text: str) -> tuple[Preset, ...]:
                     f"{_sizes(shape)} in {where}; rename one"
                 )
     if not found:
-        raise ConfigError(f"no shape in {text!r}; allowed: {', '.join(_presets())}{_OR_A_FILE}")
+        raise ConfigError(f"no shape in {text!r}; allowed: {', '.join(_presets())}{more}")
     return tuple(shape for shape, _ in found.values())
+
+
+def _may_be_a_model(item: str) -> bool:
+    """Whether it is a path as models have them; that of a folder must be there, since it looks like a name."""
+    return item.endswith(".json") or ("\0" not in item and os.path.isdir(item))
 
 
 def _sizes(entry: Preset) -> str:

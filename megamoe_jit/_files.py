@@ -54,8 +54,8 @@ def read_plain(path: str | os.PathLike[str], limit: int = SMALL) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], limit: int = SMALL) -> str:
-    """As `read_plain`, decoded; `UnicodeDecodeError` if it is not UTF-8."""
-    return read_plain(path, limit).decode("utf-8")
+    """As `read_plain`, decoded, without the mark that some editors put in front; `UnicodeDecodeError` if not UTF-8."""
+    return read_plain(path, limit).decode("utf-8-sig")
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:

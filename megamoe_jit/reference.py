@@ -25,6 +25,7 @@ from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_
 from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import dequantize_activations, quantize_activations, require_tensor
 from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
+from megamoe_jit._spec.checks import check, check_float32
 from megamoe_jit._text import shown
 
 __all__ = ["activate", "calc_diff", "expert_counts", "moe_reference", "row_diffs", "swiglu", "with_shared_experts"]
@@ -143,12 +144,20 @@ def with_shared_experts(
         int64 and the dtype of `topk_weights`, ``[T, K + num_shared_experts]``.
 
     Raises:
-        ConfigError: an argument is not supported, or the ranks cannot share the experts evenly.
+        ConfigError: an argument is not supported, ids and weights do not fit each other, or the ranks cannot share the
+            experts evenly.
     """
     _check_ids(topk_idx)
     require_tensor("topk_weights", topk_weights)
-    for name, number in (("num_experts", num_experts), ("num_shared_experts", num_shared_experts)):
+    if topk_idx.ndim != 2 or topk_weights.shape != topk_idx.shape or topk_weights.device != topk_idx.device:
+        given = f"topk_idx is {tuple(topk_idx.shape)} on {topk_idx.device}"
+        given = f"{given}, topk_weights {tuple(topk_weights.shape)} on {topk_weights.device}"
+        raise ConfigError(f"{given}; allowed: [tokens, topk], both alike")
+    sizes = {"num_experts": num_experts, "num_shared_experts": num_shared_experts, "rank": rank, "ranks": ranks}
+    for name, number in sizes.items():
         check_int(name, number)
+        check(number <= MAX_EXPERTS, name, number, f"at most {MAX_EXPERTS}")
+    shared_weight = check_float32("shared_weight", shared_weight)
     if ranks < 1 or num_experts < 1 or num_experts % ranks or not 0 <= rank < ranks or num_shared_experts < 0:
         given = f"{num_experts} experts and {num_shared_experts} shared ones, rank {rank} of {ranks}"
         raise ConfigError(f"{given}; allowed: experts that the ranks share evenly")

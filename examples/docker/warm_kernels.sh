@@ -2,7 +2,7 @@
 # Fills a directory with compiled kernels that every user of an image can read; needs no GPU.
 #
 # Run:   warm_kernels.sh SHAPES TARGET [more options of warmup, such as --ranks 8]
-#        SHAPES is what `megamoe-jit warmup --shapes` takes: names, or a .toml file; TARGET becomes the directory.
+#        SHAPES is what `megamoe-jit warmup --shapes` takes: names, .toml files, models' config.json; TARGET becomes the directory.
 # Seen:  the table of `warmup`, how many kernels the pack holds and how many were imported, and exit code 0.
 # Needs: NVRTC; without it, exit code 3 and what to install. PYTHON names the interpreter, else python3.
 set -eu

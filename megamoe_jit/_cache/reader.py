@@ -151,20 +151,18 @@ class EntryReader:
         """Keys and directories of all entries, whole or not."""
         folders = list[tuple[str, str]]()
         try:
-            groups = [
-                each
-                for each in os.scandir(self.path)
-                if len(each.name) == 2 and each.is_dir(follow_symlinks=self.read_only)
-            ]
+            with os.scandir(self.path) as found:
+                groups = [each for each in found if len(each.name) == 2]
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 self._unreadable(error)
             return folders
         for group in groups:
-            with contextlib.suppress(OSError):
-                for each in os.scandir(group.path):
-                    if each.name.startswith(group.name) and is_key(each.name):
-                        folders.append((each.name, each.path))
+            with contextlib.suppress(OSError):  # of one alone, as where it is a circle of links
+                if group.is_dir(follow_symlinks=self.read_only):
+                    with os.scandir(group.path) as found:
+                        keys = [each for each in found if each.name.startswith(group.name) and is_key(each.name)]
+                    folders += [(each.name, each.path) for each in keys]
         return folders
 
     def _unreadable(self, error: OSError) -> None:

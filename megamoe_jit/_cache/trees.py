@@ -91,9 +91,10 @@ def tree_bytes(folder: Path) -> int:
     with contextlib.suppress(OSError):
         if not is_directory(folder):
             return os.lstat(folder).st_size
-        for item in os.scandir(folder):
-            with contextlib.suppress(OSError):
-                size += item.stat(follow_symlinks=False).st_size
+        with os.scandir(folder) as found:
+            for item in found:
+                with contextlib.suppress(OSError):
+                    size += item.stat(follow_symlinks=False).st_size
     return size
 
 
@@ -102,8 +103,9 @@ def _copy_files(source: Path, target: Path) -> None:
     import shutil
 
     os.mkdir(target, 0o700)
-    for item in os.scandir(source):
-        if item.is_file(follow_symlinks=False):
-            copy = target / item.name
-            with open(os.open(item.path, _READ), "rb") as old, open(os.open(copy, _WRITE, 0o600), "wb") as new:
-                shutil.copyfileobj(old, new)
+    with os.scandir(source) as found:
+        files = [item for item in found if item.is_file(follow_symlinks=False)]
+    for item in files:
+        copy = target / item.name
+        with open(os.open(item.path, _READ), "rb") as old, open(os.open(copy, _WRITE, 0o600), "wb") as new:
+            shutil.copyfileobj(old, new)

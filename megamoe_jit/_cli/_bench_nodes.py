@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from megamoe_jit._cli._io import progress_line, show, table
+from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._text import counted
 
@@ -48,9 +49,8 @@ def measured_on_nodes(
         MegaMoeError: a rank failed; says what all of them said.
     """
     from megamoe_jit._device.driver import refuse_without_gpu
-    from megamoe_jit.heuristics.presets import parse_shapes
 
-    presets, counts = parse_shapes(names), tokens or DEFAULT_TOKENS
+    presets, counts = named_shapes(names, weights), tokens or DEFAULT_TOKENS
     refuse_without_gpu()
     from megamoe_jit._bench.documents import Bench
     from megamoe_jit._bench.documents_nodes import NodesRow

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
@@ -55,7 +56,8 @@ _SHAPE_OPTIONS = (
         "names",
         metavar="NAME[,NAME...]",
         shell_complete=complete_shape,
-        help="Shapes by name (see `shapes ls`), `all`, or .toml files with a table per shape.",
+        help="Shapes by name (see `shapes ls`), `all`, .toml files with a table per shape, or models' folders or "
+        "config.json.",
     ),
     click.option("--hidden", type=int, help="Hidden size, instead of --shapes."),
     click.option("--intermediate", type=int, help="Intermediate size of one expert."),
@@ -85,22 +87,21 @@ def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "topk": topk}
-        return command(shapes=_with_shared(_shapes(names, sizes), shared), **others)
+        return command(shapes=_with_shared(_shapes(names, sizes, others.get("weights")), shared), **others)
 
     for option in reversed(_SHAPE_OPTIONS):
         with_shapes = option(with_shapes)
     return with_shapes
 
 
-def _shapes(names: str | None, sizes: dict[str, int | None]) -> dict[str, MoEShape]:
+def _shapes(names: str | None, sizes: dict[str, int | None], weights: str | None) -> dict[str, MoEShape]:
     from megamoe_jit._spec import MoEShape
-    from megamoe_jit.heuristics.presets import parse_shapes
 
     given = {name: size for name, size in sizes.items() if size is not None}
     if names is not None:
         if given:
             raise click.UsageError(f"--shapes and --{next(iter(given))} exclude each other.")
-        return {p.name: p.shape for p in parse_shapes(names)}
+        return {p.name: p.shape for p in named_shapes(names, weights)}
     if len(given) != len(sizes):
         raise click.UsageError("Name the shapes: --shapes NAME, or all of --hidden --intermediate --experts --topk.")
     shape = MoEShape(**given)

@@ -11,6 +11,7 @@ import click
 
 from megamoe_jit._cli._bench_nodes import measured_on_nodes, print_nodes, refuse_with_nodes
 from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
+from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._cli._nodes import nodes_options
 from megamoe_jit._cli._options import timed_shapes_option, timed_tokens_option, weight_format_option
 from megamoe_jit._cli._ranks import bench_document, print_others, rank_count, run_ranks_option
@@ -144,9 +145,8 @@ def measured(
         With its rows held against the card's limit; None where torchrun runs another rank that reports.
     """
     from megamoe_jit._device.driver import refuse_without_gpu
-    from megamoe_jit.heuristics.presets import parse_shapes
 
-    presets = parse_shapes(names)
+    presets = named_shapes(names, weights)
     refuse_without_gpu()
     from megamoe_jit._bench import measure as _bench
     from megamoe_jit._bench.derived import add_limits, choice_quality

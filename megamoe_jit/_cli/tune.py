@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
+from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FP8
@@ -110,10 +111,9 @@ def tune(
     Exit code 0, 1 if an output is wrong, 3 without a Hopper GPU.
     """
     _refuse_early(data, measure, target, write_table)
-    from megamoe_jit.heuristics.presets import parse_shapes
     from megamoe_jit.heuristics.tables import check_choices
 
-    presets = parse_shapes(names)
+    presets = named_shapes(names)
     check_choices(lags or (), rows or ())
     if measure:
         from megamoe_jit._device.driver import refuse_without_gpu

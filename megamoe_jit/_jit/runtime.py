@@ -20,7 +20,8 @@ from megamoe_jit._jit.kernel import CompiledKernel
 from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.registry import registry
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat
+from megamoe_jit._spec import FP8, KernelSpec, MoEShape, Variant, WeightFormat, check_flag
+from megamoe_jit._spec.checks import check_callback
 from megamoe_jit._spec.compilable import Compilable
 from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.kinds import AnySpec
@@ -159,13 +160,13 @@ def warmup(
         not), `ok` and `seconds`.  Failures are results too, not exceptions.
 
     Raises:
-        ConfigError: these are not specs, or `jobs` is not a number of threads.
+        ConfigError: these are not specs, or another argument is not what it must be.
     """
     todo = _distinct(specs)
     if jobs is not None and (type(jobs) is not int or jobs < 1):
         raise ConfigError(f"jobs = {shown(jobs)} is not supported; allowed: an integer from 1, or None")
-    if progress is not None and not callable(progress):
-        raise ConfigError(f"progress = {shown(progress)} is not supported; allowed: a function of a result, or None")
+    check_callback("progress", progress)
+    check_flag("force", force)
     results: dict[Compilable, WarmupResult] = {}
     workers = max(1, min(jobs or get_settings().jobs, len(todo) or 1))
     stop = threading.Event()

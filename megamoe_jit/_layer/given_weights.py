@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import require_tensor
@@ -35,6 +36,7 @@ __all__ = [
     "readable_scales",
     "refuse_nan",
     "require_tensors",
+    "require_values",
     "stacked",
     "written_parts",
 ]
@@ -111,6 +113,13 @@ def written_parts(given: WeightTensors, weights: WeightFormat) -> list[torch.Ten
     return [stacked(as_bytes(each)) for each in (given[:2] if weights.group else given[:1])]
 
 
+def require_values(name: str, tensor: torch.Tensor) -> None:
+    """Raise `ConfigError` where a tensor has a shape alone, as those of meta and of `FakeTensorMode`."""
+    odd = "FakeTensor" if isinstance(tensor, FakeTensor) else "tensor on meta" if tensor.device.type == "meta" else ""
+    if odd:
+        raise ConfigError(f"{name}: a {odd} given, which holds no values; allowed: a tensor on a device with memory")
+
+
 def _check_matrix(name: str, given: WeightTensors, weights: WeightFormat) -> None:
     codes, *others = given
     if codes.ndim not in (2, 3):
@@ -123,8 +132,7 @@ def _check_matrix(name: str, given: WeightTensors, weights: WeightFormat) -> Non
         raise ConfigError(f"{given_shape}; allowed: N and K multiples of 128{packed}")
     names = [part.name for part in weights.parts(n, k) if part.name != "codes"]
     for what, tensor in zip(("weights", *names), given, strict=False):
-        if tensor.device.type == "meta":
-            raise ConfigError(f"{name} {what} are on meta, which holds no values; allowed: a device with memory")
+        require_values(f"{name} {what}", tensor)
     for part, tensor in zip(weights.parts(n, k)[1:], others, strict=False):
         _check_part(f"{name} {part.name}", tensor, (*lead, *part.shape), part.dtype, weights)
         if tensor.device != codes.device:

@@ -22,6 +22,7 @@ from megamoe_jit._layer.given_weights import (
     readable_scales,
     refuse_nan,
     require_tensors,
+    require_values,
 )
 from megamoe_jit._layer.marks import require_marked, require_plain, spans
 from megamoe_jit._layer.mxfp4 import absolute_exponents
@@ -153,6 +154,7 @@ def check_matrix(name: str, weights: torch.Tensor | WeightTensors, most: int = 2
         raise ConfigError(f"{name} has dtype {weights.dtype}; allowed: {FLOATING}, or a pair of codes and scales")
     if weights.ndim != 3:
         raise ConfigError(f"{name} has {weights.ndim} dimensions; allowed: 3")
+    require_values(name, weights)
     return weights
 
 
@@ -230,8 +232,6 @@ def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTenso
     `rounded` says that values that the format of the layer does not keep are to be rounded, not refused.
     """
     matrix, stored = check_matrix(name, given), format_of(name, held)
-    if matrix.device.type == "meta":
-        raise ConfigError(f"{name} is on meta, which holds no values; allowed: a device with memory")
     check_format(name, given, stored)
     if matrix.shape != held[0].shape:
         raise ConfigError(f"{name} has shape {tuple(matrix.shape)}; allowed: {tuple(held[0].shape)}, the layer's")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any
 
 import torch
@@ -25,8 +23,8 @@ from megamoe_jit._nodes.gather import GatherExchange
 from megamoe_jit._nodes.model import CTAS_ALONE, CTAS_BESIDE, NETWORK, ONE_HOST
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, MoEShape, check_int
-from megamoe_jit._spec.checks import check
+from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, check_int
+from megamoe_jit._spec.checks import check, check_float32
 
 __all__ = ["fp8_mega_moe_multinode", "get_multinode_buffer_for_mega_moe"]
 
@@ -92,7 +90,9 @@ def get_multinode_buffer_for_mega_moe(
         shape = MoEShape(*sizes)
         check_int("num_max_tokens_per_rank", num_max_tokens_per_rank)
         check_int("max_pool_rows", max_pool_rows)
-        check(num_max_tokens_per_rank > 0, "num_max_tokens_per_rank", num_max_tokens_per_rank, "1 or more")
+        most = MAX_TOKENS * MOST_CHUNKS  # of launches that are as large as can be
+        fits = 0 < num_max_tokens_per_rank <= most
+        check(fits, "num_max_tokens_per_rank", num_max_tokens_per_rank, f"1 to {most}")
         _check_ways(exchange, partial, chunks, comm_ctas, patience)
         check(patience < deadline, "timeout_s", patience, f"less than a kernel's deadline, {deadline:g} s")
         ranks = topology.world_size
@@ -126,7 +126,7 @@ def get_multinode_buffer_for_mega_moe(
     return MultiNodeBuffer(topology, rule.shape, num_max_tokens_per_rank, where, choices, **more)
 
 
-def _check_ways(exchange: object, partial: object, chunks: object, comm_ctas: object, timeout_s: object) -> None:
+def _check_ways(exchange: object, partial: object, chunks: object, comm_ctas: object, timeout_s: Any) -> None:
     named = isinstance(exchange, str) and exchange in BY_NAME
     ways = all(callable(getattr(exchange, name, None)) for name in ("dispatch", "combine", "most_rows"))
     check(
@@ -134,11 +134,10 @@ def _check_ways(exchange: object, partial: object, chunks: object, comm_ctas: ob
     )
     check(isinstance(partial, str) and partial in PARTIALS, "partial", partial, "bf16 or fp32")
     counted = type(chunks) is int and 1 <= chunks <= MOST_CHUNKS
-    check(counted or chunks == "auto", "chunks", chunks, f"1 to {MOST_CHUNKS}, or auto")
+    check(counted or (isinstance(chunks, str) and chunks == "auto"), "chunks", chunks, f"1 to {MOST_CHUNKS}, or auto")
     counted = comm_ctas is None or (type(comm_ctas) is int and 1 <= comm_ctas <= MOST_CTAS)
     check(counted, "comm_ctas", comm_ctas, f"1 to {MOST_CTAS}")
-    real = isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool)
-    check(real and 0 < float(timeout_s) < math.inf, "timeout_s", timeout_s, "seconds, above 0")  # type: ignore[arg-type]
+    check(check_float32("timeout_s", timeout_s) > 0, "timeout_s", timeout_s, "seconds, above 0")
 
 
 def fp8_mega_moe_multinode(

@@ -17,7 +17,7 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode, get_multinode_buffer_for_mega_moe
 from megamoe_jit._nodes.ranks import NodeRanks
-from megamoe_jit._spec import MoEShape
+from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._text import shown
 
 __all__ = ["NodeTopology", "NodesLease"]
@@ -112,15 +112,17 @@ def lease_of(
         ConfigError: the buffer that was given does not fit, or the workspace is none of these.
         MegaMoeError: as `get_multinode_buffer_for_mega_moe`; or the buffer is not usable any more.
     """
+    check_int("max_tokens", max_tokens)
     whole = replace(shape, experts=shape.experts * topology.world_size)
     if isinstance(workspace, MultiNodeBuffer):
         workspace.require_usable()
         fits = workspace.shape == whole and workspace.topology is topology and workspace.device == device
         if not fits or max_tokens > workspace.num_max_tokens_per_rank:
             given = f"a buffer for {workspace.num_max_tokens_per_rank} tokens of {workspace.shape}"
-            raise ConfigError(f"workspace: {given}; allowed: {max_tokens} tokens or more of {whole}, of this topology")
+            wanted = f"{shown(max_tokens)} tokens or more of {whole}"
+            raise ConfigError(f"workspace: {given}; allowed: {wanted}, of this topology")
         return NodesLease(workspace, "given", shape, weakref.WeakSet())
-    if workspace not in ("shared", "own"):
+    if not isinstance(workspace, str) or workspace not in ("shared", "own"):
         allowed = "'shared', 'own', or a MultiNodeBuffer"
         raise ConfigError(f"workspace = {shown(workspace)} is not supported with a topology; allowed: {allowed}")
     key = (whole, max_tokens, device)
@@ -130,7 +132,7 @@ def lease_of(
         buffer, users = get_multinode_buffer_for_mega_moe(topology, *sizes, device=device), weakref.WeakSet()
         if workspace == "shared":
             shared[key] = buffer, users
-    return NodesLease(buffer, str(workspace), shape, users)
+    return NodesLease(buffer, workspace, shape, users)
 
 
 class NodeTopology(NodeRanks):

@@ -94,7 +94,7 @@ def read_file(
     """
     try:
         document = read_toml(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the home of some accounts is /dev/null
         if must_exist:
             raise ConfigError(f"settings file {path} (from {PREFIX}CONFIG) does not exist") from None
         return {}, {}, {}

@@ -145,13 +145,24 @@ def _user_dir(kind: str) -> Path | None:
 
 
 def default_cache_dir() -> Path:
-    """The per-user cache directory (follows `XDG_CACHE_HOME`); a temporary one for a user without a home."""
-    path = _user_dir("user_cache_dir")
-    if path is None:
-        import tempfile
+    """The per-user cache directory (follows `XDG_CACHE_HOME`); a temporary one for a user without a home.
 
-        path = Path(tempfile.gettempdir()) / f"megamoe-jit-{os.geteuid()}"
-    return path
+    In containers that run as any user, the home is often `/` or not there: then none can be made in it.
+    """
+    path = _user_dir("user_cache_dir")
+    if path is not None and _is_there_or_can_be_made(path):
+        return path
+    import tempfile
+
+    try:
+        return Path(tempfile.gettempdir()) / f"megamoe-jit-{os.geteuid()}"
+    except FileNotFoundError:  # nothing can be written here at all; whoever tries is told of the path
+        return path or Path("/tmp") / f"megamoe-jit-{os.geteuid()}"
+
+
+def _is_there_or_can_be_made(path: Path) -> bool:
+    nearest = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    return nearest == path or os.access(nearest, os.W_OK | os.X_OK)
 
 
 def default_config_file() -> Path:

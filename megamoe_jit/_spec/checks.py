@@ -9,7 +9,7 @@ from typing import Any
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._text import shown
 
-__all__ = ["check", "check_clamp", "check_fields", "check_flag", "check_float32", "check_int"]
+__all__ = ["check", "check_callback", "check_clamp", "check_fields", "check_flag", "check_float32", "check_int"]
 
 
 def check(ok: bool, what: str, value: object, allowed: str) -> None:
@@ -38,6 +38,11 @@ def check_int(what: str, value: object) -> None:
 def check_flag(what: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is True or False."""
     check(type(value) is bool, what, value, "True or False")
+
+
+def check_callback(what: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` can be called, or is None."""
+    check(value is None or callable(value), what, value, "a function, or None")
 
 
 def _as_float32(number: float) -> float:

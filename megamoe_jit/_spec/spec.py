@@ -32,7 +32,7 @@ from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._spec.shape import BLOCK, MAX_EXPERTS, MoEShape
 from megamoe_jit._spec.variants import Variant
 
-__all__ = ["DEFAULT_NUMERICS", "KernelSpec"]
+__all__ = ["DEFAULT_NUMERICS", "KernelSpec", "warmup_words"]
 
 TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
@@ -41,6 +41,19 @@ MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS, MAX_STAGES = 2, 8, 8
 _NAME = re.compile(
     r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})(?:_s(\d{1,9}))?_r(\d{1,9})((?:_[a-z0-9]+)*)"
 )
+
+
+def warmup_words(shape: MoEShape, ranks: int, weights: WeightFormat) -> str:
+    """Words of the command line that compile all kernels of a layer."""
+    words = [
+        f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
+        f"--topk {shape.topk} --ranks {ranks}",
+    ]
+    if shape.shared:
+        words.append(f"--shared {shape.shared}")
+    if weights is not FP8:
+        words.append(f"--weight-format {weights.name}")
+    return " ".join(words)
 
 
 @dataclass(frozen=True, init=False)
@@ -108,6 +121,10 @@ class KernelSpec:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields alone for another process, in which what is worked out of them, its hash above all, is another."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def _hash(self) -> int:
@@ -232,15 +249,7 @@ class KernelSpec:
         """
         if self.timeline:
             return f"inspect {self.kernel_name}"
-        shape = self.shape
-        words = [
-            f"warmup --hidden {shape.hidden} --intermediate {shape.intermediate} --experts {shape.experts}",
-            f"--topk {shape.topk} --ranks {self.ranks} --variant {self.variant.value}",
-        ]
-        if shape.shared:
-            words.append(f"--shared {shape.shared}")
-        if self.weights is not FP8:
-            words.append(f"--weight-format {self.weights.name}")
+        words = [warmup_words(self.shape, self.ranks, self.weights), f"--variant {self.variant.value}"]
         return " ".join([*words, *self.numerics.flags(), f"--inputs {self.inputs.value}"])
 
     @property

@@ -10,11 +10,13 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import check_clamp
 from megamoe_jit._text import shown
 
-__all__ = ["clamp_of", "experts_of", "refusal", "text_of", "topk_of"]
+__all__ = ["clamp_of", "experts_of", "refusal", "sizes_of", "text_of", "topk_of", "weight_format_of"]
 
 _SILU = ("silu", "swish")
 _TOPK = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+_HIDDEN = ("hidden_size",)
+_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 _INTEGERS = ("gptq", "awq", "auto-round", "autoround", "bitsandbytes", "hqq", "aqlm", "eetq", "quanto")
 _KNOWN = ("fp8", "fbgemm_fp8", "compressed-tensors", "deepseek", "megamoe", "none", "mxfp4")
 
@@ -45,6 +47,32 @@ def topk_of(config: Mapping[str, Any]) -> int | None:
 def experts_of(config: Mapping[str, Any]) -> int | None:
     """Experts of a layer; None where it does not say."""
     return _number(config, _EXPERTS)
+
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """Those of `MoEShape`, of the routed experts.
+
+    Raises:
+        ConfigError: it does not say one of them, as that of a model without experts.
+    """
+    named = {"hidden": _HIDDEN, "intermediate": _WIDTH, "experts": _EXPERTS, "topk": _TOPK}
+    found: dict[str, int] = {}
+    for size, names in named.items():
+        number = _number(config, names)
+        if number is None:
+            lacking = f"it has no {' or '.join(names)}, or no single number"
+            raise ConfigError(f"{lacking}; a layer of experts needs its {size}")
+        found[size] = number
+    return found
+
+
+def weight_format_of(config: Mapping[str, Any]) -> str:
+    """In which format a layer of this package has the experts, unless somebody asks for another: as they are stored."""
+    part = _text(config)
+    tables = [part, part.get("quantization_config"), config.get("quantization_config")]
+    names = ("expert_dtype", "quant_method")
+    said = {str(table.get(name)) for table in tables if isinstance(table, Mapping) for name in names}
+    return "mxfp4" if said & {"fp4", "mxfp4"} else "fp8"
 
 
 def clamp_of(config: Mapping[str, Any]) -> float | None:

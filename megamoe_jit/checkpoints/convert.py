@@ -23,6 +23,7 @@ import torch
 from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._files import file_sha256, read_text
 from megamoe_jit._layer.marks import LAYOUT
+from megamoe_jit._spec.checks import check_callback, check_flag
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.checkpoints.converted import FORMATS, Layer, config_of, layers_of
 from megamoe_jit.checkpoints.documents import Converted, ConvertedFile
@@ -85,6 +86,8 @@ def convert(
     """
     if not isinstance(weight_format, str) or weight_format not in FORMATS:
         raise ConfigError(f"format {shown(weight_format)} is not supported; allowed: {', '.join(FORMATS)}")
+    check_callback("report", report)
+    check_flag("lossy", lossy)
     files, folder = Files(source), place_of("target", target)
     if os.path.realpath(folder) == os.path.realpath(files.folder):
         raise ConfigError(f"{folder} is the source itself; allowed: another folder")

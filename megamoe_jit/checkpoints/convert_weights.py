@@ -15,6 +15,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import mxfp4
 from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
 from megamoe_jit._layer.quantize import dequantize_weights, quantize_weights
+from megamoe_jit._spec import check_flag
 from megamoe_jit._spec.formats import FP8, MXFP4
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.stored import Kind, StoredMatrix
@@ -80,6 +81,7 @@ def target_of(weight_format: str, kind: Kind, lossy: bool) -> Target:
     """
     if not isinstance(weight_format, str) or weight_format not in ("auto", *TARGETS):
         raise ConfigError(f"weight_format = {shown(weight_format)}; allowed: auto, {', '.join(TARGETS)}")
+    check_flag("lossy", lossy)
     chosen = weight_format if weight_format != "auto" else "mxfp4" if kind is Kind.MXFP4 else "fp8"
     if kind is Kind.FP8_CHANNEL and chosen != "bf16" and not lossy:
         raise ConfigError(

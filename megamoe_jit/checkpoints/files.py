@@ -8,6 +8,7 @@ other tensors; files may be cut short. Each of these is one `CheckpointError` th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -22,12 +23,14 @@ from megamoe_jit._text import first_line, shown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Files", "library", "place_of"]
+__all__ = ["CONFIG", "Entry", "Files", "library", "place_of", "read_config"]
 
-_INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+CONFIG = "config.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _INDEX_BYTES, _CONFIG_BYTES = 1 << 28, 1 << 22  #: a million tensors have an index of 100 MB
 _ENDING = ".safetensors"
-_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model"
+_ALLOWED = "a folder, an index (.json) or a .safetensors file of a model on this machine"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Entry(NamedTuple):
@@ -57,6 +60,8 @@ def place_of(name: str, path: object) -> Path:
         raise ConfigError(f"{name} = {shown(path)}; allowed: a path, as text or a pathlib.Path") from None
     if "\0" in str(place):
         raise ConfigError(f"{name} = {shown(str(place))}; allowed: a path without a NUL character")
+    if path == "":  # an unset variable of a script, not the working directory
+        raise ConfigError(f"{name} = ''; allowed: a path; '.' is the working directory")
     return place
 
 
@@ -69,6 +74,36 @@ def _is_there(place: Path) -> bool:
             return False
         raise CheckpointError(f"{shown(str(place), 200)} cannot be read: {error.strerror}") from None
     return True
+
+
+def _next_step(path: Path, otherwise: str) -> str:
+    """What to do about a file that cannot be read, though it is there."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return "name a path in UTF-8, which a link to the folder may have"
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would wait
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    return "it is what Git LFS leaves in a file's place: run `git lfs pull` in that folder"
+    return otherwise
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a model's `config.json` says; raises `CheckpointError` where it cannot be read."""
+    return _json(path, _CONFIG_BYTES)
+
+
+def _json(path: Path, limit: int) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(path, limit))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CheckpointError(f"{path} cannot be read: {reason}; {_next_step(path, 'fetch it again')}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
+    return found
 
 
 class Files:
@@ -89,6 +124,8 @@ class Files:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         place = place_of("path", path)
+        if place.name == CONFIG:
+            place = place.parent
         is_folder = os.path.isdir(place)
         if not is_folder and not _is_there(place):
             raise ConfigError(f"{shown(str(place), 200)} is not there; allowed: {_ALLOWED}")
@@ -98,7 +135,7 @@ class Files:
         self.folder = place if is_folder else place.parent
         self._opened: dict[str, Any] = {}
         self._where = self._find(place, is_folder)
-        self.config = self._json(_CONFIG, _CONFIG_BYTES) if _is_there(self.folder / _CONFIG) else {}
+        self.config = read_config(self.folder / CONFIG) if _is_there(self.folder / CONFIG) else {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -131,11 +168,12 @@ class Files:
                 name = _SINGLE if _SINGLE in single else single[0]
                 return dict.fromkeys(self._keys(name), name)
             found = f"{len(single)} safetensors files" if single else "no safetensors file"
-            raise CheckpointError(f"{place} has no {_INDEX} and {found}; allowed: an index, or one file")
+            inside = " (a folder in snapshots has them)" if (place / "snapshots").is_dir() else ""
+            raise CheckpointError(f"{place} has no {_INDEX} and {found}; allowed: an index, or one file{inside}")
         return self._from_index(index)
 
     def _from_index(self, index: str) -> dict[str, str]:
-        weight_map = self._json(index, _INDEX_BYTES).get("weight_map")
+        weight_map = _json(self.folder / index, _INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise CheckpointError(f"{self.folder / index} has no weight_map; allowed: a file for each tensor")
         for name, file in weight_map.items():
@@ -143,17 +181,6 @@ class Files:
                 where = f"{self.folder / index}: the file of {shown(name)} is {shown(file)}"
                 raise CheckpointError(f"{where}; allowed: safetensors files in that folder")
         return dict(weight_map)
-
-    def _json(self, name: str, limit: int) -> dict[str, Any]:
-        path = self.folder / name
-        try:
-            found = json.loads(read_text(path, limit))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise CheckpointError(f"{path} cannot be read: {reason}; fetch it again") from None
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-        return found
 
     def _open(self, file: str) -> Any:
         handle = self._opened.get(file)
@@ -167,8 +194,8 @@ class Files:
                 handle = library().safe_open(os.fspath(path), framework="pt", device="cpu")
         except Exception as error:  # SafetensorError, and whatever the operating system says
             reason = getattr(error, "strerror", None) or first_line(error)
-            again = "if it was cut short, fetch it again"
-            raise CheckpointError(f"{shown(file, 200)} cannot be read: {reason}; {again}") from None
+            step = _next_step(path, "if it was cut short, fetch it again")
+            raise CheckpointError(f"{shown(file, 200)} cannot be read: {reason}; {step}") from None
         if handle is None:
             raise CheckpointError(
                 f"{shown(file, 200)} is not there; the index of {self.folder} names it: fetch it again"

@@ -10,6 +10,8 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.moe import MegaMoE
 from megamoe_jit._layer.weights import is_transformed
+from megamoe_jit._spec import MAX_TOKENS, MAX_TOPK, check_clamp, check_flag, check_int
+from megamoe_jit._spec.checks import check
 from megamoe_jit.checkpoints.config import clamp_of, topk_of
 from megamoe_jit.checkpoints.files import Files
 from megamoe_jit.checkpoints.load import Progress, load_experts, load_shared_experts
@@ -54,15 +56,25 @@ def layer_from_checkpoint(
     slots = topk_of(config) if topk is None else topk
     if slots is None:
         raise ConfigError("topk: config.json does not say how many experts a token has; allowed: name it")
+    bound: Any = clamp_of(config) if isinstance(clamp, str) and clamp == "auto" else clamp
+    _check_options(slots, max_tokens, bound, shared_experts)
     how: dict[str, Any] = {"device": device, "weight_format": weight_format, "scheme": scheme, "lossy": lossy}
     w13, w2 = load_experts(path, layer, **how, progress=progress)
     shared = load_shared_experts(path, layer, **how) if shared_experts else None
     if shared is not None:
         _check_fit((w13, w2), shared, layer)
         options |= {"shared_w13": shared[0], "shared_w2": shared[1]}
-    bound: Any = clamp_of(config) if clamp == "auto" else clamp
     keep = shared is None and not isinstance(w13, torch.Tensor)
     return MegaMoE(w13, w2, topk=slots, max_tokens=max_tokens, clamp=bound, inplace=keep, **options)
+
+
+def _check_options(topk: int, max_tokens: int, clamp: float | None, shared_experts: bool) -> None:
+    """Raise for what no layer takes, before gigabytes are read for one."""
+    for name, number, most in (("topk", topk, MAX_TOPK), ("max_tokens", max_tokens, MAX_TOKENS)):
+        check_int(name, number)
+        check(1 <= number <= most, name, number, f"1 to {most}")
+    check_clamp("clamp", clamp)
+    check_flag("shared_experts", shared_experts)
 
 
 def _check_fit(routed: tuple[Any, Any], shared: Any, layer: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
 from megamoe_jit._layer.given_weights import WeightTensors
+from megamoe_jit._spec.checks import check_callback
 from megamoe_jit._text import counted, shown
 from megamoe_jit.checkpoints.convert_weights import Target, target_of
 from megamoe_jit.checkpoints.files import Files
@@ -39,7 +40,8 @@ def device_of(device: torch.device | str) -> torch.device:
     count = torch.cuda.device_count() if found.type == "cuda" else 0
     if found.type == "cuda" and (found.index or 0) >= count:
         seen = counted(count, "GPU")
-        raise UnsupportedDeviceError(f"device {found} is not here, where torch sees {seen}; allowed: cpu, or a GPU")
+        allowed = "a GPU, or cpu for weights alone: a layer needs a Hopper GPU; `megamoe-jit doctor` says more"
+        raise UnsupportedDeviceError(f"device {found} is not here, where torch sees {seen}; allowed: {allowed}")
     return found
 
 
@@ -80,14 +82,15 @@ def load_experts(
         UnsupportedDeviceError: there is no such GPU here.
         ToolchainError: the package safetensors is not installed.
     """
-    place, files = device_of(device), Files(path)
+    check_callback("progress", progress)
+    files = Files(path)
     model = model_of(files, scheme)
     if model.scheme == MEGAMOE:
-        return load_ready(files, model, layer, place, rank, ranks, weight_format)
+        return load_ready(files, model, layer, device_of(device), rank, ranks, weight_format)
     stored = layer_of(files, model, layer)
     chosen = experts_of_rank(stored.experts, rank, ranks)
     target = target_of(weight_format, stored.kind, lossy)
-    return read_experts(stored, chosen, target, place, progress)
+    return read_experts(stored, chosen, target, device_of(device), progress)
 
 
 @torch.no_grad()
@@ -150,7 +153,7 @@ def load_shared_experts(
         ConfigError: as `load_experts`, or its width is no multiple of that of routed experts.
         MegaMoeError: as `load_experts`.
     """
-    place, files = device_of(device), Files(path)
+    files = Files(path)
     model = model_of(files, scheme)
     shared = shared_of(files, model, layer)
     if shared is None:
@@ -166,7 +169,7 @@ def load_shared_experts(
         sizes = f"{shared.hidden} and {shared.intermediate}, routed ones' {hidden} and {intermediate}"
         raise ConfigError(f"sizes of the shared expert of layer {layer} are {sizes}; allowed: a multiple in width")
     target = target_of(weight_format, shared.kind, lossy)
-    w13, w2 = read_experts(shared, range(1), target, place)
+    w13, w2 = read_experts(shared, range(1), target, device_of(device))
     return _split(w13, count, 1), _split(w2, count, 2)
 
 

@@ -39,7 +39,7 @@ class Kind(StrEnum):
 _FLOATS = ("BF16", "F16", "F32")
 _BYTES = ("I8", "U8")
 _WHY_NOT = {
-    "weight_packed": "are packed integers (INT4); the layer reads FP8, MXFP4 or values: take an FP8 release",
+    "weight_packed": "are packed (INT4 or NVFP4); the layer reads FP8, MXFP4 or values: take an FP8 release",
     "qweight": "are packed integers; the layer reads FP8, MXFP4 or values",
     "bias": "have biases, which the layer does not add",
     "blocks": "are MXFP4 as gpt-oss has it, with biases and an alpha in SwiGLU, which the layer does not compute",

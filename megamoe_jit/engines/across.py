@@ -13,6 +13,8 @@ from megamoe_jit._layer import calls
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._spec import FP8, WeightFormat
 from megamoe_jit.engines.apart import made_apart
+from megamoe_jit.engines.aside import tell_served
+from megamoe_jit.engines.watch import watch
 
 __all__ = ["buffer_across"]
 
@@ -55,10 +57,15 @@ def buffer_across(
     key = (id(group), *sizes, activation, torch.cuda.current_device() if torch.cuda.is_available() else None)
     with _lock:
         found = _buffers.get(key)
-        missing = {each.name for each in weights} - (set() if found is None else found.formats)
+        missing = [each for each in weights if found is None or each.name not in found.formats]
         if found is None or missing:
-            found = made_apart(lambda: _prepared(_buffers.get(key), group, sizes, activation, missing))
-            _buffers[key] = found
+            names = {each.name for each in missing}
+            made = made_apart(lambda: _prepared(_buffers.get(key), group, sizes, activation, names))
+            if found is None:
+                watch(made.buffer)
+            _buffers[key] = found = made
+            for each in missing:
+                tell_served(made.buffer.shape, made.buffer.ranks, each, tokens)
         return found.buffer
 
 

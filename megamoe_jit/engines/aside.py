@@ -1,4 +1,4 @@
-"""Stepping aside: one warning for each plug-in and process, and an engine that runs as without it."""
+"""What a plug-in says in an engine's log, once each: what it serves, or why it steps aside."""
 
 from __future__ import annotations
 
@@ -8,22 +8,36 @@ import threading
 from collections.abc import Callable
 
 from megamoe_jit._fork import renew_after_fork
+from megamoe_jit._spec import MoEShape, WeightFormat
+from megamoe_jit._spec.spec import warmup_words
 
-__all__ = ["LOG", "guarded", "step_aside", "warn_once"]
+__all__ = ["LOG", "guarded", "step_aside", "tell_served", "warn_once"]
 
 LOG = logging.getLogger("megamoe_jit")
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock")
-_warned: set[str] = set()
+_warned: set[str] = set()  #: and told
 
 
 def warn_once(about: str, message: str) -> None:
     """Log a warning, unless one about this was logged in this process before."""
+    if _is_new(about):
+        LOG.warning(message)
+
+
+def tell_served(shape: MoEShape, ranks: int, weights: WeightFormat, tokens: int) -> None:
+    """Log once in this process, from info on, that layers of these sizes run here, and what would warm them up."""
+    command = f"megamoe-jit {warmup_words(shape, ranks, weights)}"
+    if _is_new(f"serves: {command}"):
+        LOG.info("serves layers of this engine, up to %d tokens in a launch; ahead of time: %s", tokens, command)
+
+
+def _is_new(about: str) -> bool:
+    """Whether nothing about this was logged in this process before."""
     with _lock:
-        if about in _warned:
-            return
+        known = about in _warned
         _warned.add(about)
-    LOG.warning(message)
+        return not known
 
 
 def step_aside(engine: str, reasons: list[str]) -> None:

@@ -9,6 +9,8 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.workspace import Lease, lease
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.engines.apart import made_apart
+from megamoe_jit.engines.aside import tell_served
+from megamoe_jit.engines.watch import watch
 
 __all__ = ["CAPACITY", "LocalExperts"]
 
@@ -44,6 +46,8 @@ class LocalExperts:
             return made
 
         self._lease = made_apart(make)
+        watch(self._lease.buffer)
+        tell_served(shape, 1, weights, capacity)
 
     def __call__(
         self,

@@ -23,13 +23,13 @@ CODES = ("gate_up_proj", "down_proj")  #: parameters of a module
 SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _TOLERANCE = 2.0**-16
-#: Attributes that modules have where they compute something else, with the value that means nothing.
+#: Attributes that modules have where they compute something else: the value that means nothing, and what another means.
 _PLAIN = {
-    "has_gate": True,
-    "is_concatenated": True,
-    "is_transposed": False,
-    "has_bias": False,
-    "has_post_expert_norm": False,
+    "has_bias": (False, "biases, as gpt-oss has them"),
+    "has_gate": (True, "no gate"),
+    "is_concatenated": (True, "gate and up rows in turns"),
+    "is_transposed": (False, "rows and columns exchanged"),
+    "has_post_expert_norm": (False, "a norm behind each expert"),
 }
 _NOTHING_ELSE = ("swiglu_alpha", "alpha", "gate_softcap", "up_softcap")
 
@@ -57,10 +57,11 @@ def look_at(module: Any) -> Held:
         ConfigError: it cannot be this layer; says why.
     """
     what = type(module).__name__
-    for name, plain in _PLAIN.items():
+    for name, (plain, meaning) in _PLAIN.items():
         found = getattr(module, name, plain)
         if found is not plain:
-            raise ConfigError(f'{what} has {name} = {shown(found)}; allowed with "megamoe": {plain}')
+            step = 'or experts_implementation="grouped_mm" for this model'
+            raise ConfigError(f'{what} has {name} = {shown(found)}: {meaning}; allowed with "megamoe": {plain}, {step}')
     for name in _NOTHING_ELSE:
         if getattr(module, name, None) is not None:
             given = f"{what} has {name} = {shown(getattr(module, name))}"

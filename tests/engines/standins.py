@@ -31,6 +31,8 @@ class Buffer:
     staged: Any = None  #: x, ids and weights
     destroyed: bool = False
     device = torch.device("cpu")
+    ranks, rank = 2, 1
+    fault: torch.Tensor = field(default_factory=lambda: torch.zeros(16, dtype=torch.int32))
 
     @property
     def hidden(self) -> int:

@@ -14,7 +14,9 @@ from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_
 from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._layer.weights import is_transformed, transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import FP8, MoEShape
+from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
+from megamoe_jit.engines.watch import watch
 
 __all__ = ["add"]
 
@@ -77,6 +79,8 @@ def _backend_class() -> Any:
             sizes = shape.experts, tokens, shape.topk, shape.hidden, shape.intermediate
             buffer = calls.get_symm_buffer_for_mega_moe(self._group(), *sizes)
             buffer.prepare_all(weight_format=self._format.name)  # none is compiled in a capture, or by one rank alone
+            watch(buffer)
+            tell_served(buffer.shape, buffer.ranks, self._format, tokens)
             return buffer
 
         def stage_inputs(self, t: Any, workspace: Any, *, quantize_input: bool) -> None:

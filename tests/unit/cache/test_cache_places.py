@@ -11,6 +11,7 @@ import socket
 import stat
 import tempfile
 import time
+import warnings as warned_by_python
 
 import pytest
 
@@ -146,6 +147,17 @@ def test_verify_finds_and_unlinks_what_is_in_the_place_of_a_directory(cache, pla
     assert [problem.fixed for problem in cache.verify(fix=True)] == [True]
     assert cache.verify() == []
     assert not os.path.lexists(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_group_that_cannot_be_read_hides_no_other(tmp_path, warnings, kind, precious):
+    KernelCache(tmp_path).store(*FIRST)
+    given = KernelCache(tmp_path, read_only=True)
+    put(given.path / ("00" if KEY[:2] != "00" else "01"), kind, precious)
+    with warned_by_python.catch_warnings(record=True) as seen:
+        warned_by_python.simplefilter("always", ResourceWarning)
+        assert [info.key for info in given.entries()] == given.keys() == [KEY]
+    assert (seen, warnings) == ([], []), "what was opened is closed"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "dangling link", "link to a directory", "file"])
@@ -375,7 +387,10 @@ def test_a_copy_that_fails_leaves_the_entry_where_it_is(layered, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
-    assert layered.quarantine(KEY) is False
+    with warned_by_python.catch_warnings(record=True) as seen:
+        warned_by_python.simplefilter("always", ResourceWarning)
+        assert layered.quarantine(KEY) is False
+    assert seen == [], "what was opened is closed"
     assert layered.load(KEY) is not None
     assert list((layered.path / "quarantine").iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,14 @@ def test_ranks_read_equal_parts_and_together_everything(written, name: str):
         for piece in range(2):
             together = torch.cat([part[matrix][piece].view(torch.uint8) for part in parts])
             assert torch.equal(together, whole[matrix][piece].view(torch.uint8))
+
+
+def test_json_with_a_byte_order_mark(tmp_path: Path):
+    folder = Model().write(tmp_path)
+    for name in ("config.json", "model.safetensors.index.json"):
+        path = folder / name
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    load_experts(folder, 1, device="cpu")
 
 
 def test_a_rank_opens_only_the_files_of_its_experts(tmp_path: Path):

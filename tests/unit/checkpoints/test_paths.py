@@ -11,19 +11,27 @@ from pathlib import Path
 import pytest
 
 import megamoe_jit as mm
-from megamoe_jit.checkpoints import convert, inspect
+from megamoe_jit.checkpoints import convert, inspect, load_experts
 from tests.checkpoints import Model
 from tests.stubs import REPO
 
 HUMBLE = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []  #: root reads everything
 
 
-@pytest.mark.parametrize("path", [None, 3, b"model", "a\0b"])
+@pytest.mark.parametrize("path", [None, 3, b"model", "a\0b", ""])
 def test_what_is_no_path(tmp_path: Path, path: object):
     with pytest.raises(mm.ConfigError, match=r"path = .*; allowed: a path"):
         inspect(path)  # type: ignore[arg-type]
     with pytest.raises(mm.ConfigError, match=r"target = .*; allowed: a path"):
         convert(Model(layers=(1,)).write(tmp_path), path, "fp8")  # type: ignore[arg-type]
+
+
+def test_a_path_that_the_library_does_not_open(tmp_path: Path):
+    folder = Model(layers=(1,)).write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+    with pytest.raises(mm.CheckpointError, match="cannot be read: .*; name a path in UTF-8, which a link"):
+        load_experts(folder, 1, device="cpu")
+    (tmp_path / "link").symlink_to(folder)
+    load_experts(tmp_path / "link", 1, device="cpu")
 
 
 @pytest.mark.parametrize("target", ["loop", "loop/made"])

@@ -14,6 +14,7 @@ import pytest
 
 import megamoe_jit as mm
 from megamoe_jit.checkpoints import convert, inspect, load_experts, load_shared_experts
+from megamoe_jit.checkpoints.files import Files
 from tests.checkpoints import MODELS, V3, Model, Tensor, model, write_file
 from tests.stubs import REPO
 
@@ -72,7 +73,7 @@ def without(name: str) -> Model:
 
 BYTES = Tensor("I32", (2,), bytes(8))
 TENSORS = {
-    "packed integers": (lambda: with_tensors(weight_packed=BYTES), "packed integers.*INT4"),
+    "packed codes": (lambda: with_tensors(weight_packed=BYTES), "are packed .INT4 or NVFP4."),
     "qweight": (lambda: with_tensors(qweight=BYTES), "packed integers"),
     "bias": (lambda: with_tensors(bias=BYTES), "have biases"),
     "hidden 2880": (lambda: Model(hidden=2880, intermediate=128, kind="bf16"), "hidden size 2880.*multiples of 128"),
@@ -148,7 +149,7 @@ def test_experts_that_are_not_there(tmp_path: Path, what: str):
 DEVICES = {
     "cudaa": (mm.ConfigError, "device = 'cudaa'; allowed: cpu, or cuda"),
     "meta": (mm.ConfigError, "device = 'meta'"),
-    "cuda:99": (mm.UnsupportedDeviceError, "cuda:99 is not here"),
+    "cuda:99": (mm.UnsupportedDeviceError, "cuda:99 is not here.*cpu for weights alone: a layer needs a Hopper GPU"),
     None: (mm.ConfigError, "device = None"),
 }
 
@@ -162,6 +163,19 @@ def test_devices_that_are_not_there(tmp_path: Path, device: str):
     with pytest.raises(error, match=reason):
         convert(folder, tmp_path / "made", "fp8", device=device)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_model_is_refused_before_a_gpu_is_asked_for(tmp_path: Path):
+    folder = Model(config={"hidden_act": "gelu", "num_experts_per_tok": 2}).write(tmp_path)
+    with pytest.raises(mm.ConfigError, match="its activation is 'gelu'"):
+        mm.MegaMoE.from_checkpoint(folder, 1, max_tokens=8, device="cuda:99")
+    with pytest.raises(mm.ConfigError, match="layer 7 has no experts"):
+        load_experts(Model().write(tmp_path), 7, device="cuda:99")
+
+
+def test_the_configuration_names_its_folder(tmp_path: Path):
+    folder = Model().write(tmp_path)
+    assert dict.fromkeys(Files(folder / "config.json")) == dict.fromkeys(Files(folder))
 
 
 @pytest.mark.parametrize("word", [0x7F80, 0x7FC0, 0xFFFF])
@@ -226,6 +240,12 @@ def _huge_header(folder: Path) -> None:
     (folder / SHARDS[0]).write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
 
 
+def _pointer(name: str) -> Callable[[Path], object]:
+    """As a clone has it where Git LFS is not installed."""
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4302348608\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
 def _point(to: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         edit(folder, INDEX, lambda index: index.update(weight_map=dict.fromkeys(index["weight_map"], to)))
@@ -257,6 +277,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder": (_folder_for_a_file, "is not there"),
     "a pipe": (_pipe_for_a_file, "is not there"),
     "an index that is a pipe": (_pipe_for_an_index, "no regular file"),
+    "a pointer of Git LFS": (_pointer(SHARDS[0]), "cannot be read.*; it is what Git LFS leaves.*run `git lfs pull`"),
+    "an index that is one": (_pointer(INDEX), "cannot be read.*; it is what Git LFS leaves.*run `git lfs pull`"),
     "no JSON": (lambda folder: (folder / INDEX).write_text("{"), "cannot be read"),
     "deep JSON": (lambda folder: (folder / INDEX).write_text("[" * 200_000), "cannot be read"),
     "a list": (lambda folder: (folder / INDEX).write_text("[]"), "holds no JSON object"),
@@ -310,6 +332,9 @@ def test_a_place_that_is_not_there(tmp_path: Path, path: str):
 
 def test_a_folder_with_nothing_or_with_too_much(tmp_path: Path):
     with pytest.raises(mm.CheckpointError, match="no safetensors file"):
+        load(tmp_path)
+    (tmp_path / "snapshots").mkdir()
+    with pytest.raises(mm.CheckpointError, match=r"no safetensors file; .*\(a folder in snapshots has them\)"):
         load(tmp_path)
     folder = Model().write(tmp_path)
     (folder / INDEX).unlink()

@@ -63,7 +63,7 @@ def test_shapes_of_a_spec():
         said = invoke("inspect", text).stderr
         assert "unknown shape" in said
         assert ".toml" not in said
-    assert "or a .toml file" in invoke("plan", "--shapes", "v4-flsh", "--tokens", "4").stderr
+    assert "a .toml file, or a model's folder" in invoke("plan", "--shapes", "v4-flsh", "--tokens", "4").stderr
     with pytest.raises(ConfigError, match=r"longcat[^.]*$"):
         preset("v4-flsh")
 

@@ -31,8 +31,11 @@ def devices(monkeypatch):
 class Buffer:
     """Knows the device of the thread that made it, and of those that prepared it."""
 
+    shape, rank, ranks = SHAPE, 0, 1
+
     def __init__(self, *_, **__) -> None:
         self.made = _here()
+        self.fault = torch.zeros(16, dtype=torch.int32)
         self.prepared: list[tuple[str, int]] = []
 
     def prepare_all(self, weight_format: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,9 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.given_weights import e8m0_of
 from megamoe_jit._layer.weights import is_transformed
 from megamoe_jit._spec import FP8, MXFP4, MoEShape
+from megamoe_jit._spec.abi import Meeting, Wait
+from megamoe_jit.engines import aside
+from megamoe_jit.engines import watch as watching
 from megamoe_jit.engines.across import _buffers, buffer_across
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.local import LocalExperts
@@ -149,6 +153,37 @@ def test_local_experts(buffers, tokens, factor):
     found = run(held.l1, held.l2, of.x, of.ids, of.weights, 0.7, factor)
     assert torch.equal(found, expected(of, l1, l2, 0.7, factor))
     assert buffers[0].prepared == 1
+
+
+def test_an_operator_can_see_what_is_served(buffers, monkeypatch, caplog):
+    monkeypatch.setattr(aside, "_warned", set())
+    caplog.set_level("INFO", "megamoe_jit")
+    for _ in range(2):  # layers of a model
+        LocalExperts(SHAPE, torch.device("cpu"), 128)
+        buffer_across(SimpleNamespace(), 8, 100, 2, 256, 128, weights=(FP8, MXFP4))
+    sizes = "megamoe-jit warmup --hidden 256 --intermediate 128 --experts"
+    assert [each.message.partition("serves layers of this engine, ")[2] for each in caplog.records] == [
+        f"up to 128 tokens in a launch; ahead of time: {sizes} 3 --topk 2 --ranks 1",
+        f"up to 100 tokens in a launch; ahead of time: {sizes} 8 --topk 2 --ranks 2",
+        f"up to 100 tokens in a launch; ahead of time: {sizes} 8 --topk 2 --ranks 2 --weight-format mxfp4",
+    ]
+
+
+def test_a_kernel_that_gave_up_is_an_error_in_the_log(buffers, monkeypatch):
+    said: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(watching, "_SECONDS", 0.01)
+    monkeypatch.setattr(aside.LOG, "error", lambda form, *words: said.put(form % words))
+    for _ in range(2):  # layers of a model
+        run = LocalExperts(SHAPE, torch.device("cpu"), 128)
+    with pytest.raises(queue.Empty):
+        said.get(timeout=0.1)
+    buffers[0].fault[:4] = torch.tensor([Wait.PEER_SIGNAL | 17 << 16, Meeting.INPUTS, 4, 0b1], dtype=torch.int32)
+    message = said.get(timeout=10)
+    assert message.startswith("rank 1: block 17, head, waited in vain for the other ranks to have their inputs ready")
+    assert "launch 4 (missing: rank 0)" in message
+    with pytest.raises(queue.Empty):  # it is said once
+        said.get(timeout=0.1)
+    assert run.shape == SHAPE
 
 
 def test_one_buffer_for_a_group_and_its_sizes(buffers):

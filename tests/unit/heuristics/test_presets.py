@@ -8,17 +8,10 @@ import pytest
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.formats import FP8
+from megamoe_jit.checkpoints.config import sizes_of
 from megamoe_jit.heuristics import parse_shapes, preset, preset_names
 
 SIZES = "hidden = 256\nintermediate = 128\nexperts = 8\ntopk = 2\n"
-
-#: Where configuration classes keep each size; the first attribute that is there counts.
-ATTRIBUTES = {
-    "hidden": ("hidden_size",),
-    "intermediate": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
-    "experts": ("n_routed_experts", "num_experts", "num_local_experts"),
-    "topk": ("moe_topk", "num_experts_per_tok"),
-}
 
 ISSUED = {
     "v4-flash": (4096, 2048, 256, 6),
@@ -48,9 +41,7 @@ def test_preset_equals_the_configuration_class(name):
     assert entry.config is not None
     if not hasattr(transformers, entry.config):
         pytest.skip(f"transformers {transformers.__version__} has no {entry.config}")
-    config = getattr(transformers, entry.config)()
-    for size, attributes in ATTRIBUTES.items():
-        default = next(v for a in attributes if isinstance(v := getattr(config, a, None), int))
+    for size, default in sizes_of(getattr(transformers, entry.config)().to_dict()).items():
         equal = getattr(entry.shape, size) == default
         assert equal == (size not in entry.differs), f"{size}: {default} in {entry.config}"
 

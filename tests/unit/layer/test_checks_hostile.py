@@ -22,10 +22,11 @@ from megamoe_jit._layer import stage as _stage
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._settings.settings import override
-from megamoe_jit.checkpoints import convert, load_experts
+from megamoe_jit.checkpoints import convert, load_experts, load_shared_experts
 from megamoe_jit.heuristics import parse_shapes, preset
 from megamoe_jit.heuristics.select import choose
-from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu
+from megamoe_jit.reference import calc_diff, expert_counts, moe_reference, row_diffs, swiglu, with_shared_experts
+from tests.checkpoints import Model
 from tests.unit.layer.test_calls import DRAWN, L1, L2, SHAPE, Cuda, buffer, cuda  # noqa: F401
 
 
@@ -121,7 +122,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "KernelSpec.from_json": (mm.KernelSpec.from_json, {"data": SPEC.to_json()}),
     "Variant.parse": (mm.Variant.parse, {"text": "pingpong"}),
     "enumerate_specs": (mm.enumerate_specs, {"shape": SHAPE, "ranks": 1, "variants": None, "fast_math": True}),
-    "warmup": (mm.warmup, {"specs": [], "jobs": 1, "progress": None}),
+    "warmup": (mm.warmup, {"specs": [], "jobs": 1, "force": False, "progress": None}),
     "preset": (preset, {"name": "v4-flash"}),
     "parse_shapes": (parse_shapes, {"text": "v4-flash"}),
     "choose": (
@@ -178,6 +179,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         },
     ),
     "expert_counts": (expert_counts, {"topk_idx": IDS, "num_experts": 4}),
+    "with_shared_experts": (
+        with_shared_experts,
+        {
+            "topk_idx": IDS,
+            "topk_weights": ROUTER,
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "shared_weight": 1.0,
+            "rank": 0,
+            "ranks": 1,
+        },
+    ),
     "swiglu": (swiglu, {"gate": X, "up": X, "clamp": None}),
     "row_diffs": (row_diffs, {"a": X, "b": X}),
     "calc_diff": (calc_diff, {"a": X, "b": X}),
@@ -308,6 +321,32 @@ def test_every_argument_of_a_layer_and_its_call(here: Cuda):
     assert attack(layer, {**TAKEN, "padded_tokens": None}, (mm.ConfigError,)) == []
     assert attack(layer.stage, TAKEN, (mm.ConfigError,)) == []
     assert attack(layer.load_weights, {name: LAYER[name] for name in ("w13", "w2")}, (mm.ConfigError,)) == []
+
+
+def test_every_argument_of_what_reads_a_checkpoint(here: Cuda, tmp_path: Path):
+    folder = Model(shared="shared_experts", layers=(1,)).write(tmp_path / "model")
+    how = {"path": folder, "layer": 1, "device": "cpu", "weight_format": "auto", "scheme": None, "lossy": False}
+    refusals = (mm.ConfigError, mm.CheckpointError, mm.UnsupportedDeviceError)
+    assert attack(load_experts, {**how, "rank": 0, "ranks": 1}, refusals) == []
+    assert attack(load_shared_experts, how, refusals) == []
+    layer = {**how, "max_tokens": 64, "topk": 2, "clamp": "auto", "shared_experts": True}
+    assert attack(mm.MegaMoE.from_checkpoint, layer, refusals) == []
+    for wrong in ({"lossy": 1}, {"report": 3}):
+        with pytest.raises(mm.ConfigError, match=f"{next(iter(wrong))} = . is not supported"):
+            convert(folder, tmp_path / "made", "fp8", **wrong)
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(mm.ConfigError, match="progress = 3 is not supported; allowed: a function, or None"):
+        load_experts(**how, progress=3)
+
+
+def test_what_no_layer_takes_is_refused_before_a_checkpoint_is_read(here: Cuda, tmp_path: Path):
+    folder = Model(layers=(1,)).write(tmp_path)
+    for wrong in ({"max_tokens": 32769}, {"topk": 33}, {"clamp": -1.0}, {"shared_experts": "no"}):
+        read: list[int] = []
+        options = {"max_tokens": 64, "device": "cpu", "progress": lambda done, _, read=read: read.append(done), **wrong}
+        with pytest.raises(mm.ConfigError, match=next(iter(wrong))):
+            mm.MegaMoE.from_checkpoint(folder, 1, **options)
+        assert read == []
 
 
 def test_a_right_call_of_each_function_is_taken(here: Cuda):

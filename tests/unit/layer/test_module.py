@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megamoe_jit as mm
 from megamoe_jit._layer.given_weights import WeightTensors
@@ -217,7 +218,7 @@ def state(**changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
         (state(w13_scales=DRAWN.l1[1][:, :1]), "w13 scales are torch.float32 (4, 1, 2); allowed: torch.float32 (4, 2"),
         (state(w2=DRAWN.l2[0].view(torch.uint8)), "w2 codes are torch.uint8"),
         (state(w2=ordered(DRAWN.l1, DRAWN.l2)[2]), "w2 weights are transformed already"),
-        (state(w2=DRAWN.l2[0].to("meta")), "w2 is on meta"),
+        (state(w2=DRAWN.l2[0].to("meta")), "w2: a tensor on meta given"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused_as_torch_does(given: dict[str, torch.Tensor], says: str):
@@ -281,6 +282,17 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_written(w13: object, 
     before, addresses = held(it), places(it)
     refused(lambda: it.load_weights(w13, w2), says)
     assert unchanged(it, before, addresses)
+
+
+@pytest.mark.parametrize("form", ["values", "pairs"])
+def test_a_layer_is_not_made_of_tensors_without_values(form: str):
+    with FakeTensorMode() as mode:
+        given = [mode.from_tensor(tensor) for tensor in OTHER]
+        pairs = [tuple(mode.from_tensor(tensor) for tensor in pair) for pair in QUANTISED]
+        weights = pairs if form == "pairs" else given
+        refused(lambda: mm.MegaMoE(*weights, topk=2, max_tokens=128), "a FakeTensor given, which holds no values")
+    it = layer()
+    refused(lambda: it.load_weights(*weights), "a FakeTensor given, which holds no values")
 
 
 def test_loading_waits_for_calls_on_other_streams_and_they_for_it(cuda: Cuda):  # noqa: F811

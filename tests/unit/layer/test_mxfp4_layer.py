@@ -187,7 +187,7 @@ def test_another_size_is_refused_when_it_is_transformed():
         ),
         (DRAWN.l1, IN_FP8.l2, "l2 weights are torch.float8_e4m3fn (fp8); allowed: mxfp4, as l1"),
         ((codes, e8m0, L1[2].half()), DRAWN.l2, "l1 scales are torch.float16; allowed: torch.float32"),
-        ((codes, e8m0.to("meta")), DRAWN.l2, "l1 exponents are on meta, which holds no values"),
+        ((codes, e8m0.to("meta")), DRAWN.l2, "l1 exponents: a tensor on meta given, which holds no values"),
         (L1, L2, "l1 weights are transformed already"),
         ((codes, L1[1], L1[2]), DRAWN.l2, "l1 exponents are transformed already"),
     ):

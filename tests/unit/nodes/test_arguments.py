@@ -9,6 +9,7 @@ import torch
 
 import megamoe_jit as mm
 from tests.unit.layer.test_calls import L1, L2, Cuda, refused
+from tests.unit.layer.test_checks_hostile import LAYER, REFUSALS, attack
 from tests.unit.nodes.test_one_node import buffer_of
 
 
@@ -55,6 +56,16 @@ def test_buffers(name: str):
     sizes = {"num_experts": 8, "num_max_tokens_per_rank": 4, "num_topk": 2, "hidden": 256, "intermediate_hidden": 128}
     topology = mm.NodeTopology(None)
     refused(lambda: mm.get_multinode_buffer_for_mega_moe(topology, **{**sizes, name: True}), " = True is not supported")
+
+
+def test_every_argument_of_a_buffer_and_of_a_layer(monkeypatch: pytest.MonkeyPatch):
+    Cuda(monkeypatch)
+    topology = mm.NodeTopology(None)
+    sizes = {"num_experts": 8, "num_max_tokens_per_rank": 4, "num_topk": 2, "hidden": 256, "intermediate_hidden": 128}
+    ways = {"exchange": "auto", "partial": "bf16", "chunks": "auto", "comm_ctas": None, "timeout_s": None}
+    given = {"topology": topology, **sizes, "num_shared_experts": 0, "device": "cpu", **ways}
+    assert attack(mm.get_multinode_buffer_for_mega_moe, given, REFUSALS) == []
+    assert attack(mm.MegaMoE, {**LAYER, "topology": topology}, REFUSALS) == []
 
 
 def test_places_of_ranks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import socket
@@ -141,6 +142,16 @@ def test_a_file_may_be_as_long_as_its_bound(tmp_path: Path):
         read_plain(path, 99)
     with pytest.raises(OSError, match="NUL"):
         read_plain("a\0b")
+
+
+def test_a_byte_order_mark_and_line_ends_of_other_systems(tmp_path: Path):
+    path = tmp_path / "x.toml"
+    path.write_bytes(codecs.BOM_UTF8 + b'strict = "warn"\r\njobs = 3\r\n')
+    assert read_toml(path) == {"strict": "warn", "jobs": 3}
+    _settings(path)
+    path.write_bytes(codecs.BOM_UTF16_LE + "jobs = 3".encode("utf-16-le"))
+    with pytest.raises(ConfigError, match="x.toml is not valid TOML: .*utf-8"):
+        _settings(path)
 
 
 @pytest.mark.parametrize(

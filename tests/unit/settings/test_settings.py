@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import re
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,9 +16,11 @@ import pytest
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings import settings as _settings
+from megamoe_jit._settings import variables as _variables
 from megamoe_jit._settings.read import read_environment
 from megamoe_jit._settings.settings import Settings, get_settings, lenient, override
 from megamoe_jit._settings.variables import PREFIX, VARIABLES, default_cache_dir, default_config_file, parse_size
+from tests.stubs import fail_with
 
 GOOD = {
     "CONFIG": ("/x/c.toml", Path("/x/c.toml")),
@@ -96,9 +100,9 @@ def test_defaults_and_empty_values():
     assert settings.cache_dir.name == "megamoe-jit"
 
 
-def test_default_cache_follows_xdg(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x/cache")
-    assert Settings().cache_dir == Path("/x/cache/megamoe-jit")
+def test_default_cache_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert Settings().cache_dir == tmp_path / "cache" / "megamoe-jit"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,6 @@ def test_sizes_that_are_none(text):
 
 def test_user_without_home_gets_a_temporary_cache(monkeypatch, tmp_path):
     import pwd
-    import tempfile
 
     def nobody(_):
         raise KeyError
@@ -128,6 +131,31 @@ def test_user_without_home_gets_a_temporary_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert default_cache_dir().parent == tmp_path
     assert Settings.load({}).source("cache_dir") == "default"
+
+
+@pytest.mark.parametrize("home", ["/dev/null", None])
+def test_without_a_home_and_a_temporary_directory_settings_are_read_all_the_same(monkeypatch, home):
+    monkeypatch.setattr(tempfile, "gettempdir", fail_with(errno.ENOENT))
+    monkeypatch.setattr(_variables, "_user_dir", lambda kind: home and Path(home, kind))
+    assert Settings.load({}).cache_dir == Path(
+        home or "/tmp", "user_cache_dir" if home else f"megamoe-jit-{os.geteuid()}"
+    )
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "closed"])
+def test_user_whose_home_is_not_theirs_gets_a_temporary_cache(monkeypatch, tmp_path, home):
+    """As in a container that runs as any user; what is there already is read all the same."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(closed) if home == "closed" else home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if home == "closed":
+        assert default_cache_dir() == closed / ".cache" / "megamoe-jit"
+        monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    assert default_cache_dir() == tmp_path / f"megamoe-jit-{os.geteuid()}"
+    (closed / ".cache" / "megamoe-jit").mkdir(parents=True)
+    assert (default_cache_dir().parent == tmp_path) is (home != "closed")
 
 
 def test_arguments_win_over_everything():

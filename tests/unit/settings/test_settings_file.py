@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -184,6 +185,8 @@ def test_file_that_cannot_be_read(file, tmp_path, monkeypatch, caplog):
         Settings.load({PREFIX + "CONFIG": str(tmp_path / "none.toml")})
     with pytest.raises(ConfigError, match="cannot read settings file"):
         Settings.load({PREFIX + "CONFIG": str(tmp_path)})
+    monkeypatch.setattr(_settings, "default_config_file", lambda: Path(os.devnull) / "config.toml")
+    assert (Settings.load({}), caplog.records) == (Settings(), []), "a home that is no directory has none"
     monkeypatch.setattr(_settings, "default_config_file", lambda: tmp_path)
     with caplog.at_level(logging.WARNING, "megamoe_jit"):
         settings = Settings.load({})

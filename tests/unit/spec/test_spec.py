@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import pickle
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -21,6 +26,7 @@ from megamoe_jit._spec import abi as _abi
 from megamoe_jit._spec.formats import FP8, MXFP4
 from megamoe_jit._spec.spec import MAX_DISPATCH_SLOTS, MIN_DISPATCH_SLOTS
 from tests import host
+from tests.stubs import REPO
 
 SHAPE = MoEShape(4096, 2048, 256, 6)
 
@@ -210,3 +216,18 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
     assert (
         compile_source(text, kernel_name=spec.kernel_name, toolchain=find_toolchain()).kernel.name == spec.kernel_name
     )
+
+
+def test_a_spec_of_another_process_is_found_among_those_of_this_one():
+    """Hashes of text and of objects are others there."""
+    code = (
+        "import pickle, sys; from megamoe_jit._spec import *\n"
+        "spec = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG)\n"
+        "hash(spec), spec.kernel_name, spec.shared_bytes\n"
+        "sys.stdout.buffer.write(pickle.dumps(spec))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONHASHSEED": "1"}
+    sent = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    here, there = KernelSpec(MoEShape(256, 128, 8, 2), Variant.PINGPONG), pickle.loads(sent)
+    assert {here: "kernel"}[there] == "kernel"
+    assert len({here, there, copy.deepcopy(here), copy.copy(there)}) == 1
