@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.standins import Buffer, kernels_by_reference
+
 VARIABLE = "ENGINE_RELEASES"
 
 
@@ -27,3 +29,21 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def folder() -> Path:
     return releases()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests that ask for a release in each of those that their module names, with the distribution's name."""
+    if "release" in metafunc.fixturenames:
+        distribution, versions = metafunc.module.RELEASES
+        names = [f"{distribution}-{version}" for version in versions]
+        metafunc.parametrize("release", names, indirect=True, ids=versions, scope="module")
+
+
+@pytest.fixture(scope="module")
+def release(request: pytest.FixtureRequest, folder: Path) -> Path:
+    return folder / request.param
+
+
+@pytest.fixture
+def buffers(monkeypatch: pytest.MonkeyPatch) -> list[Buffer]:
+    return kernels_by_reference(monkeypatch)

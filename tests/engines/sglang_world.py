@@ -47,6 +47,7 @@ class SglangWorld:
         self.moe = SimpleNamespace(
             a2a_backend=None, runner_backend=None, in_speculative_scope=False, disable_fp4_allgather=True
         )
+        self.model = SimpleNamespace(load_format="auto")
         self.group: Any = SimpleNamespace(size=lambda: 1)
         self.parallel = SimpleNamespace(
             moe_ep_size=1, moe_ep_rank=0, moe_tp_size=1, moe_tp_rank=0, tp_size=1,
@@ -65,6 +66,7 @@ class SglangWorld:
         context = self.module("runtime_context")
         context.get_flags = lambda: SimpleNamespace(moe=self.moe)
         context.get_parallel = lambda: self.parallel
+        context.get_model = lambda: self.model
         context.get_exec = lambda: SimpleNamespace(moe=exec_moe)
         context.get_lora = lambda: SimpleNamespace(enable_lora=False, lora_paths=None)
         platform = SimpleNamespace(is_sm90=True, is_sm100=False, is_sm120=False, is_cuda=True, is_hip=False)

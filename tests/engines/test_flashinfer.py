@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,19 +14,10 @@ from megamoe_jit._spec import MoEShape
 from megamoe_jit.engines.flashinfer import KERNEL_NAME, MegaMoeConfig, seams
 from megamoe_jit.engines.seams import misfits
 from tests.engines.flashinfer_world import flashinfer_world
-from tests.engines.standins import batch, expected, experts, kernels_by_reference, packed_experts
+from tests.engines.standins import batch, expected, experts, packed_experts
 
 SHAPE = MoEShape(256, 128, 4, 2)
-
-
-@pytest.fixture(scope="module", params=seams.TESTED)
-def release(request: pytest.FixtureRequest, folder: Path) -> Path:
-    return folder / f"flashinfer-python-{request.param}"
-
-
-@pytest.fixture
-def buffers(monkeypatch: pytest.MonkeyPatch):
-    return kernels_by_reference(monkeypatch)
+RELEASES = ("flashinfer-python", seams.TESTED)
 
 
 @pytest.fixture

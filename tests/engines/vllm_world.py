@@ -22,6 +22,10 @@ REAL = (
     "vllm.distributed.eplb.eplb_utils",
     "vllm.model_executor.custom_op",
     "vllm.model_executor.utils",
+    *(
+        f"vllm.model_executor.model_loader.reload.{name}"
+        for name in ("layerwise", "meta", "sanitize", "types", "utils")
+    ),
     "vllm.models.deepseek_v4.quant_config",
     "vllm.models.deepseek_v41.quant_config",
     "vllm.plugins",
@@ -54,7 +58,10 @@ class VllmWorld:
         self.ep_group = SimpleNamespace(device_group=self.group, device_communicator=communicator)
         model = SimpleNamespace(quantization=None, dtype=torch.bfloat16)
         self.parallel = SimpleNamespace(use_ubatching=False, enable_elastic_ep=False)  #: of the command line
-        self.config = SimpleNamespace(model_config=model, lora_config=None, parallel_config=self.parallel)
+        self.loading = SimpleNamespace(load_format="auto")
+        self.config = SimpleNamespace(
+            model_config=model, lora_config=None, parallel_config=self.parallel, load_config=self.loading
+        )
 
     def module(self, name: str) -> Any:
         return importlib.import_module(f"vllm.{name}")
@@ -144,7 +151,7 @@ class VllmWorld:
         manager = SimpleNamespace(
             expert_map=table.to(self.device) if parallel.ep_size > 1 else None, expert_mask=None,
             use_ep=parallel.use_ep,
-            placement_strategy="linear", routing_tables=None, local_num_experts=len(local),
+            placement_strategy=options.pop("placement", "linear"), routing_tables=None, local_num_experts=len(local),
             map_global_to_local=lambda e: e - local.start if e in local else -1, tp_size=parallel.tp_size,
             tp_rank=parallel.tp_rank, ep_size=parallel.ep_size, ep_rank=parallel.ep_rank,
         )  # fmt: skip
@@ -153,7 +160,12 @@ class VllmWorld:
             return routed("experts", torch.bfloat16, moe, quantization, manager, **options)
 
     def load(self, layer: Any, l1: Any, l2: Any) -> None:
-        """Read this rank's plain experts in as a checkpoint's tensors, by vLLM's own loader, and process them."""
+        """Read this rank's plain experts in, and process them."""
+        self.load_into(layer, l1, l2)
+        layer.quant_method.process_weights_after_loading(layer)
+
+    def load_into(self, layer: Any, l1: Any, l2: Any) -> None:
+        """Read this rank's plain experts in as a checkpoint's tensors, by vLLM's own loader."""
         first = layer.moe_config.moe_parallel_config.ep_rank * layer.local_num_experts
         scales = "weight_scale_inv" if hasattr(layer, "w13_weight_scale_inv") else "weight_scale"
         for e in range(layer.local_num_experts):
@@ -163,7 +175,6 @@ class VllmWorld:
                 for shard, (name, tensor) in parts.items():
                     parameter = getattr(layer, f"{name}_{what}")
                     parameter.weight_loader(parameter, tensor, f"experts.{name}_{what}", shard, first + e)
-        layer.quant_method.process_weights_after_loading(layer)
 
 
 @contextmanager

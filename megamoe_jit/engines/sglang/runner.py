@@ -129,13 +129,7 @@ def _refusals(method: Any, layer: Any, config: Any) -> list[str]:
             not method.is_fp4_expert and list(method.weight_block_size or ()) != [128, 128],
             f"blocks of {method.weight_block_size}; allowed: [128, 128]",
         ),
-        (config.activation != "silu" or not config.is_gated, f"activation {config.activation}; allowed: gated silu"),
-        (config.apply_router_weight_on_input, "router weights on the input; allowed: on the output"),
         (config.no_combine, "no_combine; allowed: results summed over a token's experts"),
-        (
-            any(each is not None for each in (config.gemm1_alpha, config.gemm1_beta, config.gemm1_clamp_limit)),
-            "alpha, beta or a limit of gemm1; allowed: swiglu_limit",
-        ),
         (bool(getattr(method, "with_bias", False)), "biases; allowed: none"),
         (bool(shared := weights.shared_among_packed(method, layer)), shared),
         (not weights.on_hopper(), "this GPU; allowed: Hopper (H100, H200, H20)"),
@@ -145,7 +139,7 @@ def _refusals(method: Any, layer: Any, config: Any) -> list[str]:
         ),
         (bool(shape := _no_shape(layer, config)), shape),
     )
-    return [reason for found, reason in checks if found]
+    return [*weights.other_sums(config), *weights.left_by_another(), *(reason for found, reason in checks if found)]
 
 
 def _no_shape(layer: Any, config: Any) -> str:

@@ -22,6 +22,12 @@ SHARED = (
     Seam(f"{_QUANT}.base_config", "QuantizeMethodBase.restore_weights_before_loading", "wrapped", ("self", "layer")),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.process_weights_after_loading", "wrapped", ("self", "layer")),
     Seam(f"{_QUANT}.fp8", "Fp8MoEMethod.apply", "wrapped", ("self", "layer", "dispatch_output")),
+    Seam("sglang.srt.runtime_context", "get_model", "called"),
+    *(
+        Seam(f"{_MOE}.moe_runner.base", f"MoeRunnerConfig.{name}")
+        for name in ("activation", "is_gated", "apply_router_weight_on_input")
+        + ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+    ),
     Seam(f"{_MOE}.fused_moe_triton.layer", "FusedMoE.weight_loader", "wrapped", ("self", "param")),
     Seam(f"{_MOE}.fused_moe_triton.layer", "FusedMoE.weight_loader_fused", "wrapped", ("self", "param")),
 )
@@ -71,8 +77,7 @@ RUNNER = (
     ),
     *(
         Seam(f"{_MOE}.moe_runner.base", f"MoeRunnerConfig.{name}")
-        for name in ("activation", "is_gated", "apply_router_weight_on_input", "no_combine", "top_k", "swiglu_limit")
-        + ("routed_scaling_factor", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "hidden_size")
+        for name in ("no_combine", "top_k", "swiglu_limit", "routed_scaling_factor", "hidden_size")
         + ("intermediate_size_per_partition", "num_local_experts")
     ),
     Seam(f"{_MOE}.token_dispatcher.standard", "StandardDispatchOutput.topk_output"),

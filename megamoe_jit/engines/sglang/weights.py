@@ -19,11 +19,23 @@ from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.sglang.hooks import PROBE, around
 
-__all__ = ["RUN", "give_back", "held_by", "hook", "on_hopper", "shared_among_packed", "take", "try_to_take"]
+__all__ = [
+    "RUN",
+    "give_back",
+    "held_by",
+    "hook",
+    "left_by_another",
+    "on_hopper",
+    "other_sums",
+    "shared_among_packed",
+    "take",
+    "try_to_take",
+]
 
 _HELD = "_megamoe_jit_held"  #: of a layer
 RUN = "_megamoe_jit_run"  #: of a layer, where SGLang's usual call of its experts is ours: of the method and a batch
 _CODES, _SCALES = ("w13_weight", "w2_weight"), ("w13_weight_scale_inv", "w2_weight_scale_inv")
+_AS_LEFT = ("sharded_state", "remote", "remote_instance")  #: formats of weights that are written over processed ones
 _FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
 _LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 
@@ -46,6 +58,24 @@ def shared_among_packed(method: Any, layer: Any) -> str:
         "shared experts, which are in FP8, among routed ones in MXFP4; allowed: beside them, where SGLang runs them "
         "itself. Next: without --enforce-shared-experts-fusion"
     )
+
+
+def other_sums(config: Any) -> list[str]:
+    """What a layer's configuration asks experts to compute that this kernel does not, each with what it does."""
+    gemm1 = (config.gemm1_alpha, config.gemm1_beta, config.gemm1_clamp_limit)
+    checks = (
+        (config.activation != "silu" or not config.is_gated, f"activation {config.activation}; allowed: gated silu"),
+        (config.apply_router_weight_on_input, "router weights on the input; allowed: on the output"),
+        (any(each is not None for each in gemm1), "alpha, beta or a limit of gemm1; allowed: swiglu_limit"),
+    )
+    return [reason for found, reason in checks if found]
+
+
+def left_by_another() -> list[str]:
+    """Why weights that SGLang reads cannot be taken over: as another process left them, in an order of its own."""
+    named = getattr(importlib.import_module("sglang.srt.runtime_context").get_model(), "load_format", None)
+    allowed = "checkpoints, whose weights are in an order that is known"
+    return [f"--load-format {name}; allowed: {allowed}" for name in _AS_LEFT if name == named]
 
 
 def take(layer: Any) -> HeldExperts:
@@ -101,11 +131,14 @@ def give_back(layer: Any) -> None:
 
 def try_to_take(layer: Any) -> HeldExperts | None:
     """`take`, or one warning and None."""
-    try:
-        return take(layer)
-    except ConfigError as error:
-        warn_once("sglang: experts", f"megamoe-jit leaves experts of this model to SGLang: {error}")
-        return None
+    reasons = other_sums(layer.moe_runner_config) + left_by_another()
+    if not reasons:
+        try:
+            return take(layer)
+        except ConfigError as error:
+            reasons = [str(error)]
+    warn_once("sglang: experts", f"megamoe-jit leaves experts of this model to SGLang: {'; '.join(reasons)}")
+    return None
 
 
 def hook() -> None:

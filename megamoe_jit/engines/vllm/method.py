@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from types import MethodType
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
@@ -15,6 +16,8 @@ __all__ = ["fp8_method_class", "mxfp4_method_class"]
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 _QUANT = "vllm.model_executor.layers.quantization"
+_ORDERED = "_megamoe_jit_ordered"  #: of a parameter, once its layer is in the kernel's order
+_AS_LEFT = ("sharded_state", "runai_streamer_sharded", "tensorizer")  #: formats of weights that a process has processed
 
 
 @functools.cache
@@ -32,6 +35,9 @@ def fp8_method_class() -> Any:
             super().__init__(quant_config, layer)
             self.fp8_backend = backends.TRITON  # for the scales as the checkpoint has them
             _choose(self, layer)
+
+        def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
+            super().create_weights(layer, *sizes, **_careful(layer, more))
 
         def process_weights_after_loading(self, layer: Any) -> None:
             _run_as_one_kernel(self, layer)
@@ -55,10 +61,35 @@ def mxfp4_method_class() -> Any:
             self.mxfp4_backend = backends.EMULATION  # sizes and scales as the checkpoint has them
             _choose(self, layer)
 
+        def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
+            super().create_weights(layer, *sizes, **_careful(layer, more))
+
         def process_weights_after_loading(self, layer: Any) -> None:
             _run_as_one_kernel(self, layer)
 
     return MegaMoeMxfp4MoEMethod
+
+
+def _careful(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of parameters, their loader one that writes no plain weights over those in the kernel's order, unseen.
+
+    It is a method of the layer as vLLM's is, which vLLM takes from a layer and gives to it when it loads once more.
+    """
+    loader = options.get("weight_loader")
+    if getattr(loader, "__self__", None) is not layer:
+        return options
+    original = loader.__func__  # type: ignore[union-attr]
+
+    @functools.wraps(original)
+    def weight_loader(self: Any, param: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(param, _ORDERED, False):
+            raise ConfigError(
+                "weights of experts are loaded over those in the kernel's order; allowed: vLLM's own ways of loading "
+                "once more, which process them. Next: reload_weights(), or its weight transfer"
+            )
+        return original(self, param, *args, **kwargs)
+
+    return {**options, "weight_loader": MethodType(weight_loader, layer)}
 
 
 def _choose(method: Any, layer: Any) -> None:
@@ -77,7 +108,9 @@ def _choose(method: Any, layer: Any) -> None:
 def _refusals(moe: Any, layer: Any) -> list[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
     silu = importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU
-    parallel, engine = moe.moe_parallel_config, _parallelism()
+    parallel, settings = moe.moe_parallel_config, _settings()
+    engine, load_format = getattr(settings, "parallel_config", None), getattr(settings, "load_config", None)
+    load_format = getattr(load_format, "load_format", None)
     across = experts.is_across_ranks(parallel)
     checks = (
         (not experts.experts_class()._supports_current_device(), "this GPU; allowed: Hopper (H100, H200, H20)"),
@@ -92,6 +125,10 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
             f"{moe.num_experts} experts; allowed: as many on each rank",
         ),
         (
+            across and layer.expert_placement_strategy != "linear",
+            f"--expert-placement-strategy {layer.expert_placement_strategy}; allowed: linear, which is vLLM's default",
+        ),
+        (
             parallel.use_batched_activation_format,
             f"--all2all-backend {parallel.all2all_backend}; allowed: allgather_reducescatter, which is not used",
         ),
@@ -104,14 +141,18 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
             "dual-batch overlap; allowed: no --enable-dbo or --ubatch-size",
         ),
         (getattr(engine, "enable_elastic_ep", False), "--enable-elastic-ep; allowed: as many ranks as at the start"),
+        (
+            load_format in _AS_LEFT,
+            f"--load-format {load_format}, whose weights do not tell the order they are in; allowed: checkpoints",
+        ),
         (bool(shape := _no_shape(moe, across)), shape),
     )
     return [reason for found, reason in checks if found]
 
 
-def _parallelism() -> Any:
-    """What the command line says of ranks and batches; None where vLLM has no settings."""
-    return getattr(importlib.import_module("vllm.config").get_current_vllm_config_or_none(), "parallel_config", None)
+def _settings() -> Any:
+    """What the command line says; None where vLLM has none."""
+    return importlib.import_module("vllm.config").get_current_vllm_config_or_none()
 
 
 def _no_shape(moe: Any, across: bool) -> str:
@@ -130,6 +171,8 @@ def _run_as_one_kernel(method: Any, layer: Any) -> None:
     method.moe_quant_config = method.get_fused_moe_quant_config(layer)
     ours = method.experts_cls(moe_config=method.moe, quant_config=method.moe_quant_config)
     ours.process_weights_after_loading(layer)
+    for parameter in layer.parameters():
+        setattr(parameter, _ORDERED, True)
     kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
     method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config, ours), ours)
     LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))

@@ -23,6 +23,7 @@ SIZES = {"num_experts": 4, "num_max_tokens_per_rank": 100, "num_topk": 2, "hidde
 def buffers(monkeypatch):
     monkeypatch.setattr(mega, "_all_in_place", lambda: True)
     monkeypatch.setattr(mega, "_formats", {})
+    monkeypatch.setattr(weights, "left_by_another", list)  # as no SGLang says
     _buffers.clear()
     yield kernels_by_reference(monkeypatch)
     _buffers.clear()
@@ -34,7 +35,9 @@ def layer(seed=0):
     tensors = {
         name: torch.nn.Parameter(each.clone(), requires_grad=False) for name, each in zip(names, l1 + l2, strict=True)
     }
-    return SimpleNamespace(**tensors), l1, l2
+    plain = dict.fromkeys(("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"))
+    config = SimpleNamespace(activation="silu", is_gated=True, apply_router_weight_on_input=False, **plain)
+    return SimpleNamespace(**tensors, moe_runner_config=config), l1, l2
 
 
 def original(*args, **kwargs):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from megamoe_jit._errors import ConfigError
+from megamoe_jit._layer.weights import is_transformed
 from megamoe_jit._spec import MoEShape
 from megamoe_jit.engines import aside
 from megamoe_jit.engines.across import _buffers
-from megamoe_jit.engines.vllm import eplb, experts, quantization
+from megamoe_jit.engines.vllm import eplb, experts, method, quantization
 from tests.engines.standins import batch, expected, kernels_by_reference, packed_experts
 from tests.engines.standins import experts as plain_experts
 
@@ -100,6 +101,44 @@ def test_which_quantisation_a_checkpoint_gets():
     for other in ({**FP8, "weight_block_size": None}, {"quant_method": "awq"}, {}):
         with pytest.raises(ConfigError, match="allowed: 'fp8' with"):
             quantization._chosen(other, None)
+
+
+def test_a_draft_has_the_quantisation_of_its_target():
+    mtp, blocks = SimpleNamespace(model_type="deepseek_mtp"), {**FP8, "weight_block_size": [32, 32]}
+    assert quantization._chosen(FP8, mtp) == "megamoe_jit"
+    for checkpoint in (FP8, blocks):
+        assert quantization._chosen(checkpoint, mtp, "megamoe_jit_deepseek_v4") == "megamoe_jit_deepseek_v4"
+    with pytest.raises(ConfigError, match="allowed: 'fp8' with"):
+        quantization._chosen(blocks, mtp)
+
+
+def test_copies_of_weights_are_known_to_be_in_the_kernels_order(buffers):
+    made = layer(*plain_experts(SHAPE), "weight_scale_inv")
+    experts._take(made)
+    parts = experts._PARTS[0]
+    copies = [tuple(made._parameters[f"{name}_{part}"].data.clone() for part in parts) for name in ("w13", "w2")]
+    assert not is_transformed(*copies)
+    for _ in range(2):
+        experts._recognise(*copies)
+        assert is_transformed(*copies)
+
+
+def test_plain_weights_are_not_written_over_others():
+    class Layer(torch.nn.Module):
+        def weight_loader(self, param, value, *, how):
+            param.data.fill_(value)
+            return self, how
+
+    made, param = Layer(), torch.nn.Parameter(torch.zeros(1))
+    options = method._careful(made, {"weight_loader": made.weight_loader, "other": 1})
+    assert options["other"] == 1
+    assert options["weight_loader"](param, 3.0, how="so") == (made, "so")
+    setattr(param, method._ORDERED, True)
+    with pytest.raises(ConfigError, match="Next: reload_weights"):
+        options["weight_loader"](param, 4.0, how="so")
+    assert param.item() == 3.0
+    for others in ({}, {"weight_loader": len}):
+        assert method._careful(made, others) == others
 
 
 @pytest.mark.parametrize(("chosen", "asked"), [("megamoe_jit", "deep_gemm_mega_moe"), ("fp8", "auto"), (None, "auto")])
