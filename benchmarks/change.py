@@ -25,15 +25,14 @@ from benchmarks.checkout import commit
 from benchmarks.frame import hopper, keep, parser, rows_by_shape, say
 from benchmarks.markdown import table
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, burst
-from megamoe_jit._bench.measure import DEFAULT_TOKENS, VARIANTS, Layer, some_rows
+from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer, some_rows
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._check.verify import function_of
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit._spec.formats import FORMATS
+from megamoe_jit._spec.variants import VARIANT_CHOICES
 from megamoe_jit.heuristics.presets import preset
-
-__all__ = ["Both", "measure"]
 
 SHAPES = ("v4-flash", "v4-pro")
 BEFORE = f"{PACKAGE}_before_change"
@@ -106,7 +105,7 @@ def main() -> int:
     arguments.add_argument("--before", type=another_checkout, required=True, help="a checkout whose code takes turns")
     arguments.add_argument("--shapes", default=",".join(SHAPES))
     arguments.add_argument("--tokens", default=",".join(map(str, DEFAULT_TOKENS)))
-    arguments.add_argument("--variant", default="auto", choices=VARIANTS)
+    arguments.add_argument("--variant", default="auto", choices=VARIANT_CHOICES)
     arguments.add_argument("--weight-format", default=FP8.name, choices=tuple(FORMATS))
     arguments.add_argument("--output", type=Path, help="write the rows as JSON")
     options = arguments.parse_args()

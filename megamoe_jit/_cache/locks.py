@@ -129,15 +129,10 @@ class _Lock:
             except BlockingIOError:
                 return False
             _held.add(self.handle)
-            if self._is_there():
-                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.handle), os.lstat(self._path)):
+                    break
         return True
-
-    def _is_there(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self.handle), os.lstat(self._path))
-        except FileNotFoundError:
-            return False
 
     def close(self) -> None:
         """Give it back, if it is held; safe to call twice."""

@@ -159,8 +159,9 @@ class EntryReader:
             with contextlib.suppress(OSError):  # of one alone, as where it is a circle of links
                 if group.is_dir(follow_symlinks=self.read_only):
                     with os.scandir(group.path) as found:
-                        keys = [each for each in found if each.name.startswith(group.name) and is_key(each.name)]
-                    folders += [(each.name, each.path) for each in keys]
+                        for each in found:
+                            if each.name.startswith(group.name) and is_key(each.name):
+                                folders.append((each.name, each.path))
         return folders
 
     def _unreadable(self, error: OSError) -> None:
