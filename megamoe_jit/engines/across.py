@@ -16,8 +16,6 @@ from megamoe_jit.engines.apart import made_apart
 from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.watch import watch
 
-__all__ = ["buffer_across"]
-
 
 class _Made(NamedTuple):
     buffer: SymmBuffer

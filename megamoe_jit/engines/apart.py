@@ -16,8 +16,6 @@ import torch
 
 from megamoe_jit._device.capture import refuse_capture
 
-__all__ = ["made_apart"]
-
 _T = TypeVar("_T")
 
 

@@ -11,8 +11,6 @@ from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._spec import MoEShape, WeightFormat
 from megamoe_jit._spec.spec import warmup_words
 
-__all__ = ["LOG", "guarded", "step_aside", "tell_served", "warn_once"]
-
 LOG = logging.getLogger("megamoe_jit")
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock")

@@ -21,8 +21,6 @@ from megamoe_jit._layer.weights import (
 )
 from megamoe_jit._spec import MoEShape, WeightFormat
 
-__all__ = ["HeldExperts"]
-
 
 class HeldExperts:
     """Experts of one layer, in an engine's parameters.

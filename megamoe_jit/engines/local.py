@@ -12,8 +12,6 @@ from megamoe_jit.engines.apart import made_apart
 from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.watch import watch
 
-__all__ = ["CAPACITY", "LocalExperts"]
-
 CAPACITY = 8192  #: tokens of a launch; larger batches are served in chunks, with the same bits
 
 

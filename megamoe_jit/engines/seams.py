@@ -16,8 +16,6 @@ from typing import Literal
 
 from megamoe_jit.engines.aside import step_aside
 
-__all__ = ["Seam", "asked", "fits", "misfits", "problem_of", "root_of"]
-
 Use = Literal["replaced", "called", "wrapped", "read"]
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -14,8 +14,6 @@ from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit.engines.aside import LOG
 
-__all__ = ["watch"]
-
 _SECONDS = 0.2
 
 

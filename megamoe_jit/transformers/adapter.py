@@ -28,8 +28,6 @@ from megamoe_jit.reference import moe_reference
 from megamoe_jit.transformers.experts import CODES, SCALES, Held, look_at
 from megamoe_jit.transformers.fit import NAME
 
-__all__ = ["ATTRIBUTE", "Options", "adapter_of", "options", "release_module"]
-
 ATTRIBUTE = "_megamoe_jit"  #: of a module that has a layer
 _HOOKED = "_megamoe_jit_hooked"
 #: The layer's buffers by the parameters whose memory they may be.

@@ -17,8 +17,6 @@ from megamoe_jit._spec import BLOCK
 from megamoe_jit._text import shown
 from megamoe_jit.reference import activate
 
-__all__ = ["CODES", "SCALES", "Held", "look_at"]
-
 CODES = ("gate_up_proj", "down_proj")  #: parameters of a module
 SCALES = ("gate_up_proj_scale_inv", "down_proj_scale_inv")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -10,8 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["NAME", "TESTED", "WANTED", "problems", "relied_upon"]
-
 NAME = "megamoe"  #: the value of `experts_implementation`
 WANTED = "transformers>=5.17,<6"
 TESTED = ("5.17.0", "5.24.0")

@@ -14,8 +14,6 @@ from megamoe_jit._spec.checks import check
 from megamoe_jit.transformers.adapter import ATTRIBUTE, adapter_of, refuse_gradients, release_module
 from megamoe_jit.transformers.fit import NAME, WANTED, problems
 
-__all__ = ["megamoe_experts_forward", "prepare", "register", "release"]
-
 
 def megamoe_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -18,8 +18,6 @@ from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
 from megamoe_jit.engines.watch import watch
 
-__all__ = ["add"]
-
 _KERNEL = "flashinfer.moe_ep.core.kernel"
 
 

@@ -6,8 +6,6 @@ from functools import partial
 
 from megamoe_jit.engines.seams import Seam, asked
 
-__all__ = ["KERNEL_NAME", "SEAMS", "TESTED", "WANTED", "relied_upon"]
-
 KERNEL_NAME = "sm90_fp8_fp8_bf16_megamoe_jit"  #: as FlashInfer names kernels: GPU, activations, weights, results
 WANTED = "flashinfer-python>=0.7.4,<0.8"
 TESTED = ("0.7.4",)

@@ -6,8 +6,6 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["PROBE", "around", "unreached"]
-
 PROBE: Any = type("Probe", (), {})()  #: a hook answers with it to a call that is given it, and does nothing
 
 

@@ -21,8 +21,6 @@ from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.sglang import weights
 from megamoe_jit.engines.sglang.hooks import PROBE, around, unreached
 
-__all__ = ["hook"]
-
 _SM90 = "sglang.srt.layers.moe.mega_moe_sm90"
 _MEGA = "sglang.srt.layers.moe.mega_moe"
 

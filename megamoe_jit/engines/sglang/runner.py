@@ -19,8 +19,6 @@ from megamoe_jit.engines.local import LocalExperts
 from megamoe_jit.engines.sglang import weights
 from megamoe_jit.engines.sglang.hooks import around
 
-__all__ = ["BACKEND", "hook"]
-
 BACKEND = "megamoe_jit"
 _FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
 _ALLOWED = "experts in MXFP4, or FP8 with blocks of 128 x 128"

@@ -6,8 +6,6 @@ from functools import partial
 
 from megamoe_jit.engines.seams import Seam, asked
 
-__all__ = ["MEGA", "RUNNER", "SHARED", "TESTED", "WANTED", "relied_upon"]
-
 WANTED = "sglang>=0.5.22,<0.6"
 TESTED = ("0.5.22", "0.5.23")
 

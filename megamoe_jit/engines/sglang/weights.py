@@ -19,19 +19,6 @@ from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.sglang.hooks import PROBE, around
 
-__all__ = [
-    "RUN",
-    "give_back",
-    "held_by",
-    "hook",
-    "left_by_another",
-    "on_hopper",
-    "other_sums",
-    "shared_among_packed",
-    "take",
-    "try_to_take",
-]
-
 _HELD = "_megamoe_jit_held"  #: of a layer
 RUN = "_megamoe_jit_run"  #: of a layer, where SGLang's usual call of its experts is ours: of the method and a batch
 _CODES, _SCALES = ("w13_weight", "w2_weight"), ("w13_weight_scale_inv", "w2_weight_scale_inv")

@@ -10,8 +10,6 @@ from typing import Any
 from megamoe_jit._text import first_line
 from megamoe_jit.engines.aside import warn_once
 
-__all__ = ["leave_room"]
-
 _UTILS, _WORKER, _NAME = "vllm.distributed.eplb.eplb_utils", "vllm.v1.worker.gpu_worker", "override_envs_for_eplb"
 _LIKE = "deep_gemm_mega_moe"  #: vLLM's own kernel of this kind, for which it bounds NCCL_MAX_CTAS where it must
 

@@ -22,8 +22,6 @@ from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.local import CAPACITY, LocalExperts
 
-__all__ = ["experts_class", "is_across_ranks", "prepare_finalize"]
-
 _MOE = "vllm.model_executor.layers.fused_moe"
 _NO_SCRATCH = (0,)
 _PARTS = ("weight", "weight_scale_inv"), ("weight", "weight_scale")  #: of FP8, and of MXFP4

@@ -12,8 +12,6 @@ from megamoe_jit._spec import BLOCK, MoEShape
 from megamoe_jit.engines.aside import LOG
 from megamoe_jit.engines.vllm import experts
 
-__all__ = ["fp8_method_class", "mxfp4_method_class"]
-
 _MOE = "vllm.model_executor.layers.fused_moe"
 _QUANT = "vllm.model_executor.layers.quantization"
 _ORDERED = "_megamoe_jit_ordered"  #: of a parameter, once its layer is in the kernel's order

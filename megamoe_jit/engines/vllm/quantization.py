@@ -16,8 +16,6 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit.engines.aside import warn_once
 
-__all__ = ["NAME", "NAMES", "add"]
-
 NAME = "megamoe_jit"  #: what is typed
 _NAME_V4 = "megamoe_jit_deepseek_v4"  #: what it means for DeepSeek V4, whose checkpoints vLLM has a quantisation for
 NAMES = (NAME, _NAME_V4)

@@ -6,8 +6,6 @@ from functools import partial
 
 from megamoe_jit.engines.seams import Seam, asked
 
-__all__ = ["SEAMS", "TESTED", "WANTED", "relied_upon"]
-
 WANTED = "vllm>=0.31,<0.34"
 TESTED = ("0.31.0", "0.32.0", "0.33.0")
 
