@@ -4,7 +4,7 @@ The lock only saves work: a cache entry is published by one rename, so two proce
 kernel do no harm. It therefore never stands in the way: where the file system has no locks, or the holder
 takes too long, the caller goes on without it. Locks are kernel-released (flock), so a killed holder
 cannot leave one behind, and lie on a node-local file system, since locking over a network one may hang.
-Lock files are never deleted: that would split those who wait for them.
+Whoever held a lock removes its file; who waited at that file, which has no name any more, looks at the next one.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def try_lock(name: str) -> Iterator[bool]:
     lock: _Lock | None = None
     free = True
     try:
-        lock = _Lock(name)
-        free = lock.acquire()
-    except OSError as error:
-        LOG.debug("cannot lock %s: %s", name, error)
-    try:
+        try:
+            lock = _Lock(name)
+            free = lock.acquire()
+        except OSError as error:
+            LOG.debug("cannot lock %s: %s", name, error)
         yield free
     finally:
         if lock is not None:
@@ -97,14 +97,13 @@ def try_lock(name: str) -> Iterator[bool]:
 
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-_held: set[int] = set()
+_held: set[_Lock] = set()
 
 
 def _after_fork() -> None:
-    """A child must not keep a lock of its parent alive."""
-    for handle in _held:
-        with contextlib.suppress(OSError):
-            os.close(handle)
+    """A child must not keep a lock of its parent alive, nor give it back."""
+    for lock in _held:
+        lock.forsake()
     _held.clear()
 
 
@@ -128,64 +127,78 @@ class _Lock:
                 fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            _held.add(self.handle)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self.handle), os.lstat(self._path)):
-                    break
+            _held.add(self)
+            if self._is_named():
+                break
         return True
 
     def close(self) -> None:
         """Give it back, if it is held; safe to call twice."""
-        if self.handle in _held:
+        if self in _held:
             with contextlib.suppress(OSError):
-                os.unlink(self._path)
+                if self._is_named():  # else somebody has removed this file, and another's is there
+                    os.unlink(self._path)
         self._let_go()
 
+    def forsake(self) -> None:
+        """Close the file alone: the lock is another's."""
+        handle, self.handle = self.handle, -1
+        if handle >= 0:
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
+    def _is_named(self) -> bool:
+        """Whether others who ask for the lock find this file."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.handle), os.lstat(self._path))
+        return False
+
     def _let_go(self) -> None:
-        if self.handle in _held:
-            _held.discard(self.handle)
+        if self in _held:
+            _held.discard(self)
             with contextlib.suppress(OSError):
                 fcntl.flock(self.handle, fcntl.LOCK_UN)  # a child that was just forked may hold a copy
-        if self.handle >= 0:
-            with contextlib.suppress(OSError):
-                os.close(self.handle)
-        self.handle = -1
+        self.forsake()
 
 
 def _wait(key: str, label: str, done: Callable[[], bool]) -> _Lock | None:
     """The lock, which is held; None if it cannot be had in time or at all, or is not needed any more."""
-    limit = get_settings().lock_timeout_s
     lock = None
     try:
         lock = _Lock(key)
-        begin = time.monotonic()
-        told = False
-        while not lock.acquire():
-            waited = time.monotonic() - begin
-            if done():
-                lock.close()
-                return None
-            if waited >= limit:
-                LOG.warning("no lock for %s after %g s; compiling it here as well", label, limit)
-                lock.close()
-                return None
-            if waited >= PATIENCE_S and not told:
-                told = True
-                LOG.warning("waiting for %s, which is compiling %s", _owner(lock.handle), label)
-            time.sleep(min(POLL_S, limit))
-        with contextlib.suppress(OSError):
-            os.ftruncate(lock.handle, 0)
-            os.pwrite(lock.handle, f"process {os.getpid()}\n".encode(), 0)
+        if _taken(lock, label, done):
+            with contextlib.suppress(OSError):
+                os.ftruncate(lock.handle, 0)
+                os.pwrite(lock.handle, f"process {os.getpid()}\n".encode(), 0)
+            return lock
     except OSError as error:
         LOG.warning("cannot lock for %s (%s); compiling it without a lock", label, error)
-        if lock is not None:
-            lock.close()
-        return None
-    except KeyboardInterrupt:  # what would have been done with it is not wanted any more
+    except BaseException:  # what would have been done with it is not wanted any more
         if lock is not None:
             lock.close()
         raise
-    return lock
+    if lock is not None:
+        lock.close()
+    return None
+
+
+def _taken(lock: _Lock, label: str, done: Callable[[], bool]) -> bool:
+    """Take it, as soon as it is free; False if that takes too long, or it is not needed any more."""
+    limit = get_settings().lock_timeout_s
+    begin = time.monotonic()
+    told = False
+    while not lock.acquire():
+        waited = time.monotonic() - begin
+        if done():
+            return False
+        if waited >= limit:
+            LOG.warning("no lock for %s after %g s; compiling it here as well", label, limit)
+            return False
+        if waited >= PATIENCE_S and not told:
+            told = True
+            LOG.warning("waiting for %s, which is compiling %s", _owner(lock.handle), label)
+        time.sleep(min(POLL_S, limit))
+    return True
 
 
 def _owner(handle: int) -> str:

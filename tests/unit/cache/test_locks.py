@@ -80,10 +80,16 @@ def test_lock_of_a_killed_process_is_free_at_once(tmp_path):
     holder.stdout.close()
 
 
+def held_handle() -> int:
+    """The file of the one lock that is held."""
+    (lock,) = _locks._held
+    return lock.handle
+
+
 def test_forked_child_does_not_keep_the_lock(tmp_path):
     with override(lock_dir=tmp_path):
         with key_lock(KEY, "kernel"):
-            (handle,) = _locks._held
+            handle = held_handle()
             pid = os.fork()
             if pid == 0:
                 try:
@@ -100,12 +106,30 @@ def test_forked_child_does_not_keep_the_lock(tmp_path):
             assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the child still has the handle"
 
 
+def test_child_that_leaves_what_its_parent_locked_closes_no_file_of_its_own(tmp_path):
+    """By the time it does, another file may have the number that the lock's had."""
+    (tmp_path / "own").write_text("its")
+    with override(lock_dir=tmp_path / "locks"):
+        parent, copy, status = os.getpid(), -1, 1
+        try:
+            with key_lock(KEY, "kernel"):
+                handle = held_handle()
+                if os.fork() == 0:
+                    copy = os.open(tmp_path / "own", os.O_RDONLY)
+                    os.dup2(copy, handle)
+            if os.getpid() != parent:
+                status = 0 if os.pread(handle, 3, 0) == b"its" else 1
+        finally:
+            if os.getpid() != parent:
+                os._exit(status)
+        assert os.wait()[1] == 0
+
+
 def test_copy_of_the_handle_does_not_keep_the_lock(tmp_path):
     """A child has one from the moment it is forked until its hook, or its exec, closes it."""
     with override(lock_dir=tmp_path):
         with key_lock(KEY, "kernel"):
-            (handle,) = _locks._held
-            copy = os.dup(handle)
+            copy = os.dup(held_handle())
         with try_lock(KEY) as free:
             assert free is True
     os.close(copy)
@@ -204,6 +228,51 @@ def test_who_waits_at_a_file_that_its_owner_removes_looks_at_the_next_one(tmp_pa
         late.close()
     assert os.listdir(tmp_path) == []
     assert not _locks._held
+
+
+def test_whose_file_somebody_has_removed_leaves_that_of_the_next_one(tmp_path):
+    """As what cleans temporary directories up does."""
+    with override(lock_dir=tmp_path):
+        with key_lock(KEY, "kernel"):
+            os.unlink(tmp_path / f"{KEY}.lock")
+            next_one = _locks._Lock(KEY)
+            assert next_one.acquire() is True
+        with try_lock(KEY) as free:
+            assert free is False
+        next_one.close()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_who_gives_up_while_it_waits_keeps_no_file(tmp_path, error):
+    def give_up() -> bool:
+        raise error
+
+    before = len(os.listdir("/proc/self/fd"))
+    with override(lock_dir=tmp_path), key_lock(KEY, "kernel") as held:
+        with pytest.raises(error), key_lock(KEY, "kernel", give_up):
+            pass
+        assert held is True
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("lock", [try_lock, lambda name: key_lock(name, "kernel")], ids=["try_lock", "key_lock"])
+def test_interruption_behind_the_lock_leaves_it_free(tmp_path, monkeypatch, lock):
+    """Ctrl-C may come between any two steps."""
+
+    real = os.path.samestat
+
+    def interrupt(*_):
+        monkeypatch.setattr(os.path, "samestat", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os.path, "samestat", interrupt)
+    with override(lock_dir=tmp_path):
+        with pytest.raises(KeyboardInterrupt), lock(KEY):
+            pass
+        assert not _locks._held
+        with try_lock(KEY) as free:
+            assert free is True
 
 
 def test_a_file_system_whose_files_have_no_lasting_numbers(tmp_path, monkeypatch):
