@@ -5,6 +5,7 @@ A process that is sealed compiles nothing any more.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import itertools
@@ -31,6 +32,8 @@ from megamoe_jit._text import items_of, several, shown
 LOG = logging.getLogger("megamoe_jit")
 _QUICK_S = 0.1  #: how long an interrupt may go unnoticed; a thread that waits for a lock looks up more often
 _BY_NAME = 'preset("v4-flash").shape'  # in messages
+_Future = concurrent.futures.Future["WarmupResult"]
+_Queue = collections.deque[tuple[_Future, Compilable]]  #: what no thread has begun yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,17 +164,18 @@ def warmup(
     stop = threading.Event()
     pool = _threads(workers)
 
-    def report(future: concurrent.futures.Future[WarmupResult]) -> None:
+    def report(future: _Future) -> None:
         result = future.result()
         results[result.spec] = result
         if progress is not None:
             progress(result)
 
     # all there before the first begins: Ctrl-C may come while one is handed out, and its work counts nevertheless
-    futures: dict[concurrent.futures.Future[WarmupResult], Compilable] = {concurrent.futures.Future(): s for s in todo}
+    futures: dict[_Future, Compilable] = {concurrent.futures.Future(): spec for spec in todo}
+    queue = collections.deque(futures.items())
     try:
-        for future, spec in futures.items():
-            _hand_out(pool, future, spec, force, stop)
+        for _ in futures:
+            _hand_out(pool, queue, force, stop)
         for future in _as_they_end(futures):
             report(future)
     except KeyboardInterrupt:
@@ -200,23 +204,15 @@ def _threads(count: int) -> concurrent.futures.Executor:
         return concurrent.futures.Executor()
 
 
-def _hand_out(
-    pool: concurrent.futures.Executor,
-    future: concurrent.futures.Future[WarmupResult],
-    spec: Compilable,
-    force: bool,
-    stop: threading.Event,
-) -> None:
-    """Have one of the threads see to a kernel; this one does where there are none."""
+def _hand_out(pool: concurrent.futures.Executor, queue: _Queue, force: bool, stop: threading.Event) -> None:
+    """Have one of the threads see to the next kernel; this one does where no thread can be had for it."""
     try:
-        pool.submit(_warm_into, future, spec, force, stop)
+        pool.submit(_warm_next, queue, force, stop)
     except RuntimeError:
-        _warm_into(future, spec, force, stop)
+        _warm_next(queue, force, stop)
 
 
-def _as_they_end(
-    futures: Iterable[concurrent.futures.Future[WarmupResult]],
-) -> Iterator[concurrent.futures.Future[WarmupResult]]:
+def _as_they_end(futures: Iterable[_Future]) -> Iterator[_Future]:
     """Each future once it has ended. The main thread wakes up now and then: a signal may reach another one alone."""
     left = set(futures)
     while left:
@@ -224,7 +220,7 @@ def _as_they_end(
         yield from ended
 
 
-def _tell_running(futures: Mapping[concurrent.futures.Future[WarmupResult], Compilable]) -> None:
+def _tell_running(futures: Mapping[_Future, Compilable]) -> None:
     """Say at once what an interrupted warmup still waits for: a kernel that NVRTC has begun on cannot be left alone."""
     running = [future for future in futures if future.running()]
     _, left = concurrent.futures.wait(running, timeout=_QUICK_S)  # what waited for another process ends by itself
@@ -243,15 +239,18 @@ def _distinct(specs: Iterable[Compilable]) -> list[Compilable]:
     return list(dict.fromkeys(given))
 
 
-def _warm_into(
-    future: concurrent.futures.Future[WarmupResult], spec: Compilable, force: bool, stop: threading.Event
-) -> None:
-    """Put what becomes of one kernel into `future`, unless that was cancelled."""
+def _warm_next(queue: _Queue, force: bool, stop: threading.Event) -> None:
+    """Put what becomes of the next kernel into its future, unless that was cancelled."""
+    try:
+        future, spec = queue.popleft()
+    except IndexError:  # a pool that could start no thread has kept the order, for one that it has already
+        return
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(_warm_one(spec, force, stop))
         except BaseException as error:
             future.set_exception(error)
+            raise  # where this is no thread of the pool: an interruption leaves the other kernels
 
 
 def _warm_one(spec: Compilable, force: bool, stop: threading.Event) -> WarmupResult:

@@ -187,3 +187,39 @@ def test_a_warmup_that_outlives_its_script_is_done_by_its_own_thread(place, befo
     run = subprocess.run(command, env=child_environment(place), capture_output=True, text=True, timeout=60)
     assert run.stderr == ""
     assert run.stdout.splitlines() == ["['compiled', 'compiled']", "['memory', 'memory']"]
+
+
+@pytest.mark.parametrize("none", [{0}, {1}, {0, 1}], ids=["the first", "the second", "any"])
+def test_a_warmup_that_cannot_have_all_threads_does_each_kernel_once(place, compiles, monkeypatch, caplog, none):
+    """As where a container limits them. A pool that could start no thread keeps the order for one that it has."""
+    real, started = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("megamoe-jit-warmup"):
+            started.append(thread)
+            if len(started) - 1 in none:
+                raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    specs = [KernelSpec(PING.shape, variant) for variant in (Variant.PINGPONG, Variant.COOPERATIVE, Variant.DECODE)]
+    assert [result.spec for result in warmup(specs, jobs=2) if result.ok] == specs
+    assert sorted(compiles) == sorted(spec.kernel_name for spec in specs)
+    assert not caplog.records
+
+
+def test_interrupted_warmup_without_threads_leaves_the_other_kernels(place, monkeypatch):
+    begun = []
+
+    def interrupted(text, *, kernel_name, toolchain):
+        begun.append(kernel_name)
+        raise KeyboardInterrupt
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_obtain, "compile_source", interrupted)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        warmup([PING, KernelSpec(PING.shape, Variant.COOPERATIVE)], jobs=2)
+    assert len(begun) == 1
