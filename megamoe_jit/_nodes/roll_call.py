@@ -20,7 +20,7 @@ from megamoe_jit._layer.group import gather, group_rank, group_size
 
 BEAT_S = 1.0
 LISTEN_S = 3.5  #: a beat may be late by so much, of a process that is busy
-LAST_BEAT_S = 3.0  #: for one that is under way when the program ends
+LAST_BEAT_S = 3.0  #: for those that are under way when the program ends
 
 _last = [0]  #: number of the last roll call that was made in this process
 _beating: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
@@ -31,8 +31,9 @@ def _fall_silent() -> None:
     """End the threads before the interpreter does, which aborts the process if one comes out of the store meanwhile."""
     for over in list(_beating.values()):
         over.set()
+    end = time.monotonic() + LAST_BEAT_S  # of all: where the store does not answer, none of them comes back
     for thread in list(_beating):
-        thread.join(LAST_BEAT_S)
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 class RollCall:
