@@ -19,7 +19,10 @@ def _git(root: Path, *words: str) -> str | None:
 
 
 def commit(root: Path | None = None) -> str:
-    """The commit of a checkout, by default of this one (`-dirty` where files differ from it), else its version."""
+    """The commit of a checkout, by default of this one, with `-dirty` where files differ from it.
+
+    Of what is no checkout, the version of the package if it is this one, else "not known".
+    """
     place = ROOT if root is None else root
     head = _git(place, "rev-parse", "--short=12", "HEAD") if (place / ".git").exists() else None
     if not head:

@@ -36,13 +36,13 @@ Draw = Callable[[Mapping[str, Any], Path], Sequence[Path]]
 
 
 def figure(field: str, digits: int, factor: float = 1.0) -> Callable[[JudgedRow], str]:
-    """The cell of a number, which may be missing."""
+    """What makes the cell of a number, which may be missing."""
 
-    def cell(row: JudgedRow) -> str:
+    def text(row: JudgedRow) -> str:
         value = getattr(row, field)
-        return "-" if value is None else f"{value * factor:.{digits}f}"
+        return cell(None if value is None else value * factor, f".{digits}f")
 
-    return cell
+    return text
 
 
 #: Of the table for one GPU: headers, and what each makes of a row; the first three are words.
@@ -225,7 +225,7 @@ def _print(doc: Bench, as_json: bool, columns: Columns, lines: Sequence[str]) ->
         return
     if doc.environment.get("ranks", 1) > 1:
         columns = COLUMNS_OF_RANKS
-    cells = [[cell(row) for cell in columns.values()] for row in doc.rows]
+    cells = [[column(row) for column in columns.values()] for row in doc.rows]
     show(table(list(columns), cells, left=(0, 1, 2)))
     _show_others(doc)
     _print_card(doc.anchors)
