@@ -8,6 +8,11 @@ import stat
 from pathlib import Path
 
 
+def own_name() -> str:
+    """What a directory of this user is called that lies where everybody may make some, as in the temporary one."""
+    return f"megamoe-jit-{os.geteuid()}"
+
+
 def private_directory(path: Path) -> Path:
     """Create a directory only its owner can write, or check that it is one.
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._trust import private_directory
+from megamoe_jit._trust import own_name, private_directory
 
 LOG = logging.getLogger("megamoe_jit")
 PATIENCE_S = 2.0  #: wait this long before saying whom we wait for
@@ -36,7 +36,6 @@ def lock_dir() -> Path:
     if chosen is not None:
         chosen.mkdir(parents=True, exist_ok=True)
         return chosen
-    name = f"megamoe-jit-{os.geteuid()}"
     problem: OSError | None = None
     # the temporary directory comes last: to ask for it is to fail where there is none to write to
     named = os.environ.get("XDG_RUNTIME_DIR")
@@ -44,7 +43,7 @@ def lock_dir() -> Path:
         try:
             folder = Path(base or _temporary())
             if folder.is_dir():
-                return private_directory(folder / name)
+                return private_directory(folder / own_name())
         except OSError as error:
             problem = error
     raise problem or FileNotFoundError("no directory for lock files")

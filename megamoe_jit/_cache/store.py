@@ -28,7 +28,7 @@ from megamoe_jit._cache.reader import ACCESS, EntryReader
 from megamoe_jit._cache.trees import delete, is_closed, is_directory, move, rename, tree_bytes, unlock
 from megamoe_jit._compile.cubin import cubin_arch
 from megamoe_jit._text import one_line
-from megamoe_jit._trust import private_directory
+from megamoe_jit._trust import own_name, private_directory
 
 LOG = logging.getLogger("megamoe_jit")
 STALE_STAGING_S = 3600.0
@@ -178,7 +178,8 @@ class EntryStore(EntryReader):
 
     def _prepare(self) -> None:
         """Create the directories in which entries are written, or check them."""
-        if not self.root.exists():
+        # where everybody may make directories, one by this user's name may be another's, or a link of theirs
+        if self.root.name == own_name() or not self.root.exists():
             self._directory(self.root)
         self._directory(self.path)
         self._make_way(self.path / ".tmp")

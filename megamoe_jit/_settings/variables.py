@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe_jit._spec.variants import VARIANT_CHOICES
+from megamoe_jit._trust import own_name
 
 PREFIX = "MEGAMOE_JIT_"
 
@@ -153,9 +154,9 @@ def default_cache_dir() -> Path:
     import tempfile
 
     try:
-        return Path(tempfile.gettempdir()) / f"megamoe-jit-{os.geteuid()}"
+        return Path(tempfile.gettempdir()) / own_name()
     except FileNotFoundError:  # nothing can be written here at all; whoever tries is told of the path
-        return path or Path("/tmp") / f"megamoe-jit-{os.geteuid()}"
+        return path or Path("/tmp") / own_name()
 
 
 def _is_there_or_can_be_made(path: Path) -> bool:

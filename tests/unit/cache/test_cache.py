@@ -161,6 +161,26 @@ def test_directory_others_may_write_is_refused(cache, warnings, mode):
     assert all("can be written by other users" in w.getMessage() for w in warnings)
 
 
+@pytest.mark.parametrize("kind", ["link", "open", "another's"])
+def test_temporary_cache_that_another_user_could_have_made_is_refused(tmp_path, warnings, monkeypatch, kind):
+    """Where everybody may make directories; one that was named is its owner's business."""
+    root, elsewhere = tmp_path / f"megamoe-jit-{os.geteuid()}", tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    if kind == "link":
+        root.symlink_to(elsewhere)
+    else:
+        root.mkdir(mode=0o700)
+        root.chmod(0o777 if kind == "open" else 0o700)
+    if kind == "another's":
+        real = os.lstat
+        owned = lambda path: os.stat_result([*real(path)[:4], 4321, *real(path)[5:]])  # noqa: E731
+        monkeypatch.setattr(os, "lstat", lambda path: owned(path) if Path(path) == root else real(path))
+    cache = KernelCache(root)
+    assert (cache.writable(), cache.store(KEY, fake_cubin(), "", {})) == (False, False)
+    assert (os.listdir(root), os.listdir(elsewhere), len(warnings)) == ([], [], 1)
+    assert KernelCache(elsewhere).store(KEY, fake_cubin(), "", {}) is True
+
+
 def test_directory_of_someone_else_is_refused(tmp_path, monkeypatch):
     private_directory(tmp_path / "mine")
     real = os.lstat(tmp_path / "mine")
