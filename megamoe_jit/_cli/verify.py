@@ -30,8 +30,8 @@ def _line(outcome: Outcome) -> str:
     return text if outcome.passed else f"{text}: {outcome.reason}"
 
 
-def _figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2e}"
+def _figure(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}e}"
 
 
 def _show_families(doc: Verify, ranks: int) -> None:
@@ -46,12 +46,31 @@ def _show_families(doc: Verify, ranks: int) -> None:
             max((v for v in values if not math.isnan(v)), default=math.nan)
             for values in ([o.diff for o in outcomes], [o.worst_row_diff for o in outcomes])
         )
-        figures = ("-" if math.isnan(v) else f"{v:.1e}" for v in worst)
         names = len({o.name for o in outcomes})
-        rows.append((family, names, len(outcomes), len(outcomes) - failed, failed, *figures))
+        rows.append((family, names, len(outcomes), len(outcomes) - failed, failed, *(_figure(v, 1) for v in worst)))
     late = f", each up to {doc.skew_us} us late for each launch" if doc.skew_us else ""
     show(f"{ranks} ranks, {counted(doc.rounds, 'round')} of each scenario and variant{late}")
     show(table(("FAMILY", "SCENARIOS", "RUN", "PASSED", "FAILED", "WORST DIFF", "WORST ROW"), rows))
+
+
+def _finish(doc: Verify, ranks: int, as_json: bool) -> None:
+    """Say what came of it, and end the command: with 1 if an output is wrong, or not all was run."""
+    failed = [outcome for outcome in doc.outcomes if not outcome.passed]
+    if as_json:
+        emit(doc)
+    elif ranks > 1:
+        _show_families(doc, ranks)
+    else:
+        rows = [
+            (o.name, o.variant, _figure(o.diff), _figure(o.worst_row_diff), "passed" if o.passed else "FAILED")
+            for o in doc.outcomes
+        ]
+        show(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
+    if failed:  # together, since each went by between many that passed
+        say("\n".join(["failed:", *(f"  {o.name}  {o.variant}: {o.reason}" for o in failed)]))
+    say(f"{len(doc.outcomes) - len(failed)} passed, {len(failed)} failed, {doc.not_run} not run")
+    if failed or doc.not_run > 0:
+        raise click.exceptions.Exit(ExitCode.FAILED)
 
 
 def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.device, ranks: int) -> list[KernelSpec]:
@@ -172,19 +191,4 @@ def verify(only_list: bool, ranks: int | None, as_json: bool, **how: Any) -> Non
     if outcomes is None:  # another rank of torchrun reports
         return
     doc = Verify.of(outcomes, len(chosen), count, runs.rounds, runs.skew_us)
-    failed = [outcome for outcome in outcomes if not outcome.passed]
-    if as_json:
-        emit(doc)
-    elif several > 1:
-        _show_families(doc, several)
-    else:
-        rows = [
-            (o.name, o.variant, _figure(o.diff), _figure(o.worst_row_diff), "passed" if o.passed else "FAILED")
-            for o in outcomes
-        ]
-        show(table(("SCENARIO", "VARIANT", "DIFF", "WORST ROW", "RESULT"), rows, left=(0, 1)))
-    if failed:  # together, since each went by between many that passed
-        say("\n".join(["failed:", *(f"  {o.name}  {o.variant}: {o.reason}" for o in failed)]))
-    say(f"{len(outcomes) - len(failed)} passed, {len(failed)} failed, {doc.not_run} not run")
-    if failed or doc.not_run > 0:
-        raise click.exceptions.Exit(ExitCode.FAILED)
+    _finish(doc, several, as_json)
