@@ -82,3 +82,23 @@ def test_buffers_of_a_group_are_made_once_and_prepared_for_each_format(devices, 
     found = [across.buffer_across(None, 4, 128, 2, 256, 128, weights=each) for each in ((FP8,), (FP8, MXFP4), (MXFP4,))]
     assert found[1:] == found[:1] * 2
     assert (found[0].made, found[0].prepared) == (2, [("fp8", 2), ("mxfp4", 2)])
+
+
+def test_a_buffer_whose_kernels_failed_is_not_made_again(devices, monkeypatch):
+    """It would be lost with the symmetric memory that it has."""
+    made = []
+
+    def make(*_, **__) -> Buffer:
+        made.append(Buffer())
+        return made[-1]
+
+    def refuse(_: object, weight_format: str) -> None:
+        raise ConfigError(f"no compiler for {weight_format}")
+
+    monkeypatch.setattr(across, "_buffers", {})
+    monkeypatch.setattr("megamoe_jit._layer.calls.get_symm_buffer_for_mega_moe", make)
+    with monkeypatch.context() as broken, pytest.raises(ConfigError, match="no compiler for fp8"):
+        broken.setattr(Buffer, "prepare_all", refuse)
+        across.buffer_across(None, 4, 128, 2, 256, 128)
+    assert across.buffer_across(None, 4, 128, 2, 256, 128) is made[0]
+    assert made[0].prepared == [("fp8", 2)]
