@@ -70,6 +70,15 @@ def test_experts_that_are_placed_round_robin_are_refused(world):
         world.layer(world.chosen(NAME, FP8), moe, placement="round_robin")
 
 
+@pytest.mark.parametrize("named", ["allgather_reducescatter", "deepep_low_latency"])
+def test_ways_between_ranks_that_it_takes_the_place_of(world, named):
+    """All but those for which vLLM lays out rows by expert."""
+    moe = world.moe_config(SHAPE, ranks=2, dp=2, ep=True, all2all=named)
+    refused = pytest.raises(ConfigError, match=f"--all2all-backend {named}; allowed: allgather_reducescatter")
+    with refused if named == "deepep_low_latency" else contextlib.nullcontext():
+        world.layer(world.chosen(NAME, FP8), moe)
+
+
 def test_sums_that_vllm_leaves_to_another_kernel_are_refused(world):
     """Of a `--moe-backend` that reaches all ranks itself: this one would give a rank's part as the whole."""
     moe = world.moe_config(SHAPE, ranks=2, ep=True, all2all="passthrough")
