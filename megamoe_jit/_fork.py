@@ -6,7 +6,6 @@ import os
 import threading
 from typing import Any
 
-
 _REENTRANT = type(threading.RLock())
 
 

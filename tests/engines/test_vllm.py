@@ -140,7 +140,7 @@ class TestOneRank:
             assert torch.equal(run(layer, of), expected(of, l1, l2))
 
     def test_copies_that_lie_where_those_of_the_call_before_lay(self, world):
-        """As copies may that vLLM makes for each call, of some of a layer's parameters or all: they are other tensors."""
+        """As copies may that vLLM makes for each call, of all parameters of a layer or some: other tensors."""
         layer, l1, l2 = loaded(world)
         of = batch(9, SHAPE)
         run(layer, of)

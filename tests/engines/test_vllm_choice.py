@@ -41,7 +41,7 @@ def test_other_checkpoints_are_refused_with_the_reason(world, checkpoint):
     [
         ({"has_bias": True}, "biases"),
         ({"swiglu_alpha": 1.7}, "allowed: swiglu_limit"),
-        ({"is_lora_enabled": True}, "LoRA"),
+        ({"is_lora_enabled": True}, "--enable-lora"),
     ],
 )
 def test_layers_that_there_is_no_kernel_for_are_refused(world, options, said):
@@ -56,7 +56,7 @@ def test_ways_to_run_a_batch_that_it_does_not_know_are_refused(world, asked, sai
         world.layer(world.chosen(NAME, FP8), world.moe_config(SHAPE))
 
 
-@pytest.mark.parametrize("named", ["sharded_state", "tensorizer"])
+@pytest.mark.parametrize("named", ["sharded_state", "runai_streamer_sharded", "tensorizer"])
 def test_weights_as_a_process_left_them_are_refused(world, named):
     """In the kernel's order, they would be brought into it once more."""
     world.loading.load_format = named
