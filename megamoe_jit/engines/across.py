@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,16 +53,20 @@ def buffer_across(
     """
     sizes = (experts, tokens, topk, hidden, intermediate)
     key = (id(group), *sizes, activation, torch.cuda.current_device() if torch.cuda.is_available() else None)
-    with _lock:
+
+    def make() -> None:
         if key not in _buffers:
-            make = partial(calls.get_symm_buffer_for_mega_moe, group, *sizes, activation=activation)
-            _buffers[key] = _Made(made_apart(make), group, set())
-            watch(_buffers[key].buffer)
+            made = calls.get_symm_buffer_for_mega_moe(group, *sizes, activation=activation)
+            _buffers[key] = _Made(made, group, set())
+            watch(made)
         buffer, _, formats = _buffers[key]
         for each in weights:
             if each.name not in formats:
-                # none is compiled in a capture, or by one rank alone
-                made_apart(partial(buffer.prepare_all, weight_format=each.name))
+                buffer.prepare_all(weight_format=each.name)  # none is compiled in a capture, or by one rank alone
                 formats.add(each.name)
                 tell_served(buffer.shape, buffer.ranks, each, tokens)
-        return buffer
+
+    with _lock:
+        if key not in _buffers or not _buffers[key].formats.issuperset(each.name for each in weights):
+            made_apart(make)
+        return _buffers[key].buffer
