@@ -15,16 +15,19 @@ from megamoe_jit.engines.apart import made_apart
 from megamoe_jit.engines.local import LocalExperts
 
 SHAPE = MoEShape(256, 128, 4, 2)
+entered: list[int] = []  #: threads that made a context current
 
 
 @pytest.fixture
 def devices(monkeypatch):
     """A machine with GPUs as far as is asked here, this thread's being the third; the devices that threads chose."""
     chosen = {threading.get_ident(): 2}
+    entered.clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[threading.get_ident()])
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.update({threading.get_ident(): device}))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: entered.append(threading.get_ident()))
     return chosen
 
 
@@ -47,8 +50,10 @@ def _here() -> int:
     return torch.cuda.current_device()
 
 
-def test_another_thread_has_the_device_of_this_one(devices):
+def test_another_thread_has_the_device_of_this_one_and_its_context(devices):
+    """Calls of the driver, which bind kernels, need one that is current."""
     assert made_apart(_here) == 2
+    assert made_apart(lambda: entered[-1] == threading.get_ident())
 
 
 def test_without_a_gpu_there_are_no_pools(monkeypatch):
