@@ -23,9 +23,8 @@ BACKEND = "megamoe_jit"
 _FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
 _ALLOWED = "experts in MXFP4, or FP8 with blocks of 128 x 128"
 _READY = "_megamoe_jit_ready"  #: of a layer
-_looked_at: ContextVar[Any] = ContextVar(
-    "looked_at", default=None
-)  #: the config of the layer that a runner is made for
+#: The configuration of the layer that a runner is made for.
+_looked_at: ContextVar[Any] = ContextVar("looked_at", default=None)
 
 
 class _Ready(NamedTuple):
