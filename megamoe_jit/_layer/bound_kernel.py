@@ -37,8 +37,8 @@ def _fields(spec: KernelSpec) -> list[str]:
     return [names[part].format(matrix) for matrix in (1, 2) for part in spec.weights.part_names]
 
 
-class _Checked:
-    """Tensors of both matrices that were checked, which it does not keep alive, and where they were."""
+class SeenTensors:
+    """Tensors of both matrices that were looked at, which it does not keep alive, and where they were."""
 
     __slots__ = ("_count", "tensors")
 
@@ -86,12 +86,12 @@ class BoundKernel:
         loaded = load_kernel(spec, place.device.index, param_bytes=ctypes.sizeof(Params))
         self.key: str = loaded.key
         self.launcher = Launcher(loaded, self.params, threads=spec.threads)
-        self._weights: _Checked | None = None  #: whose addresses `params` has
+        self._weights: SeenTensors | None = None  #: whose addresses `params` has
         self._weight_fields = _fields(spec)
         self._expanded: ExpandedWeights | None = None
         self._planned: CallPlan | None = None  #: whose values `params` has
         self._own: tuple[int, float, float] | None = None  #: and these, of the call
-        self._checked: dict[int, _Checked] = {}  #: by the identity of the first tensor
+        self._checked: dict[int, SeenTensors] = {}  #: by the identity of the first tensor
         sides = sides_of_sms(place.device) if get_settings().l2_sides else None
         self.knows_sides = sides is not None
         if sides is not None:
@@ -147,12 +147,12 @@ class BoundKernel:
                 setattr(self.params, name, address)
             self._weights = known
 
-    def _check(self, l1: WeightTensors, l2: WeightTensors) -> _Checked:
+    def _check(self, l1: WeightTensors, l2: WeightTensors) -> SeenTensors:
         check_weights(l1, l2, self.spec, self._device)
         held = (*l1, *l2)
         if len(self._checked) >= MAX_CHECKED:
             self._checked.clear()
-        known = self._checked[id(held[0])] = _Checked(held)
+        known = self._checked[id(held[0])] = SeenTensors(held)
         return known
 
     def launch(

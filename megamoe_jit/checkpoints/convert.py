@@ -27,12 +27,12 @@ from megamoe_jit._spec.checks import check_callback, check_flag
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.checkpoints.converted import FORMATS, Layer, config_of, layers_of
 from megamoe_jit.checkpoints.documents import Converted, ConvertedFile
-from megamoe_jit.checkpoints.files import Entry, Files, place_of
+from megamoe_jit.checkpoints.files import CONFIG, Entry, Files, place_of
 from megamoe_jit.checkpoints.load import device_of
 from megamoe_jit.checkpoints.stored import model_of
 from megamoe_jit.checkpoints.writing import PARTIAL, alone_in, name_in, nbytes, writing
 
-_INDEX, _STATE, _CONFIG = "model.safetensors.index.json", "convert.json", "config.json"
+_INDEX, _STATE = "model.safetensors.index.json", "convert.json"
 _STATE_BYTES = 1 << 24
 #: Endings of files that are no part of the result: weights, and indices of them.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -241,9 +241,9 @@ def _finish(
     """The small files that belong to a model, its configuration, and the index."""
     for path in files.folder.iterdir():
         belongs = not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, PARTIAL))
-        if belongs and path.name not in (_CONFIG, _STATE) and path.is_file() and path.stat().st_size <= _MOST_BESIDE:
+        if belongs and path.name not in (CONFIG, _STATE) and path.is_file() and path.stat().st_size <= _MOST_BESIDE:
             shutil.copyfile(path, folder / path.name)
-    _write_json(folder / _CONFIG, config_of(files, layers, weight_format))
+    _write_json(folder / CONFIG, config_of(files, layers, weight_format))
     weight_map = {tensor: name for name, tensors in written for tensor in tensors}
     size = sum((folder / name).stat().st_size for name, _ in written)
     _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})

@@ -63,7 +63,7 @@ def place_of(name: str, path: object) -> Path:
     return place
 
 
-def _is_there(place: Path) -> bool:
+def is_there(place: Path) -> bool:
     """Whether there is something by this name; raises `CheckpointError` where one may not look."""
     try:
         os.stat(place)
@@ -125,7 +125,7 @@ class Files:
         if place.name == CONFIG:
             place = place.parent
         is_folder = os.path.isdir(place)
-        if not is_folder and not _is_there(place):
+        if not is_folder and not is_there(place):
             raise ConfigError(f"{shown(str(place), 200)} is not there; allowed: {_ALLOWED}")
         if not is_folder and place.suffix not in (_ENDING, ".json"):
             raise ConfigError(f"{shown(str(place), 200)} is no checkpoint; allowed: {_ALLOWED}")
@@ -133,7 +133,7 @@ class Files:
         self.folder = place if is_folder else place.parent
         self._opened: dict[str, Any] = {}
         self._where = self._find(place, is_folder)
-        self.config = read_config(self.folder / CONFIG) if _is_there(self.folder / CONFIG) else {}
+        self.config = read_config(self.folder / CONFIG) if is_there(self.folder / CONFIG) else {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -160,7 +160,7 @@ class Files:
         if not is_folder and place.name.endswith(_ENDING):
             return dict.fromkeys(self._keys(place.name), place.name)
         index = _INDEX if is_folder else place.name
-        if is_folder and not _is_there(place / _INDEX):
+        if is_folder and not is_there(place / _INDEX):
             single = sorted(each.name for each in place.glob(f"*{_ENDING}"))
             if _SINGLE in single or len(single) == 1:
                 name = _SINGLE if _SINGLE in single else single[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
+from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.config import refusal, sizes_of, weight_format_of
-from megamoe_jit.checkpoints.files import CONFIG, place_of, read_config
+from megamoe_jit.checkpoints.files import CONFIG, is_there, place_of, read_config
 
 
 class ModelShape(NamedTuple):
@@ -29,11 +31,13 @@ def model_shape(path: str) -> ModelShape:
         CheckpointError: it cannot be read.
     """
     place = place_of("path", path)
-    file = place / CONFIG if place.is_dir() else place
-    if not file.exists():
-        raise ConfigError(f"{file} is not there; allowed: the folder of a model with its {CONFIG}, or that file")
+    file = place / CONFIG if os.path.isdir(place) else place
+    if not is_there(file):
+        allowed = f"the folder of a model with its {CONFIG}, or that file"
+        raise ConfigError(f"{shown(str(file), 200)} is not there; allowed: {allowed}")
     config = read_config(file)
-    name = file.resolve().parent.name if file.name == CONFIG else file.stem
+    folder = os.path.realpath(file.parent)  # of the file's own name: a hub's cache has it as a link to blobs/HASH
+    name = os.path.basename(folder) if file.name == CONFIG else file.stem
     why = refusal(config)
     if why:
         raise ConfigError(f"{file}: {why}")

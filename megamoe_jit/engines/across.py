@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Set
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from megamoe_jit.engines.watch import watch
 class _Made(NamedTuple):
     buffer: SymmBuffer
     group: Any  #: kept, since its id is in the key
-    formats: Set[str]  #: that kernels were prepared for
+    formats: set[str]  #: that kernels were prepared for
 
 
 _lock = threading.Lock()
@@ -53,26 +53,20 @@ def buffer_across(
     """
     sizes = (experts, tokens, topk, hidden, intermediate)
     key = (id(group), *sizes, activation, torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+    def make() -> None:
+        if key not in _buffers:
+            made = calls.get_symm_buffer_for_mega_moe(group, *sizes, activation=activation)
+            _buffers[key] = _Made(made, group, set())
+            watch(made)
+        buffer, _, formats = _buffers[key]
+        for each in weights:
+            if each.name not in formats:
+                buffer.prepare_all(weight_format=each.name)  # none is compiled in a capture, or by one rank alone
+                formats.add(each.name)
+                tell_served(buffer.shape, buffer.ranks, each, tokens)
+
     with _lock:
-        found = _buffers.get(key)
-        missing = [each for each in weights if found is None or each.name not in found.formats]
-        if found is None or missing:
-            names = {each.name for each in missing}
-            made = made_apart(lambda: _prepared(_buffers.get(key), group, sizes, activation, names))
-            if found is None:
-                watch(made.buffer)
-            _buffers[key] = found = made
-            for each in missing:
-                tell_served(made.buffer.shape, made.buffer.ranks, each, tokens)
-        return found.buffer
-
-
-def _prepared(
-    found: _Made | None, group: Any, sizes: tuple[int, int, int, int, int], activation: str, formats: Set[str]
-) -> _Made:
-    """A buffer, a new one where none was found, with the kernels of more formats."""
-    if found is None:
-        found = _Made(calls.get_symm_buffer_for_mega_moe(group, *sizes, activation=activation), group, frozenset())
-    for name in sorted(formats):
-        found.buffer.prepare_all(weight_format=name)  # none is compiled in a capture, or by one rank alone
-    return found._replace(formats=found.formats | formats)
+        if key not in _buffers or not _buffers[key].formats.issuperset(each.name for each in weights):
+            made_apart(make)
+        return _buffers[key].buffer

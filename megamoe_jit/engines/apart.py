@@ -36,6 +36,7 @@ def made_apart(make: Callable[[], _T]) -> _T:
 
     def on_device() -> _T:
         torch.cuda.set_device(device)
+        torch.cuda.mem_get_info()  # makes its context current, which for the first device torch leaves to later calls
         return make()
 
     with ThreadPoolExecutor(1, "megamoe-jit") as other:

@@ -88,6 +88,20 @@ def test_activations_in_fp8_and_an_output_of_the_callers(world):
     assert (place[5:] == 7).all()
 
 
+def test_a_workspace_outlasts_the_sleep_of_an_engine(world, buffers, monkeypatch):
+    """Its memory is made where that of all engines' buffers is, outside of pools that they give up."""
+    made_there = []
+
+    def made_apart(make):
+        assert buffers == []
+        made_there.append(make())
+        return made_there[0]
+
+    monkeypatch.setattr("megamoe_jit.engines.flashinfer.backend.made_apart", made_apart)
+    world.layer(SHAPE, *experts(SHAPE), 1.0)(world.tensors(batch(3, SHAPE)))
+    assert made_there == buffers
+
+
 def test_layers_share_a_workspace_until_the_last_is_destroyed(world, buffers):
     first, second = (world.layer(SHAPE, *experts(SHAPE, seed), 1.0) for seed in (0, 1))
     for each in (first, second):

@@ -275,6 +275,19 @@ class TestPackedExperts:
         moved = [tuple(each.view(torch.uint8)[order].view(each.dtype) for each in pair) for pair in (l1, l2)]
         assert torch.equal(routed(world, layer, of), expected(of, *moved))
 
+    def test_parameters_are_what_the_kernel_reads_also_when_memory_was_exchanged(self, world):
+        """SGLang moves experts as slices of them."""
+        layer, l1, l2 = loaded_packed(world)
+        names = ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv")
+        for name, new in zip(names, (l1[0], l2[0], l1[1].float(), l2[1].float()), strict=True):
+            parameter = getattr(layer, name)
+            parameter.data = new.clone().view(parameter.dtype) if new.dtype is torch.uint8 else new.clone()
+        world.module("layers.moe.mega_moe").build_mega_moe_experts_weights(layer)
+        of = batch(9, SHAPE)
+        assert torch.equal(routed(world, layer, of), expected(of, l1, l2))
+        read = {each.data_ptr() for each in (*layer.mega_l1_weights, *layer.mega_l2_weights)}
+        assert {each.data_ptr() for each in layer.parameters()} == read
+
     def test_a_shared_expert_in_fp8_runs_beside(self, world, monkeypatch):
         """DeepSeek V4's: SGLang fuses it on other GPUs alone, and runs it itself here, whatever its switch says."""
         layer, l1, l2 = loaded_packed(world, swiglu_limit=10.0)

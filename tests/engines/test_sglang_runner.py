@@ -9,6 +9,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import FP8, MoEShape
+from megamoe_jit.engines.sglang.runner import _READY
 from tests.engines.sglang_world import sglang_world
 from tests.engines.standins import batch, expected, experts
 from tests.engines.test_sglang import RELEASES, SHAPE, from_disk, loaded, loaded_packed
@@ -96,6 +97,18 @@ def test_weights_are_updated_where_they_are(world):
     l1, l2 = experts(SHAPE, seed=1)
     world.load(layer, l1, l2)
     of = batch(5, SHAPE)
+    assert torch.equal(forward(world, layer, of), expected(of, l1, l2))
+
+
+def test_an_update_of_weights_leaves_the_buffer_that_graphs_know(world):
+    """Also where calls have more slots than the model says: nobody else would hold it then, and it would be freed."""
+    layer, *_ = loaded(world)
+    of = batch(5, MoEShape(256, 128, 4, 3))
+    forward(world, layer, of)
+    known = getattr(layer, _READY).run
+    l1, l2 = experts(SHAPE, seed=1)
+    world.load(layer, l1, l2)
+    assert getattr(layer, _READY).run is known
     assert torch.equal(forward(world, layer, of), expected(of, l1, l2))
 
 

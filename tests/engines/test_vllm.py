@@ -139,6 +139,16 @@ class TestOneRank:
                 parameter.data = parameter.data.clone()
             assert torch.equal(run(layer, of), expected(of, l1, l2))
 
+    def test_copies_that_lie_where_those_of_the_call_before_lay(self, world):
+        """As copies may that vLLM makes for each call, of all parameters of a layer or some: other tensors."""
+        layer, l1, l2 = loaded(world)
+        of = batch(9, SHAPE)
+        run(layer, of)
+        for name, parameter in list(layer.named_parameters()):
+            there = torch.from_numpy(parameter.view(torch.uint8).numpy()).view(parameter.dtype)
+            layer.register_parameter(name, torch.nn.Parameter(there, requires_grad=False))
+        assert torch.equal(run(layer, of), expected(of, l1, l2))
+
     def test_experts_that_eplb_moves(self, world):
         layer, l1, l2 = loaded(world)
         order = torch.tensor([2, 0, 3, 1])

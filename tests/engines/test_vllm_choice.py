@@ -41,7 +41,7 @@ def test_other_checkpoints_are_refused_with_the_reason(world, checkpoint):
     [
         ({"has_bias": True}, "biases"),
         ({"swiglu_alpha": 1.7}, "allowed: swiglu_limit"),
-        ({"is_lora_enabled": True}, "LoRA"),
+        ({"is_lora_enabled": True}, "--enable-lora"),
     ],
 )
 def test_layers_that_there_is_no_kernel_for_are_refused(world, options, said):
@@ -56,7 +56,7 @@ def test_ways_to_run_a_batch_that_it_does_not_know_are_refused(world, asked, sai
         world.layer(world.chosen(NAME, FP8), world.moe_config(SHAPE))
 
 
-@pytest.mark.parametrize("named", ["sharded_state", "tensorizer"])
+@pytest.mark.parametrize("named", ["sharded_state", "runai_streamer_sharded", "tensorizer"])
 def test_weights_as_a_process_left_them_are_refused(world, named):
     """In the kernel's order, they would be brought into it once more."""
     world.loading.load_format = named
@@ -68,6 +68,15 @@ def test_experts_that_are_placed_round_robin_are_refused(world):
     moe = world.moe_config(SHAPE, ranks=2, dp=2, ep=True)
     with pytest.raises(ConfigError, match="--expert-placement-strategy round_robin"):
         world.layer(world.chosen(NAME, FP8), moe, placement="round_robin")
+
+
+@pytest.mark.parametrize("named", ["allgather_reducescatter", "deepep_low_latency"])
+def test_ways_between_ranks_that_it_takes_the_place_of(world, named):
+    """All but those for which vLLM lays out rows by expert."""
+    moe = world.moe_config(SHAPE, ranks=2, dp=2, ep=True, all2all=named)
+    refused = pytest.raises(ConfigError, match=f"--all2all-backend {named}; allowed: allgather_reducescatter")
+    with refused if named == "deepep_low_latency" else contextlib.nullcontext():
+        world.layer(world.chosen(NAME, FP8), moe)
 
 
 def test_sums_that_vllm_leaves_to_another_kernel_are_refused(world):

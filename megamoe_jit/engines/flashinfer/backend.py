@@ -10,10 +10,12 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import calls
 from megamoe_jit._layer import stage as staging
+from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_of
 from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._layer.weights import is_transformed, transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import FP8, MoEShape
+from megamoe_jit.engines.apart import made_apart
 from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
 from megamoe_jit.engines.watch import watch
@@ -75,8 +77,13 @@ def _backend_class() -> Any:
         def _allocate_workspace(self, fleet_params: Any) -> Any:
             shape, tokens = self._shape(fleet_params), fleet_params.max_tokens_per_rank
             sizes = shape.experts, tokens, shape.topk, shape.hidden, shape.intermediate
-            buffer = calls.get_symm_buffer_for_mega_moe(self._group(), *sizes)
-            buffer.prepare_all(weight_format=self._format.name)  # none is compiled in a capture, or by one rank alone
+
+            def make() -> SymmBuffer:
+                made = calls.get_symm_buffer_for_mega_moe(self._group(), *sizes)
+                made.prepare_all(weight_format=self._format.name)  # none is compiled in a capture, or by one rank alone
+                return made
+
+            buffer = made_apart(make)
             watch(buffer)
             tell_served(buffer.shape, buffer.ranks, self._format, tokens)
             return buffer

@@ -23,9 +23,8 @@ BACKEND = "megamoe_jit"
 _FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
 _ALLOWED = "experts in MXFP4, or FP8 with blocks of 128 x 128"
 _READY = "_megamoe_jit_ready"  #: of a layer
-_looked_at: ContextVar[Any] = ContextVar(
-    "looked_at", default=None
-)  #: the config of the layer that a runner is made for
+#: The configuration of the layer that a runner is made for.
+_looked_at: ContextVar[Any] = ContextVar("looked_at", default=None)
 
 
 class _Ready(NamedTuple):
@@ -161,15 +160,20 @@ def _process(original: Callable[..., Any], method: Any, layer: Any, *args: Any, 
         return original(method, layer, *args, **kwargs)
     weights.give_back(layer)  # what follows a load begins with what was loaded
     result = original(method, layer, *args, **kwargs)
-    _prepare(layer, _slots(layer, layer.moe_runner_config))
+    known: _Ready | None = getattr(layer, _READY, None)
+    _prepare(layer, known.run.shape.topk if known else _slots(layer, layer.moe_runner_config))
     return result
 
 
 def _prepare(layer: Any, topk: int) -> _Ready:
-    """Take a layer over, and make the buffer for so many slots of a token."""
-    held = weights.take(layer)
+    """Take a layer over, and make the buffer for so many slots of a token unless it has it: graphs know its address."""
+    held, known = weights.take(layer), getattr(layer, _READY, None)
     shape = MoEShape(held.hidden, held.intermediate, held.experts, topk)
-    ready = _Ready(held, LocalExperts(shape, held.l1[0].device, weights=held.weights))
+    if known is not None and (known.run.shape, known.held.weights) == (shape, held.weights):
+        run = known.run
+    else:
+        run = LocalExperts(shape, held.l1[0].device, weights=held.weights)
+    ready = _Ready(held, run)
     setattr(layer, _READY, ready)
     setattr(layer, weights.RUN, functools.partial(_run, layer))
     return ready

@@ -102,6 +102,7 @@ def _hold_groups(layer: Any, held: HeldExperts) -> None:
         blocks = f"megamoe_jit_{name}_blocks"
         if getattr(layer, blocks, None) is None:
             layer.register_parameter(blocks, torch.nn.Parameter(given[2], requires_grad=False))
+        getattr(layer, blocks).data = given[2]
 
 
 def give_back(layer: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import from_bf16
+from megamoe_jit._layer.bound_kernel import SeenTensors
 from megamoe_jit._layer.given_weights import WeightTensors, format_of
 from megamoe_jit._layer.weights import is_transformed, mark_transformed
 from megamoe_jit._spec import MoEShape, WeightFormat
@@ -147,7 +148,7 @@ def experts_class() -> Any:
             weights, names = _take(layer)
             self._run = _runner_of(self.moe_config, layer, weights)
             self._layer, (self._l1, self._l2) = layer, names
-            self._places = 0, 0  #: of codes whose order is known
+            self._seen = SeenTensors(())  #: whose order is known
 
         def apply(
             self,
@@ -183,10 +184,7 @@ def experts_class() -> Any:
             """A batch through the experts, into a new tensor unless there is one; of all ranks where they all call."""
             held = self._layer._parameters
             l1, l2 = (tuple(held[name] for name in names) for names in (self._l1, self._l2))
-            places = l1[0].data_ptr(), l2[0].data_ptr()
-            if places != self._places:
-                self._places = places
-                _recognise(l1, l2)
+            self._seen = _recognised(self._seen, l1, l2)
             return self._run(l1, l2, x, ids, weights, expert_map, self.quant_config.gemm1_clamp_limit, y)
 
     return MegaMoeExperts
@@ -218,10 +216,18 @@ def _take(layer: Any) -> tuple[WeightFormat, list[tuple[str, ...]]]:
     return weights, names
 
 
-def _recognise(l1: WeightTensors, l2: WeightTensors) -> None:
-    """Mark copies of weights that are in the kernel's order, as vLLM makes them where it offloads layers to the CPU."""
+def _recognised(seen: SeenTensors, l1: WeightTensors, l2: WeightTensors) -> SeenTensors:
+    """These weights, marked as in the kernel's order unless they are those seen last.
+
+    Where vLLM offloads layers to the CPU it copies them for a call, some parameters or all, often to where the copies
+    of the call before lay: other tensors, without a mark.
+    """
+    held = (*l1, *l2)
+    if seen.is_of(held):
+        return seen
     if not is_transformed(l1, l2):
         mark_transformed(l1, l2)
+    return SeenTensors(held)
 
 
 def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Run:

@@ -106,17 +106,24 @@ def _choose(method: Any, layer: Any) -> None:
 def _refusals(moe: Any, layer: Any) -> list[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
     silu = importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU
-    parallel, settings = moe.moe_parallel_config, _settings()
-    engine, load_format = getattr(settings, "parallel_config", None), getattr(settings, "load_config", None)
-    load_format = getattr(load_format, "load_format", None)
-    across = experts.is_across_ranks(parallel)
+    shape = _no_shape(moe)
     checks = (
         (not experts.experts_class()._supports_current_device(), "this GPU; allowed: Hopper (H100, H200, H20)"),
         (moe.activation != silu, f"activation {moe.activation}; allowed: silu"),
         (moe.has_bias, "biases; allowed: none"),
-        (moe.is_lora_enabled, "LoRA on experts; allowed: none"),
+        (moe.is_lora_enabled, "--enable-lora, by which vLLM adds LoRA to experts as well; allowed: none"),
         (moe.swiglu_alpha is not None or moe.swiglu_beta is not None, "alpha or beta of SwiGLU; allowed: swiglu_limit"),
         (bool(layer.apply_router_weight_on_input), "router weights on the input; allowed: on the output"),
+        (bool(shape), shape),
+    )
+    return [*(reason for found, reason in checks if found), *_between_ranks(moe, layer), *_of_the_server()]
+
+
+def _between_ranks(moe: Any, layer: Any) -> list[str]:
+    """The same of how experts are spread over ranks."""
+    parallel = moe.moe_parallel_config
+    across = experts.is_across_ranks(parallel)
+    checks = (
         (across and moe.skip_final_all_reduce, "skip_final_all_reduce; allowed: results summed over ranks"),
         (
             across and moe.num_experts % parallel.ep_size != 0,
@@ -134,29 +141,33 @@ def _refusals(moe: Any, layer: Any) -> list[str]:
             getattr(parallel, "use_passthrough_all2all", False),
             f"--moe-backend {moe.moe_backend}, for which vLLM sums up nothing; allowed: no --moe-backend",
         ),
-        (
-            getattr(engine, "use_ubatching", False),
-            "dual-batch overlap; allowed: no --enable-dbo or --ubatch-size",
-        ),
-        (getattr(engine, "enable_elastic_ep", False), "--enable-elastic-ep; allowed: as many ranks as at the start"),
-        (
-            load_format in _AS_LEFT,
-            f"--load-format {load_format}, whose weights do not tell the order they are in; allowed: checkpoints",
-        ),
-        (bool(shape := _no_shape(moe, across)), shape),
     )
     return [reason for found, reason in checks if found]
 
 
-def _settings() -> Any:
-    """What the command line says; None where vLLM has none."""
-    return importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+def _of_the_server() -> list[str]:
+    """The same of what the command line says, where there is one."""
+    settings = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    parallel = getattr(settings, "parallel_config", None)
+    load_format = getattr(getattr(settings, "load_config", None), "load_format", None)
+    checks = (
+        (
+            getattr(parallel, "use_ubatching", False),
+            "dual-batch overlap; allowed: no --enable-dbo or --ubatch-size",
+        ),
+        (getattr(parallel, "enable_elastic_ep", False), "--enable-elastic-ep; allowed: as many ranks as at the start"),
+        (
+            load_format in _AS_LEFT,
+            f"--load-format {load_format}, whose weights do not tell the order they are in; allowed: checkpoints",
+        ),
+    )
+    return [reason for found, reason in checks if found]
 
 
-def _no_shape(moe: Any, across: bool) -> str:
+def _no_shape(moe: Any) -> str:
     """Why there is no kernel of a layer's sizes, those of a rank; empty if there is one."""
     hidden = -(-moe.hidden_dim // BLOCK) * BLOCK  # vLLM pads it later for some backends
-    count = moe.num_experts if across else moe.num_local_experts
+    count = moe.num_experts if experts.is_across_ranks(moe.moe_parallel_config) else moe.num_local_experts
     try:
         MoEShape(hidden, moe.intermediate_size_per_partition, count, moe.experts_per_token)
     except ConfigError as error:

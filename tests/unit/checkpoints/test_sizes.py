@@ -65,9 +65,23 @@ def test_a_model_that_cannot_be_the_layer(tmp_path: Path, config: dict[str, Any]
     assert said in done.stderr
 
 
+def test_models_of_a_hubs_cache_are_called_by_their_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each has its `config.json` as a link to a file that is called by a hash, in a folder of the same name."""
+    for name in ("one", "two"):
+        snapshot = tmp_path / name / "snapshots" / f"revision-{name}"
+        snapshot.mkdir(parents=True)
+        write(tmp_path / name / "blobs", DEEPSEEK)
+        (snapshot / "config.json").symlink_to("../../blobs/config.json")
+        monkeypatch.chdir(snapshot)
+        places = str(snapshot), str(snapshot / "config.json"), ".", "config.json"
+        assert [model_shape(place).name for place in places] == [f"revision-{name}"] * 4
+
+
 def test_a_configuration_that_is_not_there_or_cut_short(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"config\.json is not there; allowed: the folder of a model"):
+    with pytest.raises(ConfigError, match=r"config\.json' is not there; allowed: the folder of a model"):
         model_shape(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"x\.\.\. is not there; allowed: the folder of a model"):
+        model_shape("x" * 5000)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="fetch it again"):
         model_shape(str(tmp_path))

@@ -4,6 +4,7 @@ not to be mistaken meanwhile, and the same as before when they come back."""
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -159,6 +160,15 @@ def test_more_slots_make_another_layer_of_the_same_weights(cuda: Cuda):
     assert (again.topk, again.layer.buffer.num_topk) == (4, 4)
     release_module(made)
     assert bits(made) == before
+
+
+def test_a_forked_child_has_a_lock_of_its_own_and_takes_it_twice_as_its_parent_does():
+    """Whoever makes a layer holds it, and takes it once more to give back the weights of the layer before."""
+    with _adapter._lock:
+        number = os.fork()
+        if number == 0:
+            os._exit(0 if all(_adapter._lock.acquire(timeout=5) for _ in range(2)) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 0
 
 
 def test_a_module_that_is_refused_keeps_its_weights(cuda: Cuda):
