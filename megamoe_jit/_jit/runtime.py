@@ -197,7 +197,10 @@ def warmup(
 
 
 def _threads(count: int) -> concurrent.futures.Executor:
-    """So many threads; none where the interpreter ends, as behind the end of a script, and starts no more."""
+    """So many threads; none where the interpreter ends, as behind the end of a script, and starts no more.
+
+    An executor without threads refuses each order by a `RuntimeError`, as a pool does that can start none.
+    """
     try:
         return concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="megamoe-jit-warmup")
     except RuntimeError:

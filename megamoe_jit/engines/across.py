@@ -13,8 +13,7 @@ from megamoe_jit._layer import calls
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._spec import FP8, WeightFormat
 from megamoe_jit.engines.apart import made_apart
-from megamoe_jit.engines.aside import tell_served
-from megamoe_jit.engines.watch import watch
+from megamoe_jit.engines.ready import make_ready
 
 
 class _Made(NamedTuple):
@@ -58,13 +57,11 @@ def buffer_across(
         if key not in _buffers:
             made = calls.get_symm_buffer_for_mega_moe(group, *sizes, activation=activation)
             _buffers[key] = _Made(made, group, set())
-            watch(made)
         buffer, _, formats = _buffers[key]
         for each in weights:
             if each.name not in formats:
-                buffer.prepare_all(weight_format=each.name)  # none is compiled in a capture, or by one rank alone
+                make_ready(buffer, each, tokens)
                 formats.add(each.name)
-                tell_served(buffer.shape, buffer.ranks, each, tokens)
 
     with _lock:
         if key not in _buffers or not _buffers[key].formats.issuperset(each.name for each in weights):

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._spec import MoEShape, WeightFormat
 from megamoe_jit._spec.spec import warmup_words
@@ -28,6 +29,15 @@ def tell_served(shape: MoEShape, ranks: int, weights: WeightFormat, tokens: int)
     command = f"megamoe-jit {warmup_words(shape, ranks, weights)}"
     if _is_new(f"serves: {command}"):
         LOG.info("serves layers of this engine, up to %d tokens in a launch; ahead of time: %s", tokens, command)
+
+
+def no_shape(hidden: int, intermediate: int, experts: int, topk: int) -> str:
+    """Why there is no kernel for experts of these sizes, those of a rank; empty if there is one."""
+    try:
+        MoEShape(hidden, intermediate, experts, topk)
+    except ConfigError as error:
+        return f"sizes of a rank: {error}"
+    return ""
 
 
 def _is_new(about: str) -> bool:

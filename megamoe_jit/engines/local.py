@@ -9,8 +9,7 @@ from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.workspace import Lease, lease
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit.engines.apart import made_apart
-from megamoe_jit.engines.aside import tell_served
-from megamoe_jit.engines.watch import watch
+from megamoe_jit.engines.ready import make_ready
 
 CAPACITY = 8192  #: tokens of a launch; larger batches are served in chunks, with the same bits
 
@@ -40,12 +39,10 @@ class LocalExperts:
 
         def make() -> Lease:
             made = lease(shape, capacity, device)
-            made.buffer.prepare_all(weight_format=weights.name)  # none is compiled in a capture
+            make_ready(made.buffer, weights, capacity)
             return made
 
         self._lease = made_apart(make)
-        watch(self._lease.buffer)
-        tell_served(shape, 1, weights, capacity)
 
     def __call__(
         self,

@@ -31,8 +31,12 @@ class Buffer:
     staged: Any = None  #: x, ids and weights
     destroyed: bool = False
     device = torch.device("cpu")
-    ranks, rank = 2, 1
+    rank = 1
     fault: torch.Tensor = field(default_factory=lambda: torch.zeros(16, dtype=torch.int32))
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.group in (None, "lease") else 2
 
     @property
     def hidden(self) -> int:

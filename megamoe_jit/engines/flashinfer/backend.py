@@ -16,9 +16,8 @@ from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._layer.weights import is_transformed, transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import FP8, MoEShape
 from megamoe_jit.engines.apart import made_apart
-from megamoe_jit.engines.aside import tell_served
 from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
-from megamoe_jit.engines.watch import watch
+from megamoe_jit.engines.ready import make_ready
 
 _KERNEL = "flashinfer.moe_ep.core.kernel"
 
@@ -80,13 +79,10 @@ def _backend_class() -> Any:
 
             def make() -> SymmBuffer:
                 made = calls.get_symm_buffer_for_mega_moe(self._group(), *sizes)
-                made.prepare_all(weight_format=self._format.name)  # none is compiled in a capture, or by one rank alone
+                make_ready(made, self._format, tokens)
                 return made
 
-            buffer = made_apart(make)
-            watch(buffer)
-            tell_served(buffer.shape, buffer.ranks, self._format, tokens)
-            return buffer
+            return made_apart(make)
 
         def stage_inputs(self, t: Any, workspace: Any, *, quantize_input: bool) -> None:
             scales = None if quantize_input else t.scales

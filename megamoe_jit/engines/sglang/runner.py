@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
+from megamoe_jit.engines.aside import no_shape
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.local import LocalExperts
 from megamoe_jit.engines.sglang import weights
@@ -119,6 +120,8 @@ def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_r
 def _refusals(method: Any, layer: Any, config: Any) -> list[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
     a2a = _module("layers.moe.utils").get_moe_a2a_backend()
+    sizes = config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, _slots(layer, config)
+    shape = no_shape(*sizes)
     checks = (
         (not a2a.is_none(), f"--moe-a2a-backend {a2a.value}; allowed: none"),
         (method.use_mxfp8, "experts in MXFP8; allowed: MXFP4, or FP8 with blocks of 128 x 128"),
@@ -134,20 +137,9 @@ def _refusals(method: Any, layer: Any, config: Any) -> list[str]:
             getattr(_module("runtime_context").get_parallel(), "dwdp_size", 1) > 1,
             "--dwdp-size, which exchanges weights later; allowed: none",
         ),
-        (bool(shape := _no_shape(layer, config)), shape),
+        (bool(shape), shape),
     )
     return [*weights.other_sums(config), *weights.left_by_another(), *(reason for found, reason in checks if found)]
-
-
-def _no_shape(layer: Any, config: Any) -> str:
-    """Why there is no kernel of a layer's sizes, those of a rank; empty if there is one."""
-    try:
-        MoEShape(
-            config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, _slots(layer, config)
-        )
-    except ConfigError as error:
-        return f"sizes of a rank: {error}"
-    return ""
 
 
 def _slots(layer: Any, config: Any) -> int:

@@ -8,8 +8,8 @@ from types import MethodType
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import BLOCK, MoEShape
-from megamoe_jit.engines.aside import LOG
+from megamoe_jit._spec import BLOCK
+from megamoe_jit.engines.aside import LOG, no_shape
 from megamoe_jit.engines.vllm import experts
 
 _MOE = "vllm.model_executor.layers.fused_moe"
@@ -168,11 +168,7 @@ def _no_shape(moe: Any) -> str:
     """Why there is no kernel of a layer's sizes, those of a rank; empty if there is one."""
     hidden = -(-moe.hidden_dim // BLOCK) * BLOCK  # vLLM pads it later for some backends
     count = moe.num_experts if experts.is_across_ranks(moe.moe_parallel_config) else moe.num_local_experts
-    try:
-        MoEShape(hidden, moe.intermediate_size_per_partition, count, moe.experts_per_token)
-    except ConfigError as error:
-        return f"sizes of a rank: {error}"
-    return ""
+    return no_shape(hidden, moe.intermediate_size_per_partition, count, moe.experts_per_token)
 
 
 def _run_as_one_kernel(method: Any, layer: Any) -> None:
