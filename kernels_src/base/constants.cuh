@@ -30,9 +30,12 @@ constexpr u32 kThreads = kGroup * (1 + kMathGroups);   // without helpers
 template <class C> constexpr u32 kBlockThreads = kThreads + C::Policy::kHelpers * kGroup;
 template <class C> constexpr u32 kBlockWarps = kBlockThreads<C> / kWarp;
 // Registers per thread after `setmaxnreg`.  The block is launched with 168 per thread (128 with helpers), and what one warpgroup
-// gives up another may take: 128 * 72 + 256 * 216 = 384 * 168; with helpers 128 * 72 + 256 * 200 + 128 * 40 = 512 * 128.
-constexpr u32 kProducerRegisters = 72, kHelperRegisters = 40;
+// gives up another may take: 128 * 72 + 256 * 216 = 384 * 168; with helpers 128 * 64 + 256 * 200 + 128 * 48 = 512 * 128.  Where rows
+// come from other ranks, dispatch needs more than 64, and helpers have 8 less.
+template <class C> constexpr bool kLessToProduce = C::Policy::kHelpers > 0 && C::kRanks == 1;
+template <class C> constexpr u32 kProducerRegisters = kLessToProduce<C> ? 64 : 72;
 template <class C> constexpr u32 kMathRegisters = C::Policy::kHelpers == 0 ? 216 : 200;
+template <class C> constexpr u32 kHelperRegisters = kLessToProduce<C> ? 48 : 40;
 
 // A pair is the number token * topk + slot, below 32768 * 32 = 2^20.  An origin is a pair with its rank in the bits above.
 constexpr u32 kPairBits = 20;

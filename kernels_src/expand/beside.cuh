@@ -35,6 +35,9 @@ template <class C> using PackedStream = CodesAndExponents<C, 4, 32, Shared<C>::k
 /// What the helper warps run: each unpacks sixteen of every 64 weight rows.  Helpers go through all tiles and their k-blocks in order, so
 /// they keep positions in both rings and need no `k_begin`.
 template <class C> struct Unpacker {
+    // stored at once: four take more registers (kHelperRegisters)
+    static constexpr u32 kMatrices = C::kRanks == 1 ? 4 : 2;
+
     const Params& p;
     const Shared<C>& shared;
 
@@ -47,22 +50,20 @@ template <class C> struct Unpacker {
                           rows.exponents[0], rows.exponents[1]);
     }
 
-    /// One k-block, from address `packed` into a stage.  Packed rows are loaded before the stage is waited for.
+    /// One k-block, from address `packed` into a stage.  Packed rows, and its weight scales, by four lanes, are loaded before the stage
+    /// is waited for.
     MEGA_DEVICE void block(u32 packed, u32 stage, u32 parity, u32 scales, u32 thread) const {
         PackedRows rows[2];   // in turn, loaded one ahead: the compiler does not move a load before an earlier store
         load(rows[0], packed, 0, thread);
+        const u32 scale = thread < 4 ? ptx::load4_shared(scales + thread * 4) : 0;
         wait_barrier_watched(shared.empty(stage), parity ^ 1);
-        if (thread == 0) {
-            float s[4];
-            ptx::load_floats_shared(scales, s[0], s[1], s[2], s[3]);
-            ptx::store_floats_shared(shared.weight_scales(stage), s[0], s[1], s[2], s[3]);
-        }
-        const u32 place = unpacked_place(shared.weights(stage) + thread / kWarp * (16 * kBlockK),
-                                         thread % kWarp);
+        if (thread < 4) ptx::store4_shared(shared.weight_scales(stage) + thread * 4, scale);
+        const u32 place = unpacked_place<kMatrices>(
+            shared.weights(stage) + thread / kWarp * (16 * kBlockK), thread % kWarp);
 #pragma unroll
         for (u32 m = 0; m < 4; ++m) {
             if (m < 3) load(rows[(m + 1) % 2], packed, m + 1, thread);
-            unpack_rows(place + m * 64 * kBlockK, rows[m % 2]);
+            unpack_rows<kMatrices>(place + m * 64 * kBlockK, rows[m % 2]);
         }
     }
 

@@ -3,8 +3,8 @@
 //
 // A thread's sixteen bytes of one half of the depth hold four groups of eight codes, of rows r and r + 8 (formats/mxfp4.cuh).  Eight
 // codes become four bytes in each of two neighbouring chunks of sixteen bytes, which is just what a thread passes to `stmatrix` for
-// two matrices: one instruction stores two chunks of eight rows.  (It could store four, of sixteen rows, but helpers have no registers
-// for that.)  The swizzle puts the chunks of eight rows into different banks.
+// two matrices: one instruction stores two chunks of eight rows, or with those of rows r + 8 four of sixteen.  The latter takes more
+// registers.  The swizzle puts the chunks of eight rows into different banks.
 #pragma once
 #include "base/constants.cuh"
 #include "mma/magnitudes.cuh"
@@ -15,30 +15,36 @@
 
 namespace megamoe {
 
-/// The address that `lane` passes to `stmatrix` for the first eight of the sixteen rows at address `rows`: lanes 0-7 chunk 0 of a row,
-/// lanes 8-15 chunk 1.  For chunks c and c + 1, c even, it is this ^ 16c.
-MEGA_DEVICE u32 unpacked_place(u32 rows, u32 lane) {
-    return rows + lane % 8 * kBlockK + (lane / 8 % 2 ^ lane % 8) * 16;
+/// The address that `lane` passes to `stmatrix` of kMatrices for the sixteen rows at address `rows`: lanes 0-7 chunk 0 of the first
+/// eight, lanes 8-15 chunk 1, and of four matrices lanes 16-31 the same of the others.  For chunks c and c + 1, c even, it is this ^ 16c.
+template <u32 kMatrices> MEGA_DEVICE u32 unpacked_place(u32 rows, u32 lane) {
+    const u32 row = (kMatrices == 4 ? lane / 16 * 8 : 0) + lane % 8;
+    return rows + row * kBlockK + (lane / 8 % 2 ^ lane % 8) * 16;
 }
 
-/// Unpacks a quarter of the depth, 32 codes of each row, to chunks 2 * kQuarter and the next; `place` is their address.
-template <u32 kQuarter>
+/// Unpacks a quarter of the depth, 32 codes of each row, to chunks 2 * kQuarter and the next, by `stmatrix` of kMatrices; `place` is
+/// their address.
+template <u32 kQuarter, u32 kMatrices>
 MEGA_DEVICE void unpack_quarter(u32 place, const Vec16& codes, const u32 (&exponents)[2]) {
+    static_assert(kMatrices == 2 || kMatrices == 4, "of eight rows or sixteen");
+    u32 chunk[2][2];   // of rows r, r + 8
 #pragma unroll
     for (u32 below = 0; below < 2; ++below) {
         const Magnitudes table(ptx::choose_bytes(exponents[below], 0, 0x4440 + kQuarter));
-        u32 first, second;
-        ptx::expand_e2m1(codes.w[kQuarter % 2 * 2 + below], table.low, table.high, first, second);
-        ptx::store_matrix2(place + below * (8 * kBlockK), first, second);
+        u32(&own)[2] = chunk[below];
+        ptx::expand_e2m1(codes.w[kQuarter % 2 * 2 + below], table.low, table.high, own[0], own[1]);
+        if (kMatrices == 2) ptx::store_matrix2(place + below * (8 * kBlockK), own[0], own[1]);
     }
+    if (kMatrices == 4)
+        ptx::store_matrix4(place, chunk[0][0], chunk[0][1], chunk[1][0], chunk[1][1]);
 }
 
 /// Unpacks the sixteen rows that a warp holds; `place`: unpacked_place.
-MEGA_DEVICE void unpack_rows(u32 place, const PackedRows& rows) {
-    unpack_quarter<0>(place, rows.codes[0], rows.exponents);
-    unpack_quarter<1>(place ^ 32, rows.codes[0], rows.exponents);
-    unpack_quarter<2>(place ^ 64, rows.codes[1], rows.exponents);
-    unpack_quarter<3>(place ^ 96, rows.codes[1], rows.exponents);
+template <u32 kMatrices> MEGA_DEVICE void unpack_rows(u32 place, const PackedRows& rows) {
+    unpack_quarter<0, kMatrices>(place, rows.codes[0], rows.exponents);
+    unpack_quarter<1, kMatrices>(place ^ 32, rows.codes[0], rows.exponents);
+    unpack_quarter<2, kMatrices>(place ^ 64, rows.codes[1], rows.exponents);
+    unpack_quarter<3, kMatrices>(place ^ 96, rows.codes[1], rows.exponents);
 }
 
 /// 64 rows of a k-block, by one warp: sixteen at a time, as if it were each of a warpgroup's four warps in turn.
@@ -60,10 +66,11 @@ struct PackedPiece {
         }
     }
     /// To 64 rows of 128 bytes in shared memory, from address `tile` on.
-    MEGA_DEVICE void expand(u32 tile) const {
+    template <u32 kMatrices> MEGA_DEVICE void expand(u32 tile) const {
 #pragma unroll
         for (u32 w = 0; w < 4; ++w)
-            unpack_rows(unpacked_place(tile + w * 16 * kBlockK, ptx::lane_id()), rows[w]);
+            unpack_rows<kMatrices>(
+                unpacked_place<kMatrices>(tile + w * 16 * kBlockK, ptx::lane_id()), rows[w]);
     }
 };
 

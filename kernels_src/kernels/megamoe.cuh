@@ -130,7 +130,7 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     const ExpertTable table = head<C>(p, shared, epoch);
     const u32 warp = ptx::warp_id();
     if (warp < kGroup / kWarp) {
-        ptx::registers_shrink<kProducerRegisters>();
+        ptx::registers_shrink<kProducerRegisters<C>>();
         const bool one = ptx::lane_id() == 0;
         // `else if`, not four `if`s: ptxas then sees that addresses in the math warps are uniform
         if (warp == 0) {
@@ -153,7 +153,7 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
         }
     } else if (C::Policy::kHelpers > 0 && warp >= kThreads / kWarp) {
         if constexpr (C::Policy::kHelpers > 0) {
-            ptx::registers_shrink<kHelperRegisters>();
+            ptx::registers_shrink<kHelperRegisters<C>>();
             typename C::Policy::template Helper<C>{p, shared}.run();
         }
     } else {

@@ -128,6 +128,12 @@ MEGA_DEVICE void store_matrix2(u32 address, u32 a, u32 b) {
                  "r"(b)
                  : "memory");
 }
+/// Stores four, of which lanes 16 to 31 pass the addresses of the last two.
+MEGA_DEVICE void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
 /// cp.async: sixteen bytes from global to shared memory without a register, by the generic proxy; complete when the thread has
 /// waited for their group.
 MEGA_DEVICE void copy16_async(u32 dst, const void* src) {

@@ -23,17 +23,21 @@ inline Vec16 load16_shared(u32 address) { return load16(shared_memory + address)
 inline void load8_shared(u32 address, u32& a, u32& b) { load8(shared_memory + address, a, b); }
 
 struct MatrixStore {
-    u32 address, values[2];
+    u32 address;
+    std::vector<u32> values;   // one for each matrix
 };
 inline std::array<std::vector<MatrixStore>, 32> matrix_stores;   // of each lane
 /// Lanes run one after the other here, and each needs the addresses of all: `store_matrices` does what they have asked for.
 inline void store_matrix2(u32 address, u32 a, u32 b) {
     matrix_stores[current_lane].push_back({address, {a, b}});
 }
+inline void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    matrix_stores[current_lane].push_back({address, {a, b, c, d}});
+}
 inline void store_matrices() {
     for (u32 i = 0; i < matrix_stores[0].size(); ++i)
         for (u32 lane = 0; lane < 32; ++lane)
-            for (u32 m = 0; m < 2; ++m)
+            for (u32 m = 0; m < matrix_stores[0][i].values.size(); ++m)
                 store4_shared(matrix_stores[m * 8 + lane / 4][i].address + lane % 4 * 4, matrix_stores[lane][i].values[m]);
     for (auto& of_lane : matrix_stores) of_lane.clear();
 }

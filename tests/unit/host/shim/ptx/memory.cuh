@@ -94,6 +94,7 @@ template <u32 kMatrices> void store_matrices(u32 address, const u32 (&values)[kM
     for (u32 i = 0; i < kMatrices; ++i) store4_shared(static_cast<u32>(addresses[i * 8 + lane / 4]) + lane % 4 * 4, values[i]);
 }
 inline void store_matrix2(u32 address, u32 a, u32 b) { store_matrices(address, {a, b}); }
+inline void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) { store_matrices(address, {a, b, c, d}); }
 inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
     store_matrices(address, {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)});
 }
