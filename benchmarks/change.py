@@ -22,17 +22,15 @@ import torch
 
 from benchmarks.beside import PACKAGE, another_checkout, module, put_beside
 from benchmarks.checkout import commit
-from benchmarks.frame import hopper, keep, parser, rows_by_shape, say
+from benchmarks.frame import asked, keep, parser, rows_by_shape, say
 from benchmarks.markdown import table
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, burst
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer, some_rows
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._check.verify import function_of
-from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit._spec.formats import FORMATS
 from megamoe_jit._spec.variants import VARIANT_CHOICES
-from megamoe_jit.heuristics.presets import preset
 
 SHAPES = ("v4-flash", "v4-pro")
 BEFORE = f"{PACKAGE}_before_change"
@@ -103,32 +101,24 @@ def main() -> int:
     """Measure and print; 1 if an output is wrong, 2 for wrong arguments, 3 without a Hopper GPU."""
     arguments = parser(__doc__)
     arguments.add_argument("--before", type=another_checkout, required=True, help="a checkout whose code takes turns")
-    arguments.add_argument("--shapes", default=",".join(SHAPES))
-    arguments.add_argument("--tokens", default=",".join(map(str, DEFAULT_TOKENS)))
     arguments.add_argument("--variant", default="auto", choices=VARIANT_CHOICES)
     arguments.add_argument("--weight-format", default=FP8.name, choices=tuple(FORMATS))
-    arguments.add_argument("--output", type=Path, help="write the rows as JSON")
-    options = arguments.parse_args()
-    try:
-        presets = [preset(name) for name in options.shapes.split(",")]
-        tokens = [int(count) for count in options.tokens.split(",")]
-    except (ConfigError, ValueError) as error:
-        arguments.error(str(error))
-    device, weights = hopper(arguments), FORMATS[options.weight_format]
+    wanted = asked(arguments, SHAPES, DEFAULT_TOKENS)
+    options, device, weights = wanted.options, wanted.device, FORMATS[wanted.options.weight_format]
     with tempfile.TemporaryDirectory(prefix="megamoe-jit-before-") as folder:
         put_beside(options.before, BEFORE, Path(folder))
         flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         head, line = table(HEAD, ())
         say(f"{head}\n{line}")
         rows = rows_by_shape(
-            presets,
-            tokens,
+            wanted.presets,
+            wanted.tokens,
             lambda shape, most: both(shape, most, device, weights),
             lambda case, of: measure(case, of, options.variant, flush),
             lambda row: table(_cells(row), ())[0],
             weights.name,
         )
-    keep("change", options.output, before=commit(options.before), rows=rows)
+    keep("change", wanted.output, before=commit(options.before), rows=rows)
     return int(not all(row["correct"] for row in rows))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from benchmarks.frame import asked, keep, rows_by_shape, say
+from benchmarks.frame import asked, keep, parser, rows_by_shape, say
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer
 from megamoe_jit._check.scenarios import Scenario, make_inputs
@@ -156,7 +156,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Measure and print; 3 without a Hopper GPU."""
-    wanted = asked(__doc__, SHAPES, DEFAULT_TOKENS)
+    wanted = asked(parser(__doc__), SHAPES, DEFAULT_TOKENS)
     before = anchors()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=wanted.device)
     read = ReadWeights(wanted.device)

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import megamoe_jit as mm
-from benchmarks.frame import Asked, asked, keep, rows_by_shape, say
+from benchmarks.frame import Asked, asked, keep, parser, rows_by_shape, say
 from benchmarks.launch_cost import empty_op, medians_us
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, captured
 from megamoe_jit._bench.measure import cases, kernel_of, some_rows
@@ -278,7 +278,7 @@ def _on_ranks(wanted: Asked) -> int:
 
 def main() -> int:
     """Measure and print; 1 if an output is wrong, 3 without a Hopper GPU."""
-    wanted = asked(__doc__, SHAPES, TOKENS, several_ranks=True)
+    wanted = asked(parser(__doc__), SHAPES, TOKENS, ranks=1)
     if wanted.ranks > 1:
         return _on_ranks(wanted)
     before = anchors()

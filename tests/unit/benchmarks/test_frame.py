@@ -26,11 +26,13 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
 def ask(monkeypatch: pytest.MonkeyPatch, *words: str) -> frame.Asked:
     monkeypatch.setattr(sys, "argv", ["program", *words])
-    return frame.asked("A program.", ["small"], (7, 3))
+    return frame.asked(frame.parser("A program."), ["small"], (7, 3))
 
 
 def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch):
-    assert ask(monkeypatch) == frame.Asked([SMALL], [3, 7], None, torch.device("cpu"))
+    found = ask(monkeypatch)
+    assert (found.presets, found.tokens, found.output, found.ranks) == ([SMALL], [3, 7], None, 1)
+    assert found.device == torch.device("cpu")
     found = ask(monkeypatch, "--tokens", "9,1,4", "--output", "x.json")
     assert (found.tokens, found.output) == ([1, 4, 9], Path("x.json"))
 

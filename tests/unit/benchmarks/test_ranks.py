@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ranks
+from benchmarks import frame, ranks
 from benchmarks.beside import PACKAGE, module, put_beside
 from megamoe_jit._bench import clock, on_ranks
 from megamoe_jit._bench.clock import TimedCall
@@ -150,9 +150,9 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Package]:
         (on_ranks, "megamoe_jit", found[PACKAGE]),
         (on_ranks, "make_weights", draw),
         (ranks, "gather", lambda group, part: [part, part]),
-        (ranks, "environment", lambda commit: {**CONDITIONS, "commit": commit}),
+        (ranks, "environment", lambda: dict(CONDITIONS)),
         (ranks, "anchors", lambda: {"read_4gib_tb_s": 4.2}),
-        (ranks, "preset", {"tiny": Preset("tiny", MoEShape(128, 128, 4, 2), ranks=2, source="")}.__getitem__),
+        (frame, "preset", {"tiny": Preset("tiny", MoEShape(128, 128, 4, 2), ranks=2, source="")}.__getitem__),
         (on_ranks, "FLUSH_BYTES", 16),
         (torch.distributed, "all_reduce", lambda tensor: None),
         (torch.cuda, "Event", Clock),
