@@ -56,7 +56,7 @@ def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: Weight
         yield Both(layer, buffer)
     finally:
         buffer.destroy()
-        layer.buffer.destroy()
+        layer.close()
 
 
 def measure(case: Scenario, of: Both, variant: str, flush: torch.Tensor) -> dict[str, Any]:

@@ -22,7 +22,6 @@ Not these on several ranks, where the layer is what serving engines call (`from_
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -140,19 +139,6 @@ def measure(case: Scenario, layer: mm.MegaMoE, weights: Weights, flush: torch.Te
     return row_of(case, kernel_of(case.shape, case.tokens, "auto", device, weights=case.weights), [part])
 
 
-def wall_us(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median microseconds from the start of each call to the end of its work on the GPU, the calls taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - begin) * 1e6)
-    return {name: statistics.median(found[len(found) // 4 :]) for name, found in times.items()}
-
-
 def chain(device: torch.device) -> dict[str, Any]:
     """Small layers one after the other, called and as one CUDA graph."""
     case = Scenario("chain", CHAIN_SHAPE, CHAIN_TOKENS, CHAIN_TOKENS, clamp=CLAMP)
@@ -169,7 +155,17 @@ def chain(device: torch.device) -> dict[str, Any]:
 
     graph = captured(eager)
     right = torch.equal(eager(), graph()) and bool(eager().isfinite().all())
-    times = wall_us({"eager": eager, "graph": graph}, CHAIN_ROUNDS)
+
+    def ended(call: Call) -> Callable[[], None]:
+        """With the end of its work on the GPU."""
+
+        def run() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return run
+
+    times = medians_us({"eager": ended(eager), "graph": ended(graph)}, CHAIN_ROUNDS, batch=1)
     for layer in layers:
         layer.destroy()
     return {

@@ -7,11 +7,9 @@ Room that was not used is zero.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megamoe_jit._spec.abi import RECORD_WORDS, RECORDS, Role, Span
@@ -81,11 +79,6 @@ def trace(records: Iterable[Record], title: str = "megamoe", blocks: Container[i
         args = {"index": r.index}
         events.append({"ph": "X", "pid": 0, "tid": line, "name": r.what, "cat": category, **times, "args": args})
     return {"traceEvents": events, "displayTimeUnit": "ns"}
-
-
-def write_trace(path: Path, records: Iterable[Record], title: str = "megamoe", blocks: Any = None) -> None:
-    """Write `trace` to a file."""
-    path.write_text(json.dumps(trace(records, title, blocks)), encoding="utf-8")
 
 
 def summary(records: Iterable[Record]) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ each variant with the staging of its inputs, and the unfused layer where it is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +24,7 @@ from megamoe_jit._bench.unfused_run import add_baselines
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, function_of, judge
 from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._layer.bound_kernel import CallPlan
 from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
 from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._settings.settings import get_settings
@@ -139,6 +142,15 @@ class Layer:
 
         return call
 
+    def close(self) -> None:
+        """Give the buffer's memory back."""
+        self.buffer.destroy()
+
+    def launch(self, plan: CallPlan, y: torch.Tensor, case: Scenario) -> None:
+        """Make a call by this plan, whatever the heuristics would choose."""
+        clamp = math.inf if case.clamp is None else case.clamp
+        self.buffer.launch(plan, y=y, tokens=case.tokens, l1=self.l1, l2=self.l2, stats=None, clamp=clamp)
+
     def check(self, call: TimedCall, y: torch.Tensor, where: torch.Tensor, expected: torch.Tensor) -> Verdict:
         """Judge some rows of one call; every row depends on its own token alone."""
         y.fill_(float("nan"))
@@ -203,8 +215,8 @@ def measure(
         torch.cuda.empty_cache()
         if number and between is not None:
             between()
-        layer = Layer(shape, max(case.capacity for case in group), device, WeightFormat.parse(weights))
-        try:
+        most = max(case.capacity for case in group)
+        with closing(Layer(shape, most, device, WeightFormat.parse(weights))) as layer:
             for case in group:
                 found, others = _measure(layer, case, case.runs(variants), flush, not_timed)
                 if baselines is not None:
@@ -213,8 +225,6 @@ def measure(
                     rows.append(row)
                     if progress is not None:
                         progress(row)
-        finally:
-            layer.buffer.destroy()
         del layer
     torch.cuda.empty_cache()
     return rows

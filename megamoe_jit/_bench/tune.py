@@ -101,12 +101,7 @@ def _call(layer: Layer, case: Scenario, contender: Contender, y: torch.Tensor) -
     lag_tiles = max(1, round(contender.lag * planned.num_sms))
     choice = replace(planned.choice, lag_tiles=lag_tiles, rows_per_item=contender.rows_per_item)
     plan = replace(planned, choice=choice)
-    clamp = float("inf") if case.clamp is None else case.clamp
-
-    def call() -> None:
-        layer.buffer.launch(plan, y=y, tokens=case.tokens, l1=layer.l1, l2=layer.l2, stats=None, clamp=clamp)
-
-    return call
+    return lambda: layer.launch(plan, y, case)
 
 
 def _measure(
@@ -198,7 +193,7 @@ def tune(
                     progress(cell, old is None)
         finally:
             if layer is not None:
-                layer.buffer.destroy()
+                layer.close()
         del layer
         torch.cuda.empty_cache()
     return found
