@@ -27,7 +27,7 @@ from benchmarks.markdown import table
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, burst
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer, some_rows
 from megamoe_jit._check.scenarios import Scenario, make_inputs
-from megamoe_jit._check.verify import function_of
+from megamoe_jit._check.verify import buffer_sizes, function_of
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit._spec.formats import FORMATS
 from megamoe_jit._spec.variants import VARIANT_CHOICES
@@ -50,8 +50,7 @@ def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: Weight
     """Buffers of both packages for the same weights, gone at the end."""
     layer, its = Layer(shape, max_tokens, device, weights), module(BEFORE)
     its.mark_transformed(layer.l1, layer.l2)
-    sizes = shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate
-    buffer = its.get_symm_buffer_for_mega_moe(None, *sizes)
+    buffer = its.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, max_tokens))
     try:
         yield Both(layer, buffer)
     finally:

@@ -19,6 +19,7 @@ from megamoe_jit._bench.measure import kernel_of, require_hopper, some_rows
 from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._check.spawn import World
+from megamoe_jit._check.verify import buffer_sizes
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.group import gather
@@ -33,7 +34,7 @@ class _Layer(RankWeights):
         import torch.distributed as dist
 
         super().__init__(world, shape, weights)
-        sizes = (shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate)
+        sizes = buffer_sizes(shape, max_tokens)
         self.buffer = mm.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, device=world.device)
         self.buffer.prepare_all(weight_format=weights)
 

@@ -17,6 +17,7 @@ import torch
 import megamoe_jit as mm
 from benchmarks.frame import hopper, parser, say
 from megamoe_jit._check.scenarios import Scenario, make_inputs
+from megamoe_jit._check.verify import buffer_sizes
 from megamoe_jit._spec import MoEShape
 
 ROUNDS, BATCH = 200, 10
@@ -47,7 +48,7 @@ def measure() -> dict[str, float]:
     shape = MoEShape(512, 512, 8, 2)
     inputs = make_inputs(Scenario("launch", shape, 1, 1), "cuda")
     l1, l2 = mm.transform_weights_for_mega_moe_sm90(inputs.l1, inputs.l2)
-    buffer = mm.get_symm_buffer_for_mega_moe(None, shape.experts, 1, shape.topk, shape.hidden, shape.intermediate)
+    buffer = mm.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, 1))
     buffer.topk_idx.fill_(-1)
     y = torch.empty(1, shape.hidden, dtype=torch.bfloat16, device="cuda")
     mm.fp8_mega_moe(y, l1, l2, buffer)

@@ -39,7 +39,7 @@ from megamoe_jit._bench.rows import touched_experts
 from megamoe_jit._check.collect import refusal
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify import judge
+from megamoe_jit._check.verify import buffer_sizes, judge
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MXFP4, MoEShape
 from megamoe_jit.heuristics.presets import Preset
@@ -80,18 +80,13 @@ class Slice(RankWeights):
         super().__init__(world, shape, weights)
         self.name = name
         self.buffers = {}
-        sizes = most, shape.topk, shape.hidden, shape.intermediate
         for package in packages:
             its = module(package)
             if its is not mm:
                 its.mark_transformed(self.l1, self.l2)
-            for mode, group, experts in (
-                ("all", dist.group.WORLD, shape.experts),
-                ("one", None, self.own_shape.experts),
-            ):
-                self.buffers[package, mode] = its.get_symm_buffer_for_mega_moe(
-                    group, experts, *sizes, device=world.device
-                )
+            for mode, group, each in (("all", dist.group.WORLD, shape), ("one", None, self.own_shape)):
+                sizes = buffer_sizes(each, most)
+                self.buffers[package, mode] = its.get_symm_buffer_for_mega_moe(group, *sizes, device=world.device)
 
     def call(self, package: str, mode: str, inputs: Inputs, y: torch.Tensor) -> TimedCall:
         """A call of a package in one of `MODES`, with the inputs of that mode."""

@@ -184,7 +184,8 @@ class Bench(Document):
     def of(cls, found: Mapping[str, Any]) -> Bench:
         """The document of what was measured, as plain data by field."""
         made = {field.name: found[field.name] for field in fields(cls) if field.name in found}
-        for name, part in (("rows", JudgedRow), ("baselines", BaselineRow), ("summary", Summary)):
+        parts = {"rows": JudgedRow, "baselines": BaselineRow, "summary": Summary, "nodes": NodesRow}
+        for name, part in parts.items():
             if name in made:
                 made[name] = tuple(part(**each) for each in made[name])
         return cls(**{**made, "choice": made["choice"] and Choice(**made["choice"])})

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 from megamoe_jit._documents import Count, Figure, Measured, Says
 
@@ -56,8 +55,3 @@ class NodesRow:
     baseline: str | None
     baseline_us: float | None
     baseline_speedup: float | None
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> NodesRow:
-        """A row as a process has sent it."""
-        return cls(**{field.name: row[field.name] for field in fields(cls)})

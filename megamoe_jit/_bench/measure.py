@@ -22,7 +22,7 @@ from megamoe_jit._bench.rows import rows_of
 from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
-from megamoe_jit._check.verify import Verdict, function_of, judge
+from megamoe_jit._check.verify import Verdict, buffer_sizes, function_of, judge
 from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._layer.bound_kernel import CallPlan
 from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
@@ -130,9 +130,7 @@ class Layer:
         self.device = device
         self.weights = make_weights(shape, device, 0, weights)
         self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.weights.l1, self.weights.l2)
-        self.buffer = megamoe_jit.get_symm_buffer_for_mega_moe(
-            None, shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate
-        )
+        self.buffer = megamoe_jit.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, max_tokens))
 
     def call(self, variant: str, y: torch.Tensor, case: Scenario) -> Callable[[], object]:
         function = function_of(megamoe_jit, variant)
@@ -187,9 +185,9 @@ def _measure(
 def measure(
     work: Sequence[Scenario],
     variants: Sequence[str] = VARIANT_CHOICES,
-    progress: Callable[[Row], None] | None = None,
+    progress: Callable[[Row], None] = lambda _: None,
     *,
-    between: Callable[[], None] | None = None,
+    between: Callable[[], None] = lambda: None,
     not_timed: Mapping[str, str] | None = None,
     baselines: list[BaselineRow] | None = None,
 ) -> list[Row]:
@@ -213,7 +211,7 @@ def measure(
     for number, (name, shape, weights) in enumerate(layers):
         group = [case for case in work if (case.name, case.shape, case.weights) == (name, shape, weights)]
         torch.cuda.empty_cache()
-        if number and between is not None:
+        if number:
             between()
         most = max(case.capacity for case in group)
         with closing(Layer(shape, most, device, WeightFormat.parse(weights))) as layer:
@@ -223,8 +221,7 @@ def measure(
                     baselines.extend(others)
                 for row in found:
                     rows.append(row)
-                    if progress is not None:
-                        progress(row)
+                    progress(row)
         del layer
     torch.cuda.empty_cache()
     return rows

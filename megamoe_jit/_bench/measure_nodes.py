@@ -26,7 +26,7 @@ from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest
 from megamoe_jit._check.collect import collect
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify import judge
+from megamoe_jit._check.verify import buffer_sizes, judge
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
@@ -63,8 +63,7 @@ class _Layer(RankWeights):
 
     def buffer(self, tokens: int, ways: dict[str, Any]) -> MultiNodeBuffer:
         """A buffer for calls with so many tokens."""
-        shape = self.shape
-        sizes = shape.experts, tokens, shape.topk, shape.hidden, shape.intermediate
+        sizes = buffer_sizes(self.shape, tokens)
         return megamoe_jit.get_multinode_buffer_for_mega_moe(self.topology, *sizes, device=self.device, **ways)
 
 
@@ -183,7 +182,7 @@ def measure_on_rank(
     group: Any = dist.group.WORLD
     topology = NodeTopology(group, ranks_per_node=ranks_per_node)
     timer = RankTimer(world.device, _AHEAD_CYCLES)
-    methods = unusable(world.device, group) if baseline else dict.fromkeys(unusable(world.device, group), "not wanted")
+    methods = unusable(world.device, group) if baseline else {}
     for name, *sizes in shapes:
         torch.cuda.empty_cache()
         shape = shape_on_ranks(world, *sizes)
@@ -206,7 +205,7 @@ def run(
     *,
     baseline: bool = True,
     weights: str = FP8.name,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any] | None:
     """Measure over several nodes: those of torchrun if there is one, else GPUs of this host that play them.
 
@@ -235,8 +234,7 @@ def run(
 
     def note(_: int, row: dict[str, Any]) -> None:
         rows.append(row)
-        if progress is not None:
-            progress(row)
+        progress(row)
 
     arguments = {"ranks_per_node": ranks_per_node, "shapes": shapes, "tokens": list(tokens), "ways": ways}
     arguments |= {"baseline": baseline, "weights": weights}

@@ -138,7 +138,7 @@ def tune(
     rows_per_item: Sequence[int] = DEFAULT_ROWS,
     force: bool = False,
     commit: str | None = None,
-    progress: Callable[[dict[str, Any], bool], None] | None = None,
+    progress: Callable[[dict[str, Any], bool], None] = lambda _, __: None,
 ) -> list[dict[str, Any]]:
     """Measure what is not measured yet on the current CUDA device, and append it to a file.
 
@@ -189,8 +189,7 @@ def tune(
                         file.write(json.dumps(cell) + "\n")
                     old = None
                 found.append(cell)
-                if progress is not None:
-                    progress(cell, old is None)
+                progress(cell, old is None)
         finally:
             if layer is not None:
                 layer.close()

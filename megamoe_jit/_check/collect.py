@@ -41,7 +41,7 @@ def collect(
     device: str = "cuda",
     timeout_s: float = 3600.0,
     group_timeout_s: float = 300.0,
-    on_report: Callable[[int, Any], None] | None = None,
+    on_report: Callable[[int, Any], None] = lambda _, __: None,
 ) -> list[Any] | None:
     """Results of a function on all ranks: as one of torchrun's ranks, otherwise in processes of their own.
 
@@ -86,7 +86,7 @@ def _as_torchrun_rank(
     device: str,
     here: tuple[int, int],
     group_timeout_s: float,
-    on_report: Callable[[int, Any], None] | None,
+    on_report: Callable[[int, Any], None],
 ) -> list[Any] | None:
     import torch
     import torch.distributed as dist
@@ -97,7 +97,7 @@ def _as_torchrun_rank(
         where = torch.device("cuda", own_gpu(int(os.environ.get("LOCAL_RANK", rank))))
         torch.cuda.set_device(where)
     init_group(where, timeout=timedelta(seconds=group_timeout_s))
-    world = World(rank, ranks, where, lambda value: on_report(rank, value) if on_report is not None else None)
+    world = World(rank, ranks, where, lambda value: on_report(rank, value))
     result = target_function(target)(world, **(arguments or {}))
     results: list[Any] = [None] * ranks
     dist.all_gather_object(results, result)

@@ -135,7 +135,7 @@ def run_ranks(
     grace_s: float = 30.0,
     group_timeout_s: float = 300.0,
     environment: Mapping[int, Mapping[str, str]] | None = None,
-    on_report: Callable[[int, Any], None] | None = None,
+    on_report: Callable[[int, Any], None] = lambda _, __: None,
     losses: int = 0,
 ) -> list[RankEnd]:
     """Run a function on every rank, each in a process of its own; never waits longer than `timeout_s`.
@@ -184,15 +184,14 @@ def _watch(
     deadline: float,
     grace_s: float,
     losses: int,
-    on_report: Callable[[int, Any], None] | None,
+    on_report: Callable[[int, Any], None],
 ) -> None:
     shortened = False
     while True:
         codes = [child.process.poll() for child in children]  # before reading: what an ended rank said is all there
         for child in children:
             for report in child.read():
-                if on_report is not None:
-                    on_report(child.end.rank, report)
+                on_report(child.end.rank, report)
         if all(code is not None for code in codes) or time.monotonic() > deadline:
             return
         if not shortened and sum(code not in (None, 0) for code in codes) > losses:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -51,7 +51,6 @@ def measured_on_nodes(
     presets, counts = named_shapes(names, weights), tokens or DEFAULT_TOKENS
     refuse_without_gpu()
     from megamoe_jit._bench.documents import Bench
-    from megamoe_jit._bench.documents_nodes import NodesRow
     from megamoe_jit._bench.measure_nodes import run
 
     with progress_line("bench", len(presets) * len(counts)) as step:
@@ -67,8 +66,8 @@ def measured_on_nodes(
         )
     if found is None:
         return None
-    rows = tuple(map(NodesRow.of, found["rows"]))
-    return Bench(environment=found["environment"], anchors=(), rows=(), summary=(), choice=None, nodes=rows)
+    alone: dict[str, Any] = {"anchors": (), "rows": (), "summary": (), "choice": None}
+    return Bench.of({"environment": found["environment"], **alone, "nodes": found["rows"]})
 
 
 def print_nodes(rows: Sequence[NodesRow]) -> None:
