@@ -11,11 +11,10 @@ from megamoe_jit._check.spawn import World, describe, init_group, own_gpu, run_r
 from megamoe_jit._errors import ConfigError, MegaMoeError
 
 
-def joined(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
+def joined() -> tuple[int, int] | None:
     """This process's rank and the number of ranks, if torchrun (or the like) started it."""
-    environ = os.environ if environ is None else environ
     try:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
         return None
 
