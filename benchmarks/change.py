@@ -14,7 +14,6 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +36,26 @@ BEFORE = f"{PACKAGE}_before_change"
 HEAD = ("layer", "tokens", "variant", "before, µs", "now, µs", "now / before", "bits", "right")
 
 
-@dataclass(frozen=True)
-class Both:
-    """A layer, and the buffer of the other package for it."""
-
-    layer: Layer
-    buffer: Any
-
-
 @contextmanager
-def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: WeightFormat) -> Iterator[Both]:
-    """Buffers of both packages for the same weights, gone at the end."""
+def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: WeightFormat) -> Iterator[tuple[Layer, Any]]:
+    """A layer, and the buffer of the other package for it; both gone at the end."""
     layer, its = Layer(shape, max_tokens, device, weights), module(BEFORE)
     its.mark_transformed(layer.l1, layer.l2)
     buffer = its.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, max_tokens))
     try:
-        yield Both(layer, buffer)
+        yield layer, buffer
     finally:
         buffer.destroy()
         layer.close()
 
 
-def measure(case: Scenario, of: Both, variant: str, flush: torch.Tensor) -> dict[str, Any]:
-    """One row: medians of both in microseconds, and whether the output is right."""
-    layer, function = of.layer, function_of(module(BEFORE), variant)
+def measure(case: Scenario, layer: Layer, its: Any, variant: str, flush: torch.Tensor) -> dict[str, Any]:
+    """One row: medians in microseconds of the layer and of the other package on `its` buffer, and what came out."""
+    function = function_of(module(BEFORE), variant)
     inputs = make_inputs(case, layer.device, weights=layer.weights)
     y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
     calls = {
-        "before": TimedCall(
-            lambda: function(y, layer.l1, layer.l2, of.buffer, **case.options), lambda: inputs.stage(of.buffer)
-        ),
+        "before": TimedCall(lambda: function(y, layer.l1, layer.l2, its, **case.options), lambda: inputs.stage(its)),
         "now": TimedCall(layer.call(variant, y, case), lambda: inputs.stage(layer.buffer)),
     }
     where, expected = some_rows(case, inputs, layer.weights)
@@ -75,7 +64,7 @@ def measure(case: Scenario, of: Both, variant: str, flush: torch.Tensor) -> dict
         verdicts[name] = layer.check(call, y, where, expected)
         outputs[name] = y.clone()
     times = {name: statistics.median(found) for name, found in burst(calls, flush).items()}
-    for buffer in (of.buffer, layer.buffer):
+    for buffer in (its, layer.buffer):
         buffer.check()
     return {
         "shape": case.name,
@@ -113,7 +102,7 @@ def main() -> int:
             wanted.presets,
             wanted.tokens,
             lambda shape, most: both(shape, most, device, weights),
-            lambda case, of: measure(case, of, options.variant, flush),
+            lambda case, made: measure(case, *made, options.variant, flush),
             lambda row: table(_cells(row), ())[0],
             weights.name,
         )

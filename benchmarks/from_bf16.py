@@ -34,6 +34,7 @@ from benchmarks.frame import Asked, asked, keep, parser, rows_by_shape, say
 from benchmarks.launch_cost import empty_op, medians_us
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, captured
 from megamoe_jit._bench.measure import cases, kernel_of, some_rows
+from megamoe_jit._bench.on_ranks import measured_on_ranks, sizes_of
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import judge
 from megamoe_jit._errors import ConfigError
@@ -50,16 +51,6 @@ CHAIN_LAYERS, CHAIN_SHAPE, CHAIN_TOKENS, CHAIN_ROUNDS = 8, MoEShape(2048, 768, 1
 MEMORY_LAYERS, MEMORY_SHAPE, MEMORY_TOKENS = 43, "v4-flash", 8192
 
 Call = Callable[[], torch.Tensor]  #: gives bf16 ``[T, hidden]``
-
-
-@contextmanager
-def layer_of(weights: Weights, shape: MoEShape, max_tokens: int) -> Iterator[mm.MegaMoE]:
-    """A layer with these weights, gone at the end."""
-    layer = mm.MegaMoE(weights.l1, weights.l2, topk=shape.topk, max_tokens=max_tokens, clamp=CLAMP)
-    try:
-        yield layer
-    finally:
-        layer.destroy()
 
 
 def part_of(
@@ -242,8 +233,11 @@ def rows_of(
     @contextmanager
     def make(shape: MoEShape, max_tokens: int) -> Iterator[tuple[mm.MegaMoE, Weights]]:
         drawn = make_weights(shape, device, 0, WeightFormat.parse(weights))
-        with layer_of(drawn, shape, max_tokens) as layer:
+        layer = mm.MegaMoE(drawn.l1, drawn.l2, topk=shape.topk, max_tokens=max_tokens, clamp=CLAMP)
+        try:
             yield layer, drawn
+        finally:
+            layer.destroy()
 
     return rows_by_shape(presets, tokens, make, lambda case, made: measure(case, *made, flush), line, weights)
 
@@ -254,14 +248,13 @@ def packed(presets: Sequence[Preset]) -> list[Preset]:
 
 
 def _on_ranks(wanted: Asked) -> int:
-    """The same on several ranks."""
-    from benchmarks import from_bf16_ranks
-
-    layers = [(each, FP8.name) for each in wanted.presets]
-    layers += [(each, MXFP4.name) for each in packed(wanted.presets)]
+    """The same on several ranks: those of torchrun if there is one, else started here."""
+    shapes = [[*sizes_of(each), FP8.name] for each in wanted.presets]
+    shapes += [[*sizes_of(each), MXFP4.name] for each in packed(wanted.presets)]
+    target, given = "benchmarks.from_bf16_ranks:measure_on_rank", {"shapes": shapes, "tokens": wanted.tokens}
     say(head())
     try:
-        found = from_bf16_ranks.run(layers, wanted.tokens, wanted.ranks, lambda row: say(line(row)))
+        found = measured_on_ranks(target, wanted.ranks, given, lambda row: say(line(row)))
     except ConfigError as error:
         say(f"Error: {error}")
         return 3

@@ -222,8 +222,8 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
         "conditions": report_ranks.conditions(ranks),
         "growth": f"{report_ranks.growth_table(ranks)}\n\n{report_ranks.aims(ranks)}",
         "unfused": report_ranks.unfused_table(unfused),
-        "remote": report_ranks.remote_table(RESULTS),
-        "packed": report_ranks.packed_table(RESULTS),
+        "remote": report_ranks.remote_table(RESULTS, "fp8"),
+        "packed": report_ranks.remote_table(RESULTS, "mxfp4"),
         "model": report_ranks.model_table(RESULTS),
     }.items():
         if body:

@@ -146,7 +146,7 @@ def _remote_rows(folder: Path, weights: str) -> list[dict[str, Any]]:
     return next((rows for rows in reversed(list(by_document)) if rows), [])
 
 
-def remote_table(folder: Path, weights: str = "fp8") -> str:
+def remote_table(folder: Path, weights: str) -> str:
     """What is more by how many rows are remote; of the newest document of `benchmarks.ranks`.
 
     Args:
@@ -184,11 +184,6 @@ def model_table(folder: Path) -> str:
     cells = [(r["shape"], str(r["tokens"]), *(_modelled(r, ranks) for ranks in AIMS)) for r in rows]
     head = ("layer", "tokens", *(f"{ranks} ranks" for ranks in AIMS))
     return "\n".join(table(head, cells)) if rows else ""
-
-
-def packed_table(folder: Path) -> str:
-    """`remote_table` of packed weights."""
-    return remote_table(folder, "mxfp4")
 
 
 def _times_faster(row: Row) -> tuple[str, str]:
