@@ -18,7 +18,7 @@ import torch
 import megamoe_jit
 from megamoe_jit._bench.clock import IDLE_CYCLES, TimedCall
 from megamoe_jit._bench.conditions import environment
-from megamoe_jit._bench.documents_nodes import NodesRow
+from megamoe_jit._bench.documents import NodesRow
 from megamoe_jit._bench.measure import as_fp8, require_hopper, some_rows
 from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, shape_on_ranks, sizes_of
 from megamoe_jit._bench.unfused import Task

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._io import cell, progress_line, show, table
-from megamoe_jit._cli._models import named_shapes
+from megamoe_jit._cli._options import named_shapes
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
-    from megamoe_jit._bench.documents import Bench
-    from megamoe_jit._bench.documents_nodes import NodesRow
+    from megamoe_jit._bench.documents import Bench, NodesRow
     from megamoe_jit._diagnose.between import Ways
 
 _HEADERS = ("SHAPE", "TOKENS", "NODES", "EXCHANGE", "CHUNKS", "WHOLE us", "KERNEL us", "EXCHANGE us", "REST us")

@@ -22,9 +22,9 @@ from megamoe_jit._cli._io import (
     show,
     table,
 )
-from megamoe_jit._cli._models import named_shapes
 from megamoe_jit._cli._nodes import nodes_options
 from megamoe_jit._cli._options import (
+    named_shapes,
     rank_count,
     run_ranks_option,
     timed_shapes_option,
