@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any
 
-from megamoe_jit._check.spawn import World, describe, init_group, own_gpu, run_ranks, target_function
+from megamoe_jit._check.spawn import World, describe, join_group, run_ranks, target_function
 from megamoe_jit._errors import ConfigError, MegaMoeError
 
 
@@ -87,16 +86,11 @@ def _as_torchrun_rank(
     group_timeout_s: float,
     on_report: Callable[[int, Any], None],
 ) -> list[Any] | None:
-    import torch
     import torch.distributed as dist
 
     rank, ranks = here
-    where = torch.device("cpu")
-    if device == "cuda":
-        where = torch.device("cuda", own_gpu(int(os.environ.get("LOCAL_RANK", rank))))
-        torch.cuda.set_device(where)
-    init_group(where, timeout=timedelta(seconds=group_timeout_s))
-    world = World(rank, ranks, where, lambda value: on_report(rank, value))
+    own = join_group(device, int(os.environ.get("LOCAL_RANK", rank)), group_timeout_s)
+    world = World(rank, ranks, own, lambda value: on_report(rank, value))
     result = target_function(target)(world, **(arguments or {}))
     results: list[Any] = [None] * ranks
     dist.all_gather_object(results, result)
