@@ -248,7 +248,7 @@ def main() -> int:
     from benchmarks.plots import draw
 
     for card, doc in docs.items():
-        draw(doc, DOCS, prefix="performance-", suffix=f"-{card}")
+        draw(doc, DOCS, f"performance-{{}}-{card}.svg")
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return 0
