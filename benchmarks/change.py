@@ -14,12 +14,13 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.beside import PACKAGE, another_checkout, module, put_beside
+from benchmarks.beside import PACKAGE, another_checkout, put_beside
 from benchmarks.checkout import commit
 from benchmarks.frame import asked, keep, parser, rows_by_shape, say
 from benchmarks.markdown import table
@@ -39,7 +40,7 @@ HEAD = ("layer", "tokens", "variant", "before, µs", "now, µs", "now / before",
 @contextmanager
 def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: WeightFormat) -> Iterator[tuple[Layer, Any]]:
     """A layer, and the buffer of the other package for it; both gone at the end."""
-    layer, its = Layer(shape, max_tokens, device, weights), module(BEFORE)
+    layer, its = Layer(shape, max_tokens, device, weights), import_module(BEFORE)
     its.mark_transformed(layer.l1, layer.l2)
     buffer = its.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, max_tokens))
     try:
@@ -51,7 +52,7 @@ def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: Weight
 
 def measure(case: Scenario, layer: Layer, its: Any, variant: str, flush: torch.Tensor) -> dict[str, Any]:
     """One row: medians in microseconds of the layer and of the other package on `its` buffer, and what came out."""
-    function = function_of(module(BEFORE), variant)
+    function = function_of(import_module(BEFORE), variant)
     inputs = make_inputs(case, layer.device, weights=layer.weights)
     y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
     calls = {

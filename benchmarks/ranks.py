@@ -23,13 +23,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import megamoe_jit as mm
-from benchmarks.beside import PACKAGE, another_checkout, module, put_beside
+from benchmarks.beside import PACKAGE, another_checkout, put_beside
 from benchmarks.frame import asked, keep, parser, say
 from megamoe_jit._bench.clock import TimedCall, anchors
 from megamoe_jit._bench.conditions import environment
@@ -81,7 +82,7 @@ class Slice(RankWeights):
         self.name = name
         self.buffers = {}
         for package in packages:
-            its = module(package)
+            its = import_module(package)
             if its is not mm:
                 its.mark_transformed(self.l1, self.l2)
             for mode, group, each in (("all", dist.group.WORLD, shape), ("one", None, self.own_shape)):
@@ -90,7 +91,7 @@ class Slice(RankWeights):
 
     def call(self, package: str, mode: str, inputs: Inputs, y: torch.Tensor) -> TimedCall:
         """A call of a package in one of `MODES`, with the inputs of that mode."""
-        function = module(package).fp8_mega_moe
+        function = import_module(package).fp8_mega_moe
         buffer = self.buffers[package, "one" if mode == "one" else "all"]
 
         def run() -> object:

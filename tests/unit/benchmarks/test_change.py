@@ -48,7 +48,7 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "older" / "megamoe_jit").mkdir(parents=True)
     for owner, name, stand_in in (
         (_bench, "megamoe_jit", now),
-        (change, "module", {change.BEFORE: before}.__getitem__),
+        (change, "import_module", {change.BEFORE: before}.__getitem__),
         (frame, "preset", {"small": SMALL}.__getitem__),
         (change, "FLUSH_BYTES", 16),
         (frame, "require_hopper", lambda: torch.device("cpu")),
