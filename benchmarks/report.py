@@ -22,7 +22,6 @@ from typing import Any
 from benchmarks import goals, report_bf16, report_models, report_others, report_ranks
 from benchmarks.checkout import ROOT
 from benchmarks.markdown import conditions, documents_of, put, table
-from megamoe_jit._bench.derived import choice_quality
 from megamoe_jit._cli._io import cell
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -90,9 +89,9 @@ def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _sentences(rows: Sequence[Mapping[str, Any]], variant: str) -> list[str]:
+def _sentences(doc: Mapping[str, Any], variant: str) -> list[str]:
     said = []
-    for part in goals.summarise(rows):
+    for part in doc["summary"]:
         if part["variant"] != variant:
             continue
         words = []
@@ -106,7 +105,7 @@ def _sentences(rows: Sequence[Mapping[str, Any]], variant: str) -> list[str]:
         if part["few_rows"]:
             words.append(f"below the table {part['few_met']} of {part['few_rows']} reach the limit + 40 µs")
         said.append(f"{part['basis'].capitalize()}: {'; '.join(words)}.")
-    choice = choice_quality(rows)
+    choice = doc["choice"]
     if choice:
         said.append(
             f"The automatic choice is within 3 % of the best forced variant on {choice['close']} of {choice['rows']} "
@@ -138,16 +137,16 @@ def _against_verified(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
 
 def text_of(doc: Mapping[str, Any]) -> str:
     """The Markdown of one document: conditions, sentences, table."""
-    env, anchors = doc["environment"], doc["anchors"]
-    rows = goals.annotate(doc["rows"], env["device"], anchors, goals.load())
+    doc = goals.judged(doc)
+    anchors, rows = doc["anchors"], doc["rows"]
     variant = "auto" if any(row["variant"] == "auto" for row in rows) else rows[0]["variant"]
     dense = [anchor[goals.DENSE] for anchor in anchors]
     read = [anchor[goals.READ] for anchor in anchors]
     measured = (
-        f"{conditions(env, power=True)} "
+        f"{conditions(doc['environment'], power=True)} "
         f"Anchors: dense FP8 {min(dense):.0f} to {max(dense):.0f} TFLOPS, read {min(read):.2f} to {max(read):.2f} TB/s."
     )
-    lines = [measured, "", *_sentences(rows, variant), ""]
+    lines = [measured, "", *_sentences(doc, variant), ""]
     lines += table(HEAD, [_line(row) for row in rows if row["variant"] == variant])
     if all(row["normalised_us"] for row in rows):  # the targets' kernels were measured on this kind of card
         lines.insert(4, _against_verified(rows, variant))  # after both geometric means
@@ -157,10 +156,10 @@ def text_of(doc: Mapping[str, Any]) -> str:
 def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     """Some rows of both cards side by side, and what the cards gave."""
     cards = ("h200", "h100")
+    docs = {card: goals.judged(docs[card]) for card in cards}
     found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for card in cards:
-        doc = docs[card]
-        for row in goals.annotate(doc["rows"], doc["environment"]["device"], doc["anchors"], goals.load()):
+        for row in docs[card]["rows"]:
             if row["variant"] == "auto" and row["tokens"] in README_TOKENS and row["best_known_us"]:
                 found.setdefault((row["shape"], row["tokens"]), {})[card] = row
     head = ("layer (an eighth of its experts)", "tokens", "H200, µs", "normalised", "best known", "ratio")
@@ -174,7 +173,7 @@ def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     lines = table((*head, "H100, µs", "best known", "ratio"), cells)
     for card in cards:
         env, dense = docs[card]["environment"], [anchor[goals.DENSE] for anchor in docs[card]["anchors"]]
-        parts = {part["basis"]: part for part in goals.summarise(docs[card]["rows"]) if part["variant"] == "auto"}
+        parts = {part["basis"]: part for part in docs[card]["summary"] if part["variant"] == "auto"}
         means = ", ".join(f"{part['faster']:.2f} {basis}" for basis, part in parts.items() if part["faster"])
         lines += [
             "",

@@ -27,7 +27,6 @@ from megamoe_jit._check.collect import collect
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
 from megamoe_jit._check.verify import buffer_sizes, judge
-from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.group import gather
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
 from megamoe_jit._nodes.experts import CallOptions
@@ -225,8 +224,6 @@ def run(
         ConfigError: there are not as many GPUs.
         MegaMoeError: a rank failed; says what all of them said.
     """
-    if nodes < 1 or ranks_per_node < 1:
-        raise ConfigError(f"{nodes} nodes of {ranks_per_node} ranks; allowed: 1 or more of each")
     if not torch.cuda.is_available():
         require_hopper()
     shapes = [*map(sizes_of, presets)]
