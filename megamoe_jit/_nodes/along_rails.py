@@ -16,7 +16,7 @@ import torch
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
 from megamoe_jit._nodes.pass_kernels import pass_kernels
 from megamoe_jit._nodes.passes import Passes, Routes, TorchPasses
-from megamoe_jit._nodes.rail import Rail
+from megamoe_jit._nodes.rail import TorchRail
 
 
 class AlongRails:
@@ -25,7 +25,7 @@ class AlongRails:
     whole_node = True
     float32 = True
 
-    def __init__(self, rail: Rail) -> None:
+    def __init__(self, rail: TorchRail) -> None:
         self.rail = rail
 
     def most_rows(self, tokens: int) -> int:

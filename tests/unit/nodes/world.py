@@ -173,7 +173,7 @@ class Meeting:
 
 
 class ThreadRail:
-    """A `Rail` between threads."""
+    """A `TorchRail` between threads."""
 
     def __init__(self, meeting: Meeting, node: int, rank: int, ledger: Ledger) -> None:
         self.meeting, self.nodes, self.node, self.rank, self.ledger = (
