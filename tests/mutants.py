@@ -314,7 +314,7 @@ MUTANTS = (
     Mutant(
         "nodes: a loss leaves the node's buffer as it was",
         "megamoe_jit/_nodes/memory.py",
-        "            experts.poison(error)",
+        "            experts.buffer.poison(error)",
         "            experts.has_fault()",
         "nodes/test_one_node.py::test_a_loss_names_node_and_rank_poisons_and_destroy_asks_nobody",
     ),

@@ -74,7 +74,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         rows = raw.tokens if padded_tokens is None else padded_tokens
         check_rows("padded_tokens", rows, raw.tokens, self.num_max_tokens_per_rank)
         if self._alone:
-            self._experts.ready()
+            self._experts.buffer.wait_for_last()
         launch_stage(raw, Outputs(*self._staged.tensors), rows)
         return raw.tokens
 

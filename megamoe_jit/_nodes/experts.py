@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megamoe_jit._device.wait import wait_for_device
-from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._layer.given_weights import WeightTensors
@@ -18,7 +17,7 @@ from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._nodes.exchange import Arrived, Rows
 from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat, check_clamp, check_flag
 from megamoe_jit._spec.checks import check
-from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit.heuristics.select import all_variants
 
 
@@ -61,6 +60,10 @@ class Experts:
         group: of the node, None for one rank.
         max_pool_rows: as of `get_symm_buffer_for_mega_moe`.
         dtype: of what it gives, bfloat16 or float32.
+
+    Attributes:
+        buffer: of the ranks that it spans; made, waited for, checked and destroyed as any `SymmBuffer`.
+        rows: its views, which rows arrive in.
     """
 
     def __init__(
@@ -74,12 +77,11 @@ class Experts:
     ) -> None:
         self.buffer = buffer = SymmBuffer(shape, max_rows, device, group, max_pool_rows)
         self.rows = Rows(buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights)
-        wide = dtype is torch.float32
-        self._numerics = {fast: Numerics(fast, float32_out=wide) for fast in (False, True)}  # made once: calls are many
+        self._wide = dtype is torch.float32
 
     def numerics(self, fast_math: bool) -> Numerics:
         """Those of its kernels."""
-        return self._numerics[fast_math]
+        return numerics_of(fast_math, float32_out=self._wide)
 
     def check_call(self, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
         """Raise `ConfigError` unless such a call can be launched."""
@@ -107,10 +109,6 @@ class Experts:
     def sms_beside(self, comm_ctas: int) -> int:
         """Blocks of a launch that leaves room for so many of another kernel."""
         return max(1, sm_count(self.buffer.device) - comm_ctas)
-
-    def ready(self) -> None:
-        """Have the current stream wait until its rows may be overwritten."""
-        self.buffer.wait_for_last()
 
     def compute(
         self, arrived: Arrived, partial: torch.Tensor, l1: WeightTensors, l2: WeightTensors, options: CallOptions
@@ -144,15 +142,3 @@ class Experts:
     def has_fault(self) -> bool:
         """Whether a kernel has left a record of why it gave up."""
         return bool(self.buffer.fault[0])
-
-    def check(self) -> None:
-        """As `SymmBuffer.check`."""
-        self.buffer.check()
-
-    def poison(self, error: MegaMoeError) -> None:
-        """Have every later call raise this, and `destroy` ask nobody."""
-        self.buffer.poison(error)
-
-    def destroy(self) -> None:
-        """As `SymmBuffer.destroy`."""
-        self.buffer.destroy()

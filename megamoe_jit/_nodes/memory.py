@@ -123,7 +123,7 @@ class MultiNodeMemory:
     def wait_for_last(self) -> None:
         """Make the current stream wait for the last call, if that was on another."""
         for experts in self._all_experts():
-            experts.ready()
+            experts.buffer.wait_for_last()
 
     def _all_experts(self) -> list[Experts]:
         return [lane.experts for lane in self._lanes] or [self._experts]
@@ -156,7 +156,7 @@ class MultiNodeMemory:
     def _poison(self, error: MegaMoeError) -> None:
         self._broken = error
         for experts in self._all_experts():
-            experts.poison(error)
+            experts.buffer.poison(error)
         ending = threading.Thread(target=self.choices.abort, args=(self.device,), daemon=True)
         ending.start()
         ending.join(ABORT_S)
@@ -182,7 +182,7 @@ class MultiNodeMemory:
                 raise self._lost(lost, watch.missing)
         for experts in self._all_experts():
             try:
-                experts.check()
+                experts.buffer.check()
             except MegaMoeError as error:
                 if not isinstance(error, CaptureError):
                     self._broken = error
@@ -208,7 +208,7 @@ class MultiNodeMemory:
                 warnings.warn(f"while a MultiNodeBuffer was destroyed: {error}", RuntimeWarning, stacklevel=2)
         self._destroyed = True
         for experts in self._all_experts():
-            experts.destroy()
+            experts.buffer.destroy()
         empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
         self._staged = Rows(empty, empty, empty, empty)
