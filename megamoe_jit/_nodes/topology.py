@@ -88,51 +88,6 @@ class NodesLease:
         return y
 
 
-def lease_of(
-    topology: NodeRanks,
-    shared: dict[Any, Any],
-    shape: MoEShape,
-    max_tokens: int,
-    device: torch.device,
-    workspace: object,
-) -> NodesLease:
-    """A lease of the buffer that is wanted, which is made unless it is there; a collective.
-
-    Args:
-        topology: the ranks.
-        shared: buffers of this topology with their leases, by shape, capacity and device.
-        shape: the layer's, with the experts of this rank.
-        max_tokens: of a call.
-        device: where the weights are.
-        workspace: "shared", "own", or a `MultiNodeBuffer`.
-
-    Raises:
-        ConfigError: the buffer that was given does not fit, or the workspace is none of these.
-        MegaMoeError: as `get_multinode_buffer_for_mega_moe`; or the buffer is not usable any more.
-    """
-    check_int("max_tokens", max_tokens)
-    whole = replace(shape, experts=shape.experts * topology.world_size)
-    if isinstance(workspace, MultiNodeBuffer):
-        workspace.require_usable()
-        fits = workspace.shape == whole and workspace.topology is topology and workspace.device == device
-        if not fits or max_tokens > workspace.num_max_tokens_per_rank:
-            given = f"a buffer for {workspace.num_max_tokens_per_rank} tokens of {workspace.shape}"
-            wanted = f"{shown(max_tokens)} tokens or more of {whole}"
-            raise ConfigError(f"workspace: {given}; allowed: {wanted}, of this topology")
-        return NodesLease(workspace, "given", shape, weakref.WeakSet())
-    if not isinstance(workspace, str) or workspace not in ("shared", "own"):
-        allowed = "'shared', 'own', or a MultiNodeBuffer"
-        raise ConfigError(f"workspace = {shown(workspace)} is not supported with a topology; allowed: {allowed}")
-    key = (whole, max_tokens, device)
-    buffer, users = shared.get(key, (None, weakref.WeakSet()))
-    if workspace == "own" or buffer is None or not users:
-        sizes = (whole.experts, max_tokens, whole.topk, whole.hidden, whole.intermediate, whole.shared)
-        buffer, users = get_multinode_buffer_for_mega_moe(topology, *sizes, device=device), weakref.WeakSet()
-        if workspace == "shared":
-            shared[key] = buffer, users
-    return NodesLease(buffer, workspace, shape, users)
-
-
 class NodeTopology(NodeRanks):
     """How the ranks of a process group lie on nodes; a collective of all of them.
 
@@ -162,8 +117,39 @@ class NodeTopology(NodeRanks):
         self, group: Any, node_group: Any = None, rail_group: Any = None, *, ranks_per_node: int | None = None
     ) -> None:
         super().__init__(group, node_group, rail_group, ranks_per_node=ranks_per_node)
-        self._shared: dict[Any, Any] = {}
+        self._shared: dict[Any, Any] = {}  #: buffers with their leases, by shape, capacity and device
 
     def lease(self, shape: MoEShape, max_tokens: int, device: torch.device, workspace: object) -> NodesLease:
-        """What a layer of a model takes of it: see `lease_of`."""
-        return lease_of(self, self._shared, shape, max_tokens, device, workspace)
+        """A lease of the buffer that a layer wants, which is made unless it is there; a collective.
+
+        Args:
+            shape: the layer's, with the experts of this rank.
+            max_tokens: of a call.
+            device: where the weights are.
+            workspace: "shared", "own", or a `MultiNodeBuffer`.
+
+        Raises:
+            ConfigError: the buffer that was given does not fit, or the workspace is none of these.
+            MegaMoeError: as `get_multinode_buffer_for_mega_moe`; or the buffer is not usable any more.
+        """
+        check_int("max_tokens", max_tokens)
+        whole = replace(shape, experts=shape.experts * self.world_size)
+        if isinstance(workspace, MultiNodeBuffer):
+            workspace.require_usable()
+            fits = workspace.shape == whole and workspace.topology is self and workspace.device == device
+            if not fits or max_tokens > workspace.num_max_tokens_per_rank:
+                given = f"a buffer for {workspace.num_max_tokens_per_rank} tokens of {workspace.shape}"
+                wanted = f"{shown(max_tokens)} tokens or more of {whole}"
+                raise ConfigError(f"workspace: {given}; allowed: {wanted}, of this topology")
+            return NodesLease(workspace, "given", shape, weakref.WeakSet())
+        if not isinstance(workspace, str) or workspace not in ("shared", "own"):
+            allowed = "'shared', 'own', or a MultiNodeBuffer"
+            raise ConfigError(f"workspace = {shown(workspace)} is not supported with a topology; allowed: {allowed}")
+        key = (whole, max_tokens, device)
+        buffer, users = self._shared.get(key, (None, weakref.WeakSet()))
+        if workspace == "own" or buffer is None or not users:
+            sizes = (whole.experts, max_tokens, whole.topk, whole.hidden, whole.intermediate, whole.shared)
+            buffer, users = get_multinode_buffer_for_mega_moe(self, *sizes, device=device), weakref.WeakSet()
+            if workspace == "shared":
+                self._shared[key] = buffer, users
+        return NodesLease(buffer, workspace, shape, users)
