@@ -27,10 +27,11 @@ from megamoe_jit._layer.plain_weights import (
     in_order,
     own_pair,
 )
-from megamoe_jit._layer.serving import serve, serve_spread
+from megamoe_jit._layer.serving import serve
 from megamoe_jit._layer.stage import stage
 from megamoe_jit._layer.weights import mark_transformed, transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import FP8, WeightFormat, check_clamp, check_flag
+from megamoe_jit._text import shown
 
 
 def _held_names(weights: WeightFormat) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -228,8 +229,7 @@ class MegaMoE(ModuleState):
             MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
         """
         if self._spread or padded_tokens is not None:
-            lease, how = self._lease if self._spread else None, (self.clamp, self.fast_math, _operators.is_traced())
-            return serve_spread(lease, (x, topk_idx, topk_weights), padded_tokens, self.l1, self.l2, *how)
+            return self._serve_spread((x, topk_idx, topk_weights), padded_tokens)
         if _operators.is_traced():
             options = self._workspace, self.clamp, self.fast_math, self.shared_weight
             weights, exponents = _operators.as_arguments(self.l1, self.l2)
@@ -239,6 +239,15 @@ class MegaMoE(ModuleState):
         l1: Any = tuple(map(held, self._names[0]))
         l2: Any = tuple(map(held, self._names[1]))
         return serve(buffer, x, topk_idx, topk_weights, l1, l2, self.clamp, self.fast_math, self.shared_weight)
+
+    def _serve_spread(self, batch: tuple[torch.Tensor, ...], padded_tokens: int | None) -> torch.Tensor:
+        """`forward` with a topology, and with rows that a layer without one does not know."""
+        if not self._spread:
+            raise ConfigError(f"padded_tokens = {shown(padded_tokens)} without a topology; allowed: None")
+        if _operators.is_traced():
+            raise ConfigError("a layer with a topology was traced; allowed: eager calls, and CUDA graphs of them")
+        y: torch.Tensor = self._lease.serve(*batch, self.l1, self.l2, self.clamp, self.fast_math, padded_tokens)
+        return y
 
     def load_weights(
         self,

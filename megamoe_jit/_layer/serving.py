@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_shared_weight, check_tensor
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16, run_batch
@@ -14,7 +13,6 @@ from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import MAX_TOKENS, check_clamp
 from megamoe_jit._spec.numerics import Numerics, numerics_of
-from megamoe_jit._text import shown
 
 
 def serve(
@@ -61,33 +59,4 @@ def serve(
             part = slice(begin, begin + capacity)
             batch = x[part], topk_idx[part], topk_weights[part]
             mega_moe_from_bf16(*batch, l1, l2, buffer, y=y[part], **options)
-    return y
-
-
-def serve_spread(
-    lease: Any,
-    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    padded_tokens: int | None,
-    l1: WeightTensors,
-    l2: WeightTensors,
-    clamp: float | None,
-    fast_math: bool,
-    traced: bool,
-) -> torch.Tensor:
-    """Run a layer whose experts are on several nodes; a collective of all its ranks.
-
-    Args:
-        lease: what its topology gave; None for a layer that has none, which knows no `padded_tokens`.
-        batch: x, topk_idx and topk_weights.
-        padded_tokens, l1, l2, clamp, fast_math: as in `MegaMoE`.
-        traced: somebody records what torch does.
-
-    Raises:
-        MegaMoeError: as `MegaMoE.forward`.
-    """
-    if lease is None:
-        raise ConfigError(f"padded_tokens = {shown(padded_tokens)} without a topology; allowed: None")
-    if traced:
-        raise ConfigError("a layer with a topology was traced; allowed: eager calls, and CUDA graphs of them")
-    y: torch.Tensor = lease.serve(*batch, l1, l2, clamp, fast_math, padded_tokens)
     return y
