@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megamoe_jit._device.wait import wait_for_device
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._layer.given_weights import WeightTensors
@@ -126,18 +124,6 @@ class Experts:
         numerics = self.numerics(options.fast_math)
         plan = self.buffer.plan(arrived.rows, options.variant, numerics, options.num_sms, weights=options.weights)
         self.buffer.launch(plan, partial, arrived.rows, l1, l2, None, options.clamp)
-
-    def wait(self, give_up: Callable[[], str | None]) -> str | None:
-        """Wait for the device until it is idle or a kernel has left a record; or until `give_up` says what it gives."""
-        told: list[str] = []
-
-        def asked() -> str | None:
-            said = give_up()
-            told.extend([said] if said is not None else [])
-            return said
-
-        wait_for_device(self.buffer.device, lambda: bool(self.buffer.fault[0]), asked)
-        return told[0] if told else None
 
     def has_fault(self) -> bool:
         """Whether a kernel has left a record of why it gave up."""

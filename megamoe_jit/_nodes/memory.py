@@ -15,6 +15,7 @@ import torch
 
 from megamoe_jit._device.capture import is_capturing
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
+from megamoe_jit._device.wait import wait_for_device
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError, PeerTimeoutError
 from megamoe_jit._layer.group import collectively
 from megamoe_jit._nodes.choice import Choices
@@ -177,9 +178,9 @@ class MultiNodeMemory:
         if not self._alone and not faults and not is_capturing():
             error = partial_call(self.choices.error, self.device)
             watch = Watch(self.topology.roll_call.missing, error, self.timeout_s)
-            lost = self._experts.wait(watch)
-            if lost is not None:
-                raise self._lost(lost, watch.missing)
+            wait_for_device(self.device, self._experts.has_fault, watch)
+            if watch.said is not None:
+                raise self._lost(watch.said, watch.missing)
         for experts in self._all_experts():
             try:
                 experts.buffer.check()
