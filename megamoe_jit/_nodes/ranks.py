@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.group import collectively, gather, group_rank, group_size, require_equal
+from megamoe_jit._layer.group import by_rank, collectively, gather, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import host_id
 from megamoe_jit._nodes.rail import TorchRail, rail_options
 from megamoe_jit._nodes.roll_call import RollCall
@@ -124,9 +124,8 @@ def _ranks_per_node(places: Sequence[object]) -> int:
     starts = places[::size]
     good = len(places) % size == 0 and len(set(starts)) == len(starts)
     if not good or any(places[i] != places[i - i % size] for i in range(len(places))):
-        listed = ", ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
         raise ConfigError(
-            f"ranks lie unevenly on nodes, or not node by node ({listed}); "
+            f"ranks lie unevenly on nodes, or not node by node ({by_rank(places)}); "
             "allowed: as many on each node, numbered node by node, as torchrun does"
         )
     if size > MAX_RANKS:
