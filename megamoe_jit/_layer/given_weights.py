@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -91,6 +91,13 @@ def stacked(tensor: torch.Tensor) -> torch.Tensor:
 def written_parts(given: WeightTensors, weights: WeightFormat) -> list[torch.Tensor]:
     """What a transform writes, as bytes ``[experts, rows, bytes of a row]``: codes, and exponents if there are some."""
     return [stacked(as_bytes(each)) for each in (given[:2] if weights.group else given[:1])]
+
+
+def written(l1: WeightTensors, l2: WeightTensors, weights: WeightFormat) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """The `written_parts` of both matrices, each with its names for people: l1 or l2, and weights or exponents."""
+    for name, given in (("l1", l1), ("l2", l2)):
+        for what, tensor in zip(("weights", "exponents"), written_parts(given, weights), strict=False):
+            yield name, what, tensor
 
 
 def require_values(name: str, tensor: torch.Tensor) -> None:
@@ -179,13 +186,10 @@ def check_plain_mxfp4(name: str, given: WeightTensors) -> WeightTensors:
         )
     if codes.ndim < 2:
         raise ConfigError(f"{name} have shape {tuple(codes.shape)}; allowed: [..., N, K / 2]")
-    _check_matrix(name, (codes.flatten(0, -3) if codes.ndim > 3 else codes, *_flat(e8m0, codes.ndim)), MXFP4)
+    flat = [each.flatten(0, -3) if each.ndim == codes.ndim > 3 else each for each in (codes, e8m0)]
+    _check_matrix(name, tuple(flat), MXFP4)
     refuse_nan(name, e8m0)
     return as_bytes(codes), as_bytes(e8m0)
-
-
-def _flat(e8m0: torch.Tensor, ndim: int) -> tuple[torch.Tensor]:
-    return (e8m0.flatten(0, -3) if ndim > 3 and e8m0.ndim == ndim else e8m0,)
 
 
 def refuse_nan(name: str, e8m0: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import marks as _marks
 from megamoe_jit._layer.from_mxfp4 import check_rounding
-from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, check_pairs, chosen_experts, written_parts
+from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, check_pairs, chosen_experts, written
 from megamoe_jit._layer.marks import METADATA_KEY, layout_of, require_marked, require_plain, spans
 from megamoe_jit._layer.places import require_dense, require_places
 from megamoe_jit._layer.reorder import apply_to, plan, undo
@@ -53,13 +53,12 @@ def _apply(
 
 
 def _require_order(l1: WeightTensors, l2: WeightTensors, weights: WeightFormat, chosen: list[int], plain: bool) -> None:
-    for name, given in (("l1", l1), ("l2", l2)):
-        for what, tensor in zip(("weights", "exponents"), written_parts(given, weights), strict=False):
-            where = [spans(tensor)[e] for e in chosen]
-            if plain:
-                require_plain(name, tensor, where, what=what)
-            else:
-                require_marked(name, tensor, where, weights=weights, what=what)
+    for name, what, tensor in written(l1, l2, weights):
+        where = [spans(tensor)[e] for e in chosen]
+        if plain:
+            require_plain(name, tensor, where, what=what)
+        else:
+            require_marked(name, tensor, where, weights=weights, what=what)
 
 
 def transform_weights_for_mega_moe_sm90(
@@ -169,12 +168,11 @@ def mark_transformed(
     chosen = chosen_experts(experts, l1_weights[0])
     if metadata is not None:
         _marks.check_metadata(metadata, weights)
-    for name, given in (("l1", l1_weights), ("l2", l2_weights)):
-        for what, tensor in zip(("weights", "exponents"), written_parts(given, weights), strict=False):
-            require_dense(name, tensor, what)
-            where = spans(tensor)
-            order = f"{layout_of(weights)}/{name}" if transformed else None
-            _marks.mark(tensor, [where[e] for e in chosen], order)
+    for name, what, tensor in written(l1_weights, l2_weights, weights):
+        require_dense(name, tensor, what)
+        where = spans(tensor)
+        order = f"{layout_of(weights)}/{name}" if transformed else None
+        _marks.mark(tensor, [where[e] for e in chosen], order)
 
 
 def is_transformed(l1_weights: WeightTensors, l2_weights: WeightTensors) -> bool:
