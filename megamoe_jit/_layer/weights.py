@@ -18,7 +18,7 @@ from megamoe_jit._layer.from_mxfp4 import check_rounding
 from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, check_pairs, chosen_experts, written
 from megamoe_jit._layer.marks import METADATA_KEY, layout_of, require_marked, require_plain, spans
 from megamoe_jit._layer.places import require_dense, require_places
-from megamoe_jit._layer.reorder import apply_to, plan, undo
+from megamoe_jit._layer.reorder import apply, plan, undo
 from megamoe_jit._spec import check_flag
 from megamoe_jit._spec.formats import WeightFormat
 
@@ -41,13 +41,13 @@ def _apply(
     if inplace:
         require_places(l1, l2, weights, forth)
     _require_order(l1, l2, weights, chosen, forth)
-    both = [("l1", l1), ("l2", l2)]
+    both = (("l1", l1), ("l2", l2))
     jobs = [plan(weights, name, given, forth, chosen, inplace, rounded) for name, given in both]
     try:
-        w13, w2 = (apply_to(given, job, inplace) for (_, given), job in zip(both, jobs, strict=True))
+        w13, w2 = map(apply, jobs)
     except BaseException:
-        for (_, given), job in zip(both, jobs, strict=True) if inplace else ():
-            undo(given, job)
+        for job in jobs if inplace else ():
+            undo(job)
         raise
     return w13, w2
 
