@@ -15,6 +15,7 @@ from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._nodes.exchange import Arrived, Rows
 from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat, check_clamp, check_flag
 from megamoe_jit._spec.checks import check
+from megamoe_jit._spec.inputs import Inputs
 from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit.heuristics.select import all_variants
 
@@ -84,7 +85,8 @@ class Experts:
     def check_call(self, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
         """Raise `ConfigError` unless such a call can be launched."""
         choice, _ = self.buffer.kernels.choose(rows, options.variant, options.num_sms, options.weights)
-        spec = self.buffer.spec(choice.variant, self.numerics(options.fast_math), options.weights)
+        numerics = self.numerics(options.fast_math)
+        spec = self.buffer.kernels.spec(choice.variant, numerics, Inputs.STAGED, options.weights)
         check_weights(l1, l2, spec, self.buffer.device)
 
     def prepare(self, fast_math: bool, weights: WeightFormat, most: int) -> None:
