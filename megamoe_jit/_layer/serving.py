@@ -12,7 +12,6 @@ from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16, run_batch
 from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import MAX_TOKENS, check_clamp
-from megamoe_jit._spec.numerics import Numerics, numerics_of
 
 
 def serve(
@@ -43,11 +42,7 @@ def serve(
         check_shared_weight(shared_weight, buffer.num_shared_experts)
     bound = check_clamp("activation_clamp", clamp)
     if tokens <= capacity:
-        try:
-            numerics = numerics_of(fast_math)
-        except TypeError:  # what cannot be hashed is no option either
-            numerics = Numerics(fast_math)
-        return run_batch(buffer, raw, (l1, l2), bound, numerics, y, shared_weight=shared_weight)
+        return run_batch(buffer, raw, (l1, l2), bound, (fast_math,), y, shared_weight=shared_weight)
     buffer.require_usable()
     if y is None:
         y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
