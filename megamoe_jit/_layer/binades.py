@@ -131,9 +131,7 @@ def bounds(codes: torch.Tensor, e8m0: torch.Tensor, target: Target) -> Bounds:
     return Bounds(least.reshape(blocks).amax((1, 3)), most.reshape(blocks).amin((1, 3)))
 
 
-def refuse_inexact(
-    name: str, found: Bounds, target: Target, next_step: str, experts: Sequence[int] | None = None
-) -> None:
+def refuse_inexact(name: str, found: Bounds, target: Target, next_step: str, experts: Sequence[int] | None) -> None:
     """Raise `ConfigError` unless all blocks are exact.
 
     Args:

@@ -122,7 +122,7 @@ def fp8_from_mxfp4(
         ConfigError: a dtype, shape or option is not supported, an exponent is NaN (255), or a block is not exact (says
             which one).
     """
-    codes, e8m0 = check_plain_mxfp4("weights", (codes, e8m0))
+    codes, e8m0 = check_plain_mxfp4(codes, e8m0)
     check(isinstance(dtype, torch.dtype) and dtype in _TARGETS, "dtype", dtype, "float8_e4m3fn or float8_e5m2")
     rounded, target = check_rounding(rounding), _TARGETS[dtype]
     *lead, rows, stored = codes.shape
@@ -184,7 +184,7 @@ def mxfp4_spread(codes: torch.Tensor, e8m0: torch.Tensor) -> Mxfp4Spread:
     Raises:
         ConfigError: a dtype or shape is not supported, or an exponent is NaN (255).
     """
-    codes, e8m0 = check_plain_mxfp4("weights", (codes, e8m0))
+    codes, e8m0 = check_plain_mxfp4(codes, e8m0)
     matrices, targets = _matrices(codes, e8m0), {"mxfp4": NORMAL, "e4m3": E4M3, "e5m2": E5M2}
     if not matrices:
         return Mxfp4Spread(0, 0, dict.fromkeys(targets, 0))

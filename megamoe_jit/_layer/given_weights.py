@@ -177,18 +177,17 @@ def check_pairs(l1: WeightTensors, l2: WeightTensors, *, ordered: bool | None = 
     return weights
 
 
-def check_plain_mxfp4(name: str, given: WeightTensors) -> WeightTensors:
+def check_plain_mxfp4(codes: torch.Tensor, e8m0: torch.Tensor) -> WeightTensors:
     """Codes and exponents as bytes, of matrices ``[..., N, K]``; raises unless that is what they are."""
-    codes, e8m0 = require_tensors(name, given, 2)
+    codes, e8m0 = require_tensors("weights", (codes, e8m0), 2)
     if FORMAT_BY_TYPE.get(codes.dtype) is not MXFP4:
-        raise ConfigError(
-            f"{name} are {codes.dtype}; allowed: {', '.join(map(str, PACKED_TYPES))}, two codes to a byte"
-        )
+        allowed = f"{', '.join(map(str, PACKED_TYPES))}, two codes to a byte"
+        raise ConfigError(f"weights are {codes.dtype}; allowed: {allowed}")
     if codes.ndim < 2:
-        raise ConfigError(f"{name} have shape {tuple(codes.shape)}; allowed: [..., N, K / 2]")
+        raise ConfigError(f"weights have shape {tuple(codes.shape)}; allowed: [..., N, K / 2]")
     flat = [each.flatten(0, -3) if each.ndim == codes.ndim > 3 else each for each in (codes, e8m0)]
-    _check_matrix(name, tuple(flat), MXFP4)
-    refuse_nan(name, e8m0)
+    _check_matrix("weights", tuple(flat), MXFP4)
+    refuse_nan("weights", e8m0)
     return as_bytes(codes), as_bytes(e8m0)
 
 

@@ -30,7 +30,7 @@ class ModuleState(torch.nn.Module):
     l1_codes: torch.Tensor
     num_shared_experts: int
     weight_format: str
-    _names: tuple[tuple[str, ...], tuple[str, ...]]  #: of the buffers of both matrices
+    _names: tuple[tuple[str, ...], ...]  #: of the buffers of both matrices
     _rounded: bool
 
     @property

@@ -34,12 +34,6 @@ from megamoe_jit._spec import FP8, WeightFormat, check_clamp, check_flag
 from megamoe_jit._text import shown
 
 
-def _held_names(weights: WeightFormat) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the module's buffers: those of both matrices."""
-    first, second = (tuple(f"{matrix}_{part}" for part in weights.part_names) for matrix in ("l1", "l2"))
-    return first, second
-
-
 class MegaMoE(ModuleState):
     """One MoE layer on one GPU, as a module of torch: floating-point tensors in, bf16 out.
 
@@ -128,7 +122,8 @@ class MegaMoE(ModuleState):
         stored = format_given("w13", w13)
         if weight_format is not None:
             check_format("w13", w13, WeightFormat.parse(weight_format))
-        self.weight_format, self._names, self._rounded = stored.name, _held_names(stored), check_rounding(rounding)
+        self.weight_format, self._rounded = stored.name, check_rounding(rounding)
+        self._names = tuple(tuple(f"{matrix}_{part}" for part in stored.part_names) for matrix in ("l1", "l2"))
         if inplace and shared_w13 is not None:
             raise ConfigError("inplace = True with shared_w13; allowed: w13 and w2 that end with the shared experts")
         self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
@@ -271,18 +266,16 @@ class MegaMoE(ModuleState):
             ConfigError: a shape or dtype does not fit, or the weights are transformed already; nothing was written.
             CaptureError: the current stream is capturing a CUDA graph.
         """
-        given = {"w13": w13, "w2": w2, "shared_w13": shared_w13, "shared_w2": shared_w2}
+        shared = {"shared_w13": shared_w13, "shared_w2": shared_w2}
+        changed = {"w13": w13, "w2": w2, **{name: given for name, given in shared.items() if given is not None}}
         known = {matrix.name: (matrix, held) for matrix, held in self._parts()}
-        changed = {
-            name: weights for name, weights in given.items() if weights is not None or not name.startswith("shared")
-        }
         for name, weights in changed.items():
             if name not in known:
                 raise ConfigError(f"{name} was given; allowed: None, the layer has no shared experts")
-            check_same(name, weights, known[name][1], self._rounded)  # type: ignore[arg-type]
+            check_same(name, weights, known[name][1], self._rounded)
         for name, weights in changed.items():
             matrix, held = known[name]
-            self._write(matrix, weights, held)  # type: ignore[arg-type]
+            self._write(matrix, weights, held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MegaMoE:
         """A layer with weights of its own, in the same workspace; with a buffer of its own if this one has one."""

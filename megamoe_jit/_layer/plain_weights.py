@@ -208,7 +208,7 @@ def _read(name: str, weights: torch.Tensor | WeightTensors, device: torch.device
     return codes, factors
 
 
-def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool = False) -> None:
+def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool) -> None:
     """Raise `ConfigError` unless `given` are plain weights for the place of `held`; they may be on another device.
 
     `rounded` says that values that the format of the layer does not keep are to be rounded, not refused.
@@ -235,9 +235,7 @@ def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTenso
 
 
 @torch.inference_mode()  # what was made in it, and given to be kept where it is, can be written in it alone
-def write_matrix(
-    matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool = False
-) -> None:
+def write_matrix(matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool) -> None:
     """Write checked plain weights over a layer's; values are quantised on the layer's device, expert by expert."""
     stored, device = format_of(matrix.name, held), held[0].device
     for e, places in enumerate(zip(*held, strict=True)):

@@ -79,7 +79,7 @@ def rows_per_token(exchange: str, nodes: int, shape: MoEShape) -> float:
     return (nodes - 1) * (1 - nowhere)
 
 
-def sent_bytes(shape: MoEShape, rows: float, partial_bytes: int = 2) -> float:
+def sent_bytes(shape: MoEShape, rows: float, partial_bytes: int) -> float:
     """Bytes of so many rows, there with scales, ids and weights, and back as partial results."""
     return rows * (row_bytes(shape) + shape.hidden * partial_bytes)
 
