@@ -55,11 +55,15 @@ class NodesLease:
         return NodesLease(self.buffer, self.kind, self.shape, self._users)
 
     def release(self) -> None:
-        """Give the buffer up, and its memory back with the last lease; that is a collective. Safe to call twice."""
-        held, self._buffer = self._buffer, None
+        """Give the buffer up, and its memory back with the last lease; that is a collective. Safe to call twice.
+
+        Raises:
+            CaptureError: some stream is capturing, so that the device cannot be waited for; nothing was given back.
+        """
+        if self._buffer is not None and self.kind != "given" and len(self._users) == 1:
+            self._buffer.destroy()
+        self._buffer = None
         self._users.discard(self)
-        if held is not None and self.kind != "given" and not self._users:
-            held.destroy()
 
     def serve(
         self,
