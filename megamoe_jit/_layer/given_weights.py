@@ -65,8 +65,6 @@ def format_of(name: str, given: WeightTensors) -> WeightFormat:
     found = FORMAT_BY_TYPE.get(given[0].dtype)
     if found is None:
         raise ConfigError(f"{name} weights are {given[0].dtype}; allowed: {_CODES}")
-    if len(given) > len(found.part_names):
-        raise ConfigError(f"{name}: {len(given)} tensors given; allowed: codes in {found.code_dtype} and their scales")
     return found
 
 

@@ -97,12 +97,6 @@ def byte_values(device: torch.device) -> torch.Tensor:
 
 def dequantize(codes: torch.Tensor, e8m0: torch.Tensor) -> torch.Tensor:
     """See `WeightFormat.dequantize`: codes ``[..., rows, depth / 2]`` and exponents ``[..., rows, depth / 32]``."""
-    codes, e8m0 = codes.view(torch.uint8), e8m0.view(torch.uint8)
+    codes, powers = codes.view(torch.uint8), e8m0.view(torch.float8_e8m0fnu).float()
     groups = byte_values(codes.device)[codes.int()].reshape(*e8m0.shape, MXFP4.group)
-    return (groups * _powers(e8m0).unsqueeze(-1)).reshape(*codes.shape[:-1], codes.shape[-1] * 2)
-
-
-def _powers(e8m0: torch.Tensor) -> torch.Tensor:
-    """``2 ** (byte - 127)``, float32, where the least is subnormal; NaN for 255."""
-    wide = e8m0.to(torch.int32)
-    return ((wide << 23).clamp(min=1 << 22) | (wide == 255).int() << 22).view(torch.float32)
+    return (groups * powers.unsqueeze(-1)).reshape(*codes.shape[:-1], codes.shape[-1] * 2)
