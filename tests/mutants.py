@@ -286,8 +286,8 @@ MUTANTS = (
     Mutant(
         "nodes: a rank without tokens makes no call",
         "megamoe_jit/_nodes/buffer.py",
-        "        self._begin(tokens, rows)\n        self.wait_for_last()",
-        "        if not tokens:\n            return\n        self._begin(tokens, rows)\n        self.wait_for_last()",
+        "                self._run_across(y, rows, l1, l2, options)",
+        "                tokens and self._run_across(y, rows, l1, l2, options)",
         "nodes/test_layer.py::test_every_route_has_the_bits_that_the_definition_says",
     ),
     Mutant(
