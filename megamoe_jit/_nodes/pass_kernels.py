@@ -23,7 +23,7 @@ NUMBERS = 8  #: of a thread that sums
 
 
 class PassKernels:
-    """The functions of `passes`, as launches on the current stream of one GPU."""
+    """The functions of `TorchPasses`, as launches on the current stream of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._params = device, aligned(NodesParams)
