@@ -25,19 +25,12 @@ _NEVER = 1000  #: what a group of zeros asks for bounds nothing
 
 
 class Target(NamedTuple):
-    """The numbers that values become, relative to the scale of their block.
+    """The numbers that values become, relative to the scale of their block."""
 
-    Attributes:
-        name: for people.
-        top: binade of the largest power of two; one and a half times it is a number as well.
-        least: binade of the smallest: of the lowest set bit with subnormal numbers, else of the smallest number.
-        subnormal: whether they are used.
-    """
-
-    name: str
-    top: int
-    least: int
-    subnormal: bool
+    name: str  #: for people
+    top: int  #: binade of the largest power of two; one and a half times it is a number as well
+    least: int  #: binade of the smallest: of the lowest set bit with subnormal numbers, else of the smallest number
+    subnormal: bool  #: whether they are used
 
     @property
     def binades(self) -> int:

@@ -24,27 +24,16 @@ from megamoe_jit._version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a kernel has to know of a memory: sizes and addresses, which keep nothing alive.
-
-    Attributes:
-        shape: the layer.
-        device: the GPU.
-        rank: whose memory it is.
-        ranks: how many share the experts.
-        layout: where its sections are.
-        local: address of what this rank alone uses.
-        peers: addresses of every rank's symmetric memory.
-        fault: address of the record of a kernel that gave up.
-    """
+    """What a kernel has to know of a memory: sizes and addresses, which keep nothing alive."""
 
     shape: MoEShape
     device: torch.device
-    rank: int
-    ranks: int
-    layout: BufferLayout
-    local: int
-    peers: tuple[int, ...]
-    fault: int
+    rank: int  #: whose memory it is
+    ranks: int  #: how many share the experts
+    layout: BufferLayout  #: where its sections are
+    local: int  #: address of what this rank alone uses
+    peers: tuple[int, ...]  #: addresses of every rank's symmetric memory
+    fault: int  #: address of the record of a kernel that gave up
 
 
 class LayerMemory:

@@ -37,16 +37,11 @@ class TileOrder(NamedTuple):
 
     Rows are cut into groups, and columns into k-blocks; both are cut further, so that a matrix is
     ``[tile, group, *rows, k-block, *columns]``.
-
-    Attributes:
-        rows: sizes that a group of rows is cut into.
-        columns: those of the bytes of a row in a k-block.
-        order: the dimensions as they lie in memory.
     """
 
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    order: tuple[int, ...]
+    rows: tuple[int, ...]  #: sizes that a group of rows is cut into
+    columns: tuple[int, ...]  #: those of the bytes of a row in a k-block
+    order: tuple[int, ...]  #: the dimensions as they lie in memory
 
     def pack(self, w: torch.Tensor, gated: bool) -> torch.Tensor:
         """A matrix ``[rows, bytes of a row]`` in this order, gate and up rows in turns if it is `gated`."""

@@ -22,20 +22,12 @@ from megamoe_jit.heuristics.select import all_variants
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """What a call computes and how, checked.
+    """What a call computes and how, checked."""
 
-    Attributes:
-        clamp: as the kernel takes it, infinity for none.
-        fast_math: as of `fp8_mega_moe`.
-        variant: the name of one, or None for that of the rule.
-        num_sms: blocks of the launch, None for all SMs.
-        weights: the format of the weights.
-    """
-
-    clamp: float
-    fast_math: bool = True
-    variant: str | None = None
-    num_sms: int | None = None
+    clamp: float  #: as the kernel takes it, infinity for none
+    fast_math: bool = True  #: as of `fp8_mega_moe`
+    variant: str | None = None  #: the name of one, or None for that of the rule
+    num_sms: int | None = None  #: blocks of the launch, None for all SMs
     weights: WeightFormat = FP8
 
     @classmethod

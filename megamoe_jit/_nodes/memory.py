@@ -45,20 +45,14 @@ class Dispatched:
 
 
 class Lane:
-    """Memory of one chunk under way: the experts' buffer, and what they give.
-
-    Attributes:
-        experts: with the buffer that rows arrive in.
-        partial: bf16 or float32 ``[rows, hidden]``.
-        busy: a batch has arrived, and was not computed yet.
-    """
+    """Memory of one chunk under way: the experts, in whose buffer rows arrive, and what they give."""
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
         self.experts = experts
         rows, hidden = experts.rows.x.shape
         with torch.inference_mode(False):
             self.partial = torch.empty(rows, hidden, dtype=dtype, device=experts.rows.x.device)
-        self.busy = False
+        self.busy = False  #: a batch has arrived, and was not computed yet
 
 
 class MultiNodeMemory:

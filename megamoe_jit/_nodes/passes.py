@@ -14,15 +14,10 @@ from megamoe_jit._nodes.exchange import Rows
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """Which node has experts for which token.
+    """Which node has experts for which token."""
 
-    Attributes:
-        places: int32 ``[nodes, tokens]``: which of the node's rows is the token's, from 1 on; 0 where it is not sent.
-        counts: int64 ``[nodes]``: rows of each.
-    """
-
-    places: torch.Tensor
-    counts: torch.Tensor
+    places: torch.Tensor  #: int32 ``[nodes, tokens]``: which of the node's rows is the token's, from 1 on; 0 for none
+    counts: torch.Tensor  #: int64 ``[nodes]``: rows of each
 
 
 class TorchPasses:
