@@ -134,9 +134,7 @@ def require_topology(topology: Any) -> Any:
 def check_shared_weight(weight: float, shared: int) -> float:
     """The weight of so many shared experts as a float; raises unless it is a number, which matters."""
     weight = check_float32("shared_weight", weight)
-    if not shared and weight != 1.0:
-        given = f"shared_weight = {shown(weight)}"
-        raise ConfigError(f"{given} is not supported; allowed: 1.0, the layer has no shared experts")
+    check(shared > 0 or weight == 1.0, "shared_weight", weight, "1.0, the layer has no shared experts")
     return weight
 
 

@@ -10,8 +10,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.any_layer import StageFormat
-from megamoe_jit._spec.checks import check_float32
-from megamoe_jit._text import shown
+from megamoe_jit._spec.checks import check, check_float32
 
 _BF16 = StageFormat.BF16
 _FORMATS = {  #: and bytes of a number
@@ -163,5 +162,4 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_rows(name: str, rows: object, least: int, most: int) -> None:
     """Raise `ConfigError` unless this is a number of rows from `least` to `most`."""
-    if type(rows) is not int or not least <= rows <= most:
-        raise ConfigError(f"{name} = {shown(rows)} is not supported; allowed: {least} to {most}")
+    check(type(rows) is int and least <= rows <= most, name, rows, f"{least} to {most}")
