@@ -46,18 +46,18 @@ def e8m0_of(scales: torch.Tensor) -> torch.Tensor:
 
 def require_tensors(name: str, given: object, most: int = 3) -> WeightTensors:
     """The tensors of a matrix; raises `ConfigError` unless they are two, or three where that can be."""
-    if isinstance(given, tuple | list) and len(given) == 3 and getattr(given[0], "dtype", None) not in PACKED_TYPES:
+    tensors = tuple(given) if isinstance(given, tuple | list) else ()
+    packed = len(tensors) > 0 and getattr(tensors[0], "dtype", None) in PACKED_TYPES
+    if len(tensors) == 3 and not packed:
         most = 2
-    if not isinstance(given, tuple | list) or not 2 <= len(given) <= most:
-        found = f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+    if not 2 <= len(tensors) <= most:
+        found = type(given).__name__ + (f" of {len(tensors)}" if isinstance(given, tuple | list) else "")
         more = "; of MXFP4 in the kernel's order codes, exponents and scales" if most > 2 else ""
         raise ConfigError(f"{name}: {found} given; allowed: a pair of tensors, codes and scales{more}")
-    packed = getattr(given[0], "dtype", None) in PACKED_TYPES
-    for what, tensor in zip(
-        ("weights", "exponents", "scales") if packed else ("weights", "scales"), given, strict=False
-    ):
+    names = ("weights", "exponents", "scales") if packed else ("weights", "scales")
+    for what, tensor in zip(names, tensors, strict=False):
         require_tensor(f"{name} {what}", tensor)
-    return tuple(given)
+    return tensors
 
 
 def format_of(name: str, given: WeightTensors) -> WeightFormat:

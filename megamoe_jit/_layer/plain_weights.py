@@ -117,14 +117,12 @@ def check_format(name: str, weights: torch.Tensor | WeightTensors, wanted: Weigh
     """The format of a layer; raises `ConfigError` unless these weights are of it as well."""
     found = format_given(name, weights)
     if found is not wanted:
-        what = "values" if isinstance(weights, torch.Tensor) else "codes"
-        given = f"{name} {what} are {(weights if isinstance(weights, torch.Tensor) else weights[0]).dtype}"
-        shared = name.startswith("shared")
-        way = (
-            "; fp8_from_mxfp4 makes FP8 weights of MXFP4 ones" if MXFP4 in (found, wanted if shared else found) else ""
-        )
+        what, dtype = ("values", weights.dtype) if isinstance(weights, torch.Tensor) else ("codes", weights[0].dtype)
+        given, shared = f"{name} {what} are {dtype}, which a layer holds in {found.name}", name.startswith("shared")
+        packed = found is MXFP4 or (shared and wanted is MXFP4)
+        way = "; fp8_from_mxfp4 makes FP8 weights of MXFP4 ones" if packed else ""
         way += "; or shared experts run beside the layer, by themselves" if shared else ""
-        raise ConfigError(f"{given}, which a layer holds in {found.name}; allowed: what it holds in {wanted.name}{way}")
+        raise ConfigError(f"{given}; allowed: what it holds in {wanted.name}{way}")
     return found
 
 
