@@ -86,7 +86,12 @@ def absolute_exponents(exponents: torch.Tensor, scales: torch.Tensor) -> torch.T
 def _biased(scales: torch.Tensor) -> torch.Tensor:
     """The exponents of floats as their bits have them, modulo 256, for each group; biased like e8m0."""
     bits = (scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
-    return bits.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK_GROUPS, 1)
+    return to_groups(bits)
+
+
+def to_groups(blocks: torch.Tensor) -> torch.Tensor:
+    """A number of each block ``[rows / 128, depth / 128]``, for each group: ``[rows, groups]``."""
+    return blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK_GROUPS, 1)
 
 
 def byte_values(device: torch.device) -> torch.Tensor:
