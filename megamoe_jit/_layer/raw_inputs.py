@@ -25,7 +25,7 @@ _WEIGHTS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 4}
 _SCALES_E8M0, _SCALES_PACKED = 8, 16
 _SCALES = {torch.float32: 0, torch.float8_e8m0fnu: _SCALES_E8M0, torch.int32: _SCALES_E8M0 | _SCALES_PACKED}
 
-_MOST = 3.4028234663852886e38  #: largest number of float32
+_MOST = torch.finfo(torch.float32).max
 _FURTHEST = (1 << 32) - 1  #: stride of ids and weights that a kernel can take
 
 

@@ -13,10 +13,9 @@ import torch
 
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer import marks as _marks
 from megamoe_jit._layer.from_mxfp4 import check_rounding
 from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, check_pairs, chosen_experts, written
-from megamoe_jit._layer.marks import METADATA_KEY, layout_of, require_marked, require_plain, spans
+from megamoe_jit._layer.marks import METADATA_KEY, check_metadata, layout_of, mark, require_marked, require_plain, spans
 from megamoe_jit._layer.places import require_dense, require_places
 from megamoe_jit._layer.reorder import apply, plan, undo
 from megamoe_jit._spec import check_flag
@@ -167,12 +166,12 @@ def mark_transformed(
     weights = check_pairs(l1_weights, l2_weights, ordered=True if transformed else None)
     chosen = chosen_experts(experts, l1_weights[0])
     if metadata is not None:
-        _marks.check_metadata(metadata, weights)
+        check_metadata(metadata, weights)
     for name, what, tensor in written(l1_weights, l2_weights, weights):
         require_dense(name, tensor, what)
         where = spans(tensor)
         order = f"{layout_of(weights)}/{name}" if transformed else None
-        _marks.mark(tensor, [where[e] for e in chosen], order)
+        mark(tensor, [where[e] for e in chosen], order)
 
 
 def is_transformed(l1_weights: WeightTensors, l2_weights: WeightTensors) -> bool:
