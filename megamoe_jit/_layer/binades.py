@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import BLOCK
-from megamoe_jit._spec.formats import MXFP4
+from megamoe_jit._spec import BLOCK, MXFP4
 
 E8M0_BIAS = 127
 GROUP_BYTES = MXFP4.code_bytes(1, MXFP4.group)  #: of codes

@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._spec import BLOCK
-from megamoe_jit._spec.formats import FP8, FP8_E5M2, MXFP4, WeightFormat
+from megamoe_jit._spec import BLOCK, FP8, FP8_E5M2, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 
 WeightTensors: TypeAlias = tuple[torch.Tensor, ...]  #: of one matrix of each expert, codes first

@@ -16,10 +16,9 @@ from megamoe_jit._layer.expansion import ExpandedWeights
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import FP8, KernelSpec, Variant, WeightFormat
+from megamoe_jit._spec import FP8, KernelSpec, Numerics, Variant, WeightFormat
 from megamoe_jit._spec.abi import THREADS
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.select import Choice, all_variants, choose
 

@@ -26,8 +26,7 @@ from __future__ import annotations
 import torch
 
 from megamoe_jit._layer.tiles import TileOrder
-from megamoe_jit._spec import BLOCK
-from megamoe_jit._spec.formats import MXFP4
+from megamoe_jit._spec import BLOCK, MXFP4
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  #: of codes 0 to 7; eight more is the negative
 OFFSET = 16  #: of the kernel's exponent of a group that has its block's

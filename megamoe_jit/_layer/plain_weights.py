@@ -29,9 +29,8 @@ from megamoe_jit._layer.mxfp4 import absolute_exponents
 from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._layer.reorder import order_groups
 from megamoe_jit._layer.weights import mark_transformed
-from megamoe_jit._spec import MoEShape, check_int
+from megamoe_jit._spec import FP8, MXFP4, MoEShape, WeightFormat, check_int
 from megamoe_jit._spec.checks import check
-from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 
 FLOATS, FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
 

@@ -18,8 +18,7 @@ from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, check_
 from megamoe_jit._layer.marks import METADATA_KEY, check_metadata, layout_of, mark, require_marked, require_plain, spans
 from megamoe_jit._layer.places import require_dense, require_places
 from megamoe_jit._layer.reorder import apply, plan, undo
-from megamoe_jit._spec import check_flag
-from megamoe_jit._spec.formats import WeightFormat
+from megamoe_jit._spec import WeightFormat, check_flag
 
 
 @torch.no_grad()
