@@ -5,7 +5,7 @@ What is written keeps its address, so that captured graphs read the new values, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -35,6 +35,9 @@ from megamoe_jit._spec.checks import check
 FLOATS, FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
 
 
+Given: TypeAlias = torch.Tensor | WeightTensors  #: a matrix as callers bring it: values, or codes and their factors
+
+
 class Matrix(NamedTuple):
     """One of the two matrices of each expert: its name among callers, and whether it holds gate and up rows."""
 
@@ -58,11 +61,7 @@ def parts(l1: WeightTensors, l2: WeightTensors, shared: int) -> list[tuple[Matri
 
 
 def check_layer(
-    w13: torch.Tensor | WeightTensors,
-    w2: torch.Tensor | WeightTensors,
-    topk: int,
-    num_shared: int | None,
-    shared: tuple[torch.Tensor | WeightTensors | None, torch.Tensor | WeightTensors | None],
+    w13: Given, w2: Given, topk: int, num_shared: int | None, shared: tuple[Given | None, Given | None]
 ) -> MoEShape:
     """The shape of the layer of these weights; raises unless they fit each other.
 
@@ -107,12 +106,12 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], why: s
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}, {why}")
 
 
-def format_given(name: str, weights: torch.Tensor | WeightTensors) -> WeightFormat:
+def format_given(name: str, weights: Given) -> WeightFormat:
     """The format that a layer holds these in: values are quantised to FP8."""
     return FP8 if isinstance(weights, torch.Tensor) else format_of(name, weights)
 
 
-def check_format(name: str, weights: torch.Tensor | WeightTensors, wanted: WeightFormat) -> WeightFormat:
+def check_format(name: str, weights: Given, wanted: WeightFormat) -> WeightFormat:
     """The format of a layer; raises `ConfigError` unless these weights are of it as well."""
     found = format_given(name, weights)
     if found is not wanted:
@@ -125,7 +124,7 @@ def check_format(name: str, weights: torch.Tensor | WeightTensors, wanted: Weigh
     return found
 
 
-def check_matrix(name: str, weights: torch.Tensor | WeightTensors, most: int = 2) -> torch.Tensor:
+def check_matrix(name: str, weights: Given, most: int = 2) -> torch.Tensor:
     """The values, or the codes of a pair; raises unless there is one matrix for each expert."""
     if not isinstance(weights, torch.Tensor):
         weights = require_tensors(name, weights, most)[0]
@@ -137,13 +136,7 @@ def check_matrix(name: str, weights: torch.Tensor | WeightTensors, most: int = 2
     return weights
 
 
-def own_pair(
-    name: str,
-    weights: torch.Tensor | WeightTensors,
-    shared: torch.Tensor | WeightTensors | None,
-    device: torch.device,
-    inplace: bool,
-) -> WeightTensors:
+def own_pair(name: str, weights: Given, shared: Given | None, device: torch.device, inplace: bool) -> WeightTensors:
     """Codes that may be written over, and scales, those of shared experts behind the others."""
     pair = _read(name, weights, device, inplace)
     if shared is not None:
@@ -154,9 +147,7 @@ def own_pair(
     return tuple(each.clone(memory_format=torch.contiguous_format) for each in pair)
 
 
-def in_order(
-    w13: torch.Tensor | WeightTensors, w2: torch.Tensor | WeightTensors, shared: object, inplace: bool
-) -> tuple[WeightTensors, WeightTensors] | None:
+def in_order(w13: Given, w2: Given, shared: object, inplace: bool) -> tuple[WeightTensors, WeightTensors] | None:
     """Both matrices if they are marked as being in the kernel's order: themselves, or copies; None if plain."""
     if isinstance(w13, torch.Tensor) or isinstance(w2, torch.Tensor):
         return None
@@ -182,7 +173,7 @@ def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat((as_bytes(first), as_bytes(second))).view(first.dtype)
 
 
-def _read(name: str, weights: torch.Tensor | WeightTensors, device: torch.device, inplace: bool) -> WeightTensors:
+def _read(name: str, weights: Given, device: torch.device, inplace: bool) -> WeightTensors:
     """Codes and what belongs to them, which may still be the caller's; raises for what a call would refuse."""
     if isinstance(weights, torch.Tensor):
         return quantize_weights(weights)
@@ -205,7 +196,7 @@ def _read(name: str, weights: torch.Tensor | WeightTensors, device: torch.device
     return codes, factors
 
 
-def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool) -> None:
+def check_same(name: str, given: Given, held: WeightTensors, rounded: bool) -> None:
     """Raise `ConfigError` unless `given` are plain weights for the place of `held`; they may be on another device.
 
     `rounded` says that values that the format of the layer does not keep are to be rounded, not refused.
@@ -232,7 +223,7 @@ def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTenso
 
 
 @torch.inference_mode()  # what was made in it, and given to be kept where it is, can be written in it alone
-def write_matrix(matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool) -> None:
+def write_matrix(matrix: Matrix, given: Given, held: WeightTensors, rounded: bool) -> None:
     """Write checked plain weights over a layer's; values are quantised on the layer's device, expert by expert."""
     stored, device = format_of(matrix.name, held), held[0].device
     for e, places in enumerate(zip(*held, strict=True)):
