@@ -5,7 +5,6 @@ A `MegaMoE` whose experts are on several nodes has a lease of a buffer, and call
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -20,8 +19,6 @@ from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._text import shown
 
-_numbers = itertools.count(1)
-
 
 class NodesLease:
     """One layer's use of a `MultiNodeBuffer`, as `workspace.Lease` is that of a `SymmBuffer`.
@@ -33,12 +30,11 @@ class NodesLease:
         users: all leases of the buffer.
     """
 
-    held = None  #: calls go another way
+    name = "nodes"  #: no operator finds it by that
 
     def __init__(self, buffer: MultiNodeBuffer, kind: str, shape: MoEShape, users: weakref.WeakSet[NodesLease]) -> None:
         self._buffer: MultiNodeBuffer | None = buffer
         self.kind, self.shape, self.capacity = kind, shape, buffer.num_max_tokens_per_rank
-        self.name = f"nodes{next(_numbers)}"
         self._users = users
         users.add(self)
 
