@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
@@ -64,8 +63,8 @@ class KernelSet:
 
     def spec(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> KernelSpec:
         """The kernel of such calls."""
-        options: Any = {"numerics": numerics, "weights": weights, "inputs": inputs}
-        return KernelSpec(self._place.shape, variant, self._place.ranks, **options)
+        shape, ranks = self._place.shape, self._place.ranks
+        return KernelSpec(shape, variant, ranks, numerics=numerics, weights=weights, inputs=inputs)
 
     def is_prepared(self, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> bool:
         """Whether the kernels of several ranks were prepared, which they are together."""
