@@ -71,13 +71,7 @@ class Choices:
         return one
 
     def chunks(self, rows: int, capturing: bool, chunks: int, most: int) -> int:
-        """Parts of such a call.
-
-        Args:
-            rows, capturing: as of `pick`.
-            chunks: that there is memory for.
-            most: rows of a part.
-        """
+        """Parts of such a call: at most `chunks`, which there is memory for, with at most `most` rows each."""
         if not self._cut_by_rule:
             return chunks
         return min(chunks, max(-(-rows // most), self._by_rule(rows, capturing).chunks))

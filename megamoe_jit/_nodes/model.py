@@ -69,14 +69,7 @@ def sent_bytes(shape: MoEShape, rows: float, partial_bytes: int) -> float:
 
 
 def check_launch_rows(rows: int, tokens: int, nodes: int, chunks: int) -> None:
-    """Raise `ConfigError` if a launch would have more rows than there can be.
-
-    Args:
-        rows: of a launch, at most.
-        tokens: of each rank, in a call.
-        nodes: that share the experts.
-        chunks: of a call.
-    """
+    """Raise `ConfigError` if a launch would have more rows than there can be; `tokens` are of each rank, in a call."""
     if rows > MAX_TOKENS:
         given = f"{tokens} tokens on {counted(nodes, 'node')} in {counted(chunks, 'chunk')} are {rows} rows of a launch"
         raise ConfigError(f"{given}; allowed: at most {MAX_TOKENS} (more chunks have fewer each)")
