@@ -2,6 +2,7 @@
 // unpacked again, and the sum of what comes back.  Packed rows lie by node, and by token within it.
 #pragma once
 #include "base/constants.cuh"
+#include "dispatch/scan.cuh"
 #include "ptx/control.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/memory.cuh"
@@ -51,16 +52,10 @@ MEGA_DEVICE void route_rows(const NodesParams& p) {
         for (u32 j = 0; j < kEach; ++j)
             for (u32 slot = 0; token + j < p.tokens && slot < p.topk; ++slot)
                 wanted |= u32(ids[u64(token + j) * p.topk + slot] - first < p.experts) << j;
-        const u32 own = __popc(wanted);
-        u32 place = own;
-#pragma unroll
-        for (u32 d = 1; d < kWarp; d *= 2) {
-            const u32 left = __shfl_up_sync(~0u, place, d);
-            if (ptx::lane_id() >= d) place += left;
-        }
-        if (ptx::lane_id() == kWarp - 1) of_warp[warp] = place;
+        WarpScan scan;
+        u32 place = before + scan.exclusive(__popc(wanted));
+        if (ptx::lane_id() == 0) of_warp[warp] = scan.total;
         __syncthreads();
-        place += before - own;
 #pragma unroll
         for (u32 i = 0; i < kNodesThreads / kWarp; ++i) {
             if (i < warp) place += of_warp[i];
