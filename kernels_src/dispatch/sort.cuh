@@ -10,7 +10,6 @@
 // Pairs with a masked slot (-1, or any id that is no expert) are left out here and appear nowhere later but in combine, which skips
 // them.  The order of an expert's pairs within one slice is up to atomics; no result depends on it, since rows never mix.
 #pragma once
-#include "comm/barriers.cuh"
 #include "comm/sides.cuh"
 #include "dispatch/pairs.cuh"
 #include "dispatch/scan.cuh"
