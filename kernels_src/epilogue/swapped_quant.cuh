@@ -101,7 +101,7 @@ template <class C> struct SwappedQuant {
     MEGA_DEVICE void make_scale(u32 first) const {
         const u32 token = first + thread;
         if (thread >= kN || token >= rows) return;
-        float largest = 1e-10f;
+        float largest = kLeastMagnitude;
 #pragma unroll
         for (u32 warp = 0; warp < kMathWarps; ++warp)
             largest = fmaxf(largest, ptx::load_float_shared(largest_at(warp, thread)));
