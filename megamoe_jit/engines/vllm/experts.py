@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import from_bf16
 from megamoe_jit._layer.bound_kernel import SeenTensors
+from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.given_weights import WeightTensors, format_of
 from megamoe_jit._layer.weights import is_transformed, mark_transformed
 from megamoe_jit._spec import MoEShape, WeightFormat
@@ -26,7 +26,6 @@ from megamoe_jit.engines.local import CAPACITY, LocalExperts
 _MOE = "vllm.model_executor.layers.fused_moe"
 _NO_SCRATCH = (0,)
 _PARTS = ("weight", "weight_scale_inv"), ("weight", "weight_scale")  #: of FP8, and of MXFP4
-Run = Callable[..., torch.Tensor]  #: of both weights, rows, ids and weights of slots, expert map, clamp and output
 _BLOCKS = "weight_block_scale"  #: what the kernel reads of MXFP4 besides codes and exponents
 
 
@@ -146,7 +145,7 @@ def experts_class() -> Any:
                 MegaMoeError: there is no kernel of these sizes, or no memory.
             """
             weights, names = _take(layer)
-            self._run = _runner_of(self.moe_config, layer, weights)
+            self._runner = _runner_of(self.moe_config, layer, weights)
             self._layer, (self._l1, self._l2) = layer, names
             self._seen = SeenTensors(())  #: whose order is known
 
@@ -185,7 +184,10 @@ def experts_class() -> Any:
             held = self._layer._parameters
             l1, l2 = (tuple(held[name] for name in names) for names in (self._l1, self._l2))
             self._seen = _recognised(self._seen, l1, l2)
-            return self._run(l1, l2, x, ids, weights, expert_map, self.quant_config.gemm1_clamp_limit, y)
+            clamp = self.quant_config.gemm1_clamp_limit
+            if isinstance(self._runner, LocalExperts):
+                return self._runner(l1, l2, x, _on_this_rank(ids, expert_map), weights, clamp, y=y)
+            return from_bf16.mega_moe_from_bf16(x, ids, weights, l1, l2, self._runner, y=y, activation_clamp=clamp)
 
     return MegaMoeExperts
 
@@ -230,17 +232,17 @@ def _recognised(seen: SeenTensors, l1: WeightTensors, l2: WeightTensors) -> Seen
     return SeenTensors(held)
 
 
-def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Run:
-    """What runs a batch: over all ranks of the EP group, or on this one."""
+def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> LocalExperts | SymmBuffer:
+    """What runs a batch: experts of this rank, or a buffer over all ranks of the EP group, which all call."""
     hidden, intermediate = moe.hidden_dim, moe.intermediate_size_per_partition
     parallel, topk = moe.moe_parallel_config, moe.experts_per_token
     if not is_across_ranks(parallel):
         shape, device = MoEShape(hidden, intermediate, layer.w13_weight.shape[0], topk), layer.w13_weight.device
-        return _on_this_rank(LocalExperts(shape, device, min(CAPACITY, max(moe.max_num_tokens, 128)), weights))
+        return LocalExperts(shape, device, min(CAPACITY, max(moe.max_num_tokens, 128)), weights)
     _require_in_order(layer.expert_map, parallel)
     group = importlib.import_module("vllm.distributed.parallel_state").get_ep_group().device_group
     sizes = (moe.num_experts, moe.max_num_tokens, topk, hidden, intermediate)
-    return _across_ranks(buffer_across(group, *sizes, weights=(weights,)))
+    return buffer_across(group, *sizes, weights=(weights,))
 
 
 def _require_in_order(expert_map: torch.Tensor | None, parallel: Any) -> None:
@@ -255,21 +257,8 @@ def _require_in_order(expert_map: torch.Tensor | None, parallel: Any) -> None:
         )
 
 
-def _on_this_rank(experts: LocalExperts) -> Run:
-    """Experts by numbers on this rank; those of others add nothing."""
-
-    def run(l1: Any, l2: Any, x: Any, ids: Any, weights: Any, expert_map: Any, clamp: Any, y: Any) -> torch.Tensor:
-        if expert_map is not None:
-            ids = torch.where(ids < 0, -1, expert_map[ids.clamp_min(0)])  # -1 would be the last one
-        return experts(l1, l2, x, ids, weights, clamp, y=y)
-
-    return run
-
-
-def _across_ranks(buffer: Any) -> Run:
-    """Experts by numbers in the whole group, whose ranks all call."""
-
-    def run(l1: Any, l2: Any, x: Any, ids: Any, weights: Any, expert_map: Any, clamp: Any, y: Any) -> torch.Tensor:
-        return from_bf16.mega_moe_from_bf16(x, ids, weights, l1, l2, buffer, y=y, activation_clamp=clamp)
-
-    return run
+def _on_this_rank(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """Experts by numbers on this rank, -1 for those of others."""
+    if expert_map is None:
+        return ids
+    return torch.where(ids < 0, -1, expert_map[ids.clamp_min(0)])  # -1 would be the last one
