@@ -18,27 +18,29 @@ _ORDERED = "_megamoe_jit_ordered"  #: of a parameter, once its layer is in the k
 _AS_LEFT = ("sharded_state", "runai_streamer_sharded", "tensorizer")  #: formats of weights that a process has processed
 
 
+class _AsThisLayer:
+    """What a method has instead of vLLM's own: it loads as that one does, and runs as this layer."""
+
+    supports_pre_processed_weights = False  # those of another process have no mark of their order
+
+    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
+        super().create_weights(layer, *sizes, **_careful(layer, more))  # type: ignore[misc]
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        _run_as_one_kernel(self, layer)
+
+
 @functools.cache
 def fp8_method_class() -> Any:
     """The class for FP8, a subclass of vLLM's, which is imported only here."""
     base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8MoEMethod
     backends = importlib.import_module(f"{_MOE}.oracle.fp8").Fp8MoeBackend
 
-    class MegaMoeFp8MoEMethod(base):  # type: ignore[misc]
-        """Loads as vLLM's FP8 method, runs as this layer."""
-
-        supports_pre_processed_weights = False  # those of another process have no mark of their order
-
+    class MegaMoeFp8MoEMethod(_AsThisLayer, base):  # type: ignore[misc]
         def __init__(self, quant_config: Any, layer: Any) -> None:
             super().__init__(quant_config, layer)
             self.fp8_backend = backends.TRITON  # for the scales as the checkpoint has them
             _choose(self, layer)
-
-        def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
-            super().create_weights(layer, *sizes, **_careful(layer, more))
-
-        def process_weights_after_loading(self, layer: Any) -> None:
-            _run_as_one_kernel(self, layer)
 
     return MegaMoeFp8MoEMethod
 
@@ -49,21 +51,11 @@ def mxfp4_method_class() -> Any:
     base: Any = importlib.import_module(f"{_QUANT}.mxfp4").Mxfp4MoEMethod
     backends = importlib.import_module(f"{_MOE}.oracle.mxfp4").Mxfp4MoeBackend
 
-    class MegaMoeMxfp4MoEMethod(base):  # type: ignore[misc]
-        """Loads as vLLM's MXFP4 method, runs as this layer."""
-
-        supports_pre_processed_weights = False
-
+    class MegaMoeMxfp4MoEMethod(_AsThisLayer, base):  # type: ignore[misc]
         def __init__(self, moe: Any, layer: Any, **options: Any) -> None:
             super().__init__(moe, **options)
             self.mxfp4_backend = backends.EMULATION  # sizes and scales as the checkpoint has them
             _choose(self, layer)
-
-        def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
-            super().create_weights(layer, *sizes, **_careful(layer, more))
-
-        def process_weights_after_loading(self, layer: Any) -> None:
-            _run_as_one_kernel(self, layer)
 
     return MegaMoeMxfp4MoEMethod
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,11 +27,12 @@ def add() -> None:
     """Register the quantisation; a second time changes nothing."""
     package = importlib.import_module(_QUANT)
     if NAME not in package.QUANTIZATION_METHODS:
-        package.register_quantization_config(NAME)(_standing_for(NAME, _fp8_config_class))
-        package.register_quantization_config(_NAME_V4)(_standing_for(_NAME_V4, _v4_config_class))
+        package.register_quantization_config(NAME)(_standing_for(NAME, f"{_QUANT}.fp8", "Fp8Config"))
+        whole = "vllm.models.deepseek_v41", "DeepseekV4FP8Config"
+        package.register_quantization_config(_NAME_V4)(_standing_for(_NAME_V4, *whole))
 
 
-def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
+def _standing_for(name: str, module: str, whole: str) -> Any:
     """A class that is registered in place of a whole one, which is imported when a model is built: with CUDA set up."""
     base: Any = importlib.import_module(f"{_QUANT}.base_config").QuantizationConfig
 
@@ -66,7 +66,7 @@ def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
 
         @classmethod
         def from_config(cls, config: Any) -> Any:
-            return whole().from_config(config)
+            return _config_class(module, whole).from_config(config)
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
             raise NotImplementedError(f"{name} is made by from_config()")
@@ -75,29 +75,14 @@ def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
 
 
 @functools.cache
-def _fp8_config_class() -> Any:
-    base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8Config
+def _config_class(module: str, whole: str) -> Any:
+    """One of vLLM's quantisations, with routed experts in this layer."""
+    base: Any = getattr(importlib.import_module(module), whole)
 
-    class MegaMoeFp8Config(base):  # type: ignore[misc]
-        """FP8 checkpoints with blocks of 128 x 128, their routed experts in this layer."""
+    def get_quant_method(self: Any, layer: Any, prefix: str) -> Any:
+        return _replaced(base.get_quant_method(self, layer, prefix), self, layer, prefix)
 
-        def get_quant_method(self, layer: Any, prefix: str) -> Any:
-            return _replaced(super().get_quant_method(layer, prefix), self, layer, prefix)
-
-    return MegaMoeFp8Config
-
-
-@functools.cache
-def _v4_config_class() -> Any:
-    base: Any = importlib.import_module("vllm.models.deepseek_v41").DeepseekV4FP8Config
-
-    class MegaMoeDeepseekV4Config(base):  # type: ignore[misc]
-        """DeepSeek V4 and V4.1: FP8 as vLLM has it, experts in MXFP4 or FP8 in this layer."""
-
-        def get_quant_method(self, layer: Any, prefix: str) -> Any:
-            return _replaced(super().get_quant_method(layer, prefix), self, layer, prefix)
-
-    return MegaMoeDeepseekV4Config
+    return type(f"MegaMoe{whole}", (base,), {"get_quant_method": get_quant_method})
 
 
 def _chosen(checkpoint: Any, hf_config: Any, user: str | None = NAME) -> str:
