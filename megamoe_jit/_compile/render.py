@@ -176,9 +176,7 @@ def _filled(root: Path, template: str, values: Mapping[str, Any]) -> str:
         text = render_template(load, template, values)
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"kernel template {error.name!r} does not exist in {root}") from error
-    except _REFUSED as error:
-        raise RenderError(_explained(error, template, numbers)) from error
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, *_REFUSED) as error:
         raise RenderError(_explained(error, template, numbers)) from error
     return f'#line 1 "{_virtual(template)}"\n{text}'
 

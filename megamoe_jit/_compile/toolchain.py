@@ -108,7 +108,8 @@ def find_toolchain() -> Toolchain:
     Raises:
         ToolchainError: none was found, or it is too old; says what to install.
     """
-    return _find(get_settings().nvrtc)
+    with _find_lock:
+        return _find_once(get_settings().nvrtc)
 
 
 def current_builder() -> tuple[str, str] | None:
@@ -194,11 +195,6 @@ def _find_once(explicit: Path | None) -> Toolchain:
     toolchain = Toolchain(chosen.path, version, build)
     LOG.debug("NVRTC %s, build %s, at %s (%s)", _dotted(version), build[:12], chosen.path, chosen.origin)
     return toolchain
-
-
-def _find(explicit: Path | None) -> Toolchain:
-    with _find_lock:
-        return _find_once(explicit)
 
 
 def _dotted(version: tuple[int, int]) -> str:
