@@ -123,7 +123,9 @@ class KernelCache(EntryStore):
         for folder in chain(root, (self.path,), self._inner_folders()):  # which are seen once that above them is open
             try:
                 check_private(folder, self.forbidden)
-                _must_be_open(folder)
+                if is_closed(folder):
+                    mode = stat.S_IMODE(os.lstat(folder).st_mode)
+                    raise PermissionError(f"{folder} is closed to its owner (mode {mode:03o})")
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -215,11 +217,6 @@ def searched_caches() -> tuple[KernelCache, ...]:
 def _is_inner(name: str) -> bool:
     """Whether a directory of the cache is called so: the first digits of keys, or the two for what is no entry."""
     return name in (".tmp", "quarantine") or (len(name) == 2 and not set(name) - set("0123456789abcdef"))
-
-
-def _must_be_open(folder: Path) -> None:
-    if is_closed(folder):
-        raise PermissionError(f"{folder} is closed to its owner (mode {stat.S_IMODE(os.lstat(folder).st_mode):03o})")
 
 
 def _put_right(folder: Path) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from megamoe_jit._cache.metadata import SCHEMA, Metadata
 from megamoe_jit._compile.cubin import CubinError, read_cubin
+
+if TYPE_CHECKING:
+    from megamoe_jit._compile.toolchain import Toolchain
 
 #: options that only some compilers know and that do not shape the code
 _NEUTRAL_OPTIONS = ("--no-cache",)
@@ -16,19 +19,7 @@ _ARCH_OPTION = "--gpu-architecture="
 _FIGURES = ("registers", "static_shared_bytes", "param_bytes", "max_threads")
 
 
-class Compiler(Protocol):
-    """What a key holds of the compiler."""
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Such as (12, 9)."""
-
-    @property
-    def build(self) -> str:
-        """Digest of its library."""
-
-
-def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, toolchain: Compiler) -> str:
+def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, toolchain: Toolchain) -> str:
     """The name of a compiled kernel: sha256 over everything that decides its bytes, and over nothing else.
 
     Paths, user, host, working directory, Python, torch and driver are not in it: a cache can be shared and

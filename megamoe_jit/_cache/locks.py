@@ -36,23 +36,19 @@ def lock_dir() -> Path:
     if chosen is not None:
         chosen.mkdir(parents=True, exist_ok=True)
         return chosen
+    import tempfile  # a listing takes no lock
+
     problem: OSError | None = None
     # the temporary directory comes last: to ask for it is to fail where there is none to write to
     named = os.environ.get("XDG_RUNTIME_DIR")
     for base in (*([named] if named else []), "/dev/shm", None):
         try:
-            folder = Path(base or _temporary())
+            folder = Path(base or tempfile.gettempdir())
             if folder.is_dir():
                 return private_directory(folder / own_name())
         except OSError as error:
             problem = error
     raise problem or FileNotFoundError("no directory for lock files")
-
-
-def _temporary() -> str:
-    import tempfile  # a listing takes no lock
-
-    return tempfile.gettempdir()
 
 
 @contextlib.contextmanager
