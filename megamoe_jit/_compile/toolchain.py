@@ -53,6 +53,11 @@ class Toolchain:
     version: tuple[int, int]
     build: str
 
+    @property
+    def release(self) -> str:
+        """Its version as text, such as `12.9`."""
+        return _dotted(self.version)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -157,7 +162,7 @@ def activate(toolchain: Toolchain) -> None:
         status, major, minor = nvrtc.nvrtcVersion()
         if int(status) != 0 or (major, minor) != toolchain.version:
             raise ToolchainError(
-                f"{toolchain.path} was taken for NVRTC {_dotted(toolchain.version)}, but calls reach {major}.{minor}"
+                f"{toolchain.path} was taken for NVRTC {toolchain.release}, but calls reach {major}.{minor}"
             )
 
 
@@ -193,7 +198,7 @@ def _find_once(explicit: Path | None) -> Toolchain:
     except (OSError, ValueError) as error:
         raise ToolchainError(f"cannot read NVRTC library {chosen.path}: {error}") from error
     toolchain = Toolchain(chosen.path, version, build)
-    LOG.debug("NVRTC %s, build %s, at %s (%s)", _dotted(version), build[:12], chosen.path, chosen.origin)
+    LOG.debug("NVRTC %s, build %s, at %s (%s)", toolchain.release, build[:12], chosen.path, chosen.origin)
     return toolchain
 
 

@@ -52,7 +52,7 @@ class Wanted:
             problem = error
         options = options_for(toolchain)
         if toolchain is not None:
-            key = cache_key(source.text, options, spec.kernel_name, ARCH, toolchain)
+            key = cache_key(source.text, options, spec.kernel_name, ARCH, toolchain.release, toolchain.build)
         return cls(spec, source, source_id(source.text, options, spec.kernel_name, ARCH), toolchain, key, problem)
 
     @property

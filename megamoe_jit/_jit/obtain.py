@@ -108,7 +108,7 @@ def _obtain(spec: Compilable, force: bool, stop: threading.Event | None) -> Comp
 
 def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache | None, force: bool) -> CompiledKernel:
     spec = wanted.spec
-    LOG.info("compiling %s with NVRTC %d.%d", spec.kernel_name, *toolchain.version)
+    LOG.info("compiling %s with NVRTC %s", spec.kernel_name, toolchain.release)
     result = compile_source(wanted.source.text, kernel_name=spec.kernel_name, toolchain=toolchain)
     LOG.info(
         "compiled %s in %.2f s: %d registers, %d bytes of spills",
@@ -176,11 +176,7 @@ def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metada
         "source_id": wanted.source_id,
         "files": [one_line(name) for name in wanted.source.files],
         "options": list(result.options),
-        "nvrtc": {
-            "version": f"{toolchain.version[0]}.{toolchain.version[1]}",
-            "build": toolchain.build,
-            "path": one_line(str(toolchain.path)),
-        },
+        "nvrtc": {"version": toolchain.release, "build": toolchain.build, "path": one_line(str(toolchain.path))},
         "package_version": __version__,
         "registers": kernel.registers,
         "stack_bytes": result.stack_bytes,
