@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -89,71 +90,60 @@ def _choose(method: Any, layer: Any) -> None:
         ConfigError: there is no kernel for the layer; says each reason.
     """
     method.experts_cls = experts.experts_class()
-    reasons = _refusals(method.moe, layer)
+    reasons = list(_refusals(method.moe, layer))
     if reasons:
         given = "; ".join(reasons)
         raise ConfigError(f"--quantization megamoe_jit cannot run this model: {given}. Next: without --quantization")
 
 
-def _refusals(moe: Any, layer: Any) -> list[str]:
+def _refusals(moe: Any, layer: Any) -> Iterator[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
-    silu = importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU
-    shape = _no_shape(moe)
-    checks = (
-        (not experts.experts_class()._supports_current_device(), "this GPU; allowed: Hopper (H100, H200, H20)"),
-        (moe.activation != silu, f"activation {moe.activation}; allowed: silu"),
-        (moe.has_bias, "biases; allowed: none"),
-        (moe.is_lora_enabled, "--enable-lora, by which vLLM adds LoRA to experts as well; allowed: none"),
-        (moe.swiglu_alpha is not None or moe.swiglu_beta is not None, "alpha or beta of SwiGLU; allowed: swiglu_limit"),
-        (bool(layer.apply_router_weight_on_input), "router weights on the input; allowed: on the output"),
-        (bool(shape), shape),
-    )
-    return [*(reason for found, reason in checks if found), *_between_ranks(moe, layer), *_of_the_server()]
+    if not experts.experts_class()._supports_current_device():
+        yield "this GPU; allowed: Hopper (H100, H200, H20)"
+    if moe.activation != importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU:
+        yield f"activation {moe.activation}; allowed: silu"
+    if moe.has_bias:
+        yield "biases; allowed: none"
+    if moe.is_lora_enabled:
+        yield "--enable-lora, by which vLLM adds LoRA to experts as well; allowed: none"
+    if moe.swiglu_alpha is not None or moe.swiglu_beta is not None:
+        yield "alpha or beta of SwiGLU; allowed: swiglu_limit"
+    if layer.apply_router_weight_on_input:
+        yield "router weights on the input; allowed: on the output"
+    if shape := _no_shape(moe):
+        yield shape
+    yield from _between_ranks(moe, layer)
+    yield from _of_the_server()
 
 
-def _between_ranks(moe: Any, layer: Any) -> list[str]:
+def _between_ranks(moe: Any, layer: Any) -> Iterator[str]:
     """The same of how experts are spread over ranks."""
     parallel = moe.moe_parallel_config
     across = experts.is_across_ranks(parallel)
-    checks = (
-        (across and moe.skip_final_all_reduce, "skip_final_all_reduce; allowed: results summed over ranks"),
-        (
-            across and moe.num_experts % parallel.ep_size != 0,
-            f"{moe.num_experts} experts; allowed: as many on each rank",
-        ),
-        (
-            across and layer.expert_placement_strategy != "linear",
-            f"--expert-placement-strategy {layer.expert_placement_strategy}; allowed: linear, which is vLLM's default",
-        ),
-        (
-            parallel.use_batched_activation_format,
-            f"--all2all-backend {parallel.all2all_backend}; allowed: allgather_reducescatter, which is not used",
-        ),
-        (
-            getattr(parallel, "use_passthrough_all2all", False),
-            f"--moe-backend {moe.moe_backend}, for which vLLM sums up nothing; allowed: no --moe-backend",
-        ),
-    )
-    return [reason for found, reason in checks if found]
+    if across and moe.skip_final_all_reduce:
+        yield "skip_final_all_reduce; allowed: results summed over ranks"
+    if across and moe.num_experts % parallel.ep_size:
+        yield f"{moe.num_experts} experts; allowed: as many on each rank"
+    if across and layer.expert_placement_strategy != "linear":
+        given = f"--expert-placement-strategy {layer.expert_placement_strategy}"
+        yield f"{given}; allowed: linear, which is vLLM's default"
+    if parallel.use_batched_activation_format:
+        yield f"--all2all-backend {parallel.all2all_backend}; allowed: allgather_reducescatter, which is not used"
+    if getattr(parallel, "use_passthrough_all2all", False):
+        yield f"--moe-backend {moe.moe_backend}, for which vLLM sums up nothing; allowed: no --moe-backend"
 
 
-def _of_the_server() -> list[str]:
+def _of_the_server() -> Iterator[str]:
     """The same of what the command line says, where there is one."""
     settings = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
     parallel = getattr(settings, "parallel_config", None)
     load_format = getattr(getattr(settings, "load_config", None), "load_format", None)
-    checks = (
-        (
-            getattr(parallel, "use_ubatching", False),
-            "dual-batch overlap; allowed: no --enable-dbo or --ubatch-size",
-        ),
-        (getattr(parallel, "enable_elastic_ep", False), "--enable-elastic-ep; allowed: as many ranks as at the start"),
-        (
-            load_format in _AS_LEFT,
-            f"--load-format {load_format}, whose weights do not tell the order they are in; allowed: checkpoints",
-        ),
-    )
-    return [reason for found, reason in checks if found]
+    if getattr(parallel, "use_ubatching", False):
+        yield "dual-batch overlap; allowed: no --enable-dbo or --ubatch-size"
+    if getattr(parallel, "enable_elastic_ep", False):
+        yield "--enable-elastic-ep; allowed: as many ranks as at the start"
+    if load_format in _AS_LEFT:
+        yield f"--load-format {load_format}, whose weights do not tell the order they are in; allowed: checkpoints"
 
 
 def _no_shape(moe: Any) -> str:
