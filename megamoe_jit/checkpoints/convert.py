@@ -98,7 +98,7 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder), _goes_on():
         done = _write(jobs, folder, _State(folder, identity), report)
-        _finish(files, folder, layers, weight_format, [(job.name, job.tensors) for job in jobs])
+        _finish(files, folder, layers, weight_format, jobs)
     return Converted(str(files.folder), str(folder), weight_format, tuple(done))
 
 
@@ -114,20 +114,16 @@ def _goes_on() -> Iterator[None]:
 
 def _write(jobs: list[_Job], folder: Path, state: _State, report: Report | None) -> list[ConvertedFile]:
     """Write each file that is not there yet, and verify the others."""
-    done: list[ConvertedFile] = []
     for job in jobs:
         known, path = state.files.get(job.name), folder / job.name
         if known is None:
             job.write(path)
-            known = state.add(path)
-            became = "written"
+            state.add(path)
         else:
             _verify(path, known)
-            became = "verified"
-        done.append(ConvertedFile(job.name, known["bytes"], known["sha256"]))
         if report is not None:
-            report(job.name, became)
-    return done
+            report(job.name, "written" if known is None else "verified")
+    return [state.files[job.name] for job in jobs]
 
 
 def _identity(files: Files) -> str:
@@ -147,7 +143,7 @@ class _State:
 
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         self._path, self._job = folder / _STATE, job
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, ConvertedFile] = {}
         there = [name for name in os.listdir(folder) if not name.endswith(PARTIAL)]
         if there and _STATE not in there:
             raise ConfigError(f"{folder} is not empty; allowed: a new folder, or one of this conversion")
@@ -160,14 +156,15 @@ class _State:
                 (folder / name).unlink()
 
     def _save(self) -> None:
-        _write_json(self._path, {**self._job, "files": self.files})
+        files = {name: {"bytes": each.bytes, "sha256": each.sha256} for name, each in self.files.items()}
+        _write_json(self._path, {**self._job, "files": files})
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, ConvertedFile]:
         try:
             found = json.loads(read_text(self._path, _STATE_BYTES))
             found = {"scheme": None, "order": None, **found}  # which older versions did not enter
-            job, files = {name: found[name] for name in self._job}, found["files"]
-            files = {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+            job, files = {name: found[name] for name in self._job}, found["files"].items()
+            files = {name: ConvertedFile(name, int(e["bytes"]), str(e["sha256"])) for name, e in files}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self._path} cannot be read: {first_line(error)}; remove the folder") from None
         if job != self._job:
@@ -175,12 +172,10 @@ class _State:
             raise ConfigError(f"{self._path} is of a conversion with another {different}; allowed: a new folder")
         return files
 
-    def add(self, path: Path) -> dict[str, Any]:
-        """Enter a finished file; what is known of it."""
-        known = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        self.files[path.name] = known
+    def add(self, path: Path) -> None:
+        """Enter a finished file."""
+        self.files[path.name] = _as_it_is(path)
         self._save()
-        return known
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -193,13 +188,17 @@ def _write_json(path: Path, content: object) -> None:
         raise
 
 
-def _verify(path: Path, known: dict[str, Any]) -> None:
+def _as_it_is(path: Path) -> ConvertedFile:
+    return ConvertedFile(path.name, path.stat().st_size, file_sha256(path))
+
+
+def _verify(path: Path, known: ConvertedFile) -> None:
     try:
-        found = path.stat().st_size, file_sha256(path)
+        found = _as_it_is(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove the folder") from None
-    if found != (known["bytes"], known["sha256"]):
-        raise CheckpointError(f"{path} is not what was written (SHA-256 {found[1]}); remove the folder")
+    if found != known:
+        raise CheckpointError(f"{path} is not what was written (SHA-256 {found.sha256}); remove the folder")
 
 
 def _jobs(files: Files, layers: list[Layer]) -> list[_Job]:
@@ -235,15 +234,13 @@ def _copier(files: Files, entries: dict[str, Entry]) -> Callable[[Path], None]:
     return write
 
 
-def _finish(
-    files: Files, folder: Path, layers: list[Layer], weight_format: str, written: list[tuple[str, tuple[str, ...]]]
-) -> None:
+def _finish(files: Files, folder: Path, layers: list[Layer], weight_format: str, jobs: list[_Job]) -> None:
     """The small files that belong to a model, its configuration, and the index."""
     for path in files.folder.iterdir():
         belongs = not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, PARTIAL))
         if belongs and path.name not in (CONFIG, _STATE) and path.is_file() and path.stat().st_size <= _MOST_BESIDE:
             shutil.copyfile(path, folder / path.name)
     _write_json(folder / CONFIG, config_of(files, layers, weight_format))
-    weight_map = {tensor: name for name, tensors in written for tensor in tensors}
-    size = sum((folder / name).stat().st_size for name, _ in written)
+    weight_map = {tensor: job.name for job in jobs for tensor in job.tensors}
+    size = sum((folder / job.name).stat().st_size for job in jobs)
     _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
