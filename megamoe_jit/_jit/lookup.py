@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from megamoe_jit._cache.cache import KernelCache, searched_caches
-from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info
+from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_info
 from megamoe_jit._cache.identity import cache_key, source_id
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.render import RenderedSource, render
@@ -199,7 +199,7 @@ def first_whole(found: Iterable[Found], *, with_source: bool) -> Found:
     for each in found:
         try:
             check_private(each.cache.path, each.cache.forbidden)
-            read_entry(each.key, each.path, each.cache.forbidden, with_source=with_source)
+            each.cache.read(each.key, with_source=with_source)
         except (Damaged, OSError) as problem:
             failed.append((each, problem))
             continue
@@ -211,11 +211,10 @@ def first_whole(found: Iterable[Found], *, with_source: bool) -> Found:
 
 def _at(cache: KernelCache, key: str, fit: Fit = Fit.NAME) -> Found | None:
     """The entry of this key, damaged or not; None for one of another schema, or that went meanwhile."""
-    folder = cache.entry_path(key)
-    info = read_info(key, str(folder))
+    info = read_info(key, str(cache.entry_path(key)))
     if info is None:
         try:
-            read_entry(key, folder, cache.forbidden)
+            cache.read(key)
         except Damaged:
             return Found(cache, key, None, fit)
         except OSError:

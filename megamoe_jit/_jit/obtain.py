@@ -108,7 +108,7 @@ def _obtain(spec: Compilable, force: bool, stop: threading.Event | None) -> Comp
 
 def _compile(wanted: Wanted, toolchain: Toolchain, key: str, cache: KernelCache | None, force: bool) -> CompiledKernel:
     spec = wanted.spec
-    LOG.info("compiling %s with NVRTC %s", spec.kernel_name, toolchain.release)
+    LOG.info("compiling %s with NVRTC %d.%d", spec.kernel_name, *toolchain.version)
     result = compile_source(wanted.source.text, kernel_name=spec.kernel_name, toolchain=toolchain)
     LOG.info(
         "compiled %s in %.2f s: %d registers, %d bytes of spills",
