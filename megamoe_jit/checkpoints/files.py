@@ -208,9 +208,9 @@ class Files:
     def _keys(self, file: str) -> list[str]:
         return list(self._open(file).keys())
 
-    def metadata(self, file: str | None = None) -> dict[str, str]:
-        """What a file, the first one by default, says of itself."""
-        return dict(self._open(file or self.shards[0]).metadata() or {})
+    def metadata(self, file: str) -> dict[str, str]:
+        """What a file says of itself."""
+        return dict(self._open(file).metadata() or {})
 
     def file_of(self, name: str) -> str:
         """The file that holds a tensor."""
