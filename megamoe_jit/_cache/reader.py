@@ -30,13 +30,7 @@ ACCESS = "access"  #: cause of a warning: who may not read may not write either,
 
 
 class EntryReader:
-    """Reading of the entries under one root; `EntryStore` adds the writing.
-
-    Args:
-        root: the directory; entries lie in a subdirectory named after the schema.
-        read_only: never write, not even to note a use or to put a damaged entry aside.
-        shared: let everybody read what is published.
-    """
+    """Reading of the entries under one root; `EntryStore` adds the writing, and `KernelCache` says what it is given."""
 
     def __init__(self, root: Path, read_only: bool = False, *, shared: bool = False) -> None:
         self.root = root

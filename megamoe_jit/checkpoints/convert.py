@@ -39,15 +39,20 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 _MOST_BESIDE = 64 << 20
 
 Report = Callable[[str, str], None]  #: a file's name, and what became of it
+_Jobs = dict[str, "Layer | _Others"]  #: the files of a result by name, with what writes them
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A file of the result, and what writes it."""
+class _Others:
+    """What a file of the source has beside experts; written as a `Layer` is."""
 
-    name: str
-    tensors: tuple[str, ...]
-    write: Callable[[Path], None]
+    files: Files
+    entries: dict[str, Entry]
+
+    def write(self, path: Path) -> None:
+        with writing(path, self.entries, {"format": "pt"}) as file:
+            for name in self.entries:
+                file.put(name, self.files.read(name))
 
 
 def convert(
@@ -112,18 +117,18 @@ def _goes_on() -> Iterator[None]:
         raise OSError(error.errno, reason, error.filename) from None
 
 
-def _write(jobs: list[_Job], folder: Path, state: _State, report: Report | None) -> list[ConvertedFile]:
+def _write(jobs: _Jobs, folder: Path, state: _State, report: Report | None) -> list[ConvertedFile]:
     """Write each file that is not there yet, and verify the others."""
-    for job in jobs:
-        known, path = state.files.get(job.name), folder / job.name
+    for name, job in jobs.items():
+        known, path = state.files.get(name), folder / name
         if known is None:
             job.write(path)
             state.add(path)
         else:
             _verify(path, known)
         if report is not None:
-            report(job.name, "written" if known is None else "verified")
-    return [state.files[job.name] for job in jobs]
+            report(name, "written" if known is None else "verified")
+    return [state.files[name] for name in jobs]
 
 
 def _identity(files: Files) -> str:
@@ -201,17 +206,14 @@ def _verify(path: Path, known: ConvertedFile) -> None:
         raise CheckpointError(f"{path} is not what was written (SHA-256 {found.sha256}); remove the folder")
 
 
-def _jobs(files: Files, layers: list[Layer]) -> list[_Job]:
+def _jobs(files: Files, layers: list[Layer]) -> _Jobs:
     """The files of the result: those of experts, then what else each file of the source has.
 
     Raises:
         ConfigError: a tensor cannot be copied.
         CheckpointError: one is not there.
     """
-    jobs = [
-        _Job(f"experts-{number:05}.safetensors", tuple(layer.entries), layer.write)
-        for number, layer in enumerate(layers)
-    ]
+    jobs: _Jobs = {f"experts-{number:05}.safetensors": layer for number, layer in enumerate(layers)}
     taken = {name for layer in layers for name in layer.taken}
     rest: dict[str, dict[str, Entry]] = {shard: {} for shard in files.shards}
     for name in files:
@@ -221,26 +223,17 @@ def _jobs(files: Files, layers: list[Layer]) -> list[_Job]:
         for name, entry in entries.items():
             nbytes(name, entry)
         if entries:
-            jobs.append(_Job(f"others-{number:05}.safetensors", tuple(entries), _copier(files, entries)))
+            jobs[f"others-{number:05}.safetensors"] = _Others(files, entries)
     return jobs
 
 
-def _copier(files: Files, entries: dict[str, Entry]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with writing(path, entries, {"format": "pt"}) as file:
-            for name in entries:
-                file.put(name, files.read(name))
-
-    return write
-
-
-def _finish(files: Files, folder: Path, layers: list[Layer], weight_format: str, jobs: list[_Job]) -> None:
+def _finish(files: Files, folder: Path, layers: list[Layer], weight_format: str, jobs: _Jobs) -> None:
     """The small files that belong to a model, its configuration, and the index."""
     for path in files.folder.iterdir():
         belongs = not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, PARTIAL))
         if belongs and path.name not in (CONFIG, _STATE) and path.is_file() and path.stat().st_size <= _MOST_BESIDE:
             shutil.copyfile(path, folder / path.name)
     _write_json(folder / CONFIG, config_of(files, layers, weight_format))
-    weight_map = {tensor: job.name for job in jobs for tensor in job.tensors}
-    size = sum((folder / job.name).stat().st_size for job in jobs)
+    weight_map = {tensor: name for name, job in jobs.items() for tensor in job.entries}
+    size = sum((folder / name).stat().st_size for name in jobs)
     _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
