@@ -47,10 +47,10 @@ def _all_in_place() -> bool:
         f"{_MEGA}.is_sm90_fp8_mega_moe_available": 0,
         f"{_MEGA}.run_sm90_mega_routed": 0,
         f"{_MEGA}._get_mega_moe_symm_buffer": 0,
-        f"{weights.FP8}.restore_weights_before_loading": 1,
-        f"{weights.FP8}.apply": 1,
-        f"{weights.LAYER}.weight_loader": 0,
-        f"{weights.LAYER}.weight_loader_fused": 0,
+        f"{weights.FP8_METHOD}.restore_weights_before_loading": 1,
+        f"{weights.FP8_METHOD}.apply": 1,
+        f"{weights.FUSED_MOE}.weight_loader": 0,
+        f"{weights.FUSED_MOE}.weight_loader_fused": 0,
     }
     missing = [name for name, arguments in before.items() if not reaches(name, arguments)]
     if missing:

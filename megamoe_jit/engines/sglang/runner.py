@@ -37,8 +37,8 @@ class _Ready(NamedTuple):
 def hook() -> None:
     """Make the backend one that can be chosen, and have `Fp8MoEMethod` know it."""
     _module("layers.moe.moe_runner.runner").register_moe_runner_core(BACKEND, _core_of)
-    around(f"{weights.FP8}.create_moe_runner", _create_runner)
-    around(f"{weights.FP8}.process_weights_after_loading", _process)
+    around(f"{weights.FP8_METHOD}.create_moe_runner", _create_runner)
+    around(f"{weights.FP8_METHOD}.process_weights_after_loading", _process)
     _module("arg_groups.choices").add_moe_runner_backend_choices([BACKEND])  # last: then it works
 
 

@@ -23,8 +23,8 @@ _HELD = "_megamoe_jit_held"  #: of a layer
 RUN = "_megamoe_jit_run"  #: of a layer, where SGLang's usual call of its experts is ours: of the method and a batch
 _CODES, _SCALES = ("w13_weight", "w2_weight"), ("w13_weight_scale_inv", "w2_weight_scale_inv")
 _AS_LEFT = ("sharded_state", "remote", "remote_instance")  #: formats of weights that are written over processed ones
-FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
-LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+FP8_METHOD = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
+FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 
 
 def held_by(layer: Any) -> HeldExperts | None:
@@ -130,10 +130,10 @@ def try_to_take(layer: Any) -> HeldExperts | None:
 
 def hook() -> None:
     """Have layers that were taken over given back before something is written into them, and read by us alone."""
-    around(f"{FP8}.restore_weights_before_loading", _restore)
-    around(f"{FP8}.apply", _apply)
-    around(f"{LAYER}.weight_loader", _load)
-    around(f"{LAYER}.weight_loader_fused", _load)
+    around(f"{FP8_METHOD}.restore_weights_before_loading", _restore)
+    around(f"{FP8_METHOD}.apply", _apply)
+    around(f"{FUSED_MOE}.weight_loader", _load)
+    around(f"{FUSED_MOE}.weight_loader_fused", _load)
 
 
 def _restore(original: Callable[..., Any], method: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:

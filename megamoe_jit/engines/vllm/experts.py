@@ -22,8 +22,8 @@ from megamoe_jit._spec import MoEShape, WeightFormat
 from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.local import CAPACITY, LocalExperts
+from megamoe_jit.engines.vllm.seams import MOE
 
-_MOE = "vllm.model_executor.layers.fused_moe"
 _NO_SCRATCH = (0,)
 _PARTS = ("weight", "weight_scale_inv"), ("weight", "weight_scale")  #: of FP8, and of MXFP4
 _BLOCKS = "weight_block_scale"  #: what the kernel reads of MXFP4 besides codes and exponents
@@ -38,13 +38,13 @@ def prepare_finalize(moe: Any, quant_config: Any, experts: Any) -> Any:
     """The steps around the experts: they pass everything on where the kernel reaches all ranks, else vLLM's own."""
     if is_across_ranks(moe.moe_parallel_config):
         return _pass_through_class()(experts)
-    make = importlib.import_module(f"{_MOE}.all2all_utils").maybe_make_prepare_finalize
+    make = importlib.import_module(f"{MOE}.all2all_utils").maybe_make_prepare_finalize
     return make(moe, quant_config, allow_new_interface=True, use_monolithic=False)
 
 
 @functools.cache
 def _pass_through_class() -> Any:
-    base: Any = importlib.import_module(f"{_MOE}.prepare_finalize.no_dp_ep").MoEPrepareAndFinalizeNoDPEPModular
+    base: Any = importlib.import_module(f"{MOE}.prepare_finalize.no_dp_ep").MoEPrepareAndFinalizeNoDPEPModular
 
     class PassThrough(base):  # type: ignore[misc]
         """Hands activations and routing to experts that dispatch and combine themselves."""
@@ -72,9 +72,9 @@ def _pass_through_class() -> Any:
 @functools.cache
 def experts_class() -> Any:
     """The class, a subclass of vLLM's, which is imported only here."""
-    mk = importlib.import_module(f"{_MOE}.modular_kernel")
-    silu = importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU
-    no_op = importlib.import_module(f"{_MOE}.topk_weight_and_reduce").TopKWeightAndReduceNoOP
+    mk = importlib.import_module(f"{MOE}.modular_kernel")
+    silu = importlib.import_module(f"{MOE}.activation").MoEActivation.SILU
+    no_op = importlib.import_module(f"{MOE}.topk_weight_and_reduce").TopKWeightAndReduceNoOP
     keys = importlib.import_module("vllm.model_executor.layers.quantization.utils.quant_utils")
     platforms = importlib.import_module("vllm.platforms")
     base: Any = mk.FusedMoEExpertsModular

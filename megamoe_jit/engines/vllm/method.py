@@ -12,9 +12,8 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import BLOCK
 from megamoe_jit.engines.aside import LOG, no_shape
 from megamoe_jit.engines.vllm import experts
+from megamoe_jit.engines.vllm.seams import MOE, QUANT
 
-_MOE = "vllm.model_executor.layers.fused_moe"
-_QUANT = "vllm.model_executor.layers.quantization"
 _ORDERED = "_megamoe_jit_ordered"  #: of a parameter, once its layer is in the kernel's order
 _AS_LEFT = ("sharded_state", "runai_streamer_sharded", "tensorizer")  #: formats of weights that a process has processed
 
@@ -34,8 +33,8 @@ class _AsThisLayer:
 @functools.cache
 def fp8_method_class() -> Any:
     """The class for FP8, a subclass of vLLM's, which is imported only here."""
-    base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8MoEMethod
-    backends = importlib.import_module(f"{_MOE}.oracle.fp8").Fp8MoeBackend
+    base: Any = importlib.import_module(f"{QUANT}.fp8").Fp8MoEMethod
+    backends = importlib.import_module(f"{MOE}.oracle.fp8").Fp8MoeBackend
 
     class MegaMoeFp8MoEMethod(_AsThisLayer, base):  # type: ignore[misc]
         def __init__(self, quant_config: Any, layer: Any) -> None:
@@ -49,8 +48,8 @@ def fp8_method_class() -> Any:
 @functools.cache
 def mxfp4_method_class() -> Any:
     """The class for MXFP4, likewise."""
-    base: Any = importlib.import_module(f"{_QUANT}.mxfp4").Mxfp4MoEMethod
-    backends = importlib.import_module(f"{_MOE}.oracle.mxfp4").Mxfp4MoeBackend
+    base: Any = importlib.import_module(f"{QUANT}.mxfp4").Mxfp4MoEMethod
+    backends = importlib.import_module(f"{MOE}.oracle.mxfp4").Mxfp4MoeBackend
 
     class MegaMoeMxfp4MoEMethod(_AsThisLayer, base):  # type: ignore[misc]
         def __init__(self, moe: Any, layer: Any, **options: Any) -> None:
@@ -100,7 +99,7 @@ def _refusals(moe: Any, layer: Any) -> Iterator[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
     if not experts.experts_class()._supports_current_device():
         yield "this GPU; allowed: Hopper (H100, H200, H20)"
-    if moe.activation != importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU:
+    if moe.activation != importlib.import_module(f"{MOE}.activation").MoEActivation.SILU:
         yield f"activation {moe.activation}; allowed: silu"
     if moe.has_bias:
         yield "biases; allowed: none"
@@ -160,6 +159,6 @@ def _run_as_one_kernel(method: Any, layer: Any) -> None:
     ours.process_weights_after_loading(layer)
     for parameter in layer.parameters():
         setattr(parameter, _ORDERED, True)
-    kernel = importlib.import_module(f"{_MOE}.modular_kernel").FusedMoEKernel
+    kernel = importlib.import_module(f"{MOE}.modular_kernel").FusedMoEKernel
     method.moe_kernel = kernel(experts.prepare_finalize(method.moe, method.moe_quant_config, ours), ours)
     LOG.debug("%s runs as one kernel", getattr(layer, "layer_name", "a layer"))
