@@ -175,13 +175,9 @@ def entries_of(spec: Compilable, caches: Iterable[KernelCache]) -> list[Found]:
     Raises:
         RenderError: its source cannot be rendered.
     """
-    found = []
-    for each in lookup(Wanted.of(spec), caches):
-        if each.info is not None:
-            found.append(each)
-        elif each.cache.holds(each.key):
-            found.extend(filter(None, [_at(each.cache, each.key, each.fit)]))
-    return found
+    found = lookup(Wanted.of(spec), caches)
+    there = (each if each.info is not None else _at(each.cache, each.key, each.fit) for each in found)
+    return [each for each in there if each is not None]
 
 
 def first_whole(found: Iterable[Found], *, with_source: bool) -> Found:
