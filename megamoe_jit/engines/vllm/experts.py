@@ -123,17 +123,7 @@ def experts_class() -> Any:
         def finalize_weight_and_reduce_impl(self) -> Any:
             return no_op()
 
-        def workspace_shapes(
-            self,
-            M: int,
-            N: int,
-            K: int,
-            topk: int,
-            global_num_experts: int,
-            local_num_experts: int,
-            expert_tokens_meta: Any,
-            activation: Any,
-        ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        def workspace_shapes(self, M: int, N: int, K: int, *_: Any, **__: Any) -> tuple[tuple[int, ...], ...]:
             return _NO_SCRATCH, _NO_SCRATCH, (M, K)
 
         def process_weights_after_loading(self, layer: Any) -> None:
@@ -160,12 +150,8 @@ def experts_class() -> Any:
             activation: Any,
             global_num_experts: int,
             expert_map: torch.Tensor | None,
-            a1q_scale: torch.Tensor | None,
-            a2_scale: torch.Tensor | None,
-            workspace13: torch.Tensor,
-            workspace2: torch.Tensor,
-            expert_tokens_meta: Any,
-            apply_router_weight_on_input: bool,
+            *_: Any,
+            **__: Any,
         ) -> None:
             y = output if output.dtype is torch.bfloat16 else None
             found = self.run(hidden_states, topk_ids, topk_weights, expert_map, y)
