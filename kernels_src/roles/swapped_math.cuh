@@ -23,6 +23,13 @@ template <class C> struct SwappedMath {
     const Shared<C>& shared;
     u32 group;   // 0 or 1
 
+    /// Whether a loop after that of so many columns has kFew.  Results of wider ones take their scales at the end, so a tile's rows must
+    /// tell which of them it had.
+    MEGA_DEVICE static constexpr bool few_apart(u32 columns) {
+        return columns >= Unit<C>::kFew ? columns == Unit<C>::kFew
+                                        : few_apart(Policy::wider(columns));
+    }
+
     /// What comes before the loops, once for all of them.
     struct Start {
         Ring<C::kStages> ring;             // at the first stage, which is full
@@ -45,6 +52,7 @@ template <class C> struct SwappedMath {
     }
 
     MEGA_DEVICE void compute(const TileView& tile) const {
+        static_assert(few_apart(0), "rows do not tell whether scales are applied at the end");
         const u32 thread = ptx::thread_id_again() % kGroup;
         const bool second = tile.kind() == Tile::gemm2;
         const bool half = TileOrder<C>::kHasHalf && second && tile.n() == TileOrder<C>::kTilesN2 - 1;
