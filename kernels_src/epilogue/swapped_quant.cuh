@@ -96,7 +96,7 @@ template <class C> struct SwappedQuant {
     /// The scale of each token and its reciprocal, by a thread for each token.
     MEGA_DEVICE void make_scale() const {
         if (thread >= rows) return;
-        float largest = 1e-10f;
+        float largest = kLeastMagnitude;
 #pragma unroll
         for (u32 warp = 0; warp < kMathWarps; ++warp)
             largest = fmaxf(largest, ptx::load_float_shared(largest_at(warp, thread)));

@@ -4,7 +4,8 @@
 #include "epilogue/swapped_quant.cuh"
 #include "epilogue/swapped_scatter.cuh"
 #include "mma/one_by_one.cuh"
-#include "roles/math.cuh"
+#include "pipe/tile_slots.cuh"
+#include "sched/order.cuh"
 
 namespace megamoe {
 
@@ -87,7 +88,7 @@ template <class C> struct SwappedMath {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) break;
             compute(tile);
-            Math<C>::done(slots, index);
+            slots.done(index);
         }
     }
 };

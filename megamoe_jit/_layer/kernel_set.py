@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from megamoe_jit._device.layout import MAX_SORT_BLOCKS
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._errors import CaptureError, ConfigError
 from megamoe_jit._layer.bound_kernel import BoundKernel, CallPlan
 from megamoe_jit._layer.expansion import ExpandedWeights
@@ -24,12 +24,6 @@ from megamoe_jit._text import shown
 from megamoe_jit.heuristics.select import Choice, all_variants, choose
 
 MAX_PLANS = 1024  #: remembered at a time; each is under a kilobyte and made in some 20 us
-
-
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of the device."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def sort_blocks(pairs: int) -> int:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._device.wait import wait_for_device
 from megamoe_jit._errors import MegaMoeError
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._layer.given_weights import WeightTensors
-from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._nodes.exchange import Arrived, Rows
 from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat, check_clamp, check_flag
