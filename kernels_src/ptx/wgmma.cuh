@@ -127,11 +127,8 @@ template <u32 kN> MEGA_DEVICE void wgmma_weights_registers(float (&d)[kN / 2], c
 /// The same into registers that held another product.  To the compiler they are read here too ("+f"), so that whatever uses the old
 /// product comes before: else it may postpone that use, and keep the old product in other registers meanwhile.
 template <u32 kN> MEGA_DEVICE void wgmma_weights_again(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
-    static_assert(kN == 64 || kN == 80 || kN == 96, "columns of a product");
-    if constexpr (kN == 64)
-        asm volatile(MEGA_REGISTERS("64", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43", "%44,%45,%46,%47", "%48")
-                     : MEGA_D16(0), MEGA_D16(16) : MEGA_A16, "l"(b) : "memory");
-    else if constexpr (kN == 80)
+    static_assert(kN == 80 || kN == 96, "columns of a product");
+    if constexpr (kN == 80)
         asm volatile(MEGA_REGISTERS("80", MEGA_R40, "%40,%41,%42,%43", "%44,%45,%46,%47", "%48,%49,%50,%51", "%52,%53,%54,%55", "%56")
                      : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : MEGA_A16, "l"(b) : "memory");
     else if constexpr (kN == 96)
