@@ -31,7 +31,7 @@ def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[
     inputs = make_inputs(case, device, weights=layer.weights)
     y = torch.empty(tokens, case.shape.hidden, dtype=torch.bfloat16, device=device)
     plan = layer.buffer.plan(tokens, variant, case.numerics, None)
-    spec = replace(layer.buffer.spec(plan.choice.variant, case.numerics), timeline=True)
+    spec = replace(plan.kernel.spec, timeline=True)
     room = torch.zeros(words(plan.num_sms), dtype=torch.int64, device=device)
     kernel = BoundKernel(spec, layer.buffer.place, timeline=room.data_ptr())
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)

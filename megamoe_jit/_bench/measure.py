@@ -23,10 +23,10 @@ from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import Verdict, buffer_sizes, function_of, judge
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._errors import UnsupportedDeviceError
 from megamoe_jit._layer.bound_kernel import CallPlan
 from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
-from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit._spec.variants import AUTO, VARIANT_CHOICES
