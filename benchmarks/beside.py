@@ -6,12 +6,10 @@ The copy has another name, in its own sources too, and so modules, kernels, oper
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 
 PACKAGE = "megamoe_jit"
 _WORD = re.compile(rf"\b{PACKAGE}\b")
@@ -41,8 +39,3 @@ def put_beside(checkout: Path, name: str, folder: Path) -> None:
         path.write_text(_WORD.sub(name, text), encoding="utf-8")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # processes of ranks are given the path of this one
-
-
-def module(package: str, name: str = "") -> ModuleType:
-    """A module of the package or of a copy of it; of the package itself if `name` is empty."""
-    return importlib.import_module(f"{package}.{name}" if name else package)

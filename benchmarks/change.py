@@ -14,62 +14,49 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.beside import PACKAGE, another_checkout, module, put_beside
+from benchmarks.beside import PACKAGE, another_checkout, put_beside
 from benchmarks.checkout import commit
-from benchmarks.frame import hopper, keep, parser, rows_by_shape, say
+from benchmarks.frame import asked, keep, parser, rows_by_shape, say
 from benchmarks.markdown import table
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, burst
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer, some_rows
 from megamoe_jit._check.scenarios import Scenario, make_inputs
-from megamoe_jit._check.verify import function_of
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._check.verify import buffer_sizes, function_of
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit._spec.formats import FORMATS
 from megamoe_jit._spec.variants import VARIANT_CHOICES
-from megamoe_jit.heuristics.presets import preset
 
 SHAPES = ("v4-flash", "v4-pro")
 BEFORE = f"{PACKAGE}_before_change"
 HEAD = ("layer", "tokens", "variant", "before, µs", "now, µs", "now / before", "bits", "right")
 
 
-@dataclass(frozen=True)
-class Both:
-    """A layer, and the buffer of the other package for it."""
-
-    layer: Layer
-    buffer: Any
-
-
 @contextmanager
-def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: WeightFormat) -> Iterator[Both]:
-    """Buffers of both packages for the same weights, gone at the end."""
-    layer, its = Layer(shape, max_tokens, device, weights), module(BEFORE)
+def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: WeightFormat) -> Iterator[tuple[Layer, Any]]:
+    """A layer, and the buffer of the other package for it; both gone at the end."""
+    layer, its = Layer(shape, max_tokens, device, weights), import_module(BEFORE)
     its.mark_transformed(layer.l1, layer.l2)
-    sizes = shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate
-    buffer = its.get_symm_buffer_for_mega_moe(None, *sizes)
+    buffer = its.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, max_tokens))
     try:
-        yield Both(layer, buffer)
+        yield layer, buffer
     finally:
         buffer.destroy()
-        layer.buffer.destroy()
+        layer.close()
 
 
-def measure(case: Scenario, of: Both, variant: str, flush: torch.Tensor) -> dict[str, Any]:
-    """One row: medians of both in microseconds, and whether the output is right."""
-    layer, function = of.layer, function_of(module(BEFORE), variant)
+def measure(case: Scenario, layer: Layer, its: Any, variant: str, flush: torch.Tensor) -> dict[str, Any]:
+    """One row: medians in microseconds of the layer and of the other package on `its` buffer, and what came out."""
+    function = function_of(import_module(BEFORE), variant)
     inputs = make_inputs(case, layer.device, weights=layer.weights)
     y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
     calls = {
-        "before": TimedCall(
-            lambda: function(y, layer.l1, layer.l2, of.buffer, **case.options), lambda: inputs.stage(of.buffer)
-        ),
+        "before": TimedCall(lambda: function(y, layer.l1, layer.l2, its, **case.options), lambda: inputs.stage(its)),
         "now": TimedCall(layer.call(variant, y, case), lambda: inputs.stage(layer.buffer)),
     }
     where, expected = some_rows(case, inputs, layer.weights)
@@ -78,7 +65,7 @@ def measure(case: Scenario, of: Both, variant: str, flush: torch.Tensor) -> dict
         verdicts[name] = layer.check(call, y, where, expected)
         outputs[name] = y.clone()
     times = {name: statistics.median(found) for name, found in burst(calls, flush).items()}
-    for buffer in (of.buffer, layer.buffer):
+    for buffer in (its, layer.buffer):
         buffer.check()
     return {
         "shape": case.name,
@@ -103,32 +90,24 @@ def main() -> int:
     """Measure and print; 1 if an output is wrong, 2 for wrong arguments, 3 without a Hopper GPU."""
     arguments = parser(__doc__)
     arguments.add_argument("--before", type=another_checkout, required=True, help="a checkout whose code takes turns")
-    arguments.add_argument("--shapes", default=",".join(SHAPES))
-    arguments.add_argument("--tokens", default=",".join(map(str, DEFAULT_TOKENS)))
     arguments.add_argument("--variant", default="auto", choices=VARIANT_CHOICES)
     arguments.add_argument("--weight-format", default=FP8.name, choices=tuple(FORMATS))
-    arguments.add_argument("--output", type=Path, help="write the rows as JSON")
-    options = arguments.parse_args()
-    try:
-        presets = [preset(name) for name in options.shapes.split(",")]
-        tokens = [int(count) for count in options.tokens.split(",")]
-    except (ConfigError, ValueError) as error:
-        arguments.error(str(error))
-    device, weights = hopper(arguments), FORMATS[options.weight_format]
+    wanted = asked(arguments, SHAPES, DEFAULT_TOKENS)
+    options, device, weights = wanted.options, wanted.device, FORMATS[wanted.options.weight_format]
     with tempfile.TemporaryDirectory(prefix="megamoe-jit-before-") as folder:
         put_beside(options.before, BEFORE, Path(folder))
         flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         head, line = table(HEAD, ())
         say(f"{head}\n{line}")
         rows = rows_by_shape(
-            presets,
-            tokens,
+            wanted.presets,
+            wanted.tokens,
             lambda shape, most: both(shape, most, device, weights),
-            lambda case, of: measure(case, of, options.variant, flush),
+            lambda case, made: measure(case, *made, options.variant, flush),
             lambda row: table(_cells(row), ())[0],
             weights.name,
         )
-    keep("change", options.output, before=commit(options.before), rows=rows)
+    keep("change", wanted.output, before=commit(options.before), rows=rows)
     return int(not all(row["correct"] for row in rows))
 
 

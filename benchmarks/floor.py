@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from benchmarks.frame import asked, keep, rows_by_shape, say
+from benchmarks.frame import asked, keep, parser, rows_by_shape, say
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, Layer
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit._device.driver import checked
-from megamoe_jit._spec import MoEShape
 from megamoe_jit.reference import expert_counts
 
 SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
@@ -137,16 +136,6 @@ def measure(case: Scenario, layer: Layer, read: ReadWeights, flush: torch.Tensor
     }
 
 
-@contextmanager
-def layer_of(shape: MoEShape, max_tokens: int, device: torch.device) -> Iterator[Layer]:
-    """A layer, its buffer gone at the end."""
-    layer = Layer(shape, max_tokens, device)
-    try:
-        yield layer
-    finally:
-        layer.buffer.destroy()
-
-
 def _line(row: Mapping[str, Any]) -> str:
     return (
         f"{row['shape']:15} {row['tokens']:6} {row['layer_us']:9.1f} {row['weights_us']:8.1f} "
@@ -156,7 +145,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Measure and print; 3 without a Hopper GPU."""
-    wanted = asked(__doc__, SHAPES, DEFAULT_TOKENS)
+    wanted = asked(parser(__doc__), SHAPES, DEFAULT_TOKENS)
     before = anchors()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=wanted.device)
     read = ReadWeights(wanted.device)
@@ -164,7 +153,7 @@ def main() -> int:
     rows = rows_by_shape(
         wanted.presets,
         wanted.tokens,
-        lambda shape, most: layer_of(shape, most, wanted.device),
+        lambda shape, most: closing(Layer(shape, most, wanted.device)),
         lambda case, layer: measure(case, layer, read, flush),
         _line,
     )

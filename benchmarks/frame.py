@@ -31,7 +31,8 @@ class Asked:
     tokens: list[int]
     output: Path | None
     device: torch.device
-    ranks: int = 1
+    ranks: int
+    options: argparse.Namespace  #: all there are, those of the program's own among them
 
 
 def say(text: str) -> None:
@@ -53,15 +54,23 @@ def hopper(arguments: argparse.ArgumentParser) -> torch.device:
         arguments.exit(3, f"Error: {error}\n")
 
 
-def asked(doc: str | None, shapes: Sequence[str], tokens: Sequence[int], *, several_ranks: bool = False) -> Asked:
-    """What the command line says, else these shapes and token counts; ends it with 2 where that is nonsense."""
-    arguments = parser(doc)
+def asked(
+    arguments: argparse.ArgumentParser, shapes: Sequence[str], tokens: Sequence[int], *, ranks: int | None = None
+) -> Asked:
+    """What the command line says; ends the program with 2 where that is nonsense.
+
+    Args:
+        arguments: has the options that are the program's own.
+        shapes: by default, as are `tokens`.
+        tokens: counts.
+        ranks: by default, of a program that measures on several; None for one that does not.
+    """
     arguments.add_argument("--shapes", default=",".join(shapes))
     arguments.add_argument("--tokens", default=",".join(map(str, tokens)))
     arguments.add_argument("--output", type=Path, help="write the rows as JSON")
-    if several_ranks:
+    if ranks is not None:
         arguments.add_argument(
-            "--ranks", type=int, default=1, choices=range(1, MAX_RANKS + 1), help="GPUs of this host"
+            "--ranks", type=int, default=ranks, choices=range(1, MAX_RANKS + 1), help="GPUs of this host"
         )
     options = arguments.parse_args()
     try:
@@ -69,9 +78,10 @@ def asked(doc: str | None, shapes: Sequence[str], tokens: Sequence[int], *, seve
         counts = sorted(int(count) for count in options.tokens.split(","))
     except ValueError as error:
         arguments.error(str(error))
-    ranks = getattr(options, "ranks", 1)  # of several each asks for itself: this process needs no CUDA context
-    device = hopper(arguments) if ranks == 1 else torch.device("cuda")
-    return Asked(presets, counts, options.output, device, ranks)
+    several = getattr(options, "ranks", 1)
+    # of several ranks each asks for itself: this process needs no CUDA context
+    device = hopper(arguments) if several == 1 else torch.device("cuda")
+    return Asked(presets, counts, options.output, device, several, options)
 
 
 def rows_by_shape(

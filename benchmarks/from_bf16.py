@@ -22,7 +22,6 @@ Not these on several ranks, where the layer is what serving engines call (`from_
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,10 +30,11 @@ from typing import Any
 import torch
 
 import megamoe_jit as mm
-from benchmarks.frame import Asked, asked, keep, rows_by_shape, say
+from benchmarks.frame import Asked, asked, keep, parser, rows_by_shape, say
 from benchmarks.launch_cost import empty_op, medians_us
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, anchors, burst, captured
 from megamoe_jit._bench.measure import cases, kernel_of, some_rows
+from megamoe_jit._bench.on_ranks import measured_on_ranks, sizes_of
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
 from megamoe_jit._check.verify import judge
 from megamoe_jit._errors import ConfigError
@@ -51,16 +51,6 @@ CHAIN_LAYERS, CHAIN_SHAPE, CHAIN_TOKENS, CHAIN_ROUNDS = 8, MoEShape(2048, 768, 1
 MEMORY_LAYERS, MEMORY_SHAPE, MEMORY_TOKENS = 43, "v4-flash", 8192
 
 Call = Callable[[], torch.Tensor]  #: gives bf16 ``[T, hidden]``
-
-
-@contextmanager
-def layer_of(weights: Weights, shape: MoEShape, max_tokens: int) -> Iterator[mm.MegaMoE]:
-    """A layer with these weights, gone at the end."""
-    layer = mm.MegaMoE(weights.l1, weights.l2, topk=shape.topk, max_tokens=max_tokens, clamp=CLAMP)
-    try:
-        yield layer
-    finally:
-        layer.destroy()
 
 
 def part_of(
@@ -140,19 +130,6 @@ def measure(case: Scenario, layer: mm.MegaMoE, weights: Weights, flush: torch.Te
     return row_of(case, kernel_of(case.shape, case.tokens, "auto", device, weights=case.weights), [part])
 
 
-def wall_us(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median microseconds from the start of each call to the end of its work on the GPU, the calls taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - begin) * 1e6)
-    return {name: statistics.median(found[len(found) // 4 :]) for name, found in times.items()}
-
-
 def chain(device: torch.device) -> dict[str, Any]:
     """Small layers one after the other, called and as one CUDA graph."""
     case = Scenario("chain", CHAIN_SHAPE, CHAIN_TOKENS, CHAIN_TOKENS, clamp=CLAMP)
@@ -169,7 +146,17 @@ def chain(device: torch.device) -> dict[str, Any]:
 
     graph = captured(eager)
     right = torch.equal(eager(), graph()) and bool(eager().isfinite().all())
-    times = wall_us({"eager": eager, "graph": graph}, CHAIN_ROUNDS)
+
+    def ended(call: Call) -> Callable[[], None]:
+        """With the end of its work on the GPU."""
+
+        def run() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return run
+
+    times = medians_us({"eager": ended(eager), "graph": ended(graph)}, CHAIN_ROUNDS, batch=1)
     for layer in layers:
         layer.destroy()
     return {
@@ -246,8 +233,11 @@ def rows_of(
     @contextmanager
     def make(shape: MoEShape, max_tokens: int) -> Iterator[tuple[mm.MegaMoE, Weights]]:
         drawn = make_weights(shape, device, 0, WeightFormat.parse(weights))
-        with layer_of(drawn, shape, max_tokens) as layer:
+        layer = mm.MegaMoE(drawn.l1, drawn.l2, topk=shape.topk, max_tokens=max_tokens, clamp=CLAMP)
+        try:
             yield layer, drawn
+        finally:
+            layer.destroy()
 
     return rows_by_shape(presets, tokens, make, lambda case, made: measure(case, *made, flush), line, weights)
 
@@ -258,14 +248,13 @@ def packed(presets: Sequence[Preset]) -> list[Preset]:
 
 
 def _on_ranks(wanted: Asked) -> int:
-    """The same on several ranks."""
-    from benchmarks import from_bf16_ranks
-
-    layers = [(each, FP8.name) for each in wanted.presets]
-    layers += [(each, MXFP4.name) for each in packed(wanted.presets)]
+    """The same on several ranks: those of torchrun if there is one, else started here."""
+    shapes = [[*sizes_of(each), FP8.name] for each in wanted.presets]
+    shapes += [[*sizes_of(each), MXFP4.name] for each in packed(wanted.presets)]
+    target, given = "benchmarks.from_bf16_ranks:measure_on_rank", {"shapes": shapes, "tokens": wanted.tokens}
     say(head())
     try:
-        found = from_bf16_ranks.run(layers, wanted.tokens, wanted.ranks, lambda row: say(line(row)))
+        found = measured_on_ranks(target, wanted.ranks, given, lambda row: say(line(row)))
     except ConfigError as error:
         say(f"Error: {error}")
         return 3
@@ -278,7 +267,7 @@ def _on_ranks(wanted: Asked) -> int:
 
 def main() -> int:
     """Measure and print; 1 if an output is wrong, 3 without a Hopper GPU."""
-    wanted = asked(__doc__, SHAPES, TOKENS, several_ranks=True)
+    wanted = asked(parser(__doc__), SHAPES, TOKENS, ranks=1)
     if wanted.ranks > 1:
         return _on_ranks(wanted)
     before = anchors()

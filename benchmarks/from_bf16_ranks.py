@@ -6,7 +6,6 @@ engines call, `mega_moe_from_bf16` on a buffer of the group.  A row's figure is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ from benchmarks.from_bf16 import CLAMP, part_of, row_of
 from megamoe_jit._bench.clock import anchors
 from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.measure import kernel_of, require_hopper, some_rows
-from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
+from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, shape_on_ranks
 from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._check.spawn import World
+from megamoe_jit._check.verify import buffer_sizes
 from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._layer.given_weights import WeightTensors
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import MoEShape
-from megamoe_jit.heuristics.presets import Preset
 
 
 class _Layer(RankWeights):
@@ -33,7 +32,7 @@ class _Layer(RankWeights):
         import torch.distributed as dist
 
         super().__init__(world, shape, weights)
-        sizes = (shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate)
+        sizes = buffer_sizes(shape, max_tokens)
         self.buffer = mm.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, device=world.device)
         self.buffer.prepare_all(weight_format=weights)
 
@@ -78,25 +77,3 @@ def measure_on_rank(world: World, shapes: list[list[Any]], tokens: list[int]) ->
         layer.buffer.destroy()
         del layer
     return {"environment": conditions, "anchors": [*card, anchors()]}
-
-
-def run(
-    layers: Sequence[tuple[Preset, str]], tokens: Sequence[int], ranks: int, note: Callable[[Mapping[str, Any]], None]
-) -> dict[str, Any] | None:
-    """Measure on several GPUs: those of torchrun if there is one, else with ranks started here.
-
-    Args:
-        layers: presets and formats of weights; each GPU gets the experts of one of a preset's ranks.
-        tokens: of each GPU.
-        ranks: how many GPUs.
-        note: called with each row as it is measured.
-
-    Returns:
-        Conditions, anchors of the slowest card and rows; None on the ranks of torchrun that have nothing to say.
-
-    Raises:
-        ConfigError: there are not as many GPUs.
-        MegaMoeError: a rank failed; says what all of them said.
-    """
-    arguments = {"shapes": [[*sizes_of(each), weights] for each, weights in layers], "tokens": sorted(tokens)}
-    return measured_on_ranks("benchmarks.from_bf16_ranks:measure_on_rank", ranks, arguments, note)

@@ -45,9 +45,9 @@ class Known:
         return next((card for card in self.cards if card.name in device), None)
 
 
-def load(path: Path = TARGETS) -> Known:
+def load() -> Known:
     """Read `targets.json`."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(TARGETS.read_text(encoding="utf-8"))
     cards = tuple(Card(name, c["anchors"] or {}, c["best"], c["must"], c["aim"]) for name, c in data["cards"].items())
     return Known(tuple(data["rows"]), cards, data["few_tokens"])
 

@@ -25,9 +25,8 @@ from typing import Any
 import torch
 
 import megamoe_jit as mm
-from benchmarks.checkout import commit
-from benchmarks.frame import hopper, parser, say
-from megamoe_jit._bench.conditions import environment, write
+from benchmarks.frame import hopper, keep, parser, say
+from megamoe_jit._bench.conditions import environment
 from megamoe_jit.heuristics.presets import preset
 from megamoe_jit.reference import calc_diff
 
@@ -182,25 +181,13 @@ def differences(model: Any, tokens: int) -> dict[str, dict[str, float]]:
     return {"logits_diff": logits, "experts_diff": experts}
 
 
-class Steps:
-    """What is timed.
-
-    Args:
-        batches: of decoding.
-        prefill: whether a prefill is timed.
-    """
-
-    def __init__(self, batches: Sequence[int] = BATCHES, prefill: bool = True) -> None:
-        self.batches, self.prefill = batches, prefill
-
-
 @torch.no_grad()
-def measure(model: Any, steps: Steps) -> Iterator[dict[str, Any]]:
-    """The rows; times are medians in milliseconds."""
-    for batch in steps.batches:
+def measure(model: Any, batches: Sequence[int], prefill: bool) -> Iterator[dict[str, Any]]:
+    """The rows, of decoding in such batches and perhaps of a prefill; times are medians in milliseconds."""
+    for batch in batches:
         times = _in_turns(model, batch, lambda: decode_ms(model, batch))  # noqa: B023
         yield {"step": "decode", "tokens": batch, **times}
-    if steps.prefill:
+    if prefill:
         yield {"step": "prefill", "tokens": PREFILL, **_in_turns(model, PREFILL, lambda: prefill_ms(model, PREFILL))}
 
 
@@ -209,7 +196,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['step']:10}{row['tokens']:7}{times}{row['grouped_mm_ms'] / row['megamoe_ms']:18.2f}"
 
 
-def _of_model(name: str, layers: int, steps: Steps, device: torch.device) -> dict[str, Any]:
+def _of_model(name: str, layers: int, batches: Sequence[int], prefill: bool, device: torch.device) -> dict[str, Any]:
     """Measure a model and print; what is known of it then."""
     import transformers
 
@@ -223,7 +210,7 @@ def _of_model(name: str, layers: int, steps: Steps, device: torch.device) -> dic
     say(f"{count} layers of {name}, transformers {transformers.__version__}, {diffs}")
     say(f"{'ms':10}{'tokens':>7}{names}{'times grouped_mm':>18}")
     rows = []
-    for row in measure(model, steps):
+    for row in measure(model, batches, prefill):
         rows.append(row)
         say(_line(row))
     return {"model": name, "layers": count, **diffs, "rows": rows}
@@ -245,16 +232,14 @@ def main() -> int:
     device = hopper(arguments)
     import transformers
 
-    chosen = options.batch or (() if options.prefill else BATCHES)
-    steps = Steps(chosen, options.prefill or not options.batch)
+    batches = options.batch or (() if options.prefill else BATCHES)
+    prefill = options.prefill or not options.batch
     found = []
     for name in options.model or MODELS:
-        found.append(_of_model(name, options.layers, steps, device))
+        found.append(_of_model(name, options.layers, batches, prefill, device))
         torch.cuda.empty_cache()
-    if options.output:
-        conditions = {**environment(commit()), "transformers": transformers.__version__}
-        head = {"schema_version": 2, "kind": "in_transformers", "environment": conditions}
-        write({**head, "models": found}, options.output)
+    conditions = {**environment(), "transformers": transformers.__version__}
+    keep("in_transformers", options.output, conditions, schema_version=2, models=found)
     return int(not all(each["experts_diff"]["megamoe"] <= MOST_DIFF for each in found))
 
 

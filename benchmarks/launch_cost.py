@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 
 import megamoe_jit as mm
-from benchmarks.frame import hopper, parser
+from benchmarks.frame import hopper, parser, say
 from megamoe_jit._check.scenarios import Scenario, make_inputs
+from megamoe_jit._check.verify import buffer_sizes
 from megamoe_jit._spec import MoEShape
 
 ROUNDS, BATCH = 200, 10
 
 
-def medians_us(calls: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median host microseconds of each call, ten of one between synchronisations, the calls taking turns."""
+def medians_us(calls: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, batch: int = BATCH) -> dict[str, float]:
+    """Median host microseconds of each call, a batch of one between synchronisations, the calls taking turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             torch.cuda.synchronize()
-            for _ in range(BATCH):
+            for _ in range(batch):
                 begin = time.perf_counter()
                 call()
                 times[name].append((time.perf_counter() - begin) * 1e6)
@@ -48,7 +48,7 @@ def measure() -> dict[str, float]:
     shape = MoEShape(512, 512, 8, 2)
     inputs = make_inputs(Scenario("launch", shape, 1, 1), "cuda")
     l1, l2 = mm.transform_weights_for_mega_moe_sm90(inputs.l1, inputs.l2)
-    buffer = mm.get_symm_buffer_for_mega_moe(None, shape.experts, 1, shape.topk, shape.hidden, shape.intermediate)
+    buffer = mm.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, 1))
     buffer.topk_idx.fill_(-1)
     y = torch.empty(1, shape.hidden, dtype=torch.bfloat16, device="cuda")
     mm.fp8_mega_moe(y, l1, l2, buffer)
@@ -75,10 +75,10 @@ def main() -> int:
     options = arguments.parse_args()
     hopper(arguments)
     result = measure()
-    lines = [json.dumps(result)] if options.json else [f"{k:24} {v:7.2f}" for k, v in result.items()]
-    sys.stdout.write("\n".join(lines) + "\n")
+    for line in [json.dumps(result)] if options.json else [f"{k:24} {v:7.2f}" for k, v in result.items()]:
+        say(line)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,12 +1,20 @@
-"""Tables in Markdown, what is said under them, and where they go in a document."""
+"""What reports are made of: documents of measurements, tables in Markdown, and where these go in a page."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
+
+
+def documents_of(kind: str, folder: Path) -> list[dict[str, Any]]:
+    """All documents of a kind that are in a folder, the newest last, by the date inside."""
+    docs = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
+    return sorted((doc for doc in docs if doc.get("kind") == kind), key=lambda doc: str(doc["environment"]["date"]))
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -26,12 +34,23 @@ def by_layer(rows: Iterable[Row], name: Callable[[Row], str]) -> tuple[list[int]
     return sorted({count for each in found.values() for count in each}), found
 
 
-def conditions(doc: Row) -> str:
-    """On what a document was measured, and when."""
-    env = doc["environment"]
-    ranks = [f"{env['ranks']} ranks"] if env.get("ranks", 1) > 1 else []
-    stack = f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}"
-    return ", ".join([env["device"], stack, *ranks, env["date"][:10], f"commit {env['commit']}"]) + "."
+def conditions(env: Row, *, power: bool = False, ranks: bool = True) -> str:
+    """On what was measured, and when, as a sentence.
+
+    Args:
+        env: the environment of a document.
+        power: say the power limit of the card.
+        ranks: say how many there were, if there were several.
+    """
+    parts = [env["device"]]
+    if power:
+        parts.append(f"power limit {env.get('power_limit_w', '?')} W")
+    parts.append(f"driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}")
+    if "transformers" in env:
+        parts.append(f"transformers {env['transformers']}")
+    if ranks and env.get("ranks", 1) > 1:
+        parts.append(f"{env['ranks']} ranks")
+    return ", ".join([*parts, env["date"][:10], f"commit {env['commit']}"]) + "."
 
 
 def put(text: str, name: str, body: str) -> str:

@@ -16,13 +16,13 @@ def _share(row: Mapping[str, Any]) -> float:
     return float(row["normalised_limit_share"] or row["limit_share"])
 
 
-def draw(doc: Mapping[str, Any], folder: Path, **names: str) -> list[Path]:
+def draw(doc: Mapping[str, Any], folder: Path, files: str = "{}.svg") -> list[Path]:
     """Draw a document, which may be an old one: its rows are judged anew.
 
     Args:
         doc: of `bench`.
         folder: made if it is not there.
-        names: `prefix`, `suffix` and `ending` of the files.
+        files: see `plot.draw`.
     """
     best = ("best_known_us", "best known kernel")
-    return plot.draw(judged(doc), folder, beside=BESIDE, share=_share, best=best, **names)
+    return plot.draw(judged(doc), folder, beside=BESIDE, share=_share, best=best, files=files)

@@ -21,29 +21,29 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import megamoe_jit as mm
-from benchmarks.beside import PACKAGE, another_checkout, module, put_beside
-from benchmarks.checkout import commit
-from benchmarks.frame import parser, say
+from benchmarks.beside import PACKAGE, another_checkout, put_beside
+from benchmarks.frame import asked, keep, parser, say
 from megamoe_jit._bench.clock import TimedCall, anchors
-from megamoe_jit._bench.conditions import environment, write
+from megamoe_jit._bench.conditions import environment
 from megamoe_jit._bench.measure import DEFAULT_TOKENS, kernel_of, some_rows
 from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, measured_on_ranks, shape_on_ranks, sizes_of
 from megamoe_jit._bench.rows import touched_experts
 from megamoe_jit._check.collect import refusal
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify import judge
+from megamoe_jit._check.verify import buffer_sizes, judge
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MXFP4, MoEShape
-from megamoe_jit.heuristics.presets import Preset, preset
+from megamoe_jit.heuristics.presets import Preset
 from megamoe_jit.reference import expert_counts
 
 SHAPES = ("v4-flash", "v4-pro", "mimo-v2.5", "mimo-v2.5-pro")
@@ -81,26 +81,21 @@ class Slice(RankWeights):
         super().__init__(world, shape, weights)
         self.name = name
         self.buffers = {}
-        sizes = most, shape.topk, shape.hidden, shape.intermediate
         for package in packages:
-            its = module(package)
+            its = import_module(package)
             if its is not mm:
                 its.mark_transformed(self.l1, self.l2)
-            for mode, group, experts in (
-                ("all", dist.group.WORLD, shape.experts),
-                ("one", None, self.own_shape.experts),
-            ):
-                self.buffers[package, mode] = its.get_symm_buffer_for_mega_moe(
-                    group, experts, *sizes, device=world.device
-                )
+            for mode, group, each in (("all", dist.group.WORLD, shape), ("one", None, self.own_shape)):
+                sizes = buffer_sizes(each, most)
+                self.buffers[package, mode] = its.get_symm_buffer_for_mega_moe(group, *sizes, device=world.device)
 
-    def call(self, package: str, mode: str, inputs: Inputs, y: torch.Tensor, **more: Any) -> TimedCall:
+    def call(self, package: str, mode: str, inputs: Inputs, y: torch.Tensor) -> TimedCall:
         """A call of a package in one of `MODES`, with the inputs of that mode."""
-        function = module(package).fp8_mega_moe
+        function = import_module(package).fp8_mega_moe
         buffer = self.buffers[package, "one" if mode == "one" else "all"]
 
         def run() -> object:
-            return function(y, self.l1, self.l2, buffer, activation_clamp=CLAMP, **more)
+            return function(y, self.l1, self.l2, buffer, activation_clamp=CLAMP)
 
         return TimedCall(run, lambda: inputs.stage(buffer))
 
@@ -193,18 +188,17 @@ def _row(layer: Slice, tokens: int, packages: Sequence[str], parts: Sequence[Map
     }
 
 
-def measure_on_rank(world: World, work: list[Any], packages: list[str], source: str) -> dict[str, Any]:
+def measure_on_rank(world: World, work: list[Any], packages: list[str]) -> dict[str, Any]:
     """What each rank does; rank 0 reports each row when all ranks have it.
 
     Args:
         world: where it is.
         work: name, hidden, intermediate, experts of one rank, top-k, tokens, and format of the weights.
         packages: which are timed; of packed weights the first alone.
-        source: the commit.
     """
     import torch.distributed as dist
 
-    conditions, card, timer = environment(source), [anchors()], RankTimer(world.device)
+    conditions, card, timer = environment(), [anchors()], RankTimer(world.device)
     for name, *sizes, tokens, weights in work:
         timed = packages if weights == FP8.name else packages[:1]
         torch.cuda.empty_cache()
@@ -263,46 +257,32 @@ def line_of(row: Mapping[str, Any]) -> str:
     return text + ("" if row["correct"] else "  WRONG")
 
 
-def run(
-    work: Sequence[Any], ranks: int, packages: Sequence[str], source: str, note: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    """Measure on processes started for it: conditions, anchors and rows."""
-    arguments = {"work": list(work), "packages": list(packages), "source": source}
-    found = measured_on_ranks("benchmarks.ranks:measure_on_rank", ranks, arguments, note)
-    if found is None:
-        raise RuntimeError("it starts its ranks itself: not under torchrun")
-    return found
-
-
 def main() -> int:
     """Measure and print; 1 if an output is wrong, 3 without as many GPUs."""
     arguments = parser(__doc__)
-    arguments.add_argument("--shapes", default=",".join(SHAPES))
-    arguments.add_argument("--tokens", default=",".join(map(str, DEFAULT_TOKENS)))
-    arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--weight-format", default=f"{FP8.name},{MXFP4.name}", help="packed ones: few tokens alone")
     arguments.add_argument("--before", type=another_checkout, help="a checkout whose code takes turns")
-    arguments.add_argument("--output", type=Path, help="write the rows as JSON")
-    options = arguments.parse_args()
-    presets = [preset(name) for name in options.shapes.split(",")]
-    tokens, formats = [int(count) for count in options.tokens.split(",")], options.weight_format.split(",")
-    reason = refusal(options.ranks)
+    wanted = asked(arguments, SHAPES, DEFAULT_TOKENS, ranks=2)
+    before, formats = wanted.options.before, wanted.options.weight_format.split(",")
+    reason = refusal(wanted.ranks)
     if reason:  # before kernels are compiled for minutes
         arguments.exit(3, f"Error: {reason}\n")
     with tempfile.TemporaryDirectory(prefix="megamoe-jit-before-") as folder:
         packages = [PACKAGE]
-        if options.before is not None:
-            put_beside(options.before, BEFORE, Path(folder))
+        if before is not None:
+            put_beside(before, BEFORE, Path(folder))
             packages.append(BEFORE)
-        warm(presets, options.ranks, packages, formats)
+        warm(wanted.presets, wanted.ranks, packages, formats)
         work = []
-        for each in presets:
+        for each in wanted.presets:
             for weights in formats:
-                counts = [t for t in tokens if weights == FP8.name or t in PACKED_TOKENS]
+                counts = [t for t in wanted.tokens if weights == FP8.name or t in PACKED_TOKENS]
                 work.append([*sizes_of(each), counts, weights])
-        found = run(work, options.ranks, packages, commit(), lambda row: say(line_of(row)))
-    if options.output is not None:
-        write({"schema_version": 1, "kind": "ranks", **found}, options.output)
+        target, given = "benchmarks.ranks:measure_on_rank", {"work": work, "packages": packages}
+        found = measured_on_ranks(target, wanted.ranks, given, lambda row: say(line_of(row)))
+    if found is None:
+        raise RuntimeError("it starts its ranks itself: not under torchrun")
+    keep("ranks", wanted.output, found.pop("environment"), **found)
     return int(not all(row["correct"] and (row["before"] or {"same_bits": True})["same_bits"] for row in found["rows"]))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,8 @@ from typing import Any
 
 from benchmarks import goals, report_bf16, report_models, report_others, report_ranks
 from benchmarks.checkout import ROOT
-from benchmarks.markdown import put, table
-from megamoe_jit._bench.derived import choice_quality
+from benchmarks.markdown import conditions, documents_of, put, table
+from megamoe_jit._cli._io import cell
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 DOCUMENT, PARALLEL, README = DOCS / "performance.md", DOCS / "expert-parallel.md", ROOT / "README.md"
@@ -53,19 +52,16 @@ def card_of(doc: Mapping[str, Any]) -> str:
     return card.name.lower()
 
 
-def newest(folder: Path = RESULTS, kind: str = "bench", ranks: int = 1) -> dict[str, Path]:
-    """The newest document of this kind and number of ranks for each card, by the date inside."""
-    found: dict[str, tuple[str, Path]] = {}
-    for path in sorted(folder.glob("*.json")):
-        doc = json.loads(path.read_text(encoding="utf-8"))
-        if doc.get("kind") != kind or doc["environment"].get("ranks", 1) != ranks:
+def newest(kind: str, ranks: int = 1, folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The newest document of this kind and number of ranks for each card, in the order of the cards' names."""
+    found = {}
+    for doc in documents_of(kind, folder):
+        if doc["environment"].get("ranks", 1) != ranks:
             continue
         if kind == "bench" and not any(row["best_known_us"] for row in doc["rows"]):  # shapes without goals
             continue
-        dated = doc["environment"]["date"], path
-        name = card_of(doc)
-        found[name] = max(found.get(name, dated), dated)
-    return {name: path for name, (_, path) in found.items()}
+        found[card_of(doc)] = doc
+    return dict(sorted(found.items()))
 
 
 def _goal(row: Mapping[str, Any]) -> str:
@@ -76,29 +72,26 @@ def _goal(row: Mapping[str, Any]) -> str:
 
 
 def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
-    def figure(value: float | None, digits: int = 0, unit: str = "") -> str:
-        return "-" if value is None else f"{value:.{digits}f}{unit}"
-
     time = row["normalised_us"] or row["median_us"]
     best, limit = row["best_known_us"], row["limit_us"]
     return (
         row["shape"],
         str(row["tokens"]),
         row["kernel"],
-        figure(row["median_us"]),
-        figure(row["normalised_us"]),
-        figure(best),
-        figure(best / time if best else None, 2),
-        figure(limit),
-        figure(100 * limit / time if limit else None, 0, " %"),
+        cell(row["median_us"], ".0f"),
+        cell(row["normalised_us"], ".0f"),
+        cell(best, ".0f"),
+        cell(best / time if best else None, ".2f"),
+        cell(limit, ".0f"),
+        cell(100 * limit / time if limit else None, ".0f", " %"),
         row["bound"] or "-",
         _goal(row),
     )
 
 
-def _sentences(rows: Sequence[Mapping[str, Any]], variant: str) -> list[str]:
+def _sentences(doc: Mapping[str, Any], variant: str) -> list[str]:
     said = []
-    for part in goals.summarise(rows):
+    for part in doc["summary"]:
         if part["variant"] != variant:
             continue
         words = []
@@ -112,7 +105,7 @@ def _sentences(rows: Sequence[Mapping[str, Any]], variant: str) -> list[str]:
         if part["few_rows"]:
             words.append(f"below the table {part['few_met']} of {part['few_rows']} reach the limit + 40 µs")
         said.append(f"{part['basis'].capitalize()}: {'; '.join(words)}.")
-    choice = choice_quality(rows)
+    choice = doc["choice"]
     if choice:
         said.append(
             f"The automatic choice is within 3 % of the best forced variant on {choice['close']} of {choice['rows']} "
@@ -144,18 +137,16 @@ def _against_verified(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
 
 def text_of(doc: Mapping[str, Any]) -> str:
     """The Markdown of one document: conditions, sentences, table."""
-    env, anchors = doc["environment"], doc["anchors"]
-    rows = goals.annotate(doc["rows"], env["device"], anchors, goals.load())
+    doc = goals.judged(doc)
+    anchors, rows = doc["anchors"], doc["rows"]
     variant = "auto" if any(row["variant"] == "auto" for row in rows) else rows[0]["variant"]
     dense = [anchor[goals.DENSE] for anchor in anchors]
     read = [anchor[goals.READ] for anchor in anchors]
-    conditions = (
-        f"{env['device']}, power limit {env.get('power_limit_w', '?')} W, driver {env['driver']}, "
-        f"CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}, "
-        f"{env['date'][:10]}, commit {env['commit']}. "
+    measured = (
+        f"{conditions(doc['environment'], power=True)} "
         f"Anchors: dense FP8 {min(dense):.0f} to {max(dense):.0f} TFLOPS, read {min(read):.2f} to {max(read):.2f} TB/s."
     )
-    lines = [conditions, "", *_sentences(rows, variant), ""]
+    lines = [measured, "", *_sentences(doc, variant), ""]
     lines += table(HEAD, [_line(row) for row in rows if row["variant"] == variant])
     if all(row["normalised_us"] for row in rows):  # the targets' kernels were measured on this kind of card
         lines.insert(4, _against_verified(rows, variant))  # after both geometric means
@@ -165,10 +156,10 @@ def text_of(doc: Mapping[str, Any]) -> str:
 def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     """Some rows of both cards side by side, and what the cards gave."""
     cards = ("h200", "h100")
+    docs = {card: goals.judged(docs[card]) for card in cards}
     found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for card in cards:
-        doc = docs[card]
-        for row in goals.annotate(doc["rows"], doc["environment"]["device"], doc["anchors"], goals.load()):
+        for row in docs[card]["rows"]:
             if row["variant"] == "auto" and row["tokens"] in README_TOKENS and row["best_known_us"]:
                 found.setdefault((row["shape"], row["tokens"]), {})[card] = row
     head = ("layer (an eighth of its experts)", "tokens", "H200, µs", "normalised", "best known", "ratio")
@@ -182,7 +173,7 @@ def readme_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     lines = table((*head, "H100, µs", "best known", "ratio"), cells)
     for card in cards:
         env, dense = docs[card]["environment"], [anchor[goals.DENSE] for anchor in docs[card]["anchors"]]
-        parts = {part["basis"]: part for part in goals.summarise(docs[card]["rows"]) if part["variant"] == "auto"}
+        parts = {part["basis"]: part for part in docs[card]["summary"] if part["variant"] == "auto"}
         means = ", ".join(f"{part['faster']:.2f} {basis}" for basis, part in parts.items() if part["faster"])
         lines += [
             "",
@@ -207,19 +198,15 @@ def floor_table(docs: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(table(("card", "layer", *map(str, tokens)), cells))
 
 
-def _newest_documents(kind: str, ranks: int = 1) -> dict[str, dict[str, Any]]:
-    return {card: json.loads(path.read_text(encoding="utf-8")) for card, path in newest(kind=kind, ranks=ranks).items()}
-
-
 def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     """What each document should be."""
     texts = {path: path.read_text(encoding="utf-8") for path in (DOCUMENT, PARALLEL, README)}
     for card, doc in docs.items():
         texts[DOCUMENT] = put(texts[DOCUMENT], card, text_of(doc))
-    texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(_newest_documents("floor")))
-    called = [doc for ranks in RANKS for doc in _newest_documents("from_bf16", ranks).values()]
+    texts[DOCUMENT] = put(texts[DOCUMENT], "floor", floor_table(newest("floor")))
+    called = [doc for ranks in RANKS for doc in newest("from_bf16", ranks).values()]
     models = report_models.newest_models(RESULTS)
-    beside = list(_newest_documents("others").values())
+    beside = list(newest("others").values())
     if called:
         texts[DOCUMENT] = put(texts[DOCUMENT], "from-bf16", report_bf16.full(called))
         texts[README] = put(texts[README], "from-bf16", report_bf16.compact(called))
@@ -234,8 +221,8 @@ def documents(docs: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
         "conditions": report_ranks.conditions(ranks),
         "growth": f"{report_ranks.growth_table(ranks)}\n\n{report_ranks.aims(ranks)}",
         "unfused": report_ranks.unfused_table(unfused),
-        "remote": report_ranks.remote_table(RESULTS),
-        "packed": report_ranks.packed_table(RESULTS),
+        "remote": report_ranks.remote_table(RESULTS, "fp8"),
+        "packed": report_ranks.remote_table(RESULTS, "mxfp4"),
         "model": report_ranks.model_table(RESULTS),
     }.items():
         if body:
@@ -250,7 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    docs = _newest_documents("bench")
+    docs = newest("bench")
     texts = documents(docs)
     if options.check:
         return int(any(text != path.read_text(encoding="utf-8") for path, text in texts.items()))
@@ -260,7 +247,7 @@ def main() -> int:
     from benchmarks.plots import draw
 
     for card, doc in docs.items():
-        draw(doc, DOCS, prefix="performance-", suffix=f"-{card}")
+        draw(doc, DOCS, f"performance-{{}}-{card}.svg")
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return 0

@@ -78,7 +78,8 @@ def compact(docs: Documents) -> str:
             for shape, rows in layers.items()
             for what, field in COMPACT
         ]
-        lines += [*table(("layer", "µs of", *map(str, tokens)), cells), "", _host(doc["rows"]), conditions(doc), ""]
+        lines += [*table(("layer", "µs of", *map(str, tokens)), cells), "", _host(doc["rows"])]
+        lines += [conditions(doc["environment"]), ""]
     return "\n".join(lines[:-1])
 
 
@@ -91,5 +92,5 @@ def full(docs: Documents) -> str:
         cells = [
             (_layer(row), str(row["tokens"]), *(f"{row[field]:.1f}" for _, field in FULL), _said(row)) for row in rows
         ]
-        lines += [conditions(doc), _host(rows), _once(doc), "", *table(head, cells), ""]
+        lines += [conditions(doc["environment"]), _host(rows), _once(doc), "", *table(head, cells), ""]
     return "\n".join(lines[:-1])

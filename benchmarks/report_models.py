@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks.markdown import conditions, documents_of, table
 
 #: A model's part of a document, and the environment of that.
 Measured = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -16,9 +15,8 @@ IMPLEMENTATIONS = ("megamoe", "grouped_mm", "eager")
 
 def newest_models(folder: Path) -> dict[str, Measured]:
     """By model, in the order of their names."""
-    docs = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    ours = sorted((doc for doc in docs if doc.get("kind") == "in_transformers"), key=lambda d: d["environment"]["date"])
-    found: dict[str, Measured] = {part["model"]: (part, doc["environment"]) for doc in ours for part in doc["models"]}
+    docs = documents_of("in_transformers", folder)
+    found: dict[str, Measured] = {part["model"]: (part, doc["environment"]) for doc in docs for part in doc["models"]}
     return dict(sorted(found.items()))
 
 
@@ -35,12 +33,7 @@ def _rates(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _conditions(models: Mapping[str, Measured]) -> str:
-    said = {
-        f"{env['device']}, driver {env['driver']}, CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch "
-        f"{env.get('torch')}, transformers {env['transformers']}, {env['date'][:10]}, commit {env['commit']}."
-        for _, env in models.values()
-    }
-    return "\n".join(sorted(said))
+    return "\n".join(sorted({conditions(env) for _, env in models.values()}))
 
 
 def compact(models: Mapping[str, Measured]) -> str:

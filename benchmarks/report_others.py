@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import by_layer, conditions, table
+from megamoe_jit._cli._io import cell
 
 PUBLISHED = Path(__file__).parent / "published_mxfp4.json"
 OWN = {"kernel": "this kernel alone", "layer": "this layer"}
@@ -27,16 +28,13 @@ def _lines(shape: str, rows: Mapping[int, Mapping[str, Any]], counts: Sequence[i
     for name in names:
         times: list[float | None] = [rows[count]["times_us"].get(name) if count in rows else None for count in counts]
         diffs = [row["diffs"][name] for row in rows.values() if name in row["times_us"]]
-        lines.append((shape, OWN.get(name) or name, *_figures(times, 1), f"{max(diffs):.1e}"))
+        figures = (cell(us, ".1f") for us in times)
+        lines.append((shape, OWN.get(name) or name, *figures, f"{max(diffs):.1e}"))
     ratios: list[float | None] = []
     for count in counts:
         best = _best_of(rows[count]) if count in rows else None
         ratios.append(best / rows[count]["times_us"]["layer"] if best else None)
-    return [*lines, (shape, "**times as fast as the fastest other**", *_figures(ratios, 2), "")]
-
-
-def _figures(values: Sequence[float | None], digits: int) -> list[str]:
-    return ["-" if value is None else f"{value:.{digits}f}" for value in values]
+    return [*lines, (shape, "**times as fast as the fastest other**", *(cell(each, ".2f") for each in ratios), "")]
 
 
 def measured(docs: Documents) -> str:
@@ -47,7 +45,8 @@ def measured(docs: Documents) -> str:
         head = ("layer", "µs of", *map(str, counts), "off by")
         cells = [line for shape, rows in layers.items() for line in _lines(shape, rows, counts)]
         refused = sorted({f"{name}: {why}" for row in doc["rows"] for name, why in row["refused"].items()})
-        lines += [conditions(doc), "", *table(head, cells), *(f"\nNot timed: {each}." for each in refused), ""]
+        lines += [conditions(doc["environment"]), "", *table(head, cells)]
+        lines += [*(f"\nNot timed: {each}." for each in refused), ""]
     return "\n".join(lines[:-1])
 
 

@@ -6,12 +6,12 @@ slice of the layer.  What is more, in µs and %, is taken within a row; times of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks import markdown
+from benchmarks.markdown import documents_of, table
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -25,9 +25,7 @@ MEETINGS_US = 5.0  #: what two meetings of the ranks take where no row is remote
 
 def _documents(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Of several ranks, the newest last."""
-    docs = (json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json"))
-    several = [doc for doc in docs if doc.get("kind") == kind and doc["environment"].get("ranks", 1) > 1]
-    return sorted(several, key=lambda doc: doc["environment"]["date"])
+    return [doc for doc in documents_of(kind, folder) if doc["environment"].get("ranks", 1) > 1]
 
 
 def _as_bench(row: Row) -> dict[str, Any]:
@@ -69,13 +67,7 @@ def conditions(rows: Rows) -> str:
     """Where and when the rows were measured, each once."""
     said: dict[str, set[int]] = {}
     for row in rows:
-        env = row["environment"]
-        where = (
-            f"{env['device']}, power limit {env.get('power_limit_w', '?')} W, driver {env['driver']}, "
-            f"CUDA {env.get('cuda')}, NVRTC {env['nvrtc']}, torch {env.get('torch')}, {env['date'][:10]}, "
-            f"commit {env['commit']}."
-        )
-        said.setdefault(where, set()).add(row["ranks"])
+        said.setdefault(markdown.conditions(row["environment"], power=True, ranks=False), set()).add(row["ranks"])
     return "\n".join(f"{' and '.join(map(str, sorted(ranks)))} ranks: {where}" for where, ranks in said.items())
 
 
@@ -154,7 +146,7 @@ def _remote_rows(folder: Path, weights: str) -> list[dict[str, Any]]:
     return next((rows for rows in reversed(list(by_document)) if rows), [])
 
 
-def remote_table(folder: Path, weights: str = "fp8") -> str:
+def remote_table(folder: Path, weights: str) -> str:
     """What is more by how many rows are remote; of the newest document of `benchmarks.ranks`.
 
     Args:
@@ -192,11 +184,6 @@ def model_table(folder: Path) -> str:
     cells = [(r["shape"], str(r["tokens"]), *(_modelled(r, ranks) for ranks in AIMS)) for r in rows]
     head = ("layer", "tokens", *(f"{ranks} ranks" for ranks in AIMS))
     return "\n".join(table(head, cells)) if rows else ""
-
-
-def packed_table(folder: Path) -> str:
-    """`remote_table` of packed weights."""
-    return remote_table(folder, "mxfp4")
 
 
 def _times_faster(row: Row) -> tuple[str, str]:

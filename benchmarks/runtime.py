@@ -159,10 +159,6 @@ import cuda.bindings.nvrtc, jinja2
 from pathlib import Path
 from megamoe_jit._jit.obtain import get_kernel
 from megamoe_jit._jit.runtime import enumerate_specs
-from megamoe_jit._spec import KernelSpec
-from megamoe_jit._spec.compilable import Compilable
-from megamoe_jit._spec.formats import FP8, MXFP4
-from megamoe_jit._spec.any_layer import StageFormat, StageSpec
 from megamoe_jit._compile.toolchain import find_toolchain
 from megamoe_jit.heuristics.presets import preset
 spec = enumerate_specs(preset("v4-flash").shape)[0]

@@ -7,15 +7,14 @@ Needs a Hopper GPU.  The kernel that writes records is another kernel, a little 
 
 from __future__ import annotations
 
-import math
-import sys
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.frame import hopper, parser
-from benchmarks.timeline_records import Record, decode, summary, words, write_trace
+from benchmarks.frame import hopper, parser, say
+from benchmarks.timeline_records import Record, decode, summary, trace, words
 from megamoe_jit._bench.clock import FLUSH_BYTES
 from megamoe_jit._bench.measure import Layer, cases
 from megamoe_jit._check.scenarios import make_inputs
@@ -32,7 +31,7 @@ def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[
     inputs = make_inputs(case, device, weights=layer.weights)
     y = torch.empty(tokens, case.shape.hidden, dtype=torch.bfloat16, device=device)
     plan = layer.buffer.plan(tokens, variant, case.numerics, None)
-    spec = replace(layer.buffer.spec(plan.choice.variant, case.numerics), timeline=True)
+    spec = replace(plan.kernel.spec, timeline=True)
     room = torch.zeros(words(plan.num_sms), dtype=torch.int64, device=device)
     kernel = BoundKernel(spec, layer.buffer.place, timeline=room.data_ptr())
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -40,19 +39,10 @@ def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[
         inputs.stage(layer.buffer)
         room.zero_()
         flush.zero_()
-        layer.buffer.launch(
-            replace(plan, kernel=kernel),
-            y=y,
-            tokens=tokens,
-            l1=layer.l1,
-            l2=layer.l2,
-            stats=None,
-            clamp=math.inf if case.clamp is None else case.clamp,
-        )
+        layer.launch(replace(plan, kernel=kernel), y, case)
         layer.buffer.check()
-    records = decode(room.cpu())
-    layer.buffer.destroy()
-    return records
+    layer.close()
+    return decode(room.cpu())
 
 
 def main() -> int:
@@ -68,15 +58,14 @@ def main() -> int:
     records = record(options.shape, options.tokens, options.variant, device)
     if options.trace:
         title = f"{torch.cuda.get_device_name()}: {options.shape}, {options.tokens} tokens"
-        write_trace(options.trace, records, title, range(0, 1 << 16, options.every))
-    lines = ["role         what                 count   median us  longest us  share"]
-    lines += [
-        f"{s['role']:12} {s['what']:20} {s['count']:5} {s['median_us']:11.2f} {s['longest_us']:11.2f} {s['share']:6.1%}"
-        for s in summary(records)
-    ]
-    sys.stdout.write("\n".join(lines) + "\n")
+        found = trace(records, title, range(0, 1 << 16, options.every))
+        options.trace.write_text(json.dumps(found), encoding="utf-8")
+    say("role         what                 count   median us  longest us  share")
+    for part in summary(records):
+        times = f"{part['median_us']:11.2f} {part['longest_us']:11.2f} {part['share']:6.1%}"
+        say(f"{part['role']:12} {part['what']:20} {part['count']:5} {times}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -7,11 +7,9 @@ Room that was not used is zero.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megamoe_jit._spec.abi import RECORD_WORDS, RECORDS, Role, Span
@@ -38,10 +36,6 @@ def words(blocks: int) -> int:
     return blocks * len(ROLES) * RECORDS * RECORD_WORDS
 
 
-def _name(names: tuple[str, ...], number: int) -> str:
-    return names[number] if number < len(names) else str(number)
-
-
 def decode(data: Any) -> list[Record]:
     """Read what the kernel wrote.
 
@@ -52,7 +46,7 @@ def decode(data: Any) -> list[Record]:
         Records by begin; room that was not used is left out.
     """
     found = [
-        Record(who >> 16, _name(ROLES, who >> 8 & 255), _name(SPANS, who & 255), index, begin, end)
+        Record(who >> 16, ROLES[who >> 8 & 255], SPANS[who & 255], index, begin, end)
         for who, index, begin, end in data.reshape(-1, RECORD_WORDS).tolist()
         if end
     ]
@@ -69,23 +63,17 @@ def trace(records: Iterable[Record], title: str = "megamoe", blocks: Container[i
     """
     shown = [record for record in records if blocks is None or record.block in blocks]
     start = min((record.begin for record in shown), default=0)
-    lines = {(r.block, r.role): r.block * len(ROLES) + ROLES.index(r.role) for r in shown if r.role in ROLES}
+    lines = {(r.block, r.role): r.block * len(ROLES) + ROLES.index(r.role) for r in shown}
     events: list[dict[str, Any]] = [{"ph": "M", "pid": 0, "name": "process_name", "args": {"name": title}}]
     for (block, role), line in sorted(lines.items(), key=lambda item: item[1]):
         name = {"name": f"block {block} {role}"}
         events.append({"ph": "M", "pid": 0, "tid": line, "name": "thread_name", "args": name})
     for r in shown:
-        line = lines.get((r.block, r.role), -1)
         times = {"ts": (r.begin - start) / 1e3, "dur": (r.end - r.begin) / 1e3}
         category = "wait" if r.what in WAITS else "work"
-        args = {"index": r.index}
-        events.append({"ph": "X", "pid": 0, "tid": line, "name": r.what, "cat": category, **times, "args": args})
+        what = {"name": r.what, "cat": category, **times, "args": {"index": r.index}}
+        events.append({"ph": "X", "pid": 0, "tid": lines[r.block, r.role], **what})
     return {"traceEvents": events, "displayTimeUnit": "ns"}
-
-
-def write_trace(path: Path, records: Iterable[Record], title: str = "megamoe", blocks: Any = None) -> None:
-    """Write `trace` to a file."""
-    path.write_text(json.dumps(trace(records, title, blocks)), encoding="utf-8")
 
 
 def summary(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -101,7 +89,7 @@ def summary(records: Iterable[Record]) -> list[dict[str, Any]]:
     launch = max(r.end for r in shown) - min(r.begin for r in shown)
     room = max(1, launch * len({r.block for r in shown}))
     found = []
-    for role in dict.fromkeys((*ROLES, *(r.role for r in shown))):
+    for role in ROLES:
         mine = [r for r in shown if r.role == role]
         groups = {what: [r for r in mine if r.what == what] for what in dict.fromkeys(r.what for r in mine)}
         if mine:

@@ -21,7 +21,7 @@ import torch
 
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_of, written_parts
+from megamoe_jit._layer.given_weights import WeightTensors, check_pairs, format_of, written
 from megamoe_jit._layer.marks import require_plain
 from megamoe_jit._layer.quantize import dequantize_activations, quantize_activations, require_tensor
 from megamoe_jit._spec import BLOCK, MAX_EXPERTS, check_clamp, check_flag, check_int
@@ -179,9 +179,8 @@ def _check(
 ) -> None:
     """Raise `ConfigError` unless the arguments of `moe_reference` fit together."""
     stored = check_pairs(l1, l2, ordered=False)
-    for matrix, tensors in (("l1", l1), ("l2", l2)):
-        for what, each in zip(("weights", "exponents"), written_parts(tensors, stored), strict=False):
-            require_plain(matrix, each, what=what)
+    for matrix, what, each in written(l1, l2, stored):
+        require_plain(matrix, each, what=what)
     if l1[0].ndim != 3:
         raise ConfigError(f"l1 weights have shape {tuple(l1[0].shape)}; allowed: [experts, 2I, H]")
     _check_ids(ids)

@@ -286,8 +286,8 @@ MUTANTS = (
     Mutant(
         "nodes: a rank without tokens makes no call",
         "megamoe_jit/_nodes/buffer.py",
-        "        self._begin(tokens, rows)\n        self.wait_for_last()",
-        "        if not tokens:\n            return\n        self._begin(tokens, rows)\n        self.wait_for_last()",
+        "                self._run_across(y, rows, l1, l2, options)",
+        "                tokens and self._run_across(y, rows, l1, l2, options)",
         "nodes/test_layer.py::test_every_route_has_the_bits_that_the_definition_says",
     ),
     Mutant(
@@ -314,7 +314,7 @@ MUTANTS = (
     Mutant(
         "nodes: a loss leaves the node's buffer as it was",
         "megamoe_jit/_nodes/memory.py",
-        "            experts.poison(error)",
+        "            experts.buffer.poison(error)",
         "            experts.has_fault()",
         "nodes/test_one_node.py::test_a_loss_names_node_and_rank_poisons_and_destroy_asks_nobody",
     ),

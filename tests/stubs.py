@@ -13,7 +13,7 @@ from typing import Any
 from megamoe_jit._cache.identity import cache_key, source_id
 from megamoe_jit._cache.metadata import dump_metadata
 from megamoe_jit._compile.render import render
-from megamoe_jit._compile.toolchain import Toolchain, options_for
+from megamoe_jit._compile.toolchain import options_for
 
 KEY = "ab" + "0" * 62
 OTHER = "cd" + "1" * 62
@@ -66,15 +66,13 @@ def fake_kernel(
     options: Sequence[str] = ("--gpu-architecture=sm_90a",),
 ) -> tuple[Any, ...]:
     """Key, binary, source and metadata of a kernel that is what its key names: what `EntryStore.store` takes."""
-    major, minor = map(int, version.split("."))
-    compiler = Toolchain(Path("/lib/libnvrtc.so"), (major, minor), "build")
     about = {
         "entry": entry,
         "options": list(options),
         "source_id": source_id(source, options, entry, "sm_90a"),
         "nvrtc": {"version": version, "build": "build", "path": "/lib/libnvrtc.so"},
     }
-    key = cache_key(source, options, entry, "sm_90a", compiler)
+    key = cache_key(source, options, entry, "sm_90a", version, "build")
     return key, fake_cubin(body, entry), source, about
 
 

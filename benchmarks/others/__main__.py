@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 import megamoe_jit as mm
-from benchmarks.frame import asked, keep, rows_by_shape
+from benchmarks.frame import asked, keep, parser, rows_by_shape
 from benchmarks.others.humming import KINDS
 from benchmarks.others.marlin import Marlin
 from benchmarks.others.ogs import TritonKernels
@@ -161,7 +161,7 @@ def rows_of(
 
 def main() -> int:
     """Measure and print; 1 if an output of this layer is wrong, 3 without a Hopper GPU."""
-    wanted = asked(__doc__, SHAPES, TOKENS)
+    wanted = asked(parser(__doc__), SHAPES, TOKENS)
     before = anchors()
     rows = rows_of(wanted.presets, wanted.tokens, wanted.device)
     keep("others", wanted.output, anchors=[before, anchors()], rows=rows)

@@ -14,9 +14,10 @@
 // proxy fence of its own (LoadActivations::wait_rows).
 #pragma once
 #include "comm/timeline.cuh"
+#include "dispatch/pairs.cuh"
 #include "dispatch/places.cuh"
 #include "dispatch/scales.cuh"
-#include "dispatch/sort.cuh"
+#include "layout/shared.cuh"
 #include "pipe/pool_ring.cuh"
 #include "pipe/ring.cuh"
 #include "sched/order.cuh"
@@ -62,11 +63,11 @@ template <class C> struct Gather {
     MEGA_DEVICE const u8* row_address(u32 from) const {
         if (kKeepsPlaces<C> && from >= Places<C>::kHere)
             return p.act1_pool + u64(from - Places<C>::kHere) * C::kHidden;
-        const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
+        const u32 token = (from & kPairMask) / C::kTopK;
         return symmetric<const u8>(p, from >> kPairBits, p.x) + u64(token) * C::kHidden;
     }
     MEGA_DEVICE const float* row_scales(u32 from) const {
-        const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
+        const u32 token = (from & kPairMask) / C::kTopK;
         return symmetric<const float>(p, from >> kPairBits, p.x_scales) +
                u64(token) * (C::kHidden / kQuantBlock);
     }
@@ -163,8 +164,8 @@ template <class C> struct Gather {
         if (ptx::lane_id() == 0) timeline.done(Span::gather);
     }
 
-    static constexpr u32 kChunks = ceil_div(C::kHidden,
-                                            kDispatchChunk);   // of a row; the last may be shorter
+    // of a row; the last may be shorter
+    static constexpr u32 kChunks = ceil_div(C::kHidden, kDispatchChunk);
     MEGA_DEVICE static u32 chunk_bytes(u32 c) {
         return min_u32(kDispatchChunk, C::kHidden - c % kChunks * kDispatchChunk);
     }

@@ -11,7 +11,6 @@
 // Where the pools are rings, a place is only recorded if no later row of this launch will be written there.
 #pragma once
 #include "layout/params.cuh"
-#include "ptx/control.cuh"
 #include "ptx/memory.cuh"
 #include "sched/experts.cuh"
 
@@ -36,7 +35,7 @@ template <class C> struct Places {
 
     /// The word of the token of an origin.
     MEGA_DEVICE u32* word(u32 from) const {
-        const u32 token = (from & ((1u << kPairBits) - 1)) / C::kTopK;
+        const u32 token = (from & kPairMask) / C::kTopK;
         return p.row_places + (from >> kPairBits) * (p.most_pairs / C::kTopK) + token;
     }
     /// Where to copy a row from: kHere + its place in the pool if there is one, else its origin.

@@ -31,12 +31,12 @@ template <class C> struct OwnRowScales {
 /// needed.  Lane l works on row l % rows.  The first kHeld vectors of a lane wait in registers; `store` loads the others.
 template <class C> struct Scales {
     static constexpr u32 kBlocks = C::kHidden / kQuantBlock;
-    static constexpr bool kAligned = kBlocks % 4 ==
-                                     0;   // else a row begins in the middle of a vector
-    static constexpr u32 kVectors = kAligned ? kBlocks / 4
-                                             : (kBlocks + 6) / 4;   // that a row may touch
-    static constexpr u32 kMostRows = 8;
-    static constexpr u32 kHeld = min_u32(4, ceil_div(kVectors* kMostRows, kWarp));
+    // else a row begins in the middle of a vector
+    static constexpr bool kAligned = kBlocks % 4 == 0;
+    // that a row may touch
+    static constexpr u32 kVectors = kAligned ? kBlocks / 4 : (kBlocks + 6) / 4;
+    static constexpr u32 kMostRows = 8, kMostVectors = kMostRows * kVectors;
+    static constexpr u32 kHeld = min_u32(4, ceil_div(kMostVectors, kWarp));
 
     u32 shift, skew = 0;   // skew: how many scales of the row before are in this row's first vector
     const u8* from = nullptr;   // that vector; null: this lane has no row

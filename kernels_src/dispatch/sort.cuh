@@ -10,31 +10,14 @@
 // Pairs with a masked slot (-1, or any id that is no expert) are left out here and appear nowhere later but in combine, which skips
 // them.  The order of an expert's pairs within one slice is up to atomics; no result depends on it, since rows never mix.
 #pragma once
-#include "comm/barriers.cuh"
 #include "comm/sides.cuh"
 #include "dispatch/pairs.cuh"
+#include "dispatch/scan.cuh"
 #include "layout/shared.cuh"
 #include "sched/experts.cuh"
 #include "stage/inputs.cuh"
 
 namespace megamoe {
-
-/// Exclusive prefix sums by a warp, over as many values as there are calls times 32.
-struct WarpScan {
-    u32 total = 0;
-    MEGA_DEVICE u32 exclusive(u32 value) {
-        u32 sum = value;
-// like all loops of the head: unrolled they take long to compile, and nothing is gained
-#pragma unroll 1
-        for (u32 d = 1; d < kWarp; d *= 2) {
-            const u32 other = __shfl_up_sync(~0u, sum, d);
-            if (ptx::lane_id() >= d) sum += other;
-        }
-        const u32 before = total + sum - value;
-        total += __shfl_sync(~0u, sum, kWarp - 1);
-        return before;
-    }
-};
 
 template <class C> struct Sort {
     static constexpr u32 kExperts = C::kExperts;

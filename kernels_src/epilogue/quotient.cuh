@@ -1,10 +1,13 @@
 // Divisions of the requantisation (epilogue/) and of staging (stage/quantise.cuh) without `__fdiv_rn`, which would bring a slow path
 // for very large and very small numbers, a function, into the math warps.  Numbers here are not of that kind: a largest magnitude is
-// 1e-10 or more, and the reciprocal of its scale a normal number.  Infinity gives NaN; a row that has it is NaN either way.
+// kLeastMagnitude or more, and the reciprocal of its scale a normal number.  Infinity gives NaN; a row that has it is NaN either way.
 #pragma once
 #include "ptx/convert.cuh"
 
 namespace megamoe {
+
+// what counts as the largest magnitude of a quantisation block that has only smaller ones
+constexpr float kLeastMagnitude = 1e-10f;
 
 /// The scale of a quantisation block: its largest magnitude / 448, correctly rounded.
 MEGA_DEVICE float quant_scale(float largest) {

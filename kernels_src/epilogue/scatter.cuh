@@ -3,15 +3,13 @@
 #pragma once
 #include "epilogue/staging.cuh"
 #include "mma/block_scaled.cuh"
-#include "ptx/convert.cuh"
 
 namespace megamoe {
 
 /// Where the result of a row goes that came from `origin`, a word of `row_pairs`: column 0 of its slot, at the rank that holds
 /// its token.
 template <class C> MEGA_DEVICE u8* combine_row(const Params& p, u32 origin) {
-    const u32 rank = C::kRanks == 1 ? 0 : origin >> kPairBits,
-              pair = origin & ((1u << kPairBits) - 1);
+    const u32 rank = C::kRanks == 1 ? 0 : origin >> kPairBits, pair = origin & kPairMask;
     return symmetric<u8>(p, rank, p.combine) + u64(pair) * (C::kHidden * 2);
 }
 

@@ -3,12 +3,14 @@
 // row lies at c ^ (row % 8), so there are no bank conflicts either way.  Only its own warp uses a patch, so `__syncwarp` orders it; with
 // operands swapped several warps use theirs as one, and meet at named barriers.
 #pragma once
+#include "base/constants.cuh"
 #include "ptx/memory.cuh"
 
 namespace megamoe {
 
 struct Staging {
     static constexpr u32 kRowBytes = 128, kPasses = 4, kRowsPerPass = 4;
+    static_assert(kPasses * kRowsPerPass * kRowBytes == kStagingBytes, "a patch has 16 rows");
     u32 address, lane;
 
     /// Address of chunk `c` of a row.

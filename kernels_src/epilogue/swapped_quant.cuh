@@ -43,16 +43,16 @@ template <u32 n> struct LargestOfLanes {
     }
 };
 
-/// Works on up to 96 columns (tokens) at a time.  A fast warp may begin on the next ones while slow warps still store codes of those
-/// before, so what is exchanged lies behind the codes and not in their place.
+/// What is exchanged lies behind the codes and not in their place: slow warps still read reciprocal scales while fast ones store codes.
 ///
 /// It is compiled once for all main loops.  Columns that only wider loops have are worked on only if the tile has rows for them, so
 /// that a narrow tile takes no longer than with an epilogue of its own.
 template <class C> struct SwappedQuant {
-    static constexpr u32 kN = min_u32(C::kBlockM, 96), kMathThreads = kMathWarps * kWarp,
-                         kCodesBytes = kN * Staging::kRowBytes;
-    static_assert(kCodesBytes + (kMathWarps + 1) * kN * 4 <= kMathWarps * kStagingBytes,
+    static constexpr u32 kMathThreads = kMathWarps * kWarp,
+                         kCodesBytes = C::kBlockM * Staging::kRowBytes;
+    static_assert(kCodesBytes + (kMathWarps + 1) * C::kBlockM * 4 <= kMathWarps * kStagingBytes,
                   "no room to exchange");
+    static_assert(C::kBlockM * 8 % kMathThreads == 0, "rows that no thread stores");
 
     const Params& p;
     const u32 address;   // of all math warps' staging: codes, each warp's largest magnitudes, reciprocal scales
@@ -61,12 +61,8 @@ template <class C> struct SwappedQuant {
     u32 rows;       // valid rows of the tile, here columns
     u32 n;
 
-    /// Where the run of up to 96 columns that contains this one ends.
-    MEGA_DEVICE static constexpr u32 end_of(u32 column) {
-        return min_u32((column / kN + 1) * kN, C::kBlockM);
-    }
     MEGA_DEVICE u32 largest_at(u32 warp, u32 column) const {
-        return address + kCodesBytes + (warp * kN + column % kN) * 4;
+        return address + kCodesBytes + (warp * C::kBlockM + column) * 4;
     }
     MEGA_DEVICE u32 inverse_at(u32 column) const { return largest_at(kMathWarps, column); }
 
@@ -93,21 +89,20 @@ template <class C> struct SwappedQuant {
                       token = kFirst + number / 2 * 8 + lane % 4 * 2 + number % 2;
             ptx::store4_shared(largest_at(thread / kWarp, token), __float_as_uint(largest[i]));
         }
-        if constexpr (kEnd < end_of(kFirst))
+        if constexpr (kEnd < C::kBlockM)
             if (rows > kEnd) activate<kEnd>(result);
     }
 
     /// The scale of each token and its reciprocal, by a thread for each token.
-    MEGA_DEVICE void make_scale(u32 first) const {
-        const u32 token = first + thread;
-        if (thread >= kN || token >= rows) return;
-        float largest = 1e-10f;
+    MEGA_DEVICE void make_scale() const {
+        if (thread >= rows) return;
+        float largest = kLeastMagnitude;
 #pragma unroll
         for (u32 warp = 0; warp < kMathWarps; ++warp)
             largest = fmaxf(largest, ptx::load_float_shared(largest_at(warp, thread)));
         const float scale = quant_scale(largest);
         ptx::store4_shared(inverse_at(thread), __float_as_uint(reciprocal(scale)));
-        p.act2_scales[u64(n) * p.pool_rows + pool_row + token] = scale;
+        p.act2_scales[u64(n) * p.pool_rows + pool_row + thread] = scale;
     }
 
     /// Codes to shared memory, as rows of tokens.  A thread has codes of two tokens and two blocks, of one output each.  It exchanges them
@@ -129,36 +124,36 @@ template <class C> struct SwappedQuant {
             other = __shfl_xor_sync(~0u, own, 8);
             own = ptx::choose_bytes(own, other, odd_block ? 0x3276 : 0x5410);
             // output: a block of 64 rows has 32, of which a warp has 8
-            const u32 token = first % kN + lane % 4 * 2 + odd_token,
+            const u32 token = lane % 4 * 2 + odd_token + first,
                       output = (group * 2 + odd_block) * 32 + warp * 8 + lane / 16 * 4;
             ptx::store4_shared(staging.chunk(token, output / 16) + output % 16, own);
         }
-        if constexpr (kEnd < end_of(kFirst))
+        if constexpr (kEnd < C::kBlockM)
             if (rows > kEnd) stage_codes<kEnd>(result);
     }
 
     /// Rows of codes to the pool of GEMM 2.
-    MEGA_DEVICE void store_rows(u32 first) const {
+    MEGA_DEVICE void store_rows() const {
         const Staging staging{address, thread % kWarp};
 #pragma unroll
-        for (u32 i = 0; i < kN * 8 / kMathThreads; ++i) {
+        for (u32 i = 0; i < C::kBlockM * 8 / kMathThreads; ++i) {
             const u32 row = i * (kMathThreads / 8) + thread / 8, column = thread % 8;
-            if (first + row < rows)
-                ptx::store16(p.act2_pool + u64(pool_row + first + row) * C::kIntermediate +
+            if (row < rows)
+                ptx::store16(p.act2_pool + u64(pool_row + row) * C::kIntermediate +
                                  n * kQuantBlock + column * 16,
                              ptx::load16_shared(staging.chunk(row, column)));
         }
     }
 
-    /// Up to 96 columns from kFirst on, by all math warps.
-    template <u32 kFirst> MEGA_DEVICE void run(Columns<C>& result) const {
-        activate<kFirst>(result);
+    /// By all math warps.
+    MEGA_DEVICE void run(Columns<C>& result) const {
+        activate<0>(result);
         ptx::named_sync(kBarrierMath, kMathThreads);
-        make_scale(kFirst);
+        make_scale();
         ptx::named_sync(kBarrierMath, kMathThreads);
-        stage_codes<kFirst>(result);
+        stage_codes<0>(result);
         ptx::named_sync(kBarrierMath, kMathThreads);
-        store_rows(kFirst);
+        store_rows();
         ptx::fence_async_global();   // GEMM 2 reads these rows by TMA
     }
 };

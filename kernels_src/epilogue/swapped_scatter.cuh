@@ -13,6 +13,7 @@ template <class C> struct SwappedScatter {
     static constexpr u32 kColumns = 32;
     using Origins = u32[C::kBlockM / 16];   // of the rows of this thread's tokens
     static_assert(2 * kColumns * Staging::kRowBytes <= 4 * kStagingBytes);
+    static_assert(C::kBlockM % kColumns == 0, "columns that no result has");
 
     const Params& p;
     const u32 address;     // of the group's staging

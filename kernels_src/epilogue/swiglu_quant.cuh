@@ -50,7 +50,7 @@ template <class C> struct SwigluQuant {
         const u32 own = ptx::pack_e4m3(quarter[i], quarter[i + 1], quarter[i + 8], quarter[i + 9],
                                        inverse);
         const u32 other = __shfl_xor_sync(~0u, own, 1);
-        const u32 codes = __byte_perm(own, other, lane % 2 == 0 ? 0x5410 : 0x3276);
+        const u32 codes = ptx::choose_bytes(own, other, lane % 2 == 0 ? 0x5410 : 0x3276);
         ptx::store4_shared(
             staging.chunk(half * 8 + lane / 4, q * 2 + pair) + lane % 2 * 8 + lane % 4 / 2 * 4,
             codes);
@@ -62,7 +62,7 @@ template <class C> struct SwigluQuant {
         const u32 lane = staging.lane;
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            const float scale = quant_scale(fmaxf(largest[half], 1e-10f)),
+            const float scale = quant_scale(fmaxf(largest[half], kLeastMagnitude)),
                         inverse = reciprocal(scale);
             const u32 row = half * 8 + lane / 4;
             if (lane % 4 == 0 && row < rows)

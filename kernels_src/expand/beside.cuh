@@ -29,8 +29,9 @@ template <class C> struct InPackedRing {
     }
 };
 /// How the weights lane brings a tile's packed weights into their ring.
-template <class C> using PackedStream = CodesAndExponents<C, 4, 32, Shared<C>::kPackedCodes,
-                                                          InPackedRing<C>>;
+template <class C>
+using PackedStream = CodesAndExponents<C, kPackedBits, kPackedGroup, Shared<C>::kPackedCodes,
+                                       InPackedRing<C>>;
 
 /// What the helper warps run: each unpacks sixteen of every 64 weight rows.  Helpers go through all tiles and their k-blocks in order, so
 /// they keep positions in both rings and need no `k_begin`.

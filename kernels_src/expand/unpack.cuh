@@ -49,8 +49,8 @@ template <u32 kMatrices> MEGA_DEVICE void unpack_rows(u32 place, const PackedRow
 
 /// 64 rows of a k-block, by one warp: sixteen at a time, as if it were each of a warpgroup's four warps in turn.
 struct PackedPiece {
-    static constexpr u32 kRows = 64, kCodeBytes = kRows * kBlockK / 2,
-                         kExponentBytes = kRows * kBlockK / 32, kBytes = kRows * kBlockK;
+    static constexpr u32 kRows = 64, kCodeBytes = kRows * kBlockK * kPackedBits / 8,
+                         kExponentBytes = kRows * kBlockK / kPackedGroup, kBytes = kRows * kBlockK;
     PackedRows rows[4];
 
     /// From memory.

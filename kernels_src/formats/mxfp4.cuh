@@ -15,8 +15,7 @@
 namespace megamoe {
 
 struct Mxfp4 {
-    static constexpr u32 kBits = 4;             // of a weight's code, in memory and in the stages
-    static constexpr u32 kGroup = 32;           // weights along K that share an exponent
+    static constexpr u32 kBits = kPackedBits, kGroup = kPackedGroup;
     static constexpr bool kEvenScales = true;   // see Unit in mma/swapped.cuh
 
     template <class C> struct InStages {

@@ -15,9 +15,11 @@
 // Blocks are persistent and all resident (cooperative launch), one per SM.  Variants differ in the policy that `Config` names
 // (variants/).
 #pragma once
+#include "comm/barriers.cuh"
 #include "comm/sides.cuh"
 #include "comm/timeline.cuh"
 #include "dispatch/pull.cuh"
+#include "dispatch/sort.cuh"
 #include "roles/combine.cuh"
 #include "roles/load.cuh"
 #include "roles/math.cuh"
@@ -51,8 +53,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})
             ptx::prefetch_tensor_map(map);
         shared.side() = count_side(p);
-        if (blockIdx.x ==
-            0)   // nobody draws a ticket, or adds to the counters below, before grid barrier 0
+        // nobody draws a ticket, or adds to the counters below, before grid barrier 0
+        if (blockIdx.x == 0)
             p.control[kControlTicket] = 0, p.control[kControlTicket + kControlTicketStride] = 0;
     }
     for (u32 i = blockIdx.x * kBlockThreads<C> + threadIdx.x; i < p.counters;
@@ -124,12 +126,19 @@ template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>
 }
 
 template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
+    static_assert(C::kRanks <= kMaxRanks, "Params::peers has kMaxRanks");
+    static_assert(C::kLocalExperts <= 1 << 16, "active experts have 16 bits");
+    static_assert(C::kHidden % kBlockK == 0 && C::kIntermediate % kBlockK == 0, "whole k-blocks");
+    static_assert(kGroup * (kProducerRegisters<C> + kMathGroups * kMathRegisters<C> +
+                            C::Policy::kHelpers * kHelperRegisters<C>) <=
+                      kBlockThreads<C> * kLaunchRegisters<C>,
+                  "setmaxnreg would wait for ever for registers that the block does not have");
     const Shared<C> shared(raw);
     // block 0 stores the new epoch at the last meeting, when all blocks have read the old one
     const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;
     const ExpertTable table = head<C>(p, shared, epoch);
     const u32 warp = ptx::warp_id();
-    if (warp < kGroup / kWarp) {
+    if (warp < kGroupWarps) {
         ptx::registers_shrink<kProducerRegisters<C>>();
         const bool one = ptx::lane_id() == 0;
         // `else if`, not four `if`s: ptxas then sees that addresses in the math warps are uniform
@@ -158,7 +167,7 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
         }
     } else {
         ptx::registers_grow<kMathRegisters<C>>();
-        typename C::Policy::template Math<C>{p, shared, warp / (kGroup / kWarp) - 1}.run();
+        typename C::Policy::template Math<C>{p, shared, warp / kGroupWarps - 1}.run();
         Combine<C>{p, shared}.run();
     }
 }

@@ -2,13 +2,14 @@
 // unpacked again, and the sum of what comes back.  Packed rows lie by node, and by token within it.
 #pragma once
 #include "base/constants.cuh"
+#include "dispatch/scan.cuh"
 #include "ptx/control.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/memory.cuh"
 
 namespace megamoe {
 
-constexpr u32 kNodesThreads = 256;
+constexpr u32 kNodesThreads = 256, kNodesWarps = kNodesThreads / kWarp;
 // codes, scales, ids and weights of a row
 constexpr u32 kRowParts = 4, kIdsPart = 2;
 
@@ -38,7 +39,7 @@ MEGA_DEVICE u32 row_words(const NodesParams& p) {
 /// The places of one node, by one block; and how many there are.
 MEGA_DEVICE void route_rows(const NodesParams& p) {
     constexpr u32 kEach = 4;   // tokens of a thread, side by side
-    __shared__ u32 of_warp[kNodesThreads / kWarp];
+    __shared__ u32 of_warp[kNodesWarps];
     const u64* ids = reinterpret_cast<const u64*>(p.parts[kIdsPart]);
     const u64 first = u64(blockIdx.x) * p.experts;
     u32* places = p.places + u64(blockIdx.x) * p.tokens;
@@ -51,18 +52,12 @@ MEGA_DEVICE void route_rows(const NodesParams& p) {
         for (u32 j = 0; j < kEach; ++j)
             for (u32 slot = 0; token + j < p.tokens && slot < p.topk; ++slot)
                 wanted |= u32(ids[u64(token + j) * p.topk + slot] - first < p.experts) << j;
-        const u32 own = __popc(wanted);
-        u32 place = own;
-#pragma unroll
-        for (u32 d = 1; d < kWarp; d *= 2) {
-            const u32 left = __shfl_up_sync(~0u, place, d);
-            if (ptx::lane_id() >= d) place += left;
-        }
-        if (ptx::lane_id() == kWarp - 1) of_warp[warp] = place;
+        WarpScan scan;
+        u32 place = before + scan.exclusive(__popc(wanted));
+        if (ptx::lane_id() == 0) of_warp[warp] = scan.total;
         __syncthreads();
-        place += before - own;
 #pragma unroll
-        for (u32 i = 0; i < kNodesThreads / kWarp; ++i) {
+        for (u32 i = 0; i < kNodesWarps; ++i) {
             if (i < warp) place += of_warp[i];
             before += of_warp[i];
         }
@@ -89,9 +84,9 @@ MEGA_DEVICE void copy_words(u32* to, const u32* from, u32 words) {
 }
 
 MEGA_DEVICE void pack_rows(const NodesParams& p) {
-    const u32 warps = gridDim.x * (kNodesThreads / kWarp);
-    for (u32 pair = blockIdx.x * (kNodesThreads / kWarp) + ptx::warp_id();
-         pair < p.nodes * p.tokens; pair += warps) {
+    const u32 warps = gridDim.x * kNodesWarps;
+    for (u32 pair = blockIdx.x * kNodesWarps + ptx::warp_id(); pair < p.nodes * p.tokens;
+         pair += warps) {
         const u32 place = p.places[pair], node = pair / p.tokens, token = pair - node * p.tokens;
         if (place == 0) continue;
         u64 row = place - 1;
@@ -107,9 +102,8 @@ MEGA_DEVICE void pack_rows(const NodesParams& p) {
 
 /// Ids arrive as all nodes count them, and are counted from this node's first from here on.
 MEGA_DEVICE void unpack_rows(const NodesParams& p) {
-    const u32 warps = gridDim.x * (kNodesThreads / kWarp);
-    for (u32 row = blockIdx.x * (kNodesThreads / kWarp) + ptx::warp_id(); row < p.rows;
-         row += warps) {
+    const u32 warps = gridDim.x * kNodesWarps;
+    for (u32 row = blockIdx.x * kNodesWarps + ptx::warp_id(); row < p.rows; row += warps) {
         const u32* from = p.packed + u64(row) * row_words(p);
 #pragma unroll
         for (u32 i = 0; i < kRowParts; ++i) {

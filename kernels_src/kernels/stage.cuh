@@ -72,9 +72,9 @@ template <class T> MEGA_DEVICE void stage(const StageParams& p) {
     if constexpr (T::kBytes == 1) {
         copy_rows(p, blockIdx.x * kStageThreads + threadIdx.x, threads);
     } else {
-        const u64 places = reinterpret_cast<u64>(p.x) | p.x_stride;
-        const RowsToQuantise rows{p.x,    p.x_stride,        p.out_x,         p.out_scales,
-                                  blocks, p.tokens * blocks, places % 16 == 0};
+        const u64 low_bits = reinterpret_cast<u64>(p.x) | p.x_stride;
+        const RowsToQuantise rows{p.x,    p.x_stride,        p.out_x,           p.out_scales,
+                                  blocks, p.tokens * blocks, low_bits % 16 == 0};
         quantise_rows<T, kStageGroups>(rows, ptx::warp_id() * gridDim.x + blockIdx.x,
                                        threads / kWarp);
     }

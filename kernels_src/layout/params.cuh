@@ -96,7 +96,7 @@ enum Control : u32 {
     kControlWords = 64,
 };
 
-/// Typed view of a field of rank `r`'s symmetric buffer.
+/// Typed view of a section of a rank's symmetric memory, by its offset.
 template <class T> MEGA_DEVICE T* symmetric(const Params& p, u32 rank, u64 offset) {
     return reinterpret_cast<T*>(p.peers[rank] + offset);
 }

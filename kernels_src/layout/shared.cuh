@@ -28,14 +28,12 @@ template <class C> struct Shared {
                          kExponentBytes = group_bytes(C::Weights::kGroup),
                          kActScaleBytes = C::kBlockM * 4;
     static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four floats for the weights
-    static constexpr u32 kTileSlotBytes = 32;
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
     static constexpr u32 kExponentAt = kWeightAt + C::kStages * kWeightBytes;
     static constexpr u32 kPackedAt = kExponentAt + C::kStages * kExponentBytes;
-    static constexpr u32 kPackedCodes = kBlockN * kBlockK / 2,
-                         kPackedExponents = kBlockN * kBlockK / 32,
-                         kPackedBytes = kPackedCodes + kPackedExponents;
+    static constexpr u32 kPackedCodes = kBlockN * kBlockK * kPackedBits / 8,
+                         kPackedBytes = kPackedCodes + group_bytes(kPackedGroup);
     static constexpr u32 kStagingAt = kPackedAt + C::Policy::kPacked * kPackedBytes;
     static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStagingBytes;
     static constexpr u32 kScaleAt = kDispatchAt + C::kDispatchSlots * kDispatchChunk;

@@ -48,8 +48,8 @@ template <class C, u32 kBits, u32 kGroup, u32 kCodes, class At> struct CodesAndE
     MEGA_DEVICE CodesAndExponents(const Params& p, const Tile& tile)
         : bytes(block_bytes<C>(tile, kCodes)) {
         const bool first = tile.kind == Tile::gemm1;
-        const u64 blocks = u64(first_weight_row<C>(tile)) *
-                           tile.k_blocks;   // runs of 128 codes before the tile
+        // runs of 128 codes before the tile
+        const u64 blocks = u64(first_weight_row<C>(tile)) * tile.k_blocks;
         codes = (first ? p.weight1 : p.weight2) + blocks * (kBlockK * kBits / 8);
         exponents = (first ? p.weight1_exponents : p.weight2_exponents) +
                     blocks * (kBlockK / kGroup);

@@ -1,4 +1,4 @@
-// The main loop with operands swapped for more than 64 columns: D[n, m], packed weights by up to 128 tokens.
+// The main loop with operands swapped for more than 64 columns: D[n, m], packed weights by tokens.
 //
 // As in swapped.cuh a warpgroup has two blocks of 64 weight rows and makes left operands of them in registers, here once for
 // all columns of a large tile.  With its result there are registers for one operand and one fresh accumulator, so a product is
@@ -9,10 +9,10 @@
 //   wait for                        A                                     B
 //   then                               promote A, make B                     promote B, make A, release
 //
-// With 128 columns each block takes two products, of half of them each.  What runs beside a product is the other warpgroup's work.
+// What runs beside a product is the other warpgroup's work.
 //
 //   full[stage]    waited for here     arrived by the two load warps (roles/load.cuh)
-//   empty[stage]   arrived here, one lane per warp, when all products of the stage are done
+//   empty[stage]   arrived here, one lane per warp, when both products of the stage are done
 #pragma once
 #include "mma/swapped.cuh"
 
@@ -21,8 +21,7 @@ namespace megamoe {
 template <class C, u32 kN> struct OneByOneLoop {
     using Rows = typename C::Weights::Rows;
     using Packed = typename C::Weights::Packed;
-    static constexpr u32 kParts = kN > 96 ? 2 : 1, kPart = kN / kParts, kProducts = 2 * kParts;
-    using Fresh = float[kPart / 2];
+    using Fresh = float[kN / 2];
 
     const Shared<C>& shared;
     u32 group, thread;   // which warpgroup; thread of it
@@ -35,10 +34,9 @@ template <class C, u32 kN> struct OneByOneLoop {
         packed.load(shared.weights(stage), shared.exponents(stage),
                     half ? group : group * 2 + which, thread);
     }
-    MEGA_DEVICE void issue(Fresh& fresh, const Rows& rows, u32 stage, u32 part) const {
+    MEGA_DEVICE void issue(Fresh& fresh, const Rows& rows, u32 stage) const {
         ptx::wgmma_fence();
-        rows.template multiply_again<kPart>(
-            fresh, ptx::matrix_descriptor(shared.acts(stage)) + part * (kPart * 8));
+        rows.template multiply_again<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();
     }
 
@@ -47,28 +45,25 @@ template <class C, u32 kN> struct OneByOneLoop {
                            const Unit<C>& unit, bool more) const {
         const u32 stage = ring.stage;
         Packed packed;
-        ColumnScales<C, kPart> by;   // one product's of each block are the same
+        ColumnScales<C, kN> by;
 #pragma unroll
-        for (u32 i = 0; i < kProducts; ++i) {
-            const u32 part = i % kParts;
-            issue(fresh, rows, stage, part);
-            if (i == kParts - 1) {
+        for (u32 i = 0; i < 2; ++i) {
+            issue(fresh, rows, stage);
+            if (i == 0) {
                 // it is full, but past a loop ptxas moves nothing: else it would put the making of the operand between the
                 // four steps of the product, which would take as long as that
                 wait(ring);
                 load(packed, stage, 1);
-            }
-            if (i == kProducts - 1) {
+                by.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8,
+                        thread % kWarp);
+            } else {
                 ring.advance();
                 if (more) wait(ring);
                 load(packed, more ? ring.stage : stage, 0);
             }
-            if (kParts > 1 || i == 0)
-                by.load(shared.act_scales(stage) + part * (kPart * 4),
-                        shared.weight_scales(stage) + group * 8, thread % kWarp);
             ptx::wgmma_wait<0>(fresh);
-            by.promote(result.block[i / kParts], fresh, unit, part * kPart);
-            if (part == kParts - 1) rows.expand(packed);
+            by.promote(result.block[i], fresh, unit);
+            rows.expand(packed);
         }
         release_stage(shared, stage, thread);
     }
@@ -80,7 +75,7 @@ template <class C, u32 kN> struct OneByOneLoop {
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
 #pragma unroll
-        for (u32 i = 0; i < kPart / 2; ++i) fresh[i] = 0;
+        for (u32 i = 0; i < kN / 2; ++i) fresh[i] = 0;
 #pragma unroll 1
         for (; k_blocks != 0; --k_blocks) {
             OneByOneLoop own = *this;

@@ -16,8 +16,8 @@ struct PackedRows {
         const u32 from = codes_at + m * (2 * kHalfBytes) + thread * 16;
         codes[0] = ptx::load16_shared(from);
         codes[1] = ptx::load16_shared(from + kHalfBytes);
-        ptx::load8_shared(exponents_at + m * (64 * kBlockK / 32) + thread / 4 * 8, exponents[0],
-                          exponents[1]);
+        ptx::load8_shared(exponents_at + m * (64 * kBlockK / kPackedGroup) + thread / 4 * 8,
+                          exponents[0], exponents[1]);
     }
 };
 

@@ -11,8 +11,8 @@
 //   wait for                           0 of A        1 of A                      0 of B
 //   promote                            0 of A        1 of A, release A           0 of B
 //
-// With 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`); with 8 and 16
-// that saves nothing, and takes longer to compile.  More than 64 are another loop's (mma/one_by_one.cuh).
+// With 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`).  That takes longer
+// to compile: so not with 8 and 16, where it saves nothing, and not in wide, where few tiles have so few.  More than 64 are another loop's (mma/one_by_one.cuh).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //
@@ -39,20 +39,19 @@ template <class C> struct Unit {
     template <u32 kN> static constexpr bool kEven = C::Weights::kEvenScales && (kN > kFew);
     float weight[2];   // of rows t/4 and t/4 + 8
 
-    /// For loops of up to kN columns.
-    template <u32 kN> MEGA_DEVICE void load(u32 weight_scales) {
-        if (kEven<kN>) ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
+    MEGA_DEVICE void load(u32 weight_scales) {
+        if (kEven<C::kBlockM>) ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
     /// A power of two over one of them.
     MEGA_DEVICE float relative(float scale, u32 row) const {
         return __uint_as_float(__float_as_uint(scale) - __float_as_uint(weight[row]) +
                                __float_as_uint(1.0f));
     }
-    /// To the result of a loop of kN columns.
-    template <u32 kN> MEGA_DEVICE void apply(Columns<C>& result) const {
-        if constexpr (kEven<kN>)
+    /// To the result of a loop of more than kFew columns; what that has not written stays zero.
+    MEGA_DEVICE void apply(Columns<C>& result) const {
+        if constexpr (kEven<C::kBlockM>)
 #pragma unroll
-            for (u32 i = 0; i < kN; ++i) result.block[i % 2][i / 2] *= weight[i / 4 % 2];
+            for (u32 i = 0; i < C::kBlockM; ++i) result.block[i % 2][i / 2] *= weight[i / 4 % 2];
     }
 };
 
@@ -69,10 +68,10 @@ template <class C, u32 kN> struct ColumnScales {
             ptx::load_floats_shared(act_scales + i * 32 + lane % 4 * 8, act[2 * i], act[2 * i + 1]);
         ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
-    /// result += fresh * scales, of the kN columns from `first` on.  What was fresh may be changed.
+    /// result += fresh * scales.  What was fresh may be changed.
     template <u32 kRoom>
-    MEGA_DEVICE void promote(float (&result)[kRoom], float (&fresh)[kN / 2], const Unit<C>& unit,
-                             u32 first = 0) const {
+    MEGA_DEVICE void promote(float (&result)[kRoom], float (&fresh)[kN / 2],
+                             const Unit<C>& unit) const {
         constexpr bool kEven = Unit<C>::template kEven<kN>;
         if (kEven && (weight[0] != unit.weight[0] || weight[1] != unit.weight[1])) {
             const float by[2] = {unit.relative(weight[0], 0), unit.relative(weight[1], 1)};
@@ -81,7 +80,7 @@ template <class C, u32 kN> struct ColumnScales {
         }
 #pragma unroll
         for (u32 i = 0; i < kN / 2; ++i) {
-            float& sum = result[first / 2 + i];
+            float& sum = result[i];
             const float scale = act[i / 4 * 2 + i % 2];
             sum = __fmaf_rn(fresh[i], kEven ? scale : scale * weight[i / 2 % 2], sum);
         }
@@ -92,7 +91,8 @@ template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
     // both blocks of the next k-block are loaded at once; two k-blocks are written out then
-    static constexpr bool kAtOnce = kN == 32 && C::kHidden / kBlockK % 2 == 0 &&
+    static constexpr bool kAtOnce = C::Policy::kAtOnce && kN == 32 &&
+                                    C::kHidden / kBlockK % 2 == 0 &&
                                     C::kIntermediate / kBlockK % 2 == 0;
 
     const Shared<C>& shared;

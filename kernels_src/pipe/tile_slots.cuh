@@ -33,8 +33,8 @@ struct TileView {
 };
 
 /// Math warps that compute a tile together; helper warps; and into how many parties, which take tiles in turn, math warps are split.
-template <class C> constexpr u32 kTileWarps = C::Policy::kTileGroups * (kGroup / kWarp);
-template <class C> constexpr u32 kHelperWarps = C::Policy::kHelpers * (kGroup / kWarp);
+template <class C> constexpr u32 kTileWarps = C::Policy::kTileGroups * kGroupWarps;
+template <class C> constexpr u32 kHelperWarps = C::Policy::kHelpers * kGroupWarps;
 template <class C> constexpr u32 kTileReaders = kMathGroups / C::Policy::kTileGroups;
 
 template <class C> struct TileSlots {
@@ -64,10 +64,12 @@ template <class C> struct TileSlots {
     MEGA_DEVICE void release(u32 index) const {
         ptx::mbarrier_arrive(shared.tile_empty(index % kTileSlots));
     }
-
-    /// One lane of each math warp, after a `__syncwarp`: its part of the tile is stored.
-    MEGA_DEVICE void stored(u32 index) const {
+    /// All lanes of a math warp, when its part of the tile is stored; its view of the tile is not valid any more.
+    MEGA_DEVICE void done(u32 index) const {
+        __syncwarp();
+        if (ptx::thread_id_again() % kWarp != 0) return;
         ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots));
+        release(index);
     }
 };
 

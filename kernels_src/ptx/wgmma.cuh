@@ -37,53 +37,49 @@ enum class Codes : u32 { e4m3, e5m2 };
 #define MEGA_D                                                                                              \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
     "%28,%29,%30,%31}"
-#define MEGA_STEP(b_codes, k, accumulate)                                                                   \
-    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3." b_codes " " MEGA_D ", a" #k ", b" #k ", " accumulate ", 1, 1;\n"
 #define MEGA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MEGA_PRODUCT(b_codes)                                                                               \
-    asm volatile(                                                                                           \
-        "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"                                               \
-        "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"                                               \
-        "mov.b64 a0, %32;\nadd.s64 a1, %32, 2;\nadd.s64 a2, %32, 4;\nadd.s64 a3, %32, 6;\n"                 \
-        "mov.b64 b0, %33;\nadd.s64 b1, %33, 2;\nadd.s64 b2, %33, 4;\nadd.s64 b3, %33, 6;\n"                 \
-        MEGA_STEP(b_codes, 0, "fresh") MEGA_STEP(b_codes, 1, "more")                                        \
-        MEGA_STEP(b_codes, 2, "more") MEGA_STEP(b_codes, 3, "more") "}\n"                                   \
-        : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28) \
-        : "l"(a), "l"(b)                                                                                    \
-        : "memory")
+#define MEGA_D8(i) MEGA_D4(i), MEGA_D4(i + 4)
+#define MEGA_D16(i) MEGA_D8(i), MEGA_D8(i + 8)
+#define MEGA_A4(k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
+#define MEGA_A16 MEGA_A4(0), MEGA_A4(1), MEGA_A4(2), MEGA_A4(3)
+#define MEGA_BEGIN "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\nsetp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"
+#define MEGA_DESCRIPTORS(x, of)                                                                             \
+    "mov.b64 " x "0, " of ";\nadd.s64 " x "1, " of ", 2;\nadd.s64 " x "2, " of ", 4;\nadd.s64 " x "3, " of ", 6;\n"
+#define MEGA_COLUMNS(n, types, d, a, k, accumulate)                                                         \
+    "wgmma.mma_async.sync.aligned.m64n" n "k32.f32." types " " d ", " a ", b" #k ", " accumulate ", 1, 1;\n"
+// the four steps from descriptors in a<4> and b<4>; `types`: of A and B
+#define MEGA_FROM_SHARED(n, types, d)                                                                       \
+    MEGA_COLUMNS(n, types, d, "a0", 0, "fresh") MEGA_COLUMNS(n, types, d, "a1", 1, "more")                  \
+    MEGA_COLUMNS(n, types, d, "a2", 2, "more") MEGA_COLUMNS(n, types, d, "a3", 3, "more") "}\n"
+#define MEGA_FROM_REGISTERS(n, types, d, a0, a1, a2, a3, b)                                                 \
+    MEGA_BEGIN MEGA_DESCRIPTORS("b", b)                                                                     \
+    MEGA_COLUMNS(n, types, d, "{" a0 "}", 0, "fresh") MEGA_COLUMNS(n, types, d, "{" a1 "}", 1, "more")      \
+    MEGA_COLUMNS(n, types, d, "{" a2 "}", 2, "more") MEGA_COLUMNS(n, types, d, "{" a3 "}", 3, "more") "}\n"
 /// d = A . B^T: 64 rows of A, 64 rows of B, 128 deep, in four steps, of which the first overwrites d.  One statement for the
 /// sake of compile time: 32 registers go into and out of each.
 template <Codes kB> MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
-    if constexpr (kB == Codes::e4m3) MEGA_PRODUCT("e4m3");
-    else MEGA_PRODUCT("e5m2");
+    if constexpr (kB == Codes::e4m3)
+        asm volatile(MEGA_BEGIN MEGA_DESCRIPTORS("a", "%32") MEGA_DESCRIPTORS("b", "%33") MEGA_FROM_SHARED("64", "e4m3.e4m3", MEGA_D)
+                     : MEGA_D16(0), MEGA_D16(16) : "l"(a), "l"(b) : "memory");
+    else
+        asm volatile(MEGA_BEGIN MEGA_DESCRIPTORS("a", "%32") MEGA_DESCRIPTORS("b", "%33") MEGA_FROM_SHARED("64", "e4m3.e5m2", MEGA_D)
+                     : MEGA_D16(0), MEGA_D16(16) : "l"(a), "l"(b) : "memory");
 }
-#define MEGA_STEP_REGISTERS(k, a, accumulate)                                                               \
-    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e5m2 " MEGA_D ", {" a "}, b" #k ", " accumulate ", 1, 1;\n"
-#define MEGA_A4(k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
 /// The same with A in registers, and e5m2 in B.  Of each 32 of the depth lane t of a warp holds four words of the warp's 16 rows of
 /// A: rows t/4 and t/4 + 8 at columns 4(t%4) to 4(t%4) + 3, then both rows 16 columns further.
 MEGA_DEVICE void wgmma_m64n64k128(float (&d)[32], const u32 (&a)[4][4], u64 b) {
-    asm volatile(
-        "{\n.reg .pred fresh, more;\n.reg .b64 b<4>;\n"
-        "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"
-        "mov.b64 b0, %48;\nadd.s64 b1, %48, 2;\nadd.s64 b2, %48, 4;\nadd.s64 b3, %48, 6;\n"
-        MEGA_STEP_REGISTERS(0, "%32,%33,%34,%35", "fresh") MEGA_STEP_REGISTERS(1, "%36,%37,%38,%39", "more")
-        MEGA_STEP_REGISTERS(2, "%40,%41,%42,%43", "more") MEGA_STEP_REGISTERS(3, "%44,%45,%46,%47", "more") "}\n"
-        : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
-        : MEGA_A4(0), MEGA_A4(1), MEGA_A4(2), MEGA_A4(3), "l"(b)
-        : "memory");
+    asm volatile(MEGA_FROM_REGISTERS("64", "e4m3.e5m2", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43",
+                                     "%44,%45,%46,%47", "%48")
+                 : MEGA_D16(0), MEGA_D16(16) : MEGA_A16, "l"(b) : "memory");
 }
-#undef MEGA_A4
-#undef MEGA_STEP_REGISTERS
 /// Waits until at most kPending committed groups are still running.  `d` is the accumulator of one that is not: to the compiler it
 /// is written here, so that nothing reads it earlier.
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
     asm volatile("wgmma.wait_group.sync.aligned %32;"
-                 : MEGA_D4(0), MEGA_D4(4), MEGA_D4(8), MEGA_D4(12), MEGA_D4(16), MEGA_D4(20), MEGA_D4(24), MEGA_D4(28)
+                 : MEGA_D16(0), MEGA_D16(16)
                  : "n"(kPending)
                  : "memory");
 }
-#undef MEGA_PRODUCT
 #define MEGA_R4 "{%0,%1,%2,%3}"
 #define MEGA_R8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
 #define MEGA_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
@@ -93,27 +89,12 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
 #define MEGA_R48 \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
     "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}"
-#define MEGA_BEGIN(b)                                                                                       \
-    "{\n.reg .pred fresh, more;\n.reg .b64 a<4>, b<4>;\n"                                                    \
-    "setp.ne.b32 fresh, 0, 0;\nsetp.eq.b32 more, 0, 0;\n"                                                   \
-    "mov.b64 b0, " b ";\nadd.s64 b1, " b ", 2;\nadd.s64 b2, " b ", 4;\nadd.s64 b3, " b ", 6;\n"
-#define MEGA_COLUMNS(n, types, d, a, k, accumulate)                                                         \
-    "wgmma.mma_async.sync.aligned.m64n" n "k32.f32." types " " d ", " a ", b" #k ", " accumulate ", 1, 1;\n"
 #define MEGA_SHARED(n, d, a, b)                                                                             \
-    MEGA_BEGIN(b) "mov.b64 a0, " a ";\nadd.s64 a1, " a ", 2;\nadd.s64 a2, " a ", 4;\nadd.s64 a3, " a ", 6;\n" \
-    MEGA_COLUMNS(n, "e4m3.e4m3", d, "a0", 0, "fresh") MEGA_COLUMNS(n, "e4m3.e4m3", d, "a1", 1, "more")      \
-    MEGA_COLUMNS(n, "e4m3.e4m3", d, "a2", 2, "more") MEGA_COLUMNS(n, "e4m3.e4m3", d, "a3", 3, "more") "}\n"
-#define MEGA_REGISTERS(n, d, a0, a1, a2, a3, b)                                                             \
-    MEGA_BEGIN(b)                                                                                           \
-    MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a0 "}", 0, "fresh") MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a1 "}", 1, "more") \
-    MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a2 "}", 2, "more") MEGA_COLUMNS(n, "e5m2.e4m3", d, "{" a3 "}", 3, "more") "}\n"
-#define MEGA_A4(k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
-#define MEGA_A16 MEGA_A4(0), MEGA_A4(1), MEGA_A4(2), MEGA_A4(3)
+    MEGA_BEGIN MEGA_DESCRIPTORS("b", b) MEGA_DESCRIPTORS("a", a) MEGA_FROM_SHARED(n, "e4m3.e4m3", d)
+#define MEGA_REGISTERS(n, d, a0, a1, a2, a3, b) MEGA_FROM_REGISTERS(n, "e5m2.e4m3", d, a0, a1, a2, a3, b)
 #define MEGA_N4(i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
 #define MEGA_N8(i) MEGA_N4(i), MEGA_N4(i + 4)
 #define MEGA_N16(i) MEGA_N8(i), MEGA_N8(i + 8)
-#define MEGA_D8(i) MEGA_D4(i), MEGA_D4(i + 4)
-#define MEGA_D16(i) MEGA_D8(i), MEGA_D8(i + 8)
 /// Operands swapped: 64 rows of A, weights, by kN rows of B, activations.  Lane t of a warp holds, of every 8 columns of d (tokens),
 /// 2(t%4) and the next, of rows t/4 (registers 4i, 4i+1) and t/4 + 8 (4i+2, 4i+3).  128 deep, as above.
 template <u32 kN> MEGA_DEVICE void wgmma_weights_shared(float (&d)[kN / 2], u64 a, u64 b) {
@@ -146,11 +127,8 @@ template <u32 kN> MEGA_DEVICE void wgmma_weights_registers(float (&d)[kN / 2], c
 /// The same into registers that held another product.  To the compiler they are read here too ("+f"), so that whatever uses the old
 /// product comes before: else it may postpone that use, and keep the old product in other registers meanwhile.
 template <u32 kN> MEGA_DEVICE void wgmma_weights_again(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
-    static_assert(kN == 64 || kN == 80 || kN == 96, "columns of a product");
-    if constexpr (kN == 64)
-        asm volatile(MEGA_REGISTERS("64", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43", "%44,%45,%46,%47", "%48")
-                     : MEGA_D16(0), MEGA_D16(16) : MEGA_A16, "l"(b) : "memory");
-    else if constexpr (kN == 80)
+    static_assert(kN == 80 || kN == 96, "columns of a product");
+    if constexpr (kN == 80)
         asm volatile(MEGA_REGISTERS("80", MEGA_R40, "%40,%41,%42,%43", "%44,%45,%46,%47", "%48,%49,%50,%51", "%52,%53,%54,%55", "%56")
                      : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : MEGA_A16, "l"(b) : "memory");
     else if constexpr (kN == 96)
@@ -180,8 +158,11 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[48]) {
 #undef MEGA_A16
 #undef MEGA_A4
 #undef MEGA_REGISTERS
+#undef MEGA_FROM_REGISTERS
 #undef MEGA_SHARED
+#undef MEGA_FROM_SHARED
 #undef MEGA_COLUMNS
+#undef MEGA_DESCRIPTORS
 #undef MEGA_BEGIN
 #undef MEGA_R40
 #undef MEGA_R48
@@ -189,7 +170,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[48]) {
 #undef MEGA_R8
 #undef MEGA_R4
 #undef MEGA_D4
-#undef MEGA_STEP
 #undef MEGA_D
 // clang-format on
 

@@ -24,6 +24,7 @@ template <class C> struct Combine {
     static constexpr u32 kDepth = min_u32(8, Shared<C>::kStagingAt / (kMathWarps * kPieceBytes));
     // bytes of a piece's header: the weight of each slot, and a bit mask of the slots that are not masked
     static constexpr u32 kHeader = (C::kTopK + 1) * 4;
+    static_assert(C::kTopK <= kWarp, "a lane, and a bit of a mask, for each slot of a token");
     static_assert(kDepth >= 1 && kDepth * kHeader <= kStagingBytes, "no room for a piece in flight");
 
     const Params& p;
@@ -119,10 +120,10 @@ template <class C> struct Combine {
     MEGA_DEVICE void run() const {
         ptx::named_sync(kBarrierTail, kTailThreads);
         ptx::named_sync(kBarrierTail, kTailThreads);
-        const u32 warp = ptx::warp_id() - kGroup / kWarp, warps = kMathWarps * gridDim.x;
+        const u32 warp = ptx::warp_id() - kGroupWarps, warps = kMathWarps * gridDim.x;
         const u32 mine = ptx::block_id_again() * kMathWarps + warp, pieces = p.tokens * kParts;
-        const u32 each = pieces / warps,
-                  longer = pieces % warps;   // the first `longer` warps take one more
+        // the first `longer` warps take one more
+        const u32 each = pieces / warps, longer = pieces % warps;
         const u32 begin = mine * each + min_u32(mine, longer), end = begin + each + (mine < longer);
         u32 chosen = 0;
         float weight = 0;

@@ -118,29 +118,38 @@ template <class C> struct LoadActivations {
         ptx::fence_async_global();   // what was acquired was in part ordinary stores; TMA reads it
     }
 
-    /// Loads a tile's activations and their scales.  Up to 48 rows come in boxes of 16 rows, more in boxes of 64, as far as there are
-    /// valid rows: padding is never written, so it would be read from memory and not from the L2, once for each tile.  Rows and scales of
-    /// the stage that are not loaded are whatever was there before, maybe NaN.  That does no harm: a row of a product depends on no other
-    /// row, and results of padding are not stored.
+    /// Loads a tile's activations and their scales.  Up to 48 rows come in boxes of 16 rows, more in boxes of 64 (behind the first in boxes
+    /// of 16, if a stage has no room for another), as far as there are valid rows: padding is never written, so it would be read from
+    /// memory and not from the L2, once for each tile.  Rows and scales of the stage that are not loaded are whatever was there before,
+    /// maybe NaN.  That does no harm: a row of a product depends on no other row, and results of padding are not stored.
     MEGA_DEVICE void stream(const Tile& tile) const {
         const bool first = tile.kind == Tile::gemm1,
                    small = tile.rows <= kActBoxRows - kSmallBoxRows;
         const ptx::TensorMap* map = first ? (small ? &p.act1_small : &p.act1)
                                           : (small ? &p.act2_small : &p.act2);
         const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.pool_row;
-        const u32 box = small ? kSmallBoxRows : kActBoxRows, boxes = ceil_div(tile.rows, box);
+        constexpr bool kTails = C::kBlockM % kActBoxRows != 0;   // a large box, then small ones
+        const u32 box = small ? kSmallBoxRows : kActBoxRows,
+                  boxes = kTails && !small ? 1 : ceil_div(tile.rows, box),
+                  tail = kTails && tile.rows > kActBoxRows
+                             ? ceil_div(tile.rows - kActBoxRows, kSmallBoxRows) * kSmallBoxRows
+                             : 0;
         const u32 scale_bytes = ceil_div(tile.rows, 4u) * 16;
         Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, ring.advance(), scales += p.pool_rows) {
             wait_barrier(p, Wait::stage_free, shared.empty(ring.stage), ring.parity ^ 1, ring.stage);
             const u32 full = shared.full(ring.stage), at = shared.acts(ring.stage);
-            ptx::mbarrier_expect(full, boxes * box * kBlockK + scale_bytes);
+            ptx::mbarrier_expect(full, (boxes * box + tail) * kBlockK + scale_bytes);
             // there is always one box, and most often only one
             ptx::tma_load_2d(at, map, full, k * kBlockK, tile.pool_row);
 #pragma unroll 1
             for (u32 i = 1; i < boxes; ++i)
                 ptx::tma_load_2d(at + i * box * kBlockK, map, full, k * kBlockK,
                                  tile.pool_row + i * box);
+#pragma unroll 1
+            for (u32 row = kActBoxRows; row < kActBoxRows + tail; row += kSmallBoxRows)
+                ptx::tma_load_2d(at + row * kBlockK, first ? &p.act1_small : &p.act2_small, full,
+                                 k * kBlockK, tile.pool_row + row);
             ptx::bulk_load(shared.act_scales(ring.stage), scales, scale_bytes, full);
             ptx::mbarrier_arrive(full);
         }

@@ -44,15 +44,9 @@ template <class C, class Loop = MainLoop<C>> struct Math {
             else loop.skip(tile.k_blocks());
             Policy::give_turn(group);
             epilogue(tile, result);
-            done(slots, index);
+            slots.done(index);
             index += kStep;
         }
-    }
-
-    /// By all lanes of a math warp when its part of a tile is stored; its view of the tile is not valid any more.
-    MEGA_DEVICE static void done(const TileSlots<C>& slots, u32 index) {
-        __syncwarp();
-        if (ptx::thread_id_again() % kWarp == 0) slots.stored(index), slots.release(index);
     }
 };
 

@@ -4,7 +4,8 @@
 #include "epilogue/swapped_quant.cuh"
 #include "epilogue/swapped_scatter.cuh"
 #include "mma/one_by_one.cuh"
-#include "roles/math.cuh"
+#include "pipe/tile_slots.cuh"
+#include "sched/order.cuh"
 
 namespace megamoe {
 
@@ -23,55 +24,47 @@ template <class C> struct SwappedMath {
     const Shared<C>& shared;
     u32 group;   // 0 or 1
 
+    /// Whether a loop after that of so many columns has kFew.  Results of wider ones take their scales at the end, so a tile's rows must
+    /// tell which of them it had.
+    MEGA_DEVICE static constexpr bool few_apart(u32 columns) {
+        return columns >= Unit<C>::kFew ? columns == Unit<C>::kFew
+                                        : few_apart(Policy::wider(columns));
+    }
+
     /// What comes before the loops, once for all of them.
     struct Start {
         Ring<C::kStages> ring;             // at the first stage, which is full
-        Unit<C> unit;                      // of its weight scales, if one is for all loops
+        Unit<C> unit;                      // of its weight scales
         typename C::Weights::Rows first;   // its block 0
         u32 thread;                        // of the warpgroup
         bool half;                         // the tile has 128 rows, and a warpgroup one block
     };
-    /// Address of the weight scales of this warpgroup's rows in the first stage.
-    MEGA_DEVICE u32 first_scales(const Ring<C::kStages>& ring) const {
-        return shared.weight_scales(ring.stage) + group * 8;
-    }
     /// By the narrowest loop, from that of kN columns on, that has one for each row of the tile.
     template <u32 kN>
     MEGA_DEVICE void multiply(const Start& start, u32 rows, u32 k_blocks, Columns<C>& result) const {
         if constexpr (kN < C::kBlockM)
             if (rows > kN) return multiply<Policy::wider(kN)>(start, rows, k_blocks, result);
-        Unit<C> unit = start.unit;
-        if (!Policy::kOneUnit) unit.template load<kN>(first_scales(start.ring));
         typename LoopFor<C, kN>::Loop{shared, group, start.thread, start.half}.run(
-            result, start.ring, start.first, unit, k_blocks);
-        if (!Policy::kOneUnit) unit.template apply<kN>(result);
+            result, start.ring, start.first, start.unit, k_blocks);
         // what only wider loops write would else count as alive through this one
 #pragma unroll
         for (u32 i = kN / 2; i < C::kBlockM / 2; i += 4)
             ptx::write_zeros(result.block[0] + i), ptx::write_zeros(result.block[1] + i);
     }
 
-    MEGA_DEVICE void quantise(const TileView& tile, u32 thread, Columns<C>& result) const {
-        const SwappedQuant<C> quant{p,           shared.staging(0), thread, tile.pool_row(),
-                                    tile.rows(), tile.n()};
-        quant.template run<0>(result);
-        if constexpr (C::kBlockM > quant.kN)
-            if (quant.rows > quant.kN) quant.template run<quant.kN>(result);
-    }
-
     MEGA_DEVICE void compute(const TileView& tile) const {
+        static_assert(few_apart(0), "rows do not tell whether scales are applied at the end");
         const u32 thread = ptx::thread_id_again() % kGroup;
         const bool second = tile.kind() == Tile::gemm2;
         const bool half = TileOrder<C>::kHasHalf && second && tile.n() == TileOrder<C>::kTilesN2 - 1;
         Columns<C> result;
         Start start{Ring<C::kStages>(tile.k_begin()), {}, {}, thread, half};
         wait_barrier_watched(shared.full(start.ring.stage), start.ring.parity);
-        if (Policy::kOneUnit) start.unit.template load<C::kBlockM>(first_scales(start.ring));
+        start.unit.load(shared.weight_scales(start.ring.stage) + group * 8);
         start.first.load(shared.weights(start.ring.stage), shared.exponents(start.ring.stage),
                          half ? group : group * 2, thread);
         multiply<Policy::wider(0)>(start, tile.rows(), tile.k_blocks(), result);
-        if (Policy::kOneUnit && tile.rows() > Unit<C>::kFew)
-            start.unit.template apply<C::kBlockM>(result);
+        if (tile.rows() > Unit<C>::kFew) start.unit.apply(result);
         // beside a large result there is no register to have kept this in
         const u32 of_both = ptx::thread_id_again() - kGroup, group = of_both / kGroup;
         // nobody reads the staging of the tile before any more
@@ -82,7 +75,11 @@ template <class C> struct SwappedMath {
                               tile.row(), tile.rows(),
                               tile.n(),   half}
                 .run(result);
-        else quantise(tile, of_both, result);
+        else {
+            const SwappedQuant<C> quant{p,           shared.staging(0), of_both, tile.pool_row(),
+                                        tile.rows(), tile.n()};
+            quant.run(result);
+        }
     }
 
     MEGA_DEVICE void run() const {
@@ -91,7 +88,7 @@ template <class C> struct SwappedMath {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) break;
             compute(tile);
-            Math<C>::done(slots, index);
+            slots.done(index);
         }
     }
 };

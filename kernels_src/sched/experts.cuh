@@ -65,6 +65,6 @@ struct Tile {
     u32 k_begin;
     u32 pool_row;   // where the first row lies in the pools
 };
-static_assert(sizeof(Tile) == 32, "a tile slot has 32 bytes");
+static_assert(sizeof(Tile) == kTileSlotBytes, "a tile is the content of a tile slot");
 
 }   // namespace megamoe

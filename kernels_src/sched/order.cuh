@@ -27,30 +27,42 @@
 
 namespace megamoe {
 
+/// Rows from one tile to the next, of an expert with so many.  No two tiles share a counter, and none lies in two pool blocks.  So
+/// where BLOCK_M rows are no multiple of those of a counter, experts with more rows have tiles of as many as that has.
+template <class C> MEGA_DEVICE constexpr u32 tile_step(u32 rows) {
+    return C::kBlockM % kCounterRows == 0 || rows <= C::kBlockM ? C::kBlockM : kCounterRows;
+}
+
 /// Walks over the units of all experts that have rows.
 template <class C> struct UnitCursor {
     u32 active = 0;    // position in ExpertTable::active
     u32 row, rows;     // the unit's first row; rows of the expert from there on
-    u32 width, most;   // tiles of BLOCK_M rows in the unit; in the largest unit of the expert
+    u32 width, most;   // tiles in the unit; in the largest unit of the expert
 
     MEGA_DEVICE explicit UnitCursor(const ExpertTable& table) { enter(table); }
     MEGA_DEVICE bool done(const ExpertTable& table) const { return active == table.active_experts; }
     /// First and last pool block (of 128 rows).
     MEGA_DEVICE u32 first() const { return row / kPoolAlign; }
-    MEGA_DEVICE u32 last() const { return (row + width * C::kBlockM - 1) / kPoolAlign; }
+    MEGA_DEVICE u32 last(const ExpertTable& table) const {
+        return (row + width * step(table) - 1) / kPoolAlign;
+    }
+    /// Rows from a tile of the expert to the next one.
+    MEGA_DEVICE u32 step(const ExpertTable& table) const {
+        return tile_step<C>(table.rows[table.active[active]]);
+    }
 
     /// Begins the expert's first unit.  Its units are about equal: a small rest would load all weights again for a tile or two.
     MEGA_DEVICE void enter(const ExpertTable& table) {
         if (done(table)) return;
         const u32 expert = table.active[active];
         row = table.bases[expert] * kPoolAlign, rows = table.rows[expert];
-        const u32 units = (rows + kUnitRows / 2) / kUnitRows, blocks = ceil_div(rows, C::kBlockM);
+        const u32 units = (rows + kUnitRows / 2) / kUnitRows, blocks = ceil_div(rows, step(table));
         width = most = units > 1 ? ceil_div(blocks, units) : blocks;
     }
     MEGA_DEVICE void advance(const ExpertTable& table) {
-        const u32 taken = width * C::kBlockM;
+        const u32 taken = width * step(table);
         if (taken < rows)
-            row += taken, rows -= taken, width = min_u32(most, ceil_div(rows, C::kBlockM));
+            row += taken, rows -= taken, width = min_u32(most, ceil_div(rows, step(table)));
         else ++active, enter(table);
     }
 };
@@ -82,7 +94,7 @@ template <class C> struct TileOrder {
         if (next2.done(table)) return false;
         const u32 own1 = next2.width * kTilesN1;   // GEMM 1 tiles of the unit whose GEMM 2 is next
         const bool due = next1.done(table) || issued1 >= passed1 + own1 + lag ||
-                         next1.last() >= next2.first() + ring;
+                         next1.last(table) >= next2.first() + ring;
         UnitCursor<C> unit = due ? next2 : next1;
         kind = due ? Tile::gemm2 : Tile::gemm1;
         expert = table.active[unit.active], row = unit.row, rows = unit.rows, width = unit.width;
@@ -104,13 +116,13 @@ template <class C> struct TileOrder {
                 tile.kind = Tile::stop;
                 return tile;
             }
-        const u32 block = (ticket - first) % width * C::kBlockM;
+        const u32 step = tile_step<C>(table.rows[expert]), block = (ticket - first) % width * step;
         tile.kind = kind;
         tile.expert = expert;
         tile.n = ((ticket - first) / width << table.two_sides) + skipped;
         tile.row = row + block;
         tile.pool_row = tile.row % (ring * kPoolAlign);
-        tile.rows = min_u32(C::kBlockM, rows - block);
+        tile.rows = min_u32(step, rows - block);
         tile.k_blocks = (kind == Tile::gemm1 ? C::kHidden : C::kIntermediate) / kBlockK;
         return tile;
     }

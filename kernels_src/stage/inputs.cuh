@@ -31,9 +31,8 @@ MEGA_DEVICE float raw_weight(const u8* weights, u64 i, u32 formats) {
 /// Slots of a token that the router fills.  Behind them each token has one slot for each shared expert of its own rank.  The router
 /// knows nothing of shared experts: its ids and weights have no slots for them, and it numbers experts without them.
 template <class C> constexpr u32 kRoutedSlots = C::kTopK - C::kShared;
-template <class C> constexpr u32
-    kLocalRouted = C::kLocalExperts -
-                   C::kShared;   // routed experts of a rank, which come before its shared ones
+/// Routed experts of a rank, which come before its shared ones.
+template <class C> constexpr u32 kLocalRouted = C::kLocalExperts - C::kShared;
 
 /// The router's expert id, and weight, for `pair` = token * routed slots + slot.
 template <class C> MEGA_DEVICE i64 routed_id(const Params& p, u32 pair) {

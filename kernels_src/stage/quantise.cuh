@@ -77,7 +77,7 @@ template <class T, u32 kCount> MEGA_DEVICE void largest_of_groups(const Eight<T>
         for (u32 j = 0; j < kCount; j += 2) {
             const u32 a = in[j].largest(),
                       b = j + 1 < kCount ? in[j + 1 < kCount ? j + 1 : j].largest() : 0;
-            u32 m = ptx::max_u16x2(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+            u32 m = ptx::max_u16x2(ptx::choose_bytes(a, b, 0x5410), ptx::choose_bytes(a, b, 0x7632));
 #pragma unroll
             for (u32 d = kWarp / 4; d > 0; d /= 2)
                 m = ptx::max_u16x2(m, __shfl_xor_sync(~0u, m, d));
@@ -105,7 +105,7 @@ struct Divisor {
     MEGA_DEVICE explicit Divisor(float largest) {
         const bool finite = __float_as_uint(largest) < 0x7F800000;
         // else infinity, or the NaN that arithmetic makes of a NaN
-        scale = finite ? quant_scale(fmaxf(largest, 1e-10f)) : largest + largest;
+        scale = finite ? quant_scale(fmaxf(largest, kLeastMagnitude)) : largest + largest;
         inverse = finite ? reciprocal_rn(scale) : ptx::reciprocal_approx(scale);
         correct = finite ? scale
                          : 0;   // division by infinity gives zero or NaN, and must not be corrected

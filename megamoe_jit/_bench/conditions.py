@@ -15,7 +15,8 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._version import __version__
 
 
-def _output_of(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
+    """What a program prints; None if it cannot be run, fails, or takes long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -36,7 +37,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     index = torch.cuda.current_device()
     device = torch.cuda.get_device_properties(index)
     query = "--query-gpu=driver_version,power.limit,clocks.max.sm"
-    smi = _output_of("nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={_smi_id(device)}")
+    smi = output_of("nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={_smi_id(device)}")
     driver, watts, clock = (part.strip() for part in smi.split(",")) if smi else (None, None, None)
     return {
         "device": device.name,

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from megamoe_jit._bench.documents_nodes import NodesRow
 from megamoe_jit._documents import Count, Document, Figure, Measured, Says
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._spec.variants import VARIANT_NAMES
 
 KernelName = Annotated[str, Says(enum=list(VARIANT_NAMES))]
+OneOrMore = Annotated[int, Says(minimum=1)]
 Several = Annotated[int, Says(minimum=2)]
 
 
@@ -105,7 +105,7 @@ class BaselineRow:
     shape: str
     experts: Count
     tokens: Count
-    ranks: Annotated[int, Says(minimum=1)]
+    ranks: OneOrMore
     method: str
     graph: bool
     compiled: bool
@@ -116,6 +116,53 @@ class BaselineRow:
     bound: float
     correct: bool
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodesRow:
+    """One call over several nodes; times are medians in microseconds, of the slowest rank.
+
+    Attributes:
+        shape: by name
+        tokens: of each rank
+        weights: the format that they are stored in
+        nodes: how many
+        ranks_per_node: GPUs of each
+        exchange: how rows travelled
+        partial: what nodes sent back
+        chunks: parts of the call
+        whole_us: the whole call
+        kernel_us: the launch of a node alone; null in chunks
+        exchange_us: dispatch and combine without the launch; null in chunks
+        rest_us: what the whole takes beside both
+        modelled_us: the same call by the model, over a network that this was not
+        sent_bytes: by the model, to other nodes, of each rank
+        diff: of the output to the reference
+        correct: within the bounds of `verify`
+        baseline: the fastest unfused method
+        baseline_us: its time
+        baseline_speedup: how many times as fast the whole call is
+    """
+
+    shape: str
+    tokens: Count
+    weights: str
+    nodes: OneOrMore
+    ranks_per_node: OneOrMore
+    exchange: str
+    partial: Annotated[str, Says(enum=["bf16", "fp32"])]
+    chunks: OneOrMore
+    whole_us: Figure
+    kernel_us: float | None
+    exchange_us: float | None
+    rest_us: float | None
+    modelled_us: Figure
+    sent_bytes: Count
+    diff: Measured
+    correct: bool
+    baseline: str | None
+    baseline_us: float | None
+    baseline_speedup: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +231,8 @@ class Bench(Document):
     def of(cls, found: Mapping[str, Any]) -> Bench:
         """The document of what was measured, as plain data by field."""
         made = {field.name: found[field.name] for field in fields(cls) if field.name in found}
-        for name, part in (("rows", JudgedRow), ("baselines", BaselineRow), ("summary", Summary)):
+        parts = {"rows": JudgedRow, "baselines": BaselineRow, "summary": Summary, "nodes": NodesRow}
+        for name, part in parts.items():
             if name in made:
                 made[name] = tuple(part(**each) for each in made[name])
         return cls(**{**made, "choice": made["choice"] and Choice(**made["choice"])})

@@ -77,6 +77,7 @@ class GroupedRowwise(Gemm):
 
     name = "scaled_grouped_mm, row-wise scales"
     bound = 1e-2  #: weights and inputs are quantised a second time, with coarser scales
+    quantise = staticmethod(_rowwise)
 
     def __init__(self, weights: WeightTensors, ends: Sequence[int]) -> None:
         super().__init__(weights, ends)
@@ -87,10 +88,6 @@ class GroupedRowwise(Gemm):
             self.codes[e], scale = _rowwise(dequantize_weights(codes[e], scales[e]))
             self.scales[e] = scale[:, 0]
         self.offsets = torch.tensor(self.ends, dtype=torch.int32, device=codes.device)
-
-    @staticmethod
-    def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _rowwise(x)
 
     def __call__(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = _any._scaled_grouped_mm(

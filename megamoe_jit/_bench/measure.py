@@ -7,7 +7,9 @@ each variant with the staging of its inputs, and the unfused layer where it is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -20,10 +22,11 @@ from megamoe_jit._bench.rows import rows_of
 from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines
 from megamoe_jit._check.scenarios import Inputs, Scenario, Weights, make_inputs, make_weights
-from megamoe_jit._check.verify import Verdict, function_of, judge
+from megamoe_jit._check.verify import Verdict, buffer_sizes, function_of, judge
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._errors import UnsupportedDeviceError
+from megamoe_jit._layer.bound_kernel import CallPlan
 from megamoe_jit._layer.from_mxfp4 import fp8_from_mxfp4
-from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._settings.settings import get_settings
 from megamoe_jit._spec import FP8, MoEShape, WeightFormat
 from megamoe_jit._spec.variants import AUTO, VARIANT_CHOICES
@@ -127,9 +130,7 @@ class Layer:
         self.device = device
         self.weights = make_weights(shape, device, 0, weights)
         self.l1, self.l2 = megamoe_jit.transform_weights_for_mega_moe_sm90(self.weights.l1, self.weights.l2)
-        self.buffer = megamoe_jit.get_symm_buffer_for_mega_moe(
-            None, shape.experts, max_tokens, shape.topk, shape.hidden, shape.intermediate
-        )
+        self.buffer = megamoe_jit.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, max_tokens))
 
     def call(self, variant: str, y: torch.Tensor, case: Scenario) -> Callable[[], object]:
         function = function_of(megamoe_jit, variant)
@@ -138,6 +139,15 @@ class Layer:
             return function(y, self.l1, self.l2, self.buffer, **case.options)
 
         return call
+
+    def close(self) -> None:
+        """Give the buffer's memory back."""
+        self.buffer.destroy()
+
+    def launch(self, plan: CallPlan, y: torch.Tensor, case: Scenario) -> None:
+        """Make a call by this plan, whatever the heuristics would choose."""
+        clamp = math.inf if case.clamp is None else case.clamp
+        self.buffer.launch(plan, y=y, tokens=case.tokens, l1=self.l1, l2=self.l2, stats=None, clamp=clamp)
 
     def check(self, call: TimedCall, y: torch.Tensor, where: torch.Tensor, expected: torch.Tensor) -> Verdict:
         """Judge some rows of one call; every row depends on its own token alone."""
@@ -175,9 +185,9 @@ def _measure(
 def measure(
     work: Sequence[Scenario],
     variants: Sequence[str] = VARIANT_CHOICES,
-    progress: Callable[[Row], None] | None = None,
+    progress: Callable[[Row], None] = lambda _: None,
     *,
-    between: Callable[[], None] | None = None,
+    between: Callable[[], None] = lambda: None,
     not_timed: Mapping[str, str] | None = None,
     baselines: list[BaselineRow] | None = None,
 ) -> list[Row]:
@@ -201,20 +211,17 @@ def measure(
     for number, (name, shape, weights) in enumerate(layers):
         group = [case for case in work if (case.name, case.shape, case.weights) == (name, shape, weights)]
         torch.cuda.empty_cache()
-        if number and between is not None:
+        if number:
             between()
-        layer = Layer(shape, max(case.capacity for case in group), device, WeightFormat.parse(weights))
-        try:
+        most = max(case.capacity for case in group)
+        with closing(Layer(shape, most, device, WeightFormat.parse(weights))) as layer:
             for case in group:
                 found, others = _measure(layer, case, case.runs(variants), flush, not_timed)
                 if baselines is not None:
                     baselines.extend(others)
                 for row in found:
                     rows.append(row)
-                    if progress is not None:
-                        progress(row)
-        finally:
-            layer.buffer.destroy()
+                    progress(row)
         del layer
     torch.cuda.empty_cache()
     return rows

@@ -18,7 +18,7 @@ import torch
 import megamoe_jit
 from megamoe_jit._bench.clock import IDLE_CYCLES, TimedCall
 from megamoe_jit._bench.conditions import environment
-from megamoe_jit._bench.documents_nodes import NodesRow
+from megamoe_jit._bench.documents import NodesRow
 from megamoe_jit._bench.measure import as_fp8, require_hopper, some_rows
 from megamoe_jit._bench.on_ranks import RankTimer, RankWeights, shape_on_ranks, sizes_of
 from megamoe_jit._bench.unfused import Task
@@ -26,8 +26,7 @@ from megamoe_jit._bench.unfused_run import add_baselines, baseline_rows, fastest
 from megamoe_jit._check.collect import collect
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify import judge
-from megamoe_jit._errors import ConfigError
+from megamoe_jit._check.verify import buffer_sizes, judge
 from megamoe_jit._layer.group import gather
 from megamoe_jit._nodes.buffer import MultiNodeBuffer
 from megamoe_jit._nodes.experts import CallOptions
@@ -63,8 +62,7 @@ class _Layer(RankWeights):
 
     def buffer(self, tokens: int, ways: dict[str, Any]) -> MultiNodeBuffer:
         """A buffer for calls with so many tokens."""
-        shape = self.shape
-        sizes = shape.experts, tokens, shape.topk, shape.hidden, shape.intermediate
+        sizes = buffer_sizes(self.shape, tokens)
         return megamoe_jit.get_multinode_buffer_for_mega_moe(self.topology, *sizes, device=self.device, **ways)
 
 
@@ -183,7 +181,7 @@ def measure_on_rank(
     group: Any = dist.group.WORLD
     topology = NodeTopology(group, ranks_per_node=ranks_per_node)
     timer = RankTimer(world.device, _AHEAD_CYCLES)
-    methods = unusable(world.device, group) if baseline else dict.fromkeys(unusable(world.device, group), "not wanted")
+    methods = unusable(world.device, group) if baseline else {}
     for name, *sizes in shapes:
         torch.cuda.empty_cache()
         shape = shape_on_ranks(world, *sizes)
@@ -206,7 +204,7 @@ def run(
     *,
     baseline: bool = True,
     weights: str = FP8.name,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any] | None:
     """Measure over several nodes: those of torchrun if there is one, else GPUs of this host that play them.
 
@@ -226,8 +224,6 @@ def run(
         ConfigError: there are not as many GPUs.
         MegaMoeError: a rank failed; says what all of them said.
     """
-    if nodes < 1 or ranks_per_node < 1:
-        raise ConfigError(f"{nodes} nodes of {ranks_per_node} ranks; allowed: 1 or more of each")
     if not torch.cuda.is_available():
         require_hopper()
     shapes = [*map(sizes_of, presets)]
@@ -235,8 +231,7 @@ def run(
 
     def note(_: int, row: dict[str, Any]) -> None:
         rows.append(row)
-        if progress is not None:
-            progress(row)
+        progress(row)
 
     arguments = {"ranks_per_node": ranks_per_node, "shapes": shapes, "tokens": list(tokens), "ways": ways}
     arguments |= {"baseline": baseline, "weights": weights}

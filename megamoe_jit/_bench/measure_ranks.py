@@ -26,7 +26,7 @@ from megamoe_jit._bench.unfused import Task
 from megamoe_jit._bench.unfused_run import add_baselines, unusable
 from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
 from megamoe_jit._check.spawn import World
-from megamoe_jit._check.verify import function_of, judge
+from megamoe_jit._check.verify import buffer_sizes, function_of, judge
 from megamoe_jit._documents import content
 from megamoe_jit._layer.group import gather
 from megamoe_jit._spec import FP8, MAX_RANKS, MoEShape
@@ -44,10 +44,9 @@ class _Layer(RankWeights):
         import torch.distributed as dist
 
         super().__init__(world, shape, weights)
-        sizes = max_tokens, shape.topk, shape.hidden, shape.intermediate
         self.buffer, self.own_buffer = (
-            megamoe_jit.get_symm_buffer_for_mega_moe(group, experts, *sizes, device=world.device)
-            for group, experts in ((dist.group.WORLD, shape.experts), (None, self.own_shape.experts))
+            megamoe_jit.get_symm_buffer_for_mega_moe(group, *buffer_sizes(each, max_tokens), device=world.device)
+            for group, each in ((dist.group.WORLD, shape), (None, self.own_shape))
         )
 
     def call(self, buffer: Any, inputs: Inputs, variant: str, y: torch.Tensor, case: Scenario) -> TimedCall:

@@ -80,9 +80,7 @@ def draw(
     doc: Mapping[str, Any],
     folder: Path,
     *,
-    prefix: str = "",
-    suffix: str = "",
-    ending: str = "svg",
+    files: str = "{}.svg",
     beside: Sequence[Line] = (),
     share: Share = itemgetter("limit_share"),
     best: tuple[str, str] | None = None,
@@ -92,9 +90,7 @@ def draw(
     Args:
         doc: of `bench`; its rows have their limits.
         folder: made if it is not there.
-        prefix: of the files' names, which are `time` and `limit`.
-        suffix: of the same.
-        ending: a format of matplotlib, such as svg or png.
+        files: what they are called, with `time` or `limit` for the braces.
         beside: more times to draw, where rows have them.
         share: of the limit that a row with a limit reaches, 1 is all of it.
         best: field and label of times whose share of the limit is drawn too.
@@ -114,8 +110,8 @@ def draw(
     def save(figure: Any, name: str) -> None:
         figure.suptitle(_source(doc), fontsize=9)
         figure.tight_layout()
-        path = folder / f"{prefix}{name}{suffix}.{ending}"
-        figure.savefig(path, dpi=120, metadata={"Date": None} if ending == "svg" else None)
+        path = folder / files.format(name)
+        figure.savefig(path, dpi=120, metadata={"Date": None})
         plt.close(figure)
         drawn.append(path)
 

@@ -101,12 +101,7 @@ def _call(layer: Layer, case: Scenario, contender: Contender, y: torch.Tensor) -
     lag_tiles = max(1, round(contender.lag * planned.num_sms))
     choice = replace(planned.choice, lag_tiles=lag_tiles, rows_per_item=contender.rows_per_item)
     plan = replace(planned, choice=choice)
-    clamp = float("inf") if case.clamp is None else case.clamp
-
-    def call() -> None:
-        layer.buffer.launch(plan, y=y, tokens=case.tokens, l1=layer.l1, l2=layer.l2, stats=None, clamp=clamp)
-
-    return call
+    return lambda: layer.launch(plan, y, case)
 
 
 def _measure(
@@ -143,7 +138,7 @@ def tune(
     rows_per_item: Sequence[int] = DEFAULT_ROWS,
     force: bool = False,
     commit: str | None = None,
-    progress: Callable[[dict[str, Any], bool], None] | None = None,
+    progress: Callable[[dict[str, Any], bool], None] = lambda _, __: None,
 ) -> list[dict[str, Any]]:
     """Measure what is not measured yet on the current CUDA device, and append it to a file.
 
@@ -194,11 +189,10 @@ def tune(
                         file.write(json.dumps(cell) + "\n")
                     old = None
                 found.append(cell)
-                if progress is not None:
-                    progress(cell, old is None)
+                progress(cell, old is None)
         finally:
             if layer is not None:
-                layer.buffer.destroy()
+                layer.close()
         del layer
         torch.cuda.empty_cache()
     return found

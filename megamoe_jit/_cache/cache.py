@@ -27,7 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from megamoe_jit._cache.entry import Damaged, EntryInfo, read_entry
+from megamoe_jit._cache.entry import Damaged, EntryInfo
 from megamoe_jit._cache.evict import LOW_WATER, to_remove
 from megamoe_jit._cache.locks import try_lock
 from megamoe_jit._cache.store import EntryStore, PruneReport
@@ -123,7 +123,9 @@ class KernelCache(EntryStore):
         for folder in chain(root, (self.path,), self._inner_folders()):  # which are seen once that above them is open
             try:
                 check_private(folder, self.forbidden)
-                _must_be_open(folder)
+                if is_closed(folder):
+                    mode = stat.S_IMODE(os.lstat(folder).st_mode)
+                    raise PermissionError(f"{folder} is closed to its owner (mode {mode:03o})")
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -132,9 +134,8 @@ class KernelCache(EntryStore):
         with contextlib.suppress(OSError):
             if os.lstat(self.path).st_uid not in (os.geteuid(), 0):
                 return problems
-        for key, folder_name in self._folders():
-            folder = Path(folder_name)
-            flaw = self._flaw(key, folder)
+        for key in self.keys():
+            folder, flaw = self.entry_path(key), self._flaw(key)
             if isinstance(flaw, Damaged):
                 problems.append(Problem(key, folder, str(flaw), fix and self.quarantine(key)))
             elif flaw is not None:
@@ -146,10 +147,10 @@ class KernelCache(EntryStore):
         with contextlib.suppress(OSError):
             yield from (self.path / name for name in sorted(os.listdir(self.path)) if _is_inner(name))
 
-    def _flaw(self, key: str, folder: Path) -> Damaged | OSError | None:
+    def _flaw(self, key: str) -> Damaged | OSError | None:
         """What is wrong with an entry, its source too; None if nothing is, or if it is gone."""
         try:
-            read_entry(key, folder, self.forbidden, with_source=True)
+            self.read(key, with_source=True)
         except FileNotFoundError:
             return None
         except (Damaged, OSError) as error:
@@ -162,7 +163,7 @@ class KernelCache(EntryStore):
         Entries of another schema, and those that are removed meanwhile, are not damaged.
         """
         entries, rest = self._survey()
-        return entries, sum(self._flaw(key, Path(folder)) is not None for key, folder in rest)
+        return entries, sum(self._flaw(key) is not None for key in rest)
 
     def quarantined(self) -> list[Path]:
         """The damaged entries that were put aside."""
@@ -215,11 +216,6 @@ def searched_caches() -> tuple[KernelCache, ...]:
 def _is_inner(name: str) -> bool:
     """Whether a directory of the cache is called so: the first digits of keys, or the two for what is no entry."""
     return name in (".tmp", "quarantine") or (len(name) == 2 and not set(name) - set("0123456789abcdef"))
-
-
-def _must_be_open(folder: Path) -> None:
-    if is_closed(folder):
-        raise PermissionError(f"{folder} is closed to its owner (mode {stat.S_IMODE(os.lstat(folder).st_mode):03o})")
 
 
 def _put_right(folder: Path) -> bool:

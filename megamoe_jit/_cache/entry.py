@@ -167,8 +167,7 @@ def verify_files(key: str, files: dict[str, bytes]) -> Metadata:
 
 def check_kernel(cubin: bytes, meta: Metadata, symbol: str) -> None:
     """Raise `Damaged` unless the binary defines this kernel alone, with the parameters that the metadata say."""
-    problem = kernel_problem(cubin, meta, symbol)
-    if problem:
+    if problem := kernel_problem(cubin, meta, symbol):
         raise Damaged(problem)
 
 
@@ -176,8 +175,7 @@ def _check_source(key: str, meta: Metadata, source: bytes) -> None:
     _check_digest(SOURCE, source, meta["source_sha256"])
     if len(source) != meta["source_bytes"]:
         raise Damaged(f"{SOURCE} has {len(source)} bytes instead of {meta['source_bytes']}")
-    problem = identity_problem(key, meta, source)
-    if problem:
+    if problem := identity_problem(key, meta, source):
         raise Damaged(problem)
 
 
@@ -237,8 +235,7 @@ def _read(handle: int, name: str, forbidden: int) -> bytes:
 
 
 def _check_owner(what: str, status: os.stat_result, forbidden: int) -> None:
-    problem = owner_problem(status, forbidden)
-    if problem:
+    if problem := owner_problem(status, forbidden):
         raise Damaged(f"{what} {problem}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Protocol
 
 from megamoe_jit._cache.metadata import SCHEMA, Metadata
 from megamoe_jit._compile.cubin import CubinError, read_cubin
@@ -16,19 +15,7 @@ _ARCH_OPTION = "--gpu-architecture="
 _FIGURES = ("registers", "static_shared_bytes", "param_bytes", "max_threads")
 
 
-class Compiler(Protocol):
-    """What a key holds of the compiler."""
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Such as (12, 9)."""
-
-    @property
-    def build(self) -> str:
-        """Digest of its library."""
-
-
-def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, toolchain: Compiler) -> str:
+def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, version: str, build: str) -> str:
     """The name of a compiled kernel: sha256 over everything that decides its bytes, and over nothing else.
 
     Paths, user, host, working directory, Python, torch and driver are not in it: a cache can be shared and
@@ -39,13 +26,14 @@ def cache_key(source_text: str, options: Iterable[str], entry: str, arch: str, t
         options: compiler options, in order.
         entry: symbol of the kernel.
         arch: target architecture.
-        toolchain: the compiler; its path does not count.
+        version: of the compiler, such as `12.9`.
+        build: of the compiler.
 
     Returns:
         64 hexadecimal digits.
     """
-    version = f"{toolchain.version[0]}.{toolchain.version[1]}"
-    return _key(source_text, options, entry, arch, version, toolchain.build)
+    compiler = [("compiler version", version), ("compiler build", build)]
+    return _digest([*_identity(source_text, options, entry, arch), *compiler])
 
 
 def source_id(source_text: str, options: Iterable[str], entry: str, arch: str) -> str:
@@ -81,7 +69,7 @@ def identity_problem(key: str, meta: Metadata, source: bytes) -> str:
     arch = next((each[len(_ARCH_OPTION) :] for each in options if each.startswith(_ARCH_OPTION)), "")
     if meta.get("arch") not in (arch, arch.removesuffix("a")):  # CUDA 13 tells the two apart only in a note
         return f"it is for {meta.get('arch')}, but was compiled for {arch or 'none'}"
-    if _key(text, options, entry, arch, version, build) != key:
+    if cache_key(text, options, entry, arch, version, build) != key:
         return "its source, options and compiler are not those of its key"
     if meta.get("source_id") != source_id(text, options, entry, arch):
         return "its source_id is not that of its source"
@@ -101,11 +89,6 @@ def kernel_problem(cubin: bytes, meta: Metadata, symbol: str) -> str:
         if said is not None and said != here:
             return f"{name} of its binary is {here}, not {said}"
     return ""
-
-
-def _key(source_text: str, options: Iterable[str], entry: str, arch: str, version: str, build: str) -> str:
-    compiler = [("compiler version", version), ("compiler build", build)]
-    return _digest([*_identity(source_text, options, entry, arch), *compiler])
 
 
 def _identity(source_text: str, options: Iterable[str], entry: str, arch: str) -> list[tuple[str, str]]:

@@ -36,23 +36,19 @@ def lock_dir() -> Path:
     if chosen is not None:
         chosen.mkdir(parents=True, exist_ok=True)
         return chosen
+    import tempfile  # a listing takes no lock
+
     problem: OSError | None = None
     # the temporary directory comes last: to ask for it is to fail where there is none to write to
     named = os.environ.get("XDG_RUNTIME_DIR")
     for base in (*([named] if named else []), "/dev/shm", None):
         try:
-            folder = Path(base or _temporary())
+            folder = Path(base or tempfile.gettempdir())
             if folder.is_dir():
                 return private_directory(folder / own_name())
         except OSError as error:
             problem = error
     raise problem or FileNotFoundError("no directory for lock files")
-
-
-def _temporary() -> str:
-    import tempfile  # a listing takes no lock
-
-    return tempfile.gettempdir()
 
 
 @contextlib.contextmanager
@@ -67,9 +63,16 @@ def key_lock(key: str, label: str, done: Callable[[], bool] = lambda: False) -> 
     Yields:
         Whether the lock is held; the block runs either way.
     """
-    lock = _wait(key, label, done)
+    lock, held = None, False
     try:
-        yield lock is not None
+        try:
+            lock = _Lock(key)
+            held = _taken(lock, label, done)
+        except OSError as error:
+            LOG.warning("cannot lock for %s (%s); compiling it without a lock", label, error)
+        if lock is not None and not held:
+            lock.close()
+        yield held
     finally:
         if lock is not None:
             lock.close()
@@ -160,27 +163,6 @@ class _Lock:
         self.forsake()
 
 
-def _wait(key: str, label: str, done: Callable[[], bool]) -> _Lock | None:
-    """The lock, which is held; None if it cannot be had in time or at all, or is not needed any more."""
-    lock = None
-    try:
-        lock = _Lock(key)
-        if _taken(lock, label, done):
-            with contextlib.suppress(OSError):
-                os.ftruncate(lock.handle, 0)
-                os.pwrite(lock.handle, f"process {os.getpid()}\n".encode(), 0)
-            return lock
-    except OSError as error:
-        LOG.warning("cannot lock for %s (%s); compiling it without a lock", label, error)
-    except BaseException:  # what would have been done with it is not wanted any more
-        if lock is not None:
-            lock.close()
-        raise
-    if lock is not None:
-        lock.close()
-    return None
-
-
 def _taken(lock: _Lock, label: str, done: Callable[[], bool]) -> bool:
     """Take it, as soon as it is free; False if that takes too long, or it is not needed any more."""
     limit = get_settings().lock_timeout_s
@@ -197,6 +179,9 @@ def _taken(lock: _Lock, label: str, done: Callable[[], bool]) -> bool:
             told = True
             LOG.warning("waiting for %s, which is compiling %s", _owner(lock.handle), label)
         time.sleep(min(POLL_S, limit))
+    with contextlib.suppress(OSError):  # of a full disk: this is for messages alone
+        os.ftruncate(lock.handle, 0)
+        os.pwrite(lock.handle, f"process {os.getpid()}\n".encode(), 0)
     return True
 
 

@@ -22,7 +22,7 @@ from megamoe_jit._cache.entry import (
     read_info,
 )
 from megamoe_jit._cache.identity import is_key
-from megamoe_jit._cache.metadata import SCHEMA
+from megamoe_jit._cache.metadata import SCHEMA, Metadata
 from megamoe_jit._trust import check_private
 
 LOG = logging.getLogger("megamoe_jit")
@@ -30,13 +30,7 @@ ACCESS = "access"  #: cause of a warning: who may not read may not write either,
 
 
 class EntryReader:
-    """Reading of the entries under one root; `EntryStore` adds the writing.
-
-    Args:
-        root: the directory; entries lie in a subdirectory named after the schema.
-        read_only: never write, not even to note a use or to put a damaged entry aside.
-        shared: let everybody read what is published.
-    """
+    """Reading of the entries under one root; `EntryStore` adds the writing, and `KernelCache` says what it is given."""
 
     def __init__(self, root: Path, read_only: bool = False, *, shared: bool = False) -> None:
         self.root = root
@@ -62,6 +56,10 @@ class EntryReader:
     def handed_over(self, key: str) -> bool:
         """Whether an entry is taken whoever compiled it: one of a read-only cache, or an imported one."""
         return self.read_only or os.path.exists(f"{self.path}/{key[:2]}/{key}/{IMPORTED}")
+
+    def read(self, key: str, *, with_source: bool = False) -> tuple[dict[str, bytes], Metadata]:
+        """Files and metadata of an entry, verified; raises as `read_entry`."""
+        return read_entry(key, self.entry_path(key), self.forbidden, with_source=with_source)
 
     def peek(self, key: str, symbol: str | None = None) -> CacheEntry:
         """Read and verify an entry, without a trace: no use is noted, nothing put aside.
@@ -133,14 +131,14 @@ class EntryReader:
         """
         return self._survey(chosen)[0]
 
-    def _survey(self, chosen: Callable[[str], bool] = lambda _: True) -> tuple[list[EntryInfo], list[tuple[str, str]]]:
-        """What `entries` gives of the chosen keys, and keys and directories of what it leaves out."""
-        entries, rest, now = list[EntryInfo](), list[tuple[str, str]](), time.time()
+    def _survey(self, chosen: Callable[[str], bool] = lambda _: True) -> tuple[list[EntryInfo], list[str]]:
+        """What `entries` gives of the chosen keys, and the keys of what it leaves out."""
+        entries, rest, now = list[EntryInfo](), list[str](), time.time()
         for key, folder in self._folders():
             if chosen(key):
                 info = read_info(key, folder, now)
                 if info is None:
-                    rest.append((key, folder))
+                    rest.append(key)
                 else:
                     entries.append(info)
         return sorted(entries, key=lambda info: (info.created_at, info.key)), rest

@@ -12,17 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megamoe_jit._cache.entry import (
-    CLOCKS_S,
-    CUBIN,
-    META,
-    SOURCE,
-    CacheEntry,
-    Damaged,
-    OtherSchema,
-    last_use,
-    read_entry,
-)
+from megamoe_jit._cache.entry import CLOCKS_S, CUBIN, META, SOURCE, CacheEntry, Damaged, OtherSchema, last_use
 from megamoe_jit._cache.metadata import SCHEMA, dump_metadata
 from megamoe_jit._cache.reader import ACCESS, EntryReader
 from megamoe_jit._cache.trees import delete, is_closed, is_directory, move, rename, tree_bytes, unlock
@@ -218,7 +208,7 @@ class EntryStore(EntryReader):
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
                 try:
-                    read_entry(key, target, self.forbidden)
+                    self.read(key)
                 except (OtherSchema, Damaged) as problem:
                     if not self.quarantine(key):
                         what = f"{target} cannot be moved away and is of no use: {problem}"

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any
 
-from megamoe_jit._check.spawn import World, describe, init_group, own_gpu, run_ranks, target_function
+from megamoe_jit._check.spawn import World, describe, join_group, run_ranks, target_function
 from megamoe_jit._errors import ConfigError, MegaMoeError
 
 
-def joined(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
+def joined() -> tuple[int, int] | None:
     """This process's rank and the number of ranks, if torchrun (or the like) started it."""
-    environ = os.environ if environ is None else environ
     try:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
         return None
 
@@ -41,7 +39,7 @@ def collect(
     device: str = "cuda",
     timeout_s: float = 3600.0,
     group_timeout_s: float = 300.0,
-    on_report: Callable[[int, Any], None] | None = None,
+    on_report: Callable[[int, Any], None] = lambda _, __: None,
 ) -> list[Any] | None:
     """Results of a function on all ranks: as one of torchrun's ranks, otherwise in processes of their own.
 
@@ -86,18 +84,13 @@ def _as_torchrun_rank(
     device: str,
     here: tuple[int, int],
     group_timeout_s: float,
-    on_report: Callable[[int, Any], None] | None,
+    on_report: Callable[[int, Any], None],
 ) -> list[Any] | None:
-    import torch
     import torch.distributed as dist
 
     rank, ranks = here
-    where = torch.device("cpu")
-    if device == "cuda":
-        where = torch.device("cuda", own_gpu(int(os.environ.get("LOCAL_RANK", rank))))
-        torch.cuda.set_device(where)
-    init_group(where, timeout=timedelta(seconds=group_timeout_s))
-    world = World(rank, ranks, where, lambda value: on_report(rank, value) if on_report is not None else None)
+    own = join_group(device, int(os.environ.get("LOCAL_RANK", rank)), group_timeout_s)
+    world = World(rank, ranks, own, lambda value: on_report(rank, value))
     result = target_function(target)(world, **(arguments or {}))
     results: list[Any] = [None] * ranks
     dist.all_gather_object(results, result)

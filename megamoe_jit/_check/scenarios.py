@@ -26,8 +26,8 @@ from megamoe_jit.reference import with_shared_experts
 
 __all__ = ["SCENARIOS", "Inputs", "Scenario", "Weights", "get", "make_inputs", "make_weights", "select"]
 
-#: rows of the experts of route "counts": around one and two tiles
-TILE_EDGES = (1, 63, 64, 65, 127, 128, 129, 0)
+#: rows of the experts of route "counts": around one tile and several, of every variant, and the columns of a main loop
+TILE_EDGES = (1, 32, 33, 63, 64, 65, 80, 81, 96, 97, 127, 128, 129, 192, 193, 0)
 
 
 @dataclass(frozen=True, slots=True)

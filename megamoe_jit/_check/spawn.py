@@ -135,7 +135,7 @@ def run_ranks(
     grace_s: float = 30.0,
     group_timeout_s: float = 300.0,
     environment: Mapping[int, Mapping[str, str]] | None = None,
-    on_report: Callable[[int, Any], None] | None = None,
+    on_report: Callable[[int, Any], None] = lambda _, __: None,
     losses: int = 0,
 ) -> list[RankEnd]:
     """Run a function on every rank, each in a process of its own; never waits longer than `timeout_s`.
@@ -184,15 +184,14 @@ def _watch(
     deadline: float,
     grace_s: float,
     losses: int,
-    on_report: Callable[[int, Any], None] | None,
+    on_report: Callable[[int, Any], None],
 ) -> None:
     shortened = False
     while True:
         codes = [child.process.poll() for child in children]  # before reading: what an ended rank said is all there
         for child in children:
             for report in child.read():
-                if on_report is not None:
-                    on_report(child.end.rank, report)
+                on_report(child.end.rank, report)
         if all(code is not None for code in codes) or time.monotonic() > deadline:
             return
         if not shortened and sum(code not in (None, 0) for code in codes) > losses:
@@ -238,16 +237,10 @@ def _end_with_parent() -> None:
 
 
 def _start(rank: int, job: Mapping[str, Any], report: Callable[[Any], None]) -> World:
-    import torch
-
-    timeout = timedelta(seconds=job["group_timeout_s"])
-    store = _tcp_store()("127.0.0.1", job["port"], is_master=False, timeout=timeout)
-    device = torch.device("cpu")
-    if job["device"] == "cuda":
-        device = torch.device("cuda", own_gpu(rank))
-        torch.cuda.set_device(device)
-    init_group(device, store=store, rank=rank, world_size=job["ranks"], timeout=timeout)
-    return World(rank, job["ranks"], device, report)
+    timeout_s, ranks = job["group_timeout_s"], job["ranks"]
+    store = _tcp_store()("127.0.0.1", job["port"], is_master=False, timeout=timedelta(seconds=timeout_s))
+    device = join_group(job["device"], rank, timeout_s, store=store, rank=rank, world_size=ranks)
+    return World(rank, ranks, device, report)
 
 
 def own_gpu(local_rank: int) -> int:
@@ -263,8 +256,17 @@ def _tcp_store() -> Any:
     return vars(dist)["TCPStore"]  # torch's stubs do not export it
 
 
-def init_group(device: Any, **more: Any) -> None:
-    """The default process group: gloo for what is said on the host, NCCL (begun when first used) for tensors."""
+def join_group(device: str, local_rank: int, timeout_s: float, **more: Any) -> Any:
+    """Join the default process group: gloo for what is said on the host, NCCL (begun when first used) for tensors.
+
+    Gives the torch device of this rank, `cuda` or `cpu`; a GPU is the current one from then on.
+    """
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **more)
+    own, backends = torch.device("cpu"), "gloo"
+    if device == "cuda":
+        own, backends = torch.device("cuda", own_gpu(local_rank)), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(own)
+    dist.init_process_group(backends, timeout=timedelta(seconds=timeout_s), **more)
+    return own

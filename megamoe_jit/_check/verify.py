@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -144,7 +144,7 @@ def stage_with_guards(buffer: Any, inputs: Inputs, experts: int) -> None:
     inputs.stage(buffer)
 
 
-def sizes_of(shape: MoEShape, capacity: int) -> tuple[int, ...]:
+def buffer_sizes(shape: MoEShape, capacity: int) -> tuple[Any, ...]:
     """Of a buffer, in the order of the function that makes it; shared experts only where there are some."""
     sizes = (shape.experts, capacity, shape.topk, shape.hidden, shape.intermediate)
     return (*sizes, shape.shared) if shape.shared else sizes
@@ -167,7 +167,7 @@ def _call(
     run = function_of(api, variant)
     y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
     stats = torch.full((s.experts,), STATS_BEFORE, dtype=torch.int32, device=device)
-    buffer = api.get_symm_buffer_for_mega_moe(None, *sizes_of(s, scenario.capacity))
+    buffer = api.get_symm_buffer_for_mega_moe(None, *buffer_sizes(s, scenario.capacity))
     try:
         stage_with_guards(buffer, inputs, s.experts)
         run(y[: scenario.tokens], entry.l1, entry.l2, buffer, stats, **scenario.options)
@@ -237,8 +237,7 @@ def expected_of(scenario: Scenario, inputs: Inputs) -> torch.Tensor:
 def outcome_of(scenario: Scenario, variant: str, y: torch.Tensor, expected: torch.Tensor) -> Outcome:
     """What a run comes to by its output bfloat16 ``[T + GUARD_ROWS, H]``."""
     verdict = judge(y[: scenario.tokens], expected)
-    figures = (verdict.diff, verdict.worst_row_diff, verdict.zero_rows_ok, verdict.passed, verdict.reason)
-    outcome = Outcome(scenario.name, variant, *figures, scenario.weights)
+    outcome = Outcome(scenario.name, variant, **asdict(verdict), weights=scenario.weights)
     untouched = bool(y[scenario.tokens :].isnan().all())
     return outcome if untouched else outcome.also("rows past the token count were written")
 
@@ -252,7 +251,7 @@ def failure(scenario: Scenario, variant: str, error: Exception) -> Outcome:
 def run_all(
     runs: Runs,
     device: torch.device | str = "cuda",
-    progress: Callable[[Outcome], None] | None = None,
+    progress: Callable[[Outcome], None] = lambda _: None,
     *,
     api: Any = None,
 ) -> list[Outcome]:
@@ -277,8 +276,7 @@ def run_all(
             except Exception as error:
                 fault, outcome = is_gone(error, where), failure(scenario, variant, error)
             outcomes.append(outcome)
-            if progress is not None:
-                progress(outcome)
+            progress(outcome)
             if fault:
                 return outcomes
     return outcomes

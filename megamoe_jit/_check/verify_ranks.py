@@ -29,12 +29,12 @@ from megamoe_jit._check.verify import (
     STATS_BEFORE,
     Runs,
     WeightCache,
+    buffer_sizes,
     expected_of,
     failure,
     function_of,
     is_gone,
     outcome_of,
-    sizes_of,
     stage_with_guards,
 )
 from megamoe_jit._errors import MegaMoeError
@@ -120,7 +120,7 @@ class _Rank:
         y = torch.full((scenario.tokens + GUARD_ROWS, s.hidden), math.nan, dtype=torch.bfloat16, device=device)
         stats = torch.full((local,), STATS_BEFORE, dtype=torch.int32, device=device)
         if number == 0:
-            self._buffer = api.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes_of(s, scenario.capacity))
+            self._buffer = api.get_symm_buffer_for_mega_moe(dist.group.WORLD, *buffer_sizes(s, scenario.capacity))
         buffer = self._buffer
         stage_with_guards(buffer, inputs, s.experts)
         self._come_late(scenario.name, variant, number)
@@ -204,7 +204,7 @@ def run_on_rank(world: World, runs: dict[str, Any], api: str = "megamoe_jit") ->
 def run_ranks(
     ranks: int,
     runs: Runs,
-    progress: Callable[[Outcome], None] | None = None,
+    progress: Callable[[Outcome], None] = lambda _: None,
     *,
     device: str = "cuda",
     api: str = "megamoe_jit",
@@ -230,8 +230,7 @@ def run_ranks(
 
     def note(_: int, report: Any) -> None:
         outcomes.append(Outcome(**report))
-        if progress is not None:
-            progress(outcomes[-1])
+        progress(outcomes[-1])
 
     arguments = {"runs": asdict(runs), "api": api}
     target = "megamoe_jit._check.verify_ranks:run_on_rank"

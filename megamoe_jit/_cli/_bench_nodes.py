@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from megamoe_jit._cli._io import cell, progress_line, show, table
-from megamoe_jit._cli._models import named_shapes
+from megamoe_jit._cli._options import named_shapes
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._text import counted
 
 if TYPE_CHECKING:
-    from megamoe_jit._bench.documents import Bench
-    from megamoe_jit._bench.documents_nodes import NodesRow
+    from megamoe_jit._bench.documents import Bench, NodesRow
     from megamoe_jit._diagnose.between import Ways
 
 _HEADERS = ("SHAPE", "TOKENS", "NODES", "EXCHANGE", "CHUNKS", "WHOLE us", "KERNEL us", "EXCHANGE us", "REST us")
@@ -51,7 +50,6 @@ def measured_on_nodes(
     presets, counts = named_shapes(names, weights), tokens or DEFAULT_TOKENS
     refuse_without_gpu()
     from megamoe_jit._bench.documents import Bench
-    from megamoe_jit._bench.documents_nodes import NodesRow
     from megamoe_jit._bench.measure_nodes import run
 
     with progress_line("bench", len(presets) * len(counts)) as step:
@@ -67,8 +65,8 @@ def measured_on_nodes(
         )
     if found is None:
         return None
-    rows = tuple(map(NodesRow.of, found["rows"]))
-    return Bench(environment=found["environment"], anchors=(), rows=(), summary=(), choice=None, nodes=rows)
+    alone: dict[str, Any] = {"anchors": (), "rows": (), "summary": (), "choice": None}
+    return Bench.of({"environment": found["environment"], **alone, "nodes": found["rows"]})
 
 
 def print_nodes(rows: Sequence[NodesRow]) -> None:

@@ -34,10 +34,6 @@ class CorruptionError(click.ClickException):
 
     exit_code = ExitCode.CORRUPTION
 
-    def show(self, file: Any = None) -> None:
-        """Print the message as other errors are printed."""
-        say(f"Error: {self.message}")
-
 
 class FullSummaries(click.Group):
     """A group whose help shows the whole first sentence of each command."""
@@ -53,7 +49,7 @@ json_option = click.option(
 )
 
 
-def say(message: str = "") -> None:
+def say(message: str) -> None:
     """Talk: a line on standard error."""
     click.echo(printable(message), err=True)
 
@@ -139,7 +135,7 @@ def confirm(question: str, yes: bool) -> None:
         yes: whether the command line has answered already.
 
     Raises:
-        click.Abort: the answer is no.
+        click.exceptions.Exit: the answer is no.
         click.UsageError: nobody is there to answer.
     """
     if yes:
@@ -147,7 +143,7 @@ def confirm(question: str, yes: bool) -> None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise click.UsageError(f"Nobody can be asked here; --yes answers: {question}")
     if not click.confirm(printable(question), err=True):
-        raise click.exceptions.Exit(ExitCode.FAILED)
+        end(ExitCode.FAILED)
 
 
 def must_be_writable(path: Path, option: str, *, in_new_folders: bool = False) -> None:

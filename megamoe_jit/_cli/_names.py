@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from megamoe_jit._errors import ConfigError
 
 if TYPE_CHECKING:
-    import click
-
     from megamoe_jit._spec.kinds import AnySpec
 
 _KEY = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
@@ -64,8 +62,3 @@ def parse_spec(text: str, keys: bool = True) -> AnySpec:
     weights = next((FORMATS[part] for part in rest[1:] if part in formats), FP8)
     numerics, inputs = Numerics.named(seen - {"ranks", raw, "format"}), Inputs.RAW if raw in seen else Inputs.STAGED
     return KernelSpec(shape, Variant.parse(rest[0]), ranks, numerics=numerics, weights=weights, inputs=inputs)
-
-
-def spec_of_argument(_: click.Context, __: click.Parameter, text: str) -> AnySpec:
-    """Callback of a SPEC argument."""
-    return parse_spec(text, keys=False)

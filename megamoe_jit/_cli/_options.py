@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from megamoe_jit._cli._models import named_shapes
+from megamoe_jit._cli._io import say
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FORMATS, FP8
 from megamoe_jit._spec.numerics import Numerics
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from megamoe_jit._spec import MoEShape
+    from megamoe_jit.heuristics.presets import Preset
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
@@ -34,6 +35,33 @@ def complete_shape(_: click.Context, __: click.Parameter, incomplete: str) -> li
     done, comma, last = incomplete.rpartition(",")
     names = [name for name in (*preset_names(), "all") if name.startswith(last)]
     return [CompletionItem(f"{done}{comma}{name}") for name in names]
+
+
+def named_shapes(names: str, weights: str | None = None) -> tuple[Preset, ...]:
+    """The shapes that a value of `--shapes` names.
+
+    Args:
+        names: as somebody typed them.
+        weights: the format that the command is asked about; None where it has none. That a model has another is said.
+
+    Raises:
+        ConfigError: one is not known, or no such layer; says why.
+        CheckpointError: the configuration of a model cannot be read.
+    """
+    from megamoe_jit.heuristics.presets import Preset, parse_shapes
+
+    def model(path: str) -> Preset:
+        from megamoe_jit.checkpoints.sizes import model_shape
+
+        found = model_shape(path)
+        if weights == FP8.name and found.weight_format != weights:
+            say(
+                f"{found.name}: its experts are {found.weight_format} on disk; for a layer that keeps them so, "
+                f"add --weight-format {found.weight_format}"
+            )
+        return Preset(found.name, found.shape, 1, path)
+
+    return parse_shapes(names, model)
 
 
 def gathered(

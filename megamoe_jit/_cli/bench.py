@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._cli._bench_nodes import measured_on_nodes, print_nodes, refuse_with_nodes
-from megamoe_jit._cli._io import ExitCode, cell, emit, json_option, must_be_writable, progress_line, say, show, table
-from megamoe_jit._cli._models import named_shapes
+from megamoe_jit._cli._io import (
+    ExitCode,
+    cell,
+    emit,
+    end,
+    json_option,
+    must_be_writable,
+    progress_line,
+    say,
+    show,
+    table,
+)
 from megamoe_jit._cli._nodes import nodes_options
 from megamoe_jit._cli._options import (
+    named_shapes,
     rank_count,
     run_ranks_option,
     timed_shapes_option,
@@ -115,12 +126,12 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
     """The fields of the document that are measured."""
     from dataclasses import asdict
 
-    from megamoe_jit._bench import conditions as _bench_report
-    from megamoe_jit._bench import measure as _bench
     from megamoe_jit._bench.clock import anchors
+    from megamoe_jit._bench.conditions import environment
+    from megamoe_jit._bench.measure import measure, require_hopper
 
-    device = _bench.require_hopper()
-    conditions = _bench_report.environment(commit)
+    device = require_hopper()
+    conditions = environment(commit)
     say("{device}, driver {driver}, NVRTC {nvrtc}, {commit}".format(**conditions))
     others: list[BaselineRow] = []
     card, not_timed = [anchors()], None
@@ -130,7 +141,7 @@ def _on_one(work: Sequence[Scenario], variants: Sequence[str], baseline: bool, c
         say("trying other ways to do the layer; a library that compiles its kernels on first use may take minutes")
         not_timed = unusable(device)
     with progress_line("bench", sum(len(case.runs(variants)) for case in work)) as step:
-        rows = _bench.measure(
+        rows = measure(
             work,
             variants,
             lambda r: step(f"{r.shape}  {counted(r.tokens, 'token')}  {r.variant}: {r.median_us:.1f} us"),
@@ -173,15 +184,15 @@ def measured(
 
     presets = named_shapes(names, weights)
     refuse_without_gpu()
-    from megamoe_jit._bench import measure as _bench
     from megamoe_jit._bench.derived import add_limits, choice_quality
     from megamoe_jit._bench.documents import Bench
+    from megamoe_jit._bench.measure import DEFAULT_TOKENS, cases, default_cases
 
     wanted, several = variants or VARIANT_CHOICES, rank_count(ranks)
     if several > 1:
         from megamoe_jit._bench.measure_ranks import run
 
-        counts = tokens or _bench.DEFAULT_TOKENS
+        counts = tokens or DEFAULT_TOKENS
         with progress_line("bench", len(presets) * len(counts) * len(wanted)) as step:
             found = run(
                 presets,
@@ -199,7 +210,7 @@ def measured(
         if commit is not None:
             found["environment"]["commit"] = commit
     else:
-        work = _bench.cases(presets, tokens, weights) if tokens else _bench.default_cases(presets, weights)
+        work = cases(presets, tokens, weights) if tokens else default_cases(presets, weights)
         found = _on_one(work, wanted, bool(baseline), commit)
     rows = add_limits(found["rows"], found["environment"]["device"])
     return Bench.of({**found, "rows": rows, "summary": [], "choice": choice_quality(rows)})
@@ -236,9 +247,9 @@ def _print(doc: Bench, as_json: bool, columns: Columns, lines: Sequence[str]) ->
 
 def _keep(doc: Bench, output: Path | None, picture: Path | None, draw: Draw | None) -> None:
     if output is not None:
-        from megamoe_jit._bench import conditions as _bench_report
+        from megamoe_jit._bench.conditions import write
 
-        _bench_report.write(plain(doc), output)
+        write(plain(doc), output)
         say(f"written: {output}")
     if picture is not None:
         from megamoe_jit._bench import plot
@@ -279,7 +290,7 @@ def finish(
     wrong = sum(not row.correct for row in rows)
     if wrong:
         say(f"{wrong} of {len(rows)} rows differ from the reference")
-        raise click.exceptions.Exit(ExitCode.FAILED)
+        end(ExitCode.FAILED)
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megamoe_jit._bench.documents import Row
-from megamoe_jit._cli._io import ExitCode, emit, json_option, say, show, table
+from megamoe_jit._cli._io import ExitCode, emit, end, json_option, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels, kernel_specs, kernel_table
 from megamoe_jit._documents import Document
 from megamoe_jit._errors import UnsupportedDeviceError
@@ -62,33 +62,29 @@ def demo(as_json: bool) -> None:
     """Run a small layer and check it; without a Hopper GPU compile the kernels and check the reference."""
     from megamoe_jit._bench import measure as _bench
     from megamoe_jit._compile.render import kernels_dir
+    from megamoe_jit._jit.runtime import sealed
 
     kernels_dir()  # one that is wrong is no failure of each kernel
     try:
         _bench.require_hopper()
     except UnsupportedDeviceError:
-        kernels = "must be cached, for compiling is forbidden" if _sealed() else "are compiled all the same"
+        kernels = "must be cached, for compiling is forbidden" if sealed() else "are compiled all the same"
         say(f"No Hopper GPU here.  The kernels {kernels}, and the reference runs on the CPU.")
         doc = _without_gpu(as_json)
     else:
         doc = _on_gpu(as_json)
     if as_json:
         emit(doc)
-    if not doc.passed:
-        raise click.exceptions.Exit(ExitCode.FAILED)
-
-
-def _sealed() -> bool:
-    from megamoe_jit._jit.runtime import sealed
-
-    return sealed()
+    end(ExitCode.OK if doc.passed else ExitCode.FAILED)
 
 
 def _compile(shape: MoEShape, name: str, force: bool, as_json: bool) -> tuple[tuple[Kernel, ...], bool]:
-    sealed = _sealed()
-    doing = "Looking in the caches for" if sealed else "Compiling"
-    say(f"\n{doing} the kernels of {name} for sm_90a{'' if sealed else ' with NVRTC'} ...")
-    results = compile_kernels(kernel_specs({name: shape}, inputs="staged"), None, force and not sealed, as_json=as_json)
+    from megamoe_jit._jit.runtime import sealed
+
+    doing = "Looking in the caches for" if sealed() else "Compiling"
+    say(f"\n{doing} the kernels of {name} for sm_90a{'' if sealed() else ' with NVRTC'} ...")
+    specs = kernel_specs({name: shape}, inputs="staged")
+    results = compile_kernels(specs, None, force and not sealed(), as_json=as_json)
     kernels = tuple(map(Kernel.of, results))
     if not as_json:
         show(kernel_table(kernels))

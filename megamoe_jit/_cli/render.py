@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import click
 
 from megamoe_jit._cli._cache_options import complete_kernel
 from megamoe_jit._cli._io import copy_out, emit, json_option
-from megamoe_jit._cli._names import spec_of_argument
+from megamoe_jit._cli._names import parse_spec
 from megamoe_jit._documents import Document, SpecData
-
-if TYPE_CHECKING:
-    from megamoe_jit._spec.compilable import Compilable
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +30,9 @@ class Rendered(Document):
 
 
 @click.command()
-@click.argument("spec", callback=spec_of_argument, shell_complete=complete_kernel)
+@click.argument("spec", shell_complete=complete_kernel)
 @json_option
-def render(spec: Compilable, as_json: bool) -> None:
+def render(spec: str, as_json: bool) -> None:
     """Print the CUDA source of a kernel, all files in one; needs neither GPU nor compiler.
 
     SPEC is SHAPE/VARIANT (v4-flash/pingpong) and what differs: /rN for N ranks, /mxfp4 for packed weights, /exact for
@@ -45,8 +41,9 @@ def render(spec: Compilable, as_json: bool) -> None:
     """
     from megamoe_jit._compile.render import render as render_source
 
-    source = render_source(spec)
+    kernel = parse_spec(spec, keys=False)
+    source = render_source(kernel)
     if as_json:
-        emit(Rendered(spec.kernel_name, spec.to_json(), tuple(source.files), source.text))
+        emit(Rendered(kernel.kernel_name, kernel.to_json(), tuple(source.files), source.text))
     else:
         copy_out(source.text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import click
 
@@ -56,18 +56,14 @@ def ls(as_json: bool) -> None:
     """
     from megamoe_jit.heuristics.presets import preset, preset_names
 
-    presets = [preset(name) for name in preset_names()]
+    rows = tuple(
+        NamedShape(p.name, s.hidden, s.intermediate, s.experts, s.topk, p.shared, p.ranks, p.source, p.config)
+        for p in map(preset, preset_names())
+        for s in (p.shape,)
+    )
     if as_json:
-        rows = [
-            NamedShape(p.name, s.hidden, s.intermediate, s.experts, s.topk, p.shared, p.ranks, p.source, p.config)
-            for p in presets
-            for s in (p.shape,)
-        ]
-        emit(Shapes(tuple(rows)))
+        emit(Shapes(rows))
         return
-    rows_of_text = [
-        (p.name, p.shape.hidden, p.shape.intermediate, p.shape.experts, p.shape.topk, p.shared, p.ranks, p.source)
-        for p in presets
-    ]
-    headers = ("NAME", "HIDDEN", "INTERMEDIATE", "EXPERTS", "TOPK", "SHARED", "RANKS", "SOURCE")
-    show(table(headers, rows_of_text, left=(0, 7)))
+    shown = [field.name for field in fields(NamedShape)][:-1]
+    cells = [[getattr(row, name) for name in shown] for row in rows]
+    show(table([name.upper() for name in shown], cells, left=(0, 7)))

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, emit, json_option, must_be_writable, progress_line, say, show, table
-from megamoe_jit._cli._models import named_shapes
-from megamoe_jit._cli._options import number_list, timed_shapes_option, timed_tokens_option, variants_option
+from megamoe_jit._cli._io import ExitCode, emit, end, json_option, must_be_writable, progress_line, say, show, table
+from megamoe_jit._cli._options import (
+    named_shapes,
+    number_list,
+    timed_shapes_option,
+    timed_tokens_option,
+    variants_option,
+)
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec.formats import FP8
 from megamoe_jit._spec.variants import Variant
@@ -154,4 +159,4 @@ def tune(
         say(f"written: {written}")
     if wrong:
         say(f"{wrong} outputs differ from the reference")
-        raise click.exceptions.Exit(ExitCode.FAILED)
+        end(ExitCode.FAILED)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megamoe_jit._cli._io import ExitCode, emit, json_option, progress_line, say, show, table
+from megamoe_jit._cli._io import ExitCode, emit, end, json_option, progress_line, say, show, table
 from megamoe_jit._cli._kernels import compile_kernels
 from megamoe_jit._cli._options import rank_count, run_ranks_option, variants_option, weight_format_option
 from megamoe_jit._errors import ConfigError, ToolchainError
@@ -69,8 +69,7 @@ def _finish(doc: Verify, ranks: int, as_json: bool) -> None:
     if failed:  # together, since each went by between many that passed
         say("\n".join(["failed:", *(f"  {o.name}  {o.variant}: {o.reason}" for o in failed)]))
     say(f"{len(doc.outcomes) - len(failed)} passed, {len(failed)} failed, {doc.not_run} not run")
-    if failed or doc.not_run > 0:
-        raise click.exceptions.Exit(ExitCode.FAILED)
+    end(ExitCode.FAILED if failed or doc.not_run > 0 else ExitCode.OK)
 
 
 def _kernels(chosen: Sequence[Scenario], variants: Sequence[str], device: torch.device, ranks: int) -> list[KernelSpec]:

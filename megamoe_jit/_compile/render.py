@@ -90,7 +90,7 @@ def render(spec: Compilable) -> RenderedSource:
     root = kernels_dir()
     flat = _Flattener(root)
     template = spec.template
-    flat.enter(template, _filled(root, template, spec.template_variables()), None)
+    flat.enter(template, _filled(root, template, spec.template_variables()))
     return RenderedSource("\n".join(flat.out) + "\n", tuple(flat.files))
 
 
@@ -173,14 +173,11 @@ def _filled(root: Path, template: str, values: Mapping[str, Any]) -> str:
         return marked, _virtual(name)
 
     try:
-        text = render_template(load, template, values)
+        return render_template(load, template, values)
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"kernel template {error.name!r} does not exist in {root}") from error
-    except _REFUSED as error:
+    except (jinja2.TemplateError, *_REFUSED) as error:
         raise RenderError(_explained(error, template, numbers)) from error
-    except jinja2.TemplateError as error:
-        raise RenderError(_explained(error, template, numbers)) from error
-    return f'#line 1 "{_virtual(template)}"\n{text}'
 
 
 def _explained(error: Exception, template: str, numbers: dict[str, list[int]]) -> str:
@@ -218,24 +215,23 @@ class _Flattener:
     stack: list[str] = field(default_factory=list)
     size: int = 0
 
-    def enter(self, name: str, text: str, mark: str | None) -> None:
+    def enter(self, name: str, text: str) -> None:
         self.files.append(name)
         self.stack.append(name)
         self.size += len(text)
         if self.size > _SOURCE_BYTES:
             raise RenderError(f"{_virtual(name)}: with this file the source has more than {_SOURCE_BYTES} characters")
-        if mark is not None:
-            self.out.append(mark)
         text = "\n" + text.removesuffix("\n")  # each line begins after one, which is found much faster than by `^`
         file, number, depth = _virtual(name), 0, 0
+        self.out.append(f'#line 1 "{file}"')
         copied, counted = 1, 0  # up to where the text is in `out`, and its lines in `number`
         for found in _DIRECTIVE.finditer(text):
             line, word, operand = found.groups()
             begin = found.start(1)
             number += text.count("\n", counted, begin)
             counted = begin
-            if word == "line" and (mark_here := _LINE_MARK.match(line)):
-                file, number = mark_here[2], int(mark_here[1]) - 1
+            if word == "line" and (mark := _LINE_MARK.match(line)):
+                file, number = mark[2], int(mark[1]) - 1
             elif word in _CONDITIONS:
                 depth += 1
             elif word == "endif":
@@ -279,5 +275,5 @@ class _Flattener:
             text = _read(self.root, name)
         except (OSError, UnicodeDecodeError) as error:
             raise RenderError(f'{where}: cannot include "{name}" from {self.root}: {_reason(error)}') from error
-        self.enter(name, text, f'#line 1 "{_virtual(name)}"')
+        self.enter(name, text)
         self.out.append(f'#line {number + 1} "{file}"')

@@ -53,6 +53,11 @@ class Toolchain:
     version: tuple[int, int]
     build: str
 
+    @property
+    def release(self) -> str:
+        """Its version as text, such as `12.9`."""
+        return f"{self.version[0]}.{self.version[1]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -108,7 +113,8 @@ def find_toolchain() -> Toolchain:
     Raises:
         ToolchainError: none was found, or it is too old; says what to install.
     """
-    return _find(get_settings().nvrtc)
+    with _find_lock:
+        return _find_once(get_settings().nvrtc)
 
 
 def current_builder() -> tuple[str, str] | None:
@@ -156,7 +162,7 @@ def activate(toolchain: Toolchain) -> None:
         status, major, minor = nvrtc.nvrtcVersion()
         if int(status) != 0 or (major, minor) != toolchain.version:
             raise ToolchainError(
-                f"{toolchain.path} was taken for NVRTC {_dotted(toolchain.version)}, but calls reach {major}.{minor}"
+                f"{toolchain.path} was taken for NVRTC {toolchain.release}, but calls reach {major}.{minor}"
             )
 
 
@@ -192,13 +198,8 @@ def _find_once(explicit: Path | None) -> Toolchain:
     except (OSError, ValueError) as error:
         raise ToolchainError(f"cannot read NVRTC library {chosen.path}: {error}") from error
     toolchain = Toolchain(chosen.path, version, build)
-    LOG.debug("NVRTC %s, build %s, at %s (%s)", _dotted(version), build[:12], chosen.path, chosen.origin)
+    LOG.debug("NVRTC %s, build %s, at %s (%s)", toolchain.release, build[:12], chosen.path, chosen.origin)
     return toolchain
-
-
-def _find(explicit: Path | None) -> Toolchain:
-    with _find_lock:
-        return _find_once(explicit)
 
 
 def _dotted(version: tuple[int, int]) -> str:

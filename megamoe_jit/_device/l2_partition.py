@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megamoe_jit._device.driver import checked
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._errors import LoadError
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._spec.abi import SIDE_WORDS
@@ -117,7 +118,7 @@ def sides_of_sms(device: torch.device) -> tuple[int, ...] | None:
 
 
 def _measured(device: torch.device) -> torch.Tensor:
-    sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    sms = sm_count(device)
     latencies = _latencies(device, sms)
     reached = len(_reached(latencies))
     if reached != sms:

@@ -32,6 +32,9 @@ class Ways:
     chunks: int | None = None
 
 
+ONE_NODE = Ways()
+
+
 @dataclass(frozen=True, slots=True)
 class Between:
     """How a call goes over several nodes. Times are modelled, not measured.

@@ -28,7 +28,7 @@ from megamoe_jit._diagnose.doctor_machine import (
 )
 from megamoe_jit._diagnose.engines import examine_engine, probe_of
 from megamoe_jit._diagnose.finding import Check, Status
-from megamoe_jit._diagnose.machine import TOOLS, FileSystem, compilers, file_system, find_tool, tool_command
+from megamoe_jit._diagnose.machine import GET_A_TOOL, TOOLS, FileSystem, compilers, file_system, find_tool
 from megamoe_jit._settings.read import listed
 from megamoe_jit._settings.settings import get_settings, lenient
 from megamoe_jit._settings.variables import PREFIX, VARIABLES, default_config_file
@@ -324,4 +324,4 @@ def _tools() -> Check:
     if present:
         return Check("tools", Status.OK, ", ".join(present), None, found)
     detail = f"neither {' nor '.join(TOOLS)}; only `inspect --sass` needs one"
-    return Check("tools", Status.OK, detail, tool_command("nvdisasm"), found)
+    return Check("tools", Status.OK, detail, GET_A_TOOL, found)

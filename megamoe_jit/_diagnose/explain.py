@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamoe_jit._diagnose.between import Between, Ways, between
+from megamoe_jit._diagnose.between import ONE_NODE, Between, Ways, between
 from megamoe_jit._documents import Count, Digest, Document, content
 from megamoe_jit._spec import DEFAULT_NUMERICS, FP8, KernelSpec, MoEShape, WeightFormat
 from megamoe_jit._spec.compilable import Compilable
@@ -163,7 +163,7 @@ def explain(
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
     weights: str = FP8.name,
-    ways: Ways | None = None,
+    ways: Ways = ONE_NODE,
 ) -> Call:
     """Which kernel a call with so many tokens takes, with which parameters, and why.
 
@@ -177,13 +177,13 @@ def explain(
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
         weights: the format of the weights.
-        ways: how the call goes over several nodes, which share the experts of `shape`; None for one node.
+        ways: how the call goes over several nodes, which share the experts of `shape`.
 
     Raises:
         ConfigError: a value is not supported.
     """
     beyond = None
-    if ways is not None and ways.nodes > 1:
+    if ways.nodes > 1:
         shape, beyond = between(shape, tokens, ranks, ways, WeightFormat.parse(weights))
         numerics = replace(numerics, float32_out=beyond.partial == "fp32")
     case = Case(name, shape, ranks, tokens, weights)

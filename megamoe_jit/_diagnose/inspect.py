@@ -11,7 +11,7 @@ from typing import Literal
 
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.cubin import CubinError, read_cubin, sections_of
-from megamoe_jit._diagnose.machine import TOOLS, find_tool, tool_command
+from megamoe_jit._diagnose.machine import GET_A_TOOL, TOOLS, find_tool
 from megamoe_jit._documents import Count, Digest, Document, Figure
 from megamoe_jit._errors import LoadError, ToolchainError
 from megamoe_jit._spec.abi import SHARED_LIMIT
@@ -153,9 +153,7 @@ def sass(cubin: bytes) -> tuple[str, str]:
         tool = find_tool(name)
         if tool is not None:
             return _run(tool, _ARGUMENTS[name], cubin), tool
-    raise ToolchainError(
-        f"SASS needs {' or '.join(TOOLS)}, and neither is installed or on PATH; run: {tool_command('nvdisasm')}"
-    )
+    raise ToolchainError(f"SASS needs {' or '.join(TOOLS)}, and neither is installed or on PATH; run: {GET_A_TOOL}")
 
 
 def _run(tool: str, arguments: tuple[str, ...], cubin: bytes) -> str:

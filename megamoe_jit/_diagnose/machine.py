@@ -35,8 +35,8 @@ PACKAGES = (
     "rich",
 )
 
-#: Disassemblers that `inspect --sass` can use, the preferred one first, and the package each comes in.
-TOOLS = {"nvdisasm": "nvidia-cuda-nvdisasm", "cuobjdump": "nvidia-cuda-cuobjdump"}
+TOOLS = ("nvdisasm", "cuobjdump")  #: disassemblers that `inspect --sass` can use, the preferred one first
+GET_A_TOOL = "pip install nvidia-cuda-nvdisasm"
 
 _NETWORK = re.compile(
     r"nfs|cifs|smb|9p|afs|lustre|gpfs|beegfs|ceph|gluster|sshfs|orangefs|pvfs|panfs|weka|s3fs|gcsfuse|juicefs"
@@ -184,11 +184,6 @@ def find_tool(name: str) -> str | None:
     except Exception:  # an older cuda-pathfinder knows fewer tools and raises errors of its own for the others
         found = None
     return found or shutil.which(name)
-
-
-def tool_command(name: str) -> str:
-    """How to get a tool of `TOOLS`."""
-    return f"pip install {TOOLS[name]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe_jit._device.layout import Section, buffer_layout
-from megamoe_jit._diagnose.between import Between, Ways, between
+from megamoe_jit._diagnose.between import ONE_NODE, Between, Ways, between
 from megamoe_jit._diagnose.explain import DEFAULT_SMS, AskedFor, Case, choice_for
 from megamoe_jit._documents import Count, Document, content
 from megamoe_jit._spec import BLOCK, DEFAULT_NUMERICS, FP8, MAX_TOKENS, KernelSpec, MoEShape, WeightFormat
@@ -158,7 +158,7 @@ def memory_plan(
     num_sms: int = DEFAULT_SMS,
     gpu: str | None = None,
     weights: str = FP8.name,
-    ways: Ways | None = None,
+    ways: Ways = ONE_NODE,
 ) -> Planned:
     """Memory and launch of one rank whose buffer holds so many tokens.
 
@@ -171,7 +171,7 @@ def memory_plan(
         num_sms: blocks of the launch.
         gpu: full name of the GPU, for what was measured on it; None for none.
         weights: the format of the weights.
-        ways: how calls go over several nodes, which share the experts of `shape`; None for one node.
+        ways: how calls go over several nodes, which share the experts of `shape`.
 
     Raises:
         ConfigError: a value is not supported.
@@ -179,7 +179,7 @@ def memory_plan(
     check(1 <= tokens <= MAX_TOKENS, "tokens", tokens, f"1 to {MAX_TOKENS}")
     stored = WeightFormat.parse(weights)
     numerics, room, beyond = DEFAULT_NUMERICS, tokens, None
-    if ways is not None and ways.nodes > 1:
+    if ways.nodes > 1:
         shape, beyond = between(shape, tokens, ranks, ways, stored)
         room, numerics = beyond.most_rows, Numerics(float32_out=beyond.partial == "fp32")
     layout = buffer_layout(shape, room, ranks)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from megamoe_jit._cache.cache import user_cache
 from megamoe_jit._cache.metadata import Metadata
@@ -107,20 +108,9 @@ class Warmup(Document):
     @classmethod
     def of(cls, kernels: tuple[Kernel, ...], seconds: float, dry_run: bool) -> Warmup:
         """With the kernels counted."""
-
-        def count(status: KernelStatus) -> int:
-            return sum(kernel.status == status for kernel in kernels)
-
-        return cls(
-            dry_run=dry_run,
-            compiled=count("compiled"),
-            cached=count("cached"),
-            failed=count("failed"),
-            skipped=count("skipped"),
-            missing=count("missing"),
-            seconds=seconds,
-            kernels=kernels,
-        )
+        counts = Counter[KernelStatus](kernel.status for kernel in kernels)
+        by_status = {status: counts[status] for status in get_args(KernelStatus)}
+        return cls(dry_run=dry_run, **by_status, seconds=seconds, kernels=kernels)
 
 
 @dataclass(frozen=True, slots=True)

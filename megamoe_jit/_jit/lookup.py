@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from megamoe_jit._cache.cache import KernelCache, searched_caches
-from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_entry, read_info
+from megamoe_jit._cache.entry import Damaged, EntryInfo, by_compiler, read_info
 from megamoe_jit._cache.identity import cache_key, source_id
 from megamoe_jit._cache.metadata import Metadata
 from megamoe_jit._compile.render import RenderedSource, render
@@ -52,7 +52,7 @@ class Wanted:
             problem = error
         options = options_for(toolchain)
         if toolchain is not None:
-            key = cache_key(source.text, options, spec.kernel_name, ARCH, toolchain)
+            key = cache_key(source.text, options, spec.kernel_name, ARCH, toolchain.release, toolchain.build)
         return cls(spec, source, source_id(source.text, options, spec.kernel_name, ARCH), toolchain, key, problem)
 
     @property
@@ -175,13 +175,9 @@ def entries_of(spec: Compilable, caches: Iterable[KernelCache]) -> list[Found]:
     Raises:
         RenderError: its source cannot be rendered.
     """
-    found = []
-    for each in lookup(Wanted.of(spec), caches):
-        if each.info is not None:
-            found.append(each)
-        elif each.cache.holds(each.key):
-            found.extend(filter(None, [_at(each.cache, each.key, each.fit)]))
-    return found
+    found = lookup(Wanted.of(spec), caches)
+    there = (each if each.info is not None else _at(each.cache, each.key, each.fit) for each in found)
+    return [each for each in there if each is not None]
 
 
 def first_whole(found: Iterable[Found], *, with_source: bool) -> Found:
@@ -199,7 +195,7 @@ def first_whole(found: Iterable[Found], *, with_source: bool) -> Found:
     for each in found:
         try:
             check_private(each.cache.path, each.cache.forbidden)
-            read_entry(each.key, each.path, each.cache.forbidden, with_source=with_source)
+            each.cache.read(each.key, with_source=with_source)
         except (Damaged, OSError) as problem:
             failed.append((each, problem))
             continue
@@ -211,11 +207,10 @@ def first_whole(found: Iterable[Found], *, with_source: bool) -> Found:
 
 def _at(cache: KernelCache, key: str, fit: Fit = Fit.NAME) -> Found | None:
     """The entry of this key, damaged or not; None for one of another schema, or that went meanwhile."""
-    folder = cache.entry_path(key)
-    info = read_info(key, str(folder))
+    info = read_info(key, str(cache.entry_path(key)))
     if info is None:
         try:
-            read_entry(key, folder, cache.forbidden)
+            cache.read(key)
         except Damaged:
             return Found(cache, key, None, fit)
         except OSError:

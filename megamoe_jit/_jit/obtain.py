@@ -31,25 +31,6 @@ from megamoe_jit._version import __version__
 LOG = logging.getLogger("megamoe_jit")
 
 
-def distrust(kernel: CompiledKernel, damaged: bool) -> bool:
-    """Do not take this kernel from a cache again: the driver refuses it.
-
-    Args:
-        kernel: the kernel.
-        damaged: it should have worked; then it is moved to quarantine too, for the sake of other processes.
-
-    Returns:
-        Whether compiling it may help; not if it was compiled by this very process.
-    """
-    registry().distrust(kernel.cubin)
-    if damaged:
-        cache = user_cache()
-        own = cache.load(kernel.key)  # the kernel may have come from a read-only cache, and this one be good
-        if own is not None and own.cubin == kernel.cubin:
-            cache.quarantine(kernel.key)
-    return not registry().made(kernel.key)
-
-
 def get_kernel(spec: Compilable, force: bool = False, stop: threading.Event | None = None) -> CompiledKernel:
     """The compiled kernel of a spec; compiles it if nobody did yet.
 
@@ -83,10 +64,17 @@ def replacement(kernel: CompiledKernel, why: str, *, damaged: bool) -> CompiledK
     Raises:
         MegaMoeError: as `get_kernel`.
     """
-    if not distrust(kernel, damaged):
+    kernels = registry()
+    kernels.distrust(kernel.cubin)
+    if damaged:
+        cache = user_cache()
+        own = cache.load(kernel.key)  # the kernel may have come from a read-only cache, and this one be good
+        if own is not None and own.cubin == kernel.cubin:
+            cache.quarantine(kernel.key)
+    if kernels.made(kernel.key):
         return None
     LOG.warning("%s; taking another copy, or compiling it here", why)
-    registry().forget(kernel.spec)
+    kernels.forget(kernel.spec)
     return get_kernel(kernel.spec)
 
 
@@ -188,11 +176,7 @@ def _meta(wanted: Wanted, result: CompileResult, toolchain: Toolchain) -> Metada
         "source_id": wanted.source_id,
         "files": [one_line(name) for name in wanted.source.files],
         "options": list(result.options),
-        "nvrtc": {
-            "version": f"{toolchain.version[0]}.{toolchain.version[1]}",
-            "build": toolchain.build,
-            "path": one_line(str(toolchain.path)),
-        },
+        "nvrtc": {"version": toolchain.release, "build": toolchain.build, "path": one_line(str(toolchain.path))},
         "package_version": __version__,
         "registers": kernel.registers,
         "stack_bytes": result.stack_bytes,

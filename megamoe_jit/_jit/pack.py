@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe_jit._cache.cache import KernelCache, readonly_caches, user_cache
-from megamoe_jit._cache.entry import IMPORTED, META, Damaged, read_entry
+from megamoe_jit._cache.entry import IMPORTED, META, Damaged
 from megamoe_jit._cache.metadata import SCHEMA, Metadata, dump_metadata
 from megamoe_jit._errors import ConfigError, KernelMissingError, PackError
 from megamoe_jit._files import file_sha256
@@ -92,13 +92,13 @@ def export_pack(
         raise PackError(f"cannot write {target}: it is not a plain file, and would be replaced by one")
     files: dict[str, dict[str, bytes]] = {}
     kernels: dict[str, str] = {}
-    for key, folder, forbidden in _chosen(what, cache):
+    for key, place in sorted(_chosen(what, cache).items()):
         try:
-            contents, meta = read_entry(key, folder, forbidden, with_source=True)
+            contents, meta = place.read(key, with_source=True)
         except (OSError, Damaged) as problem:
             if what is None and isinstance(problem, FileNotFoundError):
                 continue  # removed meanwhile, or of another version, which calls and listings pass over too
-            raise PackError(f"cannot export {folder}: {problem}") from None
+            raise PackError(f"cannot export {place.entry_path(key)}: {problem}") from None
         files[key] = {**{name: contents[name] for name in FILES}, META: _without_origin(meta)}
         kernels[key] = meta["entry"]
     if not files:
@@ -191,23 +191,21 @@ def _caches(cache: KernelCache | None) -> tuple[KernelCache, ...]:
     return (user_cache(), *readonly_caches()) if cache is None else (cache,)
 
 
-def _chosen(what: Iterable[str | Compilable] | None, cache: KernelCache | None) -> Iterator[tuple[str, Path, int]]:
-    """Key, directory and forbidden permissions of what is to be exported, each once, by key."""
+def _chosen(what: Iterable[str | Compilable] | None, cache: KernelCache | None) -> dict[str, KernelCache]:
+    """Where what is to be exported lies, by key."""
     caches = _caches(cache)
-    found: dict[str, tuple[Path, int]] = {}
+    found: dict[str, KernelCache] = {}
     if what is None:
         for each in reversed(caches):  # what several have comes from the first
-            keys = each.keys()  # of those too whose metadata cannot be read
-            found.update((key, (each.entry_path(key), each.forbidden)) for key in keys)
+            found.update(dict.fromkeys(each.keys(), each))  # those too whose metadata cannot be read
+        return found
     several = items_of(what)
-    given = [what] if several is None else several
-    for item in given if what is not None else ():
+    for item in [what] if several is None else several:
         if not isinstance(item, str | AnySpec):
             raise ConfigError(f"what: {shown(item)} given; allowed: keys and KernelSpecs")
         entry = find_key(item, caches) if isinstance(item, str) else _of_spec(item, caches)
-        found[entry.key] = entry.path, entry.cache.forbidden
-    for key in sorted(found):
-        yield (key, *found[key])
+        found[entry.key] = entry.cache
+    return found
 
 
 def _of_spec(spec: Compilable, caches: tuple[KernelCache, ...]) -> Found:

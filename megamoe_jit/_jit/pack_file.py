@@ -171,8 +171,6 @@ def entries_in(
 
 
 def _contents(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
-    if not member.isreg():
-        raise PackError(f"{path}: {member.name!r} is not a plain file")
     if not 0 <= member.size <= limit:
         raise PackError(f"{path}: {member.name!r} has {member.size} bytes; allowed: {limit}")
     with archive.extractfile(member) or io.BytesIO() as file:

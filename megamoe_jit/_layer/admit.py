@@ -37,7 +37,8 @@ def admit_first(
         tokens, _ = admit()
         stored = format_of_call(weights[0])
         choice, _ = buffer.kernels.choose(tokens, variant, num_sms, stored)
-        check_weights(*weights, buffer.spec(choice.variant, Numerics(*numeric), stored), buffer.device)
+        spec = buffer.kernels.spec(choice.variant, Numerics(*numeric), inputs, stored)
+        check_weights(*weights, spec, buffer.device)
         return choice.variant
 
     chosen = collectively(buffer.group, "checking the arguments of the first call", check)

@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._spec import BLOCK
-from megamoe_jit._spec.formats import MXFP4
+from megamoe_jit._spec import BLOCK, MXFP4
 
 E8M0_BIAS = 127
 GROUP_BYTES = MXFP4.code_bytes(1, MXFP4.group)  #: of codes
@@ -25,19 +24,12 @@ _NEVER = 1000  #: what a group of zeros asks for bounds nothing
 
 
 class Target(NamedTuple):
-    """The numbers that values become, relative to the scale of their block.
+    """The numbers that values become, relative to the scale of their block."""
 
-    Attributes:
-        name: for people.
-        top: binade of the largest power of two; one and a half times it is a number as well.
-        least: binade of the smallest: of the lowest set bit with subnormal numbers, else of the smallest number.
-        subnormal: whether they are used.
-    """
-
-    name: str
-    top: int
-    least: int
-    subnormal: bool
+    name: str  #: for people
+    top: int  #: binade of the largest power of two; one and a half times it is a number as well
+    least: int  #: binade of the smallest: of the lowest set bit with subnormal numbers, else of the smallest number
+    subnormal: bool  #: whether they are used
 
     @property
     def binades(self) -> int:
@@ -131,9 +123,7 @@ def bounds(codes: torch.Tensor, e8m0: torch.Tensor, target: Target) -> Bounds:
     return Bounds(least.reshape(blocks).amax((1, 3)), most.reshape(blocks).amin((1, 3)))
 
 
-def refuse_inexact(
-    name: str, found: Bounds, target: Target, next_step: str, experts: Sequence[int] | None = None
-) -> None:
+def refuse_inexact(name: str, found: Bounds, target: Target, next_step: str, experts: Sequence[int] | None) -> None:
     """Raise `ConfigError` unless all blocks are exact.
 
     Args:

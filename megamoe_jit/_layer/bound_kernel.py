@@ -69,22 +69,14 @@ class CallPlan:
 class BoundKernel:
     """A kernel bound to a memory: a call writes a few fields of `params` and launches.
 
-    Args:
-        spec: the kernel.
-        place: the memory.
-        timeline: address of the room for the records of a kernel that keeps some.
-
-    Attributes:
-        spec: the kernel.
-        key: its name in the cache.
-        knows_sides: whether it is known which SMs are near which half of the L2.
+    `timeline` is the address of the room for the records of a kernel that keeps some.
     """
 
     def __init__(self, spec: KernelSpec, place: Place, timeline: int = 0) -> None:
         self.spec, self._device = spec, place.device
         self.params = aligned(Params)
         loaded = load_kernel(spec, place.device.index, param_bytes=ctypes.sizeof(Params))
-        self.key: str = loaded.key
+        self.key: str = loaded.key  #: its name in the cache
         self.launcher = Launcher(loaded, self.params, threads=spec.threads)
         self._weights: SeenTensors | None = None  #: whose addresses `params` has
         self._weight_fields = _fields(spec)
@@ -93,7 +85,7 @@ class BoundKernel:
         self._own: tuple[int, float, float] | None = None  #: and these, of the call
         self._checked: dict[int, SeenTensors] = {}  #: by the identity of the first tensor
         sides = sides_of_sms(place.device) if get_settings().l2_sides else None
-        self.knows_sides = sides is not None
+        self.knows_sides = sides is not None  #: which SMs are near which half of the L2
         if sides is not None:
             self.params.side_of_sm[:] = sides
         self.params.timeline = timeline

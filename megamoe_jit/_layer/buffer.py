@@ -27,10 +27,9 @@ from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage, stage_kernel
 from megamoe_jit._layer.steady import SteadyCalls
 from megamoe_jit._layer.stream_order import StreamOrder
-from megamoe_jit._spec import FP8, MoEShape, Variant, WeightFormat, check_int
+from megamoe_jit._spec import FP8, MoEShape, Numerics, Variant, WeightFormat, check_int
 from megamoe_jit._spec.any_layer import StageFormat
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.heuristics.select import all_variants
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megamoe_jit._errors import ConfigError, UnsupportedDeviceError
-from megamoe_jit._layer.given_weights import WeightTensors, require_tensors, written_parts
+from megamoe_jit._layer.given_weights import WeightTensors, require_tensors, written
 from megamoe_jit._layer.marks import require_marked
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._spec import KernelSpec, check_clamp
@@ -77,13 +77,11 @@ def check_tensor(
 def check_weights(l1: WeightTensors | None, l2: WeightTensors | None, spec: KernelSpec, device: torch.device) -> None:
     """Raise unless the tensors of both matrices fit the kernel, and are marked as transformed."""
     hidden, intermediate = spec.shape.hidden, spec.shape.intermediate
-    sizes = {"l1": (2 * intermediate, hidden), "l2": (hidden, intermediate)}
-    both = [(name, require_tensors(name, given), sizes[name]) for name, given in (("l1", l1), ("l2", l2))]
-    for name, tensors, size in both:
-        _check_parts(name, tensors, spec, size, device)
-    for name, tensors, _ in both:
-        for what, tensor in zip(("weights", "exponents"), written_parts(tensors, spec.weights), strict=False):
-            require_marked(name, tensor, weights=spec.weights, what=what)
+    l1, l2 = require_tensors("l1", l1), require_tensors("l2", l2)
+    _check_parts("l1", l1, spec, (2 * intermediate, hidden), device)
+    _check_parts("l2", l2, spec, (hidden, intermediate), device)
+    for name, what, tensor in written(l1, l2, spec.weights):
+        require_marked(name, tensor, weights=spec.weights, what=what)
 
 
 def _check_parts(
@@ -136,9 +134,7 @@ def require_topology(topology: Any) -> Any:
 def check_shared_weight(weight: float, shared: int) -> float:
     """The weight of so many shared experts as a float; raises unless it is a number, which matters."""
     weight = check_float32("shared_weight", weight)
-    if not shared and weight != 1.0:
-        given = f"shared_weight = {shown(weight)}"
-        raise ConfigError(f"{given} is not supported; allowed: 1.0, the layer has no shared experts")
+    check(shared > 0 or weight == 1.0, "shared_weight", weight, "1.0, the layer has no shared experts")
     return weight
 
 

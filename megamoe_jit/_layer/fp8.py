@@ -15,41 +15,27 @@ from __future__ import annotations
 import torch
 
 from megamoe_jit._layer.quantize import dequantize_weights as dequantize
-from megamoe_jit._layer.tiles import by_tile, deinterleave, interleave
-from megamoe_jit._spec import BLOCK
+from megamoe_jit._layer.tiles import TileOrder
 
 __all__ = ["dequantize", "pack", "unpack"]
 
 ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES = 8, 8, 16  #: of the swizzle
+#: tile, k-block, atom, row of the atom, chunk, byte
+_ORDER = TileOrder((ATOM_ROWS,), (ATOM_CHUNKS, CHUNK_BYTES), (0, 3, 1, 2, 4, 5))
 
 
 def _swizzle(tiles: torch.Tensor) -> torch.Tensor:
-    """``[..., row of the atom, chunk, byte]`` with chunks in the order of shared memory, or back: its own inverse."""
+    """Chunks of each atom in the order of shared memory, or back: its own inverse; always a new tensor."""
     row = torch.arange(ATOM_ROWS, dtype=torch.int64, device=tiles.device).unsqueeze(1)
     chunk = torch.arange(ATOM_CHUNKS, dtype=torch.int64, device=tiles.device)
-    return tiles[..., row, row ^ chunk, :]
-
-
-def _pack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:
-    """Tiles of `height` rows as shared memory holds them."""
-    rows, depth = w.shape
-    atoms = w.reshape(-1, height // ATOM_ROWS, ATOM_ROWS, depth // BLOCK, ATOM_CHUNKS, CHUNK_BYTES)
-    return _swizzle(atoms.permute(0, 3, 1, 2, 4, 5)).reshape(rows, depth)
-
-
-def _unpack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:
-    """Inverse of `_pack_tiles`."""
-    rows, depth = w.shape
-    atoms = w.reshape(-1, depth // BLOCK, height // ATOM_ROWS, ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES)
-    return _swizzle(atoms).permute(0, 2, 3, 1, 4, 5).reshape(rows, depth)
+    return tiles.reshape(-1, ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES)[:, row, row ^ chunk].view(tiles.shape)
 
 
 def pack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
     """See `WeightFormat.pack`."""
-    return by_tile(_pack_tiles, interleave(codes) if gated else codes)
+    return _swizzle(_ORDER.pack(codes, gated))
 
 
 def unpack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
     """See `WeightFormat.unpack`."""
-    plain = by_tile(_unpack_tiles, codes)
-    return deinterleave(plain) if gated else plain
+    return _ORDER.unpack(_swizzle(codes), gated)

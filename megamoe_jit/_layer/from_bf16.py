@@ -75,11 +75,7 @@ def mega_moe_from_bf16(
     if buffer.ranks > 1:
         admit_first(buffer, admit, weights, variant, numeric, num_sms, Inputs.RAW)
     _, clamp = admit()
-    try:
-        numerics = numerics_of(*numeric)
-    except TypeError:  # what cannot be hashed is no option either
-        numerics = Numerics(*numeric)
-    return run_batch(buffer, raw, weights, clamp, numerics, y, stats, num_sms, variant, shared_weight)
+    return run_batch(buffer, raw, weights, clamp, numeric, y, stats, num_sms, variant, shared_weight)
 
 
 def run_batch(
@@ -87,7 +83,7 @@ def run_batch(
     raw: RawInputs,
     weights: tuple[WeightTensors, WeightTensors],
     clamp: float,
-    numerics: Numerics,
+    numeric: tuple[bool, ...],
     y: torch.Tensor | None = None,
     stats: torch.Tensor | None = None,
     num_sms: int | None = None,
@@ -100,8 +96,9 @@ def run_batch(
         raw: the batch, for which the buffer has room.
         weights: of both products; checked at the launch.
         clamp: as the kernel takes it, infinity for none.
+        numeric: the options that are fields of `Numerics`, in their order.
         y: as `raw` wants it; a new tensor by default.
-        buffer, numerics, stats, num_sms, variant, shared_weight: as there.
+        buffer, stats, num_sms, variant, shared_weight: as there.
 
     Returns:
         `y`; the kernel may still be running.
@@ -110,6 +107,10 @@ def run_batch(
         MegaMoeError: as there.
     """
     tokens, fused = raw.tokens, raw.fused
+    try:
+        numerics = numerics_of(*numeric)
+    except TypeError:  # what cannot be hashed is no option either
+        numerics = Numerics(*numeric)
     try:
         stored = FORMAT_BY_TYPE[weights[0][0].dtype]
     except Exception:  # costs nothing where it is a tuple of tensors

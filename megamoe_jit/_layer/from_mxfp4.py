@@ -24,8 +24,7 @@ from megamoe_jit._layer.binades import (
     refuse_inexact,
 )
 from megamoe_jit._layer.given_weights import as_bytes, check_plain_mxfp4
-from megamoe_jit._layer.mxfp4 import byte_values
-from megamoe_jit._spec import BLOCK
+from megamoe_jit._layer.mxfp4 import byte_values, to_groups
 from megamoe_jit._spec.checks import check
 from megamoe_jit._spec.formats import MXFP4
 
@@ -38,11 +37,6 @@ def check_rounding(rounding: str | None) -> bool:
     known = rounding is None or (isinstance(rounding, str) and rounding == "nearest")
     check(known, "rounding", rounding, "None, or 'nearest'")
     return rounding is not None
-
-
-def _to_groups(blocks: torch.Tensor) -> torch.Tensor:
-    """A number of each block ``[rows / 128, depth / 128]``, for each group: ``[rows, groups]``."""
-    return blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK // MXFP4.group, 1)
 
 
 def _halved(device: torch.device) -> torch.Tensor:
@@ -73,7 +67,7 @@ def round_groups(codes: torch.Tensor, e8m0: torch.Tensor, found: Bounds) -> tupl
         Tensors like the first two. Values change by at most ``2 ** (s - 15)``, s the block's chosen exponent.
     """
     _, smallest, any_value = binades(codes, NORMAL)
-    exponents, s = e8m0.to(torch.int16) - E8M0_BIAS, _to_groups(found.chosen)
+    exponents, s = e8m0.to(torch.int16) - E8M0_BIAS, to_groups(found.chosen)
     too_small = any_value & (exponents + smallest - NORMAL.least < s)
     wanted = torch.where(too_small, s + (NORMAL.least + 1), exponents)  # for which one half is in the least binade
     times = (wanted - exponents).clamp(max=MOST_HALVINGS).to(torch.int32)
@@ -96,7 +90,7 @@ def _recode(
     codes: torch.Tensor, e8m0: torch.Tensor, s: torch.Tensor, out: torch.Tensor, table: torch.Tensor, least: int
 ) -> None:
     """Write a matrix's values relative to the scales ``2 ** s`` of its blocks into `out`, by a table of `_recoded`."""
-    d = e8m0.to(torch.int16) - _to_groups(s + E8M0_BIAS) - least
+    d = e8m0.to(torch.int16) - to_groups(s + E8M0_BIAS) - least
     rows = d.clamp(0, len(table) // 256 - 1).to(torch.int32) * 256
     index = codes.reshape(*e8m0.shape, GROUP_BYTES) + rows.unsqueeze(-1)
     out.view(torch.int16).copy_(table.index_select(0, index.view(-1)).view(codes.shape))
@@ -122,7 +116,7 @@ def fp8_from_mxfp4(
         ConfigError: a dtype, shape or option is not supported, an exponent is NaN (255), or a block is not exact (says
             which one).
     """
-    codes, e8m0 = check_plain_mxfp4("weights", (codes, e8m0))
+    codes, e8m0 = check_plain_mxfp4(codes, e8m0)
     check(isinstance(dtype, torch.dtype) and dtype in _TARGETS, "dtype", dtype, "float8_e4m3fn or float8_e5m2")
     rounded, target = check_rounding(rounding), _TARGETS[dtype]
     *lead, rows, stored = codes.shape
@@ -184,7 +178,7 @@ def mxfp4_spread(codes: torch.Tensor, e8m0: torch.Tensor) -> Mxfp4Spread:
     Raises:
         ConfigError: a dtype or shape is not supported, or an exponent is NaN (255).
     """
-    codes, e8m0 = check_plain_mxfp4("weights", (codes, e8m0))
+    codes, e8m0 = check_plain_mxfp4(codes, e8m0)
     matrices, targets = _matrices(codes, e8m0), {"mxfp4": NORMAL, "e4m3": E4M3, "e5m2": E5M2}
     if not matrices:
         return Mxfp4Spread(0, 0, dict.fromkeys(targets, 0))

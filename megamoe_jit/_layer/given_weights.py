@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import require_tensor
-from megamoe_jit._spec import BLOCK
-from megamoe_jit._spec.formats import FP8, FP8_E5M2, MXFP4, WeightFormat
+from megamoe_jit._spec import BLOCK, FP8, FP8_E5M2, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 
 WeightTensors: TypeAlias = tuple[torch.Tensor, ...]  #: of one matrix of each expert, codes first
@@ -46,18 +45,18 @@ def e8m0_of(scales: torch.Tensor) -> torch.Tensor:
 
 def require_tensors(name: str, given: object, most: int = 3) -> WeightTensors:
     """The tensors of a matrix; raises `ConfigError` unless they are two, or three where that can be."""
-    if isinstance(given, tuple | list) and len(given) == 3 and getattr(given[0], "dtype", None) not in PACKED_TYPES:
+    tensors = tuple(given) if isinstance(given, tuple | list) else ()
+    packed = len(tensors) > 0 and getattr(tensors[0], "dtype", None) in PACKED_TYPES
+    if len(tensors) == 3 and not packed:
         most = 2
-    if not isinstance(given, tuple | list) or not 2 <= len(given) <= most:
-        found = f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+    if not 2 <= len(tensors) <= most:
+        found = type(given).__name__ + (f" of {len(tensors)}" if isinstance(given, tuple | list) else "")
         more = "; of MXFP4 in the kernel's order codes, exponents and scales" if most > 2 else ""
         raise ConfigError(f"{name}: {found} given; allowed: a pair of tensors, codes and scales{more}")
-    packed = getattr(given[0], "dtype", None) in PACKED_TYPES
-    for what, tensor in zip(
-        ("weights", "exponents", "scales") if packed else ("weights", "scales"), given, strict=False
-    ):
+    names = ("weights", "exponents", "scales") if packed else ("weights", "scales")
+    for what, tensor in zip(names, tensors, strict=False):
         require_tensor(f"{name} {what}", tensor)
-    return tuple(given)
+    return tensors
 
 
 def format_of(name: str, given: WeightTensors) -> WeightFormat:
@@ -65,8 +64,6 @@ def format_of(name: str, given: WeightTensors) -> WeightFormat:
     found = FORMAT_BY_TYPE.get(given[0].dtype)
     if found is None:
         raise ConfigError(f"{name} weights are {given[0].dtype}; allowed: {_CODES}")
-    if len(given) > len(found.part_names):
-        raise ConfigError(f"{name}: {len(given)} tensors given; allowed: codes in {found.code_dtype} and their scales")
     return found
 
 
@@ -91,6 +88,13 @@ def stacked(tensor: torch.Tensor) -> torch.Tensor:
 def written_parts(given: WeightTensors, weights: WeightFormat) -> list[torch.Tensor]:
     """What a transform writes, as bytes ``[experts, rows, bytes of a row]``: codes, and exponents if there are some."""
     return [stacked(as_bytes(each)) for each in (given[:2] if weights.group else given[:1])]
+
+
+def written(l1: WeightTensors, l2: WeightTensors, weights: WeightFormat) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """The `written_parts` of both matrices, each with its names for people: l1 or l2, and weights or exponents."""
+    for name, given in (("l1", l1), ("l2", l2)):
+        for what, tensor in zip(("weights", "exponents"), written_parts(given, weights), strict=False):
+            yield name, what, tensor
 
 
 def require_values(name: str, tensor: torch.Tensor) -> None:
@@ -170,22 +174,18 @@ def check_pairs(l1: WeightTensors, l2: WeightTensors, *, ordered: bool | None = 
     return weights
 
 
-def check_plain_mxfp4(name: str, given: WeightTensors) -> WeightTensors:
+def check_plain_mxfp4(codes: torch.Tensor, e8m0: torch.Tensor) -> WeightTensors:
     """Codes and exponents as bytes, of matrices ``[..., N, K]``; raises unless that is what they are."""
-    codes, e8m0 = require_tensors(name, given, 2)
+    codes, e8m0 = require_tensors("weights", (codes, e8m0), 2)
     if FORMAT_BY_TYPE.get(codes.dtype) is not MXFP4:
-        raise ConfigError(
-            f"{name} are {codes.dtype}; allowed: {', '.join(map(str, PACKED_TYPES))}, two codes to a byte"
-        )
+        allowed = f"{', '.join(map(str, PACKED_TYPES))}, two codes to a byte"
+        raise ConfigError(f"weights are {codes.dtype}; allowed: {allowed}")
     if codes.ndim < 2:
-        raise ConfigError(f"{name} have shape {tuple(codes.shape)}; allowed: [..., N, K / 2]")
-    _check_matrix(name, (codes.flatten(0, -3) if codes.ndim > 3 else codes, *_flat(e8m0, codes.ndim)), MXFP4)
-    refuse_nan(name, e8m0)
+        raise ConfigError(f"weights have shape {tuple(codes.shape)}; allowed: [..., N, K / 2]")
+    flat = [each.flatten(0, -3) if each.ndim == codes.ndim > 3 else each for each in (codes, e8m0)]
+    _check_matrix("weights", tuple(flat), MXFP4)
+    refuse_nan("weights", e8m0)
     return as_bytes(codes), as_bytes(e8m0)
-
-
-def _flat(e8m0: torch.Tensor, ndim: int) -> tuple[torch.Tensor]:
-    return (e8m0.flatten(0, -3) if ndim > 3 and e8m0.ndim == ndim else e8m0,)
 
 
 def refuse_nan(name: str, e8m0: torch.Tensor) -> None:

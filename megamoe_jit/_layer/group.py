@@ -6,7 +6,7 @@ fails alone would leave the others waiting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from megamoe_jit._errors import ConfigError, MegaMoeError, PeerTimeoutError, RankMismatchError
@@ -50,6 +50,11 @@ def gather(group: Any, value: T) -> list[T]:
     return values
 
 
+def by_rank(values: Iterable[object]) -> str:
+    """Values of all ranks, for a message."""
+    return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+
+
 def require_equal(group: Any, what: str, fields: Mapping[str, object]) -> None:
     """Raise `RankMismatchError` on every rank, naming ranks and field, unless all ranks have equal fields."""
     everyone: Sequence[dict[str, object]] = gather(group, dict(fields))
@@ -57,8 +62,7 @@ def require_equal(group: Any, what: str, fields: Mapping[str, object]) -> None:
     for name in fields:
         values = [each.get(name) for each in everyone]
         if any(value != values[0] for value in values):
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            problems.append(f"{name} ({listed})")
+            problems.append(f"{name} ({by_rank(values)})")
     if problems:
         raise RankMismatchError(f"ranks disagree on {what}: {'; '.join(problems)}")
 

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
 from megamoe_jit._device.layout import MAX_SORT_BLOCKS
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._errors import CaptureError, ConfigError
 from megamoe_jit._layer.bound_kernel import BoundKernel, CallPlan
 from megamoe_jit._layer.expansion import ExpandedWeights
 from megamoe_jit._layer.group import collectively, require_equal
 from megamoe_jit._layer.memory import Place
 from megamoe_jit._settings.settings import Settings, get_settings
-from megamoe_jit._spec import FP8, KernelSpec, Variant, WeightFormat
+from megamoe_jit._spec import FP8, KernelSpec, Numerics, Variant, WeightFormat
 from megamoe_jit._spec.abi import THREADS
 from megamoe_jit._spec.inputs import Inputs
-from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import shown
 from megamoe_jit.heuristics.select import Choice, all_variants, choose
 
 MAX_PLANS = 1024  #: remembered at a time; each is under a kilobyte and made in some 20 us
-
-
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of the device."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def sort_blocks(pairs: int) -> int:
@@ -65,8 +57,8 @@ class KernelSet:
 
     def spec(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> KernelSpec:
         """The kernel of such calls."""
-        options: Any = {"numerics": numerics, "weights": weights, "inputs": inputs}
-        return KernelSpec(self._place.shape, variant, self._place.ranks, **options)
+        shape, ranks = self._place.shape, self._place.ranks
+        return KernelSpec(shape, variant, ranks, numerics=numerics, weights=weights, inputs=inputs)
 
     def is_prepared(self, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> bool:
         """Whether the kernels of several ranks were prepared, which they are together."""

@@ -154,7 +154,7 @@ def require_plain(
             )
 
 
-def check_metadata(metadata: Mapping[str, str] | None, weights: WeightFormat = FP8) -> None:
+def check_metadata(metadata: Mapping[str, str] | None, weights: WeightFormat) -> None:
     """Raise `ConfigError` unless a file's metadata say that its weights are in this version's order of their format."""
     found, wanted = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None, layout_of(weights)
     if found != wanted:

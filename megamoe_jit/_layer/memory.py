@@ -16,45 +16,24 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.checks import check_device
 from megamoe_jit._layer.group import collectively, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import allocate_symmetric
-from megamoe_jit._spec import (
-    BLOCK,
-    DEFAULT_NUMERICS,
-    FP8,
-    MAX_TOKENS,
-    KernelSpec,
-    MoEShape,
-    Variant,
-    WeightFormat,
-)
+from megamoe_jit._spec import BLOCK, MAX_TOKENS, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec.checks import check
-from megamoe_jit._spec.numerics import Numerics
 from megamoe_jit._text import first_line
 from megamoe_jit._version import __version__
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a kernel has to know of a memory: sizes and addresses, which keep nothing alive.
-
-    Attributes:
-        shape: the layer.
-        device: the GPU.
-        rank: whose memory it is.
-        ranks: how many share the experts.
-        layout: where its sections are.
-        local: address of what this rank alone uses.
-        peers: addresses of every rank's symmetric memory.
-        fault: address of the record of a kernel that gave up.
-    """
+    """What a kernel has to know of a memory: sizes and addresses, which keep nothing alive."""
 
     shape: MoEShape
     device: torch.device
-    rank: int
-    ranks: int
-    layout: BufferLayout
-    local: int
-    peers: tuple[int, ...]
-    fault: int
+    rank: int  #: whose memory it is
+    ranks: int  #: how many share the experts
+    layout: BufferLayout  #: where its sections are
+    local: int  #: address of what this rank alone uses
+    peers: tuple[int, ...]  #: addresses of every rank's symmetric memory
+    fault: int  #: address of the record of a kernel that gave up
 
 
 class LayerMemory:
@@ -97,7 +76,7 @@ class LayerMemory:
         check(0 < max_tokens <= MAX_TOKENS, "num_max_tokens_per_rank", max_tokens, f"1 to {MAX_TOKENS}")
         check(max_pool_rows >= MIN_POOL_ROWS, "max_pool_rows", max_pool_rows, f"{MIN_POOL_ROWS} or more")
         check_device(self.device)
-        self.spec(Variant.COOPERATIVE, DEFAULT_NUMERICS)
+        KernelSpec(self.shape, Variant.COOPERATIVE, self.ranks)
         if self.ranks == 1:
             return {}
         return {
@@ -177,10 +156,6 @@ class LayerMemory:
         return self._view(
             self.local, "act2_scales", torch.float32, (self.intermediate_hidden // BLOCK, self.layout.pool_rows)
         )
-
-    def spec(self, variant: Variant, numerics: Numerics, weights: WeightFormat = FP8) -> KernelSpec:
-        """The kernel this buffer needs for a variant."""
-        return KernelSpec(self.shape, variant, self.ranks, numerics=numerics, weights=weights)
 
 
 def mask_rows(topk_idx: torch.Tensor, num_rows: torch.Tensor) -> None:

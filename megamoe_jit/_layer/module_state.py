@@ -10,7 +10,7 @@ import torch
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.given_weights import WeightTensors
-from megamoe_jit._layer.plain_weights import FLOATS, Matrix, check_same, parts, read_matrix, write_matrix
+from megamoe_jit._layer.plain_weights import FLOATS, Given, Matrix, check_same, parts, read_matrix, write_matrix
 from megamoe_jit._spec import WeightFormat
 
 
@@ -30,7 +30,7 @@ class ModuleState(torch.nn.Module):
     l1_codes: torch.Tensor
     num_shared_experts: int
     weight_format: str
-    _names: tuple[tuple[str, ...], tuple[str, ...]]  #: of the buffers of both matrices
+    _names: tuple[tuple[str, ...], ...]  #: of the buffers of both matrices
     _rounded: bool
 
     @property
@@ -41,7 +41,7 @@ class ModuleState(torch.nn.Module):
     def _parts(self) -> list[tuple[Matrix, WeightTensors]]:
         return parts(self.l1, self.l2, self.num_shared_experts)
 
-    def _write(self, matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors) -> None:
+    def _write(self, matrix: Matrix, given: Given, held: WeightTensors) -> None:
         refuse_capture("weights cannot be loaded", "load them before the capture")
         with self.buffer.lock:
             self.buffer.wait_for_last()  # a kernel on another stream may still read them

@@ -27,16 +27,11 @@ from megamoe_jit._layer.plain_weights import (
     in_order,
     own_pair,
 )
-from megamoe_jit._layer.serving import serve, serve_spread
+from megamoe_jit._layer.serving import serve
 from megamoe_jit._layer.stage import stage
 from megamoe_jit._layer.weights import mark_transformed, transform_weights_for_mega_moe_sm90
 from megamoe_jit._spec import FP8, WeightFormat, check_clamp, check_flag
-
-
-def _held_names(weights: WeightFormat) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the module's buffers: those of both matrices."""
-    first, second = (tuple(f"{matrix}_{part}" for part in weights.part_names) for matrix in ("l1", "l2"))
-    return first, second
+from megamoe_jit._text import shown
 
 
 class MegaMoE(ModuleState):
@@ -127,7 +122,8 @@ class MegaMoE(ModuleState):
         stored = format_given("w13", w13)
         if weight_format is not None:
             check_format("w13", w13, WeightFormat.parse(weight_format))
-        self.weight_format, self._names, self._rounded = stored.name, _held_names(stored), check_rounding(rounding)
+        self.weight_format, self._rounded = stored.name, check_rounding(rounding)
+        self._names = tuple(tuple(f"{matrix}_{part}" for part in stored.part_names) for matrix in ("l1", "l2"))
         if inplace and shared_w13 is not None:
             raise ConfigError("inplace = True with shared_w13; allowed: w13 and w2 that end with the shared experts")
         self.clamp, self.fast_math = None if clamp is None else float(clamp), fast_math
@@ -228,8 +224,7 @@ class MegaMoE(ModuleState):
             MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
         """
         if self._spread or padded_tokens is not None:
-            lease, how = self._lease if self._spread else None, (self.clamp, self.fast_math, _operators.is_traced())
-            return serve_spread(lease, (x, topk_idx, topk_weights), padded_tokens, self.l1, self.l2, *how)
+            return self._serve_spread((x, topk_idx, topk_weights), padded_tokens)
         if _operators.is_traced():
             options = self._workspace, self.clamp, self.fast_math, self.shared_weight
             weights, exponents = _operators.as_arguments(self.l1, self.l2)
@@ -239,6 +234,15 @@ class MegaMoE(ModuleState):
         l1: Any = tuple(map(held, self._names[0]))
         l2: Any = tuple(map(held, self._names[1]))
         return serve(buffer, x, topk_idx, topk_weights, l1, l2, self.clamp, self.fast_math, self.shared_weight)
+
+    def _serve_spread(self, batch: tuple[torch.Tensor, ...], padded_tokens: int | None) -> torch.Tensor:
+        """`forward` with a topology, and with rows that a layer without one does not know."""
+        if not self._spread:
+            raise ConfigError(f"padded_tokens = {shown(padded_tokens)} without a topology; allowed: None")
+        if _operators.is_traced():
+            raise ConfigError("a layer with a topology was traced; allowed: eager calls, and CUDA graphs of them")
+        y: torch.Tensor = self._lease.serve(*batch, self.l1, self.l2, self.clamp, self.fast_math, padded_tokens)
+        return y
 
     def load_weights(
         self,
@@ -262,18 +266,16 @@ class MegaMoE(ModuleState):
             ConfigError: a shape or dtype does not fit, or the weights are transformed already; nothing was written.
             CaptureError: the current stream is capturing a CUDA graph.
         """
-        given = {"w13": w13, "w2": w2, "shared_w13": shared_w13, "shared_w2": shared_w2}
+        shared = {"shared_w13": shared_w13, "shared_w2": shared_w2}
+        changed = {"w13": w13, "w2": w2, **{name: given for name, given in shared.items() if given is not None}}
         known = {matrix.name: (matrix, held) for matrix, held in self._parts()}
-        changed = {
-            name: weights for name, weights in given.items() if weights is not None or not name.startswith("shared")
-        }
         for name, weights in changed.items():
             if name not in known:
                 raise ConfigError(f"{name} was given; allowed: None, the layer has no shared experts")
-            check_same(name, weights, known[name][1], self._rounded)  # type: ignore[arg-type]
+            check_same(name, weights, known[name][1], self._rounded)
         for name, weights in changed.items():
             matrix, held = known[name]
-            self._write(matrix, weights, held)  # type: ignore[arg-type]
+            self._write(matrix, weights, held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MegaMoE:
         """A layer with weights of its own, in the same workspace; with a buffer of its own if this one has one."""

@@ -25,80 +25,51 @@ from __future__ import annotations
 
 import torch
 
-from megamoe_jit._layer.tiles import by_tile, deinterleave, interleave
-from megamoe_jit._spec import BLOCK
-from megamoe_jit._spec.formats import MXFP4
+from megamoe_jit._layer.tiles import TileOrder
+from megamoe_jit._spec import BLOCK, MXFP4
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  #: of codes 0 to 7; eight more is the negative
 OFFSET = 16  #: of the kernel's exponent of a group that has its block's
-BLOCK_BYTES = MXFP4.code_bytes(1, BLOCK)  #: codes of a row of a k-block
 BLOCK_GROUPS = BLOCK // MXFP4.group  #: exponents of it
-#: m64 n, warp, row and row + 8, lane / 4 | half, k32 of it, 16 columns of that, lane % 4, bytes
-_ROWS, _BYTES = (-1, 4, 2, 8), (2, 2, 2, 4, 2)
+_ROWS = (4, 2, 8)  #: of 64: warp, row and row + 8, lane / 4
+#: tile, k-block, m64, half of the columns, warp, lane / 4, lane % 4, k32 of the half, row and row + 8, 16 columns, byte
+_CODES = TileOrder(_ROWS, (2, 2, 2, 4, 2), (0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10))
+#: tile, k-block, m64, warp, lane / 4, row and row + 8, group
+_EXPONENTS = TileOrder(_ROWS, (BLOCK_GROUPS,), (0, 5, 1, 2, 4, 3, 6))
+#: Bits of a word with the signs of codes 0 to 7: above their magnitudes, and where the expansion wants them.
+_SIGNS, _EXPANDED = (3, 7, 11, 15, 19, 23, 27, 31), (7, 15, 23, 31, 3, 11, 19, 27)
 
 
-def _signs_to_bytes(words: torch.Tensor) -> torch.Tensor:
-    """Signs from above their magnitudes to where the expansion wants them; int32, in place."""
+def _move_signs(words: torch.Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    """Signs of int32 words from some bits to others, in place."""
     signs = words & -0x77777778
     words &= 0x77777777
-    for code in range(8):
-        bit = (signs >> (4 * code + 3)) & 1
-        words |= bit << (8 * code + 7 if code < 4 else 8 * (code - 4) + 3)
-    return words
-
-
-def _signs_from_bytes(words: torch.Tensor) -> torch.Tensor:
-    """Inverse of `_signs_to_bytes`."""
-    signs = words & -0x77777778
-    words &= 0x77777777
-    for code in range(8):
-        bit = (signs >> (8 * code + 7 if code < 4 else 8 * (code - 4) + 3)) & 1
-        words |= bit << (4 * code + 3)
-    return words
-
-
-def _pack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:
-    """Codes of tiles of `height` rows as threads hold them; signs are where they were."""
-    rows, width = w.shape
-    parts = w.reshape(-1, height // 64, *_ROWS[1:], width // BLOCK_BYTES, *_BYTES)
-    # tile, m, warp, below, lane / 4, k-block, half, k32, sixteen, lane % 4, byte
-    return parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10).reshape(rows, width)
-
-
-def _unpack_tiles(w: torch.Tensor, height: int) -> torch.Tensor:
-    """Inverse of `_pack_tiles`."""
-    rows, width = w.shape
-    parts = w.reshape(-1, width // BLOCK_BYTES, height // 64, 2, 4, 8, 4, 2, 2, 2, 2)
-    # tile, k-block, m, half, warp, lane / 4, lane % 4, k32, below, sixteen, byte
-    return parts.permute(0, 2, 4, 8, 5, 1, 3, 7, 9, 6, 10).reshape(rows, width)
+    for old, new in zip(before, after, strict=True):
+        words |= ((signs >> old) & 1) << new
 
 
 def pack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
     """See `WeightFormat.pack`."""
-    packed = by_tile(_pack_tiles, interleave(codes) if gated else codes)
-    _signs_to_bytes(packed.view(torch.int32))
+    packed = _CODES.pack(codes, gated)
+    _move_signs(packed.view(torch.int32), _SIGNS, _EXPANDED)
     return packed
 
 
 def unpack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
     """See `WeightFormat.unpack`."""
-    words = codes.clone(memory_format=torch.contiguous_format).view(torch.int32)
-    plain = by_tile(_unpack_tiles, _signs_from_bytes(words).view(torch.uint8))
-    return deinterleave(plain) if gated else plain
+    plain = codes.clone(memory_format=torch.contiguous_format)
+    _move_signs(plain.view(torch.int32), _EXPANDED, _SIGNS)
+    return _CODES.unpack(plain, gated)
 
 
-def _pack_groups(w: torch.Tensor, height: int) -> torch.Tensor:
-    """Exponents of tiles of `height` rows as threads hold them."""
-    rows, width = w.shape
-    parts = w.reshape(-1, height // 64, *_ROWS[1:], width // BLOCK_GROUPS, BLOCK_GROUPS)
-    return parts.permute(0, 5, 1, 2, 4, 3, 6).reshape(rows, width)
+def pack_exponents(exponents: torch.Tensor, gated: bool) -> torch.Tensor:
+    """See `WeightFormat.pack_exponents`."""
+    return _EXPONENTS.pack(exponents, gated)
 
 
-def _unpack_groups(w: torch.Tensor, height: int) -> torch.Tensor:
-    """Inverse of `_pack_groups`."""
-    rows, width = w.shape
-    parts = w.reshape(-1, width // BLOCK_GROUPS, height // 64, 4, 8, 2, BLOCK_GROUPS)
-    return parts.permute(0, 2, 3, 5, 4, 1, 6).reshape(rows, width)
+def unpack_exponents(exponents: torch.Tensor, gated: bool) -> torch.Tensor:
+    """See `WeightFormat.unpack_exponents`."""
+    return _EXPONENTS.unpack(exponents, gated)
 
 
 def relative_exponents(e8m0: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -114,18 +85,12 @@ def absolute_exponents(exponents: torch.Tensor, scales: torch.Tensor) -> torch.T
 def _biased(scales: torch.Tensor) -> torch.Tensor:
     """The exponents of floats as their bits have them, modulo 256, for each group; biased like e8m0."""
     bits = (scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
-    return bits.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK_GROUPS, 1)
+    return to_groups(bits)
 
 
-def pack_exponents(exponents: torch.Tensor, gated: bool) -> torch.Tensor:
-    """See `WeightFormat.pack_exponents`."""
-    return by_tile(_pack_groups, interleave(exponents) if gated else exponents)
-
-
-def unpack_exponents(exponents: torch.Tensor, gated: bool) -> torch.Tensor:
-    """See `WeightFormat.unpack_exponents`."""
-    plain = by_tile(_unpack_groups, exponents)
-    return deinterleave(plain) if gated else plain
+def to_groups(blocks: torch.Tensor) -> torch.Tensor:
+    """A number of each block ``[rows / 128, depth / 128]``, for each group: ``[rows, groups]``."""
+    return blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK_GROUPS, 1)
 
 
 def byte_values(device: torch.device) -> torch.Tensor:
@@ -136,12 +101,6 @@ def byte_values(device: torch.device) -> torch.Tensor:
 
 def dequantize(codes: torch.Tensor, e8m0: torch.Tensor) -> torch.Tensor:
     """See `WeightFormat.dequantize`: codes ``[..., rows, depth / 2]`` and exponents ``[..., rows, depth / 32]``."""
-    codes, e8m0 = codes.view(torch.uint8), e8m0.view(torch.uint8)
+    codes, powers = codes.view(torch.uint8), e8m0.view(torch.float8_e8m0fnu).float()
     groups = byte_values(codes.device)[codes.int()].reshape(*e8m0.shape, MXFP4.group)
-    return (groups * _powers(e8m0).unsqueeze(-1)).reshape(*codes.shape[:-1], codes.shape[-1] * 2)
-
-
-def _powers(e8m0: torch.Tensor) -> torch.Tensor:
-    """``2 ** (byte - 127)``, float32, where the least is subnormal; NaN for 255."""
-    wide = e8m0.to(torch.int32)
-    return ((wide << 23).clamp(min=1 << 22) | (wide == 255).int() << 22).view(torch.float32)
+    return (groups * powers.unsqueeze(-1)).reshape(*codes.shape[:-1], codes.shape[-1] * 2)

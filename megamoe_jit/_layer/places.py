@@ -10,7 +10,7 @@ from megamoe_jit._layer.marks import spans
 from megamoe_jit._spec.formats import WeightFormat
 
 
-def require_dense(name: str, tensor: torch.Tensor, what: str = "weights") -> None:
+def require_dense(name: str, tensor: torch.Tensor, what: str) -> None:
     """Raise unless each expert's rows follow each other."""
     if not stacked(tensor)[:1].squeeze(0).is_contiguous():
         raise ConfigError(

@@ -5,7 +5,7 @@ What is written keeps its address, so that captured graphs read the new values, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -29,11 +29,13 @@ from megamoe_jit._layer.mxfp4 import absolute_exponents
 from megamoe_jit._layer.quantize import quantize_weights
 from megamoe_jit._layer.reorder import order_groups
 from megamoe_jit._layer.weights import mark_transformed
-from megamoe_jit._spec import MoEShape, check_int
+from megamoe_jit._spec import FP8, MXFP4, MoEShape, WeightFormat, check_int
 from megamoe_jit._spec.checks import check
-from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 
 FLOATS, FLOATING = (torch.bfloat16, torch.float16, torch.float32), "bfloat16, float16 or float32"
+
+
+Given: TypeAlias = torch.Tensor | WeightTensors  #: a matrix as callers bring it: values, or codes and their factors
 
 
 class Matrix(NamedTuple):
@@ -59,11 +61,7 @@ def parts(l1: WeightTensors, l2: WeightTensors, shared: int) -> list[tuple[Matri
 
 
 def check_layer(
-    w13: torch.Tensor | WeightTensors,
-    w2: torch.Tensor | WeightTensors,
-    topk: int,
-    num_shared: int | None,
-    shared: tuple[torch.Tensor | WeightTensors | None, torch.Tensor | WeightTensors | None],
+    w13: Given, w2: Given, topk: int, num_shared: int | None, shared: tuple[Given | None, Given | None]
 ) -> MoEShape:
     """The shape of the layer of these weights; raises unless they fit each other.
 
@@ -108,27 +106,25 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], why: s
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}, {why}")
 
 
-def format_given(name: str, weights: torch.Tensor | WeightTensors) -> WeightFormat:
+def format_given(name: str, weights: Given) -> WeightFormat:
     """The format that a layer holds these in: values are quantised to FP8."""
     return FP8 if isinstance(weights, torch.Tensor) else format_of(name, weights)
 
 
-def check_format(name: str, weights: torch.Tensor | WeightTensors, wanted: WeightFormat) -> WeightFormat:
+def check_format(name: str, weights: Given, wanted: WeightFormat) -> WeightFormat:
     """The format of a layer; raises `ConfigError` unless these weights are of it as well."""
     found = format_given(name, weights)
     if found is not wanted:
-        what = "values" if isinstance(weights, torch.Tensor) else "codes"
-        given = f"{name} {what} are {(weights if isinstance(weights, torch.Tensor) else weights[0]).dtype}"
-        shared = name.startswith("shared")
-        way = (
-            "; fp8_from_mxfp4 makes FP8 weights of MXFP4 ones" if MXFP4 in (found, wanted if shared else found) else ""
-        )
+        what, dtype = ("values", weights.dtype) if isinstance(weights, torch.Tensor) else ("codes", weights[0].dtype)
+        given, shared = f"{name} {what} are {dtype}, which a layer holds in {found.name}", name.startswith("shared")
+        packed = found is MXFP4 or (shared and wanted is MXFP4)
+        way = "; fp8_from_mxfp4 makes FP8 weights of MXFP4 ones" if packed else ""
         way += "; or shared experts run beside the layer, by themselves" if shared else ""
-        raise ConfigError(f"{given}, which a layer holds in {found.name}; allowed: what it holds in {wanted.name}{way}")
+        raise ConfigError(f"{given}; allowed: what it holds in {wanted.name}{way}")
     return found
 
 
-def check_matrix(name: str, weights: torch.Tensor | WeightTensors, most: int = 2) -> torch.Tensor:
+def check_matrix(name: str, weights: Given, most: int = 2) -> torch.Tensor:
     """The values, or the codes of a pair; raises unless there is one matrix for each expert."""
     if not isinstance(weights, torch.Tensor):
         weights = require_tensors(name, weights, most)[0]
@@ -140,13 +136,7 @@ def check_matrix(name: str, weights: torch.Tensor | WeightTensors, most: int = 2
     return weights
 
 
-def own_pair(
-    name: str,
-    weights: torch.Tensor | WeightTensors,
-    shared: torch.Tensor | WeightTensors | None,
-    device: torch.device,
-    inplace: bool,
-) -> WeightTensors:
+def own_pair(name: str, weights: Given, shared: Given | None, device: torch.device, inplace: bool) -> WeightTensors:
     """Codes that may be written over, and scales, those of shared experts behind the others."""
     pair = _read(name, weights, device, inplace)
     if shared is not None:
@@ -157,9 +147,7 @@ def own_pair(
     return tuple(each.clone(memory_format=torch.contiguous_format) for each in pair)
 
 
-def in_order(
-    w13: torch.Tensor | WeightTensors, w2: torch.Tensor | WeightTensors, shared: object, inplace: bool
-) -> tuple[WeightTensors, WeightTensors] | None:
+def in_order(w13: Given, w2: Given, shared: object, inplace: bool) -> tuple[WeightTensors, WeightTensors] | None:
     """Both matrices if they are marked as being in the kernel's order: themselves, or copies; None if plain."""
     if isinstance(w13, torch.Tensor) or isinstance(w2, torch.Tensor):
         return None
@@ -185,7 +173,7 @@ def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat((as_bytes(first), as_bytes(second))).view(first.dtype)
 
 
-def _read(name: str, weights: torch.Tensor | WeightTensors, device: torch.device, inplace: bool) -> WeightTensors:
+def _read(name: str, weights: Given, device: torch.device, inplace: bool) -> WeightTensors:
     """Codes and what belongs to them, which may still be the caller's; raises for what a call would refuse."""
     if isinstance(weights, torch.Tensor):
         return quantize_weights(weights)
@@ -208,7 +196,7 @@ def _read(name: str, weights: torch.Tensor | WeightTensors, device: torch.device
     return codes, factors
 
 
-def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool = False) -> None:
+def check_same(name: str, given: Given, held: WeightTensors, rounded: bool) -> None:
     """Raise `ConfigError` unless `given` are plain weights for the place of `held`; they may be on another device.
 
     `rounded` says that values that the format of the layer does not keep are to be rounded, not refused.
@@ -235,9 +223,7 @@ def check_same(name: str, given: torch.Tensor | WeightTensors, held: WeightTenso
 
 
 @torch.inference_mode()  # what was made in it, and given to be kept where it is, can be written in it alone
-def write_matrix(
-    matrix: Matrix, given: torch.Tensor | WeightTensors, held: WeightTensors, rounded: bool = False
-) -> None:
+def write_matrix(matrix: Matrix, given: Given, held: WeightTensors, rounded: bool) -> None:
     """Write checked plain weights over a layer's; values are quantised on the layer's device, expert by expert."""
     stored, device = format_of(matrix.name, held), held[0].device
     for e, places in enumerate(zip(*held, strict=True)):

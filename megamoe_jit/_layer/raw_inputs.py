@@ -10,8 +10,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.any_layer import StageFormat
-from megamoe_jit._spec.checks import check_float32
-from megamoe_jit._text import shown
+from megamoe_jit._spec.checks import check, check_float32
 
 _BF16 = StageFormat.BF16
 _FORMATS = {  #: and bytes of a number
@@ -26,7 +25,7 @@ _WEIGHTS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 4}
 _SCALES_E8M0, _SCALES_PACKED = 8, 16
 _SCALES = {torch.float32: 0, torch.float8_e8m0fnu: _SCALES_E8M0, torch.int32: _SCALES_E8M0 | _SCALES_PACKED}
 
-_MOST = 3.4028234663852886e38  #: largest number of float32
+_MOST = torch.finfo(torch.float32).max
 _FURTHEST = (1 << 32) - 1  #: stride of ids and weights that a kernel can take
 
 
@@ -163,5 +162,4 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_rows(name: str, rows: object, least: int, most: int) -> None:
     """Raise `ConfigError` unless this is a number of rows from `least` to `most`."""
-    if type(rows) is not int or not least <= rows <= most:
-        raise ConfigError(f"{name} = {shown(rows)} is not supported; allowed: {least} to {most}")
+    check(type(rows) is int and least <= rows <= most, name, rows, f"{least} to {most}")

@@ -44,8 +44,10 @@ class Job(NamedTuple):
 
     weights: WeightFormat
     name: str  #: l1 or l2
+    given: WeightTensors
     forth: bool
     chosen: list[int]
+    inplace: bool
     scales: torch.Tensor  #: of all experts
     found: Bounds | None = None  #: of the chosen experts' blocks, where scales are to be made
     rounded: bool = False  #: blocks that are not exact
@@ -72,7 +74,7 @@ def plan(
 ) -> Job:
     """What is to be done with a matrix; raises `ConfigError` if its values cannot be kept."""
     if not weights.group or not forth:
-        return Job(weights, name, forth, chosen, readable_scales(given[-1]))
+        return Job(weights, name, given, forth, chosen, inplace, readable_scales(given[-1]))
     codes, e8m0 = written_parts(given, weights)
     for e in chosen:
         refuse_nan(f"{name} expert {e}", e8m0[e])
@@ -85,20 +87,20 @@ def plan(
     found = block_bounds([(codes[e], e8m0[e]) for e in chosen], NORMAL) if chosen else None
     if found is not None and not rounded:
         refuse_inexact(f"{name} weights", found, NORMAL, _NEXT, chosen)
-    return Job(weights, name, forth, chosen, scales, found, rounded)
+    return Job(weights, name, given, forth, chosen, inplace, scales, found, rounded)
 
 
-def apply_to(given: WeightTensors, job: Job, inplace: bool) -> WeightTensors:
+def apply(job: Job) -> WeightTensors:
     """The tensors of a matrix with the chosen experts in their new order, and marked as being in it."""
-    sources = written_parts(given, job.weights)
-    if inplace:
+    sources = written_parts(job.given, job.weights)
+    if job.inplace:
         targets = sources
     elif len(job.chosen) == sources[0].shape[0]:
         targets = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
     else:
         targets = [source.clone(memory_format=torch.contiguous_format) for source in sources]
     places = [spans(target) for target in targets]
-    for source, target, where in zip(sources, targets, places, strict=True) if not inplace else ():
+    for source, target, where in zip(sources, targets, places, strict=True) if not job.inplace else ():
         for e in set(range(len(where))).difference(job.chosen):
             mark(target, [where[e]], order_of(source, spans(source)[e]))
     for place, e in enumerate(job.chosen):
@@ -110,7 +112,7 @@ def apply_to(given: WeightTensors, job: Job, inplace: bool) -> WeightTensors:
         except BaseException:  # as by Ctrl-C
             _write(parts, bytes_of, job.mark)
             raise
-    return _as_given(given, targets, job, inplace)
+    return _as_given(job, targets)
 
 
 def _write(
@@ -127,23 +129,23 @@ def _write(
         mark(target, places, order)
 
 
-def undo(given: WeightTensors, job: Job) -> None:
-    """Bring those experts of a matrix back, in place, that a job which was ended has written."""
-    tensors = written_parts(given, job.weights)
+def undo(job: Job) -> None:
+    """Bring those experts of a matrix back that a job in place which was ended has written."""
+    tensors = written_parts(job.given, job.weights)
     done = [e for e in job.chosen if all(order_of(each, spans(each)[e]) == job.mark for each in tensors)]
     if job.forth:
         back = job._replace(forth=False, chosen=done, found=None)
     else:
-        back = plan(job.weights, job.name, given, True, done, inplace=True, rounded=False)
-    apply_to(given, back, inplace=True)
+        back = plan(job.weights, job.name, job.given, True, done, inplace=True, rounded=False)
+    apply(back)
 
 
-def _as_given(given: WeightTensors, targets: list[torch.Tensor], job: Job, inplace: bool) -> WeightTensors:
+def _as_given(job: Job, targets: list[torch.Tensor]) -> WeightTensors:
     """What a transform returns: tensors shaped like those that were given, and a format's third one or not."""
     if not job.weights.group:
-        codes = given[0] if inplace else targets[0].view(given[0].shape).view(given[0].dtype)
-        return codes, job.scales
-    codes, exponents = (target.view(part.shape) for target, part in zip(targets, given, strict=False))
+        like = job.given[0]
+        return like if job.inplace else targets[0].view(like.shape).view(like.dtype), job.scales
+    codes, exponents = (target.view(part.shape) for target, part in zip(targets, job.given, strict=False))
     if not job.forth and len(job.chosen) == targets[0].shape[0]:
         return codes, exponents.view(torch.float8_e8m0fnu)
     return codes, exponents, job.scales

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_shared_weight, check_tensor
-from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16, run_batch
+from megamoe_jit._layer.from_bf16 import run_batch
 from megamoe_jit._layer.given_weights import WeightTensors, format_of_call
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import MAX_TOKENS, check_clamp
-from megamoe_jit._spec.numerics import Numerics, numerics_of
-from megamoe_jit._text import shown
 
 
 def serve(
@@ -43,51 +38,17 @@ def serve(
         check_tensor("y", y, torch.bfloat16, (tokens, buffer.hidden), buffer.device)
     if type(shared_weight) is not float or shared_weight != 1.0:
         check_shared_weight(shared_weight, buffer.num_shared_experts)
-    bound = check_clamp("activation_clamp", clamp)
+    weights, bound, numeric = (l1, l2), check_clamp("activation_clamp", clamp), (fast_math,)
     if tokens <= capacity:
-        try:
-            numerics = numerics_of(fast_math)
-        except TypeError:  # what cannot be hashed is no option either
-            numerics = Numerics(fast_math)
-        return run_batch(buffer, raw, (l1, l2), bound, numerics, y, shared_weight=shared_weight)
+        return run_batch(buffer, raw, weights, bound, numeric, y, shared_weight=shared_weight)
     buffer.require_usable()
     if y is None:
         y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
     choice, _ = buffer.kernels.choose(min(tokens, MAX_TOKENS), None, None, format_of_call(l1))
-    options: Any = {"activation_clamp": clamp, "fast_math": fast_math, "shared_weight": shared_weight}
-    options["variant"] = choice.variant.value  # of all chunks
+    variant = choice.variant.value  # of all chunks
     with buffer.lock:  # another thread's batch comes after this one
         for begin in range(0, tokens, capacity):
             part = slice(begin, begin + capacity)
-            batch = x[part], topk_idx[part], topk_weights[part]
-            mega_moe_from_bf16(*batch, l1, l2, buffer, y=y[part], **options)
-    return y
-
-
-def serve_spread(
-    lease: Any,
-    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    padded_tokens: int | None,
-    l1: WeightTensors,
-    l2: WeightTensors,
-    clamp: float | None,
-    fast_math: bool,
-    traced: bool,
-) -> torch.Tensor:
-    """Run a layer whose experts are on several nodes; a collective of all its ranks.
-
-    Args:
-        lease: what its topology gave; None for a layer that has none, which knows no `padded_tokens`.
-        batch: x, topk_idx and topk_weights.
-        padded_tokens, l1, l2, clamp, fast_math: as in `MegaMoE`.
-        traced: somebody records what torch does.
-
-    Raises:
-        MegaMoeError: as `MegaMoE.forward`.
-    """
-    if lease is None:
-        raise ConfigError(f"padded_tokens = {shown(padded_tokens)} without a topology; allowed: None")
-    if traced:
-        raise ConfigError("a layer with a topology was traced; allowed: eager calls, and CUDA graphs of them")
-    y: torch.Tensor = lease.serve(*batch, l1, l2, clamp, fast_math, padded_tokens)
+            raw = buffer.read_inputs(x[part], topk_idx[part], topk_weights[part])
+            run_batch(buffer, raw, weights, bound, numeric, y[part], variant=variant, shared_weight=shared_weight)
     return y

@@ -11,7 +11,7 @@ from megamoe_jit._layer.quantize import require_tensor
 from megamoe_jit._layer.raw_inputs import RawInputs, check_rows
 from megamoe_jit._layer.stage_kernel import Outputs, launch_stage
 from megamoe_jit._spec import BLOCK
-from megamoe_jit._text import shown
+from megamoe_jit._spec.checks import check
 
 
 def require_buffer(buffer: object) -> SymmBuffer:
@@ -109,8 +109,7 @@ def mega_moe_pre_dispatch_sm90(
         CaptureError: first use of this kernel during CUDA-graph capture.
         MegaMoeError: the kernel could not be compiled, loaded or launched; see `fp8_mega_moe`.
     """
-    if type(group_size) is not int or group_size != BLOCK:
-        raise ConfigError(f"group_size = {shown(group_size)} is not supported; allowed: {BLOCK}")
+    check(type(group_size) is int and group_size == BLOCK, "group_size", group_size, str(BLOCK))
     require_tensor("buf_x_sf", buf_x_sf)
     require_tensor("buf_topk_weights", buf_topk_weights)
     for name, tensor in (("buf_x", buf_x), ("buf_topk_idx", buf_topk_idx)):

@@ -11,6 +11,7 @@ import torch
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import StageParams, aligned
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._layer.raw_inputs import RawInputs
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.abi import STAGE_THREADS
@@ -42,7 +43,7 @@ class StageKernel:
 
     def __init__(self, form: StageFormat, device: torch.device) -> None:
         self.params = aligned(StageParams)
-        self._most = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+        self._most = BLOCKS_PER_SM * sm_count(device)
         with torch.cuda.device(device):
             loaded = load_kernel(StageSpec(form), device.index, param_bytes=ctypes.sizeof(StageParams))
         self.launcher = Launcher(loaded, self.params, threads=STAGE_THREADS, cooperative=False)

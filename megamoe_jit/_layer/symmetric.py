@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from megamoe_jit._device.nvml import peer_access
 from megamoe_jit._errors import MegaMoeError
-from megamoe_jit._layer.group import collectively, gather, group_rank
+from megamoe_jit._layer.group import by_rank, collectively, gather, group_rank
 from megamoe_jit._text import first_line
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -64,27 +64,23 @@ def _uuid(device: torch.device | int) -> str:
     return str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
 
 
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-
-
 def _refuse_places(places: Sequence[Place]) -> None:
     """Raise unless these ranks can share memory, as far as that shows without looking at their GPUs."""
     if len({place.host for place in places}) > 1:
-        hosts = _listed(f"{place.host_name} (boot id {place.host})" for place in places)
+        hosts = by_rank(f"{place.host_name} (boot id {place.host})" for place in places)
         raise MegaMoeError(f"ranks are on different hosts ({hosts}); allowed: GPUs of one host")
     if len({place.gpu for place in places}) < len(places):
         raise MegaMoeError(
-            f"ranks share a GPU ({_listed(place.gpu for place in places)}); allowed: one GPU for each rank"
+            f"ranks share a GPU ({by_rank(place.gpu for place in places)}); allowed: one GPU for each rank"
         )
     if len({place.directory_id for place in places}) > 1:
         raise MegaMoeError(
-            f"ranks have different temporary directories ({_listed(place.directory for place in places)}), and torch "
+            f"ranks have different temporary directories ({by_rank(place.directory for place in places)}), and torch "
             "shares memory through sockets in it; allowed: one directory for all (TMPDIR), which containers all mount"
         )
     if len({place.process for place in places}) < len(places):
         raise MegaMoeError(
-            f"ranks in different PID namespaces have one process number ({_listed(p.process for p in places)}), after "
+            f"ranks in different PID namespaces have one process number ({by_rank(p.process for p in places)}), after "
             "which torch names its sockets; allowed: containers that share the PID namespace of the host"
         )
     for place in places:

@@ -7,6 +7,8 @@ up of one intermediate channel in the same tile, and in the same thread. A tile 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -30,8 +32,39 @@ def deinterleave(w: torch.Tensor) -> torch.Tensor:
     return groups.transpose(0, 1).contiguous().view(rows, width)
 
 
-def by_tile(order: Callable[[torch.Tensor, int], torch.Tensor], w: torch.Tensor) -> torch.Tensor:
-    """`order` of the whole tiles, and of the rows that are left; ``[rows, bytes of a row]`` to a new tensor."""
+class TileOrder(NamedTuple):
+    """How the bytes of a tile follow each other: its dimensions in another order.
+
+    Rows are cut into groups, and columns into k-blocks; both are cut further, so that a matrix is
+    ``[tile, group, *rows, k-block, *columns]``.
+    """
+
+    rows: tuple[int, ...]  #: sizes that a group of rows is cut into
+    columns: tuple[int, ...]  #: those of the bytes of a row in a k-block
+    order: tuple[int, ...]  #: the dimensions as they lie in memory
+
+    def pack(self, w: torch.Tensor, gated: bool) -> torch.Tensor:
+        """A matrix ``[rows, bytes of a row]`` in this order, gate and up rows in turns if it is `gated`."""
+        return _by_tile(self._packed, interleave(w) if gated else w)
+
+    def unpack(self, w: torch.Tensor, gated: bool) -> torch.Tensor:
+        """Inverse of `pack`."""
+        plain = _by_tile(self._unpacked, w)
+        return deinterleave(plain) if gated else plain
+
+    def _sizes(self, height: int, width: int) -> list[int]:
+        return [-1, height // prod(self.rows), *self.rows, width // prod(self.columns), *self.columns]
+
+    def _packed(self, w: torch.Tensor, height: int) -> torch.Tensor:
+        return w.reshape(self._sizes(height, w.shape[1])).permute(self.order).reshape(w.shape)
+
+    def _unpacked(self, w: torch.Tensor, height: int) -> torch.Tensor:
+        sizes, back = self._sizes(height, w.shape[1]), sorted(range(len(self.order)), key=self.order.__getitem__)
+        return w.reshape([sizes[dimension] for dimension in self.order]).permute(back).reshape(w.shape)
+
+
+def _by_tile(order: Callable[[torch.Tensor, int], torch.Tensor], w: torch.Tensor) -> torch.Tensor:
+    """`order` of the whole tiles, and of the rows that are left, with the height of such a tile."""
     whole = w.shape[0] // TILE_ROWS * TILE_ROWS
     parts = [order(w[:whole], TILE_ROWS)] if whole else []
     if whole < w.shape[0]:

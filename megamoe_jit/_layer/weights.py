@@ -13,14 +13,12 @@ import torch
 
 from megamoe_jit._device.capture import refuse_capture
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer import marks as _marks
 from megamoe_jit._layer.from_mxfp4 import check_rounding
-from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, check_pairs, chosen_experts, written_parts
-from megamoe_jit._layer.marks import METADATA_KEY, layout_of, require_marked, require_plain, spans
+from megamoe_jit._layer.given_weights import WeightTensors, by_old_names, check_pairs, chosen_experts, written
+from megamoe_jit._layer.marks import METADATA_KEY, check_metadata, layout_of, mark, require_marked, require_plain, spans
 from megamoe_jit._layer.places import require_dense, require_places
-from megamoe_jit._layer.reorder import apply_to, plan, undo
-from megamoe_jit._spec import check_flag
-from megamoe_jit._spec.formats import WeightFormat
+from megamoe_jit._layer.reorder import apply, plan, undo
+from megamoe_jit._spec import WeightFormat, check_flag
 
 
 @torch.no_grad()
@@ -41,25 +39,24 @@ def _apply(
     if inplace:
         require_places(l1, l2, weights, forth)
     _require_order(l1, l2, weights, chosen, forth)
-    both = [("l1", l1), ("l2", l2)]
+    both = (("l1", l1), ("l2", l2))
     jobs = [plan(weights, name, given, forth, chosen, inplace, rounded) for name, given in both]
     try:
-        w13, w2 = (apply_to(given, job, inplace) for (_, given), job in zip(both, jobs, strict=True))
+        w13, w2 = map(apply, jobs)
     except BaseException:
-        for (_, given), job in zip(both, jobs, strict=True) if inplace else ():
-            undo(given, job)
+        for job in jobs if inplace else ():
+            undo(job)
         raise
     return w13, w2
 
 
 def _require_order(l1: WeightTensors, l2: WeightTensors, weights: WeightFormat, chosen: list[int], plain: bool) -> None:
-    for name, given in (("l1", l1), ("l2", l2)):
-        for what, tensor in zip(("weights", "exponents"), written_parts(given, weights), strict=False):
-            where = [spans(tensor)[e] for e in chosen]
-            if plain:
-                require_plain(name, tensor, where, what=what)
-            else:
-                require_marked(name, tensor, where, weights=weights, what=what)
+    for name, what, tensor in written(l1, l2, weights):
+        where = [spans(tensor)[e] for e in chosen]
+        if plain:
+            require_plain(name, tensor, where, what=what)
+        else:
+            require_marked(name, tensor, where, weights=weights, what=what)
 
 
 def transform_weights_for_mega_moe_sm90(
@@ -168,13 +165,12 @@ def mark_transformed(
     weights = check_pairs(l1_weights, l2_weights, ordered=True if transformed else None)
     chosen = chosen_experts(experts, l1_weights[0])
     if metadata is not None:
-        _marks.check_metadata(metadata, weights)
-    for name, given in (("l1", l1_weights), ("l2", l2_weights)):
-        for what, tensor in zip(("weights", "exponents"), written_parts(given, weights), strict=False):
-            require_dense(name, tensor, what)
-            where = spans(tensor)
-            order = f"{layout_of(weights)}/{name}" if transformed else None
-            _marks.mark(tensor, [where[e] for e in chosen], order)
+        check_metadata(metadata, weights)
+    for name, what, tensor in written(l1_weights, l2_weights, weights):
+        require_dense(name, tensor, what)
+        where = spans(tensor)
+        order = f"{layout_of(weights)}/{name}" if transformed else None
+        mark(tensor, [where[e] for e in chosen], order)
 
 
 def is_transformed(l1_weights: WeightTensors, l2_weights: WeightTensors) -> bool:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from megamoe_jit._nodes.exchange import Arrived, Batch, Rows
-from megamoe_jit._nodes.pass_kernels import pass_kernels
-from megamoe_jit._nodes.passes import Passes, Routes, TorchPasses
-from megamoe_jit._nodes.rail import Rail
+from megamoe_jit._nodes.pass_kernels import PassKernels, pass_kernels
+from megamoe_jit._nodes.passes import Routes, TorchPasses
+from megamoe_jit._nodes.rail import TorchRail
 
 
 class AlongRails:
@@ -25,14 +25,14 @@ class AlongRails:
     whole_node = True
     float32 = True
 
-    def __init__(self, rail: Rail) -> None:
+    def __init__(self, rail: TorchRail) -> None:
         self.rail = rail
 
     def most_rows(self, tokens: int) -> int:
         """Rows of a launch, at most, where each rank has so many tokens."""
         return self.rail.nodes * tokens
 
-    def passes(self, device: torch.device) -> Passes:
+    def passes(self, device: torch.device) -> TorchPasses | PassKernels:
         """What goes over the rows there; raises `MegaMoeError` if a kernel of it cannot be had."""
         return pass_kernels(device) if device.type == "cuda" else TorchPasses()
 

@@ -74,7 +74,7 @@ class MultiNodeBuffer(MultiNodeMemory):
         rows = raw.tokens if padded_tokens is None else padded_tokens
         check_rows("padded_tokens", rows, raw.tokens, self.num_max_tokens_per_rank)
         if self._alone:
-            self._experts.ready()
+            self._experts.buffer.wait_for_last()
         launch_stage(raw, Outputs(*self._staged.tensors), rows)
         return raw.tokens
 
@@ -171,30 +171,38 @@ class MultiNodeBuffer(MultiNodeMemory):
         self, y: torch.Tensor, l1: WeightTensors, l2: WeightTensors, padded_tokens: int | None, options: CallOptions
     ) -> None:
         """A whole call; what `fp8_mega_moe_multinode` does with what it has checked, but for the rows."""
-        with self.lock:
-            self._run(y, l1, l2, padded_tokens, options)
-
-    def _run(
-        self, y: torch.Tensor, l1: WeightTensors, l2: WeightTensors, padded_tokens: int | None, options: CallOptions
-    ) -> None:
         tokens = y.shape[0]
-        rows = self._admit_rows(tokens, padded_tokens)
-        if (options.fast_math, options.weights) not in self._prepared:
+        with self.lock:
+            rows = self._admit_rows(tokens, padded_tokens)
+            if (options.fast_math, options.weights) not in self._prepared:
+                self._prepare_first(y, rows, l1, l2, options)
+            if self._alone:
+                self._begin(tokens, tokens)
+                batch = Batch(self._staged[:tokens], tokens)
+                self._experts.compute(Arrived(tokens, None, batch), y, l1, l2, options)
+            else:
+                self._begin(tokens, rows)
+                self.wait_for_last()
+                self._run_across(y, rows, l1, l2, options)
 
-            def admit() -> None:
-                check_tensor("y", y, torch.bfloat16, (tokens, self.hidden), self.device)
-                self._experts.check_call(rows, l1, l2, options)
+    def _prepare_first(
+        self, y: torch.Tensor, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions
+    ) -> None:
+        """What comes before a first call: what one rank refuses is refused on all."""
 
-            refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
-            collectively(self.topology.group, "checking the arguments of the first call", admit)
-            self.prepare(options.fast_math, weight_format=options.weights.name)
-        if self._alone:
-            self._begin(tokens, tokens)
-            batch = Batch(self._staged[:tokens], tokens)
-            self._experts.compute(Arrived(tokens, None, batch), y, l1, l2, options)
-            return
-        self._begin(tokens, rows)
-        self.wait_for_last()
+        def admit() -> None:
+            check_tensor("y", y, torch.bfloat16, (y.shape[0], self.hidden), self.device)
+            self._experts.check_call(rows, l1, l2, options)
+
+        refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
+        collectively(self.topology.group, "checking the arguments of the first call", admit)
+        self.prepare(options.fast_math, weight_format=options.weights.name)
+
+    def _run_across(
+        self, y: torch.Tensor, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions
+    ) -> None:
+        """Bring rows to their experts, run these, and bring results back: at once, or chunk by chunk."""
+        tokens = y.shape[0]
         # by the rows of a rank: as many pairs of token and slot are for its experts, in whatever form they come
         options = replace(options, variant=self._experts.variant_for(rows, options))
         capturing = self._capturing()

@@ -112,12 +112,12 @@ def get_multinode_buffer_for_mega_moe(
     ctas = comm_ctas if comm_ctas is not None else CTAS_ALONE if parts == 1 else CTAS_BESIDE
     if topology.world_size > 1:
         require_equal(topology.group, "the layer", {**asked, "comm_ctas": ctas, "max_pool_rows": max_pool_rows})
-    rail = topology.rail(ctas, float(patience)) if isinstance(exchange, str) else None
-    its: list[Exchange] = [exchange] if not isinstance(exchange, str) else []
-    if rail is not None:
-        made: dict[str, Exchange] = {"gather": GatherExchange(rail), "exact": ExactExchange(rail)}
-        its = list(made.values()) if exchange == "auto" else [made[str(exchange)]]
-    choices = Choices(its, rail, rule)
+    if isinstance(exchange, str):
+        rail = topology.rail(ctas, float(patience))
+        both = GatherExchange(rail), ExactExchange(rail)
+        choices = Choices([it for it in both if exchange in ("auto", it.name)], rail, rule)
+    else:
+        choices = Choices([exchange], None, rule)
     more: dict[str, Any] = {"partial": PARTIALS[partial], "chunks": parts, "comm_ctas": ctas}
     more |= {"timeout_s": float(patience), "max_pool_rows": max_pool_rows}
     return MultiNodeBuffer(topology, rule.shape, num_max_tokens_per_rank, where, choices, **more)

@@ -19,24 +19,15 @@ from megamoe_jit._spec import MoEShape
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What `cost` says of the calls of a layer.
+    """What `cost` says of the calls of a layer."""
 
-    Attributes:
-        shape: the layer, with all ranks' experts.
-        nodes, ranks_per_node: the ranks.
-        exchange: "auto", or the one there is. One that `cost` does not know counts as "exact", to ranks and not nodes.
-        partial_bytes: of a number of the results that travel.
-        network: what rows travel over.
-        chunks: of every call; None for the best, by its rows.
-    """
-
-    shape: MoEShape
+    shape: MoEShape  #: with all ranks' experts
     nodes: int
     ranks_per_node: int
-    exchange: str = "auto"
-    partial_bytes: int = 2
-    network: Network = NETWORK
-    chunks: int | None = 1
+    exchange: str = "auto"  #: or the one there is; one that `cost` does not know counts as "exact", to ranks, not nodes
+    partial_bytes: int = 2  #: of a number of the results that travel
+    network: Network = NETWORK  #: what rows travel over
+    chunks: int | None = 1  #: of every call; None for the best, by its rows
 
     def __call__(self, rows: int, capturing: bool = False) -> Cost:
         """Of a call with so many rows on each rank."""
@@ -80,13 +71,7 @@ class Choices:
         return one
 
     def chunks(self, rows: int, capturing: bool, chunks: int, most: int) -> int:
-        """Parts of such a call.
-
-        Args:
-            rows, capturing: as of `pick`.
-            chunks: that there is memory for.
-            most: rows of a part.
-        """
+        """Parts of such a call: at most `chunks`, which there is memory for, with at most `most` rows each."""
         if not self._cut_by_rule:
             return chunks
         return min(chunks, max(-(-rows // most), self._by_rule(rows, capturing).chunks))

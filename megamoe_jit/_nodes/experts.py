@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megamoe_jit._device.wait import wait_for_device
-from megamoe_jit._errors import MegaMoeError
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.checks import check_weights
 from megamoe_jit._layer.given_weights import WeightTensors
-from megamoe_jit._layer.kernel_set import sm_count
 from megamoe_jit._layer.memory import mask_rows
 from megamoe_jit._nodes.exchange import Arrived, Rows
 from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, WeightFormat, check_clamp, check_flag
 from megamoe_jit._spec.checks import check
-from megamoe_jit._spec.numerics import Numerics
+from megamoe_jit._spec.inputs import Inputs
+from megamoe_jit._spec.numerics import Numerics, numerics_of
 from megamoe_jit.heuristics.select import all_variants
 
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """What a call computes and how, checked.
+    """What a call computes and how, checked."""
 
-    Attributes:
-        clamp: as the kernel takes it, infinity for none.
-        fast_math: as of `fp8_mega_moe`.
-        variant: the name of one, or None for that of the rule.
-        num_sms: blocks of the launch, None for all SMs.
-        weights: the format of the weights.
-    """
-
-    clamp: float
-    fast_math: bool = True
-    variant: str | None = None
-    num_sms: int | None = None
+    clamp: float  #: as the kernel takes it, infinity for none
+    fast_math: bool = True  #: as of `fp8_mega_moe`
+    variant: str | None = None  #: the name of one, or None for that of the rule
+    num_sms: int | None = None  #: blocks of the launch, None for all SMs
     weights: WeightFormat = FP8
 
     @classmethod
@@ -61,6 +51,10 @@ class Experts:
         group: of the node, None for one rank.
         max_pool_rows: as of `get_symm_buffer_for_mega_moe`.
         dtype: of what it gives, bfloat16 or float32.
+
+    Attributes:
+        buffer: of the ranks that it spans; made, waited for, checked and destroyed as any `SymmBuffer`.
+        rows: its views, which rows arrive in.
     """
 
     def __init__(
@@ -74,17 +68,17 @@ class Experts:
     ) -> None:
         self.buffer = buffer = SymmBuffer(shape, max_rows, device, group, max_pool_rows)
         self.rows = Rows(buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights)
-        wide = dtype is torch.float32
-        self._numerics = {fast: Numerics(fast, float32_out=wide) for fast in (False, True)}  # made once: calls are many
+        self._wide = dtype is torch.float32
 
     def numerics(self, fast_math: bool) -> Numerics:
         """Those of its kernels."""
-        return self._numerics[fast_math]
+        return numerics_of(fast_math, float32_out=self._wide)
 
     def check_call(self, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions) -> None:
         """Raise `ConfigError` unless such a call can be launched."""
         choice, _ = self.buffer.kernels.choose(rows, options.variant, options.num_sms, options.weights)
-        spec = self.buffer.spec(choice.variant, self.numerics(options.fast_math), options.weights)
+        numerics = self.numerics(options.fast_math)
+        spec = self.buffer.kernels.spec(choice.variant, numerics, Inputs.STAGED, options.weights)
         check_weights(l1, l2, spec, self.buffer.device)
 
     def prepare(self, fast_math: bool, weights: WeightFormat, most: int) -> None:
@@ -108,10 +102,6 @@ class Experts:
         """Blocks of a launch that leaves room for so many of another kernel."""
         return max(1, sm_count(self.buffer.device) - comm_ctas)
 
-    def ready(self) -> None:
-        """Have the current stream wait until its rows may be overwritten."""
-        self.buffer.wait_for_last()
-
     def compute(
         self, arrived: Arrived, partial: torch.Tensor, l1: WeightTensors, l2: WeightTensors, options: CallOptions
     ) -> None:
@@ -129,30 +119,6 @@ class Experts:
         plan = self.buffer.plan(arrived.rows, options.variant, numerics, options.num_sms, weights=options.weights)
         self.buffer.launch(plan, partial, arrived.rows, l1, l2, None, options.clamp)
 
-    def wait(self, give_up: Callable[[], str | None]) -> str | None:
-        """Wait for the device until it is idle or a kernel has left a record; or until `give_up` says what it gives."""
-        told: list[str] = []
-
-        def asked() -> str | None:
-            said = give_up()
-            told.extend([said] if said is not None else [])
-            return said
-
-        wait_for_device(self.buffer.device, lambda: bool(self.buffer.fault[0]), asked)
-        return told[0] if told else None
-
     def has_fault(self) -> bool:
         """Whether a kernel has left a record of why it gave up."""
         return bool(self.buffer.fault[0])
-
-    def check(self) -> None:
-        """As `SymmBuffer.check`."""
-        self.buffer.check()
-
-    def poison(self, error: MegaMoeError) -> None:
-        """Have every later call raise this, and `destroy` ask nobody."""
-        self.buffer.poison(error)
-
-    def destroy(self) -> None:
-        """As `SymmBuffer.destroy`."""
-        self.buffer.destroy()

@@ -15,6 +15,7 @@ import torch
 
 from megamoe_jit._device.capture import is_capturing
 from megamoe_jit._device.layout import DEFAULT_POOL_ROWS
+from megamoe_jit._device.wait import wait_for_device
 from megamoe_jit._errors import CaptureError, ConfigError, MegaMoeError, PeerTimeoutError
 from megamoe_jit._layer.group import collectively
 from megamoe_jit._nodes.choice import Choices
@@ -44,20 +45,14 @@ class Dispatched:
 
 
 class Lane:
-    """Memory of one chunk under way: the experts' buffer, and what they give.
-
-    Attributes:
-        experts: with the buffer that rows arrive in.
-        partial: bf16 or float32 ``[rows, hidden]``.
-        busy: a batch has arrived, and was not computed yet.
-    """
+    """Memory of one chunk under way: the experts, in whose buffer rows arrive, and what they give."""
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
         self.experts = experts
         rows, hidden = experts.rows.x.shape
         with torch.inference_mode(False):
             self.partial = torch.empty(rows, hidden, dtype=dtype, device=experts.rows.x.device)
-        self.busy = False
+        self.busy = False  #: a batch has arrived, and was not computed yet
 
 
 class MultiNodeMemory:
@@ -123,7 +118,7 @@ class MultiNodeMemory:
     def wait_for_last(self) -> None:
         """Make the current stream wait for the last call, if that was on another."""
         for experts in self._all_experts():
-            experts.ready()
+            experts.buffer.wait_for_last()
 
     def _all_experts(self) -> list[Experts]:
         return [lane.experts for lane in self._lanes] or [self._experts]
@@ -156,7 +151,7 @@ class MultiNodeMemory:
     def _poison(self, error: MegaMoeError) -> None:
         self._broken = error
         for experts in self._all_experts():
-            experts.poison(error)
+            experts.buffer.poison(error)
         ending = threading.Thread(target=self.choices.abort, args=(self.device,), daemon=True)
         ending.start()
         ending.join(ABORT_S)
@@ -177,12 +172,12 @@ class MultiNodeMemory:
         if not self._alone and not faults and not is_capturing():
             error = partial_call(self.choices.error, self.device)
             watch = Watch(self.topology.roll_call.missing, error, self.timeout_s)
-            lost = self._experts.wait(watch)
-            if lost is not None:
-                raise self._lost(lost, watch.missing)
+            wait_for_device(self.device, self._experts.has_fault, watch)
+            if watch.said is not None:
+                raise self._lost(watch.said, watch.missing)
         for experts in self._all_experts():
             try:
-                experts.check()
+                experts.buffer.check()
             except MegaMoeError as error:
                 if not isinstance(error, CaptureError):
                     self._broken = error
@@ -208,7 +203,7 @@ class MultiNodeMemory:
                 warnings.warn(f"while a MultiNodeBuffer was destroyed: {error}", RuntimeWarning, stacklevel=2)
         self._destroyed = True
         for experts in self._all_experts():
-            experts.destroy()
+            experts.buffer.destroy()
         empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.x = self.x_sf = self.topk_idx = self.topk_weights = empty
         self._staged = Rows(empty, empty, empty, empty)

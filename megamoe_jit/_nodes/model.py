@@ -26,19 +26,13 @@ SHARPNESS = 3.6  #: how the two limits meet: as measured at 512 tokens, where bo
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What rows travel over.
+    """What rows travel over."""
 
-    Attributes:
-        bytes_per_us: that reach a GPU from other nodes; 400 Gb/s for each GPU, of which 90 % are rows.
-        beside_bytes_per_us: the same beside kernels, where NCCL has few blocks.
-        gather_us: beside the bytes of a call in the gather form: two collectives, and the sum.
-        exact_us: beside those of the exact form, whose launches wait for counts on the host. It is 490 us more than
-            gather where all else was equal: measured, 512 tokens on two H200 over NVLink.
-    """
-
-    bytes_per_us: float = 45e3
-    beside_bytes_per_us: float = 45e3
-    gather_us: float = 100.0
+    bytes_per_us: float = 45e3  #: that reach a GPU from other nodes; 400 Gb/s for each GPU, of which 90 % are rows
+    beside_bytes_per_us: float = 45e3  #: the same beside kernels, where NCCL has few blocks
+    gather_us: float = 100.0  #: beside the bytes of a call in the gather form: two collectives, and the sum
+    #: Beside those of the exact form, whose launches wait for counts on the host. It is 490 us more than gather where
+    #: all else was equal: measured, 512 tokens on two H200 over NVLink.
     exact_us: float = 590.0
 
 
@@ -49,25 +43,15 @@ ONE_HOST = Network(bytes_per_us=230e3, beside_bytes_per_us=75e3, gather_us=40.0,
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one call, on each rank.
+    """Of one call, on each rank; times are modelled."""
 
-    Attributes:
-        exchange: "gather" or "exact".
-        chunks: that the call is cut into.
-        sent_bytes: that a rank sends to other nodes, there and back.
-        exchange_us: modelled, of that.
-        kernel_us: modelled, of the node's kernel.
-        total_us: modelled, of the call.
-        reasons: why this exchange and so many chunks.
-    """
-
-    exchange: str
-    chunks: int
-    sent_bytes: float
-    exchange_us: float
-    kernel_us: float
-    total_us: float
-    reasons: tuple[str, ...]
+    exchange: str  #: "gather" or "exact"
+    chunks: int  #: that the call is cut into
+    sent_bytes: float  #: that a rank sends to other nodes, there and back
+    exchange_us: float  #: of that
+    kernel_us: float  #: of the node's kernel
+    total_us: float  #: of the call
+    reasons: tuple[str, ...]  #: why this exchange and so many chunks
 
 
 def rows_per_token(exchange: str, nodes: int, shape: MoEShape) -> float:
@@ -79,20 +63,13 @@ def rows_per_token(exchange: str, nodes: int, shape: MoEShape) -> float:
     return (nodes - 1) * (1 - nowhere)
 
 
-def sent_bytes(shape: MoEShape, rows: float, partial_bytes: int = 2) -> float:
+def sent_bytes(shape: MoEShape, rows: float, partial_bytes: int) -> float:
     """Bytes of so many rows, there with scales, ids and weights, and back as partial results."""
     return rows * (row_bytes(shape) + shape.hidden * partial_bytes)
 
 
 def check_launch_rows(rows: int, tokens: int, nodes: int, chunks: int) -> None:
-    """Raise `ConfigError` if a launch would have more rows than there can be.
-
-    Args:
-        rows: of a launch, at most.
-        tokens: of each rank, in a call.
-        nodes: that share the experts.
-        chunks: of a call.
-    """
+    """Raise `ConfigError` if a launch would have more rows than there can be; `tokens` are of each rank, in a call."""
     if rows > MAX_TOKENS:
         given = f"{tokens} tokens on {counted(nodes, 'node')} in {counted(chunks, 'chunk')} are {rows} rows of a launch"
         raise ConfigError(f"{given}; allowed: at most {MAX_TOKENS} (more chunks have fewer each)")

@@ -12,6 +12,7 @@ import torch
 from megamoe_jit._device.launch import Launcher
 from megamoe_jit._device.load import load_kernel
 from megamoe_jit._device.params import NodesParams, aligned
+from megamoe_jit._device.sms import sm_count
 from megamoe_jit._nodes.exchange import Rows
 from megamoe_jit._nodes.passes import Routes
 from megamoe_jit._spec.abi import NODES_THREADS, WARP
@@ -23,12 +24,12 @@ NUMBERS = 8  #: of a thread that sums
 
 
 class PassKernels:
-    """The functions of `passes`, as launches on the current stream of one GPU."""
+    """The functions of `TorchPasses`, as launches on the current stream of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._params = device, aligned(NodesParams)
         self._lock = threading.Lock()
-        self._most = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+        self._most = BLOCKS_PER_SM * sm_count(device)
         with torch.cuda.device(device):
             self._launchers = {step: self._loaded(step) for step in Pass}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,37 +19,8 @@ from megamoe_jit._nodes.watch import Watch, wait_until
 _HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
-class Rail(Protocol):
-    """What an exchange asks of the ranks of a rail; every one of them calls the same, in the same order.
-
-    Attributes:
-        nodes, node: how many ranks it has, and which one this is.
-    """
-
-    nodes: int
-    node: int
-
-    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
-        """Each of `inputs`, ``[rows, ...]``, of every node into its place of `outputs`, ``[nodes * rows, ...]``."""
-
-    def swap(
-        self,
-        output: torch.Tensor,
-        given: torch.Tensor,
-        arriving: Sequence[int] | None = None,
-        leaving: Sequence[int] | None = None,
-    ) -> None:
-        """Rows of `given`, so many for each node (evenly without `leaving`), to the nodes; theirs into `output`."""
-
-    def counts(self, mine: torch.Tensor) -> Callable[[], list[list[int]]]:
-        """Have int64 ``[nodes]`` of every node come to the host, and give what waits until they are there.
-
-        What node a says of node b is then at ``[a][b]``. What is enqueued before that wait is none of it.
-        """
-
-
 class TorchRail:
-    """A `Rail` of torch.distributed.
+    """The ranks of a rail; every one of them calls the same, in the same order.
 
     Args:
         group: the process group of the rail, None where there is one node.
@@ -81,6 +52,7 @@ class TorchRail:
             self._gathering.asyncOp = self._swapping.asyncOp = False
 
     def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        """Each of `inputs`, ``[rows, ...]``, of every node into its place of `outputs`, ``[nodes * rows, ...]``."""
         to, of = [_bytes(tensor) for tensor in outputs], [_bytes(tensor) for tensor in inputs]
         _done(self.group.allgather_into_tensor_coalesced(to, of, self._gathering))
 
@@ -91,10 +63,15 @@ class TorchRail:
         arriving: Sequence[int] | None = None,
         leaving: Sequence[int] | None = None,
     ) -> None:
+        """Rows of `given`, so many for each node (evenly without `leaving`), to the nodes; theirs into `output`."""
         come, go = ([] if rows is None else list(rows) for rows in (arriving, leaving))
         _done(self.group.alltoall_base(_bytes(output), _bytes(given), come, go, self._swapping))
 
     def counts(self, mine: torch.Tensor) -> Callable[[], list[list[int]]]:
+        """Have int64 ``[nodes]`` of every node come to the host, and give what waits until they are there.
+
+        What node a says of node b is then at ``[a][b]``. What is enqueued before that wait is none of it.
+        """
         everyone = torch.empty(self.nodes * self.nodes, dtype=mine.dtype, device=mine.device)
         _done(self.group._allgather_base(everyone, mine, self._gathering))
         return self._to_host(everyone.view(self.nodes, self.nodes))

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from megamoe_jit._errors import ConfigError
-from megamoe_jit._layer.group import collectively, gather, group_rank, group_size, require_equal
+from megamoe_jit._layer.group import by_rank, collectively, gather, group_rank, group_size, require_equal
 from megamoe_jit._layer.symmetric import host_id
 from megamoe_jit._nodes.rail import TorchRail, rail_options
 from megamoe_jit._nodes.roll_call import RollCall
@@ -45,7 +45,7 @@ class NodeRanks:
             collectively(group, "checking the rails", lambda: _check_members("rail_group", members, expected))
         if node_group is None and size > 1:
             nodes = [self.node_ranks(node) for node in range(self.nodes)]
-            node_group = self._new_groups(nodes, None, "node") if self.nodes > 1 else group
+            node_group = self._new_groups(nodes, "node") if self.nodes > 1 else group
         self.node_group = node_group if size > 1 else None
         self.roll_call = RollCall(group)
 
@@ -75,14 +75,12 @@ class NodeRanks:
                 gather(self.group, None)  # so that nobody's deadline begins before the others are here
                 with rail_options(comm_ctas, timeout_s) as options:
                     rails = [self.rail_ranks(local) for local in range(self.ranks_per_node)]
-                    group = self._new_groups(rails, timeout_s, "rail", options)
+                    group = self._new_groups(rails, "rail", timeout=timedelta(seconds=timeout_s), pg_options=options)
             self._rails[key] = TorchRail(group, self.nodes, self.node, timeout_s, self.roll_call.missing)
         return self._rails[key]  # type: ignore[no-any-return]
 
-    def _new_groups(
-        self, parts: Sequence[Sequence[int]], timeout_s: float | None, what: str, options: Any = None
-    ) -> Any:
-        """Process groups of parts that have every rank once; that of this rank's part.
+    def _new_groups(self, parts: Sequence[Sequence[int]], what: str, **options: Any) -> Any:
+        """Process groups of parts that have every rank once, with options of torch's `new_group`; that of this rank's.
 
         torch wants every process of the program to make each group, or else finds one by how many groups a process has.
         """
@@ -92,15 +90,11 @@ class NodeRanks:
         if not of_all:
             known = {"groups": len(getattr(dist.distributed_c10d._world, "pg_names", ()))}
             require_equal(self.group, f"the process groups they have made (or pass {what}_group)", known)
-        more: dict[str, Any] = {"use_local_synchronization": not of_all, "group_desc": what}
-        if timeout_s is not None:
-            more["timeout"] = timedelta(seconds=timeout_s)
-        if options is not None:
-            more["pg_options"] = options
+        options |= {"use_local_synchronization": not of_all, "group_desc": what}
         mine = None
         for ranks in parts:
             if of_all or self.rank in ranks:
-                made = dist.new_group([dist.get_global_rank(self.group, rank) for rank in ranks], **more)
+                made = dist.new_group([dist.get_global_rank(self.group, rank) for rank in ranks], **options)
                 mine = made if self.rank in ranks else mine
         return mine
 
@@ -124,9 +118,8 @@ def _ranks_per_node(places: Sequence[object]) -> int:
     starts = places[::size]
     good = len(places) % size == 0 and len(set(starts)) == len(starts)
     if not good or any(places[i] != places[i - i % size] for i in range(len(places))):
-        listed = ", ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
         raise ConfigError(
-            f"ranks lie unevenly on nodes, or not node by node ({listed}); "
+            f"ranks lie unevenly on nodes, or not node by node ({by_rank(places)}); "
             "allowed: as many on each node, numbered node by node, as torchrun does"
         )
     if size > MAX_RANKS:

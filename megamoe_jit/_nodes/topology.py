@@ -5,7 +5,6 @@ A `MegaMoE` whose experts are on several nodes has a lease of a buffer, and call
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -20,8 +19,6 @@ from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._spec import MoEShape, check_int
 from megamoe_jit._text import shown
 
-_numbers = itertools.count(1)
-
 
 class NodesLease:
     """One layer's use of a `MultiNodeBuffer`, as `workspace.Lease` is that of a `SymmBuffer`.
@@ -33,12 +30,11 @@ class NodesLease:
         users: all leases of the buffer.
     """
 
-    held = None  #: calls go another way
+    name = "nodes"  #: no operator finds it by that
 
     def __init__(self, buffer: MultiNodeBuffer, kind: str, shape: MoEShape, users: weakref.WeakSet[NodesLease]) -> None:
         self._buffer: MultiNodeBuffer | None = buffer
         self.kind, self.shape, self.capacity = kind, shape, buffer.num_max_tokens_per_rank
-        self.name = f"nodes{next(_numbers)}"
         self._users = users
         users.add(self)
 
@@ -55,11 +51,15 @@ class NodesLease:
         return NodesLease(self.buffer, self.kind, self.shape, self._users)
 
     def release(self) -> None:
-        """Give the buffer up, and its memory back with the last lease; that is a collective. Safe to call twice."""
-        held, self._buffer = self._buffer, None
+        """Give the buffer up, and its memory back with the last lease; that is a collective. Safe to call twice.
+
+        Raises:
+            CaptureError: some stream is capturing, so that the device cannot be waited for; nothing was given back.
+        """
+        if self._buffer is not None and self.kind != "given" and len(self._users) == 1:
+            self._buffer.destroy()
+        self._buffer = None
         self._users.discard(self)
-        if held is not None and self.kind != "given" and not self._users:
-            held.destroy()
 
     def serve(
         self,
@@ -86,51 +86,6 @@ class NodesLease:
             y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
             fp8_mega_moe_multinode(y, l1, l2, buffer, padded_tokens, clamp, fast_math)
         return y
-
-
-def lease_of(
-    topology: NodeRanks,
-    shared: dict[Any, Any],
-    shape: MoEShape,
-    max_tokens: int,
-    device: torch.device,
-    workspace: object,
-) -> NodesLease:
-    """A lease of the buffer that is wanted, which is made unless it is there; a collective.
-
-    Args:
-        topology: the ranks.
-        shared: buffers of this topology with their leases, by shape, capacity and device.
-        shape: the layer's, with the experts of this rank.
-        max_tokens: of a call.
-        device: where the weights are.
-        workspace: "shared", "own", or a `MultiNodeBuffer`.
-
-    Raises:
-        ConfigError: the buffer that was given does not fit, or the workspace is none of these.
-        MegaMoeError: as `get_multinode_buffer_for_mega_moe`; or the buffer is not usable any more.
-    """
-    check_int("max_tokens", max_tokens)
-    whole = replace(shape, experts=shape.experts * topology.world_size)
-    if isinstance(workspace, MultiNodeBuffer):
-        workspace.require_usable()
-        fits = workspace.shape == whole and workspace.topology is topology and workspace.device == device
-        if not fits or max_tokens > workspace.num_max_tokens_per_rank:
-            given = f"a buffer for {workspace.num_max_tokens_per_rank} tokens of {workspace.shape}"
-            wanted = f"{shown(max_tokens)} tokens or more of {whole}"
-            raise ConfigError(f"workspace: {given}; allowed: {wanted}, of this topology")
-        return NodesLease(workspace, "given", shape, weakref.WeakSet())
-    if not isinstance(workspace, str) or workspace not in ("shared", "own"):
-        allowed = "'shared', 'own', or a MultiNodeBuffer"
-        raise ConfigError(f"workspace = {shown(workspace)} is not supported with a topology; allowed: {allowed}")
-    key = (whole, max_tokens, device)
-    buffer, users = shared.get(key, (None, weakref.WeakSet()))
-    if workspace == "own" or buffer is None or not users:
-        sizes = (whole.experts, max_tokens, whole.topk, whole.hidden, whole.intermediate, whole.shared)
-        buffer, users = get_multinode_buffer_for_mega_moe(topology, *sizes, device=device), weakref.WeakSet()
-        if workspace == "shared":
-            shared[key] = buffer, users
-    return NodesLease(buffer, workspace, shape, users)
 
 
 class NodeTopology(NodeRanks):
@@ -162,8 +117,39 @@ class NodeTopology(NodeRanks):
         self, group: Any, node_group: Any = None, rail_group: Any = None, *, ranks_per_node: int | None = None
     ) -> None:
         super().__init__(group, node_group, rail_group, ranks_per_node=ranks_per_node)
-        self._shared: dict[Any, Any] = {}
+        self._shared: dict[Any, Any] = {}  #: buffers with their leases, by shape, capacity and device
 
     def lease(self, shape: MoEShape, max_tokens: int, device: torch.device, workspace: object) -> NodesLease:
-        """What a layer of a model takes of it: see `lease_of`."""
-        return lease_of(self, self._shared, shape, max_tokens, device, workspace)
+        """A lease of the buffer that a layer wants, which is made unless it is there; a collective.
+
+        Args:
+            shape: the layer's, with the experts of this rank.
+            max_tokens: of a call.
+            device: where the weights are.
+            workspace: "shared", "own", or a `MultiNodeBuffer`.
+
+        Raises:
+            ConfigError: the buffer that was given does not fit, or the workspace is none of these.
+            MegaMoeError: as `get_multinode_buffer_for_mega_moe`; or the buffer is not usable any more.
+        """
+        check_int("max_tokens", max_tokens)
+        whole = replace(shape, experts=shape.experts * self.world_size)
+        if isinstance(workspace, MultiNodeBuffer):
+            workspace.require_usable()
+            fits = workspace.shape == whole and workspace.topology is self and workspace.device == device
+            if not fits or max_tokens > workspace.num_max_tokens_per_rank:
+                given = f"a buffer for {workspace.num_max_tokens_per_rank} tokens of {workspace.shape}"
+                wanted = f"{shown(max_tokens)} tokens or more of {whole}"
+                raise ConfigError(f"workspace: {given}; allowed: {wanted}, of this topology")
+            return NodesLease(workspace, "given", shape, weakref.WeakSet())
+        if not isinstance(workspace, str) or workspace not in ("shared", "own"):
+            allowed = "'shared', 'own', or a MultiNodeBuffer"
+            raise ConfigError(f"workspace = {shown(workspace)} is not supported with a topology; allowed: {allowed}")
+        key = (whole, max_tokens, device)
+        buffer, users = self._shared.get(key, (None, weakref.WeakSet()))
+        if workspace == "own" or buffer is None or not users:
+            sizes = (whole.experts, max_tokens, whole.topk, whole.hidden, whole.intermediate, whole.shared)
+            buffer, users = get_multinode_buffer_for_mega_moe(self, *sizes, device=device), weakref.WeakSet()
+            if workspace == "shared":
+                self._shared[key] = buffer, users
+        return NodesLease(buffer, workspace, shape, users)

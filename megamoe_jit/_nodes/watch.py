@@ -35,21 +35,21 @@ class Watch:
     ) -> None:
         self._missing, self._error, self._timeout_s = missing, error, timeout_s
         self._deadline = time.monotonic() + timeout_s
+        self.said: str | None = None  #: what was noticed, None while all is well
         self.missing: dict[int, str] | None = UNASKED  #: who is, once that was asked
 
     def __call__(self) -> str | None:
-        """What was noticed, None while all is well."""
-        said = self._error()
-        if said is not None:
-            return f"NCCL reports {said}"
-        if time.monotonic() < self._deadline:
-            return None
-        found = self._missing()
-        if found == {}:
-            self._deadline = time.monotonic() + self._timeout_s
-            return None
-        self.missing = found
-        return f"nothing came for {self._timeout_s:g} s"
+        """Ask again; what `said` is then."""
+        noticed = self._error()
+        if noticed is not None:
+            self.said = f"NCCL reports {noticed}"
+        elif time.monotonic() >= self._deadline:
+            found = self._missing()
+            if found == {}:
+                self._deadline = time.monotonic() + self._timeout_s
+            else:
+                self.said, self.missing = f"nothing came for {self._timeout_s:g} s", found
+        return self.said
 
 
 def wait_until(over: Callable[[], bool], watch: Watch) -> None:

@@ -47,10 +47,8 @@ def _refuse(faults: list[Fault] | None, fault: Fault) -> None:
     faults.append(fault)
 
 
-def read_environment(
-    environ: Mapping[str, str], faults: list[Fault] | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values in the environment, and that they come from there.
+def read_environment(environ: Mapping[str, str], faults: list[Fault] | None = None) -> dict[str, Any]:
+    """The values in the environment, by field.
 
     Args:
         environ: usually `os.environ`.
@@ -73,7 +71,7 @@ def read_environment(
     strange = [name for name in environ if name.startswith(PREFIX) and name not in known.values()]
     meant = {name: _meant(name.removeprefix(PREFIX), known) for name in strange[:_MOST_HINTS]}
     _warn("unknown environment variables", {**dict.fromkeys(strange, ""), **meant})
-    return values, dict.fromkeys(values, "environment")
+    return values
 
 
 def read_file(

@@ -24,12 +24,7 @@ from typing import Any, TextIO
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
 from megamoe_jit._settings.read import Fault, read_environment, read_file
-from megamoe_jit._settings.variables import (
-    PREFIX,
-    cpu_count,
-    default_cache_dir,
-    default_config_file,
-)
+from megamoe_jit._settings.variables import PREFIX, cpu_count, default_cache_dir, default_config_file
 from megamoe_jit._text import printable
 
 LOG = logging.getLogger("megamoe_jit")
@@ -80,7 +75,8 @@ class Settings:
         Raises:
             ConfigError: a value is not allowed, or the file that was named cannot be read.
         """
-        values, sources = read_environment(environ, faults)
+        values = read_environment(environ, faults)
+        sources = dict.fromkeys(values, "environment")
         named: Path | None = values.get("config")
         path = named or default_config_file()
         written, unknown, lost = dict[str, Any](), dict[str, str](), dict[str, str]()

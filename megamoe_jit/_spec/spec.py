@@ -34,7 +34,7 @@ from megamoe_jit._spec.variants import Variant
 TEMPLATE = "kernels/entry.cuh.j2"
 DEFAULT_NUMERICS = Numerics()
 _UNSET: Any = object()  #: what `numerics` says
-MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS, MAX_STAGES = 2, 8, 8
+MIN_DISPATCH_SLOTS, MAX_DISPATCH_SLOTS = 2, 8
 _NAME = re.compile(
     r"megamoe_([a-z0-9_]+?)_h(\d{1,9})_i(\d{1,9})_e(\d{1,9})_k(\d{1,9})(?:_s(\d{1,9}))?_r(\d{1,9})((?:_[a-z0-9]+)*)"
 )
@@ -184,8 +184,9 @@ class KernelSpec:
 
     @cached_property
     def stages(self) -> int:
-        """Pipeline stages that fit, at most eight."""
-        return min(MAX_STAGES, (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16))
+        """Pipeline stages that fit, as far as the variant takes them."""
+        fitting = (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16)
+        return min(self.variant.most_stages, fitting)
 
     @cached_property
     def dispatch_slots(self) -> int:

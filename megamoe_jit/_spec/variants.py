@@ -24,6 +24,7 @@ class Variant(StrEnum):
         codes: of weights that its `Math` multiplies, as `WeightFormat.what` calls them.
         packed: k-blocks of packed weights that it has in shared memory beside the stages; the policy's `kPacked`.
         helpers: its warpgroups behind the math warpgroups; the policy's `kHelpers`.
+        most_stages: pipeline stages that it has at most, where more would leave dispatch too little room.
     """
 
     block_m: int
@@ -31,6 +32,7 @@ class Variant(StrEnum):
     codes: tuple[str, ...]
     packed: int
     helpers: int
+    most_stages: int
 
     def __new__(
         cls,
@@ -40,18 +42,19 @@ class Variant(StrEnum):
         codes: tuple[str, ...] = ("e4m3", "e5m2"),
         packed: int = 0,
         helpers: int = 0,
+        most_stages: int = 8,
     ) -> Variant:
         """A member is written as its name and traits, and is a string that equals the name."""
         member = str.__new__(cls, name)
         member._value_ = name
         member.block_m, member.what, member.codes = block_m, what, codes
-        member.packed, member.helpers = packed, helpers
+        member.packed, member.helpers, member.most_stages = packed, helpers, most_stages
         return member
 
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
     DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
-    WIDE = "wide", 128, "As decode, with tiles of more rows: packed weights are expanded once for all.", ("e2m1",)
+    WIDE = "wide", 96, "As decode, in larger tiles: packed weights are expanded once for all rows.", ("e2m1",), 0, 0, 6
     UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 3, 1
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
 

@@ -11,10 +11,13 @@ from megamoe_jit._spec import check_clamp
 from megamoe_jit._text import shown
 
 _SILU = ("silu", "swish")
-_TOPK = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")
-_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-_HIDDEN = ("hidden_size",)
-_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+#: Of the sizes of `MoEShape`: what models call them, the first one that is there counts.
+_NAMES = {
+    "hidden": ("hidden_size",),
+    "intermediate": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+    "experts": ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
+    "topk": ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k"),
+}
 _INTEGERS = ("gptq", "awq", "auto-round", "autoround", "bitsandbytes", "hqq", "aqlm", "eetq", "quanto")
 _KNOWN = ("fp8", "fbgemm_fp8", "compressed-tensors", "deepseek", "megamoe", "none", "mxfp4")
 
@@ -31,20 +34,20 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return part
 
 
-def _number(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+def _number(config: Mapping[str, Any], size: str) -> int | None:
     part = _text(config)
-    found = next((part[name] for name in names if part.get(name) is not None), None)
+    found = next((part[name] for name in _NAMES[size] if part.get(name) is not None), None)
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 def topk_of(config: Mapping[str, Any]) -> int | None:
     """Experts of a token; None where it does not say."""
-    return _number(config, _TOPK)
+    return _number(config, "topk")
 
 
 def experts_of(config: Mapping[str, Any]) -> int | None:
     """Experts of a layer; None where it does not say."""
-    return _number(config, _EXPERTS)
+    return _number(config, "experts")
 
 
 def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
@@ -53,10 +56,9 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         ConfigError: it does not say one of them, as that of a model without experts.
     """
-    named = {"hidden": _HIDDEN, "intermediate": _WIDTH, "experts": _EXPERTS, "topk": _TOPK}
     found: dict[str, int] = {}
-    for size, names in named.items():
-        number = _number(config, names)
+    for size, names in _NAMES.items():
+        number = _number(config, size)
         if number is None:
             lacking = f"it has no {' or '.join(names)}, or no single number"
             raise ConfigError(f"{lacking}; a layer of experts needs its {size}")

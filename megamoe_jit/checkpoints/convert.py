@@ -39,15 +39,20 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 _MOST_BESIDE = 64 << 20
 
 Report = Callable[[str, str], None]  #: a file's name, and what became of it
+_Jobs = dict[str, "Layer | _Others"]  #: the files of a result by name, with what writes them
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A file of the result, and what writes it."""
+class _Others:
+    """What a file of the source has beside experts; written as a `Layer` is."""
 
-    name: str
-    tensors: tuple[str, ...]
-    write: Callable[[Path], None]
+    files: Files
+    entries: dict[str, Entry]
+
+    def write(self, path: Path) -> None:
+        with writing(path, self.entries, {"format": "pt"}) as file:
+            for name in self.entries:
+                file.put(name, self.files.read(name))
 
 
 def convert(
@@ -98,7 +103,7 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder), _goes_on():
         done = _write(jobs, folder, _State(folder, identity), report)
-        _finish(files, folder, layers, weight_format, [(job.name, job.tensors) for job in jobs])
+        _finish(files, folder, layers, weight_format, jobs)
     return Converted(str(files.folder), str(folder), weight_format, tuple(done))
 
 
@@ -112,22 +117,18 @@ def _goes_on() -> Iterator[None]:
         raise OSError(error.errno, reason, error.filename) from None
 
 
-def _write(jobs: list[_Job], folder: Path, state: _State, report: Report | None) -> list[ConvertedFile]:
+def _write(jobs: _Jobs, folder: Path, state: _State, report: Report | None) -> list[ConvertedFile]:
     """Write each file that is not there yet, and verify the others."""
-    done: list[ConvertedFile] = []
-    for job in jobs:
-        known, path = state.files.get(job.name), folder / job.name
+    for name, job in jobs.items():
+        known, path = state.files.get(name), folder / name
         if known is None:
             job.write(path)
-            known = state.add(path)
-            became = "written"
+            state.add(path)
         else:
             _verify(path, known)
-            became = "verified"
-        done.append(ConvertedFile(job.name, known["bytes"], known["sha256"]))
         if report is not None:
-            report(job.name, became)
-    return done
+            report(name, "written" if known is None else "verified")
+    return [state.files[name] for name in jobs]
 
 
 def _identity(files: Files) -> str:
@@ -147,7 +148,7 @@ class _State:
 
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         self._path, self._job = folder / _STATE, job
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, ConvertedFile] = {}
         there = [name for name in os.listdir(folder) if not name.endswith(PARTIAL)]
         if there and _STATE not in there:
             raise ConfigError(f"{folder} is not empty; allowed: a new folder, or one of this conversion")
@@ -160,14 +161,15 @@ class _State:
                 (folder / name).unlink()
 
     def _save(self) -> None:
-        _write_json(self._path, {**self._job, "files": self.files})
+        files = {name: {"bytes": each.bytes, "sha256": each.sha256} for name, each in self.files.items()}
+        _write_json(self._path, {**self._job, "files": files})
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, ConvertedFile]:
         try:
             found = json.loads(read_text(self._path, _STATE_BYTES))
             found = {"scheme": None, "order": None, **found}  # which older versions did not enter
-            job, files = {name: found[name] for name in self._job}, found["files"]
-            files = {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+            job, files = {name: found[name] for name in self._job}, found["files"].items()
+            files = {name: ConvertedFile(name, int(e["bytes"]), str(e["sha256"])) for name, e in files}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self._path} cannot be read: {first_line(error)}; remove the folder") from None
         if job != self._job:
@@ -175,12 +177,10 @@ class _State:
             raise ConfigError(f"{self._path} is of a conversion with another {different}; allowed: a new folder")
         return files
 
-    def add(self, path: Path) -> dict[str, Any]:
-        """Enter a finished file; what is known of it."""
-        known = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        self.files[path.name] = known
+    def add(self, path: Path) -> None:
+        """Enter a finished file."""
+        self.files[path.name] = _as_it_is(path)
         self._save()
-        return known
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -193,26 +193,27 @@ def _write_json(path: Path, content: object) -> None:
         raise
 
 
-def _verify(path: Path, known: dict[str, Any]) -> None:
+def _as_it_is(path: Path) -> ConvertedFile:
+    return ConvertedFile(path.name, path.stat().st_size, file_sha256(path))
+
+
+def _verify(path: Path, known: ConvertedFile) -> None:
     try:
-        found = path.stat().st_size, file_sha256(path)
+        found = _as_it_is(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove the folder") from None
-    if found != (known["bytes"], known["sha256"]):
-        raise CheckpointError(f"{path} is not what was written (SHA-256 {found[1]}); remove the folder")
+    if found != known:
+        raise CheckpointError(f"{path} is not what was written (SHA-256 {found.sha256}); remove the folder")
 
 
-def _jobs(files: Files, layers: list[Layer]) -> list[_Job]:
+def _jobs(files: Files, layers: list[Layer]) -> _Jobs:
     """The files of the result: those of experts, then what else each file of the source has.
 
     Raises:
         ConfigError: a tensor cannot be copied.
         CheckpointError: one is not there.
     """
-    jobs = [
-        _Job(f"experts-{number:05}.safetensors", tuple(layer.entries), layer.write)
-        for number, layer in enumerate(layers)
-    ]
+    jobs: _Jobs = {f"experts-{number:05}.safetensors": layer for number, layer in enumerate(layers)}
     taken = {name for layer in layers for name in layer.taken}
     rest: dict[str, dict[str, Entry]] = {shard: {} for shard in files.shards}
     for name in files:
@@ -222,28 +223,17 @@ def _jobs(files: Files, layers: list[Layer]) -> list[_Job]:
         for name, entry in entries.items():
             nbytes(name, entry)
         if entries:
-            jobs.append(_Job(f"others-{number:05}.safetensors", tuple(entries), _copier(files, entries)))
+            jobs[f"others-{number:05}.safetensors"] = _Others(files, entries)
     return jobs
 
 
-def _copier(files: Files, entries: dict[str, Entry]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with writing(path, entries, {"format": "pt"}) as file:
-            for name in entries:
-                file.put(name, files.read(name))
-
-    return write
-
-
-def _finish(
-    files: Files, folder: Path, layers: list[Layer], weight_format: str, written: list[tuple[str, tuple[str, ...]]]
-) -> None:
+def _finish(files: Files, folder: Path, layers: list[Layer], weight_format: str, jobs: _Jobs) -> None:
     """The small files that belong to a model, its configuration, and the index."""
     for path in files.folder.iterdir():
         belongs = not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, PARTIAL))
         if belongs and path.name not in (CONFIG, _STATE) and path.is_file() and path.stat().st_size <= _MOST_BESIDE:
             shutil.copyfile(path, folder / path.name)
     _write_json(folder / CONFIG, config_of(files, layers, weight_format))
-    weight_map = {tensor: name for name, tensors in written for tensor in tensors}
-    size = sum((folder / name).stat().st_size for name, _ in written)
+    weight_map = {tensor: name for name, job in jobs.items() for tensor in job.entries}
+    size = sum((folder / name).stat().st_size for name in jobs)
     _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})

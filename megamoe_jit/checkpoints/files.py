@@ -88,12 +88,8 @@ def _next_step(path: Path, otherwise: str) -> str:
     return otherwise
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """What a model's `config.json` says; raises `CheckpointError` where it cannot be read."""
-    return _json(path, _CONFIG_BYTES)
-
-
-def _json(path: Path, limit: int) -> dict[str, Any]:
+def read_json(path: Path, limit: int = _CONFIG_BYTES) -> dict[str, Any]:
+    """What a file beside the weights says; raises `CheckpointError` where it cannot be read."""
     try:
         found = json.loads(read_text(path, limit))
     except (OSError, ValueError, RecursionError) as error:
@@ -133,7 +129,7 @@ class Files:
         self.folder = place if is_folder else place.parent
         self._opened: dict[str, Any] = {}
         self._where = self._find(place, is_folder)
-        self.config = read_config(self.folder / CONFIG) if is_there(self.folder / CONFIG) else {}
+        self.config = read_json(self.folder / CONFIG) if is_there(self.folder / CONFIG) else {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -171,7 +167,7 @@ class Files:
         return self._from_index(index)
 
     def _from_index(self, index: str) -> dict[str, str]:
-        weight_map = _json(self.folder / index, _INDEX_BYTES).get("weight_map")
+        weight_map = read_json(self.folder / index, _INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise CheckpointError(f"{self.folder / index} has no weight_map; allowed: a file for each tensor")
         known = set[str]()  # tens of thousands of tensors lie in a few files
@@ -208,9 +204,9 @@ class Files:
     def _keys(self, file: str) -> list[str]:
         return list(self._open(file).keys())
 
-    def metadata(self, file: str | None = None) -> dict[str, str]:
-        """What a file, the first one by default, says of itself."""
-        return dict(self._open(file or self.shards[0]).metadata() or {})
+    def metadata(self, file: str) -> dict[str, str]:
+        """What a file says of itself."""
+        return dict(self._open(file).metadata() or {})
 
     def file_of(self, name: str) -> str:
         """The file that holds a tensor."""
@@ -245,10 +241,9 @@ class Files:
 
     def read_range(self, name: str, chosen: range) -> torch.Tensor:
         """Of a tensor with all experts in its first dimension: some of them, without reading the others."""
+        part = self._part(name)
         try:
-            found: torch.Tensor = self._part(name)[chosen.start : chosen.stop]
-        except CheckpointError:
-            raise
+            found: torch.Tensor = part[chosen.start : chosen.stop]
         except Exception as error:
             raise CheckpointError(f"{shown(name, 200)} cannot be read: {first_line(error)}") from None
         if found.shape[0] != len(chosen):

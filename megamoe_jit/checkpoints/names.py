@@ -24,14 +24,12 @@ class Scheme:
 
     Attributes:
         name: for people and arguments.
-        models: that use it.
         block: what holds the experts of a layer.
         gate, up, down: the parts of an expert.
         scale: the last word of the name of a weight's scales, where they are written; any known one is read.
     """
 
     name: str
-    models: str
     block: str
     gate: str
     up: str
@@ -39,13 +37,13 @@ class Scheme:
     scale: str
 
 
-_AS_V3 = "DeepSeek-V3 and R1, GLM-4.5 to GLM-5, Kimi-K2, MiMo-V2.5, Qwen3-MoE, Qwen3.5-MoE"
 SCHEMES = {
     each.name: each
     for each in (
-        Scheme("deepseek-v3", _AS_V3, "mlp", "gate_proj", "up_proj", "down_proj", "weight_scale_inv"),
-        Scheme("deepseek-v4", "DeepSeek-V4 and V4.1", "ffn", "w1", "w3", "w2", "scale"),
-        Scheme("mixtral", "Mixtral, MiniMax-M2", "block_sparse_moe", "w1", "w3", "w2", "weight_scale_inv"),
+        # DeepSeek-V3 and R1, GLM-4.5 to GLM-5, Kimi-K2, MiMo-V2.5, Qwen3-MoE, Qwen3.5-MoE
+        Scheme("deepseek-v3", "mlp", "gate_proj", "up_proj", "down_proj", "weight_scale_inv"),
+        Scheme("deepseek-v4", "ffn", "w1", "w3", "w2", "scale"),  # and V4.1
+        Scheme("mixtral", "block_sparse_moe", "w1", "w3", "w2", "weight_scale_inv"),  # and MiniMax-M2
     )
 }
 FUSED = "fused"  #: all experts of a layer in one tensor, as transformers has them in memory

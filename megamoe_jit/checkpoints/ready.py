@@ -17,10 +17,9 @@ from megamoe_jit._layer.weights import mark_transformed
 from megamoe_jit._spec import BLOCK
 from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
-from megamoe_jit.checkpoints.config import experts_of
 from megamoe_jit.checkpoints.files import Entry, Files
 from megamoe_jit.checkpoints.names import MEGAMOE, ModelNames
-from megamoe_jit.checkpoints.stored import Stored, experts_of_rank, layer_of, names_in
+from megamoe_jit.checkpoints.stored import Stored, check_count, experts_of_rank, layer_of, names_in
 
 #: What safetensors calls the dtypes of weights.
 DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32", torch.float8_e8m0fnu: "F8_E8M0"}
@@ -74,9 +73,7 @@ def ready_of(files: Files, model: ModelNames, layer: int) -> Ready:
     if not (experts and rows and depth) or rows % (2 * BLOCK) or depth % BLOCK:
         sizes = f"[experts, 2 * intermediate, hidden] with sizes in multiples of {BLOCK}"
         raise CheckpointError(f"layer {layer}: {shown(w13[0], 200)} has shape {shape}; allowed: {sizes}")
-    said = experts_of(files.config)
-    if said is not None and said != experts:
-        raise CheckpointError(f"layer {layer} has {experts} experts; allowed: {said}, as config.json says")
+    check_count(files, layer, experts)
     for part_names, matrix_shape in ((w13, (rows, depth)), (w2, (depth, rows // 2))):
         for name, entry in zip(part_names, entries_of(weights, experts, *matrix_shape), strict=True):
             found = files.entry(name)

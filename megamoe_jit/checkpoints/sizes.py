@@ -9,7 +9,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._spec import MoEShape
 from megamoe_jit._text import shown
 from megamoe_jit.checkpoints.config import refusal, sizes_of, weight_format_of
-from megamoe_jit.checkpoints.files import CONFIG, is_there, place_of, read_config
+from megamoe_jit.checkpoints.files import CONFIG, is_there, place_of, read_json
 
 
 class ModelShape(NamedTuple):
@@ -35,7 +35,7 @@ def model_shape(path: str) -> ModelShape:
     if not is_there(file):
         allowed = f"the folder of a model with its {CONFIG}, or that file"
         raise ConfigError(f"{shown(str(file), 200)} is not there; allowed: {allowed}")
-    config = read_config(file)
+    config = read_json(file)
     folder = os.path.realpath(file.parent)  # of the file's own name: a hub's cache has it as a link to blobs/HASH
     name = os.path.basename(folder) if file.name == CONFIG else file.stem
     why = refusal(config)

@@ -222,10 +222,15 @@ def layer_of(files: Files, model: ModelNames, layer: int) -> Stored:
         if missing:
             raise CheckpointError(f"{what}: expert {min(missing)} of {max(names.experts) + 1} is not there")
         found = Stored(files, what, names.experts, fused=False)
-    said = experts_of(files.config)
-    if said is not None and said != found.experts:
-        raise CheckpointError(f"{what} has {found.experts} experts; allowed: {said}, as config.json says")
+    check_count(files, layer, found.experts)
     return found
+
+
+def check_count(files: Files, layer: int, experts: int) -> None:
+    """Raise `CheckpointError` unless a layer has as many experts as the configuration says, if it does."""
+    said = experts_of(files.config)
+    if said is not None and said != experts:
+        raise CheckpointError(f"layer {layer} has {experts} experts; allowed: {said}, as config.json says")
 
 
 def shared_of(files: Files, model: ModelNames, layer: int) -> Stored | None:

@@ -51,12 +51,10 @@ class Writer:
     def __init__(self, file: BinaryIO, start: int, begins: Mapping[str, int]) -> None:
         self._file, self._start, self._begins = file, start, begins
 
-    def put(self, name: str, tensor: torch.Tensor, offset: int = 0) -> int:
-        """Write a tensor, or the part of it that begins `offset` bytes behind its first; returns the bytes written."""
-        data = bytes_of(tensor)
+    def put(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
+        """Write a tensor, or the part of it that begins `offset` bytes behind its first."""
         self._file.seek(self._start + self._begins[name] + offset)
-        self._file.write(data)
-        return len(data)
+        self._file.write(bytes_of(tensor))
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
@@ -58,17 +58,10 @@ def step_aside(engine: str, reasons: list[str]) -> None:
     )
 
 
-def guarded(engine: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """For what an entry point calls: whatever goes wrong in it is a warning, never an exception of the engine."""
-
-    def wrap(register: Callable[[], None]) -> Callable[[], None]:
-        @functools.wraps(register)
-        def call() -> None:
-            try:
-                register()
-            except Exception as error:  # an engine must start all the same
-                step_aside(engine, [f"{type(error).__name__}: {error}"])
-
-        return call
-
-    return wrap
+@contextlib.contextmanager
+def guarded(engine: str) -> Iterator[None]:
+    """Decorates what an entry point calls: whatever goes wrong in it is a warning, never an exception of the engine."""
+    try:
+        yield
+    except Exception as error:  # an engine must start all the same
+        step_aside(engine, [f"{type(error).__name__}: {error}"])

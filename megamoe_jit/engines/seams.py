@@ -29,18 +29,23 @@ class Seam:
         name: in that module; a dot for what a class has.
         use: "replaced", its calls come to the plug-in, so its parameters are these and no others; "called", by the
             plug-in, with these; "wrapped", its calls pass through, and begin with these; "read", it is there.
-        takes: names of parameters, in order.
+        takes: names of parameters, in order, with blanks between.
         optional: more names that the plug-in understands where they are.
     """
 
     module: str
     name: str
     use: Use = "read"
-    takes: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
+    takes: str = ""
+    optional: str = ""
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+def attributes(module: str, owner: str, names: str) -> list[Seam]:
+    """A seam for each of these things of a class, which are read; names have blanks between."""
+    return [Seam(module, f"{owner}.{name}") for name in names.split()]
 
 
 def root_of(engine: str) -> Path | None:
@@ -114,20 +119,20 @@ def _compared(seam: Seam, function: _Function) -> str:
     arguments = function.args
     plain = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
     keywords = [each.arg for each in arguments.kwonlyargs]
-    names = [*plain, *keywords]
+    names, takes = [*plain, *keywords], seam.takes.split()
     if seam.use == "wrapped":
-        return "" if tuple(names[: len(seam.takes)]) == seam.takes else _said(names, seam.takes, "begin with")
+        return "" if names[: len(takes)] == takes else _said(names, takes, "begin with")
     if seam.use == "replaced":
-        asked_for = tuple(name for name in names if name not in seam.optional)
-        exact = asked_for == seam.takes and arguments.vararg is None and arguments.kwarg is None
-        return "" if exact else _said(names, seam.takes, "be")
+        asked_for = [name for name in names if name not in seam.optional.split()]
+        exact = asked_for == takes and arguments.vararg is None and arguments.kwarg is None
+        return "" if exact else _said(names, takes, "be")
     optional = set(plain[len(plain) - len(arguments.defaults) :])
     optional |= {name for name, default in zip(keywords, arguments.kw_defaults, strict=True) if default is not None}
-    fits = set(seam.takes) <= set(names) and set(names) - optional - {"self", "cls"} <= set(seam.takes)
-    return "" if fits else _said(names, seam.takes, "be")
+    fits = set(takes) <= set(names) and set(names) - optional - {"self", "cls"} <= set(takes)
+    return "" if fits else _said(names, takes, "be")
 
 
-def _said(names: list[str], wanted: tuple[str, ...], verb: str) -> str:
+def _said(names: list[str], wanted: list[str], verb: str) -> str:
     return f"its parameters are ({', '.join(names)}); they were to {verb} ({', '.join(wanted)})"
 
 

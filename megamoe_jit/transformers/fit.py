@@ -23,7 +23,10 @@ def relied_upon() -> Iterator[tuple[str, str]]:
     """Each thing, by name, with how it differs from what is relied upon; empty if it does not."""
     questions: tuple[tuple[str, Callable[[], str]], ...] = (
         ("integrations.moe.ALL_EXPERTS_FUNCTIONS", lambda: _registry("moe", "ALL_EXPERTS_FUNCTIONS")),
-        ("integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS", _fp8_registry),
+        (
+            "integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS",
+            lambda: _registry("finegrained_fp8", "ALL_FP8_EXPERTS_FUNCTIONS"),
+        ),
         ("integrations.moe.grouped_mm_experts_forward", _arguments),
         ("integrations.moe.use_experts_implementation", _decorator),
         ("integrations.finegrained_fp8.FP8Experts", _fp8_experts),
@@ -53,10 +56,6 @@ def _registry(module: str, name: str) -> str:
     if not callable(getattr(registry, "register", None)) or not callable(getattr(registry, "get_interface", None)):
         return "has no register and get_interface any more"
     return ""
-
-
-def _fp8_registry() -> str:
-    return _registry("finegrained_fp8", "ALL_FP8_EXPERTS_FUNCTIONS")
 
 
 def _arguments() -> str:

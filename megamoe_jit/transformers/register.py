@@ -43,18 +43,14 @@ def register() -> bool:
 
     A release that moved what the plug-in relies on stays as it is, and so does a process without transformers.
     """
+    why = ""
     if find_spec("transformers") is None:
-        warnings.warn(
-            f"megamoe_jit.transformers steps aside: transformers is not installed; pip install '{WANTED}'", stacklevel=3
-        )
-        return False
-    found = problems()
-    if found:
-        warnings.warn(
-            f"megamoe_jit.transformers steps aside: {'; '.join(found)}. It is written for {WANTED}; "
-            "`megamoe-jit doctor --engine transformers` says more",
-            stacklevel=3,
-        )
+        why = f"transformers is not installed; pip install '{WANTED}'"
+    elif found := problems():
+        more = "`megamoe-jit doctor --engine transformers` says more"
+        why = f"{'; '.join(found)}. It is written for {WANTED}; {more}"
+    if why:
+        warnings.warn(f"megamoe_jit.transformers steps aside: {why}", stacklevel=3)
         return False
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -188,7 +188,7 @@ def vllm_world(root: Path, device: str = "cpu") -> Iterator[VllmWorld]:
         across._buffers.clear()
         for cached in (
             experts.experts_class, experts._pass_through_class, method.fp8_method_class, method.mxfp4_method_class,
-            quantization._fp8_config_class, quantization._v4_config_class,
+            quantization._config_class,
         ):  # fmt: skip
             cached.cache_clear()
         world = VllmWorld(device)

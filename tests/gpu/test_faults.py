@@ -60,7 +60,12 @@ BROKEN = {
         "",
         "the math warps to free pipeline stage",
     ),
-    "math warps never finish a tile": ("roles/math.cuh", "slots.stored(index), ", "", "the math warps to finish tile"),
+    "math warps never finish a tile": (
+        "pipe/tile_slots.cuh",
+        "ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots));",
+        "",
+        "the math warps to finish tile",
+    ),
     "expanded weights are never counted": (
         "expand/ahead.cuh",
         "            ptx::add_release(p.expanded + column, 1);",

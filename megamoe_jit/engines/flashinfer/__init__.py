@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe_jit.engines.aside import guarded
-from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME
+from megamoe_jit.engines.flashinfer.seams import KERNEL_NAME, SEAMS
 from megamoe_jit.engines.seams import fits
 
 __all__ = ["KERNEL_NAME", "MegaMoeConfig", "register"]
@@ -34,9 +34,7 @@ class MegaMoeConfig:
 @guarded("flashinfer")
 def register() -> None:
     """Add the kernel to FlashInfer, if the installed release is as expected; else warn once and leave it alone."""
-    from megamoe_jit.engines.flashinfer import seams
-
-    if not fits("flashinfer", seams.SEAMS):
+    if not fits("flashinfer", SEAMS):
         return
     from megamoe_jit.engines.flashinfer import backend
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 PROBE: Any = type("Probe", (), {})()  #: a hook answers with it to a call that is given it, and does nothing
@@ -15,18 +16,13 @@ def around(target: str, hook: Callable[..., Any]) -> None:
     registry.HookRegistry.register(target, hook, registry.HookType.AROUND)
 
 
-def unreached(targets: Iterable[tuple[str, int]]) -> list[str]:
-    """Those whose calls do not come to our hooks, as when SGLang could not apply one.
+def reaches(target: str, before: int) -> bool:
+    """Whether calls of `target` come to a hook of ours, which they do not where SGLang could not apply it.
 
     Args:
-        targets: names, and how many arguments come before the one that a hook looks at.
+        target: its name.
+        before: how many arguments come before the one that the hook looks at.
     """
-    return [name for name, before in targets if not _reaches(name, before)]
-
-
-def _reaches(target: str, before: int) -> bool:
-    import pkgutil
-
     try:
         return pkgutil.resolve_name(target)(*[None] * before, PROBE) is PROBE
     except Exception:  # the original, which this is no call of

@@ -19,7 +19,7 @@ from megamoe_jit._spec import WeightFormat
 from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.aside import warn_once
 from megamoe_jit.engines.sglang import weights
-from megamoe_jit.engines.sglang.hooks import PROBE, around, unreached
+from megamoe_jit.engines.sglang.hooks import PROBE, around, reaches
 
 _SM90 = "sglang.srt.layers.moe.mega_moe_sm90"
 _MEGA = "sglang.srt.layers.moe.mega_moe"
@@ -41,20 +41,18 @@ def hook() -> None:
 @functools.cache
 def _all_in_place() -> bool:
     """Whether calls of all hooked functions arrive, by the names that SGLang calls them by."""
-    fp8, layer = "sglang.srt.layers.quantization.fp8.", "sglang.srt.layers.moe.fused_moe_triton.layer."
-    missing = unreached(
-        [
-            (f"{_SM90}.build_sm90_mega_moe_experts_weights", 0),
-            (f"{_MEGA}.build_mega_moe_experts_weights", 0),
-            (f"{_MEGA}.is_sm90_fp8_mega_moe_available", 0),
-            (f"{_MEGA}.run_sm90_mega_routed", 0),
-            (f"{_MEGA}._get_mega_moe_symm_buffer", 0),
-            (f"{fp8}Fp8MoEMethod.restore_weights_before_loading", 1),
-            (f"{fp8}Fp8MoEMethod.apply", 1),
-            (f"{layer}FusedMoE.weight_loader", 0),
-            (f"{layer}FusedMoE.weight_loader_fused", 0),
-        ]
-    )
+    before = {  # the argument that a hook looks at
+        f"{_SM90}.build_sm90_mega_moe_experts_weights": 0,
+        f"{_MEGA}.build_mega_moe_experts_weights": 0,
+        f"{_MEGA}.is_sm90_fp8_mega_moe_available": 0,
+        f"{_MEGA}.run_sm90_mega_routed": 0,
+        f"{_MEGA}._get_mega_moe_symm_buffer": 0,
+        f"{weights.FP8_METHOD}.restore_weights_before_loading": 1,
+        f"{weights.FP8_METHOD}.apply": 1,
+        f"{weights.FUSED_MOE}.weight_loader": 0,
+        f"{weights.FUSED_MOE}.weight_loader_fused": 0,
+    }
+    missing = [name for name, arguments in before.items() if not reaches(name, arguments)]
     if missing:
         warn_once(
             "sglang: plug-in", f"megamoe-jit leaves SGLang as it is: its hooks did not reach {', '.join(missing)}"

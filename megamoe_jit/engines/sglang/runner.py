@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from megamoe_jit.engines.sglang import weights
 from megamoe_jit.engines.sglang.hooks import around
 
 BACKEND = "megamoe_jit"
-_FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
 _ALLOWED = "experts in MXFP4, or FP8 with blocks of 128 x 128"
 _READY = "_megamoe_jit_ready"  #: of a layer
 #: The configuration of the layer that a runner is made for.
@@ -38,8 +37,8 @@ class _Ready(NamedTuple):
 def hook() -> None:
     """Make the backend one that can be chosen, and have `Fp8MoEMethod` know it."""
     _module("layers.moe.moe_runner.runner").register_moe_runner_core(BACKEND, _core_of)
-    around(f"{_FP8}.create_moe_runner", _create_runner)
-    around(f"{_FP8}.process_weights_after_loading", _process)
+    around(f"{weights.FP8_METHOD}.create_moe_runner", _create_runner)
+    around(f"{weights.FP8_METHOD}.process_weights_after_loading", _process)
     _module("arg_groups.choices").add_moe_runner_backend_choices([BACKEND])  # last: then it works
 
 
@@ -103,7 +102,7 @@ def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_r
             raise ConfigError(f"--moe-a2a-backend megamoe cannot run this model: {shared}")
         original(method, layer, moe_runner_config)
         return
-    reasons = _refusals(method, layer, moe_runner_config)
+    reasons = list(_refusals(method, layer, moe_runner_config))
     if reasons:
         raise ConfigError(
             f"--moe-runner-backend {BACKEND} cannot run this model: {'; '.join(reasons)}. Next: another runner backend"
@@ -117,29 +116,30 @@ def _create_runner(original: Callable[..., None], method: Any, layer: Any, moe_r
     method._owns_moe_runner = True
 
 
-def _refusals(method: Any, layer: Any, config: Any) -> list[str]:
+def _refusals(method: Any, layer: Any, config: Any) -> Iterator[str]:
     """Why there is no kernel for a layer, each with what there is one for."""
+    yield from weights.other_sums(config)
+    yield from weights.left_by_another()
     a2a = _module("layers.moe.utils").get_moe_a2a_backend()
+    if not a2a.is_none():
+        yield f"--moe-a2a-backend {a2a.value}; allowed: none"
+    if method.use_mxfp8:
+        yield "experts in MXFP8; allowed: MXFP4, or FP8 with blocks of 128 x 128"
+    if not method.is_fp4_expert and list(method.weight_block_size or ()) != [128, 128]:
+        yield f"blocks of {method.weight_block_size}; allowed: [128, 128]"
+    if config.no_combine:
+        yield "no_combine; allowed: results summed over a token's experts"
+    if getattr(method, "with_bias", False):
+        yield "biases; allowed: none"
+    if shared := weights.shared_among_packed(method, layer):
+        yield shared
+    if not weights.on_hopper():
+        yield "this GPU; allowed: Hopper (H100, H200, H20)"
+    if getattr(_module("runtime_context").get_parallel(), "dwdp_size", 1) > 1:
+        yield "--dwdp-size, which exchanges weights later; allowed: none"
     sizes = config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, _slots(layer, config)
-    shape = no_shape(*sizes)
-    checks = (
-        (not a2a.is_none(), f"--moe-a2a-backend {a2a.value}; allowed: none"),
-        (method.use_mxfp8, "experts in MXFP8; allowed: MXFP4, or FP8 with blocks of 128 x 128"),
-        (
-            not method.is_fp4_expert and list(method.weight_block_size or ()) != [128, 128],
-            f"blocks of {method.weight_block_size}; allowed: [128, 128]",
-        ),
-        (config.no_combine, "no_combine; allowed: results summed over a token's experts"),
-        (bool(getattr(method, "with_bias", False)), "biases; allowed: none"),
-        (bool(shared := weights.shared_among_packed(method, layer)), shared),
-        (not weights.on_hopper(), "this GPU; allowed: Hopper (H100, H200, H20)"),
-        (
-            getattr(_module("runtime_context").get_parallel(), "dwdp_size", 1) > 1,
-            "--dwdp-size, which exchanges weights later; allowed: none",
-        ),
-        (bool(shape), shape),
-    )
-    return [*weights.other_sums(config), *weights.left_by_another(), *(reason for found, reason in checks if found)]
+    if shape := no_shape(*sizes):
+        yield shape
 
 
 def _slots(layer: Any, config: Any) -> int:

@@ -8,7 +8,7 @@ the step that follows a load takes it over again. Addresses stay, as captured gr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ _HELD = "_megamoe_jit_held"  #: of a layer
 RUN = "_megamoe_jit_run"  #: of a layer, where SGLang's usual call of its experts is ours: of the method and a batch
 _CODES, _SCALES = ("w13_weight", "w2_weight"), ("w13_weight_scale_inv", "w2_weight_scale_inv")
 _AS_LEFT = ("sharded_state", "remote", "remote_instance")  #: formats of weights that are written over processed ones
-_FP8 = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
-_LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+FP8_METHOD = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
+FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 
 
 def held_by(layer: Any) -> HeldExperts | None:
@@ -47,22 +47,21 @@ def shared_among_packed(method: Any, layer: Any) -> str:
     )
 
 
-def other_sums(config: Any) -> list[str]:
+def other_sums(config: Any) -> Iterator[str]:
     """What a layer's configuration asks experts to compute that this kernel does not, each with what it does."""
-    gemm1 = (config.gemm1_alpha, config.gemm1_beta, config.gemm1_clamp_limit)
-    checks = (
-        (config.activation != "silu" or not config.is_gated, f"activation {config.activation}; allowed: gated silu"),
-        (config.apply_router_weight_on_input, "router weights on the input; allowed: on the output"),
-        (any(each is not None for each in gemm1), "alpha, beta or a limit of gemm1; allowed: swiglu_limit"),
-    )
-    return [reason for found, reason in checks if found]
+    if config.activation != "silu" or not config.is_gated:
+        yield f"activation {config.activation}; allowed: gated silu"
+    if config.apply_router_weight_on_input:
+        yield "router weights on the input; allowed: on the output"
+    if any(each is not None for each in (config.gemm1_alpha, config.gemm1_beta, config.gemm1_clamp_limit)):
+        yield "alpha, beta or a limit of gemm1; allowed: swiglu_limit"
 
 
-def left_by_another() -> list[str]:
+def left_by_another() -> Iterator[str]:
     """Why weights that SGLang reads cannot be taken over: as another process left them, in an order of its own."""
     named = getattr(importlib.import_module("sglang.srt.runtime_context").get_model(), "load_format", None)
-    allowed = "checkpoints, whose weights are in an order that is known"
-    return [f"--load-format {name}; allowed: {allowed}" for name in _AS_LEFT if name == named]
+    if named in _AS_LEFT:
+        yield f"--load-format {named}; allowed: checkpoints, whose weights are in an order that is known"
 
 
 def take(layer: Any) -> HeldExperts:
@@ -119,7 +118,7 @@ def give_back(layer: Any) -> None:
 
 def try_to_take(layer: Any) -> HeldExperts | None:
     """`take`, or one warning and None."""
-    reasons = other_sums(layer.moe_runner_config) + left_by_another()
+    reasons = [*other_sums(layer.moe_runner_config), *left_by_another()]
     if not reasons:
         try:
             return take(layer)
@@ -131,10 +130,10 @@ def try_to_take(layer: Any) -> HeldExperts | None:
 
 def hook() -> None:
     """Have layers that were taken over given back before something is written into them, and read by us alone."""
-    around(f"{_FP8}.restore_weights_before_loading", _restore)
-    around(f"{_FP8}.apply", _apply)
-    around(f"{_LAYER}.weight_loader", _load)
-    around(f"{_LAYER}.weight_loader_fused", _load)
+    around(f"{FP8_METHOD}.restore_weights_before_loading", _restore)
+    around(f"{FP8_METHOD}.apply", _apply)
+    around(f"{FUSED_MOE}.weight_loader", _load)
+    around(f"{FUSED_MOE}.weight_loader_fused", _load)
 
 
 def _restore(original: Callable[..., Any], method: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:

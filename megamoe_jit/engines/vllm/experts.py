@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,17 +15,17 @@ import torch
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._layer import from_bf16
 from megamoe_jit._layer.bound_kernel import SeenTensors
+from megamoe_jit._layer.buffer import SymmBuffer
 from megamoe_jit._layer.given_weights import WeightTensors, format_of
 from megamoe_jit._layer.weights import is_transformed, mark_transformed
 from megamoe_jit._spec import MoEShape, WeightFormat
 from megamoe_jit.engines.across import buffer_across
 from megamoe_jit.engines.held import HeldExperts
 from megamoe_jit.engines.local import CAPACITY, LocalExperts
+from megamoe_jit.engines.vllm.seams import MOE
 
-_MOE = "vllm.model_executor.layers.fused_moe"
 _NO_SCRATCH = (0,)
 _PARTS = ("weight", "weight_scale_inv"), ("weight", "weight_scale")  #: of FP8, and of MXFP4
-Run = Callable[..., torch.Tensor]  #: of both weights, rows, ids and weights of slots, expert map, clamp and output
 _BLOCKS = "weight_block_scale"  #: what the kernel reads of MXFP4 besides codes and exponents
 
 
@@ -39,13 +38,13 @@ def prepare_finalize(moe: Any, quant_config: Any, experts: Any) -> Any:
     """The steps around the experts: they pass everything on where the kernel reaches all ranks, else vLLM's own."""
     if is_across_ranks(moe.moe_parallel_config):
         return _pass_through_class()(experts)
-    make = importlib.import_module(f"{_MOE}.all2all_utils").maybe_make_prepare_finalize
+    make = importlib.import_module(f"{MOE}.all2all_utils").maybe_make_prepare_finalize
     return make(moe, quant_config, allow_new_interface=True, use_monolithic=False)
 
 
 @functools.cache
 def _pass_through_class() -> Any:
-    base: Any = importlib.import_module(f"{_MOE}.prepare_finalize.no_dp_ep").MoEPrepareAndFinalizeNoDPEPModular
+    base: Any = importlib.import_module(f"{MOE}.prepare_finalize.no_dp_ep").MoEPrepareAndFinalizeNoDPEPModular
 
     class PassThrough(base):  # type: ignore[misc]
         """Hands activations and routing to experts that dispatch and combine themselves."""
@@ -73,9 +72,9 @@ def _pass_through_class() -> Any:
 @functools.cache
 def experts_class() -> Any:
     """The class, a subclass of vLLM's, which is imported only here."""
-    mk = importlib.import_module(f"{_MOE}.modular_kernel")
-    silu = importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU
-    no_op = importlib.import_module(f"{_MOE}.topk_weight_and_reduce").TopKWeightAndReduceNoOP
+    mk = importlib.import_module(f"{MOE}.modular_kernel")
+    silu = importlib.import_module(f"{MOE}.activation").MoEActivation.SILU
+    no_op = importlib.import_module(f"{MOE}.topk_weight_and_reduce").TopKWeightAndReduceNoOP
     keys = importlib.import_module("vllm.model_executor.layers.quantization.utils.quant_utils")
     platforms = importlib.import_module("vllm.platforms")
     base: Any = mk.FusedMoEExpertsModular
@@ -124,17 +123,7 @@ def experts_class() -> Any:
         def finalize_weight_and_reduce_impl(self) -> Any:
             return no_op()
 
-        def workspace_shapes(
-            self,
-            M: int,
-            N: int,
-            K: int,
-            topk: int,
-            global_num_experts: int,
-            local_num_experts: int,
-            expert_tokens_meta: Any,
-            activation: Any,
-        ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        def workspace_shapes(self, M: int, N: int, K: int, *_: Any, **__: Any) -> tuple[tuple[int, ...], ...]:
             return _NO_SCRATCH, _NO_SCRATCH, (M, K)
 
         def process_weights_after_loading(self, layer: Any) -> None:
@@ -146,7 +135,7 @@ def experts_class() -> Any:
                 MegaMoeError: there is no kernel of these sizes, or no memory.
             """
             weights, names = _take(layer)
-            self._run = _runner_of(self.moe_config, layer, weights)
+            self._runner = _runner_of(self.moe_config, layer, weights)
             self._layer, (self._l1, self._l2) = layer, names
             self._seen = SeenTensors(())  #: whose order is known
 
@@ -161,12 +150,8 @@ def experts_class() -> Any:
             activation: Any,
             global_num_experts: int,
             expert_map: torch.Tensor | None,
-            a1q_scale: torch.Tensor | None,
-            a2_scale: torch.Tensor | None,
-            workspace13: torch.Tensor,
-            workspace2: torch.Tensor,
-            expert_tokens_meta: Any,
-            apply_router_weight_on_input: bool,
+            *_: Any,
+            **__: Any,
         ) -> None:
             y = output if output.dtype is torch.bfloat16 else None
             found = self.run(hidden_states, topk_ids, topk_weights, expert_map, y)
@@ -185,7 +170,10 @@ def experts_class() -> Any:
             held = self._layer._parameters
             l1, l2 = (tuple(held[name] for name in names) for names in (self._l1, self._l2))
             self._seen = _recognised(self._seen, l1, l2)
-            return self._run(l1, l2, x, ids, weights, expert_map, self.quant_config.gemm1_clamp_limit, y)
+            clamp = self.quant_config.gemm1_clamp_limit
+            if isinstance(self._runner, LocalExperts):
+                return self._runner(l1, l2, x, _on_this_rank(ids, expert_map), weights, clamp, y=y)
+            return from_bf16.mega_moe_from_bf16(x, ids, weights, l1, l2, self._runner, y=y, activation_clamp=clamp)
 
     return MegaMoeExperts
 
@@ -230,17 +218,17 @@ def _recognised(seen: SeenTensors, l1: WeightTensors, l2: WeightTensors) -> Seen
     return SeenTensors(held)
 
 
-def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> Run:
-    """What runs a batch: over all ranks of the EP group, or on this one."""
+def _runner_of(moe: Any, layer: Any, weights: WeightFormat) -> LocalExperts | SymmBuffer:
+    """What runs a batch: experts of this rank, or a buffer over all ranks of the EP group, which all call."""
     hidden, intermediate = moe.hidden_dim, moe.intermediate_size_per_partition
     parallel, topk = moe.moe_parallel_config, moe.experts_per_token
     if not is_across_ranks(parallel):
         shape, device = MoEShape(hidden, intermediate, layer.w13_weight.shape[0], topk), layer.w13_weight.device
-        return _on_this_rank(LocalExperts(shape, device, min(CAPACITY, max(moe.max_num_tokens, 128)), weights))
+        return LocalExperts(shape, device, min(CAPACITY, max(moe.max_num_tokens, 128)), weights)
     _require_in_order(layer.expert_map, parallel)
     group = importlib.import_module("vllm.distributed.parallel_state").get_ep_group().device_group
     sizes = (moe.num_experts, moe.max_num_tokens, topk, hidden, intermediate)
-    return _across_ranks(buffer_across(group, *sizes, weights=(weights,)))
+    return buffer_across(group, *sizes, weights=(weights,))
 
 
 def _require_in_order(expert_map: torch.Tensor | None, parallel: Any) -> None:
@@ -255,21 +243,8 @@ def _require_in_order(expert_map: torch.Tensor | None, parallel: Any) -> None:
         )
 
 
-def _on_this_rank(experts: LocalExperts) -> Run:
-    """Experts by numbers on this rank; those of others add nothing."""
-
-    def run(l1: Any, l2: Any, x: Any, ids: Any, weights: Any, expert_map: Any, clamp: Any, y: Any) -> torch.Tensor:
-        if expert_map is not None:
-            ids = torch.where(ids < 0, -1, expert_map[ids.clamp_min(0)])  # -1 would be the last one
-        return experts(l1, l2, x, ids, weights, clamp, y=y)
-
-    return run
-
-
-def _across_ranks(buffer: Any) -> Run:
-    """Experts by numbers in the whole group, whose ranks all call."""
-
-    def run(l1: Any, l2: Any, x: Any, ids: Any, weights: Any, expert_map: Any, clamp: Any, y: Any) -> torch.Tensor:
-        return from_bf16.mega_moe_from_bf16(x, ids, weights, l1, l2, buffer, y=y, activation_clamp=clamp)
-
-    return run
+def _on_this_rank(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """Experts by numbers on this rank, -1 for those of others."""
+    if expert_map is None:
+        return ids
+    return torch.where(ids < 0, -1, expert_map[ids.clamp_min(0)])  # -1 would be the last one

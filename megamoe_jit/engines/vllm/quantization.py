@@ -8,33 +8,32 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit.engines.aside import warn_once
+from megamoe_jit.engines.vllm.seams import MOE, QUANT
 
 NAME = "megamoe_jit"  #: what is typed
 _NAME_V4 = "megamoe_jit_deepseek_v4"  #: what it means for DeepSeek V4, whose checkpoints vLLM has a quantisation for
 NAMES = (NAME, _NAME_V4)
-_MOE = "vllm.model_executor.layers.fused_moe"
-_QUANT = "vllm.model_executor.layers.quantization"
 _V4 = ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text")
 
 
 def add() -> None:
     """Register the quantisation; a second time changes nothing."""
-    package = importlib.import_module(_QUANT)
+    package = importlib.import_module(QUANT)
     if NAME not in package.QUANTIZATION_METHODS:
-        package.register_quantization_config(NAME)(_standing_for(NAME, _fp8_config_class))
-        package.register_quantization_config(_NAME_V4)(_standing_for(_NAME_V4, _v4_config_class))
+        package.register_quantization_config(NAME)(_standing_for(NAME, f"{QUANT}.fp8", "Fp8Config"))
+        whole = "vllm.models.deepseek_v41", "DeepseekV4FP8Config"
+        package.register_quantization_config(_NAME_V4)(_standing_for(_NAME_V4, *whole))
 
 
-def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
+def _standing_for(name: str, module: str, whole: str) -> Any:
     """A class that is registered in place of a whole one, which is imported when a model is built: with CUDA set up."""
-    base: Any = importlib.import_module(f"{_QUANT}.base_config").QuantizationConfig
+    base: Any = importlib.import_module(f"{QUANT}.base_config").QuantizationConfig
 
     class MegaMoeConfig(base):  # type: ignore[misc]
         """What vLLM asks of a quantisation before there is a model."""
@@ -66,7 +65,7 @@ def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
 
         @classmethod
         def from_config(cls, config: Any) -> Any:
-            return whole().from_config(config)
+            return _config_class(module, whole).from_config(config)
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
             raise NotImplementedError(f"{name} is made by from_config()")
@@ -75,29 +74,14 @@ def _standing_for(name: str, whole: Callable[[], Any]) -> Any:
 
 
 @functools.cache
-def _fp8_config_class() -> Any:
-    base: Any = importlib.import_module(f"{_QUANT}.fp8").Fp8Config
+def _config_class(module: str, whole: str) -> Any:
+    """One of vLLM's quantisations, with routed experts in this layer."""
+    base: Any = getattr(importlib.import_module(module), whole)
 
-    class MegaMoeFp8Config(base):  # type: ignore[misc]
-        """FP8 checkpoints with blocks of 128 x 128, their routed experts in this layer."""
+    def get_quant_method(self: Any, layer: Any, prefix: str) -> Any:
+        return _replaced(base.get_quant_method(self, layer, prefix), self, layer, prefix)
 
-        def get_quant_method(self, layer: Any, prefix: str) -> Any:
-            return _replaced(super().get_quant_method(layer, prefix), self, layer, prefix)
-
-    return MegaMoeFp8Config
-
-
-@functools.cache
-def _v4_config_class() -> Any:
-    base: Any = importlib.import_module("vllm.models.deepseek_v41").DeepseekV4FP8Config
-
-    class MegaMoeDeepseekV4Config(base):  # type: ignore[misc]
-        """DeepSeek V4 and V4.1: FP8 as vLLM has it, experts in MXFP4 or FP8 in this layer."""
-
-        def get_quant_method(self, layer: Any, prefix: str) -> Any:
-            return _replaced(super().get_quant_method(layer, prefix), self, layer, prefix)
-
-    return MegaMoeDeepseekV4Config
+    return type(f"MegaMoe{whole}", (base,), {"get_quant_method": get_quant_method})
 
 
 def _chosen(checkpoint: Any, hf_config: Any, user: str | None = NAME) -> str:
@@ -129,9 +113,9 @@ def _replaced(chosen: Any, config: Any, layer: Any, prefix: str) -> Any:
     from megamoe_jit.engines.vllm import method
 
     name = f"{type(chosen).__module__}.{type(chosen).__name__}"
-    if name == f"{_QUANT}.fp8.Fp8MoEMethod":
+    if name == f"{QUANT}.fp8.Fp8MoEMethod":
         ours = method.fp8_method_class()(config, layer)
-    elif name == f"{_QUANT}.mxfp4.Mxfp4MoEMethod":
+    elif name == f"{QUANT}.mxfp4.Mxfp4MoEMethod":
         options = {key: getattr(chosen, key) for key in ("activation_key",) if hasattr(chosen, key)}
         ours = method.mxfp4_method_class()(layer.moe_config, layer, **options)
     else:
@@ -146,9 +130,9 @@ def _replaced(chosen: Any, config: Any, layer: Any, prefix: str) -> Any:
 
 def _pass_by(chosen: Any, name: str, prefix: str) -> None:
     """Leave a method to vLLM; that of experts only where the checkpoint has not quantised them, and not silently."""
-    if not isinstance(chosen, importlib.import_module(f"{_MOE}.fused_moe_method_base").FusedMoEMethodBase):
+    if not isinstance(chosen, importlib.import_module(f"{MOE}.fused_moe_method_base").FusedMoEMethodBase):
         return
-    if name != f"{_MOE}.unquantized_fused_moe_method.UnquantizedFusedMoEMethod":
+    if name != f"{MOE}.unquantized_fused_moe_method.UnquantizedFusedMoEMethod":
         allowed = "FP8 with blocks of 128 x 128, or MXFP4"
         raise ConfigError(
             f"--quantization {NAME} with experts that vLLM runs by {type(chosen).__name__} ({prefix}); "

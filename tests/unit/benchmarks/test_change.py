@@ -48,8 +48,8 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "older" / "megamoe_jit").mkdir(parents=True)
     for owner, name, stand_in in (
         (_bench, "megamoe_jit", now),
-        (change, "module", {change.BEFORE: before}.__getitem__),
-        (change, "preset", {"small": SMALL}.__getitem__),
+        (change, "import_module", {change.BEFORE: before}.__getitem__),
+        (frame, "preset", {"small": SMALL}.__getitem__),
         (change, "FLUSH_BYTES", 16),
         (frame, "require_hopper", lambda: torch.device("cpu")),
         (frame, "environment", lambda commit: {**CONDITIONS, "commit": commit}),
@@ -74,7 +74,7 @@ def test_the_table_and_the_document(packages, monkeypatch, tmp_path: Path, capsy
     assert run(monkeypatch, *words, "--variant", "pingpong") == int(error > 0)
     head, line, *rows = capsys.readouterr().out.splitlines()
     assert (head.count("|"), line) == (9, "| --- | --- | --- | --- | --- | --- | --- | --- |")
-    assert rows == [f"| small | {tokens} | pingpong | 200.0 | 100.0 | 0.500 {said}" for tokens in (5, 3)]
+    assert rows == [f"| small | {tokens} | pingpong | 200.0 | 100.0 | 0.500 {said}" for tokens in (3, 5)]
     assert (before.marked, now.alive, before.alive) == (1, 0, 0)
     assert {name for name, _ in before.calls} == {"fp8_mega_moe_pingpong"}
     doc = json.loads(output.read_text())

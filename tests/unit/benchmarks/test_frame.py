@@ -7,6 +7,7 @@ import sys
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,13 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
 def ask(monkeypatch: pytest.MonkeyPatch, *words: str) -> frame.Asked:
     monkeypatch.setattr(sys, "argv", ["program", *words])
-    return frame.asked("A program.", ["small"], (7, 3))
+    return frame.asked(frame.parser("A program."), ["small"], (7, 3))
 
 
 def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch):
-    assert ask(monkeypatch) == frame.Asked([SMALL], [3, 7], None, torch.device("cpu"))
+    found = ask(monkeypatch)
+    assert (found.presets, found.tokens, found.output, found.ranks) == ([SMALL], [3, 7], None, 1)
+    assert found.device == torch.device("cpu")
     found = ask(monkeypatch, "--tokens", "9,1,4", "--output", "x.json")
     assert (found.tokens, found.output) == ([1, 4, 9], Path("x.json"))
 
@@ -81,7 +84,7 @@ def test_the_floor_is_printed_and_written(monkeypatch, tmp_path: Path, capsys: p
         ("anchors", lambda: {"read_4gib_tb_s": 4.2}),
         ("FLUSH_BYTES", 16),
         ("ReadWeights", lambda device: None),
-        ("layer_of", lambda shape, most, device: contextmanager(lambda: iter([None]))()),
+        ("Layer", lambda shape, most, device: SimpleNamespace(close=lambda: None)),
         ("measure", lambda case, *_: {"shape": case.name, "tokens": case.tokens, **figures}),
     ):
         monkeypatch.setattr(floor, name, value)

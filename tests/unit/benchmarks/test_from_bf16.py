@@ -92,7 +92,6 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Package:
         (_clock, "TIMED", 2),
         (from_bf16, "MEMORY_TOKENS", 16),
         (launch_cost, "time", watch),
-        (from_bf16, "time", watch),
         (torch.cuda, "Event", Clock),
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "_sleep", lambda *_: None),

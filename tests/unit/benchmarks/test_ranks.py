@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ranks
-from benchmarks.beside import PACKAGE, module, put_beside
+from benchmarks import frame, ranks
+from benchmarks.beside import PACKAGE, put_beside
 from megamoe_jit._bench import clock, on_ranks
 from megamoe_jit._bench.clock import TimedCall
 from megamoe_jit._check.scenarios import Weights, make_weights
@@ -33,10 +34,10 @@ def test_a_checkout_beside_this_one_is_a_package_of_its_own(tmp_path: Path, monk
     (tmp_path / "older" / "kernels" / "a.cuh").write_text("// megamoe_jit\n")
     (package / "kernels").symlink_to("../kernels")
     put_beside(tmp_path / "older", "megamoe_jit_beside_test", tmp_path / "copies")
-    its = module("megamoe_jit_beside_test")
+    its = import_module("megamoe_jit_beside_test")
     assert its.old
-    assert not hasattr(module(PACKAGE), "old")
-    assert module("megamoe_jit_beside_test", "part").name == "megamoe_jit_beside_test::op"
+    assert not hasattr(import_module(PACKAGE), "old")
+    assert import_module("megamoe_jit_beside_test.part").name == "megamoe_jit_beside_test::op"
     copy = tmp_path / "copies" / "megamoe_jit_beside_test" / "kernels"
     assert not copy.is_symlink()
     assert (copy / "a.cuh").read_text() == "// megamoe_jit\n", "kernels stay as they are"
@@ -146,13 +147,13 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Package]:
 
     for owner, name, stand_in in (
         (ranks, "mm", found[PACKAGE]),
-        (ranks, "module", found.__getitem__),
+        (ranks, "import_module", found.__getitem__),
         (on_ranks, "megamoe_jit", found[PACKAGE]),
         (on_ranks, "make_weights", draw),
         (ranks, "gather", lambda group, part: [part, part]),
-        (ranks, "environment", lambda commit: {**CONDITIONS, "commit": commit}),
+        (ranks, "environment", lambda: dict(CONDITIONS)),
         (ranks, "anchors", lambda: {"read_4gib_tb_s": 4.2}),
-        (ranks, "preset", {"tiny": Preset("tiny", MoEShape(128, 128, 4, 2), ranks=2, source="")}.__getitem__),
+        (frame, "preset", {"tiny": Preset("tiny", MoEShape(128, 128, 4, 2), ranks=2, source="")}.__getitem__),
         (on_ranks, "FLUSH_BYTES", 16),
         (torch.distributed, "all_reduce", lambda tensor: None),
         (torch.cuda, "Event", Clock),

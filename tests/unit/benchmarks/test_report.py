@@ -32,18 +32,19 @@ def test_without_matplotlib_nothing_is_written(monkeypatch, capsys):
 def test_the_pictures_are_there_and_shown():
     text = report.DOCUMENT.read_text()
     shown = re.findall(r"!\[[^]]*\]\((performance-[^)]+)\)", text)
-    assert {f"performance-{what}-{card}.svg" for what in ("time", "limit") for card in report.newest()} == set(shown)
+    newest = report.newest("bench")
+    assert {f"performance-{what}-{card}.svg" for what in ("time", "limit") for card in newest} == set(shown)
     for name in shown:
         path = report.DOCS / name
         assert path.is_file()
         card = name.removesuffix(".svg").rpartition("-")[2]
-        commit = json.loads(report.newest()[card].read_text())["environment"]["commit"]
+        commit = newest[card]["environment"]["commit"]
         assert commit in path.read_text(), f"{name} is of another result"
 
 
 def test_newest_is_by_date_and_of_one_rank(tmp_path: Path):
     def write(name: str, device: str, date: str, **more: object) -> None:
-        env = {"device": device, "date": date, **more}
+        env = {"device": device, "date": date, "file": name, **more}
         (tmp_path / name).write_text(
             json.dumps({"kind": "bench", "environment": env, "rows": [{"best_known_us": 1.0}]})
         )
@@ -53,10 +54,12 @@ def test_newest_is_by_date_and_of_one_rank(tmp_path: Path):
     write("c.json", "NVIDIA H200", "2026-01-04T00", ranks=2)
     write("d.json", "NVIDIA H100 80GB HBM3", "2026-01-01T00")
     (tmp_path / "e.json").write_text("{}")
-    assert {card: path.name for card, path in report.newest(tmp_path).items()} == {"h200": "a.json", "h100": "d.json"}
+    found = report.newest("bench", folder=tmp_path)
+    assert {card: doc["environment"]["file"] for card, doc in found.items()} == {"h200": "a.json", "h100": "d.json"}
+    assert report.newest("bench", 2, tmp_path)["h200"]["environment"]["file"] == "c.json"
     write("f.json", "NVIDIA H20", "2026-01-01T00")
     with pytest.raises(ValueError, match="no card 'NVIDIA H20'"):
-        report.newest(tmp_path)
+        report.newest("bench", folder=tmp_path)
 
 
 def test_the_floor_names_the_slower_part():
@@ -87,8 +90,8 @@ def test_newest_tells_kinds_apart(tmp_path: Path):
     for name, kind in (("a.json", "floor"), ("b.json", "bench")):
         doc = {"kind": kind, "environment": env, "rows": [{"best_known_us": 1.0}]}
         (tmp_path / name).write_text(json.dumps(doc))
-    assert report.newest(tmp_path, "floor")["h200"].name == "a.json"
-    assert report.newest(tmp_path)["h200"].name == "b.json"
+    for kind in ("floor", "bench"):
+        assert report.newest(kind, folder=tmp_path)["h200"]["kind"] == kind
 
 
 def test_a_body_goes_between_its_marks():
@@ -107,4 +110,4 @@ def test_a_document_without_goals_is_not_the_newest(tmp_path: Path):
             "rows": [{"best_known_us": best}],
         }
         (tmp_path / name).write_text(json.dumps(doc))
-    assert report.newest(tmp_path)["h200"].name == "a.json"
+    assert report.newest("bench", folder=tmp_path)["h200"]["rows"] == [{"best_known_us": 200.0}]

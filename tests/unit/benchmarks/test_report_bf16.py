@@ -78,14 +78,14 @@ def test_several_ranks_have_tables_of_their_own_in_the_full_form_alone():
 def test_sections_are_there_where_documents_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool):
     found = report.newest
 
-    def newest(folder: Path = tmp_path, kind: str = "bench", ranks: int = 1) -> dict[str, Path]:
-        return found(tmp_path, kind, ranks) if kind == "from_bf16" else found(kind=kind, ranks=ranks)
+    def newest(kind: str, ranks: int = 1) -> dict[str, dict[str, Any]]:
+        return found(kind, ranks, tmp_path) if kind == "from_bf16" else found(kind, ranks)
 
     monkeypatch.setattr(report, "newest", newest)
     if there:
         (tmp_path / "a.json").write_text(json.dumps(called(row("a", 1, 60.0))))
         (tmp_path / "c.json").write_text(json.dumps(on_ranks(2, row("a", 1, 75.0))))
-    texts = report.documents(report._newest_documents("bench"))
+    texts = report.documents(report.newest("bench"))
     if there:
         assert "## From bf16 to bf16\n" in texts[report.DOCUMENT]
         assert "| a | kernel alone | 60 |" in texts[report.README]

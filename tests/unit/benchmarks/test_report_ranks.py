@@ -93,14 +93,14 @@ def write_remote(folder: Path, date: str) -> None:
 
 def test_rows_by_how_many_are_remote(tmp_path: Path):
     write(tmp_path, "a.json", "2026-01-01T00", flash=120.0)
-    assert report_ranks.remote_table(tmp_path) == "", "nobody has measured them yet"
+    assert report_ranks.remote_table(tmp_path, "fp8") == "", "nobody has measured them yet"
     write_remote(tmp_path, "2026-01-02T00")
     rows = report_ranks.rank_rows(tmp_path)
     assert [(row["tokens"], row["one_rank_us"], row["median_us"]) for row in rows] == [
         (64, 100.0, 105.0),
         (512, 100.0, 104.0),
     ], "of uniform routing, newer than those of `bench`, and of FP8 alone"
-    assert report_ranks.remote_table(tmp_path).splitlines() == [
+    assert report_ranks.remote_table(tmp_path, "fp8").splitlines() == [
         "| layer | tokens | one rank, µs | half remote | all remote | routed at random |",
         "| --- | --- | --- | --- | --- | --- |",
         "| flash | 64 | 100 | +4 µs, +4.0 % | +9 µs, +9.0 % | +5 µs, +5.0 % |",
@@ -113,5 +113,5 @@ def test_rows_by_how_many_are_remote(tmp_path: Path):
         "| flash | 64 | +4 µs | +6 µs | +7 µs |",
         "| flash | 512 | +3.0 % | +3.1 % | +3.5 % |",
     ]
-    packed = report_ranks.packed_table(tmp_path).splitlines()
+    packed = report_ranks.remote_table(tmp_path, "mxfp4").splitlines()
     assert packed[2:4] == ["| flash | 64 | 100 | +5 µs, +5.0 % | +6 µs, +6.0 % | +6 µs, +6.0 % |", ""]

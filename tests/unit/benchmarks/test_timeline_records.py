@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from benchmarks.timeline_records import ROLES, SPANS, Record, decode, summary, trace, words, write_trace
+from benchmarks.timeline_records import ROLES, SPANS, Record, decode, summary, trace, words
 from megamoe_jit._spec.abi import RECORD_WORDS, RECORDS, Span
 
 START = 1_700_000_000_000_000_000
@@ -42,10 +39,9 @@ def test_decode(data):
     assert records[0] == Record(0, "head", "count", 0, START, START + 500)
     assert [(r.block, r.what) for r in records[1:]] == [(0, "gemm1"), (1, "gemm1"), (0, "tail_barrier")]
     assert decode(torch.zeros(8, 4, dtype=torch.int64)) == []
-    assert decode(torch.tensor([[3 << 16 | 9 << 8 | 77, 1, 2, 3]])) == [Record(3, "9", "77", 1, 2, 3)]
 
 
-def test_a_trace_has_a_line_for_each_role_of_each_block(tmp_path: Path):
+def test_a_trace_has_a_line_for_each_role_of_each_block():
     made = trace(decode(DATA), "NVIDIA H200")
     events = made["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
@@ -58,8 +54,7 @@ def test_a_trace_has_a_line_for_each_role_of_each_block(tmp_path: Path):
         ("block 1 publisher", "gemm1", 4.0, 5.0, "work"),
         ("block 0 publisher", "tail_barrier", 4.0, 6.0, "wait"),
     ]
-    write_trace(tmp_path / "t.json", decode(DATA), blocks=[1])
-    (only,) = (e for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if e["ph"] == "X")
+    (only,) = (e for e in trace(decode(DATA), blocks=[1])["traceEvents"] if e["ph"] == "X")
     assert (only["ts"], only["args"]) == (0.0, {"index": 128})
     assert trace([])["traceEvents"][1:] == []
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megamoe_jit._cache import cache as _cache
 from megamoe_jit._cache import entry as _entry
 from megamoe_jit._cache.cache import KernelCache
 from tests.stubs import KEY, OTHER, fake_cubin
@@ -18,13 +17,13 @@ from tests.stubs import KEY, OTHER, fake_cubin
 def test_entry_removed_while_the_cache_is_verified_is_no_problem(cache, monkeypatch):
     for key in (KEY, OTHER):
         cache.store(key, fake_cubin(), "source", {})
-    real = _cache.read_entry
+    real = KernelCache.read
 
-    def another_process_removes_it(key, folder, *arguments, **named):
+    def another_process_removes_it(this, key, **named):
         KernelCache(cache.root).remove([key])
-        return real(key, folder, *arguments, **named)
+        return real(this, key, **named)
 
-    monkeypatch.setattr(_cache, "read_entry", another_process_removes_it)
+    monkeypatch.setattr(KernelCache, "read", another_process_removes_it)
     assert cache.verify(fix=True) == []
     assert not (cache.path / "quarantine").exists()
 

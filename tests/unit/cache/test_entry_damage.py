@@ -12,7 +12,7 @@ from megamoe_jit._cache.cache import KernelCache, user_cache
 from megamoe_jit._cache.documents import Statistics
 from megamoe_jit._device import load as _loader
 from megamoe_jit._errors import KernelMissingError, LoadError
-from megamoe_jit._jit.obtain import distrust, get_kernel
+from megamoe_jit._jit.obtain import get_kernel, replacement
 from megamoe_jit._jit.registry import reset
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import KernelSpec, MoEShape, Variant
@@ -76,10 +76,11 @@ def test_distrust_of_a_read_only_kernel_puts_only_its_own_bytes_aside(good, plac
     with override(readonly_cache=(pack.root,)):
         bad = get_kernel(PING)
         assert bad.origin == "pack"
-        assert distrust(bad, damaged=True) is True
+        other = replacement(bad, "refused", damaged=True)
+    assert other.origin == ("compiled" if same else "disk")
     assert len(user_cache().quarantined()) == int(same)
     own = user_cache().load(good.key)
-    assert own is None if same else own.cubin == good.cubin
+    assert own.cubin == other.cubin == good.cubin
     assert pack.load(good.key) is not None
 
 

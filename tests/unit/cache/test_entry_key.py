@@ -33,7 +33,7 @@ WORDS = st.text(max_size=8)
 
 
 def key(source="s", options=("-a", "-b"), entry="e", arch="sm_90a", tools=TOOLS):
-    return cache_key(source, options, entry, arch, tools)
+    return cache_key(source, options, entry, arch, tools.release, tools.build)
 
 
 def test_key_depends_on_every_input_but_the_path():
@@ -103,7 +103,7 @@ def key_with(folder, file, text):
     (folder / file).write_bytes(text.encode())
     try:
         with override(kernels_src=folder):
-            return cache_key(render(SPEC).text, (), SPEC.kernel_name, "sm_90a", TOOLS)
+            return cache_key(render(SPEC).text, (), SPEC.kernel_name, "sm_90a", TOOLS.release, TOOLS.build)
     finally:
         (folder / file).write_text(ROOMS[file])
 

@@ -233,12 +233,12 @@ def test_verify_finds_and_mends(cache, monkeypatch):
     assert cache.verify() == []
     assert left(cache) == {keys[2], keys[3]}
 
-    def unreadable(key, *_, **__):
+    def unreadable(_, key, **__):
         if key == keys[2]:
             raise PermissionError(13, "Permission denied")
         raise FileNotFoundError
 
-    monkeypatch.setattr(_cache, "read_entry", unreadable)
+    monkeypatch.setattr(KernelCache, "read", unreadable)
     (problem,) = cache.verify(fix=True)
     assert (problem.key, problem.message, problem.fixed) == (keys[2], "cannot be read: Permission denied", False)
 

@@ -39,7 +39,7 @@ def run(monkeypatch):
     monkeypatch.setattr(_verify_ranks, "collect", lambda _, *more, **named: collect(target, *more, **named))
     with forked():
 
-        def run(progress=None, **how):
+        def run(progress=lambda _: None, **how):
             options = {"device": "cpu", "api": "tests.unit.layer.rank_layer"}
             return _verify_ranks.run_ranks(2, Runs(**how), progress, **options)
 

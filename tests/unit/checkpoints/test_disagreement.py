@@ -101,7 +101,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], object], metad
         for name in head
     }
     change(tensors)
-    write_file(file, tensors, head.metadata() if metadata else None)
+    write_file(file, tensors, head.metadata(file.name) if metadata else None)
     return folder
 
 

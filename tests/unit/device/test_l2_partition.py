@@ -86,8 +86,7 @@ def test_anything_else_has_no_sides(what: str, side: torch.Tensor, more: dict[st
 def fresh(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(_l2, "_known", {})
     monkeypatch.setattr(_l2, "_failed", {})
-    properties = SimpleNamespace(multi_processor_count=SMS)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(_l2, "sm_count", lambda device: SMS)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return torch.device("cuda", 0)
 

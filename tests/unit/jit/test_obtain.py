@@ -22,7 +22,7 @@ from megamoe_jit._jit import lookup as _lookup
 from megamoe_jit._jit import obtain as _obtain
 from megamoe_jit._jit.kernel import warmup_command
 from megamoe_jit._jit.lookup import Wanted
-from megamoe_jit._jit.obtain import distrust, get_kernel
+from megamoe_jit._jit.obtain import get_kernel, replacement
 from megamoe_jit._jit.pack import export_pack, import_pack
 from megamoe_jit._jit.registry import reset
 from megamoe_jit._jit.runtime import enumerate_specs, forget, seal, sealed, unseal, warmup
@@ -240,20 +240,16 @@ def test_distrusted_kernel_is_compiled_again_once(place, compiles):
     reset()
     kernel = get_kernel(PING)
     assert kernel.origin == "disk"
-    assert distrust(kernel, damaged=True) is True
+    again = replacement(kernel, "refused", damaged=True)
     assert len(user_cache().quarantined()) == 1
-    forget()
-    again = get_kernel(PING)
     assert again.origin == "compiled"
-    assert distrust(again, damaged=False) is False
+    assert replacement(again, "refused", damaged=False) is None
     assert len(user_cache().quarantined()) == 1
 
 
 def test_distrusted_read_only_kernel_stays_where_it_is(pack, compiles):
     with override(readonly_cache=(pack,)):
-        assert distrust(get_kernel(PING), damaged=True) is True
-        forget()
-        assert get_kernel(PING).origin == "compiled"
+        assert replacement(get_kernel(PING), "refused", damaged=True).origin == "compiled"
     assert len(KernelCache(pack).entries()) == 1
 
 
@@ -269,9 +265,7 @@ def test_another_copy_of_a_distrusted_kernel_is_taken(place, pack, compiles):
     with override(readonly_cache=(pack,), disable_jit=True):
         kernel = get_kernel(PING)
         assert (kernel.origin, kernel.cubin) == ("pack", refused)
-        distrust(kernel, damaged=True)
-        forget()
-        kernel = get_kernel(PING)
+        kernel = replacement(kernel, "refused", damaged=True)
         assert (kernel.origin, kernel.cubin) == ("disk", good.cubin)
 
 

@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe_jit._spec import Variant
-from megamoe_jit._spec.abi import POOL_ALIGN
+from megamoe_jit._spec.abi import COUNTER_ROWS, POOL_ALIGN
 from megamoe_jit._spec.formats import FP8
 from tests import host
 
 GEMM1, GEMM2, STOP = range(3)
 SIZES = ((128, 128), (256, 640), (1408, 768), (2304, 1408))  # of tests/unit/host/order.cpp
-EDGES = (0, 0, 1, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 1088, 2048, 2049, 4097)
+EDGES = (0, 0, 1, 63, 64, 65, 96, 97, 127, 128, 129, 192, 1023, 1024, 1025, 1088, 1537, 2048, 2049, 4097)
+VARIANTS = (*Variant.reading(FP8), Variant.WIDE)  # with tiles of as many rows as others have
 
 
 class Case(NamedTuple):
@@ -44,6 +45,12 @@ class Case(NamedTuple):
         for rows in self.rows:
             bases.append(bases[-1] + -(-rows // POOL_ALIGN))
         return bases
+
+
+def step_of(case: Case, rows: int) -> int:
+    """Rows from a tile to the next, of an expert with so many: tiles share no counter of rows."""
+    most = case.variant.block_m
+    return most if rows <= most or most % COUNTER_ROWS == 0 else COUNTER_ROWS
 
 
 class Tile(NamedTuple):
@@ -66,7 +73,7 @@ Locate = Callable[..., list[Tile]]
 cases = st.builds(
     Case,
     st.lists(st.sampled_from(EDGES) | st.integers(0, 1500), min_size=1, max_size=6).map(tuple),
-    st.sampled_from(Variant.reading(FP8)),
+    st.sampled_from(VARIANTS),
     st.sampled_from([h for h, _ in SIZES]),
     st.just(0),
     st.sampled_from((0, 1, 7, 74, 264, 5000)),
@@ -116,11 +123,11 @@ def locate(library: ctypes.CDLL) -> Locate:
 def expected(case: Case) -> Counter[Tile]:
     """All tiles of both GEMMs, straight from their definition."""
     tiles: Counter[Tile] = Counter()
-    step = case.variant.block_m
     columns1, depth1 = case.intermediate // 128, case.hidden // 128  # a tile of 256 columns makes 128 outputs
     columns2, depth2 = -(-case.hidden // 256), case.intermediate // 128
     bases = case.bases
     for expert, rows in enumerate(case.rows):
+        step = step_of(case, rows)
         for first in range(0, rows, step):
             row, valid = bases[expert] * 128 + first, min(step, rows - first)
             tiles.update(Tile(GEMM1, expert, n, row, valid, depth1, row % case.pool_rows) for n in range(columns1))
@@ -142,7 +149,7 @@ def test_every_tile_once_then_stop(locate: Locate, case: Case):
     assert Counter(whole(locate, case)) == expected(case)
 
 
-@pytest.mark.parametrize("variant", Variant.reading(FP8))
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_no_rows_no_tiles(locate: Locate, variant: Variant, sizes: tuple[int, int]):
     for rows in ((0,), (0, 0, 0)):
@@ -181,8 +188,8 @@ def test_rows_of_a_ring_are_used_before_they_are_written_again(locate: Locate, c
     last2 = {tile.row: ticket for ticket, tile in enumerate(tiles) if tile.kind == GEMM2}
     for ticket, tile in enumerate(tiles):
         if tile.kind == GEMM1 and tile.row >= case.pool_rows:
-            before = tile.row - case.pool_rows
-            rows = [row for row in last2 if before <= row < before + case.variant.block_m]
+            before = (tile.row - case.pool_rows) // POOL_ALIGN
+            rows = [row for row in last2 if row // POOL_ALIGN == before]
             assert all(last2[row] < ticket for row in rows)
 
 

@@ -326,10 +326,16 @@ def test_collect_returns_results_by_rank_and_raises_what_ranks_said(monkeypatch)
 
 
 def test_torchrun_is_recognised_and_must_have_started_as_many(monkeypatch):
-    assert joined({}) is None
-    assert joined({"RANK": "1", "WORLD_SIZE": "4"}) == (1, 4)
-    assert joined({"RANK": "one", "WORLD_SIZE": "4"}) is None
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    def started(rank: str) -> None:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+
+    monkeypatch.delenv("RANK", raising=False)
+    assert joined() is None
+    started("1")
+    assert joined() == (1, 2)
+    started("one")
+    assert joined() is None
+    started("0")
     with pytest.raises(ConfigError, match="ranks = 3, but torchrun started 2"):
         collect("tests.unit.layer.test_group:misbehave", 3, device="cpu")

@@ -16,7 +16,7 @@ from megamoe_jit._nodes.pass_kernels import PassKernels
 from megamoe_jit._nodes.passes import Routes, TorchPasses
 from megamoe_jit._spec.any_layer import Pass, PassSpec
 from megamoe_jit._spec.kinds import spec_from_json, spec_of_kernel_name
-from tests.unit.layer.test_calls import HERE, Cuda
+from tests.unit.layer.test_calls import HERE, SMS, Cuda
 from tests.unit.nodes.world import ROUTES, SHAPE, batch
 
 NODES = 2
@@ -77,6 +77,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         assert (index, param_bytes) == (cuda.current, ctypes.sizeof(NodesParams))
         return SimpleNamespace(spec=spec)
 
+    monkeypatch.setattr(_pass_kernels, "sm_count", lambda device: SMS)
     monkeypatch.setattr(_pass_kernels, "load_kernel", load)
     monkeypatch.setattr(_pass_kernels, "Launcher", launcher)
     return SimpleNamespace(cuda=cuda, launched=launched, passes=PassKernels(HERE))

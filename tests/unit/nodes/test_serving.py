@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,10 @@ from megamoe_jit._check.scenarios import Scenario, make_weights
 from megamoe_jit._spec import MXFP4
 from tests.unit.layer.test_calls import DRAWN, HERE, SHAPE, Cuda, refused
 from tests.unit.layer.test_moe import compute, expected, inputs
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 @pytest.fixture
@@ -36,6 +42,18 @@ def test_layers_share_a_buffer_until_the_last_one_is_destroyed(cuda: Cuda):
     copy.release()
     refused(buffer.require_usable, "this buffer was destroyed")
     assert topology.lease(SHAPE, 100, HERE, "shared").buffer is not buffer
+
+
+def test_a_release_in_a_capture_can_be_made_again_after_it(cuda: Cuda, monkeypatch: pytest.MonkeyPatch):
+    topology = mm.NodeTopology(None)
+    lease = topology.lease(SHAPE, 100, HERE, "shared")
+    buffer = lease.buffer
+    with monkeypatch.context() as capturing:
+        capturing.setattr(buffer, "check", partial(raised, mm.CaptureError("capturing")))
+        refused(lease.release, "capturing", kind=mm.CaptureError)
+    assert lease.buffer is topology.lease(SHAPE, 100, HERE, "shared").buffer
+    lease.release()
+    refused(buffer.require_usable, "this buffer was destroyed")
 
 
 def test_a_buffer_that_is_given_stays(cuda: Cuda):

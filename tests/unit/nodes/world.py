@@ -40,7 +40,10 @@ def by_row(rows: Rows, l1: Any, l2: Any, clamp: float | None, dtype: torch.dtype
 
 
 class ReferenceExperts:
-    """`Experts` by the reference: a node's rows of this rank, and the weights of all its experts as plain pairs."""
+    """`Experts` by the reference: a node's rows of this rank, and the weights of all its experts as plain pairs.
+
+    It stands in for their buffer too.
+    """
 
     def __init__(self, shape, max_rows, device, group, max_pool_rows, dtype=torch.bfloat16) -> None:
         self.shape, self.dtype, self.launches = shape, dtype, []
@@ -48,7 +51,7 @@ class ReferenceExperts:
         scales = torch.full((max_rows, shape.hidden // 128), float("nan"))
         ids = torch.zeros(max_rows, shape.topk, dtype=torch.int64)
         self.rows = Rows(codes, scales, ids, torch.full((max_rows, shape.topk), float("nan")))
-        self.broken: Exception | None = None
+        self.buffer, self.broken = self, None
 
     def check_call(self, rows, l1, l2, options) -> None:
         assert l1[0].shape[0] == l2[0].shape[0] == self.shape.experts
@@ -62,7 +65,7 @@ class ReferenceExperts:
     def sms_beside(self, comm_ctas) -> int:
         return 132 - comm_ctas
 
-    def ready(self) -> None:
+    def wait_for_last(self) -> None:
         pass
 
     def compute(self, arrived, partial, l1, l2, options) -> None:
@@ -173,7 +176,7 @@ class Meeting:
 
 
 class ThreadRail:
-    """A `Rail` between threads."""
+    """A `TorchRail` between threads."""
 
     def __init__(self, meeting: Meeting, node: int, rank: int, ledger: Ledger) -> None:
         self.meeting, self.nodes, self.node, self.rank, self.ledger = (

@@ -72,7 +72,7 @@ def test_table_and_fields_are_the_same_set():
 @pytest.mark.parametrize("name", GOOD)
 def test_value_is_parsed(name):
     text, expected = GOOD[name]
-    value = read_environment({PREFIX + name: text})[0][name.lower()]
+    value = read_environment({PREFIX + name: text})[name.lower()]
     assert value == expected
     assert type(value) is type(expected) or isinstance(value, Path)
 

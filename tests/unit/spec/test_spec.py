@@ -23,7 +23,7 @@ from megamoe_jit._errors import ConfigError
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MAX_EXPERTS, MAX_TOPK, KernelSpec, MoEShape, Variant
 from megamoe_jit._spec import abi as _abi
-from megamoe_jit._spec.formats import FP8, MXFP4
+from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._spec.spec import MAX_DISPATCH_SLOTS, MIN_DISPATCH_SLOTS
 from tests import host
 from tests.stubs import REPO
@@ -186,11 +186,15 @@ extern "C" __global__ void {{ kernel_name }}() {}
 """
 
 
-@pytest.mark.parametrize("variant", Variant.reading(FP8))
+@pytest.mark.parametrize(
+    ("variant", "weights"), [*((each, FP8) for each in Variant.reading(FP8)), (Variant.WIDE, MXFP4)]
+)
 @pytest.mark.parametrize("local", [32, 48, 96])
-def test_shared_memory_does_not_shrink_with_the_ranks(variant: Variant, local: int):
+def test_shared_memory_does_not_shrink_with_the_ranks(variant: Variant, weights: WeightFormat, local: int):
     """Of so many experts on each: as many stages, and copies of rows in flight, on eight ranks as on one."""
-    alone, *others = (KernelSpec(MoEShape(4096, 2048, ranks * local, 6), variant, ranks) for ranks in (1, 2, 4, 8))
+    alone, *others = (
+        KernelSpec(MoEShape(4096, 2048, ranks * local, 6), variant, ranks, weights=weights) for ranks in (1, 2, 4, 8)
+    )
     for spec in others:
         assert (spec.stages, spec.dispatch_slots, spec.shared_bytes) == (
             alone.stages,
