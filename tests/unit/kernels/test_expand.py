@@ -24,14 +24,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expanded(program: Path, codes: torch.Tensor, exponents: torch.Tensor, matrices: int) -> torch.Tensor:
     """A packed matrix as the kernel expands it, 64 rows of a k-block after the other, by stores of so many matrices."""
     pieces = torch.cat([codes.view(-1, PIECE_CODES), exponents.view(-1, PIECE_EXPONENTS)], 1)
-    out = subprocess.run([program, str(matrices)], input=pieces.numpy().tobytes(), capture_output=True, check=True).stdout
-    return torch.frombuffer(bytearray(out), dtype=torch.uint8)
+    run = subprocess.run([program, str(matrices)], input=pieces.numpy().tobytes(), capture_output=True, check=True)
+    return torch.frombuffer(bytearray(run.stdout), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("matrices", [2, 4])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("rows", "depth"), [(256, 128), (512, 384), (384, 256), (128, 128)])
-def test_a_matrix_becomes_the_e5m2_codes_of_its_values(program: Path, rows: int, depth: int, gated: bool, matrices: int):
+def test_a_matrix_becomes_the_e5m2_codes_of_its_values(
+    program: Path, rows: int, depth: int, gated: bool, matrices: int
+):
     """Every code beside every exponent there is, zeros with their signs; also tiles of half the rows."""
     if gated and rows % 256:
         rows += 128
