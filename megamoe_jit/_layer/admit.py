@@ -28,8 +28,8 @@ def admit_first(
     """Before the kernels of several ranks are prepared: what one of them refuses is refused on all."""
     try:
         known = buffer.kernels.is_prepared(numerics_of(*numeric), inputs, format_of_call(weights[0]))
-    except (ConfigError, TypeError):
-        known = False  # refused below, on all ranks
+    except (ConfigError, TypeError):  # refused: on all ranks where these have prepared nothing yet, else on this one
+        known = buffer.kernels.any_prepared
     if known or torch.cuda.is_current_stream_capturing():
         return  # in a capture, preparing refuses
 

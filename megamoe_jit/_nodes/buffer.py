@@ -168,14 +168,21 @@ class MultiNodeBuffer(MultiNodeMemory):
         self._combine(dispatched, y)
 
     def run(
-        self, y: torch.Tensor, l1: WeightTensors, l2: WeightTensors, padded_tokens: int | None, options: CallOptions
+        self,
+        y: torch.Tensor,
+        l1: WeightTensors,
+        l2: WeightTensors,
+        padded_tokens: int | None,
+        fast_math: bool,
+        admit: Callable[[], CallOptions],
     ) -> None:
-        """A whole call; what `fp8_mega_moe_multinode` does with what it has checked, but for the rows."""
-        tokens = y.shape[0]
+        """A whole call: what `fp8_mega_moe_multinode` does, but for what `admit` checks, all but rows and weights."""
         with self.lock:
+            self.require_usable()
+            if self._is_first(fast_math, l1):
+                self._prepare_first(y, l1, l2, padded_tokens, admit)
+            options, tokens = admit(), y.shape[0]
             rows = self._admit_rows(tokens, padded_tokens)
-            if (options.fast_math, options.weights) not in self._prepared:
-                self._prepare_first(y, rows, l1, l2, options)
             if self._alone:
                 self._begin(tokens, tokens)
                 batch = Batch(self._staged[:tokens], tokens)
@@ -185,17 +192,33 @@ class MultiNodeBuffer(MultiNodeMemory):
                 self.wait_for_last()
                 self._run_across(y, rows, l1, l2, options)
 
+    def _is_first(self, fast_math: bool, l1: WeightTensors) -> bool:
+        """Whether the other ranks come to check their arguments and to prepare kernels together."""
+        try:
+            return (fast_math, format_of_call(l1)) not in self._prepared
+        except (
+            ConfigError,
+            TypeError,
+        ):  # refused, but together with the others only if these have prepared nothing yet
+            return not self._prepared
+
     def _prepare_first(
-        self, y: torch.Tensor, rows: int, l1: WeightTensors, l2: WeightTensors, options: CallOptions
+        self,
+        y: torch.Tensor,
+        l1: WeightTensors,
+        l2: WeightTensors,
+        padded_tokens: int | None,
+        admit: Callable[[], CallOptions],
     ) -> None:
         """What comes before a first call: what one rank refuses is refused on all."""
 
-        def admit() -> None:
-            check_tensor("y", y, torch.bfloat16, (y.shape[0], self.hidden), self.device)
-            self._experts.check_call(rows, l1, l2, options)
+        def check() -> CallOptions:
+            options = admit()
+            self._experts.check_call(self._admit_rows(y.shape[0], padded_tokens), l1, l2, options)
+            return options
 
         refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
-        collectively(self.topology.group, "checking the arguments of the first call", admit)
+        options = collectively(self.topology.group, "checking the arguments of the first call", check)
         self.prepare(options.fast_math, weight_format=options.weights.name)
 
     def _run_across(

@@ -22,7 +22,7 @@ from megamoe_jit._nodes.experts import CallOptions
 from megamoe_jit._nodes.model import CTAS_ALONE, CTAS_BESIDE, NETWORK, ONE_HOST
 from megamoe_jit._nodes.ranks import NodeRanks
 from megamoe_jit._settings.settings import get_settings
-from megamoe_jit._spec import FP8, MAX_TOKENS, MoEShape, check_int
+from megamoe_jit._spec import MAX_TOKENS, MoEShape, check_int
 from megamoe_jit._spec.checks import check, check_float32
 
 PARTIALS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -178,13 +178,12 @@ def fp8_mega_moe_multinode(
     if not isinstance(buffer, MultiNodeBuffer):
         given = type(buffer).__name__
         raise ConfigError(f"buffer: {given} given; allowed: that of get_multinode_buffer_for_mega_moe(...)")
-    require_tensor("y", y)
-    if y.ndim != 2:
-        raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]")
-    check_tensor("y", y, torch.bfloat16, (y.shape[0], buffer.hidden), buffer.device)
-    try:
-        stored = format_of_call(l1)
-    except ConfigError:
-        stored = FP8  # refused with the weights, on all ranks
-    options = CallOptions.checked(activation_clamp, fast_math, variant, num_sms, stored)
-    buffer.run(y, l1, l2, padded_tokens, options)
+
+    def admit() -> CallOptions:
+        require_tensor("y", y)
+        if y.ndim != 2:
+            raise ConfigError(f"y has shape {tuple(y.shape)}; allowed: [tokens, {buffer.hidden}]")
+        check_tensor("y", y, torch.bfloat16, (y.shape[0], buffer.hidden), buffer.device)
+        return CallOptions.checked(activation_clamp, fast_math, variant, num_sms, format_of_call(l1))
+
+    buffer.run(y, l1, l2, padded_tokens, fast_math, admit)

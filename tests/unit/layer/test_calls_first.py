@@ -121,6 +121,8 @@ def prepared_calls(world: World) -> dict[str, str]:
     _admit.collectively = _kernel_set.collectively = meet
     if world.rank == world.ranks - 1:
         heard["prepared"] = outcome(lambda: mm.fp8_mega_moe(**call, variant="cooperative"))
+        heard["no weights"] = outcome(lambda: mm.fp8_mega_moe(**{**call, "l1_weights": None}))
+        heard["flag"] = outcome(lambda: mm.fp8_mega_moe(**call, fast_math=[]))
         heard["exact"] = outcome(lambda: mm.fp8_mega_moe(**call, fast_math=False))
     _admit.collectively = _kernel_set.collectively = collective
     it.destroy()
@@ -216,6 +218,8 @@ def test_once_prepared_or_in_a_capture_ranks_do_not_meet(heard: list[dict[str, A
     assert first["capture"] == last["capture"]
     assert first["capture"].startswith("CaptureError: kernels of several ranks are prepared collectively")
     assert (last["prepared"], last["launched"]) == ("nothing", "megamoe_cooperative_h256_i128_e4_k2_r2_fast")
+    assert last["no weights"].startswith("ConfigError: l1"), "the others do not come to refuse it too"
+    assert last["flag"].startswith("ConfigError: fast_math = [] "), last["flag"]
     assert last["exact"] == "RankMismatchError: a collective", "other kernels than those that are prepared"
 
 

@@ -54,6 +54,18 @@ def layer(topology: NodeTopology, weights, ways=WAYS) -> list[str]:
     return wrong
 
 
+#: What is wrong with one argument of a call, and what is said of it.
+MISTAKES: dict[str, tuple[dict[str, object], str]] = {
+    "flat": ({"y": torch.empty(2, dtype=torch.bfloat16)}, "y has shape (2,)"),
+    "narrow": ({"y": torch.empty(2, 128, dtype=torch.bfloat16)}, "y has shape (2, 128)"),
+    "no weights": ({"l1": None}, "l1"),
+    "flag": ({"fast_math": 1}, "fast_math = 1 is not supported"),
+    "blocks": ({"num_sms": 0}, "num_sms = 0"),
+    "clamp": ({"activation_clamp": -1.0}, "activation_clamp = -1.0"),
+    "too many rows": ({"padded_tokens": 9999}, "padded_tokens = 9999"),
+}
+
+
 def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
     """What one rank alone does wrong before anything is sent."""
     seen = {
@@ -65,10 +77,16 @@ def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
         weights = whole_weights()
         l1, l2 = of_node(weights, buffer.first_expert, buffer.local_experts)
         y = torch.empty(2, SHAPE.hidden, dtype=torch.bfloat16)
+        stage(buffer, batch(2, "spread", seed=rank))
+        for number, (name, (wrong, _)) in enumerate(MISTAKES.items()):
+            given = {"y": y, "l1": l1, "l2": l2, "padded_tokens": 4, **(wrong if rank == number % 4 else {})}
+            seen[name] = said(lambda given=given: fp8_mega_moe_multinode(buffer=buffer, **given))
         with override(debug=True):  # ranks that mean different calls would wait for ever otherwise
-            stage(buffer, batch(2, "spread", seed=rank))
             fp8_mega_moe_multinode(y, l1, l2, buffer, 4)
             seen["rows"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer, 4 + (rank == 1)))
+        for name, (wrong, _) in MISTAKES.items():  # nobody comes to refuse together any more
+            given = {"y": y, "l1": l1, "l2": l2, "padded_tokens": 4, **wrong}
+            seen[f"later {name}"] = said(lambda given=given: fp8_mega_moe_multinode(buffer=buffer, **given))
         seen["too many"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer, 1))
     seen["destroyed"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer))
     return seen
@@ -163,6 +181,12 @@ def test_what_one_rank_does_wrong_is_refused_on_all(seen):
         assert failed in it["exchange"]
         assert ("chunks = 0 is not supported" if rank == 2 else "rank 2") in it["chunks"]
         assert it["rows"].startswith("RankMismatchError: ranks disagree on the rows of a call: padded_tokens")
+        for number, (name, (_, says)) in enumerate(MISTAKES.items()):
+            own = it[f"later {name}"]
+            assert own.startswith("ConfigError: "), own
+            assert says in own
+            said_first = f"MegaMoeError: checking the arguments of the first call failed on rank {number % 4}: {own}"
+            assert it[name] == (own if rank == number % 4 else said_first)
         assert it["too many"] == "ConfigError: tokens = 2 is not supported; allowed: 0 to 1"
         assert it["destroyed"] == "ConfigError: this buffer was destroyed; allowed: calls before destroy()"
         assert "allowed: a divisor of 4" in each["odd split"]
