@@ -1,6 +1,6 @@
 """A digest of the machine code of each kernel, a line each.  Trees that say the same make the same kernels.
 
-    python -m tests.sass_digest > before.txt        # every preset, variant and number of ranks: minutes
+    python -m tests.sass_digest > before.txt        # every preset, variant, format and number of ranks: many minutes
     python -m tests.sass_digest v4-flash --ranks 1  # a few of them: seconds
 
 What is digested is the code section of the cubin: every instruction with its scheduling, and nothing of names, line
@@ -18,19 +18,21 @@ from megamoe_jit._compile.cubin import sections_of
 from megamoe_jit._compile.nvrtc import compile_source
 from megamoe_jit._compile.render import render
 from megamoe_jit._compile.toolchain import Toolchain, find_toolchain
-from megamoe_jit._spec import FP8, KernelSpec, Variant
+from megamoe_jit._spec import FP8, MXFP4, KernelSpec, Variant
 from megamoe_jit.heuristics import preset, preset_names
 
 RANKS = (1, 2, 4, 8)
+WAYS = tuple((variant, weights) for weights in (FP8, MXFP4) for variant in Variant.reading(weights))
 
 
 def specs(names: tuple[str, ...], ranks: tuple[int, ...]) -> Iterator[KernelSpec]:
-    """Each preset with each variant over so many ranks, where they share its experts evenly; the first exact too."""
+    """Each preset with each variant and format over so many ranks that share its experts; the first exact too."""
     for name in names:
         shape = preset(name).shape
-        for count in (n for n in ranks if shape.experts % n == 0):
-            yield from (KernelSpec(shape, variant, count) for variant in Variant.reading(FP8))
-        yield from (KernelSpec(shape, variant, ranks[0], fast_math=False) for variant in Variant.reading(FP8))
+        for variant, weights in WAYS:
+            for count in (n for n in ranks if shape.experts % n == 0):
+                yield KernelSpec(shape, variant, count, weights=weights)
+            yield KernelSpec(shape, variant, ranks[0], fast_math=False, weights=weights)
 
 
 def digest(spec: KernelSpec, toolchain: Toolchain) -> str:

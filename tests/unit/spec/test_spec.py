@@ -151,25 +151,27 @@ def test_shared_memory_fits(spec):
 #: Widest and narrowest of everything that the sum depends on.
 MAPPED = [
     KernelSpec(MoEShape(256, 128, experts, 2), variant, ranks, weights=weights)
-    for variant, weights in (*((variant, FP8) for variant in Variant.reading(FP8)), (Variant.UNPACK, MXFP4))
+    for weights in (FP8, MXFP4)
+    for variant in Variant.reading(weights)
     for experts, ranks in ((1, 1), (7, 1), (32, 1), (48, 1), (256, 8), (256, 1), (384, 1), (512, 1), (1024, 1))
 ]
 ENTRY = """
-#include "formats/fp8.cuh"
-#include "layout/shared.cuh"
+#include "ptx/convert.cuh"
+#include "formats/fp8e5m2.cuh"
+#include "formats/mxfp4.cuh"
 
-template <megamoe::u32 kM, megamoe::u32 kE, megamoe::u32 kR, megamoe::u32 kS, megamoe::u32 kD, megamoe::u32 kP>
-struct Config {
+using megamoe::u32;
+template <class W, u32 kM, u32 kE, u32 kR, u32 kS, u32 kD, u32 kP> struct Config {
     struct Policy {
-        static constexpr megamoe::u32 kPacked = kP;
+        static constexpr u32 kPacked = kP;
     };
-    using Weights = megamoe::Fp8;
-    static constexpr megamoe::u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
-    static constexpr megamoe::u32 kHidden = 256, kIntermediate = 128, kTopK = 2;
-    static constexpr megamoe::u32 kExperts = kE, kRanks = kR, kLocalExperts = kExperts / kRanks;
+    using Weights = W;
+    static constexpr u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
+    static constexpr u32 kHidden = 256, kIntermediate = 128, kTopK = 2;
+    static constexpr u32 kExperts = kE, kRanks = kR, kLocalExperts = kExperts / kRanks;
     static constexpr bool kFastMath = true;
 };
-template <class C, megamoe::u32 kExpected> struct Check {
+template <class C, u32 kExpected> struct Check {
     using Map = megamoe::Shared<C>;
     static_assert(Map::kBytes == kExpected, "the two sums differ");
     static_assert(Map::kActBytes % 1024 == 0 && Map::kWeightBytes % 1024 == 0, "swizzle atoms are 1024 bytes");
@@ -177,6 +179,7 @@ template <class C, megamoe::u32 kExpected> struct Check {
     static_assert(Map::kScaleAt % 16 == 0 && Map::kScaleBytes % 16 == 0 && Map::kActScaleBytes % 16 == 0, "bulk");
     static_assert(Map::kBarrierAt % 8 == 0 && Map::kTileBarrierAt % 8 == 0, "mbarriers");
     static_assert(Map::kDispatchBarrierAt % 8 == 0 && Map::kPackedBarrierAt % 8 == 0, "mbarriers");
+    static_assert(Map::kExponentAt % 16 == 0 && Map::kExponentBytes % 16 == 0, "bulk copies");
     static_assert(Map::kPackedAt % 128 == 0 && Map::kPackedScaleAt % 16 == 0, "bulk copies, scales as one");
     static_assert(Map::kTileSlotAt % 8 == 0 && Map::kRowsAt % 4 == 0, "words");
     static constexpr bool kOk = true;
@@ -208,8 +211,8 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
     """Also asserted in every kernel; here for many expert counts in one compilation, with the alignments."""
     shutil.copytree(host.KERNELS, tmp_path / "src")
     checks = "\n".join(
-        f"static_assert(Check<Config<{s.block_m}, {s.shape.experts}, {s.ranks}, {s.stages}, {s.dispatch_slots}, "
-        f"{s.variant.packed}>, "
+        f"static_assert(Check<Config<megamoe::{s.staged.policy}, {s.block_m}, {s.shape.experts}, {s.ranks}, "
+        f"{s.stages}, {s.dispatch_slots}, {s.variant.packed}>, "
         f'{s.shared_bytes}>::kOk, "");'
         for s in MAPPED
     )
