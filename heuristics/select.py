@@ -169,7 +169,7 @@ def choose(
     alike = f" if the {ranks} ranks are alike" if ranks > 1 else ""
     reasons = [
         f"{picked.value}: {reason}",
-        f"about {about} rows per expert in tiles of {picked.block_m}{alike}",
+        f"about {about} rows per expert in tiles of up to {picked.block_m}{alike}",
     ]
     if rule is not None and rule.variant is picked:
         lag_tiles, rows_per_item = max(1, round(rule.lag * num_sms)), rule.rows_per_item

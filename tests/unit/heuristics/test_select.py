@@ -87,6 +87,12 @@ def test_reasons_name_every_decision_and_the_load():
         assert word in reasons
 
 
+def test_reasons_promise_no_more_rows_of_a_tile_than_there_may_be():
+    """An expert with more rows than the largest tile of `wide` has smaller ones."""
+    reasons = choose(MoEShape(4096, 2048, 48, 6), 704, weights=MXFP4).reasons
+    assert "about 88.0 rows per expert in tiles of up to 96" in reasons
+
+
 CALLS = [
     {"shape": shape, "tokens": tokens, "ranks": ranks, "gpu": gpu, "num_sms": sms}
     for shape in (SHAPE, MoEShape(2048, 768, 128, 8))
