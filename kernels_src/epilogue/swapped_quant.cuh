@@ -43,9 +43,10 @@ template <u32 n> struct LargestOfLanes {
     }
 };
 
-/// What is exchanged lies behind the codes and not in their place: slow warps still read reciprocal scales while fast ones store codes.
+/// By all math warps.  What they exchange lies behind the codes and not in their place: slow warps still read reciprocal scales while
+/// fast ones store codes.
 ///
-/// It is compiled once for all main loops.  Columns that only wider loops have are worked on only if the tile has rows for them, so
+/// The epilogue is compiled once for all main loops.  Columns that only wider loops have are worked on only if the tile has rows for them, so
 /// that a narrow tile takes no longer than with an epilogue of its own.
 template <class C> struct SwappedQuant {
     static constexpr u32 kMathThreads = kMathWarps * kWarp,

@@ -12,7 +12,9 @@
 //   promote                            0 of A        1 of A, release A           0 of B
 //
 // With 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`).  That takes longer
-// to compile: so not with 8 and 16, where it saves nothing, and not in wide, where few tiles have so few.  More than 64 are another loop's (mma/one_by_one.cuh).
+// to compile: so not with 8 and 16, where it saves nothing, and not in wide, where few tiles have so few.
+//
+// More than 64 are another loop's (mma/one_by_one.cuh).
 //
 // Nothing is in flight across the loop's back edge, or ptxas would serialise all of it.
 //

@@ -128,6 +128,8 @@ template <class C> struct LoadActivations {
         const ptx::TensorMap* map = first ? (small ? &p.act1_small : &p.act1)
                                           : (small ? &p.act2_small : &p.act2);
         const float* scales = (first ? p.act1_scales : p.act2_scales) + tile.pool_row;
+        static_assert(C::kBlockM % kSmallBoxRows == 0,
+                      "the last box would reach into the next stage");
         constexpr bool kTails = C::kBlockM % kActBoxRows != 0;   // a large box, then small ones
         const u32 box = small ? kSmallBoxRows : kActBoxRows,
                   boxes = kTails && !small ? 1 : ceil_div(tile.rows, box),

@@ -49,15 +49,16 @@ struct ExpertTable {
     }
 };
 
-/// A tile: BLOCK_M rows of one expert by 256 columns of one GEMM.  32 bytes, the content of a tile slot.
+/// A tile: up to BLOCK_M rows of one expert by 256 columns of one GEMM.  32 bytes, the content of a tile slot.
 struct Tile {
     enum Kind : u32 { gemm1 = 0, gemm2 = 1, stop = 2 };
     u32 kind;
     u32 expert;
     u32 n;     // which 256 columns
     u32 row;   // first row, as numbered through all experts
-    // how many of the tile's BLOCK_M rows are valid; the rest is padding.  Of a stop tile: 1 if the warpgroup that reads it
-    // has been given a turn for which there is no tile (variants/pingpong.cuh)
+    // how many rows it has, all of them valid; what follows up to BLOCK_M is padding, or of the next tile (sched/order.cuh), and
+    // must not count.  Of a stop tile: 1 if the warpgroup that reads it has been given a turn for which there is no tile
+    // (variants/pingpong.cuh)
     u32 rows;
     u32 k_blocks;   // depth / 128
     // k-blocks that this thread block has streamed before this tile: every role derives stage and parity of the ring from

@@ -30,6 +30,7 @@ namespace megamoe {
 /// Rows from one tile to the next, of an expert with so many.  No two tiles share a counter, and none lies in two pool blocks.  So
 /// where BLOCK_M rows are no multiple of those of a counter, experts with more rows have tiles of as many as that has.
 template <class C> MEGA_DEVICE constexpr u32 tile_step(u32 rows) {
+    static_assert(C::kBlockM <= kPoolAlign, "a tile would lie in two pool blocks");
     return C::kBlockM % kCounterRows == 0 || rows <= C::kBlockM ? C::kBlockM : kCounterRows;
 }
 

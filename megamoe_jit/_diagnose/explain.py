@@ -70,7 +70,7 @@ class Parameters:
     """What a call gives its kernel.
 
     Attributes:
-        block_m: rows of a tile
+        block_m: rows of a tile, at most
         stages: of the pipeline of tiles
         lag_tiles: tiles of the first GEMM before the first of the second
     """

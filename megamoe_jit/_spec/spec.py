@@ -139,7 +139,7 @@ class KernelSpec:
 
     @cached_property
     def block_m(self) -> int:
-        """Rows of a tile."""
+        """Rows of a tile, at most."""
         return self.variant.block_m
 
     @cached_property

@@ -19,7 +19,7 @@ class Variant(StrEnum):
     """A variant by its name, with its traits.
 
     Attributes:
-        block_m: rows of a tile; the policy's `kBlockM`.
+        block_m: rows of a tile, at most; the policy's `kBlockM`.
         what: a sentence for people.
         codes: of weights that its `Math` multiplies, as `WeightFormat.what` calls them.
         packed: k-blocks of packed weights that it has in shared memory beside the stages; the policy's `kPacked`.
