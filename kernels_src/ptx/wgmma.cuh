@@ -47,7 +47,8 @@ enum class Codes : u32 { e4m3, e5m2 };
     "mov.b64 " x "0, " of ";\nadd.s64 " x "1, " of ", 2;\nadd.s64 " x "2, " of ", 4;\nadd.s64 " x "3, " of ", 6;\n"
 #define MEGA_COLUMNS(n, types, d, a, k, accumulate)                                                         \
     "wgmma.mma_async.sync.aligned.m64n" n "k32.f32." types " " d ", " a ", b" #k ", " accumulate ", 1, 1;\n"
-// the four steps from descriptors in a<4> and b<4>; `types`: of A and B
+// the four steps from descriptors in a<4> and b<4>, which each user makes in the order that its machine code was measured with;
+// `types`: of A and B
 #define MEGA_FROM_SHARED(n, types, d)                                                                       \
     MEGA_COLUMNS(n, types, d, "a0", 0, "fresh") MEGA_COLUMNS(n, types, d, "a1", 1, "more")                  \
     MEGA_COLUMNS(n, types, d, "a2", 2, "more") MEGA_COLUMNS(n, types, d, "a3", 3, "more") "}\n"
