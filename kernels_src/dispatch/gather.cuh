@@ -74,9 +74,9 @@ template <class C> struct Gather {
 
     /// One row and its scales, by a whole warp.
     MEGA_DEVICE void copy_row(u32 from, u32 to) const {
-        // vectors of a lane; of another rank's row all of them, if registers allow it
-        constexpr u32 kVectors = C::kHidden / 16,
-                      kInFlight = C::kRanks == 1 ? 4 : min_u32(16, ceil_div(kVectors, kWarp));
+        // vectors of a lane; of another rank's row all of them, if registers allow it: beside helpers there are fewer
+        constexpr u32 kVectors = C::kHidden / 16, kMost = C::Policy::kHelpers == 0 ? 16 : 14,
+                      kInFlight = C::kRanks == 1 ? 4 : min_u32(kMost, ceil_div(kVectors, kWarp));
         const u32 lane = ptx::lane_id();
         RowScales<C> scales(row_scales(from));
         const u8* source = row_address(from);

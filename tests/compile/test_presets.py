@@ -101,6 +101,13 @@ def two_rank_specs() -> dict[str, KernelSpec]:
     }
 
 
+def long_specs() -> dict[str, KernelSpec]:
+    """Rows of other ranks that are longer than any preset has, where a block has helpers and the head less room."""
+    helped = [variant for variant in READING[MXFP4.name] if variant.helpers]
+    sizes = itertools.product((7680, 8192), helped)
+    return {f"long-h{h}-{v.value}": KernelSpec(MoEShape(h, 1024, 32, 6), v, 2, weights=MXFP4) for h, v in sizes}
+
+
 def replace_weights(spec: KernelSpec, variant: Variant) -> KernelSpec:
     """The same with packed weights."""
     return KernelSpec(spec.shape, variant, spec.ranks, numerics=spec.numerics, weights=MXFP4, inputs=spec.inputs)
@@ -119,6 +126,7 @@ SPECS = {
     **shared_specs(),
     **packed_specs(),
     **two_rank_specs(),
+    **long_specs(),
     **e5m2_specs(),
 }
 OFTEN = often(SPECS)
