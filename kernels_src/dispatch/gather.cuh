@@ -74,9 +74,12 @@ template <class C> struct Gather {
 
     /// One row and its scales, by a whole warp.
     MEGA_DEVICE void copy_row(u32 from, u32 to) const {
-        // vectors of a lane; of another rank's row all of them, if registers allow it: beside helpers there are fewer
-        constexpr u32 kVectors = C::kHidden / 16, kMost = C::Policy::kHelpers == 0 ? 16 : 14,
-                      kInFlight = C::kRanks == 1 ? 4 : min_u32(kMost, ceil_div(kVectors, kWarp));
+        // vectors of a lane; of another rank's row all of them, if registers allow it: beside helpers there are fewer, and a loop or
+        // a remainder takes some
+        constexpr u32 kVectors = C::kHidden / 16, kWhole = ceil_div(kVectors, kWarp),
+                      kBesideHelpers = kWhole <= 14 && kVectors % kWarp == 0 ? 14 : 6,
+                      kMost = C::Policy::kHelpers == 0 ? 16 : kBesideHelpers,
+                      kInFlight = C::kRanks == 1 ? 4 : min_u32(kMost, kWhole);
         const u32 lane = ptx::lane_id();
         RowScales<C> scales(row_scales(from));
         const u8* source = row_address(from);

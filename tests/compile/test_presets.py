@@ -102,9 +102,9 @@ def two_rank_specs() -> dict[str, KernelSpec]:
 
 
 def long_specs() -> dict[str, KernelSpec]:
-    """Rows of other ranks that are longer than any preset has, where a block has helpers and the head less room."""
+    """Rows of other ranks, long ones and one with a remainder, where a block has helpers and so few registers."""
     helped = [variant for variant in READING[MXFP4.name] if variant.helpers]
-    sizes = itertools.product((7680, 8192), helped)
+    sizes = itertools.product((6912, 8192), helped)
     return {f"long-h{h}-{v.value}": KernelSpec(MoEShape(h, 1024, 32, 6), v, 2, weights=MXFP4) for h, v in sizes}
 
 
