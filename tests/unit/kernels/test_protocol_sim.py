@@ -344,6 +344,13 @@ def test_a_mistake_where_packed_weights_are_expanded_is_found(build: Build, vari
     assert any(problems)
 
 
+def test_rows_that_are_loaded_in_several_goes_come_whole(tmp_path: Path):
+    """Of other ranks, where a block has helpers: not a whole row is held at once, nor the scales of eight rows."""
+    simulator = Simulator.build(tmp_path, MoEShape(4480, 128, 4, 2), 2, weights=MXFP4)
+    for seed in range(1, 5):
+        assert simulator.run(seed, 30, 3, variant="unpack").problem == ""
+
+
 def test_half_a_block_that_no_tile_wrote_is_still_read(tmp_path: Path):
     """Rings, tiles of 64 rows: the block between two users of a half may have had no tile there to wait."""
     simulator = Simulator.build(tmp_path, MoEShape(128, 128, 8, 3), 1)
