@@ -195,11 +195,9 @@ class MultiNodeBuffer(MultiNodeMemory):
     def _is_first(self, fast_math: bool, l1: WeightTensors) -> bool:
         """Whether the other ranks come to check their arguments and to prepare kernels together."""
         try:
+            check_flag("fast_math", fast_math)
             return (fast_math, format_of_call(l1)) not in self._prepared
-        except (
-            ConfigError,
-            TypeError,
-        ):  # refused, but together with the others only if these have prepared nothing yet
+        except ConfigError:  # refused, but together with the others only if these have prepared nothing yet
             return not self._prepared
 
     def _prepare_first(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._errors import MegaMoeError
+from megamoe_jit._nodes import buffer as _buffer
 from megamoe_jit._nodes import calls as _calls
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.roll_call import BEAT_S
@@ -63,7 +64,14 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "blocks": ({"num_sms": 0}, "num_sms = 0"),
     "clamp": ({"activation_clamp": -1.0}, "activation_clamp = -1.0"),
     "too many rows": ({"padded_tokens": 9999}, "padded_tokens = 9999"),
+    "word": ({"fast_math": "no"}, "fast_math = 'no' is not supported"),
+    "list": ({"fast_math": []}, "fast_math = [] is not supported"),
 }
+
+
+def alone(*_: object) -> None:
+    """In the place of a collective that others do not come to."""
+    raise MegaMoeError("a collective")
 
 
 def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
@@ -84,9 +92,10 @@ def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
         with override(debug=True):  # ranks that mean different calls would wait for ever otherwise
             fp8_mega_moe_multinode(y, l1, l2, buffer, 4)
             seen["rows"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer, 4 + (rank == 1)))
-        for name, (wrong, _) in MISTAKES.items():  # nobody comes to refuse together any more
-            given = {"y": y, "l1": l1, "l2": l2, "padded_tokens": 4, **wrong}
-            seen[f"later {name}"] = said(lambda given=given: fp8_mega_moe_multinode(buffer=buffer, **given))
+        with mock.patch.object(_buffer, "collectively", alone):  # nobody comes to refuse together any more
+            for name, (wrong, _) in MISTAKES.items():
+                given = {"y": y, "l1": l1, "l2": l2, "padded_tokens": 4, **wrong}
+                seen[f"later {name}"] = said(lambda given=given: fp8_mega_moe_multinode(buffer=buffer, **given))
         seen["too many"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer, 1))
     seen["destroyed"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer))
     return seen
