@@ -167,7 +167,7 @@ def test_sglang_is_asked_to_look_whether_batches_fit(monkeypatch, sglangs, named
 
 
 def test_a_load_format_is_named_as_it_is_typed(monkeypatch):
-    class LoadFormat(str, Enum):
+    class LoadFormat(str, Enum):  # noqa: UP042, as SGLang has it: text made of it has the class's name
         REMOTE = "remote"
 
     for name in ("sglang", "sglang.srt", "sglang.srt.runtime_context"):
