@@ -35,9 +35,9 @@ struct Mxfp4 {
     struct Rows {
         u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_weights_registers
 
-        MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
+        MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 place) {
             Packed packed;
-            packed.load(weights, exponents, m, thread);
+            packed.load(weights, exponents, m, place);
             expand(packed);
         }
         MEGA_DEVICE void expand(const Packed& packed) {

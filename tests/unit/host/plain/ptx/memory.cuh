@@ -20,6 +20,8 @@ inline void load8(const void* p, u32& a, u32& b) {
 inline u8 shared_memory[1 << 16];
 inline void store4_shared(u32 address, u32 v) { std::memcpy(shared_memory + address, &v, 4); }
 inline Vec16 load16_shared(u32 address) { return load16(shared_memory + address); }
+inline void store16_shared(u32 address, const Vec16& v) { std::memcpy(shared_memory + address, &v, sizeof v); }
+inline u32 load1_shared(u32 address) { return shared_memory[address]; }
 inline void load8_shared(u32 address, u32& a, u32& b) { load8(shared_memory + address, a, b); }
 
 struct MatrixStore {
@@ -30,9 +32,6 @@ inline std::array<std::vector<MatrixStore>, 32> matrix_stores;   // of each lane
 /// Lanes run one after the other here, and each needs the addresses of all: `store_matrices` does what they have asked for.
 inline void store_matrix2(u32 address, u32 a, u32 b) {
     matrix_stores[current_lane].push_back({address, {a, b}});
-}
-inline void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    matrix_stores[current_lane].push_back({address, {a, b, c, d}});
 }
 inline void store_matrices() {
     for (u32 i = 0; i < matrix_stores[0].size(); ++i)
