@@ -54,8 +54,7 @@ template <class C, u32 kN> struct OneByOneLoop {
                 // four steps of the product, which would take as long as that
                 wait(ring);
                 load(packed, stage, 1);
-                by.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8,
-                        place);
+                by.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8, place);
             } else {
                 ring.advance();
                 if (more) wait(ring);

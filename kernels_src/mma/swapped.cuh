@@ -61,9 +61,9 @@ template <class C, u32 kN> struct ColumnScales {
     float weight[2];     // of its rows
 
     /// Addresses of the first token's scale, and of those of the warpgroup's rows (mma/scales.cuh): both its blocks lie in the
-    /// same 128 rows.
+    /// same 128 rows.  `place`: packed_place of the thread.
     MEGA_DEVICE void load(u32 act_scales, u32 weight_scales, u32 place) {
-        const u32 first = (place * 8 ^ place) & 24;   // eight bytes for each lane % 4: packed_place(place) % 4 * 8
+        const u32 first = (place * 8 ^ place) & 24;   // packed_place(place) % 4 * 8
 #pragma unroll
         for (u32 i = 0; i < kN / 8; ++i)
             ptx::load_floats_shared(act_scales + first + i * 32, act[2 * i], act[2 * i + 1]);
@@ -113,8 +113,7 @@ template <class C, u32 kN> struct SwappedLoop {
 
     MEGA_DEVICE ColumnScales<C, kN> scales(u32 stage) const {
         ColumnScales<C, kN> scales;
-        scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8,
-                    place);
+        scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8, place);
         return scales;
     }
     /// One k-block, whose block 0 has been loaded; loads that of the next one.

@@ -31,8 +31,7 @@ from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 
 LAYOUT = "megamoe-sm90-2"  #: the order that this version's kernels read; another number for another order
-#: The same of a format alone, behind its name: that of its codes has changed since, and not that of others.
-_OF_FORMAT = {MXFP4.name: "-2"}
+_OF_FORMAT = {MXFP4.name: "-2"}  #: behind the name of a format whose order alone has changed since
 METADATA_KEY = "megamoe_jit.layout"  #: of safetensors' metadata
 UNFINISHED = "unfinished"  #: of bytes that are being written: who ends it leaves them in no order at all
 _ATTRIBUTE = "_megamoe_jit_marks"

@@ -12,11 +12,12 @@ Rows go by `tiles`, codes and exponents alike. Codes of 128 columns of a tile of
 
     [m64 R/64][half of the columns 2][warp 4][place 32][word 4][byte 4]
 
-Lane l of warp w has, at place ``l ^ l / 8``, in word j eight codes of row ``64 m + 16 w + l / 4 + 8 (j % 2)``: at columns
-``64 half + 32 (j / 2) + 4 (l % 4)`` and the next three, then the same 16 columns on. That is what it holds of two
-64 x 32 operands of the tensor cores; the place puts what is read at once into different banks. Nibble i of a word has the magnitude of code i in its low bits. Signs of codes 0
-to 3 are the top bits of the odd nibbles, where expanded codes need them, those of 4 to 7 the top bits of the even
-nibbles, four below that. Exponents of the same 128 columns lie as
+Lane l of warp w has, at place ``l ^ l / 8``, in word j eight codes of row ``64 m + 16 w + l / 4 + 8 (j % 2)``: at
+columns ``64 half + 32 (j / 2) + 4 (l % 4)`` and the next three, then the same 16 columns on. That is what it holds of
+two 64 x 32 operands of the tensor cores; the place puts what is read at once into different banks. Nibble i of a word
+has the magnitude of code i in its low bits. Signs of codes 0 to 3 are the top bits of the odd nibbles, where expanded
+codes need them, those of 4 to 7 the top bits of the even nibbles, four below that. Exponents of the same 128 columns
+lie as
 
     [m64 R/64][warp 4][l / 4: 8][row, row + 8: 2][group 4]
 """

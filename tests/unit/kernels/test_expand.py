@@ -22,7 +22,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expanded(program: Path, codes: torch.Tensor, exponents: torch.Tensor, way: str) -> torch.Tensor:
-    """A packed matrix as the kernel expands it, 64 rows of a k-block after the other, from memory by rows or from shared memory by groups."""
+    """A packed matrix as the kernel expands it, 64 rows of a k-block after the other."""
     pieces = torch.cat([codes.view(-1, PIECE_CODES), exponents.view(-1, PIECE_EXPONENTS)], 1)
     run = subprocess.run([program, way], input=pieces.numpy().tobytes(), capture_output=True, check=True)
     return torch.frombuffer(bytearray(run.stdout), dtype=torch.uint8)
@@ -31,9 +31,7 @@ def expanded(program: Path, codes: torch.Tensor, exponents: torch.Tensor, way: s
 @pytest.mark.parametrize("way", ["rows", "groups"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("rows", "depth"), [(256, 128), (512, 384), (384, 256), (128, 128)])
-def test_a_matrix_becomes_the_e5m2_codes_of_its_values(
-    program: Path, rows: int, depth: int, gated: bool, way: str
-):
+def test_a_matrix_becomes_the_e5m2_codes_of_its_values(program: Path, rows: int, depth: int, gated: bool, way: str):
     """Every code beside every exponent there is, zeros with their signs; also tiles of half the rows."""
     if gated and rows % 256:
         rows += 128
