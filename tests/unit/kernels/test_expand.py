@@ -44,3 +44,8 @@ def test_a_matrix_becomes_the_e5m2_codes_of_its_values(program: Path, rows: int,
     want = values.to(torch.float8_e5m2)
     assert torch.equal(want.float(), values)  # exact
     assert torch.equal(got.view(rows, depth), fp8.pack(want.view(torch.uint8), gated))
+
+
+def test_lanes_that_read_or_write_at_once_want_other_banks(program: Path):
+    """Those of decode and wide, and the helpers of unpack."""
+    assert subprocess.run([program, "banks"], capture_output=True, check=True, text=True).stdout.split() == ["1", "1"]
