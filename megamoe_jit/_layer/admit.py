@@ -29,7 +29,7 @@ def admit_first(
     try:
         known = buffer.kernels.is_prepared(numerics_of(*numeric), inputs, format_of_call(weights[0]))
     except (ConfigError, TypeError):  # refused: on all ranks where these have prepared nothing yet, else on this one
-        known = buffer.kernels.any_prepared
+        known = buffer.kernels.any_prepared(inputs)
     if known or torch.cuda.is_current_stream_capturing():
         return  # in a capture, preparing refuses
 

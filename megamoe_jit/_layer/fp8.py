@@ -28,7 +28,7 @@ def _swizzle(tiles: torch.Tensor) -> torch.Tensor:
     """Chunks of each atom in the order of shared memory, or back: its own inverse; always a new tensor."""
     row = torch.arange(ATOM_ROWS, dtype=torch.int64, device=tiles.device).unsqueeze(1)
     chunk = torch.arange(ATOM_CHUNKS, dtype=torch.int64, device=tiles.device)
-    return tiles.reshape(-1, ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES)[:, row, row ^ chunk].view(tiles.shape)
+    return tiles.reshape(-1, ATOM_ROWS, ATOM_CHUNKS, CHUNK_BYTES)[:, row, row ^ chunk].reshape(tiles.shape)
 
 
 def pack(codes: torch.Tensor, gated: bool) -> torch.Tensor:

@@ -64,10 +64,9 @@ class KernelSet:
         """Whether the kernels of several ranks were prepared, which they are together."""
         return (numerics, inputs, weights) in self._prepared
 
-    @property
-    def any_prepared(self) -> bool:
-        """Whether any were."""
-        return bool(self._prepared)
+    def any_prepared(self, inputs: Inputs) -> bool:
+        """Whether any with such inputs were."""
+        return any(prepared is inputs for _, prepared, _ in self._prepared)
 
     def prepare(self, variant: Variant, numerics: Numerics, inputs: Inputs, weights: WeightFormat) -> BoundKernel:
         """The kernel, loaded and bound; with several ranks a collective at first, see `SymmBuffer.prepare`."""

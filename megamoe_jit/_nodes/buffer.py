@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial as partial_call
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from megamoe_jit._spec import FP8, WeightFormat, check_flag
 from megamoe_jit._text import first_line
 
 T = TypeVar("T")
+_FIRST = "checking the arguments of the first call"
 
 
 class MultiNodeBuffer(MultiNodeMemory):
@@ -195,12 +196,20 @@ class MultiNodeBuffer(MultiNodeMemory):
     def _is_first(self, fast_math: bool, l1: WeightTensors) -> bool:
         """Whether the other ranks come to check their arguments and to prepare kernels together."""
         try:
+            check_flag("fast_math", fast_math)
             return (fast_math, format_of_call(l1)) not in self._prepared
-        except (
-            ConfigError,
-            TypeError,
-        ):  # refused, but together with the others only if these have prepared nothing yet
+        except ConfigError:  # refused, but together with the others only if these have prepared nothing yet
             return not self._prepared
+
+    def refuse(self, error: ConfigError, fast_math: bool, l1: WeightTensors) -> NoReturn:
+        """Raise what is wrong with a call before `run`; on all ranks where these come to check their arguments."""
+
+        def check() -> NoReturn:
+            raise error
+
+        if self._is_first(fast_math, l1) and not self._capturing():
+            collectively(self.topology.group, _FIRST, check)
+        raise error
 
     def _prepare_first(
         self,
@@ -218,7 +227,7 @@ class MultiNodeBuffer(MultiNodeMemory):
             return options
 
         refuse_capture("kernels and connections cannot be made", "call prepare() on every rank before the capture")
-        options = collectively(self.topology.group, "checking the arguments of the first call", check)
+        options = collectively(self.topology.group, _FIRST, check)
         self.prepare(options.fast_math, weight_format=options.weights.name)
 
     def _run_across(

@@ -82,7 +82,10 @@ class NodesLease:
         """
         buffer = self.buffer
         with buffer.lock:
-            tokens = buffer.stage(x, topk_idx, topk_weights)
+            try:
+                tokens = buffer.stage(x, topk_idx, topk_weights)
+            except ConfigError as error:
+                buffer.refuse(error, fast_math, l1)
             y = torch.empty(tokens, buffer.hidden, dtype=torch.bfloat16, device=buffer.device)
             fp8_mega_moe_multinode(y, l1, l2, buffer, padded_tokens, clamp, fast_math)
         return y

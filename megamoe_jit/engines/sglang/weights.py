@@ -60,8 +60,9 @@ def other_sums(config: Any) -> Iterator[str]:
 def left_by_another() -> Iterator[str]:
     """Why weights that SGLang reads cannot be taken over: as another process left them, in an order of its own."""
     named = getattr(importlib.import_module("sglang.srt.runtime_context").get_model(), "load_format", None)
-    if named in _AS_LEFT:
-        yield f"--load-format {named}; allowed: checkpoints, whose weights are in an order that is known"
+    for name in _AS_LEFT:  # in its own words: what is named may be a member of an enumeration, which equals one
+        if name == named:
+            yield f"--load-format {name}; allowed: checkpoints, whose weights are in an order that is known"
 
 
 def take(layer: Any) -> HeldExperts:

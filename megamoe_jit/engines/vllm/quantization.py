@@ -19,6 +19,7 @@ from megamoe_jit.engines.vllm.seams import MOE, QUANT
 NAME = "megamoe_jit"  #: what is typed
 _NAME_V4 = "megamoe_jit_deepseek_v4"  #: what it means for DeepSeek V4, whose checkpoints vLLM has a quantisation for
 NAMES = (NAME, _NAME_V4)
+_WHOLE = {NAME: (f"{QUANT}.fp8", "Fp8Config"), _NAME_V4: ("vllm.models.deepseek_v41", "DeepseekV4FP8Config")}  #: vLLM's
 _V4 = ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text")
 
 
@@ -26,12 +27,11 @@ def add() -> None:
     """Register the quantisation; a second time changes nothing."""
     package = importlib.import_module(QUANT)
     if NAME not in package.QUANTIZATION_METHODS:
-        package.register_quantization_config(NAME)(_standing_for(NAME, f"{QUANT}.fp8", "Fp8Config"))
-        whole = "vllm.models.deepseek_v41", "DeepseekV4FP8Config"
-        package.register_quantization_config(_NAME_V4)(_standing_for(_NAME_V4, *whole))
+        for name in NAMES:
+            package.register_quantization_config(name)(_standing_for(name))
 
 
-def _standing_for(name: str, module: str, whole: str) -> Any:
+def _standing_for(name: str) -> Any:
     """A class that is registered in place of a whole one, which is imported when a model is built: with CUDA set up."""
     base: Any = importlib.import_module(f"{QUANT}.base_config").QuantizationConfig
 
@@ -65,7 +65,7 @@ def _standing_for(name: str, module: str, whole: str) -> Any:
 
         @classmethod
         def from_config(cls, config: Any) -> Any:
-            return _config_class(module, whole).from_config(config)
+            return _config_class(*_WHOLE[name]).from_config(config)
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
             raise NotImplementedError(f"{name} is made by from_config()")
@@ -82,6 +82,14 @@ def _config_class(module: str, whole: str) -> Any:
         return _replaced(base.get_quant_method(self, layer, prefix), self, layer, prefix)
 
     return type(f"MegaMoe{whole}", (base,), {"get_quant_method": get_quant_method})
+
+
+def __getattr__(name: str) -> Any:
+    """These classes as pickle looks for them: vLLM sends its configuration to processes that it starts."""
+    for module, whole in _WHOLE.values():
+        if name == f"MegaMoe{whole}":
+            return _config_class(module, whole)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _chosen(checkpoint: Any, hf_config: Any, user: str | None = NAME) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -163,6 +164,19 @@ def test_sglang_is_asked_to_look_whether_batches_fit(monkeypatch, sglangs, named
     sys.modules["sglang.srt.runtime_context"].get_platform = lambda: SimpleNamespace(is_sm90=sm90)
     checkpoint = None if named is None else {"quant_method": named}
     assert mega._needs_budget(lambda *_: sglangs, "AnyForCausalLM", checkpoint, None) is asked
+
+
+def test_a_load_format_is_named_as_it_is_typed(monkeypatch):
+    class LoadFormat(str, Enum):  # noqa: UP042, as SGLang has it: text made of it has the class's name
+        REMOTE = "remote"
+
+    for name in ("sglang", "sglang.srt", "sglang.srt.runtime_context"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for named, said in (("auto", []), ("remote", ["remote"]), (LoadFormat.REMOTE, ["remote"])):
+        model = SimpleNamespace(load_format=named)
+        sys.modules["sglang.srt.runtime_context"].get_model = lambda model=model: model
+        found = list(weights.left_by_another())
+        assert [each.partition(";")[0] for each in found] == [f"--load-format {each}" for each in said]
 
 
 def test_a_runner_is_made_for_layers_that_were_looked_at_alone():

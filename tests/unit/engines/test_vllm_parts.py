@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -105,6 +106,33 @@ def test_which_quantisation_a_checkpoint_gets():
     for other in ({**FP8, "weight_block_size": None}, {"quant_method": "awq"}, {}):
         with pytest.raises(ConfigError, match="allowed: 'fp8' with"):
             quantization._chosen(other, None)
+
+
+@pytest.mark.parametrize("name", quantization.NAMES)
+def test_a_configuration_is_sent_to_another_process(monkeypatch, name):
+    """vLLM has it in its own, which is pickled for processes that are spawned."""
+    module, whole = quantization._WHOLE[name]
+    parts = module.split(".")
+    for number in range(1, len(parts) + 1):
+        path = ".".join(parts[:number])
+        monkeypatch.setitem(sys.modules, path, ModuleType(path))
+
+    def from_config(cls, config):
+        made = cls()
+        made.blocks = config["weight_block_size"]
+        return made
+
+    base = type(whole, (), {"from_config": classmethod(from_config), "get_quant_method": lambda *_: None})
+    setattr(sys.modules[module], whole, base)
+    quantization._config_class.cache_clear()
+    try:
+        config = quantization._config_class(module, whole).from_config(FP8)
+        sent = pickle.loads(pickle.dumps(config))
+        assert (type(sent), sent.blocks) == (type(config), [128, 128])
+        assert isinstance(sent, base)
+    finally:
+        quantization._config_class.cache_clear()
+    assert not hasattr(quantization, "MegaMoeOther")
 
 
 def test_a_draft_has_the_quantisation_of_its_target():

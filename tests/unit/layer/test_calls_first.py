@@ -18,6 +18,7 @@ from megamoe_jit._layer import bound_kernel as _bound_kernel
 from megamoe_jit._layer import kernel_set as _kernel_set
 from megamoe_jit._layer import memory as _memory
 from megamoe_jit._layer.buffer import SymmBuffer
+from megamoe_jit._layer.from_bf16 import mega_moe_from_bf16
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MXFP4, MoEShape
 from megamoe_jit._spec.formats import ExpandedParts
@@ -124,6 +125,10 @@ def prepared_calls(world: World) -> dict[str, str]:
         heard["no weights"] = outcome(lambda: mm.fp8_mega_moe(**{**call, "l1_weights": None}))
         heard["flag"] = outcome(lambda: mm.fp8_mega_moe(**call, fast_math=[]))
         heard["exact"] = outcome(lambda: mm.fp8_mega_moe(**call, fast_math=False))
+        raw = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
+        given = {**call, "l1_weights": None}
+        del given["y"]
+        heard["raw, no weights"] = outcome(lambda: mega_moe_from_bf16(*raw, **given))
     _admit.collectively = _kernel_set.collectively = collective
     it.destroy()
     return heard
@@ -221,6 +226,7 @@ def test_once_prepared_or_in_a_capture_ranks_do_not_meet(heard: list[dict[str, A
     assert last["no weights"].startswith("ConfigError: l1"), "the others do not come to refuse it too"
     assert last["flag"].startswith("ConfigError: fast_math = [] "), last["flag"]
     assert last["exact"] == "RankMismatchError: a collective", "other kernels than those that are prepared"
+    assert last["raw, no weights"] == "RankMismatchError: a collective", "the first call that stages its inputs"
 
 
 def test_memory_to_expand_weights_in_is_there_on_all_ranks_or_on_none(heard: list[dict[str, Any]]):

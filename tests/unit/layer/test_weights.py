@@ -84,8 +84,9 @@ def test_inplace_writes_where_it_is_and_equals_the_copy():
         assert same(there, copied)
 
 
-def test_rows_that_do_not_follow_each_other():
-    (w13, sf1), (w2, sf2) = make()
+@pytest.mark.parametrize("intermediate", [128, 256])  # matrices of one tile and k-block, and of more
+def test_rows_that_do_not_follow_each_other(intermediate):
+    (w13, sf1), (w2, sf2) = make(intermediate=intermediate)
     spread = [torch.cat([w.view(torch.uint8)] * 2, dim=-1).view(E4M3)[..., : w.shape[-1]] for w in (w13, w2)]
     assert not any(w.is_contiguous() for w in spread)
     expected = transform((w13, sf1), (w2, sf2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from unittest import mock
 
 import pytest
@@ -12,10 +13,11 @@ import torch.distributed as dist
 
 from megamoe_jit._check.spawn import World, describe, run_ranks
 from megamoe_jit._errors import MegaMoeError
+from megamoe_jit._nodes import buffer as _buffer
 from megamoe_jit._nodes import calls as _calls
 from megamoe_jit._nodes.calls import fp8_mega_moe_multinode
 from megamoe_jit._nodes.roll_call import BEAT_S
-from megamoe_jit._nodes.topology import NodeTopology
+from megamoe_jit._nodes.topology import NodesLease, NodeTopology
 from megamoe_jit._settings.settings import override
 from megamoe_jit._spec import MXFP4
 from tests.ranks import forked
@@ -63,7 +65,14 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "blocks": ({"num_sms": 0}, "num_sms = 0"),
     "clamp": ({"activation_clamp": -1.0}, "activation_clamp = -1.0"),
     "too many rows": ({"padded_tokens": 9999}, "padded_tokens = 9999"),
+    "word": ({"fast_math": "no"}, "fast_math = 'no' is not supported"),
+    "list": ({"fast_math": []}, "fast_math = [] is not supported"),
 }
+
+
+def alone(*_: object) -> None:
+    """In the place of a collective that others do not come to."""
+    raise MegaMoeError("a collective")
 
 
 def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
@@ -78,15 +87,25 @@ def refusals(topology: NodeTopology, rank: int) -> dict[str, str]:
         l1, l2 = of_node(weights, buffer.first_expert, buffer.local_experts)
         y = torch.empty(2, SHAPE.hidden, dtype=torch.bfloat16)
         stage(buffer, batch(2, "spread", seed=rank))
+        lease = NodesLease(buffer, "given", SHAPE, weakref.WeakSet())
+        x, ids = torch.zeros(2, SHAPE.hidden - (rank == 3)), torch.full((2, SHAPE.topk), -1)
+
+        def serve() -> torch.Tensor:
+            return lease.serve(x, ids, torch.zeros(2, SHAPE.topk), l1, l2, None, True, 4)
+
+        with mock.patch.object(_buffer, "launch_stage"):
+            seen["inputs"] = said(serve)
         for number, (name, (wrong, _)) in enumerate(MISTAKES.items()):
             given = {"y": y, "l1": l1, "l2": l2, "padded_tokens": 4, **(wrong if rank == number % 4 else {})}
             seen[name] = said(lambda given=given: fp8_mega_moe_multinode(buffer=buffer, **given))
         with override(debug=True):  # ranks that mean different calls would wait for ever otherwise
             fp8_mega_moe_multinode(y, l1, l2, buffer, 4)
             seen["rows"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer, 4 + (rank == 1)))
-        for name, (wrong, _) in MISTAKES.items():  # nobody comes to refuse together any more
-            given = {"y": y, "l1": l1, "l2": l2, "padded_tokens": 4, **wrong}
-            seen[f"later {name}"] = said(lambda given=given: fp8_mega_moe_multinode(buffer=buffer, **given))
+        with mock.patch.object(_buffer, "collectively", alone):  # nobody comes to refuse together any more
+            seen["later inputs"] = said(serve) if rank == 3 else ""
+            for name, (wrong, _) in MISTAKES.items():
+                given = {"y": y, "l1": l1, "l2": l2, "padded_tokens": 4, **wrong}
+                seen[f"later {name}"] = said(lambda given=given: fp8_mega_moe_multinode(buffer=buffer, **given))
         seen["too many"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer, 1))
     seen["destroyed"] = said(lambda: fp8_mega_moe_multinode(y, l1, l2, buffer))
     return seen
@@ -187,6 +206,9 @@ def test_what_one_rank_does_wrong_is_refused_on_all(seen):
             assert says in own
             said_first = f"MegaMoeError: checking the arguments of the first call failed on rank {number % 4}: {own}"
             assert it[name] == (own if rank == number % 4 else said_first)
+        own = f"ConfigError: x has shape (2, {SHAPE.hidden - 1}); allowed: (2, {SHAPE.hidden})"
+        said_first = f"MegaMoeError: checking the arguments of the first call failed on rank 3: {own}"
+        assert (it["inputs"], it["later inputs"]) == ((own, own) if rank == 3 else (said_first, ""))
         assert it["too many"] == "ConfigError: tokens = 2 is not supported; allowed: 0 to 1"
         assert it["destroyed"] == "ConfigError: this buffer was destroyed; allowed: calls before destroy()"
         assert "allowed: a divisor of 4" in each["odd split"]
