@@ -3,7 +3,8 @@
     git worktree add --detach ../older HEAD
     python -m benchmarks.change --before ../older --shapes v4-flash --tokens 64,1024 [--output change.json]
 
-Both packages run in one process on the same weights and inputs, within the same rounds and by the protocol of `bench`.
+Both packages run in one process on the same weights, each in its own order, and the same inputs, within the same rounds
+and by the protocol of `bench`.
 Outputs are compared with the reference first, and with each other bit by bit. What is printed is a table in Markdown.
 Needs a Hopper GPU; `python -m benchmarks.ranks --before ../older` does the same on several.
 """
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,26 +38,38 @@ BEFORE = f"{PACKAGE}_before_change"
 HEAD = ("layer", "tokens", "variant", "before, µs", "now, µs", "now / before", "bits", "right")
 
 
+class Other(NamedTuple):
+    """What the other package calls its kernels with."""
+
+    buffer: Any
+    l1: tuple[torch.Tensor, ...]
+    l2: tuple[torch.Tensor, ...]
+
+
 @contextmanager
-def both(shape: MoEShape, max_tokens: int, device: torch.device, weights: WeightFormat) -> Iterator[tuple[Layer, Any]]:
-    """A layer, and the buffer of the other package for it; both gone at the end."""
+def both(
+    shape: MoEShape, max_tokens: int, device: torch.device, weights: WeightFormat
+) -> Iterator[tuple[Layer, Other]]:
+    """A layer, and the other package's buffer and weights for it; all gone at the end."""
     layer, its = Layer(shape, max_tokens, device, weights), import_module(BEFORE)
-    its.mark_transformed(layer.l1, layer.l2)
+    pairs = its.transform_weights_for_mega_moe_sm90(layer.weights.l1, layer.weights.l2)
     buffer = its.get_symm_buffer_for_mega_moe(None, *buffer_sizes(shape, max_tokens))
     try:
-        yield layer, buffer
+        yield layer, Other(buffer, *pairs)
     finally:
         buffer.destroy()
         layer.close()
 
 
-def measure(case: Scenario, layer: Layer, its: Any, variant: str, flush: torch.Tensor) -> dict[str, Any]:
-    """One row: medians in microseconds of the layer and of the other package on `its` buffer, and what came out."""
+def measure(case: Scenario, layer: Layer, its: Other, variant: str, flush: torch.Tensor) -> dict[str, Any]:
+    """One row: medians in microseconds of the layer and of the other package, and what came out."""
     function = function_of(import_module(BEFORE), variant)
     inputs = make_inputs(case, layer.device, weights=layer.weights)
     y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
     calls = {
-        "before": TimedCall(lambda: function(y, layer.l1, layer.l2, its, **case.options), lambda: inputs.stage(its)),
+        "before": TimedCall(
+            lambda: function(y, its.l1, its.l2, its.buffer, **case.options), lambda: inputs.stage(its.buffer)
+        ),
         "now": TimedCall(layer.call(variant, y, case), lambda: inputs.stage(layer.buffer)),
     }
     where, expected = some_rows(case, inputs, layer.weights)
@@ -65,7 +78,7 @@ def measure(case: Scenario, layer: Layer, its: Any, variant: str, flush: torch.T
         verdicts[name] = layer.check(call, y, where, expected)
         outputs[name] = y.clone()
     times = {name: statistics.median(found) for name, found in burst(calls, flush).items()}
-    for buffer in (its, layer.buffer):
+    for buffer in (its.buffer, layer.buffer):
         buffer.check()
     return {
         "shape": case.name,

@@ -80,11 +80,11 @@ class Slice(RankWeights):
 
         super().__init__(world, shape, weights)
         self.name = name
-        self.buffers = {}
+        self.buffers, self.pairs = {}, {PACKAGE: (self.l1, self.l2)}
         for package in packages:
             its = import_module(package)
-            if its is not mm:
-                its.mark_transformed(self.l1, self.l2)
+            if its is not mm:  # whose order may be another one
+                self.pairs[package] = its.transform_weights_for_mega_moe_sm90(self.own.l1, self.own.l2)
             for mode, group, each in (("all", dist.group.WORLD, shape), ("one", None, self.own_shape)):
                 sizes = buffer_sizes(each, most)
                 self.buffers[package, mode] = its.get_symm_buffer_for_mega_moe(group, *sizes, device=world.device)
@@ -92,10 +92,10 @@ class Slice(RankWeights):
     def call(self, package: str, mode: str, inputs: Inputs, y: torch.Tensor) -> TimedCall:
         """A call of a package in one of `MODES`, with the inputs of that mode."""
         function = import_module(package).fp8_mega_moe
-        buffer = self.buffers[package, "one" if mode == "one" else "all"]
+        buffer, pair = self.buffers[package, "one" if mode == "one" else "all"], self.pairs[package]
 
         def run() -> object:
-            return function(y, self.l1, self.l2, buffer, activation_clamp=CLAMP)
+            return function(y, *pair, buffer, activation_clamp=CLAMP)
 
         return TimedCall(run, lambda: inputs.stage(buffer))
 

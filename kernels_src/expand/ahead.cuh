@@ -113,7 +113,7 @@ template <class C> struct Expansion {
                 if (i >= begin + kSlots * workers) at(i - kSlots * workers).done();
             }
             __syncwarp();
-            piece.expand<2>(room + slot * PackedPiece::kBytes);
+            piece.expand(room + slot * PackedPiece::kBytes);
             ptx::fence_async_shared();
             __syncwarp();
             if (one)

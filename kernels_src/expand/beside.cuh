@@ -33,38 +33,64 @@ template <class C>
 using PackedStream = CodesAndExponents<C, kPackedBits, kPackedGroup, Shared<C>::kPackedCodes,
                                        InPackedRing<C>>;
 
-/// What the helper warps run: each unpacks sixteen of every 64 weight rows.  Helpers go through all tiles and their k-blocks in order, so
-/// they keep positions in both rings and need no `k_begin`.
-template <class C> struct Unpacker {
-    // stored at once: four take more registers (kHelperRegisters)
-    static constexpr u32 kMatrices = C::kRanks == 1 ? 4 : 2;
+/// What a helper thread holds of 64 weight rows, of which each warp has sixteen: whole groups.
+template <class C, bool kOneRank> struct HelperRows {
+    PackedGroups rows;
 
-    const Params& p;
-    const Shared<C>& shared;
+    /// Of rows `m` of the k-block at address `packed`.
+    MEGA_DEVICE void load(u32 packed, u32 m, u32 thread) {
+        rows.load(packed, packed + Shared<C>::kPackedCodes, m, thread);
+    }
+    /// To the stage whose weights are at this address: what is to be stored before the next rows are loaded, and what after that.
+    MEGA_DEVICE void unpack_before(u32 weights, u32 m, u32 thread) const {
+        rows.unpack(weights, m, thread, 0);
+    }
+    MEGA_DEVICE void unpack_after(u32 weights, u32 m, u32 thread) const {
+        rows.unpack(weights, m, thread, 1);
+    }
+};
+/// With fewer registers (kHelperRegisters): eight codes of a group at a time.
+template <class C> struct HelperRows<C, false> {
+    PackedRows rows;
 
-    /// The bytes of `PackedRows::load`; with the sum in its order ptxas schedules the loop otherwise, which was not measured.
-    MEGA_DEVICE void load(PackedRows& rows, u32 packed, u32 m, u32 thread) const {
+    /// The bytes of `PackedRows::load`.  Written so, as ptxas then finds registers for it: packed_place times sixteen, and sums in
+    /// another order.
+    MEGA_DEVICE void load(u32 packed, u32 m, u32 thread) {
+        const u32 place = thread * 16 ^ (thread * 2 & 48);
 #pragma unroll
         for (u32 h = 0; h < 2; ++h)
-            rows.codes[h] = ptx::load16_shared(packed + ((m * 2 + h) * kGroup + thread) * 16);
+            rows.codes[h] = ptx::load16_shared(packed + place + (m * 2 + h) * (kGroup * 16));
         ptx::load8_shared(packed + Shared<C>::kPackedCodes + m * 256 + thread / 4 * 8,
                           rows.exponents[0], rows.exponents[1]);
     }
+    MEGA_DEVICE void unpack_before(u32, u32, u32) const {}
+    MEGA_DEVICE void unpack_after(u32 weights, u32 m, u32 thread) const {
+        const u32 place = unpacked_place(weights + thread / kWarp * (16 * kBlockK), thread % kWarp);
+        unpack_rows(place + m * PackedPiece::kBytes, rows);
+    }
+};
+
+/// What the helper warps run: each unpacks sixteen of every 64 weight rows.  Helpers go through all tiles and their k-blocks in order, so
+/// they keep positions in both rings and need no `k_begin`.
+template <class C> struct Unpacker {
+    const Params& p;
+    const Shared<C>& shared;
 
     /// One k-block, from address `packed` into a stage.  Packed rows, and its weight scales, by four lanes, are loaded before the stage
     /// is waited for.
     MEGA_DEVICE void block(u32 packed, u32 stage, u32 parity, u32 scales, u32 thread) const {
-        PackedRows rows[2];   // in turn, loaded one ahead: the compiler does not move a load before an earlier store
-        load(rows[0], packed, 0, thread);
+        // in turn, loaded one ahead: the compiler does not move a load before an earlier store
+        HelperRows<C, C::kRanks == 1> rows[2];
+        rows[0].load(packed, 0, thread);
         const u32 scale = thread < 4 ? ptx::load4_shared(scales + thread * 4) : 0;
         wait_barrier_watched(shared.empty(stage), parity ^ 1);
         if (thread < 4) ptx::store4_shared(shared.weight_scales(stage) + thread * 4, scale);
-        const u32 place = unpacked_place<kMatrices>(
-            shared.weights(stage) + thread / kWarp * (16 * kBlockK), thread % kWarp);
+        const u32 weights = shared.weights(stage);
 #pragma unroll
         for (u32 m = 0; m < 4; ++m) {
-            if (m < 3) load(rows[(m + 1) % 2], packed, m + 1, thread);
-            unpack_rows<kMatrices>(place + m * 64 * kBlockK, rows[m % 2]);
+            rows[m % 2].unpack_before(weights, m, thread);
+            if (m < 3) rows[(m + 1) % 2].load(packed, m + 1, thread);
+            rows[m % 2].unpack_after(weights, m, thread);
         }
     }
 

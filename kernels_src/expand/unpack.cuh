@@ -1,10 +1,12 @@
-// From packed weights in registers to rows of e5m2 in shared memory, swizzled as the tensor cores read them.  Used by prefill
-// (expand/ahead.cuh, PackedPiece) and unpack (expand/beside.cuh, unpack_rows).
+// From packed weights to rows of e5m2 in shared memory, swizzled as the tensor cores read them.
 //
-// A thread's sixteen bytes of one half of the depth hold four groups of eight codes, of rows r and r + 8 (formats/mxfp4.cuh).  Eight
-// codes become four bytes in each of two neighbouring chunks of sixteen bytes, which is just what a thread passes to `stmatrix` for
-// two matrices: one instruction stores two chunks of eight rows, or with those of rows r + 8 four of sixteen.  The latter takes more
-// registers.  The swizzle puts the chunks of eight rows into different banks.
+// Prefill (expand/ahead.cuh) reads them from memory, sixteen bytes a lane, as they lie (PackedPiece).  These hold four groups of eight
+// codes, of rows r and r + 8 (formats/mxfp4.cuh).  Eight codes become four bytes in each of two neighbouring chunks of sixteen bytes,
+// which is just what a lane passes to `stmatrix` for two matrices: one instruction stores two chunks of eight rows.
+//
+// Unpack (expand/beside.cuh) has them in shared memory, where a lane may read four words from as many places at the price of one of
+// sixteen bytes.  So it takes all 32 codes that share an exponent, of one row and of the eighth below (PackedGroups): one table of
+// magnitudes serves four times as many, and both chunks are stored whole.
 #pragma once
 #include "base/constants.cuh"
 #include "mma/magnitudes.cuh"
@@ -15,36 +17,31 @@
 
 namespace megamoe {
 
-/// The address that `lane` passes to `stmatrix` of kMatrices for the sixteen rows at address `rows`: lanes 0-7 chunk 0 of the first
-/// eight, lanes 8-15 chunk 1, and of four matrices lanes 16-31 the same of the others.  For chunks c and c + 1, c even, it is this ^ 16c.
-template <u32 kMatrices> MEGA_DEVICE u32 unpacked_place(u32 rows, u32 lane) {
-    const u32 row = (kMatrices == 4 ? lane / 16 * 8 : 0) + lane % 8;
-    return rows + row * kBlockK + (lane / 8 % 2 ^ lane % 8) * 16;
+/// The address that `lane` passes to `stmatrix` for the sixteen rows at address `rows`: lanes 0-7 chunk 0 of the first eight, lanes 8-15
+/// chunk 1.  For chunks c and c + 1, c even, it is this ^ 16c.
+MEGA_DEVICE u32 unpacked_place(u32 rows, u32 lane) {
+    return rows + lane % 8 * kBlockK + (lane / 8 % 2 ^ lane % 8) * 16;
 }
 
-/// Unpacks a quarter of the depth, 32 codes of each row, to chunks 2 * kQuarter and the next, by `stmatrix` of kMatrices; `place` is
-/// their address.
-template <u32 kQuarter, u32 kMatrices>
+/// Unpacks a quarter of the depth, 32 codes of each row, to chunks 2 * kQuarter and the next; `place` is their address.
+template <u32 kQuarter>
 MEGA_DEVICE void unpack_quarter(u32 place, const Vec16& codes, const u32 (&exponents)[2]) {
-    static_assert(kMatrices == 2 || kMatrices == 4, "of eight rows or sixteen");
-    u32 chunk[2][2];   // of rows r, r + 8
 #pragma unroll
     for (u32 below = 0; below < 2; ++below) {
         const Magnitudes table(ptx::choose_bytes(exponents[below], 0, 0x4440 + kQuarter));
-        u32(&own)[2] = chunk[below];
-        ptx::expand_e2m1(codes.w[kQuarter % 2 * 2 + below], table.low, table.high, own[0], own[1]);
-        if (kMatrices == 2) ptx::store_matrix2(place + below * (8 * kBlockK), own[0], own[1]);
+        u32 chunk[2];
+        ptx::expand_e2m1(codes.w[kQuarter % 2 * 2 + below], table.low, table.high, chunk[0],
+                         chunk[1]);
+        ptx::store_matrix2(place + below * (8 * kBlockK), chunk[0], chunk[1]);
     }
-    if (kMatrices == 4)
-        ptx::store_matrix4(place, chunk[0][0], chunk[0][1], chunk[1][0], chunk[1][1]);
 }
 
 /// Unpacks the sixteen rows that a warp holds; `place`: unpacked_place.
-template <u32 kMatrices> MEGA_DEVICE void unpack_rows(u32 place, const PackedRows& rows) {
-    unpack_quarter<0, kMatrices>(place, rows.codes[0], rows.exponents);
-    unpack_quarter<1, kMatrices>(place ^ 32, rows.codes[0], rows.exponents);
-    unpack_quarter<2, kMatrices>(place ^ 64, rows.codes[1], rows.exponents);
-    unpack_quarter<3, kMatrices>(place ^ 96, rows.codes[1], rows.exponents);
+MEGA_DEVICE void unpack_rows(u32 place, const PackedRows& rows) {
+    unpack_quarter<0>(place, rows.codes[0], rows.exponents);
+    unpack_quarter<1>(place ^ 32, rows.codes[0], rows.exponents);
+    unpack_quarter<2>(place ^ 64, rows.codes[1], rows.exponents);
+    unpack_quarter<3>(place ^ 96, rows.codes[1], rows.exponents);
 }
 
 /// 64 rows of a k-block, by one warp: sixteen at a time, as if it were each of a warpgroup's four warps in turn.
@@ -55,22 +52,52 @@ struct PackedPiece {
 
     /// From memory.
     MEGA_DEVICE void load(const u8* codes, const u8* exponents) {
-        const u32 lane = ptx::lane_id();
+        const u32 place = packed_place(ptx::lane_id());
 #pragma unroll
         for (u32 w = 0; w < 4; ++w) {
 #pragma unroll
             for (u32 h = 0; h < 2; ++h)
-                rows[w].codes[h] = ptx::load16(codes + (h * kGroup + w * kWarp + lane) * 16);
-            ptx::load8(exponents + w * 64 + lane / 4 * 8, rows[w].exponents[0],
+                rows[w].codes[h] = ptx::load16(codes + (h * kGroup + w * kWarp + place) * 16);
+            ptx::load8(exponents + w * 64 + place / 4 * 8, rows[w].exponents[0],
                        rows[w].exponents[1]);
         }
     }
     /// To 64 rows of 128 bytes in shared memory, from address `tile` on.
-    template <u32 kMatrices> MEGA_DEVICE void expand(u32 tile) const {
+    MEGA_DEVICE void expand(u32 tile) const {
 #pragma unroll
         for (u32 w = 0; w < 4; ++w)
-            unpack_rows<kMatrices>(
-                unpacked_place<kMatrices>(tile + w * 16 * kBlockK, ptx::lane_id()), rows[w]);
+            unpack_rows(unpacked_place(tile + w * 16 * kBlockK, ptx::lane_id()), rows[w]);
+    }
+};
+
+/// Of a warp's sixteen of 64 rows, all 32 codes of a lane's group in row r and in row r + 8, where r = lane % 8.
+struct PackedGroups {
+    u32 codes[2][4], exponents[2];   // of both rows
+
+    /// From a k-block in shared memory, of which these are the addresses; `m`: which 64 rows; `thread` of the warpgroup.
+    MEGA_DEVICE void load(u32 codes_at, u32 exponents_at, u32 m, u32 thread) {
+        const u32 warp = thread / kWarp, row = thread % 8, group = thread % kWarp / 8;
+#pragma unroll
+        for (u32 q = 0; q < 4; ++q)   // those of both rows lie side by side
+            ptx::load8_shared(codes_at + group / 2 * (kGroup * 16) +
+                                  (warp * kWarp + packed_place(row * 4 + q)) * 16 + group % 2 * 8 +
+                                  m * PackedPiece::kCodeBytes,
+                              codes[0][q], codes[1][q]);
+#pragma unroll
+        for (u32 below = 0; below < 2; ++below)
+            exponents[below] = ptx::load1_shared(exponents_at + warp * 64 + row * 8 + group +
+                                                 m * PackedPiece::kExponentBytes + below * 4);
+    }
+    /// Those of row r, or with `below` of row r + 8, to their two chunks of the 256 rows at address `rows`.
+    MEGA_DEVICE void unpack(u32 rows, u32 m, u32 thread, u32 below) const {
+        const u32 row = thread % 8, group = thread % kWarp / 8;
+        const u32 chunk = rows + thread / kWarp * (16 * kBlockK) + row * kBlockK +
+                          (2 * group ^ row) * 16;
+        const u32 further = m * PackedPiece::kBytes + below * (8 * kBlockK);
+        Vec16 first, second;
+        ptx::expand_e2m1<Magnitudes>(first, second, codes[below], exponents[below]);
+        ptx::store16_shared(chunk + further, first);
+        ptx::store16_shared((chunk ^ 16) + further, second);
     }
 };
 

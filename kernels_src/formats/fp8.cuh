@@ -22,7 +22,7 @@ struct Fp8 {
     struct Rows {
         u64 descriptor;
 
-        /// Addresses of codes and exponents in the stage; `m`: which 64 rows; thread of the warpgroup.
+        /// Addresses of codes and exponents in the stage; `m`: which 64 rows; place of the thread.
         MEGA_DEVICE void load(u32 weights, u32, u32 m, u32) {
             descriptor = ptx::matrix_descriptor(weights + m * (64 * kBlockK));
         }

@@ -3,8 +3,11 @@
 // A code times the power of two of its group is exact in e5m2, so weights become e5m2 on their way into the tensor cores; here, for
 // decode and wide, in registers.  In a stage a k-block has its codes and, apart, its exponents, in the order in which threads need them:
 //
-//   codes       [which 64 rows][half of the depth][thread of a warpgroup][16 bytes]      of which a thread makes 8 registers per half
+//   codes       [which 64 rows][half of the depth][place of a thread][16 bytes]      of which a thread makes 8 registers per half
 //   exponents   [which 64 rows][warp][lane / 4][row t/4, row t/4 + 8][which 32 of the depth]     a byte each: the power's exponent + 16
+//
+// A thread's place is its number with lane / 8 in the way of its lowest bits (packed_place, mma/packed_rows.cuh), for the sake of banks.
+// Of its sixteen bytes each four are eight codes of a row and 32 columns: of row t/4, of t/4 + 8, and the same of the next 32.
 #pragma once
 #include "mma/code_stream.cuh"
 #include "mma/magnitudes.cuh"
@@ -35,9 +38,9 @@ struct Mxfp4 {
     struct Rows {
         u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_weights_registers
 
-        MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 thread) {
+        MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 place) {
             Packed packed;
-            packed.load(weights, exponents, m, thread);
+            packed.load(weights, exponents, m, place);
             expand(packed);
         }
         MEGA_DEVICE void expand(const Packed& packed) {

@@ -24,7 +24,7 @@ template <class C, u32 kN> struct OneByOneLoop {
     using Fresh = float[kN / 2];
 
     const Shared<C>& shared;
-    u32 group, thread;   // which warpgroup; thread of it
+    u32 group, place;   // which warpgroup; the thread's in it (packed_place)
     bool half;   // the tile has 128 rows, and a warpgroup one block, which it multiplies twice
 
     MEGA_DEVICE void wait(const Ring<C::kStages>& ring) const {
@@ -32,7 +32,7 @@ template <class C, u32 kN> struct OneByOneLoop {
     }
     MEGA_DEVICE void load(Packed& packed, u32 stage, u32 which) const {
         packed.load(shared.weights(stage), shared.exponents(stage),
-                    half ? group : group * 2 + which, thread);
+                    half ? group : group * 2 + which, place);
     }
     MEGA_DEVICE void issue(Fresh& fresh, const Rows& rows, u32 stage) const {
         ptx::wgmma_fence();
@@ -54,8 +54,7 @@ template <class C, u32 kN> struct OneByOneLoop {
                 // four steps of the product, which would take as long as that
                 wait(ring);
                 load(packed, stage, 1);
-                by.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8,
-                        thread % kWarp);
+                by.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8, place);
             } else {
                 ring.advance();
                 if (more) wait(ring);
@@ -65,7 +64,7 @@ template <class C, u32 kN> struct OneByOneLoop {
             by.promote(result.block[i], fresh, unit);
             rows.expand(packed);
         }
-        release_stage(shared, stage, thread);
+        release_stage(shared, stage, place);
     }
 
     /// From a stage that is full, of which block 0 has been expanded.
@@ -80,7 +79,7 @@ template <class C, u32 kN> struct OneByOneLoop {
         for (; k_blocks != 0; --k_blocks) {
             OneByOneLoop own = *this;
             // no register is left to keep what is made of it in: it is made anew
-            ptx::pin(own.thread);
+            ptx::pin(own.place);
             own.block(result, fresh, rows, ring, unit, k_blocks != 1);
         }
     }

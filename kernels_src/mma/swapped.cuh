@@ -63,11 +63,12 @@ template <class C, u32 kN> struct ColumnScales {
     float weight[2];     // of its rows
 
     /// Addresses of the first token's scale, and of those of the warpgroup's rows (mma/scales.cuh): both its blocks lie in the
-    /// same 128 rows.
-    MEGA_DEVICE void load(u32 act_scales, u32 weight_scales, u32 lane) {
+    /// same 128 rows.  `place`: packed_place of the thread.
+    MEGA_DEVICE void load(u32 act_scales, u32 weight_scales, u32 place) {
+        const u32 first = (place * 8 ^ place) & 24;   // packed_place(place) % 4 * 8
 #pragma unroll
         for (u32 i = 0; i < kN / 8; ++i)
-            ptx::load_floats_shared(act_scales + i * 32 + lane % 4 * 8, act[2 * i], act[2 * i + 1]);
+            ptx::load_floats_shared(act_scales + first + i * 32, act[2 * i], act[2 * i + 1]);
         ptx::load_floats_shared(weight_scales, weight[0], weight[1]);
     }
     /// result += fresh * scales.  What was fresh may be changed.
@@ -98,7 +99,7 @@ template <class C, u32 kN> struct SwappedLoop {
                                     C::kIntermediate / kBlockK % 2 == 0;
 
     const Shared<C>& shared;
-    u32 group, thread;   // which warpgroup; thread of it
+    u32 group, place;   // which warpgroup; the thread's in it (packed_place)
     bool half;   // the tile has 128 rows, and a warpgroup one block, which it multiplies twice
 
     MEGA_DEVICE u32 block(u32 which) const { return half ? group : group * 2 + which; }
@@ -109,13 +110,12 @@ template <class C, u32 kN> struct SwappedLoop {
         ptx::wgmma_commit();
     }
     MEGA_DEVICE void load(Rows& rows, u32 stage, u32 which) const {
-        rows.load(shared.weights(stage), shared.exponents(stage), block(which), thread);
+        rows.load(shared.weights(stage), shared.exponents(stage), block(which), place);
     }
 
     MEGA_DEVICE ColumnScales<C, kN> scales(u32 stage) const {
         ColumnScales<C, kN> scales;
-        scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8,
-                    thread % kWarp);
+        scales.load(shared.act_scales(stage), shared.weight_scales(stage) + group * 8, place);
         return scales;
     }
     /// One k-block, whose block 0 has been loaded; loads that of the next one.
@@ -136,7 +136,7 @@ template <class C, u32 kN> struct SwappedLoop {
         }
         ptx::wgmma_wait<0>(fresh[1]);
         by.promote(result.block[1], fresh[1], unit);
-        release_stage(shared, stage, thread);
+        release_stage(shared, stage, place);
     }
 
     /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
@@ -155,7 +155,7 @@ template <class C, u32 kN> struct SwappedLoop {
         by.promote(result.block[0], fresh[0], unit);
         ptx::wgmma_wait<0>(fresh[1]);
         by.promote(result.block[1], fresh[1], unit);
-        release_stage(shared, stage, thread);
+        release_stage(shared, stage, place);
     }
 
     /// From a stage that is full, of which block 0 has been loaded into `first`.

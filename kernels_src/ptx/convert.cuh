@@ -101,16 +101,29 @@ MEGA_DEVICE void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& seco
 }
 
 // clang-format off
-#define MEGA_EXPAND(k, first, second, codes, exponents)                                                     \
-    "prmt.b32 s, " exponents ", 0, 0x444" #k ";\nmad.lo.u32 low, s, %26, %27;\nmad.lo.u32 high, s, %28, %29;\n" \
+#define MEGA_EXPAND_8(first, second, codes)                                                                 \
     "and.b32 s, " codes ", 0x77777777;\nprmt.b32 m, low, high, s;\n"                                        \
     "lop3.b32 " first ", " codes ", 0x80808080, m, 0xEA;\nshr.u32 s, s, 16;\nprmt.b32 m, low, high, s;\n"    \
     "shl.b32 s, " codes ", 4;\nlop3.b32 " second ", s, 0x80808080, m, 0xEA;\n"
+#define MEGA_EXPAND(k, first, second, codes, exponents)                                                     \
+    "prmt.b32 s, " exponents ", 0, 0x444" #k ";\nmad.lo.u32 low, s, %26, %27;\nmad.lo.u32 high, s, %28, %29;\n" \
+    MEGA_EXPAND_8(first, second, codes)
 #define MEGA_A4(k) "=&r"(a[k][0]), "=&r"(a[k][1]), "=&r"(a[k][2]), "=&r"(a[k][3])
 #define MEGA_W4(v) "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+/// The same of four times eight codes that share an exponent.  `Table` says how the table of magnitudes follows from it: one
+/// multiply-add for each of its two words.
+template <class Table>
+MEGA_DEVICE void expand_e2m1(Vec16& first, Vec16& second, const u32 (&codes)[4], u32 exponent) {
+    asm("{\n.reg .b32 low, high, s, m;\nmad.lo.u32 low, %12, %13, %14;\nmad.lo.u32 high, %12, %15, %16;\n"
+        MEGA_EXPAND_8("%0", "%4", "%8") MEGA_EXPAND_8("%1", "%5", "%9")
+        MEGA_EXPAND_8("%2", "%6", "%10") MEGA_EXPAND_8("%3", "%7", "%11") "}"
+        : "=&r"(first.w[0]), "=&r"(first.w[1]), "=&r"(first.w[2]), "=&r"(first.w[3]),
+          "=&r"(second.w[0]), "=&r"(second.w[1]), "=&r"(second.w[2]), "=&r"(second.w[3])
+        : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(exponent),
+          "n"(Table::kLowStep), "n"(Table::kLow), "n"(Table::kHighStep), "n"(Table::kHigh));
+}
 /// The same of the 64 codes that a thread holds of 64 rows of a k-block (mma/packed_rows.cuh), to the registers of a left operand
-/// (ptx::wgmma_weights_registers).  `Table` says how the table of magnitudes follows from an exponent: one multiply-add for each of
-/// its two words.  One statement for the sake of compile time; volatile, since an operand's registers must not be written after the
+/// (ptx::wgmma_weights_registers).  One statement for the sake of compile time; volatile, since an operand's registers must not be written after the
 /// `wgmma_fence` of its product.
 template <class Table>
 MEGA_DEVICE void expand_e2m1(u32 (&a)[4][4], const Vec16 (&codes)[2], const u32 (&exponents)[2]) {
@@ -127,6 +140,7 @@ MEGA_DEVICE void expand_e2m1(u32 (&a)[4][4], const Vec16 (&codes)[2], const u32 
 #undef MEGA_W4
 #undef MEGA_A4
 #undef MEGA_EXPAND
+#undef MEGA_EXPAND_8
 // clang-format on
 
 }   // namespace megamoe::ptx

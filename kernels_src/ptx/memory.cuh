@@ -128,10 +128,9 @@ MEGA_DEVICE void store_matrix2(u32 address, u32 a, u32 b) {
                  "r"(b)
                  : "memory");
 }
-/// Stores four, of which lanes 16 to 31 pass the addresses of the last two.
-MEGA_DEVICE void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
+MEGA_DEVICE void store16_shared(u32 address, const Vec16& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.w[0]), "r"(v.w[1]),
+                 "r"(v.w[2]), "r"(v.w[3])
                  : "memory");
 }
 /// cp.async: sixteen bytes from global to shared memory without a register, by the generic proxy; complete when the thread has
@@ -150,6 +149,12 @@ MEGA_DEVICE void store4_shared(u32 address, u32 v) {
 MEGA_DEVICE u32 load4_shared(u32 address) {
     u32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+/// One byte.
+MEGA_DEVICE u32 load1_shared(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }
 MEGA_DEVICE float load_float_shared(u32 address) {

@@ -36,7 +36,7 @@ template <class C> struct SwappedMath {
         Ring<C::kStages> ring;             // at the first stage, which is full
         Unit<C> unit;                      // of its weight scales
         typename C::Weights::Rows first;   // its block 0
-        u32 thread;                        // of the warpgroup
+        u32 place;                         // packed_place
         bool half;                         // the tile has 128 rows, and a warpgroup one block
     };
     /// By the narrowest loop, from that of kN columns on, that has one for each row of the tile.
@@ -44,7 +44,7 @@ template <class C> struct SwappedMath {
     MEGA_DEVICE void multiply(const Start& start, u32 rows, u32 k_blocks, Columns<C>& result) const {
         if constexpr (kN < C::kBlockM)
             if (rows > kN) return multiply<Policy::wider(kN)>(start, rows, k_blocks, result);
-        typename LoopFor<C, kN>::Loop{shared, group, start.thread, start.half}.run(
+        typename LoopFor<C, kN>::Loop{shared, group, start.place, start.half}.run(
             result, start.ring, start.first, start.unit, k_blocks);
         // what only wider loops write would else count as alive through this one
 #pragma unroll
@@ -54,15 +54,15 @@ template <class C> struct SwappedMath {
 
     MEGA_DEVICE void compute(const TileView& tile) const {
         static_assert(few_apart(0), "rows do not tell whether scales are applied at the end");
-        const u32 thread = ptx::thread_id_again() % kGroup;
+        const u32 place = packed_place(ptx::thread_id_again() % kGroup);
         const bool second = tile.kind() == Tile::gemm2;
         const bool half = TileOrder<C>::kHasHalf && second && tile.n() == TileOrder<C>::kTilesN2 - 1;
         Columns<C> result;
-        Start start{Ring<C::kStages>(tile.k_begin()), {}, {}, thread, half};
+        Start start{Ring<C::kStages>(tile.k_begin()), {}, {}, place, half};
         wait_barrier_watched(shared.full(start.ring.stage), start.ring.parity);
         start.unit.load(shared.weight_scales(start.ring.stage) + group * 8);
         start.first.load(shared.weights(start.ring.stage), shared.exponents(start.ring.stage),
-                         half ? group : group * 2, thread);
+                         half ? group : group * 2, place);
         multiply<Policy::wider(0)>(start, tile.rows(), tile.k_blocks(), result);
         if (tile.rows() > Unit<C>::kFew) start.unit.apply(result);
         // beside a large result there is no register to have kept this in

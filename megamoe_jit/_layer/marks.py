@@ -27,10 +27,11 @@ import torch
 
 from megamoe_jit._errors import ConfigError
 from megamoe_jit._fork import renew_after_fork
-from megamoe_jit._spec.formats import FP8, WeightFormat
+from megamoe_jit._spec.formats import FP8, MXFP4, WeightFormat
 from megamoe_jit._text import shown
 
 LAYOUT = "megamoe-sm90-2"  #: the order that this version's kernels read; another number for another order
+_OF_FORMAT = {MXFP4.name: "-2"}  #: behind the name of a format whose order alone has changed since
 METADATA_KEY = "megamoe_jit.layout"  #: of safetensors' metadata
 UNFINISHED = "unfinished"  #: of bytes that are being written: who ends it leaves them in no order at all
 _ATTRIBUTE = "_megamoe_jit_marks"
@@ -94,7 +95,7 @@ def order_of(codes: torch.Tensor, span: Span) -> str | None:
 
 def layout_of(weights: WeightFormat) -> str:
     """The order in which this version's kernels read weights of a format."""
-    return LAYOUT if weights is FP8 else f"{LAYOUT}-{weights.name}"
+    return LAYOUT if weights is FP8 else f"{LAYOUT}-{weights.name}{_OF_FORMAT.get(weights.name, '')}"
 
 
 def require_marked(

@@ -10,13 +10,14 @@ is right for any byte, so groups of zeros keep their exponent too: the way back 
 
 Rows go by `tiles`, codes and exponents alike. Codes of 128 columns of a tile of R rows lie one after the other as
 
-    [m64 R/64][half of the columns 2][thread 128][word 4][byte 4]
+    [m64 R/64][half of the columns 2][warp 4][place 32][word 4][byte 4]
 
-Thread t, which is lane l of warp w, has in word j eight codes of row ``64 m + 16 w + l / 4 + 8 (j % 2)``: at columns
-``64 half + 32 (j / 2) + 4 (l % 4)`` and the next three, then the same 16 columns on. That is what it holds of two
-64 x 32 operands of the tensor cores. Nibble i of a word has the magnitude of code i in its low bits. Signs of codes 0
-to 3 are the top bits of the odd nibbles, where expanded codes need them, those of 4 to 7 the top bits of the even
-nibbles, four below that. Exponents of the same 128 columns lie as
+Lane l of warp w has, at place ``l ^ l / 8``, in word j eight codes of row ``64 m + 16 w + l / 4 + 8 (j % 2)``: at
+columns ``64 half + 32 (j / 2) + 4 (l % 4)`` and the next three, then the same 16 columns on. That is what it holds of
+two 64 x 32 operands of the tensor cores; the place puts what is read at once into different banks. Nibble i of a word
+has the magnitude of code i in its low bits. Signs of codes 0 to 3 are the top bits of the odd nibbles, where expanded
+codes need them, those of 4 to 7 the top bits of the even nibbles, four below that. Exponents of the same 128 columns
+lie as
 
     [m64 R/64][warp 4][l / 4: 8][row, row + 8: 2][group 4]
 """
@@ -40,6 +41,12 @@ _EXPONENTS = TileOrder(_ROWS, (BLOCK_GROUPS,), (0, 5, 1, 2, 4, 3, 6))
 _SIGNS, _EXPANDED = (3, 7, 11, 15, 19, 23, 27, 31), (7, 15, 23, 31, 3, 11, 19, 27)
 
 
+def _swizzle(threads: torch.Tensor) -> torch.Tensor:
+    """Sixteen bytes of each thread in the order of memory, or back: its own inverse; always a new tensor."""
+    lane = torch.arange(32, dtype=torch.int64, device=threads.device)
+    return threads.reshape(-1, 32, 16)[:, lane ^ lane // 8].view(threads.shape)
+
+
 def _move_signs(words: torch.Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> None:
     """Signs of int32 words from some bits to others, in place."""
     signs = words & -0x77777778
@@ -50,14 +57,14 @@ def _move_signs(words: torch.Tensor, before: tuple[int, ...], after: tuple[int, 
 
 def pack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
     """See `WeightFormat.pack`."""
-    packed = _CODES.pack(codes, gated)
+    packed = _swizzle(_CODES.pack(codes, gated))
     _move_signs(packed.view(torch.int32), _SIGNS, _EXPANDED)
     return packed
 
 
 def unpack(codes: torch.Tensor, gated: bool) -> torch.Tensor:
     """See `WeightFormat.unpack`."""
-    plain = codes.clone(memory_format=torch.contiguous_format)
+    plain = _swizzle(codes)
     _move_signs(plain.view(torch.int32), _EXPANDED, _SIGNS)
     return _CODES.unpack(plain, gated)
 

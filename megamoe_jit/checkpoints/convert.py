@@ -22,7 +22,7 @@ import torch
 
 from megamoe_jit._errors import CheckpointError, ConfigError
 from megamoe_jit._files import file_sha256, read_text
-from megamoe_jit._layer.marks import LAYOUT
+from megamoe_jit._layer.marks import METADATA_KEY
 from megamoe_jit._spec.checks import check_callback, check_flag
 from megamoe_jit._text import first_line, shown
 from megamoe_jit.checkpoints.converted import FORMATS, Layer, config_of, layers_of
@@ -98,7 +98,8 @@ def convert(
     model_of(files, scheme)
     layers = layers_of(files, weight_format, device_of(device), scheme, lossy)
     jobs = _jobs(files, layers)
-    order = LAYOUT if weight_format == "megamoe" else None
+    orders = {order for layer in layers if (order := layer.metadata().get(METADATA_KEY))}
+    order = " ".join(sorted(orders)) or None
     identity = {"source": _identity(files), "format": weight_format, "lossy": lossy, "scheme": scheme, "order": order}
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder), _goes_on():

@@ -21,10 +21,11 @@ class Package(Layer):
 
     def __init__(self, factor: float, error: float = 0.0) -> None:
         super().__init__(error)
-        self.factor, self.marked = factor, 0
+        self.factor, self.transformed = factor, 0
 
-    def mark_transformed(self, l1, l2) -> None:
-        self.marked += 1
+    def transform_weights_for_mega_moe_sm90(self, l1, l2):
+        self.transformed += 1
+        return super().transform_weights_for_mega_moe_sm90(l1, l2)
 
     def get_symm_buffer_for_mega_moe(self, *sizes):
         made = super().get_symm_buffer_for_mega_moe(*sizes)
@@ -75,7 +76,7 @@ def test_the_table_and_the_document(packages, monkeypatch, tmp_path: Path, capsy
     head, line, *rows = capsys.readouterr().out.splitlines()
     assert (head.count("|"), line) == (9, "| --- | --- | --- | --- | --- | --- | --- | --- |")
     assert rows == [f"| small | {tokens} | pingpong | 200.0 | 100.0 | 0.500 {said}" for tokens in (3, 5)]
-    assert (before.marked, now.alive, before.alive) == (1, 0, 0)
+    assert (before.transformed, now.alive, before.alive) == (1, 0, 0)
     assert {name for name, _ in before.calls} == {"fp8_mega_moe_pingpong"}
     doc = json.loads(output.read_text())
     assert (doc["kind"], doc["before"], doc["rows"][0]["weights"]) == ("change", "not known", FP8.name)

@@ -96,7 +96,7 @@ class Package:
 
     def __init__(self, known: dict[Any, torch.Tensor], factor: float = 1.0) -> None:
         self.known = known  #: outputs by what they are made of
-        self.factor, self.error, self.alive, self.marked = factor, 0.0, 0, 0
+        self.factor, self.error, self.alive, self.transformed = factor, 0.0, 0, 0
         self.weights: dict[int, Weights] = {}  #: by the number of experts
 
     def get_symm_buffer_for_mega_moe(self, group, experts, tokens, topk, hidden, intermediate, *, device):
@@ -114,10 +114,8 @@ class Package:
             destroy=destroy,
         )
 
-    def mark_transformed(self, l1, l2) -> None:
-        self.marked += 1
-
     def transform_weights_for_mega_moe_sm90(self, l1, l2):
+        self.transformed += 1
         return l1, l2
 
     def fp8_mega_moe(self, y, l1, l2, buffer, *, activation_clamp):
@@ -194,7 +192,8 @@ def test_the_document(packages, monkeypatch, tmp_path: Path, capsys: pytest.Capt
     assert rows[0]["before"]["same_bits"] is not bool(error)
     assert rows[0]["before"]["all_us"] == pytest.approx(208)
     assert all(row["before"] is None for row in rows[2:]), "only FP8 is timed with the other checkout"
-    assert [(package.alive, package.marked) for package in packages.values()] == [(0, 0), (0, 1)]
+    transformed = [(package.alive, package.transformed) for package in packages.values()]
+    assert transformed == [(0, len(warmed[0][2])), (0, 1)], "each takes weights in its own order"
     lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
     assert lines == [["tiny", weights, str(tokens)] for weights, tokens in cells]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import megamoe_jit as mm
+from megamoe_jit._layer import marks
 from megamoe_jit.checkpoints import convert, inspect, load_experts, load_shared_experts
 from megamoe_jit.checkpoints.convert import _STATE
 from megamoe_jit.checkpoints.files import Files
@@ -185,7 +185,7 @@ def test_a_conversion_by_other_names_or_into_another_order_does_not_go_on(
     with pytest.raises(mm.ConfigError, match="another scheme"):
         convert(folder, tmp_path / "fp8", "fp8", scheme="deepseek-v3")
     convert(folder, tmp_path / "ready", "megamoe", scheme="fused")
-    monkeypatch.setattr(sys.modules[convert.__module__], "LAYOUT", "megamoe-sm90-0")
+    monkeypatch.setattr(marks, "LAYOUT", "megamoe-sm90-0")
     with pytest.raises(mm.ConfigError, match="another order"):
         convert(folder, tmp_path / "ready", "megamoe", scheme="fused")
 

@@ -19,7 +19,7 @@ int main(int, char** arguments) {
         for (u32 m = 0; m < rows / 64; ++m)
             for (u32 thread = 0; thread < kGroup; ++thread) {
                 Mxfp4::Rows operand;
-                operand.load(0, codes, m, thread);
+                operand.load(0, codes, m, packed_place(thread));
                 std::fwrite(operand.a, 1, sizeof operand.a, stdout);
             }
 }

@@ -38,12 +38,13 @@ def test_words_hold_what_a_thread_multiplies(rows, depth, gated):
     for tile in range(0, rows, 256):
         height = min(256, rows - tile)
         order = itertools.product(range(depth // 128), range(height // 64), range(2), range(128), range(4))
-        for block, m, half, thread, j in order:
+        for block, m, half, place, j in order:
             word = int(words[at]) & 0xFFFFFFFF
             at += 1
-            if (thread * 7 + j + m) % 5:  # a part of them, which varies: all take seconds
+            if (place * 7 + j + m) % 5:  # a part of them, which varies: all take seconds
                 continue
-            warp, lane = divmod(thread, 32)
+            warp, there = divmod(place, 32)
+            lane = there ^ there // 8
             row = plain_row(tile + 64 * m + 16 * warp + lane // 4 + 8 * (j % 2), gated, rows)
             for x in range(8):
                 column = 128 * block + (2 * half + j // 2) * 32 + 4 * (lane % 4) + x % 4 + x // 4 * 16

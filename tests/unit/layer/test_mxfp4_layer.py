@@ -242,14 +242,16 @@ def test_memory_that_is_shared_is_not_permuted_in_place():
 
 def test_marks_know_the_format():
     metadata = mm.weights_metadata(L1, L2)
-    assert metadata == {"megamoe_jit.layout": "megamoe-sm90-2-mxfp4"}
+    assert metadata == {"megamoe_jit.layout": "megamoe-sm90-2-mxfp4-2"}
     copies = tuple(tuple(each.clone() for each in matrix) for matrix in (L1, L2))
     assert not mm.is_transformed(*copies)
     mm.mark_transformed(*copies, metadata=metadata)
     assert mm.is_transformed(*copies)
-    refused(
-        lambda: mm.mark_transformed(*copies, metadata={"megamoe_jit.layout": "megamoe-sm90-2"}), "allowed: 'megamoe-"
-    )
+    for other in ("megamoe-sm90-2", "megamoe-sm90-2-mxfp4"):  # another format's, and that of codes in an older order
+        refused(
+            lambda other=other: mm.mark_transformed(*copies, metadata={"megamoe_jit.layout": other}),
+            "allowed: 'megamoe-sm90-2-mxfp4-2'",
+        )
     refused(
         lambda: mm.mark_transformed(DRAWN.l1, DRAWN.l2), "l1: 2 tensors given; allowed: codes, exponents and scales"
     )

@@ -34,6 +34,9 @@ inline bool nibbles_of(u32 first, u32 second, u32 exponent, u32& nibbles) {
     return true;
 }
 
+/// Where a lane's sixteen bytes lie among its warp's: each eight lanes in a line of 128 bytes, turned by another number.
+inline u32 place_of(u32 lane) { return lane / 8 * 128 + lane / 4 % 2 * 64 + (lane % 4 ^ lane / 8) * 16; }
+
 /// One GEMM's codes and exponents, a tile of at most 256 rows after the other.
 inline void fill_packed(u32 gemm, u8* codes, u8* exponents) {
     const u32 each = gemm == 1 ? 2 * sizes.intermediate : sizes.hidden, deep = gemm == 1 ? sizes.hidden : sizes.intermediate;
@@ -44,7 +47,7 @@ inline void fill_packed(u32 gemm, u8* codes, u8* exponents) {
             const u32 step = column / 32 % 4, word = tag_word(gemm == 1 ? kWeight1 : kWeight2, row, column);
             for (u32 thread = 0; thread < 128; ++thread) {
                 const u32 words[2] = {ordered_codes(word), ordered_codes(second_word(word, thread))};
-                std::memcpy(codes + block * 64 + m * 4096 + step / 2 * 2048 + thread * 16 + step % 2 * 8, words, 8);
+                std::memcpy(codes + block * 64 + m * 4096 + step / 2 * 2048 + thread / 32 * 512 + place_of(thread % 32) + step % 2 * 8, words, 8);
                 for (u32 below = 0; below < 2; ++below)
                     exponents[block * 4 + m * 256 + thread / 4 * 8 + below * 4 + step] =
                         static_cast<u8>(exponent_of(word, thread / 32 * 16 + thread % 32 / 4 + below * 8));

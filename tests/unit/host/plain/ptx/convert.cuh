@@ -14,6 +14,10 @@ inline void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
     first = choose_bytes(low, high, select) | (codes & 0x80808080u);
     second = choose_bytes(low, high, select >> 16) | (codes << 4 & 0x80808080u);
 }
+template <class Table> void expand_e2m1(Vec16& first, Vec16& second, const u32 (&codes)[4], u32 exponent) {
+    const Table table(exponent);
+    for (u32 i = 0; i < 4; ++i) expand_e2m1(codes[i], table.low, table.high, first.w[i], second.w[i]);
+}
 inline u32 max_u16x2(u32 a, u32 b) {
     const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
     return (high & 0xFFFF0000) | (low & 0xFFFF);

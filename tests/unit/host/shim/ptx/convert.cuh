@@ -38,6 +38,10 @@ inline void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& second) {
     first = choose_bytes(low, high, select) | (codes & 0x80808080);
     second = choose_bytes(low, high, select >> 16) | (codes << 4 & 0x80808080);
 }
+template <class Table> void expand_e2m1(Vec16& first, Vec16& second, const u32 (&codes)[4], u32 exponent) {
+    const Table table(exponent);
+    for (u32 i = 0; i < 4; ++i) expand_e2m1(codes[i], table.low, table.high, first.w[i], second.w[i]);
+}
 template <class Table>
 void expand_e2m1(u32 (&a)[4][4], const Vec16 (&codes)[2], const u32 (&exponents)[2]) {
     for (u32 k = 0; k < 4; ++k)

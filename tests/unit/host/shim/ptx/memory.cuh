@@ -69,6 +69,8 @@ template <class T> void store_shared(u32 address, const T& v) {
     std::memcpy(sim::now->warp->block->at(address, sizeof(T), sizeof(T)), &v, sizeof(T));
 }
 inline Vec16 load16_shared(u32 address) { return load_shared<Vec16>(address); }
+inline u32 load1_shared(u32 address) { return load_shared<u8>(address); }
+inline void store16_shared(u32 address, const Vec16& v) { store_shared(address, v); }
 inline void store4_shared(u32 address, u32 v) { store_shared(address, v); }
 inline u32 load4_shared(u32 address) { return load_shared<u32>(address); }
 inline float load_float_shared(u32 address) { return load_shared<float>(address); }
@@ -94,7 +96,6 @@ template <u32 kMatrices> void store_matrices(u32 address, const u32 (&values)[kM
     for (u32 i = 0; i < kMatrices; ++i) store4_shared(static_cast<u32>(addresses[i * 8 + lane / 4]) + lane % 4 * 4, values[i]);
 }
 inline void store_matrix2(u32 address, u32 a, u32 b) { store_matrices(address, {a, b}); }
-inline void store_matrix4(u32 address, u32 a, u32 b, u32 c, u32 d) { store_matrices(address, {a, b, c, d}); }
 inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
     store_matrices(address, {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)});
 }
