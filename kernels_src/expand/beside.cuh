@@ -98,10 +98,8 @@ template <class C> struct Unpacker {
         const TileSlots<C> slots{p, shared};
         const u32 thread = threadIdx.x % kGroup;
         const bool one = thread % kWarp == 0;
-        // one position serves both rings; with several ranks ptxas spills registers then
-        constexpr bool kTogether = C::kRanks == 1 && C::kStages == C::Policy::kPacked;
         Ring<C::kStages> ring;
-        Ring<C::Policy::kPacked> packed;
+        Ring<C::Policy::kPacked> from;
         for (u32 index = 0;; ++index) {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) break;
@@ -109,17 +107,15 @@ template <class C> struct Unpacker {
             __syncwarp();
             if (one) slots.release(index);
 #pragma unroll 1
-            for (u32 k = 0; k < k_blocks; ++k, ring.advance(), packed.advance()) {
-                const u32 from = kTogether ? ring.stage : packed.stage;
-                wait_barrier_watched(shared.packed_full(from),
-                                     kTogether ? ring.parity : packed.parity);
-                block(shared.packed(from), ring.stage, ring.parity, shared.packed_scales(from),
-                      thread);
+            for (u32 k = 0; k < k_blocks; ++k, ring.advance(), from.advance()) {
+                wait_barrier_watched(shared.packed_full(from.stage), from.parity);
+                block(shared.packed(from.stage), ring.stage, ring.parity,
+                      shared.packed_scales(from.stage), thread);
                 ptx::fence_async_shared();   // WGMMA reads the stage through the async proxy
                 __syncwarp();
                 if (one) {
                     ptx::mbarrier_arrive(shared.full(ring.stage));
-                    ptx::mbarrier_arrive(shared.packed_empty(from));
+                    ptx::mbarrier_arrive(shared.packed_empty(from.stage));
                 }
             }
         }
