@@ -43,10 +43,10 @@ template <class C, bool kOneRank> struct HelperRows {
     }
     /// To the stage whose weights are at this address: what is to be stored before the next rows are loaded, and what after that.
     MEGA_DEVICE void unpack_before(u32 weights, u32 m, u32 thread) const {
-        rows.unpack(weights, m, thread, 0);
+        rows.store_row(weights, m, thread, 0);
     }
     MEGA_DEVICE void unpack_after(u32 weights, u32 m, u32 thread) const {
-        rows.unpack(weights, m, thread, 1);
+        rows.store_row(weights, m, thread, 1);
     }
 };
 /// With fewer registers (kHelperRegisters): eight codes of a group at a time.

@@ -88,8 +88,8 @@ struct PackedGroups {
             exponents[below] = ptx::load1_shared(exponents_at + warp * 64 + row * 8 + group +
                                                  m * PackedPiece::kExponentBytes + below * 4);
     }
-    /// Those of row r, or with `below` of row r + 8, to their two chunks of the 256 rows at address `rows`.
-    MEGA_DEVICE void unpack(u32 rows, u32 m, u32 thread, u32 below) const {
+    /// Expands those of row r, or with `below` of row r + 8, to their two chunks of the 256 rows at address `rows`.
+    MEGA_DEVICE void store_row(u32 rows, u32 m, u32 thread, u32 below) const {
         const u32 row = thread % 8, group = thread % kWarp / 8;
         const u32 chunk = rows + thread / kWarp * (16 * kBlockK) + row * kBlockK +
                           (2 * group ^ row) * 16;
