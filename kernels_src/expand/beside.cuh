@@ -34,7 +34,7 @@ using PackedStream = CodesAndExponents<C, kPackedBits, kPackedGroup, Shared<C>::
                                        InPackedRing<C>>;
 
 /// What a helper thread holds of 64 weight rows, of which each warp has sixteen: whole groups.
-template <class C, bool kOneRank> struct HelperRows {
+template <class C, bool kWholeGroups> struct HelperRows {
     PackedGroups rows;
 
     /// Of rows `m` of the k-block at address `packed`.
@@ -60,8 +60,9 @@ template <class C> struct HelperRows<C, false> {
 #pragma unroll
         for (u32 h = 0; h < 2; ++h)
             rows.codes[h] = ptx::load16_shared(packed + place + (m * 2 + h) * (kGroup * 16));
-        ptx::load8_shared(packed + Shared<C>::kPackedCodes + m * 256 + thread / 4 * 8,
-                          rows.exponents[0], rows.exponents[1]);
+        ptx::load8_shared(
+            packed + Shared<C>::kPackedCodes + m * PackedPiece::kExponentBytes + thread / 4 * 8,
+            rows.exponents[0], rows.exponents[1]);
     }
     MEGA_DEVICE void unpack_before(u32, u32, u32) const {}
     MEGA_DEVICE void unpack_after(u32 weights, u32 m, u32 thread) const {
@@ -80,7 +81,7 @@ template <class C> struct Unpacker {
     /// is waited for.
     MEGA_DEVICE void block(u32 packed, u32 stage, u32 parity, u32 scales, u32 thread) const {
         // in turn, loaded one ahead: the compiler does not move a load before an earlier store
-        HelperRows<C, C::kRanks == 1> rows[2];
+        HelperRows<C, kLessToProduce<C>> rows[2];
         rows[0].load(packed, 0, thread);
         const u32 scale = thread < 4 ? ptx::load4_shared(scales + thread * 4) : 0;
         wait_barrier_watched(shared.empty(stage), parity ^ 1);

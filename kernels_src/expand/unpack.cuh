@@ -6,7 +6,8 @@
 //
 // Unpack (expand/beside.cuh) has them in shared memory, where a lane may read four words from as many places at the price of one of
 // sixteen bytes.  So it takes all 32 codes that share an exponent, of one row and of the eighth below (PackedGroups): one table of
-// magnitudes serves four times as many, and both chunks are stored whole.
+// magnitudes serves four times as many, and both chunks are stored whole.  With several ranks its helpers have no registers for that,
+// and do as prefill does.
 #pragma once
 #include "base/constants.cuh"
 #include "mma/magnitudes.cuh"
@@ -29,10 +30,9 @@ MEGA_DEVICE void unpack_quarter(u32 place, const Vec16& codes, const u32 (&expon
 #pragma unroll
     for (u32 below = 0; below < 2; ++below) {
         const Magnitudes table(ptx::choose_bytes(exponents[below], 0, 0x4440 + kQuarter));
-        u32 chunk[2];
-        ptx::expand_e2m1(codes.w[kQuarter % 2 * 2 + below], table.low, table.high, chunk[0],
-                         chunk[1]);
-        ptx::store_matrix2(place + below * (8 * kBlockK), chunk[0], chunk[1]);
+        u32 first, second;
+        ptx::expand_e2m1(codes.w[kQuarter % 2 * 2 + below], table.low, table.high, first, second);
+        ptx::store_matrix2(place + below * (8 * kBlockK), first, second);
     }
 }
 

@@ -56,7 +56,7 @@ class Toolchain:
     @property
     def release(self) -> str:
         """Its version as text, such as `12.9`."""
-        return f"{self.version[0]}.{self.version[1]}"
+        return _dotted(self.version)
 
 
 @dataclass(frozen=True, slots=True)
