@@ -139,8 +139,8 @@ EXPAND_MISTAKES = (
     ),
     Change(
         "expand/beside.cuh",
-        "        HelperRows<C, C::kRanks == 1> rows[2];",
-        "        if (sim::mutant == 222 && thread < kWarp) return;\n        HelperRows<C, C::kRanks == 1> rows[2];",
+        "        HelperRows<C, kLessToProduce<C>> rows[2];",
+        "        if (sim::mutant == 222 && thread < kWarp) return;\n        HelperRows<C, kLessToProduce<C>> rows[2];",
     ),
     Change(
         "expand/ahead.cuh",
