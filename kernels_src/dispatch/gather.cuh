@@ -75,9 +75,10 @@ template <class C> struct Gather {
     /// One row and its scales, by a whole warp.
     MEGA_DEVICE void copy_row(u32 from, u32 to) const {
         // vectors of a lane; of another rank's row all of them, if registers allow it: beside helpers there are fewer, and a loop or
-        // a remainder takes some
+        // a remainder takes some, so a row of 7168 is copied in halves
         constexpr u32 kVectors = C::kHidden / 16, kWhole = ceil_div(kVectors, kWarp),
-                      kBesideHelpers = kWhole <= 14 && kVectors % kWarp == 0 ? 14 : 6,
+                      kLong = kWhole == 14 ? 7 : 6,
+                      kBesideHelpers = kVectors % kWarp == 0 ? (kWhole <= 12 ? 12 : kLong) : 6,
                       kMost = C::Policy::kHelpers == 0 ? 16 : kBesideHelpers,
                       kInFlight = C::kRanks == 1 ? 4 : min_u32(kMost, kWhole);
         const u32 lane = ptx::lane_id();

@@ -1,5 +1,5 @@
 // Unpack: packed weights become e5m2 in shared memory while the tensor cores multiply.  A fourth warpgroup, the helpers, reads packed
-// k-blocks from a ring of their own and writes the weights of the stages.
+// k-blocks from a ring of their own, of as many places as there are stages, and writes the weights of the stages.
 //
 //   mbarrier          arrivals                                                    waited for by
 //   packed_full[i]    1: weights lane, plus its bytes                             helper warps
@@ -7,6 +7,10 @@
 //   full[stage]       5: activations lane, plus its bytes; a lane of every        math warps
 //                     helper warp
 //   empty[stage]      8: a lane of every math warp                                activations lane, helper warps
+//
+// The weights lane writes a k-block's weight scales beside the stage when it loads the packed ones, which may be before the stage is free.
+// So each stage has two places for them, in turn.  Those of k-block j are free when the helpers have unpacked k-block j - stages: they
+// have waited for the stage then, that is, for the math warps to be done with k-block j - 2 stages.
 //
 // Proxies: helpers write the weights of a stage by ordinary stores and WGMMA reads them through the async proxy, so every lane has a
 // proxy fence before its warp arrives.
@@ -33,65 +37,26 @@ template <class C>
 using PackedStream = CodesAndExponents<C, kPackedBits, kPackedGroup, Shared<C>::kPackedCodes,
                                        InPackedRing<C>>;
 
-/// What a helper thread holds of 64 weight rows, of which each warp has sixteen: whole groups.
-template <class C, bool kWholeGroups> struct HelperRows {
-    PackedGroups rows;
-
-    /// Of rows `m` of the k-block at address `packed`.
-    MEGA_DEVICE void load(u32 packed, u32 m, u32 thread) {
-        rows.load(packed, packed + Shared<C>::kPackedCodes, m, thread);
-    }
-    /// To the stage whose weights are at this address: what is to be stored before the next rows are loaded, and what after that.
-    MEGA_DEVICE void unpack_before(u32 weights, u32 m, u32 thread) const {
-        rows.store_row(weights, m, thread, 0);
-    }
-    MEGA_DEVICE void unpack_after(u32 weights, u32 m, u32 thread) const {
-        rows.store_row(weights, m, thread, 1);
-    }
-};
-/// With fewer registers (kHelperRegisters): eight codes of a group at a time.
-template <class C> struct HelperRows<C, false> {
-    PackedRows rows;
-
-    /// The bytes of `PackedRows::load`.  Written so, as ptxas then finds registers for it: packed_place times sixteen, and sums in
-    /// another order.
-    MEGA_DEVICE void load(u32 packed, u32 m, u32 thread) {
-        const u32 place = thread * 16 ^ (thread * 2 & 48);
-#pragma unroll
-        for (u32 h = 0; h < 2; ++h)
-            rows.codes[h] = ptx::load16_shared(packed + place + (m * 2 + h) * (kGroup * 16));
-        ptx::load8_shared(
-            packed + Shared<C>::kPackedCodes + m * PackedPiece::kExponentBytes + thread / 4 * 8,
-            rows.exponents[0], rows.exponents[1]);
-    }
-    MEGA_DEVICE void unpack_before(u32, u32, u32) const {}
-    MEGA_DEVICE void unpack_after(u32 weights, u32 m, u32 thread) const {
-        const u32 place = unpacked_place(weights + thread / kWarp * (16 * kBlockK), thread % kWarp);
-        unpack_rows(place + m * PackedPiece::kBytes, rows);
-    }
-};
-
 /// What the helper warps run: each unpacks sixteen of every 64 weight rows.  Helpers go through all tiles and their k-blocks in order, so
-/// they keep positions in both rings and need no `k_begin`.
+/// they keep a position, in both rings, and need no `k_begin`.
 template <class C> struct Unpacker {
     const Params& p;
     const Shared<C>& shared;
 
-    /// One k-block, from address `packed` into a stage.  Packed rows, and its weight scales, by four lanes, are loaded before the stage
-    /// is waited for.
-    MEGA_DEVICE void block(u32 packed, u32 stage, u32 parity, u32 scales, u32 thread) const {
+    /// One k-block, from its place of the packed ring into the stage.  Packed rows are loaded before the stage is waited for.
+    MEGA_DEVICE void block(const Ring<C::kStages>& ring, const PackedGroups::Places& places) const {
+        const u32 codes = shared.packed(ring.stage), exponents = codes + Shared<C>::kPackedCodes,
+                  weights = shared.weights(ring.stage);
         // in turn, loaded one ahead: the compiler does not move a load before an earlier store
-        HelperRows<C, kLessToProduce<C>> rows[2];
-        rows[0].load(packed, 0, thread);
-        const u32 scale = thread < 4 ? ptx::load4_shared(scales + thread * 4) : 0;
-        wait_barrier_watched(shared.empty(stage), parity ^ 1);
-        if (thread < 4) ptx::store4_shared(shared.weight_scales(stage) + thread * 4, scale);
-        const u32 weights = shared.weights(stage);
+        PackedGroups rows[2];
+        wait_barrier_watched(shared.packed_full(ring.stage), ring.parity);
+        rows[0].load(codes, exponents, 0, places);
+        wait_barrier_watched(shared.empty(ring.stage), ring.parity ^ 1);
 #pragma unroll
         for (u32 m = 0; m < 4; ++m) {
-            rows[m % 2].unpack_before(weights, m, thread);
-            if (m < 3) rows[(m + 1) % 2].load(packed, m + 1, thread);
-            rows[m % 2].unpack_after(weights, m, thread);
+            rows[m % 2].store_row(weights, m, places, 0);
+            if (m < 3) rows[(m + 1) % 2].load(codes, exponents, m + 1, places);
+            rows[m % 2].store_row(weights, m, places, 1);
         }
     }
 
@@ -99,8 +64,8 @@ template <class C> struct Unpacker {
         const TileSlots<C> slots{p, shared};
         const u32 thread = threadIdx.x % kGroup;
         const bool one = thread % kWarp == 0;
+        const PackedGroups::Places places(thread);
         Ring<C::kStages> ring;
-        Ring<C::Policy::kPacked> from;
         for (u32 index = 0;; ++index) {
             const TileView tile = slots.watched(index);
             if (tile.kind() == Tile::stop) break;
@@ -108,15 +73,13 @@ template <class C> struct Unpacker {
             __syncwarp();
             if (one) slots.release(index);
 #pragma unroll 1
-            for (u32 k = 0; k < k_blocks; ++k, ring.advance(), from.advance()) {
-                wait_barrier_watched(shared.packed_full(from.stage), from.parity);
-                block(shared.packed(from.stage), ring.stage, ring.parity,
-                      shared.packed_scales(from.stage), thread);
+            for (u32 k = 0; k < k_blocks; ++k, ring.advance()) {
+                block(ring, places);
                 ptx::fence_async_shared();   // WGMMA reads the stage through the async proxy
                 __syncwarp();
                 if (one) {
                     ptx::mbarrier_arrive(shared.full(ring.stage));
-                    ptx::mbarrier_arrive(shared.packed_empty(from.stage));
+                    ptx::mbarrier_arrive(shared.packed_empty(ring.stage));
                 }
             }
         }
@@ -127,45 +90,70 @@ template <class C> struct Unpacker {
 struct ActivationRows {
     u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_m64n64k128
 
-    /// `first`: address of the first of the 16 rows in the stage, which is swizzled.
-    MEGA_DEVICE void load(u32 first, u32 lane) {
-        const u32 row = first + lane % 16 * kBlockK;
+    /// Where a lane reads them in a stage, which is swizzled, in bytes from its first row; kept, not made for each k-block.
+    struct Places {
+        u32 of[4];
+
+        MEGA_DEVICE Places(u32 first_row, u32 lane) {
+            const u32 row = (first_row + lane % 16) * kBlockK;
 #pragma unroll
-        for (u32 k = 0; k < 4; ++k)
-            ptx::load_matrix4(row + ((2 * k + lane / 16) ^ lane % 8) * 16, a[k]);
+            for (u32 k = 0; k < 4; ++k) {
+                of[k] = row + ((2 * k + lane / 16) ^ lane % 8) * 16;
+                ptx::pin(of[k]);
+            }
+        }
+    };
+    /// From the stage whose activations are at this address.
+    MEGA_DEVICE void load(u32 acts, const Places& places) {
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) ptx::load_matrix4(acts + places.of[k], a[k]);
     }
 };
 
-/// The main loop of unpack: that of mma/block_scaled.cuh with one fresh accumulator, and with activations in registers.
+/// The main loop of unpack: that of mma/block_scaled.cuh with one fresh accumulator, and with activations in registers.  They are loaded
+/// beside the promotion of the k-block before, if they are there by then.  Whether they are is asked before its last product is issued,
+/// which stalls the warps anyway, and is for all lanes to agree upon, since they load together.  After a tile's last k-block it is asked of
+/// another tile's, in vain: each tile makes a loop of its own.
 template <class C> struct NarrowLoop : StageReader<C> {
     using Base = StageReader<C>;
     using Base::Base, Base::shared, Base::ring, Base::row, Base::thread, Base::release;
+    ActivationRows rows;
+    bool loaded = false;   // rows are those of the ring's stage
 
-    MEGA_DEVICE void block(Result& result) {
-        const u32 stage = ring.stage, warp_rows = row + thread / kWarp % 4 * 16;
-        ActivationRows rows;
+    MEGA_DEVICE void block(Result& result, const ActivationRows::Places& places, u32 my_scale) {
+        const u32 stage = ring.stage;
+        if (!loaded) {
+            wait_barrier_watched(shared.full(stage), ring.parity);
+            rows.load(shared.acts(stage), places);
+        }
         BlockScales scales;
-        wait_barrier_watched(shared.full(stage), ring.parity);
-        ring.advance();
-        rows.load(shared.acts(stage) + warp_rows * kBlockK, thread % kWarp);
-        scales.load(shared.act_scales(stage) + (warp_rows + thread % kWarp / 4) * 4,
-                    shared.weight_scales(stage));
+        scales.load(shared.act_scales(stage) + my_scale, shared.weight_scales(stage, ring.parity));
         const u64 weights = ptx::matrix_descriptor(shared.weights(stage));
+        ring.advance();
 #pragma unroll
         for (u32 q = 0; q < 4; ++q) {
             float fresh[32];
+            if (q == 3)
+                loaded = __all_sync(~0u, ptx::mbarrier_test(shared.full(ring.stage), ring.parity));
             ptx::wgmma_fence();
             ptx::wgmma_m64n64k128(fresh, rows.a, weights + q * ptx::kDescriptorRows64);
             ptx::wgmma_commit();
             ptx::wgmma_wait<0>(fresh);
-            if (q == 3) release(stage);
+            if (q == 3) {
+                release(stage);
+                if (loaded) rows.load(shared.acts(ring.stage), places);
+            }
             promote_quarter(result, fresh, scales, q);
         }
     }
 
     MEGA_DEVICE void run(Result& result, u32 k_blocks) {
         result.clear();
-        for (; k_blocks > 0; --k_blocks) block(result);
+        const u32 first = row + thread / kWarp % 4 * 16;   // of this warp's rows in the tile
+        const ActivationRows::Places places(first, thread % kWarp);
+        u32 my_scale = (first + thread % kWarp / 4) * 4;
+        ptx::pin(my_scale);
+        for (; k_blocks > 0; --k_blocks) block(result, places, my_scale);
     }
 };
 

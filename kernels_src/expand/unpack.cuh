@@ -6,8 +6,7 @@
 //
 // Unpack (expand/beside.cuh) has them in shared memory, where a lane may read four words from as many places at the price of one of
 // sixteen bytes.  So it takes all 32 codes that share an exponent, of one row and of the eighth below (PackedGroups): one table of
-// magnitudes serves four times as many, and both chunks are stored whole.  With several ranks its helpers have no registers for that,
-// and do as prefill does.
+// magnitudes serves four times as many, and both chunks are stored whole.
 #pragma once
 #include "base/constants.cuh"
 #include "mma/magnitudes.cuh"
@@ -74,30 +73,45 @@ struct PackedPiece {
 struct PackedGroups {
     u32 codes[2][4], exponents[2];   // of both rows
 
-    /// From a k-block in shared memory, of which these are the addresses; `m`: which 64 rows; `thread` of the warpgroup.
-    MEGA_DEVICE void load(u32 codes_at, u32 exponents_at, u32 m, u32 thread) {
-        const u32 warp = thread / kWarp, row = thread % 8, group = thread % kWarp / 8;
+    /// Where a thread's are in a k-block, and where they go in a stage, in bytes from their beginnings.  Kept, not made for each: what is
+    /// added to them is the same for all threads, and costs no instruction then.
+    struct Places {
+        u32 codes[4], exponents, chunks[2];
+
+        MEGA_DEVICE explicit Places(u32 thread) {
+            const u32 warp = thread / kWarp, row = thread % 8, group = thread % kWarp / 8;
+#pragma unroll
+            for (u32 q = 0; q < 4; ++q) {
+                codes[q] = group / 2 * (kGroup * 16) +
+                           (warp * kWarp + packed_place(row * 4 + q)) * 16 + group % 2 * 8;
+                ptx::pin(codes[q]);
+            }
+            exponents = warp * 64 + row * 8 + group;
+            ptx::pin(exponents);
+            chunks[0] = warp * (16 * kBlockK) + row * kBlockK + (2 * group ^ row) * 16;
+            chunks[1] = chunks[0] ^ 16;
+            ptx::pin(chunks[0]), ptx::pin(chunks[1]);
+        }
+    };
+
+    /// From a k-block in shared memory, of which these are the addresses; `m`: which 64 rows.
+    MEGA_DEVICE void load(u32 codes_at, u32 exponents_at, u32 m, const Places& places) {
 #pragma unroll
         for (u32 q = 0; q < 4; ++q)   // those of both rows lie side by side
-            ptx::load8_shared(codes_at + group / 2 * (kGroup * 16) +
-                                  (warp * kWarp + packed_place(row * 4 + q)) * 16 + group % 2 * 8 +
-                                  m * PackedPiece::kCodeBytes,
-                              codes[0][q], codes[1][q]);
+            ptx::load8_shared(codes_at + places.codes[q] + m * PackedPiece::kCodeBytes, codes[0][q],
+                              codes[1][q]);
 #pragma unroll
         for (u32 below = 0; below < 2; ++below)
-            exponents[below] = ptx::load1_shared(exponents_at + warp * 64 + row * 8 + group +
+            exponents[below] = ptx::load1_shared(exponents_at + places.exponents +
                                                  m * PackedPiece::kExponentBytes + below * 4);
     }
     /// Expands those of row r, or with `below` of row r + 8, to their two chunks of the 256 rows at address `rows`.
-    MEGA_DEVICE void store_row(u32 rows, u32 m, u32 thread, u32 below) const {
-        const u32 row = thread % 8, group = thread % kWarp / 8;
-        const u32 chunk = rows + thread / kWarp * (16 * kBlockK) + row * kBlockK +
-                          (2 * group ^ row) * 16;
+    MEGA_DEVICE void store_row(u32 rows, u32 m, const Places& places, u32 below) const {
         const u32 further = m * PackedPiece::kBytes + below * (8 * kBlockK);
         Vec16 first, second;
         ptx::expand_e2m1<Magnitudes>(first, second, codes[below], exponents[below]);
-        ptx::store16_shared(chunk + further, first);
-        ptx::store16_shared((chunk ^ 16) + further, second);
+        ptx::store16_shared(rows + places.chunks[0] + further, first);
+        ptx::store16_shared(rows + places.chunks[1] + further, second);
     }
 };
 

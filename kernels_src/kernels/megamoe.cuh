@@ -34,7 +34,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         constexpr u32 kReaders = kTileWarps<C>;
 #pragma unroll 1
         for (u32 s = 0; s < C::kStages; ++s)
-            ptx::mbarrier_init(shared.full(s), C::Policy::kPacked > 0 ? 1 + kHelperWarps<C> : 2),
+            ptx::mbarrier_init(shared.full(s), C::Policy::kPacked ? 1 + kHelperWarps<C> : 2),
                 ptx::mbarrier_init(shared.empty(s), kReaders);
 #pragma unroll 1
         for (u32 s = 0; s < kTileSlots; ++s) {
@@ -44,8 +44,8 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         }
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
-        if constexpr (C::Policy::kPacked > 0)
-            for (u32 i = 0; i < C::Policy::kPacked; ++i) {
+        if constexpr (C::Policy::kPacked)
+            for (u32 i = 0; i < Shared<C>::kPackedPlaces; ++i) {
                 ptx::mbarrier_init(shared.packed_full(i), 1);
                 ptx::mbarrier_init(shared.packed_empty(i), kHelperWarps<C>);
             }

@@ -2,12 +2,12 @@
 // same sum; the template asserts that they agree.
 //
 //   stages         activations [stages] | weights [stages] | exponents of packed weights [stages]
-//   packed ring    codes and exponents of kPacked k-blocks (unpack alone)
+//   packed ring    codes and exponents of as many k-blocks (unpack alone)
 //   staging        2 KB per math warp
 //   dispatch       kDispatchSlots chunks
-//   scales         [stages]: one float per activation row, then four of the weights; four for each k-block of the packed ring
+//   scales         [stages]: one float per activation row, then four of the weights, of unpack twice
 //   mbarriers      full, empty [stages] | tile_full, tile_empty, tile_stored [4] | dispatched [dispatch slots]
-//                  | packed_full, packed_empty [kPacked]
+//                  | packed_full, packed_empty [stages] (unpack alone)
 //   tile slots     [4] of 32 bytes
 //   expert table   counts and this block's side, rows, bases, items, active experts (sched/experts.cuh)
 //
@@ -27,22 +27,24 @@ template <class C> struct Shared {
                          kWeightBytes = kBlockN * kBlockK * C::Weights::kBits / 8,
                          kExponentBytes = group_bytes(C::Weights::kGroup),
                          kActScaleBytes = C::kBlockM * 4;
-    static constexpr u32 kScaleBytes = kActScaleBytes + 16;   // and four floats for the weights
+    // places of the packed ring; and of the four floats of weights in a stage, which are written as soon as a k-block of that ring is
+    static constexpr u32 kPackedPlaces = C::Policy::kPacked ? C::kStages : 0,
+                         kWeightScales = C::Policy::kPacked ? 2 : 1;
+    static constexpr u32 kScaleBytes = kActScaleBytes + kWeightScales * 16;
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;
     static constexpr u32 kExponentAt = kWeightAt + C::kStages * kWeightBytes;
     static constexpr u32 kPackedAt = kExponentAt + C::kStages * kExponentBytes;
     static constexpr u32 kPackedCodes = kBlockN * kBlockK * kPackedBits / 8,
                          kPackedBytes = kPackedCodes + group_bytes(kPackedGroup);
-    static constexpr u32 kStagingAt = kPackedAt + C::Policy::kPacked * kPackedBytes;
+    static constexpr u32 kStagingAt = kPackedAt + kPackedPlaces * kPackedBytes;
     static constexpr u32 kDispatchAt = kStagingAt + kMathWarps * kStagingBytes;
     static constexpr u32 kScaleAt = kDispatchAt + C::kDispatchSlots * kDispatchChunk;
-    static constexpr u32 kPackedScaleAt = kScaleAt + C::kStages * kScaleBytes;
-    static constexpr u32 kBarrierAt = kPackedScaleAt + C::Policy::kPacked * 16;
+    static constexpr u32 kBarrierAt = kScaleAt + C::kStages * kScaleBytes;
     static constexpr u32 kTileBarrierAt = kBarrierAt + C::kStages * 16;
     static constexpr u32 kDispatchBarrierAt = kTileBarrierAt + kTileSlots * 24;
     static constexpr u32 kPackedBarrierAt = kDispatchBarrierAt + C::kDispatchSlots * 8;
-    static constexpr u32 kTileSlotAt = kPackedBarrierAt + C::Policy::kPacked * 16;
+    static constexpr u32 kTileSlotAt = kPackedBarrierAt + kPackedPlaces * 16;
     static constexpr u32 kActiveCountAt = kTileSlotAt + kTileSlots * kTileSlotBytes;
     static constexpr u32 kRowsAt = kActiveCountAt + 64;
     static constexpr u32 kBasesAt = kRowsAt + C::kLocalExperts * 4;
@@ -65,9 +67,11 @@ template <class C> struct Shared {
         return address + kExponentAt + stage * kExponentBytes;
     }
     MEGA_DEVICE u32 packed(u32 i) const { return address + kPackedAt + i * kPackedBytes; }
-    MEGA_DEVICE u32 packed_scales(u32 i) const { return address + kPackedScaleAt + i * 16; }
     MEGA_DEVICE u32 act_scales(u32 stage) const { return address + kScaleAt + stage * kScaleBytes; }
-    MEGA_DEVICE u32 weight_scales(u32 stage) const { return act_scales(stage) + kActScaleBytes; }
+    /// `parity` of the stage's use: with a packed ring, two uses in a row have theirs in two places.
+    MEGA_DEVICE u32 weight_scales(u32 stage, u32 parity = 0) const {
+        return act_scales(stage) + kActScaleBytes + parity * (kWeightScales - 1) * 16;
+    }
     MEGA_DEVICE u32 staging(u32 math_warp) const {
         return address + kStagingAt + math_warp * kStagingBytes;
     }

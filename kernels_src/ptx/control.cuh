@@ -1,4 +1,4 @@
-// Registers of a warpgroup, named barriers, the timer, who a thread is.
+// Registers of a warpgroup, named barriers, numbers that the compiler is to keep, the timer, who a thread is.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#miscellaneous-instructions-setmaxnreg
 #pragma once
 #include "base/types.cuh"
@@ -20,6 +20,9 @@ MEGA_DEVICE void named_sync(u32 id, u32 threads) {
 MEGA_DEVICE void named_arrive(u32 id, u32 threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+/// Makes the compiler forget what it knows of a number: it neither takes it apart nor computes it together with others.
+MEGA_DEVICE void pin(u32& a) { asm volatile("" : "+r"(a)); }
 
 MEGA_DEVICE u64 nanoseconds() {
     u64 t;

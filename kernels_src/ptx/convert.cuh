@@ -110,17 +110,18 @@ MEGA_DEVICE void expand_e2m1(u32 codes, u32 low, u32 high, u32& first, u32& seco
     MEGA_EXPAND_8(first, second, codes)
 #define MEGA_A4(k) "=&r"(a[k][0]), "=&r"(a[k][1]), "=&r"(a[k][2]), "=&r"(a[k][3])
 #define MEGA_W4(v) "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
-/// The same of four times eight codes that share an exponent.  `Table` says how the table of magnitudes follows from it: one
-/// multiply-add for each of its two words.
+/// The same of four times eight codes that share an exponent.  `Table` says how the table of magnitudes follows from it: both its words
+/// from one product.  Written with one multiplication, ptxas keeps no register for the other factor.
 template <class Table>
 MEGA_DEVICE void expand_e2m1(Vec16& first, Vec16& second, const u32 (&codes)[4], u32 exponent) {
-    asm("{\n.reg .b32 low, high, s, m;\nmad.lo.u32 low, %12, %13, %14;\nmad.lo.u32 high, %12, %15, %16;\n"
+    static_assert(Table::kLowStep == Table::kHighStep << 8, "the lower word's step is the upper one's, a byte further left");
+    asm("{\n.reg .b32 low, high, s, m;\nmul.lo.u32 s, %12, %13;\nshl.b32 low, s, 8;\nadd.u32 low, low, %14;\nadd.u32 high, s, %15;\n"
         MEGA_EXPAND_8("%0", "%4", "%8") MEGA_EXPAND_8("%1", "%5", "%9")
         MEGA_EXPAND_8("%2", "%6", "%10") MEGA_EXPAND_8("%3", "%7", "%11") "}"
         : "=&r"(first.w[0]), "=&r"(first.w[1]), "=&r"(first.w[2]), "=&r"(first.w[3]),
           "=&r"(second.w[0]), "=&r"(second.w[1]), "=&r"(second.w[2]), "=&r"(second.w[3])
-        : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(exponent),
-          "n"(Table::kLowStep), "n"(Table::kLow), "n"(Table::kHighStep), "n"(Table::kHigh));
+        : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(exponent), "n"(Table::kHighStep),
+          "n"(Table::kLow), "n"(Table::kHigh));
 }
 /// The same of the 64 codes that a thread holds of 64 rows of a k-block (mma/packed_rows.cuh), to the registers of a left operand
 /// (ptx::wgmma_weights_registers).  One statement for the sake of compile time; volatile, since an operand's registers must not be written after the

@@ -14,8 +14,6 @@ MEGA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;
 /// Makes the compiler compute two descriptors here and not where they are first used.  Emits no instruction.
 MEGA_DEVICE void pin(u64& a, u64& b) { asm volatile("" : "+l"(a), "+l"(b)); }
 
-/// Makes the compiler forget what it knows of a number, and so compute what depends on it anew.
-MEGA_DEVICE void pin(u32& a) { asm volatile("" : "+r"(a)); }
 /// Writes four zeros here, and not where the optimiser would.
 MEGA_DEVICE void write_zeros(float* d) {
     asm volatile("mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;"

@@ -7,7 +7,7 @@
 //   empty[stage]   a lane of every math warp that reads the stage (4 per warpgroup) both lanes
 //
 // The weights lane stores the four weight scales of the stage before it arrives.  With helpers it fills a ring of packed k-blocks
-// instead, and the helpers arrive on full[stage] in its place (expand/beside.cuh).
+// instead, ahead of the stage, and the helpers arrive on full[stage] in its place (expand/beside.cuh).
 //
 // The weights lane is also the scheduler: it draws a ticket ahead of each tile, and publishes the tile in a tile slot.
 #pragma once
@@ -26,25 +26,21 @@ constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;
 // a ticket is drawn this many k-blocks before the end of the tile before it
 constexpr u32 kTicketLead = 3;
 
-/// Where the weights lane puts k-blocks: into the stages, or with helpers into the ring of packed k-blocks.
+/// Where the weights lane puts k-blocks: into the stages, or with helpers into the ring of packed k-blocks, which has as many places.
 template <class C, bool kPacked> struct WeightTarget {
     using Codes = typename C::Weights::template CodeStream<C>;
-    static constexpr u32 kDepth = C::kStages;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.full(i); }
     MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.empty(i); }
-    MEGA_DEVICE static u32 scales(const Shared<C>& s, u32 i) { return s.weight_scales(i); }
 };
 template <class C> struct WeightTarget<C, true> {
     using Codes = PackedStream<C>;
-    static constexpr u32 kDepth = C::Policy::kPacked;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.packed_full(i); }
     MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.packed_empty(i); }
-    MEGA_DEVICE static u32 scales(const Shared<C>& s, u32 i) { return s.packed_scales(i); }
 };
 
 template <class C> struct LoadWeights {
     using Scales = typename C::Weights::template ScaleStream<C>;
-    using Target = WeightTarget<C, (C::Policy::kPacked > 0)>;
+    using Target = WeightTarget<C, C::Policy::kPacked>;
     using Codes = typename Target::Codes;
 
     const Params& p;
@@ -63,13 +59,13 @@ template <class C> struct LoadWeights {
         const u32 draw = tile.k_blocks > kTicketLead ? tile.k_blocks - kTicketLead : 0;
         u32 next = 0;
         if constexpr (C::Policy::kExpands) Expansion<C>::wait(p, tile);
-        Ring<Target::kDepth> ring(tile.k_begin);
+        Ring<C::kStages> ring(tile.k_begin);
         for (u32 k = 0; k < tile.k_blocks; ++k, codes.advance(), ring.advance()) {
             if (k == draw) next = ticket();
             wait_barrier(p, Wait::weight_stage_free, Target::empty(shared, ring.stage),
                          ring.parity ^ 1, ring.stage);
             const u32 full = Target::full(shared, ring.stage);
-            scales.store(Target::scales(shared, ring.stage), k, k + 1 < tile.k_blocks);
+            scales.store(shared.weight_scales(ring.stage, ring.parity), k, k + 1 < tile.k_blocks);
             codes.load(shared, ring.stage, full);
             ptx::mbarrier_arrive(full);
         }

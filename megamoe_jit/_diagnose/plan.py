@@ -100,7 +100,8 @@ class PlanDocument(AskedFor, Document):
 
 def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
     """The shared memory of a block by part, in the order of `layout/shared.cuh`; the sum is `shared_bytes`."""
-    stages, slots, experts, pieces = spec.stages, spec.dispatch_slots, spec.local_experts, spec.variant.packed
+    stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
+    pieces, scales = (stages, 8) if spec.variant.packed else (0, 4)
     parts = [
         ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
         (
@@ -116,8 +117,7 @@ def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
         ),
         ("staging", MATH_WARPS * STAGING_BYTES, "2 KiB for each of the eight math warps"),
         ("dispatch", slots * DISPATCH_CHUNK, f"{slots} chunks of rows in flight"),
-        ("scales", stages * (spec.block_m * 4 + 16), f"{stages} stages of f32 [{spec.block_m} + 4]"),
-        ("packed scales", pieces * 16, f"{pieces} of f32 [4]"),
+        ("scales", 4 * stages * (spec.block_m + scales), f"{stages} stages of f32 [{spec.block_m} + {scales}]"),
         (
             "barriers",
             stages * 16 + TILE_SLOTS * 24 + slots * 8 + pieces * 16,

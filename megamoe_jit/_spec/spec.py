@@ -174,31 +174,38 @@ class KernelSpec:
         """Shared memory beside pipeline stages and dispatch slots (the same sum as `layout/shared.cuh`)."""
         slots = TILE_SLOTS * (3 * 8 + TILE_BYTES)
         plan = 4 * self.local_experts + 2 * 4 * (self.local_experts + 1) + 2 * self.local_experts
-        pieces = self.variant.packed
-        packed = pieces * (self.weights.stream_bytes(BLOCK_N, BLOCK) + 16 + 16) if pieces else 0
-        return MATH_WARPS * STAGING_BYTES + packed + slots + 64 + plan
+        return MATH_WARPS * STAGING_BYTES + slots + 64 + plan
 
     @cached_property
     def _ring_room(self) -> int:
         return SHARED_LIMIT - self.fixed_shared_bytes - 16
 
     @cached_property
+    def packed_bytes(self) -> int:
+        """A k-block of packed weights beside each stage, and what its stage has more for it; 0 without helpers."""
+        scales = barriers = 16
+        return self.weights.stream_bytes(BLOCK_N, BLOCK) + scales + barriers if self.variant.packed else 0
+
+    @cached_property
+    def _stage_room(self) -> int:
+        """A stage with its two mbarriers, and what belongs to it elsewhere."""
+        return self.stage_bytes + 16 + self.packed_bytes
+
+    @cached_property
     def stages(self) -> int:
         """Pipeline stages that fit, as far as the variant takes them."""
-        fitting = (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // (self.stage_bytes + 16)
+        fitting = (self._ring_room - MIN_DISPATCH_SLOTS * (DISPATCH_CHUNK + 8)) // self._stage_room
         return min(self.variant.most_stages, fitting)
 
     @cached_property
     def dispatch_slots(self) -> int:
         """Chunks of rows that dispatch keeps in flight: as many as still fit, two to eight."""
-        return min(
-            MAX_DISPATCH_SLOTS, (self._ring_room - self.stages * (self.stage_bytes + 16)) // (DISPATCH_CHUNK + 8)
-        )
+        return min(MAX_DISPATCH_SLOTS, (self._ring_room - self.stages * self._stage_room) // (DISPATCH_CHUNK + 8))
 
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        rings = self.stages * (self.stage_bytes + 16) + self.dispatch_slots * (DISPATCH_CHUNK + 8)
+        rings = self.stages * self._stage_room + self.dispatch_slots * (DISPATCH_CHUNK + 8)
         return -(-(rings + self.fixed_shared_bytes) // 16) * 16
 
     @cached_property

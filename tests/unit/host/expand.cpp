@@ -15,8 +15,9 @@ constexpr u32 kTile = 1024, kPacked = kTile + PackedPiece::kBytes;   // addresse
 
 void expand_groups(u32 thread) {
     PackedGroups rows;
-    rows.load(kPacked, kPacked + PackedPiece::kCodeBytes, 0, thread);
-    rows.store_row(kTile, 0, thread, 0), rows.store_row(kTile, 0, thread, 1);
+    const PackedGroups::Places places(thread);
+    rows.load(kPacked, kPacked + PackedPiece::kCodeBytes, 0, places);
+    rows.store_row(kTile, 0, places, 0), rows.store_row(kTile, 0, places, 1);
 }
 void expand_rows(const u8* given) {
     PackedPiece piece;

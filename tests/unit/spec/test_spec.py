@@ -161,9 +161,9 @@ ENTRY = """
 #include "formats/mxfp4.cuh"
 
 using megamoe::u32;
-template <class W, u32 kM, u32 kE, u32 kR, u32 kS, u32 kD, u32 kP> struct Config {
+template <class W, u32 kM, u32 kE, u32 kR, u32 kS, u32 kD, bool kP> struct Config {
     struct Policy {
-        static constexpr u32 kPacked = kP;
+        static constexpr bool kPacked = kP;
     };
     using Weights = W;
     static constexpr u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
@@ -180,7 +180,7 @@ template <class C, u32 kExpected> struct Check {
     static_assert(Map::kBarrierAt % 8 == 0 && Map::kTileBarrierAt % 8 == 0, "mbarriers");
     static_assert(Map::kDispatchBarrierAt % 8 == 0 && Map::kPackedBarrierAt % 8 == 0, "mbarriers");
     static_assert(Map::kExponentAt % 16 == 0 && Map::kExponentBytes % 16 == 0, "bulk copies");
-    static_assert(Map::kPackedAt % 128 == 0 && Map::kPackedScaleAt % 16 == 0, "bulk copies, scales as one");
+    static_assert(Map::kPackedAt % 128 == 0 && Map::kPackedBytes % 16 == 0, "bulk copies");
     static_assert(Map::kTileSlotAt % 8 == 0 && Map::kRowsAt % 4 == 0, "words");
     static constexpr bool kOk = true;
 };
@@ -212,7 +212,7 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
     shutil.copytree(host.KERNELS, tmp_path / "src")
     checks = "\n".join(
         f"static_assert(Check<Config<megamoe::{s.staged.policy}, {s.block_m}, {s.shape.experts}, {s.ranks}, "
-        f"{s.stages}, {s.dispatch_slots}, {s.variant.packed}>, "
+        f"{s.stages}, {s.dispatch_slots}, {str(s.variant.packed).lower()}>, "
         f'{s.shared_bytes}>::kOk, "");'
         for s in MAPPED
     )

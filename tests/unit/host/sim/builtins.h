@@ -47,6 +47,10 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
     for (unsigned l = 0; l < 32; ++l) mask |= static_cast<unsigned>(votes[l] & 1) << l;
     return mask;
 }
+inline bool __all_sync(unsigned, bool vote) {
+    const sim::u64* votes = sim::meet_warp("__all_sync", vote);
+    return std::all_of(votes, votes + 32, [](sim::u64 each) { return each != 0; });
+}
 inline unsigned __activemask() { return sim::now->warp->live; }
 inline unsigned __popc(unsigned v) { return __builtin_popcount(v); }
 

@@ -10,6 +10,8 @@ template <u32 kRegisters> void registers_shrink() {}
 inline void named_sync(u32 id, u32 threads) { sim::named_arrive(id, threads, true); }
 inline void named_arrive(u32 id, u32 threads) { sim::named_arrive(id, threads, false); }
 
+inline void pin(u32&) {}
+
 inline u64 nanoseconds() { return sim::timer(); }
 inline u32 thread_id_again() { return threadIdx.x; }
 inline u32 block_id_again() { return blockIdx.x; }

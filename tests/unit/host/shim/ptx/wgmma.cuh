@@ -14,7 +14,6 @@ template <u32 kPending, std::size_t kNumbers> void wgmma_wait(float (&)[kNumbers
     products.erase(products.begin(), products.begin() + due);
 }
 inline void pin(u64&, u64&) {}
-inline void pin(u32&) {}
 inline void write_zeros(float* d) { d[0] = d[1] = d[2] = d[3] = 0; }
 
 /// Shared addresses of the first rows instead of descriptors, in units of 16 bytes as theirs.
