@@ -108,43 +108,52 @@ struct ActivationRows {
 #pragma unroll
         for (u32 k = 0; k < 4; ++k) ptx::load_matrix4(acts + places.of[k], a[k]);
     }
+    /// If `wanted`; else they stay.
+    MEGA_DEVICE void load_if(bool wanted, u32 acts, const Places& places) {
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) ptx::load_matrix4_if(wanted, acts + places.of[k], a[k]);
+    }
 };
 
-/// The main loop of unpack: that of mma/block_scaled.cuh with one fresh accumulator, and with activations in registers.  They are loaded
-/// beside the promotion of the k-block before, if they are there by then.  Whether they are is asked before its last product is issued,
-/// which stalls the warps anyway, and is for all lanes to agree upon, since they load together.  After a tile's last k-block it is asked of
-/// another tile's, in vain: each tile makes a loop of its own.
+/// The main loop of unpack: that of mma/block_scaled.cuh with one fresh accumulator, and with activations in registers.  The next k-block's
+/// are loaded beside the promotion of this one's last quarter, if they are there by then, else after it.  Whether they are is asked
+/// before the last product is issued, which stalls the warps anyway, and is for all lanes to agree upon, since they load together.  After
+/// a tile's last k-block it is asked of another tile's, in vain: each tile makes a loop of its own.
 template <class C> struct NarrowLoop : StageReader<C> {
     using Base = StageReader<C>;
     using Base::Base, Base::shared, Base::ring, Base::row, Base::thread, Base::release;
-    ActivationRows rows;
-    bool loaded = false;   // rows are those of the ring's stage
+    ActivationRows rows;   // of the ring's stage
 
-    MEGA_DEVICE void block(Result& result, const ActivationRows::Places& places, u32 my_scale) {
+    MEGA_DEVICE void wait(const ActivationRows::Places& places) {
+        wait_barrier_watched(shared.full(ring.stage), ring.parity);
+        rows.load(shared.acts(ring.stage), places);
+    }
+
+    /// `my_scale`: where that of this thread's first row is among a stage's.  `more`: this is not the tile's last k-block.
+    MEGA_DEVICE void block(Result& result, const ActivationRows::Places& places, u32 my_scale,
+                           bool more) {
         const u32 stage = ring.stage;
-        if (!loaded) {
-            wait_barrier_watched(shared.full(stage), ring.parity);
-            rows.load(shared.acts(stage), places);
-        }
         BlockScales scales;
         scales.load(shared.act_scales(stage) + my_scale, shared.weight_scales(stage, ring.parity));
         const u64 weights = ptx::matrix_descriptor(shared.weights(stage));
         ring.advance();
+        bool ready = false;
 #pragma unroll
         for (u32 q = 0; q < 4; ++q) {
             float fresh[32];
             if (q == 3)
-                loaded = __all_sync(~0u, ptx::mbarrier_test(shared.full(ring.stage), ring.parity));
+                ready = __all_sync(~0u, ptx::mbarrier_test(shared.full(ring.stage), ring.parity));
             ptx::wgmma_fence();
             ptx::wgmma_m64n64k128(fresh, rows.a, weights + q * ptx::kDescriptorRows64);
             ptx::wgmma_commit();
             ptx::wgmma_wait<0>(fresh);
             if (q == 3) {
                 release(stage);
-                if (loaded) rows.load(shared.acts(ring.stage), places);
+                rows.load_if(ready, shared.acts(ring.stage), places);
             }
             promote_quarter(result, fresh, scales, q);
         }
+        if (!ready && more) wait(places);
     }
 
     MEGA_DEVICE void run(Result& result, u32 k_blocks) {
@@ -153,7 +162,12 @@ template <class C> struct NarrowLoop : StageReader<C> {
         const ActivationRows::Places places(first, thread % kWarp);
         u32 my_scale = (first + thread % kWarp / 4) * 4;
         ptx::pin(my_scale);
-        for (; k_blocks > 0; --k_blocks) block(result, places, my_scale);
+        wait(places);
+        bool more;
+        do {   // whether there are more is known early so
+            more = --k_blocks > 0;
+            block(result, places, my_scale, more);
+        } while (more);
     }
 };
 

@@ -121,6 +121,15 @@ MEGA_DEVICE void load_matrix4(u32 address, u32 (&v)[4]) {
                  : "r"(address)
                  : "memory");
 }
+/// The same if `wanted`, upon which all lanes must agree; else `v` stays.  No branch, so that ptxas may mix it with other work.
+MEGA_DEVICE void load_matrix4_if(bool wanted, u32 address, u32 (&v)[4]) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+        "@p ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n}"
+        : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
+        : "r"(address), "r"(u32(wanted))
+        : "memory");
+}
 /// Stores two such matrices: lane l passes for each the four bytes from 4 (l % 4) on of row l / 4, and lanes 0 to 15 the address of
 /// row l % 8 of matrix l / 8.
 MEGA_DEVICE void store_matrix2(u32 address, u32 a, u32 b) {

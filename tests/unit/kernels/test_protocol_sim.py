@@ -123,9 +123,9 @@ PACKED_MISTAKES = (
 LATE_EXPONENTS, MEETINGS, OF_LARGE_TILES = 213, range(214, 220), (226, 227, 228)
 
 #: With packed weights that are unpacked in shared memory, or expanded in memory: packed weights, or a free stage, are
-#: not waited for; a stage is full without them; activations are read before they are there; a stage's weight scales are
-#: overwritten before they are read; a piece counts as expanded before it is written; blocks that dispatch take each
-#: other's rows; the matrix work does not wait.
+#: not waited for; a stage is full without them; activations are read before they are there, or by some lanes alone; a
+#: stage's weight scales are overwritten before they are read; a piece counts as expanded before it is written; blocks
+#: that dispatch take each other's rows; the matrix work does not wait.
 EXPAND_MISTAKES = (
     *SMALL,
     Change(
@@ -143,7 +143,13 @@ EXPAND_MISTAKES = (
         "        PackedGroups rows[2];",
         "        if (sim::mutant == 222 && threadIdx.x % kGroup < kWarp) return;\n        PackedGroups rows[2];",
     ),
-    Change("expand/beside.cuh", "__all_sync(~0u, ptx", "sim::mutant == 229 || __all_sync(~0u, ptx"),
+    Change("expand/beside.cuh", "__all_sync(~0u, ptx", "sim::mutant == 229 || each_or_all(~0u, ptx"),
+    Change(
+        "mma/stages.cuh",
+        "namespace megamoe {\n",
+        "namespace megamoe {\ninline bool each_or_all(u32 all, bool mine) {\n"
+        "    return sim::mutant == 231 ? mine : __all_sync(all, mine);\n}\n",
+    ),
     Change(
         "layout/shared.cuh", "parity * (kWeightScales - 1)", "(sim::mutant == 230 ? 0 : parity) * (kWeightScales - 1)"
     ),
@@ -161,7 +167,7 @@ EXPAND_MISTAKES = (
 )
 #: One program for both, and for the waits that a single rank has.
 MXFP4_MISTAKES = (*PACKED_MISTAKES, *EXPAND_MISTAKES[len(SMALL) :])
-BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222, 229, 230), (223, 224, Wait.WEIGHTS_EXPANDED.value)
+BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222, 229, 230, 231), (223, 224, Wait.WEIGHTS_EXPANDED.value)
 
 Build = Callable[..., Simulator]
 

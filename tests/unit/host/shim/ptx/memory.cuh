@@ -115,6 +115,10 @@ inline void load_matrix4(u32 address, u32 (&v)[4]) {
                     lane.warp->block->at(static_cast<u32>(addresses[0]) + (lane.index / 4 + 8 * below) * 128, 32, 16), 32);
     v[0] = v[1] = v[2] = v[3] = place;
 }
+/// Lanes that do not agree do not meet.
+inline void load_matrix4_if(bool wanted, u32 address, u32 (&v)[4]) {
+    if (wanted) load_matrix4(address, v);
+}
 /// Lane l's numbers are those of columns 2(l%4) and the next of row l/4; the addresses are those of columns.
 inline void store_matrix4_bf16_transposed(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
     const u64* addresses = sim::meet_warp("stmatrix", address);
