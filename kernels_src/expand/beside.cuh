@@ -98,7 +98,7 @@ template <class C> struct Unpacker {
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
         const u32 thread = threadIdx.x % kGroup;
-        const bool one = thread % kWarp == 0;
+        const bool one = arrives(thread);
         Ring<C::kStages> ring;
         Ring<C::Policy::kPacked> from;
         for (u32 index = 0;; ++index) {
