@@ -1,8 +1,8 @@
 // Who arrives on an mbarrier where a warp has come to an end with a place of a ring, and how many arrivals that is: one lane's, after
 // a `__syncwarp` that orders what the others have done before it.
 //
-// racecheck of compute-sanitizer does not see that order where ptxas emits no instruction for the `__syncwarp`.  With kWarp instead of
-// one all lanes arrive, and racecheck sees it: tests/racecheck.py makes such kernels, which are slower, for itself alone.
+// racecheck of compute-sanitizer does not see that order where ptxas emits no instruction for the `__syncwarp`.  With kWarp in place
+// of 1 below all lanes arrive, and it sees it; such kernels are made to be judged alone (docs/protocol.md).
 #pragma once
 #include "base/constants.cuh"
 
