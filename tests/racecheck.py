@@ -42,8 +42,8 @@ BLOCKS = 8  #: of the launch; each has several tiles, of more k-blocks than ther
 SECONDS = 60  #: most that one kernel may take
 PREFIX = re.compile(r"^=========[ ]?", re.MULTILINE)
 SUMMARY = re.compile(r"RACECHECK SUMMARY: (\d+) hazard")
-HAZARD = re.compile(r"(?:Error|Warning): (Race reported .*?)(?=\n\s*\n|\Z)", re.DOTALL)
-ADDRESS = re.compile(r"\+?\b0x[0-9a-f]+\b")
+HAZARD = re.compile(r"(?:Error|Warning): Race reported between (.*?)(?=\n\s*\n|\Z)", re.DOTALL)
+UNSAID = re.compile(r"\(.*?\)( const)?|megamoe::|\+?\b0x[0-9a-f]+\b|\[\d+ hazards\]")  #: arguments, addresses, counts
 
 
 def every_lane(folder: Path) -> Path:
@@ -112,9 +112,12 @@ def judged(tool: str, kernel: str, environment: dict[str, str]) -> tuple[int, st
 
 
 def places(report: str) -> list[str]:
-    """What racecheck names, each once: two accesses and where they are."""
-    found = (" ".join(ADDRESS.sub("", hazard).split()) for hazard in HAZARD.findall(PREFIX.sub("", report)))
-    return list(dict.fromkeys(found))
+    """What racecheck names, each once: an access, those that are not ordered after or before it, and where they are."""
+    found = (
+        [" ".join(UNSAID.sub("", line).split()) for line in race.split("\n")]
+        for race in HAZARD.findall(PREFIX.sub("", report))
+    )
+    return list(dict.fromkeys(" ".join(dict.fromkeys(lines)) for lines in found))
 
 
 def say(kernel: str, code: int, report: str, seconds: float) -> bool:

@@ -11,19 +11,19 @@ from megamoe_jit._settings.settings import override
 from tests import racecheck
 
 CLEAN = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
-NAMED = """output right
-========= Error: Race reported between Read access at megamoe_x+0x120 in /megamoe_jit/kernels_src/mma/scales.cuh:40
-=========     and Write access at megamoe_x+0x330 in /megamoe_jit/kernels_src/ptx/tma.cuh:33 [31 hazards]
+READS = "megamoe::ptx::load_float_shared(unsigned int)"
+WRITE = "megamoe::ptx::bulk_load(unsigned int, const void *, unsigned int, unsigned int)"
+NAMED = f"""output right
+========= Error: Race reported between Write access at {WRITE}+0x330 in tma.cuh:26
+=========     and Read access at {READS}+0x43d0 in memory.cuh:162 [12608 hazards]
+=========     and Read access at {READS}+0x4f90 in memory.cuh:162 [12192 hazards]
 =========
-========= Error: Race reported between Read access at megamoe_x+0x1f0 in /megamoe_jit/kernels_src/mma/scales.cuh:40
-=========     and Write access at megamoe_x+0x330 in /megamoe_jit/kernels_src/ptx/tma.cuh:33 [31 hazards]
+========= Error: Race reported between Write access at {WRITE}+0x660 in tma.cuh:26
+=========     and Read access at {READS}+0x4710 in memory.cuh:162 [31 hazards]
 =========
 ========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
 """
-PLACE = (
-    "Race reported between Read access at megamoe_x in /megamoe_jit/kernels_src/mma/scales.cuh:40"
-    " and Write access at megamoe_x in /megamoe_jit/kernels_src/ptx/tma.cuh:33 [31 hazards]"
-)
+PLACE = "Write access at ptx::bulk_load in tma.cuh:26 and Read access at ptx::load_float_shared in memory.cuh:162"
 
 
 def test_kernels_for_racecheck_are_the_others_but_for_one_line(tmp_path: Path):
