@@ -127,8 +127,10 @@ def say(kernel: str, code: int, report: str, seconds: float) -> bool:
     count = "not judged" if hazards is None else f"{hazards} hazards"
     output = "output right" if code == 0 else f"ended with {code}"
     print(f"{kernel:18} {count:>12}  {output}  {seconds:.0f} s", flush=True)  # noqa: T201
-    lines = report.splitlines()[-15:] if hazards is None or code != 0 else []
-    for line in [*places(report), *lines]:
+    lines = report.splitlines()
+    if hazards is not None:  # what is not said above: the output
+        lines = [line for line in lines if code != 0 and not PREFIX.match(line)]
+    for line in [*places(report), *lines[-15:]]:
         print(f"    {line}")  # noqa: T201
     return hazards == 0 and code == 0
 
