@@ -8,6 +8,7 @@ Needs a Hopper GPU.  The kernel that writes records is another kernel, a little 
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,30 +20,30 @@ from megamoe_jit._bench.clock import FLUSH_BYTES
 from megamoe_jit._bench.measure import Layer, cases
 from megamoe_jit._check.scenarios import make_inputs
 from megamoe_jit._layer.bound_kernel import BoundKernel
+from megamoe_jit._spec import FORMATS, FP8, WeightFormat
 from megamoe_jit.heuristics.presets import preset
 
 ROUNDS = 3  #: the last one is kept
 
 
-def record(shape: str, tokens: int, variant: str, device: torch.device) -> list[Record]:
+def record(shape: str, tokens: int, variant: str, device: torch.device, weights: WeightFormat = FP8) -> list[Record]:
     """The records of one call, after some others, with the L2 flushed."""
-    (case,) = cases([preset(shape)], [tokens])
-    layer = Layer(case.shape, tokens, device)
-    inputs = make_inputs(case, device, weights=layer.weights)
-    y = torch.empty(tokens, case.shape.hidden, dtype=torch.bfloat16, device=device)
-    plan = layer.buffer.plan(tokens, variant, case.numerics, None)
-    spec = replace(plan.kernel.spec, timeline=True)
-    room = torch.zeros(words(plan.num_sms), dtype=torch.int64, device=device)
-    kernel = BoundKernel(spec, layer.buffer.place, timeline=room.data_ptr())
+    (case,) = cases([preset(shape)], [tokens], weights.name)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    for _ in range(ROUNDS):
-        inputs.stage(layer.buffer)
-        room.zero_()
-        flush.zero_()
-        layer.launch(replace(plan, kernel=kernel), y, case)
-        layer.buffer.check()
-    layer.close()
-    return decode(room.cpu())
+    with closing(Layer(case.shape, tokens, device, weights)) as layer:
+        inputs = make_inputs(case, device, weights=layer.weights)
+        y = torch.empty(tokens, case.shape.hidden, dtype=torch.bfloat16, device=device)
+        plan = layer.buffer.plan(tokens, variant, case.numerics, None, weights=weights)
+        spec = replace(plan.kernel.spec, timeline=True)
+        room = torch.zeros(words(plan.num_sms), dtype=torch.int64, device=device)
+        kernel = BoundKernel(spec, layer.buffer.place, timeline=room.data_ptr())
+        for _ in range(ROUNDS):
+            inputs.stage(layer.buffer)
+            room.zero_()
+            flush.zero_()
+            layer.launch(replace(plan, kernel=kernel), y, case)
+            layer.buffer.check()
+        return decode(room.cpu())
 
 
 def main() -> int:
@@ -51,11 +52,12 @@ def main() -> int:
     arguments.add_argument("--shape", default="v4-flash")
     arguments.add_argument("--tokens", type=int, default=1024)
     arguments.add_argument("--variant", default="auto")
+    arguments.add_argument("--weight-format", default=FP8.name, choices=tuple(FORMATS))
     arguments.add_argument("--trace", type=Path, help="write a Chrome/Perfetto trace")
     arguments.add_argument("--every", type=int, default=1, help="only every n-th block in the trace")
     options = arguments.parse_args()
     device = hopper(arguments)
-    records = record(options.shape, options.tokens, options.variant, device)
+    records = record(options.shape, options.tokens, options.variant, device, FORMATS[options.weight_format])
     if options.trace:
         title = f"{torch.cuda.get_device_name()}: {options.shape}, {options.tokens} tokens"
         found = trace(records, title, range(0, 1 << 16, options.every))

@@ -63,7 +63,7 @@ template <class C> struct Unpacker {
     MEGA_DEVICE void run() const {
         const TileSlots<C> slots{p, shared};
         const u32 thread = threadIdx.x % kGroup;
-        const bool one = thread % kWarp == 0;
+        const bool one = arrives(thread);
         const PackedGroups::Places places(thread);
         Ring<C::kStages> ring;
         for (u32 index = 0;; ++index) {

@@ -31,15 +31,15 @@ namespace megamoe {
 /// Initialises the block's mbarriers (docs/kernel.md lists them), and its share of what the launch counts in.
 template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>& shared) {
     if (threadIdx.x == 0) {
-        constexpr u32 kReaders = kTileWarps<C>;
+        constexpr u32 kReaders = arrivals_of(kTileWarps<C>), kHelpers = arrivals_of(kHelperWarps<C>);
 #pragma unroll 1
         for (u32 s = 0; s < C::kStages; ++s)
-            ptx::mbarrier_init(shared.full(s), C::Policy::kPacked ? 1 + kHelperWarps<C> : 2),
+            ptx::mbarrier_init(shared.full(s), C::Policy::kPacked ? 1 + kHelpers : 2),
                 ptx::mbarrier_init(shared.empty(s), kReaders);
 #pragma unroll 1
         for (u32 s = 0; s < kTileSlots; ++s) {
             ptx::mbarrier_init(shared.tile_full(s), 1);
-            ptx::mbarrier_init(shared.tile_empty(s), kReaders + 2 + kHelperWarps<C>);
+            ptx::mbarrier_init(shared.tile_empty(s), kReaders + 2 + kHelpers);
             ptx::mbarrier_init(shared.tile_stored(s), kReaders);
         }
 #pragma unroll 1
@@ -47,7 +47,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         if constexpr (C::Policy::kPacked)
             for (u32 i = 0; i < Shared<C>::kPackedPlaces; ++i) {
                 ptx::mbarrier_init(shared.packed_full(i), 1);
-                ptx::mbarrier_init(shared.packed_empty(i), kHelperWarps<C>);
+                ptx::mbarrier_init(shared.packed_empty(i), kHelpers);
             }
         ptx::mbarrier_init_fence();
         for (const ptx::TensorMap* map : {&p.act1, &p.act2, &p.act1_small, &p.act2_small})

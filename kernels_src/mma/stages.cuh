@@ -2,6 +2,7 @@
 #pragma once
 #include "comm/fault.cuh"
 #include "layout/shared.cuh"
+#include "pipe/arrivals.cuh"
 #include "pipe/ring.cuh"
 #include "ptx/control.cuh"
 
@@ -11,7 +12,7 @@ namespace megamoe {
 /// be loaded again once all its readers have said so.
 template <class C> MEGA_DEVICE void release_stage(const Shared<C>& shared, u32 stage, u32 thread) {
     __syncwarp();   // all lanes have read their part, and none still tests this phase of full[stage]
-    if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));
+    if (arrives(thread)) ptx::mbarrier_arrive(shared.empty(stage));
 }
 
 /// A warpgroup's position in the stages, where activations are the rows of a product (mma/block_scaled.cuh, expand/beside.cuh).

@@ -11,6 +11,7 @@
 #pragma once
 #include "comm/fault.cuh"
 #include "layout/shared.cuh"
+#include "pipe/arrivals.cuh"
 #include "pipe/ring.cuh"
 #include "sched/experts.cuh"
 
@@ -67,7 +68,7 @@ template <class C> struct TileSlots {
     /// All lanes of a math warp, when its part of the tile is stored; its view of the tile is not valid any more.
     MEGA_DEVICE void done(u32 index) const {
         __syncwarp();
-        if (ptx::thread_id_again() % kWarp != 0) return;
+        if (!arrives(ptx::thread_id_again())) return;
         ptx::mbarrier_arrive(shared.tile_stored(index % kTileSlots));
         release(index);
     }

@@ -56,7 +56,7 @@ BROKEN = {
     ),
     "math warps never free a stage": (
         "mma/stages.cuh",
-        "if (thread % kWarp == 0) ptx::mbarrier_arrive(shared.empty(stage));",
+        "if (arrives(thread)) ptx::mbarrier_arrive(shared.empty(stage));",
         "",
         "the math warps to free pipeline stage",
     ),

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import change, frame, ranks
+from benchmarks import change, ranks
 from benchmarks.checkout import commit
-from megamoe_jit._bench import measure as _bench
 from megamoe_jit._spec import FP8
-from tests.unit.bench.test_measure import CONDITIONS, SMALL, Clock, Layer
+from tests.unit.bench.test_measure import Clock, Layer
+from tests.unit.benchmarks.environment import measured_here
 
 
 class Package(Layer):
@@ -47,17 +47,8 @@ class Package(Layer):
 def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     now, before = Package(1.0), Package(2.0)
     (tmp_path / "older" / "megamoe_jit").mkdir(parents=True)
-    for owner, name, stand_in in (
-        (_bench, "megamoe_jit", now),
-        (change, "import_module", {change.BEFORE: before}.__getitem__),
-        (frame, "preset", {"small": SMALL}.__getitem__),
-        (change, "FLUSH_BYTES", 16),
-        (frame, "require_hopper", lambda: torch.device("cpu")),
-        (frame, "environment", lambda commit: {**CONDITIONS, "commit": commit}),
-        (torch.cuda, "Event", Clock),
-        *((torch.cuda, each, lambda *_: None) for each in ("synchronize", "_sleep", "empty_cache")),
-    ):
-        monkeypatch.setattr(owner, name, stand_in, raising=False)
+    measured_here(monkeypatch, change, now)
+    monkeypatch.setattr(change, "import_module", {change.BEFORE: before}.__getitem__)
     monkeypatch.setattr(sys, "path", [*sys.path])
     return now, before
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant, WeightFormat
 from megamoe_jit._spec.abi import Meeting, Wait
 from megamoe_jit._spec.inputs import Inputs
-from tests import host
+from tests import host, racecheck
 from tests.unit.host.simulator import CHUNK, HERE, SMALL, Change, Simulator, changed_rooms
 
 #: By number of ranks.  Full and half tiles of columns, iterations of the main loop of one and of two k-blocks,
@@ -353,6 +353,15 @@ def test_a_mistake_where_packed_weights_are_expanded_is_found(build: Build, vari
     assert simulator.run(1, 100, 3, variant=variant).problem == ""
     problems = (simulator.run(seed, 100, 3, variant=variant, mutant=mistake).problem for seed in range(1, 41))
     assert any(problems)
+
+
+def test_as_many_arrivals_are_expected_where_every_lane_arrives(build: Build):
+    """In the kernels that racecheck judges; with one too few all wait for ever."""
+    every_lane = Change(racecheck.ROOM, racecheck.ONE_LANE, racecheck.EVERY_LANE)
+    simulator = build(1, (*SMALL, every_lane), weights=MXFP4)
+    for variant in Variant.reading(MXFP4):
+        for seed in (1, 2):
+            assert simulator.run(seed, 60, 3, variant=variant.value).problem == ""
 
 
 def test_rows_that_are_loaded_in_several_goes_come_whole(tmp_path: Path):
