@@ -132,7 +132,7 @@ def test_choosing_does_not_import_torch():
 
 def test_packed_weights_go_further_from_the_product_the_more_rows_share_them():
     shape = MoEShape(4096, 2048, 32, 6)
-    picked = {tokens: choose(shape, tokens, weights=MXFP4).variant for tokens in (1, 256, 512, 2048, 2049, 8192)}
+    picked = {tokens: choose(shape, tokens, weights=MXFP4).variant for tokens in (1, 256, 512, 3072, 3073, 8192)}
     assert list(picked.values()) == [Variant.DECODE] * 2 + [Variant.UNPACK] * 2 + [Variant.PREFILL] * 2
     forced = (
         choose(shape, 512, weights=MXFP4, cooperative_threshold=256),
