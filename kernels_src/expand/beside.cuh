@@ -117,8 +117,9 @@ struct ActivationRows {
 
 /// The main loop of unpack: that of mma/block_scaled.cuh with one fresh accumulator, and with activations in registers.  The next k-block's
 /// are loaded beside the promotion of this one's last quarter, if they are there by then, else after it.  Whether they are is asked
-/// before the last product is issued, which stalls the warps anyway, and is for all lanes to agree upon, since they load together.  After
-/// a tile's last k-block it is asked of another tile's, in vain: each tile makes a loop of its own.
+/// before the last product is issued, which stalls the warps anyway, and is for all lanes to agree upon, since they load together.  No
+/// other use of the stage can answer: this warp has waited for the one before, in `run` or `skip`, and the one after needs its release.
+/// After a tile's last k-block it is asked of another tile's, in vain: each tile makes a loop of its own.
 template <class C> struct NarrowLoop : StageReader<C> {
     using Base = StageReader<C>;
     using Base::Base, Base::shared, Base::ring, Base::row, Base::thread, Base::release;
