@@ -44,19 +44,19 @@ template <class C> struct Unpacker {
     const Shared<C>& shared;
 
     /// One k-block, from its place of the packed ring into the stage.  Packed rows are loaded before the stage is waited for.
-    MEGA_DEVICE void block(const Ring<C::kStages>& ring, const PackedGroups::Places& places) const {
+    MEGA_DEVICE void block(const Ring<C::kStages>& ring, const PackedGroups::Offsets& offsets) const {
         const u32 codes = shared.packed(ring.stage), exponents = codes + Shared<C>::kPackedCodes,
                   weights = shared.weights(ring.stage);
         // in turn, loaded one ahead: the compiler does not move a load before an earlier store
         PackedGroups rows[2];
         wait_barrier_watched(shared.packed_full(ring.stage), ring.parity);
-        rows[0].load(codes, exponents, 0, places);
+        rows[0].load(codes, exponents, 0, offsets);
         wait_barrier_watched(shared.empty(ring.stage), ring.parity ^ 1);
 #pragma unroll
         for (u32 m = 0; m < 4; ++m) {
-            rows[m % 2].store_row(weights, m, places, 0);
-            if (m < 3) rows[(m + 1) % 2].load(codes, exponents, m + 1, places);
-            rows[m % 2].store_row(weights, m, places, 1);
+            rows[m % 2].store_row(weights, m, offsets, 0);
+            if (m < 3) rows[(m + 1) % 2].load(codes, exponents, m + 1, offsets);
+            rows[m % 2].store_row(weights, m, offsets, 1);
         }
     }
 
@@ -64,7 +64,7 @@ template <class C> struct Unpacker {
         const TileSlots<C> slots{p, shared};
         const u32 thread = threadIdx.x % kGroup;
         const bool one = arrives(thread);
-        const PackedGroups::Places places(thread);
+        const PackedGroups::Offsets offsets(thread);
         Ring<C::kStages> ring;
         for (u32 index = 0;; ++index) {
             const TileView tile = slots.watched(index);
@@ -74,7 +74,7 @@ template <class C> struct Unpacker {
             if (one) slots.release(index);
 #pragma unroll 1
             for (u32 k = 0; k < k_blocks; ++k, ring.advance()) {
-                block(ring, places);
+                block(ring, offsets);
                 ptx::fence_async_shared();   // WGMMA reads the stage through the async proxy
                 __syncwarp();
                 if (one) {
@@ -91,10 +91,10 @@ struct ActivationRows {
     u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_m64n64k128
 
     /// Where a lane reads them in a stage, which is swizzled, in bytes from its first row; kept, not made for each k-block.
-    struct Places {
+    struct Offsets {
         u32 of[4];
 
-        MEGA_DEVICE Places(u32 first_row, u32 lane) {
+        MEGA_DEVICE Offsets(u32 first_row, u32 lane) {
             const u32 row = (first_row + lane % 16) * kBlockK;
 #pragma unroll
             for (u32 k = 0; k < 4; ++k) {
@@ -104,33 +104,34 @@ struct ActivationRows {
         }
     };
     /// From the stage whose activations are at this address.
-    MEGA_DEVICE void load(u32 acts, const Places& places) {
+    MEGA_DEVICE void load(u32 acts, const Offsets& offsets) {
 #pragma unroll
-        for (u32 k = 0; k < 4; ++k) ptx::load_matrix4(acts + places.of[k], a[k]);
+        for (u32 k = 0; k < 4; ++k) ptx::load_matrix4(acts + offsets.of[k], a[k]);
     }
     /// If `wanted`; else they stay.
-    MEGA_DEVICE void load_if(bool wanted, u32 acts, const Places& places) {
+    MEGA_DEVICE void load_if(bool wanted, u32 acts, const Offsets& offsets) {
 #pragma unroll
-        for (u32 k = 0; k < 4; ++k) ptx::load_matrix4_if(wanted, acts + places.of[k], a[k]);
+        for (u32 k = 0; k < 4; ++k) ptx::load_matrix4_if(wanted, acts + offsets.of[k], a[k]);
     }
 };
 
 /// The main loop of unpack: that of mma/block_scaled.cuh with one fresh accumulator, and with activations in registers.  The next k-block's
 /// are loaded beside the promotion of this one's last quarter, if they are there by then, else after it.  Whether they are is asked
-/// before the last product is issued, which stalls the warps anyway, and is for all lanes to agree upon, since they load together.  After
-/// a tile's last k-block it is asked of another tile's, in vain: each tile makes a loop of its own.
+/// before the last product is issued, which stalls the warps anyway, and is for all lanes to agree upon, since they load together.  No
+/// other use of the stage can answer: this warp has waited for the one before, in `run` or `skip`, and the one after needs its release.
+/// After a tile's last k-block it is asked of another tile's, in vain: each tile makes a loop of its own.
 template <class C> struct NarrowLoop : StageReader<C> {
     using Base = StageReader<C>;
     using Base::Base, Base::shared, Base::ring, Base::row, Base::thread, Base::release;
     ActivationRows rows;   // of the ring's stage
 
-    MEGA_DEVICE void wait(const ActivationRows::Places& places) {
+    MEGA_DEVICE void wait(const ActivationRows::Offsets& offsets) {
         wait_barrier_watched(shared.full(ring.stage), ring.parity);
-        rows.load(shared.acts(ring.stage), places);
+        rows.load(shared.acts(ring.stage), offsets);
     }
 
     /// `my_scale`: where that of this thread's first row is among a stage's.  `more`: this is not the tile's last k-block.
-    MEGA_DEVICE void block(Result& result, const ActivationRows::Places& places, u32 my_scale,
+    MEGA_DEVICE void block(Result& result, const ActivationRows::Offsets& offsets, u32 my_scale,
                            bool more) {
         const u32 stage = ring.stage;
         BlockScales scales;
@@ -149,24 +150,24 @@ template <class C> struct NarrowLoop : StageReader<C> {
             ptx::wgmma_wait<0>(fresh);
             if (q == 3) {
                 release(stage);
-                rows.load_if(ready, shared.acts(ring.stage), places);
+                rows.load_if(ready, shared.acts(ring.stage), offsets);
             }
             promote_quarter(result, fresh, scales, q);
         }
-        if (!ready && more) wait(places);
+        if (!ready && more) wait(offsets);
     }
 
     MEGA_DEVICE void run(Result& result, u32 k_blocks) {
         result.clear();
         const u32 first = row + thread / kWarp % 4 * 16;   // of this warp's rows in the tile
-        const ActivationRows::Places places(first, thread % kWarp);
+        const ActivationRows::Offsets offsets(first, thread % kWarp);
         u32 my_scale = (first + thread % kWarp / 4) * 4;
         ptx::pin(my_scale);
-        wait(places);
+        wait(offsets);
         bool more;
         do {   // whether there are more is known early so
             more = --k_blocks > 0;
-            block(result, places, my_scale, more);
+            block(result, offsets, my_scale, more);
         } while (more);
     }
 };

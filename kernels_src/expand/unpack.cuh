@@ -75,10 +75,10 @@ struct PackedGroups {
 
     /// Where a thread's are in a k-block, and where they go in a stage, in bytes from their beginnings.  Kept, not made for each: what is
     /// added to them is the same for all threads, and costs no instruction then.
-    struct Places {
+    struct Offsets {
         u32 codes[4], exponents, chunks[2];
 
-        MEGA_DEVICE explicit Places(u32 thread) {
+        MEGA_DEVICE explicit Offsets(u32 thread) {
             const u32 warp = thread / kWarp, row = thread % 8, group = thread % kWarp / 8;
 #pragma unroll
             for (u32 q = 0; q < 4; ++q) {
@@ -95,23 +95,23 @@ struct PackedGroups {
     };
 
     /// From a k-block in shared memory, of which these are the addresses; `m`: which 64 rows.
-    MEGA_DEVICE void load(u32 codes_at, u32 exponents_at, u32 m, const Places& places) {
+    MEGA_DEVICE void load(u32 codes_at, u32 exponents_at, u32 m, const Offsets& offsets) {
 #pragma unroll
         for (u32 q = 0; q < 4; ++q)   // those of both rows lie side by side
-            ptx::load8_shared(codes_at + places.codes[q] + m * PackedPiece::kCodeBytes, codes[0][q],
-                              codes[1][q]);
+            ptx::load8_shared(codes_at + offsets.codes[q] + m * PackedPiece::kCodeBytes,
+                              codes[0][q], codes[1][q]);
 #pragma unroll
         for (u32 below = 0; below < 2; ++below)
-            exponents[below] = ptx::load1_shared(exponents_at + places.exponents +
+            exponents[below] = ptx::load1_shared(exponents_at + offsets.exponents +
                                                  m * PackedPiece::kExponentBytes + below * 4);
     }
     /// Expands those of row r, or with `below` of row r + 8, to their two chunks of the 256 rows at address `rows`.
-    MEGA_DEVICE void store_row(u32 rows, u32 m, const Places& places, u32 below) const {
+    MEGA_DEVICE void store_row(u32 rows, u32 m, const Offsets& offsets, u32 below) const {
         const u32 further = m * PackedPiece::kBytes + below * (8 * kBlockK);
         Vec16 first, second;
         ptx::expand_e2m1<Magnitudes>(first, second, codes[below], exponents[below]);
-        ptx::store16_shared(rows + places.chunks[0] + further, first);
-        ptx::store16_shared(rows + places.chunks[1] + further, second);
+        ptx::store16_shared(rows + offsets.chunks[0] + further, first);
+        ptx::store16_shared(rows + offsets.chunks[1] + further, second);
     }
 };
 

@@ -27,7 +27,7 @@ template <class C> struct Shared {
                          kWeightBytes = kBlockN * kBlockK * C::Weights::kBits / 8,
                          kExponentBytes = group_bytes(C::Weights::kGroup),
                          kActScaleBytes = C::kBlockM * 4;
-    // places of the packed ring; and of the four floats of weights in a stage, which are written as soon as a k-block of that ring is
+    // places of the packed ring; and of a stage's four scales of weights, which with that ring are written before the stage is free
     static constexpr u32 kPackedPlaces = C::Policy::kPacked ? C::kStages : 0,
                          kWeightScales = C::Policy::kPacked ? 2 : 1;
     static constexpr u32 kScaleBytes = kActScaleBytes + kWeightScales * 16;
@@ -69,8 +69,13 @@ template <class C> struct Shared {
     MEGA_DEVICE u32 packed(u32 i) const { return address + kPackedAt + i * kPackedBytes; }
     MEGA_DEVICE u32 act_scales(u32 stage) const { return address + kScaleAt + stage * kScaleBytes; }
     /// `parity` of the stage's use: with a packed ring, two uses in a row have theirs in two places.
-    MEGA_DEVICE u32 weight_scales(u32 stage, u32 parity = 0) const {
+    MEGA_DEVICE u32 weight_scales(u32 stage, u32 parity) const {
         return act_scales(stage) + kActScaleBytes + parity * (kWeightScales - 1) * 16;
+    }
+    /// Of all uses, where they have one place.
+    MEGA_DEVICE u32 weight_scales(u32 stage) const {
+        static_assert(kWeightScales == 1, "with a packed ring, which place depends on the use");
+        return weight_scales(stage, 0);
     }
     MEGA_DEVICE u32 staging(u32 math_warp) const {
         return address + kStagingAt + math_warp * kStagingBytes;

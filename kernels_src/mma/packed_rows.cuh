@@ -1,5 +1,6 @@
 // Packed weights in registers: what one thread of a warpgroup holds of 64 rows of a k-block (formats/mxfp4.cuh has their order).
-// Decode and wide make the left operand of a product of it; unpack and prefill make rows of e5m2 of it (expand/unpack.cuh).
+// Decode and wide make the left operand of a product of it; prefill makes rows of e5m2 of it (expand/unpack.cuh, where what a thread of
+// unpack holds stands too).
 #pragma once
 #include "base/constants.cuh"
 #include "ptx/memory.cuh"

@@ -7,7 +7,8 @@
 //   empty[stage]   a lane of every math warp that reads the stage (4 per warpgroup) both lanes
 //
 // The weights lane stores the four weight scales of the stage before it arrives.  With helpers it fills a ring of packed k-blocks
-// instead, ahead of the stage, and the helpers arrive on full[stage] in its place (expand/beside.cuh).
+// instead, of as many places, which is emptied into the stages, so it runs ahead by up to twice as many k-blocks; and the helpers arrive
+// on full[stage] in its place (expand/beside.cuh).
 //
 // The weights lane is also the scheduler: it draws a ticket ahead of each tile, and publishes the tile in a tile slot.
 #pragma once

@@ -15,9 +15,9 @@ constexpr u32 kTile = 1024, kPacked = kTile + PackedPiece::kBytes;   // addresse
 
 void expand_groups(u32 thread) {
     PackedGroups rows;
-    const PackedGroups::Places places(thread);
-    rows.load(kPacked, kPacked + PackedPiece::kCodeBytes, 0, places);
-    rows.store_row(kTile, 0, places, 0), rows.store_row(kTile, 0, places, 1);
+    const PackedGroups::Offsets offsets(thread);
+    rows.load(kPacked, kPacked + PackedPiece::kCodeBytes, 0, offsets);
+    rows.store_row(kTile, 0, offsets, 0), rows.store_row(kTile, 0, offsets, 1);
 }
 void expand_rows(const u8* given) {
     PackedPiece piece;

@@ -123,9 +123,9 @@ PACKED_MISTAKES = (
 LATE_EXPONENTS, MEETINGS, OF_LARGE_TILES = 213, range(214, 220), (226, 227, 228)
 
 #: With packed weights that are unpacked in shared memory, or expanded in memory: packed weights, or a free stage, are
-#: not waited for; a stage is full without them; activations are read before they are there, or by some lanes alone; a
-#: stage's weight scales are overwritten before they are read; a piece counts as expanded before it is written; blocks
-#: that dispatch take each other's rows; the matrix work does not wait.
+#: not waited for; a stage is full without them; activations are read before they are there, by some lanes alone, or not
+#: at all; a stage's weight scales are overwritten before they are read; unpacked weights are not fenced; a piece counts
+#: as expanded before it is written; blocks that dispatch take each other's rows; the matrix work does not wait.
 EXPAND_MISTAKES = (
     *SMALL,
     Change(
@@ -153,6 +153,9 @@ EXPAND_MISTAKES = (
     Change(
         "layout/shared.cuh", "parity * (kWeightScales - 1)", "(sim::mutant == 230 ? 0 : parity) * (kWeightScales - 1)"
     ),
+    Change("expand/beside.cuh", "if (!ready && more)", "if (!ready && more && sim::mutant != 232)"),
+    Change("expand/beside.cuh", "ptx::fence_async_shared();", "if (sim::mutant != 233) ptx::fence_async_shared();"),
+    Change("expand/ahead.cuh", "ptx::fence_async_shared();", "if (sim::mutant != 234) ptx::fence_async_shared();"),
     Change(
         "expand/ahead.cuh",
         "                ptx::bulk_wait<kSlots - 1>();",
@@ -167,7 +170,8 @@ EXPAND_MISTAKES = (
 )
 #: One program for both, and for the waits that a single rank has.
 MXFP4_MISTAKES = (*PACKED_MISTAKES, *EXPAND_MISTAKES[len(SMALL) :])
-BESIDE_MISTAKES, AHEAD_MISTAKES = (220, 221, 222, 229, 230, 231), (223, 224, Wait.WEIGHTS_EXPANDED.value)
+BESIDE_MISTAKES = (220, 221, 222, *range(229, 234))
+AHEAD_MISTAKES = (223, 224, 234, Wait.WEIGHTS_EXPANDED.value)
 
 Build = Callable[..., Simulator]
 
@@ -353,6 +357,16 @@ def test_a_mistake_where_packed_weights_are_expanded_is_found(build: Build, vari
     assert simulator.run(1, 100, 3, variant=variant).problem == ""
     problems = (simulator.run(seed, 100, 3, variant=variant, mutant=mistake).problem for seed in range(1, 41))
     assert any(problems)
+
+
+def test_weights_are_unpacked_into_as_few_as_two_stages(tmp_path: Path):
+    """Those that so many experts leave room for; tiles have five and three k-blocks."""
+    shape = MoEShape(640, 384, 736, 1)
+    assert KernelSpec(shape, Variant.UNPACK, weights=MXFP4).stages == 2
+    simulator = Simulator.build(tmp_path, shape, 1, MXFP4_MISTAKES, weights=MXFP4)
+    for mistake in (0, 229, 230):
+        problem = simulator.run(1, 8, 2, launches=1, variant="unpack", mutant=mistake).problem
+        assert (problem != "") == (mistake != 0), problem
 
 
 def test_as_many_arrivals_are_expected_where_every_lane_arrives(build: Build):

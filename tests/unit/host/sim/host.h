@@ -333,6 +333,7 @@ struct Run {
         block->rank = r, block->index = index, block->grid = grid, block->launch = &rank.now;
         block->shared_bytes = with_config(rank.now.variant, [](auto c) { return u32(megamoe::Shared<decltype(c)>::kBytes); });
         block->memory.reset(new u8[block->shared_bytes + 1024]);
+        block->stored.assign(block->shared_bytes / 16, {});
         const u64 address = reinterpret_cast<u64>(block->memory.get());
         block->shared = block->memory.get() + (1024 - address % 1024) % 1024;
         std::memset(block->shared, 0xDD, block->shared_bytes);

@@ -15,11 +15,18 @@ struct PhaseBarrier {
     std::vector<Lane*> waiting;
 };
 
+/// Who stored weights to sixteen bytes of shared memory last, and how many proxy fences it had had by then.
+struct Stored {
+    const Lane* by = nullptr;
+    u32 fences = 0;
+};
+
 struct Block {
     u32 rank = 0, index = 0, grid = 0;
     std::unique_ptr<u8[]> memory;   // shared; 1024 more than there is, for alignment
     u8* shared = nullptr;
     u32 shared_bytes = 0;
+    std::vector<Stored> stored;   // by address / 16
     Warp warps[kBlockWarps];
     NamedBarrier barriers[16];
     std::unordered_map<u32, PhaseBarrier> phases;   // mbarriers by address
@@ -30,6 +37,13 @@ struct Block {
     u8* at(u32 address, u32 bytes, u32 align) {
         if (address + bytes > shared_bytes || address % align) fail("bad shared address in " + name_of(now));
         return shared + address;
+    }
+    void note_weights(u32 address) { stored[address / 16] = {now, now->fences}; }
+    /// The async proxy is to read these bytes: a bulk store or a matrix product.
+    void need_fence(u32 address, u32 bytes) const {
+        for (u32 i = address / 16; i < (address + bytes + 15) / 16; ++i)
+            if (stored[i].by && stored[i].by->fences == stored[i].fences)
+                fail("weights in shared memory without a proxy fence since the store of " + name_of(stored[i].by));
     }
     PhaseBarrier& phase(u32 address) {
         const auto found = phases.find(address);
@@ -241,6 +255,7 @@ inline void start_load(u32 barrier, u32 bytes, std::function<void()> land) {
 inline void start_store(u8* to, u32 from, u32 bytes) {
     Block* block = now->warp->block;
     const u8* source = block->at(from, bytes, 16);
+    block->need_fence(from, bytes);
     auto store = std::make_shared<Store>();
     store->number = now->warp->copies + 1;
     now->stores.push_back(store);

@@ -76,9 +76,13 @@ inline std::shared_ptr<WeightTag> packed_tag(const u32 (&a)[4]) {
 /// A tile may end after 128 rows: what lies behind is nobody's, and its products, which are no good then, are stored nowhere.
 inline std::shared_ptr<WeightTag> unpacked_tag(u32 address) {
     const u32 thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4, inside = address % 128;
+    const Block& block = *now->warp->block;
     u32 a[4];
-    for (u32 i = 0; i < 4; ++i)
-        std::memcpy(a + i, now->warp->block->shared + address - inside + (row + i % 2 * 8) * 128 + ((inside + i / 2 * 16) ^ row % 8 * 16) + thread % 4 * 4, 4);
+    for (u32 i = 0; i < 4; ++i) {
+        const u32 at = address - inside + (row + i % 2 * 8) * 128 + ((inside + i / 2 * 16) ^ row % 8 * 16) + thread % 4 * 4;
+        block.need_fence(at, 4);
+        std::memcpy(a + i, block.shared + at, 4);
+    }
     auto tag = decoded_tag(a);
     return tag ? tag : std::make_shared<WeightTag>(WeightTag{kWeight2, ~0u, ~0u, 0});
 }

@@ -57,6 +57,7 @@ struct Lane {
     std::vector<Product> products;   // matrix products in flight
     u32 groups = 0;                  // of them, committed so far
     u32 signals = 0;                 // stored for other ranks and its own
+    u32 fences = 0;                  // proxy fences of shared memory so far
 };
 
 struct Warp {

@@ -28,7 +28,7 @@ inline u32 fetch_add_relaxed(u32* p, u32 v) { return sim::word_add(p, v, false);
 inline void fence_async_global() {
     if (sim::mutant != sim::kNoProxyFence) sim::now->warp->fence();
 }
-inline void fence_async_shared() {}
+inline void fence_async_shared() { ++sim::now->fences; }
 
 // ---- global memory
 template <class T> T load_global(const void* p) {
@@ -70,7 +70,10 @@ template <class T> void store_shared(u32 address, const T& v) {
 }
 inline Vec16 load16_shared(u32 address) { return load_shared<Vec16>(address); }
 inline u32 load1_shared(u32 address) { return load_shared<u8>(address); }
-inline void store16_shared(u32 address, const Vec16& v) { store_shared(address, v); }
+inline void store16_shared(u32 address, const Vec16& v) {
+    sim::now->warp->block->note_weights(address);
+    store_shared(address, v);
+}
 inline void store4_shared(u32 address, u32 v) { store_shared(address, v); }
 inline u32 load4_shared(u32 address) { return load_shared<u32>(address); }
 inline float load_float_shared(u32 address) { return load_shared<float>(address); }
@@ -95,7 +98,10 @@ template <u32 kMatrices> void store_matrices(u32 address, const u32 (&values)[kM
     const u32 lane = sim::now->index;
     for (u32 i = 0; i < kMatrices; ++i) store4_shared(static_cast<u32>(addresses[i * 8 + lane / 4]) + lane % 4 * 4, values[i]);
 }
-inline void store_matrix2(u32 address, u32 a, u32 b) { store_matrices(address, {a, b}); }
+inline void store_matrix2(u32 address, u32 a, u32 b) {
+    store_matrices(address, {a, b});
+    if (sim::now->index < 16) sim::now->warp->block->note_weights(address);   // whose row it is; all lanes need a fence
+}
 inline void store_matrix4_bf16(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
     store_matrices(address, {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)});
 }
