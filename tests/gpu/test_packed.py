@@ -14,8 +14,14 @@ from megamoe_jit._spec import MXFP4, MoEShape, Variant
 from megamoe_jit.reference import expert_counts, moe_reference
 from tests.gpu.harness import CLAMP, equal_bits, poisoned
 
-#: Half tiles of columns, one and two k-blocks, more experts than blocks of a tile have warps.
-SHAPES = (MoEShape(512, 256, 4, 2), MoEShape(1408, 768, 8, 4), MoEShape(512, 2304, 6, 3), MoEShape(128, 128, 1, 1))
+#: Half tiles of columns, one and two k-blocks, more experts than blocks of a tile have warps, two stages in `unpack`.
+SHAPES = (
+    MoEShape(512, 256, 4, 2),
+    MoEShape(1408, 768, 8, 4),
+    MoEShape(512, 2304, 6, 3),
+    MoEShape(128, 128, 1, 1),
+    MoEShape(640, 384, 736, 1),
+)
 TOKENS = (1, 2, 8, 9, 17, 33, 65, 130, 300)
 
 
