@@ -148,7 +148,7 @@ def rows(tokens: int) -> torch.Tensor:
 
 def expansions(world: World) -> dict[str, object]:
     """First calls of few tokens and many, where the last rank has no memory to expand weights in, and then has it."""
-    it, call = packed(SHAPE, 512)
+    it, call = packed(SHAPE, 1024)
     launched: list[str] = []
     it.launch = lambda plan, *_: launched.append(plan.kernel.spec.variant.value)
     last, heard = world.rank == world.ranks - 1, {}
@@ -162,11 +162,11 @@ def expansions(world: World) -> dict[str, object]:
     heard["full"] = outcome(lambda: mm.fp8_mega_moe(rows(3), **call))
     heard["bound"] = len(it.kernels.bound)
     torch.empty = EMPTY
-    heard["room"] = outcome(lambda: mm.fp8_mega_moe(rows(500 if last else 3), **call))
+    heard["room"] = outcome(lambda: mm.fp8_mega_moe(rows(1000 if last else 3), **call))
     heard["bytes"] = it.kernels.expanded.memory.numel()
     collectives = _admit.collectively, _kernel_set.collectively
     _admit.collectively = _kernel_set.collectively = lambda *_: 1 / 0
-    heard["alone"] = outcome(lambda: mm.fp8_mega_moe(rows(3 if last else 500), **call))
+    heard["alone"] = outcome(lambda: mm.fp8_mega_moe(rows(3 if last else 1000), **call))
     _admit.collectively, _kernel_set.collectively = collectives
     it.destroy()
     return {**heard, "launched": launched}

@@ -174,11 +174,11 @@ def test_packed_weights_are_another_kernel(cuda: Cuda):
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_what_a_call_can_take_is_prepared_however_small_its_chunks_are(cuda: Cuda, chunks: int):
     """A call's variant is that of all its rows, which can be more than a launch of a chunk has."""
-    buffer = buffer_of(2, max_tokens=1024, chunks=chunks)
+    buffer = buffer_of(2, max_tokens=2048, chunks=chunks)
     buffer.prepare(weight_format="mxfp4")
     options = CallOptions(1.0, weights=MXFP4)
     cuda.capturing = True
-    picked = {buffer._experts.variant_for(1 << i, options) for i in range(11)}
+    picked = {buffer._experts.variant_for(1 << i, options) for i in range(12)}
     assert picked == {each.value for each in Variant.reading(MXFP4)}
 
 
