@@ -11,8 +11,9 @@ Hopper GPU.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.frame import asked, keep, parser, rows_by_shape, say
 from benchmarks.markdown import table
 from megamoe_jit._bench.clock import FLUSH_BYTES, TimedCall, burst
 from megamoe_jit._bench.measure import Layer, some_rows
-from megamoe_jit._check.scenarios import Inputs, Scenario, make_inputs
+from megamoe_jit._check.scenarios import Scenario, make_inputs
 from megamoe_jit._spec import FP8, MXFP4, MoEShape
 from megamoe_jit._spec.variants import AUTO
 from megamoe_jit.reference import expert_counts
@@ -44,15 +45,11 @@ def both(shape: MoEShape, most: int, device: torch.device) -> Iterator[Layers]:
 def measure(case: Scenario, layers: Layers, seed: int, flush: torch.Tensor) -> dict[str, Any]:
     """One draw of inputs and routing: medians in microseconds, and how many experts it touches."""
     calls, right = {}, True
-
-    def staged(inputs: Inputs, layer: Layer) -> Callable[[], object]:
-        return lambda: inputs.stage(layer.buffer)
-
     for name, layer in layers.items():
         inputs = make_inputs(case, layer.device, seed, layer.weights)
         y = torch.empty(case.tokens, case.shape.hidden, dtype=torch.bfloat16, device=layer.device)
         where, expected = some_rows(case, inputs, layer.weights)
-        calls[name] = TimedCall(layer.call(AUTO, y, case), staged(inputs, layer))
+        calls[name] = TimedCall(layer.call(AUTO, y, case), partial(inputs.stage, layer.buffer))
         right &= layer.check(calls[name], y, where, expected).passed
     times = {name: statistics.median(found) for name, found in burst(calls, flush).items()}
     return {
