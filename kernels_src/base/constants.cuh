@@ -30,16 +30,18 @@ constexpr u32 kGroup = 128;   // threads of a warpgroup
 constexpr u32 kGroupWarps = kGroup / kWarp;
 constexpr u32 kMathGroups = 2, kMathWarps = kMathGroups * kGroupWarps;   // warpgroups 1 and 2
 constexpr u32 kThreads = kGroup * (1 + kMathGroups);                     // without helpers
-/// Threads and warps of a thread block: a variant may have warpgroups of helpers behind the math warpgroups.
+/// Whether a variant has warpgroups of helpers behind the math warpgroups, and with them a ring of packed k-blocks (expand/beside.cuh).
+template <class C> constexpr bool kHasHelpers = C::Policy::kHelpers > 0;
+/// Threads and warps of a thread block.
 template <class C> constexpr u32 kBlockThreads = kThreads + C::Policy::kHelpers * kGroup;
 template <class C> constexpr u32 kBlockWarps = kBlockThreads<C> / kWarp;
 // Registers per thread after `setmaxnreg`.  The block is launched with all that an SM has, in eights: 168 per thread (128 with
 // helpers), and what one warpgroup gives up another may take: 128 * 72 + 256 * 216 = 384 * 168; with helpers
 // 128 * 64 + 256 * 200 + 128 * 48 = 512 * 128.  Where rows come from other ranks, dispatch needs more than 64, and helpers have 40.
-template <class C> constexpr bool kLessToProduce = C::Policy::kHelpers > 0 && C::kRanks == 1;
+template <class C> constexpr bool kLessToProduce = kHasHelpers<C> && C::kRanks == 1;
 template <class C> constexpr u32 kProducerRegisters = kLessToProduce<C> ? 64 : 72;
 template <class C> constexpr u32 kLaunchRegisters = (64 << 10) / kBlockThreads<C> / 8 * 8;
-template <class C> constexpr u32 kMathRegisters = C::Policy::kHelpers == 0 ? 216 : 200;
+template <class C> constexpr u32 kMathRegisters = kHasHelpers<C> ? 200 : 216;
 template <class C> constexpr u32 kHelperRegisters = kLessToProduce<C> ? 48 : 40;
 
 // A pair is the number token * topk + slot, below 32768 * 32 = 2^20.  An origin is a pair with its rank in the bits above.

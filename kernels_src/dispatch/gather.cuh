@@ -79,7 +79,7 @@ template <class C> struct Gather {
         constexpr u32 kVectors = C::kHidden / 16, kWhole = ceil_div(kVectors, kWarp),
                       kLong = kWhole == 14 ? 7 : 6,
                       kBesideHelpers = kVectors % kWarp == 0 ? (kWhole <= 12 ? 12 : kLong) : 6,
-                      kMost = C::Policy::kHelpers == 0 ? 16 : kBesideHelpers,
+                      kMost = kHasHelpers<C> ? kBesideHelpers : 16,
                       kInFlight = C::kRanks == 1 ? 4 : min_u32(kMost, kWhole);
         const u32 lane = ptx::lane_id();
         RowScales<C> scales(row_scales(from));

@@ -18,7 +18,7 @@ namespace megamoe {
 
 /// Whether a kernel does so: not unpack and prefill, which have no registers left for it.
 template <class C>
-constexpr bool kKeepsPlaces = C::kRanks > 1 && !C::Policy::kExpands && !C::Policy::kPacked;
+constexpr bool kKeepsPlaces = C::kRanks > 1 && !C::Policy::kExpands && !kHasHelpers<C>;
 
 template <class C> struct Places {
     const Params& p;

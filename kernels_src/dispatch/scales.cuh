@@ -37,7 +37,7 @@ template <class C> struct Scales {
     static constexpr u32 kVectors = kAligned ? kBlocks / 4 : (kBlocks + 6) / 4;
     static constexpr u32 kMostRows = 8, kMostVectors = kMostRows * kVectors;
     // beside helpers there are fewer registers, and `skew` takes some
-    static constexpr u32 kRoom = C::Policy::kHelpers > 0 && !kAligned ? 2 : 4;
+    static constexpr u32 kRoom = kHasHelpers<C> && !kAligned ? 2 : 4;
     static constexpr u32 kHeld = min_u32(kRoom, ceil_div(kMostVectors, kWarp));
 
     u32 shift, skew = 0;   // skew: how many scales of the row before are in this row's first vector

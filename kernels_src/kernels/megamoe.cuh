@@ -34,7 +34,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         constexpr u32 kReaders = arrivals_of(kTileWarps<C>), kHelpers = arrivals_of(kHelperWarps<C>);
 #pragma unroll 1
         for (u32 s = 0; s < C::kStages; ++s)
-            ptx::mbarrier_init(shared.full(s), C::Policy::kPacked ? 1 + kHelpers : 2),
+            ptx::mbarrier_init(shared.full(s), kHasHelpers<C> ? 1 + kHelpers : 2),
                 ptx::mbarrier_init(shared.empty(s), kReaders);
 #pragma unroll 1
         for (u32 s = 0; s < kTileSlots; ++s) {
@@ -44,7 +44,7 @@ template <class C> MEGA_DEVICE void initialise(const Params& p, const Shared<C>&
         }
 #pragma unroll 1
         for (u32 s = 0; s < C::kDispatchSlots; ++s) ptx::mbarrier_init(shared.dispatched(s), 1);
-        if constexpr (C::Policy::kPacked)
+        if constexpr (kHasHelpers<C>)
             for (u32 i = 0; i < Shared<C>::kPackedPlaces; ++i) {
                 ptx::mbarrier_init(shared.packed_full(i), 1);
                 ptx::mbarrier_init(shared.packed_empty(i), kHelpers);
@@ -160,8 +160,8 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
             __syncwarp();
             Combine<C>{p, shared}.meet_all(epoch, timeline);
         }
-    } else if (C::Policy::kHelpers > 0 && warp >= kThreads / kWarp) {
-        if constexpr (C::Policy::kHelpers > 0) {
+    } else if (kHasHelpers<C> && warp >= kThreads / kWarp) {
+        if constexpr (kHasHelpers<C>) {
             ptx::registers_shrink<kHelperRegisters<C>>();
             typename C::Policy::template Helper<C>{p, shared}.run();
         }

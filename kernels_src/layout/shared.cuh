@@ -28,8 +28,8 @@ template <class C> struct Shared {
                          kExponentBytes = group_bytes(C::Weights::kGroup),
                          kActScaleBytes = C::kBlockM * 4;
     // places of the packed ring; and of a stage's four scales of weights, which with that ring are written before the stage is free
-    static constexpr u32 kPackedPlaces = C::Policy::kPacked ? C::kStages : 0,
-                         kWeightScales = C::Policy::kPacked ? 2 : 1;
+    static constexpr u32 kPackedPlaces = kHasHelpers<C> ? C::kStages : 0,
+                         kWeightScales = kHasHelpers<C> ? 2 : 1;
     static constexpr u32 kScaleBytes = kActScaleBytes + kWeightScales * 16;
 
     static constexpr u32 kWeightAt = C::kStages * kActBytes;

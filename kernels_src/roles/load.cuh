@@ -28,7 +28,7 @@ constexpr u32 kActBoxRows = 64, kSmallBoxRows = 16;
 constexpr u32 kTicketLead = 3;
 
 /// Where the weights lane puts k-blocks: into the stages, or with helpers into the ring of packed k-blocks, which has as many places.
-template <class C, bool kPacked> struct WeightTarget {
+template <class C, bool kIntoRing> struct WeightTarget {
     using Codes = typename C::Weights::template CodeStream<C>;
     MEGA_DEVICE static u32 full(const Shared<C>& s, u32 i) { return s.full(i); }
     MEGA_DEVICE static u32 empty(const Shared<C>& s, u32 i) { return s.empty(i); }
@@ -41,7 +41,7 @@ template <class C> struct WeightTarget<C, true> {
 
 template <class C> struct LoadWeights {
     using Scales = typename C::Weights::template ScaleStream<C>;
-    using Target = WeightTarget<C, C::Policy::kPacked>;
+    using Target = WeightTarget<C, kHasHelpers<C>>;
     using Codes = typename Target::Codes;
 
     const Params& p;

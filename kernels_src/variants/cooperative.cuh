@@ -10,8 +10,8 @@ struct Cooperative {
     static constexpr u32 kBlockM = 128;
     static constexpr u32 kTileGroups = 2;     // warpgroups that compute a tile together
     static constexpr bool kExpands = false;   // expands weights in memory first (expand/ahead.cuh)
-    static constexpr bool kPacked = false;    // has a ring of packed k-blocks (expand/beside.cuh)
-    static constexpr u32 kHelpers = 0;        // warpgroups of helpers behind the math warpgroups
+    static constexpr u32
+        kHelpers = 0;   // warpgroups of helpers behind the math warpgroups (expand/beside.cuh)
 
     /// What the math warpgroups run.
     template <class C> using Math = megamoe::Math<C>;

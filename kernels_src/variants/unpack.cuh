@@ -7,7 +7,6 @@
 namespace megamoe {
 
 struct Unpack : Cooperative {
-    static constexpr bool kPacked = true;   // has a ring of packed k-blocks, of as many places as stages
     static constexpr u32 kHelpers = 1;   // warpgroups of helpers behind the math warpgroups
 
     template <class C> using Math = megamoe::Math<C, NarrowLoop<C>>;

@@ -101,7 +101,7 @@ class PlanDocument(AskedFor, Document):
 def shared_parts(spec: KernelSpec) -> tuple[Part, ...]:
     """The shared memory of a block by part, in the order of `layout/shared.cuh`; the sum is `shared_bytes`."""
     stages, slots, experts = spec.stages, spec.dispatch_slots, spec.local_experts
-    pieces, scales = (stages, 8) if spec.variant.packed else (0, 4)
+    pieces, scales = (stages, 8) if spec.variant.helpers else (0, 4)
     parts = [
         ("activations", stages * spec.block_m * BLOCK, f"{stages} stages of e4m3 [{spec.block_m}, {BLOCK}]"),
         (

@@ -150,7 +150,7 @@ class KernelSpec:
     @property
     def staged(self) -> WeightFormat:
         """The format of weights in the pipeline stages."""
-        return FP8_E5M2 if self.variant.expands or self.variant.packed else self.weights
+        return FP8_E5M2 if self.variant.expands or self.variant.helpers else self.weights
 
     @property
     def expanded_bytes(self) -> int:
@@ -184,7 +184,7 @@ class KernelSpec:
     def packed_bytes(self) -> int:
         """A k-block of packed weights beside each stage, and what its stage has more for it; 0 without helpers."""
         scales = barriers = 16
-        return self.weights.stream_bytes(BLOCK_N, BLOCK) + scales + barriers if self.variant.packed else 0
+        return self.weights.stream_bytes(BLOCK_N, BLOCK) + scales + barriers if self.variant.helpers else 0
 
     @cached_property
     def _stage_room(self) -> int:

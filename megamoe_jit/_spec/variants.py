@@ -23,15 +23,14 @@ class Variant(StrEnum):
         what: a sentence for people.
         codes: of weights that its `Math` multiplies, as `WeightFormat.what` calls them.
         most_stages: pipeline stages that it has at most, where more would leave dispatch too little room.
-        packed: has a ring of packed k-blocks in shared memory, of as many places as stages; the policy's `kPacked`.
-        helpers: its warpgroups behind the math warpgroups; the policy's `kHelpers`.
+        helpers: its warpgroups behind the math warpgroups, which unpack the weights of a ring of packed k-blocks, of as
+            many places as stages; the policy's `kHelpers`.
     """
 
     block_m: int
     what: str
     codes: tuple[str, ...]
     most_stages: int
-    packed: bool
     helpers: int
 
     def __new__(
@@ -41,21 +40,20 @@ class Variant(StrEnum):
         what: str,
         codes: tuple[str, ...] = ("e4m3", "e5m2"),
         most_stages: int = 8,
-        packed: bool = False,
         helpers: int = 0,
     ) -> Variant:
         """A member is written as its name and traits, and is a string that equals the name."""
         member = str.__new__(cls, name)
         member._value_ = name
         member.block_m, member.what, member.codes = block_m, what, codes
-        member.most_stages, member.packed, member.helpers = most_stages, packed, helpers
+        member.most_stages, member.helpers = most_stages, helpers
         return member
 
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
     DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
     WIDE = "wide", 96, "As decode, in larger tiles: packed weights are expanded once for all rows.", ("e2m1",), 6
-    UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 8, True, 1
+    UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 8, 1
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
 
     @property

@@ -161,9 +161,9 @@ ENTRY = """
 #include "formats/mxfp4.cuh"
 
 using megamoe::u32;
-template <class W, u32 kM, u32 kE, u32 kR, u32 kS, u32 kD, bool kP> struct Config {
+template <class W, u32 kM, u32 kE, u32 kR, u32 kS, u32 kD, u32 kH> struct Config {
     struct Policy {
-        static constexpr bool kPacked = kP;
+        static constexpr u32 kHelpers = kH;
     };
     using Weights = W;
     static constexpr u32 kBlockM = kM, kStages = kS, kDispatchSlots = kD;
@@ -212,7 +212,7 @@ def test_the_kernels_count_the_same_shared_memory(tmp_path):
     shutil.copytree(host.KERNELS, tmp_path / "src")
     checks = "\n".join(
         f"static_assert(Check<Config<megamoe::{s.staged.policy}, {s.block_m}, {s.shape.experts}, {s.ranks}, "
-        f"{s.stages}, {s.dispatch_slots}, {str(s.variant.packed).lower()}>, "
+        f"{s.stages}, {s.dispatch_slots}, {s.variant.helpers}>, "
         f'{s.shared_bytes}>::kOk, "");'
         for s in MAPPED
     )
