@@ -9,8 +9,7 @@ struct Decode {
     static constexpr u32 kBlockM = 64;      // rows of a tile
     static constexpr u32 kTileGroups = 2;   // groups that compute a tile together
     static constexpr bool kExpands = false;   // weights in memory, before it reads them (expand/ahead.cuh)
-    static constexpr u32
-        kHelpers = 0;   // warpgroups of helpers behind the math warpgroups (expand/beside.cuh)
+    static constexpr u32 kHelpers = 0;   // warpgroups behind the math warpgroups (expand/beside.cuh)
 
     /// Columns of the main loop that comes after that of so many, or after none: 8, 16, 32, 64.
     MEGA_DEVICE static constexpr u32 wider(u32 columns) { return columns == 0 ? 8 : columns * 2; }

@@ -14,8 +14,7 @@ struct Pingpong {
     static constexpr u32 kBlockM = 64;
     static constexpr u32 kTileGroups = 1;     // warpgroups that compute a tile together
     static constexpr bool kExpands = false;   // expands weights in memory first (expand/ahead.cuh)
-    static constexpr u32
-        kHelpers = 0;   // warpgroups of helpers behind the math warpgroups (expand/beside.cuh)
+    static constexpr u32 kHelpers = 0;   // warpgroups behind the math warpgroups (expand/beside.cuh)
 
     /// What the math warpgroups run.
     template <class C> using Math = megamoe::Math<C>;
