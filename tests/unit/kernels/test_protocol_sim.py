@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant, WeightFormat
 from megamoe_jit._spec.abi import Meeting, Wait
 from megamoe_jit._spec.inputs import Inputs
-from tests import host, racecheck
+from tests import host, sanitize
 from tests.unit.host.simulator import CHUNK, HERE, SMALL, Change, Simulator, changed_rooms
 
 #: By number of ranks.  Full and half tiles of columns, iterations of the main loop of one and of two k-blocks,
@@ -371,7 +371,7 @@ def test_weights_are_unpacked_into_as_few_as_two_stages(tmp_path: Path):
 
 def test_as_many_arrivals_are_expected_where_every_lane_arrives(build: Build):
     """In the kernels that racecheck judges; with one too few all wait for ever."""
-    every_lane = Change(racecheck.ROOM, racecheck.ONE_LANE, racecheck.EVERY_LANE)
+    every_lane = Change(sanitize.ROOM, sanitize.ONE_LANE, sanitize.EVERY_LANE)
     simulator = build(1, (*SMALL, every_lane), weights=MXFP4)
     for variant in Variant.reading(MXFP4):
         for seed in (1, 2):

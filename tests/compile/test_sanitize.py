@@ -8,7 +8,7 @@ import pytest
 
 from megamoe_jit._settings.settings import override
 from tests.compile.kernels import compiled
-from tests.racecheck import every_lane, spec_of
+from tests.sanitize import every_lane, spec_of
 
 
 @pytest.mark.parametrize("kernel", ["pingpong/fp8", "wide/mxfp4", "unpack/mxfp4"])
