@@ -89,8 +89,8 @@ def test_reasons_name_every_decision_and_the_load():
 
 def test_reasons_promise_no_more_rows_of_a_tile_than_there_may_be():
     """An expert with more rows than the largest tile of `wide` has smaller ones."""
-    reasons = choose(MoEShape(4096, 2048, 48, 6), 704, weights=MXFP4).reasons
-    assert "about 88.0 rows per expert in tiles of up to 96" in reasons
+    reasons = choose(MoEShape(4096, 2048, 48, 6), 608, weights=MXFP4).reasons
+    assert "about 76.0 rows per expert in tiles of up to 80" in reasons
 
 
 CALLS = [
