@@ -22,7 +22,7 @@ COOPERATIVE_THRESHOLD = 256  #: tokens per rank from which the cooperative kerne
 #: Rows per expert up to which packed weights are best multiplied by a variant, on an H200, in the order of trying: with
 #: operands swapped; in larger tiles, as many experts would need two of the others; unpacked beside the products; and
 #: expanded in memory first.
-PACKED_ROWS = {Variant.DECODE: 50, Variant.WIDE: 88, Variant.UNPACK: 576, Variant.PREFILL: math.inf}
+PACKED_ROWS = {Variant.DECODE: 50, Variant.WIDE: 76, Variant.UNPACK: 576, Variant.PREFILL: math.inf}
 EXPAND_EVERY = 3  #: of so many blocks one expands weights first, while the others begin
 FEW_ROWS = 8192  #: token-slots below which rows are handed out one by one
 MOST_SMS = 1024  #: of a launch; no GPU has as many

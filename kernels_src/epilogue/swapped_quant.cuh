@@ -53,7 +53,6 @@ template <class C> struct SwappedQuant {
                          kCodesBytes = C::kBlockM * Staging::kRowBytes;
     static_assert(kCodesBytes + (kMathWarps + 1) * C::kBlockM * 4 <= kMathWarps * kStagingBytes,
                   "no room to exchange");
-    static_assert(C::kBlockM * 8 % kMathThreads == 0, "rows that no thread stores");
 
     const Params& p;
     const u32 address;   // of all math warps' staging: codes, each warp's largest magnitudes, reciprocal scales
@@ -137,8 +136,8 @@ template <class C> struct SwappedQuant {
     MEGA_DEVICE void store_rows() const {
         const Staging staging{address, thread % kWarp};
 #pragma unroll
-        for (u32 i = 0; i < C::kBlockM * 8 / kMathThreads; ++i) {
-            const u32 row = i * (kMathThreads / 8) + thread / 8, column = thread % 8;
+        for (u32 first = 0; first < C::kBlockM; first += kMathThreads / 8) {
+            const u32 row = first + thread / 8, column = thread % 8;
             if (row < rows)
                 ptx::store16(p.act2_pool + u64(pool_row + row) * C::kIntermediate +
                                  n * kQuantBlock + column * 16,

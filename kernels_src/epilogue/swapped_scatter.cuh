@@ -13,7 +13,6 @@ template <class C> struct SwappedScatter {
     static constexpr u32 kColumns = 32;
     using Origins = u32[C::kBlockM / 16];   // of the rows of this thread's tokens
     static_assert(2 * kColumns * Staging::kRowBytes <= 4 * kStagingBytes);
-    static_assert(C::kBlockM % kColumns == 0, "columns that no result has");
 
     const Params& p;
     const u32 address;     // of the group's staging
@@ -33,7 +32,7 @@ template <class C> struct SwappedScatter {
         const u32 lane = thread % kWarp, warp = thread / kWarp;
         const Staging staging{address, lane};
 #pragma unroll
-        for (u32 column = first; column < first + kColumns; column += 16) {
+        for (u32 column = first; column < first + kColumns && column < C::kBlockM; column += 16) {
             if (column != first && rows <= column) break;
 #pragma unroll
             for (u32 b = 0; b < 2; ++b) {
@@ -53,6 +52,7 @@ template <class C> struct SwappedScatter {
 #pragma unroll
         for (u32 i = 0; i < kColumns / 8; ++i) {
             const u32 column = first + i / 2 * 16, b = i % 2;
+            if (column >= C::kBlockM) break;
             const u32 output = n * kBlockN + (half ? group : group * 2 + b) * 64 + chunk * 8;
             if (column + thread / 8 < rows && !(half && b != 0))
                 ptx::store16(

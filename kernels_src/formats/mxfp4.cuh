@@ -51,7 +51,7 @@ struct Mxfp4 {
         }
         /// Into registers that held another product.
         template <u32 kN> MEGA_DEVICE void multiply_again(float (&d)[kN / 2], u64 tokens) const {
-            ptx::wgmma_weights_again<kN>(d, a, tokens);
+            ptx::wgmma_weights_again(d, a, tokens);
         }
     };
 };

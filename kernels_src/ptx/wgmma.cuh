@@ -85,9 +85,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[32]) {
 #define MEGA_R40 \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
     "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39}"
-#define MEGA_R48 \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
-    "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}"
 #define MEGA_SHARED(n, d, a, b)                                                                             \
     MEGA_BEGIN MEGA_DESCRIPTORS("b", b) MEGA_DESCRIPTORS("a", a) MEGA_FROM_SHARED(n, "e4m3.e4m3", d)
 #define MEGA_REGISTERS(n, d, a0, a1, a2, a3, b) MEGA_FROM_REGISTERS(n, "e5m2.e4m3", d, a0, a1, a2, a3, b)
@@ -125,14 +122,9 @@ template <u32 kN> MEGA_DEVICE void wgmma_weights_registers(float (&d)[kN / 2], c
 }
 /// The same into registers that held another product.  To the compiler they are read here too ("+f"), so that whatever uses the old
 /// product comes before: else it may postpone that use, and keep the old product in other registers meanwhile.
-template <u32 kN> MEGA_DEVICE void wgmma_weights_again(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
-    static_assert(kN == 80 || kN == 96, "columns of a product");
-    if constexpr (kN == 80)
-        asm volatile(MEGA_REGISTERS("80", MEGA_R40, "%40,%41,%42,%43", "%44,%45,%46,%47", "%48,%49,%50,%51", "%52,%53,%54,%55", "%56")
-                     : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : MEGA_A16, "l"(b) : "memory");
-    else if constexpr (kN == 96)
-        asm volatile(MEGA_REGISTERS("96", MEGA_R48, "%48,%49,%50,%51", "%52,%53,%54,%55", "%56,%57,%58,%59", "%60,%61,%62,%63", "%64")
-                     : MEGA_D16(0), MEGA_D16(16), MEGA_D16(32) : MEGA_A16, "l"(b) : "memory");
+MEGA_DEVICE void wgmma_weights_again(float (&d)[40], const u32 (&a)[4][4], u64 b) {
+    asm volatile(MEGA_REGISTERS("80", MEGA_R40, "%40,%41,%42,%43", "%44,%45,%46,%47", "%48,%49,%50,%51", "%52,%53,%54,%55", "%56")
+                 : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : MEGA_A16, "l"(b) : "memory");
 }
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[4]) {
     asm volatile("wgmma.wait_group.sync.aligned %4;" : MEGA_D4(0) : "n"(kPending) : "memory");
@@ -145,9 +137,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[16]) {
 }
 template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[40]) {
     asm volatile("wgmma.wait_group.sync.aligned %40;" : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : "n"(kPending) : "memory");
-}
-template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[48]) {
-    asm volatile("wgmma.wait_group.sync.aligned %48;" : MEGA_D16(0), MEGA_D16(16), MEGA_D16(32) : "n"(kPending) : "memory");
 }
 #undef MEGA_N16
 #undef MEGA_N8
@@ -164,7 +153,6 @@ template <u32 kPending> MEGA_DEVICE void wgmma_wait(float (&d)[48]) {
 #undef MEGA_DESCRIPTORS
 #undef MEGA_BEGIN
 #undef MEGA_R40
-#undef MEGA_R48
 #undef MEGA_R16
 #undef MEGA_R8
 #undef MEGA_R4

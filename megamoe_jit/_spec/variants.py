@@ -52,7 +52,7 @@ class Variant(StrEnum):
     PINGPONG = "pingpong", 64, "Each math warpgroup owns a whole tile, half a cycle out of phase."
     COOPERATIVE = "cooperative", 128, "Both math warpgroups split the rows of one tile and share its weights."
     DECODE = "decode", 64, "Operands swapped, for few rows: weights are the rows of a product.", ("e4m3", "e2m1")
-    WIDE = "wide", 96, "As decode, in larger tiles: packed weights are expanded once for all rows.", ("e2m1",), 6
+    WIDE = "wide", 80, "As decode, in larger tiles: packed weights are expanded once for all rows.", ("e2m1",), 7
     UNPACK = "unpack", 128, "As cooperative, and other warps unpack the next weights meanwhile.", ("e2m1",), 8, 1
     PREFILL = "prefill", 128, "As cooperative, and expands packed weights in memory first, for many rows.", ("e2m1",)
 

@@ -28,9 +28,9 @@ def test_a_small_ring_gives_the_same_bits(
 
 @pytest.mark.parametrize("variant", [variant.value for variant in Variant.reading(MXFP4)])
 def test_a_small_ring_of_experts_with_a_tile_or_two_each(device: torch.device, variant: str) -> None:
-    """78 rows as a rule, so a lap is 32 experts: in `wide` most have one tile of up to 96 rows, some two of 64."""
+    """70 rows as a rule, so a lap is 32 experts: in `wide` most have one tile of up to 80 rows, some two of 64."""
     layer = Layer(MoEShape(512, 256, 256, 4), device, weights=MXFP4)
-    small_ring_gives_the_same_bits(layer, 5000, "topk", variant, None)
+    small_ring_gives_the_same_bits(layer, 4500, "topk", variant, None)
 
 
 def small_ring_gives_the_same_bits(layer: Layer, tokens: int, route: str, variant: str, num_sms: int | None) -> None:

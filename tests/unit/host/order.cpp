@@ -31,7 +31,7 @@ template <class C> void walk(const ExpertTable& table, const Run& run, const u32
 template <u32 kHidden, u32 kIntermediate>
 bool walk(u32 block_m, const ExpertTable& table, const Run& run, const u32* tickets, u32 count, u32* out) {
     if (block_m == 64) walk<Config<64, kHidden, kIntermediate>>(table, run, tickets, count, out);
-    else if (block_m == 96) walk<Config<96, kHidden, kIntermediate>>(table, run, tickets, count, out);
+    else if (block_m == 80) walk<Config<80, kHidden, kIntermediate>>(table, run, tickets, count, out);
     else if (block_m == 128) walk<Config<128, kHidden, kIntermediate>>(table, run, tickets, count, out);
     else return false;
     return true;

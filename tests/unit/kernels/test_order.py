@@ -24,7 +24,7 @@ from tests import host
 
 GEMM1, GEMM2, STOP = range(3)
 SIZES = ((128, 128), (256, 640), (1408, 768), (2304, 1408))  # of tests/unit/host/order.cpp
-EDGES = (0, 0, 1, 63, 64, 65, 96, 97, 127, 128, 129, 192, 1023, 1024, 1025, 1088, 1537, 2048, 2049, 4097)
+EDGES = (0, 0, 1, 63, 64, 65, 80, 81, 96, 97, 127, 128, 129, 192, 1023, 1024, 1025, 1088, 1537, 2048, 2049, 4097)
 VARIANTS = (*Variant.reading(FP8), Variant.WIDE)  # with tiles of as many rows as others have
 
 

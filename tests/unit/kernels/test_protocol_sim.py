@@ -92,7 +92,7 @@ NO_ROOM, ALL_COUNTED, ITS_WEIGHT = 210, 211, 212
 
 #: With packed weights: the bytes of exponents are not waited for; math warps that exchange results do not meet, one
 #: meeting after the other; with more than 64 columns what is exchanged overlaps codes, a stage is not waited for, or an
-#: expert's tiles of 96 rows count the same ones.
+#: expert's tiles of 80 rows count the same ones.
 PACKED_MISTAKES = (
     *SMALL,
     Change("mma/code_stream.cuh", "(full, bytes + bytes", "(full, bytes + (sim::mutant == 213 ? 0 : bytes)"),

@@ -41,14 +41,14 @@ template <u32 kN> void wgmma_weights_shared(float (&d)[kN / 2], u64 a, u64 b) {
     for (u64 step = 0; step < 4; ++step)
         sim::now->products.push_back({d, kN / 2, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups, true});
 }
-template <u32 kN> void wgmma_weights_again(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
+template <size_t n> void wgmma_weights_again(float (&d)[n], const u32 (&a)[4][4], u64 b) {
     for (u64 step = 0; step < 4; ++step) {
         auto tag = sim::packed_tag(a[step]);
-        sim::now->products.push_back({d, kN / 2, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, true, tag});
+        sim::now->products.push_back({d, n, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, true, tag});
     }
 }
 template <u32 kN> void wgmma_weights_registers(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
-    wgmma_weights_again<kN>(d, a, b);
+    wgmma_weights_again(d, a, b);
 }
 
 }  // namespace megamoe::ptx
