@@ -6,15 +6,15 @@
 
 namespace megamoe::ptx {
 
-/// Four e4m3 codes of a, b, c, d times `factor`, that of `a` in the lowest byte; saturates to +-448, NaN stays NaN.
-MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d, float factor) {
+/// Four e4m3 codes of a, b times `first` and c, d times `second`, that of `a` in the lowest byte; saturates to +-448, NaN stays NaN.
+MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d, float first, float second) {
     u32 r;
     asm("{\n.reg .b16 lo, hi;\n.reg .f32 a, b, c, d;\n"
-        "mul.f32 a, %1, %5;\nmul.f32 b, %2, %5;\nmul.f32 c, %3, %5;\nmul.f32 d, %4, %5;\n"
+        "mul.f32 a, %1, %5;\nmul.f32 b, %2, %5;\nmul.f32 c, %3, %6;\nmul.f32 d, %4, %6;\n"
         "cvt.rn.satfinite.e4m3x2.f32 lo, b, a;\ncvt.rn.satfinite.e4m3x2.f32 hi, d, c;\n"
         "mov.b32 %0, {lo, hi};\n}"
         : "=r"(r)
-        : "f"(a), "f"(b), "f"(c), "f"(d), "f"(factor));
+        : "f"(a), "f"(b), "f"(c), "f"(d), "f"(first), "f"(second));
     return r;
 }
 MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
