@@ -2,8 +2,9 @@
 // columns are tokens.
 //
 // Gate and up of an output are in the same thread here too, but the 128 outputs of a token are spread over eight lanes (t/4) of each of
-// the eight math warps.  So all math warps meet three times, at the named barrier kBarrierMath: when each warp's largest magnitudes lie
-// in shared memory, when each token's scale has been computed from them, and when the codes lie there as rows.
+// the eight math warps.  So all math warps meet three times, at the named barrier kBarrierMath: when four numbers of each warp and token,
+// the largest of two lanes each, lie in shared memory; when each token's scale has been computed from its 32 numbers; and when the codes
+// lie there as rows.
 #pragma once
 #include "epilogue/quotient.cuh"
 #include "epilogue/silu.cuh"
@@ -13,135 +14,117 @@
 
 namespace megamoe {
 
-/// For each of a thread's n numbers the largest over the eight lanes with the same t%4, by three exchanges.  In each of these two lanes
-/// split the numbers they have, if there are several, and each keeps one half: in the end a lane has the largest of numbers `first` to
-/// `first` + `left` - 1, in `numbers[0]` and on.
-template <u32 n> struct LargestOfLanes {
-    static constexpr u32 left = n > 8 ? n / 8 : 1;
-    u32 first = 0;
-
-    MEGA_DEVICE explicit LargestOfLanes(float (&numbers)[n], u32 lane) {
-        u32 count = n;
-#pragma unroll
-        for (u32 step = 0; step < 3; ++step) {
-            const u32 mask = 16 >> step;
-            const bool upper = lane & mask;
-            if (count == 1) {
-                numbers[0] = fmaxf(numbers[0], __shfl_xor_sync(~0u, numbers[0], mask));
-                continue;
-            }
-            count /= 2;
-#pragma unroll
-            for (u32 i = 0; i < n / 2; ++i) {
-                if (i >= count) break;
-                const float kept = upper ? numbers[i + count] : numbers[i],
-                            sent = upper ? numbers[i] : numbers[i + count];
-                numbers[i] = fmaxf(kept, __shfl_xor_sync(~0u, sent, mask));
-            }
-            first += upper ? count : 0;
-        }
-    }
-};
-
-/// By all math warps.  What they exchange lies behind the codes and not in their place: slow warps still read reciprocal scales while
-/// fast ones store codes.
+/// By all math warps.  A token has one row of 128 bytes for its largest magnitudes and then its codes.  Reciprocal scales lie behind all
+/// rows: slow warps still read them while fast ones store codes.
 ///
 /// The epilogue is compiled once for all main loops.  Columns that only wider loops have are worked on only if the tile has rows for them, so
 /// that a narrow tile takes no longer than with an epilogue of its own.
 template <class C> struct SwappedQuant {
     static constexpr u32 kMathThreads = kMathWarps * kWarp,
                          kCodesBytes = C::kBlockM * Staging::kRowBytes;
-    static_assert(kCodesBytes + (kMathWarps + 1) * C::kBlockM * 4 <= kMathWarps * kStagingBytes,
-                  "no room to exchange");
+    static constexpr u32 kShare = C::kBlockM > 64 ? 2 : 4;   // threads that make a token's scale
+    static_assert(kShare * C::kBlockM <= kMathThreads, "tokens that have no scale");
+    static_assert(kCodesBytes + C::kBlockM * 4 <= kMathWarps * kStagingBytes, "no room to exchange");
 
     const Params& p;
-    const u32 address;   // of all math warps' staging: codes, each warp's largest magnitudes, reciprocal scales
-    u32 thread;     // 0 to 255, of both warpgroups
-    u32 pool_row;   // of the tile's first row in the pool
-    u32 rows;       // valid rows of the tile, here columns
+    const u32 address;   // of all math warps' staging: rows of tokens, reciprocal scales
+    u32 thread;          // 0 to 255, of both warpgroups
+    u32 pool_row;        // of the tile's first row in the pool
+    u32 rows;            // valid rows of the tile, here columns
     u32 n;
 
-    MEGA_DEVICE u32 largest_at(u32 warp, u32 column) const {
-        return address + kCodesBytes + (warp * C::kBlockM + column) * 4;
-    }
-    MEGA_DEVICE u32 inverse_at(u32 column) const { return largest_at(kMathWarps, column); }
+    MEGA_DEVICE u32 inverse_at(u32 column) const { return address + kCodesBytes + column * 4; }
+    MEGA_DEVICE Staging staging() const { return {address, thread % kWarp}; }
 
-    /// Writes silu(gate) * up over the gate's registers, and the largest magnitudes of this warp to shared memory.
+    /// Writes silu(gate) * up over the gate's registers, and largest magnitudes to shared memory.  Of every eight columns a lane has two
+    /// tokens.  It leaves one of them to lane ^ 16, and stores for the other the larger number of both lanes: four bytes of the warp's
+    /// sixteen in the token's row.
     template <u32 kFirst> MEGA_DEVICE void activate(Columns<C>& result) const {
-        constexpr u32 kEnd = C::Policy::wider(kFirst), kNumbers = (kEnd - kFirst) / 4;
-        float largest[kNumbers];   // tokens 2i and 2i + 1 of this thread's
-        const u32 lane = thread % kWarp;
+        constexpr u32 kEnd = C::Policy::wider(kFirst);
+        const u32 lane = thread % kWarp, odd = lane / 16;   // odd: which token is left to this lane
+        const u32 place = staging().chunk(lane % 4 * 2 + odd, thread / kWarp) + lane / 4 % 4 * 4;
 #pragma unroll
-        for (u32 i = 0; i < kNumbers; ++i) {
-            largest[i] = 0;
+        for (u32 first = kFirst; first < kEnd; first += 8) {
+            float largest[2];
 #pragma unroll
-            for (u32 b = 0; b < 2; ++b) {
-                float* at = result.block[b] + kFirst / 2 + i / 2 * 4 + i % 2;
-                float& gate = at[0];
-                gate = swiglu<C>(gate, at[2], p.clamp);
-                largest[i] = fmaxf(largest[i], fabsf(gate));
+            for (u32 i = 0; i < 2; ++i) {
+                float *a = result.block[0] + first / 2 + i, *b = result.block[1] + first / 2 + i;
+                a[0] = swiglu<C>(a[0], a[2], p.clamp);
+                b[0] = swiglu<C>(b[0], b[2], p.clamp);
+                largest[i] = fmaxf(fabsf(a[0]), fabsf(b[0]));
             }
-        }
-        const LargestOfLanes<kNumbers> found(largest, lane);
-#pragma unroll
-        for (u32 i = 0; i < found.left; ++i) {
-            const u32 number = found.first + i,
-                      token = kFirst + number / 2 * 8 + lane % 4 * 2 + number % 2;
-            ptx::store4_shared(largest_at(thread / kWarp, token), __float_as_uint(largest[i]));
+            const float kept = odd ? largest[1] : largest[0], sent = odd ? largest[0] : largest[1];
+            const float both = fmaxf(kept, __shfl_xor_sync(~0u, sent, 16));
+            ptx::store4_shared(place + first * Staging::kRowBytes, __float_as_uint(both));
         }
         if constexpr (kEnd < C::kBlockM)
             if (rows > kEnd) activate<kEnd>(result);
     }
 
-    /// The scale of each token and its reciprocal, by a thread for each token.
+    /// The scale of each token and its reciprocal, by kShare threads for each token.
     MEGA_DEVICE void make_scale() const {
-        if (thread >= rows) return;
+        const u32 token = thread / kShare, part = thread % kShare;
+        if (thread / kWarp * kWarp >= rows * kShare)
+            return;   // whole warps: lanes of others exchange
+        const u32 mine = staging().chunk(token, part * (8 / kShare));
         float largest = kLeastMagnitude;
 #pragma unroll
-        for (u32 warp = 0; warp < kMathWarps; ++warp)
-            largest = fmaxf(largest, ptx::load_float_shared(largest_at(warp, thread)));
+        for (u32 i = 0; i < 8 / kShare; ++i) {
+            float a, b, c, d;
+            ptx::load_floats_shared(Staging::beside(mine, i), a, b, c, d);
+            largest = fmaxf(largest, fmaxf(fmaxf(a, b), fmaxf(c, d)));
+        }
+#pragma unroll
+        for (u32 mask = 1; mask < kShare; mask *= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, mask));
+        if (part != 0 || token >= rows) return;
         const float scale = quant_scale(largest);
-        ptx::store4_shared(inverse_at(thread), __float_as_uint(reciprocal(scale)));
-        p.act2_scales[u64(n) * p.pool_rows + pool_row + thread] = scale;
+        ptx::store4_shared(inverse_at(token), __float_as_uint(reciprocal(scale)));
+        p.act2_scales[u64(n) * p.pool_rows + pool_row + token] = scale;
     }
 
-    /// Codes to shared memory, as rows of tokens.  A thread has codes of two tokens and two blocks, of one output each.  It exchanges them
-    /// with lane ^ 4, which leaves it one token, and with lane ^ 8, which leaves it one block: four outputs of a token, side by side.
+    /// Codes to shared memory, as rows of tokens.  A thread has codes of two tokens and two blocks, of one output each, and the warp of
+    /// eight outputs.  They are transposed as pairs of codes, one of each block: chunk w of a row has those of math warp w.
     template <u32 kFirst> MEGA_DEVICE void stage_codes(const Columns<C>& result) const {
         constexpr u32 kEnd = C::Policy::wider(kFirst);
-        const u32 lane = thread % kWarp, group = thread / kGroup, warp = thread / kWarp % 4;
-        const bool odd_token = lane & 4, odd_block = lane & 8;
-        const Staging staging{address, lane};
+        const u32 lane = thread % kWarp;
+        u32 codes[(kEnd - kFirst) / 8];
 #pragma unroll
         for (u32 first = kFirst; first < kEnd; first += 8) {
             float inverse[2];
             ptx::load_floats_shared(inverse_at(first + lane % 4 * 2), inverse[0], inverse[1]);
             const float *a = result.block[0] + first / 2, *b = result.block[1] + first / 2;
-            u32 own = ptx::pack_e4m3(a[0] * inverse[0], a[1] * inverse[1], b[0] * inverse[0],
-                                     b[1] * inverse[1]);
-            u32 other = __shfl_xor_sync(~0u, own, 4);
-            own = ptx::choose_bytes(own, other, odd_token ? 0x3715 : 0x6240);
-            other = __shfl_xor_sync(~0u, own, 8);
-            own = ptx::choose_bytes(own, other, odd_block ? 0x3276 : 0x5410);
-            // output: a block of 64 rows has 32, of which a warp has 8
-            const u32 token = lane % 4 * 2 + odd_token + first,
-                      output = (group * 2 + odd_block) * 32 + warp * 8 + lane / 16 * 4;
-            ptx::store4_shared(staging.chunk(token, output / 16) + output % 16, own);
+            codes[(first - kFirst) / 8] = ptx::pack_e4m3(a[0], b[0], a[1], b[1], inverse[0],
+                                                         inverse[1]);
         }
+        ptx::store_matrices_transposed(
+            staging().chunk(lane, thread / kWarp) + kFirst * Staging::kRowBytes, codes);
         if constexpr (kEnd < C::kBlockM)
             if (rows > kEnd) stage_codes<kEnd>(result);
     }
 
-    /// Rows of codes to the pool of GEMM 2.
+    /// Rows of codes to the pool of GEMM 2.  Sixteen outputs of a block, which a thread stores, are every other code of two warps.
     MEGA_DEVICE void store_rows() const {
-        const Staging staging{address, thread % kWarp};
+        // output: a block of 64 rows has 32, of which a warp has 8
+        const u32 column = thread % 8, block = column / 2 % 2,
+                  warp = column / 4 * 4 + column % 2 * 2;
+        const u32 every_other = block == 0 ? 0x6420 : 0x7531;
+        const u32 place = staging().chunk(thread / 8, warp);
 #pragma unroll
         for (u32 first = 0; first < C::kBlockM; first += kMathThreads / 8) {
-            const u32 row = first + thread / 8, column = thread % 8;
-            if (row < rows)
-                ptx::store16(p.act2_pool + u64(pool_row + row) * C::kIntermediate +
-                                 n * kQuantBlock + column * 16,
-                             ptx::load16_shared(staging.chunk(row, column)));
+            const u32 row = first + thread / 8;
+            if (row >= rows) break;
+            Vec16 codes;
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                const Vec16 pairs = ptx::load16_shared(Staging::beside(place, half) +
+                                                       first * Staging::kRowBytes);
+                codes.w[half * 2] = ptx::choose_bytes(pairs.w[0], pairs.w[1], every_other);
+                codes.w[half * 2 + 1] = ptx::choose_bytes(pairs.w[2], pairs.w[3], every_other);
+            }
+            ptx::store16(p.act2_pool + u64(pool_row + row) * C::kIntermediate + n * kQuantBlock +
+                             column * 16,
+                         codes);
         }
     }
 

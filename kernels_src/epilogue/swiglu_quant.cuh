@@ -48,7 +48,7 @@ template <class C> struct SwigluQuant {
                                  float inverse) const {
         const u32 i = pair * 16 + half * 2, lane = staging.lane;
         const u32 own = ptx::pack_e4m3(quarter[i], quarter[i + 1], quarter[i + 8], quarter[i + 9],
-                                       inverse);
+                                       inverse, inverse);
         const u32 other = __shfl_xor_sync(~0u, own, 1);
         const u32 codes = ptx::choose_bytes(own, other, lane % 2 == 0 ? 0x5410 : 0x3276);
         ptx::store4_shared(

@@ -88,7 +88,7 @@ template <class C> struct Unpacker {
 
 /// A warp's 16 rows of activations of a k-block, as the left operand in registers.
 struct ActivationRows {
-    u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_m64n64k128
+    u32 a[4][4];   // four words for each 32 of the depth; see ptx::Accumulator
 
     /// Where a lane reads them in a stage, which is swizzled, in bytes from its first row; kept, not made for each k-block.
     struct Offsets {
@@ -141,13 +141,13 @@ template <class C> struct NarrowLoop : StageReader<C> {
         bool ready = false;
 #pragma unroll
         for (u32 q = 0; q < 4; ++q) {
-            float fresh[32];
+            Fresh fresh;
             if (q == 3)
                 ready = __all_sync(~0u, ptx::mbarrier_test(shared.full(ring.stage), ring.parity));
             ptx::wgmma_fence();
-            ptx::wgmma_m64n64k128(fresh, rows.a, weights + q * ptx::kDescriptorRows64);
+            fresh.multiply(rows.a, weights + q * ptx::kDescriptorRows64);
             ptx::wgmma_commit();
-            ptx::wgmma_wait<0>(fresh);
+            ptx::wgmma_wait<0>();
             if (q == 3) {
                 release(stage);
                 rows.load_if(ready, shared.acts(ring.stage), offsets);

@@ -26,8 +26,8 @@ struct Fp8 {
         MEGA_DEVICE void load(u32 weights, u32, u32 m, u32) {
             descriptor = ptx::matrix_descriptor(weights + m * (64 * kBlockK));
         }
-        template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
-            ptx::wgmma_weights_shared<kN>(d, descriptor, tokens);
+        template <u32 kN> MEGA_DEVICE void multiply(ptx::Accumulator<kN / 2>& d, u64 tokens) const {
+            d.multiply_weights(descriptor, tokens);
         }
     };
 };

@@ -36,7 +36,7 @@ struct Mxfp4 {
 
     /// 64 weight rows of a k-block as the left operand of a product: expanded to e5m2 in registers.
     struct Rows {
-        u32 a[4][4];   // four words for each 32 of the depth; see ptx::wgmma_weights_registers
+        u32 a[4][4];   // four words for each 32 of the depth; see ptx::Accumulator
 
         MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 place) {
             Packed packed;
@@ -46,12 +46,13 @@ struct Mxfp4 {
         MEGA_DEVICE void expand(const Packed& packed) {
             ptx::expand_e2m1<Magnitudes>(a, packed.codes, packed.exponents);
         }
-        template <u32 kN> MEGA_DEVICE void multiply(float (&d)[kN / 2], u64 tokens) const {
-            ptx::wgmma_weights_registers<kN>(d, a, tokens);
+        template <u32 kN> MEGA_DEVICE void multiply(ptx::Accumulator<kN / 2>& d, u64 tokens) const {
+            d.multiply_weights(a, tokens);
         }
         /// Into registers that held another product.
-        template <u32 kN> MEGA_DEVICE void multiply_again(float (&d)[kN / 2], u64 tokens) const {
-            ptx::wgmma_weights_again(d, a, tokens);
+        template <u32 kN> MEGA_DEVICE void multiply_again(ptx::Accumulator<kN / 2>& d,
+                                                          u64 tokens) const {
+            d.multiply_weights_again(a, tokens);
         }
     };
 };

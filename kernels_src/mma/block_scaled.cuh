@@ -55,17 +55,19 @@ constexpr u32 kKBlocksPerIteration =
     C::kHidden / kBlockK % 2 == 0 && C::kIntermediate / kBlockK % 2 == 0 ? 2 : 1;
 // clang-format on
 
+/// A fresh accumulator: of one quarter's product of a k-block.
+using Fresh = ptx::Accumulator<32>;
+
 /// Issues one quarter's product of a k-block into a fresh accumulator, as a WGMMA group of its own.
 template <ptx::Codes kWeights>
-MEGA_DEVICE void issue_quarter(float (&fresh)[32], u64 a, u64 b, u32 q) {
+MEGA_DEVICE void issue_quarter(Fresh& fresh, u64 a, u64 b, u32 q) {
     ptx::wgmma_fence();
-    ptx::wgmma_m64n64k128<kWeights>(fresh, a, b + q * ptx::kDescriptorRows64);
+    fresh.template multiply<kWeights>(a, b + q * ptx::kDescriptorRows64);
     ptx::wgmma_commit();
 }
 
 /// quarter q += fresh * scales.
-MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const BlockScales& s,
-                                 u32 q) {
+MEGA_DEVICE void promote_quarter(Result& result, const Fresh& fresh, const BlockScales& s, u32 q) {
 #pragma unroll
     // four runs of eight numbers with one scale each: even groups of eight columns (gate, in GEMM 1), rows t/4, then rows
     // t/4 + 8; then odd groups (up) likewise
@@ -73,11 +75,8 @@ MEGA_DEVICE void promote_quarter(Result& result, const float (&fresh)[32], const
         const u32 odd = group / 2, below = group % 2;
         const float scale = s.act[below] * s.weight[q / 2][odd];
 #pragma unroll
-        for (u32 j = 0; j < 8; ++j) {
-            const u32 i = j / 2 * 8 + odd * 4 + below * 2 + j % 2;
-            float& d = result.quarter[q][i];
-            d = __fmaf_rn(fresh[i], scale, d);
-        }
+        for (u32 i = odd * 4 + below * 2; i < 32; i += 16)
+            fresh.add_to(result.quarter[q], i, i + 8, scale, scale, scale, scale);
     }
 }
 
@@ -92,7 +91,7 @@ template <class C> struct MainLoop : StageReader<C> {
     MEGA_DEVICE void iterate(Result& result) {
         constexpr u32 kSteps = 4 * kKBlocksPerIteration<C>;
         const u32 my_row = row + thread / kWarp % 4 * 16 + thread % kWarp / 4;
-        float fresh[2][32];
+        Fresh fresh[2];
         BlockScales scales, next;
         u64 a = 0, b = 0;
         u32 stage = 0;
@@ -110,10 +109,10 @@ template <class C> struct MainLoop : StageReader<C> {
                     next.load(shared.act_scales(stage) + my_row * 4, shared.weight_scales(stage));
                 }
                 issue_quarter<C::Weights::kCodes>(fresh[i % 2], a, b, q);
-                if (i > 0) ptx::wgmma_wait<1>(fresh[(i - 1) % 2]);
+                if (i > 0) ptx::wgmma_wait<1>();
             } else {
                 ready = ptx::mbarrier_test(shared.full(ring.stage), ring.parity);
-                ptx::wgmma_wait<0>(fresh[(i - 1) % 2]);
+                ptx::wgmma_wait<0>();
             }
             if (i > 0 && q == 0) release(last_stage);
             if (i > 0) promote_quarter(result, fresh[(i - 1) % 2], scales, (i - 1) % 4);

@@ -21,7 +21,7 @@ namespace megamoe {
 template <class C, u32 kN> struct OneByOneLoop {
     using Rows = typename C::Weights::Rows;
     using Packed = typename C::Weights::Packed;
-    using Fresh = float[kN / 2];
+    using Fresh = ptx::Accumulator<kN / 2>;
 
     const Shared<C>& shared;
     u32 group, place;   // which warpgroup; the thread's in it (packed_place)
@@ -60,7 +60,7 @@ template <class C, u32 kN> struct OneByOneLoop {
                 if (more) wait(ring);
                 load(packed, more ? ring.stage : stage, 0);
             }
-            ptx::wgmma_wait<0>(fresh);
+            ptx::wgmma_wait<0>();
             by.promote(result.block[i], fresh, unit);
             rows.expand(packed);
         }
@@ -73,8 +73,7 @@ template <class C, u32 kN> struct OneByOneLoop {
         Fresh fresh;
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
-#pragma unroll
-        for (u32 i = 0; i < kN / 2; ++i) fresh[i] = 0;
+        fresh.clear();
 #pragma unroll 1
         for (; k_blocks != 0; --k_blocks) {
             OneByOneLoop own = *this;

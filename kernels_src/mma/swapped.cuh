@@ -73,19 +73,21 @@ template <class C, u32 kN> struct ColumnScales {
     }
     /// result += fresh * scales.  What was fresh may be changed.
     template <u32 kRoom>
-    MEGA_DEVICE void promote(float (&result)[kRoom], float (&fresh)[kN / 2],
+    MEGA_DEVICE void promote(float (&result)[kRoom], ptx::Accumulator<kN / 2>& fresh,
                              const Unit<C>& unit) const {
         constexpr bool kEven = Unit<C>::template kEven<kN>;
         if (kEven && (weight[0] != unit.weight[0] || weight[1] != unit.weight[1])) {
             const float by[2] = {unit.relative(weight[0], 0), unit.relative(weight[1], 1)};
 #pragma unroll
-            for (u32 i = 0; i < kN / 2; ++i) fresh[i] *= by[i / 2 % 2];
+            for (u32 i = 0; i < kN / 2; i += 4) fresh.scale(i, by[0], by[1]);
         }
 #pragma unroll
-        for (u32 i = 0; i < kN / 2; ++i) {
-            float& sum = result[i];
-            const float scale = act[i / 4 * 2 + i % 2];
-            sum = __fmaf_rn(fresh[i], kEven ? scale : scale * weight[i / 2 % 2], sum);
+        for (u32 i = 0; i < kN / 2; i += 4) {
+            const float a = act[i / 2], b = act[i / 2 + 1];
+            if (kEven) fresh.add_to(result, i, i + 2, a, b, a, b);
+            else
+                fresh.add_to(result, i, i + 2, a * weight[0], b * weight[0], a * weight[1],
+                             b * weight[1]);
         }
     }
 };
@@ -104,7 +106,7 @@ template <class C, u32 kN> struct SwappedLoop {
 
     MEGA_DEVICE u32 block(u32 which) const { return half ? group : group * 2 + which; }
 
-    MEGA_DEVICE void issue(float (&fresh)[kN / 2], const Rows& rows, u32 stage) const {
+    MEGA_DEVICE void issue(ptx::Accumulator<kN / 2>& fresh, const Rows& rows, u32 stage) const {
         ptx::wgmma_fence();
         rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();
@@ -121,20 +123,20 @@ template <class C, u32 kN> struct SwappedLoop {
     /// One k-block, whose block 0 has been loaded; loads that of the next one.
     MEGA_DEVICE void in_turn(Columns<C>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
                              const Unit<C>& unit, bool more) const {
-        float fresh[2][kN / 2];
+        ptx::Accumulator<kN / 2> fresh[2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
         load(rows[1], stage, 1);
         issue(fresh[1], rows[1], stage);
         const ColumnScales<C, kN> by = scales(stage);
-        ptx::wgmma_wait<1>(fresh[0]);
+        ptx::wgmma_wait<1>();
         by.promote(result.block[0], fresh[0], unit);
         ring.advance();
         if (more) {
             wait_barrier_watched(shared.full(ring.stage), ring.parity);
             load(rows[0], ring.stage, 0);
         }
-        ptx::wgmma_wait<0>(fresh[1]);
+        ptx::wgmma_wait<0>();
         by.promote(result.block[1], fresh[1], unit);
         release_stage(shared, stage, place);
     }
@@ -142,7 +144,7 @@ template <class C, u32 kN> struct SwappedLoop {
     /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
     MEGA_DEVICE void at_once(Columns<C>& result, const Rows (&rows)[2], Rows (&next)[2],
                              Ring<C::kStages>& ring, const Unit<C>& unit, bool more) const {
-        float fresh[2][kN / 2];
+        ptx::Accumulator<kN / 2> fresh[2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
         issue(fresh[1], rows[1], stage);
@@ -151,9 +153,9 @@ template <class C, u32 kN> struct SwappedLoop {
         if (more) wait_barrier_watched(shared.full(ring.stage), ring.parity);
         const u32 ahead = more ? ring.stage : stage;
         load(next[0], ahead, 0), load(next[1], ahead, 1);
-        ptx::wgmma_wait<1>(fresh[0]);
+        ptx::wgmma_wait<1>();
         by.promote(result.block[0], fresh[0], unit);
-        ptx::wgmma_wait<0>(fresh[1]);
+        ptx::wgmma_wait<0>();
         by.promote(result.block[1], fresh[1], unit);
         release_stage(shared, stage, place);
     }

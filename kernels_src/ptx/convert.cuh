@@ -6,15 +6,15 @@
 
 namespace megamoe::ptx {
 
-/// Four e4m3 codes of a, b, c, d times `factor`, that of `a` in the lowest byte; saturates to +-448, NaN stays NaN.
-MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d, float factor) {
+/// Four e4m3 codes of a, b times `first` and c, d times `second`, that of `a` in the lowest byte; saturates to +-448, NaN stays NaN.
+MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d, float first, float second) {
     u32 r;
     asm("{\n.reg .b16 lo, hi;\n.reg .f32 a, b, c, d;\n"
-        "mul.f32 a, %1, %5;\nmul.f32 b, %2, %5;\nmul.f32 c, %3, %5;\nmul.f32 d, %4, %5;\n"
+        "mul.f32 a, %1, %5;\nmul.f32 b, %2, %5;\nmul.f32 c, %3, %6;\nmul.f32 d, %4, %6;\n"
         "cvt.rn.satfinite.e4m3x2.f32 lo, b, a;\ncvt.rn.satfinite.e4m3x2.f32 hi, d, c;\n"
         "mov.b32 %0, {lo, hi};\n}"
         : "=r"(r)
-        : "f"(a), "f"(b), "f"(c), "f"(d), "f"(factor));
+        : "f"(a), "f"(b), "f"(c), "f"(d), "f"(first), "f"(second));
     return r;
 }
 MEGA_DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
@@ -74,14 +74,18 @@ MEGA_DEVICE float reciprocal_approx(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-/// 1 / (1 + e^-x).  One asm statement, as everywhere where a kernel has many: each costs compile time.
-MEGA_DEVICE float sigmoid_approx(float x) {
+/// x / (1 + e^-x) * u, where x is the gate, but not above `limit`, and u is `up` within both limits.  One asm statement, as everywhere where
+/// a kernel has many: each costs compile time.
+MEGA_DEVICE float swiglu_approx(float gate, float up, float limit) {
     float r;
-    asm("{\n.reg .f32 t;\n"
-        "mul.f32 t, %1, 0fBFB8AA3B;\n"   // -log2(e)
-        "ex2.approx.ftz.f32 t, t;\nadd.f32 t, t, 0f3F800000;\nrcp.approx.ftz.f32 %0, t;\n}"
+    asm("{\n.reg .f32 x, t, u;\n"
+        "min.NaN.f32 x, %1, %3;\n"
+        "mul.f32 t, x, 0fBFB8AA3B;\n"   // -log2(e)
+        "ex2.approx.ftz.f32 t, t;\nadd.f32 t, t, 0f3F800000;\nrcp.approx.ftz.f32 t, t;\n"
+        "mul.f32 t, x, t;\n"
+        "min.NaN.f32 u, %2, %3;\nmax.NaN.f32 u, u, %4;\nmul.f32 %0, t, u;\n}"
         : "=f"(r)
-        : "f"(x));
+        : "f"(gate), "f"(up), "f"(limit), "f"(-limit));
     return r;
 }
 /// Four of the eight bytes of `low` (0 to 3) and `high` (4 to 7): nibble i of the low half of `select`, below 8, names byte i.
@@ -124,7 +128,7 @@ MEGA_DEVICE void expand_e2m1(Vec16& first, Vec16& second, const u32 (&codes)[4],
           "n"(Table::kLow), "n"(Table::kHigh));
 }
 /// The same of the 64 codes that a thread holds of 64 rows of a k-block (mma/packed_rows.cuh), to the registers of a left operand
-/// (ptx::wgmma_weights_registers).  One statement for the sake of compile time; volatile, since an operand's registers must not be
+/// (ptx::Accumulator).  One statement for the sake of compile time; volatile, since an operand's registers must not be
 /// written after the `wgmma_fence` of its product.
 template <class Table>
 MEGA_DEVICE void expand_e2m1(u32 (&a)[4][4], const Vec16 (&codes)[2], const u32 (&exponents)[2]) {

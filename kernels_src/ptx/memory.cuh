@@ -137,6 +137,23 @@ MEGA_DEVICE void store_matrix2(u32 address, u32 a, u32 b) {
                  "r"(b)
                  : "memory");
 }
+/// One, two or four of them, transposed: the address that a lane passes is that of a column, which becomes a row in memory.
+MEGA_DEVICE void store_matrices_transposed(u32 address, const u32 (&v)[1]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address),
+                 "r"(v[0])
+                 : "memory");
+}
+MEGA_DEVICE void store_matrices_transposed(u32 address, const u32 (&v)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address),
+                 "r"(v[0]), "r"(v[1])
+                 : "memory");
+}
+MEGA_DEVICE void store_matrices_transposed(u32 address, const u32 (&v)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+        "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+        : "memory");
+}
 MEGA_DEVICE void store16_shared(u32 address, const Vec16& v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.w[0]), "r"(v.w[1]),
                  "r"(v.w[2]), "r"(v.w[3])

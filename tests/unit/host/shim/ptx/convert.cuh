@@ -7,10 +7,10 @@ namespace megamoe::ptx {
 
 inline u32 to_integer(float x, u32 most) { return x >= 0 && x < 1e9f ? min_u32(static_cast<u32>(x + 0.5f), most) : most; }
 inline u32 to_code(float x) { return to_integer(x * (255.0f / 448.0f), 255); }
-inline u32 pack_e4m3(float a, float b, float c, float d, float factor) {
-    return to_code(a * factor) | to_code(b * factor) << 8 | to_code(c * factor) << 16 | to_code(d * factor) << 24;
+inline u32 pack_e4m3(float a, float b, float c, float d, float first, float second) {
+    return to_code(a * first) | to_code(b * first) << 8 | to_code(c * second) << 16 | to_code(d * second) << 24;
 }
-inline u32 pack_e4m3(float a, float b, float c, float d) { return pack_e4m3(a, b, c, d, 1); }
+inline u32 pack_e4m3(float a, float b, float c, float d) { return pack_e4m3(a, b, c, d, 1, 1); }
 inline float float_of_f16(u32 bits) { return static_cast<float>(bits); }
 inline u32 max_u16x2(u32 a, u32 b) {
     const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
@@ -22,8 +22,8 @@ inline void add_scaled_bf16(float (&sum)[8], float w, const Vec16& v) {
 }
 inline float min_nan(float x, float limit) { return x < limit ? x : limit; }
 inline float clamp_nan(float x, float limit) { return x < -limit ? -limit : min_nan(x, limit); }
-/// With this silu(x) = x.
-inline float sigmoid_approx(float) { return 1; }
+/// With silu(x) = x.
+inline float swiglu_approx(float gate, float up, float limit) { return min_nan(gate, limit) * clamp_nan(up, limit); }
 inline float reciprocal_approx(float x) { return 1 / x; }
 inline u32 choose_bytes(u32 low, u32 high, u32 select) {
     u32 result = 0;

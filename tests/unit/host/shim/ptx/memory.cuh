@@ -125,13 +125,16 @@ inline void load_matrix4(u32 address, u32 (&v)[4]) {
 inline void load_matrix4_if(bool wanted, u32 address, u32 (&v)[4]) {
     if (wanted) load_matrix4(address, v);
 }
-/// Lane l's numbers are those of columns 2(l%4) and the next of row l/4; the addresses are those of columns.
-inline void store_matrix4_bf16_transposed(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
+/// Lane l's elements are those of columns 2(l%4) and the next of row l/4; the addresses are those of columns.
+template <std::size_t kMatrices> void store_matrices_transposed(u32 address, const u32 (&values)[kMatrices]) {
     const u64* addresses = sim::meet_warp("stmatrix", address);
-    const u32 lane = sim::now->index, values[4] = {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)};
-    for (u32 i = 0; i < 8; ++i)
+    const u32 lane = sim::now->index;
+    for (u32 i = 0; i < 2 * kMatrices; ++i)
         store_shared(static_cast<u32>(addresses[i / 2 * 8 + lane % 4 * 2 + i % 2]) + lane / 4 * 2,
                      static_cast<u16>(values[i / 2] >> i % 2 * 16));
+}
+inline void store_matrix4_bf16_transposed(u32 address, float a0, float a1, float b0, float b1, float c0, float c1, float d0, float d1) {
+    store_matrices_transposed(address, {pack_bf16(a0, a1), pack_bf16(b0, b1), pack_bf16(c0, c1), pack_bf16(d0, d1)});
 }
 
 }  // namespace megamoe::ptx

@@ -6,7 +6,7 @@ namespace megamoe::ptx {
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { ++sim::now->groups; }
-template <u32 kPending, std::size_t kNumbers> void wgmma_wait(float (&)[kNumbers]) {
+template <u32 kPending> void wgmma_wait() {
     if (sim::mutant == sim::kNoWaitForProducts && kPending > 0) return;
     auto& products = sim::now->products;
     std::size_t due = 0;
@@ -24,31 +24,47 @@ inline u64 matrix_descriptor(u32 address) {
 constexpr u32 kDescriptorRows64 = 512;
 
 enum class Codes : u32 { e4m3, e5m2 };
-template <Codes kB> void wgmma_m64n64k128(float (&d)[32], u64 a, u64 b) {
-    for (u64 step = 0; step < 4; ++step)
-        sim::now->products.push_back({d, 32, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups, false, nullptr,
-                                      kB == Codes::e5m2});
-}
-/// What `load_matrix4` gave in place of numbers says where they are.
-inline void wgmma_m64n64k128(float (&d)[32], const u32 (&a)[4][4], u64 b) {
-    for (u64 step = 0; step < 4; ++step)
-        sim::now->products.push_back({d, 32, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, false, nullptr, true,
-                                      sim::now->rows[a[step][0]]});
-}
+template <u32 kNumbers> class Accumulator {
+    float d[kNumbers];
 
-// With operands swapped; registers are read when the product is issued.
-template <u32 kN> void wgmma_weights_shared(float (&d)[kN / 2], u64 a, u64 b) {
-    for (u64 step = 0; step < 4; ++step)
-        sim::now->products.push_back({d, kN / 2, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups, true});
-}
-template <size_t n> void wgmma_weights_again(float (&d)[n], const u32 (&a)[4][4], u64 b) {
-    for (u64 step = 0; step < 4; ++step) {
-        auto tag = sim::packed_tag(a[step]);
-        sim::now->products.push_back({d, n, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, true, tag});
+public:
+    Accumulator() = default;
+    Accumulator(const Accumulator&) = delete;   // a copy would be a read
+    void clear() {
+        for (float& number : d) number = 0;
     }
-}
-template <u32 kN> void wgmma_weights_registers(float (&d)[kN / 2], const u32 (&a)[4][4], u64 b) {
-    wgmma_weights_again(d, a, b);
-}
+    void add_to(float* sums, u32 first, u32 second, float a, float b, float c, float e) const {
+        sums[first] += d[first] * a, sums[first + 1] += d[first + 1] * b;
+        sums[second] += d[second] * c, sums[second + 1] += d[second + 1] * e;
+    }
+    void scale(u32 first, float a, float b) {
+        d[first] *= a, d[first + 1] *= a, d[first + 2] *= b, d[first + 3] *= b;
+    }
+
+    template <Codes kB> void multiply(u64 a, u64 b) {
+        for (u64 step = 0; step < 4; ++step)
+            sim::now->products.push_back({d, kNumbers, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups, false,
+                                          nullptr, kB == Codes::e5m2});
+    }
+    /// What `load_matrix4` gave in place of numbers says where they are.
+    void multiply(const u32 (&a)[4][4], u64 b) {
+        for (u64 step = 0; step < 4; ++step)
+            sim::now->products.push_back({d, kNumbers, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, false, nullptr, true,
+                                          sim::now->rows[a[step][0]]});
+    }
+
+    // With operands swapped; registers are read when the product is issued.
+    void multiply_weights(u64 a, u64 b) {
+        for (u64 step = 0; step < 4; ++step)
+            sim::now->products.push_back({d, kNumbers, (a + 2 * step) << 4, (b + 2 * step) << 4, step > 0, sim::now->groups, true});
+    }
+    void multiply_weights(const u32 (&a)[4][4], u64 b) {
+        for (u64 step = 0; step < 4; ++step) {
+            auto tag = sim::packed_tag(a[step]);
+            sim::now->products.push_back({d, kNumbers, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, true, tag});
+        }
+    }
+    void multiply_weights_again(const u32 (&a)[4][4], u64 b) { multiply_weights(a, b); }
+};
 
 }  // namespace megamoe::ptx
