@@ -64,6 +64,7 @@ template <u32 kRanks> MEGA_DEVICE void rank_wait(const Params& p, Meeting meetin
             p, Wait::peer_signal, static_cast<u32>(meeting), epoch, [&] { return reached(r); },
             [&] {
                 u32 missing = 0;
+#pragma unroll 1
                 for (u32 other = 0; other < kRanks; ++other)
                     missing |= static_cast<u32>(!reached(other)) << other;
                 return missing;

@@ -122,7 +122,8 @@ template <class C> struct Gather {
         if (!kOneRow && !kAhead) wait_room(first_row);
         u32 from = 0;
         if (C::kRanks > 1 || lane < rows) {
-            from = PairLists<C>{p}.origin(e, lane < rows ? local + lane : PairLists<C>::kNoRow);
+            from = PairLists<C>{p}.template origin<kAhead ? 1 : C::kRanks>(
+                e, lane < rows ? local + lane : PairLists<C>::kNoRow);
             if (!kAhead && lane < rows) p.row_pairs[first_row + lane] = from;
         }
         return {first_row, pool_row, rows, from};

@@ -5,12 +5,14 @@
 // One iteration of `run`, where rows go through the dispatch slots as in dispatch/gather.cuh:
 //
 //   step        item i (`now`)                     item i + 1 (`next`)              item i + 2 (`after`)
-//   1           waits for room in the pool
+//   1           waits for room in the pool         rows begin to be loaded
 //               scales, origins are stored         scales are requested
 //               row places are looked up
 //   2           rows are stored                    rows are loaded as slots allow
 //   3                                                                               is looked up: where its rows come from
 //   4           is counted as arrived, row places are recorded
+//
+// The first two iterations have no item i yet: they look up and request what the next two store, and skip the fences.
 //
 // Row places: where rows lie that came for another expert before (dispatch/places.cuh).
 #pragma once
@@ -26,15 +28,16 @@ template <class C> struct Pull {
     const Params& p;
     const Shared<C>& shared;
     const Gather<C> gather;
-    Item now, next;   // the item whose rows are stored, and the one after it
+    // the item whose rows are stored, and the one after it; without rows: none yet, or none left
+    Item now = {}, next = {};
     // chunks of all items whose loads and whose stores have been issued; chunks up to the end of `now`
     u32 loaded = 0, stored = 0, end = 0;
     // at most so many chunks: with large items two keep pace with the matrix work, and more would take NVLink from its results
     const u32 in_flight;
 
-    MEGA_DEVICE Pull(const Params& p_, const Shared<C>& shared_, const ExpertTable& table)
-        : p(p_), shared(shared_), gather(p_, shared_, table),
-          in_flight(p_.item_shift > 1 ? min_u32(2, kSlots - 1) : kSlots - 1) {}
+    MEGA_DEVICE explicit Pull(const Gather<C>& gather_)
+        : p(gather_.p), shared(gather_.shared), gather(gather_),
+          in_flight(p.item_shift > 1 ? min_u32(2, kSlots - 1) : kSlots - 1) {}
 
     /// Item `i`; one without rows if there is no such item.
     MEGA_DEVICE Item find(u32 i) const {
@@ -47,6 +50,7 @@ template <class C> struct Pull {
     }
     /// From here on rows of `now` that have come for another expert are copied from there: replaces their origins by places.
     MEGA_DEVICE void look_up_places() {
+        if (now.rows == 0) return;
         if (ptx::lane_id() < now.rows) now.origin = Places<C>(p, gather.table).look_up(now.origin);
         __syncwarp();
         ptx::fence_async_global();   // bulk stores of other blocks, acquired by lanes of this warp, before lane 0's bulk loads
@@ -92,6 +96,7 @@ template <class C> struct Pull {
     /// Counts the rows of `now` as arrived and records their places; lane 0 has waited for their bulk stores.  One fence serves both:
     /// the counter and the places are relaxed after it.
     MEGA_DEVICE void end_now() const {
+        if (now.rows == 0) return;
         if constexpr (!kKeepsPlaces<C>) {
             gather.end(now);
         } else {
@@ -108,11 +113,9 @@ template <class C> struct Pull {
     /// By one warp: items `index`, `index` + `step` ... after those of the head.
     MEGA_DEVICE void run(u32 index, u32 step) {
         Timeline<C> timeline(p, Role::dispatch);
-        u32 i = gather.first_items + index;
         Scales<C> scales(p.item_shift);
-        now = find(i), next = find(i + step);
-        request_scales(scales, now);
-        for (; i < gather.items; i += step) {
+#pragma unroll 1
+        for (u32 i = gather.first_items + index; i < gather.items + 2 * step; i += step) {
             end += now.rows * kChunks;
             load();
             gather.wait_room(now.first_row);
@@ -121,7 +124,7 @@ template <class C> struct Pull {
             request_scales(scales, next);
             if constexpr (kKeepsPlaces<C>) look_up_places();
             store();
-            const Item after = find(i + 2 * step);
+            const Item after = find(i);
             if (ptx::lane_id() == 0) ptx::bulk_wait_all();
             end_now();
             now = next, next = after;
@@ -132,12 +135,13 @@ template <class C> struct Pull {
 
 /// In one warp of each block that takes part, after `Gather::first_round`; this block is number `index` of `step`.
 template <class C>
-MEGA_DEVICE void dispatch_rest(const Params& p, const Shared<C>& shared, const ExpertTable& table,
-                               u32 index, u32 step) {
+MEGA_DEVICE void dispatch_rest(const Gather<C>& gather, u32 index, u32 step) {
     // rows of other ranks, or staged in this launch, were acquired by a thread of this block; bulk copies read them now
     if constexpr (C::kRanks > 1 || C::kInputs == Inputs::raw) ptx::fence_async_global();
-    if constexpr (C::kRanks == 1) Gather<C>(p, shared, table).rest(index, step);
-    else Pull<C>(p, shared, table).run(index, step);
+    // with one rank it is cheap to find again what the head did, so nothing of it is kept meanwhile
+    if constexpr (C::kRanks == 1)
+        Gather<C>(gather.p, gather.shared, gather.table).rest(index, step);
+    else Pull<C>(gather).run(index, step);
 }
 
 }   // namespace megamoe

@@ -88,41 +88,44 @@ template <class C> MEGA_DEVICE void stage_rows(const Params& p) {
                                  (kBlockWarps<C> - 1) * gridDim.x);
 }
 
-/// The head, by all threads of the block: when it returns, the block has its expert table, its warps have copied the first rows, and
-/// the stages are free.
-template <class C> MEGA_DEVICE ExpertTable head(const Params& p, const Shared<C>& shared, u32 epoch) {
-    Timeline<C> timeline(p, Role::head);
-    const auto did = [&](Span what) {
-        if (C::kTimeline && threadIdx.x == 0) timeline.done(what);
-    };
+/// By all threads of the block, for a record of thread 0.
+template <class C> MEGA_DEVICE void did(Timeline<C>& timeline, Span what) {
+    if (C::kTimeline && threadIdx.x == 0) timeline.done(what);
+}
+
+/// The head, by all threads of the block: when it returns, the block has its expert table, and the stages are free.
+template <class C> MEGA_DEVICE void head(const Params& p, const Shared<C>& shared, u32 epoch,
+                                         Timeline<C>& timeline) {
     initialise<C>(p, shared);
     const Sort<C> sort(p, shared.scratch());
     sort.count();
     __syncthreads();
-    did(Span::count);
+    did(timeline, Span::count);
     if (threadIdx.x == 0) grid_barrier(p, Wait::head_barrier, 0);
     if constexpr (C::kInputs == Inputs::raw) stage_rows<C>(p);
     __syncthreads();
-    did(Span::count_barrier);
+    did(timeline, Span::count_barrier);
     sort.order();
     __syncthreads();
-    did(Span::order);
+    did(timeline, Span::order);
     if (threadIdx.x < kMeetingThreads<C::kRanks>) meet<C::kRanks>(p, Meeting::inputs, epoch);
     __syncthreads();
-    did(Span::order_barrier);
+    did(timeline, Span::order_barrier);
     if (ptx::warp_id() == 0) build_expert_table<C>(p, shared);
     ptx::fence_async_shared();   // the sort wrote the room of the stages by ordinary stores; TMA writes there next
     __syncthreads();
-    did(Span::expert_table);
-    const ExpertTable table = expert_table_of<C>(shared);
-    Gather<C>(p, shared, table).first_round();
-    did(Span::first_round);
+    did(timeline, Span::expert_table);
+}
+
+/// The end of the head, by all threads of the block: its warps copy the first rows, and expand weights where the variant does.
+template <class C> MEGA_DEVICE void first_rows(const Gather<C>& gather, Timeline<C>& timeline) {
+    gather.first_round();
+    did(timeline, Span::first_round);
     if constexpr (C::Policy::kExpands) {
-        Expansion<C>{p, shared, table}.run();
+        Expansion<C>{gather.p, gather.shared, gather.table}.run();
         __syncthreads();   // all warps have waited for their bulk stores from the room of the stages
-        did(Span::expand);
+        did(timeline, Span::expand);
     }
-    return table;
 }
 
 template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
@@ -136,7 +139,11 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     const Shared<C> shared(raw);
     // block 0 stores the new epoch at the last meeting, when all blocks have read the old one
     const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;
-    const ExpertTable table = head<C>(p, shared, epoch);
+    Timeline<C> of_head(p, Role::head);
+    head<C>(p, shared, epoch, of_head);
+    const ExpertTable table = expert_table_of<C>(shared);
+    const Gather<C> gather(p, shared, table);
+    first_rows<C>(gather, of_head);
     const u32 warp = ptx::warp_id();
     if (warp < kGroupWarps) {
         ptx::registers_shrink<kProducerRegisters<C>>();
@@ -150,9 +157,9 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
             if constexpr (C::Policy::kExpands) {
                 const ExpandShare share(p);
                 if (share.dispatches())
-                    dispatch_rest<C>(p, shared, table, share.dispatcher, share.dispatchers);
+                    dispatch_rest<C>(gather, share.dispatcher, share.dispatchers);
             } else {
-                dispatch_rest<C>(p, shared, table, blockIdx.x, gridDim.x);
+                dispatch_rest<C>(gather, blockIdx.x, gridDim.x);
             }
         } else {
             Timeline<C> timeline(p, Role::publisher);

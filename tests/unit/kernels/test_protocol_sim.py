@@ -163,8 +163,8 @@ EXPAND_MISTAKES = (
     ),
     Change(
         "kernels/megamoe.cuh",
-        "table, share.dispatcher, share.dispatchers)",
-        "table, sim::mutant == 224 ? blockIdx.x : share.dispatcher, share.dispatchers)",
+        "gather, share.dispatcher, share.dispatchers)",
+        "gather, sim::mutant == 224 ? blockIdx.x : share.dispatcher, share.dispatchers)",
     ),
     Change("comm/fault.cuh", "if (ready()) return;", "if (sim::mutant == static_cast<u32>(what) || ready()) return;"),
 )
