@@ -26,10 +26,13 @@ struct Fp8 {
         MEGA_DEVICE void load(u32 weights, u32, u32 m, u32) {
             descriptor = ptx::matrix_descriptor(weights + m * (64 * kBlockK));
         }
+        /// Of what was loaded apart (mma/swapped.cuh): there is nothing to expand.
+        MEGA_DEVICE void expand(const Rows& loaded) { *this = loaded; }
         template <u32 kN> MEGA_DEVICE void multiply(ptx::Accumulator<kN / 2>& d, u64 tokens) const {
             d.multiply_weights(descriptor, tokens);
         }
     };
+    using Packed = Rows;
 };
 
 }   // namespace megamoe

@@ -68,8 +68,8 @@ template <class C, u32 kN> struct OneByOneLoop {
     }
 
     /// From a stage that is full, of which block 0 has been expanded.
-    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows rows, const Unit<C>& unit,
-                         u32 k_blocks) const {
+    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows (&rows)[2],
+                         const Unit<C>& unit, u32 k_blocks) const {
         Fresh fresh;
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
@@ -79,7 +79,7 @@ template <class C, u32 kN> struct OneByOneLoop {
             OneByOneLoop own = *this;
             // no register is left to keep what is made of it in: it is made anew
             ptx::pin(own.place);
-            own.block(result, fresh, rows, ring, unit, k_blocks != 1);
+            own.block(result, fresh, rows[0], ring, unit, k_blocks != 1);
         }
     }
 };

@@ -11,8 +11,8 @@
 //   wait for                           0 of A        1 of A                      0 of B
 //   promote                            0 of A        1 of A, release A           0 of B
 //
-// With 32 there are registers to load both of the next k-block while both of this one are multiplied (`at_once`).  That takes longer
-// to compile: so not with 8 and 16, where it saves nothing, and not in wide, where few tiles have so few.
+// In decode, with 32 or fewer, there are registers for the packed weights of both blocks of the next k-block.  They are loaded while both
+// products of this one run, and expanded as soon as these are over (`at_once`): one fence and one wait for a stage instead of two.
 //
 // More than 64 are another loop's (mma/one_by_one.cuh).
 //
@@ -95,10 +95,8 @@ template <class C, u32 kN> struct ColumnScales {
 template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
-    // both blocks of the next k-block are loaded at once; two k-blocks are written out then
-    static constexpr bool kAtOnce = C::Policy::kAtOnce && kN == 32 &&
-                                    C::kHidden / kBlockK % 2 == 0 &&
-                                    C::kIntermediate / kBlockK % 2 == 0;
+    using Packed = typename C::Weights::Packed;
+    static constexpr bool kAtOnce = kN <= C::Policy::kColumnsAtOnce;
 
     const Shared<C>& shared;
     u32 group, place;   // which warpgroup; the thread's in it (packed_place)
@@ -111,7 +109,7 @@ template <class C, u32 kN> struct SwappedLoop {
         rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();
     }
-    MEGA_DEVICE void load(Rows& rows, u32 stage, u32 which) const {
+    template <class Some> MEGA_DEVICE void load(Some& rows, u32 stage, u32 which) const {
         rows.load(shared.weights(stage), shared.exponents(stage), block(which), place);
     }
 
@@ -141,10 +139,11 @@ template <class C, u32 kN> struct SwappedLoop {
         release_stage(shared, stage, place);
     }
 
-    /// One k-block, of which `rows` have been loaded; loads those of the next one meanwhile, or the same again.
-    MEGA_DEVICE void at_once(Columns<C>& result, const Rows (&rows)[2], Rows (&next)[2],
-                             Ring<C::kStages>& ring, const Unit<C>& unit, bool more) const {
+    /// One k-block, of which `rows` have been expanded; loads those of the next one meanwhile, or the same again.
+    MEGA_DEVICE void at_once(Columns<C>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
+                             const Unit<C>& unit, bool more) const {
         ptx::Accumulator<kN / 2> fresh[2];
+        Packed packed[2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
         issue(fresh[1], rows[1], stage);
@@ -152,31 +151,25 @@ template <class C, u32 kN> struct SwappedLoop {
         ring.advance();
         if (more) wait_barrier_watched(shared.full(ring.stage), ring.parity);
         const u32 ahead = more ? ring.stage : stage;
-        load(next[0], ahead, 0), load(next[1], ahead, 1);
+        load(packed[0], ahead, 0), load(packed[1], ahead, 1);
         ptx::wgmma_wait<1>();
         by.promote(result.block[0], fresh[0], unit);
+        rows[0].expand(packed[0]);
         ptx::wgmma_wait<0>();
         by.promote(result.block[1], fresh[1], unit);
+        rows[1].expand(packed[1]);
         release_stage(shared, stage, place);
     }
 
-    /// From a stage that is full, of which block 0 has been loaded into `first`.
-    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, const Rows& first,
+    /// From a stage that is full, of which block 0 has been loaded into `rows`, and block 1 if both are loaded at once.
+    MEGA_DEVICE void run(Columns<C>& result, Ring<C::kStages> ring, Rows (&rows)[2],
                          const Unit<C>& unit, u32 k_blocks) const {
-        Rows rows[2] = {first, {}};
 #pragma unroll
         for (u32 i = 0; i < kN; ++i) result.block[i / (kN / 2)][i % (kN / 2)] = 0;
-        if constexpr (kAtOnce) {
-            Rows next[2];
-            load(rows[1], ring.stage, 1);
 #pragma unroll 1
-            for (; k_blocks != 0; k_blocks -= 2) {
-                at_once(result, rows, next, ring, unit, true);
-                at_once(result, next, rows, ring, unit, k_blocks != 2);
-            }
-        } else {
-#pragma unroll 1
-            for (; k_blocks != 0; --k_blocks) in_turn(result, rows, ring, unit, k_blocks != 1);
+        for (; k_blocks != 0; --k_blocks) {
+            if constexpr (kAtOnce) at_once(result, rows, ring, unit, k_blocks != 1);
+            else in_turn(result, rows, ring, unit, k_blocks != 1);
         }
     }
 };

@@ -13,8 +13,8 @@ struct Decode {
 
     /// Columns of the main loop that comes after that of so many, or after none: 8, 16, 32, 64.
     MEGA_DEVICE static constexpr u32 wider(u32 columns) { return columns == 0 ? 8 : columns * 2; }
-    // the loop of 32 columns loads both blocks of a k-block at once (mma/swapped.cuh)
-    static constexpr bool kAtOnce = true;
+    // up to so many, both blocks of a k-block are loaded at once (mma/swapped.cuh)
+    static constexpr u32 kColumnsAtOnce = 32;
 
     /// What the math warpgroups run.
     template <class C> using Math = SwappedMath<C>;
