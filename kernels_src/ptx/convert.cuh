@@ -74,14 +74,18 @@ MEGA_DEVICE float reciprocal_approx(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-/// 1 / (1 + e^-x).  One asm statement, as everywhere where a kernel has many: each costs compile time.
-MEGA_DEVICE float sigmoid_approx(float x) {
+/// x / (1 + e^-x) * u, where x is the gate, but not above `limit`, and u is `up` within both limits.  One asm statement, as everywhere where
+/// a kernel has many: each costs compile time.
+MEGA_DEVICE float swiglu_approx(float gate, float up, float limit) {
     float r;
-    asm("{\n.reg .f32 t;\n"
-        "mul.f32 t, %1, 0fBFB8AA3B;\n"   // -log2(e)
-        "ex2.approx.ftz.f32 t, t;\nadd.f32 t, t, 0f3F800000;\nrcp.approx.ftz.f32 %0, t;\n}"
+    asm("{\n.reg .f32 x, t, u;\n"
+        "min.NaN.f32 x, %1, %3;\n"
+        "mul.f32 t, x, 0fBFB8AA3B;\n"   // -log2(e)
+        "ex2.approx.ftz.f32 t, t;\nadd.f32 t, t, 0f3F800000;\nrcp.approx.ftz.f32 t, t;\n"
+        "mul.f32 t, x, t;\n"
+        "min.NaN.f32 u, %2, %3;\nmax.NaN.f32 u, u, %4;\nmul.f32 %0, t, u;\n}"
         : "=f"(r)
-        : "f"(x));
+        : "f"(gate), "f"(up), "f"(limit), "f"(-limit));
     return r;
 }
 /// Four of the eight bytes of `low` (0 to 3) and `high` (4 to 7): nibble i of the low half of `select`, below 8, names byte i.

@@ -22,8 +22,8 @@ inline void add_scaled_bf16(float (&sum)[8], float w, const Vec16& v) {
 }
 inline float min_nan(float x, float limit) { return x < limit ? x : limit; }
 inline float clamp_nan(float x, float limit) { return x < -limit ? -limit : min_nan(x, limit); }
-/// With this silu(x) = x.
-inline float sigmoid_approx(float) { return 1; }
+/// With silu(x) = x.
+inline float swiglu_approx(float gate, float up, float limit) { return min_nan(gate, limit) * clamp_nan(up, limit); }
 inline float reciprocal_approx(float x) { return 1 / x; }
 inline u32 choose_bytes(u32 low, u32 high, u32 select) {
     u32 result = 0;
