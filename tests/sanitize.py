@@ -1,14 +1,14 @@
 """compute-sanitizer, kernel by kernel, on a layer that fills each place of shared memory many times.
 
-    python -m tests.sanitize                                  every tool, every variant; needs a Hopper GPU
+    python -m tests.sanitize                                  both tools, every variant; needs a Hopper GPU
     python -m tests.sanitize unpack/mxfp4 --tool memcheck     some of them
     python -m tests.sanitize --tool racecheck --as-is         racecheck of the kernels that layers use
 
-memcheck looks for accesses out of bounds, synccheck for barriers that are used wrongly, racecheck for accesses of
-shared memory that nothing orders.  Kernels are compiled for this alone from the sources in force
-(MEGAMOE_JIT_KERNELS_SRC): as layers use them, but for racecheck with every lane of a warp arriving where one does for
-all (pipe/arrivals.cuh, docs/protocol.md).  It has no way to see the order that is kept otherwise, and names reads of
-the other 31 lanes with `--as-is`.
+memcheck looks for accesses out of bounds, racecheck for accesses of shared memory that nothing orders.  Kernels are
+compiled for this alone from the sources in force (MEGAMOE_JIT_KERNELS_SRC): as layers use them, but for racecheck with
+every lane of a warp arriving where one does for all (pipe/arrivals.cuh, docs/protocol.md).  It has no way to see the
+order that is kept otherwise, and names reads of the other 31 lanes with `--as-is`.  synccheck is none of the tools: it
+ends every kernel at a barrier that two roles reach by instructions of their own, which PTX allows.
 
 Prints a line for each tool and kernel, and under it the places that the tool names.  Ends with 1 if one is named, if an
 output is wrong, or if a kernel could not be judged.
@@ -37,7 +37,7 @@ from megamoe_jit._spec import FP8, MXFP4, KernelSpec, MoEShape, Variant, WeightF
 REPO = Path(__file__).resolve().parents[1]
 ROOM, ONE_LANE, EVERY_LANE = "pipe/arrivals.cuh", "kArrivingLanes = 1;", "kArrivingLanes = kWarp;"
 RACECHECK = "racecheck"
-TOOLS = (RACECHECK, "memcheck", "synccheck")
+TOOLS = (RACECHECK, "memcheck")
 OPTIONS = (
     *("--kernel-name", "kernel_substring=megamoe_"),
     *("--print-limit", "1000"),
@@ -55,9 +55,9 @@ SECONDS = 120  #: most that one kernel may take
 PREFIX = re.compile(r"^=========[ ]?")
 SUMMARY = re.compile(r"(?:RACECHECK|ERROR) SUMMARY: (\d+) ((?:hazard|error)s?)")
 FINDING = re.compile(r"^========= \S.*(?:\n=========  +\S.*)+", re.MULTILINE)  #: a line, and those indented below it
-#: what makes two findings of one place differ: threads, allocations, barriers, arguments, addresses, counts
+#: what makes two findings of one place differ: threads, allocations, arguments, addresses, counts
 UNSAID = re.compile(
-    r"by thread .*|and is .*|Barrier is located .*|(?:Error|Warning): Race reported between "
+    r"by thread .*|and is .*|(?:Error|Warning): Race reported between "
     r"|\(.*?\)( const)?|megamoe::|(?:\b(?:at|to) )?\+?\b0x[0-9a-f]+\b|\[\d+ hazards\]"
 )
 

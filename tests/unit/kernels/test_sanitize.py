@@ -60,21 +60,6 @@ INVALID = [
     FAR + "Device Frame: dispatch in rows.cuh:51",
     "Invalid __shared__ write of size 16 bytes at ptx::store_shared in memory.cuh:90 Access is misaligned",
 ]
-BARRIERS = """========= COMPUTE-SANITIZER
-========= Barrier error detected. Missing wait.
-=========     at megamoe::ptx::arrive(unsigned int)+0xbb10 in barriers.cuh:98
-=========     by thread (128,0,0) in block (0,0,0)
-=========     Barrier is located at shared address 0x30408
-=========
-========= Barrier error detected. Missing wait.
-=========     at megamoe::ptx::arrive(unsigned int)+0xbb10 in barriers.cuh:98
-=========     by thread (128,0,0) in block (1,0,0)
-=========     Barrier is located at shared address 0x30410
-=========
-output right
-========= ERROR SUMMARY: 2 errors
-"""
-BARRIER = "Barrier error detected. Missing wait. at ptx::arrive in barriers.cuh:98"
 
 
 def test_kernels_for_racecheck_are_the_others_but_for_one_line(tmp_path: Path):
@@ -100,7 +85,7 @@ def test_kernels_that_are_being_changed_are_judged_as_they_are_now(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("report", "places"),
-    [(RACES, [RACE]), (OUT_OF_BOUNDS, INVALID), (BARRIERS, [BARRIER]), (CLEAN, []), (NO_ERROR, [])],
+    [(RACES, [RACE]), (OUT_OF_BOUNDS, INVALID), (CLEAN, []), (NO_ERROR, [])],
 )
 def test_a_place_is_named_once(report: str, places: list[str]):
     assert sanitize.places(report) == places
@@ -112,7 +97,6 @@ def test_a_place_is_named_once(report: str, places: list[str]):
         (0, CLEAN, True, ("0 hazards", "output right")),
         (0, NO_ERROR, True, ("0 errors", "output right")),
         (0, RACES, False, ("2 hazards", "output right", RACE)),
-        (0, BARRIERS, False, ("2 errors", "output right", BARRIER)),
         (1, OUT_OF_BOUNDS, False, ("257 errors", "ended with 1", *INVALID, "RuntimeError")),
         (1, f"row diff 3\n{CLEAN}", False, ("0 hazards", "ended with 1", "row diff 3")),
         (-1, "=========", False, ("not judged", "ended with -1")),
@@ -130,9 +114,9 @@ def test_nothing_named_and_a_right_output_are_both_needed(
 @pytest.mark.parametrize(
     ("options", "every"),
     [
-        ([], {"racecheck": True, "memcheck": False, "synccheck": False}),
+        ([], {"racecheck": True, "memcheck": False}),
         (["--as-is", "--tool", "racecheck"], {"racecheck": False}),
-        (["--tool", "synccheck", "--tool", "memcheck"], {"synccheck": False, "memcheck": False}),
+        (["--tool", "memcheck"], {"memcheck": False}),
     ],
 )
 def test_every_lane_arrives_for_racecheck_alone(
