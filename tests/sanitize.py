@@ -47,7 +47,7 @@ OPTIONS = (
     *("--report-api-errors", "no"),
 )
 KERNELS = tuple(f"{v.value}/{weights.name}" for weights in (FP8, MXFP4) for v in Variant.reading(weights))
-#: of the experts, so that tiles have as few columns as there are loops for, and more than one tile has an expert
+#: of the experts: as few columns as there are loops for; the last has more than one tile, but not in `wide`
 ROWS = (5, 12, 28, 60, 78)
 SHAPE = MoEShape(1280, 512, len(ROWS), 1)
 BLOCKS = 8  #: of the launch; each has several tiles, of more k-blocks than there are stages

@@ -66,8 +66,9 @@ template <class C> struct PairLists {
     /// The origin of row `index` of local expert `e`, rank << 20 | pair.  With several ranks all lanes of a warp call it, each with an
     /// index of its own or kNoRow.  An expert's rows are those of the lists one after the other, beginning with the next rank's and
     /// ending with this rank's own, so that not all ranks pull from the same one at the same time.
-    /// kAtOnce lists are looked through at a time: all where a row is waited for, one where other work is under way meanwhile.
-    template <u32 kAtOnce> MEGA_DEVICE u32 origin(u32 e, u32 index) const {
+    /// The loop over the lists is written out kUnroll times: whole where a row is waited for, not at all where other work is under way
+    /// meanwhile and the size of the code counts.
+    template <u32 kUnroll> MEGA_DEVICE u32 origin(u32 e, u32 index) const {
         if constexpr (C::kRanks == 1) {
             if (index == kNoRow) return 0;
             return ptx::load_l2(symmetric<const u32>(p, 0, p.sorted_pairs) + offset(e, 0) + index);
@@ -78,7 +79,7 @@ template <class C> struct PairLists {
                 at = 0;   // lane i has the i-th list: where the expert's pairs begin, how many
             if (lane < C::kRanks) begin = offset(e, source), count = offset(e + 1, source) - begin;
             const u32 list = source * p.most_pairs + begin;
-#pragma unroll(kAtOnce)
+#pragma unroll(kUnroll)
             for (u32 i = 0; i < C::kRanks; ++i) {
                 const u32 its_count = __shfl_sync(~0u, count, i),
                           its_list = __shfl_sync(~0u, list, i);

@@ -4,7 +4,7 @@
 
 namespace megamoe {
 
-/// Exact: differs from a division by a last bit or two.  `__fdiv_rn` would have a call of its slow path in each of 64 places,
+/// The exact form: within a last bit or two of a division.  `__fdiv_rn` would have a call of its slow path in each of 64 places,
 /// which costs registers everywhere.  Up to -87, below which the reciprocal would not be a normal number, the result is a zero; that of
 /// -inf is NaN, as in the fast form (ptx::swiglu_approx).
 MEGA_DEVICE float silu(float x) {
@@ -15,7 +15,7 @@ MEGA_DEVICE float silu(float x) {
 /// silu(min(gate, clamp)) * min(max(up, -clamp), clamp); NaN stays NaN.
 template <class C> MEGA_DEVICE float swiglu(float gate, float up, float clamp) {
     if constexpr (C::kFastMath) return ptx::swiglu_approx(gate, up, clamp);
-    return silu(ptx::min_nan(gate, clamp)) * ptx::clamp_nan(up, clamp);
+    else return silu(ptx::min_nan(gate, clamp)) * ptx::clamp_nan(up, clamp);
 }
 
 }   // namespace megamoe

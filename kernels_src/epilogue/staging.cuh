@@ -18,9 +18,9 @@ struct Staging {
         return address + row * kRowBytes + (c ^ row % 8) * 16;
     }
 
-    /// Address of chunk c + i of a row from that of chunk c, which is a multiple of a power of two above i.  Chunk c of a row eight rows
-    /// further lies eight rows further.
-    MEGA_DEVICE static u32 beside(u32 chunk, u32 i) { return chunk ^ i * 16; }
+    /// Address of chunk c + i of a row from that of chunk c, where c is a multiple of a power of two that is larger than i.  (Rows eight
+    /// apart have their chunks in the same order, so 8 kRowBytes further lies the same chunk of the row eight further.)
+    MEGA_DEVICE static u32 beside(u32 at, u32 i) { return at ^ i * 16; }
 
     /// Row and chunk that this lane reads back in pass i of 4.
     MEGA_DEVICE u32 row(u32 pass) const { return pass * kRowsPerPass + lane / 8; }

@@ -61,7 +61,8 @@ template <class C> struct SwappedQuant {
             if (rows > kEnd) activate<kEnd>(result);
     }
 
-    /// The scale of each token and its reciprocal, by kShare threads for each token.
+    /// The scale of each token and its reciprocal, by kShare threads for each token.  A warp has kWarp / kShare tokens, of which the last
+    /// may be no rows of the tile; columns of a loop are whole eights or sixteens, so activate has written their numbers too.
     MEGA_DEVICE void make_scale() const {
         const u32 token = thread / kShare, part = thread % kShare;
         if (thread / kWarp * kWarp >= rows * kShare)

@@ -88,7 +88,7 @@ template <class C> struct Unpacker {
 
 /// A warp's 16 rows of activations of a k-block, as the left operand in registers.
 struct ActivationRows {
-    u32 a[4][4];   // four words for each 32 of the depth; see ptx::Accumulator
+    u32 a[4][4];   // four words for each 32 of the depth; see ptx::Accumulator::multiply
 
     /// Where a lane reads them in a stage, which is swizzled, in bytes from its first row; kept, not made for each k-block.
     struct Offsets {

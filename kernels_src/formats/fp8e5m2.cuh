@@ -6,7 +6,9 @@ namespace megamoe {
 
 struct Fp8E5M2 : Fp8 {
     static constexpr ptx::Codes kCodes = ptx::Codes::e5m2;
-    struct Rows;   // not defined: with operands swapped, weights are e4m3 in shared memory or e5m2 in registers
+    // not defined: with operands swapped, weights are e4m3 in shared memory or e5m2 in registers
+    struct Rows;
+    using Packed = Rows;
 };
 
 }   // namespace megamoe

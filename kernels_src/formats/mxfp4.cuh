@@ -36,7 +36,7 @@ struct Mxfp4 {
 
     /// 64 weight rows of a k-block as the left operand of a product: expanded to e5m2 in registers.
     struct Rows {
-        u32 a[4][4];   // four words for each 32 of the depth; see ptx::Accumulator
+        u32 a[4][4];   // four words for each 32 of the depth; see ptx::Accumulator::multiply
 
         MEGA_DEVICE void load(u32 weights, u32 exponents, u32 m, u32 place) {
             Packed packed;
@@ -48,11 +48,6 @@ struct Mxfp4 {
         }
         template <u32 kN> MEGA_DEVICE void multiply(ptx::Accumulator<kN / 2>& d, u64 tokens) const {
             d.multiply_weights(a, tokens);
-        }
-        /// Into registers that held another product.
-        template <u32 kN> MEGA_DEVICE void multiply_again(ptx::Accumulator<kN / 2>& d,
-                                                          u64 tokens) const {
-            d.multiply_weights_again(a, tokens);
         }
     };
 };

@@ -93,9 +93,9 @@ template <class C> MEGA_DEVICE void did(Timeline<C>& timeline, Span what) {
     if (C::kTimeline && threadIdx.x == 0) timeline.done(what);
 }
 
-/// The head, by all threads of the block: when it returns, the block has its expert table, and the stages are free.
-template <class C> MEGA_DEVICE void head(const Params& p, const Shared<C>& shared, u32 epoch,
-                                         Timeline<C>& timeline) {
+/// The head up to the expert table, by all threads of the block.  When it returns, the stages are free.
+template <class C> MEGA_DEVICE void sort_and_meet(const Params& p, const Shared<C>& shared,
+                                                  u32 epoch, Timeline<C>& timeline) {
     initialise<C>(p, shared);
     const Sort<C> sort(p, shared.scratch());
     sort.count();
@@ -140,9 +140,11 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     // block 0 stores the new epoch at the last meeting, when all blocks have read the old one
     const u32 epoch = C::kRanks > 1 ? p.control[kControlEpoch] + 1 : 0;
     Timeline<C> of_head(p, Role::head);
-    head<C>(p, shared, epoch, of_head);
+    sort_and_meet<C>(p, shared, epoch, of_head);
     const ExpertTable table = expert_table_of<C>(shared);
-    const Gather<C> gather(p, shared, table);
+    const Gather<C> gather(
+        p, shared,
+        table);   // outlives the head: what it found there serves warp 2, with several ranks
     first_rows<C>(gather, of_head);
     const u32 warp = ptx::warp_id();
     if (warp < kGroupWarps) {

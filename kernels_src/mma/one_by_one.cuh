@@ -36,7 +36,7 @@ template <class C, u32 kN> struct OneByOneLoop {
     }
     MEGA_DEVICE void issue(Fresh& fresh, const Rows& rows, u32 stage) const {
         ptx::wgmma_fence();
-        rows.template multiply_again<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
+        rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();
     }
 

@@ -4,7 +4,7 @@
 // weights by kN tokens, 8 or more.  A tile's 256 weight rows are four blocks of 64, two for each math warpgroup.  How a
 // block's weights become the left operand knows their format: from shared memory as they are, or through registers, where
 // they become what the tensor cores multiply.  That takes longer than the product, so it is done while another one runs.
-// With 64 columns the two blocks take turns:
+// With 64 columns, and in wide with 32, the two blocks take turns:
 //
 //   issue         0 of A         1 of A                      0 of B         1 of B
 //   load                1 of A               0 of B               1 of B               0 of C
@@ -12,7 +12,8 @@
 //   promote                            0 of A        1 of A, release A           0 of B
 //
 // In decode, with 32 or fewer, there are registers for the packed weights of both blocks of the next k-block.  They are loaded while both
-// products of this one run, and expanded as soon as these are over (`at_once`): one fence and one wait for a stage instead of two.
+// products of this one run, and each is expanded when its own product is over (`at_once`): so shared memory is waited for once in a
+// k-block and not twice, and nothing comes between the two products.
 //
 // More than 64 are another loop's (mma/one_by_one.cuh).
 //
@@ -109,7 +110,8 @@ template <class C, u32 kN> struct SwappedLoop {
         rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();
     }
-    template <class Some> MEGA_DEVICE void load(Some& rows, u32 stage, u32 which) const {
+    /// `Form`: Rows, or Packed for codes that are expanded later.
+    template <class Form> MEGA_DEVICE void load(Form& rows, u32 stage, u32 which) const {
         rows.load(shared.weights(stage), shared.exponents(stage), block(which), place);
     }
 

@@ -128,7 +128,7 @@ MEGA_DEVICE void expand_e2m1(Vec16& first, Vec16& second, const u32 (&codes)[4],
           "n"(Table::kLow), "n"(Table::kHigh));
 }
 /// The same of the 64 codes that a thread holds of 64 rows of a k-block (mma/packed_rows.cuh), to the registers of a left operand
-/// (ptx::Accumulator).  One statement for the sake of compile time; volatile, since an operand's registers must not be
+/// (ptx::Accumulator::multiply).  One statement for the sake of compile time; volatile, since an operand's registers must not be
 /// written after the `wgmma_fence` of its product.
 template <class Table>
 MEGA_DEVICE void expand_e2m1(u32 (&a)[4][4], const Vec16 (&codes)[2], const u32 (&exponents)[2]) {

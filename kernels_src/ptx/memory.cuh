@@ -137,7 +137,8 @@ MEGA_DEVICE void store_matrix2(u32 address, u32 a, u32 b) {
                  "r"(b)
                  : "memory");
 }
-/// One, two or four of them, transposed: the address that a lane passes is that of a column, which becomes a row in memory.
+/// One, two or four of them, transposed: the address that a lane passes is that of a column, which becomes a row in memory.  Those of
+/// lanes 0 to 7, 0 to 15, or all count; the others may be any.
 MEGA_DEVICE void store_matrices_transposed(u32 address, const u32 (&v)[1]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address),
                  "r"(v[0])

@@ -80,13 +80,14 @@ template <u32 kNumbers> class Accumulator {
 public:
     Accumulator() = default;
     Accumulator(const Accumulator&) = delete;   // a copy would be a read
+    Accumulator& operator=(const Accumulator&) = delete;
 
     /// Writes zeros where only the compiler needs a value.
     MEGA_DEVICE void clear() {
 #pragma unroll
         for (u32 i = 0; i < kNumbers; ++i) d[i] = 0;
     }
-    /// sums[i] += number i * its factor, for two pairs of numbers, of which these are the first ones.
+    /// sums[i] += number i * its factor, for i = first, first + 1, second, second + 1, in the order of the factors.
     MEGA_DEVICE void add_to(float* sums, u32 first, u32 second, float a, float b, float c, float e) const {
         asm volatile("fma.rn.f32 %0, %4, %8, %0;\nfma.rn.f32 %1, %5, %9, %1;\nfma.rn.f32 %2, %6, %10, %2;\nfma.rn.f32 %3, %7, %11, %3;"
                      : "+&f"(sums[first]), "+&f"(sums[first + 1]), "+&f"(sums[second]), "+&f"(sums[second + 1])
@@ -131,9 +132,11 @@ public:
         else if constexpr (kN == 64)
             asm volatile(MEGA_SHARED("64", MEGA_D, "%32", "%33") : MEGA_N16(0), MEGA_N16(16) : "l"(a), "l"(b) : "memory");
     }
-    /// The same of e5m2 weights in registers, which hold A as described above.
+    /// The same of e5m2 weights in registers, which hold A as described above.  With 80 columns, whose loop has one accumulator alone, that
+    /// is read here too to the compiler ("+f"), so that whatever uses the product before comes first: else it may postpone that use, and
+    /// keep the old product in other registers meanwhile.
     MEGA_DEVICE void multiply_weights(const u32 (&a)[4][4], u64 b) {
-        static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64, "columns of a product");
+        static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64 || kN == 80, "columns of a product");
         if constexpr (kN == 8)
             asm volatile(MEGA_REGISTERS("8", MEGA_R4, "%4,%5,%6,%7", "%8,%9,%10,%11", "%12,%13,%14,%15", "%16,%17,%18,%19", "%20")
                          : MEGA_N4(0) : MEGA_A16, "l"(b) : "memory");
@@ -146,13 +149,9 @@ public:
         else if constexpr (kN == 64)
             asm volatile(MEGA_REGISTERS("64", MEGA_D, "%32,%33,%34,%35", "%36,%37,%38,%39", "%40,%41,%42,%43", "%44,%45,%46,%47", "%48")
                          : MEGA_N16(0), MEGA_N16(16) : MEGA_A16, "l"(b) : "memory");
-    }
-    /// The same into registers that held another product.  To the compiler they are read here too ("+f"), so that whatever uses the old
-    /// product comes before: else it may postpone that use, and keep the old product in other registers meanwhile.
-    MEGA_DEVICE void multiply_weights_again(const u32 (&a)[4][4], u64 b) {
-        static_assert(kN == 80, "columns of a product");
-        asm volatile(MEGA_REGISTERS("80", MEGA_R40, "%40,%41,%42,%43", "%44,%45,%46,%47", "%48,%49,%50,%51", "%52,%53,%54,%55", "%56")
-                     : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : MEGA_A16, "l"(b) : "memory");
+        else if constexpr (kN == 80)
+            asm volatile(MEGA_REGISTERS("80", MEGA_R40, "%40,%41,%42,%43", "%44,%45,%46,%47", "%48,%49,%50,%51", "%52,%53,%54,%55", "%56")
+                         : MEGA_D16(0), MEGA_D16(16), MEGA_D8(32) : MEGA_A16, "l"(b) : "memory");
     }
 };
 #undef MEGA_N16

@@ -33,11 +33,11 @@ template <class C> struct SwappedMath {
 
     /// What comes before the loops, once for all of them.
     struct Start {
-        Ring<C::kStages> ring;               // at the first stage, which is full
-        Unit<C> unit;                        // of its weight scales
-        typename C::Weights::Rows rows[2];   // its blocks; block 1 where both are loaded at once
-        u32 place;                           // packed_place
-        bool half;                           // the tile has 128 rows, and a warpgroup one block
+        Ring<C::kStages> ring;                 // at the first stage, which is full
+        Unit<C> unit;                          // of its weight scales
+        typename C::Weights::Rows blocks[2];   // block 1 where both are loaded at once
+        u32 place;                             // packed_place
+        bool half;                             // the tile has 128 rows, and a warpgroup one block
     };
     /// By the narrowest loop, from that of kN columns on, that has one for each row of the tile.
     template <u32 kN>
@@ -45,7 +45,7 @@ template <class C> struct SwappedMath {
         if constexpr (kN < C::kBlockM)
             if (rows > kN) return multiply<Policy::wider(kN)>(start, rows, k_blocks, result);
         typename LoopFor<C, kN>::Loop{shared, group, start.place, start.half}.run(
-            result, start.ring, start.rows, start.unit, k_blocks);
+            result, start.ring, start.blocks, start.unit, k_blocks);
         // what only wider loops write would else count as alive through this one
 #pragma unroll
         for (u32 i = kN / 2; i < C::kBlockM / 2; i += 4)
@@ -61,13 +61,14 @@ template <class C> struct SwappedMath {
         Start start{Ring<C::kStages>(tile.k_begin()), {}, {}, place, half};
         wait_barrier_watched(shared.full(start.ring.stage), start.ring.parity);
         start.unit.load(shared.weight_scales(start.ring.stage) + group * 8);
-        const auto load = [&](u32 block) {
-            start.rows[block].load(shared.weights(start.ring.stage),
-                                   shared.exponents(start.ring.stage),
-                                   half ? group : group * 2 + block, place);
+        const auto load = [&](u32 which) {
+            start.blocks[which].load(shared.weights(start.ring.stage),
+                                     shared.exponents(start.ring.stage),
+                                     half ? group : group * 2 + which, place);
         };
         load(0);
-        if (tile.rows() <= Policy::kColumnsAtOnce) load(1);
+        if constexpr (Policy::kColumnsAtOnce != 0)
+            if (tile.rows() <= Policy::kColumnsAtOnce) load(1);
         multiply<Policy::wider(0)>(start, tile.rows(), tile.k_blocks(), result);
         if (tile.rows() > Unit<C>::kFew) start.unit.apply(result);
         // beside a large result there is no register to have kept this in

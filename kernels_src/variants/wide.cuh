@@ -6,7 +6,7 @@ namespace megamoe {
 
 struct Wide : Decode {
     static constexpr u32 kBlockM = 80;
-    static constexpr u32 kColumnsAtOnce = 0;
+    static constexpr u32 kColumnsAtOnce = 0;   // few tiles have so few, and it would take longer to compile
 
     /// 32, 64, 80.
     MEGA_DEVICE static constexpr u32 wider(u32 columns) {

@@ -30,6 +30,7 @@ template <u32 kNumbers> class Accumulator {
 public:
     Accumulator() = default;
     Accumulator(const Accumulator&) = delete;   // a copy would be a read
+    Accumulator& operator=(const Accumulator&) = delete;
     void clear() {
         for (float& number : d) number = 0;
     }
@@ -64,7 +65,6 @@ public:
             sim::now->products.push_back({d, kNumbers, 0, (b + 2 * step) << 4, step > 0, sim::now->groups, true, tag});
         }
     }
-    void multiply_weights_again(const u32 (&a)[4][4], u64 b) { multiply_weights(a, b); }
 };
 
 }  // namespace megamoe::ptx
