@@ -92,7 +92,8 @@ NO_ROOM, ALL_COUNTED, ITS_WEIGHT = 210, 211, 212
 
 #: With packed weights: the bytes of exponents are not waited for; math warps that exchange results do not meet, one
 #: meeting after the other; with more than 64 columns what is exchanged overlaps codes, a stage is not waited for, or an
-#: expert's tiles of 80 rows count the same ones.
+#: expert's tiles of 80 rows count the same ones; where both blocks of a k-block are loaded at once, the next stage is
+#: not waited for, or the first k-block lacks one.
 PACKED_MISTAKES = (
     *SMALL,
     Change("mma/code_stream.cuh", "(full, bytes + bytes", "(full, bytes + (sim::mutant == 213 ? 0 : bytes)"),
@@ -119,8 +120,10 @@ PACKED_MISTAKES = (
     Change("epilogue/swapped_quant.cuh", "address + kCodesBytes", "address + (sim::mutant == 226 ? 0 : kCodesBytes)"),
     Change("mma/one_by_one.cuh", "if (more) wait(ring)", "if (more && sim::mutant != 227) wait(ring)"),
     Change("sched/order.cuh", "rows <= C::kBlockM ?", "sim::mutant == 228 || rows <= C::kBlockM ?"),
+    Change("mma/swapped.cuh", "if (more) wait_barrier", "if (more && sim::mutant != 235) wait_barrier"),
+    Change("roles/swapped_math.cuh", "kColumnsAtOnce) load(1)", "kColumnsAtOnce && sim::mutant != 236) load(1)"),
 )
-LATE_EXPONENTS, MEETINGS, OF_LARGE_TILES = 213, range(214, 220), (226, 227, 228)
+LATE_EXPONENTS, MEETINGS, OF_LARGE_TILES, AT_ONCE = 213, range(214, 220), (226, 227, 228), (235, 236)
 
 #: With packed weights that are unpacked in shared memory, or expanded in memory: packed weights, or a free stage, are
 #: not waited for; a stage is full without them; activations are read before they are there, by some lanes alone, or not
@@ -325,7 +328,7 @@ def test_packed_weights_are_multiplied_where_they_belong(build: Build, ranks: in
     check()
 
 
-@pytest.mark.parametrize("mistake", [LATE_EXPONENTS, *MEETINGS])
+@pytest.mark.parametrize("mistake", [LATE_EXPONENTS, *MEETINGS, *AT_ONCE])
 def test_a_mistake_with_packed_weights_is_found(build: Build, mistake: int):
     simulator = build(1, MXFP4_MISTAKES, weights=MXFP4)
     problems = (simulator.run(seed, 100, 3, 256, variant="decode", mutant=mistake).problem for seed in range(1, 41))
