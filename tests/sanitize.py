@@ -140,7 +140,7 @@ def judged(sanitizer: str, tool: str, kernel: str, environment: dict[str, str]) 
 
 
 def places(report: str) -> list[str]:
-    """What a tool names, each once: an access or a barrier, and where it is."""
+    """What a tool names, each once: an access, what it is said to clash with, and where they are."""
     found = (
         [" ".join(UNSAID.sub("", PREFIX.sub("", line)).split()) for line in finding.split("\n")]
         for finding in FINDING.findall(report)

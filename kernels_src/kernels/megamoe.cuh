@@ -142,9 +142,8 @@ template <class C> MEGA_DEVICE void run(const Params& p, u8* raw) {
     Timeline<C> of_head(p, Role::head);
     sort_and_meet<C>(p, shared, epoch, of_head);
     const ExpertTable table = expert_table_of<C>(shared);
-    const Gather<C> gather(
-        p, shared,
-        table);   // outlives the head: what it found there serves warp 2, with several ranks
+    // outlives the head: with several ranks what it found there serves warp 2
+    const Gather<C> gather(p, shared, table);
     first_rows<C>(gather, of_head);
     const u32 warp = ptx::warp_id();
     if (warp < kGroupWarps) {

@@ -97,6 +97,7 @@ template <class C, u32 kN> struct SwappedLoop {
     static_assert(C::kStages >= 2, "the next stage is waited for before this one is released");
     using Rows = typename C::Weights::Rows;
     using Packed = typename C::Weights::Packed;
+    using Fresh = ptx::Accumulator<kN / 2>;
     static constexpr bool kAtOnce = kN <= C::Policy::kColumnsAtOnce;
 
     const Shared<C>& shared;
@@ -105,7 +106,7 @@ template <class C, u32 kN> struct SwappedLoop {
 
     MEGA_DEVICE u32 block(u32 which) const { return half ? group : group * 2 + which; }
 
-    MEGA_DEVICE void issue(ptx::Accumulator<kN / 2>& fresh, const Rows& rows, u32 stage) const {
+    MEGA_DEVICE void issue(Fresh& fresh, const Rows& rows, u32 stage) const {
         ptx::wgmma_fence();
         rows.template multiply<kN>(fresh, ptx::matrix_descriptor(shared.acts(stage)));
         ptx::wgmma_commit();
@@ -123,7 +124,7 @@ template <class C, u32 kN> struct SwappedLoop {
     /// One k-block, whose block 0 has been loaded; loads that of the next one.
     MEGA_DEVICE void in_turn(Columns<C>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
                              const Unit<C>& unit, bool more) const {
-        ptx::Accumulator<kN / 2> fresh[2];
+        Fresh fresh[2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
         load(rows[1], stage, 1);
@@ -144,7 +145,7 @@ template <class C, u32 kN> struct SwappedLoop {
     /// One k-block, of which `rows` have been expanded; loads those of the next one meanwhile, or the same again.
     MEGA_DEVICE void at_once(Columns<C>& result, Rows (&rows)[2], Ring<C::kStages>& ring,
                              const Unit<C>& unit, bool more) const {
-        ptx::Accumulator<kN / 2> fresh[2];
+        Fresh fresh[2];
         Packed packed[2];
         const u32 stage = ring.stage;
         issue(fresh[0], rows[0], stage);
